@@ -1,0 +1,74 @@
+"""What the layers above ask of a cache.
+
+Concurrency: every method may be called by many tasks at once. A fetch belongs to no caller: a cancelled caller leaves,
+the fetch goes on while anyone waits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+
+
+class FileRef(NamedTuple):
+    """A file as the cache knows it."""
+
+    cid: Cid
+    """The root's canonical CID (version 1): one staging file for all spellings."""
+    size: int
+    """Content bytes."""
+
+
+Content = bytes | memoryview
+Arrived = Callable[[Leaf, Content], None]
+"""Called (on the event loop, must not block) with each leaf's verified content as it comes."""
+
+
+class Kept(NamedTuple):
+    """What is staged of one CID, for `ipfsfuse ls` and the xattrs."""
+
+    cid: Cid
+    staged: int
+    """Bytes on disk, in file-system blocks."""
+    size: int
+    """Content bytes of the whole."""
+    complete: bool
+    last_used: float
+    """Seconds since 1970."""
+    pinned: str
+    """"" for nothing, "cache" for held at the node while staged, "user" for kept for good."""
+    source: str
+    """The name of the source it came from, "" where that is not known any more."""
+
+
+class Cache(Protocol):
+    async def block(self, cid: Cid) -> bytes:
+        """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw file.
+
+        Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
+        ...
+
+    async def leaf(self, file: FileRef, leaf: Leaf) -> Content:
+        """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged now."""
+        ...
+
+    async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
+        """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way, unless
+        `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never raises for a
+        block that can't be had: who reads it will hear."""
+        ...
+
+    def opened(self, file: FileRef) -> None:
+        """Notes a use: takes the staging file, queues the pin. Does no I/O on the caller's time."""
+        ...
+
+    def closed(self, file: FileRef) -> None: ...
+
+    def kept(self) -> Sequence[Kept]:
+        """Everything that is staged, last used first."""
+        ...
+
+    def staged_bytes(self, cid: Cid) -> int:
+        """Bytes on disk for this file or block, 0 where none."""
+        ...

@@ -1,0 +1,148 @@
+"""CIDs as bytes.
+
+A `Cid` is the binary form of a CID (https://github.com/multiformats/cid), checked once where it enters: hashable,
+comparable and free to copy. Text is for people: it is parsed at the edges by `parse` and made by `text`.
+"""
+
+import base64
+from typing import NewType
+
+from multiformats import multibase
+
+from ipfsfuse.dag import hashes, varint
+from ipfsfuse.errors import Malformed, NotACid
+
+Cid = NewType("Cid", bytes)
+"""A checked binary CID: version 0 is 34 bytes `12 20 <digest>`; version 1 is varints version, codec, then a multihash."""
+
+RAW = 0x55
+DAG_PB = 0x70
+
+MAX_CID_BYTES = 512
+"""No allowed hash makes a longer one; what is longer is refused before it is looked at."""
+
+_V0_PREFIX = b"\x12\x20"
+_COMMON_V1 = (b"\x01\x70\x12\x20", b"\x01\x55\x12\x20")
+_CODEC_NAMES = {0x51: "cbor", RAW: "raw", DAG_PB: "dag-pb", 0x71: "dag-cbor", 0x72: "libp2p-key", 0x78: "git-raw", 0x0129: "dag-json", 0x0200: "json"}
+
+
+def decode(data: bytes) -> Cid:
+    """The CID that is exactly `data`. Raises NotACid for anything else, trailing bytes included."""
+    if len(data) == 36 and data[:4] in _COMMON_V1:
+        return Cid(data)
+    if len(data) > MAX_CID_BYTES:
+        raise NotACid(f"a CID of {len(data)} bytes is too long")
+    if data[:2] == _V0_PREFIX:
+        if len(data) != 34:
+            raise NotACid("a version 0 CID has 34 bytes")
+        return Cid(data)
+    end = _check(data)
+    if end != len(data):
+        raise NotACid("a CID with bytes behind its digest")
+    return Cid(data)
+
+
+def decode_prefix(data: bytes | memoryview, start: int = 0) -> tuple[Cid, int]:
+    """The CID that begins at `start`, and the index behind it (as in a CAR section). Raises NotACid."""
+    head = bytes(data[start : start + MAX_CID_BYTES])
+    if head[:2] == _V0_PREFIX:
+        if len(head) < 34:
+            raise NotACid("a version 0 CID is cut short")
+        return Cid(head[:34]), start + 34
+    end = _check(head)
+    return Cid(head[:end]), start + end
+
+
+def _check(data: bytes) -> int:
+    """The index behind the version 1 CID at the start of `data`."""
+    try:
+        version, at = varint.get(data, 0)
+        if version != 1:
+            raise NotACid(f"CID version {version} is not known")
+        _codec, at = varint.get(data, at)
+        _code, at = varint.get(data, at)
+        length, at = varint.get(data, at)
+    except Malformed as exc:
+        raise NotACid(f"no CID: {exc}") from exc
+    if at + length > len(data):
+        raise NotACid("a CID whose digest is cut short")
+    return at + length
+
+
+def parse(text_form: str) -> Cid:
+    """The CID that `text_form` spells: version 0 in base58btc, version 1 in any multibase. Raises NotACid."""
+    if len(text_form) > 8 * MAX_CID_BYTES:
+        raise NotACid("a name far too long for a CID")
+    try:
+        if len(text_form) == 46 and text_form.startswith("Qm"):
+            return decode(multibase.decode("z" + text_form))
+        if text_form.startswith("b"):  # the usual form, in 1 us instead of 200
+            data = base64.b32decode(text_form[1:].upper() + "=" * (-len(text_form[1:]) % 8))
+            if text_form != "b" + _base32(data):
+                raise NotACid(f"{text_form} is not a CID: not the base32 of its bytes")
+        else:
+            data = multibase.decode(text_form)
+    except NotACid:
+        raise
+    except Exception as exc:  # multiformats raises KeyError, ValueError and errors of its own, whatever it meets first
+        raise NotACid(f"{text_form[:80]!r} is not a CID") from exc
+    if data[:2] == _V0_PREFIX:
+        raise NotACid(f"{text_form} is not a CID: version 0 has no multibase prefix")
+    return decode(data)
+
+
+def text(cid: Cid) -> str:
+    """The usual spelling: version 0 in base58btc, version 1 in base32."""
+    if is_v0(cid):
+        return multibase.encode(cid, "base58btc")[1:]
+    return "b" + _base32(cid)
+
+
+def _base32(data: bytes) -> str:
+    return base64.b32encode(data).decode().rstrip("=").lower()
+
+
+def is_v0(cid: Cid) -> bool:
+    return cid[:2] == _V0_PREFIX
+
+
+def make(codec_code: int, multihash_bytes: bytes) -> Cid:
+    """A version 1 CID."""
+    return Cid(b"\x01" + varint.put(codec_code) + multihash_bytes)
+
+
+def codec(cid: Cid) -> int:
+    """The multicodec of the block's format."""
+    if cid[:2] == _V0_PREFIX or cid[1] == DAG_PB:
+        return DAG_PB
+    return varint.get(cid, 1)[0]
+
+
+def codec_name(cid: Cid) -> str:
+    code = codec(cid)
+    return _CODEC_NAMES.get(code, f"codec 0x{code:x}")
+
+
+def multihash(cid: Cid) -> bytes:
+    """The multihash bytes: what blocks are stored and looked up by."""
+    if cid[:2] == _V0_PREFIX:
+        return bytes(cid)
+    return bytes(cid[varint.get(cid, 1)[1] :])
+
+
+def canonical(cid: Cid) -> Cid:
+    """The version 1 form: equal for all spellings of one (codec, multihash)."""
+    return Cid(b"\x01\x70" + cid) if cid[:2] == _V0_PREFIX else cid
+
+
+def inline(cid: Cid) -> bytes | None:
+    """The block that an identity CID carries in itself; None for every other CID."""
+    return hashes.inline(multihash(cid))
+
+
+def verify(cid: Cid, block: bytes | memoryview) -> None:
+    """Raises WrongBlock if `block` is not what `cid` names, Unsupported for a hash that is not allowed.
+
+    Hashing lets other threads run; blocks of over some KiB belong in a worker thread.
+    """
+    hashes.verify(multihash(cid), block, text(cid) if len(cid) <= 80 else "an identity CID")

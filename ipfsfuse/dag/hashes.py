@@ -1,0 +1,117 @@
+"""Multihashes: which functions are allowed, and whether bytes match one.
+
+The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at most 128).
+"""
+
+import hashlib
+from collections.abc import Callable
+
+from ipfsfuse.dag import varint
+from ipfsfuse.errors import Malformed, NotACid, Unsupported, WrongBlock
+
+IDENTITY = 0x00
+SHA2_256 = 0x12
+MIN_DIGEST = 20
+MAX_DIGEST = 128
+
+Buffer = bytes | bytearray | memoryview
+Hash = Callable[[Buffer, int], bytes]
+"""(data, wanted length in bytes) -> digest of at least that length where the function can give it."""
+
+
+def _lib(name: str) -> Hash:
+    return lambda data, _length: hashlib.new(name, data, usedforsecurity=False).digest()
+
+
+def _shake(name: str, default: int) -> Hash:
+    return lambda data, length: hashlib.new(name, data).digest(max(length, default))  # type: ignore[call-arg]
+
+
+def _keccak(bits: int) -> Hash:
+    def digest(data: Buffer, _length: int) -> bytes:
+        from Crypto.Hash import keccak  # rare, and 20 ms to import
+
+        return keccak.new(digest_bits=bits, data=bytes(data)).digest()
+
+    return digest
+
+
+def _blake2(kind: type[hashlib.blake2b] | type[hashlib.blake2s], size: int) -> Hash:
+    return lambda data, _length: kind(data, digest_size=size).digest()
+
+
+def _blake3(data: Buffer, length: int) -> bytes:
+    from blake3 import blake3  # rare
+
+    return blake3(data).digest(length=max(length, 32))
+
+
+def _double_sha2(data: Buffer, _length: int) -> bytes:
+    return hashlib.sha256(hashlib.sha256(data).digest()).digest()
+
+
+_FUNCTIONS: dict[int, tuple[str, Hash]] = {
+    0x11: ("sha1", _lib("sha1")),
+    SHA2_256: ("sha2-256", _lib("sha256")),
+    0x13: ("sha2-512", _lib("sha512")),
+    0x14: ("sha3-512", _lib("sha3_512")),
+    0x15: ("sha3-384", _lib("sha3_384")),
+    0x16: ("sha3-256", _lib("sha3_256")),
+    0x17: ("sha3-224", _lib("sha3_224")),
+    0x18: ("shake-128", _shake("shake_128", 32)),
+    0x19: ("shake-256", _shake("shake_256", 64)),
+    0x1A: ("keccak-224", _keccak(224)),
+    0x1B: ("keccak-256", _keccak(256)),
+    0x1C: ("keccak-384", _keccak(384)),
+    0x1D: ("keccak-512", _keccak(512)),
+    0x1E: ("blake3", _blake3),
+    0x56: ("dbl-sha2-256", _double_sha2),
+    **{0xB200 + n: (f"blake2b-{8 * n}", _blake2(hashlib.blake2b, n)) for n in range(20, 65)},
+    **{0xB240 + n: (f"blake2s-{8 * n}", _blake2(hashlib.blake2s, n)) for n in range(20, 33)},
+}
+
+
+def split(multihash: bytes) -> tuple[int, bytes]:
+    """(code, digest) of a multihash. Raises NotACid if its length is not what it says."""
+    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
+        return SHA2_256, multihash[2:]
+    try:
+        code, at = varint.get(multihash, 0)
+        length, at = varint.get(multihash, at)
+    except Malformed as exc:
+        raise NotACid(f"no multihash: {exc}") from exc
+    if at + length != len(multihash):
+        raise NotACid("a multihash of another length than it says")
+    return code, multihash[at:]
+
+
+def inline(multihash: bytes) -> bytes | None:
+    """What an identity multihash carries; None for every other."""
+    code, digest = split(multihash) if multihash[:1] == b"\x00" else (-1, b"")
+    return digest if code == IDENTITY else None
+
+
+def check_allowed(multihash: bytes) -> None:
+    """Raises Unsupported, naming the function, for a multihash that boxo's `verifcid` would refuse."""
+    code, digest = split(multihash)
+    if code == IDENTITY:
+        if len(digest) > MAX_DIGEST:
+            raise Unsupported(f"an identity CID of {len(digest)} bytes: at most {MAX_DIGEST} are allowed")
+        return
+    if code not in _FUNCTIONS:
+        raise Unsupported(f"hash function 0x{code:x} is not allowed")
+    if not MIN_DIGEST <= len(digest) <= MAX_DIGEST:
+        raise Unsupported(f"a {_FUNCTIONS[code][0]} digest of {len(digest)} bytes: {MIN_DIGEST} to {MAX_DIGEST} are allowed")
+
+
+def verify(multihash: bytes, block: Buffer, name: str) -> None:
+    """Raises WrongBlock, naming `name`, unless `block` hashes to `multihash`; Unsupported if the hash is not allowed."""
+    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:  # all but a few
+        if hashlib.sha256(block).digest() != multihash[2:]:
+            raise WrongBlock(f"{name}: the block's bytes do not match its CID")
+        return
+    check_allowed(multihash)
+    code, digest = split(multihash)
+    found = bytes(block) if code == IDENTITY else _FUNCTIONS[code][1](block, len(digest))[: len(digest)]
+    if found != digest:
+        raise WrongBlock(f"{name}: the block's bytes do not match its CID")

@@ -1,0 +1,88 @@
+"""What a source is, for those who ask one.
+
+Concurrency: every method may be called by many tasks at once; cancelling a call cancels its request. Blocks come back
+as they were sent: the chain verifies them, nobody else needs to.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive leaves of one file, wanted soon: a source may send them as it does best."""
+
+    file: Cid
+    """The file's root."""
+    file_size: int
+    """Content bytes of the whole file."""
+    leaves: Sequence[Leaf]
+
+
+Deliver = Callable[[int, bytes], Awaitable[None]]
+"""Awaited with (index in `Run.leaves`, block) for each block, in any order; it may wait, to slow the source down."""
+
+
+class Source(Protocol):
+    """One place that may have blocks."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it, without secrets: `library`, `data.car`, `kubo`, `https://gateway.example`."""
+        ...
+
+    @property
+    def in_place(self) -> bool:
+        """True for files on this machine that are read where they lie and never staged again."""
+        ...
+
+    async def get(self, cid: Cid) -> bytes:
+        """The block of `cid`, unverified. Raises NotHere, or SourceFailed with its kind."""
+        ...
+
+    async def stream(self, run: Run, deliver: Deliver) -> None:
+        """Delivers the blocks of `run`, unverified, each at most once. Returns when it has no more to give, whether
+        or not that is all (what is missing is asked for elsewhere). Raises SourceFailed if it broke off."""
+        ...
+
+    def roots(self) -> Sequence[Cid]:
+        """What this source would list in the mount's root: a library's or a CAR's roots; nothing for the network."""
+        ...
+
+    async def aclose(self) -> None:
+        """Lets go of files and connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A verified block and where it came from."""
+
+    block: bytes
+    source: Source
+
+
+DeliverFetched = Callable[[int, Fetched], Awaitable[None]]
+
+
+class Blocks(Protocol):
+    """What the cache asks of the chain of sources: the same two calls, verified, by whichever source can."""
+
+    async def get(self, cid: Cid) -> Fetched:
+        """The verified block. Keeps trying while some source may still give it: the caller sets the deadline.
+
+        Raises Unavailable when no source can (offline, or all said no for good), WrongBlock when the last source that
+        has it sent wrong bytes, Unsupported for a hash that is not allowed."""
+        ...
+
+    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+        """Delivers every block of `run`, verified, in any order. Raises as `get` does for the first that can't be had."""
+        ...
+
+    def roots(self) -> Sequence[Cid]:
+        """The roots of all sources, in their order."""
+        ...
