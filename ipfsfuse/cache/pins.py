@@ -1,0 +1,37 @@
+"""What the cache tells whoever keeps content at a node: which CIDs are staged, and which no more.
+
+Concurrency: every method here returns at once and does no I/O; what follows from it happens in tasks of the holder's own.
+"""
+
+from typing import Protocol
+
+from ipfsfuse.dag.cid import Cid
+
+
+class Pins(Protocol):
+    """Keeps content at the node it came from while we have it staged."""
+
+    def add(self, cid: Cid) -> None:
+        """`cid` is in use: hold it and what is below it. Doing so again is free."""
+        ...
+
+    def remove(self, cid: Cid) -> None:
+        """`cid` was evicted: let go of our hold, and of nobody else's. Unknown CIDs are no error."""
+        ...
+
+    def state(self, cid: Cid) -> str:
+        """"" not held; "queued" to be held soon; "cache" held while it is staged; "user" kept for good."""
+        ...
+
+
+class NoPins:
+    """For nodes that are not ours and for sources that collect no garbage."""
+
+    def add(self, cid: Cid) -> None:
+        pass
+
+    def remove(self, cid: Cid) -> None:
+        pass
+
+    def state(self, cid: Cid) -> str:
+        return ""
