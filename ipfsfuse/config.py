@@ -1,0 +1,38 @@
+"""What a mount is asked to be: parsed once by the command line into frozen values, then never checked again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipfsfuse.dag.cid import Cid
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class MountConfig:
+    mountpoint: Path
+    """Absolute, symlinks in its parents resolved."""
+    cache_dir: Path
+    library: Path
+    sources: Sequence[str] = ("library",)
+    """SOURCE texts in the order to ask."""
+    offline: bool = False
+    """Only what is staged and the sources that are read in place."""
+    budget: int = 10 * GIB
+    """Bytes that staging may take on disk, in file-system blocks."""
+    deadline: float = 30.0
+    """Seconds in which no block arrives before a request fails."""
+    allow: frozenset[Cid] | None = None
+    """Canonical CIDs that may be named in the root; None for all."""
+    record: Path | None = None
+    """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the page cache."""
+    allow_other: bool = False
+    isolated: bool = False
+    """A cache folder of its own, made for this mount and gone with it."""
+    while_held: bool = False
+    """End when the last control connection that holds the mount is gone."""
+    pins: str = "kubo"
+    """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
+    headers: Path | None = None
+    """A file of HTTP headers for the network sources, one `Name: value` a line."""
