@@ -1,0 +1,1 @@
+"""The command line: arguments in, frozen configuration out; one line for every failure."""

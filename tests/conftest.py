@@ -1,0 +1,98 @@
+"""Rules for all tests: what to do where there is no FUSE, and that no test leaves a warning in the log unexplained."""
+
+import functools
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared-machine")
+
+pytest_plugins = ["tests.kubo.fixtures"] if importlib.util.find_spec("tests.kubo.fixtures") else []
+
+NEED_FUSE = ("tests/mount/", "tests/faults/")
+_skipped_for_fuse = pytest.StashKey[int]()
+
+
+@functools.cache
+def why_no_fuse() -> str | None:
+    """Why nothing can be mounted here, found by mounting; None where it works."""
+    if shutil.which("fusermount3") is None:
+        return "there is no fusermount3"
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+            made = subprocess.run(["fusermount3", "--", folder], pass_fds=[theirs.fileno()], capture_output=True, text=True, env=environment)
+            if made.returncode:
+                return made.stderr.strip() or "fusermount3 fails"
+            _data, files, _flags, _address = socket.recv_fds(ours, 1, 1)
+            for file in files:
+                os.close(file)
+        subprocess.run(["fusermount3", "-u", "-z", folder], capture_output=True)
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[_skipped_for_fuse] = 0
+    for item in items:
+        if item.path.relative_to(config.rootpath).as_posix().startswith(NEED_FUSE):
+            item.add_marker(pytest.mark.fuse)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("fuse") and (reason := why_no_fuse()):
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"needs FUSE: {reason}", pytrace=False)
+        item.config.stash[_skipped_for_fuse] += 1
+        pytest.skip(f"needs FUSE: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(_skipped_for_fuse, 0):
+        terminalreporter.section("not shown here")
+        terminalreporter.line(f"{count} tests need FUSE and were skipped: {why_no_fuse()}")
+
+
+class _Collected(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def expected_logs_only(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test after which the log holds a line of WARNING or above that its `logs` marker does not name."""
+    collected = _Collected()
+    loggers = [logging.getLogger("ipfsfuse"), logging.getLogger("runner")]
+    for logger in loggers:
+        logger.addHandler(collected)
+    yield
+    for logger in loggers:
+        logger.removeHandler(collected)
+    patterns = [str(pattern) for marker in request.node.iter_markers("logs") for pattern in marker.args]
+    unexpected = [line for line in collected.lines if not any(re.search(pattern, line) for pattern in patterns)]
+    if unexpected:
+        pytest.fail("unexpected log lines:\n" + "\n".join(unexpected), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def conformance() -> Path:
+    """The folder of published conformance fixtures beside the checkout; its tests skip where it is not there."""
+    folder = Path(__file__).parents[2] / "shared" / "fixtures"
+    if not folder.is_dir():
+        pytest.skip(f"the conformance fixtures are not at {folder}")
+    return folder
