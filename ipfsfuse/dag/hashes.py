@@ -4,7 +4,7 @@ The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 1
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ipfsfuse.dag import varint
 from ipfsfuse.errors import Malformed, NotACid, Unsupported, WrongBlock
@@ -106,12 +106,19 @@ def check_allowed(multihash: bytes) -> None:
 
 def verify(multihash: bytes, block: Buffer, name: str) -> None:
     """Raises WrongBlock, naming `name`, unless `block` hashes to `multihash`; Unsupported if the hash is not allowed."""
-    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:  # all but a few
-        if hashlib.sha256(block).digest() != multihash[2:]:
-            raise WrongBlock(f"{name}: the block's bytes do not match its CID")
-        return
+    if not matches(multihash, (block,)):
+        raise WrongBlock(f"{name}: the block's bytes do not match its CID")
+
+
+def matches(multihash: bytes, parts: Sequence[Buffer]) -> bool:
+    """Whether the bytes of `parts`, one after the other, hash to `multihash`. Raises Unsupported if the hash is not allowed."""
+    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:  # all but a few: nothing is copied
+        hasher = hashlib.sha256()
+        for part in parts:
+            hasher.update(part)
+        return hasher.digest() == multihash[2:]
     check_allowed(multihash)
     code, digest = split(multihash)
-    found = bytes(block) if code == IDENTITY else _FUNCTIONS[code][1](block, len(digest))[: len(digest)]
-    if found != digest:
-        raise WrongBlock(f"{name}: the block's bytes do not match its CID")
+    whole = parts[0] if len(parts) == 1 else b"".join(parts)
+    found = bytes(whole) if code == IDENTITY else _FUNCTIONS[code][1](whole, len(digest))[: len(digest)]
+    return found == digest

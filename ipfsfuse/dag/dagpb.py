@@ -1,0 +1,187 @@
+"""The dag-pb codec: one block <-> its links and data.
+
+Strict as the specification (https://ipld.io/specs/codecs/dag-pb/spec/) and go-codec-dagpb are: unknown fields, wrong
+wire types, fields out of order or twice, and links without a valid CID are refused. Data may stand before the links
+or behind them, as old blocks have it. `encode` writes the canonical form: links as the caller orders them, then data.
+
+Pure functions; a block of 2 MiB can take some 100 ms, so large ones belong in a worker thread.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import protobuf, varint
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import Malformed, NotACid
+
+NO_NAME = 1
+NO_TSIZE = 2
+
+
+class Link(NamedTuple):
+    """One link of a dag-pb node. `name` is b"" where there is none; `tsize` is its publisher's claim, in bytes."""
+
+    cid: Cid
+    name: bytes
+    tsize: int
+
+
+class PBNode(NamedTuple):
+    """A decoded block. `data` is None where the field is absent.
+
+    `absent` has one byte for each link, NO_NAME | NO_TSIZE bits for the fields that it leaves out (`links` then has
+    b"" and 0): without it a block could not be written again as it was. It is b"" where every link has both.
+    """
+
+    links: list[Link]
+    data: bytes | None
+    absent: bytes = b""
+
+
+_V1_HEADS = (b"\x0a\x24\x01\x70\x12\x20", b"\x0a\x24\x01\x55\x12\x20")
+"""How nearly every link begins: the Hash field with a version 1 CID, dag-pb or raw, of sha2-256."""
+_V1_END = 38
+_V0_HEAD = b"\x0a\x22\x12\x20"
+_V0_END = 36
+
+
+def decode(block: bytes) -> PBNode:
+    """What `block` holds. Raises Malformed."""
+    links: list[Link] = []
+    absent: dict[int, int] = {}
+    data: bytes | None = None
+    at, end = 0, len(block)
+    links_closed = False
+    while at < end:
+        tag = block[at]
+        if tag == 0x12 and not links_closed:
+            at = _links(block, at, links, absent)
+            links_closed = True
+        elif tag == 0x0A and data is None:
+            start, at = protobuf.span(block, at + 1, end)
+            data = block[start:at]
+        else:
+            raise Malformed(_refusal(block, at, data is not None))
+    return PBNode(links, data, _flags(absent, len(links)))
+
+
+def _links(block: bytes, at: int, links: list[Link], absent: dict[int, int]) -> int:
+    """Appends the run of links that begins at `at`; the index behind it.
+
+    The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
+    """
+    end = len(block)
+    add = links.append
+    new = tuple.__new__
+    while at < end and block[at] == 0x12:
+        start = at + 2
+        size = block[at + 1] if start <= end else 0x80
+        if size >= 0x80:
+            start, at = protobuf.span(block, at + 1, end)
+        else:
+            at = start + size
+            if at > end:
+                raise Malformed("dag-pb: a link is cut short")
+        head = block[start : start + 6]
+        name_at = start + _V1_END if head in _V1_HEADS else start + _V0_END if head[:4] == _V0_HEAD else end
+        # the shortest tail is `12 00 18 00`; a name of up to 127 bytes has a length of one byte
+        if name_at + 4 <= at and block[name_at] == 0x12:
+            name_end = name_at + 2 + block[name_at + 1]
+            tail = block[name_end:at]
+            if tail and tail[0] == 0x18 and len(tail) <= 5 and block[name_at + 1] < 0x80:
+                tsize = _short_tsize(tail)
+                if tsize >= 0:
+                    add(new(Link, (block[start + 2 : name_at], block[name_at + 2 : name_end], tsize)))
+                    continue
+        link, flags = _link(block, start, at)
+        if flags:
+            absent[len(links)] = flags
+        add(link)
+    return at
+
+
+def _short_tsize(tail: bytes) -> int:
+    """The value of `18 <varint>` in one to four bytes of shortest form; -1 for anything else."""
+    length = len(tail)
+    last = tail[-1]
+    if last >= 0x80 or length < 2:
+        return -1
+    if length == 2:
+        return last
+    value = last
+    for byte in tail[-2:0:-1]:
+        if byte < 0x80:
+            return -1
+        value = value << 7 | byte & 0x7F
+    return value
+
+
+def _link(block: bytes, at: int, end: int) -> tuple[Link, int]:
+    """The link message in block[at:end], and which of its fields are absent."""
+    target: Cid | None = None
+    name, tsize = b"", 0
+    flags = NO_NAME | NO_TSIZE
+    last = 0
+    while at < end:
+        field, wire, at = protobuf.tag(block, at, end)
+        if field not in (1, 2, 3) or wire != (0 if field == 3 else 2):
+            raise Malformed(f"dag-pb: field {field} of wire type {wire} in a link")
+        if field <= last:
+            raise Malformed(f"dag-pb: field {field} of a link stands twice or out of order")
+        last = field
+        if field == 3:
+            tsize, at = protobuf.varint(block, at, end)
+            flags &= ~NO_TSIZE
+            continue
+        start, at = protobuf.span(block, at, end)
+        if field == 1:
+            target = _cid(block[start:at])
+        else:
+            name = block[start:at]
+            flags &= ~NO_NAME
+    if target is None:
+        raise Malformed("dag-pb: invalid Hash field found in link, expected CID")
+    return Link(target, name, tsize), flags
+
+
+def _cid(data: bytes) -> Cid:
+    try:
+        return cids.decode(data)
+    except NotACid as exc:
+        raise Malformed(f"dag-pb: invalid Hash field found in link, expected CID ({exc})") from exc
+
+
+def _flags(absent: dict[int, int], count: int) -> bytes:
+    if not absent:
+        return b""
+    flags = bytearray(count)
+    for index, value in absent.items():
+        flags[index] = value
+    return bytes(flags)
+
+
+def _refusal(block: bytes, at: int, have_data: bool) -> str:
+    """Why the field at `at` can't stand there."""
+    tag = block[at]
+    if tag == 0x12:
+        return "dag-pb: duplicate Links section"
+    if tag == 0x0A and have_data:
+        return "dag-pb: duplicate Data section"
+    return f"dag-pb: a field with tag 0x{tag:02x} in a node"
+
+
+def encode(links: Sequence[Link], data: bytes | None, absent: bytes = b"") -> bytes:
+    """The canonical block: `links` in the order given, each with Name and Tsize (but for `absent`), then the data."""
+    parts: list[bytes] = []
+    for index, link in enumerate(links):
+        missing = absent[index] if absent else 0
+        body = b"\x0a" + varint.put(len(link.cid)) + link.cid
+        if not missing & NO_NAME:
+            body += b"\x12" + varint.put(len(link.name)) + link.name
+        if not missing & NO_TSIZE:
+            body += b"\x18" + varint.put(link.tsize)
+        parts += (b"\x12", varint.put(len(body)), body)
+    if data is not None:
+        parts += (b"\x0a", varint.put(len(data)), data)
+    return b"".join(parts)

@@ -1,0 +1,87 @@
+"""Leaves: the content that a block holds, and the proof of that content without its block.
+
+A staging file holds a file's content alone. A raw leaf's content is its block; a dag-pb leaf wraps it in an envelope
+of a few bytes, in one of the few forms that importers write. So content that was staged can be proved against its
+CID again: by its own hash, or by that of one of those envelopes around it.
+
+Pure functions; hashing lets other threads run.
+"""
+
+from collections.abc import Iterator
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb, hashes, protobuf, unixfs, varint
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.unixfs import Type
+from ipfsfuse.errors import Malformed, Unsupported
+
+Buffer = bytes | bytearray | memoryview
+
+
+def content(cid: Cid, block: bytes) -> memoryview:
+    """The content bytes that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file node.
+
+    A view of `block`, but for a dag-pb block of a form that no importer writes. Raises Malformed for a block that is no
+    file, Unsupported for another codec.
+    """
+    codec = cids.codec(cid)
+    if codec == cids.RAW:
+        return memoryview(block)
+    if codec != cids.DAG_PB:
+        raise Unsupported(f"{cids.text(cid)}: a part of a file can't be a {cids.codec_name(cid)} block")
+    span = _canonical_span(block)
+    if span is not None:
+        return memoryview(block)[span[0] : span[1]]
+    node = dagpb.decode(block)
+    message = unixfs.decode(memoryview(node.data or b""))
+    if message.type not in (Type.FILE, Type.RAW):
+        raise Malformed(f"{cids.text(cid)}: a part of a file can't be a UnixFS {message.type.name.lower()}")
+    return memoryview(message.data or b"")
+
+
+def is_canonical(cid: Cid, block: bytes) -> bool:
+    """Whether `proves(cid, content(cid, block))` will hold: what must be kept whole, if at all, is every other block."""
+    codec = cids.codec(cid)
+    return codec == cids.RAW or (codec == cids.DAG_PB and _canonical_span(block) is not None)
+
+
+def proves(cid: Cid, data: Buffer) -> bool:
+    """Whether `data` is the content of the leaf `cid`: its hash, or that of a canonical envelope around it, matches.
+
+    Raises Unsupported for a hash that is not allowed. Costs one hash for a raw leaf, up to `len(_FORMS)` for a dag-pb
+    leaf that does not match, and one or two for one that does.
+    """
+    multihash = cids.multihash(cid)
+    if cids.codec(cid) == cids.RAW:
+        return hashes.matches(multihash, (data,))
+    return any(hashes.matches(multihash, (head, data, tail)) for head, tail in _envelopes(len(data)))
+
+
+_FORMS = ((Type.FILE, True), (Type.RAW, True), (Type.FILE, False), (Type.RAW, False))
+"""(type, whether filesize stands behind the data): go, js and old go importers write the first two."""
+
+
+def _envelopes(size: int) -> Iterator[tuple[bytes, bytes]]:
+    """What stands before and behind `size` bytes of content in each canonical dag-pb leaf."""
+    for kind, sized in _FORMS:
+        for with_data in (True,) if size else (False, True):
+            yield _envelope(kind, sized, size, with_data)
+
+
+def _envelope(kind: Type, sized: bool, size: int, with_data: bool) -> tuple[bytes, bytes]:
+    head = b"\x08" + varint.put(kind) + (b"\x12" + varint.put(size) if with_data else b"")
+    tail = b"\x18" + varint.put(size) if sized else b""
+    return b"\x0a" + varint.put(len(head) + size + len(tail)) + head, tail
+
+
+def _canonical_span(block: bytes) -> tuple[int, int] | None:
+    """Where the content lies in a canonical dag-pb leaf; None if `block` is none."""
+    try:
+        start, end = protobuf.span(block, 1, len(block))
+        start = end = start + 2  # behind the type
+        if block[start : start + 1] == b"\x12":
+            start, end = protobuf.span(block, start + 1, len(block))
+    except Malformed:
+        return None
+    outside = block[:start], block[end:] if len(block) - end < 16 else b""
+    return (start, end) if outside in _envelopes(end - start) else None

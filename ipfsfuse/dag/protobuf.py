@@ -1,0 +1,56 @@
+"""The three things of the protobuf wire format that dag-pb and UnixFS need (https://protobuf.dev/programming-guides/encoding/).
+
+All take a buffer and the half-open range they may read, and raise Malformed. Protobuf's own varints need not be in
+their shortest form and go up to 10 bytes, unlike those of multiformats (`dag.varint`).
+"""
+
+from ipfsfuse.errors import Malformed
+
+Buffer = bytes | memoryview
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+
+def varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
+    """The value (0 to 2**64 - 1) at index `at`, and the index behind it."""
+    value = shift = 0
+    while at < end:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if value >> 64:
+                break
+            return value, at
+        shift += 7
+        if shift > 63:
+            break
+    raise Malformed("protobuf: a varint is cut short or too long")
+
+
+def tag(data: Buffer, at: int, end: int) -> tuple[int, int, int]:
+    """(field number, wire type, index behind) of the tag at `at`."""
+    value, at = varint(data, at, end)
+    if not 8 <= value < 1 << 32:
+        raise Malformed(f"protobuf: no field has the tag {value}")
+    return value >> 3, value & 7, at
+
+
+def span(data: Buffer, at: int, end: int) -> tuple[int, int]:
+    """Where the bytes lie whose length stands at `at`: start and end index."""
+    size, at = varint(data, at, end)
+    if size > end - at:
+        raise Malformed("protobuf: a field is cut short")
+    return at, at + size
+
+
+def skip(data: Buffer, at: int, end: int, wire: int) -> int:
+    """The index behind a value that nobody needs, of wire type `wire`."""
+    if wire == VARINT:
+        return varint(data, at, end)[1]
+    if wire == BYTES:
+        return span(data, at, end)[1]
+    size = {FIXED64: 8, FIXED32: 4}.get(wire)
+    if size is None or size > end - at:
+        raise Malformed(f"protobuf: wire type {wire} is not read here, or its value is cut short")
+    return at + size

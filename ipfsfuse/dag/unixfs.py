@@ -1,0 +1,137 @@
+"""The UnixFS message that dag-pb nodes carry in their data (https://specs.ipfs.tech/unixfs/).
+
+Read as protobuf demands, as Kubo does: fields in any order, of two the last counts, unknown ones are skipped, and
+`blocksizes` may be packed. `encode` writes fields in ascending order, which every importer does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ipfsfuse.dag import protobuf, varint
+from ipfsfuse.dag.protobuf import BYTES, FIXED32, VARINT
+from ipfsfuse.errors import Malformed
+
+
+class Type(IntEnum):
+    RAW = 0
+    DIRECTORY = 1
+    FILE = 2
+    METADATA = 3
+    SYMLINK = 4
+    HAMT_SHARD = 5
+
+
+MIN_SECONDS = -62_135_596_800
+"""0001-01-01T00:00:00Z, the first second that the schema allows."""
+MAX_SECONDS = 253_402_300_799
+"""9999-12-31T23:59:59Z, the last one."""
+_TYPES = {int(kind): kind for kind in Type}
+_SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class UnixFS:
+    """One message; None stands for an absent field. `mtime` is in nanoseconds since 1970, `mode` as it is stored."""
+
+    type: Type
+    data: bytes | memoryview | None = None
+    filesize: int | None = None
+    blocksizes: Sequence[int] = ()
+    hash_type: int | None = None
+    fanout: int | None = None
+    mode: int | None = None
+    mtime: int | None = None
+
+
+def decode(message: bytes | memoryview) -> UnixFS:
+    """What `message` says; its `data` is a slice of it, so that of a memoryview is not copied. Raises Malformed."""
+    kind: Type | None = None
+    data: bytes | memoryview | None = None
+    mtime: int | None = None
+    numbers: dict[int, int] = {}
+    sizes: list[int] = []
+    at, end = 0, len(message)
+    while at < end:
+        field, wire, at = protobuf.tag(message, at, end)
+        if field == 4 and wire in (VARINT, BYTES):
+            at = _blocksizes(message, at, wire, sizes)
+        elif wire == VARINT:
+            value, at = protobuf.varint(message, at, end)
+            if field == 1:
+                kind = _TYPES.get(value, kind)
+            else:
+                numbers[field] = value
+        elif wire == BYTES and field in (2, 8):
+            start, at = protobuf.span(message, at, end)
+            if field == 2:
+                data = message[start:at]
+            else:
+                mtime = _timestamp(message, start, at)
+        else:
+            at = protobuf.skip(message, at, end, wire)
+    if kind is None:
+        raise Malformed("UnixFS: no type, or one that is not known")
+    mode = numbers[7] & 0xFFFFFFFF if 7 in numbers else None
+    return UnixFS(kind, data, numbers.get(3), sizes, numbers.get(5), numbers.get(6), mode, mtime)
+
+
+def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int]) -> int:
+    """Reads one value, or a packed list of them; unpacked neighbours in one go, since a file has thousands."""
+    end = len(message)
+    if wire == BYTES:
+        at, end = protobuf.span(message, at, end)
+        while at < end:
+            value, at = protobuf.varint(message, at, end)
+            sizes.append(value)
+        return at
+    while True:
+        value, at = protobuf.varint(message, at, end)
+        sizes.append(value)
+        if at >= end or message[at] != 0x20:
+            return at
+        at += 1
+
+
+def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
+    """The nanoseconds since 1970 of an IPFSTimestamp: required int64 seconds = 1, optional fixed32 nanos = 2."""
+    seconds: int | None = None
+    nanos: int | None = None
+    while at < end:
+        field, wire, at = protobuf.tag(message, at, end)
+        start = at
+        at = protobuf.skip(message, at, end, wire)
+        if field == 1 and wire == VARINT:
+            value = protobuf.varint(message, start, end)[0]
+            seconds = value - (1 << 64) if value >> 63 else value
+        elif field == 2 and wire == FIXED32:
+            nanos = int.from_bytes(message[start:at], "little")
+    if seconds is None or not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise Malformed(f"UnixFS: mtime of {seconds} seconds")
+    if nanos is not None and not 1 <= nanos < _SECOND:
+        raise Malformed(f"UnixFS: mtime with {nanos} nanoseconds")
+    return seconds * _SECOND + (nanos or 0)
+
+
+def encode(message: UnixFS) -> bytes:
+    """The canonical bytes of `message`."""
+    parts: list[bytes | memoryview] = [b"\x08", varint.put(message.type)]
+    if message.data is not None:
+        parts += (b"\x12", varint.put(len(message.data)), message.data)
+    if message.filesize is not None:
+        parts += (b"\x18", varint.put(message.filesize))
+    for size in message.blocksizes:
+        parts += (b"\x20", varint.put(size))
+    for tag, value in ((b"\x28", message.hash_type), (b"\x30", message.fanout), (b"\x38", message.mode)):
+        if value is not None:
+            parts += (tag, varint.put(value))
+    if message.mtime is not None:
+        stamp = _stamp(message.mtime)
+        parts += (b"\x42", varint.put(len(stamp)), stamp)
+    return b"".join(parts)
+
+
+def _stamp(mtime: int) -> bytes:
+    seconds, nanos = divmod(mtime, _SECOND)
+    out = b"\x08" + varint.put(seconds & (1 << 64) - 1)
+    return out + b"\x15" + nanos.to_bytes(4, "little") if nanos else out
