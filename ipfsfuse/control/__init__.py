@@ -1,0 +1,39 @@
+"""The local socket through which a running mount is asked and told things.
+
+A Unix socket named `control` in the mount's cache folder (0600 in 0700; only the mounting user and root are answered).
+One JSON object a line, both ways, in UTF-8:
+
+    > {"command": "pin", "cid": "bafy..."}             the arguments stand beside the command
+    < {"progress": {"done": 12, "total": 90}}          none or many, as the command goes on
+    < {"ok": true, ...}                                the answer, its values beside `ok`
+    < {"ok": false, "error": "one line", "kind": "Unavailable"}
+
+Commands on one connection are answered one after the other; closing the connection ends the one that is under way.
+`{"command": "hold"}` is answered at once, and counts the connection as a holder of the mount until it is closed.
+
+`server` is the mount's half (trio), `client` the blocking half that the command line uses: importing one does not
+import the other.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import O_CLOEXEC, O_PATH, close
+from os import open as open_fd
+from pathlib import Path
+
+MAX_LINE = 1 << 20
+"""Bytes in one line, either way; longer ones end the connection."""
+
+
+def socket_path(cache_dir: Path) -> Path:
+    return cache_dir / "control"
+
+
+@contextmanager
+def short_address(path: Path) -> Iterator[str]:
+    """An address for `path` that fits the 108 bytes of a socket's address, however deep the folder lies."""
+    folder = open_fd(path.parent, O_PATH | O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        close(folder)

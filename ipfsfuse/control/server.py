@@ -1,0 +1,167 @@
+"""The mount's half of the control socket.
+
+Concurrency: one task a connection, on the mount's own event loop; the commands of one connection run one after the
+other, those of several side by side. A connection that its peer closes cancels the command it was waiting for.
+"""
+
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ipfsfuse.control import MAX_LINE, short_address
+from ipfsfuse.errors import IpfsFuseError, NotAllowed, StoreFailed, UsageError
+
+log = logging.getLogger(__name__)
+
+Arguments = Mapping[str, Any]
+"""What stands beside `command` in the request: whatever the client sent, unchecked."""
+Progress = Callable[[Mapping[str, Any]], Awaitable[None]]
+Handler = Callable[[Arguments, Progress], Awaitable[Mapping[str, Any]]]
+"""One command: its arguments and a way to tell progress in, the values of its answer out. It raises domain errors;
+UsageError for arguments that can't be used."""
+
+
+class ControlServer:
+    """Answers `commands` and counts who holds the mount."""
+
+    def __init__(self, commands: Mapping[str, Handler]) -> None:
+        self._commands = commands
+        self._allowed = {0, os.getuid()}
+        self.holders = 0
+        """Connections that said `hold` and are still open."""
+        self.let_go = trio.Event()
+        """Set when the last holder has gone: never before one came."""
+
+    async def serve(self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is replaced:
+        whoever calls this holds the folder. Raises StoreFailed where none can be made."""
+        listener, inode = _listen(path)
+        try:
+            task_status.started()
+            await trio.serve_listeners(self._connection, [trio.SocketListener(listener)])
+        finally:
+            _remove_own(path, inode)
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        try:
+            async with stream:
+                uid = _peer_uid(stream.socket)
+                if uid in self._allowed:
+                    await self._conversation(stream)
+                else:
+                    await _send(stream, _refusal(NotAllowed(f"this mount answers user {os.getuid()} and root alone, not user {uid}")))
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer has gone; nobody is left to tell
+
+    async def _conversation(self, stream: trio.SocketStream) -> None:
+        send, receive = trio.open_memory_channel[bytes](0)
+        holding = False
+        try:
+            async with trio.open_nursery() as nursery, receive:
+                nursery.start_soon(_pump, stream, send, nursery.cancel_scope)
+                async for line in receive:
+                    answer = await self._answer(line, stream)
+                    if answer is _HELD and not holding:
+                        holding = True
+                        self.holders += 1
+                    await _send(stream, {**answer, "holders": self.holders} if answer is _HELD else answer)
+        finally:
+            if holding:
+                self.holders -= 1
+                if not self.holders:
+                    self.let_go.set()
+
+    async def _answer(self, line: bytes, stream: trio.SocketStream) -> Mapping[str, Any]:
+        async def progress(values: Mapping[str, Any]) -> None:
+            await _send(stream, {"progress": values})
+
+        try:
+            command, arguments = _parse(line)
+            if command == "hold":
+                return _HELD
+            handler = self._commands.get(command)
+            if handler is None:
+                raise UsageError(f"this mount knows no command {command[:80]!r}")
+            return {"ok": True, **await handler(arguments, progress)}
+        except Exception as exc:  # whatever a command raises ends that command alone
+            return _refusal(exc)
+
+
+_HELD: Mapping[str, Any] = {"ok": True}
+
+
+def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise UsageError("a request is one JSON object a line") from exc
+    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+        raise UsageError('a request is a JSON object with a "command"')
+    return request.pop("command"), request
+
+
+def _refusal(exc: BaseException) -> Mapping[str, Any]:
+    """The answer that tells of `exc`. Broken connections are passed on, anything unforeseen is logged."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]  # a nursery's wrapping
+    if isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
+        raise exc
+    if isinstance(exc, IpfsFuseError):
+        return {"ok": False, "error": str(exc), "kind": type(exc).__name__}
+    log.error("a command of the control socket failed", exc_info=exc)
+    return {"ok": False, "error": f"the mount met something unforeseen ({type(exc).__name__}): its log says more", "kind": "DaemonFailed"}
+
+
+async def _pump(stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], connection: trio.CancelScope) -> None:
+    """Hands on the lines of `stream`; at its end, or at a line too long, ends the connection and what it waits for."""
+    buffered = bytearray()
+    with send:
+        async for data in stream:
+            buffered += data
+            *lines, rest = bytes(buffered).split(b"\n")
+            if len(rest) > MAX_LINE:
+                break
+            buffered = bytearray(rest)
+            for line in lines:
+                await send.send(line)
+    connection.cancel()
+
+
+async def _send(stream: trio.SocketStream, values: Mapping[str, Any]) -> None:
+    await stream.send_all(json.dumps(values, separators=(",", ":")).encode() + b"\n")
+
+
+def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
+    """A listening socket at `path`, and the inode of that file."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        os.fchmod(listener.fileno(), 0o600)  # the file that bind makes gets the socket's own mode: never open to others
+        with short_address(path) as address:
+            listener.bind(address)
+        listener.listen(128)
+    except OSError as exc:
+        listener.close()
+        raise StoreFailed(f"the control socket {path} can't be made: {exc.strerror}") from exc
+    return trio.socket.from_stdlib_socket(listener), path.lstat().st_ino
+
+
+def _remove_own(path: Path, inode: int) -> None:
+    """Removes the socket unless another has taken its place (a folder removed and made anew under us)."""
+    try:
+        if path.lstat().st_ino == inode:
+            path.unlink()
+    except OSError:
+        pass  # gone with its folder
+
+
+def _peer_uid(connection: trio.socket.SocketType) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
