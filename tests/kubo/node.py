@@ -140,7 +140,7 @@ class Node:
     def start(self) -> None:
         """Starts the daemon and waits until it is ready."""
         with (self.folder / "log").open("wb") as log:
-            command = [self.program, "daemon"]
+            command = [str(self.program), "daemon"]
             self.process = subprocess.Popen(
                 command, env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
