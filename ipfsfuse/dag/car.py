@@ -58,7 +58,7 @@ def header_length(data: bytes) -> int:
     except Malformed as exc:
         raise Malformed(f"not a CAR: its header's length: {exc}") from exc
     if not 0 < length <= MAX_HEADER:
-        raise Malformed(f"not a CAR: its header would have {length} bytes, over the limit of {MAX_HEADER}" if length else "not a CAR: it begins with 0")
+        raise Malformed(f"not a CAR: its header would have {length} bytes: 1 to {MAX_HEADER} are allowed")
     return at + length
 
 
@@ -96,7 +96,7 @@ def decode_v2(data: bytes) -> V2Header:
         raise Malformed("a CAR of version 2 is cut short in its header")
     high, low, offset, size, index = _V2.unpack_from(data, len(PRAGMA))
     if offset < V2_BYTES or offset >= 1 << 63:
-        raise Malformed(f"the CAR's header puts its data at {offset}, inside itself" if offset < V2_BYTES else f"the CAR's header lies: data at {offset}")
+        raise Malformed(f"the CAR's header puts its data at {offset}, where it can't be")
     if not 0 < size < 1 << 63:
         raise Malformed(f"the CAR's header gives its data {size} bytes")
     if index and not offset + size <= index < 1 << 63:

@@ -24,6 +24,8 @@ Steps = Generator[Want, bytes, T]
 
 _MAX_BUCKETS = 4096
 """Far more than there are allowed hash functions and lengths."""
+_MAX_PLACES = 16
+"""Of so many copies of one block the first are enough."""
 _WINDOW = 4096
 _COUNT = struct.Struct("<i")
 _CODE = struct.Struct("<Q")
@@ -31,13 +33,13 @@ _BUCKET = struct.Struct("<IQ")
 
 
 class Bucket(NamedTuple):
-    """Records of one digest length, sorted: `count` times `width` bytes (a digest, then 8 for the offset) at `start` of the index."""
+    """Records of one digest length, sorted: `records` times `width` bytes (a digest, then 8 for the offset) at `start` of the index."""
 
     code: int | None
     """The hash function; None in IndexSorted, which does not say."""
     width: int
     start: int
-    count: int
+    records: int
 
 
 def run(steps: Steps[T], read: Callable[[int, int], bytes]) -> T:
@@ -113,7 +115,7 @@ def find(index: Sequence[Bucket], multihash: bytes) -> Steps[list[int]]:
 
 def _search(bucket: Bucket, digest: bytes, found: list[int]) -> Steps[None]:
     width = bucket.width
-    low, high = 0, bucket.count
+    low, high = 0, bucket.records
     while (high - low) * width > _WINDOW:
         middle = (low + high) // 2
         record = yield bucket.start + middle * width, width
@@ -121,15 +123,15 @@ def _search(bucket: Bucket, digest: bytes, found: list[int]) -> Steps[None]:
             low = middle + 1
         else:
             high = middle
-    while low < bucket.count:
-        count = min(_WINDOW // width, bucket.count - low)
+    while low < bucket.records:
+        count = min(_WINDOW // width, bucket.records - low)
         window = yield bucket.start + low * width, count * width
         if len(window) < count * width:
             raise Malformed("the CAR's index is cut short")
         first = bisect_left(range(count), digest, key=lambda i: window[i * width : i * width + width - 8])
         for i in range(first, count):
             record = window[i * width : (i + 1) * width]
-            if record[:-8] != digest:
+            if record[:-8] != digest or len(found) == _MAX_PLACES:
                 return
             found.append(int.from_bytes(record[-8:], "little"))
         low += count
@@ -138,7 +140,7 @@ def _search(bucket: Bucket, digest: bytes, found: list[int]) -> Steps[None]:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def record(digest: bytes, offset: int) -> bytes:
+def encode_record(digest: bytes, offset: int) -> bytes:
     """Records of one digest length sort as bytes."""
     return digest + offset.to_bytes(8, "little")
 

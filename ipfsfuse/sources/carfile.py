@@ -1,0 +1,192 @@
+"""One CAR file on disk: its roots, and its blocks by multihash.
+
+Blocking, for any number of threads at once: every read is a pread. Nothing here is verified but that a section is the
+one that was looked for; the blocks' bytes are checked by who asks. Everything fails as SourceFailed, a block that the
+file does not have as NotHere.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from ipfsfuse.dag import car, carindex
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed
+
+Read = Callable[[int, int, int], bytes]
+"""(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
+
+MAX_INLINE = 128 << 10
+"""Larger blocks take long enough to copy (20 us) that a worker thread should do it."""
+
+
+class Identity(NamedTuple):
+    """What changes when the file does."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class Place(NamedTuple):
+    """A block in the file: `size` bytes at `offset`."""
+
+    offset: int
+    size: int
+
+
+def read_disk(fd: int, offset: int, length: int) -> bytes:
+    """A `Read` that waits for the disk."""
+    return os.pread(fd, length, offset)
+
+
+def read_cached(fd: int, offset: int, length: int) -> bytes:
+    """A `Read` from the page cache alone. Raises BlockingIOError where that does not have it all, or can't tell."""
+    buffer = bytearray(length)
+    try:
+        got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as exc:
+        raise BlockingIOError from exc
+    if got < length:
+        raise BlockingIOError
+    return bytes(buffer)
+
+
+@contextmanager
+def disk_errors(name: str) -> Iterator[None]:
+    """The operating system's errors and the format's as SourceFailed that names the file."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as exc:
+        raise SourceFailed(f"{name}: {exc.strerror}", kind="missing" if isinstance(exc, FileNotFoundError) else "disk") from exc
+    except (Malformed, NotACid) as exc:
+        raise SourceFailed(f"{name}: {exc}", kind="malformed") from exc
+
+
+class CarFile:
+    """An open file. It can be asked for blocks once it has an index: its own, or one that was built (`carbuild`)."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens it and reads its header. Raises SourceFailed: no such file, empty, not a CAR, a header that lies."""
+        self.path = path
+        self.name = path.name
+        with disk_errors(str(path)):
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._read_headers()
+            except BaseException:
+                os.close(self.fd)
+                raise
+        self._buckets: tuple[carindex.Bucket, ...] = ()
+        self._index_fd = self.fd
+
+    def _read_headers(self) -> None:
+        status = os.fstat(self.fd)
+        self.identity = Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if not status.st_size:
+            raise Malformed("not a CAR: the file is empty")
+        self.data_offset, self.data_end, self._index_offset = 0, status.st_size, 0
+        frame = read_disk(self.fd, 0, car.V2_BYTES)
+        if car.is_v2(frame):
+            header = car.decode_v2(frame)
+            self.data_offset, self.data_end = header.data_offset, header.data_offset + header.data_size
+            self._index_offset = header.index_offset
+            if self.data_offset >= status.st_size:
+                raise Malformed("the CAR is cut short, or its header lies: its data would begin behind the file's end")
+        length = car.header_length(read_disk(self.fd, self.data_offset, 9))
+        self.roots = car.decode_header(read_disk(self.fd, self.data_offset, length))
+        self.sections_offset = self.data_offset + length
+        if self.sections_offset > self.data_end:
+            raise Malformed("the CAR's header crosses the end of its data")
+
+    # -- the index -----------------------------------------------------------------------------------------------
+
+    def use_own_index(self) -> bool:
+        """Takes the index that the file brings. False where it has none that can be read whole."""
+        if not 0 < self._index_offset < self.identity.size:
+            return False
+        try:
+            self._buckets = carindex.run(carindex.buckets(), lambda at, length: read_disk(self.fd, self._index_offset + at, length))
+        except Malformed:
+            return False
+        last = max((bucket.start + bucket.width * bucket.records for bucket in self._buckets), default=0)
+        return self._index_offset + last <= self.identity.size
+
+    def use_index(self, fd: int, offset: int) -> None:
+        """Takes the index at `offset` of another file, which is closed with this one. Raises SourceFailed."""
+        self._index_fd, self._index_offset = fd, offset
+        with disk_errors(f"the index of {self.path}"):
+            self._buckets = carindex.run(carindex.buckets(), lambda at, length: read_disk(fd, offset + at, length))
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def find(self, multihash: bytes, read: Read = read_disk) -> Place | None:
+        """Where the block of `multihash` lies, by the index and by what stands there. Raises SourceFailed."""
+        with disk_errors(str(self.path)):
+            steps = carindex.find(self._buckets, multihash)
+            offsets = carindex.run(steps, lambda at, length: read(self._index_fd, self._index_offset + at, length))
+            for offset in offsets:
+                place = self._section_of(multihash, self.data_offset + offset, read)
+                if place is not None:
+                    return place
+        if offsets:
+            raise SourceFailed(self._lie(), kind="malformed")
+        return None
+
+    def _section_of(self, multihash: bytes, offset: int, read: Read) -> Place | None:
+        """The block of the section at `offset`; None if it is another one's, or not whole."""
+        if not self.sections_offset <= offset < min(self.data_end, self.identity.size):
+            return None
+        head = read(self.fd, offset, min(car.HEAD_BYTES, self.data_end - offset))
+        try:
+            found = car.section(head, 0, offset)
+        except Malformed:
+            return None
+        if found.end > min(self.data_end, self.identity.size) or cids.multihash(found.cid) != multihash:
+            return None
+        return Place(found.block, found.end - found.block)
+
+    def _lie(self) -> str:
+        if self.changed():
+            return f"{self.path} has changed since it was opened: mount again"
+        return f"{self.path}: its index names a place for a block where that block is not, or not whole"
+
+    def changed(self) -> bool:
+        """Whether the open file is not as it was when its index was read."""
+        status = os.fstat(self.fd)
+        return (status.st_size, status.st_mtime_ns) != (self.identity.size, self.identity.mtime_ns)
+
+    def block(self, cid: Cid) -> bytes:
+        """The unverified block. Raises NotHere, SourceFailed."""
+        place = self.find(cids.multihash(cid))
+        if place is None:
+            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
+        return self.read(place)
+
+    def block_cached(self, cid: Cid) -> bytes:
+        """The same from the page cache alone, for the event loop. Raises BlockingIOError too, for large blocks as well."""
+        place = self.find(cids.multihash(cid), read_cached)
+        if place is None:
+            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
+        if place.size > MAX_INLINE:
+            raise BlockingIOError
+        return read_cached(self.fd, place.offset, place.size)
+
+    def read(self, place: Place) -> bytes:
+        """What lies at `place`. Raises SourceFailed."""
+        with disk_errors(str(self.path)):
+            block = read_disk(self.fd, place.offset, place.size)
+        if len(block) != place.size:
+            raise SourceFailed(f"{self.path} is cut short at {place.offset + len(block)}", kind="short")
+        return block
+
+    def close(self) -> None:
+        if self._index_fd != self.fd:
+            os.close(self._index_fd)
+        os.close(self.fd)
