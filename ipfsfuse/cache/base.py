@@ -69,6 +69,10 @@ class Cache(Protocol):
         """Everything that is staged, last used first."""
         ...
 
-    def staged_bytes(self, cid: Cid) -> int:
-        """Bytes on disk for this file or block, 0 where none."""
+    def kept_of(self, cid: Cid) -> Kept | None:
+        """What is staged of one CID, in any spelling; None where nothing is."""
+        ...
+
+    def used(self) -> int:
+        """Bytes on disk now, in file-system blocks, as counted against the budget."""
         ...

@@ -1,0 +1,67 @@
+"""Callers that were interrupted while a handler waits for them.
+
+libfuse's interrupt flag is not exposed by pyfuse3, but a signal that waits for a process stands in /proc/<pid>/status.
+One task looks at the callers that wait, five times a second, and cancels the handlers of those that have one pending.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import trio
+
+from ipfsfuse.errors import Interrupted
+
+INTERVAL = 0.2
+"""Seconds between looks: a caller is free well within one second."""
+
+
+class Interrupts:
+    """The handlers that wait, by caller. `run` must be running."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[trio.CancelScope, int] = {}
+        self._some = trio.Event()
+
+    @contextlib.contextmanager
+    def watch(self, pid: int) -> Iterator[None]:
+        """Raises Interrupted within the block's wait if `pid` (a thread's id; 0 if unknown) has a signal pending."""
+        if pid <= 0:
+            yield
+            return
+        with trio.CancelScope() as scope:
+            self._waiting[scope] = pid
+            self._some.set()
+            try:
+                yield
+                return
+            finally:
+                del self._waiting[scope]
+        if scope.cancelled_caught:
+            raise Interrupted("the caller was interrupted")
+
+    async def run(self) -> None:
+        """Looks after the callers that wait, until cancelled; sleeps without a timer while nobody does."""
+        while True:
+            await self._some.wait()
+            await trio.sleep(INTERVAL)
+            pending: dict[int, bool] = {}
+            for scope, pid in list(self._waiting.items()):
+                if pid not in pending:
+                    pending[pid] = signal_pending(pid)
+                if pending[pid]:
+                    scope.cancel()
+            if not self._waiting:
+                self._some = trio.Event()
+
+
+def signal_pending(pid: int) -> bool:
+    """True if the thread `pid` has a signal pending that it does not block. False if it can't be told."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            masks = {key: int(value, 16) for key, _, value in (line.partition(":") for line in status) if key in _MASKS}
+    except (OSError, ValueError):
+        return False
+    return bool((masks.get("SigPnd", 0) | masks.get("ShdPnd", 0)) & ~masks.get("SigBlk", 0))
+
+
+_MASKS = {"SigPnd", "ShdPnd", "SigBlk"}

@@ -1,0 +1,174 @@
+"""pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in `errnos`.
+
+Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is touched
+only between two awaits.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pyfuse3
+from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, ReaddirToken, RequestContext, XAttrNameT
+
+from ipfsfuse import errors
+from ipfsfuse.cache.base import Content
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fuse import replies, xattrs
+from ipfsfuse.fuse.errnos import fuse_error
+from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
+from ipfsfuse.fuse.interrupts import Interrupts
+from ipfsfuse.fuse.listing import Listing, RootListing
+from ipfsfuse.fuse.pages import Pages
+from ipfsfuse.fuse.readonly import ReadOnlyOperations
+from ipfsfuse.vfs import attributes
+from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.openfile import OpenFile
+from ipfsfuse.vfs.roots import Roots
+from ipfsfuse.vfs.tree import Tree
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
+NAME_MAX = 255
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one."""
+    try:
+        yield
+    except Exception as exc:
+        raise fuse_error(exc) from exc
+
+
+class Operations(ReadOnlyOperations):
+    enable_writeback_cache = False
+    supports_dot_lookup = False
+
+    def __init__(self, tree: Tree, roots: Roots, interrupts: Interrupts, pages: Pages | None, budget: int) -> None:
+        super().__init__()
+        self._tree, self._roots, self._interrupts, self._pages = tree, roots, interrupts, pages
+        self._budget = budget
+        self._inodes = Inodes(attributes.ROOT)
+        self._replies = replies.Replies()
+        self._files: dict[int, OpenFile] = {}
+        self._listings: dict[int, Listing | RootListing] = {}
+        self._handles = 0
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        with translated():
+            if len(name) > NAME_MAX:
+                raise errors.NameTooLong(f"a name of {len(name)} bytes")
+            try:
+                cid = self._roots.parse(name) if parent_inode == ROOT else await self._child(parent_inode, name, ctx)
+            except errors.NotFound:
+                return self._replies.absent()
+            found = self._tree.known(cid)
+            if found is None:
+                with self._interrupts.watch(ctx.pid):
+                    found = await self._tree.attributes(cid)
+            if parent_inode == ROOT:
+                self._roots.note(cid, name)
+            inode = self._inode(parent_inode, name, cid, found)
+            inode.lookups += 1
+            return self._replies.entry(inode)
+
+    async def _child(self, parent: int, name: bytes, ctx: RequestContext) -> Cid:
+        with self._interrupts.watch(ctx.pid):
+            return (await self._tree.child(self._inodes.get(parent).cid, name)).cid
+
+    def _inode(self, parent: int, name: bytes, cid: Cid, found: Attributes) -> Inode:
+        if found.is_directory:
+            return self._inodes.directory(parent, name, cid, found)
+        return self._inodes.file(cid, found)
+
+    async def forget(self, inode_list: list[tuple[InodeT, int]]) -> None:  # type: ignore[override]
+        for number, count in inode_list:
+            self._inodes.forget(number, count)
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        with translated():
+            held = self._inodes.get(inode)
+            if not held.attributes.exact:
+                held.attributes = self._tree.known(held.cid) or held.attributes
+            return self._replies.entry(held)
+
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        with translated(), self._interrupts.watch(ctx.pid):
+            return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
+
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
+        held = self._inodes.get(inode).attributes
+        return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        with translated():
+            if flags & _WRITING:
+                raise errors.ReadOnly("open for writing")
+            held = self._inodes.get(inode)
+            with self._interrupts.watch(ctx.pid):
+                file = await self._tree.file(held.cid)
+            held.attributes = attributes.of_node(file)
+            store = partial(self._pages.store, inode) if self._pages is not None else None
+            handle = self._next_handle()
+            self._files[handle] = OpenFile(self._tree, file, store)
+            return FileInfo(fh=FileHandleT(handle), keep_cache=True)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]
+        with translated():
+            return await self._files[fh].read(off, size)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
+
+    async def release(self, fh: FileHandleT) -> None:
+        with translated():
+            self._files.pop(fh).close()
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        return None
+
+    # -- directories ---------------------------------------------------------------------------------------------
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        with translated():
+            handle = self._next_handle()
+            if inode == ROOT:
+                self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
+            else:
+                held = self._inodes.get(inode)
+                self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)
+            return FileHandleT(handle)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        with translated():
+            await self._listings[fh].reply(start_id, token)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self._listings.pop(fh, None)
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        return None
+
+    def _next_handle(self) -> int:
+        self._handles += 1
+        return self._handles
+
+    # -- the rest ------------------------------------------------------------------------------------------------
+
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        with translated():
+            return replies.statfs(self._budget, self._tree.cache.used())
+
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        with translated():
+            return xattrs.value(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
+
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:
+        return [XAttrNameT(name) for name in xattrs.names()] if inode != ROOT else []

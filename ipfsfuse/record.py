@@ -1,0 +1,39 @@
+"""The record of a mount: which blocks were used, in the order of first use, as JSON lines.
+
+Concurrency: called on the event loop; a line is written at once, so that a reader of the file is never behind a
+reader of the mount.
+"""
+
+import json
+from pathlib import Path
+from typing import TextIO
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import StoreFailed
+
+
+class Record:
+    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._seen: set[tuple[Cid, bool]] = set()
+
+    @classmethod
+    def create(cls, path: Path) -> "Record":
+        """Raises StoreFailed where `path` can't be written."""
+        try:
+            return cls(path.open("w", encoding="utf-8"))
+        except OSError as exc:
+            raise StoreFailed(f"the record {path} can't be written: {exc.strerror}") from exc
+
+    def __call__(self, cid: Cid, ahead: bool) -> None:
+        if (cid, ahead) in self._seen or ahead and (cid, False) in self._seen:
+            return
+        self._seen.add((cid, ahead))
+        self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
+        self._out.flush()
+
+    def close(self) -> None:
+        self._out.close()

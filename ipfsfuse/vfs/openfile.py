@@ -1,0 +1,104 @@
+"""An open file: which leaves lie under a read, and what to fetch ahead of it.
+
+Concurrency: reads of one open file may overlap. What is fetched ahead ends when the file is closed.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+import trio
+
+from ipfsfuse.cache.base import Content, FileRef
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import walk
+from ipfsfuse.dag.nodes import File, Leaf
+from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.vfs.readahead import ReadAhead, Window
+from ipfsfuse.vfs.tree import Tree
+
+Pages = Callable[[int, Content], None]
+"""Takes verified content at a file offset that nobody asked for yet: for the page cache. Must not block."""
+
+
+class OpenFile:
+    def __init__(self, tree: Tree, file: File, pages: Pages | None) -> None:
+        self._tree = tree
+        self._file = file
+        self._pages = pages
+        self._ref = FileRef(cids.canonical(file.cid), file.size)
+        self._ahead = ReadAhead(file.size)
+        self._leaves: Sequence[Leaf] = ()
+        self._scopes: set[trio.CancelScope] = set()
+        tree.cache.opened(self._ref)
+
+    def close(self) -> None:
+        """Ends what is still being fetched ahead."""
+        for scope in self._scopes:
+            scope.cancel()
+        self._tree.cache.closed(self._ref)
+
+    async def read(self, offset: int, size: int) -> Content:
+        """`size` content bytes from `offset`, fewer only at the file's end."""
+        size = min(size, self._file.size - offset)
+        if size <= 0:
+            return b""
+        window = self._ahead.note(offset, size)
+        if window is not None:
+            self._tree.nursery.start_soon(self._bring, window)
+        leaves = await self._under(offset, size)
+        if len(leaves) == 1:
+            return self._cut(leaves[0], await self._leaf(leaves[0]), offset, size)
+        return b"".join([self._cut(leaf, await self._leaf(leaf), offset, size) for leaf in leaves])
+
+    async def _leaf(self, leaf: Leaf) -> Content:
+        if self._tree.use is not None:
+            self._tree.use(leaf.cid, ahead=False)
+        return await self._tree.cache.leaf(self._ref, leaf)
+
+    def _cut(self, leaf: Leaf, content: Content, offset: int, size: int) -> memoryview:
+        """The part of a leaf that was asked for; the rest goes to the page cache, so that its hash pays once."""
+        whole = memoryview(content)
+        first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
+        if self._pages is not None:
+            if last < leaf.size:
+                self._pages(leaf.offset + last, whole[last:])
+            if first > 0:
+                self._pages(leaf.offset, whole[:first])
+        return whole[first:last]
+
+    async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
+        """The leaves under a range: from those found last, or walked for, with the window behind them."""
+        found = _overlapping(self._leaves, offset, size)
+        if found is not None:
+            return found
+        leaves = await self._tree.drive(walk.leaves(self._file, offset, size))
+        self._leaves = leaves
+        return leaves
+
+    async def _bring(self, window: Window) -> None:
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                leaves = await self._tree.drive(walk.leaves(self._file, window.start, window.size))
+                self._leaves = leaves
+                if self._tree.use is not None:
+                    for leaf in leaves:
+                        self._tree.use(leaf.cid, ahead=True)
+                await self._tree.cache.ahead(self._ref, leaves, self._arrived if self._pages else None)
+            except IpfsFuseError:
+                pass  # whoever reads there will hear
+            finally:
+                self._scopes.discard(scope)
+
+    def _arrived(self, leaf: Leaf, content: Content) -> None:
+        if self._pages is not None:
+            self._pages(leaf.offset, content)
+
+
+def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf] | None:
+    """The run of `leaves` that covers the range; None unless they cover all of it."""
+    if not leaves or offset < leaves[0].offset or offset + size > leaves[-1].offset + leaves[-1].size:
+        return None
+    first = bisect_right(leaves, offset, key=lambda leaf: leaf.offset) - 1
+    last = bisect_right(leaves, offset + size - 1, key=lambda leaf: leaf.offset)
+    return leaves[first:last]

@@ -1,0 +1,167 @@
+"""Nodes by CID, walked lazily: the blocks a walk wants are asked of the cache and sent back to it.
+
+Concurrency: every method may be called by many tasks at once; work that outlives its call (fetching ahead) runs in the
+nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size of their blocks; file bytes never are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import trio
+
+from ipfsfuse.cache.base import Cache
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes, walk
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
+from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
+from ipfsfuse.vfs import attributes
+from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.lru import Lru
+
+T = TypeVar("T")
+
+NODES_WEIGHT = 8 << 20
+"""Bytes of blocks whose parsed form is kept: a parsed link takes about five times its bytes."""
+KNOWN = 50_000
+"""CIDs whose attributes are remembered after their node is not, for listings."""
+
+
+class Use(Protocol):
+    """Told of every block that a request used, or that was fetched ahead of one."""
+
+    def __call__(self, cid: Cid, ahead: bool) -> None: ...
+
+
+class Entry(NamedTuple):
+    """One name in a listing."""
+
+    name: bytes
+    cid: Cid
+    place: int
+    """Where a reader who has seen this entry goes on: positive, growing, the same after a restart."""
+    attributes: Attributes | None
+    """None where neither the link nor memory tells them."""
+
+
+class Page(NamedTuple):
+    entries: Sequence[Entry]
+    end: bool
+    """True if nothing follows."""
+
+
+class Tree:
+    def __init__(self, cache: Cache, nursery: trio.Nursery, use: Use | None = None) -> None:
+        self.cache = cache
+        self.nursery = nursery
+        self.use = use
+        self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
+        self._known: Lru[Cid, Attributes] = Lru(KNOWN)
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    async def node(self, cid: Cid) -> Node:
+        """What `cid` names. Raises what the cache and the parser raise."""
+        if self.use is not None:
+            self.use(cid, ahead=False)
+        found = self._nodes.get(cid)
+        if found is not None:
+            return found
+        inline = cids.inline(cid)
+        _refuse_unshown(cid)
+        block = await self.cache.block(cid) if inline is None else inline
+        node = nodes.parse(cid, block)
+        self._nodes.put(cid, node, len(block) + 64)
+        self._known.put(cid, attributes.of_node(node))
+        return node
+
+    async def attributes(self, cid: Cid) -> Attributes:
+        """The attributes of what `cid` names, from memory where they are there."""
+        found = self.known(cid)
+        return found if found is not None else attributes.of_node(await self.node(cid))
+
+    def known(self, cid: Cid) -> Attributes | None:
+        """The attributes of `cid` if no block is needed for them."""
+        return self._known.get(cid)
+
+    async def drive(self, steps: "walk.Walk[T]") -> T:
+        """Runs a walk to its value, side by side where it wants several blocks at once."""
+        try:
+            wanted = next(steps)
+            while True:
+                wanted = steps.send(await self._all(wanted))
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        finally:
+            steps.close()
+
+    async def _all(self, wanted: Sequence[Cid]) -> list[Node]:
+        if len(wanted) == 1:
+            return [await self.node(wanted[0])]
+        found: dict[Cid, Node] = {}
+        failed: list[Exception] = []
+
+        async def one(cid: Cid, scope: trio.CancelScope) -> None:
+            try:
+                found[cid] = await self.node(cid)
+            except Exception as exc:
+                failed.append(exc)
+                scope.cancel()
+
+        async with trio.open_nursery() as side_by_side:
+            for cid in dict.fromkeys(wanted):
+                side_by_side.start_soon(one, cid, side_by_side.cancel_scope)
+        if failed:
+            raise failed[0]
+        return [found[cid] for cid in wanted]
+
+    # -- directories -------------------------------------------------------------------------------------------
+
+    async def directory(self, cid: Cid) -> Directory | Shard:
+        """Raises NotADirectory."""
+        node = await self.node(cid)
+        if not isinstance(node, Directory | Shard):
+            raise NotADirectory(f"{cids.text(cid)} is not a directory")
+        return node
+
+    async def child(self, parent: Cid, name: bytes) -> Link:
+        """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no such name."""
+        link = await self.drive(walk.child(await self.directory(parent), name))
+        if link is None:
+            raise NotFound(f"{name!r} is not in {cids.text(parent)}")
+        return link
+
+    async def entries(self, parent: Cid, after: int) -> Page:
+        """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
+        page = await self.drive(walk.entries(await self.directory(parent), after))
+        return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
+
+    def _told(self, cid: Cid, tsize: int) -> Attributes | None:
+        known = self.known(cid)
+        if known is not None:
+            return known
+        return attributes.claimed(tsize) if cids.codec(cid) == cids.RAW else None
+
+    # -- files and links ---------------------------------------------------------------------------------------
+
+    async def file(self, cid: Cid) -> File:
+        """Raises IsADirectory, or NotFound for a symlink (the kernel never opens one)."""
+        node = await self.node(cid)
+        if isinstance(node, Directory | Shard):
+            raise IsADirectory(f"{cids.text(cid)} is a directory")
+        if isinstance(node, Symlink):
+            raise NotFound(f"{cids.text(cid)} is a symlink")
+        return node
+
+    async def readlink(self, cid: Cid) -> bytes:
+        """The target as stored. Raises NotALink."""
+        node = await self.node(cid)
+        if not isinstance(node, Symlink):
+            raise NotALink(f"{cids.text(cid)} is not a symlink")
+        return node.target
+
+
+def _refuse_unshown(cid: Cid) -> None:
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
+        raise Unsupported(f"{cids.text(cid)} is {cids.codec_name(cid)}: only UnixFS (dag-pb) and raw blocks are shown")

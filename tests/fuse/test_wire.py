@@ -1,0 +1,52 @@
+"""The INIT exchange's bytes."""
+
+import struct
+
+import pytest
+
+from ipfsfuse.errors import MountFailed
+from ipfsfuse.fuse import wire
+
+OFFERED = wire.PARALLEL_DIROPS | wire.CACHE_SYMLINKS | 1
+
+
+def request(opcode: int = wire.FUSE_INIT) -> bytes:
+    return struct.pack("<IIQQIIIHH", 104, opcode, 2, 0, 0, 0, 0, 0, 0) + struct.pack("<IIII", 7, 45, 131072, OFFERED) + bytes(48)
+
+
+def reply(error: int = 0) -> bytes:
+    return struct.pack("<IiQ", 80, error, 2) + struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 0x40, 0, 0, 1 << 20, 1, 256, 0, 0, 0) + bytes(24)
+
+
+def test_the_kernels_offer_is_read() -> None:
+    assert wire.read_init(request()) == (7, 45, OFFERED)
+
+
+def test_a_reply_gains_what_was_offered_and_room_for_thousands_of_requests() -> None:
+    out = wire.extend_reply(reply(), OFFERED, readahead=True)
+    major, minor, readahead, flags, background, congestion, max_write = struct.unpack_from("<IIIIHHI", out, 16)
+    assert (major, minor, readahead, max_write) == (7, 31, 131072, 1 << 20)
+    assert flags == 0x40 | wire.PARALLEL_DIROPS | wire.CACHE_SYMLINKS
+    assert (background, congestion) == (wire.MAX_BACKGROUND, wire.CONGESTION)
+    assert len(out) == len(reply())
+
+
+def test_nothing_is_claimed_that_the_kernel_did_not_offer() -> None:
+    out = wire.extend_reply(reply(), wire.CACHE_SYMLINKS, readahead=True)
+    assert struct.unpack_from("<I", out, 28)[0] == 0x40 | wire.CACHE_SYMLINKS
+
+
+def test_a_recording_mount_has_no_kernel_read_ahead() -> None:
+    assert struct.unpack_from("<I", wire.extend_reply(reply(), OFFERED, readahead=False), 24)[0] == 0
+
+
+@pytest.mark.parametrize("broken", [b"", request(3), request()[:50]])
+def test_what_is_no_init_is_refused(broken: bytes) -> None:
+    with pytest.raises(MountFailed):
+        wire.read_init(broken)
+
+
+@pytest.mark.parametrize("broken", [b"", reply()[:30], reply(-71)])
+def test_a_refusal_of_libfuse_is_told(broken: bytes) -> None:
+    with pytest.raises(MountFailed):
+        wire.extend_reply(broken, OFFERED, readahead=True)
