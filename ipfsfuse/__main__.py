@@ -1,0 +1,7 @@
+"""`python -m ipfsfuse`."""
+
+import sys
+
+from ipfsfuse.cli.main import main
+
+sys.exit(main())

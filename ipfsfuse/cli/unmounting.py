@@ -1,0 +1,57 @@
+"""`ipfsfuse unmount`: ends a mount, waits until its daemon has gone, and names who stands in the way."""
+
+import argparse
+import os
+import select
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ipfsfuse.cache import hold
+from ipfsfuse.cli import folders, mounttable
+from ipfsfuse.errors import MountFailed
+
+END_SECONDS = 10.0
+"""How long an unmounted daemon may take to put its house in order."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    point = folders.mountpoint(arguments.mountpoint)
+    mounttable.our_mount_at(point)
+    with _daemon_of(point, folders.cache_dir(arguments.cache_dir)) as daemon:
+        take_away(point, arguments.lazy)
+        if daemon is not None and not arguments.lazy:
+            select.select([daemon], [], [], END_SECONDS)
+    return 0
+
+
+def take_away(point: Path, lazy: bool) -> None:
+    """Unmounts. Raises MountFailed that names who holds it."""
+    fusermount = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin")
+    command = [fusermount, "-u", *(["-z"] if lazy else [])] if fusermount else ["umount", *(["--lazy"] if lazy else [])]
+    done = subprocess.run([*command, "--", str(point)], capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"})
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip().rpartition(": ")[2] or f"{command[0]} gave no reason"
+    if "busy" not in said:
+        raise MountFailed(f"{point} can't be unmounted: {said}")
+    users = [f"{user.pid} ({user.command}) uses {user.uses}" for user in mounttable.holders(point)]
+    who = "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "") or "a process that this user can't see"
+    raise MountFailed(f"{point} is busy: {who}. End that first, or take it away with --lazy")
+
+
+@contextmanager
+def _daemon_of(point: Path, cache_dir: Path) -> Iterator[int | None]:
+    """A pidfd of the daemon that serves `point`, where the cache folder tells which that is."""
+    said = hold.announced(cache_dir)
+    try:
+        daemon = os.pidfd_open(said[0]) if said is not None and Path(said[1]) == point else None
+    except OSError:
+        daemon = None  # it has ended already
+    try:
+        yield daemon
+    finally:
+        if daemon is not None:
+            os.close(daemon)

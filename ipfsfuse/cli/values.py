@@ -1,0 +1,49 @@
+"""Sizes and durations, as people write them. Raises UsageError with what would have been right."""
+
+import re
+
+from ipfsfuse.errors import UsageError
+
+_UNITS = {"": 1, "b": 1} | {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)}
+_UNITS |= {f"{prefix}{ending}": 1024**power for power, prefix in enumerate("kmgtp", 1) for ending in ("ib", "i", "")}
+_SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
+
+MAX_BYTES = 1 << 62
+
+
+def size(text: str) -> int:
+    """Bytes: `10GiB`, `500MB`, `64K` (binary, as in dd), `1073741824`."""
+    value = _scaled(text, _UNITS)
+    if value is None:
+        raise UsageError(f"{text!r} is no size: write it as 10GiB, 500MB or a number of bytes")
+    if not 0 < value <= MAX_BYTES:
+        raise UsageError(f"{text!r} is no size that can be used: it must lie above 0 and below 4 EiB")
+    return int(value)
+
+
+def duration(text: str) -> float:
+    """Seconds: `30s`, `5m`, `250ms`, `2h`, `30`."""
+    value = _scaled(text, _SECONDS)
+    if value is None:
+        raise UsageError(f"{text!r} is no duration: write it as 30s, 5m or a number of seconds")
+    if not 0 < value <= 86400 * 365:
+        raise UsageError(f"{text!r} is no duration that can be used: it must lie above 0 and below a year")
+    return value
+
+
+def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None:
+    match = _NUMBER.fullmatch(text.strip())
+    factor = units.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        return None
+    return int(match[1]) * factor if match[1].isdigit() else float(match[1]) * factor
+
+
+def human(count: float) -> str:
+    """`count` bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("the last unit always serves")
