@@ -1,0 +1,117 @@
+"""The guest's own process: from the fork to its end. Tells its parent how it goes, as JSON lines in a pipe.
+
+It ends with its parent, whatever happens to that one. SIGINT and SIGTERM have their default effect here, so that the
+kernel ends the guest in whatever it is doing; wasmtime needs no part in it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from typing import NamedTuple, NoReturn
+
+from ipfsfuse.errors import GuestRefused, IpfsFuseError
+from runner import guest, sandbox
+from runner.codecache import CodeCache
+from runner.sandbox import IPFS, Sandbox
+
+PR_SET_PDEATHSIG = 1
+MAX_GUEST_BYTES = 1 << 30
+_STACK_SPARE = 4 << 20
+
+
+class Plan(NamedTuple):
+    """What to run, and how."""
+
+    guest: str
+    """As it was named: a file, /ipfs/..., or `-`."""
+    mountpoint: str
+    box: Sandbox
+    deterministic: bool = False
+    keep: str | None = None
+    """Where to leave a copy of the guest's bytes."""
+
+
+class Reports:
+    """The child's end of the pipe to its parent."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def tell(self, message: Mapping[str, object]) -> None:
+        os.write(self._file, json.dumps(message).encode() + b"\n")
+
+
+def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
+    """Never returns: ends the process, by the guest's exit code, 134 where it trapped, 1 where it can't run."""
+    code = 1
+    try:
+        _die_with(parent)
+        code = _in_thread(plan, reports)
+    except IpfsFuseError as exc:
+        reports.tell({"refused": str(exc)})
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # wasmtime's own threads may still wait in a read: nothing is left to tidy up
+
+
+def _die_with(parent: int) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def _in_thread(plan: Plan, reports: Reports) -> int:
+    """Runs the guest in a thread whose stack is as deep as it may need; whatever it raises is raised here."""
+    result: list[int | BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(_run(plan, reports))
+        except BaseException as exc:
+            result.append(exc)
+
+    threading.stack_size(max(8 << 20, (plan.box.limits.max_wasm_stack or 0) + _STACK_SPARE))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def _run(plan: Plan, reports: Reports) -> int:
+    name, code = _read(plan)
+    kind, code = guest.binary(code, name)
+    limits = plan.box.limits
+    settings = guest.Settings(limits.fuel is not None, limits.max_wasm_stack, plan.deterministic)
+    ready = CodeCache.of_user().load(kind, code, name, settings)
+    if plan.keep is not None:
+        with open(plan.keep, "wb") as out:
+            out.write(code)
+    wasi = sandbox.wasi_config(plan.box)
+    sandbox.limit_process(limits)
+    begun = {"started": True, "kind": kind}
+    end = guest.run(ready, wasi, limits, plan.deterministic, lambda: reports.tell(begun))
+    if end.trap is not None:
+        print(f"ipfsfuse-run: {name} trapped: {end.trap.strip()}", file=sys.stderr)
+    reports.tell({"ended": end.code, "trapped": end.trap is not None})
+    return end.code
+
+
+def _read(plan: Plan) -> tuple[str, bytes]:
+    if plan.guest == "-":
+        return "standard input", sys.stdin.buffer.read(MAX_GUEST_BYTES + 1)
+    path = plan.guest
+    if path.startswith(IPFS + "/"):
+        path = sandbox.inside(plan.mountpoint, path[len(IPFS) + 1 :], path)
+    try:
+        with open(path, "rb") as file:
+            return plan.guest, file.read()
+    except OSError as exc:
+        raise GuestRefused(f"{plan.guest} can't be read: {exc.strerror}") from exc

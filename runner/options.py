@@ -1,0 +1,172 @@
+"""The command line of a run, parsed once into frozen values. Options stand before GUEST, all behind it is the guest's.
+
+Pure but for `--env NAME`, which reads that variable.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from ipfsfuse.errors import UsageError
+from runner import limits as limiting
+from runner.limits import NO_LIMITS, Limits
+
+
+class Dir(NamedTuple):
+    """A folder of the host that the guest may use."""
+
+    host: str
+    guest: str
+    writable: bool
+
+
+class Options(NamedTuple):
+    guest: str = ""
+    """A file, /ipfs/CID/path, or `-` for standard input."""
+    args: tuple[str, ...] = ()
+    argv0: str | None = None
+    env: tuple[tuple[str, str], ...] = ()
+    dirs: tuple[Dir, ...] = ()
+    cwd: str | None = None
+    limits: Limits = NO_LIMITS
+    mount: str | None = None
+    """A mount to use as it is."""
+    mount_options: tuple[str, ...] = ()
+    """Passed on to `ipfsfuse mount` as they came."""
+    allow: tuple[str, ...] = ()
+    """CIDs, or files that list some."""
+    cache_dir: str | None = None
+    isolated: bool = False
+    record: str | None = None
+    replay: str | None = None
+    deterministic: bool = False
+
+    @property
+    def own_mount(self) -> bool:
+        """Whether no mount that lives already can serve this run."""
+        own = {"--from", "--budget"}
+        return self.isolated or bool(self.allow) or self.record is not None or any(each.partition("=")[0] in own for each in self.mount_options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            message = f"{message.removeprefix('unrecognized arguments: ')} is no option of ipfsfuse-run; the guest's own options go behind GUEST"
+        raise UsageError(message)
+
+
+def _parser() -> _Parser:
+    usage = "ipfsfuse-run [OPTION]... GUEST [ARG]...\n       ipfsfuse-run --replay RUN.car\n       ipfsfuse-run inspect RUN.car [--json]"
+    parser = _Parser(
+        prog="ipfsfuse-run",
+        usage=usage,
+        allow_abbrev=False,
+        description="Run a WASI command (core module or component, binary or text) with IPFS at /ipfs. "
+        "GUEST is a file, /ipfs/CID/path, or - for standard input.",
+        epilog="Exit codes: the guest's own; 1 it could not be run; 2 usage; 124 ran out of time; 134 trapped; 137 killed.",
+    )
+    _guest_options(parser.add_argument_group("the guest"))
+    _mount_options(parser.add_argument_group("the mount (--mount, or what `ipfsfuse mount` takes)"))
+    _receipt_options(parser.add_argument_group("receipts"))
+    return parser
+
+
+def _guest_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--env", action="append", default=[], metavar="K[=V]", help="set a variable, or pass on the runner's own")
+    group.add_argument("--dir", action="append", default=[], metavar="HOST[::GUEST[::ro]]", help="a folder of the host, to write too but for ::ro")
+    group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
+    group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
+    group.add_argument("-W", "--wasm", action="append", default=[], dest="limits", metavar="LIMIT=N[,...]", help=_limits_help())
+
+
+def _limits_help() -> str:
+    return "limits: " + ", ".join(each.replace("_", "-") for each in Limits._fields)
+
+
+def _mount_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--mount", metavar="DIR", help="use this mount instead of the cache folder's or one of its own")
+    group.add_argument("--isolated", action="store_true", help="a mount, staging and page cache for this run alone")
+    group.add_argument("--allow", action="append", default=[], metavar="CID|FILE", help="only these CIDs, and what they hold (implies --isolated)")
+    for name in PASSED_ON:
+        group.add_argument(name, action="append", default=[], metavar=name[2:].upper().replace("-", "_"))
+    group.add_argument("--cache-dir", metavar="DIR")
+    group.add_argument("--offline", action="store_true")
+
+
+PASSED_ON = ("--from", "--budget", "--deadline", "--library")
+"""Options of `ipfsfuse mount` with a value, passed on unread."""
+
+
+def _receipt_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--record", metavar="RUN.json|RUN.car", help="write a receipt of the run (implies --isolated)")
+    group.add_argument("--deterministic", action="store_true", help="with --record: clock, random and NaN bits are the same in every run")
+    group.add_argument("--replay", metavar="RUN.car", help="run a recorded run again, offline, and say whether it gives the same")
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Raises UsageError; SystemExit for --help."""
+    parser = _parser()
+    parser.add_argument("guest", nargs="?", default="", help=argparse.SUPPRESS)
+    parser.add_argument("args", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    seen = vars(parser.parse_args(list(argv)))
+    options = Options(
+        guest=seen["guest"],
+        args=tuple(seen["args"]),
+        argv0=seen["argv0"],
+        env=tuple(_variable(each) for each in seen["env"]),
+        dirs=tuple(_dir(each) for each in seen["dir"]),
+        cwd=seen["cwd"],
+        limits=limiting.parse(seen["limits"]),
+        mount=seen["mount"],
+        mount_options=_passed_on(seen),
+        allow=tuple(seen["allow"]),
+        cache_dir=seen["cache_dir"],
+        isolated=seen["isolated"],
+        record=seen["record"],
+        replay=seen["replay"],
+        deterministic=seen["deterministic"],
+    )
+    _check(options)
+    return options
+
+
+def _passed_on(seen: dict[str, list[str]]) -> tuple[str, ...]:
+    found = [f"{name}={each}" for name in PASSED_ON for each in seen[name[2:].replace("-", "_")]]
+    return tuple(found + ["--offline"] * bool(seen["offline"]))
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or "\0" in text:
+        raise UsageError(f"--env {text!r} names no variable")
+    if not equals:
+        if name not in os.environ:
+            raise UsageError(f"--env {name}: there is no such variable to pass on; give {name}=VALUE")
+        value = os.environ[name]
+    return name, value
+
+
+def _dir(text: str) -> Dir:
+    host, *rest = text.split("::")
+    guest = rest[0] if rest and rest[0] else host
+    if len(rest) > 2 or (len(rest) == 2 and rest[1] not in ("ro", "rw")):
+        raise UsageError(f"--dir {text} is not HOST, HOST::GUEST or HOST::GUEST::ro")
+    return Dir(host, guest, writable=rest[1:] != ["ro"])
+
+
+def _check(options: Options) -> None:
+    if options.replay is not None:
+        if options != Options(replay=options.replay, limits=options.limits):
+            raise UsageError("--replay takes everything else from the receipt; only -W goes with it")
+        return
+    if not options.guest:
+        raise UsageError("no GUEST given: ipfsfuse-run [OPTION]... GUEST [ARG]...")
+    if options.mount is not None:
+        given = {"--isolated": options.isolated, "--allow": options.allow, "--record": options.record, "--cache-dir": options.cache_dir}
+        for name in [*(each for each, value in given.items() if value), *(each.partition("=")[0] for each in options.mount_options)]:
+            raise UsageError(f"--mount uses that mount as it is: {name} can't go with it")
+    if options.deterministic and options.record is None:
+        raise UsageError("--deterministic goes with --record")
+    if options.cwd is not None and not options.cwd.startswith("/"):
+        raise UsageError(f"--cwd {options.cwd} must be absolute, as the guest names it")
