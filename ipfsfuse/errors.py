@@ -59,6 +59,10 @@ class Malformed(IpfsFuseError):
     """Bytes that match their CID and break the format's rules."""
 
 
+class NotALeaf(Malformed):
+    """An interior file node that was taken for a leaf, of the right size: the walk must be made again, opening every node."""
+
+
 class Unsupported(IpfsFuseError):
     """A codec that is not shown, or a hash function that is not allowed."""
 

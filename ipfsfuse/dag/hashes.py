@@ -86,9 +86,11 @@ def split(multihash: bytes) -> tuple[int, bytes]:
 
 
 def inline(multihash: bytes) -> bytes | None:
-    """What an identity multihash carries; None for every other."""
-    code, digest = split(multihash) if multihash[:1] == b"\x00" else (-1, b"")
-    return digest if code == IDENTITY else None
+    """What an identity multihash carries; None for every other. Raises Unsupported where that is over 128 bytes."""
+    if multihash[:1] != b"\x00":
+        return None
+    check_allowed(multihash)
+    return split(multihash)[1]
 
 
 def check_allowed(multihash: bytes) -> None:

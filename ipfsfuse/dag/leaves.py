@@ -10,12 +10,29 @@ Pure functions; hashing lets other threads run.
 from collections.abc import Iterator
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, hashes, protobuf, unixfs, varint
+from ipfsfuse.dag import dagpb, hashes, nodes, protobuf, unixfs, varint
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.dag.unixfs import Type
-from ipfsfuse.errors import Malformed, Unsupported
+from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
 Buffer = bytes | bytearray | memoryview
+
+
+def of(leaf: Leaf, block: bytes) -> memoryview:
+    """The content of `leaf`, `leaf.size` bytes, from its verified block.
+
+    Raises NotALeaf for an interior node that was taken for a leaf (`walk.leaves(..., sure=True)` tells them apart),
+    Malformed for a block that holds another number of bytes than its parent says, and what `content` raises.
+    """
+    data = content(leaf.cid, block)
+    if len(data) == leaf.size:
+        return data
+    name = cids.text(leaf.cid)
+    node = nodes.parse(leaf.cid, block)
+    if isinstance(node, File) and node.children and node.size == leaf.size:
+        raise NotALeaf(f"{name}: is an interior node where a leaf was expected")
+    raise Malformed(f"{name}: holds {len(data)} bytes of a file, and its parent says {leaf.size}")
 
 
 def content(cid: Cid, block: bytes) -> memoryview:

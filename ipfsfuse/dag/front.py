@@ -1,0 +1,70 @@
+"""The core of every walk: wanting blocks, and opening a tree from its front.
+
+A `Walk` yields a sequence of CIDs, none twice and none of identity, to be fetched side by side, and must be sent
+their verified blocks in the same order; it returns its result. `send` parses what it is given: with more than some
+100 KiB of blocks it belongs in a worker thread. A walk keeps no state between calls and can be dropped at any yield.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Node
+
+T = TypeVar("T")
+Ready = TypeVar("Ready")
+State = TypeVar("State")
+
+Walk = Generator[Sequence[Cid], Sequence[bytes], T]
+
+
+def blocks(wanted: Sequence[Cid]) -> Walk[list[bytes]]:
+    """The blocks of `wanted`; identity CIDs are answered from themselves. Raises Unsupported for too long a one."""
+    found: dict[Cid, bytes] = {}
+    ask: list[Cid] = []
+    for cid in dict.fromkeys(wanted):
+        held = cids.inline(cid)
+        if held is None:
+            ask.append(cid)
+        else:
+            found[cid] = held
+    if ask:
+        found.update(zip(ask, (yield ask), strict=True))
+    return [found[cid] for cid in wanted]
+
+
+def node(cid: Cid) -> Walk[Node]:
+    """The node that `cid` names."""
+    return nodes.parse(cid, (yield from blocks([cid]))[0])
+
+
+class Unopened(NamedTuple, Generic[State]):
+    """A node in a front that has not been fetched yet, with what its opener must know of its place."""
+
+    cid: Cid
+    state: State
+
+
+Front = list[Ready | Unopened[State]]
+"""Consecutive parts of a tree, in order: those that are known, and nodes yet to open."""
+
+
+def open_first(front: Front[Ready, State], count: int, opener: Callable[[Unopened[State], bytes], Front[Ready, State]]) -> Walk[None]:
+    """Fetches the first `count` unopened nodes side by side, and puts what they hold in their places."""
+    chosen = [index for index, part in enumerate(front) if isinstance(part, Unopened)][:count]
+    unopened = [part for part in (front[index] for index in chosen) if isinstance(part, Unopened)]
+    held = yield from blocks([part.cid for part in unopened])
+    for index, part, block in reversed(list(zip(chosen, unopened, held, strict=True))):
+        front[index : index + 1] = opener(part, block)
+
+
+def known(front: Front[Ready, State]) -> list[Ready]:
+    """The parts before the first node that is not open."""
+    parts: list[Ready] = []
+    for part in front:
+        if isinstance(part, Unopened):
+            break
+        parts.append(part)
+    return parts

@@ -1,0 +1,78 @@
+"""HAMT directories: where in the trie a name belongs.
+
+A name's place is its hash, read from the most significant bit in pieces of log2(width) bits, one for each level
+(https://specs.ipfs.tech/unixfs/). A `Spot` is a place in the trie: the bits consumed so far. Every entry that is read
+is checked against its spot: so no block can stand at two places, and a trie made of one block over and over ends at
+the first entry. Pure functions.
+"""
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+import mmh3
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Link, Shard, prefix_length
+from ipfsfuse.errors import Malformed
+
+HASH_BITS = 64
+
+
+class Spot(NamedTuple):
+    """All names whose hash begins with the `bits` bits of `prefix`."""
+
+    prefix: int
+    bits: int
+
+
+TOP = Spot(0, 0)
+
+
+def hash64(name: bytes) -> int:
+    """The low 64 bits of murmur3-x64-128, unsigned."""
+    return mmh3.hash64(name, signed=False)[0]
+
+
+def below(spot: Spot, width: int, index: int) -> Spot:
+    """The spot of slot `index` in a node at `spot`. Raises Malformed where the hash has no bits left."""
+    level = width.bit_length() - 1
+    if spot.bits + level > HASH_BITS:
+        raise Malformed("a HAMT directory that is deeper than its hash has bits")
+    return Spot(spot.prefix << level | index, spot.bits + level)
+
+
+def last(spot: Spot) -> int:
+    """The greatest hash at `spot`."""
+    return ((spot.prefix + 1) << (HASH_BITS - spot.bits)) - 1
+
+
+def slot(shard: Shard, spot: Spot, key: int) -> tuple[Spot, Link | None]:
+    """The slot for hash `key` in a node at `spot`, and its link if there is one."""
+    level = shard.width.bit_length() - 1
+    index = (key >> max(HASH_BITS - spot.bits - level, 0)) & (shard.width - 1)
+    found = bisect_left(shard.slots, index, key=lambda pair: pair[0])
+    link = shard.slots[found][1] if found < len(shard.slots) and shard.slots[found][0] == index else None
+    return below(spot, shard.width, index), link
+
+
+def entry_name(shard: Shard, link: Link) -> bytes:
+    """The name of the entry that `link` is; b"" if it leads to a deeper node instead."""
+    return link.name[prefix_length(shard.width) :]
+
+
+def placed(name: bytes, spot: Spot) -> int:
+    """The hash of `name`. Raises Malformed unless it belongs at `spot`."""
+    key = hash64(name)
+    if key >> (HASH_BITS - spot.bits) != spot.prefix:
+        raise Malformed(f"a HAMT directory with {name[:80]!r} at a place that its hash does not give")
+    return key
+
+
+def subshard(cid: Cid, block: bytes) -> Shard:
+    """A node of a HAMT below its root. Raises Malformed if it is something else, or empty (a trie without end)."""
+    shard = nodes.parse(cid, block)
+    if not isinstance(shard, Shard) or not shard.slots:
+        raise Malformed(f"{cids.text(cid)}: stands in a HAMT directory and is no node of one, or an empty one")
+    return shard

@@ -1,0 +1,79 @@
+"""Names and paths as people write them: `/ipfs/CID/a/b`, `CID/a/b`, `ipfs://CID/a`.
+
+`parse` checks once, where a text enters; what it returns nobody checks again. Pure functions.
+"""
+
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import NameTooLong, UsageError
+
+MAX_NAME = 255
+"""The longest name, in bytes, that a Linux file system holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class IpfsPath:
+    """A place below a CID. No name is empty, `.` or `..`, none holds `/` or NUL, or is over 255 bytes long."""
+
+    root: Cid
+    names: tuple[bytes, ...] = ()
+
+    def __str__(self) -> str:
+        return "/".join(("/ipfs", cids.text(self.root), *(name.decode("utf-8", "replace") for name in self.names)))
+
+
+def can_hold(name: bytes) -> bool:
+    """Whether a file system can have an entry of this name."""
+    return 0 < len(name) <= MAX_NAME and name not in (b".", b"..") and b"/" not in name and b"\0" not in name
+
+
+def parse(text: str) -> IpfsPath:
+    """The path that `text`, a command line's argument, spells: repeated slashes and `.` count for nothing.
+
+    In the form of a URL, names are percent-encoded. Raises NotACid, NameTooLong, or UsageError for `..`, NUL, a query
+    or fragment, and for anything that is no path below a CID.
+    """
+    rest, quoted = _below_ipfs(text)
+    root, _, tail = rest.partition("/")
+    if not root:
+        raise UsageError(f"{_shown(text)}: no CID in it; write /ipfs/CID or /ipfs/CID/PATH")
+    names = tuple(_name(part, quoted, text) for part in tail.split("/") if part not in ("", "."))
+    return IpfsPath(cids.parse(root), names)
+
+
+def _below_ipfs(text: str) -> tuple[str, bool]:
+    """What stands behind `/ipfs/` or `ipfs://`, and whether it is percent-encoded."""
+    scheme, colon, rest = text.partition("://")
+    if colon and "/" not in scheme:
+        if scheme.lower() != "ipfs":
+            raise UsageError(f"{_shown(text)}: only ipfs:// is read here; write /ipfs/CID/PATH")
+        if "?" in rest or "#" in rest:
+            raise UsageError(f"{_shown(text)}: a query or fragment is no part of a path; write %3F or %23 for a name's own")
+        return rest, True
+    if not text.startswith("/"):
+        return text, False
+    top, _, rest = text.lstrip("/").partition("/")
+    if top == "ipns":
+        raise UsageError(f"{_shown(text)}: IPNS names are not resolved here; ask `ipfs resolve` for the CID")
+    if top != "ipfs":
+        raise UsageError(f"{_shown(text)}: not a path below /ipfs")
+    return rest.lstrip("/"), False
+
+
+def _name(part: str, quoted: bool, text: str) -> bytes:
+    name = part.encode("utf-8", "surrogateescape" if not quoted else "surrogatepass")
+    if quoted:
+        name = unquote_to_bytes(name)
+    if len(name) > MAX_NAME:
+        raise NameTooLong(f"{_shown(text)}: a name of {len(name)} bytes; {MAX_NAME} is the most")
+    if not can_hold(name):
+        raise UsageError(f"{_shown(text)}: {_shown(part)} is no name of an entry")
+    return name
+
+
+def _shown(text: str) -> str:
+    """One short line, whatever the text holds."""
+    return repr(text if len(text) <= 200 else text[:200] + "...")
