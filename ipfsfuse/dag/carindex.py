@@ -10,6 +10,7 @@ index ends there. An index is a claim: what it says of a place has to be checked
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
+from itertools import takewhile
 from typing import NamedTuple, TypeVar
 
 from ipfsfuse.dag import hashes, varint
@@ -114,27 +115,36 @@ def find(index: Sequence[Bucket], multihash: bytes) -> Steps[list[int]]:
 
 
 def _search(bucket: Bucket, digest: bytes, found: list[int]) -> Steps[None]:
-    width = bucket.width
-    low, high = 0, bucket.records
-    while (high - low) * width > _WINDOW:
-        middle = (low + high) // 2
-        record = yield bucket.start + middle * width, width
-        if record[:-8] < digest:
-            low = middle + 1
-        else:
-            high = middle
-    while low < bucket.records:
-        count = min(_WINDOW // width, bucket.records - low)
-        window = yield bucket.start + low * width, count * width
+    """Appends what one bucket has. Digests are spread evenly, so that a guess by value takes 2 reads where halving takes 10."""
+    width, span = bucket.width, _WINDOW // bucket.width
+    low, high, below, above = 0, bucket.records, 0, 1 << 64
+    key, guesses = _key(digest), 4
+    while low < high:
+        share = (high - low) * (key - below) // (above - below) if guesses and below <= key < above else (high - low) // 2
+        guesses -= 1 if guesses else 0
+        first = max(low, min(low + share - span // 2, high - span))
+        count = min(span, high - first)
+        window = yield bucket.start + first * width, count * width
         if len(window) < count * width:
             raise Malformed("the CAR's index is cut short")
-        first = bisect_left(range(count), digest, key=lambda i: window[i * width : i * width + width - 8])
-        for i in range(first, count):
-            record = window[i * width : (i + 1) * width]
-            if record[:-8] != digest or len(found) == _MAX_PLACES:
-                return
-            found.append(int.from_bytes(record[-8:], "little"))
-        low += count
+        if digest < window[: width - 8]:
+            high, above = first, _key(window)
+        elif digest > window[-width:-8]:
+            low, below = first + count, _key(window[-width:])
+        else:
+            found += _in_window(window, width, digest)
+            return
+
+
+def _in_window(window: bytes, width: int, digest: bytes) -> list[int]:
+    places = range(0, len(window), width)
+    first = bisect_left(places, digest, key=lambda at: window[at : at + width - 8])
+    matching = takewhile(lambda at: window[at : at + width - 8] == digest, places[first : first + _MAX_PLACES])
+    return [int.from_bytes(window[at + width - 8 : at + width], "little") for at in matching]
+
+
+def _key(digest: bytes) -> int:
+    return int.from_bytes(digest[:8])
 
 
 # -- writing -----------------------------------------------------------------------------------------------------

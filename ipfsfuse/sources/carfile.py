@@ -174,6 +174,10 @@ class CarFile:
         place = self.find(cids.multihash(cid), read_cached)
         if place is None:
             raise NotHere(f"{self.name} does not have {cids.text(cid)}")
+        return self.read_small(place)
+
+    def read_small(self, place: Place) -> bytes:
+        """What lies at `place`, from the page cache alone. Raises BlockingIOError, for large blocks too."""
         if place.size > MAX_INLINE:
             raise BlockingIOError
         return read_cached(self.fd, place.offset, place.size)
