@@ -4,17 +4,21 @@ Concurrency: reads of one open file may overlap. What is fetched ahead ends when
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import walk
+from ipfsfuse.dag import ranges
 from ipfsfuse.dag.nodes import File, Leaf
-from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
+
+RECENT = 64
+"""Leaves that are not given to the page cache a second time at once."""
 
 Pages = Callable[[int, Content], None]
 """Takes verified content at a file offset that nobody asked for yet: for the page cache. Must not block."""
@@ -28,6 +32,10 @@ class OpenFile:
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
         self._leaves: Sequence[Leaf] = ()
+        self._pushed: deque[int] = deque(maxlen=RECENT)
+        """Offsets of the leaves given to the page cache last: reads of them may still be on their way."""
+        self._sure = False
+        """True once a supposed leaf turned out to be an interior node: then every node is looked at."""
         self._scopes: set[trio.CancelScope] = set()
         tree.cache.opened(self._ref)
 
@@ -45,21 +53,32 @@ class OpenFile:
         window = self._ahead.note(offset, size)
         if window is not None:
             self._tree.nursery.start_soon(self._bring, window)
-        leaves = await self._under(offset, size)
-        if len(leaves) == 1:
-            return self._cut(leaves[0], await self._leaf(leaves[0]), offset, size)
-        return b"".join([self._cut(leaf, await self._leaf(leaf), offset, size) for leaf in leaves])
+        try:
+            return await self._range(offset, size)
+        except NotALeaf:
+            self._sure, self._leaves = True, ()
+            return await self._range(offset, size)
+
+    async def _range(self, offset: int, size: int) -> Content:
+        parts: list[memoryview] = []
+        end = offset + size
+        while offset < end:
+            for leaf in await self._under(offset, end - offset):
+                parts.append(self._cut(leaf, await self._leaf(leaf), offset, end - offset))
+                offset = min(leaf.offset + leaf.size, end)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _leaf(self, leaf: Leaf) -> Content:
         if self._tree.use is not None:
             self._tree.use(leaf.cid, ahead=False)
         return await self._tree.cache.leaf(self._ref, leaf)
 
-    def _cut(self, leaf: Leaf, content: Content, offset: int, size: int) -> memoryview:
+    def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
         """The part of a leaf that was asked for; the rest goes to the page cache, so that its hash pays once."""
-        whole = memoryview(content)
+        whole = memoryview(data)
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
-        if self._pages is not None:
+        if self._pages is not None and last - first < leaf.size and leaf.offset not in self._pushed:
+            self._pushed.append(leaf.offset)
             if last < leaf.size:
                 self._pages(leaf.offset + last, whole[last:])
             if first > 0:
@@ -67,19 +86,18 @@ class OpenFile:
         return whole[first:last]
 
     async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
-        """The leaves under a range: from those found last, or walked for, with the window behind them."""
+        """The leaves from `offset` on, as far as they are known together: from those found last, or walked for."""
         found = _overlapping(self._leaves, offset, size)
-        if found is not None:
-            return found
-        leaves = await self._tree.drive(walk.leaves(self._file, offset, size))
-        self._leaves = leaves
-        return leaves
+        if not found:
+            found = await self._tree.drive(ranges.leaves(self._file, offset, size, self._sure))
+            self._leaves = found
+        return found
 
     async def _bring(self, window: Window) -> None:
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
-                leaves = await self._tree.drive(walk.leaves(self._file, window.start, window.size))
+                leaves = await self._tree.drive(ranges.leaves(self._file, window.start, window.size, self._sure))
                 self._leaves = leaves
                 if self._tree.use is not None:
                     for leaf in leaves:
@@ -90,15 +108,16 @@ class OpenFile:
             finally:
                 self._scopes.discard(scope)
 
-    def _arrived(self, leaf: Leaf, content: Content) -> None:
+    def _arrived(self, leaf: Leaf, data: Content) -> None:
         if self._pages is not None:
-            self._pages(leaf.offset, content)
+            self._pushed.append(leaf.offset)
+            self._pages(leaf.offset, data)
 
 
-def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf] | None:
-    """The run of `leaves` that covers the range; None unless they cover all of it."""
-    if not leaves or offset < leaves[0].offset or offset + size > leaves[-1].offset + leaves[-1].size:
-        return None
+def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf]:
+    """The run of `leaves`, which are consecutive, that covers the range from its beginning; empty where none does."""
+    if not leaves or not leaves[0].offset <= offset < leaves[-1].offset + leaves[-1].size:
+        return ()
     first = bisect_right(leaves, offset, key=lambda leaf: leaf.offset) - 1
     last = bisect_right(leaves, offset + size - 1, key=lambda leaf: leaf.offset)
     return leaves[first:last]

@@ -5,15 +5,16 @@ nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import trio
 
 from ipfsfuse.cache.base import Cache
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import nodes, walk
+from ipfsfuse.dag import listing, nodes, walk
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
+from ipfsfuse.dag.walk import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 NODES_WEIGHT = 8 << 20
 """Bytes of blocks whose parsed form is kept: a parsed link takes about five times its bytes."""
+PARSE_APART = 100 << 10
+"""Bytes of blocks that are parsed in a worker thread, so that other calls go on: some 10 ms."""
 KNOWN = 50_000
 """CIDs whose attributes are remembered after their node is not, for listings."""
 
@@ -62,18 +65,26 @@ class Tree:
 
     async def node(self, cid: Cid) -> Node:
         """What `cid` names. Raises what the cache and the parser raise."""
-        if self.use is not None:
-            self.use(cid, ahead=False)
         found = self._nodes.get(cid)
         if found is not None:
+            if self.use is not None:
+                self.use(cid, ahead=False)
             return found
-        inline = cids.inline(cid)
         _refuse_unshown(cid)
-        block = await self.cache.block(cid) if inline is None else inline
-        node = nodes.parse(cid, block)
+        inline = cids.inline(cid)
+        block = await self._block(cid) if inline is None else inline
+        if len(block) > PARSE_APART and cids.codec(cid) == cids.DAG_PB:
+            node = await trio.to_thread.run_sync(nodes.parse, cid, block)
+        else:
+            node = nodes.parse(cid, block)
         self._nodes.put(cid, node, len(block) + 64)
         self._known.put(cid, attributes.of_node(node))
         return node
+
+    async def _block(self, cid: Cid) -> bytes:
+        if self.use is not None:
+            self.use(cid, ahead=False)
+        return await self.cache.block(cid)
 
     async def attributes(self, cid: Cid) -> Attributes:
         """The attributes of what `cid` names, from memory where they are there."""
@@ -84,33 +95,36 @@ class Tree:
         """The attributes of `cid` if no block is needed for them."""
         return self._known.get(cid)
 
-    async def drive(self, steps: "walk.Walk[T]") -> T:
+    async def drive(self, steps: Walk[T]) -> T:
         """Runs a walk to its value, side by side where it wants several blocks at once."""
         try:
             wanted = next(steps)
             while True:
-                wanted = steps.send(await self._all(wanted))
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
+                blocks = await self._all(wanted)
+                if sum(map(len, blocks)) > PARSE_APART:
+                    wanted = await trio.to_thread.run_sync(_sent, steps, blocks)
+                else:
+                    wanted = steps.send(blocks)
+        except (StopIteration, _Done) as stop:
+            return cast(T, stop.value)
         finally:
             steps.close()
 
-    async def _all(self, wanted: Sequence[Cid]) -> list[Node]:
+    async def _all(self, wanted: Sequence[Cid]) -> list[bytes]:
         if len(wanted) == 1:
-            return [await self.node(wanted[0])]
-        found: dict[Cid, Node] = {}
+            return [await self._block(wanted[0])]
+        found: dict[Cid, bytes] = {}
         failed: list[Exception] = []
 
         async def one(cid: Cid, scope: trio.CancelScope) -> None:
             try:
-                found[cid] = await self.node(cid)
+                found[cid] = await self._block(cid)
             except Exception as exc:
                 failed.append(exc)
                 scope.cancel()
 
         async with trio.open_nursery() as side_by_side:
-            for cid in dict.fromkeys(wanted):
+            for cid in wanted:
                 side_by_side.start_soon(one, cid, side_by_side.cancel_scope)
         if failed:
             raise failed[0]
@@ -134,7 +148,7 @@ class Tree:
 
     async def entries(self, parent: Cid, after: int) -> Page:
         """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
-        page = await self.drive(walk.entries(await self.directory(parent), after))
+        page = await self.drive(listing.entries(await self.directory(parent), after))
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
 
     def _told(self, cid: Cid, tsize: int) -> Attributes | None:
@@ -165,3 +179,17 @@ class Tree:
 def _refuse_unshown(cid: Cid) -> None:
     if cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
         raise Unsupported(f"{cids.text(cid)} is {cids.codec_name(cid)}: only UnixFS (dag-pb) and raw blocks are shown")
+
+
+class _Done(Exception):
+    """A walk's value, carried out of a worker thread: StopIteration can't cross one."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def _sent(steps: Walk[T], blocks: Sequence[bytes]) -> Sequence[Cid]:
+    try:
+        return steps.send(blocks)
+    except StopIteration as stop:
+        raise _Done(stop.value) from None

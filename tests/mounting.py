@@ -1,0 +1,104 @@
+"""Real mounts for tests: a home of its own, the commands as a user runs them, and mounts that are gone afterwards."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 60
+"""Seconds after which a command that should end is a failure: never a measure of speed."""
+
+
+@dataclass
+class Mounted:
+    """A live mount."""
+
+    path: Path
+    pid: int
+    control: Path
+    home: "Home"
+
+    def status(self) -> dict[str, Any]:
+        return self.home.json("status", "--json")
+
+    def log(self) -> str:
+        return (self.control.parent / "daemon.log").read_text()
+
+
+class Home:
+    """Folders and environment of one imaginary user."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.library = folder / "library"
+        self.mountpoint = folder / "ipfs"
+        self.mountpoint.mkdir(parents=True)
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("IPFS", "XDG"))} | {
+            "HOME": str(folder),
+            "IPFS_PATH": str(folder / "no-node"),
+            "IPFSFUSE_CACHE_DIR": str(self.cache),
+            "IPFSFUSE_LIBRARY": str(self.library),
+            "PYTHONPATH": os.getcwd(),
+        }
+
+    def run(self, *args: str | Path, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[str]":
+        """`ipfsfuse ARGS`; its output as text."""
+        command = [sys.executable, "-m", "ipfsfuse", *map(str, args)]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False, **options)
+        if check and done.returncode:
+            raise AssertionError(f"ipfsfuse {' '.join(map(str, args))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def json(self, *args: str | Path) -> Any:
+        return json.loads(self.run(*args).stdout)
+
+    def add(self, *args: str | Path) -> str:
+        """The CID of the last thing added."""
+        return self.run("add", "-Q", *args).stdout.split()[-1]
+
+    @contextmanager
+    def mounted(self, *options: str | Path, at: Path | None = None) -> Iterator[Mounted]:
+        """`ipfsfuse mount` in the background, unmounted at the end."""
+        where = at or self.mountpoint
+        where.mkdir(exist_ok=True)
+        told = self.json("mount", "--json", *options, where)
+        mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), self)
+        try:
+            yield mount
+        finally:
+            self.unmount(mount)
+
+    def unmount(self, mount: Mounted) -> None:
+        """Unmounts, by force of ending the daemon if need be, and waits until it is gone."""
+        subprocess.run(["fusermount3", "-u", "-z", "-q", str(mount.path)], check=False, capture_output=True)
+        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+
+
+def alive(pid: int) -> bool:
+    """Whether the process still runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Any, what: str, seconds: float = PATIENCE) -> None:
+    """Waits for something that another process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+
+
+def fuse_mounts(below: Path) -> list[str]:
+    """What is mounted by ipfsfuse below a folder, from the kernel's table."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split()[4] for line in lines if "fuse.ipfsfuse" in line and line.split()[4].startswith(str(below))]
