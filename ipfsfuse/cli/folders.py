@@ -1,4 +1,4 @@
-"""Where things lie: the cache folder, the library, the control socket; and that none of them lies below the mount."""
+"""Where things lie: the cache folder, the library, the mountpoint, the control socket."""
 
 import os
 from pathlib import Path
@@ -34,13 +34,6 @@ def _absolute(path: str | Path) -> Path:
 def mountpoint(given: str) -> Path:
     """Absolute, symlinks resolved. Asks nothing of the mount itself but its type."""
     return _absolute(given)
-
-
-def refuse_below(point: Path, **paths: Path) -> None:
-    """Raises MountFailed where one of `paths` lies at or below the mountpoint: the daemon would wait for itself."""
-    for name, path in paths.items():
-        if _absolute(path).is_relative_to(point):
-            raise errors.MountFailed(f"{name.replace('_', ' ')} {path} lies below the mountpoint {point}: put it elsewhere")
 
 
 def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:

@@ -1,5 +1,6 @@
 """`ipfsfuse`: one command, one exit code, and one line on standard error for everything that goes wrong."""
 
+import io
 import os
 import signal
 import sys
@@ -7,11 +8,14 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ipfsfuse.cli import parser
-from ipfsfuse.errors import IpfsFuseError, UsageError
+from ipfsfuse.cli.reasons import one_line, unwrapped
+from ipfsfuse.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted, 141 nobody reads what it prints."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is printed as its bytes
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
@@ -26,18 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ended_by(exc: BaseException) -> int:
     """Says why, and gives the exit code."""
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]  # a nursery's wrapping
+    exc = unwrapped(exc)
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if isinstance(exc, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint from the interpreter's last flush
         return 128 + signal.SIGPIPE
-    if isinstance(exc, IpfsFuseError):
-        said = str(exc)
-    elif isinstance(exc, OSError):
-        said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else str(exc)
-    else:
-        said = f"an error that nobody foresaw, {type(exc).__name__}: {exc} (IPFSFUSE_TRACEBACK=1 shows where)"
-    print("ipfsfuse:", " ".join(said.splitlines()), file=sys.stderr)
+    print("ipfsfuse:", one_line(exc), file=sys.stderr)
     return 2 if isinstance(exc, UsageError) else 1

@@ -4,6 +4,7 @@ Each command names the function that runs it as "module:function" below `ipfsfus
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -23,7 +24,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises UsageError; SystemExit for --help and --version."""
-    return _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    return _parser().parse_args(words, argparse.Namespace(argv=words))
 
 
 def _parser() -> Parser:

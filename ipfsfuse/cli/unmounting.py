@@ -3,15 +3,16 @@
 import argparse
 import os
 import select
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ipfsfuse.cache import hold
-from ipfsfuse.cli import folders, mounttable
+from ipfsfuse.cli import folders, holders
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fuse import mountpoint as mountpoints
+from ipfsfuse.fuse.session import fusermount
 
 END_SECONDS = 10.0
 """How long an unmounted daemon may take to put its house in order."""
@@ -19,7 +20,7 @@ END_SECONDS = 10.0
 
 def run(arguments: argparse.Namespace) -> int:
     point = folders.mountpoint(arguments.mountpoint)
-    mounttable.our_mount_at(point)
+    _must_be_ours(point)
     with _daemon_of(point, folders.cache_dir(arguments.cache_dir)) as daemon:
         take_away(point, arguments.lazy)
         if daemon is not None and not arguments.lazy:
@@ -27,17 +28,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _must_be_ours(point: Path) -> None:
+    kinds = [mounted.type for mounted in mountpoints.table() if mounted.mountpoint == str(point)]
+    if not kinds:
+        raise MountFailed(f"nothing is mounted at {point}")
+    if kinds[-1] != mountpoints.TYPE:
+        raise MountFailed(f"{point} is not a mount of ipfsfuse but of type {kinds[-1]}: use umount")
+
+
 def take_away(point: Path, lazy: bool) -> None:
     """Unmounts. Raises MountFailed that names who holds it."""
-    fusermount = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin")
-    command = [fusermount, "-u", *(["-z"] if lazy else [])] if fusermount else ["umount", *(["--lazy"] if lazy else [])]
-    done = subprocess.run([*command, "--", str(point)], capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"})
+    command = [fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"})
     if done.returncode == 0:
         return
-    said = done.stderr.strip().rpartition(": ")[2] or f"{command[0]} gave no reason"
+    said = done.stderr.strip().rpartition(": ")[2] or "fusermount3 gave no reason"
     if "busy" not in said:
         raise MountFailed(f"{point} can't be unmounted: {said}")
-    users = [f"{user.pid} ({user.command}) uses {user.uses}" for user in mounttable.holders(point)]
+    users = [f"{user.pid} ({user.command}) uses {user.uses}" for user in holders.of(point)]
     who = "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "") or "a process that this user can't see"
     raise MountFailed(f"{point} is busy: {who}. End that first, or take it away with --lazy")
 

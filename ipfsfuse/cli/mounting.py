@@ -1,0 +1,170 @@
+"""`ipfsfuse mount`: arguments to a MountConfig; in the foreground, or as a daemon that is waited for until it is mounted.
+
+A daemon is this program started anew in a session of its own (`--foreground --ready-fd N`): on that descriptor it writes
+one line, `ok {"mountpoint": ..., "control": ..., "pid": ...}` or `error REASON`. What it says before goes to whoever
+started it, what it says afterwards to daemon.log in the cache folder.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ipfsfuse
+from ipfsfuse.cli import cidargs, folders
+from ipfsfuse.cli.reasons import one_line, unwrapped
+from ipfsfuse.config import MountConfig
+from ipfsfuse.errors import MountFailed, UsageError
+
+LOG = "daemon.log"
+LOG_BYTES = 1 << 20
+"""A longer log is put aside (daemon.log.1) when a mount begins."""
+
+
+def config(arguments: argparse.Namespace) -> MountConfig:
+    """Raises UsageError."""
+    return MountConfig(
+        mountpoint=folders.mountpoint(arguments.mountpoint),
+        cache_dir=folders.cache_dir(arguments.cache_dir),
+        library=folders.library(arguments.library),
+        sources=tuple(_source(text) for text in arguments.sources or ["library"]),
+        offline=arguments.offline,
+        budget=arguments.budget,
+        deadline=arguments.deadline,
+        allow=None if arguments.allow is None else cidargs.many(arguments.allow, "--allow"),
+        record=None if arguments.record is None else Path(arguments.record).absolute(),
+        allow_other=arguments.allow_other,
+        isolated=arguments.isolated,
+        while_held=arguments.while_held,
+        pins=arguments.pins,
+        headers=None if arguments.header_file is None else Path(arguments.header_file).absolute(),
+    )
+
+
+def _source(text: str) -> str:
+    """SOURCE with a file's path made absolute: a daemon has no working directory."""
+    if not text:
+        raise UsageError("--from was given an empty SOURCE")
+    if text in ("library", "kubo") or "://" in text:
+        return text
+    return os.path.abspath(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    asked = config(arguments)
+    if arguments.foreground:
+        return _serve(asked, arguments.ready_fd, arguments.json)
+    told = _start_daemon(arguments.argv)
+    if arguments.json:
+        print(json.dumps(told))
+    return 0
+
+
+# -- the daemon's side -------------------------------------------------------------------------------------------
+
+
+def _serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> int:
+    from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    told = False
+
+    def ready(control: Path) -> None:
+        nonlocal told
+        told = True
+        answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
+        if ready_fd is not None:
+            _move_log(control.parent)
+            _tell(ready_fd, f"ok {json.dumps(answer)}")
+        elif as_json:
+            print(json.dumps(answer), flush=True)
+
+    if ready_fd is not None:
+        os.set_inheritable(ready_fd, False)
+        os.chdir("/")
+    try:
+        mount.run(asked, ready)
+    except BaseException as exc:
+        if ready_fd is not None and not told:
+            _tell(ready_fd, f"error {one_line(unwrapped(exc))}")
+        raise
+    return 0
+
+
+def _tell(ready_fd: int, line: str) -> None:
+    try:
+        os.write(ready_fd, line.encode(errors="surrogateescape") + b"\n")
+        os.close(ready_fd)
+    except OSError:
+        pass  # whoever started us has gone: the mount serves all the same
+
+
+def _move_log(folder: Path) -> None:
+    """Puts standard output and error into the log below `folder`, what was said so far first."""
+    path = folder / LOG
+    try:
+        if path.exists() and path.stat().st_size > LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        logging.getLogger("ipfsfuse.mount").warning("there will be no log: %s: %s", path, exc.strerror)
+        return
+    sys.stderr.flush()
+    try:
+        with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
+            shutil.copyfileobj(so_far, out)
+    except OSError:
+        pass  # it went to a pipe or a terminal, which have had it
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+# -- the starter's side ------------------------------------------------------------------------------------------
+
+
+def _start_daemon(argv: list[str]) -> dict[str, Any]:
+    """Starts the daemon and waits for its line. Raises MountFailed or UsageError with its reason."""
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile() as said, open(reading, "rb") as line_from:
+        at = argv.index("mount")
+        command = [sys.executable, "-P", "-m", "ipfsfuse", *argv[: at + 1], "--foreground", "--ready-fd", str(writing), *argv[at + 1 :]]
+        try:
+            daemon = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=[writing], start_new_session=True, env=_environment()
+            )
+        finally:
+            os.close(writing)
+        try:
+            line = line_from.readline().decode(errors="surrogateescape").rstrip("\n")
+        except KeyboardInterrupt:
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait()
+            raise
+        if line.startswith("ok "):
+            daemon.returncode = 0  # it goes on without us: nothing is left to wait for
+            told: dict[str, Any] = json.loads(line.removeprefix("ok "))
+            return told
+        code = daemon.wait()
+        reason = line.removeprefix("error ") or _last_words(said, code)
+        raise UsageError(reason) if code == 2 else MountFailed(reason)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the folder that this package was imported from: a checkout need not be installed."""
+    top = str(Path(ipfsfuse.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
+
+
+def _last_words(said: BinaryIO, code: int) -> str:
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    ending = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the mount {ending} before it was ready" + (f": {lines[-1]}" if lines else "")
