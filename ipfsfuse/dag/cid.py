@@ -9,7 +9,7 @@ from typing import NewType
 
 from multiformats import multibase
 
-from ipfsfuse.dag import hashes, varint
+from ipfsfuse.dag import base256emoji, hashes, varint
 from ipfsfuse.errors import Malformed, NotACid
 
 Cid = NewType("Cid", bytes)
@@ -19,7 +19,8 @@ RAW = 0x55
 DAG_PB = 0x70
 
 MAX_CID_BYTES = 512
-"""No allowed hash makes a longer one; what is longer is refused before it is looked at."""
+"""No allowed hash makes a longer one. Only a link may hold a longer one (of identity): it can't be followed, and its
+directory can be listed nevertheless."""
 
 _V0_PREFIX = b"\x12\x20"
 _COMMON_V1 = (b"\x01\x70\x12\x20", b"\x01\x55\x12\x20")
@@ -30,8 +31,6 @@ def decode(data: bytes) -> Cid:
     """The CID that is exactly `data`. Raises NotACid for anything else, trailing bytes included."""
     if len(data) == 36 and data[:4] in _COMMON_V1:
         return Cid(data)
-    if len(data) > MAX_CID_BYTES:
-        raise NotACid(f"a CID of {len(data)} bytes is too long")
     if data[:2] == _V0_PREFIX:
         if len(data) != 34:
             raise NotACid("a version 0 CID has 34 bytes")
@@ -72,23 +71,29 @@ def _check(data: bytes) -> int:
 def parse(text_form: str) -> Cid:
     """The CID that `text_form` spells: version 0 in base58btc, version 1 in any multibase. Raises NotACid."""
     if len(text_form) > 8 * MAX_CID_BYTES:
-        raise NotACid("a name far too long for a CID")
+        raise NotACid(f"{text_form[:80]!r}...: far too long for a CID")
     try:
-        if len(text_form) == 46 and text_form.startswith("Qm"):
-            return decode(multibase.decode("z" + text_form))
-        if text_form.startswith("b"):  # the usual form, in 1 us instead of 200
-            data = base64.b32decode(text_form[1:].upper() + "=" * (-len(text_form[1:]) % 8))
-            if text_form != "b" + _base32(data):
-                raise NotACid(f"{text_form} is not a CID: not the base32 of its bytes")
-        else:
-            data = multibase.decode(text_form)
-    except NotACid:
-        raise
+        data = _decode_text(text_form)
+        if data[:2] == _V0_PREFIX and not text_form.startswith("Qm"):
+            raise NotACid("version 0 has no multibase prefix")
+        return decode(data)
     except Exception as exc:  # multiformats raises KeyError, ValueError and errors of its own, whatever it meets first
-        raise NotACid(f"{text_form[:80]!r} is not a CID") from exc
-    if data[:2] == _V0_PREFIX:
-        raise NotACid(f"{text_form} is not a CID: version 0 has no multibase prefix")
-    return decode(data)
+        why = f" ({exc})" if isinstance(exc, NotACid) else ""
+        raise NotACid(f"{text_form[:80]!r} is not a CID{why}") from exc
+
+
+def _decode_text(text_form: str) -> bytes:
+    if len(text_form) == 46 and text_form.startswith("Qm"):
+        return multibase.decode("z" + text_form)
+    if text_form.startswith(base256emoji.PREFIX):
+        return base256emoji.decode(text_form)
+    if not text_form.startswith("b"):
+        return multibase.decode(text_form)
+    # the usual form, in 1 us instead of 200
+    data = base64.b32decode(text_form[1:].upper() + "=" * (-len(text_form[1:]) % 8))
+    if text_form != "b" + _base32(data):
+        raise NotACid("not the base32 of its bytes")
+    return data
 
 
 def text(cid: Cid) -> str:
@@ -96,6 +101,11 @@ def text(cid: Cid) -> str:
     if is_v0(cid):
         return multibase.encode(cid, "base58btc")[1:]
     return "b" + _base32(cid)
+
+
+def brief(cid: Cid) -> str:
+    """`text` for messages: an identity CID, which can be any length, only by that."""
+    return text(cid) if len(cid) <= 80 else f"a CID of {len(cid)} bytes"
 
 
 def _base32(data: bytes) -> str:
@@ -145,4 +155,4 @@ def verify(cid: Cid, block: bytes | memoryview) -> None:
 
     Hashing lets other threads run; blocks of over some KiB belong in a worker thread.
     """
-    hashes.verify(multihash(cid), block, text(cid) if len(cid) <= 80 else "an identity CID")
+    hashes.verify(multihash(cid), block, brief(cid))

@@ -35,11 +35,11 @@ def hash64(name: bytes) -> int:
     return mmh3.hash64(name, signed=False)[0]
 
 
-def below(spot: Spot, width: int, index: int) -> Spot:
-    """The spot of slot `index` in a node at `spot`. Raises Malformed where the hash has no bits left."""
-    level = width.bit_length() - 1
+def below(spot: Spot, shard: Shard, index: int) -> Spot:
+    """The spot of slot `index` in `shard`, a node at `spot`. Raises Malformed where the hash has no bits left."""
+    level = shard.width.bit_length() - 1
     if spot.bits + level > HASH_BITS:
-        raise Malformed("a HAMT directory that is deeper than its hash has bits")
+        raise Malformed(f"{cids.brief(shard.cid)}: a HAMT node deeper than its hash has bits")
     return Spot(spot.prefix << level | index, spot.bits + level)
 
 
@@ -54,7 +54,7 @@ def slot(shard: Shard, spot: Spot, key: int) -> tuple[Spot, Link | None]:
     index = (key >> max(HASH_BITS - spot.bits - level, 0)) & (shard.width - 1)
     found = bisect_left(shard.slots, index, key=lambda pair: pair[0])
     link = shard.slots[found][1] if found < len(shard.slots) and shard.slots[found][0] == index else None
-    return below(spot, shard.width, index), link
+    return below(spot, shard, index), link
 
 
 def entry_name(shard: Shard, link: Link) -> bytes:
@@ -62,11 +62,11 @@ def entry_name(shard: Shard, link: Link) -> bytes:
     return link.name[prefix_length(shard.width) :]
 
 
-def placed(name: bytes, spot: Spot) -> int:
-    """The hash of `name`. Raises Malformed unless it belongs at `spot`."""
+def placed(name: bytes, spot: Spot, shard: Shard) -> int:
+    """The hash of `name`, an entry of `shard`. Raises Malformed unless it belongs at `spot`."""
     key = hash64(name)
     if key >> (HASH_BITS - spot.bits) != spot.prefix:
-        raise Malformed(f"a HAMT directory with {name[:80]!r} at a place that its hash does not give")
+        raise Malformed(f"{cids.brief(shard.cid)}: a HAMT node with {name[:80]!r} at a place that its hash does not give")
     return key
 
 
@@ -74,5 +74,5 @@ def subshard(cid: Cid, block: bytes) -> Shard:
     """A node of a HAMT below its root. Raises Malformed if it is something else, or empty (a trie without end)."""
     shard = nodes.parse(cid, block)
     if not isinstance(shard, Shard) or not shard.slots:
-        raise Malformed(f"{cids.text(cid)}: stands in a HAMT directory and is no node of one, or an empty one")
+        raise Malformed(f"{cids.brief(cid)}: stands in a HAMT directory and is no node of one, or an empty one")
     return shard

@@ -1,6 +1,7 @@
 """Multihashes: which functions are allowed, and whether bytes match one.
 
-The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at most 128).
+The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at most 128);
+a digest shorter than its function's counts as cut off, as in go-multihash. Pure functions.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ def _lib(name: str) -> Hash:
     return lambda data, _length: hashlib.new(name, data, usedforsecurity=False).digest()
 
 
-def _shake(name: str, default: int) -> Hash:
-    return lambda data, length: hashlib.new(name, data).digest(max(length, default))  # type: ignore[call-arg]
+def _shake256(data: Buffer, length: int) -> bytes:
+    return hashlib.shake_256(data).digest(max(length, 64))
 
 
 def _keccak(bits: int) -> Hash:
@@ -58,8 +59,7 @@ _FUNCTIONS: dict[int, tuple[str, Hash]] = {
     0x15: ("sha3-384", _lib("sha3_384")),
     0x16: ("sha3-256", _lib("sha3_256")),
     0x17: ("sha3-224", _lib("sha3_224")),
-    0x18: ("shake-128", _shake("shake_128", 32)),
-    0x19: ("shake-256", _shake("shake_256", 64)),
+    0x19: ("shake-256", _shake256),
     0x1A: ("keccak-224", _keccak(224)),
     0x1B: ("keccak-256", _keccak(256)),
     0x1C: ("keccak-384", _keccak(384)),

@@ -28,7 +28,7 @@ def of(leaf: Leaf, block: bytes) -> memoryview:
     data = content(leaf.cid, block)
     if len(data) == leaf.size:
         return data
-    name = cids.text(leaf.cid)
+    name = cids.brief(leaf.cid)
     node = nodes.parse(leaf.cid, block)
     if isinstance(node, File) and node.children and node.size == leaf.size:
         raise NotALeaf(f"{name}: is an interior node where a leaf was expected")
@@ -45,14 +45,14 @@ def content(cid: Cid, block: bytes) -> memoryview:
     if codec == cids.RAW:
         return memoryview(block)
     if codec != cids.DAG_PB:
-        raise Unsupported(f"{cids.text(cid)}: a part of a file can't be a {cids.codec_name(cid)} block")
+        raise Unsupported(f"{cids.brief(cid)}: a part of a file can't be a {cids.codec_name(cid)} block")
     span = _canonical_span(block)
     if span is not None:
         return memoryview(block)[span[0] : span[1]]
     node = dagpb.decode(block)
     message = unixfs.decode(memoryview(node.data or b""))
     if message.type not in (Type.FILE, Type.RAW):
-        raise Malformed(f"{cids.text(cid)}: a part of a file can't be a UnixFS {message.type.name.lower()}")
+        raise Malformed(f"{cids.brief(cid)}: a part of a file can't be a UnixFS {message.type.name.lower()}")
     return memoryview(message.data or b"")
 
 

@@ -94,13 +94,13 @@ def _slots(shard: Shard, spot: Spot, after: int) -> _Front:
     """What of a node at `spot` stands behind `after`."""
     front: _Front = []
     for index, link in shard.slots:
-        place = hamt.below(spot, shard.width, index)
+        place = hamt.below(spot, shard, index)
         if hamt.last(place) >> 1 <= after:
             continue
         name = hamt.entry_name(shard, link)
         if not name:
             front.append(Unopened(link.cid, place))
-        elif (key := max(hamt.placed(name, place) >> 1, 1)) > after:
+        elif (key := max(hamt.placed(name, place, shard) >> 1, 1)) > after:
             front.append(Entry(name, link.cid, link.tsize, key))
     return front
 

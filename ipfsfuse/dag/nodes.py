@@ -107,18 +107,14 @@ def parse(cid: Cid, block: bytes) -> Node:
     if codec == cids.RAW:
         return File(cid, len(block), len(block), ())
     if codec != cids.DAG_PB:
-        raise Unsupported(f"{_name(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS and raw ones")
+        raise Unsupported(f"{cids.brief(cid)}: {cids.codeccids.brief(cid)} blocks are not shown, only UnixFS and raw ones")
     try:
         node = dagpb.decode(block)
         if node.data is None:
             raise Malformed("a dag-pb node without UnixFS data")
         return _node(cid, node.links, unixfs.decode(node.data))
     except Malformed as exc:
-        raise Malformed(f"{_name(cid)}: {exc}") from exc
-
-
-def _name(cid: Cid) -> str:
-    return cids.text(cid) if len(cid) <= 80 else "an identity CID"
+        raise Malformed(f"{cids.brief(cid)}: {exc}") from exc
 
 
 def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
@@ -134,7 +130,7 @@ def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
         return _shard(cid, links, message, meta)
     if kind is Type.SYMLINK:
         return _symlink(cid, message, meta)
-    raise Unsupported(f"{_name(cid)}: UnixFS Metadata nodes are not shown")  # nor by Kubo's mount and gateway
+    raise Unsupported(f"{cids.brief(cid)}: UnixFS Metadata nodes are not shown")  # nor by Kubo's mount and gateway
 
 
 def _file(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> File:

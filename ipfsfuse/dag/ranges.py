@@ -55,9 +55,9 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     def opened(part: Unopened[_Subtree], block: bytes) -> _Front:
         child = nodes.parse(part.cid, block)
         if not isinstance(child, File):
-            raise Malformed(f"{cids.text(part.cid)}: stands in a file and is none")
+            raise Malformed(f"{cids.brief(part.cid)}: stands in a file and is none")
         if child.size != part.state.size:
-            raise Malformed(f"{cids.text(part.cid)}: has {child.size} bytes, and its parent says {part.state.size}")
+            raise Malformed(f"{cids.brief(part.cid)}: has {child.size} bytes, and its parent says {part.state.size}")
         return _parts(child, part.state.offset, part.state.level, (start, stop), sure)
 
     front = _parts(file, 0, 0, (start, stop), sure)
@@ -91,7 +91,7 @@ def _part(child: Child, base: int, level: int, deep: bool) -> Leaf | Unopened[_S
     offset = base + child.offset
     if cids.codec(child.cid) == cids.RAW:
         if child.size > MAX_LEAF:
-            raise Malformed(f"{cids.text(child.cid)}: a leaf can't have {child.size} bytes")
+            raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
         return Leaf(child.cid, offset, child.size)
     if not deep and child.size <= MAX_LEAF and cids.inline(child.cid) is None:
         return Leaf(child.cid, offset, child.size)

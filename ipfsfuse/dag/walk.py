@@ -33,7 +33,7 @@ def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
             return None
         found = hamt.entry_name(shard, link)
         if found:
-            hamt.placed(found, spot)
+            hamt.placed(found, spot, shard)
             return Link(link.cid, name, link.tsize) if found == name else None
         (block,) = yield from blocks([link.cid])
         shard = hamt.subshard(link.cid, block)
