@@ -107,7 +107,7 @@ def parse(cid: Cid, block: bytes) -> Node:
     if codec == cids.RAW:
         return File(cid, len(block), len(block), ())
     if codec != cids.DAG_PB:
-        raise Unsupported(f"{cids.brief(cid)}: {cids.codeccids.brief(cid)} blocks are not shown, only UnixFS and raw ones")
+        raise Unsupported(f"{cids.brief(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS and raw ones")
     try:
         node = dagpb.decode(block)
         if node.data is None:

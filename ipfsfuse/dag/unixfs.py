@@ -27,6 +27,7 @@ MIN_SECONDS = -62_135_596_800
 MAX_SECONDS = 253_402_300_799
 """9999-12-31T23:59:59Z, the last one."""
 _TYPES = {int(kind): kind for kind in Type}
+_NUMBERS = (3, 5, 6, 7)
 _SECOND = 1_000_000_000
 
 
@@ -60,7 +61,7 @@ def decode(message: bytes | memoryview) -> UnixFS:
             value, at = protobuf.varint(message, at, end)
             if field == 1:
                 kind = _TYPES.get(value, kind)
-            else:
+            elif field in _NUMBERS:
                 numbers[field] = value
         elif wire == BYTES and field in (2, 8):
             start, at = protobuf.span(message, at, end)
