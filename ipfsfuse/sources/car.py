@@ -5,6 +5,7 @@ costs 80); everything else is read in worker threads.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -14,7 +15,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Deliver, Run
 from ipfsfuse.sources.carbuild import IndexProgress, ensure_index
-from ipfsfuse.sources.carfile import CarFile
+from ipfsfuse.sources.carfile import CarFile, read_cached
 from ipfsfuse.sources.carstreams import Found, stream_places
 
 
@@ -47,10 +48,16 @@ class CarSource:
         await trio.lowlevel.checkpoint()
         if cids.inline(cid) is not None:
             raise NotHere("an identity CID is no block of a source")
+        multihash = cids.multihash(cid)
         try:
-            return self._file.block_cached(cid)
+            place = self._file.find(multihash, read_cached)
         except BlockingIOError:
-            return await trio.to_thread.run_sync(self._file.block, cid)
+            place = await trio.to_thread.run_sync(self._file.find, multihash)
+        if place is None:
+            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
+        with suppress(BlockingIOError):
+            return self._file.read_small(place)
+        return await trio.to_thread.run_sync(self._file.read, place)
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)

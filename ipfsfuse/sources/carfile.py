@@ -1,8 +1,7 @@
 """One CAR file on disk: its roots, and its blocks by multihash.
 
 Blocking, for any number of threads at once: every read is a pread. Nothing here is verified but that a section is the
-one that was looked for; the blocks' bytes are checked by who asks. Everything fails as SourceFailed, a block that the
-file does not have as NotHere.
+one that was looked for; the blocks' bytes are checked by who asks. Everything fails as SourceFailed.
 """
 
 import os
@@ -13,8 +12,7 @@ from typing import NamedTuple
 
 from ipfsfuse.dag import car, carindex
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed
+from ipfsfuse.errors import Malformed, NotACid, SourceFailed
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
@@ -162,20 +160,6 @@ class CarFile:
         status = os.fstat(self.fd)
         return (status.st_size, status.st_mtime_ns) != (self.identity.size, self.identity.mtime_ns)
 
-    def block(self, cid: Cid) -> bytes:
-        """The unverified block. Raises NotHere, SourceFailed."""
-        place = self.find(cids.multihash(cid))
-        if place is None:
-            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
-        return self.read(place)
-
-    def block_cached(self, cid: Cid) -> bytes:
-        """The same from the page cache alone, for the event loop. Raises BlockingIOError too, for large blocks as well."""
-        place = self.find(cids.multihash(cid), read_cached)
-        if place is None:
-            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
-        return self.read_small(place)
-
     def read_small(self, place: Place) -> bytes:
         """What lies at `place`, from the page cache alone. Raises BlockingIOError, for large blocks too."""
         if place.size > MAX_INLINE:
@@ -191,6 +175,11 @@ class CarFile:
         return block
 
     def close(self) -> None:
-        if self._index_fd != self.fd:
-            os.close(self._index_fd)
-        os.close(self.fd)
+        """No other thread may be reading: a descriptor that is closed can be another file's next."""
+        for fd in {self.fd, self._index_fd} - {-1}:
+            os.close(fd)
+        self.fd = self._index_fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_index_fd", -1) >= 0:
+            self.close()

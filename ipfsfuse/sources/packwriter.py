@@ -1,0 +1,56 @@
+"""Writing an indexed CARv2 file: header, sections as they come, index, then the frame that says where they are.
+
+Blocking; for one thread at a time. Memory is flat: blocks are written through, the index is sorted in bounded memory.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.sources.carsort import RecordSorter
+
+_BUFFER = 1 << 20
+
+
+class PackWriter:
+    """Fills the empty file `fd`, which stays the caller's. The file is no CAR before `finish`. All methods raise OSError."""
+
+    def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = ()) -> None:
+        """`scratch` is a folder for what of a very large index does not fit into memory."""
+        self._out = open(fd, "wb", buffering=_BUFFER, closefd=False)  # noqa: SIM115 - closed by finish and abandon
+        self._sorter = RecordSorter(scratch)
+        header = car.encode_header(roots)
+        self._out.write(bytes(car.V2_BYTES) + header)
+        self._end = len(header)
+        self.blocks = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of CAR data so far."""
+        return self._end
+
+    def add(self, cid: Cid, block: bytes) -> None:
+        head = car.section_head(cid, len(block))
+        self._out.write(head)
+        self._out.write(block)
+        self._sorter.add(cids.multihash(cid), self._end)
+        self._end += len(head) + len(block)
+        self.blocks += 1
+
+    def finish(self) -> None:
+        """Completes the file and sees it safely on the disk."""
+        with self._sorter, self._out:
+            self._sorter.write(self._out)
+            self._out.seek(0)
+            self._out.write(car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end)))
+            self._out.flush()
+            os.fsync(self._out.fileno())
+
+    def abandon(self) -> None:
+        """Lets go without completing."""
+        with self._sorter, suppress(OSError):
+            self._out.close()  # writes what it holds, to a file that is going
