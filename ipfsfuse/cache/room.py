@@ -1,0 +1,127 @@
+"""The budget: no byte is written before there is room for it.
+
+`used` counts, in file-system blocks, what staging files and packs take and may still take by writes under way, what
+is kept for good, and the index with what it may grow. ARC says what must leave; that has left the disk before the
+reservation returns, and no other reservation returns in between: so the sum on disk never exceeds the budget.
+
+Concurrency: the event loop's; one reservation that must evict, or one removal, at a time.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ipfsfuse.cache.arc import Arc
+from ipfsfuse.dag.cid import Cid
+
+Key = Cid | int
+"""A staging file by its CID, a pack by its number."""
+
+
+class Room:
+    def __init__(self, budget: int, evict: Callable[[Key], Awaitable[None]]) -> None:
+        """`evict` removes one thing from the disk, and reports its own trouble."""
+        self.budget = budget
+        self.arc: Arc[Key] = Arc(budget)
+        self.evictions = 0
+        self._evict = evict
+        self._lock = trio.Lock()
+        self._overhead = 0
+        self._kept: dict[Key, int] = {}
+        self._kept_bytes = 0
+
+    @property
+    def used(self) -> int:
+        return self._overhead + self._kept_bytes + self.arc.bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept for good."""
+        return self._kept_bytes
+
+    def kept(self, key: Key) -> bool:
+        return key in self._kept
+
+    def size(self, key: Key) -> int:
+        return self._kept.get(key) or self.arc.size(key)
+
+    async def reserve(self, key: Key, size: int) -> bool:
+        """Counts `size` more bytes for `key`, after what must leave for them has left. False: they can't fit."""
+        if self._lock.locked() or self.used + size > self.budget:
+            async with self._lock:
+                return await self._reserve(key, size)
+        if key in self._kept:
+            self._keep(key, size)
+        else:
+            self.arc.admit(key, size)
+        return True
+
+    async def _reserve(self, key: Key, size: int) -> bool:
+        if size > self.arc.capacity:
+            return False
+        if key in self._kept:
+            self._keep(key, size)
+            await self._leave(self._refit())
+        else:
+            await self._leave(self.arc.admit(key, size))
+        return True
+
+    def settle(self, key: Key, size: int) -> None:
+        """Corrects what is counted for `key`."""
+        if key in self._kept:
+            self._keep(key, size - self._kept[key])
+        else:
+            self.arc.set_size(key, size)
+
+    def remove(self, key: Key) -> None:
+        """`key` has left the disk for other reasons."""
+        if key in self._kept:
+            self._keep(key, -self._kept[key])
+            del self._kept[key]
+        else:
+            self.arc.remove(key)
+
+    async def keep(self, key: Key) -> None:
+        """Exempts `key` from eviction, whether or not it is there yet."""
+        if key not in self._kept:
+            self._kept[key] = 0
+            held = self.arc.size(key)
+            self.arc.remove(key)
+            self._keep(key, held)
+
+    async def release(self, key: Key) -> None:
+        """`key` may be evicted again."""
+        held = self._kept.get(key)
+        if held is not None:
+            self.remove(key)
+            self._refit()  # gives the room back to ARC: nothing has to leave
+            if held:
+                self.arc.restore(key, held, True)
+
+    async def set_overhead(self, size: int) -> None:
+        """What the index takes, and may take before this is called again."""
+        async with self._lock:
+            self._overhead = size
+            await self._leave(self._refit())
+
+    async def evict(self, key: Key) -> int:
+        """Removes one thing on demand; returns the bytes freed."""
+        async with self._lock:
+            size = self.size(key)
+            self.remove(key)
+            await self._evict(key)
+            return size
+
+    def _keep(self, key: Key, size: int) -> None:
+        self._kept[key] = self._kept.get(key, 0) + size
+        self._kept_bytes += size
+        self.arc.capacity = max(0, self.budget - self._overhead - self._kept_bytes)
+
+    def _refit(self) -> list[Key]:
+        return self.arc.set_capacity(self.budget - self._overhead - self._kept_bytes)
+
+    async def _leave(self, keys: list[Key]) -> None:
+        with trio.CancelScope(shield=True):  # what was decided is done: else it would be on disk and not counted
+            for key in keys:
+                await self._evict(key)
+                self.evictions += 1

@@ -1,0 +1,168 @@
+"""The store's life: what an earlier run left is taken up at the start, and the index is written behind the reads.
+
+Concurrency: `take_up` blocks and runs before anything else; `write_behind` is one task.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ipfsfuse.cache.hold import as_store_failed
+from ipfsfuse.cache.index import Damaged, Statements
+from ipfsfuse.cache.pins import Pins
+from ipfsfuse.cache.room import Key
+from ipfsfuse.cache.store import Store
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.errors import StoreFailed
+
+log = logging.getLogger(__name__)
+
+WAIT = 1.0
+"""Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
+ROWS = 512
+"""Rows that are written at once."""
+MAX_PENDING = 50_000
+"""Rows kept in memory while the disk takes none; then the oldest are dropped."""
+INDEX_MARGIN = 1 << 20
+"""Bytes that the index may grow between two looks at it, at most an eighth of the budget."""
+
+
+async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> Store:
+    """The store in `folder`, with what lies there taken up, and within its budget. Raises StoreFailed."""
+
+    def make() -> Store:
+        with as_store_failed(f"the cache folder {folder} can't be used"):
+            store = Store(folder, budget, nursery, pins)
+            take_up(store)
+            return store
+
+    store = await trio.to_thread.run_sync(make)
+    await measure_index(store)
+    return store
+
+
+def take_up(store: Store) -> None:
+    """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
+    recency = {name: (last, bool(frequent)) for name, last, frequent in _rows(store, "SELECT name, last, frequent FROM uses")}
+    found: list[tuple[float, bool, Key, int]] = []
+    for entry in store.staging.scan():
+        last, frequent = recency.get(cids.text(entry.cid), (0.0, False))
+        entry.last_used = max(last, entry.last_used)
+        store.staging.entries[entry.cid] = entry
+        found.append((entry.last_used, frequent, entry.cid, store.staging.charge(entry)))
+    for pack, info in store.packs.scan():
+        store.packs.sizes[pack] = info.st_size
+        store.packs.current = max(store.packs.current, pack)
+        last, frequent = recency.get(str(pack), (0.0, False))
+        found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
+    store.packs.current += 1
+    for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
+        store.room.arc.restore(key, size, frequent)
+    if not store.index.anew:
+        _read_tails(store)
+
+
+def _rows(store: Store, sql: str) -> Sequence[Any]:
+    try:
+        return store.index.rows(sql)
+    except Damaged as exc:
+        store.index.replace(str(exc))
+        return ()
+
+
+def _read_tails(store: Store) -> None:
+    """Rows that a crash kept from being written are read from the packs."""
+    indexed = dict(_rows(store, "SELECT pack, indexed FROM packs"))
+    for pack, size in store.packs.sizes.items():
+        if indexed.get(pack, 0) < size:
+            _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
+
+
+def _take(store: Store, sections: Any) -> None:
+    for key, place in sections:
+        store.packs.pending.setdefault(key, place)
+
+
+async def write_behind(store: Store) -> None:
+    """Writes rows as they come, for as long as the cache lives."""
+    if store.index.anew:
+        await _read_packs(store)
+    while True:
+        await store.changed.wait()
+        if len(store.packs.pending) < ROWS:
+            with trio.move_on_after(WAIT):
+                while len(store.packs.pending) < ROWS:
+                    store.changed = trio.Event()
+                    await store.changed.wait()
+        store.changed = trio.Event()
+        await flush(store)
+
+
+async def flush(store: Store) -> None:
+    """Writes all that is pending; what can't be written stays pending."""
+    batch, statements = store.packs.unwritten()
+    try:
+        await trio.to_thread.run_sync(store.index.write, statements)
+    except StoreFailed as exc:
+        store.index_failed(exc)
+        for key in list(store.packs.pending)[:-MAX_PENDING]:
+            del store.packs.pending[key]
+        return
+    except Damaged as exc:
+        await replace_index(store, exc)
+        return
+    store.packs.written(batch)
+    await measure_index(store)
+
+
+async def measure_index(store: Store) -> None:
+    await store.room.set_overhead(store.index.disk() + min(INDEX_MARGIN, store.room.budget // 8))
+
+
+async def replace_index(store: Store, why: Damaged) -> None:
+    """A new index, filled from the packs."""
+    try:
+        store.index.replace(str(why))
+    except (StoreFailed, Damaged, OSError) as exc:
+        store.index_failed(exc)
+        return
+    await _read_packs(store)
+
+
+async def _read_packs(store: Store) -> None:
+    for pack in sorted(store.packs.sizes):
+        _take(store, await trio.to_thread.run_sync(list, store.packs.sections(pack)))
+        if len(store.packs.pending) >= ROWS:
+            store.changed.set()
+            batch, statements = store.packs.unwritten()
+            with contextlib.suppress(StoreFailed, Damaged):
+                await trio.to_thread.run_sync(store.index.write, statements)
+                store.packs.written(batch)
+    store.index.anew = False
+
+
+def uses(store: Store) -> list[tuple[str, float, bool]]:
+    """(name, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
+    now, out = time.time(), []
+    for order, key in enumerate(store.room.arc.keys()):
+        entry = None if isinstance(key, int) else store.staging.entries.get(key)
+        name = str(key) if isinstance(key, int) else cids.text(key)
+        out.append((name, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))
+    return out
+
+
+async def close(store: Store) -> None:
+    """Writes what is pending and in which order things were used."""
+    await flush(store)
+    statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
+    try:
+        await trio.to_thread.run_sync(store.index.write, statements)
+    except (StoreFailed, Damaged) as exc:
+        store.index_failed(exc)
+    store.packs.close()
+    store.index.close()

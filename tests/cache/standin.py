@@ -1,0 +1,96 @@
+"""A chain of sources for the cache's tests: blocks in memory, answers and faults as a test wants them."""
+
+import hashlib
+from collections.abc import Sequence
+
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import varint
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotHere, Unavailable
+from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, Run
+
+
+class Place:
+    """What `Fetched.source` is here."""
+
+    def __init__(self, name: str, in_place: bool) -> None:
+        self.name = name
+        self.in_place = in_place
+
+    async def get(self, cid: Cid) -> bytes:
+        raise NotHere(cids.text(cid))
+
+    async def stream(self, run: Run, deliver: Deliver) -> None:
+        pass
+
+    def roots(self) -> Sequence[Cid]:
+        return ()
+
+    async def aclose(self) -> None:
+        pass
+
+
+class Chain:
+    """`Blocks` over a dict. `asked` lists every CID in the order asked for; `stalled` CIDs never come."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        self.source = Place("memory", in_place)
+        self.blocks: dict[bytes, bytes] = {}
+        self.asked: list[Cid] = []
+        self.runs: list[Run] = []
+        self.stalled: set[Cid] = set()
+        self.delay = 0.0
+        self.cancelled: list[Cid] = []
+
+    def add(self, block: bytes, codec: int = cids.RAW) -> Cid:
+        cid = cids.make(codec, b"\x12\x20" + hashlib.sha256(block).digest())
+        self.blocks[cids.multihash(cid)] = block
+        return cid
+
+    async def get(self, cid: Cid) -> Fetched:
+        self.asked.append(cid)
+        try:
+            await trio.sleep(self.delay)
+            if cid in self.stalled:
+                await trio.sleep_forever()
+        except trio.Cancelled:
+            self.cancelled.append(cid)
+            raise
+        if cids.multihash(cid) not in self.blocks:
+            raise Unavailable(f"{cids.text(cid)}: nobody has it")
+        return Fetched(self.blocks[cids.multihash(cid)], self.source)
+
+    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+        self.runs.append(run)
+        for index, leaf in enumerate(run.leaves):
+            await deliver(index, await self.get(leaf.cid))
+
+    def roots(self) -> Sequence[Cid]:
+        return ()
+
+
+def dag_pb_leaf(content: bytes) -> bytes:
+    """A leaf as Kubo writes it without raw leaves."""
+    size = varint.put(len(content))
+    message = b"\x08\x02\x12" + size + content + b"\x18" + size
+    return b"\x0a" + varint.put(len(message)) + message
+
+
+def random_bytes(size: int, seed: int) -> bytes:
+    return hashlib.shake_128(seed.to_bytes(8, "big")).digest(size)
+
+
+def make_file(chain: Chain, size: int, chunk: int = 1 << 16, seed: int = 0, dag_pb: bool = False) -> tuple[FileRef, list[Leaf], bytes]:
+    """A file of random bytes in `chain`: (its reference, its leaves, its content). Its root block is opaque."""
+    content = random_bytes(size, seed)
+    made: list[Leaf] = []
+    for offset in range(0, size, chunk):
+        piece = content[offset : offset + chunk]
+        cid = chain.add(dag_pb_leaf(piece), cids.DAG_PB) if dag_pb else chain.add(piece)
+        made.append(Leaf(cid, offset, len(piece)))
+    root = chain.add(b"root of " + content[:32], cids.DAG_PB)
+    return FileRef(root, size), made, content
