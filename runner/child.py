@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 from ipfsfuse.errors import GuestRefused, IpfsFuseError
-from runner import guest, sandbox
+from runner import guest, sandbox, signals
 from runner.codecache import CodeCache
 from runner.sandbox import IPFS, Sandbox
 
@@ -59,7 +59,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
 
 
 def _die_with(parent: int) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in signals.ENDING:
         signal.signal(each, signal.SIG_DFL)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

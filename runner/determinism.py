@@ -1,65 +1,70 @@
 """Clock and random that are the same in every run, in place of the host's: what --deterministic changes.
 
-Both are functions of the calls before: the clock starts at a fixed time and moves on by a millisecond each time it is
-read (a guest that waits for a time to pass would spin for ever on one that stands still), random is SHAKE-256 of a
-counter. One guest a process: the state lives in the closures that are made here.
+Both are functions of the calls before: a clock moves on by a millisecond each time it is read (a guest that waits for
+a time to pass would spin for ever on one that stands still), random is SHAKE-256 of a counter. The monotonic clock
+begins at 0 as wasmtime's own does, because a guest may wait for an instant of it, and waiting goes by the host's.
+Concurrency: one guest a process, on one thread; the state lives in the object that is made for it.
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import wasmtime
 from wasmtime import component
+
+from ipfsfuse.errors import GuestRefused
 
 START_NS = 946_684_800_000_000_000
 """2000-01-01T00:00:00Z, in nanoseconds since 1970."""
 STEP_NS = 1_000_000
 
+_WALL_CLOCK = 0
 _OK, _FAULT = 0, 21
 """WASI preview 1's errno."""
+_VERSIONS = range(100)
 
 
-def _make_clock() -> Callable[[], int]:
-    ticks = itertools.count(START_NS, STEP_NS)
-    return lambda: next(ticks)
+class Chance:
+    """What a guest is told instead."""
+
+    def __init__(self) -> None:
+        self._reads = 0
+        self._draws = 0
+
+    def monotonic(self) -> int:
+        """Nanoseconds, from 0."""
+        self._reads += 1
+        return self._reads * STEP_NS
+
+    def wall(self) -> int:
+        """Nanoseconds since 1970."""
+        return START_NS + self.monotonic()
+
+    def random(self, length: int) -> bytes:
+        self._draws += 1
+        return hashlib.shake_256(b"ipfsfuse-run %d" % self._draws).digest(length)
+
+    def random_u64(self) -> int:
+        return int.from_bytes(self.random(8), "little")
 
 
-def _make_random() -> Callable[[int], bytes]:
-    calls = itertools.count()
-
-    def random(length: int) -> bytes:
-        return hashlib.shake_256(b"ipfsfuse-run %d" % next(calls)).digest(length)
-
-    return random
+# -- preview 1 ---------------------------------------------------------------------------------------------------
 
 
 def fix_module(linker: wasmtime.Linker, modules: Sequence[str]) -> None:
     """Replaces the clock and random functions of preview 1, in a linker that allows shadowing."""
-    clock, random = _make_clock(), _make_random()
+    chance = Chance()
 
-    def put(caller: wasmtime.Caller, data: bytes, at: int) -> int:
-        memory = caller.get("memory")
-        if not isinstance(memory, wasmtime.Memory):
-            return _FAULT
-        at &= 0xFFFF_FFFF
-        if at + len(data) > memory.data_len(caller):
-            return _FAULT
-        memory.write(caller, data, at)
-        return _OK
-
-    def clock_time_get(caller: wasmtime.Caller, _clock: int, _precision: int, at: int) -> int:
-        return put(caller, clock().to_bytes(8, "little"), at)
+    def clock_time_get(caller: wasmtime.Caller, clock: int, _precision: int, at: int) -> int:
+        now = chance.wall() if clock == _WALL_CLOCK else chance.monotonic()
+        return _put(caller, at, 8, lambda: now.to_bytes(8, "little"))
 
     def clock_res_get(caller: wasmtime.Caller, _clock: int, at: int) -> int:
-        return put(caller, STEP_NS.to_bytes(8, "little"), at)
+        return _put(caller, at, 8, lambda: STEP_NS.to_bytes(8, "little"))
 
     def random_get(caller: wasmtime.Caller, at: int, length: int) -> int:
-        length &= 0xFFFF_FFFF
-        memory = caller.get("memory")
-        if not isinstance(memory, wasmtime.Memory) or length > memory.data_len(caller):
-            return _FAULT
-        return put(caller, random(length), at)
+        return _put(caller, at, length & 0xFFFF_FFFF, lambda: chance.random(length & 0xFFFF_FFFF))
 
     i32, i64 = wasmtime.ValType.i32, wasmtime.ValType.i64
     for name in modules:
@@ -68,5 +73,62 @@ def fix_module(linker: wasmtime.Linker, modules: Sequence[str]) -> None:
         linker.define_func(name, "random_get", wasmtime.FuncType([i32(), i32()], [i32()]), random_get, access_caller=True)
 
 
+def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes]) -> int:
+    """Writes `length` bytes, made once it is sure that they fit the guest's memory, at `at`."""
+    memory = caller.get("memory")
+    start = at & 0xFFFF_FFFF  # wasmtime hands an i32 over with its sign
+    if not isinstance(memory, wasmtime.Memory) or start + length > memory.data_len(caller):
+        return _FAULT
+    memory.write(caller, make(), start)
+    return _OK
+
+
+# -- preview 2 ---------------------------------------------------------------------------------------------------
+
+
 def fix_component(linker: component.Linker) -> None:
-    """Replaces the clock and random functions of preview 2, in a linker that allows shadowing."""
+    """Replaces the clock and random functions of preview 2, in a linker that allows shadowing.
+
+    Raises GuestRefused where this wasmtime names them in a way that can't be found: a run that only seems to be
+    deterministic is worse than none."""
+    chance = Chance()
+    version = _host_version(linker.engine)
+    with linker.root() as root:
+        for interface, functions in _replacements(chance).items():
+            with root.add_instance(f"{interface}@{version}") as instance:
+                for name, function in functions.items():
+                    instance.add_func(name, function)
+
+
+def _replacements(chance: Chance) -> dict[str, dict[str, Callable[..., Any]]]:
+    def datetime(nanoseconds: int) -> component.Record:
+        record = component.Record()
+        seconds, rest = divmod(nanoseconds, 1_000_000_000)
+        vars(record).update(seconds=seconds, nanoseconds=rest)
+        return record
+
+    return {
+        "wasi:clocks/monotonic-clock": {"now": lambda _s: chance.monotonic(), "resolution": lambda _s: STEP_NS},
+        "wasi:clocks/wall-clock": {"now": lambda _s: datetime(chance.wall()), "resolution": lambda _s: datetime(STEP_NS)},
+        "wasi:random/random": {"get-random-bytes": lambda _s, n: chance.random(n), "get-random-u64": lambda _s: chance.random_u64()},
+        "wasi:random/insecure": {
+            "get-insecure-random-bytes": lambda _s, n: chance.random(n),
+            "get-insecure-random-u64": lambda _s: chance.random_u64(),
+        },
+        "wasi:random/insecure-seed": {"insecure-seed": lambda _s: (chance.random_u64(), chance.random_u64())},
+    }
+
+
+def _host_version(engine: wasmtime.Engine) -> str:
+    """The 0.2 that wasmtime's own definitions bear: only under that very name do ours take the place of single functions.
+
+    A linker that allows no shadowing tells, by refusing to define one of them again."""
+    for minor in _VERSIONS:
+        linker = component.Linker(engine)
+        linker.add_wasip2()
+        with linker.root() as root, root.add_instance(f"wasi:clocks/monotonic-clock@0.2.{minor}") as instance:
+            try:
+                instance.add_func("now", lambda _s: 0)
+            except wasmtime.WasmtimeError:
+                return f"0.2.{minor}"
+    raise GuestRefused("--deterministic knows no way to replace this wasmtime's clock: use the version that the receipt names")

@@ -5,9 +5,10 @@ last such connection, so that a runner that is killed leaves nothing. Nothing he
 """
 
 import contextlib
+import fcntl
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,53 +17,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import ipfsfuse
 from ipfsfuse.errors import DaemonFailed, MountFailed, UsageError
+from runner.control import Control
 from runner.options import Options
 
-_ANSWER_S = 10.0
 _RACE_S = 30.0
+_GONE_S = 2.0
 
 
 class Mount(NamedTuple):
-    """A mounted folder; `control` is the held connection to its daemon, None where --mount names the folder."""
+    """A mounted folder. `control` is the held connection to its daemon, None where --mount names the folder."""
 
     mountpoint: str
-    control: "Control | None"
-
-
-class Control:
-    """A connection to a daemon: JSON lines, one answer to each command. It holds the mount until it is closed."""
-
-    def __init__(self, path: str) -> None:
-        """Raises DaemonFailed where nobody listens."""
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.settimeout(_ANSWER_S)
-            self._socket.connect(path)
-            self._lines = self._socket.makefile("rb")
-            self.ask({"command": "hold"})
-        except OSError as exc:
-            self._socket.close()
-            raise DaemonFailed(f"no mount answers at {path}: {exc.strerror or exc}") from exc
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def ask(self, command: dict[str, object]) -> dict[str, object]:
-        """Raises DaemonFailed for a refusal or no answer."""
-        try:
-            self._socket.sendall(json.dumps(command).encode() + b"\n")
-            answer = json.loads(self._lines.readline() or b"null")
-        except (OSError, ValueError) as exc:
-            raise DaemonFailed(f"the mount's daemon did not answer: {exc}") from exc
-        if not isinstance(answer, dict) or not answer.get("ok", False):
-            reason = answer.get("error") if isinstance(answer, dict) else "it is gone"
-            raise DaemonFailed(f"the mount's daemon refused {command['command']}: {reason}")
-        return answer
-
-    def close(self) -> None:
-        self._lines.close()
-        self._socket.close()
+    control: Control | None
+    started: bool = False
+    """By this process, for as long as somebody uses it."""
 
 
 @contextlib.contextmanager
@@ -76,7 +46,23 @@ def mounted(options: Options) -> Iterator[Mount]:
     try:
         yield mount
     finally:
-        mount.control.close()
+        if mount.control.release() and mount.started:
+            _wait_until_gone(mount.mountpoint)
+
+
+def _wait_until_gone(mountpoint: str) -> None:
+    """So that nothing of the run is left when the runner is; for as long as the daemon can need to end."""
+    until = time.monotonic() + _GONE_S
+    while is_mounted(mountpoint) and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+def is_mounted(mountpoint: str) -> bool:
+    """Asks the kernel's table, not the mount, which may hang."""
+    name = mountpoint.encode(errors="surrogateescape")
+    for plain, escaped in ((b"\\", rb"\134"), (b" ", rb"\040"), (b"\t", rb"\011"), (b"\n", rb"\012")):
+        name = name.replace(plain, escaped)
+    return any(line.split(b" ")[4] == name for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
 
 
 def _given(mountpoint: str) -> str:
@@ -98,54 +84,84 @@ def _shared(options: Options) -> Mount:
         try:
             return _start(options, isolated=False)
         except MountFailed:
-            if not _daemon_file(options).exists() or time.monotonic() > until:
+            if not _is_held(options) or time.monotonic() > until:
                 raise
         time.sleep(0.05)
 
 
-def _daemon_file(options: Options) -> Path:
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ipfsfuse")
-    return Path(options.cache_dir or default, "daemon.json")
+def _cache_dir(options: Options) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    default = os.path.join(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "ipfsfuse")
+    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default)
+
+
+def _is_held(options: Options) -> bool:
+    """Whether a daemon has the cache folder, be it one that only starts."""
+    try:
+        with open(_cache_dir(options) / "lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _live(options: Options) -> Mount | None:
-    file = _daemon_file(options)
+    folder = _cache_dir(options)
     try:
-        mountpoint = json.loads(file.read_bytes())["mountpoint"]
-        control = Control(str(file.with_name("control.sock")))
+        mountpoint = json.loads((folder / "daemon.json").read_bytes())["mountpoint"]
+        control = Control(folder / "control")
     except (OSError, ValueError, KeyError, TypeError, DaemonFailed):
         return None  # none, one that is starting, or what a killed one left
     if options.mount_options:
-        control.close()
+        control.release()
         name = options.mount_options[0].partition("=")[0]
         raise UsageError(f"{name}: a mount of this cache folder runs without it; add --isolated, or end it by ipfsfuse unmount {mountpoint}")
     return Mount(mountpoint, control)
 
 
 def _start(options: Options, isolated: bool) -> Mount:
-    """A daemon that ends with its last user. Raises MountFailed, in the daemon's own words."""
+    """A daemon that ends with its last user. Raises MountFailed or UsageError, in the daemon's own words."""
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-")
-    command = [sys.executable, "-m", "ipfsfuse", "mount", "--json", "--while-held", *_mount_options(options, isolated), mountpoint]
+    # -P: a folder named ipfsfuse where the user stands is none of ours
+    command = [sys.executable, "-P", "-m", "ipfsfuse", "mount", "--json", "--while-held", *_mount_options(options, isolated), mountpoint]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise MountFailed(_last_line(done.stderr) or f"ipfsfuse mount failed with exit code {done.returncode}")
-        return Mount(mountpoint, Control(_control_path(done.stdout)))
+        told = _ask_for_mount(command)
+        return Mount(mountpoint, Control(_control_path(told)), started=True)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(mountpoint)
         raise
 
 
-def _control_path(text: str) -> str:
+def _ask_for_mount(command: Sequence[str]) -> str:
+    """What `ipfsfuse mount` prints, once it is mounted. Told to end while it waits, it ends the daemon it has begun."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+    ) as starter:
+        try:
+            out, err = starter.communicate()
+        except BaseException:
+            starter.send_signal(signal.SIGINT)
+            raise
+    if starter.returncode != 0:
+        reason = err.strip().rpartition("\n")[2].removeprefix("ipfsfuse: ")
+        raise (UsageError if starter.returncode == 2 else MountFailed)(reason or f"ipfsfuse mount failed with exit code {starter.returncode}")
+    return out
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the folder that ipfsfuse was imported from: a checkout need not be installed."""
+    top = str(Path(ipfsfuse.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
+
+
+def _control_path(text: str) -> Path:
     try:
-        return str(json.loads(text.splitlines()[-1])["control"])
+        return Path(json.loads(text.splitlines()[-1])["control"])
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2].removeprefix("ipfsfuse: ")
 
 
 def _mount_options(options: Options, isolated: bool) -> Sequence[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NamedTuple
 
-from runner import child
+from runner import child, signals
 from runner.child import Plan, Reports
 
 OUT_OF_TIME = 124
@@ -22,7 +22,6 @@ TRAPPED = 134
 GRACE = 0.4
 """Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon answers."""
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CHUNK = 1 << 16
 
 Sink = Callable[[bytes], None]
@@ -71,7 +70,7 @@ class _Supervisor:
     def _catch_signals(self) -> None:
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for each in _ENDING:
+        for each in signals.ENDING:
             if signal.getsignal(each) != signal.SIG_IGN:  # nohup
                 signal.signal(each, self._on_signal)
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._woken(wake))

@@ -1,0 +1,60 @@
+"""A held connection to a mount's daemon: JSON lines over its Unix socket, one answer to each command."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from ipfsfuse.errors import DaemonFailed
+
+_ANSWER_S = 40.0
+"""Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
+
+
+class Control:
+    """Holds the mount from its making until `release`, or until this process ends in whatever way."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DaemonFailed where nobody listens at `path`."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(_ANSWER_S)
+            folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+            try:
+                self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")  # a socket's address ends after 108 bytes
+            finally:
+                os.close(folder)
+        except OSError as exc:
+            self._socket.close()
+            raise DaemonFailed(f"no mount answers at {path}: {exc.strerror or exc}") from exc
+        self._lines = self._socket.makefile("rb")
+        self._hold()
+
+    def _hold(self) -> int:
+        return int(self.ask("hold").get("holders", 1))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def ask(self, command: str, **arguments: str) -> dict[str, Any]:
+        """Raises DaemonFailed for a refusal, or where no answer comes."""
+        try:
+            self._socket.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            answer = json.loads(self._lines.readline() or b"null")
+        except (OSError, ValueError) as exc:
+            raise DaemonFailed(f"the mount's daemon did not answer {command}: {exc}") from exc
+        if not isinstance(answer, dict) or not answer.get("ok", False):
+            reason = answer.get("error") if isinstance(answer, dict) else "it is gone"
+            raise DaemonFailed(f"the mount's daemon refused {command}: {reason}")
+        return answer
+
+    def release(self) -> bool:
+        """Lets the mount go, and says whether nobody else held it: one of --while-held then ends."""
+        try:
+            last = self._hold() == 1
+        except DaemonFailed:
+            last = True
+        self._lines.close()
+        self._socket.close()
+        return last
