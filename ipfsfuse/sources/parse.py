@@ -1,0 +1,146 @@
+"""SOURCE texts of the command line, parsed once into frozen specs, and specs opened as sources.
+
+Concurrency: parsing is pure; opening blocks (a CAR without an index is read through) and belongs in a worker thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipfsfuse.errors import UsageError
+from ipfsfuse.sources.http import HttpSettings
+from ipfsfuse.sources.origin import Origin, parse_origin
+
+if TYPE_CHECKING:
+    from ipfsfuse.sources.base import Source
+    from ipfsfuse.sources.carbuild import IndexProgress
+
+LIBRARY, CAR, KUBO, GATEWAY = "library", "car", "kubo", "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One SOURCE. `name` is how people know it."""
+
+    kind: str
+    name: str
+    path: Path | None = None
+    """CAR."""
+    origin: Origin | None = None
+    """GATEWAY; KUBO where an address was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSettings:
+    library: Path
+    indexes: Path
+    """The folder for indexes of CAR files that have none."""
+    http: HttpSettings = field(default_factory=HttpSettings)
+    offline: bool = False
+    progress: "IndexProgress | None" = None
+
+
+def parse_source(text: str) -> Spec:
+    """What `text` asks for. Raises UsageError, one line that says what to write instead."""
+    if text in (LIBRARY, KUBO):
+        return Spec(text, text)
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        return _parse_url(text, scheme.lower(), rest)
+    if not text or "\0" in text:
+        raise UsageError("an empty --from; give a CAR file, library, kubo, kubo+http://host:port or https://gateway")
+    return _parse_path(text)
+
+
+def _parse_url(text: str, scheme: str, rest: str) -> Spec:
+    if scheme in ("http", "https"):
+        origin = parse_origin(text)
+        if origin.base.endswith("/ipfs"):
+            raise UsageError(f"{text}: leave out the /ipfs at the end")
+        return Spec(GATEWAY, origin.text, origin=origin)
+    if scheme in ("kubo+http", "kubo+https"):
+        origin = parse_origin(f"{scheme.removeprefix('kubo+')}://{rest}")
+        return Spec(KUBO, f"kubo+{origin.text}", origin=origin)
+    if scheme == "kubo+unix":
+        if not rest.startswith("/"):
+            raise UsageError(f"{text}: a socket's absolute path is missing; write kubo+unix:///run/ipfs.sock")
+        return Spec(KUBO, text, origin=Origin("http", "localhost", 80, unix=rest))
+    raise UsageError(f"{text}: {scheme}:// is not known; use https://, http://, kubo+http://, kubo+https:// or kubo+unix://")
+
+
+def _parse_path(text: str) -> Spec:
+    path = Path(text)
+    if path.exists():
+        return Spec(CAR, path.name, path=path.absolute())
+    head = text.partition("/")[0]
+    if text.startswith(("http:", "https:", "kubo+", "kubo:")):
+        raise UsageError(f"{text}: a typing error? An address is written with ://, as in https://host or kubo+http://host:port")
+    if "/" not in text and text.lower() in (LIBRARY, KUBO):
+        raise UsageError(f"{text}: write {text.lower()}")
+    if not text.startswith(("/", ".")) and not text.endswith(".car") and ("." in head or ":" in head or head == "localhost"):
+        raise UsageError(f"{text}: no such file; if it is a gateway, write https://{text}")
+    raise UsageError(f"{text}: no such file; a source is a CAR file, library, kubo, kubo+http://host:port or https://gateway")
+
+
+def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
+    """All of them, in order. Raises UsageError, for one that is given twice too."""
+    specs = [parse_source(text) for text in texts]
+    seen: dict[object, str] = {}
+    for spec, text in zip(specs, texts, strict=True):
+        what = (spec.kind, spec.path.resolve() if spec.path else None, spec.origin)
+        if what in seen:
+            raise UsageError(f"--from {text} is given twice" + (f" (as {seen[what]} before)" if seen[what] != text else ""))
+        seen[what] = text
+    return tuple(specs)
+
+
+def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
+    """The source; None for a remote gateway of an offline mount. Blocks. Raises SourceFailed, UsageError."""
+    if spec.kind == CAR:
+        from ipfsfuse.sources.car import CarSource
+
+        assert spec.path is not None
+        return CarSource.open(spec.path, settings.indexes, settings.progress)
+    if spec.kind == LIBRARY:
+        from ipfsfuse.sources.library import Library, LibrarySource
+
+        return LibrarySource(Library(settings.library))
+    if spec.kind == KUBO:
+        from ipfsfuse.sources.kubo import Kubo
+
+        return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
+    from ipfsfuse.sources.gateway import Gateway
+    from ipfsfuse.sources.http import Http
+
+    assert spec.origin is not None
+    if settings.offline and not spec.origin.is_local:
+        return None
+    return Gateway(Http(spec.origin, settings.http), spec.name, local=spec.origin.is_local, only_cached=settings.offline)
+
+
+def read_headers(path: Path) -> tuple[tuple[str, str], ...]:
+    """The headers in a file, one `Name: value` a line; empty lines and lines that begin with # are left out.
+
+    Raises UsageError, which names the line and never shows a value: it may be a secret."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"the headers file {path} can't be read: {exc}") from exc
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, separator, value = line.partition(":")
+        if not separator or not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
+            raise UsageError(f"{path}, line {number}: not a header; write Name: value")
+        if not value.strip().isascii() or not value.strip().isprintable():
+            raise UsageError(f"{path}, line {number}: the value has characters that a header can't have")
+        if name.lower() in ("host", "accept-encoding", "content-length", "transfer-encoding", "connection"):
+            raise UsageError(f"{path}, line {number}: {name} is not yours to set")
+        found.append((name, value.strip()))
+    return tuple(found)
+
+
+def with_headers(settings: HttpSettings, path: Path | None) -> HttpSettings:
+    return settings if path is None else replace(settings, headers=read_headers(path))
