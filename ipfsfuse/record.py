@@ -5,6 +5,8 @@ reader of the mount.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -21,12 +23,15 @@ class Record:
         self._seen: set[tuple[Cid, bool]] = set()
 
     @classmethod
-    def create(cls, path: Path) -> "Record":
-        """Raises StoreFailed where `path` can't be written."""
+    @contextmanager
+    def create(cls, path: Path) -> Iterator["Record"]:
+        """A record in the file `path`, closed at the end of the block. Raises StoreFailed where it can't be written."""
         try:
-            return cls(path.open("w", encoding="utf-8"))
+            out = path.open("w", encoding="utf-8")
         except OSError as exc:
             raise StoreFailed(f"the record {path} can't be written: {exc.strerror}") from exc
+        with out:
+            yield cls(out)
 
     def __call__(self, cid: Cid, ahead: bool) -> None:
         if (cid, ahead) in self._seen or ahead and (cid, False) in self._seen:
@@ -34,6 +39,3 @@ class Record:
         self._seen.add((cid, ahead))
         self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
         self._out.flush()
-
-    def close(self) -> None:
-        self._out.close()

@@ -36,6 +36,8 @@ class ControlServer:
         self._allowed = {0, os.getuid()}
         self.holders = 0
         """Connections that said `hold` and are still open."""
+        self.held = trio.Event()
+        """Set when the first holder came."""
         self.let_go = trio.Event()
         """Set when the last holder has gone: never before one came."""
 
@@ -71,6 +73,7 @@ class ControlServer:
                     if answer is _HELD and not holding:
                         holding = True
                         self.holders += 1
+                        self.held.set()
                     await _send(stream, {**answer, "holders": self.holders} if answer is _HELD else answer)
         finally:
             if holding:

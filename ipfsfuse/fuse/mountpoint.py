@@ -2,12 +2,12 @@
 table tells, and a mount whose daemon may be gone is tried by a child process that can be left behind."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.errors import MountFailed, UsageError
-from ipfsfuse.fuse.session import fusermount
+from ipfsfuse.errors import MountFailed
 
 TYPE = "fuse.ipfsfuse"
 TRY_SECONDS = 5
@@ -64,6 +64,14 @@ def prepare(mountpoint: Path) -> None:
         raise MountFailed(f"{mountpoint} is not empty: mount on an empty directory")
 
 
+def fusermount() -> str:
+    """The path of fusermount3. Raises MountFailed."""
+    found = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin:/usr/local/bin")
+    if not found:
+        raise MountFailed("fusermount3 is missing: install the package fuse3")
+    return found
+
+
 def _answers(mountpoint: Path) -> bool:
     """True unless the mount's daemon is gone; one that does not answer in time counts as alive."""
     try:
@@ -71,12 +79,6 @@ def _answers(mountpoint: Path) -> bool:
     except subprocess.TimeoutExpired:
         return True
     return b"not connected" not in done.stderr
-
-
-def refuse_below(mountpoint: Path, path: Path, what: str) -> None:
-    """Raises UsageError if `path`, which the daemon itself reads, lies below its own mount: it would wait for itself."""
-    if Path(os.path.realpath(path)).is_relative_to(mountpoint):
-        raise UsageError(f"{what} {path} lies below the mountpoint {mountpoint}: the mount would wait for itself; choose another place")
 
 
 def raise_readahead(mountpoint: Path, kib: int) -> bool:

@@ -45,12 +45,14 @@ class Pages:
             with self._lock:
                 self._queued -= len(content)
 
+    @classmethod
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(cls) -> Iterator["Pages"]:
         """The thread lives for the length of the block; what is queued at its end is dropped."""
-        thread = threading.Thread(target=self._work, name="pages", daemon=True)
+        pages = cls()
+        thread = threading.Thread(target=pages._work, name="pages", daemon=True)
         thread.start()
         try:
-            yield
+            yield pages
         finally:
-            self._queue.put(None)
+            pages._queue.put(None)

@@ -8,7 +8,6 @@ INIT request is passed through, its reply extended (`wire`), and then the real d
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,6 +19,7 @@ import trio
 
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fuse import wire
+from ipfsfuse.fuse.mountpoint import fusermount
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -53,14 +53,6 @@ class Session:
     extended: bool = False
     """True once parallel directory operations and cached symlinks are on."""
     spare: list[int] = field(default_factory=list)
-
-
-def fusermount() -> str:
-    """The path of fusermount3. Raises MountFailed."""
-    found = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin:/usr/local/bin")
-    if not found:
-        raise MountFailed("fusermount3 is missing: install the package fuse3")
-    return found
 
 
 def open_device(mountpoint: Path, allow_other: bool) -> Device:

@@ -1,0 +1,118 @@
+"""What a running mount answers on its control socket: a table of commands over the cache, the sources and the tree."""
+
+import base64
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ipfsfuse import __version__
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.config import MountConfig
+from ipfsfuse.control.server import Arguments, Handler, Progress
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import NotACid, UsageError
+from ipfsfuse.sources.chain import Chain
+from ipfsfuse.vfs.fetching import Totals, fetch_all
+from ipfsfuse.vfs.tree import Tree
+
+TELL_SECONDS = 0.2
+"""Seconds between two lines of progress."""
+
+Answer = Mapping[str, Any]
+
+
+class Commands:
+    def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, tree: Tree) -> None:
+        self._config, self._cache, self._chain, self._tree = config, cache, chain, tree
+        self._started = time.time()
+
+    def table(self) -> dict[str, Handler]:
+        """The commands by name."""
+        return {
+            "status": self.status,
+            "ls": self.ls,
+            "pin": self.pin,
+            "unpin": self.unpin,
+            "prefetch": self.prefetch,
+            "evict": self.evict,
+            "fsck": self.fsck,
+            "block": self.block,
+        }
+
+    async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "mountpoint": str(self._config.mountpoint),
+            "cache_dir": str(self._config.cache_dir),
+            "offline": self._config.offline,
+            "uptime": round(time.time() - self._started, 1),
+            "cache": self._cache.statistics(),
+            "sources": self._chain.statistics(),
+        }
+
+    async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
+        return {"entries": [kept._asdict() | {"cid": cids.text(kept.cid)} for kept in self._cache.kept()]}
+
+    async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
+        depth = arguments.get("depth")
+        if depth is not None and not (isinstance(depth, int) and depth >= 0):
+            raise UsageError("prefetch: depth is a number of levels")
+        totals = await fetch_all(self._tree, _cid(arguments), depth, _teller(progress))
+        return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
+
+    async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
+        cid = _cid(arguments)
+        async with self._cache.pinning(cid) as pinning:
+
+            async def keep(file: FileRef) -> None:
+                await pinning.file(file)
+
+            totals = await fetch_all(self._tree, cid, None, _teller(progress), keep)
+        return {"pinned": cids.text(cid), "files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
+
+    async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
+        cid = _cid(arguments)
+        await self._cache.unpin(cid)
+        return {"unpinned": cids.text(cid)}
+
+    async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:
+        freed = await self._cache.evict(None if arguments.get("all") is True else _cid(arguments))
+        return {"freed": freed}
+
+    async def fsck(self, _arguments: Arguments, progress: Progress) -> Answer:
+        async def told(done: int, total: int) -> None:
+            await progress({"done": done, "total": total})
+
+        return asdict(await self._cache.fsck(told))
+
+    async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """One verified block, for a runner that writes a receipt."""
+        return {"data": base64.b64encode(await self._cache.block(_cid(arguments))).decode("ascii")}
+
+
+def _cid(arguments: Arguments) -> Cid:
+    try:
+        return cids.parse(str(arguments["cid"]))
+    except KeyError as exc:
+        raise UsageError("the command takes a cid") from exc
+    except NotACid as exc:
+        raise UsageError(str(exc)) from exc
+
+
+class _teller:  # noqa: N801 - used as a function
+    """Passes totals on as progress, a few times a second."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._last = 0.0
+
+    async def __call__(self, totals: Totals) -> None:
+        now = time.monotonic()
+        if now - self._last >= TELL_SECONDS:
+            self._last = now
+            await self._progress({"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files})

@@ -1,0 +1,78 @@
+"""Nothing can be changed: every mutating call that reaches the mount is EPERM, whoever makes it, and nothing changes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import Sample
+
+SCRIPT = Path(__file__).with_name("syscalls.py")
+NOBODY = 65534
+
+EPERM = """
+open-wronly open-rdwr open-append open-trunc open-rdonly-trunc open-creat-existing create create-root create-excl mkdir mkdir-root mknod mkfifo
+symlink link unlink unlink-symlink rmdir rmdir-root rename rename-over rename-dir chmod chmod-dir fchmod chown lchown utimensat utimensat-symlink
+futimens truncate truncate-same setxattr setxattr-own removexattr
+""".split()
+
+KERNEL_ANSWERS = {
+    "rename-out": "EXDEV",
+    "link-out": "EXDEV",
+    "ftruncate-rdonly": "EINVAL",
+    "write-rdonly": "EBADF",
+    "fallocate-rdonly": "EBADF",
+    "copy-file-range-rdonly": "EBADF",
+    "mkdir-existing": "EEXIST",
+    "symlink-existing": "EEXIST",
+    "create-excl-existing": "EEXIST",
+    "open-directory-wronly": "EISDIR",
+    "unlink-directory": "EISDIR",
+    "rmdir-file": "ENOTDIR",
+    "file-as-directory": "ENOTDIR",
+    "unlink-absent": "ENOENT",
+    "open-tmpfile": "EOPNOTSUPP",
+    "rename-same-inode": "ok",
+    "mmap-shared-write": "EACCES",
+}
+
+
+def call(name: str, folder: Path, user: int | None = None) -> str:
+    """What the call answers when another process makes it."""
+    options = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    python = sys.executable if user is None else "/usr/bin/python3"  # another user may not enter the tests' environment
+    script = SCRIPT.read_text()
+    done = subprocess.run([python, "-c", script, name, str(folder)], capture_output=True, text=True, timeout=60, cwd="/", **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def fingerprint(folder: Path) -> str:
+    shown = subprocess.run(f"find '{folder}' -printf '%P %y %m %s %T@ %i %l\\n' | sort; cat '{folder}/hello.txt'", shell=True, capture_output=True, text=True)
+    return shown.stdout
+
+
+@pytest.mark.parametrize("name", EPERM)
+def test_every_mutating_call_is_eperm(sample: Sample, name: str) -> None:
+    before = fingerprint(sample.root)
+    assert call(name, sample.root) == "EPERM"
+    assert fingerprint(sample.root) == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("name", EPERM)
+def test_every_mutating_call_is_eperm_for_another_user(sample: Sample, name: str) -> None:
+    assert call(name, sample.root, NOBODY) == "EPERM"
+
+
+@pytest.mark.parametrize("name", KERNEL_ANSWERS)
+def test_where_the_kernel_answers_first_its_errno_stands(sample: Sample, name: str) -> None:
+    before = fingerprint(sample.root)
+    assert call(name, sample.root) == KERNEL_ANSWERS[name]
+    assert fingerprint(sample.root) == before
+
+
+def test_after_all_of_that_the_tree_is_the_one_that_was_added(sample: Sample) -> None:
+    assert subprocess.run(["diff", "-r", "--no-dereference", sample.source, sample.root], capture_output=True).returncode == 0
