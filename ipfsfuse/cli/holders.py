@@ -33,7 +33,8 @@ def _uses(process: str) -> Iterator[str]:
             yield from _link(f"{process}/fd/{number}")
         with open(f"{process}/maps", errors="surrogateescape") as maps:
             for line in maps:
-                yield from line.rstrip("\n").split(maxsplit=5)[5:]  # the path, where there is one (proc_pid_maps(5))
+                for path in line.rstrip("\n").split(maxsplit=5)[5:]:  # there where a file is mapped (proc_pid_maps(5))
+                    yield path.replace("\\012", "\n")
     except OSError:
         return  # ended meanwhile, or another user's
 

@@ -83,6 +83,7 @@ def _library(commands: Any) -> None:
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     library.add_argument("--json", action="store_true")
+    library.add_argument("--compact", action="store_true", help="give back the space of what was removed, first")
     for parser in (add, library, remove, export):
         _folders(parser)
 

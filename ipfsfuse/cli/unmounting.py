@@ -12,7 +12,6 @@ from ipfsfuse.cache import hold
 from ipfsfuse.cli import folders, holders
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse.session import fusermount
 
 END_SECONDS = 10.0
 """How long an unmounted daemon may take to put its house in order."""
@@ -38,7 +37,7 @@ def _must_be_ours(point: Path) -> None:
 
 def take_away(point: Path, lazy: bool) -> None:
     """Unmounts. Raises MountFailed that names who holds it."""
-    command = [fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
+    command = [mountpoints.fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"})
     if done.returncode == 0:
         return

@@ -1,0 +1,133 @@
+"""`ipfsfuse doctor`: what a mount needs of this machine, each with what to do where it is missing."""
+
+import argparse
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ipfsfuse.cache import hold
+from ipfsfuse.cli import folders, values
+from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.fuse import mountpoint as mountpoints
+
+FUSE = Path("/dev/fuse")
+FUSE_CONF = Path("/etc/fuse.conf")
+USER_REQUESTS = Path("/sys/module/fuse/parameters/max_user_bgreq")
+
+OK, NOTE, BAD = "ok", "note", "bad"
+
+
+class Finding(NamedTuple):
+    state: str
+    """`ok`, `note` (works, with a limit) or `bad` (a mount fails)."""
+    about: str
+    found: str
+    todo: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    findings = list(_everything(arguments))
+    if arguments.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.state:5}{finding.about}: {finding.found}" + (f"\n     to do: {finding.todo}" if finding.todo else ""))
+    return 1 if any(finding.state == BAD for finding in findings) else 0
+
+
+def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
+    yield _device()
+    yield from _helper()
+    yield _allow_other()
+    yield _kernel()
+    yield from _user_requests()
+    cache_dir, library = folders.cache_dir(arguments.cache_dir), folders.library(arguments.library)
+    yield _cache_folder(cache_dir)
+    yield _library(library)
+    yield _mount_of(cache_dir)
+
+
+def _device() -> Finding:
+    try:
+        os.close(os.open(FUSE, os.O_RDWR | os.O_CLOEXEC))
+        return Finding(OK, str(FUSE), "there, and may be opened")
+    except FileNotFoundError:
+        return Finding(BAD, str(FUSE), "missing", "load the kernel's module (modprobe fuse); in a container: --device /dev/fuse --cap-add SYS_ADMIN")
+    except OSError as exc:
+        return Finding(BAD, str(FUSE), f"can't be opened: {exc.strerror}", "chmod 666 /dev/fuse; a container must be given the device")
+
+
+def _helper() -> Iterator[Finding]:
+    found = shutil.which("fusermount3")
+    if found is None:
+        yield Finding(BAD, "fusermount3", "missing", "install the package fuse3")
+        return
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    if os.geteuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
+        yield Finding(BAD, "fusermount3", f"{said}; not setuid root, so only root can mount", f"as root: chmod u+s {found}")
+    else:
+        yield Finding(OK, "fusermount3", said)
+
+
+def _allow_other() -> Finding:
+    try:
+        set_there = any(line.strip() == "user_allow_other" for line in FUSE_CONF.read_text().splitlines())
+    except OSError:
+        set_there = False
+    if set_there or os.geteuid() == 0:
+        return Finding(OK, "--allow-other", "may be used")
+    return Finding(NOTE, "--allow-other", "may not be used by ordinary users", f"as root, if it is wanted: echo user_allow_other >> {FUSE_CONF}")
+
+
+def _kernel() -> Finding:
+    release = os.uname().release
+    numbers = tuple(int(number) for number in release.split("-")[0].split(".")[:2] if number.isdigit())
+    if numbers < (4, 20):
+        return Finding(NOTE, "kernel", f"{release}: no cached symlinks, perhaps no parallel lookups", "a kernel from 4.20 on is quicker")
+    return Finding(OK, "kernel", release)
+
+
+def _user_requests() -> Iterator[Finding]:
+    try:
+        allowed = int(USER_REQUESTS.read_text())
+    except (OSError, ValueError):
+        return
+    if os.geteuid() != 0 and allowed < 256:
+        yield Finding(NOTE, "requests in flight", f"the kernel allows ordinary users {allowed}", f"as root: echo 4096 > {USER_REQUESTS}")
+
+
+def _cache_folder(folder: Path) -> Finding:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if existing != folder:
+        if os.access(existing, os.W_OK | os.X_OK):
+            return Finding(OK, "cache folder", f"{folder} will be made")
+        return Finding(BAD, "cache folder", f"{folder} can't be made in {existing}", "name another with --cache-dir")
+    try:
+        hold.prepare(folder)
+    except IpfsFuseError as exc:
+        return Finding(BAD, "cache folder", str(exc), "mend that, or name another with --cache-dir")
+    free = shutil.disk_usage(folder).free
+    return Finding(OK, "cache folder", f"{folder}, {values.human(free)} free there")
+
+
+def _library(folder: Path) -> Finding:
+    if not folder.exists():
+        return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
+    if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return Finding(OK, "library", str(folder))
+    return Finding(BAD, "library", f"{folder} may not be used by this user", "name another with --library")
+
+
+def _mount_of(cache_dir: Path) -> Finding:
+    said = hold.announced(cache_dir)
+    if hold.is_free(cache_dir):
+        dead = [mounted.mountpoint for mounted in mountpoints.table() if said and mounted.type == mountpoints.TYPE and mounted.mountpoint == said[1]]
+        if dead:
+            return Finding(NOTE, "mount", f"{dead[0]} is left from a daemon that has ended", f"ipfsfuse mount {dead[0]} takes its place")
+        return Finding(OK, "mount", "none uses the cache folder now")
+    return Finding(OK, "mount", f"process {said[0]} serves {said[1]}" if said else "a daemon is starting")

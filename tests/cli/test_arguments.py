@@ -1,0 +1,195 @@
+"""Arguments become frozen values, or one line that names what is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipfsfuse.cli import cidargs, folders, mounting, parser, values
+from ipfsfuse.config import MountConfig
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.errors import UsageError
+from tests.cli.conftest import Ipfsfuse
+
+CID = "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
+V0 = "QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n"
+COMMANDS = ["add", "library", "rm", "export", "mount", "unmount", "doctor", "status", "ls", "pin", "unpin", "prefetch", "evict", "fsck"]
+
+SIZES = {
+    "1": 1, "10GiB": 10 << 30, "500MB": 500_000_000, "64K": 65536, "64k": 65536, "64Ki": 65536, "64kb": 64000, "1.5 MiB": 3 << 19,
+    "2T": 2 << 40, "512B": 512, " 7 ": 7, "1P": 1 << 50,
+}  # fmt: skip
+DURATIONS = {"30s": 30, "5m": 300, "250ms": 0.25, "2h": 7200, "30": 30, "0.5": 0.5, "1d": 86400, "2min": 120}
+
+
+@pytest.mark.parametrize(("text", "count"), SIZES.items())
+def test_sizes(text: str, count: int) -> None:
+    assert values.size(text) == count
+
+
+@pytest.mark.parametrize(("text", "seconds"), DURATIONS.items())
+def test_durations(text: str, seconds: float) -> None:
+    assert values.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "0", "1e9", "1_000", "10 GiBs", "٣", "9" * 16, "1P" * 2, "5EiB", "nan", "inf", "1,5M", "99999P"])
+def test_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size"):
+        values.size(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "0", "0s", "1y", "s", "nan", "9999d", "1:30"])
+def test_no_duration(text: str) -> None:
+    with pytest.raises(UsageError, match="is no duration"):
+        values.duration(text)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
+    for convert in (values.size, values.duration):
+        try:
+            assert convert(text) > 0
+        except UsageError as exc:
+            assert "\n" not in str(exc)
+
+
+@given(st.integers(min_value=1, max_value=1 << 50))
+def test_a_shown_size_can_be_typed_again(count: int) -> None:
+    assert values.size(values.human(count)) == pytest.approx(count, rel=0.06)
+
+
+# -- the whole line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(ipfsfuse: Ipfsfuse, capfd: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        ipfsfuse(command, "--help")
+    assert f"usage: ipfsfuse {command}" in capfd.readouterr().out
+
+
+USAGE = [
+    ([], "COMMAND"),
+    (["fly"], "'fly'"),
+    (["mount"], "MOUNTPOINT"),
+    (["mount", "x", "--budget", "much"], "'much' is no size"),
+    (["mount", "x", "--budget", "0"], "'0' is no size"),
+    (["mount", "x", "--deadline", "soon"], "'soon' is no duration"),
+    (["mount", "x", "--fro", "kubo"], "--fro"),
+    (["mount", "x", "--from", ""], "empty SOURCE"),
+    (["mount", ""], "empty path"),
+    (["mount", "x", "--pins", "all"], "'all'"),
+    (["mount", "x", "--allow", "nonsense"], "--allow 'nonsense' is neither a CID nor a file"),
+    (["mount", "x", "--allow", CID + "/../../etc"], "neither a CID nor a file"),
+    (["pin", "nonsense"], "'nonsense' is not a CID"),
+    (["pin", f"/ipfs/{CID}/a/b"], "a path below one"),
+    (["pin", f"/ipfs/{CID}/.."], "a path below one"),
+    (["prefetch", CID[:-1] + "1"], "is not a CID"),
+    (["prefetch", CID, "--depth", "-1"], "--depth"),
+    (["evict"], "one CID, or --all"),
+    (["evict", CID, "--all"], "one CID, or --all"),
+    (["rm", "nonsense"], "'nonsense' is not a CID"),
+    (["rm", "../../etc"], "'../../etc' is not a CID"),
+    (["add", "x", "--profile", "mine"], "'mine'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), USAGE, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_usage_errors_are_one_line_and_exit_code_2(ipfsfuse: Ipfsfuse, home: Path, arguments: list[str], named: str) -> None:
+    ran = ipfsfuse(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("ipfsfuse: ")
+    assert ran.err.count("\n") == 1
+    assert named in ran.err
+    assert not list(home.rglob("*"))
+
+
+def test_python_dash_m(home: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "ipfsfuse", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("ipfsfuse 0.")
+
+
+def test_help_and_status_load_nothing_big() -> None:
+    script = "import sys; from ipfsfuse.cli.main import main; code = main(['status', '--cache-dir', '/nonexistent']); print(code, *sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded[0] == "1"
+    assert not {"trio", "pyfuse3", "httpx", "wasmtime", "multiformats", "tqdm", "sqlite3"} & set(loaded)
+
+
+def test_nobody_reads_the_output(home: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run([sys.executable, "-m", "ipfsfuse", "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+# -- configuration -----------------------------------------------------------------------------------------------
+
+
+def config(*arguments: str) -> MountConfig:
+    return mounting.config(parser.parse(["mount", *arguments]))
+
+
+def test_mount_config_by_default(home: Path, tmp_path: Path) -> None:
+    made = config(str(tmp_path / "m"))
+    assert made == MountConfig(tmp_path / "m", home / ".cache/ipfsfuse", home / ".local/share/ipfsfuse/library")
+    assert (made.sources, made.budget, made.deadline) == (("library",), 10 << 30, 30.0)
+
+
+def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = config(
+        *["m", "--from", "x.car", "--from", "kubo", "--from", "https://a.example", "--offline", "--cache-dir=c", "--library=l", "--budget=1MiB"],
+        *["--deadline", "5s", "--allow", CID, "--allow", V0, "--record", "r", "--allow-other", "--isolated", "--while-held", "--pins", "none"],
+        *["--header-file", "h"],
+    )
+    assert made == MountConfig(
+        mountpoint=tmp_path / "m",
+        cache_dir=tmp_path / "c",
+        library=tmp_path / "l",
+        sources=(str(tmp_path / "x.car"), "kubo", "https://a.example"),
+        offline=True,
+        budget=1 << 20,
+        deadline=5.0,
+        allow=frozenset({cids.parse(CID), cids.canonical(cids.parse(V0))}),
+        record=tmp_path / "r",
+        allow_other=True,
+        isolated=True,
+        while_held=True,
+        pins="none",
+        headers=tmp_path / "h",
+    )
+
+
+def test_allow_lists_from_a_file(home: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "allowed"
+    listed.write_text(f"# what may be read\n{CID}  # a file\n\n/ipfs/{V0}/\n")
+    assert config("m", "--allow", str(listed)).allow == {cids.parse(CID), cids.canonical(cids.parse(V0))}
+    listed.write_text(f"{CID}\nbroken\n")
+    with pytest.raises(UsageError, match="allowed, line 2: 'broken' is not a CID"):
+        config("m", "--allow", str(listed))
+    listed.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="can't be read"):
+        config("m", "--allow", str(listed))
+
+
+@pytest.mark.parametrize("spelling", [CID, f"/ipfs/{CID}", f"ipfs://{CID}", f"/ipfs/{CID}/"])
+def test_spellings_of_a_cid(spelling: str) -> None:
+    assert cids.text(cidargs.one(spelling)) == CID
+
+
+def test_folders_by_flag_variable_and_xdg(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xc"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xd"))
+    assert (folders.cache_dir(None), folders.library(None)) == (tmp_path / "xc/ipfsfuse", tmp_path / "xd/ipfsfuse/library")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    assert folders.cache_dir(None) == home / ".cache/ipfsfuse"
+    monkeypatch.setenv("IPFSFUSE_CACHE_DIR", str(tmp_path / "ec"))
+    monkeypatch.setenv("IPFSFUSE_LIBRARY", str(tmp_path / "el"))
+    assert (folders.cache_dir(None), folders.library(None)) == (tmp_path / "ec", tmp_path / "el")
+    assert (folders.cache_dir(str(tmp_path / "f")), folders.library(str(tmp_path / "g"))) == (tmp_path / "f", tmp_path / "g")

@@ -1,0 +1,44 @@
+"""Progress: a bar where a person looks, plain lines elsewhere."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from ipfsfuse.cli import progress
+from ipfsfuse.cli.progress import Progress
+
+SCRIPT = """
+from ipfsfuse.cli.progress import Progress
+with Progress("fetching") as show:
+    for done in range(0, 1025, 256):
+        show({"done": done << 20, "total": 1 << 30, "what": "a/b"})
+"""
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with Progress("fetching") as show:
+        show({"done": 3 << 20, "total": 1 << 30})
+        show({"done": 7, "unit": "blocks"})
+    assert capsys.readouterr() == ("", "fetching: 3.0 MiB of 1.0 GiB\nfetching: 7 blocks\n")
+
+
+def test_quick_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("fetching") as show:
+        show({"done": 1})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal() -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    subprocess.run([sys.executable, "-c", SCRIPT], stderr=follower, check=True)
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(follower)
+    os.close(leader)
+    assert "fetching:" in shown
+    assert "/1.00G" in shown
