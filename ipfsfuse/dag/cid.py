@@ -54,6 +54,8 @@ def decode_prefix(data: bytes | memoryview, start: int = 0) -> tuple[Cid, int]:
 
 def _check(data: bytes) -> int:
     """The index behind the version 1 CID at the start of `data`."""
+    if len(data) >= 4 and data[0] == 1 and data[1] < 0x80 and data[2] < 0x80 and data[3] < 0x80 and len(data) >= 4 + data[3]:
+        return 4 + data[3]  # all varints of one byte, 1 us less
     try:
         version, at = varint.get(data, 0)
         if version != 1:

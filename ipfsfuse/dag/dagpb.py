@@ -39,6 +39,13 @@ class PBNode(NamedTuple):
     absent: bytes = b""
 
 
+MAX_LINKS = 1 << 17
+"""More fit into 2 MiB only where each is shorter than a hash: a block made to cost time."""
+
+_DATA, _LINKS = 0x0A, 0x12
+_HASH, _NAME, _TSIZE = 0x0A, 0x12, 0x18
+"""Field number << 3 | wire type, all of one byte. A tag in a longer form, which nobody writes, is refused."""
+
 _V1_HEADS = (b"\x0a\x24\x01\x70\x12\x20", b"\x0a\x24\x01\x55\x12\x20")
 """How nearly every link begins: the Hash field with a version 1 CID, dag-pb or raw, of sha2-256."""
 _V1_END = 38
@@ -49,24 +56,26 @@ _V0_END = 36
 def decode(block: bytes) -> PBNode:
     """What `block` holds. Raises Malformed."""
     links: list[Link] = []
-    absent: dict[int, int] = {}
+    absent = bytearray()
     data: bytes | None = None
     at, end = 0, len(block)
     links_closed = False
     while at < end:
         tag = block[at]
-        if tag == 0x12 and not links_closed:
+        if tag == _LINKS and not links_closed:
             at = _links(block, at, links, absent)
             links_closed = True
-        elif tag == 0x0A and data is None:
+        elif tag == _DATA and data is None:
             start, at = protobuf.span(block, at + 1, end)
             data = block[start:at]
         else:
-            raise Malformed(_refusal(block, at, data is not None))
-    return PBNode(links, data, _flags(absent, len(links)))
+            raise Malformed(_refusal(tag, data is not None))
+    if absent:
+        absent.extend(bytes(len(links) - len(absent)))
+    return PBNode(links, data, bytes(absent))
 
 
-def _links(block: bytes, at: int, links: list[Link], absent: dict[int, int]) -> int:
+def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
     """Appends the run of links that begins at `at`; the index behind it.
 
     The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
@@ -74,7 +83,7 @@ def _links(block: bytes, at: int, links: list[Link], absent: dict[int, int]) -> 
     end = len(block)
     add = links.append
     new = tuple.__new__
-    while at < end and block[at] == 0x12:
+    while at < end and block[at] == _LINKS:
         start = at + 2
         size = block[at + 1] if start <= end else 0x80
         if size >= 0x80:
@@ -86,18 +95,21 @@ def _links(block: bytes, at: int, links: list[Link], absent: dict[int, int]) -> 
         head = block[start : start + 6]
         name_at = start + _V1_END if head in _V1_HEADS else start + _V0_END if head[:4] == _V0_HEAD else end
         # the shortest tail is `12 00 18 00`; a name of up to 127 bytes has a length of one byte
-        if name_at + 4 <= at and block[name_at] == 0x12:
+        if name_at + 4 <= at and block[name_at] == _NAME:
             name_end = name_at + 2 + block[name_at + 1]
             tail = block[name_end:at]
-            if tail and tail[0] == 0x18 and len(tail) <= 5 and block[name_at + 1] < 0x80:
+            if tail and tail[0] == _TSIZE and len(tail) <= 5 and block[name_at + 1] < 0x80:
                 tsize = _short_tsize(tail)
                 if tsize >= 0:
                     add(new(Link, (block[start + 2 : name_at], block[name_at + 2 : name_end], tsize)))
                     continue
         link, flags = _link(block, start, at)
         if flags:
-            absent[len(links)] = flags
+            absent.extend(bytes(len(links) - len(absent)))
+            absent.append(flags)
         add(link)
+        if len(links) > MAX_LINKS:
+            raise Malformed(f"dag-pb: a node with over {MAX_LINKS} links")
     return at
 
 
@@ -124,18 +136,18 @@ def _link(block: bytes, at: int, end: int) -> tuple[Link, int]:
     flags = NO_NAME | NO_TSIZE
     last = 0
     while at < end:
-        field, wire, at = protobuf.tag(block, at, end)
-        if field not in (1, 2, 3) or wire != (0 if field == 3 else 2):
-            raise Malformed(f"dag-pb: field {field} of wire type {wire} in a link")
-        if field <= last:
-            raise Malformed(f"dag-pb: field {field} of a link stands twice or out of order")
-        last = field
-        if field == 3:
-            tsize, at = protobuf.varint(block, at, end)
+        tag = block[at]
+        if tag not in (_HASH, _NAME, _TSIZE):
+            raise Malformed(f"dag-pb: a field with tag 0x{tag:02x} in a link")
+        if tag <= last:
+            raise Malformed(f"dag-pb: field {tag >> 3} of a link stands twice or out of order")
+        last = tag
+        if tag == _TSIZE:
+            tsize, at = protobuf.varint(block, at + 1, end)
             flags &= ~NO_TSIZE
             continue
-        start, at = protobuf.span(block, at, end)
-        if field == 1:
+        start, at = protobuf.span(block, at + 1, end)
+        if tag == _HASH:
             target = _cid(block[start:at])
         else:
             name = block[start:at]
@@ -152,21 +164,11 @@ def _cid(data: bytes) -> Cid:
         raise Malformed(f"dag-pb: invalid Hash field found in link, expected CID ({exc})") from exc
 
 
-def _flags(absent: dict[int, int], count: int) -> bytes:
-    if not absent:
-        return b""
-    flags = bytearray(count)
-    for index, value in absent.items():
-        flags[index] = value
-    return bytes(flags)
-
-
-def _refusal(block: bytes, at: int, have_data: bool) -> str:
-    """Why the field at `at` can't stand there."""
-    tag = block[at]
-    if tag == 0x12:
+def _refusal(tag: int, have_data: bool) -> str:
+    """Why a field with `tag` can't stand where it does."""
+    if tag == _LINKS:
         return "dag-pb: duplicate Links section"
-    if tag == 0x0A and have_data:
+    if tag == _DATA and have_data:
         return "dag-pb: duplicate Data section"
     return f"dag-pb: a field with tag 0x{tag:02x} in a node"
 

@@ -38,7 +38,10 @@ def tag(data: Buffer, at: int, end: int) -> tuple[int, int, int]:
 
 def span(data: Buffer, at: int, end: int) -> tuple[int, int]:
     """Where the bytes lie whose length stands at `at`: start and end index."""
-    size, at = varint(data, at, end)
+    if at < end and data[at] < 0x80:  # the usual length of one byte
+        size, at = data[at], at + 1
+    else:
+        size, at = varint(data, at, end)
     if size > end - at:
         raise Malformed("protobuf: a field is cut short")
     return at, at + size

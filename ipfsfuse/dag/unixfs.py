@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from ipfsfuse.dag import protobuf, varint
+from ipfsfuse.dag.dagpb import MAX_LINKS
 from ipfsfuse.dag.protobuf import BYTES, FIXED32, VARINT
 from ipfsfuse.errors import Malformed
 
@@ -27,7 +28,11 @@ MIN_SECONDS = -62_135_596_800
 MAX_SECONDS = 253_402_300_799
 """9999-12-31T23:59:59Z, the last one."""
 _TYPES = {int(kind): kind for kind in Type}
+MAX_FIELDS = 1000
+"""Fields of one message, neighbouring block sizes as one: more are a block made to cost time."""
 _NUMBERS = (3, 5, 6, 7)
+_BLOCKSIZE = 0x20
+"""The tag of one unpacked block size."""
 _SECOND = 1_000_000_000
 
 
@@ -53,8 +58,12 @@ def decode(message: bytes | memoryview) -> UnixFS:
     numbers: dict[int, int] = {}
     sizes: list[int] = []
     at, end = 0, len(message)
+    fields = 0
     while at < end:
         field, wire, at = protobuf.tag(message, at, end)
+        fields += 1
+        if fields > MAX_FIELDS:
+            raise Malformed(f"UnixFS: a message of over {MAX_FIELDS} fields")
         if field == 4 and wire in (VARINT, BYTES):
             at = _blocksizes(message, at, wire, sizes)
         elif wire == VARINT:
@@ -78,20 +87,23 @@ def decode(message: bytes | memoryview) -> UnixFS:
 
 
 def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int]) -> int:
-    """Reads one value, or a packed list of them; unpacked neighbours in one go, since a file has thousands."""
+    """Reads a packed list, or one value and its unpacked neighbours in one go, since a file has thousands."""
     end = len(message)
-    if wire == BYTES:
+    packed = wire == BYTES
+    if packed:
         at, end = protobuf.span(message, at, end)
-        while at < end:
-            value, at = protobuf.varint(message, at, end)
-            sizes.append(value)
-        return at
-    while True:
+    while at < end:
         value, at = protobuf.varint(message, at, end)
         sizes.append(value)
-        if at >= end or message[at] != 0x20:
-            return at
-        at += 1
+        if len(sizes) > MAX_LINKS:
+            raise Malformed(f"UnixFS: over {MAX_LINKS} block sizes")
+        if not packed:
+            if at >= end or message[at] != _BLOCKSIZE:
+                return at
+            at += 1
+    if packed:
+        return at
+    raise Malformed("UnixFS: a block size is cut short")
 
 
 def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
