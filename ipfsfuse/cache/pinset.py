@@ -1,48 +1,50 @@
-"""The pinset cache: verified blocks and leaves, from the disk, from a fetch under way, or from the sources.
+"""The pinset cache: its lifetime, and what commands ask of it; reading is `reading`'s, the disk is `store`'s.
 
-Concurrency: every method may be called by many tasks at once. Of all who want one block one fetch serves all, and
-belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
+Concurrency: every method may be called by many tasks at once.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import trio
 
 from ipfsfuse.cache import upkeep
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept
-from ipfsfuse.cache.flights import Flights, Land
+from ipfsfuse.cache.base import FileRef, Kept
+from ipfsfuse.cache.names import Names
 from ipfsfuse.cache.pins import Pins
-from ipfsfuse.cache.store import SMALL, Store
+from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.store import Store
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.sources.base import Blocks, Fetched, Run, Source
-
-SIDE_BY_SIDE = 4
-"""Leaves that one `ahead` reads back at a time."""
+from ipfsfuse.sources.base import Blocks
 
 
-class Arrival(NamedTuple):
-    """A leaf's content, or a block, as all who wait for it get it; `source` None where it was staged."""
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """For `status`. Sizes in bytes on disk, counts since the mount began."""
 
-    content: Content
-    source: Source | None
+    budget: int
+    used: int
+    """Never more than the budget."""
+    pinned: int
+    """Part of `used` that is kept for good."""
+    hits: int
+    """Blocks and leaves read from the disk."""
+    misses: int
+    """Blocks and leaves asked of the sources."""
+    evictions: int
+    trouble: str
+    """What is wrong with the disk just now, "" where nothing is."""
 
 
-class PinsetCache:
+class PinsetCache(Reading):
     """The shared cache of one folder. Made by `open`."""
 
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
-        self.store = store
-        self.hits = 0
-        self.misses = 0
-        self._blocks = blocks
-        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=_name)
+        super().__init__(store, blocks, nursery, deadline)
+        self._names = Names(store)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -71,140 +73,6 @@ class PinsetCache:
                 raise failure from None
             raise
 
-    # -- blocks ------------------------------------------------------------------------------------------------------
-
-    async def block(self, cid: Cid) -> bytes:
-        """As `Cache.block`."""
-        carried = cids.inline(cid)
-        if carried is not None:
-            return carried
-        kept = await self.store.block(cid)
-        if kept is not None:
-            self.hits += 1
-            return kept
-        raw = cids.codec(cid) == cids.RAW
-        key = cids.canonical(cid) if raw else cids.multihash(cid)
-        arrival = await self._flights.join(key, lambda: self._bring_block(cid, raw))
-        return arrival.content if isinstance(arrival.content, bytes) else bytes(arrival.content)
-
-    async def _bring_block(self, cid: Cid, raw: bool) -> Arrival:
-        """A block that is in no pack: a staged raw file, or fetched."""
-        own = cids.canonical(cid)
-        if raw and (entry := self.store.staging.entries.get(own)) is not None:
-            content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
-            if content is not None:
-                self.hits += 1
-                return Arrival(content, None)
-        self.misses += 1
-        fetched = await self._blocks.get(cid)
-        block, source = fetched.block, fetched.source
-        if not source.in_place:
-            size = len(block)
-            if raw and size > SMALL:
-                await self.store.keep_leaf(FileRef(own, size), Leaf(cid, 0, size), block, source.name)
-            else:
-                await self.store.keep_block(cid, block)
-        return Arrival(block, source)
-
-    # -- leaves ------------------------------------------------------------------------------------------------------
-
-    async def leaf(self, file: FileRef, leaf: Leaf) -> Content:
-        """As `Cache.leaf`."""
-        if file.size <= SMALL or cids.inline(leaf.cid) is not None:
-            return dagleaves.content(leaf.cid, await self.block(leaf.cid))
-        if cids.codec(leaf.cid) != cids.RAW:
-            block = await self.store.block(leaf.cid)
-            if block is not None:
-                self.hits += 1
-                return dagleaves.content(leaf.cid, block)
-        arrival = await self._flights.join(_leaf_key(leaf), lambda: self._bring_leaf(file, leaf))
-        if arrival.source is not None and not arrival.source.in_place and not await self._has(file, leaf):
-            await self._keep(file, leaf, arrival)  # another file's leaf, or another place in this one, of the same bytes
-        return arrival.content
-
-    async def _bring_leaf(self, file: FileRef, leaf: Leaf) -> Arrival:
-        staged = await self.store.leaf(file, leaf)
-        if staged is not None:
-            self.hits += 1
-            return Arrival(staged, None)
-        self.misses += 1
-        return await self._arrive(file, leaf, await self._blocks.get(leaf.cid))
-
-    async def _arrive(self, file: FileRef, leaf: Leaf, fetched: Fetched) -> Arrival:
-        """What `fetched` holds of `file`, staged."""
-        content = dagleaves.content(leaf.cid, fetched.block)
-        arrival = Arrival(content, fetched.source)
-        if fetched.source.in_place:
-            return arrival
-        if file.size > SMALL and dagleaves.is_canonical(leaf.cid, fetched.block):
-            await self._keep(file, leaf, arrival)
-        else:
-            await self.store.keep_block(leaf.cid, fetched.block)
-        return arrival
-
-    async def _keep(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
-        if len(arrival.content) == leaf.size and arrival.source is not None:  # else its parent lied: not for a file to hold
-            await self.store.keep_leaf(file, leaf, arrival.content, arrival.source.name)
-
-    async def _has(self, file: FileRef, leaf: Leaf) -> bool:
-        """Whether it seems to be staged."""
-        if file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW:
-            if cids.inline(leaf.cid) is not None or self.store.place(leaf.cid) is not None:
-                return True
-        return await self.store.has_leaf(file, leaf)
-
-    # -- ahead -------------------------------------------------------------------------------------------------------
-
-    async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
-        """As `Cache.ahead`."""
-        missing: list[Leaf] = []
-        rest: list[Leaf] = []
-        for leaf in leaves:
-            there = _leaf_key(leaf) in self._flights or await self._has(file, leaf)
-            (rest if there else missing).append(leaf)
-        came = await self._run(file, missing, arrived) if missing else set()
-        if arrived is not None:
-            await self._hand_over(file, [leaf for leaf in (*rest, *missing) if leaf not in came], arrived)
-
-    async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
-        """One run from the sources; returns what came and was handed over."""
-        listening = True
-        came: set[Leaf] = set()
-
-        async def fetch(wanted: Sequence[Leaf], land: Land[bytes, Arrival]) -> None:
-            async def deliver(index: int, fetched: Fetched) -> None:
-                leaf = wanted[index]
-                self.misses += 1
-                arrival = await self._arrive(file, leaf, fetched)
-                land(_leaf_key(leaf), arrival)
-                if listening and arrived is not None and leaf not in came:
-                    came.add(leaf)
-                    arrived(leaf, arrival.content)
-
-            await self._blocks.stream(Run(file.cid, file.size, wanted), deliver)
-
-        by_key = {_leaf_key(leaf): leaf for leaf in leaves}
-        try:
-            await self._flights.run(by_key, lambda keys, land: fetch([by_key[key] for key in keys], land))
-        finally:
-            listening = False
-        return came
-
-    async def _hand_over(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived) -> None:
-        """Each of `leaves`, some at a time; gives up with the first that can't be had."""
-        queue = iter(leaves)
-
-        async def work(scope: trio.CancelScope) -> None:
-            for leaf in queue:
-                try:
-                    arrived(leaf, await self.leaf(file, leaf))
-                except IpfsFuseError:
-                    scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(SIDE_BY_SIDE, len(leaves))):
-                nursery.start_soon(work, nursery.cancel_scope)
-
     # -- uses --------------------------------------------------------------------------------------------------------
 
     def opened(self, file: FileRef) -> None:
@@ -228,11 +96,27 @@ class PinsetCache:
         place = self.store.place(cid)
         return place.size if place is not None else 0
 
+    # -- what commands ask -------------------------------------------------------------------------------------------
 
-def _leaf_key(leaf: Leaf) -> bytes:
-    return cids.canonical(leaf.cid)
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the disk just now, "" where nothing is."""
+        return self.store.trouble.text
 
+    def statistics(self) -> Statistics:
+        room = self.store.room
+        return Statistics(room.budget, room.used, room.kept_bytes, self.hits, self.misses, room.evictions, self.trouble)
 
-def _name(key: bytes) -> str:
-    """A key for messages: a CID, or a dag-pb block's multihash."""
-    return cids.text(Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key))
+    async def evict(self, cid: Cid | None = None) -> int:
+        """Removes a file or block, or all that is not kept for good; returns the bytes freed on disk.
+
+        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is kept for good."""
+        return await self.store.evict(cid)
+
+    def note_root(self, cid: Cid, spelling: str) -> None:
+        """`cid` was opened by this name in the mount's root."""
+        self._names.note(cid, spelling)
+
+    def named_roots(self) -> Iterator[tuple[Cid, str]]:
+        """(CID, as first spelled) of what was opened by name and is still staged itself, or is kept for good."""
+        return self._names.staged()

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -24,7 +25,7 @@ from ipfsfuse.cache.trouble import Trouble
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.errors import StoreFailed, WrongBlock
+from ipfsfuse.errors import StoreFailed, UsageError, WrongBlock
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class Store:
         self._reading = trio.CapacityLimiter((os.cpu_count() or 1) + 2)
         self._writing = trio.CapacityLimiter(4)
         self._upkeep = trio.CapacityLimiter(2)
+        self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
+        """What the index shall be told besides where blocks lie."""
+        self.damaged: Damaged | None = None
         self.changed = trio.Event()
         """Set when the index has something to be told."""
 
@@ -284,5 +288,40 @@ class Store:
         except OSError as exc:
             self.trouble.note(f"{self.folder}: nothing can be removed", exc)
 
+    async def evict(self, cid: Cid | None = None) -> int:
+        """As `PinsetCache.evict`."""
+        if cid is None:
+            return sum([await self.room.evict(key) for key in list(self.room.arc.keys())])
+        key: Key = cids.canonical(cid)
+        if key not in self.staging.entries:
+            place = self.place(cid)
+            if place is None:
+                return 0
+            key = place.pack
+        if self.room.kept(key):
+            raise UsageError(f"{cids.text(cid)} is kept for good: unpin it first")
+        return await self.room.evict(key)
+
+    def holds(self, cid: Cid) -> bool:
+        """Whether `cid` itself is staged, at least in part."""
+        return cids.canonical(cid) in self.staging.entries or self.place(cid) is not None
+
+    def folders_disk(self) -> int:
+        """Bytes on disk of the folders that names lie in."""
+        try:
+            return sum((self.folder / name).stat().st_blocks * 512 for name in ("files", "packs", "."))
+        except OSError:
+            return 0
+
+    def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
+        """One more statement for the index."""
+        self.statements.append((sql, [arguments]))
+        self.changed.set()
+
     def index_failed(self, error: Exception) -> None:
-        self.trouble.note(str(self.index.path), error)
+        """The index gave no answer; where it is damaged, it is replaced soon."""
+        if isinstance(error, Damaged):
+            self.damaged = error
+            self.changed.set()
+        else:
+            self.trouble.note(str(self.index.path), error)

@@ -105,23 +105,29 @@ async def write_behind(store: Store) -> None:
 
 async def flush(store: Store) -> None:
     """Writes all that is pending; what can't be written stays pending."""
+    if store.damaged is not None:
+        await replace_index(store, store.damaged)
     batch, statements = store.packs.unwritten()
+    others, store.statements = store.statements, []
     try:
-        await trio.to_thread.run_sync(store.index.write, statements)
+        await trio.to_thread.run_sync(store.index.write, [*statements, *others])
     except StoreFailed as exc:
         store.index_failed(exc)
+        store.statements = others[-MAX_PENDING:] + store.statements
         for key in list(store.packs.pending)[:-MAX_PENDING]:
             del store.packs.pending[key]
-        return
     except Damaged as exc:
+        store.statements = others + store.statements
         await replace_index(store, exc)
-        return
-    store.packs.written(batch)
-    await measure_index(store)
+    else:
+        store.packs.written(batch)
+        await measure_index(store)
 
 
 async def measure_index(store: Store) -> None:
-    await store.room.set_overhead(store.index.disk() + min(INDEX_MARGIN, store.room.budget // 8))
+    """Counts the index, the folders themselves, and what the index may grow before the next time."""
+    size = store.index.disk() + store.folders_disk()
+    await store.room.set_overhead(size + min(INDEX_MARGIN, store.room.budget // 8))
 
 
 async def replace_index(store: Store, why: Damaged) -> None:
@@ -129,8 +135,10 @@ async def replace_index(store: Store, why: Damaged) -> None:
     try:
         store.index.replace(str(why))
     except (StoreFailed, Damaged, OSError) as exc:
-        store.index_failed(exc)
+        store.trouble.note(str(store.index.path), exc)
         return
+    finally:
+        store.damaged = None
     await _read_packs(store)
 
 
@@ -163,6 +171,6 @@ async def close(store: Store) -> None:
     try:
         await trio.to_thread.run_sync(store.index.write, statements)
     except (StoreFailed, Damaged) as exc:
-        store.index_failed(exc)
+        log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
     store.packs.close()
     store.index.close()

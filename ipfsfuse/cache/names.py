@@ -1,0 +1,44 @@
+"""Names in the mount's root: what was opened there by name, as first spelled.
+
+A name is listed while its own block or file is staged, or kept for good: whoever goes below it reads that block, so
+it leaves after what is only below it. Concurrency: the event loop's; rows are written behind.
+"""
+
+from collections.abc import Iterator
+
+from ipfsfuse.cache.index import Damaged
+from ipfsfuse.cache.store import Store
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import StoreFailed
+
+MAX_NAMES = 10_000
+"""Names kept; of those beyond, the ones that are staged no more are forgotten."""
+
+
+class Names:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        try:
+            self._names = {Cid(cid): str(name) for cid, name in store.index.rows("SELECT cid, spelling FROM roots ORDER BY at")}
+        except (StoreFailed, Damaged):
+            self._names = {}
+
+    def note(self, cid: Cid, spelling: str) -> None:
+        own = cids.canonical(cid)
+        if own in self._names:
+            return
+        if len(self._names) >= MAX_NAMES:
+            self._forget()
+        self._names[own] = spelling
+        self._store.write_later("INSERT OR IGNORE INTO roots (cid, spelling) VALUES (?, ?)", (own, spelling))
+
+    def staged(self) -> Iterator[tuple[Cid, str]]:
+        for cid, spelling in list(self._names.items()):
+            if self._store.holds(cid):
+                yield cid, spelling
+
+    def _forget(self) -> None:
+        for cid in [cid for cid in self._names if not self._store.holds(cid)]:
+            del self._names[cid]
+            self._store.write_later("DELETE FROM roots WHERE cid = ?", (cid,))
