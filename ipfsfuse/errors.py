@@ -99,6 +99,10 @@ class StoreFailed(IpfsFuseError):
     """The cache folder or the library can't be used: the disk is full, read-only, gone, or not ours alone."""
 
 
+class AddFailed(IpfsFuseError):
+    """A file or folder that can't be added: not there, not readable, of another kind, or changed while it was read."""
+
+
 class MountFailed(IpfsFuseError):
     """The mount can't be made: the mountpoint, /dev/fuse, fusermount3, or a setting stands in the way."""
 

@@ -14,9 +14,9 @@ from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.sources import libraryfolder
 from ipfsfuse.sources.carbuild import sections
 from ipfsfuse.sources.carfile import CarFile, Place
+from ipfsfuse.sources.carwriter import CarWriter
 from ipfsfuse.sources.libraryfolder import Entry
 from ipfsfuse.sources.packs import Packs
-from ipfsfuse.sources.packwriter import PackWriter
 
 WORTHWHILE = 4
 """A pack is written anew if at least a quarter of it goes."""
@@ -50,7 +50,7 @@ def _rewrite_one(folder: Path, path: Path, live: set[bytes]) -> None:
         return
     temporary, fd = libraryfolder.new_temporary(folder)
     try:
-        writer = PackWriter(fd, folder)
+        writer = CarWriter(fd, folder)
         for found in keep:
             writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
         writer.finish()

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources import libraryfolder
+from ipfsfuse.sources.carwriter import CarWriter
 from ipfsfuse.sources.libraryfolder import Entry, store_errors
 from ipfsfuse.sources.packs import Packs
-from ipfsfuse.sources.packwriter import PackWriter
 
 _MAX_REMEMBERED = 200_000
 """Blocks of this add that are known not to be needed again: 20 MB. Forgetting one costs its space, no more."""
@@ -38,7 +38,7 @@ class LibraryWriter:
         self._held = ExitStack()
         self._held.enter_context(libraryfolder.lock(folder, exclusive=False))
         packs.refresh()  # what went until now; nothing goes from here on
-        self._pack: PackWriter | None = None
+        self._pack: CarWriter | None = None
         self._path = folder
         self._fd = -1
         self._seen: dict[bytes, None] = {}
@@ -66,10 +66,10 @@ class LibraryWriter:
             del self._seen[next(iter(self._seen))]
         return found is None
 
-    def _writer(self) -> PackWriter:
+    def _writer(self) -> CarWriter:
         if self._pack is None:
             self._path, self._fd = libraryfolder.new_temporary(self._folder)
-            self._pack = PackWriter(self._fd, self._folder)
+            self._pack = CarWriter(self._fd, self._folder)
         return self._pack
 
     def commit(self, roots: Sequence[NewRoot]) -> None:

@@ -1,4 +1,4 @@
-"""Writing an indexed CARv2 file: header, sections as they come, index, then the frame that says where they are.
+"""Writing a CAR file: header and sections as they come; for version 2 an index behind them and the frame before them.
 
 Blocking; for one thread at a time. Memory is flat: blocks are written through, the index is sorted in bounded memory.
 """
@@ -16,15 +16,16 @@ from ipfsfuse.sources.carsort import RecordSorter
 _BUFFER = 1 << 20
 
 
-class PackWriter:
+class CarWriter:
     """Fills the empty file `fd`, which stays the caller's. The file is no CAR before `finish`. All methods raise OSError."""
 
-    def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = ()) -> None:
-        """`scratch` is a folder for what of a very large index does not fit into memory."""
+    def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
+        """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if `indexed`, else 1."""
         self._out = open(fd, "wb", buffering=_BUFFER, closefd=False)  # noqa: SIM115 - closed by finish and abandon
         self._sorter = RecordSorter(scratch)
+        self._indexed = indexed
         header = car.encode_header(roots)
-        self._out.write(bytes(car.V2_BYTES) + header)
+        self._out.write(bytes(car.V2_BYTES if indexed else 0) + header)
         self._end = len(header)
         self.blocks = 0
 
@@ -37,16 +38,18 @@ class PackWriter:
         head = car.section_head(cid, len(block))
         self._out.write(head)
         self._out.write(block)
-        self._sorter.add(cids.multihash(cid), self._end)
+        if self._indexed:
+            self._sorter.add(cids.multihash(cid), self._end)
         self._end += len(head) + len(block)
         self.blocks += 1
 
     def finish(self) -> None:
         """Completes the file and sees it safely on the disk."""
         with self._sorter, self._out:
-            self._sorter.write(self._out)
-            self._out.seek(0)
-            self._out.write(car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end)))
+            if self._indexed:
+                self._sorter.write(self._out)
+                self._out.seek(0)
+                self._out.write(car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end)))
             self._out.flush()
             os.fsync(self._out.fileno())
 

@@ -1,0 +1,117 @@
+"""`ipfsfuse export`: a DAG into a CAR file, every block checked.
+
+Concurrency: one task per export; blocks are fetched some ahead, side by side, and written in one order. The file
+appears, whole, at the end.
+"""
+
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unsupported
+from ipfsfuse.sources.carwriter import CarWriter
+
+_AHEAD = 16
+"""Blocks fetched side by side."""
+
+GetBlock = Callable[[Cid], Awaitable[bytes]]
+ExportProgress = Callable[[int, int], None]
+"""Called with (blocks, bytes) written so far."""
+
+
+async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: ExportProgress | None = None) -> int:
+    """Writes all below `root` to `file`, a CARv1, or a CARv2 with its index; each block once, parents first, links in
+    their order (as `ipfs dag export` does). Returns the bytes of CAR data.
+
+    Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known, StoreFailed.
+    """
+    with _appearing(file) as fd:
+        writer = CarWriter(fd, file.parent, [root], indexed)
+        try:
+            await _write(root, get, writer, progress)
+            await trio.to_thread.run_sync(writer.finish)
+        except BaseException:
+            writer.abandon()
+            raise
+    return writer.size
+
+
+@contextmanager
+def _appearing(file: Path) -> Iterator[int]:
+    """A file to write that takes the name `file` once all went well."""
+    try:
+        fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+        try:
+            yield fd
+            os.fchmod(fd, 0o666 & ~_umask())
+            os.rename(temporary, file)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+            os.close(fd)
+    except OSError as exc:
+        raise StoreFailed(f"{file}: {exc.strerror}") from exc
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportProgress | None) -> None:
+    waiting = [root]
+    seen: set[bytes] = set()
+    fetched: dict[Cid, bytes] = {}
+    while waiting:
+        cid = waiting.pop()
+        if _is_done(cid, seen):
+            continue
+        if cid not in fetched:
+            await _fetch([cid, *(ahead for ahead in waiting[: -_AHEAD : -1] if not _is_done(ahead, seen))], get, fetched)
+        block = fetched.pop(cid)
+        seen.add(cids.multihash(cid))
+        await trio.to_thread.run_sync(writer.add, cid, block)
+        waiting += reversed(_links(cid, block))
+        if progress is not None:
+            progress(writer.blocks, writer.size)
+
+
+def _is_done(cid: Cid, seen: set[bytes]) -> bool:
+    return cids.multihash(cid) in seen or (cids.inline(cid) is not None and not _links(cid, cids.inline(cid) or b""))
+
+
+def _links(cid: Cid, block: bytes) -> list[Cid]:
+    codec = cids.codec(cid)
+    if codec == cids.RAW:
+        return []
+    if codec != cids.DAG_PB:
+        raise Unsupported(f"{cids.text(cid)}: what a {cids.codec_name(cid)} block links to is not known here")
+    return [link.cid for link in dagpb.decode(block).links]
+
+
+async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:
+    """Adds the verified blocks of `wanted` to `fetched`. Raises for the first; those ahead are asked for again in their turn."""
+    failure: list[IpfsFuseError] = []
+
+    async def one(cid: Cid) -> None:
+        try:
+            block = await get(cid)
+            await trio.to_thread.run_sync(cids.verify, cid, block)
+            fetched[cid] = block
+        except IpfsFuseError as exc:
+            if cid == wanted[0]:
+                failure.append(exc)
+
+    async with trio.open_nursery() as nursery:
+        for cid in dict.fromkeys(wanted):
+            if cid not in fetched:
+                nursery.start_soon(one, cid)
+    if failure:
+        raise failure[0]
