@@ -1,0 +1,191 @@
+"""ARC by bytes, beside a model written straight from the paper."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from ipfsfuse.cache.arc import Arc
+
+CAPACITY = 100
+
+
+class Model:
+    """The paper's four lists as plain lists of (key, size), most lately used last; every sum is taken anew."""
+
+    def __init__(self, capacity: int) -> None:
+        self.c = capacity
+        self.p = 0
+        self.t1: list[tuple[str, int]] = []
+        self.t2: list[tuple[str, int]] = []
+        self.b1: list[tuple[str, int]] = []
+        self.b2: list[tuple[str, int]] = []
+
+    def find(self, key: str, *lists: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], tuple[str, int]] | None:
+        return next(((part, item) for part in lists for item in part if item[0] == key), None)
+
+    def use(self, key: str) -> None:
+        found = self.find(key, self.t1, self.t2)
+        if found:
+            found[0].remove(found[1])
+            self.t2.append(found[1])
+
+    def refresh(self, key: str) -> None:
+        found = self.find(key, self.t1, self.t2)
+        if found:
+            found[0].remove(found[1])
+            found[0].append(found[1])
+
+    def remove(self, key: str) -> None:
+        found = self.find(key, self.t1, self.t2)
+        if found:
+            found[0].remove(found[1])
+
+    def admit(self, key: str, size: int) -> list[str]:
+        in_b2 = self.find(key, self.b2) is not None
+        held = self.find(key, self.t1, self.t2)
+        ghost = self.find(key, self.b1, self.b2)
+        if ghost:
+            weight = ghost[1][1]
+            one, two = total(self.b1), total(self.b2)
+            if in_b2:
+                self.p = max(0, self.p - max(weight, weight * one // max(1, two)))
+            else:
+                self.p = min(self.c, self.p + max(weight, weight * two // max(1, one)))
+            ghost[0].remove(ghost[1])
+        home = held[0] if held else self.t2 if ghost else self.t1
+        gone = []
+        while total(self.t1) + total(self.t2) + size > self.c:
+            gone.append(self.replace(key, in_b2))
+        own = self.find(key, self.t1, self.t2)
+        if own:
+            own[0].remove(own[1])
+        home.append((key, size + (own[1][1] if own else 0)))
+        self.forget()
+        return gone
+
+    def replace(self, key: str, in_b2: bool) -> str:
+        others1 = [item for item in self.t1 if item[0] != key]
+        others2 = [item for item in self.t2 if item[0] != key]
+        own = sum(size for name, size in self.t1 + self.t2 if name == key)
+        over = total(self.t1) > self.p or (in_b2 and total(self.t1) >= self.p)
+        if others1 and (over or not others2):
+            victim, source, ghosts = others1[0], self.t1, self.b1
+        elif others2 and 2 * own <= self.c:
+            victim, source, ghosts = others2[0], self.t2, self.b2
+        else:
+            self.remove(key)
+            return key
+        source.remove(victim)
+        ghosts.append(victim)
+        return victim[0]
+
+    def forget(self) -> None:
+        while self.b1 and total(self.t1) + total(self.b1) > self.c:
+            self.b1.pop(0)
+        while self.b2 and sum(map(total, (self.t1, self.t2, self.b1, self.b2))) > 2 * self.c:
+            self.b2.pop(0)
+
+
+def total(part: list[tuple[str, int]]) -> int:
+    return sum(size for _key, size in part)
+
+
+keys = st.sampled_from("abcdefghijklmnop")
+sizes = st.integers(1, CAPACITY)
+steps = st.one_of(
+    st.tuples(st.just("admit"), keys, sizes),
+    st.tuples(st.just("admit"), keys, st.integers(1, 20)),
+    st.tuples(st.sampled_from(["use", "refresh", "remove"]), keys, st.just(0)),
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(steps, max_size=80))
+def test_it_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> None:
+    arc: Arc[str] = Arc(CAPACITY)
+    model = Model(CAPACITY)
+    for verb, key, size in trace:
+        if verb == "admit":
+            assert arc.admit(key, size) == model.admit(key, size)
+        else:
+            getattr(arc, verb)(key)
+            getattr(model, verb)(key)
+        assert list(arc.keys()) == [name for name, _size in model.t1 + model.t2]
+        assert (arc.target, arc.bytes, arc.ghosts) == (model.p, total(model.t1) + total(model.t2), len(model.b1) + len(model.b2))
+
+
+class Bounds(RuleBasedStateMachine):
+    """Whatever happens, sums are right and within their bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arc: Arc[str] = Arc(CAPACITY, max_ghosts=5)
+        self.held: dict[str, int] = {}
+
+    def gone(self, leave: list[str]) -> None:
+        for key in leave:
+            del self.held[key]
+
+    @rule(key=keys, size=st.integers(1, 30))
+    def admit(self, key: str, size: int) -> None:
+        if size <= self.arc.capacity:
+            self.gone(self.arc.admit(key, size))
+            self.held[key] = self.held.get(key, 0) + size
+
+    @rule(key=keys, size=st.integers(0, 5))
+    def correct(self, key: str, size: int) -> None:
+        if size <= self.held.get(key, 0):
+            self.arc.set_size(key, size)
+            if key in self.held:
+                self.held[key] = size
+
+    @rule(key=keys)
+    def use(self, key: str) -> None:
+        self.arc.use(key)
+
+    @rule(capacity=st.integers(0, CAPACITY))
+    def resize(self, capacity: int) -> None:
+        self.gone(self.arc.set_capacity(capacity))
+
+    @invariant()
+    def sums(self) -> None:
+        assert {key: self.arc.size(key) for key in self.arc.keys()} == self.held
+        assert self.arc.bytes == sum(self.held.values()) <= self.arc.capacity
+        assert 0 <= self.arc.target <= self.arc.capacity
+        assert self.arc.ghosts <= 5
+
+
+TestBounds = Bounds.TestCase
+
+
+def test_adaptation_moves_by_bytes() -> None:
+    arc: Arc[str] = Arc(1000)
+    arc.admit("again", 500)
+    arc.use("again")
+    arc.admit("big", 400)
+    assert arc.admit("other", 300) == ["big"]
+    assert arc.target == 0
+    arc.admit("big", 400)
+    assert arc.target == 400
+
+
+def test_a_scan_does_not_push_out_what_is_used_again() -> None:
+    arc: Arc[str] = Arc(100)
+    for key in "abcd":
+        arc.admit(key, 20)
+        arc.use(key)
+    for number in range(1000):
+        arc.admit(f"scan {number}", 10)
+    assert all(key in arc for key in "abcd")
+
+
+def test_a_growing_thing_pushes_others_out_before_itself_until_it_holds_half() -> None:
+    arc: Arc[str] = Arc(100)
+    for key in "abcd":
+        arc.admit(key, 25)
+        arc.use(key)
+    gone = [key for _ in range(11) for key in arc.admit("file", 5)]
+    assert gone == ["a", "b", "c"]
+    gone = [key for _ in range(10) for key in arc.admit("file", 5)]
+    assert gone == ["file"]
+    assert "d" in arc

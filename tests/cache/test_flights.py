@@ -1,0 +1,299 @@
+"""Single flight: one fetch for all who wait, for as long as anyone does."""
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from ipfsfuse.cache.flights import Flights, Land
+from ipfsfuse.errors import Malformed, Unavailable
+
+
+class Fetcher:
+    """Counts its calls; each waits for `gate`, and then answers or fails."""
+
+    def __init__(self, answer: str = "value", error: Exception | None = None) -> None:
+        self.calls = 0
+        self.running = 0
+        self.cancelled = 0
+        self.gate = trio.Event()
+        self.answer = answer
+        self.error = error
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        self.running += 1
+        try:
+            await self.gate.wait()
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+
+def test_all_who_wait_share_one_fetch() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            fetch, got = Fetcher(), list[str]()
+
+            async def reader() -> None:
+                got.append(await flights.join("k", fetch))
+
+            async with trio.open_nursery() as readers:
+                for _ in range(100):
+                    readers.start_soon(reader)
+                await wait_all_tasks_blocked()
+                assert "k" in flights
+                fetch.gate.set()
+            assert fetch.calls == 1
+            assert got == ["value"] * 100
+            assert len(flights) == 0
+
+    trio.run(main)
+
+
+def test_a_cancelled_caller_leaves_and_the_fetch_goes_on() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            fetch, got = Fetcher(), list[str]()
+            first = trio.CancelScope()
+
+            async def impatient() -> None:
+                with first:
+                    await flights.join("k", fetch)
+
+            async def patient() -> None:
+                got.append(await flights.join("k", fetch))
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(impatient)
+                await wait_all_tasks_blocked()
+                readers.start_soon(patient)
+                await wait_all_tasks_blocked()
+                first.cancel()
+                await wait_all_tasks_blocked()
+                assert fetch.running == 1
+                fetch.gate.set()
+            assert (got, fetch.calls, fetch.cancelled) == (["value"], 1, 0)
+
+    trio.run(main)
+
+
+def test_the_last_waiter_cancels_the_fetch_which_holds_its_slot_until_it_has_rolled_back() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            rolled_back, order = trio.Event(), list[str]()
+
+            async def slow_to_roll_back() -> str:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await rolled_back.wait()
+                    order.append("rolled back")
+                return ""
+
+            async def anew() -> str:
+                order.append("fetched anew")
+                return "new"
+
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as readers:
+                    readers.start_soon(flights.join, "k", slow_to_roll_back)
+                    await wait_all_tasks_blocked()
+                    scope.cancel()
+            assert "k" not in flights  # nobody should count on it
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(flights.join, "k", anew)
+                await wait_all_tasks_blocked()
+                assert order == []
+                rolled_back.set()
+            assert order == ["rolled back", "fetched anew"]
+
+    trio.run(main)
+
+
+def test_a_waiter_gives_up_at_its_deadline_and_the_failure_is_remembered() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery, deadline=30, remember=5)
+            fetch = Fetcher()
+            with pytest.raises(Unavailable, match="'k': no source gave it within 30 s"):
+                await flights.join("k", fetch)
+            assert trio.current_time() == pytest.approx(30)
+            await wait_all_tasks_blocked()
+            assert fetch.cancelled == 1
+            with pytest.raises(Unavailable):
+                await flights.join("k", fetch)
+            assert trio.current_time() == pytest.approx(30)
+            assert fetch.calls == 1
+            await trio.sleep(5.1)
+            fetch.gate.set()
+            assert await flights.join("k", fetch) == "value"
+
+    trio.run(main, clock=_from_zero())
+
+
+def test_each_waiter_has_its_own_deadline_and_a_value_that_lands_ends_the_memory() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery, deadline=30, remember=100)
+            fetch, ends = Fetcher(), list[float]()
+
+            async def late() -> None:
+                await trio.sleep(20)
+                assert await flights.join("k", fetch) == "value"
+                ends.append(trio.current_time())
+
+            async def early() -> None:
+                with pytest.raises(Unavailable):
+                    await flights.join("k", fetch)
+                ends.append(trio.current_time())
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(early)
+                readers.start_soon(late)
+                await trio.sleep(40)
+                fetch.gate.set()
+            assert ends == pytest.approx([30, 40])
+            assert await flights.join("k", fetch) == "value"
+
+    trio.run(main, clock=_from_zero())
+
+
+def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery, remember=5)
+            fetch, heard = Fetcher(error=Malformed("bad block")), list[str]()
+
+            async def reader() -> None:
+                with pytest.raises(Malformed, match="bad block"):
+                    await flights.join("k", fetch)
+                heard.append("k")
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(reader)
+                readers.start_soon(reader)
+                await wait_all_tasks_blocked()
+                fetch.gate.set()
+            await reader()
+            assert (len(heard), fetch.calls) == (3, 1)
+            fetch.error = None
+            assert await flights.join("other", fetch) == "value"
+
+    trio.run(main)
+
+
+def test_a_bug_in_a_fetch_reaches_its_waiters_and_no_one_later() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            fetch = Fetcher(error=ZeroDivisionError())
+            fetch.gate.set()
+            with pytest.raises(ZeroDivisionError):
+                await flights.join("k", fetch)
+            fetch.error = None
+            assert await flights.join("k", fetch) == "value"
+
+    trio.run(main)
+
+
+def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            second, alone, got = trio.Event(), Fetcher("alone"), dict[str, str]()
+            alone.gate.set()
+
+            async def run(keys: object, land: Land[str, str]) -> None:
+                assert keys == ["a", "b", "c"]
+                land("a", "by run")
+                await second.wait()
+                land("b", "by run")
+                raise Unavailable("c is not to be had")
+
+            async def reader(key: str) -> None:
+                got[key] = await flights.join(key, alone)
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(flights.run, ["a", "b", "c"], run)
+                await wait_all_tasks_blocked()
+                assert "a" not in flights
+                readers.start_soon(reader, "b")
+                readers.start_soon(reader, "c")
+                await wait_all_tasks_blocked()
+                assert got == {}
+                second.set()
+            assert got == {"b": "by run", "c": "alone"}
+            assert alone.calls == 1
+
+    trio.run(main)
+
+
+def test_a_run_goes_on_without_its_caller_while_anyone_waits_and_no_longer() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            gate, ended, got = trio.Event(), list[str](), list[str]()
+
+            async def run(keys: object, land: Land[str, str]) -> None:
+                try:
+                    await gate.wait()
+                    land("a", "value")
+                    await trio.sleep_forever()
+                finally:
+                    ended.append("run")
+
+            async def reader() -> None:
+                got.append(await flights.join("a", Fetcher()))
+
+            caller = trio.CancelScope()
+
+            async def ahead() -> None:
+                with caller:
+                    await flights.run(["a", "b"], run)
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(ahead)
+                await wait_all_tasks_blocked()
+                readers.start_soon(reader)
+                await wait_all_tasks_blocked()
+                caller.cancel()
+                await wait_all_tasks_blocked()
+                assert ended == []
+                gate.set()
+            await wait_all_tasks_blocked()
+            assert (got, ended, len(flights)) == (["value"], ["run"], 0)
+
+    trio.run(main)
+
+
+def test_a_run_in_which_nothing_lands_for_a_deadline_is_given_up() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery, deadline=10)
+
+            async def run(keys: object, land: Land[str, str]) -> None:
+                for key in "ab":
+                    await trio.sleep(8)
+                    land(key, "value")
+                await trio.sleep_forever()
+
+            await flights.run("abc", run)
+            assert trio.current_time() == pytest.approx(26)
+            await wait_all_tasks_blocked()
+            assert len(flights) == 0
+
+    trio.run(main, clock=_from_zero())
+
+
+def _from_zero() -> MockClock:
+    return MockClock(autojump_threshold=0)
