@@ -17,8 +17,6 @@ def of(point: Path) -> Iterator[Holder]:
     """The processes that use something at or below `point`, as far as this user may know. Only links are read: nothing
     below the mountpoint is asked for."""
     for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
-        if int(entry) == os.getpid():
-            continue
         for target in _uses(f"/proc/{entry}"):
             if target == str(point) or target.startswith(f"{point}/"):
                 yield Holder(int(entry), _command(entry), target)

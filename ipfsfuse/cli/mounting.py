@@ -14,15 +14,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ipfsfuse
+from ipfsfuse.cache import hold
 from ipfsfuse.cli import cidargs, folders
 from ipfsfuse.cli.reasons import one_line, unwrapped
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import MountFailed, UsageError
+from ipfsfuse.fuse import mountpoint as mountpoints
 
+END_SECONDS = 10.0
+"""How long a daemon whose mount is gone may take to let go of its cache folder."""
 LOG = "daemon.log"
 LOG_BYTES = 1 << 20
 """A longer log is put aside (daemon.log.1) when a mount begins."""
@@ -52,19 +57,29 @@ def _source(text: str) -> str:
     """SOURCE with a file's path made absolute: a daemon has no working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
-    if text in ("library", "kubo") or "://" in text:
-        return text
-    return os.path.abspath(text)
+    return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
 
 
 def run(arguments: argparse.Namespace) -> int:
     asked = config(arguments)
+    if not asked.isolated:
+        _await_ending(asked.cache_dir)
     if arguments.foreground:
         return _serve(asked, arguments.ready_fd, arguments.json)
     told = _start_daemon(arguments.argv)
     if arguments.json:
         print(json.dumps(told))
     return 0
+
+
+def _await_ending(cache_dir: Path) -> None:
+    """Gives a daemon whose mount was just taken away the time to let go of the cache folder."""
+    end = time.monotonic() + END_SECONDS
+    while time.monotonic() < end and not hold.is_free(cache_dir):
+        said = hold.announced(cache_dir)
+        if said is None or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
+            return
+        time.sleep(0.05)
 
 
 # -- the daemon's side -------------------------------------------------------------------------------------------

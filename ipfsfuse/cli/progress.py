@@ -38,6 +38,12 @@ class Progress:
             self._said = time.monotonic()
             print(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""), file=sys.stderr)
 
+    def line(self, text: str) -> None:
+        """Prints a line of the command's own output, not through the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text)
+
     def _show_bar(self, done: int, total: int | None, unit: str, detail: str | None) -> None:
         if self._bar is None:
             from tqdm import tqdm  # 30 ms to import, and only a terminal needs it

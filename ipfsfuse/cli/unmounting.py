@@ -20,7 +20,9 @@ END_SECONDS = 10.0
 def run(arguments: argparse.Namespace) -> int:
     point = folders.mountpoint(arguments.mountpoint)
     _must_be_ours(point)
-    with _daemon_of(point, folders.cache_dir(arguments.cache_dir)) as daemon:
+    cache_dir = folders.cache_dir(arguments.cache_dir)
+    os.chdir("/")  # we may have been called from inside
+    with _daemon_of(point, cache_dir) as daemon:
         take_away(point, arguments.lazy)
         if daemon is not None and not arguments.lazy:
             select.select([daemon], [], [], END_SECONDS)

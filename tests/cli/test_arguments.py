@@ -143,6 +143,7 @@ def test_mount_config_by_default(home: Path, tmp_path: Path) -> None:
 
 def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.car").touch()
     made = config(
         *["m", "--from", "x.car", "--from", "kubo", "--from", "https://a.example", "--offline", "--cache-dir=c", "--library=l", "--budget=1MiB"],
         *["--deadline", "5s", "--allow", CID, "--allow", V0, "--record", "r", "--allow-other", "--isolated", "--while-held", "--pins", "none"],
