@@ -173,6 +173,8 @@ class Store:
                 return None
             if entry.extents is None:
                 entry.extents = found
+                if not entry.complete and entry.whole():  # whole, and ended before it had its name
+                    self._nursery.start_soon(self.finish, entry)
         return entry if entry is not None and not entry.dead else None
 
     async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
@@ -218,7 +220,7 @@ class Store:
             if entry.extents is not None:
                 entry.extents.add(leaf.offset, end)
                 if not entry.complete and entry.whole():
-                    self._nursery.start_soon(self._finish, entry)
+                    self._nursery.start_soon(self.finish, entry)
             return True
         finally:
             entry.reserved -= cost
@@ -233,7 +235,8 @@ class Store:
             self.staging.forget(entry)
             self.room.remove(entry.cid)
 
-    async def _finish(self, entry: Entry) -> None:
+    async def finish(self, entry: Entry) -> None:
+        """Gives a whole file its final name, once it is on the disk."""
         try:
             await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self._upkeep)
         except OSError as exc:

@@ -165,7 +165,10 @@ def uses(store: Store) -> list[tuple[str, float, bool]]:
 
 
 async def close(store: Store) -> None:
-    """Writes what is pending and in which order things were used."""
+    """Names what is whole, and writes what is pending and in which order things were used."""
+    for entry in list(store.staging.entries.values()):
+        if not entry.complete and entry.extents is not None and entry.whole():
+            await store.finish(entry)
     await flush(store)
     statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
     try:
