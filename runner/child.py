@@ -19,7 +19,6 @@ from runner.codecache import CodeCache
 from runner.sandbox import IPFS, Sandbox
 
 PR_SET_PDEATHSIG = 1
-MAX_GUEST_BYTES = 1 << 30
 _STACK_SPARE = 4 << 20
 
 
@@ -31,8 +30,14 @@ class Plan(NamedTuple):
     mountpoint: str
     box: Sandbox
     deterministic: bool = False
-    keep: str | None = None
-    """Where to leave a copy of the guest's bytes."""
+    keep: int | None = None
+    """The descriptor of a file that gets a copy of the guest's bytes."""
+    shown_as: str | None = None
+    """The guest's name in messages, where it is not `guest`."""
+
+    @property
+    def name(self) -> str:
+        return self.shown_as or ("standard input" if self.guest == "-" else self.guest)
 
 
 class Reports:
@@ -86,13 +91,13 @@ def _in_thread(plan: Plan, reports: Reports) -> int:
 
 
 def _run(plan: Plan, reports: Reports) -> int:
-    name, code = _read(plan)
+    name, code = plan.name, _read(plan)
     kind, code = guest.binary(code, name)
     limits = plan.box.limits
     settings = guest.Settings(limits.fuel is not None, limits.max_wasm_stack, plan.deterministic)
     ready = CodeCache.of_user().load(kind, code, name, settings)
     if plan.keep is not None:
-        with open(plan.keep, "wb") as out:
+        with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)
     wasi = sandbox.wasi_config(plan.box)
     sandbox.limit_process(limits)
@@ -104,14 +109,14 @@ def _run(plan: Plan, reports: Reports) -> int:
     return end.code
 
 
-def _read(plan: Plan) -> tuple[str, bytes]:
+def _read(plan: Plan) -> bytes:
     if plan.guest == "-":
-        return "standard input", sys.stdin.buffer.read(MAX_GUEST_BYTES + 1)
+        return sys.stdin.buffer.read()
     path = plan.guest
     if path.startswith(IPFS + "/"):
         path = sandbox.inside(plan.mountpoint, path[len(IPFS) + 1 :], path)
     try:
         with open(path, "rb") as file:
-            return plan.guest, file.read()
+            return file.read()
     except OSError as exc:
-        raise GuestRefused(f"{plan.guest} can't be read: {exc.strerror}") from exc
+        raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
@@ -25,8 +26,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _main(argv: Sequence[str]) -> int:
-    """An exit code, or a signal's number below 0."""
+    """An exit code, or a signal's number below 0. What takes long to import is imported for whom it serves."""
+    if argv and argv[0] == "inspect":
+        from runner import inspecting
+
+        return inspecting.main(argv[1:])
     options = parsing.parse(argv)
-    from runner import run  # wasmtime takes 60 ms to import: not for --help and usage errors
+    if options.replay is not None:
+        from runner import replay
+
+        return replay.replay(Path(options.replay))
+    from runner import run
 
     return run.run(options)

@@ -49,16 +49,18 @@ class Options(NamedTuple):
         return self.isolated or bool(self.allow) or self.record is not None or any(each.partition("=")[0] in own for each in self.mount_options)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UsageErrors of one line."""
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             message = f"{message.removeprefix('unrecognized arguments: ')} is no option of ipfsfuse-run; the guest's own options go behind GUEST"
         raise UsageError(message)
 
 
-def _parser() -> _Parser:
+def _parser() -> Parser:
     usage = "ipfsfuse-run [OPTION]... GUEST [ARG]...\n       ipfsfuse-run --replay RUN.car\n       ipfsfuse-run inspect RUN.car [--json]"
-    parser = _Parser(
+    parser = Parser(
         prog="ipfsfuse-run",
         usage=usage,
         allow_abbrev=False,

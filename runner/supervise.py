@@ -92,11 +92,13 @@ class _Supervisor:
         self._pid = os.fork()
         if self._pid == 0:
             signal.set_wakeup_fd(-1)
-            for _sink, target, (_end, write) in pumped:
+            for _sink, target, (end, write) in pumped:
                 os.dup2(write, target)
+                os.close(end)  # else no write would ever fail for want of a reader
+                os.close(write)
             if streams.stdin is not None:
                 os.dup2(streams.stdin, 0)
-            for each in close:
+            for each in (reports, *close):
                 os.close(each)
             child.main(self._plan, parent, Reports(told))
         os.close(told)
@@ -163,7 +165,7 @@ class _Supervisor:
             return False
         if self._final:
             return True
-        self._end(Outcome(OUT_OF_TIME), f"{self._plan.guest} ran out of time after {self._plan.box.limits.timeout:g} s")
+        self._end(Outcome(OUT_OF_TIME), f"{self._plan.name} ran out of time after {self._plan.box.limits.timeout:g} s")
         return False
 
     def watch(self) -> Outcome:

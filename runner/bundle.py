@@ -1,0 +1,201 @@
+"""A recorded run as one CAR: written, and read back with every block checked against its CID.
+
+The root is a UnixFS folder, so that `ipfsfuse mount --from run.car` shows the run: receipt.json, guest.wasm, stdin,
+ipfs/CID for each root that was used, dir/N for each folder that was given. A CAR is written whole or not at all.
+Blocking; one at a time.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ipfsfuse.dag import build, car, dagpb, leaves
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.build import Built, Stored
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, File, Node, parse
+from ipfsfuse.errors import Malformed, NotACid, ReceiptRefused, StoreFailed, Unsupported, UsageError, WrongBlock
+
+RECEIPT, GUEST, STDIN, IPFS, DIRS = "receipt.json", "guest.wasm", "stdin", "ipfs", "dir"
+_PROFILE = build.UNIXFS_V1_2025
+_CHUNK = 1 << 20
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Puts blocks into a CAR, each once. `add_*` give what a folder can link."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._seen: set[Cid] = set()
+        out.write(car.encode_header([_NO_ROOT]))
+
+    def put(self, cid: Cid, block: bytes) -> None:
+        if cid not in self._seen:
+            self._seen.add(cid)
+            self._out.write(car.section_head(cid, len(block)) + block)
+
+    def add_file(self, file: BinaryIO, stored: Stored = build.NOTHING) -> Built:
+        profile = _PROFILE if stored == build.NOTHING else _PROFILE.with_metadata()
+        builder, first = build.FileBuilder(profile, self.put), file.read(profile.chunk_size)
+        second = file.read(profile.chunk_size)
+        if not second:
+            only = build.leaf(profile, first, stored)
+            self.put(only.built.cid, only.block)
+            return only.built
+        for chunk in (first, second, *iter(lambda: file.read(profile.chunk_size), b"")):
+            leaf = build.leaf(profile, chunk)
+            self.put(leaf.built.cid, leaf.block)
+            builder.add(leaf.built)
+        return builder.finish(stored)
+
+    def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = build.NOTHING) -> Built:
+        return build.directory(_PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put)
+
+    def add_tree(self, folder: Path) -> Built:
+        """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed, UsageError."""
+        children: list[tuple[str, Built]] = []
+        try:
+            for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+                path, found = Path(entry.path), entry.stat(follow_symlinks=False)
+                stored = Stored(found.st_mode & 0o7777, found.st_mtime_ns)
+                if entry.is_symlink():
+                    children.append((entry.name, build.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put)))
+                elif entry.is_dir():
+                    children.append((entry.name, self.add_tree(path)))
+                elif entry.is_file():
+                    with path.open("rb") as file:
+                        children.append((entry.name, self.add_file(file, stored)))
+                else:
+                    raise UsageError(f"{path} is neither file, folder nor symlink: it can't be recorded")
+            found = folder.stat()
+        except OSError as exc:
+            raise StoreFailed(f"{exc.filename or folder} can't be recorded: {exc.strerror}") from exc
+        return self.add_folder(children, Stored(found.st_mode & 0o7777, found.st_mtime_ns))
+
+    def close(self, root: Built) -> None:
+        self._out.seek(0)
+        self._out.write(car.encode_header([root.cid]))
+
+
+_NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
+"""As long as every root that is written here: the header's place is kept by it."""
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well. Raises StoreFailed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as out:
+            yield out
+        part.replace(path)
+    except OSError as exc:
+        raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def cid_of(file: BinaryIO) -> Cid:
+    """The CID that `file` has in a record; it is read from its start."""
+    file.seek(0)
+    with open(os.devnull, "wb") as nowhere:
+        return Writer(nowhere).add_file(file).cid
+
+
+def links(cid: Cid, block: bytes) -> Iterable[Cid]:
+    """What a verified block links to; nothing for one that is no dag-pb node."""
+    if cids.codec(cid) != cids.DAG_PB:
+        return ()
+    with contextlib.suppress(Malformed):
+        return [each.cid for each in dagpb.decode(block).links]
+    return ()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    offset: int
+    size: int
+
+
+class Bundle:
+    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not blocks."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ReceiptRefused."""
+        self.path = path
+        self._places: dict[bytes, Place] = {}
+        try:
+            self._file = path.open("rb")
+            self._root = self._index()
+        except OSError as exc:
+            raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
+        except (Malformed, NotACid, WrongBlock, Unsupported) as exc:
+            raise ReceiptRefused(f"{path} is no intact record of a run: {exc}") from exc
+
+    def _index(self) -> Cid:
+        at = car.header_length(self._file.read(9))
+        self._file.seek(0)
+        roots = car.decode_header(self._file.read(at))
+        if len(roots) != 1:
+            raise Malformed(f"{len(roots)} roots where a run has one")
+        size = os.fstat(self._file.fileno()).st_size
+        while at < size:
+            head = os.pread(self._file.fileno(), car.HEAD_BYTES, at)
+            found = car.section(head, at=0, base=at)
+            if found.end > size:
+                raise Malformed("it is cut short")
+            place = Place(found.block, found.end - found.block)
+            cids.verify(found.cid, self._at(place))
+            self._places[cids.multihash(found.cid)] = place
+            at = found.end
+        return roots[0]
+
+    def _at(self, place: Place) -> bytes:
+        return os.pread(self._file.fileno(), place.size, place.offset)
+
+    def __contains__(self, cid: Cid) -> bool:
+        return cids.inline(cid) is not None or cids.multihash(cid) in self._places
+
+    def block(self, cid: Cid) -> bytes:
+        """Raises ReceiptRefused where it is not there."""
+        inline = cids.inline(cid)
+        if inline is not None:
+            return inline
+        try:
+            return self._at(self._places[cids.multihash(cid)])
+        except KeyError as exc:
+            raise ReceiptRefused(f"{self.path} lacks the block {cids.text(cid)}") from exc
+
+    def node(self, cid: Cid) -> Node:
+        try:
+            return parse(cid, self.block(cid))
+        except (Malformed, Unsupported) as exc:
+            raise ReceiptRefused(f"{self.path}: {exc}") from exc
+
+    def find(self, *names: str) -> Cid | None:
+        """The CID at a path below the root; None where there is none."""
+        cid = self._root
+        for name in names:
+            node = self.node(cid)
+            found = node.by_name.get(os.fsencode(name)) if isinstance(node, Directory) else None
+            if found is None:
+                return None
+            cid = found.cid
+        return cid
+
+    def content(self, cid: Cid) -> Iterator[bytes]:
+        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused."""
+        node = self.node(cid)
+        if not isinstance(node, File):
+            raise ReceiptRefused(f"{self.path}: {cids.text(cid)} is no file")
+        if node.inline:
+            yield bytes(leaves.content(cid, self.block(cid)))
+        for child in node.children:
+            yield from self.content(child.cid)

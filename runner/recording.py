@@ -1,0 +1,171 @@
+"""`--record`: one run in a mount of its own, and its receipt, as JSON or as a CAR with all that was read.
+
+What the run needs on the way lies in files without a name: a runner that is killed leaves nothing.
+"""
+
+import base64
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import ipfsfuse
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.build import Built
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import DaemonFailed, UsageError, WrongBlock
+from runner import bundle, mounts, sandbox, streams, supervise
+from runner import receipt as receipts
+from runner.bundle import Writer
+from runner.child import Plan
+from runner.control import Control
+from runner.options import Options
+from runner.receipt import Digest, GivenDir, Receipt
+from runner.sandbox import Sandbox
+from runner.supervise import Outcome, Streams
+
+
+class _Material(NamedTuple):
+    """What a run leaves behind, for its receipt."""
+
+    used: BinaryIO
+    """The daemon's record: JSON lines."""
+    guest: BinaryIO
+    stdin: BinaryIO
+    control: Control
+
+
+class _Run(NamedTuple):
+    outcome: Outcome
+    stdout: Digest
+    stderr: Digest
+    started: str
+    seconds: float
+
+
+def record(options: Options) -> Outcome:
+    """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves none."""
+    target = _target(options)
+    with tempfile.TemporaryFile() as used, tempfile.TemporaryFile() as guest, streams.spooled_stdin() as stdin:
+        # the daemon opens the file through this process, which outlives it
+        told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
+        with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
+            assert mount.control is not None
+            box = sandbox.build(options, mount.mountpoint)
+            plan = Plan(options.guest, mount.mountpoint, box, options.deterministic, guest.fileno())
+            run = _run(plan, stdin, mount.control)
+            if run.outcome.refused is None and run.outcome.signal is None:
+                _write(target, options, box, run, _Material(used, guest, stdin, mount.control))
+    return run.outcome
+
+
+def _target(options: Options) -> Path:
+    assert options.record is not None
+    target = Path(options.record)
+    if target.suffix not in (".json", ".car"):
+        raise UsageError(f"--record {target}: name it .json for the receipt alone, .car for the receipt with all blocks")
+    if target.suffix == ".car" and any(each.writable for each in options.dirs):
+        raise UsageError("--record to a CAR takes --dir read-only alone (HOST::GUEST::ro): a folder that changes can't be repeated")
+    return target
+
+
+def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
+    out = streams.Digested(streams.bounded(1, plan.box.limits.max_stdout))
+    err = streams.Digested(streams.bounded(2, None))
+    started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
+    outcome = supervise.run(plan, Streams(stdin.fileno(), out, err), close=[control.fileno()])
+    return _Run(outcome, out.digest(), err.digest(), started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
+
+
+def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _Material) -> None:
+    if options.guest == "-":  # standard input was the guest: none was left for it
+        material.stdin.truncate(0)
+    receipt = _receipt(options, box, run, material)
+    with bundle.written(target) as out:
+        if target.suffix == ".json":
+            out.write(receipts.encode(receipt))
+        else:
+            _write_car(bundle.Writer(out), receipt, options, material)
+
+
+def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> Receipt:
+    read, ahead = _used(material.used)
+    return Receipt(
+        guest=bundle.cid_of(material.guest),
+        name=options.guest,
+        argv=box.argv,
+        env=box.env,
+        cwd=box.cwd,
+        limits=box.limits,
+        dirs=[GivenDir(each.guest, each.writable, None) for each in options.dirs],
+        deterministic=options.deterministic,
+        versions={"ipfsfuse": ipfsfuse.__version__, "wasmtime": importlib.metadata.version("wasmtime"), "machine": platform.machine()},
+        read=read,
+        ahead=ahead,
+        stdin=streams.digest_of(material.stdin),
+        stdout=run.stdout,
+        stderr=run.stderr,
+        exit_code=run.outcome.code,
+        trapped=run.outcome.trapped,
+        started=run.started,
+        seconds=run.seconds,
+    )
+
+
+def _used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
+    """(read, only fetched ahead), each in the order of first use."""
+    record.seek(0)
+    found: dict[str, list[Cid]] = {"read": [], "ahead": []}
+    for line in record:
+        entry = json.loads(line)
+        found[entry["use"]].append(cids.parse(entry["cid"]))
+    read = dict.fromkeys(found["read"])
+    return list(read), [each for each in dict.fromkeys(found["ahead"]) if each not in read]
+
+
+def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Material) -> None:
+    roots = _copy_blocks(writer, receipt.read, material.control)
+    dirs = [writer.add_tree(Path(each.host)) for each in options.dirs]
+    given = [each._replace(cid=built.cid) for each, built in zip(receipt.dirs, dirs, strict=True)]
+    material.guest.seek(0)
+    children = [
+        (bundle.RECEIPT, writer.add_file(io.BytesIO(receipts.encode(receipt._replace(dirs=given))))),
+        (bundle.GUEST, writer.add_file(material.guest)),
+        (bundle.STDIN, writer.add_file(material.stdin)),
+        (bundle.IPFS, writer.add_folder([(cids.text(cid), built) for cid, built in roots.items()])),
+    ]
+    if dirs:
+        children.append((bundle.DIRS, writer.add_folder([(str(number), built) for number, built in enumerate(dirs)])))
+    writer.close(writer.add_folder(children))
+
+
+def _copy_blocks(writer: Writer, read: Sequence[Cid], control: Control) -> dict[Cid, Built]:
+    """Puts every block of `read` into the CAR; gives the roots among them: those that no block read before links to."""
+    roots: dict[Cid, Built] = {}
+    below: set[bytes] = set()
+    for cid in read:
+        block = cids.inline(cid)
+        if block is None:
+            block = _ask(control, cid)
+            writer.put(cid, block)
+        if cids.multihash(cid) not in below:
+            roots[cid] = Built(cid, 0, len(block))
+        below.update(cids.multihash(each) for each in bundle.links(cid, block))
+    return roots
+
+
+def _ask(control: Control, cid: Cid) -> bytes:
+    """One block from the mount's daemon, which need not be trusted with it. Raises DaemonFailed."""
+    try:
+        block = base64.b64decode(control.ask("block", cid=cids.text(cid))["data"], validate=True)
+        cids.verify(cid, block)
+    except (KeyError, TypeError, ValueError, WrongBlock) as exc:
+        raise DaemonFailed(f"the mount's daemon did not give the block {cids.text(cid)} for the record") from exc
+    return block
