@@ -1,10 +1,11 @@
-"""Several sources as one, none of them trusted: order, failover, and the check of every block.
+"""Several sources as one, none of them trusted: order, health, failover, and the check of every block.
 
-Concurrency: one event loop; any number of tasks. Cancelling a call cancels its requests. Sharing one fetch among
+Concurrency: one event loop, any number of tasks. Cancelling a call cancels its requests. Sharing one fetch among
 several readers is the cache's work, above.
 """
 
 import logging
+import random
 from collections.abc import Sequence
 
 import trio
@@ -12,118 +13,83 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, WrongBlock
-from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, Run, Source
-from ipfsfuse.sources.checking import check
+from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source
+from ipfsfuse.sources.health import HedgeBudget, Statistics
+from ipfsfuse.sources.inline import INLINE
+from ipfsfuse.sources.member import Member
+from ipfsfuse.sources.pursuit import Pursuit
+from ipfsfuse.sources.runs import all_of
+from ipfsfuse.sources.streaming import Streaming
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
-
-
-class Inline:
-    """The source of blocks that are written in their own CIDs. Never asked: the chain answers for it."""
-
-    name = "inline"
-    in_place = True
-
-    async def get(self, cid: Cid) -> bytes:
-        block = cids.inline(cid)
-        if block is None:
-            raise NotHere(f"{cids.text(cid)} holds no block of its own")
-        return block
-
-    async def stream(self, run: Run, deliver: Deliver) -> None:
-        for index, leaf in enumerate(run.leaves):
-            block = cids.inline(leaf.cid)
-            if block is not None:
-                await deliver(index, block)
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
-
-    async def aclose(self) -> None:
-        pass
-
-
-INLINE = Inline()
+REMEMBERED_WRONG = 1000
+SINGLY = 4
+"""Blocks that a run left out are asked for so many at a time."""
 
 
 class Chain:
-    """Implements `base.Blocks`."""
+    """Implements `base.Blocks`. Sources in place are asked first, the others in the order given.
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources: list[Source] = sorted(sources, key=lambda source: not source.in_place)  # stable: else as given
+    `offline`: what a network source does not have now (it was told not to look further) it will not have later."""
+
+    def __init__(self, sources: Sequence[Source], *, offline: bool = False, chance: random.Random | None = None) -> None:
+        self.offline = offline
+        self.chance = chance or random.Random()
+        self.hedges = HedgeBudget()
+        members = [Member(source, self.chance) for source in sources]
+        self._in_place = [member for member in members if member.source.in_place]
+        self._network = [member for member in members if not member.source.in_place]
+        self._members = members
+        self._known_wrong: set[tuple[str, Cid]] = set()
 
     def roots(self) -> Sequence[Cid]:
-        return [root for source in self._sources for root in source.roots()]
+        return [root for member in self._members for root in member.source.roots()]
+
+    def statistics(self) -> Sequence[Statistics]:
+        """One for each source, in the order given."""
+        return [member.statistics() for member in self._members]
 
     async def aclose(self) -> None:
-        for source in self._sources:
-            await source.aclose()
+        for member in self._members:
+            await member.source.aclose()
 
     async def get(self, cid: Cid) -> Fetched:
         hashes.check_allowed(cids.multihash(cid))
         inline = cids.inline(cid)
         if inline is not None:
             return Fetched(inline, INLINE)
-        pause = FIRST_PAUSE
-        while True:
-            fetched = await self._round(cid)
-            if fetched is not None:
-                return fetched
-            await trio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    async def _round(self, cid: Cid) -> Fetched | None:
-        """Asks each source once. None if one of them may still give it later; raises if none can."""
-        wrong: WrongBlock | None = None
-        hope = False
-        for source in self._sources:
-            try:
-                block = await source.get(cid)
-                await check(cid, block)
-                return Fetched(block, source)
-            except NotHere:
-                hope = hope or not source.in_place
-            except WrongBlock as exc:
-                log.warning("%s sent wrong bytes: %s", source.name, exc)
-                wrong = exc
-            except SourceFailed as exc:
-                log.debug("%s: %s", source.name, exc)
-                hope = hope or not source.in_place
-        if wrong is not None:
-            raise wrong
-        if not hope:
-            raise Unavailable(f"{cids.text(cid)} is in none of the sources ({', '.join(source.name for source in self._sources)})")
-        return None
+        return await Pursuit(self, cid).run()
 
     async def stream(self, run: Run, deliver: DeliverFetched) -> None:
-        missing = set(range(len(run.leaves)))
-        for source in self._sources:
-            if not missing:
-                return
-            await self._stream_from(source, run, missing, deliver)
-        for index in sorted(missing):
-            await deliver(index, await self.get(run.leaves[index].cid))
+        streaming = Streaming(self, run, deliver)
+        await streaming.from_each()
+        left = iter(streaming.missing)
 
-    async def _stream_from(self, source: Source, run: Run, missing: set[int], deliver: DeliverFetched) -> None:
-        """Takes what `source` gives of the leaves still missing; `missing` shrinks by what was delivered."""
-        wanted = sorted(missing)
+        async def singly() -> None:
+            for index in left:
+                await deliver(index, await self.get(run.leaves[index].cid))
 
-        async def take(index: int, block: bytes) -> None:
-            leaf = wanted[index]
-            try:
-                await check(run.leaves[leaf].cid, block)
-            except WrongBlock as exc:
-                log.warning("%s sent wrong bytes: %s", source.name, exc)
-                return
-            if leaf in missing:
-                missing.discard(leaf)
-                await deliver(leaf, Fetched(block, source))
+        await all_of([singly] * min(SINGLY, len(streaming.missing)))
 
-        try:
-            await source.stream(Run(run.file, run.file_size, [run.leaves[leaf] for leaf in wanted]), take)
-        except (SourceFailed, NotHere) as exc:
-            log.debug("%s: %s", source.name, exc)
+    # -- for those who ask on its behalf ------------------------------------------------------------------------
+
+    def in_place(self) -> Sequence[Member]:
+        return self._in_place
+
+    def network(self) -> Sequence[Member]:
+        now = trio.current_time()
+        usable = [member for member in self._network if not member.health.is_aside(now)] or self._network
+        return usable if len(usable) < 2 else sorted(usable, key=lambda member: member.health.wait(now) > 0)
+
+    def wrong(self, member: Member, cid: Cid) -> None:
+        """`member` sent bytes that are not the block of `cid`: says so once, and sets a remote gateway aside."""
+        now = trio.current_time()
+        others = any(other is not member and not other.health.is_aside(now) for other in self._network) or bool(self._in_place)
+        aside = member.health.wrong(now, others=others)
+        name = member.source.name
+        if aside is not None:
+            log.warning("%s sent wrong bytes for %s and is not asked for %.0f minutes", name, cids.text(cid), aside / 60)
+        elif (name, cid) not in self._known_wrong and len(self._known_wrong) < REMEMBERED_WRONG:
+            self._known_wrong.add((name, cid))
+            log.warning("%s has wrong bytes for %s: %s", name, cids.text(cid), member.repair)

@@ -33,7 +33,7 @@ class Gateway:
     def __init__(self, http: Http, name: str, *, local: bool = False, only_cached: bool = False, connections: int = 4) -> None:
         self.name = name
         self._http = http
-        self._local = local
+        self.local = local
         self._only_cached = only_cached
         self._connections = connections
         self._whole_files = local and not only_cached  # a node looks for the rest of a file on the network
@@ -63,7 +63,7 @@ class Gateway:
                     return await runs.by_range(self._http, run, deliver, self._connections)
                 except runs.NotOffered:
                     self._whole_files = False
-            if self._cars and not self._local:
+            if self._cars and not self.local:
                 try:
                     return await runs.by_car(self._http, run, deliver)
                 except runs.NotOffered:

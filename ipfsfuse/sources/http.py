@@ -20,12 +20,14 @@ from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.sources.connect import connect
 from ipfsfuse.sources.failures import ENCODING, LONG, REDIRECT, SHORT, TIMEOUT, translated
 from ipfsfuse.sources.origin import Origin, parse_origin, proxy_for
-from ipfsfuse.sources.wire import Threads, Wire
+from ipfsfuse.sources.slots import Room
+from ipfsfuse.sources.wire import Head, Threads, Wire
 
 USER_AGENT = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
 ERROR_BODY = 64 * 1024
+SMALL = 64 * 1024
 URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 
 Headers = Sequence[tuple[str, str]]
@@ -41,6 +43,8 @@ class HttpSettings:
     """Seconds without a byte: longer than the 30 s after which a node gives up a block with 504."""
     total: float = 60.0
     """Seconds for a body that is read whole: bytes that drip are no answer."""
+    bytes_in_flight: int = 64 << 20
+    """Of bodies that are being read, small ones aside."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
 
@@ -48,10 +52,12 @@ class HttpSettings:
 class Answer:
     """An answer's head, and its body to be read once. What is read to its end leaves the connection usable."""
 
-    def __init__(self, wire: Wire, head: h11.Response, name: str, settings: HttpSettings) -> None:
-        self.status = head.status_code
-        self.headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in head.headers}
+    def __init__(self, wire: Wire, head: Head, name: str, settings: HttpSettings, room: Room) -> None:
+        self.status = head.status
+        self.headers = head.headers
         self._wire = wire
+        self._room = room
+        self._held = 0
         self._name = name
         self._settings = settings
         chunked = "transfer-encoding" in self.headers
@@ -59,7 +65,7 @@ class Answer:
         """Body bytes still to come; None where only the stream's end tells."""
         if self.status in (204, 304):
             self._left = 0
-        closes = "close" in self.headers.get("connection", "").lower() or head.http_version != b"1.1"
+        closes = "close" in self.headers.get("connection", "").lower() or head.version != b"1.1"
         self._keep = not closes and (chunked or self._left is not None)
         self._ended = self._left == 0
 
@@ -91,6 +97,7 @@ class Answer:
         if self._left is None or self._left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
         data = b""
+        await self._hold(count)
         if count:
             with translated(self._name), trio.fail_after(self._settings.idle) as scope:
                 self._wire.watch(scope, self._settings.idle, end)
@@ -109,6 +116,18 @@ class Answer:
         self._ended = not piece
         return piece
 
+    async def _hold(self, count: int) -> None:
+        """Large bodies wait until there is room for them; what was read before is the reader's own by now."""
+        self.release()
+        if count > SMALL:
+            await self._room.take(count)
+            self._held = count
+
+    def release(self) -> None:
+        if self._held:
+            self._room.give(self._held)
+            self._held = 0
+
     def check_plain(self) -> None:
         """Refuses compression: it was not asked for, and a small answer could grow without end."""
         encoding = self.headers.get("content-encoding", "identity").lower()
@@ -125,6 +144,7 @@ class Http:
         self._named = replace(origin, base="")
         self._idle: dict[Origin, list[tuple[float, Wire]]] = {}
         self._threads = Threads()
+        self._room = Room(self.settings.bytes_in_flight)
         self._closed = False
 
     async def aclose(self) -> None:
@@ -143,7 +163,7 @@ class Http:
         origin, path = self._named, self.origin.base + target
         for _ in range(MAX_REDIRECTS + 1):
             wire, head = await self._send(origin, method, path, headers, body)
-            answer = Answer(wire, head, self.origin.text, self.settings)
+            answer = Answer(wire, head, self.origin.text, self.settings, self._room)
             try:
                 if answer.status not in REDIRECTS or "location" not in answer.headers:
                     answer.check_plain()
@@ -152,6 +172,7 @@ class Http:
                 origin, path = self._follow(origin, path, answer.headers["location"])
                 await answer.whole(ERROR_BODY)
             finally:
+                answer.release()
                 self._give_back(origin, wire, answer.reusable)
         raise SourceFailed(f"{self.origin.text} redirects in a circle", REDIRECT)
 
@@ -168,7 +189,7 @@ class Http:
         target = replace(target, base="", unix=origin.unix if target.authority == origin.authority else None)
         return target, path
 
-    async def _send(self, origin: Origin, method: str, path: str, headers: Headers, body: bytes) -> tuple[Wire, h11.Response]:
+    async def _send(self, origin: Origin, method: str, path: str, headers: Headers, body: bytes) -> tuple[Wire, Head]:
         """The connection and the answer's head. A kept connection that turns out closed is replaced, once."""
         with translated(self.origin.text):
             request = self._request(origin, method, path, headers, len(body))

@@ -11,6 +11,7 @@ Concurrency: one request at a time, by one task. A cancelled request leaves the 
 import os
 import socket
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 import h11
@@ -28,10 +29,19 @@ MAX_THREADS: Final = 16
 
 
 class Threads:
-    """The worker threads that all connections of a process share for reading, made with the first."""
+    """The worker threads that all connections to one origin share for reading, made with the first."""
 
     def __init__(self) -> None:
         self.limiter = trio.CapacityLimiter(MAX_THREADS)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Of an answer. Names in lower case; of a header that came twice the last."""
+
+    status: int
+    version: bytes
+    headers: dict[str, str]
 
 
 class Wire:
@@ -75,20 +85,24 @@ class Wire:
         """Whether bytes came that belong to no answer."""
         return bool(self._ready)
 
-    async def ask(self, request: h11.Request, body: bytes = b"") -> h11.Response:
+    async def ask(self, request: h11.Request, body: bytes = b"") -> "Head":
         """Sends the request and reads the answer's head. Raises EOFError if the server closed before its first byte."""
         self._h11 = h11.Connection(h11.CLIENT)
         data = self._h11.send(request) or b""
         data += self._h11.send(h11.Data(data=body)) or b"" if body else b""
         data += self._h11.send(h11.EndOfMessage()) or b""
-        await self._stream.send_all(data)
+        if self._plain is not None:  # nearly always whole, and cheaper
+            data = data[await self._plain.send(data) :]
+        if data:
+            await self._stream.send_all(data)
         got = False
         while True:
             event = self._h11.next_event()
             if isinstance(event, h11.Response):
-                chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
-                self._ready = b"" if chunked else bytes(self._h11.trailing_data[0])
-                return event
+                names = {name.lower(): value for name, value in event.headers.raw_items()}  # iterating h11's own is slow
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in names.items()}
+                self._ready = b"" if "transfer-encoding" in headers else bytes(self._h11.trailing_data[0])
+                return Head(event.status_code, event.http_version, headers)
             if event is h11.NEED_DATA:
                 piece = await self._receive(PIECE)
                 if not piece and not got:
