@@ -20,7 +20,6 @@ from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.interrupts import Interrupts
@@ -40,6 +39,9 @@ READ_AHEAD_KIB = 4096
 """What root lets the kernel read ahead: 2.2 to 2.7 GB/s instead of 0.3 to 0.7 with its 128."""
 HOLD_SECONDS = 30
 """How long a mount that lives while it is held waits for the first to hold it."""
+
+END_SECONDS = 0.5
+"""How long those who use an unmounted mount may go on before they are cut off."""
 
 Ready = Callable[[Path], None]
 """Called once, with the control socket's path, when the mount answers."""
@@ -71,9 +73,9 @@ def _folder(config: MountConfig) -> Iterator[Path]:
 
 async def _main(config: MountConfig, folder: Path, ready: Ready) -> None:
     async with _serving(config, folder) as (operations, nursery, server), sessions.opened(operations, config.mountpoint, config.allow_other) as session:
-        nursery.start_soon(_end_by_signal, config.mountpoint)
+        nursery.start_soon(_end_by_signal, config.mountpoint, nursery.cancel_scope)
         if config.while_held:
-            nursery.start_soon(_end_when_let_go, server, config.mountpoint)
+            nursery.start_soon(_end_when_let_go, server, config.mountpoint, nursery.cancel_scope)
 
         def answers() -> None:
             if config.record is None:
@@ -124,23 +126,26 @@ def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
     yield from getattr(cache,'named_roots',lambda: [])()
 
 
-async def _end_by_signal(mountpoint: Path) -> None:
+async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:
     """SIGTERM and SIGINT unmount; where it is busy, lazily, so that the daemon ends in any case."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)
-            await _end(mountpoint)
+            await _end(mountpoint, everything)
 
 
-async def _end_when_let_go(server: ControlServer, mountpoint: Path) -> None:
+async def _end_when_let_go(server: ControlServer, mountpoint: Path, everything: trio.CancelScope) -> None:
     with trio.move_on_after(HOLD_SECONDS):
         await server.held.wait()
     if server.held.is_set():
         await server.let_go.wait()
     log.info("nobody holds this mount any more: unmounting")
-    await _end(mountpoint)
+    await _end(mountpoint, everything)
 
 
-async def _end(mountpoint: Path) -> None:
-    if not await sessions.unmount(mountpoint, lazy=False) and not await sessions.unmount(mountpoint, lazy=True):
-        raise IpfsFuseError(f"{mountpoint} could not be unmounted")
+async def _end(mountpoint: Path, everything: trio.CancelScope) -> None:
+    """Unmounts; what then still keeps the mount alive (an open file, another mount namespace) is cut off."""
+    if not await sessions.unmount(mountpoint, lazy=False):
+        await sessions.unmount(mountpoint, lazy=True)
+    await trio.sleep(END_SECONDS)
+    everything.cancel()

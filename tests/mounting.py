@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +78,9 @@ class Home:
 
     def unmount(self, mount: Mounted) -> None:
         """Unmounts, by force of ending the daemon if need be, and waits until it is gone."""
-        subprocess.run(["fusermount3", "-u", "-z", "-q", str(mount.path)], check=False, capture_output=True)
+        subprocess.run(["fusermount3", "-u", "-q", str(mount.path)], check=False, capture_output=True)
+        if alive(mount.pid):
+            os.kill(mount.pid, signal.SIGTERM)  # a copy of the mount in another mount namespace would keep it alive
         wait_until(lambda: not alive(mount.pid), "the daemon ended")
 
 

@@ -8,6 +8,7 @@ INIT request is passed through, its reply extended (`wire`), and then the real d
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,6 +29,8 @@ MAX_TASKS = 100_000
 """Waiting calls are bounded by memory, not by number: pyfuse3's default of 99 would stop the whole mount."""
 
 INIT_SECONDS = 10
+STUCK_SECONDS = 0.1
+"""How long a read that finds nothing may hold everything up."""
 
 
 @dataclass
@@ -151,10 +154,25 @@ async def serve(session: Session, ready: Callable[[], None], readahead: bool = T
     """Answers the kernel until the mount is gone; `ready` is called once it does.
 
     Without `readahead` the kernel asks for nothing that was not read (a plain mount can't promise that)."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_main, nursery.cancel_scope)
-        await exchange(session, readahead)
-        ready()
+    with _never_stuck_in_read():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_main, nursery.cancel_scope)
+            await exchange(session, readahead)
+            ready()
+
+
+@contextlib.contextmanager
+def _never_stuck_in_read() -> Iterator[None]:
+    """A request may vanish between the poll that saw it and libfuse's read (its caller was killed, or was answered
+    before its interrupt was read); that read then waits for the next request, with the event loop and Python's lock.
+    Non-blocking is no way out: pyfuse3 ends the mount at EAGAIN. But it tries again at EINTR, so a timer interrupts."""
+    before = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, STUCK_SECONDS, STUCK_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 async def _main(scope: trio.CancelScope) -> None:

@@ -1,0 +1,37 @@
+"""Blocks made by hand, for tests that need a DAG no importer would make, or know each block of one."""
+
+import hashlib
+from collections.abc import Sequence
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb, unixfs
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Link
+from ipfsfuse.dag.unixfs import Type, UnixFS
+
+
+class Dag:
+    """Collects blocks by multihash."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[bytes, bytes] = {}
+
+    def block(self, data: bytes, codec: int = cids.RAW) -> Cid:
+        cid = cids.make(codec, b"\x12\x20" + hashlib.sha256(data).digest())
+        self.blocks[cids.multihash(cid)] = data
+        return cid
+
+    def node(self, links: Sequence[Link], message: UnixFS) -> Cid:
+        return self.block(dagpb.encode(links, unixfs.encode(message)), cids.DAG_PB)
+
+    def directory(self, entries: dict[bytes, tuple[Cid, int]]) -> Cid:
+        """`entries`: name to (CID, claimed size)."""
+        return self.node([Link(cid, name, size) for name, (cid, size) in entries.items()], UnixFS(type=Type.DIRECTORY))
+
+    def file(self, leaves: Sequence[bytes]) -> Cid:
+        sizes = [len(leaf) for leaf in leaves]
+        links = [Link(self.block(leaf), b"", len(leaf)) for leaf in leaves]
+        return self.node(links, UnixFS(type=Type.FILE, filesize=sum(sizes), blocksizes=sizes))
+
+    def symlink(self, target: bytes) -> Cid:
+        return self.node([], UnixFS(type=Type.SYMLINK, data=target))

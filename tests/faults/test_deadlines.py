@@ -1,0 +1,114 @@
+"""A source that never answers: deadlines, interrupts, and everybody else."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from tests.dagging import Dag
+from tests.faults.gateway import Gateway
+from tests.mounting import Home, Mounted, fuse_mounts, wait_until
+
+DEADLINE = 4
+
+
+class Stalled(NamedTuple):
+    gateway: Gateway
+    home: Home
+    mount: Mounted
+    root: Path
+    """A directory with `good`, `stalled`, and 600 more names that stall."""
+
+
+@pytest.fixture
+def stalled(tmp_path: Path) -> Iterator[Stalled]:
+    dag = Dag()
+    entries = {b"good": (dag.block(b"good\n"), 5), b"other": (dag.block(b"other\n"), 6), b"stalled": (dag.block(b"stalled\n"), 8)}
+    entries |= {b"s%03d" % n: (dag.block(b"s%03d" % n), 4) for n in range(600)}
+    leaves = [bytes([n]) * (1 << 20) for n in range(8)]
+    entries[b"long"] = (dag.file(leaves), 8 << 20)
+    root = dag.directory(entries)
+    gateway = Gateway(dag.blocks)
+    gateway.stalled = {cids.text(cid) for name, (cid, _) in entries.items() if name.startswith(b"s")} | {cids.text(dag.block(leaves[5]))}
+    home = Home(tmp_path)
+    with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", f"{DEADLINE}s") as mount:
+        yield Stalled(gateway, home, mount, mount.path / cids.text(root))
+
+
+def ask(*command: str | Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+
+
+def spent(started: float) -> float:
+    return time.monotonic() - started
+
+
+def test_cat_fails_with_etimedout_at_its_deadline(stalled: Stalled) -> None:
+    started = time.monotonic()
+    done = subprocess.run(["cat", stalled.root / "stalled"], capture_output=True, text=True)
+    assert "Connection timed out" in done.stderr
+    assert DEADLINE - 0.5 < spent(started) < DEADLINE + 30, "a shared machine is slow, but two deadlines on end would be a fault"
+
+
+def test_a_read_of_a_stalled_leaf_fails_once_although_the_kernel_asks_twice(stalled: Stalled) -> None:
+    with (stalled.root / "long").open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 4, 0) == b"\0\0\0\0"
+        started = time.monotonic()
+        with pytest.raises(OSError) as raised:
+            os.pread(file.fileno(), 4, 5 << 20)
+        assert raised.value.errno in (errno.ETIMEDOUT, errno.EIO)
+        first = spent(started)
+        with pytest.raises(OSError):
+            os.pread(file.fileno(), 4, 5 << 20)
+        assert spent(started) - first < DEADLINE, "the failure is remembered: answered at once"
+        assert os.pread(file.fileno(), 4, 7 << 20) == b"\7\7\7\7"
+
+
+def test_three_stats_of_one_name_end_together(stalled: Stalled) -> None:
+    started = time.monotonic()
+    all_three = [ask("stat", stalled.root / "stalled") for _ in range(3)]
+    assert [process.wait(60) for process in all_three] == [1, 1, 1]
+    assert spent(started) < 2.5 * DEADLINE, "not one after the other"
+
+
+def test_ctrl_c_frees_a_process_that_waits_in_a_lookup(stalled: Stalled) -> None:
+    process = ask("stat", stalled.root / "stalled")
+    wait_until(lambda: any(stalled.gateway.asked[name] for name in stalled.gateway.stalled), "the lookup waits for its block")
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    assert spent(started) < DEADLINE - 1
+
+
+def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(stalled: Stalled) -> None:
+    script = "import os, sys, threading\n[threading.Thread(target=os.path.exists, args=(f'{sys.argv[1]}/s{n:03}',)).start() for n in range(500)]"
+    waiting = ask(sys.executable, "-c", script, stalled.root)
+    wait_until(lambda: len(stalled.gateway.asked) > 20, "many lookups wait")
+    assert (stalled.root / "good").read_text() == "good\n"
+    assert (stalled.root / "other").read_text() == "other\n"
+    assert waiting.poll() is None, "all of that while the others wait"
+    waiting.wait(60)
+
+
+def test_a_mount_with_stalled_calls_unmounts(stalled: Stalled) -> None:
+    waiting = [ask("stat", stalled.root / f"s{n:03}") for n in range(10)]
+    wait_until(lambda: len(stalled.gateway.asked) >= 10, "the lookups wait")
+    stalled.home.run("unmount", "--lazy", stalled.mount.path)
+    assert fuse_mounts(stalled.home.folder) == []
+    for process in waiting:
+        assert process.wait(60) != 0
+
+
+def test_the_failure_of_one_block_is_forgotten_and_asked_for_anew(stalled: Stalled) -> None:
+    subprocess.run(["cat", stalled.root / "stalled"], capture_output=True)
+    stalled.gateway.stalled.clear()
+    wait_until(lambda: os.path.exists(stalled.root / "stalled"), "the block comes")
+    assert (stalled.root / "stalled").read_text() == "stalled\n"
