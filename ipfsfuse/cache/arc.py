@@ -12,7 +12,7 @@ Concurrency: none; one task at a time.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -74,7 +74,7 @@ class Arc(Generic[K]):
     def frequent(self, key: K) -> bool:
         return key in self._again
 
-    def keys(self) -> Iterable[K]:
+    def __iter__(self) -> Iterator[K]:
         """All that is held: used once, then used again, least lately used first in each."""
         yield from self._once
         yield from self._again

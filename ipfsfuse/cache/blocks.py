@@ -152,12 +152,13 @@ class Packs:
     def scan(self) -> list[tuple[int, os.stat_result]]:
         """The packs that an earlier run left; what is no pack is deleted."""
         found = []
-        for item in os.scandir(self._folder):
-            number = item.name.removesuffix(PACK)
-            if item.name == f"{number}{PACK}" and number.isdecimal() and item.is_file(follow_symlinks=False):
-                found.append((int(number), item.stat()))
-            else:
-                os.unlink(item.path)
+        with os.scandir(self._folder) as items:
+            for item in items:
+                number = item.name.removesuffix(PACK)
+                if item.name == f"{number}{PACK}" and number.isdecimal() and item.is_file(follow_symlinks=False):
+                    found.append((int(number), item.stat()))
+                else:
+                    os.unlink(item.path)
         return sorted(found)
 
     def sections(self, pack: int, start: int = 0) -> Iterator[tuple[bytes, Place]]:

@@ -66,10 +66,15 @@ class Room:
             await self._leave(self.arc.admit(key, size))
         return True
 
-    def settle(self, key: Key, size: int) -> None:
-        """Corrects what is counted for `key`."""
-        if key in self._kept:
-            self._keep(key, size - self._kept[key])
+    def adjust(self, key: Key, by: int) -> None:
+        """Corrects what is counted for `key` by so many bytes: what was reserved meanwhile stays counted."""
+        if not by:
+            return
+        size = self.size(key) + by
+        if size <= 0:
+            self.remove(key)
+        elif key in self._kept:
+            self._keep(key, by)
         else:
             self.arc.set_size(key, size)
 

@@ -46,9 +46,13 @@ class Entry:
     fresh: bool = True
     """Written in this run alone: what is wrong in it was not left so by a crash."""
     disk: int = 0
-    """Bytes on disk, in file-system blocks."""
+    """Bytes on disk, in file-system blocks, by the writes that were reported."""
+    seen: int = 0
+    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs to."""
     reserved: int = 0
     """Bytes on disk that writes under way may still take."""
+    charged: int = 0
+    """What the budget counts for it, reservations that its writers hold included."""
     dead: bool = False
     source: str = ""
     last_used: float = field(default_factory=time.time)
@@ -101,12 +105,13 @@ class Staging:
     def scan(self) -> Iterator[Entry]:
         """What an earlier run left, last used first; what is no staging file is deleted."""
         found = []
-        for item in os.scandir(self.folder):
-            entry = self._recognise(item)
-            if entry is None:
-                os.unlink(item.path)
-            else:
-                found.append(entry)
+        with os.scandir(self.folder) as items:
+            for item in items:
+                entry = self._recognise(item)
+                if entry is None:
+                    os.unlink(item.path)
+                else:
+                    found.append(entry)
         return iter(sorted(found, key=lambda entry: -entry.last_used))
 
     def _recognise(self, item: "os.DirEntry[str]") -> Entry | None:
@@ -118,7 +123,7 @@ class Staging:
         info = item.stat(follow_symlinks=False)
         if not item.is_file(follow_symlinks=False) or item.name.removesuffix(PART) != cids.text(cid):
             return None
-        return Entry(cid, info.st_size, complete, None, False, info.st_blocks * 512, last_used=info.st_mtime)
+        return Entry(cid, info.st_size, complete, None, False, info.st_blocks * 512, info.st_blocks * 512, last_used=info.st_mtime)
 
     def look(self, entry: Entry) -> Extents:
         """Which bytes of `entry` may be present, by what the file system says."""
@@ -151,37 +156,40 @@ class Staging:
         except Unsupported:
             return data, False
 
-    def write(self, entry: Entry, offset: int, data: bytes | memoryview) -> None:
-        """Raises Removed, or OSError: then some of it may be there, and counts."""
+    def write(self, entry: Entry, offset: int, data: bytes | memoryview) -> tuple[int, OSError | None]:
+        """By how many bytes it grew on disk, and why no more of `data` could be written. Raises Removed."""
         with entry.lock:
             if entry.dead:
                 raise Removed
-            file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             try:
-                if not entry.disk:
+                file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+            except OSError as exc:
+                return 0, exc
+            try:
+                if not entry.seen:
                     os.ftruncate(file, entry.size)
-                view = memoryview(data)
-                while view:
-                    done = os.pwrite(file, view, offset)
-                    view, offset = view[done:], offset + done
+                _write_all(file, data, offset)
+            except OSError as exc:
+                return _grown(entry, file), exc
+            else:
+                return _grown(entry, file), None
             finally:
-                entry.disk = os.fstat(file).st_blocks * 512
                 os.close(file)
 
-    def finish(self, entry: Entry) -> None:
-        """Onto the disk, then to its final name."""
+    def finish(self, entry: Entry) -> int:
+        """Onto the disk, then to its final name; returns by how many bytes it grew there."""
         with entry.lock:
             if entry.gone() or entry.complete:
-                return
+                return 0
             file = self._open(entry, os.O_RDWR)
         try:
             os.fdatasync(file)
             with entry.lock:
                 if entry.gone():
-                    return
+                    return 0
                 os.rename(self._path(entry), self.folder / cids.text(entry.cid))
                 entry.complete = True
-                entry.disk = os.fstat(file).st_blocks * 512
+                return _grown(entry, file)
         finally:
             os.close(file)
 
@@ -195,15 +203,15 @@ class Staging:
             except FileNotFoundError:
                 pass
 
-    def punch(self, entry: Entry, start: int, end: int) -> None:
-        """Gives back the space of [start, end)."""
+    def punch(self, entry: Entry, start: int, end: int) -> int:
+        """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not positive."""
         with entry.lock:
             if entry.dead:
-                return
+                return 0
             file = self._open(entry, os.O_RDWR)
             try:
                 _punch_hole(file, start, end - start)
-                entry.disk = os.fstat(file).st_blocks * 512
+                return _grown(entry, file)
             finally:
                 os.close(file)
 
@@ -222,6 +230,18 @@ class Staging:
         return self.folder / (name if entry.complete else name + PART)
 
 
+def _grown(entry: Entry, file: int) -> int:
+    before, entry.seen = entry.seen, os.fstat(file).st_blocks * 512
+    return entry.seen - before
+
+
+def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done
+
+
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -234,6 +254,5 @@ def _punch_hole(file: int, start: int, size: int) -> None:
     number = ctypes.get_errno()
     if number != errno.EOPNOTSUPP:
         raise OSError(number, os.strerror(number))
-    while size > 0:
-        done = os.pwrite(file, bytes(min(size, 1 << 20)), start)
-        start, size = start + done, size - done
+    for at in range(start, start + size, 1 << 20):
+        _write_all(file, bytes(min(1 << 20, start + size - at)), at)

@@ -129,12 +129,9 @@ class Store:
                 self._settle_pack(pack)
 
     def _settle_pack(self, pack: int) -> None:
-        size = self.packs.sizes.get(pack, 0)
-        if size:
-            unit = self.staging.unit
-            self.room.settle(pack, -(-size // unit) * unit + unit)
-        else:
-            self.room.remove(pack)
+        size, unit = self.packs.sizes.get(pack, 0), self.staging.unit
+        charge = -(-size // unit) * unit + unit if size else 0
+        self.room.adjust(pack, charge - self.room.size(pack))
 
     # -- leaves ------------------------------------------------------------------------------------------------------
 
@@ -184,7 +181,8 @@ class Store:
         if entry.extents is not None:
             entry.extents.remove(leaf.offset, leaf.offset + leaf.size)
         try:
-            await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, leaf.offset + leaf.size, limiter=self._writing)
+            end = leaf.offset + leaf.size
+            entry.disk += await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self._writing)
         except OSError as exc:
             self.trouble.note(cids.text(entry.cid), exc)
         self._settle(entry)
@@ -199,46 +197,52 @@ class Store:
         """Whether it is kept now."""
         if self.trouble.waiting:
             return False
-        end = leaf.offset + leaf.size
-        cost = self.staging.cost(leaf.offset, end)
+        cost = self.staging.cost(leaf.offset, leaf.offset + leaf.size)
         if not await self.room.reserve(file.cid, cost):
             return False
         if file.cid not in self.staging.entries:
             self.pins.add(file.cid)
         entry = self.staging.entry(file.cid, file.size)
         entry.reserved += cost
+        entry.charged += cost
         entry.source = source
         try:
-            await trio.to_thread.run_sync(self.staging.write, entry, leaf.offset, content, limiter=self._writing)
+            grown, error = await trio.to_thread.run_sync(self.staging.write, entry, leaf.offset, content, limiter=self._writing)
         except Removed:
             return False
-        except OSError as exc:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), exc)
-            return False
         else:
-            self.trouble.over()
-            if entry.extents is not None:
-                entry.extents.add(leaf.offset, end)
-                if not entry.complete and entry.whole():
-                    self._nursery.start_soon(self.finish, entry)
-            return True
+            entry.disk += grown
+            return self._kept_leaf(entry, leaf, error)
         finally:
             entry.reserved -= cost
             self._settle(entry)
 
+    def _kept_leaf(self, entry: Entry, leaf: Leaf, error: OSError | None) -> bool:
+        """What a write came to."""
+        if error is not None:
+            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            return False
+        self.trouble.over()
+        if entry.extents is not None:
+            entry.extents.add(leaf.offset, leaf.offset + leaf.size)
+            if not entry.complete and entry.whole():
+                self._nursery.start_soon(self.finish, entry)
+        return True
+
     def _settle(self, entry: Entry) -> None:
         if entry.dead:
             return
-        if entry.disk or entry.reserved:
-            self.room.settle(entry.cid, self.staging.charge(entry))
-        else:
+        empty = not entry.disk and not entry.reserved
+        charge = 0 if empty else self.staging.charge(entry)
+        self.room.adjust(entry.cid, charge - entry.charged)
+        entry.charged = charge
+        if empty:
             self.staging.forget(entry)
-            self.room.remove(entry.cid)
 
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
         try:
-            await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self._upkeep)
+            entry.disk += await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self._upkeep)
         except OSError as exc:
             if not entry.dead:
                 self.trouble.note(cids.text(entry.cid), exc)
@@ -294,7 +298,7 @@ class Store:
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""
         if cid is None:
-            return sum([await self.room.evict(key) for key in list(self.room.arc.keys())])
+            return sum([await self.room.evict(key) for key in list(self.room.arc)])
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
             place = self.place(cid)

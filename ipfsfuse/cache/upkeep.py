@@ -54,7 +54,8 @@ def take_up(store: Store) -> None:
         last, frequent = recency.get(cids.text(entry.cid), (0.0, False))
         entry.last_used = max(last, entry.last_used)
         store.staging.entries[entry.cid] = entry
-        found.append((entry.last_used, frequent, entry.cid, store.staging.charge(entry)))
+        entry.charged = store.staging.charge(entry)
+        found.append((entry.last_used, frequent, entry.cid, entry.charged))
     for pack, info in store.packs.scan():
         store.packs.sizes[pack] = info.st_size
         store.packs.current = max(store.packs.current, pack)
@@ -157,7 +158,7 @@ async def _read_packs(store: Store) -> None:
 def uses(store: Store) -> list[tuple[str, float, bool]]:
     """(name, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
     now, out = time.time(), []
-    for order, key in enumerate(store.room.arc.keys()):
+    for order, key in enumerate(store.room.arc):
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
         name = str(key) if isinstance(key, int) else cids.text(key)
         out.append((name, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))

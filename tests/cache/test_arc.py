@@ -110,7 +110,7 @@ def test_it_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> 
         else:
             getattr(arc, verb)(key)
             getattr(model, verb)(key)
-        assert list(arc.keys()) == [name for name, _size in model.t1 + model.t2]
+        assert list(arc) == [name for name, _size in model.t1 + model.t2]
         assert (arc.target, arc.bytes, arc.ghosts) == (model.p, total(model.t1) + total(model.t2), len(model.b1) + len(model.b2))
 
 
@@ -149,7 +149,7 @@ class Bounds(RuleBasedStateMachine):
 
     @invariant()
     def sums(self) -> None:
-        assert {key: self.arc.size(key) for key in self.arc.keys()} == self.held
+        assert {key: self.arc.size(key) for key in self.arc} == self.held
         assert self.arc.bytes == sum(self.held.values()) <= self.arc.capacity
         assert 0 <= self.arc.target <= self.arc.capacity
         assert self.arc.ghosts <= 5

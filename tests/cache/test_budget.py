@@ -1,0 +1,158 @@
+"""The budget is never exceeded, and costs nothing but speed."""
+
+import contextlib
+import os
+import random
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag.nodes import Leaf
+from tests.cache.standin import Chain, make_file, random_bytes
+
+MIB = 1 << 20
+BUDGET = 12 * MIB
+
+
+@contextlib.contextmanager
+def own_filesystem(folder: Path, size: int) -> Iterator[Path]:
+    """A tmpfs of `size` bytes."""
+    if os.geteuid() != 0:
+        pytest.skip("a file system of its own needs root")
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "ipfsfuse-test", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+class Sampler(threading.Thread):
+    """The most that was ever taken on a file system, looked at without a pause."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.most = 0
+        self.samples = 0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.0005):
+            info = os.statvfs(self.folder)
+            self.most = max(self.most, (info.f_blocks - info.f_bfree) * info.f_frsize)
+            self.samples += 1
+
+
+def taken(folder: Path) -> int:
+    """Bytes on disk of all that lies in `folder`, the folders themselves included."""
+    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+
+
+def a_load(chain: Chain) -> tuple[list[tuple[FileRef, list[Leaf], bytes]], list[FileRef]]:
+    """About 4 times the budget: files of many sizes, and small ones."""
+    shapes = [(size, chunk, number) for number, (size, chunk) in enumerate([(3 * MIB, 1 << 18), (MIB, 1 << 16), (700_001, 50_003)] * 8)]
+    files = [make_file(chain, size, chunk, seed) for size, chunk, seed in shapes]
+    small = [FileRef(chain.add(random_bytes(20_000, 1000 + number)), 20_000) for number in range(300)]
+    return files, small
+
+
+async def fifty_readers(cache: PinsetCache, chain: Chain, rounds: int) -> None:
+    files, small = a_load(chain)
+
+    async def reader(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(rounds):
+            file, leaves, content = dice.choice(files)
+            leaf = dice.choice(leaves)
+            assert bytes(await cache.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+            for one in dice.sample(small, 3):
+                await cache.leaf(one, Leaf(one.cid, 0, one.size))
+            assert cache.statistics().used <= BUDGET
+
+    async with trio.open_nursery() as nursery:
+        for seed in range(50):
+            nursery.start_soon(reader, seed)
+
+
+def test_never_over_at_any_moment_with_fifty_readers(tmp_path: Path) -> None:
+    with own_filesystem(tmp_path / "disk", 10 * BUDGET) as folder:
+
+        async def main() -> None:
+            async with PinsetCache.open(folder, Chain(), BUDGET) as cache:
+                chain = cache._blocks
+                assert isinstance(chain, Chain)
+                await fifty_readers(cache, chain, 40)
+                assert cache.statistics().evictions > 20
+
+        sampler = Sampler(folder)
+        sampler.start()
+        try:
+            trio.run(main)
+        finally:
+            sampler.ended.set()
+            sampler.join()
+    assert sampler.samples > 100
+    assert BUDGET // 2 < sampler.most <= BUDGET
+
+
+def test_what_is_counted_is_what_the_file_system_says(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await fifty_readers(cache, chain, 20)
+            for kept in cache.kept():
+                if kept.complete:
+                    assert cache.store.room.size(kept.cid) == kept.staged
+            assert taken(tmp_path) <= cache.statistics().used <= BUDGET
+        assert taken(tmp_path) <= BUDGET
+        async with PinsetCache.open(tmp_path, chain, BUDGET // 3) as cache:
+            assert taken(tmp_path) <= cache.statistics().used <= BUDGET // 3
+
+    trio.run(main)
+
+
+def test_a_file_larger_than_the_budget_reads_and_so_does_an_evicted_open_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, content = make_file(chain, 2 * BUDGET, 1 << 20)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            cache.opened(file)
+            got = b"".join([bytes(await cache.leaf(file, leaf)) for leaf in leaves])
+            assert got == content
+            assert 0 < cache.staged_bytes(file.cid) <= BUDGET
+            await cache.evict(file.cid)
+            assert cache.staged_bytes(file.cid) == 0
+            assert bytes(await cache.leaf(file, leaves[3])) == content[3 * MIB : 4 * MIB]
+            cache.closed(file)
+
+    trio.run(main)
+
+
+def test_what_was_used_again_outlives_a_scan_and_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        hot, hot_leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed=1)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for leaf in hot_leaves:
+                await cache.leaf(hot, leaf)
+            cache.opened(hot)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for seed in range(10, 30):
+                file, leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed=seed)
+                for leaf in leaves:
+                    await cache.leaf(file, leaf)
+            chain.asked.clear()
+            for leaf in hot_leaves:
+                await cache.leaf(hot, leaf)
+            assert chain.asked == []
+
+    trio.run(main)
