@@ -7,14 +7,12 @@ insertion as Kubo's is.
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-import mmh3
-
+from ipfsfuse.dag import hamt
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.errors import Unsupported
 
 MURMUR3 = 0x22
-HASH_BITS = 64
 
 
 class Saved(Protocol):
@@ -32,19 +30,14 @@ Save = Callable[[Sequence[Link], bytes, bool], S]
 """(links, bitfield, whether it is the root) -> the saved shard; children come before their parents."""
 
 
-def name_hash(name: bytes) -> int:
-    """The first 64 bits of murmur3-x64-128, of which the most significant are used first."""
-    return mmh3.hash64(name, signed=False)[0]
-
-
 def build(links: Sequence[Link], width: int, save: Save[S]) -> S:
     """The root shard, `width` slots wide, a power of two. Raises Unsupported where names can't be told apart by hash."""
-    return _shard([(name_hash(link.name), link) for link in links], width, 0, save)
+    return _shard([(hamt.hash64(link.name), link) for link in links], width, 0, save)
 
 
 def _shard(entries: list[tuple[int, Link]], width: int, depth: int, save: Save[S]) -> S:
     bits = width.bit_length() - 1
-    shift = HASH_BITS - bits * (depth + 1)
+    shift = hamt.HASH_BITS - bits * (depth + 1)
     if shift < 0:
         raise Unsupported(f"the names {entries[0][1].name!r} and {entries[1][1].name!r} have one hash: a sharded directory can't hold both")
     slots: dict[int, list[tuple[int, Link]]] = {}
