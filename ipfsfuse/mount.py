@@ -14,7 +14,7 @@ import trio
 
 from ipfsfuse import control
 from ipfsfuse.cache import hold
-import tempfile
+from ipfsfuse.cache.isolated import isolated_folder
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
@@ -63,8 +63,8 @@ def run(config: MountConfig, ready: Ready) -> None:
 def _folder(config: MountConfig) -> Iterator[Path]:
     """The cache folder, held for the length of the block."""
     if config.isolated:
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
+        with isolated_folder() as folder:
+            yield folder
         return
     with hold.hold(config.cache_dir) as lock:
         lock.announce(os.getpid(), str(config.mountpoint))
@@ -97,7 +97,7 @@ async def _serving(config: MountConfig, folder: Path) -> AsyncIterator[tuple[Ope
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)
-        roots = Roots(lambda: _listed(chain, cache), getattr(cache,'note_root',lambda *_: None), config.allow)
+        roots = Roots(lambda: _listed(chain, cache), cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         pages = stack.enter_context(Pages.running()) if record is None else None
@@ -123,7 +123,7 @@ def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
     """What the root lists: the sources' roots, what is pinned, what was opened by name and is still staged."""
     for cid in chain.roots():
         yield cid, cids.text(cid)
-    yield from getattr(cache,'named_roots',lambda: [])()
+    yield from cache.named_roots()
 
 
 async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:

@@ -57,20 +57,15 @@ class PinsetCache(Reading):
         failure: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
-                store = await upkeep.open_store(folder, budget, nursery, pins)
-                nursery.start_soon(upkeep.write_behind, store)
                 try:
-                    yield cls(store, blocks, nursery, deadline)
+                    async with _living(folder, budget, nursery, pins) as store:
+                        yield cls(store, blocks, nursery, deadline)
                 except BaseException as exc:
                     failure = exc
                     raise
-                finally:
-                    nursery.cancel_scope.cancel()
-                    with trio.CancelScope(shield=True):
-                        await upkeep.close(store)
         except BaseExceptionGroup:
-            if failure is not None:  # the caller's own: not for us to wrap
-                raise failure from None
+            if failure is not None:  # of one task alone: not to be wrapped
+                raise failure from failure.__cause__
             raise
 
     # -- uses --------------------------------------------------------------------------------------------------------
@@ -96,6 +91,14 @@ class PinsetCache(Reading):
         place = self.store.place(cid)
         return place.size if place is not None else 0
 
+    def kept_of(self, cid: Cid) -> Kept | None:
+        """As `Cache.kept_of`."""
+        return self.store.kept_of(cid)
+
+    def used(self) -> int:
+        """As `Cache.used`."""
+        return self.store.room.used
+
     # -- what commands ask -------------------------------------------------------------------------------------------
 
     @property
@@ -120,3 +123,16 @@ class PinsetCache(Reading):
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
         """(CID, as first spelled) of what was opened by name and is still staged itself, or is kept for good."""
         return self._names.staged()
+
+
+@contextlib.asynccontextmanager
+async def _living(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> AsyncIterator[Store]:
+    """An open store and its tasks; closed, and all of `nursery` with it, at the end."""
+    store = await upkeep.open_store(folder, budget, nursery, pins)
+    nursery.start_soon(upkeep.write_behind, store)
+    try:
+        yield store
+    finally:
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await upkeep.close(store)

@@ -269,7 +269,18 @@ class Store:
     def kept(self) -> Sequence[Kept]:
         """Staging files, last used first."""
         entries = sorted(self.staging.entries.values(), key=lambda entry: -entry.last_used)
-        return [Kept(e.cid, e.disk, e.size, e.whole(), e.last_used, self._pin_state(e.cid), e.source) for e in entries]
+        return [self._told(entry) for entry in entries]
+
+    def kept_of(self, cid: Cid) -> Kept | None:
+        """A staging file, or a small block: of that its pack knows no use of its own."""
+        entry = self.staging.entries.get(cids.canonical(cid))
+        if entry is not None:
+            return self._told(entry)
+        place = self.place(cid)
+        return Kept(cid, place.size, place.size, True, 0.0, self._pin_state(cids.canonical(cid)), "") if place is not None else None
+
+    def _told(self, entry: Entry) -> Kept:
+        return Kept(entry.cid, entry.disk, entry.size, entry.whole(), entry.last_used, self._pin_state(entry.cid), entry.source)
 
     def _pin_state(self, cid: Cid) -> str:
         if self.room.kept(cid):

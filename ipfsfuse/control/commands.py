@@ -51,8 +51,8 @@ class Commands:
             "cache_dir": str(self._config.cache_dir),
             "offline": self._config.offline,
             "uptime": round(time.time() - self._started, 1),
-            "cache": self._cache.statistics(),
-            "sources": self._chain.statistics(),
+            "cache": asdict(self._cache.statistics()),
+            "sources": [asdict(source) for source in self._chain.statistics()],
         }
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:

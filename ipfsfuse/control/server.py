@@ -61,6 +61,8 @@ class ControlServer:
                     await _send(stream, _refusal(NotAllowed(f"this mount answers user {os.getuid()} and root alone, not user {uid}")))
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer has gone; nobody is left to tell
+        except* Exception:  # one connection's trouble never ends the mount
+            log.exception("a connection to the control socket failed")
 
     async def _conversation(self, stream: trio.SocketStream) -> None:
         send, receive = trio.open_memory_channel[bytes](0)

@@ -33,7 +33,7 @@ KERNEL_ANSWERS = {
     "rmdir-file": "ENOTDIR",
     "file-as-directory": "ENOTDIR",
     "unlink-absent": "ENOENT",
-    "open-tmpfile": "EOPNOTSUPP",
+    "open-tmpfile": "ENOTSUP",
     "rename-same-inode": "ok",
     "mmap-shared-write": "EACCES",
 }
