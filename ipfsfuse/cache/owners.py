@@ -1,0 +1,107 @@
+"""Whose pins at a node these are, and whether their owner is proved dead.
+
+A mount leaves a record beside its pins: machine, boot, process. A process is dead if its machine has been started anew
+since, or has no such process, or one of that number which began at another time. Another machine, another name space
+of processes, and anything that can't be seen prove nothing.
+
+Pure but for /proc and /etc/machine-id. Concurrency: calls read a few small files and may be made anywhere.
+"""
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+MOUNT_FILE = "mount"
+"""In the pins' folder: the name of its directory at the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    machine: str
+    boot: str
+    processes: str
+    """The name space of process numbers."""
+    pid: int
+    started: int
+    """Clock ticks after the boot (proc(5), stat, field 22)."""
+    folder: str
+    """Where the mount keeps its side of the pins."""
+    stopped: bool = False
+    """It ended as it should, and what it holds awaits its next start."""
+
+    @classmethod
+    def this_process(cls, folder: Path) -> Self:
+        pid = os.getpid()
+        return cls(_machine(), _read("/proc/sys/kernel/random/boot_id"), _processes(), pid, _started(pid) or 0, str(folder.absolute()))
+
+    @classmethod
+    def parse(cls, data: bytes | None) -> Self | None:
+        """What `encode` wrote; None for anything else, of an owner about whom nothing is known."""
+        try:
+            return cls(**json.loads(data or b""))
+        except (ValueError, TypeError):
+            return None
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    def at_rest(self) -> Self:
+        return replace(self, stopped=True)
+
+    def proved_dead(self) -> bool:
+        if self.machine != _machine():
+            return False
+        if self.boot != _read("/proc/sys/kernel/random/boot_id"):
+            return True
+        if self.processes != _processes():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # it is another user's
+            pass
+        started = _started(self.pid)
+        return started is not None and started != self.started
+
+    def still_keeps(self, name: str) -> bool:
+        """Whether the owner's folder is there and speaks of `name`; True where we may not look."""
+        try:
+            return (Path(self.folder) / MOUNT_FILE).read_text().strip() == name
+        except PermissionError:
+            return True
+        except (OSError, ValueError):
+            return False
+
+
+def host_name() -> str:
+    """This host's name, in characters that a path takes as they are."""
+    name = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-.") else "-" for letter in socket.gethostname())
+    return name[:64].strip(".") or "host"
+
+
+def _machine() -> str:
+    return _read("/etc/machine-id") or socket.gethostname()
+
+
+def _processes() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """None where there is no such process, or we may not see it."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[19]) if len(fields) > 19 else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,177 @@
+"""The policy of pin batches: a model of a node that follows every round must hold exactly what is wanted."""
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ipfsfuse.cache.batches import LIMIT, Batch, Batches, Change, directory
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+
+
+def cid(index: int) -> Cid:
+    return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big"))
+
+
+class Shelf(RuleBasedStateMachine):
+    """Random wishes between and inside rounds; some rounds fail with any part of them done, some nodes forget."""
+
+    LIMIT = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shelf = Batches(limit=self.LIMIT)
+        self.wanted: set[Cid] = set()
+        self.node: dict[int, tuple[Cid, ...]] = {}
+        self.stored: dict[Cid, bool] = {}
+        self.round_open = False
+
+    @rule(index=st.integers(0, 40))
+    def add(self, index: int) -> None:
+        assert self.shelf.add(cid(index)) == (cid(index) not in self.wanted)
+        self.wanted.add(cid(index))
+
+    @rule(index=st.integers(0, 40))
+    def remove(self, index: int) -> None:
+        assert self.shelf.remove(cid(index)) == (cid(index) in self.wanted)
+        self.wanted.discard(cid(index))
+
+    @rule(first=st.integers(0, 40), count=st.integers(1, 30), add=st.booleans())
+    def many(self, first: int, count: int, add: bool) -> None:
+        for index in range(first, first + count):
+            (self.add if add else self.remove)(index)
+
+    @precondition(lambda self: not self.round_open)
+    @rule()
+    def begin(self) -> None:
+        self.round = self.shelf.begin()
+        self.round_open = True
+        for batch in self.round.writes:
+            assert batch.number not in self.node
+            assert 0 < len(batch.members) <= self.LIMIT
+            assert len(set(batch.members)) == len(batch.members)
+        assert set(self.round.drops) <= set(self.node)
+
+    @precondition(lambda self: self.round_open)
+    @rule()
+    def finish(self) -> None:
+        self.node |= {batch.number: batch.members for batch in self.round.writes}
+        for number in self.round.drops:
+            del self.node[number]
+        self.shelf.finish()
+        self.round_open = False
+        assert self.shelf.batches == self.node
+
+    @precondition(lambda self: self.round_open)
+    @rule(done=st.integers(0, 3), lost=st.sets(st.integers(0, 60)))
+    def fail(self, done: int, lost: set[int]) -> None:
+        """The node did some of it, then failed; when it came back some batches were gone. Then we ask what it has."""
+        self.shelf.abandon()
+        self.round_open = False
+        for batch in self.round.writes[:done]:
+            self.node[batch.number] = batch.members
+        self.node = {number: members for number, members in self.node.items() if number not in lost}
+        self.shelf.restore(set(self.node), max(self.node, default=0))
+        self.node = {number: members for number, members in self.node.items() if number in self.shelf.batches}
+        assert self.shelf.batches == self.node
+
+    @precondition(lambda self: not self.round_open)
+    @rule()
+    def restart(self) -> None:
+        """A new process reads what was written down."""
+        self._write_down()
+        held = [Batch(number, members) for number, members in self.shelf.batches.items()]
+        self.shelf = Batches(held, [Change(key, wish) for key, wish in self.stored.items()], limit=self.LIMIT)
+        self.shelf.restore(set(self.node), max(self.node, default=0))
+
+    @invariant()
+    def knows_what_is_wanted(self) -> None:
+        assert set(self.shelf.wanted()) == self.wanted
+        if not self.round_open:
+            for key in self.wanted:
+                number = self.shelf.home(key)
+                assert number is not None
+                assert number == 0 or key in self.node[number]
+            assert self.shelf.queued == sum(self.shelf.home(key) == 0 for key in self.wanted)
+
+    def teardown(self) -> None:
+        """Left alone, it settles: everything wanted is held once, and little that is not."""
+        if self.round_open:
+            self.finish()
+        while self.shelf.begin():
+            self.round, self.round_open = self.shelf._round, True
+            self.finish()
+        held = [key for members in self.node.values() for key in members]
+        assert len(set(held)) == len(held)
+        assert set(held) >= self.wanted
+        assert len(held) <= 2 * len(self.wanted)
+
+    def _write_down(self) -> None:
+        for change in self.shelf.changes():
+            self.stored.pop(change.cid, None)
+            if change.wanted is not None:
+                self.stored[change.cid] = change.wanted
+
+
+TestShelf = Shelf.TestCase
+TestShelf.settings = settings(max_examples=80, stateful_step_count=40)
+
+
+@given(st.lists(st.integers(1, 30), max_size=60), st.sets(st.integers(0, 900)))
+def test_batches_stay_few(sizes: list[int], evicted: set[int]) -> None:
+    shelf = Batches(limit=16)
+    written = total = 0
+    for size in sizes:
+        for index in range(total, total + size):
+            shelf.add(cid(index))
+            if index in evicted:
+                shelf.remove(cid(index // 2))
+        total += size
+        written += sum(len(batch.members) for batch in shelf.begin().writes)
+        shelf.finish()
+    shelf.begin()
+    shelf.finish()
+    assert len(shelf.batches) <= 6 * len(shelf) / 16 + math.log2(16) + 2
+    assert written <= total * (1 + math.log(16, 1.5))
+
+
+def test_one_at_a_time_costs_few_batches_and_writes() -> None:
+    shelf = Batches()
+    written = 0
+    for index in range(3000):
+        shelf.add(cid(index))
+        written += sum(len(batch.members) for batch in shelf.begin().writes)
+        shelf.finish()
+    assert len(shelf.batches) <= 14
+    assert written <= 3000 * 17
+
+
+def test_ten_thousand_at_once_are_ten_batches() -> None:
+    shelf = Batches()
+    for index in range(10_000):
+        shelf.add(cid(index))
+    assert [len(batch.members) for batch in shelf.begin().writes] == [LIMIT] * 10
+
+
+def test_a_pin_after_an_eviction_needs_no_write() -> None:
+    shelf = Batches()
+    for index in range(10):
+        shelf.add(cid(index))
+    shelf.begin()
+    shelf.finish()
+    shelf.remove(cid(3))
+    shelf.add(cid(3))
+    assert not shelf.begin()
+
+
+def test_a_batch_is_a_directory_that_links_its_members() -> None:
+    members = [cid(index) for index in range(LIMIT)]
+    block = directory(members)
+    assert len(block) < 64 * 1024
+    node = nodes.parse(cids.make(cids.DAG_PB, b"\x12\x20" + bytes(32)), block)
+    assert isinstance(node, nodes.Directory)
+    assert [link.cid for link in node.links] == members
+    assert [link.name for link in node.links] == sorted(link.name for link in node.links)
