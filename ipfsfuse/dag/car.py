@@ -147,9 +147,9 @@ def section_head(cid: Cid, size: int) -> bytes:
 
 def _header_map(data: bytes, length: int) -> tuple[int, tuple[Cid, ...] | None]:
     """(version, roots) of a header that is exactly `length` bytes. Raises Malformed."""
+    pairs, at = _cbor_expect(data, varint.get(data, 0)[1], 5, "map")
     if len(data) != length:
         raise Malformed("the CAR's header is cut short")
-    pairs, at = _cbor_expect(data, varint.get(data, 0)[1], 5, "map")
     version: int | None = None
     roots: tuple[Cid, ...] | None = None
     for _ in range(min(pairs, 3)):

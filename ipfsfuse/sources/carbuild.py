@@ -82,14 +82,14 @@ def _build(file: CarFile, path: Path, progress: IndexProgress | None) -> None:
 
 def _collect(file: CarFile, sorter: RecordSorter, progress: IndexProgress | None) -> bool:
     """Adds every block that can be asked for. False if the file breaks off."""
-    total = min(file.data_end, file.identity.size) - file.data_offset
+    total = min(file.data_end, file.identity.size)
     reported = 0
     try:
         for found in sections(file):
             _add(sorter, found, file.data_offset)
-            if progress is not None and found.end - reported >= _REPORT_EVERY:
+            if progress is not None and (found.end - reported >= _REPORT_EVERY or found.end == total):
                 reported = found.end
-                progress(found.end - file.data_offset, total)
+                progress(found.end, total)
     except Malformed:
         return False
     return True

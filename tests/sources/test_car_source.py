@@ -1,0 +1,337 @@
+"""CAR files as sources: with an index and without one, whole, damaged, and lying."""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.dag import car, carindex
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.base import Run
+from ipfsfuse.sources.car import CarSource
+from ipfsfuse.sources.carsort import RecordSorter
+
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
+need_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project")
+
+Pairs = list[tuple[Cid, bytes]]
+
+
+def pairs(count: int, size: int = 1000, seed: int = 1) -> Pairs:
+    chance = random.Random(seed)
+    blocks = [chance.randbytes(size) for _ in range(count)]
+    return [(cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest()), block) for block in blocks]
+
+
+def sections(blocks: Pairs, roots: list[Cid] | None = None) -> bytes:
+    return car.encode_header(roots or []) + b"".join(car.section_head(cid, len(block)) + block for cid, block in blocks)
+
+
+def offsets(blocks: Pairs) -> dict[bytes, int]:
+    """Where each block's section begins in `sections(blocks)`, by digest."""
+    at, found = len(car.encode_header([])), {}
+    for cid, block in blocks:
+        found[cids.multihash(cid)[2:]] = at
+        at += len(car.section_head(cid, len(block))) + len(block)
+    return found
+
+
+def index(records: dict[bytes, int], form: int = carindex.MULTIHASH_SORTED) -> bytes:
+    """By hand, as go-car writes it: all sha2-256."""
+    data = b"".join(digest + offset.to_bytes(8, "little") for digest, offset in sorted(records.items()))
+    bucket = (1).to_bytes(4, "little") + (40).to_bytes(4, "little") + len(data).to_bytes(8, "little") + data
+    if form == carindex.SORTED:
+        return b"\x80\x08" + bucket
+    return b"\x81\x08" + (1).to_bytes(4, "little") + (0x12).to_bytes(8, "little") + bucket
+
+
+def v2(data: bytes, behind: bytes, padding: int = 0) -> bytes:
+    offset = car.V2_BYTES + padding
+    header = car.V2Header(offset, len(data), offset + len(data) + padding if behind else 0)
+    return car.encode_v2(header) + bytes(padding) + data + bytes(padding if behind else 0) + behind
+
+
+class Opened:
+    """A file with `data`, opened as a source; indexes go beside it."""
+
+    def __init__(self, folder: Path, data: bytes) -> None:
+        self.path = folder / "some.car"
+        self.path.write_bytes(data)
+        self.indexes = folder / "indexes"
+
+    def open(self) -> CarSource:
+        return CarSource.open(self.path, self.indexes)
+
+    def get(self, *wanted: Cid) -> list[bytes]:
+        async def main() -> list[bytes]:
+            source = self.open()
+            try:
+                return [await source.get(cid) for cid in wanted]
+            finally:
+                await source.aclose()
+
+        return trio.run(main)
+
+
+@need_fixtures
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("gateway-conformance/*.car")), ids=lambda path: path.stem)
+def test_every_block_of_the_conformance_files_is_found(path: Path, tmp_path: Path) -> None:
+    from tests.dag.test_car import read
+
+    roots, blocks = read(path.read_bytes())
+    opened = Opened(tmp_path, path.read_bytes())
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert tuple(opened.open().roots()) == roots
+
+
+@need_fixtures
+def test_go_cars_version_2_is_read_by_its_own_index(tmp_path: Path) -> None:
+    from tests.dag.test_car import read
+
+    data = (FIXTURES / "go-car" / "sample-unixfs-v2.car").read_bytes()
+    opened = Opened(tmp_path, data)
+    _roots, blocks = read(data)
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert not opened.indexes.exists()
+
+
+@need_fixtures
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("badheaderlength", "its header would have"), ("sample-corrupt-pragma", "cut short")],
+)
+def test_fixtures_that_are_no_cars_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    opened = Opened(tmp_path, (FIXTURES / "go-car" / f"{name}.car").read_bytes())
+    with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
+        opened.open()
+
+
+@need_fixtures
+def test_a_bad_section_leaves_what_is_before_it(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, (FIXTURES / "go-car" / "badsectionlength.car").read_bytes())
+    source = opened.open()
+    assert not source.whole
+    assert list(source.roots()) == []
+
+
+@pytest.mark.parametrize("form", [carindex.SORTED, carindex.MULTIHASH_SORTED])
+@pytest.mark.parametrize("count", [0, 1, 100, 101, 5000])
+def test_both_index_formats_find_everything_and_nothing_else(form: int, count: int, tmp_path: Path) -> None:
+    blocks = pairs(count, 10)
+    opened = Opened(tmp_path, v2(sections(blocks), index(offsets(blocks), form), padding=33))
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert not opened.indexes.exists(), "its own index was not used"
+    for cid, _block in pairs(20, 10, seed=2):
+        with pytest.raises(NotHere):
+            opened.get(cid)
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: v2(data, b"", padding=7)], ids=["v1", "v2"])
+def test_an_index_is_built_once_and_kept(wrap: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    blocks = pairs(500)
+    opened = Opened(tmp_path, wrap(sections(blocks)))
+    reports: list[tuple[int, int]] = []
+    CarSource.open(opened.path, opened.indexes, lambda done, total: reports.append((done, total)))
+    assert reports[-1] == (opened.path.stat().st_size, opened.path.stat().st_size)
+    (kept,) = opened.indexes.iterdir()
+    written = kept.stat().st_mtime_ns
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert [path.stat().st_mtime_ns for path in opened.indexes.iterdir()] == [written]
+
+
+def test_a_changed_file_gets_a_new_index_and_the_old_one_goes(tmp_path: Path) -> None:
+    first, second = pairs(5), pairs(7, seed=2)
+    opened = Opened(tmp_path, sections(first))
+    opened.get(first[0][0])
+    opened.path.write_bytes(sections(second))
+    assert opened.get(*(cid for cid, _block in second)) == [block for _cid, block in second]
+    assert len(list(opened.indexes.iterdir())) == 1
+
+
+def test_a_kept_index_that_is_damaged_is_built_anew(tmp_path: Path) -> None:
+    blocks = pairs(50)
+    opened = Opened(tmp_path, sections(blocks))
+    opened.get(blocks[0][0])
+    (kept,) = opened.indexes.iterdir()
+    kept.write_bytes(b"something else")
+    with pytest.raises(SourceFailed):
+        opened.open()
+    assert opened.get(blocks[3][0]) == [blocks[3][1]]
+
+
+@pytest.mark.parametrize("wrap", ["v1", "v2"])
+def test_what_stands_before_a_cut_still_reads(wrap: str, tmp_path: Path) -> None:
+    blocks = pairs(20)
+    data = sections(blocks)
+    cut = offsets(blocks)[cids.multihash(blocks[12][0])[2:]] + 500
+    whole = data if wrap == "v1" else v2(data, index(offsets(blocks)))
+    opened = Opened(tmp_path, whole[: cut + (0 if wrap == "v1" else car.V2_BYTES)])
+    assert not opened.open().whole
+    assert opened.get(*(cid for cid, _block in blocks[:12])) == [block for _cid, block in blocks[:12]]
+    for cid, _block in blocks[12:]:
+        with pytest.raises(NotHere):
+            opened.get(cid)
+
+
+@pytest.mark.parametrize("wrong", [0, 5, 18, 10**6, 1 << 62, (1 << 64) - 1])
+def test_an_index_that_lies_about_a_place_is_no_crash_and_no_wrong_block(wrong: int, tmp_path: Path) -> None:
+    blocks = pairs(10)
+    records = offsets(blocks) | {cids.multihash(blocks[4][0])[2:]: wrong}
+    opened = Opened(tmp_path, v2(sections(blocks), index(records)))
+    with pytest.raises(SourceFailed, match="its index names a place"):
+        opened.get(blocks[4][0])
+    assert opened.get(blocks[5][0]) == [blocks[5][1]]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"\x99\x09nothing known",
+        b"\x81",
+        b"\x81\x08\xff\xff\xff\x7f",
+        b"\x81\x08\x01\0\0\0\x12\0\0\0\0\0\0\0\x01\0\0\0\x28\0\0\0\xff\xff\xff\xff\0\0\0\0",
+    ],
+)
+def test_an_index_that_can_not_be_read_is_replaced(behind: bytes, tmp_path: Path) -> None:
+    blocks = pairs(10)
+    opened = Opened(tmp_path, v2(sections(blocks), behind))
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert opened.indexes.exists()
+
+
+def test_blocks_are_found_by_multihash_under_every_spelling(tmp_path: Path) -> None:
+    ((cid, block),) = pairs(1)
+    opened = Opened(tmp_path, sections([(cid, block)]))
+    assert opened.get(cids.make(cids.DAG_PB, cids.multihash(cid)), Cid(cids.multihash(cid))) == [block, block]
+
+
+def test_duplicates_surplus_and_identity_blocks(tmp_path: Path) -> None:
+    blocks = pairs(3)
+    identity = cids.make(cids.RAW, b"\x00\x03abc")
+    unknown = cids.make(cids.RAW, b"\x22\x20" + bytes(32))
+    opened = Opened(tmp_path, sections([*blocks, (identity, b"abc"), (unknown, b"?"), *blocks]))
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    for cid in (identity, unknown):
+        with pytest.raises(NotHere):
+            opened.get(cid)
+
+
+def test_other_hash_functions_have_their_own_records(tmp_path: Path) -> None:
+    block = b"some block"
+    sha = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest())
+    sha1 = cids.make(cids.RAW, b"\x11\x14" + hashlib.sha1(block).digest())
+    sha512 = cids.make(cids.RAW, b"\x13\x40" + hashlib.sha512(block).digest())
+    opened = Opened(tmp_path, sections([(sha, block), (sha1, block)]))
+    assert opened.get(sha, sha1) == [block, block]
+    with pytest.raises(NotHere):
+        opened.get(sha512)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"not a CAR at all, but a text", "not a CAR"),
+        (b"\x7fELF" + bytes(100), "not a CAR"),
+        (car.PRAGMA, "cut short in its header"),
+        (car.encode_v2(car.V2Header(51, 100, 0)), "would begin behind the file's end"),
+        (car.encode_v2(car.V2Header(60, 5, 0)) + bytes(9) + car.encode_header([]), "crosses the end of its data"),
+        (car.encode_v2(car.V2Header(51, 51, 0)) + car.encode_v2(car.V2Header(51, 51, 0)), "version 2 where version 1 belongs"),
+    ],
+)
+def test_what_is_no_car_is_refused_by_name(data: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
+        Opened(tmp_path, data).open()
+
+
+def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceFailed, match="No such file") as caught:
+        CarSource.open(tmp_path / "none.car", tmp_path)
+    assert caught.value.kind == "missing"
+    with pytest.raises(SourceFailed, match="Is a directory"):
+        CarSource.open(tmp_path, tmp_path)
+
+
+def test_a_file_that_changes_below_an_open_source_is_named(tmp_path: Path) -> None:
+    first, second = pairs(5), pairs(5, seed=2)
+    opened = Opened(tmp_path, sections(first))
+    source = opened.open()
+    with open(opened.path, "r+b") as file:
+        file.write(sections(second))
+    os.utime(opened.path, ns=(1, 1))
+
+    async def main() -> None:
+        with pytest.raises(SourceFailed, match="has changed since it was opened"):
+            await source.get(first[2][0])
+
+    trio.run(main)
+
+
+def test_a_block_that_is_truncated_away_later_is_an_error(tmp_path: Path) -> None:
+    blocks = pairs(5, 300_000)
+    opened = Opened(tmp_path, sections(blocks))
+    source = opened.open()
+    os.truncate(opened.path, 700_000)
+
+    async def main() -> None:
+        assert await source.get(blocks[1][0]) == blocks[1][1]
+        with pytest.raises(SourceFailed, match="cut short"):
+            await source.get(blocks[2][0])
+
+    trio.run(main)
+
+
+def test_a_run_is_delivered_in_order_without_what_is_missing(tmp_path: Path) -> None:
+    small, large = pairs(1500, 700), pairs(30, 1 << 20, seed=3)
+    here = small + large
+    opened = Opened(tmp_path, sections(here[1000:] + here[:1000]))
+    wanted = [*here[:700], *pairs(3, 10, seed=4), *here[700:]]
+    leaves = [Leaf(cid, 0, len(block)) for cid, block in wanted]
+    got: list[tuple[int, bytes]] = []
+
+    async def deliver(number: int, block: bytes) -> None:
+        got.append((number, block))
+
+    async def main() -> None:
+        source = opened.open()
+        await source.stream(Run(here[0][0], 1, leaves), deliver)
+        await source.aclose()
+
+    trio.run(main)
+    assert got == [(number, block) for number, (_cid, block) in enumerate(wanted) if not 700 <= number < 703]
+
+
+def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> None:
+    blocks = pairs(3000)
+    opened = Opened(tmp_path, sections(blocks))
+
+    async def deliver(_number: int, _block: bytes) -> None:
+        raise LookupError("enough")
+
+    async def main() -> None:
+        with pytest.raises(LookupError):
+            await opened.open().stream(Run(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver)
+
+    trio.run(main)
+
+
+def test_records_are_sorted_in_pieces_as_in_one(tmp_path: Path) -> None:
+    blocks = pairs(1000, 10)
+    hashes = [cids.multihash(cid) for cid, _block in blocks] + [b"\x11\x14" + bytes([n]) * 20 for n in range(50)]
+    written = []
+    for held in (7, 100, 10_000):
+        out = tmp_path / str(held)
+        with open(out, "wb") as file, RecordSorter(tmp_path, held) as sorter:
+            for offset, multihash in enumerate(hashes):
+                sorter.add(multihash, offset)
+            sorter.write(file)
+        written.append(out.read_bytes())
+    assert written[0] == written[1] == written[2]
+    assert len(written[0]) == 2 + 4 + 2 * (8 + 4 + 12) + 1000 * 40 + 50 * 28
