@@ -194,14 +194,20 @@ class Staging:
             os.close(file)
 
     def remove(self, entry: Entry) -> None:
-        """Gives its space back at once, though threads may be reading it: they find it short."""
+        """Gives its space back at once, though threads may be reading it: they find it short.
+
+        The name goes first: a crash never leaves an empty file under a name that says it is whole."""
         with entry.lock:
             entry.dead = True
             try:
-                os.truncate(self._path(entry), 0)
-                os.unlink(self._path(entry))
+                file = self._open(entry, os.O_RDWR)
             except FileNotFoundError:
-                pass
+                return
+            try:
+                os.unlink(self._path(entry))
+                os.ftruncate(file, 0)
+            finally:
+                os.close(file)
 
     def punch(self, entry: Entry, start: int, end: int) -> int:
         """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not positive."""

@@ -1,0 +1,150 @@
+"""`kill -9` at any moment: a process that reads through a cache is killed again and again, and the next one goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.staging import PART
+from tests.cache.standin import Chain, random_bytes
+
+READER = """
+import json, os, random, sys, time
+from pathlib import Path
+import trio
+from ipfsfuse.cache import hold
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.cache.base import FileRef
+from tests.cache.standin import Chain, make_file, random_bytes
+
+folder, budget, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def say(what, **more):
+    os.write(1, (json.dumps([what, more]) + "\\n").encode())
+
+async def main():
+    chain = Chain()
+    files = [make_file(chain, 900_000 + number, [1 << 16, 70_001][number % 2], number, number % 3 == 0) for number in range(12)]
+    small = [FileRef(chain.add(random_bytes(10_000, 1000 + number)), 10_000) for number in range(60)]
+    known = set(json.loads(sys.argv[4]))
+    begun = time.monotonic()
+    with hold.hold(folder):
+        async with PinsetCache.open(folder, chain, budget) as cache:
+            entries = cache.store.staging.entries.values()
+            say("open", seconds=time.monotonic() - begun, complete=sorted(cids.text(e.cid) for e in entries if e.complete),
+                used=cache.statistics().used, disk=sum(p.lstat().st_blocks * 512 for p in (folder, *folder.rglob("*"))))
+            for text in sorted(known):  # whole at the time of some kill, and still there: nothing of it is fetched again
+                file, leaves, content = next(item for item in files if cids.text(item[0].cid) == text)
+                chain.asked.clear()
+                if cache.store.staging.entries.get(file.cid):
+                    got = b"".join([bytes(await cache.leaf(file, leaf)) for leaf in leaves])
+                    say("again", right=got == content, asked=len(chain.asked))
+            dice = random.Random(seed)
+            async def reader(number):
+                await trio.sleep(0.001 * number)
+                while True:
+                    file, leaves, content = dice.choice(files)
+                    for leaf in dice.choice([leaves, leaves[:3]]):
+                        if bytes(await cache.leaf(file, leaf)) != content[leaf.offset : leaf.offset + leaf.size]:
+                            say("wrong")
+                    one = dice.choice(small)
+                    await cache.leaf(one, Leaf(one.cid, 0, one.size))
+                    if cache.statistics().used > budget:
+                        say("over")
+            async with trio.open_nursery() as nursery:
+                for number in range(4):
+                    nursery.start_soon(reader, number)
+trio.run(main)
+"""
+
+
+class Run:
+    """What one killed reader said."""
+
+    def __init__(self, folder: Path, budget: int, seed: int, known: list[str], life: float) -> None:
+        root = Path(__file__).parents[2]
+        command = [sys.executable, "-c", READER, str(folder), str(budget), str(seed), json.dumps(known)]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        time.sleep(life)
+        process.send_signal(signal.SIGKILL)
+        rest, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        lines = [line for line in (first + rest).decode().splitlines(keepends=True) if line.endswith("\n")]
+        self.said: list[tuple[str, dict[str, object]]] = [tuple(json.loads(line)) for line in lines]
+        self.errors = errors.decode()
+
+    def all(self, what: str) -> list[dict[str, object]]:
+        return [more for verb, more in self.said if verb == what]
+
+
+def whole(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "files").iterdir() if not path.name.endswith(PART))
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path: Path) -> None:
+    """No wrong byte, nothing complete fetched again, no orphan files, the budget right, and open again at once."""
+    dice = random.Random(7)
+    folder, budget, known = tmp_path / "cache", 8 << 20, list[str]()
+    again = 0
+    for number in range(50):
+        run = Run(folder, budget, number, known, dice.uniform(0.0, 0.5))
+        (opened,) = run.all("open")
+        assert "Traceback" not in run.errors
+        assert float(str(opened["seconds"])) < 1
+        assert int(str(opened["disk"])) <= int(str(opened["used"])) <= budget
+        assert opened["complete"] == known
+        assert run.all("wrong") == run.all("over") == []
+        for one in run.all("again"):
+            assert one == {"right": True, "asked": 0}
+            again += 1
+        known = whole(folder)
+        names = {path.relative_to(folder).parts[0] for path in folder.iterdir()}
+        assert names <= {"files", "packs", "lock", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm"}
+    assert again > 50
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import trio
+from ipfsfuse.cache.pinset import PinsetCache
+from tests.cache.standin import Chain, random_bytes
+
+async def main():
+    chain = Chain()
+    async with PinsetCache.open(Path(sys.argv[1]), chain, 8 << 20) as cache:
+        for number in range(100):
+            await cache.block(chain.add(random_bytes(3000, number)))
+        os.kill(os.getpid(), signal.SIGKILL)
+trio.run(main)
+"""
+
+
+def test_small_blocks_written_in_the_last_moment_are_there(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(root)}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+
+    async def main() -> None:
+        chain = Chain()
+        async with PinsetCache.open(tmp_path, chain, 8 << 20) as cache:
+            for number in range(100):
+                block = random_bytes(3000, number)
+                assert await cache.block(chain.add(block)) == block
+            assert chain.asked == []
+
+    trio.run(main)

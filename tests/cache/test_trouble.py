@@ -1,0 +1,172 @@
+"""What is wrong with the disk costs speed, not errors, and is told."""
+
+import contextlib
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import StoreFailed
+from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.test_budget import own_filesystem
+from tests.cache.test_pinset import flip, read
+
+MIB = 1 << 20
+BUDGET = 64 * MIB
+
+
+@contextlib.contextmanager
+def read_only(*folders: Path) -> Iterator[None]:
+    """Each of `folders`, in which no file is open, as on a disk that went read-only."""
+    for folder in folders:
+        subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+    yield
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def blocks(chain: Chain, count: int) -> list[FileRef]:
+    return [FileRef(chain.add(random_bytes(20_000, 1000 + number)), 20_000) for number in range(count)]
+
+
+@pytest.mark.logs("reads go on without the cache", "the order of use is not kept")
+def test_a_full_disk(tmp_path: Path) -> None:
+    with own_filesystem(tmp_path / "disk", 2 * MIB) as folder:
+
+        async def main() -> None:
+            chain = Chain()
+            files = [make_file(chain, MIB, seed=seed) for seed in range(4)]
+            async with PinsetCache.open(folder, chain, BUDGET) as cache:
+                for file, leaves, content in files:
+                    assert await read(cache, file, leaves) == content
+                for small in blocks(chain, 20):
+                    await cache.leaf(small, Leaf(small.cid, 0, small.size))
+                assert "No space left on device" in cache.trouble
+                assert cache.statistics().trouble == cache.trouble
+                for file, leaves, content in files:
+                    assert await read(cache, file, leaves) == content
+
+        trio.run(main)
+
+
+@pytest.mark.logs("reads go on without the cache")
+def test_a_disk_that_becomes_read_only_and_writable_again(tmp_path: Path) -> None:
+    with own_filesystem(tmp_path / "disk", 32 * MIB) as folder:
+
+        async def main() -> None:
+            chain = Chain()
+            staged, staged_leaves, staged_content = make_file(chain, MIB, seed=1)
+            file, leaves, content = make_file(chain, MIB, seed=2)
+            async with PinsetCache.open(folder, chain, BUDGET) as cache:
+                assert await read(cache, staged, staged_leaves) == staged_content
+                with read_only(folder / "files", folder / "packs"):
+                    assert await read(cache, file, leaves) == content
+                    assert "Read-only file system" in cache.trouble
+                    chain.asked.clear()
+                    assert await read(cache, staged, staged_leaves) == staged_content
+                    assert chain.asked == []
+                cache.store.trouble._until = 0  # its five seconds are over
+                assert await read(cache, file, leaves) == content
+                assert cache.trouble == ""
+                assert cache.staged_bytes(file.cid) >= MIB
+
+        trio.run(main)
+
+
+@pytest.mark.logs("reads go on without the cache", "the order of use is not kept")
+def test_the_folder_is_deleted_under_us(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, content = make_file(chain, MIB, seed=1)
+        async with PinsetCache.open(tmp_path / "cache", chain, BUDGET) as cache:
+            assert await read(cache, file, leaves) == content
+            await cache.block(file.cid)
+            shutil.rmtree(tmp_path / "cache")
+            assert await read(cache, file, leaves) == content
+            assert await cache.block(file.cid) == chain.blocks[cids.multihash(file.cid)]
+            for small in blocks(chain, 3):
+                await cache.leaf(small, Leaf(small.cid, 0, small.size))
+            assert "No such file or directory" in cache.trouble
+
+    (tmp_path / "cache").mkdir()
+    trio.run(main)
+
+
+def test_a_folder_that_is_missing_is_refused_at_the_start(tmp_path: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(StoreFailed, match="can't be used: No such file"):
+            async with PinsetCache.open(tmp_path / "missing", Chain(), BUDGET):
+                pass
+
+    trio.run(main)
+
+
+@pytest.mark.logs("is damaged", "wrong bytes in the cache")
+@pytest.mark.parametrize("how", ["overwritten", "cut", "other"])
+def test_a_damaged_index_is_set_aside_and_filled_from_the_packs(tmp_path: Path, how: str) -> None:
+    async def main() -> None:
+        chain = Chain()
+        small = blocks(chain, 400)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for one in small:
+                await cache.block(one.cid)
+        damage(tmp_path / "index.sqlite", how)
+        chain.asked.clear()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for one in small:
+                assert len(await cache.block(one.cid)) == one.size
+            with trio.fail_after(10):
+                while not (tmp_path / "index.malformed").exists() or cache.store.index.anew:
+                    await trio.sleep(0.01)
+                    await cache.block(small[0].cid)
+            chain.asked.clear()
+            for one in small:
+                assert len(await cache.block(one.cid)) == one.size
+            assert chain.asked == []
+
+    trio.run(main)
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "overwritten":
+        path.write_bytes(data[:100] + random_bytes(len(data) - 100, 1))
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.write_bytes(b"this is no database\n" * 1000)
+
+
+@pytest.mark.logs("wrong bytes in the cache", "is damaged")
+def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        files = [make_file(chain, MIB, chunk, seed, dag_pb) for seed, (chunk, dag_pb) in enumerate([(1 << 16, False), (30_011, True)] * 4)]
+        small = blocks(chain, 100)
+        dice = random.Random(1)
+        flips = 0
+        while flips < 10_000:
+            async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+                for _ in range(2):
+                    for file, leaves, content in files:
+                        assert await read(cache, file, leaves) == content
+                    for one in small:
+                        assert await cache.block(one.cid) == chain.blocks[cids.multihash(one.cid)]
+                    asked, chain.asked = len(chain.asked), []
+                assert asked == 0
+            staged = sorted(path for path in tmp_path.rglob("*") if path.parent.name in ("files", "packs"))
+            sizes = [path.stat().st_size for path in staged]
+            for path in dice.choices(staged, sizes, k=1250):
+                flip(path, dice.randrange(path.stat().st_size))
+                flips += 1
+
+    trio.run(main)
