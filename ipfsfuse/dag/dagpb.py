@@ -39,7 +39,7 @@ class PBNode(NamedTuple):
     absent: bytes = b""
 
 
-MAX_LINKS = 1 << 17
+MAX_LINKS = 1 << 16
 """More fit into 2 MiB only where each is shorter than a hash: a block made to cost time."""
 
 _DATA, _LINKS = 0x0A, 0x12

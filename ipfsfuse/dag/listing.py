@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 class Page(NamedTuple):
     """Entries in the directory's own order; only the last page (`end`) may be empty.
 
-    `skipped` counts what is left out: names that no file system can hold, and names that stand a second time.
+    `skipped` counts what is left out before the last entry: names that no file system can hold, and names that stand a second time.
     """
 
     entries: list[Entry]
@@ -54,6 +54,8 @@ def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
         else:
             found, end = yield from _in_trie(directory, after)
         kept = [entry for entry in found if can_hold(entry.name)]
+        if kept and not end:  # the next page begins behind the last entry kept, and counts from there
+            found = found[: found.index(kept[-1]) + 1]
         skipped += len(found) - len(kept)
         if kept or end:
             return Page(kept, end, skipped)

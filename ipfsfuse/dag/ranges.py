@@ -2,7 +2,7 @@
 
 Whether a dag-pb child is a leaf or an interior node shows only in its block, and to fetch a leaf's block here would
 be to fetch it twice (who reads fetches it again, into staging). So its size decides, which its parent states:
-- over 2 MiB it must be interior, since no block is larger;
+- from 2 MiB on it must be interior: no block is larger, and a dag-pb block needs some bytes beside the content;
 - else it is what its parent's first child is by that rule: importers make balanced trees, in which all children of a
   node have the same height, so a short last subtree is known by its long sisters.
 What this takes for a leaf wrongly (trees of tiny chunks, the tail of a trickle tree) `leaves.of` refuses as NotALeaf;
@@ -28,7 +28,7 @@ AT_ONCE = 32
 MAX_HEIGHT = 128
 """Levels below a root. A tree of two links a node over 2**63 leaves has 63; more is made to do harm."""
 MAX_LEAF = 2 << 20
-"""No block is larger, so no leaf's content is."""
+"""Content bytes of the largest leaf: no block is larger."""
 
 
 class _Subtree(NamedTuple):
@@ -77,7 +77,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
         front.append(Leaf(file.cid, base, file.inline))
     children = file.children
     first = max(bisect_right(children, start, key=lambda child: child.offset) - 1, 0)
-    deep = sure or (bool(children) and children[0].size > MAX_LEAF)
+    deep = sure or (bool(children) and children[0].size >= MAX_LEAF)
     for index in range(first, len(children)):
         child = children[index]
         if child.offset >= stop or len(front) >= LIMIT:
@@ -93,7 +93,7 @@ def _part(child: Child, base: int, level: int, deep: bool) -> Leaf | Unopened[_S
         if child.size > MAX_LEAF:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
         return Leaf(child.cid, offset, child.size)
-    if not deep and child.size <= MAX_LEAF and cids.inline(child.cid) is None:
+    if not deep and child.size < MAX_LEAF and cids.inline(child.cid) is None:
         return Leaf(child.cid, offset, child.size)
     if level > MAX_HEIGHT:
         raise Malformed(f"a file of over {MAX_HEIGHT} levels")

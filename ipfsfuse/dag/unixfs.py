@@ -30,6 +30,8 @@ MAX_SECONDS = 253_402_300_799
 _TYPES = {int(kind): kind for kind in Type}
 MAX_FIELDS = 1000
 """Fields of one message, neighbouring block sizes as one: more are a block made to cost time."""
+MAX_STAMP = 64
+"""Bytes of an IPFSTimestamp: its two fields need 16."""
 _NUMBERS = (3, 5, 6, 7)
 _BLOCKSIZE = 0x20
 """The tag of one unpacked block size."""
@@ -110,6 +112,8 @@ def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
     """The nanoseconds since 1970 of an IPFSTimestamp: required int64 seconds = 1, optional fixed32 nanos = 2."""
     seconds: int | None = None
     nanos: int | None = None
+    if end - at > MAX_STAMP:
+        raise Malformed(f"UnixFS: an mtime of {end - at} bytes")
     while at < end:
         field, wire, at = protobuf.tag(message, at, end)
         start = at

@@ -32,7 +32,9 @@ def _pool() -> descriptor_pool.DescriptorPool:
     names = ("Raw", "Directory", "File", "Metadata", "Symlink", "HAMTShard")
     values = [descriptor_pb2.EnumValueDescriptorProto(name=name, number=number) for number, name in enumerate(names)]
     kinds = descriptor_pb2.EnumDescriptorProto(name="DataType", value=values)
-    file = descriptor_pb2.FileDescriptorProto(name="dag.proto", package="dag", syntax="proto2", message_type=[link, node, stamp, data], enum_type=[kinds])
+    file = descriptor_pb2.FileDescriptorProto(
+        name="dag.proto", package="dag", syntax="proto2", message_type=[link, node, stamp, data], enum_type=[kinds]
+    )
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return pool

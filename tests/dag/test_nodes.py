@@ -114,7 +114,9 @@ def test_what_breaks_a_rule_is_refused_by_name(data: bytes) -> None:
         parse(data)
 
 
-@pytest.mark.parametrize(("codec", "name"), [(0x71, "dag-cbor"), (0x0129, "dag-json"), (0x51, "cbor"), (0x0200, "json"), (0x72, "libp2p-key"), (0x99, "0x99")])
+@pytest.mark.parametrize(
+    ("codec", "name"), [(0x71, "dag-cbor"), (0x0129, "dag-json"), (0x51, "cbor"), (0x0200, "json"), (0x72, "libp2p-key"), (0x99, "0x99")]
+)
 def test_other_codecs_are_named(codec: int, name: str) -> None:
     with pytest.raises(Unsupported, match=name):
         nodes.parse(make_cid(codec, A[2:]), b"a")

@@ -41,7 +41,19 @@ def test_the_data_of_a_view_is_not_copied() -> None:
 
 def test_read_as_protobuf_demands() -> None:
     sizes = field(4, b"\x05\x80\x01")  # packed
-    message = field(3, 9) + sizes + field(99, b"later") + field(98, 1) + b"\x89\x06" + bytes(8) + b"\x8d\x06" + bytes(4) + field(4, 6) + FILE + field(3, 139)
+    message = (
+        field(3, 9)
+        + sizes
+        + field(99, b"later")
+        + field(98, 1)
+        + b"\x89\x06"
+        + bytes(8)
+        + b"\x8d\x06"
+        + bytes(4)
+        + field(4, 6)
+        + FILE
+        + field(3, 139)
+    )
     assert unixfs.decode(message) == UnixFS(Type.FILE, None, 139, [5, 128, 6])
     assert unixfs.decode(field(1, 77) + FILE).type is Type.FILE  # an unknown value counts as an unknown field
     assert unixfs.decode(FILE + field(2, b"a") + field(2, b"b")).data == b"b"
@@ -53,7 +65,9 @@ def stamp(seconds: int, nanos: int | None) -> bytes:
     return FILE + field(8, body if nanos is None else body + b"\x15" + nanos.to_bytes(4, "little"))
 
 
-@pytest.mark.parametrize(("seconds", "nanos", "total"), [(0, None, 0), (1, 1, 10**9 + 1), (-1, 999_999_999, -1), (MIN_SECONDS, None, MIN_SECONDS * 10**9)])
+@pytest.mark.parametrize(
+    ("seconds", "nanos", "total"), [(0, None, 0), (1, 1, 10**9 + 1), (-1, 999_999_999, -1), (MIN_SECONDS, None, MIN_SECONDS * 10**9)]
+)
 def test_times_are_nanoseconds_that_count_forward(seconds: int, nanos: int | None, total: int) -> None:
     assert unixfs.decode(stamp(seconds, nanos)).mtime == total
     assert unixfs.encode(UnixFS(Type.FILE, mtime=total)) == stamp(seconds, nanos)

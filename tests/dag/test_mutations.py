@@ -1,0 +1,133 @@
+"""Damaged blocks: each ends in a value or in one of the domain's errors, never in another exception."""
+
+import random
+
+import pytest
+
+from ipfsfuse.dag import dagpb, leaves, nodes, unixfs, walk
+from ipfsfuse.dag.cid import RAW, Cid
+from ipfsfuse.dag.dagpb import Link
+from ipfsfuse.dag.nodes import Directory, File, Leaf, Shard
+from ipfsfuse.dag.unixfs import Type, UnixFS
+from ipfsfuse.errors import IpfsFuseError
+from tests.dag.blocks import Blocks, cid_of, every_prefix, fixtures, identity, pseudo_random, shard
+
+A, B = cid_of(b"a", RAW), cid_of(b"b")
+PARENT = cid_of(b"parent")
+MUTATIONS = 100_000
+
+
+def _valid() -> dict[str, bytes]:
+    heap = Blocks()
+    root = heap.trie([b"n%d" % number for number in range(40)], 8)
+    sizes = [262144] * 12
+    v0 = Cid(B[2:])
+    links = [Link(A, b"one", 5), Link(v0, "zwei ü".encode(), 300), Link(identity(b"inline"), b"three", 2**33), Link(B, b"n" * 200, 0)]
+    return {
+        "directory": dagpb.encode(links, unixfs.encode(UnixFS(Type.DIRECTORY, mode=0o755, mtime=1_700_000_000_123_456_789))),
+        "file": dagpb.encode([Link(A, b"", 262144)] * 12, unixfs.encode(UnixFS(Type.FILE, None, sum(sizes), sizes))),
+        "file with inline data": dagpb.encode([Link(A, b"", 9)], unixfs.encode(UnixFS(Type.FILE, b"inline", 14, [8]))),
+        "leaf": dagpb.encode([], unixfs.encode(UnixFS(Type.FILE, pseudo_random(200), 200))),
+        "raw type": dagpb.encode([], unixfs.encode(UnixFS(Type.RAW, pseudo_random(130), 130))),
+        "trie": heap.block(root),
+        "wide trie": shard(1024, [5, 700], [Link(A, b"005x", 1), Link(A, b"2BC", 1)]),
+        "symlink": dagpb.encode([], unixfs.encode(UnixFS(Type.SYMLINK, b"../target"))),
+        "metadata": dagpb.encode([Link(A, b"", 1)], unixfs.encode(UnixFS(Type.METADATA, b"\x0a\x04text"))),
+        "no UnixFS": dagpb.encode([Link(A, b"x", 1)], b"\x01\x02\x03"),
+    }
+
+
+VALID = _valid()
+
+
+def read_all(block: bytes) -> None:
+    """Reads `block` as everything that it could be taken for."""
+    try:
+        node = nodes.parse(PARENT, block)
+        leaves.of(Leaf(PARENT, 0, len(block)), block)
+        if isinstance(node, File):
+            first(walk.leaves(node, 0, node.size))
+        elif isinstance(node, Directory | Shard):
+            first(walk.entries(node, 0))
+            first(walk.child(node, b"one"))
+    except IpfsFuseError as refused:
+        assert "\n" not in str(refused)
+    try:
+        found = dagpb.decode(block)
+        assert dagpb.decode(dagpb.encode(found.links, found.data, found.absent)) == found
+    except IpfsFuseError:
+        pass
+    try:
+        message = unixfs.decode(block)
+        assert unixfs.decode(unixfs.encode(message)) == message
+    except IpfsFuseError:
+        pass
+
+
+def first(way: walk.Walk[object]) -> None:
+    """A walk up to where it wants its first blocks."""
+    try:
+        next(way)
+    except StopIteration:
+        pass
+
+
+def damage(block: bytes, chance: random.Random) -> bytes:
+    """One to four small changes: flipped, lost, doubled and strange bytes, and pieces of other blocks."""
+    out = bytearray(block)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        at, size = chance.randrange(len(out) + 1), chance.choice((1, 1, 2, 5, 40))
+        match chance.randrange(6):
+            case 0:
+                out[at : at + 1] = bytes([out[at] ^ 1 << chance.randrange(8)]) if at < len(out) else b""
+            case 1:
+                del out[at : at + size]
+            case 2:
+                out[at:at] = out[at : at + size]
+            case 3:
+                out[at : at + size] = chance.choice(
+                    (b"\xff" * 9 + b"\x01", b"\x80" * 11, b"\x00", b"\x12\x00", b"\x0a\x00", b"\xff\xff\xff\xff\x0f", chance.randbytes(size))
+                )
+            case 4:
+                other = chance.choice(list(VALID.values()))
+                start = chance.randrange(len(other))
+                out[at : at + size] = other[start : start + size]
+            case _:
+                del out[at:]
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_every_prefix_is_read_or_refused(kind: str) -> None:
+    for block in every_prefix(VALID[kind]):
+        read_all(block)
+    read_all(VALID[kind])
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_100_000_mutations_are_read_or_refused(kind: str) -> None:
+    chance = random.Random(kind)
+    for _ in range(MUTATIONS // len(VALID)):
+        read_all(damage(VALID[kind], chance))
+
+
+def test_mutations_of_the_fixtures_are_read_or_refused() -> None:
+    chance = random.Random(0)
+    for path in fixtures("codec-fixtures/dag-pb/*.dag-pb"):
+        for block in every_prefix(path.read_bytes()):
+            read_all(block)
+        for _ in range(200):
+            read_all(damage(path.read_bytes(), chance))
+
+
+def test_the_damage_is_of_use() -> None:
+    """Most of it must get past the first bytes, and enough of it must still be readable."""
+    chance = random.Random(1)
+    readable = 0
+    for _ in range(1000):
+        try:
+            dagpb.decode(damage(VALID["directory"], chance))
+            readable += 1
+        except IpfsFuseError:
+            pass
+    assert 100 < readable < 900
