@@ -28,6 +28,7 @@ REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
 ERROR_BODY = 64 * 1024
 SMALL = 64 * 1024
+MADE = 64
 URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 
 Headers = Sequence[tuple[str, str]]
@@ -96,9 +97,9 @@ class Answer:
         """The next `count` bytes of a body whose length the head told, by the time `end`."""
         if self._left is None or self._left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        data = b""
         await self._hold(count)
-        if count:
+        data = self._wire.at_hand(count)
+        if data is None:
             with translated(self._name), trio.fail_after(self._settings.idle) as scope:
                 self._wire.watch(scope, self._settings.idle, end)
                 data = await self._wire.exactly(count)
@@ -146,6 +147,7 @@ class Http:
         self._threads = Threads()
         self._room = Room(self.settings.bytes_in_flight)
         self._closed = False
+        self._made: dict[tuple[Origin, str, tuple[tuple[str, str], ...], int], h11.Request] = {}
 
     async def aclose(self) -> None:
         self._closed = True
@@ -192,13 +194,13 @@ class Http:
     async def _send(self, origin: Origin, method: str, path: str, headers: Headers, body: bytes) -> tuple[Wire, Head]:
         """The connection and the answer's head. A kept connection that turns out closed is replaced, once."""
         with translated(self.origin.text):
-            request = self._request(origin, method, path, headers, len(body))
+            request, target = self._request(origin, method, path, headers, len(body))
         while True:
             wire, kept = await self._take(origin)
             try:
                 with translated(origin.text), trio.fail_after(self.settings.idle) as scope:
                     wire.watch(scope, self.settings.idle, float("inf"))
-                    return wire, await wire.ask(request, body)
+                    return wire, await wire.ask(request, target, body)
             except SourceFailed as exc:
                 wire.close()
                 if not kept or exc.kind == TIMEOUT:
@@ -207,18 +209,24 @@ class Http:
                 wire.close()
                 raise
 
-    def _request(self, origin: Origin, method: str, path: str, headers: Headers, length: int) -> h11.Request:
-        every = [("Host", origin.authority), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *headers]
-        if origin == self._named:
-            every += self.settings.headers
-        if length or method == "POST":
-            every.append(("Content-Length", str(length)))
+    def _request(self, origin: Origin, method: str, path: str, headers: Headers, length: int) -> tuple[h11.Request, str]:
+        """The request, with "/" for its target, and the target. Requests that differ in nothing else are made once: it
+        takes h11 30 us."""
         proxy = proxy_for(origin) if origin.scheme == "http" else None
-        if proxy is not None:
-            path = f"http://{origin.authority}{path}"
-            if proxy.authorization:
+        key = (origin, method, tuple(headers), length)
+        request = self._made.get(key)
+        if request is None:
+            every = [("Host", origin.authority), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *headers]
+            if origin == self._named:
+                every += self.settings.headers
+            if length or method == "POST":
+                every.append(("Content-Length", str(length)))
+            if proxy is not None and proxy.authorization:
                 every.append(("Proxy-Authorization", proxy.authorization))
-        return h11.Request(method=method, target=path, headers=every)
+            request = h11.Request(method=method, target="/", headers=every)
+            if len(self._made) < MADE:
+                self._made[key] = request
+        return request, path if proxy is None else f"http://{origin.authority}{path}"
 
     async def _take(self, key: Origin) -> tuple[Wire, bool]:
         """A connection, and whether it was kept from before."""

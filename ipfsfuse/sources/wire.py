@@ -9,6 +9,7 @@ Concurrency: one request at a time, by one task. A cancelled request leaves the 
 """
 
 import os
+import re
 import socket
 import struct
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ FAST: Final = 32 * 1024
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
 """20 ms: how long a thread waits for bytes before the event loop does, so that a source that drips holds no thread."""
 MAX_THREADS: Final = 16
+TARGET: Final = re.compile(r"[!-~]+")
+"""What may stand in a request line (RFC 9112, 3.2): no space, no control character."""
 
 
 class Threads:
@@ -85,10 +88,21 @@ class Wire:
         """Whether bytes came that belong to no answer."""
         return bool(self._ready)
 
-    async def ask(self, request: h11.Request, body: bytes = b"") -> "Head":
-        """Sends the request and reads the answer's head. Raises EOFError if the server closed before its first byte."""
+    def at_hand(self, count: int) -> bytes | None:
+        """The next `count` bytes of the body if they came with the head."""
+        if len(self._ready) < count:
+            return None
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        return taken
+
+    async def ask(self, request: h11.Request, target: str, body: bytes = b"") -> Head:
+        """Sends the request (made with "/" for its target) and reads the answer's head.
+
+        Raises EOFError if the server closed before its first byte."""
+        if not TARGET.fullmatch(target):
+            raise SourceFailed(f"{target[:80]!r} can't be asked for", PROTOCOL)
         self._h11 = h11.Connection(h11.CLIENT)
-        data = self._h11.send(request) or b""
+        data = (self._h11.send(request) or b"").replace(b" / ", b" %s " % target.encode(), 1)
         data += self._h11.send(h11.Data(data=body)) or b"" if body else b""
         data += self._h11.send(h11.EndOfMessage()) or b""
         if self._plain is not None:  # nearly always whole, and cheaper
