@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from ipfsfuse.errors import DaemonFailed
+from ipfsfuse.errors import DaemonFailed, Unavailable
 
 _ANSWER_S = 40.0
 """Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
@@ -38,15 +38,16 @@ class Control:
         return self._socket.fileno()
 
     def ask(self, command: str, **arguments: str) -> dict[str, Any]:
-        """Raises DaemonFailed for a refusal, or where no answer comes."""
+        """Raises Unavailable where the mount has tried and no source had it, DaemonFailed for any other refusal and for no answer."""
         try:
             self._socket.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            answer = json.loads(self._lines.readline() or b"null")
+            answer: dict[str, Any] = json.loads(self._lines.readline() or b"{}")
         except (OSError, ValueError) as exc:
             raise DaemonFailed(f"the mount's daemon did not answer {command}: {exc}") from exc
-        if not isinstance(answer, dict) or not answer.get("ok", False):
-            reason = answer.get("error") if isinstance(answer, dict) else "it is gone"
-            raise DaemonFailed(f"the mount's daemon refused {command}: {reason}")
+        if not answer.get("ok", False):
+            answer = answer or {"error": "it is gone"}
+            failure = Unavailable if answer.get("kind") == Unavailable.__name__ else DaemonFailed
+            raise failure(f"the mount's daemon refused {command}: {answer.get('error')}")
         return answer
 
     def release(self) -> bool:

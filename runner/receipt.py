@@ -47,6 +47,8 @@ class Receipt(NamedTuple):
     versions: Mapping[str, str]
     read: Sequence[Cid]
     """Every block of /ipfs that the guest's reads needed, in the order of first use."""
+    missing: Sequence[Cid]
+    """Blocks that were asked for and that no source gave: the guest saw an error."""
     ahead: Sequence[Cid]
     """What read-ahead fetched and the guest never asked for."""
     stdin: Digest
@@ -70,8 +72,7 @@ def encode(receipt: Receipt) -> bytes:
         "env": [list(each) for each in receipt.env],
         "limits": {name: value for name, value in receipt.limits._asdict().items() if value is not None},
         "dirs": [each._asdict() | {"cid": None if each.cid is None else cids.text(each.cid)} for each in receipt.dirs],
-        "read": [cids.text(each) for each in receipt.read],
-        "ahead": [cids.text(each) for each in receipt.ahead],
+        **{name: [cids.text(each) for each in getattr(receipt, name)] for name in ("read", "missing", "ahead")},
         **{name: getattr(receipt, name)._asdict() for name in ("stdin", "stdout", "stderr")},
     }
     del fields["name"]
@@ -109,6 +110,7 @@ def _receipt(fields: Mapping[str, Any]) -> Receipt:
         deterministic=bool(fields["deterministic"]),
         versions=dict(fields["versions"]),
         read=[cids.parse(each) for each in fields["read"]],
+        missing=[cids.parse(each) for each in fields["missing"]],
         ahead=[cids.parse(each) for each in fields["ahead"]],
         stdin=_digest(fields["stdin"]),
         stdout=_digest(fields["stdout"]),

@@ -12,7 +12,6 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,7 +19,7 @@ import ipfsfuse
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import Built
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import DaemonFailed, UsageError, WrongBlock
+from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError, WrongBlock
 from runner import bundle, mounts, sandbox, streams, supervise
 from runner import receipt as receipts
 from runner.bundle import Writer
@@ -90,9 +89,11 @@ def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _M
     receipt = _receipt(options, box, run, material)
     with bundle.written(target) as out:
         if target.suffix == ".json":
+            with open(os.devnull, "wb") as nowhere:
+                receipt, _roots = _with_blocks(Writer(nowhere), receipt, material.control)
             out.write(receipts.encode(receipt))
         else:
-            _write_car(bundle.Writer(out), receipt, options, material)
+            _write_car(Writer(out), receipt, options, material)
 
 
 def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> Receipt:
@@ -108,6 +109,7 @@ def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> 
         deterministic=options.deterministic,
         versions={"ipfsfuse": ipfsfuse.__version__, "wasmtime": importlib.metadata.version("wasmtime"), "machine": platform.machine()},
         read=read,
+        missing=(),
         ahead=ahead,
         stdin=streams.digest_of(material.stdin),
         stdout=run.stdout,
@@ -131,7 +133,7 @@ def _used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
 
 
 def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Material) -> None:
-    roots = _copy_blocks(writer, receipt.read, material.control)
+    receipt, roots = _with_blocks(writer, receipt, material.control)
     dirs = [writer.add_tree(Path(each.host)) for each in options.dirs]
     given = [each._replace(cid=built.cid) for each, built in zip(receipt.dirs, dirs, strict=True)]
     material.guest.seek(0)
@@ -146,19 +148,25 @@ def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Ma
     writer.close(writer.add_folder(children))
 
 
-def _copy_blocks(writer: Writer, read: Sequence[Cid], control: Control) -> dict[Cid, Built]:
-    """Puts every block of `read` into the CAR; gives the roots among them: those that no block read before links to."""
+def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Receipt, dict[Cid, Built]]:
+    """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the roots that were
+    used: the blocks that no block read before them links to."""
     roots: dict[Cid, Built] = {}
     below: set[bytes] = set()
-    for cid in read:
+    missing = []
+    for cid in receipt.read:
         block = cids.inline(cid)
-        if block is None:
-            block = _ask(control, cid)
-            writer.put(cid, block)
+        try:
+            if block is None:
+                block = _ask(control, cid)
+                writer.put(cid, block)
+        except Unavailable:
+            missing.append(cid)
+            continue
         if cids.multihash(cid) not in below:
             roots[cid] = Built(cid, 0, len(block))
         below.update(cids.multihash(each) for each in bundle.links(cid, block))
-    return roots
+    return receipt._replace(read=[each for each in receipt.read if each not in missing], missing=missing), roots
 
 
 def _ask(control: Control, cid: Cid) -> bytes:
