@@ -34,6 +34,18 @@ class Place(NamedTuple):
     size: int
 
 
+class Series:
+    """Packs that are filled one after the other."""
+
+    def __init__(self) -> None:
+        self.packs: list[int] = []
+
+    @property
+    def pack(self) -> int:
+        """The one being filled, 0 where there is none yet."""
+        return self.packs[-1] if self.packs else 0
+
+
 def section(cid: Cid, block: bytes) -> tuple[bytes, int]:
     """The bytes of one section, and where in it the block begins."""
     head = varint.put(len(cid) + len(block)) + cid
@@ -50,7 +62,8 @@ class Packs:
         self._files: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
         """Bytes written of each pack that is there."""
-        self.current = 0
+        self.last = 0
+        """The highest number in use."""
         self.pending: dict[bytes, Place | None] = {}
         """What the index does not say yet; None for what it shall forget."""
         self._unsaid: set[int] = set()
@@ -76,12 +89,13 @@ class Packs:
             file = self._files[place.pack] = os.open(self.path(place.pack), os.O_RDONLY | os.O_CLOEXEC)
         return os.pread(file, place.size, place.at)
 
-    def choose(self, size: int) -> int:
-        """The pack that the next `size` bytes go to."""
-        held = self.sizes.get(self.current)
+    def choose(self, series: "Series", size: int) -> int:
+        """The pack of `series` that the next `size` bytes go to."""
+        held = self.sizes.get(series.pack)
         if held is None or held + size > self._limit:
-            self.current += 1
-        return self.current
+            self.last += 1
+            series.packs.append(self.last)
+        return series.pack
 
     def note(self, cid: Cid, pack: int, at: int, size: int) -> None:
         """A section of `pack` was written, up to the end of the block."""

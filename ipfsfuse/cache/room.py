@@ -86,7 +86,7 @@ class Room:
         else:
             self.arc.remove(key)
 
-    async def keep(self, key: Key) -> None:
+    def keep(self, key: Key) -> None:
         """Exempts `key` from eviction, whether or not it is there yet."""
         if key not in self._kept:
             self._kept[key] = 0
@@ -94,7 +94,7 @@ class Room:
             self.arc.remove(key)
             self._keep(key, held)
 
-    async def release(self, key: Key) -> None:
+    def release(self, key: Key) -> None:
         """`key` may be evicted again."""
         held = self._kept.get(key)
         if held is not None:

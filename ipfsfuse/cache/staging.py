@@ -9,7 +9,6 @@ threads, and take the entry's lock for what must not cross a removal. Files are 
 no file descriptor outlives a removal.
 """
 
-import ctypes
 import errno
 import os
 import threading
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ipfsfuse.cache.extents import Extents
+from ipfsfuse.cache.filebytes import punch_hole, write_all
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves
 from ipfsfuse.dag.cid import Cid
@@ -168,7 +168,7 @@ class Staging:
             try:
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
-                _write_all(file, data, offset)
+                write_all(file, data, offset)
             except OSError as exc:
                 return _grown(entry, file), exc
             else:
@@ -216,7 +216,7 @@ class Staging:
                 return 0
             file = self._open(entry, os.O_RDWR)
             try:
-                _punch_hole(file, start, end - start)
+                punch_hole(file, start, end - start)
                 return _grown(entry, file)
             finally:
                 os.close(file)
@@ -239,26 +239,3 @@ class Staging:
 def _grown(entry: Entry, file: int) -> int:
     before, entry.seen = entry.seen, os.fstat(file).st_blocks * 512
     return entry.seen - before
-
-
-def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done
-
-
-_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def _punch_hole(file: int, start: int, size: int) -> None:
-    """fallocate(2), which the standard library does not offer with a mode. Where the file system can't, zeros are written."""
-    if _libc.fallocate(file, _KEEP_SIZE_PUNCH_HOLE, start, size) == 0:
-        return
-    number = ctypes.get_errno()
-    if number != errno.EOPNOTSUPP:
-        raise OSError(number, os.strerror(number))
-    for at in range(start, start + size, 1 << 20):
-        _write_all(file, bytes(min(1 << 20, start + size - at)), at)

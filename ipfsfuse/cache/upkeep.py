@@ -58,10 +58,9 @@ def take_up(store: Store) -> None:
         found.append((entry.last_used, frequent, entry.cid, entry.charged))
     for pack, info in store.packs.scan():
         store.packs.sizes[pack] = info.st_size
-        store.packs.current = max(store.packs.current, pack)
+        store.packs.last = max(store.packs.last, pack)
         last, frequent = recency.get(str(pack), (0.0, False))
         found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
-    store.packs.current += 1
     for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
         store.room.arc.restore(key, size, frequent)
     if not store.index.anew:

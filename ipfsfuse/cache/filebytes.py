@@ -1,0 +1,29 @@
+"""Two calls on open files that the standard library leaves to us. Concurrency: both block, and belong in a thread."""
+
+import ctypes
+import errno
+import os
+
+
+def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    """All of `data` at `offset`, in as many writes as it takes. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done
+
+
+_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def punch_hole(file: int, start: int, size: int) -> None:
+    """fallocate(2), which the standard library does not offer with a mode. Where the file system can't, zeros are written."""
+    if _libc.fallocate(file, _KEEP_SIZE_PUNCH_HOLE, start, size) == 0:
+        return
+    number = ctypes.get_errno()
+    if number != errno.EOPNOTSUPP:
+        raise OSError(number, os.strerror(number))
+    for at in range(start, start + size, 1 << 20):
+        write_all(file, bytes(min(1 << 20, start + size - at)), at)
