@@ -1,0 +1,124 @@
+"""What the fuzzer feeds: each target takes any bytes and must end in a value or in one of the domain's errors.
+
+A value must hold what its decoder promises: it encodes to bytes that decode to it again.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+from ipfsfuse.dag import car, carindex, carstream, dagpb, leaves, nodes, path, unixfs, walk
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import DAG_PB, Cid
+from ipfsfuse.dag.nodes import Directory, File, Shard
+from ipfsfuse.errors import IpfsFuseError
+
+PARENT = cids.make(DAG_PB, b"\x12\x20" + bytes(32))
+STEPS = 40
+"""Rounds of one walk: a fuzzer's DAG is made of its one block at every place."""
+
+
+def read_dagpb(data: bytes) -> None:
+    node = dagpb.decode(data)
+    assert dagpb.decode(dagpb.encode(node.links, node.data, node.absent)) == node
+
+
+def read_unixfs(data: bytes) -> None:
+    message = unixfs.decode(data)
+    assert unixfs.decode(unixfs.encode(message)) == message
+    assert unixfs.decode(memoryview(data)) == message
+
+
+def read_node(data: bytes) -> None:
+    node = nodes.parse(PARENT, data)
+    if isinstance(node, File):
+        held = leaves.content(PARENT, data)
+        assert len(held) == node.inline
+        assert leaves.is_canonical(PARENT, data) == leaves.proves(cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held)
+        _drive(walk.leaves(node, node.size // 3, node.size, sure=True), data)
+
+
+def read_hamt(data: bytes) -> None:
+    """The first byte chooses a place to resume at; the rest is every node of the trie."""
+    node = nodes.parse(PARENT, data[1:])
+    if isinstance(node, Directory | Shard):
+        after = int.from_bytes(data[:1], "big") << 55
+        page = _drive(walk.entries(node, after), data[1:])
+        for entry in page.entries if page else ():
+            assert after < entry.place < 1 << 63
+            after = entry.place
+        _drive(walk.child(node, data[1:9]), data[1:])
+
+
+def read_path(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    found = path.parse(text)
+    assert all(path.can_hold(name) for name in found.names)
+
+
+def read_cid(data: bytes) -> None:
+    cid = cids.decode(data)
+    assert cids.decode_prefix(data + b"x") == (cid, len(data))
+    assert cids.parse(cids.text(cid)) == cid
+
+
+def read_car(data: bytes) -> None:
+    """The header, the sections, the index, and the same bytes as a stream in two pieces."""
+    for decode in (car.decode_header, car.decode_v2, lambda part: car.section(part, 0)):
+        try:
+            decode(data)
+        except IpfsFuseError:
+            pass
+    try:
+        found = carindex.run(carindex.buckets(), lambda at, size: data[at : at + size])
+        carindex.run(carindex.find(found, b"\x12\x20" + data[:32].ljust(32)), lambda at, size: data[at : at + size])
+    except IpfsFuseError:
+        pass
+    parser = carstream.Parser()
+    for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
+        for _ in parser.feed(piece):
+            pass
+    parser.finish()
+
+
+def _drive(way: walk.Walk[object], block: bytes):  # type: ignore[no-untyped-def]  # whatever the walk returns
+    try:
+        wanted = next(way)
+        for _ in range(STEPS):
+            wanted = way.send([block] * len(wanted))
+    except StopIteration as done:
+        return done.value
+    return None
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "dagpb": read_dagpb,
+    "unixfs": read_unixfs,
+    "node": read_node,
+    "hamt": read_hamt,
+    "path": read_path,
+    "cid": read_cid,
+    "car": read_car,
+}
+
+
+def feed(target: str, data: bytes) -> None:
+    """One input to one target. Any exception but the domain's own goes through."""
+    try:
+        TARGETS[target](data)
+    except IpfsFuseError as refused:
+        assert "\n" not in str(refused)
+
+
+def seeds(target: str) -> list[bytes]:
+    """Inputs to begin with."""
+    from tests.dag.test_mutations import VALID
+
+    blocks = list(VALID.values())
+    cid = Cid(PARENT)
+    return {
+        "hamt": [b"\0" + block for block in blocks],
+        "unixfs": [dagpb.decode(block).data or b"" for block in blocks],
+        "path": [f"{form}{cids.text(cid)}/a/b%20c".encode() for form in ("", "/ipfs/", "ipfs://")],
+        "cid": [cid, cid[2:], b"\x01\x55\x00\x03abc"],
+        "car": [car.encode_header([cid]) + car.section_head(cid, 3) + b"abc"],
+    }.get(target, blocks)
