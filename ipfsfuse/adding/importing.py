@@ -54,7 +54,7 @@ AddProgress = Callable[[int, int | None, str], None]
 """Called with (bytes read, bytes in all or None where that is not known, the path that is being read)."""
 
 
-def add(paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None) -> Iterator[Added]:
+def add(paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None) -> Generator[Added, None, None]:
     """Adds all `paths` ("-": standard input) and tells each thing as it is done, each root behind all below it.
 
     The roots are in the library when the iterator has ended; closing it before leaves the library as it was. Raises
@@ -108,7 +108,8 @@ class _Job:
         """Bytes in all; None where standard input is among them."""
         if STANDARD_INPUT in self._paths:
             return None
-        events = (event for path in self._paths for event in tree.walk(path, _name(path), self._options.hidden))
+        how = tree.Walk(self._options.hidden, contents=False)
+        events = (event for path in self._paths for event in tree.walk(path, _name(path), how))
         return sum(event.status.st_size for event in events if isinstance(event, Regular))
 
     def _advance(self, count: int) -> None:
@@ -138,7 +139,7 @@ class _Job:
     def _tree(self, path: str) -> Steps:
         """Everything below one PATH, each directory when all in it is done."""
         open_dirs: list[_Directory] = []
-        for event in tree.walk(path, _name(path), self._options.hidden):
+        for event in tree.walk(path, _name(path), tree.Walk(self._options.hidden)):
             if isinstance(event, Enter):
                 open_dirs.append(_Directory(event, _joined(open_dirs, event.name), []))
                 continue

@@ -35,7 +35,7 @@ class Regular(NamedTuple):
     path: str
     name: bytes
     fd: int
-    """Open until the walk goes on."""
+    """Open until the walk goes on; -1 in a walk without contents."""
     status: os.stat_result
 
 
@@ -69,25 +69,35 @@ def naming(path: str) -> Iterator[None]:
         raise AddFailed(f"{path}: {exc.strerror}") from exc
 
 
-def walk(path: str, name: str, hidden: bool) -> Iterator[Event]:
-    """All of `path`, called `name`. Names that begin with a dot are left out below it unless `hidden`. Raises AddFailed."""
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """How to walk."""
+
+    hidden: bool
+    """Take names that begin with a dot, too, below the top."""
+    contents: bool = True
+    """Open the files."""
+
+
+def walk(path: str, name: str, how: Walk) -> Iterator[Event]:
+    """All of `path`, called `name`. Raises AddFailed."""
     stack: list[_Open] = []
     try:
-        yield from _visit(path, path, name, None, hidden, stack)
+        yield from _visit(path, path, name, None, how, stack)
         while stack:
             child = next(stack[-1].names, None)
             if child is None:
                 _close(stack)
                 yield Leave()
             else:
-                yield from _visit(os.path.join(stack[-1].path, child), child, child, stack[-1].fd, hidden, stack)
+                yield from _visit(os.path.join(stack[-1].path, child), child, child, stack[-1].fd, how, stack)
     finally:
         for opened in stack:
             if opened.fd >= 0:
                 os.close(opened.fd)
 
 
-def _visit(path: str, at: str, name: str, parent: int | None, hidden: bool, stack: list[_Open]) -> Iterator[Event]:
+def _visit(path: str, at: str, name: str, parent: int | None, how: Walk, stack: list[_Open]) -> Iterator[Event]:
     """The event of one name, `at` below the descriptor `parent`; a directory goes onto the stack."""
     encoded = _encoded(path, name)
     with naming(path):
@@ -98,11 +108,13 @@ def _visit(path: str, at: str, name: str, parent: int | None, hidden: bool, stac
             target = os.readlink(os.fsencode(at), dir_fd=parent)
         yield Symlink(path, encoded, target, status)
     elif kind == stat.S_IFDIR:
-        opened = _open_directory(path, at, parent, hidden)
+        opened = _open_directory(path, at, parent, how.hidden)
         stack.append(opened)
         if len(stack) > _MAX_OPEN:
             _let_go(stack[-_MAX_OPEN - 1])
         yield Enter(path, encoded, status)
+    elif kind == stat.S_IFREG and not how.contents:
+        yield Regular(path, encoded, -1, status)
     elif kind == stat.S_IFREG:
         with naming(path):
             fd = os.open(at, _FLAGS | os.O_NONBLOCK, dir_fd=parent)

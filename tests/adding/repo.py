@@ -25,7 +25,10 @@ class Repo:
 
     def run(self, *args: str | Path) -> str:
         """What `ipfs ARGS` prints. Raises RuntimeError with what it said."""
+        return self.run_raw(*args).decode()
+
+    def run_raw(self, *args: str | Path) -> bytes:
         done = subprocess.run([self._program, *args], env=self._environment, capture_output=True, timeout=600)
         if done.returncode:
             raise RuntimeError(f"ipfs {' '.join(map(str, args))}: {done.stderr.decode(errors='replace').strip()}")
-        return done.stdout.decode()
+        return done.stdout
