@@ -175,8 +175,8 @@ class Packs:
                     os.unlink(item.path)
         return sorted(found)
 
-    def sections(self, pack: int, start: int = 0) -> Iterator[tuple[bytes, Place]]:
-        """(multihash, place) of what `pack` holds from `start`, as far as it can be read."""
+    def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
+        """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
         with contextlib.suppress(OSError, Malformed, NotACid), open(self.path(pack), "rb", buffering=0) as file:
             end, at = os.fstat(file.fileno()).st_size, start
             while at < end:
@@ -186,12 +186,12 @@ class Packs:
                 size = length - (block - behind)
                 if size < 0 or at + block + size > end:
                     return
-                yield cids.multihash(cid), Place(pack, at + block, size)
+                yield cid, Place(pack, at + block, size)
                 at += block + size
 
     def remove(self, pack: int) -> list[tuple[bytes, int]]:
         """Deletes the file; returns the (multihash, pack) of what it held, for the index to forget."""
-        held = [(key, pack) for key, _place in self.sections(pack)]
+        held = [(cids.multihash(cid), pack) for cid, _place in self.sections(pack)]
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(pack))
         return held

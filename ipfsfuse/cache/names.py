@@ -33,6 +33,10 @@ class Names:
         self._names[own] = spelling
         self._store.write_later("INSERT OR IGNORE INTO roots (cid, spelling) VALUES (?, ?)", (own, spelling))
 
+    def spelling(self, cid: Cid) -> str:
+        """As it was opened first, else as usual."""
+        return self._names.get(cids.canonical(cid)) or cids.text(cid)
+
     def staged(self) -> Iterator[tuple[Cid, str]]:
         for cid, spelling in list(self._names.items()):
             if self._store.holds(cid):

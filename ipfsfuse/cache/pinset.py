@@ -5,6 +5,7 @@ Concurrency: every method may be called by many tasks at once.
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import trio
 
 from ipfsfuse.cache import upkeep
 from ipfsfuse.cache.base import FileRef, Kept
+from ipfsfuse.cache.checking import FsckReport, Told, fsck
+from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
 from ipfsfuse.cache.pins import Pins
 from ipfsfuse.cache.reading import Reading
@@ -45,6 +48,7 @@ class PinsetCache(Reading):
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         super().__init__(store, blocks, nursery, deadline)
         self._names = Names(store)
+        self._keeping = Keeping(store, self)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -121,8 +125,24 @@ class PinsetCache(Reading):
         self._names.note(cid, spelling)
 
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
-        """(CID, as first spelled) of what was opened by name and is still staged itself, or is kept for good."""
-        return self._names.staged()
+        """(CID, as first spelled) of what is kept for good, and what was opened by name and is still staged itself."""
+        for cid in self._keeping.pins:
+            yield cid, self._names.spelling(cid)
+        yield from self._names.staged()
+
+    def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
+        """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for each file first.
+
+        Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays kept."""
+        return self._keeping.pinning(cid)
+
+    async def unpin(self, cid: Cid) -> None:
+        """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""
+        await self._keeping.unpin(cid)
+
+    async def fsck(self, told: Told | None = None) -> FsckReport:
+        """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
+        return await fsck(self.store, self, told)
 
 
 @contextlib.asynccontextmanager

@@ -24,6 +24,8 @@ class Room:
         self.budget = budget
         self.arc: Arc[Key] = Arc(budget)
         self.evictions = 0
+        self.refused: set[Key] = set()
+        """What shall be kept for good and has not found room."""
         self._evict = evict
         self._lock = trio.Lock()
         self._overhead = 0
@@ -58,6 +60,8 @@ class Room:
 
     async def _reserve(self, key: Key, size: int) -> bool:
         if size > self.arc.capacity:
+            if key in self._kept:
+                self.refused.add(key)
             return False
         if key in self._kept:
             self._keep(key, size)
@@ -71,10 +75,10 @@ class Room:
         if not by:
             return
         size = self.size(key) + by
-        if size <= 0:
-            self.remove(key)
-        elif key in self._kept:
+        if key in self._kept:
             self._keep(key, by)
+        elif size <= 0:
+            self.arc.remove(key)
         else:
             self.arc.set_size(key, size)
 
@@ -82,7 +86,6 @@ class Room:
         """`key` has left the disk for other reasons."""
         if key in self._kept:
             self._keep(key, -self._kept[key])
-            del self._kept[key]
         else:
             self.arc.remove(key)
 
@@ -96,10 +99,10 @@ class Room:
 
     def release(self, key: Key) -> None:
         """`key` may be evicted again."""
-        held = self._kept.get(key)
-        if held is not None:
+        if key in self._kept:
+            held = self._kept[key]
             self.remove(key)
-            self._refit()  # gives the room back to ARC: nothing has to leave
+            del self._kept[key]
             if held:
                 self.arc.restore(key, held, True)
 

@@ -6,18 +6,20 @@ Concurrency: `take_up` blocks and runs before anything else; `write_behind` is o
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from ipfsfuse.cache.blocks import Place
 from ipfsfuse.cache.hold import as_store_failed
 from ipfsfuse.cache.index import Damaged, Statements
 from ipfsfuse.cache.pins import Pins
 from ipfsfuse.cache.room import Key
 from ipfsfuse.cache.store import Store
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ def take_up(store: Store) -> None:
         found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
     for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
         store.room.arc.restore(key, size, frequent)
+    for (name,) in _rows(store, "SELECT DISTINCT key FROM pinned"):
+        store.room.keep(int(name) if name.isdecimal() else cids.parse(name))
     if not store.index.anew:
         _read_tails(store)
 
@@ -83,9 +87,9 @@ def _read_tails(store: Store) -> None:
             _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
 
 
-def _take(store: Store, sections: Any) -> None:
-    for key, place in sections:
-        store.packs.pending.setdefault(key, place)
+def _take(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
+    for cid, place in sections:
+        store.packs.pending.setdefault(cids.multihash(cid), place)
 
 
 async def write_behind(store: Store) -> None:

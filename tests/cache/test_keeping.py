@@ -1,0 +1,221 @@
+"""Kept for good, and checked on demand."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb, nodes, ranges
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.front import Walk
+from ipfsfuse.dag.nodes import Directory, File, Leaf
+from ipfsfuse.dag.unixfs import Type, UnixFS, encode
+from ipfsfuse.errors import StoreFailed, Unavailable, UsageError
+from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.test_pinset import flip
+
+MIB = 1 << 20
+BUDGET = 16 * MIB
+
+
+def file_node(chain: Chain, size: int, seed: int) -> Cid:
+    """A file of raw leaves below a real root."""
+    _ref, leaves, _content = make_file(chain, size, 1 << 17, seed)
+    sizes = [leaf.size for leaf in leaves]
+    links = [dagpb.Link(leaf.cid, b"", leaf.size) for leaf in leaves]
+    return chain.add(dagpb.encode(links, encode(UnixFS(Type.FILE, None, size, sizes))), cids.DAG_PB)
+
+
+def directory(chain: Chain, children: dict[str, Cid]) -> Cid:
+    links = [dagpb.Link(cid, name.encode(), 0) for name, cid in sorted(children.items())]
+    return chain.add(dagpb.encode(links, encode(UnixFS(Type.DIRECTORY))), cids.DAG_PB)
+
+
+def tree(chain: Chain, files: int, seed: int, size: int = MIB) -> Cid:
+    """A directory of `files` files, a small one and a directory below."""
+    small = chain.add(random_bytes(5000, seed))
+    below = directory(chain, {"small": small})
+    return directory(chain, {"below": below} | {f"file {number}": file_node(chain, size, seed + number) for number in range(files)})
+
+
+async def drive(cache: PinsetCache, walk: Walk[list[Leaf]]) -> list[Leaf]:
+    try:
+        wanted = next(walk)
+        while True:
+            wanted = walk.send([await cache.block(cid) for cid in wanted])
+    except StopIteration as end:
+        return list(end.value)
+
+
+async def read_all(cache: PinsetCache, cid: Cid, pin: bool = False) -> None:
+    """Reads a whole tree, and pins it if asked, as the command does."""
+    if pin:
+        async with cache.pinning(cid) as pinning:
+            await _read(cache, cid, pinning.file)
+    else:
+        await _read(cache, cid, None)
+
+
+async def _read(cache: PinsetCache, cid: Cid, each: object) -> None:
+    node = nodes.parse(cid, await cache.block(cid))
+    if isinstance(node, Directory):
+        for link in node.links:
+            await _read(cache, link.cid, each)
+    elif isinstance(node, File):
+        ref = FileRef(cids.canonical(cid), node.size)
+        if callable(each):
+            await each(ref)
+        for leaf in await drive(cache, ranges.leaves(node, 0, node.size)):
+            await cache.leaf(ref, leaf)
+
+
+async def churn(cache: PinsetCache, chain: Chain) -> None:
+    """Four times the budget of other content."""
+    for seed in range(500, 500 + 4 * BUDGET // (2 * MIB)):
+        ref, leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed)
+        for leaf in leaves:
+            await cache.leaf(ref, leaf)
+        for number in range(20):
+            await cache.block(chain.add(random_bytes(20_000, 10_000 + 100 * seed + number)))
+
+
+async def fetches(cache: PinsetCache, chain: Chain, cid: Cid) -> int:
+    """How many blocks a reading of all of it asks the sources for."""
+    chain.asked.clear()
+    await read_all(cache, cid)
+    return len(chain.asked)
+
+
+def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        kept = tree(chain, 3, seed=100)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, kept, pin=True)
+            assert kept in [cid for cid, _spelling in cache.named_roots()]
+            await churn(cache, chain)
+            assert await fetches(cache, chain, kept) == 0
+            assert cache.statistics().pinned > 3 * MIB
+            assert {one.pinned for one in cache.kept()} == {"user", ""}
+            await cache.evict()
+            assert await fetches(cache, chain, kept) == 0
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await churn(cache, chain)
+            assert await fetches(cache, chain, kept) == 0
+            assert cache.statistics().used <= BUDGET
+            await cache.unpin(kept)
+            assert cache.statistics().pinned == 0
+            await cache.evict()
+            assert await fetches(cache, chain, kept) > 20
+            with pytest.raises(UsageError, match="is not pinned"):
+                await cache.unpin(kept)
+
+    trio.run(main)
+
+
+def test_two_pins_of_shared_content_lose_nothing_by_each_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        shared = tree(chain, 2, seed=100)
+        one = directory(chain, {"shared": shared, "own": chain.add(random_bytes(3000, 1))})
+        two = directory(chain, {"shared": shared, "own": chain.add(random_bytes(3000, 2))})
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, one, pin=True)
+            await read_all(cache, two, pin=True)
+            await cache.unpin(two)
+            await churn(cache, chain)
+            assert await fetches(cache, chain, one) == 0
+            await read_all(cache, one, pin=True)  # again: no harm
+            await churn(cache, chain)
+            assert await fetches(cache, chain, one) == 0
+
+    trio.run(main)
+
+
+def test_a_pin_larger_than_the_budget_is_refused_naming_sizes_and_keeps_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        large = tree(chain, 20, seed=100)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            with pytest.raises(StoreFailed, match=f"can't be pinned: of the budget of {BUDGET} bytes .* raise --budget"):
+                await read_all(cache, large, pin=True)
+            assert cache.statistics().pinned == 0
+            assert cache.statistics().used <= BUDGET
+            await churn(cache, chain)
+            small = tree(chain, 2, seed=300)
+            await read_all(cache, small, pin=True)
+
+    trio.run(main)
+
+
+def test_a_pin_that_fails_keeps_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        root = tree(chain, 2, seed=100)
+        del chain.blocks[cids.multihash(chain.add(random_bytes(5000, 100)))]
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            with pytest.raises(Unavailable):
+                await read_all(cache, root, pin=True)
+            assert cache.statistics().pinned == 0
+            assert list(cache.named_roots()) == []
+
+    trio.run(main)
+
+
+@pytest.mark.logs("wrong bytes in the cache")
+def test_fsck_finds_all_that_is_wrong_and_mends_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        root = tree(chain, 3, seed=100)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, root)
+        for path in sorted(tmp_path.glob("files/*")):
+            for leaf in (1, 4):
+                flip(path, leaf * (1 << 17) + 77)
+        flip(next(tmp_path.glob("packs/*")), 200)
+        told: list[tuple[int, int]] = []
+
+        async def tell(done: int, total: int) -> None:
+            told.append((done, total))
+
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            report = await cache.fsck(tell)
+            assert (report.files, report.wrong, report.mended, report.unproved) == (3, 7, 7, 0)
+            assert report.blocks == 3 * 8 + 6
+            assert report.bytes > 3 * MIB
+            assert told == sorted(told)
+            assert told[-1][0] <= told[-1][1]
+            report = await cache.fsck()
+            assert (report.wrong, report.mended) == (0, 0)
+            assert await fetches(cache, chain, root) == 0
+
+    trio.run(main)
+
+
+@pytest.mark.logs("wrong bytes in the cache")
+def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        root = tree(chain, 1, seed=100)
+        lone = file_node(chain, MIB, 200)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, root)
+            ref = FileRef(lone, MIB)
+            for leaf in await drive(cache, ranges.leaves(_file(lone, await cache.block(lone)), 0, MIB)):
+                await cache.leaf(ref, leaf)
+            cache.store.packs.forget(cids.multihash(lone))
+        flip(next(path for path in tmp_path.glob("files/*") if path.name != cids.text(lone)), 77)
+        async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
+            report = await cache.fsck()
+            assert (report.files, report.wrong, report.mended, report.unproved) == (2, 1, 0, 1)
+
+    trio.run(main)
+
+
+def _file(cid: Cid, block: bytes) -> File:
+    node = nodes.parse(cid, block)
+    assert isinstance(node, File)
+    return node
