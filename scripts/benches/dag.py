@@ -36,8 +36,8 @@ def _by_protobuf(block: bytes) -> list[tuple[bytes, bytes, int]]:
     node, data = NODE(), DATA()
     node.ParseFromString(block)
     data.ParseFromString(node.Data)  # type: ignore[attr-defined]  # the class is made at run time
-    list(data.blocksizes)  # type: ignore[attr-defined]
-    return [(link.Hash, link.Name, link.Tsize) for link in node.Links]  # type: ignore[attr-defined]
+    list(data.blocksizes)  # type: ignore[attr-defined]  # as above
+    return [(link.Hash, link.Name, link.Tsize) for link in node.Links]  # type: ignore[attr-defined]  # as above
 
 
 def _measure(call: Callable[[], object]) -> float:
