@@ -10,13 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 
-from ipfsfuse.adding.tree import naming
 from ipfsfuse.dag.build import NOTHING, Block, Built, FileBuilder, Profile, Sink, Stored, leaf
 from ipfsfuse.errors import AddFailed
 
 _AHEAD = 8
 _THREADS = min(4, os.cpu_count() or 1)
-_STREAM_READ = 1 << 20
 
 
 class FileImporter:
@@ -39,7 +37,7 @@ class FileImporter:
 
     def regular(self, fd: int, status: os.stat_result, path: str, stored: Stored) -> Built:
         """An open file that had `status`. Raises AddFailed if it is not the same when all of it was read."""
-        built = self._file(self._chunks(fd, path, status.st_size), stored)
+        built = self._file(self._sized(fd, path, status.st_size), stored)
         after = os.fstat(fd)
         if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
             change = "grew" if after.st_size > status.st_size else "shrank" if after.st_size < status.st_size else "changed"
@@ -48,7 +46,7 @@ class FileImporter:
 
     def stream(self, fd: int, path: str) -> Built:
         """All that comes out of a pipe, a terminal or a socket."""
-        return self._file(self._chunks(fd, path, None), NOTHING)
+        return self._file(self._unsized(fd, path), NOTHING)
 
     def _file(self, chunks: Iterator[bytes], stored: Stored) -> Built:
         first = next(chunks, b"")
@@ -69,25 +67,34 @@ class FileImporter:
         self._sink(block.built.cid, block.block)
         return block.built
 
-    def _chunks(self, fd: int, path: str, size: int | None) -> Iterator[bytes]:
-        """The content in pieces of the profile's size. At most a byte more than `size` is read."""
-        left = size
-        while chunk := self._chunk(fd, path, self._profile.chunk_size if left is None else min(self._profile.chunk_size, left + 1)):
-            if left is not None:
-                left -= len(chunk)
-                if left < 0:
-                    raise AddFailed(f"{path} grew while it was read: add it again when nobody writes to it")
+    def _sized(self, fd: int, path: str, size: int) -> Iterator[bytes]:
+        """`size` bytes in pieces of the profile's size; fewer if the file ends before. No read is spent on its end."""
+        if size == 0 and self._chunk(fd, path, 1):
+            raise AddFailed(f"{path} has content but says it is empty, as files of /proc do: add a copy, or pipe it in")
+        while size and (chunk := self._chunk(fd, path, min(self._profile.chunk_size, size))):
+            size -= len(chunk)
+            yield chunk
+
+    def _unsized(self, fd: int, path: str) -> Iterator[bytes]:
+        while chunk := self._chunk(fd, path, self._profile.chunk_size):
             yield chunk
 
     def _chunk(self, fd: int, path: str, length: int) -> bytes:
         """`length` bytes, fewer at the end."""
-        parts: list[bytes] = []
-        while length:
-            with naming(path):
-                part = os.read(fd, min(length, _STREAM_READ))
-            if not part:
-                break
-            self._advance(len(part))
-            parts.append(part)
-            length -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        try:
+            data = os.read(fd, length)
+            if 0 < len(data) < length:
+                data = _filled(fd, data, length)
+        except OSError as exc:
+            raise AddFailed(f"{path}: {exc.strerror}") from exc
+        self._advance(len(data))
+        return data
+
+
+def _filled(fd: int, data: bytes, length: int) -> bytes:
+    """`data` and what follows, up to `length` bytes: a pipe gives 64 KiB at a time."""
+    parts, left = [data], length - len(data)
+    while left and (part := os.read(fd, left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)

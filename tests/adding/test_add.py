@@ -325,3 +325,7 @@ def test_store_failed_is_what_a_lost_folder_gives(tree: Path, library: Library) 
     (library.folder / "roots").rmdir()
     with pytest.raises(StoreFailed):
         list(add([str(tree)], PLAIN, library))
+
+
+def test_a_file_that_says_it_is_empty_and_is_not_is_refused(library: Library) -> None:
+    refuse(library, Path("/proc/version"), "/proc/version has content but says it is empty")
