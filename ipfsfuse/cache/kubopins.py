@@ -43,6 +43,8 @@ class PinStatus:
     held: int
     queued: int
     batches: int
+    requests: int
+    """To the node, since the start."""
     failing: str
     """Why the node can't be told just now, "" where it can."""
 
@@ -51,6 +53,7 @@ class KuboPins:
     """Made by `open`; follows what is wished for while `run` runs."""
 
     def __init__(self, node: NodeFiles, store: PinStore) -> None:
+        self._node = node
         self._store = store
         self._holding = Holding(node, store)
         self._shelves = {STAGED: store.load(STAGED), PINNED: store.load(PINNED)}
@@ -126,7 +129,7 @@ class KuboPins:
     def status(self) -> PinStatus:
         shelves = self._shelves.values()
         queued = sum(shelf.queued for shelf in shelves)
-        return PinStatus(sum(map(len, shelves)) - queued, queued, sum(len(shelf.batches) for shelf in shelves), self._failing)
+        return PinStatus(sum(map(len, shelves)) - queued, queued, sum(len(shelf.batches) for shelf in shelves), self._node.requests, self._failing)
 
     async def settled(self) -> None:
         """Returns when all that was wished for until now is so at the node."""

@@ -223,10 +223,10 @@ class Node:
     def has(self, cid: str) -> bool:
         """Whether the block is in this very node; never asks another."""
         try:
-            self.cmd("block", "stat", "--offline", cid)
+            self.rpc("block/stat", arg=cid, offline=True)
         except RuntimeError:
             return False
         return True
 
     def gc(self) -> None:
-        self.cmd("repo", "gc", "-q")
+        self.rpc("repo/gc", quiet=True)

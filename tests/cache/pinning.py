@@ -1,0 +1,90 @@
+"""What the tests of pins share: pins that run against a real node, in this process or one to kill."""
+
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from ipfsfuse.cache.kubopins import KuboPins
+from ipfsfuse.cache.nodefiles import NodeFiles
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.sources.http import Http, HttpSettings
+from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.rpc import Rpc
+from tests.kubo.node import Node
+
+PATIENCE = 60.0
+"""Seconds for what takes milliseconds, on a busy machine."""
+
+
+@asynccontextmanager
+async def pinning(node: Node | str, folder: Path) -> AsyncIterator[KuboPins]:
+    """Pins at a node (or at the URL of its RPC API) that run until the block ends, then rest."""
+    http = Http(parse_origin(node if isinstance(node, str) else node.api_url), HttpSettings())
+    rpc = Rpc(http, "kubo")
+    pins = await KuboPins.open(NodeFiles(lambda: rpc), folder)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pins.run)
+        yield pins
+        nursery.cancel_scope.cancel()
+    with trio.CancelScope(shield=True):
+        await http.aclose()
+
+
+async def settled(pins: KuboPins) -> None:
+    with trio.fail_after(PATIENCE):
+        await pins.settled()
+
+
+def mounts(node: Node) -> list[str]:
+    """The folders of mounts at the node."""
+    return sorted(entry["Name"] for entry in node.rpc("files/ls", arg="/ipfsfuse")["Entries"] or [])
+
+
+def folder_of(node: Node, mount: str) -> dict[str, str]:
+    """A mount's batches at the node: name -> CID."""
+    entries = node.rpc("files/ls", arg=f"/ipfsfuse/{mount}", long=True)["Entries"] or []
+    return {entry["Name"]: entry["Hash"] for entry in entries if entry["Name"] != "owner"}
+
+
+def held(node: Node, mount: str, prefix: str = "staged-") -> list[Cid]:
+    """Every CID that a mount's batches link, as often as they do."""
+    batches = [cid for name, cid in folder_of(node, mount).items() if name.startswith(prefix)]
+    links = [link for cid in batches for link in node.rpc("ls", arg=cid, resolve_type=False, size=False)["Objects"][0]["Links"]]
+    return [cids.canonical(cids.parse(link["Hash"])) for link in links]
+
+
+CHILD = """
+import sys, trio
+from pathlib import Path
+from ipfsfuse.cache import kubopins
+from tests.cache.pinning import pinning
+from ipfsfuse.dag import cid as cids
+
+kubopins.LINGER = 0.02
+
+async def main():
+    async with pinning(sys.argv[1], Path(sys.argv[2])) as pins:
+        {body}
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def child(node: Node, folder: Path, *body: str) -> "subprocess.Popen[str]":
+    """A process with pins of its own, in which the lines of `body` run; it then waits to be killed."""
+    code = CHILD.replace("{body}", "\n        ".join(body))
+    return subprocess.Popen([sys.executable, "-c", code, node.api_url, str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)

@@ -1,0 +1,335 @@
+"""Pins at a real Kubo node: what they protect, what they leave alone, and what they cost."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache import holding, kubopins
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from tests.cache.pinning import folder_of, held, mounts, pinning, settled, until
+from tests.kubo.node import Node
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubopins, "LINGER", 0.02)
+    monkeypatch.setattr(kubopins, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(holding, "PAUSES", (0.02, 0.02))
+
+
+def add(node: Node, data: bytes, *options: str) -> Cid:
+    """Content at the node that nothing there protects."""
+    return cids.parse(node.add(data, "--pin=false", *options))
+
+
+def made_up(index: int) -> Cid:
+    return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big", signed=True))
+
+
+def blocks(texts: Iterable[str]) -> set[bytes]:
+    return {cids.multihash(cids.parse(text)) for text in texts}
+
+
+def has(node: Node, cid: Cid) -> bool:
+    return node.has(cids.text(cid))
+
+
+@contextmanager
+def collecting_garbage(node: Node) -> Iterator[threading.Event]:
+    """The node collects garbage again and again; the event is set each time it did."""
+    collected, end = threading.Event(), threading.Event()
+
+    def loop() -> None:
+        while not end.is_set():
+            node.gc()
+            collected.set()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield collected
+    finally:
+        end.set()
+        thread.join()
+
+
+def test_content_stays_through_garbage_collection_until_it_is_let_go(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+    kinds = {
+        "raw leaf": add(node, b"raw leaf", "--cid-version=1"),
+        "v0": add(node, b"version 0", "--cid-version=0"),
+        "many leaves": add(node, os.urandom(3 << 20), "--cid-version=1", "--chunker=size-65536"),
+        "blake3": add(node, b"another hash", "--cid-version=1", "--hash=blake3"),
+    }
+    other = add(node, b"nobody's")
+    leaves = node.cmd("refs", "-r", cids.text(kinds["many leaves"])).split()
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            for cid in kinds.values():
+                pins.add(cid)
+                assert pins.state(cid) == "queued"
+            await settled(pins)
+            node.gc()
+            assert {name for name, cid in kinds.items() if has(node, cid)} == set(kinds)
+            assert all(node.has(leaf) for leaf in leaves)
+            assert not has(node, other)
+            assert {pins.state(cid) for cid in kinds.values()} == {"cache"}
+            for cid in kinds.values():
+                pins.remove(cid)
+                assert pins.state(cid) == ""
+            await settled(pins)
+            assert folder_of(node, mounts(node)[0]) == {}
+        node.gc()
+        assert not any(has(node, cid) for cid in kinds.values())
+
+    trio.run(main)
+
+
+def test_a_sharded_directory_stays_whole(own_node: Node, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(300):
+        (folder / f"{index:050}").write_bytes(b"%d" % index)
+    own_node.cmd("config", "--json", "Import.UnixFSHAMTDirectorySizeThreshold", '"1KiB"')
+    own_node.restart()
+    root = own_node.cmd("add", "-r", "-Q", "--pin=false", folder)
+    below = own_node.cmd("refs", "-r", "-u", root).split()
+    assert len(below) > 300
+
+    async def main() -> None:
+        async with pinning(own_node, tmp_path / "pins") as pins:
+            pins.add(cids.parse(root))
+            await settled(pins)
+            own_node.gc()
+
+    trio.run(main)
+    assert blocks([root, *below]) <= blocks(own_node.cmd("refs", "local").split())
+
+
+def test_reading_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+    contents = {add(node, data, "--cid-version=1"): data for data in (os.urandom(2000) for _ in range(10))}
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            for cid in contents:
+                pins.add(cid)
+            await settled(pins)
+            with collecting_garbage(node) as collected:
+                for index, (cid, content) in enumerate(contents.items()):
+                    pins.add(made_up(index))  # however often the new batch's block is collected before it is linked
+                    await settled(pins)
+                    collected.clear()
+                    await trio.to_thread.run_sync(collected.wait, 60)
+                    assert node.cmd("cat", "--offline", cids.text(cid), text=False) == content
+            assert len(held(node, mounts(node)[0])) == 20
+
+    trio.run(main)
+
+
+def test_what_the_user_pinned_is_never_touched(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    (folder / "file").write_bytes(os.urandom(300_000))
+    root = node.cmd("add", "-r", "-Q", "--pin=false", folder)
+    direct, named = add(node, b"pinned directly"), add(node, b"pinned by name")
+    file = cids.parse(node.cmd("resolve", f"/ipfs/{root}/file").removeprefix("/ipfs/"))
+    node.cmd("pin", "add", root)
+    node.cmd("pin", "add", "--recursive=false", cids.text(direct))
+    node.cmd("pin", "add", "--name=mine", cids.text(named))
+    before = node.rpc("pin/ls", names=True)
+    below = [root, *node.cmd("refs", "-r", root).split()]
+
+    async def main() -> None:
+        async with pinning(node, tmp_path / "pins") as pins:
+            for cid in (cids.parse(root), file, direct, named):
+                pins.add(cid)
+                pins.keep(cid)
+            await settled(pins)
+            assert node.rpc("pin/ls", names=True) == before
+            for cid in (file, direct):
+                pins.remove(cid)
+                pins.unkeep(cid)
+            await settled(pins)
+            assert node.rpc("pin/ls", names=True) == before
+            await pins.release_all()
+
+    trio.run(main)
+    assert mounts(node) == []
+    node.gc()
+    assert node.rpc("pin/ls", names=True) == before
+    assert all(node.has(cid) for cid in [*below, cids.text(direct), cids.text(named)])
+
+
+def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) -> None:
+    node, shared = own_node, add(own_node, b"held by two")
+
+    async def main() -> None:
+        async with pinning(node, tmp_path / "a") as one, pinning(node, tmp_path / "b") as other:
+            one.add(shared)
+            other.add(shared)
+            await settled(one)
+            await settled(other)
+            assert len(mounts(node)) == 2
+            one.remove(shared)
+            await settled(one)
+            node.gc()
+            assert has(node, shared)
+            await other.release_all()
+            node.gc()
+            assert not has(node, shared)
+
+    trio.run(main)
+    assert len(mounts(node)) == 1
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_the_node_restarted_in_between(own_node: Node, tmp_path: Path, crash: bool) -> None:
+    node = own_node
+    first, second = add(node, b"before"), add(node, b"after")
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            pins.add(first)
+            await settled(pins)
+            await trio.to_thread.run_sync(node.kill if crash else node.stop)
+            await trio.to_thread.run_sync(node.start)
+            node.gc()
+            assert has(node, first)
+            pins.add(second)
+            pins.remove(first)
+            await settled(pins)
+            assert held(node, mounts(node)[0]) == [second]
+
+    trio.run(main)
+
+
+@pytest.mark.logs("pins wait until the node takes them")
+def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_path: Path) -> None:
+    node, cid = own_node, add(own_node, b"patience")
+    node.stop()
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            pins.add(cid)
+            await trio.to_thread.run_sync(until, lambda: pins.status().failing != "", "the node's absence is seen")
+            assert pins.state(cid) == "queued"
+            await trio.to_thread.run_sync(node.start)
+            await settled(pins)
+            assert (pins.state(cid), pins.status().failing) == ("cache", "")
+
+    trio.run(main)
+
+
+def test_a_node_that_hangs_delays_nobody(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            await settled(pins)
+            node.pause()
+            for index in range(5000):
+                pins.add(made_up(index))
+                pins.remove(made_up(index - 1))
+            for _ in range(100):
+                await trio.sleep(0.01)  # this loop goes on, while a request to the node hangs
+            assert pins.state(made_up(4999)) == "queued"
+            node.resume()
+            await settled(pins)
+            assert held(node, mounts(node)[0]) == [made_up(4999)]
+
+    trio.run(main)
+
+
+def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    """Content that only another node has: held at once, fetched by nobody, protected where parts of it come later."""
+    node, other = two_nodes
+    whole = add(other, os.urandom(1 << 20), "--chunker=size-65536")
+    leaves = other.cmd("refs", cids.text(whole)).split()
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            pins.add(whole)
+            await settled(pins)
+            assert not has(node, whole)
+            for wanted in (cids.text(whole), leaves[0]):
+                node.cmd("block", "get", wanted, text=False)
+            node.gc()
+            assert [node.has(cid) for cid in (cids.text(whole), *leaves)] == [True, True] + [False] * (len(leaves) - 1)
+            other.stop()
+            pins.add(cids.parse(leaves[-1]))  # nobody has it any more
+            await settled(pins)
+            assert pins.state(cids.parse(leaves[-1])) == "cache"
+
+    trio.run(main)
+
+
+def test_ten_thousand_pins_cost_two_requests_a_thousand(own_node: Node, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    async def main() -> None:
+        async with pinning(own_node, tmp_path) as pins:
+            await settled(pins)
+            requests, start = pins.status().requests, trio.current_time()
+            for index in range(10_000):
+                pins.add(made_up(index))
+            await settled(pins)
+            record_property("milliseconds", round(1000 * (trio.current_time() - start)))
+            assert pins.status().requests - requests == 20
+            for index in range(10_000):
+                pins.remove(made_up(index))
+            await settled(pins)
+            assert pins.status().requests - requests == 30
+
+    trio.run(main)
+    assert folder_of(own_node, mounts(own_node)[0]) == {}
+
+
+@pytest.mark.logs("pins wait until the node takes them")
+def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            pins.add(made_up(1))
+            pins.keep(made_up(2))
+            await settled(pins)
+            node.rpc("files/rm", arg="/ipfsfuse", recursive=True)
+            pins.add(made_up(3))
+            await settled(pins)
+            (mount,) = mounts(node)
+            assert sorted(held(node, mount)) == [made_up(1), made_up(3)]
+            assert held(node, mount, "pinned-") == [made_up(2)]
+
+    trio.run(main)
+
+
+def test_what_is_kept_for_good_outlives_its_staging(own_node: Node, tmp_path: Path) -> None:
+    node, cid = own_node, add(own_node, b"for good")
+
+    async def main() -> None:
+        async with pinning(node, tmp_path) as pins:
+            pins.add(cid)
+            pins.keep(cid)
+            await settled(pins)
+            assert pins.state(cid) == "user"
+            pins.remove(cid)
+            await settled(pins)
+            node.gc()
+            assert has(node, cid)
+        async with pinning(node, tmp_path) as pins:
+            pins.settle([])
+            await settled(pins)
+            assert list(pins.kept()) == [cids.canonical(cid)]
+            pins.unkeep(cid)
+            await settled(pins)
+            node.gc()
+            assert not has(node, cid)
+
+    trio.run(main)
