@@ -19,7 +19,7 @@ from ipfsfuse.dag.nodes import Directory
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import IpfsFuseError, Malformed
 from tests.dag.blocks import Blocks, cid_of, field, shard
-from tests.dag.test_walk import directory
+from tests.dag.reading import directory
 
 SIZE = 2 << 20
 LINES = 12_000_000

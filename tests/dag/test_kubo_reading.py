@@ -10,8 +10,7 @@ from ipfsfuse.dag import hamt, walk
 from ipfsfuse.dag.nodes import Directory, File, Meta, Node, Shard, Symlink
 from ipfsfuse.dag.path import IpfsPath
 from tests.dag.blocks import Blocks, pseudo_random
-from tests.dag.test_listing import names, pages
-from tests.dag.test_ranges import read
+from tests.dag.reading import names, pages, read
 from tests.kubo.node import Node as Kubo
 
 DATA = pseudo_random(3_000_017)

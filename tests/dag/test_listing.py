@@ -8,28 +8,10 @@ from ipfsfuse.dag import hamt, listing, walk
 from ipfsfuse.dag.cid import RAW
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.listing import Entry, Page
-from ipfsfuse.dag.nodes import Directory, Shard
 from tests.dag.blocks import Blocks, cid_of, fixtures, shard
-from tests.dag.test_walk import directory
+from tests.dag.reading import directory, names, pages
 
 A, B = cid_of(b"a", RAW), cid_of(b"b", RAW)
-
-
-def pages(heap: Blocks, here: Directory | Shard, after: int = 0) -> list[Page]:
-    """All pages, which must be as the contract says."""
-    found: list[Page] = []
-    while not found or not found[-1].end:
-        page = heap.drive(walk.entries(here, after))
-        assert page.entries or page.end
-        for entry in page.entries:
-            assert after < entry.place < 1 << 63
-            after = entry.place
-        found.append(page)
-    return found
-
-
-def names(found: list[Page]) -> list[bytes]:
-    return [entry.name for page in found for entry in page.entries]
 
 
 def test_a_basic_directory_is_listed_in_the_order_stored() -> None:

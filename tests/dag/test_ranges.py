@@ -4,51 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves, ranges, walk
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Child, File, Leaf
 from ipfsfuse.errors import Malformed, NotALeaf
 from tests.dag.blocks import Blocks, chunks_of, cid_of, identity, pseudo_random
+from tests.dag.reading import file, read, read_range
 
 MIB = 1 << 20
-
-
-def file(heap: Blocks, cid: Cid) -> File:
-    found = heap.drive(walk.node(cid))
-    assert isinstance(found, File)
-    heap.asked.clear()
-    return found
-
-
-def read(heap: Blocks, root: File, offset: int, size: int) -> bytes:
-    """Reads as the layers above do: sure at once where something taken for a leaf is none."""
-    try:
-        return _read(heap, root, offset, size, False)
-    except NotALeaf:
-        return _read(heap, root, offset, size, True)
-
-
-def _read(heap: Blocks, root: File, offset: int, size: int, sure: bool) -> bytes:
-    at, stop, parts = offset, min(offset + size, root.size), bytearray()
-    while at < stop:
-        found = heap.drive(walk.leaves(root, at, stop - at, sure))
-        assert found
-        assert found[0].offset <= at < found[0].offset + found[0].size
-        for leaf in found:
-            data = content_of(heap, leaf)
-            parts += data[at - leaf.offset : stop - leaf.offset]
-            at = leaf.offset + leaf.size
-    return bytes(parts)
-
-
-def content_of(heap: Blocks, leaf: Leaf) -> memoryview:
-    held = cids.inline(leaf.cid)
-    if held is None:
-        heap.asked.append([leaf.cid])
-        held = heap.block(leaf.cid)
-    return leaves.of(leaf, held)
 
 
 def test_a_file_in_one_block_is_its_own_leaf() -> None:
@@ -118,7 +82,7 @@ def test_any_tree_reads_right_in_any_range(tree: st.DataObject) -> None:
     root = file(heap, cid)
     assert root.size == size == len(content)
     offset, length = tree.draw(st.integers(0, size)), tree.draw(st.integers(0, size + 1))
-    assert _read(heap, root, offset, length, True) == content[offset : offset + length]
+    assert read_range(heap, root, offset, length, True) == content[offset : offset + length]
     assert read(heap, root, offset, length) == content[offset : offset + length]
 
 
@@ -126,7 +90,7 @@ def lying(heap: Blocks, child: Cid, says: int) -> File:
     return file(heap, heap.file_node([(child, says), (heap.leaf(b"tail"), 4)]))
 
 
-def test_a_node_that_lies_about_a_child_shows_where_it_is_read() -> None:
+def test_a_node_that_lies_about_a_child_shows_where_it_isread_range() -> None:
     heap = Blocks()
     inner = heap.file_node([(heap.leaf(b"abc"), 3), (heap.leaf(b"de"), 2)])
     for child in (inner, heap.leaf(b"abcde"), heap.leaf(b"abcde", False)):
@@ -145,7 +109,7 @@ def test_a_child_that_is_no_file_is_malformed() -> None:
         read(heap, root, 0, 1)
 
 
-def test_a_file_of_2_to_the_62_bytes_costs_what_is_read() -> None:
+def test_a_file_of_2_to_the_62_bytes_costs_what_isread_range() -> None:
     heap = Blocks()
     node, size = heap.leaf(pseudo_random(MIB)), MIB
     while size < 1 << 62:
@@ -159,7 +123,7 @@ def test_a_file_of_2_to_the_62_bytes_costs_what_is_read() -> None:
         read(heap, file(heap, lie), 1 << 61, 1)
 
 
-def test_a_block_that_is_named_a_billion_times_costs_what_is_read() -> None:
+def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None:
     heap = Blocks()
     node, size = heap.leaf(b"0123456789abcdef"), 16
     for _ in range(3):
@@ -196,7 +160,7 @@ def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
     found = heap.drive(walk.leaves(root, 0, 600, sure=True))
     assert 0 < len(found) < 200
     assert len(heap.fetched) <= 40 * ranges.AT_ONCE
-    assert _read(heap, root, 0, 600, True) == b"".join(b"%03d" % number for number in range(200))
+    assert read_range(heap, root, 0, 600, True) == b"".join(b"%03d" % number for number in range(200))
 
 
 def test_children_of_no_bytes_are_never_asked_for() -> None:

@@ -7,20 +7,14 @@ from hypothesis import strategies as st
 from ipfsfuse.dag import dagpb, hamt, unixfs, walk
 from ipfsfuse.dag.cid import RAW, Cid
 from ipfsfuse.dag.dagpb import Link
-from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
+from ipfsfuse.dag.nodes import File, Symlink
 from ipfsfuse.dag.path import IpfsPath
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Malformed, NotADirectory, NotFound, Unsupported
 from tests.dag.blocks import Blocks, cid_of, fixtures, identity, shard
+from tests.dag.reading import directory
 
 A, B = cid_of(b"a", RAW), cid_of(b"b", RAW)
-
-
-def directory(heap: Blocks, cid: Cid) -> Directory | Shard:
-    found = heap.drive(walk.node(cid))
-    assert isinstance(found, Directory | Shard)
-    heap.asked.clear()
-    return found
 
 
 def test_a_basic_directory_answers_from_its_own_block() -> None:

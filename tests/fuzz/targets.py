@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from ipfsfuse.dag import car, carindex, carstream, dagpb, leaves, nodes, path, unixfs, walk
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.cid import DAG_PB, Cid
+from ipfsfuse.dag.cid import DAG_PB
 from ipfsfuse.dag.nodes import Directory, File, Shard
 from ipfsfuse.errors import IpfsFuseError
+from tests.dag.samples import PARENT, VALID
 
-PARENT = cids.make(DAG_PB, b"\x12\x20" + bytes(32))
 STEPS = 40
 """Rounds of one walk: a fuzzer's DAG is made of its one block at every place."""
 
@@ -111,10 +111,8 @@ def feed(target: str, data: bytes) -> None:
 
 def seeds(target: str) -> list[bytes]:
     """Inputs to begin with."""
-    from tests.dag.test_mutations import VALID
-
     blocks = list(VALID.values())
-    cid = Cid(PARENT)
+    cid = PARENT
     return {
         "hamt": [b"\0" + block for block in blocks],
         "unixfs": [dagpb.decode(block).data or b"" for block in blocks],

@@ -1,0 +1,69 @@
+"""How the tests read: nodes, listings and ranges of a heap of blocks, as the layers above do."""
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import leaves, walk
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.listing import Page
+from ipfsfuse.dag.nodes import Directory, File, Leaf, Shard
+from ipfsfuse.errors import NotALeaf
+from tests.dag.blocks import Blocks
+
+
+def directory(heap: Blocks, cid: Cid) -> Directory | Shard:
+    found = heap.drive(walk.node(cid))
+    assert isinstance(found, Directory | Shard)
+    heap.asked.clear()
+    return found
+
+
+def pages(heap: Blocks, here: Directory | Shard, after: int = 0) -> list[Page]:
+    """All pages, which must be as the contract says."""
+    found: list[Page] = []
+    while not found or not found[-1].end:
+        page = heap.drive(walk.entries(here, after))
+        assert page.entries or page.end
+        for entry in page.entries:
+            assert after < entry.place < 1 << 63
+            after = entry.place
+        found.append(page)
+    return found
+
+
+def names(found: list[Page]) -> list[bytes]:
+    return [entry.name for page in found for entry in page.entries]
+
+
+def file(heap: Blocks, cid: Cid) -> File:
+    found = heap.drive(walk.node(cid))
+    assert isinstance(found, File)
+    heap.asked.clear()
+    return found
+
+
+def read(heap: Blocks, root: File, offset: int, size: int) -> bytes:
+    """Reads as the layers above do: sure at once where something taken for a leaf is none."""
+    try:
+        return read_range(heap, root, offset, size, False)
+    except NotALeaf:
+        return read_range(heap, root, offset, size, True)
+
+
+def read_range(heap: Blocks, root: File, offset: int, size: int, sure: bool) -> bytes:
+    at, stop, parts = offset, min(offset + size, root.size), bytearray()
+    while at < stop:
+        found = heap.drive(walk.leaves(root, at, stop - at, sure))
+        assert found
+        assert found[0].offset <= at < found[0].offset + found[0].size
+        for leaf in found:
+            data = content_of(heap, leaf)
+            parts += data[at - leaf.offset : stop - leaf.offset]
+            at = leaf.offset + leaf.size
+    return bytes(parts)
+
+
+def content_of(heap: Blocks, leaf: Leaf) -> memoryview:
+    held = cids.inline(leaf.cid)
+    if held is None:
+        heap.asked.append([leaf.cid])
+        held = heap.block(leaf.cid)
+    return leaves.of(leaf, held)
