@@ -3,12 +3,13 @@
 Owns nothing beyond the call; runs in the guest's own process, on any one thread.
 """
 
+import ctypes
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import wasmtime
-from wasmtime import component
+from wasmtime import _ffi, component
 
 from ipfsfuse.errors import GuestRefused
 from runner import determinism
@@ -18,6 +19,7 @@ MODULE, COMPONENT = "module", "component"
 TRAPPED = 134
 """The exit code of a shell for SIGABRT, as `wasmtime run` gives."""
 
+_FIBER_SPARE = 2 << 20
 _MAGIC = b"\0asm"
 _KINDS = {b"\x01\0\0\0": MODULE, b"\x0d\0\x01\0": COMPONENT}
 _RUN = re.compile(r"wasi:cli/run@0\.2(\.\d+)?")
@@ -70,6 +72,8 @@ def make_engine(settings: Settings) -> wasmtime.Engine:
     config.consume_fuel = settings.fuel
     if settings.max_wasm_stack is not None:
         config.max_wasm_stack = settings.max_wasm_stack
+        # wasmtime aborts the process where its fibers' stacks (2 MiB) are smaller; its Python package has no name for them
+        _ffi.dll.wasmtime_config_async_stack_size_set(config.ptr(), ctypes.c_size_t(settings.max_wasm_stack + _FIBER_SPARE))
     if settings.deterministic:
         config.cranelift_nan_canonicalization = True
         config.wasm_relaxed_simd_deterministic = True

@@ -51,9 +51,9 @@ def mounted(options: Options) -> Iterator[Mount]:
 
 
 def _wait_until_gone(mountpoint: str) -> None:
-    """So that nothing of the run is left when the runner is; for as long as the daemon can need to end."""
+    """So that nothing of the run is left when the runner is gone: the daemon unmounts, then removes the folder."""
     until = time.monotonic() + _GONE_S
-    while is_mounted(mountpoint) and time.monotonic() < until:
+    while (is_mounted(mountpoint) or os.path.lexists(mountpoint)) and time.monotonic() < until:
         time.sleep(0.005)
 
 

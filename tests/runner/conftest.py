@@ -1,0 +1,82 @@
+"""Guests built from C for these tests, a folder that stands where a mount would, and the command as a user runs it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import PATIENCE, Home
+
+GUESTS = Path(__file__).parent / "guests"
+TOP = Path(__file__).parents[2]
+DEMO = TOP / "scripts" / "demo_data"
+
+Done = subprocess.CompletedProcess[bytes]
+
+
+class Runner:
+    """`ipfsfuse-run` with an environment of its own; `mount` is passed as --mount where it is set."""
+
+    def __init__(self, env: dict[str, str], mount: Path | None = None) -> None:
+        self.env = env
+        self.mount = mount
+
+    def command(self, *args: str | Path) -> list[str]:
+        given = [] if self.mount is None else ["--mount", str(self.mount)]
+        return [sys.executable, "-m", "runner", *given, *map(str, args)]
+
+    def __call__(self, *args: str | Path, stdin: bytes = b"") -> Done:
+        return subprocess.run(self.command(*args), env=self.env, cwd=TOP, input=stdin, capture_output=True, timeout=PATIENCE, check=False)
+
+    def start(self, *args: str | Path, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(self.command(*args), env=self.env, cwd=TOP, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="session")
+def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compiles guests/NAME.c for preview 1, once."""
+    folder = tmp_path_factory.mktemp("guests")
+
+    def build(name: str) -> Path:
+        made = folder / f"{name}.wasm"
+        if not made.exists():
+            flags = ["--target=wasm32-wasi", "-Os", "-Wall", "-Werror", "-Wno-infinite-recursion"]
+            subprocess.run([sys.executable, "-m", "ziglang", "cc", *flags, "-o", str(made), str(GUESTS / f"{name}.c")], check=True)
+        return made
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def habits(build_guest: Callable[[str], Path]) -> Path:
+    return build_guest("habits")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder in a mount's shape: its one name is no CID, which is nothing to the runner."""
+    tree = tmp_path / "mount"
+    (tree / "root" / "dir").mkdir(parents=True)
+    (tree / "root" / "file").write_text("content\n")
+    (tree / "root" / "out").symlink_to("/etc/hostname")
+    (tree / "root" / "up").symlink_to("../../outside")
+    (tmp_path / "outside").write_text("secret\n")
+    return tree
+
+
+@pytest.fixture
+def run(tree: Path, tmp_path: Path) -> Runner:
+    """A runner on the folder `tree`, with a cache of its own."""
+    return Runner({**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PYTHONPATH": str(TOP)}, tree)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def lines(data: bytes) -> Sequence[str]:
+    return data.decode().splitlines()

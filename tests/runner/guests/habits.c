@@ -1,0 +1,48 @@
+// What a command sees of its world. Usage: habits WHAT [ARG...]
+#include <alloca.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+extern char **environ;
+
+static int list(const char *path) {
+  DIR *dir = opendir(path);
+  if (!dir) return printf("errno %d\n", errno), 1;
+  for (struct dirent *each; (each = readdir(dir));)
+    if (each->d_name[0] != '.') puts(each->d_name);
+  return 0;
+}
+
+static int copy(int from) {
+  char data[65536];
+  ssize_t count;
+  while ((count = read(from, data, sizeof data)) > 0) fwrite(data, 1, count, stdout);
+  return count < 0;
+}
+
+int main(int argc, char **argv) {
+  const char *what = argc > 1 ? argv[1] : "";
+  if (!strcmp(what, "args")) for (int i = 0; i < argc; i++) puts(argv[i]);
+  else if (!strcmp(what, "env")) for (char **each = environ; *each; each++) puts(*each);
+  else if (!strcmp(what, "ls")) return list(argv[2]);
+  else if (!strcmp(what, "cat")) return copy(argc > 2 ? open(argv[2], O_RDONLY) : 0);
+  else if (!strcmp(what, "exit")) exit(atoi(argv[2]));
+  else if (!strcmp(what, "err")) fputs("to stderr\n", stderr);
+  else if (!strcmp(what, "abort")) abort();
+  else if (!strcmp(what, "sleep")) puts("sleeping"), fflush(stdout), sleep(1000);
+  else if (!strcmp(what, "spin")) { puts("spinning"), fflush(stdout); for (volatile int i = 0;; i++); }
+  else if (!strcmp(what, "alloc")) return malloc(atol(argv[2])) ? 0 : 9;
+  else if (!strcmp(what, "chance")) { unsigned long long r; getentropy(&r, sizeof r); printf("%lld %llu\n", (long long)time(0), r); }
+  else if (!strcmp(what, "write")) return fputs("written\n", fopen(argv[2], "w")) < 0;
+  else if (!strcmp(what, "flood")) for (long left = atol(argv[2]); left > 0; left -= 1000) printf("%*d\n", 999, 0);
+  else if (!strcmp(what, "open")) { int n = 0; while (open(argv[2], O_RDONLY) >= 0) n++; printf("%d errno %d\n", n, errno); }
+  else if (!strcmp(what, "deep")) { volatile char *here = alloca(64); here[0] = 1; return main(argc, argv) + here[0]; }
+  else return 2;
+  return 0;
+}

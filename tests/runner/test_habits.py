@@ -1,0 +1,99 @@
+"""A guest's arguments, streams, folders and exit codes: wasmtime's habits."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.runner.conftest import DEMO, GUESTS, Runner, lines
+
+
+def test_what_stands_behind_the_guest_is_the_guests(run: Runner, habits: Path) -> None:
+    done = run("--env", "A=1", habits, "args", "--env", "B=2", "--", "-W", "x")
+    assert lines(done.stdout) == ["habits.wasm", "args", "--env", "B=2", "--", "-W", "x"]
+
+
+def test_argv0(run: Runner, habits: Path) -> None:
+    assert lines(run("--argv0", "busybox", habits, "args").stdout)[0] == "busybox"
+
+
+def test_only_given_variables_are_seen_and_a_bare_name_is_passed_on(run: Runner, habits: Path) -> None:
+    run.env["INHERITED"] = "from outside"
+    done = run("--env", "A=1=2", "--env", "INHERITED", habits, "env")
+    assert sorted(lines(done.stdout)) == ["A=1=2", "INHERITED=from outside"]
+
+
+def test_streams_pass_through(run: Runner, habits: Path) -> None:
+    data = bytes(range(256)) * 1000
+    assert run(habits, "cat", stdin=data).stdout == data
+    done = run(habits, "err")
+    assert (done.stdout, done.stderr) == (b"", b"to stderr\n")
+
+
+@pytest.mark.parametrize(("given", "code"), [(0, 0), (1, 1), (3, 3), (125, 125), (126, 126), (134, 134), (200, 200), (255, 255), (256, 1)])
+def test_exit_codes_of_preview_1(run: Runner, habits: Path, given: int, code: int) -> None:
+    done = run(habits, "exit", str(given))
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_exit_code_of_a_component_that_fails(run: Runner) -> None:
+    assert run(DEMO / "reader-p2.wat", "/ipfs/nothing/here").returncode == 1
+
+
+def test_a_trap_is_134_with_the_back_trace(run: Runner, habits: Path) -> None:
+    done = run(habits, "abort")
+    assert done.returncode == 134
+    assert b"wasm backtrace" in done.stderr
+    assert b"unreachable" in done.stderr
+
+
+def test_a_guest_from_standard_input_from_the_mount_and_as_text(run: Runner, habits: Path, tree: Path) -> None:
+    (tree / "root" / "guest.wasm").write_bytes(habits.read_bytes())
+    assert lines(run("/ipfs/root/guest.wasm", "args").stdout) == ["guest.wasm", "args"]
+    assert lines(run("-", "args", stdin=habits.read_bytes()).stdout) == ["-", "args"]
+    assert run("-", stdin=b';; text\n(module (func (export "_start")))').returncode == 0
+    assert len(run(GUESTS / "chance-p2.wat").stdout) == 72
+
+
+def test_the_root_lists_what_was_given(run: Runner, habits: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    assert lines(run(habits, "ls", "/").stdout) == ["ipfs"]
+    done = run("--dir", f"{tmp_path}/given::/data", "--dir", f"{tmp_path}/given::/deep/er", habits, "ls", "/")
+    assert sorted(lines(done.stdout)) == ["data", "deep", "ipfs"]
+    assert lines(run(habits, "ls", "/ipfs").stdout) == ["root"]
+
+
+def test_the_root_can_not_be_written(run: Runner, habits: Path) -> None:
+    assert run(habits, "write", "/new").returncode == 134  # fopen gave NULL, fputs trapped
+    assert lines(run(habits, "ls", "/").stdout) == ["ipfs"]
+
+
+def test_a_given_folder_can_be_written_unless_it_is_ro(run: Runner, habits: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    assert run("--dir", f"{given}::/data", habits, "write", "/data/one").returncode == 0
+    assert (given / "one").read_text() == "written\n"
+    assert run("--dir", f"{given}::/data::ro", habits, "write", "/data/two").returncode != 0
+    assert not (given / "two").exists()
+
+
+def test_a_folder_keeps_its_own_name_without_another(run: Runner, habits: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "a").touch()
+    assert lines(run("--dir", tmp_path / "given", habits, "ls", tmp_path / "given").stdout) == ["a"]
+
+
+def test_the_working_directory(run: Runner, habits: Path) -> None:
+    assert run("--cwd", "/ipfs/root", habits, "cat", "file").stdout == b"content\n"
+    assert b"PWD=/ipfs/root\n" in run("--cwd", "/ipfs/root", habits, "env").stdout
+    assert run("--cwd", "/ipfs/root", habits, "cat", "/ipfs/root/file").stdout == b"content\n"
+
+
+def test_a_guest_killed_from_outside_is_137(run: Runner, habits: Path) -> None:
+    with run.start(habits, "spin") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"spinning\n"
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert process.wait() == 137
