@@ -71,6 +71,8 @@ def add(paths: Sequence[str], options: AddOptions, library: Library | None, prog
         yield from job.run()
         if writer is not None:
             writer.commit(job.roots)
+    if library is not None and not options.only_hash:
+        library.tidy()
 
 
 def _check(paths: Sequence[str], options: AddOptions) -> None:

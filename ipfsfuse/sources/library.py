@@ -78,8 +78,8 @@ class Library:
         return entry
 
     def compact(self, wait: bool = True, only: Sequence[str] | None = None) -> bool:
-        """Gives back the space of what no root reaches, in the packs `only` or in all. False if the library was busy
-        and `wait` is False. Raises StoreFailed."""
+        """Gives back the space of what no root reaches, in the packs `only` or in all, and brings small packs together.
+        False if the library was busy and `wait` is False. Raises StoreFailed."""
         with store_errors(f"the library {self.folder}"), libraryfolder.lock(self.folder, exclusive=True, wait=wait) as held:
             if not held:
                 return False
@@ -88,9 +88,13 @@ class Library:
             staying = librarycompact.drop_unneeded(self.folder, entries)
             shrinking = sorted(staying if only is None else staying.intersection(only))
             if shrinking:
-                self.packs.refresh()
                 librarycompact.rewrite(self.folder, entries, self.packs, shrinking)
+            librarycompact.merge_small(self.folder, entries)
         return True
+
+    def tidy(self) -> None:
+        """After an add: lets go of what removals had to leave, unless the library is busy. Raises StoreFailed."""
+        self.compact(wait=False, only=())
 
     def close(self) -> None:
         self.packs.close()

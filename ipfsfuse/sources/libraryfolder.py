@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotACid, StoreFailed
+from ipfsfuse.errors import NotACid, SourceFailed, StoreFailed
 
 PACK = ".car"
 TEMPORARY = ".tmp"
@@ -50,6 +50,8 @@ def store_errors(what: str) -> Iterator[None]:
         yield
     except OSError as exc:
         raise StoreFailed(f"{what}: {exc.strerror}") from exc
+    except SourceFailed as exc:  # a pack that is damaged
+        raise StoreFailed(str(exc)) from exc
 
 
 def prepare(folder: Path) -> None:

@@ -15,6 +15,7 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
+from ipfsfuse.sources import librarycompact
 from ipfsfuse.sources.base import Run
 from ipfsfuse.sources.library import Library, LibrarySource
 from ipfsfuse.sources.librarywriter import NewRoot
@@ -238,3 +239,62 @@ def test_the_source_gets_and_streams(library: Library) -> None:
     expected = dict(enumerate(block for _cid, block in [*small[:-1], raw(9999), *large[:-1]]))
     del expected[300]
     assert got == expected
+
+
+def test_many_small_packs_become_one(library: Library) -> None:
+    everything = [dag([10 * number, 10 * number + 1, 5]) for number in range(librarycompact.MANY + 3)]
+    reader = Library(library.folder)
+    for blocks in everything:
+        add(library, blocks)
+        assert reader.block(blocks[0][0]) == blocks[0][1]
+    library.remove(everything[1][-1][0])
+    library.tidy()
+    assert len(packs(library)) == 1
+    del everything[1]
+    for fresh in (Library(library.folder), reader):
+        for blocks in everything:
+            assert [fresh.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
+    for blocks in everything:
+        library.remove(blocks[-1][0])
+    assert packs(library) == {}
+
+
+def test_a_damaged_pack_is_one_line(library: Library) -> None:
+    blocks = dag(range(20))
+    add(library, blocks)
+    ((name, size),) = packs(library).items()
+    os.truncate(library.folder / name, size // 2)
+    with pytest.raises(NotHere):
+        Library(library.folder).block(blocks[0][0])
+    add(library, blocks)
+    assert Library(library.folder).block(blocks[0][0]) == blocks[0][1]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from ipfsfuse.sources.library import Library
+from tests.sources.test_library import add, dag
+library = Library(Path(sys.argv[1]))
+for number in range(15):
+    blocks = dag([*range(number, number + 10), int(sys.argv[2])])
+    add(library, blocks)
+    assert [library.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
+    if number % 3:
+        library.remove(blocks[-1][0])
+    else:
+        library.tidy()
+"""
+
+
+def test_several_processes_add_and_remove_at_once(library: Library) -> None:
+    project = Path(__file__).parents[2]
+    running = [subprocess.Popen([sys.executable, "-c", WRITER, str(library.folder), str(1000 + n)], cwd=project) for n in range(4)]
+    assert [process.wait(timeout=120) for process in running] == [0] * 4
+    kept = {dag([*range(number, number + 10), 1000 + n])[-1][0] for number in range(0, 15, 3) for n in range(4)}
+    assert set(library.roots()) == kept
+    library.compact()
+    for number in range(0, 15, 3):
+        for n in range(4):
+            for cid, block in dag([*range(number, number + 10), 1000 + n]):
+                assert library.block(cid) == block
