@@ -11,7 +11,7 @@ time. Rows wait in `pending` and are written behind the reads.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,9 +116,9 @@ class Packs:
             del self.pending[key]
         self._gone_packs.append((pack,))
 
-    def forget_all(self, held: list[tuple[bytes, int]]) -> None:
-        """(multihash, pack) of a pack that was removed."""
-        self._gone += held
+    def forget_all(self, pack: int, held: Iterable[Cid]) -> None:
+        """`pack`, which held these, was removed."""
+        self._gone += [(cids.multihash(cid), pack) for cid in held]
 
     def unwritten(self) -> tuple[dict[bytes, Place | None], Statements]:
         """What is pending, and the statements that write it."""
@@ -149,6 +149,14 @@ class Packs:
         self._files.clear()
 
     # -- in a thread -------------------------------------------------------------------------------------------------
+
+    def read_apart(self, place: Place) -> bytes:
+        """As `read`, without the files kept open, which are the event loop's."""
+        file = os.open(self.path(place.pack), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(file, place.size, place.at)
+        finally:
+            os.close(file)
 
     def path(self, pack: int) -> Path:
         return self._folder / f"{pack}{PACK}"
@@ -189,9 +197,9 @@ class Packs:
                 yield cid, Place(pack, at + block, size)
                 at += block + size
 
-    def remove(self, pack: int) -> list[tuple[bytes, int]]:
-        """Deletes the file; returns the (multihash, pack) of what it held, for the index to forget."""
-        held = [(cids.multihash(cid), pack) for cid, _place in self.sections(pack)]
+    def remove(self, pack: int) -> list[Cid]:
+        """Deletes the file; returns what it held."""
+        held = [cid for cid, _place in self.sections(pack)]
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(pack))
         return held

@@ -4,12 +4,14 @@ Concurrency: the event loop's; one block is appended at a time.
 """
 
 import logging
+from collections.abc import Callable
 
 import trio
 
 from ipfsfuse.cache.blocks import Place, Series, section
 from ipfsfuse.cache.disk import Disk
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import WrongBlock
 
@@ -32,8 +34,8 @@ class BlockStore(Disk):
         self._used_pack(place.pack)
         try:
             if place.size <= ON_LOOP:
-                return self._read_block(cid, place)
-            return await trio.to_thread.run_sync(self._read_block, cid, place, limiter=self.reading)
+                return _proved(self.packs.read, cid, place)
+            return await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
         except WrongBlock:
             log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
         except OSError as exc:
@@ -42,11 +44,6 @@ class BlockStore(Disk):
         self.packs.forget(cids.multihash(cid))
         self.changed.set()
         return None
-
-    def _read_block(self, cid: Cid, place: Place) -> bytes:
-        block = self.packs.read(place)
-        cids.verify(cid, block)
-        return block
 
     def _used_pack(self, pack: int) -> None:
         if pack < self.series.pack - RECENT_PACKS:
@@ -90,3 +87,10 @@ class BlockStore(Disk):
         size, unit = self.packs.sizes.get(pack, 0), self.staging.unit
         charge = -(-size // unit) * unit + unit if size else 0
         self.room.adjust(pack, charge - self.room.size(pack))
+
+
+def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
+    block = read(place)
+    if not hashes.matches(cids.multihash(cid), (block,)):
+        raise WrongBlock(cids.text(cid))
+    return block

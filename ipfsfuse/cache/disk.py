@@ -85,9 +85,7 @@ class Disk:
         """Off the disk; then the node may let go of it."""
         try:
             if isinstance(key, int):
-                self.packs.close_pack(key)
-                self.packs.forget_all(await trio.to_thread.run_sync(self.packs.remove, key, limiter=self.upkeep))
-                self.changed.set()
+                await self._evict_pack(key)
                 return
             entry = self.staging.entries.get(key)
             if entry is not None:
@@ -97,6 +95,15 @@ class Disk:
                 self.pins.remove(key)
         except OSError as exc:
             self.trouble.note(f"{self.folder}: nothing can be removed", exc)
+
+    async def _evict_pack(self, pack: int) -> None:
+        self.packs.close_pack(pack)
+        held = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
+        self.packs.forget_all(pack, held)
+        self.changed.set()
+        for cid in held:
+            if self.place(cid) is None:  # else it came back meanwhile, and may have been pinned anew
+                self.pins.remove(cid)
 
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""

@@ -97,8 +97,11 @@ class Index:
 
     def row(self, sql: str, arguments: Sequence[Any] = ()) -> Any:
         """The first row, or None. Raises Damaged or StoreFailed."""
-        with _translated(self.path):
+        try:  # the context manager would cost as much as the query
             return self._reader.execute(sql, arguments).fetchone()
+        except sqlite3.DatabaseError as exc:
+            with _translated(self.path):
+                raise exc
 
     def rows(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
         with _translated(self.path):

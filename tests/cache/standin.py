@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import trio
 
@@ -78,6 +79,11 @@ def dag_pb_leaf(content: bytes) -> bytes:
     size = varint.put(len(content))
     message = b"\x08\x02\x12" + size + content + b"\x18" + size
     return b"\x0a" + varint.put(len(message)) + message
+
+
+def staged(folder: Path, kind: str) -> list[Path]:
+    """The files in one of the cache's folders, `files` or `packs`."""
+    return sorted((folder / kind).iterdir())
 
 
 def random_bytes(size: int, seed: int) -> bytes:

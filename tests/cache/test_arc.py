@@ -1,10 +1,12 @@
 """ARC by bytes, beside a model written straight from the paper."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ipfsfuse.cache.arc import Arc
+from scripts.benches.arc import ArcPolicy, Lru, rates, traces
 
 CAPACITY = 100
 
@@ -156,6 +158,15 @@ class Bounds(RuleBasedStateMachine):
 
 
 TestBounds = Bounds.TestCase
+
+
+@pytest.mark.parametrize("name", list(traces(60)))
+def test_it_is_never_more_than_a_little_below_lru(name: str) -> None:
+    trace = traces(12_000)[name]
+    arc, lru = rates(ArcPolicy(1 << 28), trace), rates(Lru(1 << 28), trace)
+    assert arc[0] >= 0.98 * lru[0]
+    if name.startswith(("zipf", "popularity")):
+        assert arc[0] > lru[0]
 
 
 def test_adaptation_moves_by_bytes() -> None:

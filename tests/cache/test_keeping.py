@@ -14,7 +14,7 @@ from ipfsfuse.dag.front import Walk
 from ipfsfuse.dag.nodes import Directory, File, Leaf
 from ipfsfuse.dag.unixfs import Type, UnixFS, encode
 from ipfsfuse.errors import StoreFailed, Unavailable, UsageError
-from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.standin import Chain, make_file, random_bytes, staged
 from tests.cache.test_pinset import flip
 
 MIB = 1 << 20
@@ -172,10 +172,10 @@ def test_fsck_finds_all_that_is_wrong_and_mends_it(tmp_path: Path) -> None:
         root = tree(chain, 3, seed=100)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root)
-        for path in sorted(tmp_path.glob("files/*")):
+        for path in staged(tmp_path, "files"):
             for leaf in (1, 4):
                 flip(path, leaf * (1 << 17) + 77)
-        flip(next(tmp_path.glob("packs/*")), 200)
+        flip(staged(tmp_path, "packs")[0], 200)
         told: list[tuple[int, int]] = []
 
         async def tell(done: int, total: int) -> None:
@@ -207,7 +207,7 @@ def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_pa
             for leaf in await drive(cache, ranges.leaves(_file(lone, await cache.block(lone)), 0, MIB)):
                 await cache.leaf(ref, leaf)
             cache.store.packs.forget(cids.multihash(lone))
-        flip(next(path for path in tmp_path.glob("files/*") if path.name != cids.text(lone)), 77)
+        flip(next(path for path in staged(tmp_path, "files") if path.name != cids.text(lone)), 77)
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
             report = await cache.fsck()
             assert (report.files, report.wrong, report.mended, report.unproved) == (2, 1, 0, 1)

@@ -350,6 +350,23 @@ def test_pins_are_asked_for_when_a_file_is_staged_and_let_go_when_it_leaves(tmp_
     trio.run(main)
 
 
+def test_small_files_are_pinned_when_opened_and_let_go_with_their_pack(tmp_path: Path) -> None:
+    chain = Chain()
+    cid = chain.add(random_bytes(3000, 1))
+
+    async def main() -> None:
+        pins = Recorder()
+        async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
+            cache.opened(FileRef(cid, 3000))
+            assert pins.asked == []  # nothing is known to have come from a node
+            await cache.block(cid)
+            cache.opened(FileRef(cid, 3000))
+            await cache.evict()
+            assert pins.asked == [("add", cid), ("remove", cid)]
+
+    trio.run(main)
+
+
 def test_names_in_the_root_are_listed_as_first_spelled_while_staged(tmp_path: Path) -> None:
     chain = Chain()
     block = chain.add(b"a directory", cids.DAG_PB)

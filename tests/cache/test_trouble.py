@@ -15,7 +15,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import StoreFailed
-from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.standin import Chain, make_file, random_bytes, staged
 from tests.cache.test_budget import own_filesystem
 from tests.cache.test_pinset import flip, read
 
@@ -163,9 +163,9 @@ def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp
                         assert await cache.block(one.cid) == chain.blocks[cids.multihash(one.cid)]
                     asked, chain.asked = len(chain.asked), []
                 assert asked == 0
-            staged = sorted(path for path in tmp_path.rglob("*") if path.parent.name in ("files", "packs"))
-            sizes = [path.stat().st_size for path in staged]
-            for path in dice.choices(staged, sizes, k=1250):
+            paths = staged(tmp_path, "files") + staged(tmp_path, "packs")
+            sizes = [path.stat().st_size for path in paths]
+            for path in dice.choices(paths, sizes, k=1250):
                 flip(path, dice.randrange(path.stat().st_size))
                 flips += 1
 
