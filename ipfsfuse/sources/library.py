@@ -132,7 +132,10 @@ class LibrarySource:
         return self.library.packs.find(cids.multihash(cid))
 
     def roots(self) -> Sequence[Cid]:
-        return self.library.roots()
+        try:
+            return self.library.roots()
+        except StoreFailed:  # the folder is gone, and all that was in it
+            return ()
 
     async def aclose(self) -> None:
         await trio.to_thread.run_sync(self.library.close)

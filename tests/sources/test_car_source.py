@@ -322,6 +322,48 @@ def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> No
     trio.run(main)
 
 
+GIB100 = 100 << 30
+
+
+def huge(path: Path, indexed: bool) -> list[Cid]:
+    """A CAR file of 100 GiB: 50,000 sections of 2 MiB, whose blocks are holes. Their CIDs."""
+    found, records, size = [], {}, 2 << 20
+    base = car.V2_BYTES if indexed else 0
+    with open(path, "wb") as out:
+        at = len(car.encode_header([]))
+        os.pwrite(out.fileno(), car.encode_header([]), base)
+        for number in range(GIB100 // size):
+            digest = hashlib.sha256(number.to_bytes(4)).digest()
+            cid = cids.make(cids.RAW, b"\x12\x20" + digest)
+            head = car.section_head(cid, size - 36 - 3)
+            os.pwrite(out.fileno(), head, base + at)
+            records[digest] = at
+            found.append(cid)
+            at += size
+        out.truncate(base + at)
+        if indexed:
+            os.pwrite(out.fileno(), car.encode_v2(car.V2Header(base, at, base + at)), 0)
+            os.pwrite(out.fileno(), index(records), base + at)
+    return found
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["with an index", "without one"])
+def test_100_gib_open_without_being_read_through(indexed: bool, tmp_path: Path) -> None:
+    path = tmp_path / "huge.car"
+    found = huge(path, indexed)
+    before = bytes_read()
+    source = CarSource.open(path, tmp_path / "indexes")
+    assert bytes_read() - before < (64 << 10 if indexed else 512 << 20)
+    assert len(trio.run(source.get, found[-1])) == (2 << 20) - 39
+    again = bytes_read()
+    CarSource.open(path, tmp_path / "indexes")
+    assert bytes_read() - again < 64 << 10
+
+
 def test_records_are_sorted_in_pieces_as_in_one(tmp_path: Path) -> None:
     blocks = pairs(1000, 10)
     hashes = [cids.multihash(cid) for cid, _block in blocks] + [b"\x11\x14" + bytes([n]) * 20 for n in range(50)]
