@@ -83,6 +83,7 @@ def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
     end = len(block)
     add = links.append
     new = tuple.__new__
+    tsize, tail_before = -1, b""
     while at < end and block[at] == _LINKS:
         start = at + 2
         size = block[at + 1] if start <= end else 0x80
@@ -99,7 +100,8 @@ def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
             name_end = name_at + 2 + block[name_at + 1]
             tail = block[name_end:at]
             if tail and tail[0] == _TSIZE and len(tail) <= 5 and block[name_at + 1] < 0x80:
-                tsize = _short_tsize(tail)
+                if tail != tail_before:  # all but the last of a file's children are of one size
+                    tsize, tail_before = _short_tsize(tail), tail
                 if tsize >= 0:
                     add(new(Link, (block[start + 2 : name_at], block[name_at + 2 : name_end], tsize)))
                     continue
@@ -114,7 +116,7 @@ def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
 
 
 def _short_tsize(tail: bytes) -> int:
-    """The value of `18 <varint>` in one to four bytes of shortest form; -1 for anything else."""
+    """The value of `18 <varint>`, the varint being one to four bytes; -1 if it is none."""
     length = len(tail)
     last = tail[-1]
     if last >= 0x80 or length < 2:

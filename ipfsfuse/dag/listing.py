@@ -34,7 +34,8 @@ class Entry(NamedTuple):
 class Page(NamedTuple):
     """Entries in the directory's own order; only the last page (`end`) may be empty.
 
-    `skipped` counts what is left out before the last entry: names that no file system can hold, and names that stand a second time.
+    `skipped` counts what is left out before the last entry: names that no file system can hold, and names that stand a
+    second time.
     """
 
     entries: list[Entry]

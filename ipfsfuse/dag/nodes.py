@@ -139,10 +139,11 @@ def _file(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> File:
         raise Malformed(f"a file node with {len(links)} links and {len(sizes)} block sizes")
     offset = inline = len(message.data or b"")
     children: list[Child] = []
+    new = tuple.__new__
     for link, size in zip(links, sizes, strict=True):
         if link.name:
             raise Malformed("a file node with a link that has a name")
-        children.append(Child(link.cid, offset, size))
+        children.append(new(Child, (link.cid, offset, size)))  # a third of what Child(...) costs
         offset += size
     if message.filesize is not None and message.filesize != offset:
         raise Malformed(f"a file node that says {message.filesize} bytes and holds {offset}")
