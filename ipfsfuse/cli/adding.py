@@ -23,8 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     last = None
     with Progress("adding") as progress, _library(arguments) as library:
-        shown: adding.AddProgress = lambda done, total, path: progress({"done": done, "total": total, "what": path})
-        for last in adding.add(arguments.paths, options, library, shown):
+
+        def show(done: int, total: int | None, path: str) -> None:
+            progress({"done": done, "total": total, "what": path})
+
+        for last in adding.add(arguments.paths, options, library, show):
             if not arguments.quieter:
                 progress.line(f"added {cids.text(last.cid)} {last.name}".rstrip())
     if arguments.quieter and last is not None:

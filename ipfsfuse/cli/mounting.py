@@ -62,6 +62,7 @@ def _source(text: str) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     asked = config(arguments)
+    _refuse_below(asked)
     if not asked.isolated:
         _await_ending(asked.cache_dir)
     if arguments.foreground:
@@ -70,6 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(told))
     return 0
+
+
+def _refuse_below(asked: MountConfig) -> None:
+    """Raises UsageError where the daemon would have to read or write below its own mount: it would wait for itself."""
+    own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record, "the headers": asked.headers}
+    own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
+    for what, path in own.items():
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(asked.mountpoint):
+            raise UsageError(f"{what} ({path}) lies below the mountpoint {asked.mountpoint}: choose another place")
 
 
 def _await_ending(cache_dir: Path) -> None:
