@@ -79,7 +79,7 @@ async def _main(config: MountConfig, folder: Path, ready: Ready) -> None:
 
         def answers() -> None:
             if config.record is None:
-                mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
+                operations.kernel_reads_ahead = mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
             log.info("mounted at %s", config.mountpoint)
             ready(control.socket_path(folder))
 

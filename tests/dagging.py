@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, unixfs
+from ipfsfuse.dag import car, dagpb, unixfs
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
@@ -32,6 +33,12 @@ class Dag:
         sizes = [len(leaf) for leaf in leaves]
         links = [Link(self.block(leaf), b"", len(leaf)) for leaf in leaves]
         return self.node(links, UnixFS(type=Type.FILE, filesize=sum(sizes), blocksizes=sizes))
+
+    def car(self, path: Path) -> Path:
+        """Writes all blocks to a CARv1 file without roots."""
+        sections = [car.section_head(cids.make(cids.RAW, key), len(block)) + block for key, block in self.blocks.items()]
+        path.write_bytes(b"".join([car.encode_header([]), *sections]))
+        return path
 
     def symlink(self, target: bytes) -> Cid:
         return self.node([], UnixFS(type=Type.SYMLINK, data=target))

@@ -85,4 +85,4 @@ class Inodes:
 
 def likely(cid: Cid) -> int:
     """The number that a file of this CID gets if nothing else holds it."""
-    return int.from_bytes(multihash(cid)[-8:], "big") & _MASK
+    return max(int.from_bytes(multihash(cid)[-8:], "big") & _MASK, ROOT + 1)

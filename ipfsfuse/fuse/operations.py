@@ -55,6 +55,8 @@ class Operations(ReadOnlyOperations):
         self._files: dict[int, OpenFile] = {}
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
+        self.kernel_reads_ahead = False
+        """True where the kernel was told to read ahead far enough by itself."""
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +119,7 @@ class Operations(ReadOnlyOperations):
             held.attributes = attributes.of_node(file)
             store = partial(self._pages.store, inode) if self._pages is not None else None
             handle = self._next_handle()
-            self._files[handle] = OpenFile(self._tree, file, store)
+            self._files[handle] = OpenFile(self._tree, file, store, not self.kernel_reads_ahead)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]

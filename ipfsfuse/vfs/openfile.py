@@ -14,26 +14,36 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
+from ipfsfuse.vfs.landing import Landing
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
-"""Leaves that are not given to the page cache a second time at once."""
+"""Leaves that are remembered as asked for, or as given to the page cache."""
+HOLE = 128 << 10
+"""Bytes at a leaf's end that are kept back from the page cache: the kernel asks for them, which tells how far the
+reader has come."""
 
 Pages = Callable[[int, Content], None]
 """Takes verified content at a file offset that nobody asked for yet: for the page cache. Must not block."""
 
 
 class OpenFile:
-    def __init__(self, tree: Tree, file: File, pages: Pages | None) -> None:
+    def __init__(self, tree: Tree, file: File, pages: Pages | None, push_ahead: bool) -> None:
+        """`pages` takes what a read did not ask of a leaf that was hashed for it; with `push_ahead` also what is
+        fetched ahead, for a kernel that reads ahead too little by itself."""
         self._tree = tree
         self._file = file
         self._pages = pages
+        self._push_ahead = push_ahead and pages is not None
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
+        self._landing = Landing(tree.room)
         self._leaves: Sequence[Leaf] = ()
         self._pushed: deque[int] = deque(maxlen=RECENT)
         """Offsets of the leaves given to the page cache last: reads of them may still be on their way."""
+        self._asked: deque[int] = deque(maxlen=RECENT)
+        """Offsets of the leaves read last: on their way already, not to be fetched ahead."""
         self._sure = False
         """True once a supposed leaf turned out to be an interior node: then every node is looked at."""
         self._scopes: set[trio.CancelScope] = set()
@@ -43,6 +53,7 @@ class OpenFile:
         """Ends what is still being fetched ahead."""
         for scope in self._scopes:
             scope.cancel()
+        self._landing.clear()
         self._tree.cache.closed(self._ref)
 
     async def read(self, offset: int, size: int) -> Content:
@@ -71,19 +82,32 @@ class OpenFile:
     async def _leaf(self, leaf: Leaf) -> Content:
         if self._tree.use is not None:
             self._tree.use(leaf.cid, ahead=False)
-        return await self._tree.cache.leaf(self._ref, leaf)
+        self._asked.append(leaf.offset)
+        landed = self._landing.get(leaf.offset)
+        return landed if landed is not None else await self._tree.cache.leaf(self._ref, leaf)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
-        """The part of a leaf that was asked for; the rest goes to the page cache, so that its hash pays once."""
+        """The part of a leaf that was asked for. What is left of it serves the next reads, so that its hash pays once:
+        a sequential reader's from the landing, any other's from the page cache."""
         whole = memoryview(data)
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
-        if self._pages is not None and last - first < leaf.size and leaf.offset not in self._pushed:
-            self._pushed.append(leaf.offset)
-            if last < leaf.size:
-                self._pages(leaf.offset + last, whole[last:])
-            if first > 0:
-                self._pages(leaf.offset, whole[:first])
+        if last == leaf.size:
+            self._landing.drop(leaf.offset)
+        elif self._ahead.sequential and not self._push_ahead:
+            self._landing.put(leaf.offset, data)
+        self._landing.passed(leaf.offset)
+        if self._pages is not None and (self._push_ahead or not self._ahead.sequential):
+            self._push_rest(leaf, whole, first, last)
         return whole[first:last]
+
+    def _push_rest(self, leaf: Leaf, whole: memoryview, first: int, last: int) -> None:
+        if self._pages is None or last - first == leaf.size or leaf.offset in self._pushed:
+            return
+        self._pushed.append(leaf.offset)
+        if last < leaf.size:
+            self._pages(leaf.offset + last, whole[last:])
+        if first > 0:
+            self._pages(leaf.offset, whole[:first])
 
     async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
         """The leaves from `offset` on, as far as they are known together: from those found last, or walked for."""
@@ -99,19 +123,21 @@ class OpenFile:
             try:
                 leaves = await self._tree.drive(ranges.leaves(self._file, window.start, window.size, self._sure))
                 self._leaves = leaves
+                leaves = [leaf for leaf in leaves if leaf.offset not in self._asked]
                 if self._tree.use is not None:
                     for leaf in leaves:
                         self._tree.use(leaf.cid, ahead=True)
-                await self._tree.cache.ahead(self._ref, leaves, self._arrived if self._pages else None)
+                await self._tree.cache.ahead(self._ref, leaves, self._arrived)
             except IpfsFuseError:
                 pass  # whoever reads there will hear
             finally:
                 self._scopes.discard(scope)
 
     def _arrived(self, leaf: Leaf, data: Content) -> None:
-        if self._pages is not None:
+        self._landing.put(leaf.offset, data)
+        if self._pages is not None and self._push_ahead:
             self._pushed.append(leaf.offset)
-            self._pages(leaf.offset, data)
+            self._pages(leaf.offset, memoryview(data)[:-HOLE])
 
 
 def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf]:

@@ -27,13 +27,16 @@ class ReadAhead:
         self._next = -1
         self._until = 0
         self._window = MIN_WINDOW
+        self.sequential = False
+        """Whether the last read followed the one before it."""
 
     def note(self, offset: int, size: int) -> Window | None:
         """A read of `size` bytes at `offset`; returns what should be fetched behind it, if anything."""
         end = offset + size
         follows = self._next - SLACK <= offset <= self._next + max(SLACK, self._window)
         first, self._next = self._next < 0, max(end, self._next) if follows else end
-        if first or not follows:
+        self.sequential = follows and not first
+        if not self.sequential:
             self._until, self._window = end, MIN_WINDOW
             return None
         if self._until - self._next > self._window // 2 or self._until >= self._file_size:

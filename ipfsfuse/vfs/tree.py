@@ -18,6 +18,7 @@ from ipfsfuse.dag.walk import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Tree:
         self.cache = cache
         self.nursery = nursery
         self.use = use
+        self.room = Room()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
 

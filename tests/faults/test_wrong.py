@@ -1,0 +1,263 @@
+"""Sources that lie, blocks that are malformed, and directories made to do harm: each has its one answer."""
+
+import errno
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import hashes
+from ipfsfuse.dag.cid import Cid, make
+from ipfsfuse.dag.nodes import Link
+from ipfsfuse.dag.unixfs import Type, UnixFS
+from tests.dagging import Dag
+from tests.faults.gateway import Gateway
+from tests.mounting import Home, Mounted
+
+
+@contextmanager
+def mounted(home: Home, dag: Dag, *options: str) -> Iterator[tuple[Gateway, Mounted]]:
+    gateway = Gateway(dag.blocks)
+    with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", "4s", *options) as mount:
+        yield gateway, mount
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def errno_of(path: Path) -> str:
+    """What reading or listing `path` fails with."""
+    with pytest.raises(OSError) as raised:
+        path.read_bytes()
+    return errno.errorcode[raised.value.errno or 0]
+
+
+def test_a_lying_source_gives_eio_and_never_a_byte(home: Home) -> None:
+    dag = Dag()
+    good, bad = dag.block(b"good bytes\n"), dag.block(b"bad bytes!\n")
+    root = dag.directory({b"good": (good, 11), b"bad": (bad, 11)})
+    with mounted(home, dag) as (gateway, mount):
+        gateway.lying.add(cids.text(bad))
+        assert errno_of(mount.path / cids.text(root) / "bad") == "EIO"
+        assert (mount.path / cids.text(root) / "good").read_bytes() == b"good bytes\n"
+        (source,) = mount.status()["sources"]
+        assert source["wrong"] >= 1
+
+
+def test_one_bad_child_never_spoils_a_listing(home: Home) -> None:
+    dag = Dag()
+    absent = make(cids.DAG_PB, b"\x12\x20" + bytes(32))
+    cbor = make(0x71, b"\x12\x20" + bytes(32))
+    root = dag.directory({b"absent": (absent, 1), b"cbor": (cbor, 1), b"good": (dag.block(b"good"), 4)})
+    with mounted(home, dag) as (_, mount):
+        folder = mount.path / cids.text(root)
+        assert sorted(os.listdir(folder)) == ["absent", "cbor", "good"]
+        assert errno_of(folder / "cbor") == "ENOTSUP"
+        assert (folder / "good").read_bytes() == b"good"
+
+
+def test_codecs_that_are_not_shown_are_enotsup(home: Home) -> None:
+    dag = Dag()
+    with mounted(home, dag) as (gateway, mount):
+        for codec in (0x71, 0x0129, 0x0200, 0x72):
+            assert errno_of(mount.path / cids.text(make(codec, b"\x12\x20" + bytes(32)))) == "ENOTSUP"
+        assert errno_of(mount.path / cids.text(make(cids.RAW, b"\xd5\x01\x10" + bytes(16)))) == "ENOTSUP", "md5 is not allowed"
+        assert not gateway.asked
+
+
+def test_malformed_blocks_are_eio(home: Home) -> None:
+    dag = Dag()
+    leaf = dag.block(b"x" * 100)
+    cases = {
+        "no protobuf": dag.block(b"\xff" * 20, cids.DAG_PB),
+        "sizes missing": dag.node([Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=100)),
+        "filesize lies": dag.node([Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=1 << 62, blocksizes=[100])),
+        "named link in a file": dag.node([Link(leaf, b"n", 100)], UnixFS(type=Type.FILE, filesize=100, blocksizes=[100])),
+    }
+    with mounted(home, dag) as (_, mount):
+        assert {name: errno_of(mount.path / cids.text(cid)) for name, cid in cases.items()} == dict.fromkeys(cases, "EIO")
+
+
+def test_a_child_that_lies_about_its_size_is_eio_where_the_lie_shows(home: Home) -> None:
+    dag = Dag()
+    short = dag.block(b"s" * 1000)
+    honest = dag.block(b"h" * 100_000)
+    file = dag.node([Link(honest, b"", 100_000), Link(short, b"", 1000)], UnixFS(type=Type.FILE, filesize=102_000, blocksizes=[100_000, 2000]))
+    with mounted(home, dag) as (_, mount), (mount.path / cids.text(file)).open("rb", buffering=0) as opened:
+        assert os.pread(opened.fileno(), 10, 0) == b"h" * 10
+        with pytest.raises(OSError) as raised:
+            os.pread(opened.fileno(), 10, 101_900)
+        assert raised.value.errno == errno.EIO
+
+
+def test_a_link_that_lies_about_a_size_is_corrected_at_open(home: Home) -> None:
+    dag = Dag()
+    raw = dag.block(b"true bytes")
+    root = dag.directory({b"lie": (raw, 1_000_000)})
+    with mounted(home, dag) as (gateway, mount):
+        file = mount.path / cids.text(root) / "lie"
+        assert [entry.name for entry in os.scandir(mount.path / cids.text(root))] == ["lie"]
+        assert cids.text(raw) not in gateway.asked
+        with file.open("rb") as opened:
+            assert os.fstat(opened.fileno()).st_size == 10
+            assert opened.read() == b"true bytes"
+        assert file.stat().st_size == 10
+
+
+def test_names_that_no_file_system_can_hold_are_not_shown(home: Home) -> None:
+    dag = Dag()
+    leaf = dag.block(b"x")
+    names = [b"", b".", b"..", b"a/b", b"../../etc", b"nul\0", b"n" * 256, b"fine", b"\xff\xfe raw bytes", b"n" * 255]
+    root = dag.node([Link(leaf, name, 1) for name in names], UnixFS(type=Type.DIRECTORY))
+    with mounted(home, dag) as (_, mount):
+        folder = os.fsencode(mount.path / cids.text(root))
+        assert sorted(os.listdir(folder)) == sorted([b"fine", b"\xff\xfe raw bytes", b"n" * 255])
+        assert os.stat(folder + b"/..").st_ino == os.stat(mount.path).st_ino
+
+
+def test_a_file_of_2_to_the_62_bytes_opens_and_reads_what_is_there(home: Home) -> None:
+    dag = Dag()
+    leaf = dag.block(b"z" * (1 << 20))
+    inner, size = leaf, 1 << 20
+    while size < 1 << 62:
+        inner = dag.node([Link(inner, b"", size)] * 4, UnixFS(type=Type.FILE, filesize=4 * size, blocksizes=[size] * 4))
+        size *= 4
+    with mounted(home, dag) as (gateway, mount):
+        file = mount.path / cids.text(inner)
+        assert file.stat().st_size == size
+        with file.open("rb", buffering=0) as opened:
+            assert os.pread(opened.fileno(), 3, size // 3) == b"zzz"
+        assert len(gateway.asked) < 50
+
+
+def test_a_tree_10000_deep_is_walked(home: Home) -> None:
+    dag = Dag()
+    here = dag.block(b"bottom")
+    for _ in range(10_000):
+        here = dag.directory({b"d": (here, 1)})
+    with home.mounted("--from", dag.car(home.folder / "deep.car")) as mount:
+        top = os.open(mount.path / cids.text(here), os.O_RDONLY | os.O_PATH)
+        for _ in range(9_999):
+            below = os.open("d", os.O_RDONLY | os.O_PATH, dir_fd=top)
+            os.close(top)
+            top = below
+        with os.fdopen(os.open("d", os.O_RDONLY, dir_fd=top), "rb") as bottom:
+            assert bottom.read() == b"bottom"
+        os.close(top)
+
+
+def test_identity_cids_are_files_directories_and_links_without_asking(home: Home) -> None:
+    def identity(block: bytes, codec: int) -> Cid:
+        return make(codec, bytes([hashes.IDENTITY, len(block)]) + block)
+
+    dag = Dag()
+    raw = identity(b"inline", cids.RAW)
+    scratch = Dag()
+    folder_cid = scratch.directory({b"file": (raw, 6)})
+    folder = identity(scratch.blocks[cids.multihash(folder_cid)], cids.DAG_PB)
+    link_cid = scratch.symlink(b"file")
+    outer = dag.directory({b"folder": (folder, 1), b"link": (identity(scratch.blocks[cids.multihash(link_cid)], cids.DAG_PB), 1)})
+    with mounted(home, dag) as (gateway, mount):
+        assert (mount.path / cids.text(raw)).read_bytes() == b"inline"
+        assert (mount.path / cids.text(outer) / "folder" / "file").read_bytes() == b"inline"
+        assert os.readlink(mount.path / cids.text(outer) / "link") == "file"
+        assert list(gateway.asked) == [cids.text(outer)]
+
+
+def test_a_listing_fetches_no_child(home: Home) -> None:
+    dag = Dag()
+    entries = {b"%03d" % n: (dag.block(b"%d" % n, cids.RAW), 3) for n in range(500)}
+    entries[b"folder"] = (dag.directory({}), 4)
+    root = dag.directory(entries)
+    with mounted(home, dag) as (gateway, mount):
+        assert len(os.listdir(mount.path / cids.text(root))) == 501
+        subprocess.run(["ls", "-l", mount.path / cids.text(root)], check=True, capture_output=True)
+        asked = set(gateway.asked) - {cids.text(root)}
+        assert asked <= {cids.text(entries[b"folder"][0])}, "only what ls -l must know of a folder"
+
+
+def test_a_hundred_readers_of_one_cold_file_cause_one_request_a_block(home: Home) -> None:
+    dag = Dag()
+    file = dag.file([bytes([n]) * (1 << 20) for n in range(4)])
+    with mounted(home, dag) as (gateway, mount):
+        script = f"import sys; assert len(open({str(mount.path / cids.text(file))!r}, 'rb').read()) == 4 << 20"
+        readers = [subprocess.Popen([sys.executable, "-S", "-c", script]) for _ in range(100)]
+        assert [reader.wait(120) for reader in readers] == [0] * 100
+        assert set(gateway.asked.values()) == {1}
+        assert len(gateway.asked) == 5
+
+
+def test_offline_what_is_not_here_fails_at_once(home: Home) -> None:
+    dag = Dag()
+    read, unread = dag.block(b"read"), dag.block(b"unread")
+    with mounted(home, dag) as (_, mount):
+        assert (mount.path / cids.text(read)).read_bytes() == b"read"
+    with home.mounted("--offline") as mount:
+        assert (mount.path / cids.text(read)).read_bytes() == b"read"
+        assert errno_of(mount.path / cids.text(unread)) == "ETIMEDOUT"
+
+
+def test_what_was_opened_by_name_is_listed_while_it_is_staged(home: Home) -> None:
+    dag = Dag()
+    root = dag.directory({b"file": (dag.block(b"x"), 1)})
+    with mounted(home, dag) as (_, mount):
+        assert os.listdir(mount.path) == []
+        assert os.listdir(mount.path / cids.text(root)) == ["file"]
+        assert os.listdir(mount.path) == [cids.text(root)]
+    with mounted(home, dag) as (_, mount):
+        assert os.listdir(mount.path) == [cids.text(root)]
+
+
+def test_outside_the_allow_list_is_eacces_and_asks_nobody(home: Home) -> None:
+    dag = Dag()
+    inside = dag.block(b"inside")
+    root, other = dag.directory({b"file": (inside, 6)}), dag.block(b"other")
+    with mounted(home, dag, "--allow", cids.text(root)) as (gateway, mount):
+        assert (mount.path / cids.text(root) / "file").read_bytes() == b"inside"
+        assert errno_of(mount.path / cids.text(other)) == "EACCES"
+        assert errno_of(mount.path / cids.text(inside)) == "EACCES", "only names that were allowed, and what is below them"
+        assert set(gateway.asked) == {cids.text(root), cids.text(inside)}
+
+
+def test_a_read_that_fails_under_mmap_is_sigbus(home: Home) -> None:
+    dag = Dag()
+    leaves = [b"a" * (1 << 20), b"b" * (1 << 20), b"c" * (1 << 20)]
+    file = dag.file(leaves)
+    with mounted(home, dag) as (gateway, mount):
+        gateway.lying.add(cids.text(dag.block(leaves[2])))
+        script = f"import mmap; f = open({str(mount.path / cids.text(file))!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1); print(m[0], flush=True); m[5 << 19]"
+        done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == ("97\n", -signal.SIGBUS)
+        assert mmap.PAGESIZE
+
+
+def test_all_spellings_of_a_file_are_one_inode(home: Home) -> None:
+    from multiformats import multibase
+
+    dag = Dag()
+    leaves = [b"l" * 1000, b"m" * 1000]
+    v1 = dag.file(leaves)
+    v0 = Cid(cids.multihash(v1))
+    bases = ["base16", "base16upper", "base32", "base32upper", "base32hex", "base36", "base58btc", "base58flickr", "base64url", "base32z"]
+    spellings = [multibase.encode(v1, base) for base in bases] + [cids.text(v0)]
+    with mounted(home, dag) as (gateway, mount):
+        assert len({os.stat(mount.path / name).st_ino for name in spellings}) == 1
+        assert {(mount.path / name).read_bytes() for name in spellings} == {b"".join(leaves)}
+        assert sum(gateway.asked.values()) == 3, "one request a block, for all spellings together"
+
+
+def test_a_file_of_stored_mode_0_reads(home: Home) -> None:
+    dag = Dag()
+    file = dag.node([], UnixFS(type=Type.FILE, data=b"secret?", filesize=7, mode=0))
+    with mounted(home, dag) as (_, mount):
+        assert os.stat(mount.path / cids.text(file)).st_mode & 0o777 == 0
+        assert subprocess.run(["cat", mount.path / cids.text(file)], capture_output=True, check=True).stdout == b"secret?"
