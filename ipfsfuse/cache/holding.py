@@ -11,7 +11,7 @@ import trio
 
 from ipfsfuse.cache import batches
 from ipfsfuse.cache.batches import Batches, Round
-from ipfsfuse.cache.nodefiles import NodeFiles
+from ipfsfuse.cache.nodefiles import COLLECTED, NodeFiles
 from ipfsfuse.cache.owners import Owner
 from ipfsfuse.cache.pinstore import PinStore
 from ipfsfuse.cache.sweeping import OWNER, ROOT, sweep
@@ -22,6 +22,9 @@ from ipfsfuse.errors import SourceFailed
 PAUSES = (0.2, 1.0)
 """Seconds between the three tries of one request."""
 
+
+COLLECTIONS = 10
+"""So many garbage collections may come between one block and its link."""
 
 T = TypeVar("T")
 
@@ -91,17 +94,28 @@ class Holding:
 
     async def _place(self, block: bytes, codec: int, entry: str, *, parents: bool = False) -> None:
         cid, path = _cid(codec, block), self._path(entry)
-        first = True
+
+        again = False
 
         async def once() -> None:
-            nonlocal first
-            if not first:  # the last try may have got through and its answer not; or garbage was collected in between
+            nonlocal again
+            if again:  # the last try may have got through, and its answer not
                 await self._node.remove(path)
-            first = False
-            await self._node.put(cid, block)
-            await self._node.link(cid, path, parents=parents)
+            again = True
+            await self._put_and_link(block, cid, path, parents)
 
         await self._thrice(once)
+
+    async def _put_and_link(self, block: bytes, cid: Cid, path: str, parents: bool) -> None:
+        """A collection that runs makes the link wait and takes the block meanwhile: then at once again."""
+        for left in range(COLLECTIONS, -1, -1):
+            await self._node.put(cid, block)
+            try:
+                await self._node.link(cid, path, parents=parents)
+                break
+            except SourceFailed as exc:
+                if not left or exc.kind != COLLECTED:
+                    raise
 
     async def _thrice(self, call: Callable[[], Awaitable[T]]) -> T:
         for pause in PAUSES:

@@ -26,7 +26,7 @@ from ipfsfuse.cache.pinstore import PinStore
 from ipfsfuse.cache.sweeping import PINNED, STAGED
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import SourceFailed, StoreFailed
+from ipfsfuse.errors import IpfsFuseError, SourceFailed, StoreFailed
 
 log = logging.getLogger(__name__)
 
@@ -200,10 +200,12 @@ class KuboPins:
         try:
             async with self._busy:
                 await self._round()
-        except (SourceFailed, StoreFailed) as exc:
-            if not self._failing:
+        except Exception as exc:  # the unforeseen too: it may cost the pins, never the mount
+            if not isinstance(exc, IpfsFuseError):
+                log.exception("pins meet an error that no one foresaw")
+            elif not self._failing:
                 log.warning("pins wait until the node takes them: %s", exc)
-            self._failing, self._known = str(exc), False
+            self._failing, self._known = str(exc) or repr(exc), False
             return False
         if self._failing:
             log.info("the node takes pins again")

@@ -20,6 +20,9 @@ PATIENCE = 10.0
 """Seconds for one command. All are local to the node and take milliseconds; a node that hangs is found out by this."""
 MAX_LISTING = 16 << 20
 MAX_FILE = 64 << 10
+COLLECTED = "collected"
+"""The kind of failure where the node's garbage collection took a block before it was linked."""
+_NO_ENTRY = "does not exist"
 
 Arguments = Sequence[tuple[str, str]]
 
@@ -54,12 +57,14 @@ class NodeFiles:
                 raise SourceFailed("the node stored another block than it was sent", "node")
 
     async def link(self, cid: Cid, path: str, *, parents: bool = False) -> None:
-        """Makes `path` name `cid`, whose block must be at the node (what it links need not)."""
+        """Makes `path` name `cid`, whose block must be at the node (what it links need not).
+
+        While garbage is collected this waits, and then the block may be gone: SourceFailed of kind `COLLECTED`."""
         arguments = [("arg", f"/ipfs/{cids.text(cid)}"), ("arg", path), ("offline", "true")]
         try:
             await self._call("files/cp", arguments + [("parents", "true")] * parents)
-        except NotHere as exc:  # the node collected the block, or someone removed the folder
-            raise SourceFailed(str(exc), "node") from exc
+        except NotHere as exc:
+            raise SourceFailed(str(exc), "node" if _NO_ENTRY in str(exc) else COLLECTED) from exc
 
     async def remove(self, path: str) -> None:
         """Removes the entry and all below; there need not be any."""
@@ -95,7 +100,7 @@ class NodeFiles:
             try:
                 return await self._rpc().call(command, arguments, limit, body, headers)
             except SourceFailed as exc:
-                if "does not exist" in str(exc) and exc.kind == "node":
+                if _NO_ENTRY in str(exc) and exc.kind == "node":
                     raise NotHere(str(exc)) from exc
                 raise
         raise SourceFailed(f"the node did not answer {command} within {PATIENCE:g} s", "timeout")

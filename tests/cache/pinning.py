@@ -27,13 +27,15 @@ async def pinning(node: Node | str, folder: Path) -> AsyncIterator[KuboPins]:
     """Pins at a node (or at the URL of its RPC API) that run until the block ends, then rest."""
     http = Http(parse_origin(node if isinstance(node, str) else node.api_url), HttpSettings())
     rpc = Rpc(http, "kubo")
-    pins = await KuboPins.open(NodeFiles(lambda: rpc), folder)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(pins.run)
-        yield pins
-        nursery.cancel_scope.cancel()
-    with trio.CancelScope(shield=True):
-        await http.aclose()
+    try:
+        pins = await KuboPins.open(NodeFiles(lambda: rpc), folder)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pins.run)
+            yield pins
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await http.aclose()
 
 
 async def settled(pins: KuboPins) -> None:

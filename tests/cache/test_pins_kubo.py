@@ -207,7 +207,7 @@ def test_the_node_restarted_in_between(own_node: Node, tmp_path: Path, crash: bo
             pins.add(second)
             pins.remove(first)
             await settled(pins)
-            assert held(node, mounts(node)[0]) == [second]
+            assert held(node, mounts(node)[0]) == [cids.canonical(second)]
 
     trio.run(main)
 

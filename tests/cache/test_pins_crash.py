@@ -1,0 +1,228 @@
+"""Pins whose process is killed: what it had wished for happens all the same, and the dead leave nothing behind."""
+
+import random
+import shutil
+import sqlite3
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache import holding, kubopins
+from ipfsfuse.cache.owners import Owner
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from tests.cache.pinning import PATIENCE, child, folder_of, held, mounts, pinning, settled, until
+from tests.kubo.node import Node
+
+MADE_UP = "made_up = lambda index: cids.make(cids.RAW, b'\\x12\\x20' + index.to_bytes(32, 'big'))"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubopins, "LINGER", 0.02)
+    monkeypatch.setattr(kubopins, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(holding, "PAUSES", (0.02, 0.02))
+
+
+def made_up(index: int) -> Cid:
+    return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big"))
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+
+
+def heard(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == line
+
+
+def settle_once(node: Node, folder: Path) -> None:
+    """One whole life of a mount whose staging nobody asks about."""
+
+    async def main() -> None:
+        async with pinning(node, folder) as pins:
+            await settled(pins)
+
+    trio.run(main)
+
+
+def wishes(folder: Path) -> dict[bytes, int]:
+    """What is written down and not yet done."""
+    with sqlite3.connect(f"file:{folder / 'pins.sqlite'}?mode=ro", uri=True) as database:
+        rows = dict(database.execute("SELECT cid, wanted FROM change").fetchall())
+    database.close()
+    return rows
+
+
+def test_the_queue_outlives_a_kill(own_node: Node, tmp_path: Path) -> None:
+    """Pins and releases that a node which is down could not be told are told by the next start."""
+    node = own_node
+
+    async def first() -> None:
+        async with pinning(node, tmp_path) as pins:
+            for index in range(6):
+                pins.add(made_up(index))
+            await settled(pins)
+
+    trio.run(first)
+    node.stop()
+    process = child(node, tmp_path, MADE_UP, "pins.remove(made_up(0))", "pins.remove(made_up(1))", "pins.add(made_up(9))")
+    try:
+        until(lambda: wishes(tmp_path) == {made_up(0): 0, made_up(1): 0, made_up(9): 1}, "written down")
+    finally:
+        end(process)
+    node.start()
+    settle_once(node, tmp_path)
+    (mount,) = mounts(node)
+    assert {made_up(index) for index in (2, 3, 4, 5, 9)} <= set(held(node, mount))
+    assert wishes(tmp_path) == {made_up(0): 0, made_up(1): 0}  # half a batch at most may wait for the rest of it
+
+
+def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
+    """Whatever was done and said, the next start holds exactly what is staged, each once."""
+    chance = random.Random(7)
+    body = [MADE_UP, "import random", "print('running', flush=True)", "while True:", "    index = random.randrange(400)"]
+    body += ["    (pins.add if random.random() < 0.6 else pins.remove)(made_up(index))", "    await trio.sleep(0.0005)"]
+    staged = {made_up(index) for index in range(0, 400, 3)}
+    for _ in range(8):
+        process = child(own_node, tmp_path, *body)
+        try:
+            heard(process, "running")
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.random() * 0.4)
+        finally:
+            end(process)
+
+        async def main() -> None:
+            async with pinning(own_node, tmp_path) as pins:
+                pins.settle(staged)
+                await settled(pins)
+                assert all(pins.state(cid) == "cache" for cid in staged)
+                assert pins.status().held == len(staged)
+
+        trio.run(main)
+        (mount,) = mounts(own_node)
+        links = held(own_node, mount)
+        assert set(links) >= staged
+        assert len(links) == len(set(links)) <= 2 * len(staged)
+
+
+def test_a_restart_takes_over_what_is_held_and_writes_nothing_anew(own_node: Node, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pinning(own_node, tmp_path) as pins:
+            for index in range(1500):
+                pins.add(made_up(index))
+            await settled(pins)
+        before = folder_of(own_node, mounts(own_node)[0])
+        async with pinning(own_node, tmp_path) as pins:
+            pins.settle([made_up(index) for index in range(1500)])
+            assert pins.state(made_up(0)) == "cache"
+            await settled(pins)
+            assert folder_of(own_node, mounts(own_node)[0]) == before
+
+    trio.run(main)
+
+
+def hold_and_die(node: Node, folder: Path) -> None:
+    process = child(node, folder, MADE_UP, "pins.add(made_up(1))", "pins.keep(made_up(2))", "await pins.settled()", "print('held', flush=True)")
+    try:
+        heard(process, "held")
+    finally:
+        end(process)
+
+
+def test_the_next_start_on_this_host_sweeps_what_a_killed_mount_held(own_node: Node, tmp_path: Path) -> None:
+    hold_and_die(own_node, tmp_path / "dead")
+    (dead,) = mounts(own_node)
+    assert set(folder_of(own_node, dead)) == {"staged-1", "pinned-1"}
+    settle_once(own_node, tmp_path / "next")
+    assert set(folder_of(own_node, dead)) == {"pinned-1"}  # kept for good, while its folder stands
+    shutil.rmtree(tmp_path / "dead")
+    settle_once(own_node, tmp_path / "next")
+    assert dead not in mounts(own_node)
+
+
+def test_a_killed_mount_that_was_swept_holds_its_staging_again(own_node: Node, tmp_path: Path) -> None:
+    hold_and_die(own_node, tmp_path / "dead")
+    (dead,) = mounts(own_node)
+    settle_once(own_node, tmp_path / "next")
+    settle_once(own_node, tmp_path / "dead")
+    assert held(own_node, dead) == [made_up(1)]
+    assert held(own_node, dead, "pinned-") == [made_up(2)]
+
+
+def test_mounts_that_live_or_rest_and_strangers_are_left_alone(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+
+    async def main() -> None:
+        async with pinning(node, tmp_path / "resting") as pins:
+            pins.add(made_up(1))
+            await settled(pins)
+        async with pinning(node, tmp_path / "living") as living:
+            living.add(made_up(2))
+            await settled(living)
+            resting, alive = (mounts(node)[0], mounts(node)[1]) if folder_of(node, mounts(node)[0]) else mounts(node)
+            host = resting.rpartition("-")[0]
+            node.rpc("files/mkdir", arg=f"/ipfsfuse/{host}-0123456789abcdef", parents=True)  # no record: nothing is proved
+            node.rpc("files/mkdir", arg="/ipfsfuse/elsewhere-0123456789abcdef")
+            before = {name: folder_of(node, name) for name in mounts(node)}
+            async with pinning(node, tmp_path / "next") as pins:
+                await settled(pins)
+            after = {name: folder_of(node, name) for name in mounts(node)}
+            assert {name: after[name] for name in before} == before
+            assert {name for name, batches in before.items() if batches} == {resting, alive}
+
+    trio.run(main)
+
+
+def test_two_lives_of_one_copied_folder_get_a_name_each(own_node: Node, tmp_path: Path) -> None:
+    process = child(own_node, tmp_path / "first", MADE_UP, "pins.add(made_up(1))", "await pins.settled()", "print('held', flush=True)")
+    try:
+        heard(process, "held")
+        shutil.copytree(tmp_path / "first", tmp_path / "copy")
+
+        async def main() -> None:
+            async with pinning(own_node, tmp_path / "copy") as pins:
+                pins.settle([made_up(1)])
+                await settled(pins)
+                assert len(mounts(own_node)) == 2
+                await pins.release_all()
+
+        trio.run(main)
+        (first,) = mounts(own_node)
+        assert held(own_node, first) == [made_up(1)]
+    finally:
+        end(process)
+
+
+def test_a_damaged_database_is_begun_anew(own_node: Node, tmp_path: Path) -> None:
+    async def live(index: int) -> None:
+        async with pinning(own_node, tmp_path) as pins:
+            pins.settle([made_up(index)])
+            await settled(pins)
+
+    trio.run(live, 1)
+    for file in tmp_path.glob("pins.sqlite*"):
+        file.write_bytes(b"no database" * 1000)
+    trio.run(live, 2)
+    (mount,) = mounts(own_node)
+    assert held(own_node, mount) == [made_up(2)]
+
+
+def test_what_proves_an_owner_dead(tmp_path: Path) -> None:
+    me = Owner.this_process(tmp_path)
+    assert Owner.parse(me.encode()) == me
+    assert not me.proved_dead()
+    assert replace(me, started=me.started + 1).proved_dead(), "another process has its number now"
+    assert replace(me, boot="an earlier one").proved_dead()
+    assert not replace(me, boot="an earlier one", machine="another").proved_dead()
+    assert not replace(me, started=1, processes="pid:[1]").proved_dead(), "another name space"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert replace(me, pid=gone.pid).proved_dead()
+    assert [Owner.parse(data) for data in (None, b"", b"{}", b"[1]", b"\xff", b'"text"')] == [None] * 6
