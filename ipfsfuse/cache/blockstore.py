@@ -42,7 +42,7 @@ class BlockStore(Disk):
             if place.pack in self.packs.sizes:
                 self.trouble.note(str(self.packs.path(place.pack)), exc)
         self.packs.forget(cids.multihash(cid))
-        self.changed.set()
+        self.tell_index()
         return None
 
     def _used_pack(self, pack: int) -> None:
@@ -78,7 +78,7 @@ class BlockStore(Disk):
             else:
                 self.trouble.over()
                 self.packs.note(cid, pack, held + head, len(block))
-                self.changed.set()
+                self.tell_index()
                 return True
             finally:
                 self._settle_pack(pack)

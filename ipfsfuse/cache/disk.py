@@ -22,6 +22,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, UsageError
 
+ROWS = 512
+"""Rows that are written to the index at once."""
 SMALL = 64 << 10
 """Files of up to so many bytes lie in packs."""
 
@@ -46,8 +48,9 @@ class Disk:
         self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
         """What the index shall be told besides where blocks lie."""
         self.damaged: Damaged | None = None
-        self.changed = trio.Event()
-        """Set when the index has something to be told."""
+        self.telling = trio.Lock()
+        self.changed, self.much_changed = trio.Event(), trio.Event()
+        """Set when the index has something to be told; when it should not wait."""
 
     # -- what is there ---------------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class Disk:
         self.packs.close_pack(pack)
         held = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
         self.packs.forget_all(pack, held)
-        self.changed.set()
+        self.tell_index()
         for cid in held:
             if self.place(cid) is None:  # else it came back meanwhile, and may have been pinned anew
                 self.pins.remove(cid)
@@ -133,12 +136,18 @@ class Disk:
     def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
         """One more statement for the index."""
         self.statements.append((sql, [arguments]))
+        self.tell_index()
+
+    def tell_index(self) -> None:
+        """There is something the index does not say yet."""
         self.changed.set()
+        if len(self.packs.pending) >= ROWS:
+            self.much_changed.set()
 
     def index_failed(self, error: Exception) -> None:
         """The index gave no answer; where it is damaged, it is replaced soon."""
         if isinstance(error, Damaged):
             self.damaged = error
-            self.changed.set()
+            self.tell_index()
         else:
             self.trouble.note(str(self.index.path), error)

@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from ipfsfuse.cache.blocks import Place
+from ipfsfuse.cache.disk import ROWS
 from ipfsfuse.cache.hold import as_store_failed
 from ipfsfuse.cache.index import Damaged, Statements
 from ipfsfuse.cache.pins import Pins
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 
 WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
-ROWS = 512
-"""Rows that are written at once."""
 MAX_PENDING = 50_000
 """Rows kept in memory while the disk takes none; then the oldest are dropped."""
 INDEX_MARGIN = 1 << 20
@@ -65,6 +64,11 @@ def take_up(store: Store) -> None:
         found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
     for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
         store.room.arc.restore(key, size, frequent)
+    gone = [pack for (pack,) in _rows(store, "SELECT pack FROM packs") if pack not in store.packs.sizes]
+    if gone:  # deleted before the index was told: their numbers are not used again until it has been
+        store.packs.last = max(store.packs.last, *gone)
+        store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
+        store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
     for (name,) in _rows(store, "SELECT DISTINCT key FROM pinned"):
         store.room.keep(int(name) if name.isdecimal() else cids.parse(name))
     if not store.index.anew:
@@ -98,17 +102,19 @@ async def write_behind(store: Store) -> None:
         await _read_packs(store)
     while True:
         await store.changed.wait()
-        if len(store.packs.pending) < ROWS:
-            with trio.move_on_after(WAIT):
-                while len(store.packs.pending) < ROWS:
-                    store.changed = trio.Event()
-                    await store.changed.wait()
-        store.changed = trio.Event()
+        with trio.move_on_after(WAIT):
+            await store.much_changed.wait()
+        store.changed, store.much_changed = trio.Event(), trio.Event()
         await flush(store)
 
 
 async def flush(store: Store) -> None:
     """Writes all that is pending; what can't be written stays pending."""
+    async with store.telling:
+        await _flush(store)
+
+
+async def _flush(store: Store) -> None:
     if store.damaged is not None:
         await replace_index(store, store.damaged)
     batch, statements = store.packs.unwritten()
@@ -150,7 +156,6 @@ async def _read_packs(store: Store) -> None:
     for pack in sorted(store.packs.sizes):
         _take(store, await trio.to_thread.run_sync(list, store.packs.sections(pack)))
         if len(store.packs.pending) >= ROWS:
-            store.changed.set()
             batch, statements = store.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):
                 await trio.to_thread.run_sync(store.index.write, statements)
