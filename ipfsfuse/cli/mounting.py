@@ -1,15 +1,11 @@
 """`ipfsfuse mount`: arguments to a MountConfig; in the foreground, or as a daemon that is waited for until it is mounted.
 
-A daemon is this program started anew in a session of its own (`--foreground --ready-fd N`): on that descriptor it writes
-one line, `ok {"mountpoint": ..., "control": ..., "pid": ...}` or `error REASON`. What it says before goes to whoever
-started it, what it says afterwards to daemon.log in the cache folder.
+The daemon is this program started anew in a session of its own (`--foreground --ready-fd N`, see `daemon`).
 """
 
 import argparse
 import json
-import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +17,12 @@ from typing import Any, BinaryIO
 import ipfsfuse
 from ipfsfuse.cache import hold
 from ipfsfuse.cli import cidargs, folders
-from ipfsfuse.cli.reasons import one_line, unwrapped
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 
 END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
-LOG = "daemon.log"
-LOG_BYTES = 1 << 20
-"""A longer log is put aside (daemon.log.1) when a mount begins."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -66,7 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not asked.isolated:
         _await_ending(asked.cache_dir)
     if arguments.foreground:
-        return _serve(asked, arguments.ready_fd, arguments.json)
+        from ipfsfuse.cli import daemon  # with trio and pyfuse3, 200 ms: only the process that serves needs them
+
+        daemon.serve(asked, arguments.ready_fd, arguments.json)
+        return 0
     told = _start_daemon(arguments.argv)
     if arguments.json:
         print(json.dumps(told))
@@ -90,69 +85,6 @@ def _await_ending(cache_dir: Path) -> None:
         if said is None or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
             return
         time.sleep(0.05)
-
-
-# -- the daemon's side -------------------------------------------------------------------------------------------
-
-
-def _serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> int:
-    from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    told = False
-
-    def ready(control: Path) -> None:
-        nonlocal told
-        told = True
-        answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
-        if ready_fd is not None:
-            _move_log(control.parent)
-            _tell(ready_fd, f"ok {json.dumps(answer)}")
-        elif as_json:
-            print(json.dumps(answer), flush=True)
-
-    if ready_fd is not None:
-        os.set_inheritable(ready_fd, False)
-        os.chdir("/")
-    try:
-        mount.run(asked, ready)
-    except BaseException as exc:
-        if ready_fd is not None and not told:
-            _tell(ready_fd, f"error {one_line(unwrapped(exc))}")
-        raise
-    return 0
-
-
-def _tell(ready_fd: int, line: str) -> None:
-    try:
-        os.write(ready_fd, line.encode(errors="surrogateescape") + b"\n")
-        os.close(ready_fd)
-    except OSError:
-        pass  # whoever started us has gone: the mount serves all the same
-
-
-def _move_log(folder: Path) -> None:
-    """Puts standard output and error into the log below `folder`, what was said so far first."""
-    path = folder / LOG
-    try:
-        if path.exists() and path.stat().st_size > LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        logging.getLogger("ipfsfuse.mount").warning("there will be no log: %s: %s", path, exc.strerror)
-        return
-    sys.stderr.flush()
-    try:
-        with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
-            shutil.copyfileobj(so_far, out)
-    except OSError:
-        pass  # it went to a pipe or a terminal, which have had it
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    os.close(target)
-
-
-# -- the starter's side ------------------------------------------------------------------------------------------
 
 
 def _start_daemon(argv: list[str]) -> dict[str, Any]:

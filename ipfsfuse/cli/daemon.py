@@ -1,0 +1,97 @@
+"""The process that serves a mount, and what it tells whoever started it.
+
+On the descriptor `--ready-fd` it writes one line: `ok {"mountpoint": ..., "control": ..., "pid": ...}` once the mount
+answers, or `error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
+daemon.log in the cache folder. If the starter goes before it was told, the mount is not wanted any more: it ends.
+"""
+
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from ipfsfuse import mount
+from ipfsfuse.cli.reasons import one_line, unwrapped
+from ipfsfuse.config import MountConfig
+
+LOG = "daemon.log"
+LOG_BYTES = 1 << 20
+"""A longer log is put aside (daemon.log.1) when a mount begins."""
+WATCH_MS = 500
+
+
+def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
+    """Mounts and serves until the mount is gone. Raises what prevents it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    starter = None if ready_fd is None else _Starter(ready_fd)
+
+    def ready(control: Path) -> None:
+        answer = json.dumps({"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()})
+        if starter is not None:
+            _move_log(control.parent)
+            starter.tell(f"ok {answer}")
+        elif as_json:
+            print(answer, flush=True)
+
+    try:
+        mount.run(asked, ready)
+    except BaseException as exc:
+        if starter is not None:
+            starter.tell(f"error {one_line(unwrapped(exc))}")
+        raise
+
+
+class _Starter:
+    """The other end of the descriptor `fd`: told one thing, and watched until then."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._told = False
+        os.set_inheritable(fd, False)
+        os.chdir("/")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def tell(self, line: str) -> None:
+        """Tells `line`, unless something was told before."""
+        if self._told:
+            return
+        self._told = True
+        try:
+            os.write(self._fd, line.encode(errors="surrogateescape") + b"\n")
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.close(self._fd)
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, 0)  # only that nobody reads it any more
+        while not self._told:
+            if poll.poll(WATCH_MS) and not self._told:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+
+def _move_log(folder: Path) -> None:
+    """Puts standard output and error into the log below `folder`, what was said so far first."""
+    path = folder / LOG
+    try:
+        if path.exists() and path.stat().st_size > LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        logging.getLogger("ipfsfuse.mount").warning("there will be no log: %s: %s", path, exc.strerror)
+        return
+    sys.stderr.flush()
+    try:
+        with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
+            shutil.copyfileobj(so_far, out)
+    except OSError:
+        pass  # it went to a pipe or a terminal, which have had it
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)

@@ -1,0 +1,189 @@
+"""The commands on a real mount, as a person types them."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import Home, Mounted, alive, fuse_mounts, wait_until
+
+pytestmark = pytest.mark.fuse
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+@pytest.fixture
+def cid(user: Home) -> str:
+    source = user.folder / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "hello.txt").write_text("hello\n")
+    (source / "sub" / "big").write_bytes(os.urandom(300_000))
+    return user.add(source)
+
+
+@pytest.fixture
+def car(user: Home, cid: str) -> Path:
+    """The same content in a CAR that a mount must stage nothing of."""
+    user.run("export", cid, user.folder / "x.car")
+    return user.folder / "x.car"
+
+
+@pytest.fixture
+def mounted(user: Home, cid: str) -> Iterator[Mounted]:
+    with user.mounted() as mount:
+        yield mount
+
+
+def test_mount_returns_when_the_mount_answers(user: Home, cid: str) -> None:
+    assert user.run("mount", user.mountpoint).stdout == ""
+    assert os.listdir(user.mountpoint) == [cid]
+    assert (user.mountpoint / cid / "hello.txt").read_text() == "hello\n"
+    assert user.run("unmount", user.mountpoint).stderr == ""
+    assert os.listdir(user.mountpoint) == []
+
+
+def test_unmount_waits_for_the_daemon_and_a_next_mount_begins_at_once(user: Home, cid: str) -> None:
+    for _ in range(5):
+        told = user.json("mount", "--json", user.mountpoint)
+        user.run("unmount", user.mountpoint)
+        assert not alive(told["pid"])
+        assert not fuse_mounts(user.folder)
+
+
+def test_a_mount_right_after_fusermount3(user: Home, cid: str) -> None:
+    for _ in range(3):
+        user.run("mount", user.mountpoint)
+        subprocess.run(["fusermount3", "-u", user.mountpoint], check=True)
+    user.run("mount", user.mountpoint)
+    user.run("unmount", user.mountpoint)
+
+
+def test_the_daemon_leaves_its_starter_alone(mounted: Mounted) -> None:
+    assert os.readlink(f"/proc/{mounted.pid}/cwd") == "/"
+    assert os.getsid(mounted.pid) == mounted.pid
+    assert os.readlink(f"/proc/{mounted.pid}/fd/0") == "/dev/null"
+    log = mounted.control.parent / "daemon.log"
+    assert {os.readlink(f"/proc/{mounted.pid}/fd/{number}") for number in (1, 2)} == {str(log)}
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert f"mounted at {mounted.path}" in log.read_text()
+    assert stat.S_IMODE(mounted.control.stat().st_mode) == 0o600
+    assert stat.S_IMODE(mounted.control.parent.stat().st_mode) == 0o700
+
+
+def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
+    user.cache.mkdir(mode=0o700)
+    (user.cache / "daemon.log").write_bytes(b"x\n" * 600_000)
+    with user.mounted() as mount:
+        assert (user.cache / "daemon.log.1").stat().st_size == 1_200_000
+        assert mount.log().count("x\n") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
+    with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None
+        assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
+        assert os.listdir(user.mountpoint) == [cid]
+        daemon.send_signal(number)
+        _out, err = daemon.communicate(timeout=60)
+    assert daemon.returncode == 0
+    assert f"{number.name}: unmounting" in err
+    assert not fuse_mounts(user.folder)
+    assert not (user.cache / "control").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_mount_given_up_on_leaves_nothing(user: Home, number: signal.Signals) -> None:
+    os.mkfifo(user.folder / "never.car")  # opening it waits for a writer
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--from", "never.car", str(user.mountpoint)]
+    with subprocess.Popen(command, env=user.env, cwd=user.folder, stderr=subprocess.PIPE, text=True) as mount:
+        wait_until(lambda: _children(mount.pid), "the daemon was started")
+        (daemon,) = _children(mount.pid)
+        mount.send_signal(number)
+        assert mount.communicate(timeout=60)[1] == ""
+    assert mount.returncode == (130 if number == signal.SIGINT else -number)
+    wait_until(lambda: not alive(daemon), "the daemon ended too")
+    assert not fuse_mounts(user.folder)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_busy_mount_names_who_holds_it(user: Home, mounted: Mounted, cid: str) -> None:
+    file = mounted.path / cid / "hello.txt"
+    script = "import sys; held = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        ran = user.run("unmount", mounted.path, check=False)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(f"ipfsfuse: {mounted.path} is busy: {holder.pid} ({sys.executable} -c ")
+        assert ran.stderr.endswith(f"uses {file}. End that first, or take it away with --lazy\n")
+        assert os.listdir(mounted.path) == [cid]
+        user.run("unmount", "--lazy", mounted.path)
+        assert not fuse_mounts(user.folder)
+        holder.kill()
+
+
+def test_unmount_from_inside(user: Home, mounted: Mounted, cid: str) -> None:
+    ran = user.run("unmount", "..", check=False, cwd=mounted.path / cid)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_status(user: Home, mounted: Mounted, cid: str) -> None:
+    shown = user.run("status").stdout
+    assert f"mountpoint: {mounted.path}\n" in shown
+    assert f"pid: {mounted.pid}\n" in shown
+    assert "budget: 10.0 GiB" in shown
+    assert user.json("status", "--json")["pid"] == mounted.pid
+    assert user.json("status", "--json", "--mount", mounted.path)["pid"] == mounted.pid
+    ran = user.run("status", "--mount", user.folder, check=False)
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+
+
+def test_add_and_rm_are_seen_at_once(user: Home, mounted: Mounted, cid: str) -> None:
+    (user.folder / "more").write_text("more\n")
+    more = user.add(user.folder / "more")
+    assert sorted(os.listdir(mounted.path)) == sorted([cid, more])
+    assert [entry["cid"] for entry in user.json("library", "--json")] == [cid, more]
+    assert user.run("rm", more).stdout == f"removed {more} more\n"
+    assert os.listdir(mounted.path) == [cid]
+
+
+def test_doctor_knows_the_mount(user: Home, mounted: Mounted) -> None:
+    assert f"process {mounted.pid} serves {mounted.path}" in user.run("doctor").stdout
+    assert {finding["state"] for finding in user.json("doctor", "--json")} <= {"ok", "note"}
+
+
+
+def test_prefetch_ls_evict_pin_and_fsck(user: Home, mounted: Mounted, cid: str) -> None:
+    fetched = user.json("prefetch", "--json", f"/ipfs/{cid}")
+    assert (fetched["files"], fetched["bytes"]) == (2, 300_006)
+    assert user.run("ls").returncode == 0
+    pinned = user.json("pin", "--json", cid)
+    assert (pinned["pinned"], pinned["files"]) == (cid, 2)
+    assert user.json("unpin", "--json", cid) == {"unpinned": cid}
+    assert user.json("evict", "--all", "--json")["freed"] >= 0
+    assert user.run("fsck").returncode == 0
+
+
+def test_export_from_a_car_and_back(user: Home, cid: str, car: Path) -> None:
+    user.run("rm", cid)
+    with user.mounted("--from", car) as mount:
+        assert (mount.path / cid / "hello.txt").read_text() == "hello\n"
+        user.run("export", "--v2", "--from", car, cid, user.folder / "y.car")
+        user.run("export", cid, user.folder / "z.car")  # from the running mount
+    assert (user.folder / "z.car").read_bytes() == car.read_bytes()
+    with user.mounted("--from", user.folder / "y.car", "--offline") as mount:
+        assert (mount.path / cid / "hello.txt").read_text() == "hello\n"
