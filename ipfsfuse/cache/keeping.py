@@ -7,6 +7,8 @@ unpins of one CID exclude each other.
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
+import trio
+
 from ipfsfuse.cache import upkeep
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.blocks import Series
@@ -130,7 +132,7 @@ class Keeping:
             keys = self._keys.pop(root, set())
             del self._pins[root]
             for other in self._keys.values():
-                self._point_to(other, keys)
+                await self._point_to(other, keys)
             self._release(keys, self._keys.values())
             await self._write(root)
 
@@ -144,11 +146,11 @@ class Keeping:
         finally:
             self._busy.discard(root)
 
-    def _point_to(self, other: set[Key], leaving: set[Key]) -> None:
+    async def _point_to(self, other: set[Key], leaving: set[Key]) -> None:
         """What `other` holds too is found in its own packs from now on."""
         packs = self._store.packs
         for pack in [key for key in other if isinstance(key, int)]:
-            for cid, place in packs.sections(pack):
+            for cid, place in await trio.to_thread.run_sync(list, packs.sections(pack)):
                 found = self._store.place(cid)
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place

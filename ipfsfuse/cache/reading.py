@@ -140,24 +140,29 @@ class Reading:
 
     async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
         """One run from the sources; returns what came and was handed over."""
-        listening = True
         came: set[Leaf] = set()
+        listening = True
+        by_key: dict[bytes, list[Leaf]] = {}
+        for leaf in leaves:  # a file may hold one leaf many times: that is asked for once
+            by_key.setdefault(_leaf_key(leaf), []).append(leaf)
 
-        async def fetch(wanted: Sequence[Leaf], land: Land[bytes, Arrival]) -> None:
+        async def fetch(keys: Sequence[bytes], land: Land[bytes, Arrival]) -> None:
             async def deliver(index: int, fetched: Fetched) -> None:
-                leaf = wanted[index]
                 self.misses += 1
-                arrival = await self._arrive(file, leaf, fetched)
-                land(_leaf_key(leaf), arrival)
-                if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
-                    came.add(leaf)
-                    arrived(leaf, arrival.content)
+                first, *others = by_key[keys[index]]
+                arrival = await self._arrive(file, first, fetched)
+                land(keys[index], arrival)
+                for leaf in (first, *others):
+                    if leaf is not first and not fetched.source.in_place and not await self._has(file, leaf):
+                        await self._keep(file, leaf, arrival)
+                    if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
+                        came.add(leaf)
+                        arrived(leaf, arrival.content)
 
-            await self._blocks.stream(Run(file.cid, file.size, wanted), deliver)
+            await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
 
-        by_key = {_leaf_key(leaf): leaf for leaf in leaves}
         try:
-            await self._flights.run(by_key, lambda keys, land: fetch([by_key[key] for key in keys], land))
+            await self._flights.run(by_key, fetch)
         finally:
             listening = False
         return came

@@ -145,6 +145,23 @@ def test_ahead_asks_for_one_run_of_what_is_missing_and_hands_over_all_of_it_once
     trio.run(main)
 
 
+def test_a_leaf_that_stands_many_times_in_a_file_is_asked_for_once(tmp_path: Path) -> None:
+    chain = Chain()
+    zeros = chain.add(bytes(64 * KIB))
+    leaves = [Leaf(zeros, 64 * KIB * number, 64 * KIB) for number in range(16)]
+    file = FileRef(chain.add(b"root", cids.DAG_PB), MIB)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            got: list[int] = []
+            await cache.ahead(file, leaves, lambda leaf, data: got.append(leaf.offset))
+            assert sorted(got) == [leaf.offset for leaf in leaves]
+            assert await read(cache, file, leaves) == bytes(MIB)
+            assert chain.asked == [zeros]
+
+    trio.run(main)
+
+
 def test_ahead_raises_nothing_and_who_reads_hears(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, _content = make_file(chain, MIB)

@@ -136,6 +136,22 @@ def test_a_damaged_index_is_set_aside_and_filled_from_the_packs(tmp_path: Path, 
     trio.run(main)
 
 
+def test_a_pack_number_that_the_index_still_knows_is_not_used_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        small = blocks(chain, 100)
+        for _ in range(2):
+            async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+                for one in small:
+                    assert cache.staged_bytes(one.cid) == 0
+                for one in reversed(small):
+                    await cache.block(one.cid)
+            for path in staged(tmp_path, "packs"):
+                path.unlink()
+
+    trio.run(main)
+
+
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "overwritten":
