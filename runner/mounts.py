@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -31,8 +32,8 @@ class Mount(NamedTuple):
 
     mountpoint: str
     control: Control | None
-    started: bool = False
-    """By this process, for as long as somebody uses it."""
+    daemon: int | None = None
+    """The process that serves it, where it was started for this run: it ends with the mount's last user."""
 
 
 @contextlib.contextmanager
@@ -46,23 +47,16 @@ def mounted(options: Options) -> Iterator[Mount]:
     try:
         yield mount
     finally:
-        if mount.control.release() and mount.started:
-            _wait_until_gone(mount.mountpoint)
+        if mount.control.release() and mount.daemon is not None:
+            _wait_until_gone(mount.daemon)
 
 
-def _wait_until_gone(mountpoint: str) -> None:
-    """So that nothing of the run is left when the runner is gone: the daemon unmounts, then removes the folder."""
-    until = time.monotonic() + _GONE_S
-    while (is_mounted(mountpoint) or os.path.lexists(mountpoint)) and time.monotonic() < until:
-        time.sleep(0.005)
-
-
-def is_mounted(mountpoint: str) -> bool:
-    """Asks the kernel's table, not the mount, which may hang."""
-    name = mountpoint.encode(errors="surrogateescape")
-    for plain, escaped in ((b"\\", rb"\134"), (b" ", rb"\040"), (b"\t", rb"\011"), (b"\n", rb"\012")):
-        name = name.replace(plain, escaped)
-    return any(line.split(b" ")[4] == name for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
+def _wait_until_gone(daemon: int) -> None:
+    """So that nothing of the run is left when the runner is gone: the daemon unmounts, and removes its folders."""
+    with contextlib.suppress(ProcessLookupError):
+        process = os.pidfd_open(daemon)
+        select.select([process], [], [], _GONE_S)
+        os.close(process)
 
 
 def _given(mountpoint: str) -> str:
@@ -127,8 +121,8 @@ def _start(options: Options, isolated: bool) -> Mount:
     # -P: a folder named ipfsfuse where the user stands is none of ours
     command = [sys.executable, "-P", "-m", "ipfsfuse", "mount", "--json", "--while-held", *_mount_options(options, isolated), mountpoint]
     try:
-        told = _ask_for_mount(command)
-        return Mount(mountpoint, Control(_control_path(told)), started=True)
+        control, daemon = _parse(_ask_for_mount(command))
+        return Mount(mountpoint, Control(control), daemon)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(mountpoint)
@@ -157,9 +151,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
 
 
-def _control_path(text: str) -> Path:
+def _parse(told: str) -> tuple[Path, int]:
+    """The control socket and the daemon's pid."""
     try:
-        return Path(json.loads(text.splitlines()[-1])["control"])
+        answer = json.loads(told.splitlines()[-1])
+        return Path(answer["control"]), int(answer["pid"])
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
 

@@ -1,0 +1,105 @@
+"""The runner and its mount: the live one, or one of its own that ends with it, in whatever way it ends."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import Home, fuse_mounts, wait_until
+from tests.runner.conftest import DEMO, Runner, lines
+
+pytestmark = pytest.mark.fuse
+
+READER = DEMO / "reader-p1.wat"
+
+
+@pytest.fixture
+def run(home: Home, tmp_path: Path) -> Runner:
+    """A runner without --mount; what it mounts is below the test's own folder."""
+    (tmp_path / "tmp").mkdir()
+    return Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "TMPDIR": str(tmp_path / "tmp")})
+
+
+@pytest.fixture
+def cid(home: Home, tmp_path: Path) -> str:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_text("content\n")
+    return home.add(tmp_path / "source")
+
+
+def nothing_is_left(run: Runner) -> bool:
+    folder = Path(run.env["TMPDIR"])
+    return not fuse_mounts(folder) and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("options", [[], ["--isolated"], ["--offline"], ["--budget", "1MiB"]])
+def test_a_mount_of_its_own_is_gone_with_the_run(run: Runner, cid: str, options: list[str]) -> None:
+    done = run(*options, READER, f"/ipfs/{cid}/file")
+    assert (done.returncode, lines(done.stdout)[0]) == (0, "content"), done
+    assert nothing_is_left(run)
+
+
+def test_the_live_mount_is_used_and_left(run: Runner, home: Home, cid: str) -> None:
+    with home.mounted() as mount:
+        assert lines(run(READER, f"/ipfs/{cid}/file").stdout)[0] == "content"
+        assert mount.status()["pid"] == mount.pid
+        done = run("--offline", READER, f"/ipfs/{cid}/file")
+        assert done.returncode == 2
+        assert b"--offline" in done.stderr
+    assert nothing_is_left(run)
+
+
+def test_two_at_once_share_one_mount(run: Runner, cid: str, habits: Path, home: Home) -> None:
+    runs = [run.start(habits, "cat", stdin=subprocess.PIPE) for _ in range(2)]
+    folder = Path(run.env["TMPDIR"])
+    wait_until(lambda: len(fuse_mounts(folder)) == 1 and home.json("status", "--json"), "one mount serves")
+    assert lines(run(READER, f"/ipfs/{cid}/file").stdout)[0] == "content"
+    for each in runs:
+        each.communicate(b"")
+        assert each.returncode == 0
+    wait_until(lambda: nothing_is_left(run), "the mount ended with its last user")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["spin", "sleep"])
+def test_a_signal_ends_the_guest_and_the_mount(run: Runner, habits: Path, number: signal.Signals, what: str) -> None:
+    with run.start(habits, what) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait() == -number
+    wait_until(lambda: nothing_is_left(run), "nothing is left")
+
+
+def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path) -> None:
+    with run.start(habits, "spin") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+    wait_until(lambda: not os.path.exists(f"/proc/{child}"), "the guest ended")
+    wait_until(lambda: nothing_is_left(run), "nothing is left")
+
+
+def test_only_what_is_allowed_is_reached(run: Runner, home: Home, cid: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret\n")
+    other = home.add(tmp_path / "secret")
+    (tmp_path / "list").write_text(f"# the one\n{cid}\n")
+    for allowed in (cid, str(tmp_path / "list")):
+        assert run("--allow", allowed, READER, f"/ipfs/{cid}/file").returncode == 0
+        assert b"can't be read" in run("--allow", allowed, READER, f"/ipfs/{other}").stdout
+    done = run("--allow", "no-cid-at-all", READER, f"/ipfs/{cid}/file")
+    assert (done.returncode, len(lines(done.stderr))) == (2, 1)
+    assert b"no-cid-at-all" in done.stderr
+
+
+def test_what_the_mount_refuses_is_one_line(run: Runner) -> None:
+    done = run("--from", "/nowhere.car", READER, "/ipfs/x")
+    assert (done.returncode, len(lines(done.stderr))) == (2, 1)
+    assert b"/nowhere.car" in done.stderr
+    done = run("--budget", "much", READER, "/ipfs/x")
+    assert (done.returncode, len(lines(done.stderr))) == (2, 1)
+    assert nothing_is_left(run)

@@ -1,0 +1,166 @@
+"""Receipts: a run recorded, repeated offline from its CAR alone, inspected; and records that are refused."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mounting import Home
+from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
+
+pytestmark = pytest.mark.fuse
+
+READER = DEMO / "reader-p2.wat"
+
+
+@pytest.fixture
+def run(home: Home, tmp_path: Path) -> Runner:
+    return Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")})
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Runner:
+    """Another user, who has nothing but the CAR."""
+    other = Home(tmp_path / "elsewhere")
+    return Runner({**other.env, "XDG_CACHE_HOME": str(tmp_path / "elsewhere" / "xdg")})
+
+
+@pytest.fixture
+def cid(home: Home, tmp_path: Path) -> str:
+    source = tmp_path / "source"
+    (source / "dir").mkdir(parents=True)
+    (source / "dir" / "file").write_text("content\n")
+    (source / "other").write_text("not read\n")
+    (source / "big").write_bytes(bytes(range(256)) * 12_000)
+    return home.add(source)
+
+
+def record(run: Runner, target: Path, *args: str | Path, stdin: bytes = b"") -> Done:
+    done = run("--record", target, *args, stdin=stdin)
+    assert done.returncode in (0, 7, 134), done
+    return done
+
+
+def inspected(run: Runner, target: Path) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(
+        subprocess.run(
+            [*run.command("inspect", target, "--json")], env=run.env, capture_output=True, check=True, cwd=Path(__file__).parents[2]
+        ).stdout
+    )
+    return shown
+
+
+def test_a_recorded_run_is_repeated_elsewhere(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
+    target = tmp_path / "run.car"
+    done = record(run, target, READER, f"/ipfs/{cid}/dir/file")
+    assert lines(done.stdout)[0] == "content"
+    again = elsewhere("--replay", target)
+    assert lines(again.stdout) == ["stdout: the same", "stderr: the same", "exit code: the same"]
+    assert again.returncode == 0
+
+
+def test_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
+    target = tmp_path / "run.car"
+    record(run, target, habits, "cat", f"/ipfs/{cid}/dir/file")
+    rows = [(each["path"], each["type"], each["size"], each["read"]) for each in inspected(run, target)["read"]]
+    assert rows == [
+        (f"/ipfs/{cid}", "directory", 0, 0),
+        (f"/ipfs/{cid}/dir", "directory", 0, 0),
+        (f"/ipfs/{cid}/dir/file", "file", 8, 8),
+    ]
+    table = run("inspect", target).stdout.decode()
+    assert f"/ipfs/{cid}/dir/file" in table
+    assert "not read" not in table
+
+
+def test_the_receipt_alone(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
+    target = tmp_path / "run.json"
+    record(run, target, "--env", "A=1", "-W", "fuel=100000000", habits, "cat", f"/ipfs/{cid}/big")
+    receipt = json.loads(target.read_text())
+    assert receipt["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
+    assert (receipt["env"], receipt["limits"], receipt["exit_code"]) == ([["A", "1"]], {"fuel": 100000000}, 0)
+    assert receipt["read"][0] == cid
+    assert len(receipt["read"]) == 1 + 1 + 2  # the folder, the file's root, its leaves: the first two are one block
+    assert (receipt["stdout"]["size"], receipt["stdin"]["size"]) == (256 * 12_000, 0)
+    assert "clocks" in receipt["differs"]
+
+
+def test_standard_input_arguments_environment_and_exit_code_are_recorded(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
+    for number, (args, stdin) in enumerate([(["cat"], b"some input"), (["exit", "7"], b""), (["env"], b""), (["abort"], b"")]):
+        target = tmp_path / f"run{number}.car"
+        done = record(run, target, "--env", "A=1", "--argv0", "me", habits, *args, stdin=stdin)
+        assert done.stdout == {"cat": stdin, "env": b"A=1\n"}.get(args[0], b"")
+        assert elsewhere("--replay", target).returncode == 0
+
+
+def test_a_guest_from_standard_input_or_the_mount(run: Runner, elsewhere: Runner, home: Home, tmp_path: Path, habits: Path) -> None:
+    guest = home.add(habits)
+    record(run, tmp_path / "a.car", "-", "args", stdin=habits.read_bytes())
+    record(run, tmp_path / "b.car", f"/ipfs/{guest}", "args")
+    for name in ("a.car", "b.car"):
+        assert elsewhere("--replay", tmp_path / name).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["p1", "p2"])
+def test_chance_is_fixed_where_it_is_asked_for(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path, kind: str) -> None:
+    guest = [habits, "chance"] if kind == "p1" else [GUESTS / "chance-p2.wat"]
+    first = record(run, tmp_path / "a.car", "--deterministic", *guest).stdout
+    assert record(run, tmp_path / "b.car", "--deterministic", *guest).stdout == first
+    assert elsewhere("--replay", tmp_path / "a.car").returncode == 0
+    assert record(run, tmp_path / "c.car", *guest).stdout != first
+    again = elsewhere("--replay", tmp_path / "c.car")
+    assert again.returncode == 1
+    assert b"stdout: DIFFERENT" in again.stdout
+    assert b"clocks" in again.stdout
+
+
+def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "file").write_text("from the host\n")
+    refused = run("--record", tmp_path / "run.car", "--dir", f"{given}::/data", habits, "cat", "/data/file")
+    assert (refused.returncode, len(lines(refused.stderr))) == (2, 1)
+    record(run, tmp_path / "run.car", "--dir", f"{given}::/data::ro", habits, "cat", "/data/file")
+    (given / "file").unlink()
+    assert elsewhere("--replay", tmp_path / "run.car").returncode == 0
+
+
+def test_the_record_mounts_as_a_folder(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
+    target = tmp_path / "run.car"
+    record(run, target, READER, f"/ipfs/{cid}/dir/file")
+    other = Home(tmp_path / "third")
+    with other.mounted("--from", target, "--offline") as mount:
+        (root,) = [path for path in mount.path.iterdir() if (path / "receipt.json").exists()]
+        assert sorted(path.name for path in root.iterdir()) == ["guest.wasm", "ipfs", "receipt.json", "stdin"]
+        assert (root / "ipfs" / cid / "dir" / "file").read_text() == "content\n"
+
+
+def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: Path) -> None:
+    target = tmp_path / "run.car"
+    record(run, target, READER, f"/ipfs/{cid}/dir/file")
+    whole = target.read_bytes()
+    spoiled = {
+        "flipped": whole.replace(b"content\n", b"Content\n"),
+        "short": whole[:-10],
+        "empty": b"",
+        "no car": b"{}",
+        "headless": whole[:30],
+    }
+    for what, data in spoiled.items():
+        target.write_bytes(data)
+        done = run("--replay", target)
+        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), (what, done)
+        assert b"run.car" in done.stderr
+
+
+def test_a_run_that_could_not_begin_leaves_no_record(run: Runner, tmp_path: Path) -> None:
+    done = run("--record", tmp_path / "run.car", "-", stdin=b"(module)")
+    assert done.returncode == 1
+    assert not list(tmp_path.glob("*run.car*"))
+
+
+@pytest.mark.parametrize("name", ["run.txt", "run"])
+def test_a_record_needs_a_name_that_says_its_form(run: Runner, name: str, tmp_path: Path) -> None:
+    assert run("--record", tmp_path / name, "-", stdin=b"(module)").returncode == 2

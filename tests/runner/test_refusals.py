@@ -1,0 +1,107 @@
+"""Bad input: each is one line on standard error that names the thing, exit code 1 or 2, and no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runner.conftest import TOP, Runner
+
+GUEST = b'(module (func (export "_start")))'
+
+
+def refusal(run: Runner, code: int, *args: str | Path, stdin: bytes = b"") -> str:
+    done = run(*args, stdin=stdin)
+    said = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, len(said)) == (code, b"", 1), done
+    assert said[0].startswith("ipfsfuse-run: ")
+    return said[0]
+
+
+BAD_GUESTS = {
+    "it is not WebAssembly": (b"\x7fELF\x02\x01\x01", "not WebAssembly"),
+    "it is empty": (b"", "not WebAssembly"),
+    "it is a script": (b"#!/bin/sh\nexit 0\n", "not WebAssembly"),
+    "it ends within the header": (b"\0asm\1\0", "cut short"),
+    "it is truncated": (b"\0asm\1\0\0\0\1\5", "unexpected end"),
+    "a component is truncated": (b"\0asm\x0d\0\1\0\1\5", "out of bounds"),
+    "its version is unknown": (b"\0asm\7\0\0\0", "version"),
+    "its text is wrong": (b"(module (func", "text"),
+    "it is a library": (b'(module (func (export "add")))', "exports no _start"),
+    "it has nothing": (b"(module)", "exports no _start"),
+    "its start is no function": (b'(module (global (export "_start") i32 (i32.const 0)))', "no function"),
+    "an import that nobody offers": (b'(module (import "env" "magic" (func)) (func (export "_start")))', "env::magic"),
+    "a WASI import of a wrong type": (b'(module (import "wasi_snapshot_preview1" "fd_close" (func)) (func (export "_start")))', "fd_close"),
+    "a component without exports": (b"(component)", "exports nothing"),
+    "a component that serves": (b'(component (instance $i) (export "wasi:http/incoming-handler@0.2.0" (instance $i)))', "incoming-handler"),
+    "a component that needs what nobody offers": (
+        b'(component (import "acme:db/store@1.0.0" (instance (export "f" (func)))) (instance $i) (export "wasi:cli/run@0.2.0" (instance $i)))',
+        "acme:db/store",
+    ),
+    "preview 3": (b'(component (import "wasi:cli/stdout@0.3.0" (instance)))', "preview 3"),
+    "preview 3's run": (b'(component (instance $i) (export "wasi:cli/run@0.3.0-rc-2025-09-16" (instance $i)))', "preview 3"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GUESTS)
+def test_a_guest_that_can_not_run(run: Runner, what: str) -> None:
+    code, named = BAD_GUESTS[what]
+    assert named in refusal(run, 1, "-", stdin=code)
+
+
+def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
+    assert "nowhere.wasm" in refusal(run, 1, "nowhere.wasm")
+    assert "Is a directory" in refusal(run, 1, tree)
+    assert "/ipfs/root/none" in refusal(run, 1, "/ipfs/root/none")
+    assert "leads out of" in refusal(run, 1, "/ipfs/root/out")
+    assert "leads out of" in refusal(run, 1, "/ipfs/../outside")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--unknown", "guest.wasm"], "--unknown"),
+        (["-v", "guest.wasm"], "-v"),
+        (["-W", "fuel=much", "guest.wasm"], "fuel=much"),
+        (["-W", "guest.wasm"], "guest.wasm"),
+        (["--env", "=x", "guest.wasm"], "--env"),
+        (["--env", "NOT_SET_ANYWHERE", "guest.wasm"], "NOT_SET_ANYWHERE"),
+        (["--dir", "/nowhere", "guest.wasm"], "/nowhere"),
+        (["--dir", "/etc/passwd", "guest.wasm"], "/etc/passwd"),
+        (["--dir", "/tmp::/a::rx", "guest.wasm"], "/tmp::/a::rx"),
+        (["--dir", "/tmp::../up", "guest.wasm"], "../up"),
+        (["--dir", "/tmp::/ipfs/x", "guest.wasm"], "/ipfs"),
+        (["--cwd", "relative", "guest.wasm"], "relative"),
+        (["--isolated", "guest.wasm"], "--isolated"),
+        (["--from", "library", "guest.wasm"], "--from"),
+        (["--deterministic", "guest.wasm"], "--deterministic"),
+        ([], "GUEST"),
+    ],
+)
+def test_usage(run: Runner, args: list[str], named: str) -> None:
+    assert named in refusal(run, 2, *args)
+
+
+def test_a_working_directory_that_is_none(run: Runner) -> None:
+    assert "/elsewhere" in refusal(run, 1, "--cwd", "/ipfs/elsewhere", "-", stdin=GUEST)
+    assert "/ipfs/root/out" in refusal(run, 1, "--cwd", "/ipfs/root/out", "-", stdin=GUEST)
+
+
+def test_a_mount_that_is_none(run: Runner, tmp_path: Path) -> None:
+    run.mount = tmp_path / "nowhere"
+    assert "nowhere" in refusal(run, 2, "-", stdin=GUEST)
+
+
+def test_a_cache_folder_that_others_may_write_is_refused(run: Runner, tmp_path: Path) -> None:
+    folder = tmp_path / "xdg" / "ipfsfuse-run"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert str(folder) in refusal(run, 1, "-", stdin=GUEST)
+
+
+def test_help_names_every_limit() -> None:
+    env = {**os.environ, "PYTHONPATH": str(TOP)}
+    done = subprocess.run([sys.executable, "-m", "runner", "--help"], env=env, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in ("max-memory-size", "--allow", "--replay", "inspect"))

@@ -1,0 +1,91 @@
+"""What a guest can't do: change anything below /ipfs, or leave it. One test a call, by preview 1 and by preview 2."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import Home
+from tests.runner.conftest import DEMO, Runner, lines
+from tests.runner.writesp2 import CALLS, NOT_PERMITTED, component
+
+NOTSUP, BADF, PERM = 58, 8, 63
+P1_ELSE = {"fd_write": BADF, "fd_pwrite": BADF, "fd_allocate": NOTSUP}
+"""Where wasmtime answers before it looks at the folder's permissions."""
+P1_CALLS = [
+    *("open-write", "open-read-write", "open-append", "open-create", "open-create-write", "open-exclusive", "open-truncate"),
+    *("path_create_directory", "path_remove_directory", "path_unlink_file", "path_rename", "path_link", "path_symlink"),
+    *("path_filestat_set_times", "fd_filestat_set_size", "fd_filestat_set_times", "fd_write", "fd_pwrite", "fd_allocate"),
+]
+
+
+class World:
+    """A mounted tree, and what the guests said that tried to change it."""
+
+    def __init__(self, run: Runner, cid: str, top: Path, p1: dict[str, int], p2: dict[str, int]) -> None:
+        self.run, self.cid, self.top, self.p1, self.p2 = run, cid, top, p1, p2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, build_guest: Callable[[str], Path]) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    source = folder / "source"
+    (source / "dir").mkdir(parents=True)
+    (source / "file").write_text("content\n")
+    (source / "absolute").symlink_to("/etc/hostname")
+    (source / "inside").symlink_to("/ipfs")
+    (source / "upward").symlink_to("../../../etc/hostname")
+    (source / "right").symlink_to("dir/../file")
+    home = Home(folder / "home")
+    cid = home.add(source)
+    with home.mounted() as mount:
+        run = Runner({**home.env, "XDG_CACHE_HOME": str(folder / "xdg")}, mount.path)
+        p1 = run(build_guest("writes"), f"{cid}/file", f"{cid}/dir")
+        guest = folder / "writes.wat"
+        guest.write_text(component(f"{cid}/file", f"{cid}/dir"))
+        p2 = run(guest)
+        assert (p1.returncode, p2.returncode) == (0, 0), (p1, p2)
+        said = {name: int(errno) for name, errno in map(str.split, lines(p1.stdout))}
+        yield World(run, cid, mount.path, said, dict(zip(CALLS, p2.stdout, strict=True)))
+        assert sorted(os.listdir(mount.path / cid)) == sorted(os.listdir(source))
+        assert (mount.path / cid / "file").read_text() == "content\n"
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("call", P1_CALLS)
+def test_preview_1_may_not(world: World, call: str) -> None:
+    assert world.p1[call] == P1_ELSE.get(call, PERM)
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("call", CALLS)
+def test_preview_2_may_not(world: World, call: str) -> None:
+    assert world.p2[call] == NOT_PERMITTED
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("guest", ["reader-p1.wat", "reader-p2.wat"])
+def test_the_demo_guests_read_and_are_refused(world: World, guest: str) -> None:
+    done = world.run(DEMO / guest, f"/ipfs/{world.cid}/file")
+    first, *tries = lines(done.stdout)
+    assert (done.returncode, first, len(tries)) == (0, "content", 3)
+    assert all(each.endswith(": Operation not permitted") for each in tries)
+
+
+@pytest.mark.fuse
+def test_a_guest_can_not_leave(world: World, build_guest: Callable[[str], Path]) -> None:
+    base = f"/ipfs/{world.cid}"
+    inside = [f"{base}/file", f"{base}/right", f"{base}/dir/../file"]
+    ways = [f"{base}/absolute", f"{base}/inside/{world.cid}/file", f"{base}/upward", "/ipfs/../etc/hostname", f"{base}/../../../../etc/hostname"]
+    said = lines(world.run(build_guest("reach"), *inside, *ways, "/etc/hostname", "../etc/hostname").stdout)
+    said = [line for line in said if line]
+    assert said[:3] == [f"{each}: content" for each in inside]
+    assert len(said) == 3 + len(ways) + 2
+    assert all(": errno " in line for line in said[3:])
+
+
+@pytest.mark.fuse
+def test_a_name_with_a_slash_is_no_name(world: World, build_guest: Callable[[str], Path]) -> None:
+    said = world.run(build_guest("reach"), f"/ipfs/{world.cid}%2Ffile", f"/ipfs/{world.cid}\\file").stdout.decode()
+    assert said.count("errno 44") == 2
