@@ -171,11 +171,12 @@ class Http:
                     answer.check_plain()
                     yield answer
                     return
-                origin, path = self._follow(origin, path, answer.headers["location"])
+                following = self._follow(origin, path, answer.headers["location"])
                 await answer.whole(ERROR_BODY)
             finally:
                 answer.release()
                 self._give_back(origin, wire, answer.reusable)
+            origin, path = following
         raise SourceFailed(f"{self.origin.text} redirects in a circle", REDIRECT)
 
     def _follow(self, origin: Origin, path: str, location: str) -> tuple[Origin, str]:

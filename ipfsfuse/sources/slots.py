@@ -107,10 +107,10 @@ class Slots:
 
     def _next_chance(self, stale: bool) -> float:
         """When the oldest running request becomes late, or the oldest late one may be displaced."""
-        if stale:
-            return trio.current_time() + 0.1
-        oldest = next(iter(self._active), None)
-        return (oldest.since if oldest else trio.current_time()) + self._late_after()
+        now = trio.current_time()
+        if stale or not self._active:
+            return now + 0.1
+        return max(next(iter(self._active)).since + self._late_after(), now + 0.0001)  # a sum of floats may end just before
 
 
 class Room:

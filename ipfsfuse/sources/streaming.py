@@ -47,13 +47,14 @@ class Streaming:
 
     async def _from(self, member: Member) -> None:
         member.health.asked(trio.current_time())
+        taking = _Taking(self, member)
         try:
             if member.source.in_place:
-                await _Taking(self, member).run(float("inf"))
+                await taking.run(float("inf"))
             else:
                 patience = PATIENCE if len(self._chain.network()) > 1 else PATIENCE_ALONE
                 async with member.slots.enter():
-                    await _Taking(self, member).run(patience)
+                    await taking.run(patience)
         except NotHere:
             member.health.lacked()
         except SourceFailed as exc:
@@ -62,6 +63,8 @@ class Streaming:
         except BaseException:
             member.health.left()
             raise
+        if taking.trouble is not None:
+            raise taking.trouble
 
     # -- for the taking -----------------------------------------------------------------------------------------
 
@@ -93,7 +96,8 @@ class _Taking:
         self._member = member
         self._scope = trio.CancelScope()
         self._busy = 0
-        self._failure: Exception | None = None
+        self.trouble: IpfsFuseError | None = None
+        """What the reader raised: told to the reader, not held against the source."""
 
     async def run(self, patience: float) -> None:
         places, part = self._streaming.part()
@@ -104,8 +108,8 @@ class _Taking:
             try:
                 if not await self._streaming.take(self._member, places[index], block) and self._member.remote:
                     self._scope.cancel()
-            except IpfsFuseError as exc:  # the reader's own trouble: told to the reader, not held against the source
-                self._failure = exc
+            except IpfsFuseError as exc:
+                self.trouble = exc
                 raise
             finally:
                 self._busy -= 1
@@ -117,9 +121,7 @@ class _Taking:
             try:
                 await self._member.source.stream(part, take)
             except IpfsFuseError:
-                if self._failure is None:
+                if self.trouble is None:
                     raise
-        if self._failure is not None:
-            raise self._failure
         if self._scope.cancelled_caught and trio.current_time() >= self._scope.deadline:
             raise SourceFailed(f"{self._member.source.name} sent no block for {patience:g} s", "timeout")

@@ -1,0 +1,360 @@
+"""The chain: which source is asked when, what a wrong block does, what a stalled one does not."""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, Unsupported, WrongBlock
+from ipfsfuse.sources import member
+from ipfsfuse.sources.base import Deliver, Fetched, Run
+from ipfsfuse.sources.chain import Chain
+from ipfsfuse.sources.gateway import Gateway
+from ipfsfuse.sources.http import Http
+from ipfsfuse.sources.origin import parse_origin
+from tests.sources.content import SampleFile, raw_blocks, sample
+from tests.sources.servers import Ask, Server, answer_well
+
+BLOCKS = raw_blocks(3, 200)
+CID, BLOCK = next(iter(BLOCKS.items()))
+Answer = Callable[[Cid], Awaitable[bytes]]
+
+
+class Timed:
+    """A network source whose answers take as long, and fail as often, as the test's clock says: what no real server can
+    be made to do exactly."""
+
+    in_place = False
+
+    def __init__(self, name: str, answer: Answer | None = None, blocks: dict[Cid, bytes] | None = None) -> None:
+        self.name = name
+        self.blocks = BLOCKS if blocks is None else blocks
+        self.answer = answer
+        self.asked: list[float] = []
+        self.cancelled = 0
+
+    async def get(self, cid: Cid) -> bytes:
+        self.asked.append(trio.current_time())
+        try:
+            if self.answer is not None:
+                return await self.answer(cid)
+            await trio.lowlevel.checkpoint()
+            return self.block(cid)
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+
+    def block(self, cid: Cid) -> bytes:
+        if cid not in self.blocks:
+            raise NotHere(f"{self.name} does not have it")
+        return self.blocks[cid]
+
+    async def stream(self, run: Run, deliver: Deliver) -> None:
+        for index, leaf in enumerate(run.leaves):
+            try:
+                await deliver(index, await self.get(leaf.cid))
+            except NotHere:
+                continue
+
+    def roots(self) -> Sequence[Cid]:
+        return ()
+
+    async def aclose(self) -> None:
+        pass
+
+
+class InPlace(Timed):
+    in_place = True
+
+
+async def never(_cid: Cid) -> bytes:
+    await trio.sleep_forever()
+    raise AssertionError
+
+
+async def fails(_cid: Cid) -> bytes:
+    raise SourceFailed("it is down", "connect")
+
+
+def after(seconds: float) -> Answer:
+    async def answer(cid: Cid) -> bytes:
+        await trio.sleep(seconds)
+        return BLOCKS[cid]
+
+    return answer
+
+
+def chain_of(*sources: Timed, offline: bool = False) -> Chain:
+    return Chain(sources, offline=offline, chance=random.Random(1))
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_sources_in_place_are_asked_before_the_network() -> None:
+    async def main() -> None:
+        far, near = Timed("far"), InPlace("near")
+        fetched = await chain_of(far, near).get(CID)
+        assert (fetched.block, fetched.source, far.asked) == (BLOCK, near, [])
+
+    run(main)
+
+
+def test_not_found_in_one_is_no_answer_from_all() -> None:
+    async def main() -> None:
+        assert (await chain_of(InPlace("a", blocks={}), Timed("b", blocks={}), Timed("c")).get(CID)).source.name == "c"
+
+    run(main)
+
+
+def test_what_is_nowhere_in_place_is_unavailable_at_once() -> None:
+    async def main() -> None:
+        start = trio.current_time()
+        for chain in (chain_of(InPlace("a", blocks={})), chain_of(InPlace("a", blocks={}), Timed("node", blocks={}), offline=True), chain_of()):
+            with pytest.raises(Unavailable, match="no source has"):
+                await chain.get(CID)
+            assert trio.current_time() == start
+
+    run(main)
+
+
+def test_identity_cids_ask_nobody_and_bad_hashes_neither() -> None:
+    async def main() -> None:
+        source = Timed("a")
+        fetched = await chain_of(source).get(cids.make(cids.RAW, b"\x00\x05hello"))
+        assert (fetched.block, fetched.source.in_place) == (b"hello", True)
+        with pytest.raises(Unsupported):
+            await chain_of(source).get(cids.make(cids.RAW, b"\xd5\x01\x10" + bytes(16)))
+        assert source.asked == []
+
+    run(main)
+
+
+def test_keeps_trying_while_a_source_may_still_give_it() -> None:
+    async def main() -> None:
+        source = Timed("node", blocks={})
+
+        async def appears() -> None:
+            await trio.sleep(10)
+            source.blocks = BLOCKS
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(appears)
+            assert (await chain_of(source).get(CID)).block == BLOCK
+        assert 4 <= len(source.asked) <= 10  # with pauses that grow
+
+    run(main)
+
+
+def test_a_dead_source_rests_and_is_tried_again() -> None:
+    async def main() -> None:
+        dead, good = Timed("dead", fails), Timed("good")
+        chain = chain_of(dead, good)
+        for cid in BLOCKS:
+            assert (await chain.get(cid)).source is good
+        assert len(dead.asked) == 3
+        state = chain.statistics()[0]
+        assert (state.state, state.why, state.failures) == ("resting", "it is down", {"connect": 3})
+        await trio.sleep(1)
+        assert (await chain.get(CID)).source is good
+        assert (len(dead.asked), chain.statistics()[0].state) == (4, "resting")  # one request found out, and it rests longer
+        dead.answer = None
+        await trio.sleep(2)
+        assert (await chain.get(CID)).source is dead
+        assert chain.statistics()[0].state == "good"
+
+    run(main)
+
+
+def test_retry_after_is_heeded() -> None:
+    async def main() -> None:
+        async def busy(_cid: Cid) -> bytes:
+            raise SourceFailed("busy", "busy", retry_after=100)
+
+        source = Timed("busy", busy)
+        with trio.move_on_after(99):
+            await chain_of(source).get(CID)
+        assert len(source.asked) == 1
+
+    run(main)
+
+
+def test_a_slow_source_is_hedged_within_its_budget() -> None:
+    async def main() -> None:
+        slow_for: set[Cid] = set(list(BLOCKS)[40::25])
+
+        async def answer(cid: Cid) -> bytes:
+            await trio.sleep(2 if cid in slow_for else 0.1)
+            return BLOCKS[cid]
+
+        first, second = Timed("first", answer), Timed("second", after(0.1))
+        chain = chain_of(first, second)
+        for cid in BLOCKS:
+            start = trio.current_time()
+            assert (await chain.get(cid)).block == BLOCKS[cid]
+            assert trio.current_time() - start <= 2.1
+        hedges = chain.statistics()[1].hedges
+        assert hedges == len(slow_for) <= 0.05 * len(BLOCKS)
+        assert first.cancelled == hedges  # whoever is slower is let go
+
+    run(main)
+
+
+def test_a_stalled_source_holds_nobody_up_whatever_the_budget() -> None:
+    async def main() -> None:
+        stalled, good = Timed("stalled", never), Timed("good")
+        chain = chain_of(stalled, good)
+        for cid in list(BLOCKS)[:20]:
+            start = trio.current_time()
+            assert (await chain.get(cid)).source is good
+            assert trio.current_time() - start <= 3.1
+
+    run(main)
+
+
+def test_cancelling_the_reader_cancels_every_request() -> None:
+    async def main() -> None:
+        one, two = Timed("one", never), Timed("two", never)
+        with trio.move_on_after(10):
+            await chain_of(one, two).get(CID)
+        assert (one.cancelled, two.cancelled) == (1, 1)
+
+    run(main)
+
+
+def test_five_thousand_stalled_calls_delay_no_other_by_ten_milliseconds() -> None:
+    async def main() -> None:
+        chance = random.Random(4)
+        stalled_cids = [cids.make(cids.RAW, b"\x12\x20" + chance.randbytes(32)) for _ in range(5000)]
+
+        async def answer(cid: Cid) -> bytes:
+            return BLOCKS[cid] if cid in BLOCKS else await never(cid)
+
+        source = Timed("node", answer)
+        chain = chain_of(source)
+        async with trio.open_nursery() as nursery:
+            for cid in stalled_cids:
+                nursery.start_soon(chain.get, cid)
+            await trio.sleep(60)
+            for cid in BLOCKS:
+                start = trio.current_time()
+                assert (await chain.get(cid)).block == BLOCKS[cid]
+                assert trio.current_time() - start <= 0.0101
+            assert len(source.asked) - len(BLOCKS) - source.cancelled <= member.RUNNING + member.LATE
+            assert source.cancelled > 1000  # the others had their turns
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+@pytest.mark.logs("gateway-0 sent wrong bytes for .* and is not asked for 10 minutes", "and is not asked for 20 minutes", "has wrong bytes for")
+def test_a_wrong_block_sets_a_remote_gateway_aside_while_another_is_left() -> None:
+    lying = [True]
+
+    def lie(ask: Ask) -> None:
+        ask.send(200, b"rubbish") if lying[0] else answer_well(ask)
+
+    async def main() -> None:
+        with Server(BLOCKS, lie) as bad, Server(BLOCKS) as good:
+            sources = [Gateway(Http(parse_origin(server.url)), f"gateway-{index}") for index, server in enumerate([bad, good])]
+            chain = Chain(sources)
+            for cid in [*BLOCKS][:5]:
+                assert (await chain.get(cid)).source is sources[1]
+            assert len(bad.asked) == 1
+            assert (chain.statistics()[0].state, chain.statistics()[0].wrong) == ("aside", 1)
+            await chain.aclose()
+
+    trio.run(main)
+
+
+@pytest.mark.logs("library has wrong bytes for .*: add its content again")
+def test_a_wrong_block_in_place_costs_that_block_alone_and_says_how_to_repair_it() -> None:
+    async def main() -> None:
+        library, far = InPlace("library", blocks=BLOCKS | {CID: b"rot"}), Timed("far")
+        chain = chain_of(library, far)
+        assert (await chain.get(CID)).source is far
+        assert (await chain.get(list(BLOCKS)[1])).source is library
+        with pytest.raises(WrongBlock):
+            await chain_of(library).get(CID)
+
+    run(main)
+
+
+@pytest.mark.logs("gateway has wrong bytes")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
+    file = sample(8, count=6)
+    some = {leaf.cid: file.blocks[leaf.cid] for leaf in file.leaves[:3]}
+    if wrong:
+        some[file.leaves[0].cid] = b"rot"
+
+    async def main() -> None:
+        one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
+        got = await collect(chain_of(one, two), file)
+        assert {index: fetched.block for index, fetched in got.items()} == file.expected
+        assert {index for index, fetched in got.items() if fetched.source is one} == ({1, 2} if wrong else {0, 1, 2})
+
+    run(main)
+
+
+async def collect(chain: Chain, file: SampleFile) -> dict[int, Fetched]:
+    got: dict[int, Fetched] = {}
+
+    async def deliver(index: int, fetched: Fetched) -> None:
+        assert index not in got
+        got[index] = fetched
+
+    await chain.stream(file.run, deliver)
+    return got
+
+
+def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
+    file = sample(9, count=6)
+
+    async def main() -> None:
+        async def answer(cid: Cid) -> bytes:
+            return file.blocks[cid] if cid in (file.leaves[0].cid, file.leaves[1].cid) else await never(cid)
+
+        start = trio.current_time()
+        got = await collect(chain_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
+        assert {index: fetched.block for index, fetched in got.items()} == file.expected
+        assert trio.current_time() - start <= 4
+
+    run(main)
+
+
+def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
+    file = sample(10, count=4)
+
+    async def main() -> None:
+        source = Timed("one", blocks=file.blocks)
+        chain = chain_of(source)
+
+        async def deliver(_index: int, _fetched: Fetched) -> None:
+            await trio.sleep(100)
+
+        await chain.stream(file.run, deliver)
+        assert (len(source.asked), chain.statistics()[0].failures) == (4, {})
+
+    run(main)
+
+
+def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
+    file = sample(11, count=4)
+
+    async def main() -> None:
+        chain = chain_of(Timed("one", blocks=file.blocks))
+
+        async def deliver(_index: int, _fetched: Fetched) -> None:
+            raise SourceFailed("a reader's own", "reader")
+
+        with pytest.raises(SourceFailed, match="reader's own"):
+            await chain.stream(file.run, deliver)
+        assert chain.statistics()[0].failures == {}
+
+    run(main)

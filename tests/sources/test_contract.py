@@ -1,0 +1,171 @@
+"""What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node both ways."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import NotHere
+from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.car import CarSource
+from ipfsfuse.sources.gateway import Gateway
+from ipfsfuse.sources.http import Http, HttpSettings
+from ipfsfuse.sources.kubo import Kubo
+from ipfsfuse.sources.library import Library, LibrarySource
+from ipfsfuse.sources.librarywriter import NewRoot
+from ipfsfuse.sources.origin import parse_origin
+from tests.kubo.node import Node
+from tests.sources.content import SampleFile, encode_car, raw_blocks, sample
+from tests.sources.servers import Ask, Server, answer_well
+
+FILES = (sample(1), sample(2, raw=False), sample(3, count=5, size=1 << 20), sample(4, repeat=True), sample(5, count=14, size=1 << 20))
+ABSENT = next(iter(raw_blocks(99, 1)))
+Open = Callable[[], AbstractAsyncContextManager[Source]]
+
+
+def library_source(folder: Path) -> Source:
+    library = Library(folder / "library")
+    for file in FILES:
+        with library.open_writer() as writer:
+            for cid, block in file.blocks.items():
+                writer.put(cid, block)
+            writer.commit([NewRoot(file.root, "sample", len(file.data))])
+    return LibrarySource(library)
+
+
+def car_source(folder: Path) -> Source:
+    path = folder / "all.car"
+    path.write_bytes(encode_car(FILES[0].root, [pair for file in FILES for pair in file.blocks.items()]))
+    return CarSource.open(path, folder / "indexes")
+
+
+def trustless_only(ask: Ask) -> None:
+    """A gateway that serves blocks and CARs and no files."""
+    if "format" in ask.query:
+        answer_well(ask)
+    else:
+        ask.send(406, b"", "text/plain")
+
+
+def blocks_only(ask: Ask) -> None:
+    if ask.query.get("format") == "raw":
+        answer_well(ask)
+    else:
+        ask.send(501, b"", "text/plain")
+
+
+KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "kubo-gateway", "kubo-rpc", "kubo"]
+
+
+@pytest.fixture(params=KINDS)
+def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Open"]:
+    kind: str = request.param
+    stack = ExitStack()
+    if kind.startswith("kubo"):
+        node: Node = request.getfixturevalue("kubo_node")
+        for file in FILES:
+            node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
+        monkeypatch.setenv("IPFS_PATH", str(node.repo))
+
+    def make() -> Source:
+        if kind == "library":
+            return library_source(tmp_path)
+        if kind == "car":
+            return car_source(tmp_path)
+        if kind == "kubo":
+            return Kubo("kubo", HttpSettings())
+        if kind == "kubo-gateway":
+            return Gateway(Http(parse_origin(node.gateway_url)), "kubo-gateway", only_cached=True)
+        if kind == "kubo-rpc":
+            rpc_only = Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=True)
+            rpc_only._asked_for_gateway = True  # as for a node on another host
+            return rpc_only
+        behave = {"gateway-trustless": trustless_only, "gateway-blocks": blocks_only}.get(kind, answer_well)
+        server = stack.enter_context(Server({}, behave, files=FILES))
+        return Gateway(Http(parse_origin(server.url)), server.url, local=kind == "gateway-near")
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Source]:
+        found = await trio.to_thread.run_sync(make)
+        try:
+            yield found
+        finally:
+            await found.aclose()
+
+    with stack:
+        yield opened
+
+
+def test_each_block_comes_as_it_is(source: Open) -> None:
+    async def main() -> None:
+        async with source() as opened:
+            for file in FILES[:3]:
+                for cid, block in file.blocks.items():
+                    assert await opened.get(cid) == block
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("source", KINDS[:-1], indirect=True)  # a node that may look on the network takes 30 s to say so
+def test_what_it_lacks_is_not_here(source: Open) -> None:
+    async def main() -> None:
+        async with source() as opened:
+            with pytest.raises(NotHere):
+                await opened.get(ABSENT)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("file", FILES, ids=["raw", "dag-pb", "large", "repeated", "long"])
+def test_a_run_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
+    async def main() -> None:
+        got: dict[int, bytes] = {}
+
+        async def deliver(index: int, block: bytes) -> None:
+            assert index not in got
+            got[index] = block
+
+        async with source() as opened:
+            await opened.stream(file.run, deliver)
+        assert got == file.expected
+
+    trio.run(main)
+
+
+def test_many_at_once(source: Open) -> None:
+    file = FILES[0]
+
+    async def main() -> None:
+        async with source() as opened:
+            got: list[bytes] = []
+
+            async def get(cid: Cid) -> None:
+                got.append(await opened.get(cid))
+
+            async with trio.open_nursery() as nursery:
+                for cid in [*file.blocks] * 10:
+                    nursery.start_soon(get, cid)
+            assert sorted(got) == sorted([*file.blocks.values()] * 10)
+
+    trio.run(main)
+
+
+def test_a_cancelled_run_leaves_the_source_usable(source: Open) -> None:
+    file = FILES[2]
+
+    async def main() -> None:
+        async with source() as opened:
+            with trio.CancelScope() as scope:
+
+                async def deliver(index: int, block: bytes) -> None:
+                    scope.cancel()
+                    await trio.sleep_forever()
+
+                await opened.stream(file.run, deliver)
+            assert scope.cancelled_caught
+            assert await opened.get(file.root) == file.blocks[file.root]
+
+    trio.run(main)
