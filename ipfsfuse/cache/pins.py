@@ -21,7 +21,7 @@ class Pins(Protocol):
         ...
 
     def state(self, cid: Cid) -> str:
-        """"" not held; "queued" to be held soon; "cache" held while it is staged; "user" kept for good."""
+        """One of "" (not held), "queued" (held soon), "cache" (held while it is staged), "user" (kept for good)."""
         ...
 
 

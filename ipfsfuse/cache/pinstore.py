@@ -33,19 +33,33 @@ class PinStore:
         with as_store_failed(f"the pins' folder {folder} can't be used"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.directory = self._directory() or self.rename()
-        try:
-            self._connect()
-        except sqlite3.DatabaseError:  # malformed: the node's listing and what is staged tell it again
-            with as_store_failed(f"{self._path} can't be used"):
-                self._path.replace(self._path.with_suffix(".damaged"))
-            with self._translated():
+        with self._translated():
+            try:
+                self._connect()
+            except sqlite3.OperationalError:  # the disk, not the database
+                raise
+            except sqlite3.DatabaseError:  # malformed: the node's listing and what is staged tell it again
+                self._set_aside()
                 self._connect()
 
     def _connect(self) -> None:
-        self._database = sqlite3.connect(self._path, check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = WAL").fetchone()
-        self._database.execute("PRAGMA synchronous = FULL")
-        self._database.executescript(_SCHEMA)
+        database = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode = WAL").fetchone()
+            database.execute("PRAGMA synchronous = FULL")
+            database.executescript(_SCHEMA)
+            if database.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("malformed")
+        except sqlite3.Error:
+            database.close()
+            raise
+        self._database = database
+
+    def _set_aside(self) -> None:
+        with as_store_failed(f"{self._path} can't be replaced"):
+            self._path.replace(self._path.with_suffix(".damaged"))
+            for end in ("-wal", "-shm"):  # they speak of the old one
+                Path(f"{self._path}{end}").unlink(missing_ok=True)
 
     def _directory(self) -> str:
         try:

@@ -12,8 +12,10 @@ import trio
 
 from ipfsfuse.cache import holding, kubopins
 from ipfsfuse.cache.owners import Owner
+from ipfsfuse.cache.pinstore import PinStore
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import StoreFailed
 from tests.cache.pinning import PATIENCE, child, folder_of, held, mounts, pinning, settled, until
 from tests.kubo.node import Node
 
@@ -207,11 +209,18 @@ def test_a_damaged_database_is_begun_anew(own_node: Node, tmp_path: Path) -> Non
             await settled(pins)
 
     trio.run(live, 1)
-    for file in tmp_path.glob("pins.sqlite*"):
-        file.write_bytes(b"no database" * 1000)
-    trio.run(live, 2)
-    (mount,) = mounts(own_node)
-    assert held(own_node, mount) == [made_up(2)]
+    whole = (tmp_path / "pins.sqlite").read_bytes()
+    for index, damaged in enumerate((b"no database" * 1000, whole[:4096] + bytes(len(whole) - 4096)), 2):
+        (tmp_path / "pins.sqlite").write_bytes(damaged)
+        trio.run(live, index)
+        (mount,) = mounts(own_node)
+        assert held(own_node, mount) == [made_up(index)]
+
+
+def test_a_folder_that_can_t_be_used_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreFailed, match=r"the pins' folder .* can't be used"):
+        PinStore(tmp_path / "file")
 
 
 def test_what_proves_an_owner_dead(tmp_path: Path) -> None:

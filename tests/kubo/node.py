@@ -10,9 +10,11 @@
         with Node() as other:
             node.connect(other)                 # two of them are a network
 
-In pytest ask for the fixtures `kubo_node` (one for the whole session: leave nothing pinned behind, and do not stop it)
-or `two_nodes` (of the test's own, joined). They skip where there is no `ipfs` on PATH, in $IPFSFUSE_IPFS or built by
-`tests/kubo/build`; with IPFSFUSE_REQUIRE_KUBO=1 they fail instead.
+In pytest ask for the fixtures `kubo_node` (one for the whole session: leave nothing pinned behind, and do not stop it),
+`own_node` (of the test's own: to stop, to collect garbage in) or `two_nodes` (of its own, joined). They skip where there
+is no `ipfs` on PATH, in $IPFSFUSE_IPFS or built by `tests/kubo/build`; with IPFSFUSE_REQUIRE_KUBO=1 they fail instead.
+
+A node is ready after about 0.1 s. Do not `add` while garbage is collected in a loop: Kubo 0.43 then locks itself up.
 
 Concurrency: blocking, from any thread but no event loop. A node is ended by its process id.
 """
