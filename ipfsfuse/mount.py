@@ -128,6 +128,8 @@ def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
 
 async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:
     """SIGTERM and SIGINT unmount; where it is busy, lazily, so that the daemon ends in any case."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # what the receiver leaves behind: a second signal must not end the cleaning up
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)

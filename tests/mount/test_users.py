@@ -1,0 +1,115 @@
+"""A mount of an ordinary user, isolated mounts, and mounts that live while they are held."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.control import client
+from tests.mounting import Home, alive, fuse_mounts, wait_until
+
+NOBODY = 65534
+
+as_user = pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None or not os.path.exists("/dev/fuse") or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
+    reason="needs root, to become somebody else, setpriv, and a /dev/fuse that is open to all, as udev makes it",
+)
+
+
+def command_of(user: int) -> list[str]:
+    """Runs as an ordinary user, who may read this environment's Python wherever it lies, and nothing more."""
+    caps = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *caps]
+
+
+@pytest.fixture
+def users_home(tmp_path: Path) -> Home:
+    home = Home(tmp_path)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    for path in (tmp_path, home.mountpoint):
+        os.chown(path, NOBODY, NOBODY)
+    return home
+
+
+@as_user
+def test_an_ordinary_user_mounts_reads_and_unmounts(users_home: Home) -> None:
+    home = users_home
+    data = os.urandom(1 << 20) * 12 + b"tail"
+    (home.folder / "data").write_bytes(data)
+
+    def run(*arguments: str) -> str:
+        command = [*command_of(NOBODY), sys.executable, "-m", "ipfsfuse", *arguments]
+        done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    cid = run("add", "-Q", str(home.folder / "data")).strip()
+    run("mount", str(home.mountpoint))
+    try:
+        script = f"import hashlib; print(hashlib.sha256(open({str(home.mountpoint / cid)!r}, 'rb').read()).hexdigest())"
+        read = subprocess.run([*command_of(NOBODY), "/usr/bin/python3", "-c", script], capture_output=True, text=True)
+        assert read.stdout.strip() == hashlib.sha256(data).hexdigest(), read.stderr
+        with pytest.raises(PermissionError):
+            os.listdir(home.mountpoint)  # root itself may not enter without allow_other
+    finally:
+        run("unmount", str(home.mountpoint))
+    assert fuse_mounts(home.folder) == []
+
+
+def test_an_isolated_mount_leaves_nothing_and_shares_nothing(home: Home, tmp_path: Path) -> None:
+    (home.folder / "file").write_text("x\n")
+    cid = home.add(home.folder / "file")
+    with home.mounted("--isolated") as mount:
+        private = mount.control.parent
+        assert private.stat().st_mode & 0o777 == 0o700
+        assert not home.cache.exists()
+        assert (mount.path / cid).read_text() == "x\n"
+        with home.mounted(at=tmp_path / "shared") as shared:
+            assert shared.control.parent != private
+    wait_until(lambda: not private.exists(), "its folder is gone")
+
+
+def test_an_isolated_mount_whose_daemon_was_killed_is_swept_by_the_next(home: Home) -> None:
+    with home.mounted("--isolated") as mount:
+        left = mount.control.parent
+        os.kill(mount.pid, 9)
+        wait_until(lambda: not alive(mount.pid), "it was killed")
+    assert left.exists()
+    with home.mounted("--isolated"):
+        assert not left.exists()
+
+
+def test_a_mount_that_is_held_ends_with_its_last_holder(home: Home) -> None:
+    told = home.json("mount", "--json", "--while-held", home.mountpoint)
+    with client.connected(Path(told["control"])) as first:
+        client.ask(first, "hold")
+        with client.connected(Path(told["control"])) as second:
+            client.ask(second, "hold")
+        assert alive(told["pid"])
+        assert os.listdir(home.mountpoint) == []
+    wait_until(lambda: not alive(told["pid"]), "the daemon ends")
+    assert fuse_mounts(home.folder) == []
+
+
+def test_a_stale_mountpoint_is_freed_and_used(home: Home) -> None:
+    (home.folder / "file").write_text("x\n")
+    cid = home.add(home.folder / "file")
+    told = home.json("mount", "--json", home.mountpoint)
+    os.kill(told["pid"], 9)
+    wait_until(lambda: not alive(told["pid"]), "it was killed")
+    with home.mounted() as mount:
+        assert (mount.path / cid).read_text() == "x\n"
+
+
+def test_a_cache_folder_that_others_may_write_is_refused(home: Home) -> None:
+    home.cache.mkdir(mode=0o777)
+    home.cache.chmod(0o777)
+    done = home.run("mount", home.mountpoint, check=False)
+    assert done.returncode == 1
+    assert f"{home.cache} may be written by others" in done.stderr
+    assert fuse_mounts(home.folder) == []
