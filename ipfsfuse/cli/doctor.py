@@ -50,6 +50,14 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _cache_folder(cache_dir)
     yield _library(library)
     yield _mount_of(cache_dir)
+    if arguments.sources:
+        from ipfsfuse.cli import probing  # with trio, and only where sources are named
+
+        for source, failure in probing.failures(arguments.sources, library, cache_dir):
+            if failure is None:
+                yield Finding(OK, source, "answers")
+            else:
+                yield Finding(BAD, source, failure, "mend that, or name another with --from (docs/SOURCES.md)")
 
 
 def _device() -> Finding:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_mount_returns_when_the_mount_answers(user: Home, cid: str) -> None:
 
 
 def test_unmount_waits_for_the_daemon_and_a_next_mount_begins_at_once(user: Home, cid: str) -> None:
-    for _ in range(5):
+    for _ in range(2):
         told = user.json("mount", "--json", user.mountpoint)
         user.run("unmount", user.mountpoint)
         assert not alive(told["pid"])
@@ -60,7 +61,7 @@ def test_unmount_waits_for_the_daemon_and_a_next_mount_begins_at_once(user: Home
 
 
 def test_a_mount_right_after_fusermount3(user: Home, cid: str) -> None:
-    for _ in range(3):
+    for _ in range(2):
         user.run("mount", user.mountpoint)
         subprocess.run(["fusermount3", "-u", user.mountpoint], check=True)
     user.run("mount", user.mountpoint)
@@ -165,6 +166,16 @@ def test_doctor_knows_the_mount(user: Home, mounted: Mounted) -> None:
     assert f"process {mounted.pid} serves {mounted.path}" in user.run("doctor").stdout
     assert {finding["state"] for finding in user.json("doctor", "--json")} <= {"ok", "note"}
 
+
+
+def test_doctor_asks_the_sources_it_is_given(user: Home, car: Path) -> None:
+    with socket.socket() as taken:  # a port of ours that nobody listens at
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        ran = user.run("doctor", "--json", "--from", car, "--from", "library", "--from", nobody, "--from", "x://y", check=False)
+    states = {finding["about"]: finding["state"] for finding in json.loads(ran.stdout)}
+    assert ran.returncode == 1
+    assert (states[str(car)], states[nobody], states["x://y"]) == ("ok", "bad", "bad")
 
 
 def test_prefetch_ls_evict_pin_and_fsck(user: Home, mounted: Mounted, cid: str) -> None:
