@@ -116,6 +116,13 @@ class Packs:
             del self.pending[key]
         self._gone_packs.append((pack,))
 
+    def drop_empty(self, pack: int) -> None:
+        """Removes the file of a pack that holds nothing: what an append that failed may have left."""
+        if not self.sizes.get(pack):
+            self.sizes.pop(pack, None)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path(pack))
+
     def forget_all(self, pack: int, held: Iterable[Cid]) -> None:
         """`pack`, which held these, was removed."""
         self._gone += [(cids.multihash(cid), pack) for cid in held]

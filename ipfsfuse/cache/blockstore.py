@@ -60,28 +60,45 @@ class BlockStore(Disk):
             place = self.place(cid)
             if place is not None and (series is None or place.pack in series.packs):
                 return True
-            pack = self.packs.choose(series or self.series, len(data))
-            if series is not None:
+            pack = await self._room_in(series or self.series, len(data))
+            return pack is not None and await self._append(pack, cid, data, head)
+
+    async def _room_in(self, series: Series, size: int) -> int | None:
+        """The pack of `series` that has room reserved for `size` more bytes; None where there is none."""
+        while True:
+            pack = self.packs.choose(series, size)
+            if series is not self.series:
                 self.room.keep(pack)
             held = self.packs.sizes.get(pack, 0)
-            if not await self.room.reserve(pack, self.staging.cost(held, held + len(data))):
-                return False
-            held = self.packs.sizes.get(pack, 0)  # 0 where it had to leave to make room for itself
-            try:
-                if len(data) <= ON_LOOP:
-                    self.packs.write(pack, held, data)
-                else:
-                    await trio.to_thread.run_sync(self.packs.write, pack, held, data, limiter=self.writing)
-            except OSError as exc:
-                self.trouble.note(str(self.packs.path(pack)), exc)
-                return False
+            cost = self.staging.cost(held, held + size)
+            if not await self.room.reserve(pack, cost):
+                return None
+            if self.packs.sizes.get(pack, 0) == held:
+                return pack
+            self.room.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
+
+    async def _append(self, pack: int, cid: Cid, data: bytes, head: int) -> bool:
+        """Writes one section, whose block begins at `head`, behind what `pack` holds."""
+        at = self.packs.sizes.setdefault(pack, 0)
+        try:
+            if len(data) <= ON_LOOP:
+                self.packs.write(pack, at, data)
             else:
-                self.trouble.over()
-                self.packs.note(cid, pack, held + head, len(block))
-                self.tell_index()
-                return True
-            finally:
-                self._settle_pack(pack)
+                await trio.to_thread.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
+        except OSError as exc:
+            self.trouble.note(str(self.packs.path(pack)), exc)
+            self.packs.drop_empty(pack)
+            return False
+        else:
+            if pack not in self.packs.sizes:  # evicted while a thread wrote
+                self.packs.drop_empty(pack)
+                return False
+            self.trouble.over()
+            self.packs.note(cid, pack, at + head, len(data) - head)
+            self.tell_index()
+            return True
+        finally:
+            self._settle_pack(pack)
 
     def _settle_pack(self, pack: int) -> None:
         size, unit = self.packs.sizes.get(pack, 0), self.staging.unit

@@ -33,7 +33,7 @@ class Disk:
         """Raises StoreFailed where the folder can't be used at all."""
         self.folder = folder
         self.staging = Staging(folder / "files")
-        self.index = Index(folder / "index.sqlite")
+        self.index = Index(folder / "index.sqlite", budget)
         self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, budget // 64)))
         self.room = Room(budget, self._evict)
         self.trouble = Trouble()

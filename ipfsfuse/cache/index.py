@@ -28,8 +28,8 @@ CREATE TABLE IF NOT EXISTS pins (cid BLOB PRIMARY KEY, bytes INTEGER NOT NULL) W
 CREATE TABLE IF NOT EXISTS pinned (pin BLOB, key TEXT, PRIMARY KEY (pin, key)) WITHOUT ROWID;
 """
 _VERSION = 1
-_AUTO_CHECKPOINT = 128
-"""Pages of 4 KiB after which the WAL goes back into the database: it stays near half a MiB."""
+_CHECKPOINT = 128
+"""Pages of 4 KiB after which the WAL goes back into the database: it stays near half a MiB, or a sixteenth of the budget."""
 
 
 Statements = Sequence[tuple[str, Sequence[Sequence[Any]]]]
@@ -53,9 +53,10 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 class Index:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, budget: int) -> None:
         """Opens or makes the database. Raises StoreFailed where the disk does not let it."""
         self.path = path
+        self._checkpoint = max(8, min(_CHECKPOINT, budget // (64 * 1024)))
         self.anew = not path.exists()
         """True where this is a new database: what the packs hold must be read from them."""
         try:
@@ -72,8 +73,8 @@ class Index:
             for connection in (self._writer, self._reader):
                 connection.execute("PRAGMA journal_mode = WAL").fetchone()
                 connection.execute("PRAGMA synchronous = NORMAL")
-                connection.execute(f"PRAGMA wal_autocheckpoint = {_AUTO_CHECKPOINT}")
-                connection.execute(f"PRAGMA journal_size_limit = {_AUTO_CHECKPOINT * 4096}")
+                connection.execute(f"PRAGMA wal_autocheckpoint = {self._checkpoint}")
+                connection.execute(f"PRAGMA journal_size_limit = {self._checkpoint * 4096}")
                 connection.execute("PRAGMA cache_size = -4096")
             (version,) = self._writer.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):

@@ -13,6 +13,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, random_bytes
 
@@ -133,6 +134,31 @@ def test_a_file_larger_than_the_budget_reads_and_so_does_an_evicted_open_file(tm
             assert cache.staged_bytes(file.cid) == 0
             assert bytes(await cache.leaf(file, leaves[3])) == content[3 * MIB : 4 * MIB]
             cache.closed(file)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("budget", [600_000, 2 * MIB])
+def test_a_budget_of_a_few_blocks_works(tmp_path: Path, budget: int) -> None:
+    async def main() -> None:
+        chain = Chain()
+        small = [FileRef(chain.add(random_bytes(9000, number)), 9000) for number in range(200)]
+        large = [chain.add(random_bytes(150_000, 1000 + number), cids.DAG_PB) for number in range(5)]
+        file, leaves, _content = make_file(chain, 3 * MIB, 1 << 18)
+        async with PinsetCache.open(tmp_path, chain, budget) as cache:
+            for _ in range(2):
+                for number, one in enumerate(small):
+                    await cache.block(one.cid)
+                    if number % 20 == 0:
+                        await cache.leaf(file, leaves[number // 20])
+                        await cache.block(large[number // 40])
+                        await trio.sleep(0.02)
+                    assert cache.statistics().used <= budget
+                assert taken(tmp_path) <= budget
+            assert cache.statistics().evictions > 10
+            chain.asked.clear()
+            await cache.block(small[-1].cid)
+            assert chain.asked == []
 
     trio.run(main)
 
