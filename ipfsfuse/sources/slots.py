@@ -95,7 +95,7 @@ class Slots:
             self._late[oldest] = None
         if len(self._active) >= self._running:
             return False
-        if len(self._late) < self._most_late:
+        if len(self._late) < self._most_late or not self._late:
             return True
         oldest = next(iter(self._late))
         if stale and now - oldest.since < self.ROTATE:

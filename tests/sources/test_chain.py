@@ -186,21 +186,23 @@ def test_retry_after_is_heeded() -> None:
 
 def test_a_slow_source_is_hedged_within_its_budget() -> None:
     async def main() -> None:
-        slow_for: set[Cid] = set(list(BLOCKS)[40::25])
+        slow, chance = set(list(BLOCKS)[40::25]), random.Random(5)
 
         async def answer(cid: Cid) -> bytes:
-            await trio.sleep(2 if cid in slow_for else 0.1)
+            await trio.sleep(2 if cid in slow else chance.uniform(0.05, 0.15))
             return BLOCKS[cid]
 
-        first, second = Timed("first", answer), Timed("second", after(0.1))
+        first, second = Timed("first", answer), Timed("second", after(0.05))
         chain = chain_of(first, second)
+        took = {}
         for cid in BLOCKS:
             start = trio.current_time()
             assert (await chain.get(cid)).block == BLOCKS[cid]
-            assert trio.current_time() - start <= 2.1
-        hedges = chain.statistics()[1].hedges
-        assert hedges == len(slow_for) <= 0.05 * len(BLOCKS)
-        assert first.cancelled == hedges  # whoever is slower is let go
+            took[cid] = trio.current_time() - start
+        assert sum(took[cid] < 0.25 for cid in slow) >= 3  # asked elsewhere once the 95th percentile was over
+        assert max(took.values()) < 2.1
+        assert len(second.asked) == chain.statistics()[1].hedges <= 0.05 * len(BLOCKS) + 1
+        assert first.cancelled >= sum(took[cid] < 0.25 for cid in slow)  # whoever is slower is let go
 
     run(main)
 

@@ -1,0 +1,125 @@
+"""The policies alone: what a source's answers lead to, the budget for hedging, the bounds on bytes."""
+
+import random
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from ipfsfuse.sources.health import LONGEST_REST, Health, HedgeBudget
+from ipfsfuse.sources.slots import Room, Slots
+
+
+def health(may_aside: bool = True) -> Health:
+    return Health(random.Random(1), may_aside=may_aside, slow=0.5)
+
+
+def test_two_failures_in_a_row_are_nothing_three_are_a_rest_that_doubles() -> None:
+    one = health()
+    one.failed(0, "reset", "x")
+    one.gave(0.1, 1)
+    for _ in range(2):
+        one.failed(0, "reset", "x")
+        assert one.wait(0) == 0
+    rests = []
+    now = 0.0
+    for _ in range(12):
+        one.failed(now, "reset", "x")
+        rests.append(one.wait(now))
+        now += rests[-1]
+    assert 0.25 <= rests[0] <= 0.5
+    assert 0.5 <= rests[1] <= 1
+    assert LONGEST_REST / 2 <= rests[-1] <= LONGEST_REST
+    assert len(set(rests)) == len(rests)
+
+
+def test_after_a_rest_one_request_finds_out() -> None:
+    one = health()
+    for _ in range(3):
+        one.failed(0, "reset", "x")
+    assert (one.state(0), one.state(1)) == ("resting", "trial")
+    one.asked(1)
+    assert one.wait(1) > 0
+    one.left()
+    assert one.wait(1) == 0
+    one.asked(1)
+    one.lacked()
+    assert (one.wait(1), one.state(1)) == (0, "good")
+
+
+def test_set_aside_for_ten_minutes_then_twenty_while_others_are_left() -> None:
+    one = health()
+    assert one.wrong(0, others=False) is None
+    assert one.wrong(0, others=True) == 600
+    assert (one.is_aside(599), one.is_aside(600)) == (True, False)
+    assert one.wrong(600, others=True) == 1200
+    assert health(may_aside=False).wrong(0, others=True) is None
+
+
+def test_percentiles_are_of_the_last_answers() -> None:
+    one = health()
+    assert one.slow_after() == 0.5
+    for index in range(1000):
+        one.gave(index / 1000, 10)
+    found = one.statistics("x", 0)
+    assert found.median == pytest.approx(0.872, abs=0.002)
+    assert found.p95 == pytest.approx(0.987, abs=0.002)
+    assert (found.blocks, found.bytes) == (1000, 10_000)
+    for _ in range(256):
+        one.gave(0.001, 1)
+    assert one.slow_after() == 0.01
+
+
+def test_hedges_are_one_request_in_twenty() -> None:
+    budget = HedgeBudget()
+    spent = 0
+    for _ in range(1000):
+        budget.request()
+        spent += budget.spend()
+    assert spent <= 51
+
+
+def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone() -> None:
+    async def main() -> None:
+        room = Room(100)
+        most = 0
+
+        async def read(size: int) -> None:
+            nonlocal most
+            await room.take(size)
+            most = max(most, room.used)
+            assert room.used <= 100 or room.used == size
+            await trio.sleep(0.01)
+            room.give(size)
+
+        async with trio.open_nursery() as nursery:
+            for size in [60, 30, 30, 150, 100, 1, 99] * 5:
+                nursery.start_soon(read, size)
+        assert (room.used, most) == (0, 150)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_slots_bound_what_runs_and_a_cancelled_waiter_takes_none() -> None:
+    async def main() -> None:
+        slots = Slots(4, 0, lambda: 100.0)
+        running = most = 0
+
+        async def work() -> None:
+            nonlocal running, most
+            async with slots.enter():
+                running += 1
+                most = max(most, running)
+                await trio.sleep(1)
+                running -= 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(work)
+            await wait_all_tasks_blocked()
+            with trio.move_on_after(0.5) as scope:
+                await work()
+            assert scope.cancelled_caught
+        assert (most, slots.in_flight) == (4, 0)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
