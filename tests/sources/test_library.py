@@ -276,7 +276,7 @@ from pathlib import Path
 from ipfsfuse.sources.library import Library
 from tests.sources.test_library import add, dag
 library = Library(Path(sys.argv[1]))
-for number in range(15):
+for number in range(9):
     blocks = dag([*range(number, number + 10), int(sys.argv[2])])
     add(library, blocks)
     assert [library.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
@@ -291,10 +291,49 @@ def test_several_processes_add_and_remove_at_once(library: Library) -> None:
     project = Path(__file__).parents[2]
     running = [subprocess.Popen([sys.executable, "-c", WRITER, str(library.folder), str(1000 + n)], cwd=project) for n in range(4)]
     assert [process.wait(timeout=120) for process in running] == [0] * 4
-    kept = {dag([*range(number, number + 10), 1000 + n])[-1][0] for number in range(0, 15, 3) for n in range(4)}
+    kept = {dag([*range(number, number + 10), 1000 + n])[-1][0] for number in range(0, 9, 3) for n in range(4)}
     assert set(library.roots()) == kept
     library.compact()
-    for number in range(0, 15, 3):
+    for number in range(0, 9, 3):
         for n in range(4):
             for cid, block in dag([*range(number, number + 10), 1000 + n]):
                 assert library.block(cid) == block
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from ipfsfuse.sources.library import Library
+from tests.sources.test_library import add, dag
+library = Library(Path(sys.argv[1]))
+print(flush=True)
+number = int(sys.argv[2])
+while True:
+    blocks = dag([*range(number, number + 5), 1, 2, 3])
+    add(library, blocks)
+    if number % 2:
+        library.remove(blocks[-1][0])
+    number += 1
+"""
+
+
+def test_whoever_is_killed_every_listed_root_is_whole(library: Library) -> None:
+    project = Path(__file__).parents[2]
+    chance = random.Random(3)
+    for attempt in range(5):
+        command = [sys.executable, "-c", ENDLESS, str(library.folder), str(1000 * attempt)]
+        with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            process.stdout.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=chance.random() / 4)
+            process.kill()
+        fresh = Library(library.folder)
+        for root in fresh.roots():
+            for link in dagpb.decode(fresh.block(root)).links:
+                cids.verify(link.cid, fresh.block(link.cid))
+    library.compact()
+    assert all(name.endswith(".car") for name in packs(library))
+    for root in library.roots():
+        library.remove(root)
+    assert packs(library) == {}
