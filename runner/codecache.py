@@ -6,7 +6,6 @@ appear whole, by rename, and are only ever removed whole.
 """
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import secrets
@@ -14,7 +13,7 @@ import stat
 from pathlib import Path
 
 import wasmtime
-from wasmtime import component
+from wasmtime import _ffi, component
 
 from ipfsfuse.errors import StoreFailed
 from runner import folders, guest
@@ -96,5 +95,7 @@ class CodeCache:
 
 
 def _flavour(kind: str, settings: Settings) -> str:
-    parts = (importlib.metadata.version("wasmtime"), platform.machine(), kind, *map(str, settings))
+    # the library's size and time stand for wasmtime's version, which takes 20 ms to ask for; wasmtime checks that itself too
+    library = os.stat(_ffi.dll._name)
+    parts = (str(library.st_size), str(library.st_mtime_ns), platform.machine(), kind, *map(str, settings))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

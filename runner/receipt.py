@@ -11,19 +11,13 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, ReceiptRefused
 from runner.limits import Limits
+from runner.streams import Digest
 
 FORMAT = 1
 _KIND = "ipfsfuse-run receipt"
 
 ALWAYS_DIFFERS = ("device numbers", "the attributes of /")
 BY_CHANCE = ("clocks", "random numbers", "NaN bits")
-
-
-class Digest(NamedTuple):
-    """What passed through a stream."""
-
-    sha256: str
-    size: int
 
 
 class GivenDir(NamedTuple):

@@ -26,8 +26,9 @@ from runner.bundle import Writer
 from runner.child import Plan
 from runner.control import Control
 from runner.options import Options
-from runner.receipt import Digest, GivenDir, Receipt
+from runner.receipt import GivenDir, Receipt
 from runner.sandbox import Sandbox
+from runner.streams import Digest
 from runner.supervise import Outcome, Streams
 
 

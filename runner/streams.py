@@ -7,12 +7,18 @@ import hashlib
 import os
 import sys
 import tempfile
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from runner.receipt import Digest
 from runner.supervise import OutputFull, Sink
 
 _CHUNK = 1 << 20
+
+
+class Digest(NamedTuple):
+    """What passed through a stream."""
+
+    sha256: str
+    size: int
 
 
 def bounded(file: int, bound: int | None) -> Sink:

@@ -1,0 +1,13 @@
+"""What a plain run does not import, because a guest that starts often would wait for it."""
+
+import subprocess
+import sys
+
+from tests.runner.conftest import TOP
+
+
+def test_a_plain_run_imports_no_codec_and_no_mount() -> None:
+    code = "import sys, runner.cli, runner.run; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True).stdout.split()
+    assert "wasmtime" in loaded
+    assert not {"trio", "httpx", "pyfuse3", "multiformats", "urllib3", "ipfsfuse.dag.cid", "asyncio"} & set(loaded)
