@@ -72,7 +72,10 @@ class Disk:
         if entry is not None:
             return self._told(entry)
         place = self.place(cid)
-        return Kept(cid, place.size, place.size, True, 0.0, self._pin_state(cids.canonical(cid)), "") if place is not None else None
+        if place is None:
+            return None
+        pinned = "user" if self.room.kept(place.pack) else self._pin_state(cids.canonical(cid))
+        return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
 
     def _told(self, entry: Entry) -> Kept:
         return Kept(entry.cid, entry.disk, entry.size, entry.whole(), entry.last_used, self._pin_state(entry.cid), entry.source)
@@ -86,18 +89,21 @@ class Disk:
 
     async def _evict(self, key: Key) -> None:
         """Off the disk; then the node may let go of it."""
+        size = self.packs.sizes.get(key, 0) if isinstance(key, int) else 0
         try:
             if isinstance(key, int):
                 await self._evict_pack(key)
                 return
             entry = self.staging.entries.get(key)
             if entry is not None:
+                size = entry.disk
                 entry.dead = True
                 self.staging.forget(entry)
                 await trio.to_thread.run_sync(self.staging.remove, entry, limiter=self.upkeep)
                 self.pins.remove(key)
         except OSError as exc:
             self.trouble.note(f"{self.folder}: nothing can be removed", exc)
+            self.room.stuck(size)
 
     async def _evict_pack(self, pack: int) -> None:
         self.packs.close_pack(pack)

@@ -29,6 +29,8 @@ class Arrival(NamedTuple):
 
     content: Content
     source: Source | None
+    stage: bool
+    """Whether the content belongs into staging files: not read in place, and proved by itself."""
 
 
 class Reading:
@@ -64,7 +66,7 @@ class Reading:
             content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
             if content is not None:
                 self.hits += 1
-                return Arrival(content, None)
+                return Arrival(content, None, False)
         self.misses += 1
         fetched = await self._blocks.get(cid)
         block, source = fetched.block, fetched.source
@@ -74,7 +76,7 @@ class Reading:
                 await self.store.keep_leaf(FileRef(own, size), Leaf(cid, 0, size), block, source.name)
             else:
                 await self.store.keep_block(cid, block)
-        return Arrival(block, source)
+        return Arrival(block, source, raw and not source.in_place)
 
     # -- leaves ------------------------------------------------------------------------------------------------------
 
@@ -90,7 +92,7 @@ class Reading:
         arrival = await self._flights.join(_leaf_key(leaf), lambda: self._bring_leaf(file, leaf))
         if len(arrival.content) != leaf.size:  # no failure to remember: another file may tell the truth about this leaf
             return dagleaves.of(leaf, await self.block(leaf.cid))
-        if arrival.source is not None and not arrival.source.in_place and not await self._has(file, leaf):
+        if arrival.stage and not await self._has(file, leaf):
             await self._keep(file, leaf, arrival)  # another file's leaf, or another place in this one, of the same bytes
         return arrival.content
 
@@ -98,17 +100,17 @@ class Reading:
         staged = await self.store.leaf(file, leaf)
         if staged is not None:
             self.hits += 1
-            return Arrival(staged, None)
+            return Arrival(staged, None, False)
         self.misses += 1
         return await self._arrive(file, leaf, await self._blocks.get(leaf.cid))
 
     async def _arrive(self, file: FileRef, leaf: Leaf, fetched: Fetched) -> Arrival:
         """What `fetched` holds of `file`, staged."""
         content = dagleaves.content(leaf.cid, fetched.block)
-        arrival = Arrival(content, fetched.source)
         if fetched.source.in_place:
-            return arrival
-        if file.size > SMALL and dagleaves.is_canonical(leaf.cid, fetched.block):
+            return Arrival(content, fetched.source, False)
+        arrival = Arrival(content, fetched.source, file.size > SMALL and dagleaves.is_canonical(leaf.cid, fetched.block))
+        if arrival.stage:
             await self._keep(file, leaf, arrival)
         else:
             await self.store.keep_block(leaf.cid, fetched.block)
@@ -153,7 +155,7 @@ class Reading:
                 arrival = await self._arrive(file, first, fetched)
                 land(keys[index], arrival)
                 for leaf in (first, *others):
-                    if leaf is not first and not fetched.source.in_place and not await self._has(file, leaf):
+                    if leaf is not first and arrival.stage and not await self._has(file, leaf):
                         await self._keep(file, leaf, arrival)
                     if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
                         came.add(leaf)

@@ -29,12 +29,13 @@ class Room:
         self._evict = evict
         self._lock = trio.Lock()
         self._overhead = 0
+        self._stuck = 0
         self._kept: dict[Key, int] = {}
         self._kept_bytes = 0
 
     @property
     def used(self) -> int:
-        return self._overhead + self._kept_bytes + self.arc.bytes
+        return self._overhead + self._stuck + self._kept_bytes + self.arc.bytes
 
     @property
     def kept_bytes(self) -> int:
@@ -123,10 +124,15 @@ class Room:
     def _keep(self, key: Key, size: int) -> None:
         self._kept[key] = self._kept.get(key, 0) + size
         self._kept_bytes += size
-        self.arc.capacity = max(0, self.budget - self._overhead - self._kept_bytes)
+        self.arc.capacity = max(0, self.budget - self._overhead - self._stuck - self._kept_bytes)
 
     def _refit(self) -> list[Key]:
-        return self.arc.set_capacity(self.budget - self._overhead - self._kept_bytes)
+        return self.arc.set_capacity(self.budget - self._overhead - self._stuck - self._kept_bytes)
+
+    def stuck(self, size: int) -> None:
+        """Something of `size` bytes could not be removed: it is counted until the next start."""
+        self._stuck += size
+        self.arc.capacity = max(0, self.arc.capacity - size)
 
     async def _leave(self, keys: list[Key]) -> None:
         with trio.CancelScope(shield=True):  # what was decided is done: else it would be on disk and not counted
