@@ -1,5 +1,7 @@
-"""The command line, called in this process, with folders of the test's own."""
+"""The command line with folders of the test's own: called in this process, or as a user runs it."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from ipfsfuse.cli.main import main
+from tests.mounting import Home, fuse_mounts
 
 
 class Ran(NamedTuple):
@@ -39,3 +42,21 @@ def ipfsfuse(home: Path, capfd: pytest.CaptureFixture[str]) -> Ipfsfuse:
         return Ran(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def refused(user: Home, *arguments: str | Path, names: str | Path, code: int = 1, wrapper: tuple[str, ...] = ()) -> str:
+    """Runs `ipfsfuse ARGUMENTS`, which must say why not in one line that holds `names`; that line."""
+    command = [*wrapper, sys.executable, "-m", "ipfsfuse", *map(str, arguments)]
+    ran = subprocess.run(command, env=user.env, capture_output=True, text=True, timeout=60)
+    assert ran.stderr.startswith("ipfsfuse: "), ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert "Traceback" not in ran.stderr
+    assert str(names) in ran.stderr
+    assert ran.returncode == code
+    assert not fuse_mounts(user.folder)
+    return ran.stderr

@@ -18,11 +18,6 @@ pytestmark = pytest.mark.fuse
 
 
 @pytest.fixture
-def user(tmp_path: Path) -> Home:
-    return Home(tmp_path)
-
-
-@pytest.fixture
 def cid(user: Home) -> str:
     source = user.folder / "source"
     (source / "sub").mkdir(parents=True)
@@ -165,7 +160,6 @@ def test_add_and_rm_are_seen_at_once(user: Home, mounted: Mounted, cid: str) -> 
 def test_doctor_knows_the_mount(user: Home, mounted: Mounted) -> None:
     assert f"process {mounted.pid} serves {mounted.path}" in user.run("doctor").stdout
     assert {finding["state"] for finding in user.json("doctor", "--json")} <= {"ok", "note"}
-
 
 
 def test_doctor_asks_the_sources_it_is_given(user: Home, car: Path) -> None:
