@@ -71,10 +71,7 @@ class Library:
         with store_errors(f"the library {self.folder}"):
             path.unlink(missing_ok=True)
             libraryfolder.sync_folder(path.parent)
-        try:
-            self.compact(wait=False, only=entry.packs)
-        except StoreFailed as exc:
-            log.warning("%s is removed, its space is not given back: %s", cids.text(cid), exc)
+        self.tidy(entry.packs)
         return entry
 
     def compact(self, wait: bool = True, only: Sequence[str] | None = None) -> bool:
@@ -92,9 +89,13 @@ class Library:
             librarycompact.merge_small(self.folder, entries)
         return True
 
-    def tidy(self) -> None:
-        """After an add: lets go of what removals had to leave, unless the library is busy. Raises StoreFailed."""
-        self.compact(wait=False, only=())
+    def tidy(self, packs: Sequence[str] = ()) -> None:
+        """Gives back what nobody needs, in the packs named and in what earlier removals had to leave, if that can be done
+        now. After an add or a removal, which it can't fail."""
+        try:
+            self.compact(wait=False, only=packs)
+        except StoreFailed as exc:
+            log.warning("the library's space was not given back: %s", exc)
 
     def close(self) -> None:
         self.packs.close()

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,16 +83,26 @@ class LibraryWriter:
                 os.rename(self._path, final)
                 libraryfolder.sync_folder(self._folder)
                 self._used.add(final.name)
-            for root in roots:
-                self._write_root(root)
+            self._write_roots(roots)
         self.abort()
 
-    def _write_root(self, root: NewRoot) -> None:
-        known = libraryfolder.read_root(libraryfolder.root_path(self._folder, root.cid))
-        packs = tuple(sorted(self._used.union(known.packs if known else ())))
-        if known is None or known.packs != packs:
-            entry = Entry(known.cid, known.name, known.size, known.added, packs) if known else Entry(*root, time.time(), packs)
-            libraryfolder.write_root(self._folder, entry)
+    def _write_roots(self, roots: Sequence[NewRoot]) -> None:
+        """All of them, or on an error none that was not there."""
+        new: list[Path] = []
+        try:
+            for root in roots:
+                path = libraryfolder.root_path(self._folder, root.cid)
+                known = libraryfolder.read_root(path)
+                packs = tuple(sorted(self._used.union(known.packs if known else ())))
+                if known is None:
+                    new.append(path)
+                    libraryfolder.write_root(self._folder, Entry(*root, time.time(), packs))
+                elif known.packs != packs:
+                    libraryfolder.write_root(self._folder, replace(known, packs=packs))
+        except BaseException:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
 
     def abort(self) -> None:
         """Leaves the library as it was. Does nothing behind a commit."""
