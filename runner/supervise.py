@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from runner import child, signals
 from runner.child import Plan, Reports
+from runner.guest import TRAPPED
 
 OUT_OF_TIME = 124
-TRAPPED = 134
 GRACE = 0.4
 """Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon answers."""
 
