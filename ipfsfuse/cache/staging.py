@@ -115,14 +115,14 @@ class Staging:
         return iter(sorted(found, key=lambda entry: -entry.last_used))
 
     def _recognise(self, item: "os.DirEntry[str]") -> Entry | None:
-        complete = not item.name.endswith(PART)
+        name, complete = item.name.removesuffix(PART), not item.name.endswith(PART)
+        if not name.startswith("b") or not item.is_file(follow_symlinks=False):  # base32, as `text` spells: no other is ours
+            return None
         try:
-            cid = cids.parse(item.name.removesuffix(PART))
+            cid = cids.parse(name)
         except NotACid:
             return None
         info = item.stat(follow_symlinks=False)
-        if not item.is_file(follow_symlinks=False) or item.name.removesuffix(PART) != cids.text(cid):
-            return None
         return Entry(cid, info.st_size, complete, None, False, info.st_blocks * 512, info.st_blocks * 512, last_used=info.st_mtime)
 
     def look(self, entry: Entry) -> Extents:

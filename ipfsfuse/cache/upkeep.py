@@ -49,10 +49,10 @@ async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pin
 
 def take_up(store: Store) -> None:
     """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
-    recency = {name: (last, bool(frequent)) for name, last, frequent in _rows(store, "SELECT name, last, frequent FROM uses")}
+    recency = {key: (last, bool(frequent)) for key, last, frequent in _rows(store, "SELECT key, last, frequent FROM uses")}
     found: list[tuple[float, bool, Key, int]] = []
     for entry in store.staging.scan():
-        last, frequent = recency.get(cids.text(entry.cid), (0.0, False))
+        last, frequent = recency.get(entry.cid, (0.0, False))
         entry.last_used = max(last, entry.last_used)
         store.staging.entries[entry.cid] = entry
         entry.charged = store.staging.charge(entry)
@@ -60,7 +60,7 @@ def take_up(store: Store) -> None:
     for pack, info in store.packs.scan():
         store.packs.sizes[pack] = info.st_size
         store.packs.last = max(store.packs.last, pack)
-        last, frequent = recency.get(str(pack), (0.0, False))
+        last, frequent = recency.get(pack, (0.0, False))
         found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
     for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
         store.room.arc.restore(key, size, frequent)
@@ -163,13 +163,12 @@ async def _read_packs(store: Store) -> None:
     store.index.anew = False
 
 
-def uses(store: Store) -> list[tuple[str, float, bool]]:
-    """(name, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
+def uses(store: Store) -> list[tuple[Key, float, bool]]:
+    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
     now, out = time.time(), []
     for order, key in enumerate(store.room.arc):
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
-        name = str(key) if isinstance(key, int) else cids.text(key)
-        out.append((name, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))
+        out.append((key, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))
     return out
 
 
