@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,71 +12,11 @@ from ipfsfuse.dag import car, carindex
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Run
 from ipfsfuse.sources.car import CarSource
 from ipfsfuse.sources.carsort import RecordSorter
-
-FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
-need_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project")
-
-Pairs = list[tuple[Cid, bytes]]
-
-
-def pairs(count: int, size: int = 1000, seed: int = 1) -> Pairs:
-    chance = random.Random(seed)
-    blocks = [chance.randbytes(size) for _ in range(count)]
-    return [(cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest()), block) for block in blocks]
-
-
-def sections(blocks: Pairs, roots: list[Cid] | None = None) -> bytes:
-    return car.encode_header(roots or []) + b"".join(car.section_head(cid, len(block)) + block for cid, block in blocks)
-
-
-def offsets(blocks: Pairs) -> dict[bytes, int]:
-    """Where each block's section begins in `sections(blocks)`, by digest."""
-    at, found = len(car.encode_header([])), {}
-    for cid, block in blocks:
-        found[cids.multihash(cid)[2:]] = at
-        at += len(car.section_head(cid, len(block))) + len(block)
-    return found
-
-
-def index(records: dict[bytes, int], form: int = carindex.MULTIHASH_SORTED) -> bytes:
-    """By hand, as go-car writes it: all sha2-256."""
-    data = b"".join(digest + offset.to_bytes(8, "little") for digest, offset in sorted(records.items()))
-    bucket = (1).to_bytes(4, "little") + (40).to_bytes(4, "little") + len(data).to_bytes(8, "little") + data
-    if form == carindex.SORTED:
-        return b"\x80\x08" + bucket
-    return b"\x81\x08" + (1).to_bytes(4, "little") + (0x12).to_bytes(8, "little") + bucket
-
-
-def v2(data: bytes, behind: bytes, padding: int = 0) -> bytes:
-    offset = car.V2_BYTES + padding
-    header = car.V2Header(offset, len(data), offset + len(data) + padding if behind else 0)
-    return car.encode_v2(header) + bytes(padding) + data + bytes(padding if behind else 0) + behind
-
-
-class Opened:
-    """A file with `data`, opened as a source; indexes go beside it."""
-
-    def __init__(self, folder: Path, data: bytes) -> None:
-        self.path = folder / "some.car"
-        self.path.write_bytes(data)
-        self.indexes = folder / "indexes"
-
-    def open(self) -> CarSource:
-        return CarSource.open(self.path, self.indexes)
-
-    def get(self, *wanted: Cid) -> list[bytes]:
-        async def main() -> list[bytes]:
-            source = self.open()
-            try:
-                return [await source.get(cid) for cid in wanted]
-            finally:
-                await source.aclose()
-
-        return trio.run(main)
+from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
 
 
 @need_fixtures
@@ -100,25 +39,6 @@ def test_go_cars_version_2_is_read_by_its_own_index(tmp_path: Path) -> None:
     _roots, blocks = read(data)
     assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
     assert not opened.indexes.exists()
-
-
-@need_fixtures
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("badheaderlength", "its header would have"), ("sample-corrupt-pragma", "cut short")],
-)
-def test_fixtures_that_are_no_cars_are_refused(name: str, message: str, tmp_path: Path) -> None:
-    opened = Opened(tmp_path, (FIXTURES / "go-car" / f"{name}.car").read_bytes())
-    with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
-        opened.open()
-
-
-@need_fixtures
-def test_a_bad_section_leaves_what_is_before_it(tmp_path: Path) -> None:
-    opened = Opened(tmp_path, (FIXTURES / "go-car" / "badsectionlength.car").read_bytes())
-    source = opened.open()
-    assert not source.whole
-    assert list(source.roots()) == []
 
 
 @pytest.mark.parametrize("form", [carindex.SORTED, carindex.MULTIHASH_SORTED])
@@ -144,66 +64,6 @@ def test_an_index_is_built_once_and_kept(wrap: Callable[[bytes], bytes], tmp_pat
     written = kept.stat().st_mtime_ns
     assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
     assert [path.stat().st_mtime_ns for path in opened.indexes.iterdir()] == [written]
-
-
-def test_a_changed_file_gets_a_new_index_and_the_old_one_goes(tmp_path: Path) -> None:
-    first, second = pairs(5), pairs(7, seed=2)
-    opened = Opened(tmp_path, sections(first))
-    opened.get(first[0][0])
-    opened.path.write_bytes(sections(second))
-    assert opened.get(*(cid for cid, _block in second)) == [block for _cid, block in second]
-    assert len(list(opened.indexes.iterdir())) == 1
-
-
-def test_a_kept_index_that_is_damaged_is_built_anew(tmp_path: Path) -> None:
-    blocks = pairs(50)
-    opened = Opened(tmp_path, sections(blocks))
-    opened.get(blocks[0][0])
-    (kept,) = opened.indexes.iterdir()
-    kept.write_bytes(b"something else")
-    with pytest.raises(SourceFailed):
-        opened.open()
-    assert opened.get(blocks[3][0]) == [blocks[3][1]]
-
-
-@pytest.mark.parametrize("wrap", ["v1", "v2"])
-def test_what_stands_before_a_cut_still_reads(wrap: str, tmp_path: Path) -> None:
-    blocks = pairs(20)
-    data = sections(blocks)
-    cut = offsets(blocks)[cids.multihash(blocks[12][0])[2:]] + 500
-    whole = data if wrap == "v1" else v2(data, index(offsets(blocks)))
-    opened = Opened(tmp_path, whole[: cut + (0 if wrap == "v1" else car.V2_BYTES)])
-    assert not opened.open().whole
-    assert opened.get(*(cid for cid, _block in blocks[:12])) == [block for _cid, block in blocks[:12]]
-    for cid, _block in blocks[12:]:
-        with pytest.raises(NotHere):
-            opened.get(cid)
-
-
-@pytest.mark.parametrize("wrong", [0, 5, 18, 10**6, 1 << 62, (1 << 64) - 1])
-def test_an_index_that_lies_about_a_place_is_no_crash_and_no_wrong_block(wrong: int, tmp_path: Path) -> None:
-    blocks = pairs(10)
-    records = offsets(blocks) | {cids.multihash(blocks[4][0])[2:]: wrong}
-    opened = Opened(tmp_path, v2(sections(blocks), index(records)))
-    with pytest.raises(SourceFailed, match="its index names a place"):
-        opened.get(blocks[4][0])
-    assert opened.get(blocks[5][0]) == [blocks[5][1]]
-
-
-@pytest.mark.parametrize(
-    "behind",
-    [
-        b"\x99\x09nothing known",
-        b"\x81",
-        b"\x81\x08\xff\xff\xff\x7f",
-        b"\x81\x08\x01\0\0\0\x12\0\0\0\0\0\0\0\x01\0\0\0\x28\0\0\0\xff\xff\xff\xff\0\0\0\0",
-    ],
-)
-def test_an_index_that_can_not_be_read_is_replaced(behind: bytes, tmp_path: Path) -> None:
-    blocks = pairs(10)
-    opened = Opened(tmp_path, v2(sections(blocks), behind))
-    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
-    assert opened.indexes.exists()
 
 
 def test_blocks_are_found_by_multihash_under_every_spelling(tmp_path: Path) -> None:
@@ -232,60 +92,6 @@ def test_other_hash_functions_have_their_own_records(tmp_path: Path) -> None:
     assert opened.get(sha, sha1) == [block, block]
     with pytest.raises(NotHere):
         opened.get(sha512)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "the file is empty"),
-        (b"not a CAR at all, but a text", "not a CAR"),
-        (b"\x7fELF" + bytes(100), "not a CAR"),
-        (car.PRAGMA, "cut short in its header"),
-        (car.encode_v2(car.V2Header(51, 100, 0)), "would begin behind the file's end"),
-        (car.encode_v2(car.V2Header(60, 5, 0)) + bytes(9) + car.encode_header([]), "crosses the end of its data"),
-        (car.encode_v2(car.V2Header(51, 51, 0)) + car.encode_v2(car.V2Header(51, 51, 0)), "version 2 where version 1 belongs"),
-    ],
-)
-def test_what_is_no_car_is_refused_by_name(data: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
-        Opened(tmp_path, data).open()
-
-
-def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(SourceFailed, match="No such file") as caught:
-        CarSource.open(tmp_path / "none.car", tmp_path)
-    assert caught.value.kind == "missing"
-    with pytest.raises(SourceFailed, match="Is a directory"):
-        CarSource.open(tmp_path, tmp_path)
-
-
-def test_a_file_that_changes_below_an_open_source_is_named(tmp_path: Path) -> None:
-    first, second = pairs(5), pairs(5, seed=2)
-    opened = Opened(tmp_path, sections(first))
-    source = opened.open()
-    with open(opened.path, "r+b") as file:
-        file.write(sections(second))
-    os.utime(opened.path, ns=(1, 1))
-
-    async def main() -> None:
-        with pytest.raises(SourceFailed, match="has changed since it was opened"):
-            await source.get(first[2][0])
-
-    trio.run(main)
-
-
-def test_a_block_that_is_truncated_away_later_is_an_error(tmp_path: Path) -> None:
-    blocks = pairs(5, 300_000)
-    opened = Opened(tmp_path, sections(blocks))
-    source = opened.open()
-    os.truncate(opened.path, 700_000)
-
-    async def main() -> None:
-        assert await source.get(blocks[1][0]) == blocks[1][1]
-        with pytest.raises(SourceFailed, match="cut short"):
-            await source.get(blocks[2][0])
-
-    trio.run(main)
 
 
 def test_a_run_is_delivered_in_order_without_what_is_missing(tmp_path: Path) -> None:

@@ -1,10 +1,6 @@
 """The library: what one process adds another reads, what is removed gives back what nobody else needs."""
 
-import hashlib
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,41 +14,7 @@ from ipfsfuse.errors import NotFound, NotHere, StoreFailed
 from ipfsfuse.sources import librarycompact
 from ipfsfuse.sources.base import Run
 from ipfsfuse.sources.library import Library, LibrarySource
-from ipfsfuse.sources.librarywriter import NewRoot
-
-Pairs = list[tuple[Cid, bytes]]
-
-
-def multihash(block: bytes) -> bytes:
-    return b"\x12\x20" + hashlib.sha256(block).digest()
-
-
-def raw(seed: int, size: int = 1000) -> tuple[Cid, bytes]:
-    block = random.Random(seed).randbytes(size)
-    return cids.make(cids.RAW, multihash(block)), block
-
-
-def parent(children: Pairs) -> tuple[Cid, bytes]:
-    block = dagpb.encode([Link(cid, str(index).encode(), len(block)) for index, (cid, block) in enumerate(children)], b"\x08\x01")
-    return cids.make(cids.DAG_PB, multihash(block)), block
-
-
-def dag(seeds: range | list[int], size: int = 1000) -> Pairs:
-    """Leaves and, last, the root above them."""
-    leaves = [raw(seed, size) for seed in seeds]
-    return [*leaves, parent(leaves)]
-
-
-def add(library: Library, blocks: Pairs, name: str = "thing") -> int:
-    """How many blocks were new."""
-    with library.open_writer() as writer:
-        new = sum(writer.put(cid, block) for cid, block in blocks)
-        writer.commit([NewRoot(blocks[-1][0], name, sum(len(block) for _cid, block in blocks))])
-    return new
-
-
-def packs(library: Library) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in library.folder.iterdir() if path.suffix in (".car", ".tmp")}
+from tests.sources.libraries import add, dag, multihash, packs, raw
 
 
 @pytest.fixture
@@ -80,21 +42,6 @@ def test_a_second_add_of_the_same_adds_nothing(library: Library) -> None:
 def test_duplicates_within_an_add_are_stored_once(library: Library) -> None:
     blocks = [raw(1)] * 50 + [raw(2)]
     assert add(library, blocks) == 2
-
-
-def test_another_library_object_sees_adds_and_removals_at_once(library: Library) -> None:
-    reader = Library(library.folder)
-    blocks, others = dag(range(5)), dag(range(5, 9))
-    assert not reader.contains(cids.multihash(blocks[0][0]))
-    add(library, blocks)
-    assert reader.block(blocks[0][0]) == blocks[0][1]
-    add(library, others)
-    assert reader.block(others[-1][0]) == others[-1][1]
-    assert list(reader.roots()) == [blocks[-1][0], others[-1][0]]
-    library.remove(blocks[-1][0])
-    assert list(reader.roots()) == [others[-1][0]]
-    with pytest.raises(NotHere):
-        reader.block(blocks[0][0])
 
 
 def test_removing_the_only_root_gives_everything_back(library: Library) -> None:
@@ -141,24 +88,6 @@ def test_a_root_below_a_root_survives_its_parent(library: Library) -> None:
     assert list(library.roots()) == [blocks[3][0]]
 
 
-def test_nothing_is_removed_below_a_running_add(library: Library) -> None:
-    blocks = dag(range(20))
-    add(library, blocks)
-    with Library(library.folder).open_writer() as writer:
-        for cid, block in blocks[:5]:
-            assert not writer.put(cid, block)
-        library.remove(blocks[-1][0])
-        assert library.block(blocks[0][0]) == blocks[0][1]
-        top = parent(blocks[:5])
-        writer.put(*top)
-        writer.commit([NewRoot(top[0], "later", 5000)])
-    assert [library.block(cid) for cid, _block in blocks[:5]] == [block for _cid, block in blocks[:5]]
-    library.compact()
-    assert library.block(blocks[0][0]) == blocks[0][1]
-    with pytest.raises(NotHere):
-        library.block(blocks[15][0])
-
-
 def test_an_abandoned_add_leaves_no_trace(library: Library) -> None:
     add(library, dag(range(3)))
     before = packs(library)
@@ -166,30 +95,6 @@ def test_an_abandoned_add_leaves_no_trace(library: Library) -> None:
         writer.put(*raw(77))
     assert packs(library) == before
     assert len(library.roots()) == 1
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from ipfsfuse.sources.library import Library
-from tests.sources.test_library import raw
-writer = Library(Path(sys.argv[1])).open_writer()
-writer.put(*raw(77, 3_000_000))
-os.kill(os.getpid(), 9)
-"""
-
-
-def test_what_a_killed_writer_left_is_swept_by_the_next(library: Library) -> None:
-    project = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", KILLED, str(library.folder)], cwd=project, check=False)
-    assert [name for name in packs(library) if name.endswith(".tmp")]
-    living = library.open_writer()
-    living.put(*raw(5))
-    assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1
-    add(library, dag(range(3)))
-    assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1, "a living writer's file was swept"
-    living.commit([NewRoot(raw(5)[0], "five", 1000)])
-    assert len(library.roots()) == 2
 
 
 def test_files_are_private(library: Library) -> None:
@@ -268,72 +173,3 @@ def test_a_damaged_pack_is_one_line(library: Library) -> None:
         Library(library.folder).block(blocks[0][0])
     add(library, blocks)
     assert Library(library.folder).block(blocks[0][0]) == blocks[0][1]
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from ipfsfuse.sources.library import Library
-from tests.sources.test_library import add, dag
-library = Library(Path(sys.argv[1]))
-for number in range(9):
-    blocks = dag([*range(number, number + 10), int(sys.argv[2])])
-    add(library, blocks)
-    assert [library.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
-    if number % 3:
-        library.remove(blocks[-1][0])
-    else:
-        library.tidy()
-"""
-
-
-def test_several_processes_add_and_remove_at_once(library: Library) -> None:
-    project = Path(__file__).parents[2]
-    running = [subprocess.Popen([sys.executable, "-c", WRITER, str(library.folder), str(1000 + n)], cwd=project) for n in range(4)]
-    assert [process.wait(timeout=120) for process in running] == [0] * 4
-    kept = {dag([*range(number, number + 10), 1000 + n])[-1][0] for number in range(0, 9, 3) for n in range(4)}
-    assert set(library.roots()) == kept
-    library.compact()
-    for number in range(0, 9, 3):
-        for n in range(4):
-            for cid, block in dag([*range(number, number + 10), 1000 + n]):
-                assert library.block(cid) == block
-
-
-ENDLESS = """
-import sys
-from pathlib import Path
-from ipfsfuse.sources.library import Library
-from tests.sources.test_library import add, dag
-library = Library(Path(sys.argv[1]))
-print(flush=True)
-number = int(sys.argv[2])
-while True:
-    blocks = dag([*range(number, number + 5), 1, 2, 3])
-    add(library, blocks)
-    if number % 2:
-        library.remove(blocks[-1][0])
-    number += 1
-"""
-
-
-def test_whoever_is_killed_every_listed_root_is_whole(library: Library) -> None:
-    project = Path(__file__).parents[2]
-    chance = random.Random(3)
-    for attempt in range(5):
-        command = [sys.executable, "-c", ENDLESS, str(library.folder), str(1000 * attempt)]
-        with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE) as process:
-            assert process.stdout
-            process.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=chance.random() / 4)
-            process.kill()
-        fresh = Library(library.folder)
-        for root in fresh.roots():
-            for link in dagpb.decode(fresh.block(root)).links:
-                cids.verify(link.cid, fresh.block(link.cid))
-    library.compact()
-    assert all(name.endswith(".car") for name in packs(library))
-    for root in library.roots():
-        library.remove(root)
-    assert packs(library) == {}

@@ -1,0 +1,146 @@
+"""CAR files that are none, that are damaged, that lie, and that change: what is whole still reads, the rest has its error."""
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.car import CarSource
+from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
+
+
+@need_fixtures
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("badheaderlength", "its header would have"), ("sample-corrupt-pragma", "cut short")],
+)
+def test_fixtures_that_are_no_cars_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    opened = Opened(tmp_path, (FIXTURES / "go-car" / f"{name}.car").read_bytes())
+    with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
+        opened.open()
+
+
+@need_fixtures
+def test_a_bad_section_leaves_what_is_before_it(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, (FIXTURES / "go-car" / "badsectionlength.car").read_bytes())
+    source = opened.open()
+    assert not source.whole
+    assert list(source.roots()) == []
+
+
+def test_a_changed_file_gets_a_new_index_and_the_old_one_goes(tmp_path: Path) -> None:
+    first, second = pairs(5), pairs(7, seed=2)
+    opened = Opened(tmp_path, sections(first))
+    opened.get(first[0][0])
+    opened.path.write_bytes(sections(second))
+    assert opened.get(*(cid for cid, _block in second)) == [block for _cid, block in second]
+    assert len(list(opened.indexes.iterdir())) == 1
+
+
+def test_a_kept_index_that_is_damaged_is_built_anew(tmp_path: Path) -> None:
+    blocks = pairs(50)
+    opened = Opened(tmp_path, sections(blocks))
+    opened.get(blocks[0][0])
+    (kept,) = opened.indexes.iterdir()
+    kept.write_bytes(b"something else")
+    with pytest.raises(SourceFailed):
+        opened.open()
+    assert opened.get(blocks[3][0]) == [blocks[3][1]]
+
+
+@pytest.mark.parametrize("wrap", ["v1", "v2"])
+def test_what_stands_before_a_cut_still_reads(wrap: str, tmp_path: Path) -> None:
+    blocks = pairs(20)
+    data = sections(blocks)
+    cut = offsets(blocks)[cids.multihash(blocks[12][0])[2:]] + 500
+    whole = data if wrap == "v1" else v2(data, index(offsets(blocks)))
+    opened = Opened(tmp_path, whole[: cut + (0 if wrap == "v1" else car.V2_BYTES)])
+    assert not opened.open().whole
+    assert opened.get(*(cid for cid, _block in blocks[:12])) == [block for _cid, block in blocks[:12]]
+    for cid, _block in blocks[12:]:
+        with pytest.raises(NotHere):
+            opened.get(cid)
+
+
+@pytest.mark.parametrize("wrong", [0, 5, 18, 10**6, 1 << 62, (1 << 64) - 1])
+def test_an_index_that_lies_about_a_place_is_no_crash_and_no_wrong_block(wrong: int, tmp_path: Path) -> None:
+    blocks = pairs(10)
+    records = offsets(blocks) | {cids.multihash(blocks[4][0])[2:]: wrong}
+    opened = Opened(tmp_path, v2(sections(blocks), index(records)))
+    with pytest.raises(SourceFailed, match="its index names a place"):
+        opened.get(blocks[4][0])
+    assert opened.get(blocks[5][0]) == [blocks[5][1]]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"\x99\x09nothing known",
+        b"\x81",
+        b"\x81\x08\xff\xff\xff\x7f",
+        b"\x81\x08\x01\0\0\0\x12\0\0\0\0\0\0\0\x01\0\0\0\x28\0\0\0\xff\xff\xff\xff\0\0\0\0",
+    ],
+)
+def test_an_index_that_can_not_be_read_is_replaced(behind: bytes, tmp_path: Path) -> None:
+    blocks = pairs(10)
+    opened = Opened(tmp_path, v2(sections(blocks), behind))
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert opened.indexes.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"not a CAR at all, but a text", "not a CAR"),
+        (b"\x7fELF" + bytes(100), "not a CAR"),
+        (car.PRAGMA, "cut short in its header"),
+        (car.encode_v2(car.V2Header(51, 100, 0)), "would begin behind the file's end"),
+        (car.encode_v2(car.V2Header(60, 5, 0)) + bytes(9) + car.encode_header([]), "crosses the end of its data"),
+        (car.encode_v2(car.V2Header(51, 51, 0)) + car.encode_v2(car.V2Header(51, 51, 0)), "version 2 where version 1 belongs"),
+    ],
+)
+def test_what_is_no_car_is_refused_by_name(data: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
+        Opened(tmp_path, data).open()
+
+
+def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceFailed, match="No such file") as caught:
+        CarSource.open(tmp_path / "none.car", tmp_path)
+    assert caught.value.kind == "missing"
+    with pytest.raises(SourceFailed, match="Is a directory"):
+        CarSource.open(tmp_path, tmp_path)
+
+
+def test_a_file_that_changes_below_an_open_source_is_named(tmp_path: Path) -> None:
+    first, second = pairs(5), pairs(5, seed=2)
+    opened = Opened(tmp_path, sections(first))
+    source = opened.open()
+    with open(opened.path, "r+b") as file:
+        file.write(sections(second))
+    os.utime(opened.path, ns=(1, 1))
+
+    async def main() -> None:
+        with pytest.raises(SourceFailed, match="has changed since it was opened"):
+            await source.get(first[2][0])
+
+    trio.run(main)
+
+
+def test_a_block_that_is_truncated_away_later_is_an_error(tmp_path: Path) -> None:
+    blocks = pairs(5, 300_000)
+    opened = Opened(tmp_path, sections(blocks))
+    source = opened.open()
+    os.truncate(opened.path, 700_000)
+
+    async def main() -> None:
+        assert await source.get(blocks[1][0]) == blocks[1][1]
+        with pytest.raises(SourceFailed, match="cut short"):
+            await source.get(blocks[2][0])
+
+    trio.run(main)
