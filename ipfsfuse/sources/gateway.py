@@ -81,7 +81,7 @@ def refusal(name: str, answer: Answer, text: str) -> SourceFailed:
     """What an answer that is neither a block nor "not here" means for its server."""
     said = f"status {answer.status}" + (f": {text.splitlines()[0][:120]}" if text else "")
     if answer.status in (401, 403):
-        return SourceFailed(f"{name} refused us ({said}): look at the Authorization line in the file given with --header", REFUSED)
+        return SourceFailed(f"{name} refused us ({said}): look at the Authorization line in the file given with --header-file", REFUSED)
     if answer.status in (429, 503):
         return SourceFailed(f"{name} is busy ({said})", BUSY, retry_after(answer.headers.get("retry-after", "")))
     return SourceFailed(f"{name} failed ({said})", STATUS)

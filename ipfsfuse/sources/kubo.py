@@ -24,8 +24,8 @@ from ipfsfuse.sources.http import Http, HttpSettings
 from ipfsfuse.sources.origin import Origin, parse_origin
 from ipfsfuse.sources.rpc import Rpc
 
-CONNECTIONS = 3
-"""Requests of one run side by side. One stream of a node's bytes was 15 % slower on 2 cores, four no faster."""
+CONNECTIONS = 2
+"""Requests of one run side by side: on 2 cores a second one gained 5 to 25 % on runs of over 64 MiB, a third nothing."""
 
 
 def repository() -> Path:

@@ -50,7 +50,7 @@ def parse_origin(url: str) -> Origin:
     if not parts.hostname:
         raise UsageError(f"{url}: there is no host in it; write {parts.scheme}://host[:port]")
     if parts.username is not None or parts.password is not None:
-        raise UsageError(f"{parts.scheme}://{parts.hostname}: no passwords in URLs; put an Authorization line into a file for --header")
+        raise UsageError(f"{parts.scheme}://{parts.hostname}: no passwords in URLs; put an Authorization line into a file for --header-file")
     if parts.query or parts.fragment:
         raise UsageError(f"{url}: a source has no query and no fragment; end it before the ? or #")
     host = parts.hostname

@@ -19,7 +19,7 @@ from ipfsfuse.sources.failures import LONG, STATUS
 from ipfsfuse.sources.http import ERROR_BODY, Http
 
 CAR_TYPE = "application/vnd.ipld.car"
-RANGE_PART = 4 << 20
+RANGE_PART = 16 << 20
 """A range is cut into requests of at least so many bytes."""
 
 
