@@ -63,3 +63,14 @@ def changed(library: Library, path: Path, act: Callable[[], object], message: st
     with pytest.raises(AddFailed, match=message):
         list(add([str(path)], PLAIN, library, at(MIB, act)))
     assert snapshot(library) == before
+
+
+ADD_STDIN = """
+import sys
+from pathlib import Path
+from ipfsfuse.adding import AddOptions, add
+from ipfsfuse.dag import cid
+from ipfsfuse.sources.library import Library
+for added in add(["-"], AddOptions(wrap="-w" in sys.argv), Library(Path(sys.argv[1]))):
+    print(cid.text(added.cid), added.name, flush=True)
+"""

@@ -14,31 +14,8 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.build import UNIXFS_V0_2015
 from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.library import Library
-from tests.adding.checks import MIB, PLAIN, content, snapshot, told
-from tests.adding.trees import Bytes, Dir, To, write
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "library")
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    path = tmp_path / "tree"
-    write(Dir({"a": Bytes(10), "b": Dir({"c": Bytes(3 * MIB + 1, 2), ".h": Bytes(1)}), "l": To("b/c"), "z": Dir()}), path)
-    return path
-
-
-ADD_STDIN = """
-import sys
-from pathlib import Path
-from ipfsfuse.adding import AddOptions, add
-from ipfsfuse.dag import cid
-from ipfsfuse.sources.library import Library
-for added in add(["-"], AddOptions(wrap="-w" in sys.argv), Library(Path(sys.argv[1]))):
-    print(cid.text(added.cid), added.name, flush=True)
-"""
+from tests.adding.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
+from tests.adding.trees import Bytes
 
 
 def test_a_tree_is_told_children_first_and_is_all_there(tree: Path, library: Library) -> None:

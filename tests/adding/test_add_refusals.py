@@ -13,31 +13,7 @@ import pytest
 from ipfsfuse.adding import AddOptions, add
 from ipfsfuse.errors import StoreFailed, UsageError
 from ipfsfuse.sources.library import Library
-from tests.adding.checks import MIB, PLAIN, changed, refuse, snapshot, told
-from tests.adding.trees import Bytes, Dir, To, write
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "library")
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    path = tmp_path / "tree"
-    write(Dir({"a": Bytes(10), "b": Dir({"c": Bytes(3 * MIB + 1, 2), ".h": Bytes(1)}), "l": To("b/c"), "z": Dir()}), path)
-    return path
-
-
-ADD_STDIN = """
-import sys
-from pathlib import Path
-from ipfsfuse.adding import AddOptions, add
-from ipfsfuse.dag import cid
-from ipfsfuse.sources.library import Library
-for added in add(["-"], AddOptions(wrap="-w" in sys.argv), Library(Path(sys.argv[1]))):
-    print(cid.text(added.cid), added.name, flush=True)
-"""
+from tests.adding.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
 
 
 def test_an_add_that_is_killed_leaves_the_library_as_it_was(library: Library, tree: Path) -> None:

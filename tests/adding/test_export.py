@@ -45,11 +45,6 @@ def exported(root: Cid, library: Library, file: Path, indexed: bool = False) -> 
     return trio.run(main)
 
 
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "library")
-
-
 @pytest.mark.parametrize("indexed", [False, True], ids=["v1", "v2"])
 def test_a_car_has_every_block_once_parents_first(indexed: bool, tmp_path: Path, library: Library) -> None:
     root = added(some_tree(tmp_path), library)
