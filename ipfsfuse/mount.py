@@ -15,6 +15,7 @@ import trio
 from ipfsfuse import control
 from ipfsfuse.cache import hold
 from ipfsfuse.cache.isolated import isolated_folder
+from ipfsfuse.cache.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
@@ -29,6 +30,7 @@ from ipfsfuse.record import Record
 from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.chain import Chain
 from ipfsfuse.sources.http import HttpSettings
+from ipfsfuse.sources.kubo import Kubo
 from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources, with_headers
 from ipfsfuse.vfs.roots import Named, Roots
 from ipfsfuse.vfs.tree import Tree
@@ -72,7 +74,10 @@ def _folder(config: MountConfig) -> Iterator[Path]:
 
 
 async def _main(config: MountConfig, folder: Path, ready: Ready) -> None:
-    async with _serving(config, folder) as (operations, nursery, server), sessions.opened(operations, config.mountpoint, config.allow_other) as session:
+    async with (
+        _serving(config, folder) as (operations, nursery, server),
+        sessions.opened(operations, config.mountpoint, config.allow_other) as session,
+    ):
         nursery.start_soon(_end_by_signal, config.mountpoint, nursery.cancel_scope)
         if config.while_held:
             nursery.start_soon(_end_when_let_go, server, config.mountpoint, nursery.cancel_scope)
@@ -92,8 +97,12 @@ async def _main(config: MountConfig, folder: Path, ready: Ready) -> None:
 async def _serving(config: MountConfig, folder: Path) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
     async with AsyncExitStack() as stack:
-        chain = await _chain(config, folder, stack)
-        cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline))
+        sources = await _sources(config, folder, stack)
+        chain = Chain(sources)
+        nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
+        pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
+        cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline, pins=pins))
+        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)
@@ -101,12 +110,12 @@ async def _serving(config: MountConfig, folder: Path) -> AsyncIterator[tuple[Ope
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         pages = stack.enter_context(Pages.running()) if record is None else None
-        server = ControlServer(Commands(config, cache, chain, tree).table())
+        server = ControlServer(Commands(config, cache, chain, pins, tree).table())
         await nursery.start(server.serve, control.socket_path(folder))
         yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server
 
 
-async def _chain(config: MountConfig, folder: Path, stack: AsyncExitStack) -> Chain:
+async def _sources(config: MountConfig, folder: Path, stack: AsyncExitStack) -> list[Source]:
     """The sources, opened in their order; closed with the stack."""
     http = with_headers(HttpSettings(), config.headers)
     settings = OpenSettings(config.library, folder / "indexes", http, config.offline)
@@ -116,7 +125,7 @@ async def _chain(config: MountConfig, folder: Path, stack: AsyncExitStack) -> Ch
         if source is not None:
             stack.push_async_callback(source.aclose)
             sources.append(source)
-    return Chain(sources)
+    return sources
 
 
 def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
@@ -128,8 +137,8 @@ def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
 
 async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:
     """SIGTERM and SIGINT unmount; where it is busy, lazily, so that the daemon ends in any case."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # what the receiver leaves behind: a second signal must not end the cleaning up
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.SIG_IGN)  # what the receiver leaves behind: a second signal must not end the cleaning up
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)

@@ -118,6 +118,10 @@ class KuboPins:
         """What is held for good."""
         return list(self._shelves[PINNED].wanted())
 
+    def held(self) -> Iterable[Cid]:
+        """What is held, or soon will be, because it is staged."""
+        return list(self._shelves[STAGED].wanted())
+
     def settle(self, staged: Iterable[Cid]) -> None:
         """Exactly `staged` is staged: holds it, and lets go of what a crash left held. Said at the start."""
         now = {cids.canonical(cid) for cid in staged}

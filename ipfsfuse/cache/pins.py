@@ -3,7 +3,6 @@
 Concurrency: every method here returns at once and does no I/O; what follows from it happens in tasks of the holder's own.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from ipfsfuse.dag.cid import Cid
@@ -36,23 +35,3 @@ class NoPins:
 
     def state(self, cid: Cid) -> str:
         return ""
-
-
-class ManyPins:
-    """The same wishes at several nodes."""
-
-    def __init__(self, nodes: Sequence[Pins]) -> None:
-        self._nodes = nodes
-
-    def add(self, cid: Cid) -> None:
-        for pins in self._nodes:
-            pins.add(cid)
-
-    def remove(self, cid: Cid) -> None:
-        for pins in self._nodes:
-            pins.remove(cid)
-
-    def state(self, cid: Cid) -> str:
-        """What holds at one node at least."""
-        states = {pins.state(cid) for pins in self._nodes}
-        return next((state for state in ("user", "cache", "queued") if state in states), "")

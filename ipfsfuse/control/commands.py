@@ -9,6 +9,7 @@ from typing import Any
 
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.server import Arguments, Handler, Progress
@@ -26,8 +27,8 @@ Answer = Mapping[str, Any]
 
 
 class Commands:
-    def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, tree: Tree) -> None:
-        self._config, self._cache, self._chain, self._tree = config, cache, chain, tree
+    def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, pins: NodePins, tree: Tree) -> None:
+        self._config, self._cache, self._chain, self._pins, self._tree = config, cache, chain, pins, tree
         self._started = time.time()
 
     def table(self) -> dict[str, Handler]:
@@ -52,6 +53,7 @@ class Commands:
             "offline": self._config.offline,
             "uptime": round(time.time() - self._started, 1),
             "cache": asdict(self._cache.statistics()),
+            "pins": {name: asdict(status) for name, status in self._pins.status().items()},
             "sources": [asdict(source) for source in self._chain.statistics()],
         }
 
@@ -73,11 +75,13 @@ class Commands:
                 await pinning.file(file)
 
             totals = await fetch_all(self._tree, cid, None, _teller(progress), keep)
+        self._pins.keep(cid)
         return {"pinned": cids.text(cid), "files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = _cid(arguments)
         await self._cache.unpin(cid)
+        self._pins.unkeep(cid)
         return {"unpinned": cids.text(cid)}
 
     async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:

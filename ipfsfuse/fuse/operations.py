@@ -6,7 +6,7 @@ only between two awaits.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -87,7 +87,7 @@ class Operations(ReadOnlyOperations):
             return self._inodes.directory(parent, name, cid, found)
         return self._inodes.file(cid, found)
 
-    async def forget(self, inode_list: list[tuple[InodeT, int]]) -> None:  # type: ignore[override]
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for number, count in inode_list:
             self._inodes.forget(number, count)
 
@@ -122,7 +122,7 @@ class Operations(ReadOnlyOperations):
             self._files[handle] = OpenFile(self._tree, file, store, not self.kernel_reads_ahead)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
-    async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
         with translated():
             return await self._files[fh].read(off, size)
 

@@ -39,7 +39,7 @@ class Pages:
         while (item := self._queue.get()) is not None:
             inode, offset, content = item
             try:
-                pyfuse3.notify_store(pyfuse3.InodeT(inode), offset, content)  # type: ignore[arg-type]
+                pyfuse3.notify_store(pyfuse3.InodeT(inode), offset, content)  # type: ignore[arg-type]  # any buffer
             except OSError as exc:
                 log.debug("inode %d took no pages: %s", inode, exc)  # the kernel forgot it, or the mount is going
             with self._lock:

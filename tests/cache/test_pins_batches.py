@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ipfsfuse.cache.batches import LIMIT, Batch, Batches, Change, directory
-from ipfsfuse.cache.pins import ManyPins, NoPins, Pins
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
@@ -176,27 +175,3 @@ def test_a_batch_is_a_directory_that_links_its_members() -> None:
     assert isinstance(node, nodes.Directory)
     assert [link.cid for link in node.links] == members
     assert [link.name for link in node.links] == sorted(link.name for link in node.links)
-
-
-def test_several_nodes_get_the_same_wishes() -> None:
-    class Noted:
-        def __init__(self, word: str) -> None:
-            self.word = word
-            self.wishes: list[tuple[str, Cid]] = []
-
-        def add(self, cid: Cid) -> None:
-            self.wishes.append(("add", cid))
-
-        def remove(self, cid: Cid) -> None:
-            self.wishes.append(("remove", cid))
-
-        def state(self, cid: Cid) -> str:
-            return self.word
-
-    nodes = [Noted("queued"), Noted("cache")]
-    pins: Pins = ManyPins(nodes)
-    pins.add(cid(1))
-    pins.remove(cid(2))
-    assert nodes[0].wishes == nodes[1].wishes == [("add", cid(1)), ("remove", cid(2))]
-    assert pins.state(cid(1)) == "cache"
-    assert ManyPins([]).state(cid(1)) == NoPins().state(cid(1)) == ""

@@ -1,5 +1,6 @@
 """A small trustless gateway of real blocks, on loopback, that can be told to stall, to lie and to refuse."""
 
+import errno
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -7,8 +8,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from ipfsfuse.dag import car, cid as cids
+import pytest
+
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from tests.dagging import Dag
+from tests.mounting import Home, Mounted
 
 
 def blocks_of(path: Path) -> dict[bytes, bytes]:
@@ -42,7 +48,7 @@ class Gateway:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:  # noqa: N802 - http.server's name for it
+            def do_GET(self) -> None:
                 gateway._answer(self)
 
             def log_message(self, format: str, *args: object) -> None:
@@ -79,3 +85,17 @@ class Gateway:
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
         request.wfile.write(body)
+
+
+@contextmanager
+def mounted(home: Home, dag: Dag, *options: str) -> Iterator[tuple[Gateway, Mounted]]:
+    gateway = Gateway(dag.blocks)
+    with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", "4s", *options) as mount:
+        yield gateway, mount
+
+
+def errno_of(path: Path) -> str:
+    """What reading or listing `path` fails with."""
+    with pytest.raises(OSError) as raised:
+        path.read_bytes()
+    return errno.errorcode[raised.value.errno or 0]

@@ -12,11 +12,12 @@ from tests.mount.conftest import Sample
 SCRIPT = Path(__file__).with_name("syscalls.py")
 NOBODY = 65534
 
-EPERM = """
-open-wronly open-rdwr open-append open-trunc open-rdonly-trunc open-creat-existing create create-root create-excl mkdir mkdir-root mknod mkfifo
-symlink link unlink unlink-symlink rmdir rmdir-root rename rename-over rename-dir chmod chmod-dir fchmod chown lchown utimensat utimensat-symlink
-futimens truncate truncate-same setxattr setxattr-own removexattr
-""".split()
+EPERM = [
+    "open-wronly", "open-rdwr", "open-append", "open-trunc", "open-rdonly-trunc", "open-creat-existing", "create", "create-root", "create-excl",
+    "mkdir", "mkdir-root", "mknod", "mkfifo", "symlink", "link", "unlink", "unlink-symlink", "rmdir", "rmdir-root", "rename", "rename-over",
+    "rename-dir", "chmod", "chmod-dir", "fchmod", "chown", "lchown", "utimensat", "utimensat-symlink", "futimens", "truncate", "truncate-same",
+    "setxattr", "setxattr-own", "removexattr",
+]
 
 KERNEL_ANSWERS = {
     "rename-out": "EXDEV",
@@ -50,8 +51,8 @@ def call(name: str, folder: Path, user: int | None = None) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    shown = subprocess.run(f"find '{folder}' -printf '%P %y %m %s %T@ %i %l\\n' | sort; cat '{folder}/hello.txt'", shell=True, capture_output=True, text=True)
-    return shown.stdout
+    command = f"find '{folder}' -printf '%P %y %m %s %T@ %i %l\\n' | sort; cat '{folder}/hello.txt'"
+    return subprocess.run(command, shell=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("name", EPERM)

@@ -1,5 +1,7 @@
 """The read-ahead policy and the bounded dictionary."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +22,7 @@ def test_the_second_read_in_order_begins_a_window_and_windows_grow_to_the_larges
     windows = [w for at in range(0, 256 << 20, STEP) if (w := ahead.note(at, STEP))]
     assert windows[0] == (2 * STEP, MIN_WINDOW)
     assert windows[-1].size == MAX_WINDOW
-    assert all(a.start + a.size == b.start for a, b in zip(windows, windows[1:], strict=False))
+    assert all(a.start + a.size == b.start for a, b in itertools.pairwise(windows))
 
 
 def test_far_reads_at_random_fetch_nothing_ahead() -> None:
