@@ -74,6 +74,22 @@ class Chain:
         return ()
 
 
+class Recorder:
+    """Pins that remember what was asked, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Cid]] = []
+
+    def add(self, cid: Cid) -> None:
+        self.asked.append(("add", cid))
+
+    def remove(self, cid: Cid) -> None:
+        self.asked.append(("remove", cid))
+
+    def state(self, cid: Cid) -> str:
+        return "cache" if ("add", cid) in self.asked else ""
+
+
 def dag_pb_leaf(content: bytes) -> bytes:
     """A leaf as Kubo writes it without raw leaves."""
     size = varint.put(len(content))
@@ -100,3 +116,12 @@ def make_file(chain: Chain, size: int, chunk: int = 1 << 16, seed: int = 0, dag_
         made.append(Leaf(cid, offset, len(piece)))
     root = chain.add(b"root of " + content[:32], cids.DAG_PB)
     return FileRef(root, size), made, content
+
+
+def flip(path: Path, at: int) -> None:
+    """Changes one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))

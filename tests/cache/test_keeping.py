@@ -14,8 +14,7 @@ from ipfsfuse.dag.front import Walk
 from ipfsfuse.dag.nodes import Directory, File, Leaf
 from ipfsfuse.dag.unixfs import Type, UnixFS, encode
 from ipfsfuse.errors import StoreFailed, Unavailable, UsageError
-from tests.cache.standin import Chain, make_file, random_bytes, staged
-from tests.cache.test_pinset import flip
+from tests.cache.standin import Chain, flip, make_file, random_bytes, staged
 
 MIB = 1 << 20
 BUDGET = 16 * MIB

@@ -15,9 +15,9 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import StoreFailed
-from tests.cache.standin import Chain, make_file, random_bytes, staged
+from tests.cache.standin import Chain, flip, make_file, random_bytes, staged
 from tests.cache.test_budget import own_filesystem
-from tests.cache.test_pinset import flip, read
+from tests.cache.test_pinset import read
 
 MIB = 1 << 20
 BUDGET = 64 * MIB
