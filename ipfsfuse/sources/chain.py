@@ -88,6 +88,8 @@ class Chain:
         others = any(other is not member and not other.health.is_aside(now) for other in self._network) or bool(self._in_place)
         aside = member.health.wrong(now, others=others)
         name = member.source.name
+        if aside == 0:
+            return
         if aside is not None:
             log.warning("%s sent wrong bytes for %s and is not asked for %.0f minutes", name, cids.text(cid), aside / 60)
         elif (name, cid) not in self._known_wrong and len(self._known_wrong) < REMEMBERED_WRONG:

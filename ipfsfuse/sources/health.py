@@ -110,9 +110,12 @@ class Health:
         self._trial = False
 
     def wrong(self, now: float, *, others: bool) -> float | None:
-        """Bytes that do not match. Seconds for which the source is now set aside; None if it loses this block alone."""
+        """Bytes that do not match. Seconds for which the source is now set aside, 0 if it was already (this request had
+        been on its way); None if it loses this block alone."""
         self.wrong_blocks += 1
         self._trial = False
+        if self.is_aside(now):
+            return 0.0
         if not self._may_aside or not others:
             return None
         aside, self._next_aside = self._next_aside, min(2 * self._next_aside, LONGEST_ASIDE)

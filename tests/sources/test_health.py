@@ -51,6 +51,7 @@ def test_set_aside_for_ten_minutes_then_twenty_while_others_are_left() -> None:
     one = health()
     assert one.wrong(0, others=False) is None
     assert one.wrong(0, others=True) == 600
+    assert one.wrong(1, others=True) == 0  # was on its way: nothing doubles
     assert (one.is_aside(599), one.is_aside(600)) == (True, False)
     assert one.wrong(600, others=True) == 1200
     assert health(may_aside=False).wrong(0, others=True) is None
