@@ -147,7 +147,7 @@ def test_a_read_that_fails_under_mmap_is_sigbus(home: Home) -> None:
     file = dag.file(leaves)
     with mounted(home, dag) as (gateway, mount):
         gateway.lying.add(cids.text(dag.block(leaves[2])))
-        script = "import mmap, sys; m = mmap.mmap(open(sys.argv[1], 'rb').fileno(), 0, prot=1); print(m[0], flush=True); m[5 << 19]"
+        script = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1); print(m[0], flush=True); m[5 << 19]"
         done = subprocess.run([sys.executable, "-S", "-c", script, mount.path / cids.text(file)], capture_output=True, text=True)
         assert (done.stdout, done.returncode) == ("97\n", -signal.SIGBUS)
 
