@@ -1,99 +1,20 @@
 """The chain: which source is asked when, what a wrong block does, what a stalled one does not."""
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, Unsupported, WrongBlock
+from ipfsfuse.errors import SourceFailed, Unavailable, Unsupported, WrongBlock
 from ipfsfuse.sources import member
-from ipfsfuse.sources.base import Deliver, Fetched, Run
 from ipfsfuse.sources.chain import Chain
 from ipfsfuse.sources.gateway import Gateway
 from ipfsfuse.sources.http import Http
 from ipfsfuse.sources.origin import parse_origin
-from tests.sources.content import SampleFile, raw_blocks, sample
 from tests.sources.servers import Ask, Server, answer_well
-
-BLOCKS = raw_blocks(3, 200)
-CID, BLOCK = next(iter(BLOCKS.items()))
-Answer = Callable[[Cid], Awaitable[bytes]]
-
-
-class Timed:
-    """A network source whose answers take as long, and fail as often, as the test's clock says: what no real server can
-    be made to do exactly."""
-
-    in_place = False
-
-    def __init__(self, name: str, answer: Answer | None = None, blocks: dict[Cid, bytes] | None = None) -> None:
-        self.name = name
-        self.blocks = BLOCKS if blocks is None else blocks
-        self.answer = answer
-        self.asked: list[float] = []
-        self.cancelled = 0
-
-    async def get(self, cid: Cid) -> bytes:
-        self.asked.append(trio.current_time())
-        try:
-            if self.answer is not None:
-                return await self.answer(cid)
-            await trio.lowlevel.checkpoint()
-            return self.block(cid)
-        except trio.Cancelled:
-            self.cancelled += 1
-            raise
-
-    def block(self, cid: Cid) -> bytes:
-        if cid not in self.blocks:
-            raise NotHere(f"{self.name} does not have it")
-        return self.blocks[cid]
-
-    async def stream(self, run: Run, deliver: Deliver) -> None:
-        for index, leaf in enumerate(run.leaves):
-            try:
-                await deliver(index, await self.get(leaf.cid))
-            except NotHere:
-                continue
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
-
-    async def aclose(self) -> None:
-        pass
-
-
-class InPlace(Timed):
-    in_place = True
-
-
-async def never(_cid: Cid) -> bytes:
-    await trio.sleep_forever()
-    raise AssertionError
-
-
-async def fails(_cid: Cid) -> bytes:
-    raise SourceFailed("it is down", "connect")
-
-
-def after(seconds: float) -> Answer:
-    async def answer(cid: Cid) -> bytes:
-        await trio.sleep(seconds)
-        return BLOCKS[cid]
-
-    return answer
-
-
-def chain_of(*sources: Timed, offline: bool = False) -> Chain:
-    return Chain(sources, offline=offline, chance=random.Random(1))
-
-
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+from tests.sources.timed import BLOCK, BLOCKS, CID, InPlace, Timed, after, chain_of, fails, never, run
 
 
 def test_sources_in_place_are_asked_before_the_network() -> None:
@@ -283,80 +204,5 @@ def test_a_wrong_block_in_place_costs_that_block_alone_and_says_how_to_repair_it
         assert (await chain.get(list(BLOCKS)[1])).source is library
         with pytest.raises(WrongBlock):
             await chain_of(library).get(CID)
-
-    run(main)
-
-
-@pytest.mark.logs("gateway has wrong bytes")
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
-    file = sample(8, count=6)
-    some = {leaf.cid: file.blocks[leaf.cid] for leaf in file.leaves[:3]}
-    if wrong:
-        some[file.leaves[0].cid] = b"rot"
-
-    async def main() -> None:
-        one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
-        got = await collect(chain_of(one, two), file)
-        assert {index: fetched.block for index, fetched in got.items()} == file.expected
-        assert {index for index, fetched in got.items() if fetched.source is one} == ({1, 2} if wrong else {0, 1, 2})
-
-    run(main)
-
-
-async def collect(chain: Chain, file: SampleFile) -> dict[int, Fetched]:
-    got: dict[int, Fetched] = {}
-
-    async def deliver(index: int, fetched: Fetched) -> None:
-        assert index not in got
-        got[index] = fetched
-
-    await chain.stream(file.run, deliver)
-    return got
-
-
-def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
-    file = sample(9, count=6)
-
-    async def main() -> None:
-        async def answer(cid: Cid) -> bytes:
-            return file.blocks[cid] if cid in (file.leaves[0].cid, file.leaves[1].cid) else await never(cid)
-
-        start = trio.current_time()
-        got = await collect(chain_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
-        assert {index: fetched.block for index, fetched in got.items()} == file.expected
-        assert trio.current_time() - start <= 4
-
-    run(main)
-
-
-def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
-    file = sample(10, count=4)
-
-    async def main() -> None:
-        source = Timed("one", blocks=file.blocks)
-        chain = chain_of(source)
-
-        async def deliver(_index: int, _fetched: Fetched) -> None:
-            await trio.sleep(100)
-
-        await chain.stream(file.run, deliver)
-        assert (len(source.asked), chain.statistics()[0].failures) == (4, {})
-
-    run(main)
-
-
-def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
-    file = sample(11, count=4)
-
-    async def main() -> None:
-        chain = chain_of(Timed("one", blocks=file.blocks))
-
-        async def deliver(_index: int, _fetched: Fetched) -> None:
-            raise SourceFailed("a reader's own", "reader")
-
-        with pytest.raises(SourceFailed, match="reader's own"):
-            await chain.stream(file.run, deliver)
-        assert chain.statistics()[0].failures == {}
 
     run(main)

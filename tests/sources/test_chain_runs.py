@@ -1,0 +1,87 @@
+"""The chain's runs: completed from whoever has the rest, broken off when they stall."""
+
+
+import pytest
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import SourceFailed
+from ipfsfuse.sources.base import Fetched
+from ipfsfuse.sources.chain import Chain
+from tests.sources.content import SampleFile, sample
+from tests.sources.timed import Timed, chain_of, never, run
+
+
+@pytest.mark.logs("gateway has wrong bytes")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
+    file = sample(8, count=6)
+    some = {leaf.cid: file.blocks[leaf.cid] for leaf in file.leaves[:3]}
+    if wrong:
+        some[file.leaves[0].cid] = b"rot"
+
+    async def main() -> None:
+        one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
+        got = await collect(chain_of(one, two), file)
+        assert {index: fetched.block for index, fetched in got.items()} == file.expected
+        assert {index for index, fetched in got.items() if fetched.source is one} == ({1, 2} if wrong else {0, 1, 2})
+
+    run(main)
+
+
+async def collect(chain: Chain, file: SampleFile) -> dict[int, Fetched]:
+    got: dict[int, Fetched] = {}
+
+    async def deliver(index: int, fetched: Fetched) -> None:
+        assert index not in got
+        got[index] = fetched
+
+    await chain.stream(file.run, deliver)
+    return got
+
+
+def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
+    file = sample(9, count=6)
+
+    async def main() -> None:
+        async def answer(cid: Cid) -> bytes:
+            return file.blocks[cid] if cid in (file.leaves[0].cid, file.leaves[1].cid) else await never(cid)
+
+        start = trio.current_time()
+        got = await collect(chain_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
+        assert {index: fetched.block for index, fetched in got.items()} == file.expected
+        assert trio.current_time() - start <= 4
+
+    run(main)
+
+
+def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
+    file = sample(10, count=4)
+
+    async def main() -> None:
+        source = Timed("one", blocks=file.blocks)
+        chain = chain_of(source)
+
+        async def deliver(_index: int, _fetched: Fetched) -> None:
+            await trio.sleep(100)
+
+        await chain.stream(file.run, deliver)
+        assert (len(source.asked), chain.statistics()[0].failures) == (4, {})
+
+    run(main)
+
+
+def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
+    file = sample(11, count=4)
+
+    async def main() -> None:
+        chain = chain_of(Timed("one", blocks=file.blocks))
+
+        async def deliver(_index: int, _fetched: Fetched) -> None:
+            raise SourceFailed("a reader's own", "reader")
+
+        with pytest.raises(SourceFailed, match="reader's own"):
+            await chain.stream(file.run, deliver)
+        assert chain.statistics()[0].failures == {}
+
+    run(main)

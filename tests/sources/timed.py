@@ -1,0 +1,89 @@
+"""Sources whose answers a test times to the tick."""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+from trio.testing import MockClock
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.chain import Chain
+from tests.sources.content import raw_blocks
+
+BLOCKS = raw_blocks(3, 200)
+CID, BLOCK = next(iter(BLOCKS.items()))
+Answer = Callable[[Cid], Awaitable[bytes]]
+
+
+class Timed:
+    """A network source whose answers take as long, and fail as often, as the test's clock says: what no real server can
+    be made to do exactly."""
+
+    in_place = False
+
+    def __init__(self, name: str, answer: Answer | None = None, blocks: dict[Cid, bytes] | None = None) -> None:
+        self.name = name
+        self.blocks = BLOCKS if blocks is None else blocks
+        self.answer = answer
+        self.asked: list[float] = []
+        self.cancelled = 0
+
+    async def get(self, cid: Cid) -> bytes:
+        self.asked.append(trio.current_time())
+        try:
+            if self.answer is not None:
+                return await self.answer(cid)
+            await trio.lowlevel.checkpoint()
+            return self.block(cid)
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+
+    def block(self, cid: Cid) -> bytes:
+        if cid not in self.blocks:
+            raise NotHere(f"{self.name} does not have it")
+        return self.blocks[cid]
+
+    async def stream(self, run: Run, deliver: Deliver) -> None:
+        for index, leaf in enumerate(run.leaves):
+            try:
+                await deliver(index, await self.get(leaf.cid))
+            except NotHere:
+                continue
+
+    def roots(self) -> Sequence[Cid]:
+        return ()
+
+    async def aclose(self) -> None:
+        pass
+
+
+class InPlace(Timed):
+    in_place = True
+
+
+async def never(_cid: Cid) -> bytes:
+    await trio.sleep_forever()
+    raise AssertionError
+
+
+async def fails(_cid: Cid) -> bytes:
+    raise SourceFailed("it is down", "connect")
+
+
+def after(seconds: float) -> Answer:
+    async def answer(cid: Cid) -> bytes:
+        await trio.sleep(seconds)
+        return BLOCKS[cid]
+
+    return answer
+
+
+def chain_of(*sources: Timed, offline: bool = False) -> Chain:
+    return Chain(sources, offline=offline, chance=random.Random(1))
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    trio.run(main, clock=MockClock(autojump_threshold=0))
