@@ -98,7 +98,7 @@ async def _serving(config: MountConfig, folder: Path) -> AsyncIterator[tuple[Ope
     """All that answers behind the kernel, from the sources up."""
     async with AsyncExitStack() as stack:
         sources = await _sources(config, folder, stack)
-        chain = Chain(sources)
+        chain = Chain(sources, offline=config.offline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
         pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
         cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline, pins=pins))
