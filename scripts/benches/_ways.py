@@ -1,0 +1,151 @@
+"""The ways to read the same data: a folder, this mount as root and as a user, Kubo's own mount, rclone on its gateway.
+
+A way is made cold anew before each cold run: mounted with nothing cached, the page cache dropped.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts.benches._jobs import Prefix
+from tests.kubo.node import Node
+from tests.mounting import Home, Mounted, wait_until
+
+AS_USER: Prefix = (
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"),  # to read the program where it is
+)
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def drop_caches(which: int = 3) -> None:
+    """Page cache (1), inodes and names (2). Needs root."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text(str(which))
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+class Way:
+    """A folder, as it is."""
+
+    prefix: Prefix = ()
+    pid = 0
+    """Of the process that answers, 0 where that is the kernel."""
+
+    def __init__(self, name: str, paths: dict[str, Path]) -> None:
+        self.name = name
+        self._paths = paths
+
+    def path(self, data: str, below: str) -> Path:
+        return self._paths[data] / below
+
+    def cold(self) -> None:
+        drop_caches()
+
+    def page_cache_dropped(self) -> None:
+        drop_caches()
+
+    def close(self) -> None:
+        pass
+
+
+class Ours(Way):
+    """A mount of ours, from one source; `user` for the mount of someone who is not root."""
+
+    def __init__(self, name: str, source: str, folder: Path, cids: dict[str, str], library: Path, user: bool) -> None:
+        super().__init__(name, {})
+        self._source, self._cids, self._user = source, cids, user
+        self.prefix = AS_USER if user else ()
+        self._home = _home(folder, library)
+        if user:
+            for path in (folder, self._home.mountpoint):
+                os.chown(path, 65534, 65534)
+        self.mount: Mounted | None = None
+
+    def path(self, data: str, below: str) -> Path:
+        return self._home.mountpoint / self._cids[data] / below
+
+    def cold(self) -> None:
+        self.close()
+        shutil.rmtree(self._home.cache, ignore_errors=True)
+        self.mount = self._mounted()
+        self.pid = self.mount.pid
+        drop_caches()
+
+    def _mounted(self) -> Mounted:
+        command = [*self.prefix, sys.executable, "-m", "ipfsfuse", "mount", "--json", "--from", self._source, "--budget", "20GiB", "--pins", "none"]
+        told = subprocess.run([*command, str(self._home.mountpoint)], env=self._home.env, check=True, capture_output=True, text=True).stdout
+        return _mount_of(told, self._home)
+
+    def close(self) -> None:
+        if self.mount is not None:
+            self._home.unmount(self.mount)
+            self.mount = None
+
+
+def _home(folder: Path, library: Path) -> Home:
+    home = Home(folder)
+    home.env["IPFSFUSE_LIBRARY"] = str(library)
+    return home
+
+
+def _mount_of(told: str, home: Home) -> Mounted:
+    answer: dict[str, Any] = json.loads(told)
+    return Mounted(Path(answer["mountpoint"]), answer["pid"], Path(answer["control"]), home)
+
+
+class KuboMount(Way):
+    """`ipfs mount` of the node."""
+
+    def __init__(self, name: str, node: Node, cids: dict[str, str], folder: Path) -> None:
+        super().__init__(name, {})
+        self._node, self._cids = node, cids
+        self._points = [folder / part for part in ("ipfs", "ipns", "mfs")]
+        for point in self._points:
+            point.mkdir(parents=True)
+        node.cmd("mount", "-f", self._points[0], "-n", self._points[1], "-m", self._points[2])
+        assert node.process is not None
+        self.pid = node.process.pid
+
+    def path(self, data: str, below: str) -> Path:
+        return self._points[0] / self._cids[data] / below
+
+    def close(self) -> None:
+        for point in self._points:
+            subprocess.run(["umount", str(point)], check=False, capture_output=True)
+
+
+class Rclone(Way):
+    """`rclone mount` of a directory at the node's gateway. It verifies nothing."""
+
+    def __init__(self, name: str, node: Node, cids: dict[str, str], folder: Path) -> None:
+        super().__init__(name, {})
+        self._node, self._cids, self._point = node, cids, folder / "rclone"
+        self._point.mkdir(parents=True)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._data = ""
+
+    def path(self, data: str, below: str) -> Path:
+        if data != self._data:
+            self.close()
+            url = f"{self._node.gateway_url}/ipfs/{self._cids[data]}/"
+            command = ["rclone", "mount", ":http:", str(self._point), "--http-url", url, "--read-only", "--config", "/dev/null"]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+            self._data, self.pid = data, self._process.pid
+            wait_until(self._point.is_mount, "rclone mounted")
+        return self._point / below
+
+    def close(self) -> None:
+        if self._process is not None:
+            subprocess.run(["fusermount3", "-u", "-q", str(self._point)], check=False)
+            self._process.wait()
+            self._process, self._data, self.pid = None, "", 0

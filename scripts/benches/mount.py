@@ -1,0 +1,188 @@
+"""This mount beside a folder, Kubo's own mount and rclone's: 1 GiB, listings, find, tar, random reads, memory.
+
+    scripts/bench mount [--runs 5] [--small] [--json] [ROW ...]      without ROW, all of them
+
+As root (page caches are dropped between cold runs), with Kubo (see tests/kubo/node.py) and, if it is there, rclone. The
+mount is measured twice: as root, who lets the kernel read far ahead, and as a user, who may not. Medians, side by side
+within one run: what else the machine does meanwhile meets all of them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.benches import _datasets, _jobs, _table
+from scripts.benches._datasets import Scale
+from scripts.benches._ways import KuboMount, Ours, Rclone, Way, cpu_seconds, drop_caches
+from tests.kubo.node import Node
+
+NATIVE, ROOT, USER, KUBO, RCLONE, LIBRARY = "native", "root", "user", "kubo", "rclone", "library"
+ALL = (NATIVE, ROOT, USER, KUBO)
+WITH_RCLONE = (*ALL, RCLONE)
+
+
+class Row(NamedTuple):
+    job: Callable[[_jobs.Prefix, Path], float]
+    data: str
+    below: str
+    state: str
+    """cold: nothing is cached anywhere; again: once more; staged: page cache dropped after a first run."""
+    ways: tuple[str, ...]
+    against: str
+    target: str
+
+
+ROWS = {
+    "read-cold": Row(_jobs.read, "big", "large", "cold", WITH_RCLONE, KUBO, "5 times, and faster than rclone"),
+    "read-cold-library": Row(_jobs.read, "big", "large", "cold", (NATIVE, LIBRARY), NATIVE, "0.5 GB/s"),
+    "read-warm": Row(_jobs.read, "big", "large", "again", WITH_RCLONE, NATIVE, "0.95"),
+    "read-staged": Row(_jobs.read, "big", "large", "staged", (NATIVE, ROOT, USER), NATIVE, "0.5"),
+    "first-byte-large": Row(_jobs.first_byte, "big", "large", "cold", ALL, KUBO, "1, and 1.2 of first-byte-1MiB at most"),
+    "first-byte-1MiB": Row(_jobs.first_byte, "big", "1MiB", "cold", ALL, KUBO, ""),
+    "ls-cold": Row(_jobs.ls, "names", "", "cold", ALL, KUBO, "4"),
+    "ls-again": Row(_jobs.ls, "names", "", "again", ALL, KUBO, "15"),
+    "ls-unknown-cold": Row(_jobs.ls, "nodes", "", "cold", ALL, KUBO, "1.5"),
+    "ls-unknown-again": Row(_jobs.ls, "nodes", "", "again", ALL, KUBO, "15"),
+    "ls-long": Row(_jobs.ls_long, "names", "", "cold", ALL, KUBO, "4"),
+    "find-cold": Row(_jobs.find, "tree", "", "cold", ALL, KUBO, "3"),
+    "find-warm": Row(_jobs.find, "tree", "", "again", ALL, KUBO, "12"),
+    "tar-cold": Row(_jobs.tar, "tree", "", "cold", ALL, KUBO, "1"),
+    "tar-warm": Row(_jobs.tar, "tree", "", "again", ALL, KUBO, "3.5"),
+    "random": Row(_jobs.random_reads, "big", "large", "staged", ALL, KUBO, "1"),
+}
+MEMORY = "memory"
+
+
+def main() -> int:
+    options = _options()
+    if os.getuid() != 0:
+        print("scripts/bench mount: run it as root: page caches must be dropped between runs", file=sys.stderr)
+        return 1
+    scale = _datasets.SMALL if options.small else _datasets.FULL
+    with _ways(scale, options.only or list(WITH_RCLONE) + [LIBRARY]) as ways:
+        results = [_measure(name, ROWS[name], ways, options.runs) for name in ROWS if name in options.rows]
+        memory = _memory(ways[ROOT], scale) if MEMORY in options.rows and ROOT in ways else {}
+    if options.json:
+        print(json.dumps({"rows": [one.as_json() for one in results], "memory": memory}, indent=1))
+    else:
+        print(_table.text(results, [name for name in (*WITH_RCLONE, LIBRARY) if name in ways]))
+        for what, size in memory.items():
+            print(f"resident, {what}: {size >> 20} MiB")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench mount")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="small data sets, for a look whether all of it works")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", action="append", metavar="WAY", choices=[*WITH_RCLONE, LIBRARY], help="measure this way alone; repeatable")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*ROWS, MEMORY])}")
+    options = parser.parse_args()
+    unknown = set(options.rows) - {*ROWS, MEMORY}
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, MEMORY])}")
+    options.rows = options.rows or [*ROWS, MEMORY]
+    return options
+
+
+@contextmanager
+def _ways(scale: Scale, wanted: list[str]) -> Iterator[dict[str, Way]]:
+    """All ways that this machine has, their data in place."""
+    data = _datasets.make(scale)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipfsfuse-bench-", ignore_cleanup_errors=True)))
+        folder.chmod(0o711)  # the user's mount lies in it
+        node = stack.enter_context(Node())
+        cids = _add_to(node, data)
+        library, in_library = data / "library", {}
+        if LIBRARY in wanted:
+            in_library = {"big": _add_to_library(library, data / "big")}
+        source = f"kubo+{node.api_url}"
+        makers: dict[str, Callable[[], Way]] = {
+            NATIVE: lambda: Way(NATIVE, {name: data / name for name in cids}),
+            ROOT: lambda: Ours(ROOT, source, folder / ROOT, cids, library, user=False),
+            USER: lambda: Ours(USER, source, folder / USER, cids, folder / "none", user=True),
+            KUBO: lambda: KuboMount(KUBO, node, cids, folder / KUBO),
+            RCLONE: lambda: Rclone(RCLONE, node, cids, folder / RCLONE),
+            LIBRARY: lambda: Ours(LIBRARY, "library", folder / LIBRARY, in_library, library, user=False),
+        }
+        if shutil.which("rclone") is None:
+            del makers[RCLONE]
+        ways = {name: make() for name, make in makers.items() if name in wanted}
+        for way in ways.values():
+            stack.callback(way.close)
+        yield ways
+
+
+def _add_to(node: Node, data: Path) -> dict[str, str]:
+    cids = {}
+    for name in ("big", "names", "nodes", "tree"):
+        print(f"adding {name} to Kubo", file=sys.stderr, flush=True)
+        raw = "--raw-leaves=false" if name == "nodes" else "--raw-leaves"
+        cids[name] = node.cmd("add", "-Q", "-r", "--cid-version=1", "--chunker=size-1048576", raw, "--pin=false", data / name)
+    return cids
+
+
+def _add_to_library(library: Path, tree: Path) -> str:
+    env = os.environ | {"IPFSFUSE_LIBRARY": str(library)}
+    done = subprocess.run([sys.executable, "-m", "ipfsfuse", "add", "-Q", str(tree)], env=env, check=True, capture_output=True, text=True)
+    return done.stdout.split()[-1]
+
+
+def _measure(name: str, row: Row, ways: dict[str, Way], runs: int) -> _table.Result:
+    print(f"{name}:", end="", file=sys.stderr, flush=True)
+    result = _table.Result(name, row.against, row.target)
+    chosen = [ways[way] for way in row.ways if way in ways]
+    for way in chosen if row.state != "cold" else ():
+        way.cold()
+        row.job(way.prefix, way.path(row.data, row.below))
+    for _ in range(runs):
+        for way in chosen:
+            _run(row, way, result)
+    for way in chosen:
+        print(f"  {way.name} {result.median(way.name):.3g} s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return result
+
+
+def _run(row: Row, way: Way, result: _table.Result) -> None:
+    if row.state == "cold":
+        way.cold()
+    elif row.state == "staged":
+        drop_caches()
+    path = way.path(row.data, row.below)
+    before = cpu_seconds(way.pid) if way.pid else 0.0
+    seconds = row.job(way.prefix, path)
+    result.note(way.name, seconds, cpu_seconds(way.pid) - before if way.pid else 0.0)
+
+
+def _memory(way: Way, scale: Scale) -> dict[str, int]:
+    """Resident bytes of a mount that did all of it, then of one whose kernel saw and forgot `scale.forgotten` inodes."""
+    way.cold()
+    sizes = {"at the start": _resident(way.pid)}
+    for row in ROWS.values():
+        if ROOT in row.ways:
+            row.job(way.prefix, way.path(row.data, row.below))
+    sizes["after all of it"] = _resident(way.pid)
+    drop_caches(2)
+    sizes["and all of it forgotten"] = _resident(way.pid)
+    entries = scale.folders * (_datasets.FILES_EACH + 1)
+    for _ in range(scale.forgotten // entries):
+        _jobs.ls_long(way.prefix, way.path("names", ""))
+        _jobs.find(way.prefix, way.path("tree", ""))
+        drop_caches(2)
+    sizes[f"after {scale.forgotten:,} inodes seen and forgotten"] = _resident(way.pid)
+    return sizes
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
