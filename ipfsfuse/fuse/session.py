@@ -101,6 +101,7 @@ def begin(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -
         ours.close()
         os.close(number)
         _close_device(device)
+        subprocess.run([fusermount(), "-u", "-z", "-q", "--", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
         return _begin_plain(operations, mountpoint, allow_other)
     return session
 

@@ -88,6 +88,15 @@ def test_ctrl_c_frees_a_process_that_waits_in_a_lookup(stalled: Stalled) -> None
     assert spent(started) < DEADLINE - 1
 
 
+def test_ctrl_c_frees_a_cat_that_waits_in_a_read(stalled: Stalled) -> None:
+    process = ask("cat", stalled.root / "long")
+    wait_until(lambda: any(stalled.gateway.asked[name] for name in stalled.gateway.stalled), "the read waits for its leaf")
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+    assert spent(started) < DEADLINE - 1
+
+
 def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(stalled: Stalled) -> None:
     script = "import os, sys, threading\n[threading.Thread(target=os.path.exists, args=(f'{sys.argv[1]}/s{n:03}',)).start() for n in range(500)]"
     waiting = ask(sys.executable, "-c", script, stalled.root)
