@@ -67,7 +67,7 @@ def main() -> int:
         print("scripts/bench mount: run it as root: page caches must be dropped between runs", file=sys.stderr)
         return 1
     scale = _datasets.SMALL if options.small else _datasets.FULL
-    with _ways(scale, options.only or list(WITH_RCLONE) + [LIBRARY]) as ways:
+    with _ways(scale, options.only or [*WITH_RCLONE, LIBRARY]) as ways:
         results = [_measure(name, ROWS[name], ways, options.runs) for name in ROWS if name in options.rows]
         memory = _memory(ways[ROOT], scale) if MEMORY in options.rows and ROOT in ways else {}
     if options.json:
