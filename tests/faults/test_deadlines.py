@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from tests.dagging import Dag
 from tests.faults.gateway import Gateway
-from tests.mounting import Home, Mounted, fuse_mounts, wait_until
+from tests.mounting import PATIENCE, Home, Mounted, fuse_mounts, wait_until
 
-DEADLINE = 4
+DEADLINE = 6
+"""Seconds: short, but long beside what a loaded machine needs for anything else here."""
 
 
 class Stalled(NamedTuple):
@@ -28,8 +30,9 @@ class Stalled(NamedTuple):
     """A directory with `good`, `stalled`, and 600 more names that stall."""
 
 
-@pytest.fixture
-def stalled(tmp_path: Path) -> Iterator[Stalled]:
+@contextmanager
+def stalling(home: Home, deadline: int) -> Iterator[Stalled]:
+    """A mount whose requests fail after `deadline` seconds."""
     dag = Dag()
     entries = {b"good": (dag.block(b"good\n"), 5), b"other": (dag.block(b"other\n"), 6), b"stalled": (dag.block(b"stalled\n"), 8)}
     entries |= {b"s%03d" % n: (dag.block(b"s%03d" % n), 4) for n in range(600)}
@@ -38,9 +41,21 @@ def stalled(tmp_path: Path) -> Iterator[Stalled]:
     root = dag.directory(entries)
     gateway = Gateway(dag.blocks)
     gateway.stalled = {cids.text(cid) for name, (cid, _) in entries.items() if name.startswith(b"s")} | {cids.text(dag.block(leaves[5]))}
-    home = Home(tmp_path)
-    with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", f"{DEADLINE}s") as mount:
+    with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", f"{deadline}s") as mount:
         yield Stalled(gateway, home, mount, mount.path / cids.text(root))
+
+
+@pytest.fixture
+def stalled(home: Home) -> Iterator[Stalled]:
+    with stalling(home, DEADLINE) as found:
+        yield found
+
+
+@pytest.fixture
+def patient(home: Home) -> Iterator[Stalled]:
+    """Whose deadline never comes: what ends a call there is something else."""
+    with stalling(home, 3600) as found:
+        yield found
 
 
 def ask(*command: str | Path) -> "subprocess.Popen[str]":
@@ -79,41 +94,38 @@ def test_three_stats_of_one_name_end_together(stalled: Stalled) -> None:
     assert spent(started) < 2.5 * DEADLINE, "not one after the other"
 
 
-def test_ctrl_c_frees_a_process_that_waits_in_a_lookup(stalled: Stalled) -> None:
-    process = ask("stat", stalled.root / "stalled")
-    wait_until(lambda: any(stalled.gateway.asked[name] for name in stalled.gateway.stalled), "the lookup waits for its block")
-    started = time.monotonic()
+def test_ctrl_c_frees_a_process_that_waits_in_a_lookup(patient: Stalled) -> None:
+    process = ask("stat", patient.root / "stalled")
+    wait_until(lambda: any(patient.gateway.asked[name] for name in patient.gateway.stalled), "the lookup waits for its block")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0
-    assert spent(started) < DEADLINE - 1
+    assert process.wait(PATIENCE) != 0
 
 
-def test_ctrl_c_frees_a_cat_that_waits_in_a_read(stalled: Stalled) -> None:
-    process = ask("cat", stalled.root / "long")
-    wait_until(lambda: any(stalled.gateway.asked[name] for name in stalled.gateway.stalled), "the read waits for its leaf")
-    started = time.monotonic()
+def test_ctrl_c_frees_a_cat_that_waits_in_a_read(patient: Stalled) -> None:
+    process = ask("cat", patient.root / "long")
+    wait_until(lambda: any(patient.gateway.asked[name] for name in patient.gateway.stalled), "the read waits for its leaf")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == -signal.SIGINT
-    assert spent(started) < DEADLINE - 1
+    assert process.wait(PATIENCE) == -signal.SIGINT
 
 
-def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(stalled: Stalled) -> None:
+def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(patient: Stalled) -> None:
     script = "import os, sys, threading\n[threading.Thread(target=os.path.exists, args=(f'{sys.argv[1]}/s{n:03}',)).start() for n in range(500)]"
-    waiting = ask(sys.executable, "-c", script, stalled.root)
-    wait_until(lambda: len(stalled.gateway.asked) > 20, "many lookups wait")
-    assert (stalled.root / "good").read_text() == "good\n"
-    assert (stalled.root / "other").read_text() == "other\n"
+    waiting = ask(sys.executable, "-c", script, patient.root)
+    wait_until(lambda: len(patient.gateway.asked) > 20, "many lookups wait")
+    assert (patient.root / "good").read_text() == "good\n"
+    assert (patient.root / "other").read_text() == "other\n"
     assert waiting.poll() is None, "all of that while the others wait"
-    waiting.wait(60)
+    waiting.kill()
+    waiting.wait(PATIENCE)
 
 
-def test_a_mount_with_stalled_calls_unmounts(stalled: Stalled) -> None:
-    waiting = [ask("stat", stalled.root / f"s{n:03}") for n in range(10)]
-    wait_until(lambda: len(stalled.gateway.asked) >= 10, "the lookups wait")
-    stalled.home.run("unmount", "--lazy", stalled.mount.path)
-    assert fuse_mounts(stalled.home.folder) == []
-    for process in waiting:
-        assert process.wait(60) != 0
+def test_a_mount_with_stalled_calls_unmounts(patient: Stalled) -> None:
+    waiting = [ask("stat", patient.root / f"s{n:03}") for n in range(10)]
+    wait_until(lambda: len(patient.gateway.asked) >= 10, "the lookups wait")
+    patient.home.run("unmount", "--lazy", patient.mount.path)
+    assert fuse_mounts(patient.home.folder) == []
+    os.kill(patient.mount.pid, signal.SIGTERM)
+    assert all(process.wait(PATIENCE) for process in waiting)
 
 
 def test_the_failure_of_one_block_is_forgotten_and_asked_for_anew(stalled: Stalled) -> None:
