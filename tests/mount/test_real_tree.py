@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,17 +9,13 @@ import pytest
 
 from tests.mount.conftest import Sample
 from tests.mounting import Home
-
-STDLIB = Path(sysconfig.get_path("stdlib"))
-LEAVE_OUT = ("__pycache__", "site-packages", "dist-packages", "*.so", "*.a")
+from tests.realtree import copy_of_the_standard_library
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sample]:
     folder = tmp_path_factory.mktemp("stdlib")
-    copy = folder / "python"
-    without = [f"--exclude={name}" for name in LEAVE_OUT]
-    subprocess.run(f"mkdir {copy} && tar -C {STDLIB} {' '.join(without)} -chf - . | tar -C {copy} -xf -", shell=True, check=True)
+    copy = copy_of_the_standard_library(folder / "python")
     home = Home(folder)
     cid = home.add("-H", copy)
     with home.mounted() as mount:

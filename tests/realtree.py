@@ -1,0 +1,15 @@
+"""A real tree that no one here wrote: the running Python's standard library."""
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+LEAVE_OUT = ("__pycache__", "site-packages", "dist-packages", "*.so", "*.a")
+
+
+def copy_of_the_standard_library(copy: Path) -> Path:
+    """Without what is compiled or installed beside it; symlinks are followed."""
+    without = [f"--exclude={name}" for name in LEAVE_OUT]
+    subprocess.run(f"mkdir {copy} && tar -C {STDLIB} {' '.join(without)} -chf - . | tar -C {copy} -xf -", shell=True, check=True)
+    return copy
