@@ -68,7 +68,8 @@ class Home:
     def mounted(self, *options: str | Path, at: Path | None = None) -> Iterator[Mounted]:
         """`ipfsfuse mount` in the background, unmounted at the end."""
         where = at or self.mountpoint
-        where.mkdir(exist_ok=True)
+        if at is not None:
+            at.mkdir(exist_ok=True)
         told = self.json("mount", "--json", *options, where)
         mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), self)
         try:

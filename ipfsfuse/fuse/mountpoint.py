@@ -78,7 +78,7 @@ def _answers(mountpoint: Path) -> bool:
         done = subprocess.run(["stat", "--", str(mountpoint)], env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"}, capture_output=True, timeout=TRY_SECONDS)
     except subprocess.TimeoutExpired:
         return True
-    return b"not connected" not in done.stderr
+    return not any(gone in done.stderr for gone in (b"not connected", b"connection abort"))
 
 
 def raise_readahead(mountpoint: Path, kib: int) -> bool:
