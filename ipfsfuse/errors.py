@@ -109,14 +109,3 @@ class MountFailed(IpfsFuseError):
 
 class DaemonFailed(IpfsFuseError):
     """A running mount did not answer, or there is none."""
-
-
-# -- guests ------------------------------------------------------------------------------------------------------
-
-
-class GuestRefused(IpfsFuseError):
-    """A guest that can't be run: no such file, not WebAssembly, no entry point, an import that nobody offers."""
-
-
-class ReceiptRefused(IpfsFuseError):
-    """A receipt that can't be used: cut short, of a newer version, or not what its blocks say."""

@@ -16,7 +16,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import Built, Stored
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Node, parse
-from ipfsfuse.errors import Malformed, NotACid, ReceiptRefused, StoreFailed, Unsupported, UsageError, WrongBlock
+from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
+from runner.errors import ReceiptRefused
 
 RECEIPT, GUEST, STDIN, IPFS, DIRS = "receipt.json", "guest.wasm", "stdin", "ipfs", "dir"
 _PROFILE = build.UNIXFS_V1_2025

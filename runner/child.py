@@ -13,9 +13,10 @@ import threading
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
-from ipfsfuse.errors import GuestRefused, IpfsFuseError
+from ipfsfuse.errors import IpfsFuseError
 from runner import guest, sandbox, signals
 from runner.codecache import CodeCache
+from runner.errors import GuestRefused
 from runner.sandbox import IPFS, Sandbox
 
 PR_SET_PDEATHSIG = 1

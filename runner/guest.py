@@ -11,8 +11,8 @@ from typing import NamedTuple
 import wasmtime
 from wasmtime import _ffi, component
 
-from ipfsfuse.errors import GuestRefused
 from runner import determinism
+from runner.errors import GuestRefused
 from runner.limits import Limits
 
 MODULE, COMPONENT = "module", "component"

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotACid, ReceiptRefused
+from ipfsfuse.errors import NotACid
+from runner.errors import ReceiptRefused
 from runner.limits import Limits
 from runner.streams import Digest
 
@@ -78,7 +79,7 @@ def decode(data: bytes) -> Receipt:
     """Raises ReceiptRefused for what is no receipt, cut short, or of a newer format."""
     try:
         fields = json.loads(data)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ReceiptRefused(f"the receipt is no JSON, or cut short: {exc}") from exc
     if not isinstance(fields, dict) or fields.get("kind") != _KIND:
         raise ReceiptRefused("this JSON is no receipt of ipfsfuse-run")
@@ -96,10 +97,10 @@ def _receipt(fields: Mapping[str, Any]) -> Receipt:
     return Receipt(
         guest=cids.parse(fields["guest"]["cid"]),
         name=str(fields["guest"]["name"]),
-        argv=[str(each) for each in fields["argv"]],
+        argv=_argv(fields["argv"]),
         env=[(str(name), str(value)) for name, value in fields["env"]],
         cwd=None if fields["cwd"] is None else str(fields["cwd"]),
-        limits=Limits(**fields["limits"]),
+        limits=_limits(fields["limits"]),
         dirs=[GivenDir(each["guest"], bool(each["writable"]), None if each["cid"] is None else cids.parse(each["cid"])) for each in fields["dirs"]],
         deterministic=bool(fields["deterministic"]),
         versions=dict(fields["versions"]),
@@ -114,6 +115,18 @@ def _receipt(fields: Mapping[str, Any]) -> Receipt:
         started=str(fields["started"]),
         seconds=float(fields["seconds"]),
     )
+
+
+def _argv(given: object) -> list[str]:
+    if not isinstance(given, list) or not given:
+        raise ValueError("argv")
+    return [str(each) for each in given]
+
+
+def _limits(given: Mapping[str, Any]) -> Limits:
+    if not all(type(each) in (int, float) and each >= 0 for each in given.values()):
+        raise ValueError("limits")
+    return Limits(**given)
 
 
 def _digest(fields: Mapping[str, Any]) -> Digest:

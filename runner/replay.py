@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import ReceiptRefused
 from runner import bundle, mounts, sandbox, streams, supervise
 from runner import receipt as receipts
 from runner.bundle import Bundle
 from runner.child import Plan
+from runner.errors import ReceiptRefused
 from runner.options import Dir, Options
 from runner.receipt import Receipt
 from runner.supervise import Outcome, Streams

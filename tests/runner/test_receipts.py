@@ -1,5 +1,6 @@
 """Receipts: a run recorded, repeated offline from its CAR alone, inspected; and records that are refused."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from runner import receipt
+from runner.bundle import Writer
+from runner.errors import ReceiptRefused
 from tests.mounting import Home
 from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
 
@@ -78,13 +82,13 @@ def test_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Pa
 def test_the_receipt_alone(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
     target = tmp_path / "run.json"
     record(run, target, "--env", "A=1", "-W", "fuel=100000000", habits, "cat", f"/ipfs/{cid}/big")
-    receipt = json.loads(target.read_text())
-    assert receipt["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
-    assert (receipt["env"], receipt["limits"], receipt["exit_code"]) == ([["A", "1"]], {"fuel": 100000000}, 0)
-    assert receipt["read"][0] == cid
-    assert len(receipt["read"]) == 1 + 1 + 2  # the folder, the file's root, its leaves: the first two are one block
-    assert (receipt["stdout"]["size"], receipt["stdin"]["size"]) == (256 * 12_000, 0)
-    assert "clocks" in receipt["differs"]
+    told = json.loads(target.read_text())
+    assert told["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
+    assert (told["env"], told["limits"], told["exit_code"]) == ([["A", "1"]], {"fuel": 100000000}, 0)
+    assert told["read"][0] == cid
+    assert len(told["read"]) == 1 + 1 + 2  # the folder, the file's root, its leaves: the first two are one block
+    assert (told["stdout"]["size"], told["stdin"]["size"]) == (256 * 12_000, 0)
+    assert "clocks" in told["differs"]
 
 
 def test_standard_input_arguments_environment_and_exit_code_are_recorded(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
@@ -153,6 +157,58 @@ def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: P
         done = run("--replay", target)
         assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), (what, done)
         assert b"run.car" in done.stderr
+
+
+def with_receipt(target: Path, data: bytes) -> None:
+    """A record whose blocks are all right, and whose receipt is `data`."""
+    with target.open("w+b") as out:
+        writer = Writer(out)
+        writer.close(writer.add_folder([("receipt.json", writer.add_file(io.BytesIO(data)))]))
+
+
+RECEIPT_HEAD = b'{"kind": "ipfsfuse-run receipt", "format": '
+BAD_RECEIPTS = {
+    "no JSON": (b"receipt: yes", "no JSON"),
+    "empty": (b"", "no JSON"),
+    "cut short": (RECEIPT_HEAD + b'1, "argv": ["a', "cut short"),
+    "not text": (b"\xff\xfe\x00", "no JSON"),
+    "nested without end": (b"[" * 100_000, "no JSON"),
+    "of another kind": (b'{"kind": "shopping list"}', "no receipt"),
+    "no object": (b"[1, 2]", "no receipt"),
+    "of a newer format": (RECEIPT_HEAD + b"2}", "format 2"),
+    "of no format": (b'{"kind": "ipfsfuse-run receipt"}', "format None"),
+    "without its fields": (RECEIPT_HEAD + b"1}", "guest"),
+    "with fields of a wrong kind": (RECEIPT_HEAD + b'1, "guest": 7}', "no usable field"),
+    "with what is no CID": (RECEIPT_HEAD + b'1, "guest": {"cid": "bafy?", "name": "x"}}', "no CID"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RECEIPTS)
+@pytest.mark.parametrize("command", ["--replay", "inspect"])
+def test_a_receipt_that_can_not_be_read_is_one_line(run: Runner, tmp_path: Path, what: str, command: str) -> None:
+    data, named = BAD_RECEIPTS[what]
+    with_receipt(tmp_path / "run.car", data)
+    done = run(command, tmp_path / "run.car")
+    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), done
+    assert named in done.stderr.decode()
+
+
+def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
+    record(run, tmp_path / "run.json", "-W", "timeout=60s", habits, "args")
+    whole = json.loads((tmp_path / "run.json").read_text())
+    receipt.decode(json.dumps(whole).encode())
+    limits: list[object] = [{"fuel": "much"}, {"fuel": -1}, {"time": 1}, []]
+    wrong: dict[str, list[object]] = {"argv": [[], "cat"], "env": [[["A"]]], "limits": limits, "read": [7], "stdin": [{"size": 1}]}
+    for field, values in wrong.items():
+        for value in values:
+            with pytest.raises(ReceiptRefused):
+                receipt.decode(json.dumps(whole | {field: value}).encode())
+
+
+def test_a_receipt_alone_is_no_record_to_replay(run: Runner, tmp_path: Path, habits: Path) -> None:
+    record(run, tmp_path / "run.json", habits, "args")
+    done = run("--replay", tmp_path / "run.json")
+    assert (done.returncode, len(lines(done.stderr))) == (1, 1)
 
 
 def test_a_run_that_could_not_begin_leaves_no_record(run: Runner, tmp_path: Path) -> None:

@@ -87,21 +87,7 @@ def _types_between(reader: str) -> str:
     return f'{head}{stamp}{methods}))\n  (alias export $types "descriptor"{imports}'
 
 
-def component(file: str, folder: str) -> str:
-    """The guest's text; the paths are below /ipfs, without that prefix."""
-    lowered = "\n".join(
-        f'  (alias export $types "[method]descriptor.{name}" (func ${name}-at-host))\n'
-        f"  (core func ${name} (canon lower (func ${name}-at-host) (memory $mem)))"
-        for name in _METHODS
-    )
-    wanted = "\n".join(f'    (import "wasi" "{name}" (func ${name} {_core_type(core)}))' for name, (_p, _r, core, _at) in _METHODS.items())
-    tries = "\n".join(
-        f"      (call ${method} {arguments} (i32.const 0)) (call $note (i32.const {number}) (i32.const {_METHODS[method][3]}))"
-        for number, (method, arguments) in enumerate(_TRIES.values())
-    )
-    given = " ".join(f'(export "{name}" (func ${name}))' for name in [*_METHODS, "write-out", "get-stdout", "get-directories"])
-    return f"""{_types_between(READER.read_text())}
-  (core module $Memory
+_WORLD = """  (core module $Memory
     (memory (export "memory") 1)
     (global $top (mut i32) (i32.const 4096))
     (func (export "realloc") (param i32 i32 i32 i32) (result i32)
@@ -116,8 +102,12 @@ def component(file: str, folder: str) -> str:
   (core func $get-stdout (canon lower (func $get-stdout-at-host)))
   (alias export $preopens "get-directories" (func $get-directories-at-host))
   (core func $get-directories (canon lower (func $get-directories-at-host) (memory $mem) (realloc $realloc)))
-{lowered}
-  (core module $Main
+"""
+"""Memory, and what the guest needs to find the folder and to tell what came of it."""
+
+
+def _main(wanted: str, tries: str, file: str, folder: str) -> str:
+    return f"""  (core module $Main
     (import "memory" "memory" (memory 1))
     (import "wasi" "write-out" (func $write-out (param i32 i32 i32 i32)))
     (import "wasi" "get-stdout" (func $get-stdout (result i32)))
@@ -145,7 +135,25 @@ def component(file: str, folder: str) -> str:
 {tries}
       (call $write-out (call $get-stdout) (i32.const 2048) (i32.const {len(_TRIES)}) (i32.const 0))
       (i32.const 0)))
-  (core instance $main (instantiate $Main (with "memory" (instance $memory)) (with "wasi" (instance {given}))))
+"""
+
+
+def component(file: str, folder: str) -> str:
+    """The guest's text; the paths are below /ipfs, without that prefix."""
+    lowered = "\n".join(
+        f'  (alias export $types "[method]descriptor.{name}" (func ${name}-at-host))\n'
+        f"  (core func ${name} (canon lower (func ${name}-at-host) (memory $mem)))"
+        for name in _METHODS
+    )
+    wanted = "\n".join(f'    (import "wasi" "{name}" (func ${name} {_core_type(core)}))' for name, (_p, _r, core, _at) in _METHODS.items())
+    tries = "\n".join(
+        f"      (call ${method} {arguments} (i32.const 0)) (call $note (i32.const {number}) (i32.const {_METHODS[method][3]}))"
+        for number, (method, arguments) in enumerate(_TRIES.values())
+    )
+    given = " ".join(f'(export "{name}" (func ${name}))' for name in [*_METHODS, "write-out", "get-stdout", "get-directories"])
+    return f"""{_types_between(READER.read_text())}
+{_WORLD}{lowered}
+{_main(wanted, tries, file, folder)}  (core instance $main (instantiate $Main (with "memory" (instance $memory)) (with "wasi" (instance {given}))))
   (alias core export $main "run" (core func $run-core))
   (func $run (result (result)) (canon lift (core func $run-core)))
   (instance $run-interface (export "run" (func $run)))
