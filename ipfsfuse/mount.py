@@ -27,11 +27,11 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.record import Record
-from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.chain import Chain
 from ipfsfuse.sources.http import HttpSettings
 from ipfsfuse.sources.kubo import Kubo
-from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources, with_headers
+from ipfsfuse.sources.opening import opened
+from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
 from ipfsfuse.vfs.roots import Named, Roots
 from ipfsfuse.vfs.tree import Tree
 
@@ -49,12 +49,14 @@ Ready = Callable[[Path], None]
 """Called once, with the control socket's path, when the mount answers."""
 
 
-def run(config: MountConfig, ready: Ready) -> None:
-    """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that prevents it."""
+def run(config: MountConfig, ready: Ready, indexing: Indexing | None = None) -> None:
+    """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that prevents it.
+
+    `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has none."""
     mountpoints.prepare(config.mountpoint)
     try:
         with _folder(config) as folder:
-            trio.run(_main, config, folder, ready)
+            trio.run(_main, config, folder, ready, indexing)
     finally:
         if config.while_held:
             with suppress(OSError):
@@ -73,9 +75,9 @@ def _folder(config: MountConfig) -> Iterator[Path]:
         yield config.cache_dir
 
 
-async def _main(config: MountConfig, folder: Path, ready: Ready) -> None:
+async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None) -> None:
     async with (
-        _serving(config, folder) as (operations, nursery, server),
+        _serving(config, folder, indexing) as (operations, nursery, server),
         sessions.opened(operations, config.mountpoint, config.allow_other) as session,
     ):
         nursery.start_soon(_end_by_signal, config.mountpoint, nursery.cancel_scope)
@@ -94,10 +96,11 @@ async def _main(config: MountConfig, folder: Path, ready: Ready) -> None:
 
 
 @asynccontextmanager
-async def _serving(config: MountConfig, folder: Path) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
+async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
+    settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
     async with AsyncExitStack() as stack:
-        sources = await _sources(config, folder, stack)
+        sources = await stack.enter_async_context(opened(config.sources, settings))
         chain = Chain(sources, offline=config.offline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
         pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
@@ -113,19 +116,6 @@ async def _serving(config: MountConfig, folder: Path) -> AsyncIterator[tuple[Ope
         server = ControlServer(Commands(config, cache, chain, pins, tree).table())
         await nursery.start(server.serve, control.socket_path(folder))
         yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server
-
-
-async def _sources(config: MountConfig, folder: Path, stack: AsyncExitStack) -> list[Source]:
-    """The sources, opened in their order; closed with the stack."""
-    http = with_headers(HttpSettings(), config.headers)
-    settings = OpenSettings(config.library, folder / "indexes", http, config.offline)
-    sources: list[Source] = []
-    for spec in parse_sources(config.sources):
-        source = await trio.to_thread.run_sync(open_source, spec, settings)
-        if source is not None:
-            stack.push_async_callback(source.aclose)
-            sources.append(source)
-    return sources
 
 
 def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:

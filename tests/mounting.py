@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,18 @@ class Home:
         if check and done.returncode:
             raise AssertionError(f"ipfsfuse {' '.join(map(str, args))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
+
+    def refused(self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()) -> str:
+        """Runs `ipfsfuse ARGS`, which must say why not in one line that holds `names`, and leave no mount; that line."""
+        command = [*wrapper, sys.executable, "-m", "ipfsfuse", *map(str, args)]
+        ran = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
+        assert ran.stderr.startswith("ipfsfuse: "), ran.stderr
+        assert ran.stderr.count("\n") == 1
+        assert "Traceback" not in ran.stderr
+        assert str(names) in ran.stderr
+        assert ran.returncode == code
+        assert not fuse_mounts(self.folder)
+        return ran.stderr
 
     def json(self, *args: str | Path) -> Any:
         return json.loads(self.run(*args).stdout)

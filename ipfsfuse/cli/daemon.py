@@ -1,7 +1,8 @@
 """The process that serves a mount, and what it tells whoever started it.
 
-On the descriptor `--ready-fd` it writes one line: `ok {"mountpoint": ..., "control": ..., "pid": ...}` once the mount
-answers, or `error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
+On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what": ...}` while
+the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once the mount answers, or
+`error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
 daemon.log in the cache folder. If the starter goes before it was told, the mount is not wanted any more: it ends.
 """
 
@@ -13,15 +14,23 @@ import shutil
 import signal
 import sys
 import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ipfsfuse import mount
 from ipfsfuse.cli.reasons import one_line, unwrapped
+from ipfsfuse.cli.values import human
 from ipfsfuse.config import MountConfig
+
+log = logging.getLogger("ipfsfuse.mount")
 
 LOG = "daemon.log"
 LOG_BYTES = 1 << 20
 """A longer log is put aside (daemon.log.1) when a mount begins."""
+LOG_SECONDS = 5.0
+"""Between two lines of the log that tell how far an index is."""
 WATCH_MS = 500
 
 
@@ -39,15 +48,31 @@ def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
             print(answer, flush=True)
 
     try:
-        mount.run(asked, ready)
+        mount.run(asked, ready, _Indexing(starter))
     except BaseException as exc:
         if starter is not None:
             starter.tell(f"error {one_line(unwrapped(exc))}")
         raise
 
 
+class _Indexing:
+    """Passes on how far an index is: to the starter each time, to the log now and then. Called in one thread at a time."""
+
+    def __init__(self, starter: "_Starter | None") -> None:
+        self._starter = starter
+        self._logged = float("-inf")
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self._starter is not None:
+            self._starter.progress({"done": done, "total": total, "what": name})
+        now = time.monotonic()
+        if now - self._logged >= LOG_SECONDS or done == total:
+            self._logged = now
+            log.info("the index of %s is built: %s of %s", name, human(done), human(total))
+
+
 class _Starter:
-    """The other end of the descriptor `fd`: told one thing, and watched until then."""
+    """The other end of the descriptor `fd`: told how it went, once, and watched until then."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -55,6 +80,11 @@ class _Starter:
         os.set_inheritable(fd, False)
         os.chdir("/")
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def progress(self, values: Mapping[str, object]) -> None:
+        """For `cli.progress`; before anything is told, from any thread."""
+        with suppress(OSError):  # it has gone: `_watch` sees that
+            os.write(self._fd, b"progress " + json.dumps(values).encode() + b"\n")
 
     def tell(self, line: str) -> None:
         """Tells `line`, unless something was told before."""
@@ -84,7 +114,7 @@ def _move_log(folder: Path) -> None:
             path.replace(path.with_suffix(".log.1"))
         target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        logging.getLogger("ipfsfuse.mount").warning("there will be no log: %s: %s", path, exc.strerror)
+        log.warning("there will be no log: %s: %s", path, exc.strerror)
         return
     sys.stderr.flush()
     try:

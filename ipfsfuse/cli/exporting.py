@@ -2,13 +2,12 @@
 
 import argparse
 import base64
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from ipfsfuse import adding
+from ipfsfuse.adding.exporting import GetBlock
 from ipfsfuse.cli import cidargs, folders, values
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client, socket_path
@@ -16,7 +15,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, Unavailable
 from ipfsfuse.sources.chain import Chain
-from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
+from ipfsfuse.sources.opening import opened
+from ipfsfuse.sources.parse import OpenSettings
 
 DEADLINE = 30.0
 """Seconds for one block."""
@@ -29,35 +29,29 @@ def run(arguments: argparse.Namespace) -> int:
 async def _run(arguments: argparse.Namespace) -> int:
     cid, file = cidargs.one(arguments.cid), Path(arguments.file)
     cache_dir = folders.cache_dir(arguments.cache_dir)
-    async with _chain(arguments, cache_dir) as chain:
-
-        async def get(wanted: Cid) -> bytes:
-            try:
-                with trio.fail_after(DEADLINE):
-                    return (await chain.get(wanted)).block
-            except (Unavailable, trio.TooSlowError) as exc:
-                block = await trio.to_thread.run_sync(_from_mount, socket_path(cache_dir), wanted)
-                if block is None:
-                    raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
-                return block
-
-        with Progress("exporting") as progress:
+    with Progress("indexing") as indexing, Progress("exporting") as progress:
+        settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
+        async with opened(arguments.sources or ["library"], settings) as sources:
+            get = _getter(Chain(sources), socket_path(cache_dir))
             size = await adding.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
     print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
     return 0
 
 
-@asynccontextmanager
-async def _chain(arguments: argparse.Namespace, cache_dir: Path) -> AsyncIterator[Chain]:
-    settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes")
-    async with AsyncExitStack() as stack:
-        sources = []
-        for spec in parse_sources(arguments.sources or ["library"]):
-            source = await trio.to_thread.run_sync(open_source, spec, settings)
-            if source is not None:
-                stack.push_async_callback(source.aclose)
-                sources.append(source)
-        yield Chain(sources)
+def _getter(chain: Chain, control: Path) -> GetBlock:
+    """Asks the sources, then a running mount, which has its cache and sources of its own."""
+
+    async def get(wanted: Cid) -> bytes:
+        try:
+            with trio.fail_after(DEADLINE):
+                return (await chain.get(wanted)).block
+        except (Unavailable, trio.TooSlowError) as exc:
+            block = await trio.to_thread.run_sync(_from_mount, control, wanted)
+            if block is None:
+                raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
+            return block
+
+    return get
 
 
 def _from_mount(control: Path, cid: Cid) -> bytes | None:

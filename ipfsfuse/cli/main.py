@@ -4,7 +4,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from ipfsfuse.cli import parser
@@ -13,19 +14,30 @@ from ipfsfuse.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted, 141 nobody reads what it prints."""
+    """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is printed as its bytes
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
-        code: int = getattr(import_module(f"ipfsfuse.cli.{module}"), function)(arguments)
+        with nullcontext() if arguments.command == "mount" else _terminated_as_interrupted():
+            code: int = getattr(import_module(f"ipfsfuse.cli.{module}"), function)(arguments)
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:
         if "IPFSFUSE_TRACEBACK" in os.environ:
             raise
         return _ended_by(exc)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (A mount knows itself what to do.)"""
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ended_by(exc: BaseException) -> int:

@@ -17,12 +17,16 @@ from typing import Any, BinaryIO
 import ipfsfuse
 from ipfsfuse.cache import hold
 from ipfsfuse.cli import cidargs, folders
+from ipfsfuse.cli.progress import Progress
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 
 END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
+
+PROGRESS = "progress "
+"""What a line of the daemon's begins with that tells how far it is (see `daemon`)."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -100,7 +104,7 @@ def _start_daemon(argv: list[str]) -> dict[str, Any]:
         finally:
             os.close(writing)
         try:
-            line = line_from.readline().decode(errors="surrogateescape").rstrip("\n")
+            line = _told(line_from)
         except KeyboardInterrupt:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait()
@@ -112,6 +116,17 @@ def _start_daemon(argv: list[str]) -> dict[str, Any]:
         code = daemon.wait()
         reason = line.removeprefix("error ") or _last_words(said, code)
         raise UsageError(reason) if code == 2 else MountFailed(reason)
+
+
+def _told(lines: BinaryIO) -> str:
+    """The daemon's last line, "" where it gave none; what it tells of its progress before is shown."""
+    with Progress("indexing") as show:
+        for each in lines:
+            line = each.decode(errors="surrogateescape").rstrip("\n")
+            if not line.startswith(PROGRESS):
+                return line
+            show(json.loads(line.removeprefix(PROGRESS)))
+    return ""
 
 
 def _environment() -> dict[str, str]:

@@ -38,6 +38,10 @@ class Progress:
             self._said = time.monotonic()
             print(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""), file=sys.stderr)
 
+    def of_file(self, name: str, done: int, total: int) -> None:
+        """As when called: `done` of `total` bytes of the file `name`."""
+        self({"done": done, "total": total, "what": name})
+
     def line(self, text: str) -> None:
         """Prints a line of the command's own output, not through the bar."""
         if self._bar is not None:
@@ -45,12 +49,14 @@ class Progress:
         print(text)
 
     def _show_bar(self, done: int, total: int | None, unit: str, detail: str | None) -> None:
+        detail = detail and detail[:40]
         if self._bar is None:
             from tqdm import tqdm  # 30 ms to import, and only a terminal needs it
 
-            self._bar = tqdm(desc=self._what, total=total, unit=unit, unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr)
+            how: dict[str, Any] = {"unit": unit, "unit_scale": True, "unit_divisor": 1024, "leave": False}
+            self._bar = tqdm(desc=self._what, total=total, postfix=detail, file=sys.stderr, **how)
         if detail is not None:
-            self._bar.set_postfix_str(detail[:40], refresh=False)
+            self._bar.set_postfix_str(detail, refresh=False)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 

@@ -82,9 +82,11 @@ def open_device(mountpoint: Path, allow_other: bool) -> Device:
 
 
 def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
-    line = said.strip().splitlines()[-1].removeprefix("fusermount3: ") if said.strip() else "fusermount3 gave no reason"
+    line = said.strip().rpartition("fusermount3: ")[2].strip() or "fusermount3 gave no reason"
     if allow_other and "user_allow_other" in line:
         return "--allow-other needs the line user_allow_other in /etc/fuse.conf (as root: echo user_allow_other >> /etc/fuse.conf)"
+    if "no write access" in line:
+        return f"{mountpoint} can't be mounted: this user may not write to it: make a folder of your own"
     return f"{mountpoint} can't be mounted: {line}"
 
 

@@ -3,8 +3,9 @@
 Concurrency: parsing is pure; opening blocks (a CAR without an index is read through) and belongs in a worker thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ from ipfsfuse.sources.origin import Origin, parse_origin
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
-    from ipfsfuse.sources.carbuild import IndexProgress
+
+Indexing = Callable[[str, int, int], None]
+"""Called now and then with (name of the CAR file, bytes passed, bytes in all) while its index is built."""
 
 LIBRARY, CAR, KUBO, GATEWAY = "library", "car", "kubo", "gateway"
 
@@ -38,7 +41,7 @@ class OpenSettings:
     """The folder for indexes of CAR files that have none."""
     http: HttpSettings = field(default_factory=HttpSettings)
     offline: bool = False
-    progress: "IndexProgress | None" = None
+    progress: Indexing | None = None
 
 
 def parse_source(text: str) -> Spec:
@@ -101,7 +104,7 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
         from ipfsfuse.sources.car import CarSource
 
         assert spec.path is not None
-        return CarSource.open(spec.path, settings.indexes, settings.progress)
+        return CarSource.open(spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None)
     if spec.kind == LIBRARY:
         from ipfsfuse.sources.library import Library, LibrarySource
 

@@ -105,7 +105,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(ipfsfuse: Ipfsfuse, home: Pat
     assert ran.err.startswith("ipfsfuse: ")
     assert ran.err.count("\n") == 1
     assert named in ran.err
-    assert not list(home.rglob("*"))
+    assert list(home.rglob("*")) == [home / "ipfs"]  # the empty folder to mount at
 
 
 def test_python_dash_m(home: Path) -> None:

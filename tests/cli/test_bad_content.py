@@ -5,12 +5,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import refused
 from tests.mounting import Home
 
 pytestmark = pytest.mark.fuse
@@ -40,21 +40,21 @@ def car(user: Home) -> bytes:
 def test_a_source_that_is_no_car(user: Home, car: bytes, kind: str) -> None:
     spoil, names = CARS[kind]
     (user.folder / "x.car").write_bytes(spoil(car))
-    refused(user, "mount", "--from", user.folder / "x.car", user.mountpoint, names=names)
+    user.refused("mount", "--from", user.folder / "x.car", user.mountpoint, names=names)
 
 
 def test_a_source_that_is_missing(user: Home) -> None:
-    refused(user, "mount", "--from", user.folder / "none.car", user.mountpoint, names=f"{user.folder / 'none.car'}: no such file", code=2)
+    user.refused("mount", "--from", user.folder / "none.car", user.mountpoint, names=f"{user.folder / 'none.car'}: no such file", code=2)
 
 
 @pytest.mark.parametrize("text", ["htps://gateway.example", "kubo+ftp://127.0.0.1", "http://"])
 def test_a_source_with_a_typing_error(user: Home, text: str) -> None:
-    refused(user, "mount", "--from", text, user.mountpoint, names=text.partition("//")[0], code=2)
+    user.refused("mount", "--from", text, user.mountpoint, names=text.partition("//")[0], code=2)
 
 
 def test_a_source_given_twice(user: Home, car: bytes) -> None:
     file = user.folder / "good.car"
-    refused(user, "mount", "--from", file, "--from", file, user.mountpoint, names="given twice", code=2)
+    user.refused("mount", "--from", file, "--from", file, user.mountpoint, names="given twice", code=2)
 
 
 # -- add ---------------------------------------------------------------------------------------------------------
@@ -79,13 +79,36 @@ def test_add_of_what_can_not_be_added(user: Home, make: Callable[[Path], None]) 
     folder.mkdir()
     (folder / "a-good-one").write_text("x")
     make(folder / "thing")
-    refused(user, "add", folder, names="thing")
+    user.refused("add", folder, names="thing")
     assert user.json("library", "--json") == []
 
 
 @pytest.mark.parametrize("path", ["none", "/dev/null"])
 def test_add_of_a_single_path_that_can_not_be_added(user: Home, path: str) -> None:
-    refused(user, "add", path, names=path)
+    user.refused("add", path, names=path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_add_of_a_file_that_this_user_may_not_read() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path lies where only this user may enter
+        user = Home(Path(folder))
+        file = user.folder / "file"
+        file.write_text("x")
+        file.chmod(0o600)
+        for path in (user.folder, user.mountpoint):
+            os.chown(path, 65534, 65534)
+        ran = subprocess.run([sys.executable, "-c", AS_OTHER, file], env=user.env, capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (1, f"ipfsfuse: {file}: Permission denied\n")
+        assert not list(user.library.glob("roots/*"))
+
+
+AS_OTHER = """
+import os, sys
+from ipfsfuse.cli.main import main
+main(["add", "--only-hash", sys.argv[1]])  # imports all that is needed, which lies where others may not enter
+os.setresuid(65534, 65534, 65534)
+sys.exit(main(["add", sys.argv[1]]))
+"""
 
 
 def test_add_keeps_a_symlink_loop_as_it_is(user: Home) -> None:
@@ -112,14 +135,14 @@ def test_add_of_a_tree_1000_deep(user: Home) -> None:
 
 @pytest.mark.parametrize("command", [("status",), ("ls",), ("fsck",), ("evict", "--all"), ("pin", "bafkqaaa"), ("status", "--json")])
 def test_commands_where_nothing_is_mounted(user: Home, command: tuple[str, ...]) -> None:
-    refused(user, *command, names=f"no mount uses {user.cache}")
+    user.refused(*command, names=f"no mount uses {user.cache}")
 
 
 def test_export_of_what_nobody_has(user: Home) -> None:
     cid = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
-    refused(user, "export", cid, user.folder / "x.car", names=cid)
+    user.refused("export", cid, user.folder / "x.car", names=cid)
     assert not list(user.folder.glob("*x.car*"))
 
 
 def test_rm_of_what_is_not_there(user: Home) -> None:
-    refused(user, "rm", "bafkqaaa", names="bafkqaaa is no root of the library")
+    user.refused("rm", "bafkqaaa", names="bafkqaaa is no root of the library")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import refused
 from tests.mounting import Home, alive, wait_until
 
 pytestmark = pytest.mark.fuse
@@ -19,17 +18,17 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change what
 
 
 def test_mountpoint_missing(user: Home) -> None:
-    refused(user, "mount", user.folder / "none", names=user.folder / "none")
+    user.refused("mount", user.folder / "none", names=user.folder / "none")
 
 
 def test_mountpoint_is_a_file(user: Home) -> None:
     (user.folder / "file").touch()
-    refused(user, "mount", user.folder / "file", names="not a directory")
+    user.refused("mount", user.folder / "file", names="not a directory")
 
 
 def test_mountpoint_not_empty(user: Home) -> None:
     (user.mountpoint / "x").touch()
-    refused(user, "mount", user.mountpoint, names="not empty")
+    user.refused("mount", user.mountpoint, names="not empty")
 
 
 def test_mounted_already(user: Home) -> None:
@@ -72,7 +71,7 @@ def machine(script: str) -> tuple[str, ...]:
 @as_root
 def test_no_dev_fuse(user: Home) -> None:
     hidden = machine("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3")
-    refused(user, "mount", user.mountpoint, names="/dev/fuse is missing", wrapper=hidden)
+    user.refused("mount", user.mountpoint, names="/dev/fuse is missing", wrapper=hidden)
     doctor = subprocess.run([*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True)
     assert doctor.returncode == 1
     assert "bad  /dev/fuse: missing\n     to do: load the kernel's module" in doctor.stdout
@@ -83,7 +82,7 @@ def test_no_fusermount3(user: Home) -> None:
     empty = user.folder / "not-a-program"
     empty.touch(0o644)
     hidden = machine(f"mount --bind {empty} $(readlink -f $(command -v fusermount3))")
-    refused(user, "mount", user.mountpoint, names="install the package fuse3", wrapper=hidden)
+    user.refused("mount", user.mountpoint, names="install the package fuse3", wrapper=hidden)
     doctor = subprocess.run([*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True)
     assert (doctor.returncode, "install the package fuse3" in doctor.stdout) == (1, True)
 
@@ -103,7 +102,7 @@ def test_a_cache_folder_that_another_daemon_holds(user: Home) -> None:
 def test_a_cache_folder_that_others_may_write(user: Home) -> None:
     user.cache.mkdir()
     user.cache.chmod(0o777)
-    refused(user, "mount", user.mountpoint, names=f"chmod 700 {user.cache}")
+    user.refused("mount", user.mountpoint, names=f"chmod 700 {user.cache}")
     assert list(user.cache.iterdir()) == []
 
 
@@ -111,13 +110,13 @@ def test_a_cache_folder_that_others_may_write(user: Home) -> None:
 def test_a_cache_folder_that_others_own(user: Home) -> None:
     user.cache.mkdir(mode=0o700)
     os.chown(user.cache, 65534, 65534)
-    refused(user, "mount", user.mountpoint, names=f"{user.cache} belongs to another user")
+    user.refused("mount", user.mountpoint, names=f"{user.cache} belongs to another user")
     assert list(user.cache.iterdir()) == []
 
 
 def test_a_cache_folder_that_is_a_file(user: Home) -> None:
     user.cache.touch()
-    refused(user, "mount", user.mountpoint, names=user.cache)
+    user.refused("mount", user.mountpoint, names=user.cache)
 
 
 @as_root
@@ -125,7 +124,7 @@ def test_a_cache_folder_on_a_read_only_disk(user: Home) -> None:
     disk = user.folder / "disk"
     disk.mkdir()
     ro = machine(f"mount -t tmpfs -o ro none {disk}")
-    refused(user, "mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=ro)
+    user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=ro)
 
 
 @as_root
@@ -133,17 +132,17 @@ def test_a_cache_folder_on_a_full_disk(user: Home) -> None:
     disk = user.folder / "disk"
     disk.mkdir()
     full = machine(f"mount -t tmpfs -o size=16k none {disk} && (head -c 64k /dev/zero > {disk}/filler || true) 2>/dev/null")
-    refused(user, "mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=full)
+    user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=full)
 
 
 @pytest.mark.parametrize("option", ["--cache-dir", "--library", "--record", "--header-file"])
 def test_nothing_of_the_daemon_below_its_own_mount(user: Home, option: str) -> None:
     below = user.mountpoint / "below"
-    line = refused(user, "mount", option, below, user.mountpoint, names=below, code=2)
+    line = user.refused("mount", option, below, user.mountpoint, names=below, code=2)
     assert "below the mountpoint" in line
     assert list(user.mountpoint.iterdir()) == []
 
 
 def test_a_car_below_its_own_mount(user: Home) -> None:
     (user.mountpoint / "x.car").touch()
-    refused(user, "mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2)
+    user.refused("mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2)

@@ -61,6 +61,25 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(users_home: Home) -> None:
     assert fuse_mounts(home.folder) == []
 
 
+@as_user
+def test_a_mountpoint_of_another_user_is_refused(users_home: Home) -> None:
+    others = users_home.folder / "others"
+    others.mkdir(mode=0o755)
+    users_home.refused("mount", others, names=f"{others} can't be mounted: this user may not write to it", wrapper=command_of(NOBODY))
+
+
+def lets_others_in() -> bool:
+    fuse_conf = Path("/etc/fuse.conf")
+    return fuse_conf.exists() and "user_allow_other" in fuse_conf.read_text().splitlines()
+
+
+@as_user
+@pytest.mark.skipif(lets_others_in(), reason="this machine's /etc/fuse.conf allows --allow-other to everybody")
+def test_allow_other_is_for_the_administrator_to_allow(users_home: Home) -> None:
+    home = users_home
+    home.refused("mount", "--allow-other", home.mountpoint, names="needs the line user_allow_other in /etc/fuse.conf", wrapper=command_of(NOBODY))
+
+
 def test_an_isolated_mount_leaves_nothing_and_shares_nothing(home: Home, tmp_path: Path) -> None:
     (home.folder / "file").write_text("x\n")
     cid = home.add(home.folder / "file")

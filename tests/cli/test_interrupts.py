@@ -1,0 +1,53 @@
+"""Commands that are interrupted or terminated: nothing is left of what they had begun."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import PATIENCE, Home, wait_until
+
+both = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def ended(user: Home, arguments: Sequence[str | Path], begun: str, number: signal.Signals, fed: bytes = b"") -> None:
+    """Runs `ipfsfuse ARGUMENTS`, feeds it, and ends it once a file of the pattern `begun` is there."""
+    command = [sys.executable, "-m", "ipfsfuse", *map(str, arguments)]
+    with subprocess.Popen(command, env=user.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin
+        process.stdin.write(fed)
+        process.stdin.flush()
+        wait_until(lambda: any(user.folder.glob(begun)), "it has begun to write")
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 128 + signal.SIGINT
+        assert process.stderr
+        assert process.stderr.read() == b""
+
+
+@both
+def test_an_add_that_is_ended_leaves_the_library_as_it_was(user: Home, number: signal.Signals) -> None:
+    (user.folder / "first").write_bytes(os.urandom(100_000))
+    user.add(user.folder / "first")
+    before = everything(user.library)
+    ended(user, ["add", "-"], "library/*.tmp", number, fed=os.urandom(20 << 20))  # whose end never comes
+    assert everything(user.library) == before
+
+
+@both
+def test_an_export_that_is_ended_leaves_no_file(user: Home, number: signal.Signals) -> None:
+    with socket.socket() as deaf:  # a gateway that never answers
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        gateway = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        made = user.folder / "made.car"
+        ended(user, ["export", "--from", gateway, "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy", made], ".made.car.*", number)
+    assert not everything(user.folder)
