@@ -28,6 +28,12 @@ def blocks_of(path: Path) -> dict[bytes, bytes]:
     return found
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+    """With the usual 5, a crowd's connections are dropped by the kernel and tried again seconds later."""
+
+
 class Gateway:
     """Serves `format=raw` alone (a CAR is refused with 406, as the specification allows)."""
 
@@ -54,8 +60,7 @@ class Gateway:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
