@@ -20,6 +20,7 @@ from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
+from ipfsfuse.vfs.treeahead import TreeAhead
 
 T = TypeVar("T")
 
@@ -62,11 +63,17 @@ class Tree:
         self.room = Room()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
+        self._ahead = TreeAhead(nursery, self._found, self.known) if use is None else None
 
     # -- nodes -------------------------------------------------------------------------------------------------
 
     async def node(self, cid: Cid) -> Node:
         """What `cid` names. Raises what the cache and the parser raise."""
+        if self._ahead is not None:
+            self._ahead.used(cid)
+        return await self._found(cid)
+
+    async def _found(self, cid: Cid) -> Node:
         found = self._nodes.get(cid)
         if found is not None:
             if self.use is not None:
@@ -151,6 +158,8 @@ class Tree:
     async def entries(self, parent: Cid, after: int) -> Page:
         """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
         page = await self.drive(listing.entries(await self.directory(parent), after))
+        if self._ahead is not None:
+            self._ahead.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
 
     def _told(self, cid: Cid, tsize: int) -> Attributes | None:

@@ -142,9 +142,11 @@ def _measure(name: str, row: Row, ways: dict[str, Way], runs: int) -> _table.Res
     print(f"{name}:", end="", file=sys.stderr, flush=True)
     result = _table.Result(name, row.against, row.target)
     chosen = [ways[way] for way in row.ways if way in ways]
-    for way in chosen if row.state != "cold" else ():
-        way.cold()
-        row.job(way.prefix, way.path(row.data, row.below))
+    if row.state != "cold":
+        for way in chosen:
+            way.cold()
+        for way in chosen:  # only now: making one cold drops all page caches
+            row.job(way.prefix, way.path(row.data, row.below))
     for _ in range(runs):
         for way in chosen:
             _run(row, way, result)
