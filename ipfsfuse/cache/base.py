@@ -42,6 +42,15 @@ class Kept(NamedTuple):
     """The name of the source it came from, "" where that is not known any more."""
 
 
+class SmallBlocks(NamedTuple):
+    """What is kept in packs: small files, directories, links, interior nodes."""
+
+    blocks: int
+    """As of about a second ago."""
+    bytes: int
+    """On disk, with their CIDs."""
+
+
 class Cache(Protocol):
     async def block(self, cid: Cid) -> bytes:
         """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw file.

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache.base import Kept
+from ipfsfuse.cache.base import Kept, SmallBlocks
 from ipfsfuse.cache.blocks import Packs, Place, Series
 from ipfsfuse.cache.index import Damaged, Index
 from ipfsfuse.cache.pins import NoPins, Pins
@@ -76,6 +76,15 @@ class Disk:
             return None
         pinned = "user" if self.room.kept(place.pack) else self._pin_state(cids.canonical(cid))
         return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
+
+    async def small(self) -> SmallBlocks:
+        """What the packs hold; no blocks are counted where the index can't be read."""
+        size = sum(self.packs.sizes.values())
+        try:
+            return SmallBlocks(await trio.to_thread.run_sync(self.index.count_blocks, limiter=self.reading), size)
+        except (StoreFailed, Damaged) as exc:
+            self.index_failed(exc)
+            return SmallBlocks(0, size)
 
     def _told(self, entry: Entry) -> Kept:
         return Kept(entry.cid, entry.disk, entry.size, entry.whole(), entry.last_used, self._pin_state(entry.cid), entry.source)

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.cache import upkeep
-from ipfsfuse.cache.base import FileRef, Kept
+from ipfsfuse.cache.base import FileRef, Kept, SmallBlocks
 from ipfsfuse.cache.checking import FsckReport, Told, fsck
 from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
@@ -86,6 +86,10 @@ class PinsetCache(Reading):
     def kept(self) -> Sequence[Kept]:
         """As `Cache.kept`."""
         return self.store.kept()
+
+    async def small(self) -> SmallBlocks:
+        """What lies in packs, which `kept` does not list."""
+        return await self.store.small()
 
     def staged_bytes(self, cid: Cid) -> int:
         """As `Cache.staged_bytes`."""

@@ -22,7 +22,9 @@ from os import open as open_fd
 from pathlib import Path
 
 MAX_LINE = 1 << 20
-"""Bytes in one line, either way; longer ones end the connection."""
+"""Bytes in one line of a request; longer ones end the connection."""
+MAX_ANSWER = 4 << 20
+"""Bytes in one line of an answer: a block of 2 MiB in base64 is the longest."""
 
 
 def socket_path(cache_dir: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipfsfuse import errors
-from ipfsfuse.control import MAX_LINE, short_address
+from ipfsfuse.control import MAX_ANSWER, short_address
 
 OnProgress = Callable[[dict[str, Any]], None]
 Answer = dict[str, Any]
@@ -60,7 +60,7 @@ def ask(
 
 def _lines(connection: socket.socket) -> Iterator[Answer]:
     with connection.makefile("rb") as stream:
-        while line := stream.readline(MAX_LINE):
+        while line := stream.readline(MAX_ANSWER):
             reply = json.loads(line)
             if not isinstance(reply, dict):
                 raise ValueError("the answer is no JSON object")

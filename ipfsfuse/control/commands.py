@@ -12,6 +12,7 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
+from ipfsfuse.control.blocks import WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -29,6 +30,7 @@ Answer = Mapping[str, Any]
 class Commands:
     def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, pins: NodePins, tree: Tree) -> None:
         self._config, self._cache, self._chain, self._pins, self._tree = config, cache, chain, pins, tree
+        self._blocks = WholeBlocks(cache)
         self._started = time.time()
 
     def table(self) -> dict[str, Handler]:
@@ -58,7 +60,8 @@ class Commands:
         }
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        return {"entries": [kept._asdict() | {"cid": cids.text(kept.cid)} for kept in self._cache.kept()]}
+        entries = [kept._asdict() | {"cid": cids.text(kept.cid)} for kept in self._cache.kept()]
+        return {"entries": entries, "small": (await self._cache.small())._asdict()}
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
         depth = arguments.get("depth")
@@ -95,8 +98,8 @@ class Commands:
         return asdict(await self._cache.fsck(told))
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
-        """One verified block, for a runner that writes a receipt."""
-        return {"data": base64.b64encode(await self._cache.block(_cid(arguments))).decode("ascii")}
+        """One verified block."""
+        return {"data": base64.b64encode(await self._blocks.get(_cid(arguments))).decode("ascii")}
 
 
 def _cid(arguments: Arguments) -> Cid:

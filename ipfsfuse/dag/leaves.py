@@ -68,10 +68,20 @@ def proves(cid: Cid, data: Buffer) -> bool:
     Raises Unsupported for a hash that is not allowed. Costs one hash for a raw leaf, up to `len(_FORMS)` for a dag-pb
     leaf that does not match, and one or two for one that does.
     """
+    return _around(cid, data) is not None
+
+
+def block(cid: Cid, data: Buffer) -> bytes | None:
+    """The verified block of the leaf `cid`, made of its content; None where `proves` is False."""
+    found = _around(cid, data)
+    return None if found is None else b"".join((found[0], data, found[1]))
+
+
+def _around(cid: Cid, data: Buffer) -> tuple[bytes, bytes] | None:
+    """What stands before and behind `data` in the block of `cid`; None where it is not that block's content."""
     multihash = cids.multihash(cid)
-    if cids.codec(cid) == cids.RAW:
-        return hashes.matches(multihash, (data,))
-    return any(hashes.matches(multihash, (head, data, tail)) for head, tail in _envelopes(len(data)))
+    forms = iter(((b"", b""),)) if cids.codec(cid) == cids.RAW else _envelopes(len(data))
+    return next(((head, tail) for head, tail in forms if hashes.matches(multihash, (head, data, tail))), None)
 
 
 _FORMS = ((Type.FILE, True), (Type.RAW, True), (Type.FILE, False), (Type.RAW, False))

@@ -1,6 +1,10 @@
 """The command line with folders of the test's own: called in this process, or as a user runs it."""
 
 import os
+import pty
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from ipfsfuse.cli.main import main
-from tests.mounting import Home
+from tests.mounting import PATIENCE, Home
 
 
 class Ran(NamedTuple):
@@ -44,3 +48,17 @@ def ipfsfuse(home: Path, capfd: pytest.CaptureFixture[str]) -> Ipfsfuse:
         return Ran(code, *capfd.readouterr())
 
     return run
+
+
+def on_terminal(user: Home, *arguments: str | Path) -> str:
+    """What `ipfsfuse ARGUMENTS` shows on its standard error, which is a terminal."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    try:
+        command = [sys.executable, "-m", "ipfsfuse", *map(str, arguments)]
+        subprocess.run(command, env=user.env, stdout=subprocess.DEVNULL, stderr=follower, timeout=PATIENCE, check=True)
+        os.write(follower, b"\n")  # so that there is something to read in any case
+        return os.read(leader, 1 << 16).decode()
+    finally:
+        os.close(leader)
+        os.close(follower)

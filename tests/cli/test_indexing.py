@@ -1,15 +1,14 @@
 """CAR files that bring no index: whoever waits for theirs is shown how far it is; damaged ones are named."""
 
 import os
-import pty
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from ipfsfuse.cli.values import human
+from tests.cli.conftest import on_terminal
 from tests.mounting import PATIENCE, Home
 
 pytestmark = pytest.mark.fuse
@@ -31,14 +30,7 @@ def car(user: Home) -> Path:
 def test_a_terminal_shows_the_index_being_built_once(user: Home, car: Path) -> None:
     size = human(car.stat().st_size)
     for expected in (True, False):
-        leader, follower = pty.openpty()
-        termios.tcsetwinsize(follower, (24, 120))
-        command = [sys.executable, "-m", "ipfsfuse", "mount", "--from", str(car), str(user.mountpoint)]
-        subprocess.run(command, env=user.env, stderr=follower, timeout=PATIENCE, check=True)
-        os.write(follower, b".")
-        shown = os.read(leader, 1 << 16).decode()
-        os.close(leader)
-        os.close(follower)
+        shown = on_terminal(user, "mount", "--from", car, user.mountpoint)
         user.run("unmount", user.mountpoint)
         assert ("indexing:" in shown and "good.car" in shown) == expected, shown
         log = (user.cache / "daemon.log").read_text()

@@ -30,6 +30,8 @@ def test_each_form_that_importers_write_is_proved_by_its_content_alone(kind: Typ
         assert leaves.is_canonical(cid, block)
         assert leaves.proves(cid, data)
         assert leaves.proves(cid, bytearray(data))
+        assert leaves.block(cid, memoryview(data)) == block
+        assert leaves.block(cid, data + b"x") is None
         assert not leaves.proves(cid, data + b"x")
         if data:
             assert not leaves.proves(cid, bytes([data[0] ^ 1]) + data[1:])

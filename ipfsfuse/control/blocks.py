@@ -1,0 +1,60 @@
+"""Whole blocks, for a runner that writes a receipt and for `ipfsfuse export`: those too of which only the content is kept.
+
+A staging file holds a file's content, and no list of its leaves. But whoever asks for a leaf has asked for its parents
+before: what those say of their children tells where the leaf lies. Concurrency: any number of tasks.
+"""
+
+import trio
+
+from ipfsfuse.cache.base import Cache, FileRef
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import leaves, nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File, Leaf, Node
+from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
+
+REMEMBERED = 100_000
+"""Children of file nodes whose place is remembered, some 30 MB: 100 GB of a file in leaves of 1 MiB."""
+
+
+class WholeBlocks:
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._places: dict[Cid, tuple[FileRef, Leaf]] = {}
+
+    async def get(self, cid: Cid) -> bytes:
+        """The verified block of `cid`. Raises what `Cache.block` raises."""
+        known = self._places.get(cids.canonical(cid))
+        block = None if known is None else await self._staged(*known)
+        if block is None:
+            block = await self._cache.block(cid)
+        if cids.codec(cid) == cids.DAG_PB:
+            node = await trio.to_thread.run_sync(_parsed, cid, block)
+            if isinstance(node, File):
+                self._note(node)
+        return block
+
+    async def _staged(self, file: FileRef, leaf: Leaf) -> bytes | None:
+        """The block of a leaf, by its content; None where it is no leaf, or one of a form that can't be made again."""
+        try:
+            content = await self._cache.leaf(file, leaf)
+        except IpfsFuseError:
+            return None
+        return await trio.to_thread.run_sync(leaves.block, leaf.cid, content)
+
+    def _note(self, node: File) -> None:
+        """Remembers where its children lie."""
+        own = cids.canonical(node.cid)
+        file, at = self._places.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
+        for child in node.children:
+            self._places.setdefault(cids.canonical(child.cid), (file, Leaf(child.cid, at.offset + child.offset, child.size)))
+        while len(self._places) > REMEMBERED:
+            del self._places[next(iter(self._places))]
+
+
+def _parsed(cid: Cid, block: bytes) -> Node | None:
+    """What `block` is; None for no UnixFS, which has no leaves."""
+    try:
+        return nodes.parse(cid, block)
+    except (Malformed, Unsupported):
+        return None

@@ -1,0 +1,65 @@
+"""What people see of a mount and of its node, and what is left to be had when the node has gone."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.cli import showing
+from tests.cli.conftest import on_terminal
+from tests.kubo.node import Node
+from tests.mounting import Home
+
+pytestmark = pytest.mark.fuse
+
+
+def add_tree(node: Node, folder: Path) -> str:
+    (folder / "dir").mkdir(parents=True)
+    (folder / "large").write_bytes(os.urandom(3_000_000))
+    (folder / "dir" / "small").write_text("small\n")
+    return node.cmd("add", "-Q", "-r", "--cid-version=1", folder).strip()
+
+
+def test_a_node_and_its_pins_in_a_table(user: Home, kubo_node: Node) -> None:
+    cid = add_tree(kubo_node, user.folder / "tree")
+    name = f"kubo+{kubo_node.api_url}"
+    with user.mounted("--from", name, "--from", "library") as mount:
+        assert (mount.path / cid / "dir" / "small").read_text() == "small\n"
+        assert len((mount.path / cid / "large").read_bytes()) == 3_000_000
+        shown = user.run("status").stdout
+        listed = user.run("ls").stdout.splitlines()
+        asked = user.json("ls", "--json")
+    assert re.search(rf"(?m)^pins:\n  node +held  queued  batches  requests  failing\n  {re.escape(name)} +\d+ .* -$", shown)
+    assert re.search(rf"(?m)^sources:\n  name +state  requests  blocks .* why\n  {re.escape(name)} +good +\d+ .* -\n  library +good .* -$", shown)
+    (large,) = asked["entries"]
+    assert listed[0].startswith(f"{large['cid']}         whole    2.9 MiB")
+    assert re.fullmatch(r"and \d+ small blocks \(files up to 64 KiB, directories, links\): \d+ B", listed[1])
+    assert asked["small"]["bytes"] > len("small\n")
+
+
+def test_small_blocks_are_counted(user: Home, kubo_node: Node) -> None:
+    cid = add_tree(kubo_node, user.folder / "tree")
+    with user.mounted("--from", f"kubo+{kubo_node.api_url}") as mount:
+        assert len((mount.path / cid / "dir" / "small").read_text()) == 6
+    with user.mounted("--from", f"kubo+{kubo_node.api_url}"):  # all that was kept is in the index by now
+        assert user.json("ls", "--json")["small"]["blocks"] == 3  # the root, dir, small
+
+
+@pytest.mark.parametrize("options", [("--cid-version=1", "--chunker=size-1048576"), ("--cid-version=0",)])
+def test_a_mount_exports_what_it_has_when_its_node_is_gone(user: Home, own_node: Node, options: tuple[str, ...]) -> None:
+    add_tree(own_node, user.folder / "tree")
+    cid = own_node.cmd("add", "-Q", "-r", *options, user.folder / "tree").strip()
+    name, first, second = f"kubo+{own_node.api_url}", user.folder / "first.car", user.folder / "second.car"
+    user.run("export", "--from", name, cid, first)
+    with user.mounted("--from", name):
+        user.run("prefetch", cid)
+        own_node.stop()
+        assert "exporting:" in on_terminal(user, "export", cid, second)
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+    showing.status({"uptime": 2.5, "cache": {"budget": 1 << 30, "trouble": ""}, "pins": {}, "sources": []})
+    showing.ls({"entries": [], "small": {"blocks": 0, "bytes": 0}})
+    assert capsys.readouterr().out == "uptime: 2.5\ncache:\n  budget: 1.0 GiB\n  trouble: -\npins: none\nsources: none\n"
