@@ -19,6 +19,8 @@ AS_USER: Prefix = (
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"),  # to read the program where it is
 )
+EMPTY = "bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354"
+"""The empty directory: what every node has. Kubo's mount has been talking to its node, too."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -63,7 +65,7 @@ class Ours(Way):
 
     def __init__(self, name: str, source: str, folder: Path, cids: dict[str, str], library: Path, user: bool) -> None:
         super().__init__(name, {})
-        self._source, self._cids, self._user = source, cids, user
+        self._source, self._cids = source, cids
         self.prefix = AS_USER if user else ()
         self._home = _home(folder, library)
         if user:
@@ -79,6 +81,7 @@ class Ours(Way):
         shutil.rmtree(self._home.cache, ignore_errors=True)
         self.mount = self._mounted()
         self.pid = self.mount.pid
+        subprocess.run([*self.prefix, "stat", str(self._home.mountpoint / EMPTY)], check=False, capture_output=True)  # connects to the node
         drop_caches()
 
     def _mounted(self) -> Mounted:
