@@ -10,7 +10,7 @@ from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from tests.dagging import Dag
 from tests.faults.gateway import errno_of, mounted
-from tests.mounting import Home
+from tests.mounting import Home, wait_until
 
 
 def test_names_that_no_file_system_can_hold_are_not_shown(home: Home) -> None:
@@ -89,3 +89,22 @@ def test_all_spellings_of_a_file_are_one_inode(home: Home) -> None:
         assert len({os.stat(mount.path / name).st_ino for name in spellings}) == 1
         assert {(mount.path / name).read_bytes() for name in spellings} == {b"".join(leaves)}
         assert sum(gateway.asked.values()) == 3, "one request a block, for all spellings together"
+
+
+def test_who_opens_a_directorys_files_in_its_order_finds_the_next_fetched(home: Home) -> None:
+    dag = Dag()
+    entries = {b"%03d" % n: (dag.block(b"file %d" % n, cids.RAW), 8) for n in range(100)}
+    root = dag.directory(entries)
+    opened = [cids.text(cid) for cid, _size in list(entries.values())[:3]]
+    with mounted(home, dag) as (gateway, mount):
+        folder = mount.path / cids.text(root)
+        os.listdir(folder)
+        for name in ("000", "050", "099", "020"):
+            (folder / name).read_bytes()
+        assert len(gateway.asked) == 5, "who picks gets what he picks"
+        for name in ("000", "001", "002"):
+            (folder / name).read_bytes()
+        ahead = {cids.text(cid) for cid, _size in list(entries.values())[3:60]}
+        wait_until(lambda: ahead <= set(gateway.asked), "the next files were fetched")
+        assert set(opened) <= set(gateway.asked)
+        assert max(gateway.asked.values()) == 1
