@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -90,3 +90,20 @@ def until(true: Callable[[], bool], what: str) -> None:
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+def add(node: Node, data: bytes, *options: str) -> Cid:
+    """Content at the node that nothing there protects."""
+    return cids.parse(node.add(data, "--pin=false", *options))
+
+
+def made_up(index: int) -> Cid:
+    return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big", signed=True))
+
+
+def blocks(texts: Iterable[str]) -> set[bytes]:
+    return {cids.multihash(cids.parse(text)) for text in texts}
+
+
+def has(node: Node, cid: Cid) -> bool:
+    return node.has(cids.text(cid))

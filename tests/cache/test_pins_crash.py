@@ -10,27 +10,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache import holding, kubopins
 from ipfsfuse.cache.owners import Owner
 from ipfsfuse.cache.pinstore import PinStore
-from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
-from tests.cache.pinning import PATIENCE, child, folder_of, held, mounts, pinning, settled, until
+from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, settled, until
 from tests.kubo.node import Node
 
+pytestmark = pytest.mark.usefixtures("quick_pins")
 MADE_UP = "made_up = lambda index: cids.make(cids.RAW, b'\\x12\\x20' + index.to_bytes(32, 'big'))"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubopins, "LINGER", 0.02)
-    monkeypatch.setattr(kubopins, "FIRST_WAIT", 0.1)
-    monkeypatch.setattr(holding, "PAUSES", (0.02, 0.02))
-
-
-def made_up(index: int) -> Cid:
-    return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big"))
 
 
 def end(process: "subprocess.Popen[str]") -> None:

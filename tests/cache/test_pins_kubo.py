@@ -2,42 +2,18 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from ipfsfuse.cache import holding, kubopins
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.cid import Cid
-from tests.cache.pinning import folder_of, held, mounts, pinning, settled, until
+from tests.cache.pinning import add, blocks, folder_of, has, held, made_up, mounts, pinning, settled
 from tests.kubo.node import Node
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubopins, "LINGER", 0.02)
-    monkeypatch.setattr(kubopins, "FIRST_WAIT", 0.1)
-    monkeypatch.setattr(holding, "PAUSES", (0.02, 0.02))
-
-
-def add(node: Node, data: bytes, *options: str) -> Cid:
-    """Content at the node that nothing there protects."""
-    return cids.parse(node.add(data, "--pin=false", *options))
-
-
-def made_up(index: int) -> Cid:
-    return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big", signed=True))
-
-
-def blocks(texts: Iterable[str]) -> set[bytes]:
-    return {cids.multihash(cids.parse(text)) for text in texts}
-
-
-def has(node: Node, cid: Cid) -> bool:
-    return node.has(cids.text(cid))
+pytestmark = pytest.mark.usefixtures("quick_pins")
 
 
 @contextmanager
@@ -191,64 +167,6 @@ def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) 
     assert len(mounts(node)) == 1
 
 
-@pytest.mark.parametrize("crash", [False, True])
-def test_the_node_restarted_in_between(own_node: Node, tmp_path: Path, crash: bool) -> None:
-    node = own_node
-    first, second = add(node, b"before"), add(node, b"after")
-
-    async def main() -> None:
-        async with pinning(node, tmp_path) as pins:
-            pins.add(first)
-            await settled(pins)
-            await trio.to_thread.run_sync(node.kill if crash else node.stop)
-            await trio.to_thread.run_sync(node.start)
-            node.gc()
-            assert has(node, first)
-            pins.add(second)
-            pins.remove(first)
-            await settled(pins)
-            assert held(node, mounts(node)[0]) == [cids.canonical(second)]
-
-    trio.run(main)
-
-
-@pytest.mark.logs("pins wait until the node takes them")
-def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_path: Path) -> None:
-    node, cid = own_node, add(own_node, b"patience")
-    node.stop()
-
-    async def main() -> None:
-        async with pinning(node, tmp_path) as pins:
-            pins.add(cid)
-            await trio.to_thread.run_sync(until, lambda: pins.status().failing != "", "the node's absence is seen")
-            assert pins.state(cid) == "queued"
-            await trio.to_thread.run_sync(node.start)
-            await settled(pins)
-            assert (pins.state(cid), pins.status().failing) == ("cache", "")
-
-    trio.run(main)
-
-
-def test_a_node_that_hangs_delays_nobody(own_node: Node, tmp_path: Path) -> None:
-    node = own_node
-
-    async def main() -> None:
-        async with pinning(node, tmp_path) as pins:
-            await settled(pins)
-            node.pause()
-            for index in range(5000):
-                pins.add(made_up(index))
-                pins.remove(made_up(index - 1))
-            for _ in range(100):
-                await trio.sleep(0.01)  # this loop goes on, while a request to the node hangs
-            assert pins.state(made_up(4999)) == "queued"
-            node.resume()
-            await settled(pins)
-            assert held(node, mounts(node)[0]) == [made_up(4999)]
-
-    trio.run(main)
-
-
 def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
     """Content that only another node has: held at once, fetched by nobody, protected where parts of it come later."""
     node, other = two_nodes
@@ -289,25 +207,6 @@ def test_ten_thousand_pins_cost_two_requests_a_thousand(own_node: Node, tmp_path
 
     trio.run(main)
     assert folder_of(own_node, mounts(own_node)[0]) == {}
-
-
-@pytest.mark.logs("pins wait until the node takes them")
-def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: Path) -> None:
-    node = own_node
-
-    async def main() -> None:
-        async with pinning(node, tmp_path) as pins:
-            pins.add(made_up(1))
-            pins.keep(made_up(2))
-            await settled(pins)
-            node.rpc("files/rm", arg="/ipfsfuse", recursive=True)
-            pins.add(made_up(3))
-            await settled(pins)
-            (mount,) = mounts(node)
-            assert sorted(held(node, mount)) == [made_up(1), made_up(3)]
-            assert held(node, mount, "pinned-") == [made_up(2)]
-
-    trio.run(main)
 
 
 def test_what_is_kept_for_good_outlives_its_staging(own_node: Node, tmp_path: Path) -> None:
