@@ -8,6 +8,7 @@ Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give thos
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
@@ -183,6 +184,7 @@ def _shard(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> Shard:
     return Shard(cid, width, slots, meta)
 
 
+@cache
 def prefix_length(width: int) -> int:
-    """How many hexadecimal digits stand before each name in a HAMT node of this width."""
+    """How many hexadecimal digits stand before each name in a HAMT node of this width, one of a few powers of two."""
     return len(f"{width - 1:X}")
