@@ -2,7 +2,8 @@
 
     python scripts/benches/arc.py [--trace FILE]
 
-FILE holds a recorded trace: a key and a size in bytes a line. Pure computation: the same figures on every machine.
+FILE holds a trace as `trace` records it. Without one: traces that are made up, in a cache of 1 GiB, then data/workday.trace
+(see data/workday.sh), in caches of some share of what it opens. Pure computation: the same figures on every machine.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from ipfsfuse.cache.arc import Arc
 MIB = 1 << 20
 CAPACITY = 1 << 30
 REQUESTS = 60_000
+WORKDAY = Path(__file__).parent / "data" / "workday.trace"
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 class Request(NamedTuple):
@@ -116,20 +119,34 @@ def rates(policy: Policy, trace: Iterable[Request]) -> tuple[float, float]:
 
 
 def recorded(path: Path) -> list[Request]:
-    lines = (line.split() for line in path.read_text().splitlines())
-    return [Request(key, int(size)) for key, size in lines]
+    """A key a line, its size in bytes where it comes first (`trace`)."""
+    found: dict[str, int] = {}
+    requests = []
+    for line in path.read_text(encoding="ascii").splitlines():
+        key, _, size = line.partition(" ")
+        requests.append(Request(key, found.setdefault(key, int(size or 0))))
+    return requests
+
+
+def show(name: str, trace: list[Request], capacity: int) -> None:
+    arc, lru = rates(ArcPolicy(capacity), trace), rates(Lru(capacity), trace)
+    print(f"{name:40} " + " ".join(f"{100 * by_requests:6.1f} {100 * by_bytes:6.1f}" for by_requests, by_bytes in (arc, lru)))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="hit rates of ARC by bytes beside LRU")
-    parser.add_argument("--trace", type=Path, help="a recorded trace: a key and a size in bytes a line")
-    parser.add_argument("--capacity", type=int, default=CAPACITY, help="bytes (default: 1 GiB)")
+    parser.add_argument("--trace", type=Path, default=WORKDAY, help="a recorded trace (see trace.py)")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="bytes, for the traces that are made up (default: 1 GiB)")
     arguments = parser.parse_args(argv)
-    chosen = {arguments.trace.name: recorded(arguments.trace)} if arguments.trace else traces()
     print(f"{'hit rate in %, by requests and by bytes':40} {'ARC':>13} {'LRU':>13}")
-    for name, trace in chosen.items():
-        arc, lru = rates(ArcPolicy(arguments.capacity), trace), rates(Lru(arguments.capacity), trace)
-        print(f"{name:40} " + " ".join(f"{100 * by_requests:6.1f} {100 * by_bytes:6.1f}" for by_requests, by_bytes in (arc, lru)))
+    if arguments.trace == WORKDAY:
+        for name, trace in traces().items():
+            show(name, trace, arguments.capacity)
+    opened = recorded(arguments.trace)
+    distinct = sum(dict(opened).values())
+    print(f"{arguments.trace.name}: {len(opened)} opens of {len(dict(opened))} files, {distinct / MIB:.0f} MiB")
+    for share in SHARES:
+        show(f"  a cache of {share:.0%} of that", opened, int(distinct * share))
     return 0
 
 
