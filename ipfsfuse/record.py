@@ -34,7 +34,7 @@ class Record:
             yield cls(out)
 
     def __call__(self, cid: Cid, ahead: bool) -> None:
-        if (cid, ahead) in self._seen or ahead and (cid, False) in self._seen:
+        if (cid, ahead) in self._seen or (ahead and (cid, False) in self._seen):
             return
         self._seen.add((cid, ahead))
         self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
