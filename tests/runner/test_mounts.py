@@ -98,6 +98,21 @@ def test_only_what_is_allowed_is_reached(run: Runner, home: Home, cid: str, tmp_
     assert b"no-cid-at-all" in done.stderr
 
 
+def test_what_is_asked_of_the_mount_is_passed_on(run: Runner, home: Home, cid: str, tmp_path: Path) -> None:
+    guest = f"/ipfs/{cid}/file"
+    car, elsewhere = tmp_path / "all.car", tmp_path / "elsewhere"
+    home.run("export", cid, car)
+    run.env["IPFSFUSE_LIBRARY"] = str(tmp_path / "empty")
+    assert b"can't be read" in run("--offline", READER, guest).stdout
+    for options in (["--from", car], ["--library", home.library]):
+        done = run(*options, "--deadline", "5s", "--cache-dir", elsewhere, READER, guest)
+        assert lines(done.stdout)[0] == "content", done
+    assert elsewhere.is_dir()
+    done = run("--deadline", "soon", READER, guest)
+    assert (done.returncode, len(lines(done.stderr))) == (2, 1)
+    assert nothing_is_left(run)
+
+
 def test_what_the_mount_refuses_is_one_line(run: Runner) -> None:
     done = run("--from", "/nowhere.car", READER, "/ipfs/x")
     assert (done.returncode, len(lines(done.stderr))) == (2, 1)

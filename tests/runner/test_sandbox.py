@@ -8,7 +8,7 @@ import pytest
 
 from tests.mounting import Home
 from tests.runner.conftest import DEMO, Runner, lines
-from tests.runner.writesp2 import CALLS, NOT_PERMITTED, component
+from tests.runner.writesp2 import CALLS, NOT_PERMITTED, OPENED_TO_CHANGE, SUCCESS, TRIES, component
 
 NOTSUP, BADF, PERM = 58, 8, 63
 P1_ELSE = {"fd_write": BADF, "fd_pwrite": BADF, "fd_allocate": NOTSUP}
@@ -47,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, build_guest: Callable[[str],
         p2 = run(guest)
         assert (p1.returncode, p2.returncode) == (0, 0), (p1, p2)
         said = {name: int(errno) for name, errno in map(str.split, lines(p1.stdout))}
-        yield World(run, cid, mount.path, said, dict(zip(CALLS, p2.stdout, strict=True)))
+        yield World(run, cid, mount.path, said, dict(zip(TRIES, p2.stdout, strict=True)))
         assert sorted(os.listdir(mount.path / cid)) == sorted(os.listdir(source))
         assert (mount.path / cid / "file").read_text() == "content\n"
 
@@ -62,6 +62,12 @@ def test_preview_1_may_not(world: World, call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_preview_2_may_not(world: World, call: str) -> None:
     assert world.p2[call] == NOT_PERMITTED
+
+
+@pytest.mark.fuse
+def test_a_directory_opened_to_be_changed_is_not(world: World) -> None:
+    assert world.p2[OPENED_TO_CHANGE] == SUCCESS
+    assert world.p2["create in that directory"] == NOT_PERMITTED
 
 
 @pytest.mark.fuse

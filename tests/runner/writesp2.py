@@ -32,6 +32,7 @@ _METHODS = {
 }
 
 _FILE, _DIR, _NEW = "(i32.const 256) (global.get $file-size)", "(i32.const 512) (global.get $dir-size)", "(i32.const 768) (global.get $new-size)"
+_NAME = "(i32.add (i32.const 769) (global.get $dir-size)) (i32.const 3)"
 _NOW = "(i32.const 1) (i64.const 0) (i32.const 0)"
 
 
@@ -59,9 +60,14 @@ _TRIES = {
     "write": ("write", "(global.get $fd) (i32.const 256) (i32.const 1) (i64.const 0)"),
     "write-via-stream": ("write-via-stream", "(global.get $fd) (i64.const 0)"),
     "append-via-stream": ("append-via-stream", "(global.get $fd)"),
+    "open a directory to change it": _opening(_DIR, 2, 33),
+    "create in that directory": ("create-directory-at", f"(i32.load (i32.const 4)) {_NAME}"),  # which is where the call before put it
 }
 
-CALLS = list(_TRIES)
+TRIES = list(_TRIES)
+OPENED_TO_CHANGE, SUCCESS = "open a directory to change it", 255
+CALLS = [name for name in TRIES if name != OPENED_TO_CHANGE]
+"""What is not permitted."""
 
 
 def _core_type(params: str) -> str:
