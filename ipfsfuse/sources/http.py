@@ -20,7 +20,7 @@ from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.sources.connect import connect
 from ipfsfuse.sources.failures import ENCODING, LONG, REDIRECT, SHORT, TIMEOUT, translated
 from ipfsfuse.sources.origin import Origin, parse_origin, proxy_for
-from ipfsfuse.sources.slots import Room
+from ipfsfuse.sources.slots import Room, Share
 from ipfsfuse.sources.wire import Head, Threads, Wire
 
 USER_AGENT = f"ipfsfuse/{ipfsfuse.__version__}"
@@ -29,6 +29,7 @@ MAX_REDIRECTS = 5
 ERROR_BODY = 64 * 1024
 SMALL = 64 * 1024
 MADE = 64
+BYTES_IN_FLIGHT = 64 << 20
 URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 
 Headers = Sequence[tuple[str, str]]
@@ -44,8 +45,8 @@ class HttpSettings:
     """Seconds without a byte: longer than the 30 s after which a node gives up a block with 504."""
     total: float = 60.0
     """Seconds for a body that is read whole: bytes that drip are no answer."""
-    bytes_in_flight: int = 64 << 20
-    """Of bodies that are being read, small ones aside."""
+    room: Room = field(default_factory=lambda: Room(BYTES_IN_FLIGHT), repr=False, compare=False)
+    """For bodies that are being read, small ones aside: one for all that are made with these settings or a copy."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
 
@@ -53,7 +54,7 @@ class HttpSettings:
 class Answer:
     """An answer's head, and its body to be read once. What is read to its end leaves the connection usable."""
 
-    def __init__(self, wire: Wire, head: Head, name: str, settings: HttpSettings, room: Room) -> None:
+    def __init__(self, wire: Wire, head: Head, name: str, settings: HttpSettings, room: Share) -> None:
         self.status = head.status
         self.headers = head.headers
         self._wire = wire
@@ -145,7 +146,7 @@ class Http:
         self._named = replace(origin, base="")
         self._idle: dict[Origin, list[tuple[float, Wire]]] = {}
         self._threads = Threads()
-        self._room = Room(self.settings.bytes_in_flight)
+        self._room = Share(self.settings.room)
         self._closed = False
         self._made: dict[tuple[Origin, str, tuple[tuple[str, str], ...], int], h11.Request] = {}
 

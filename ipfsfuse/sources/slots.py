@@ -114,21 +114,38 @@ class Slots:
 
 
 class Room:
-    """Bytes of bodies that may be on their way at a time. A single body larger than all of it passes alone."""
+    """Bytes of bodies that may be on their way at a time, over all sources together."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._turn = trio.Lock()
-        self._freed = trio.Event()
-
-    async def take(self, size: int) -> None:
-        async with self._turn:
-            while self.used and self.used + size > self.limit:
-                await self._freed.wait()
-            self.used += size
+        self.freed = trio.Event()
 
     def give(self, size: int) -> None:
         self.used -= size
-        self._freed.set()
-        self._freed = trio.Event()
+        self.freed.set()
+        self.freed = trio.Event()
+
+
+class Share:
+    """One source's part of a room: first come, first served, and as much as `GUARANTEED` whatever the others hold, so
+    that a source whose bodies drip or stall takes no room from another. A body larger than all of it passes alone."""
+
+    GUARANTEED = 4 << 20
+    """Bytes: two of the largest blocks."""
+
+    def __init__(self, room: Room) -> None:
+        self.used = 0
+        self._room = room
+        self._turn = trio.Lock()
+
+    async def take(self, size: int) -> None:
+        async with self._turn:
+            while self.used and self.used + size > self.GUARANTEED and self._room.used + size > self._room.limit:
+                await self._room.freed.wait()
+            self.used += size
+            self._room.used += size
+
+    def give(self, size: int) -> None:
+        self.used -= size
+        self._room.give(size)

@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.sources.health import LONGEST_REST, Health, HedgeBudget
-from ipfsfuse.sources.slots import Room, Slots
+from ipfsfuse.sources.slots import Room, Share, Slots
 
 
 def health(may_aside: bool = True) -> Health:
@@ -80,23 +80,55 @@ def test_hedges_are_one_request_in_twenty() -> None:
     assert spent <= 51
 
 
-def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone() -> None:
+def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Share, "GUARANTEED", 0)
+
     async def main() -> None:
         room = Room(100)
+        share = Share(room)
         most = 0
 
         async def read(size: int) -> None:
             nonlocal most
-            await room.take(size)
+            await share.take(size)
             most = max(most, room.used)
             assert room.used <= 100 or room.used == size
             await trio.sleep(0.01)
-            room.give(size)
+            share.give(size)
 
         async with trio.open_nursery() as nursery:
             for size in [60, 30, 30, 150, 100, 1, 99] * 5:
                 nursery.start_soon(read, size)
         assert (room.used, most) == (0, 150)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_one_room_bounds_all_sources_and_none_takes_the_share_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Share, "GUARANTEED", 20)
+
+    async def main() -> None:
+        room = Room(100)
+        dripping, well = Share(room), Share(room)
+        async with trio.open_nursery() as nursery:
+            for _ in range(30):  # never given back
+                nursery.start_soon(dripping.take, 10)
+            await wait_all_tasks_blocked()
+            assert room.used == dripping.used == 100
+            for _ in range(50):
+                with trio.fail_after(1):
+                    await well.take(10)
+                    await well.take(10)
+                with trio.move_on_after(1) as scope:
+                    await well.take(10)
+                assert scope.cancelled_caught  # beyond its own share the bound over all holds
+                assert room.used == 120
+                well.give(20)
+            dripping.give(100)
+            await wait_all_tasks_blocked()
+            assert room.used == 100
+            nursery.cancel_scope.cancel()
+        assert well.used == 0
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
