@@ -5,6 +5,7 @@ Concurrency: everything runs in one trio loop; file bytes are read, hashed and w
 
 import logging
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -53,6 +54,7 @@ def run(config: MountConfig, ready: Ready, indexing: Indexing | None = None) -> 
     """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that prevents it.
 
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has none."""
+    _raise_descriptors()
     mountpoints.prepare(config.mountpoint)
     try:
         with _folder(config) as folder:
@@ -61,6 +63,13 @@ def run(config: MountConfig, ready: Ready, indexing: Indexing | None = None) -> 
         if config.while_held:
             with suppress(OSError):
                 config.mountpoint.rmdir()
+
+
+def _raise_descriptors() -> None:
+    """As many open files as this user may have: late requests hold up to 144 connections, two descriptors each, at each source."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager
