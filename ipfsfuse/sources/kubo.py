@@ -18,7 +18,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, UsageError
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Deliver, Run
-from ipfsfuse.sources.failures import CONNECT
+from ipfsfuse.sources.failures import CONNECT, PAGE, PROTOCOL, REFUSED
 from ipfsfuse.sources.gateway import MAX_BLOCK, Gateway
 from ipfsfuse.sources.http import Http, HttpSettings
 from ipfsfuse.sources.origin import Origin, parse_origin
@@ -26,6 +26,9 @@ from ipfsfuse.sources.rpc import Rpc
 
 CONNECTIONS = 2
 """Requests of one run side by side: on 2 cores a second one gained 5 to 25 % on runs of over 64 MiB, a third nothing."""
+
+NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
+"""Failures that tell of the gateway port (off, guarded, something else's), not of the block: RPC may have it."""
 
 
 def repository() -> Path:
@@ -93,9 +96,10 @@ class Kubo:
             try:
                 return await gateway.get(cid)
             except SourceFailed as exc:
-                if exc.kind != CONNECT:
+                if exc.kind not in NO_GATEWAY:
                     raise
-                await self._forget()
+                if exc.kind == CONNECT:
+                    await self._forget()
         return await self._get_by_rpc(cid)
 
     async def _get_by_rpc(self, cid: Cid) -> bytes:

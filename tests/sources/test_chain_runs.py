@@ -1,6 +1,5 @@
 """The chain's runs: completed from whoever has the rest, broken off when they stall."""
 
-
 import pytest
 import trio
 

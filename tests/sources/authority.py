@@ -1,0 +1,34 @@
+"""A certificate authority of the test's own, made with the openssl program.
+
+Concurrency: blocking.
+"""
+
+import ssl
+import subprocess
+from pathlib import Path
+
+EC = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+
+
+def _openssl(*args: str | Path) -> None:
+    subprocess.run(["openssl", *args], check=True, capture_output=True)
+
+
+class Authority:
+    """`certificate` is the file to trust."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key, self.certificate = folder / "ca.key", folder / "ca.pem"
+        _openssl("req", "-x509", *EC, "-days", "2", "-subj", "/CN=test authority", "-keyout", self._key, "-out", self.certificate)
+
+    def vouch(self, name: str, days: int = 2) -> ssl.SSLContext:
+        """The context of a server that is called `name` (`DNS:host` or `IP:address`); of negative `days`, one that expired."""
+        key, request, certificate, names = (self._folder / f"server.{end}" for end in ("key", "csr", "pem", "ext"))
+        names.write_text(f"subjectAltName={name}\n")
+        _openssl("req", *EC, "-subj", "/CN=server", "-keyout", key, "-out", request)
+        by = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial")
+        _openssl("x509", "-req", "-in", request, *by, "-days", str(days), "-extfile", names, "-out", certificate)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        return context

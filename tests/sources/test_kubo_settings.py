@@ -1,0 +1,91 @@
+"""A real Kubo node set up otherwise than usual: a socket file, a gateway port that gives no files, one that refuses."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.chain import Chain
+from ipfsfuse.sources.http import HttpSettings
+from ipfsfuse.sources.kubo import Kubo, unix_origin
+from tests.kubo.fixtures import need_kubo
+from tests.kubo.node import Node
+from tests.sources import evil
+from tests.sources.content import SampleFile, sample
+from tests.sources.servers import Ask, Behaviour, Server
+
+
+def put(node: Node, file: SampleFile) -> None:
+    node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
+
+
+async def all_blocks(source: Source, file: SampleFile) -> None:
+    """Every block one by one, and the leaves as a run, are what they should be."""
+    for cid, block in file.blocks.items():
+        assert await source.get(cid) == block
+    got: dict[int, bytes] = {}
+
+    async def deliver(index: int, block: bytes) -> None:
+        got[index] = block
+
+    await source.stream(file.run, deliver)
+    assert got == {index: file.blocks[leaf.cid] for index, leaf in enumerate(file.leaves)}
+
+
+@pytest.mark.parametrize("by", ["gateway", "rpc"])
+def test_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
+    need_kubo()
+    node, path = Node(), tmp_path / "api.sock"
+    node.settings = {"Addresses": {"API": [f"/ip4/127.0.0.1/tcp/{node.api_url.rpartition(':')[2]}", f"/unix{path}"]}}
+    file = sample(20)
+
+    async def main() -> None:
+        source = Kubo("kubo", HttpSettings(), unix_origin(str(path)))
+        source._asked_for_gateway = by == "rpc"
+        await all_blocks(source, file)
+        assert (source._gateway is None) == (by == "rpc")
+        await source.aclose()
+
+    with node:
+        put(node, file)
+        trio.run(main)
+
+
+def test_a_gateway_port_that_gives_blocks_alone_and_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_kubo()
+    file = sample(20)
+
+    async def main() -> None:
+        source = Kubo("kubo", HttpSettings())
+        await all_blocks(source, file)
+        await source.aclose()
+
+    with Node(settings={"Gateway": {"NoFetch": True, "DeserializedResponses": False}}) as node:
+        put(node, file)
+        monkeypatch.setenv("IPFS_PATH", str(node.repo))
+        trio.run(main)
+
+
+def refuses(ask: Ask) -> None:
+    ask.send(403, b"not for you\n", "text/plain")
+
+
+@pytest.mark.parametrize("behave", [refuses, evil.html_page, evil.not_http])
+def test_where_the_gateway_port_is_of_no_use_blocks_come_over_rpc(own_node: Node, monkeypatch: pytest.MonkeyPatch, behave: Behaviour) -> None:
+    file = sample(20)
+    put(own_node, file)
+    monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
+
+    async def main() -> None:
+        with Server({}, behave) as other:
+            (own_node.repo / "gateway").write_text(other.url)
+            source = Kubo("kubo", HttpSettings())
+            chain = Chain([source])
+            for cid, block in file.blocks.items():
+                assert (await chain.get(cid)).block == block
+            assert other.asked
+            assert chain.statistics()[0].failures == {}
+            await chain.aclose()
+
+    trio.run(main)
