@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("shared-machine")
 
 pytest_plugins = ["tests.kubo.fixtures"] if importlib.util.find_spec("tests.kubo.fixtures") else []
 
-NEED_FUSE = ("tests/mount/", "tests/faults/")
+NEED_FUSE = ("tests/mount/", "tests/faults/", "tests/network/")
 _skipped_for_fuse = pytest.StashKey[int]()
 
 
