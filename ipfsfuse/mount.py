@@ -14,9 +14,9 @@ from pathlib import Path
 import trio
 
 from ipfsfuse import control
-from ipfsfuse.cache import hold
-from ipfsfuse.cache.isolated import isolated_folder
-from ipfsfuse.cache.nodepins import NodePins
+from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.folder.isolated import isolated_folder
+from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
@@ -28,11 +28,11 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.record import Record
-from ipfsfuse.sources.chain import Chain
-from ipfsfuse.sources.http import HttpSettings
-from ipfsfuse.sources.kubo import Kubo
+from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
+from ipfsfuse.sources.web.http import HttpSettings
+from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.vfs.roots import Named, Roots
 from ipfsfuse.vfs.tree import Tree
 

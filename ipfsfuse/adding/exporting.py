@@ -16,7 +16,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unsupported
-from ipfsfuse.sources.carwriter import CarWriter
+from ipfsfuse.sources.files.carwriter import CarWriter
 
 _AHEAD = 16
 """Blocks fetched side by side."""

@@ -19,8 +19,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import NOTHING, UNIXFS_V1_2025, Built, Profile, Sink, Stored, directory, symlink
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, UsageError
-from ipfsfuse.sources.library import Library
-from ipfsfuse.sources.librarywriter import NewRoot
+from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.files.librarywriter import NewRoot
 
 STANDARD_INPUT = "-"
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.folder.staging import Entry
+from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
-from ipfsfuse.cache.staging import Entry
-from ipfsfuse.cache.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges
 from ipfsfuse.dag.front import Walk, node

@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import trio
 
-from ipfsfuse.cache import upkeep
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.blocks import Series
-from ipfsfuse.cache.disk import SMALL
-from ipfsfuse.cache.index import Damaged
+from ipfsfuse.cache.folder import upkeep
+from ipfsfuse.cache.folder.blocks import Series
+from ipfsfuse.cache.folder.disk import SMALL
+from ipfsfuse.cache.folder.index import Damaged
+from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.cache.room import Key
-from ipfsfuse.cache.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid

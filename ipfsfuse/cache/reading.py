@@ -10,9 +10,9 @@ from typing import NamedTuple
 import trio
 
 from ipfsfuse.cache.base import Arrived, Content, FileRef
-from ipfsfuse.cache.disk import SMALL
 from ipfsfuse.cache.flights import Flights, Land
-from ipfsfuse.cache.store import Store
+from ipfsfuse.cache.folder.disk import SMALL
+from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid

@@ -9,7 +9,7 @@ from ipfsfuse.cli.library import opened
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import PROFILES
-from ipfsfuse.sources.library import Library
+from ipfsfuse.sources.files.library import Library
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from ipfsfuse.control import client, socket_path
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, Unavailable
-from ipfsfuse.sources.chain import Chain
+from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import OpenSettings
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from ipfsfuse.cli import cidargs, folders, values
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.sources.library import Library
+from ipfsfuse.sources.files.library import Library
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.nodepins import NodePins
+from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.blocks import WholeBlocks
@@ -17,7 +17,7 @@ from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, UsageError
-from ipfsfuse.sources.chain import Chain
+from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.vfs.fetching import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.http import HttpSettings
-from ipfsfuse.sources.origin import Origin, parse_origin
+from ipfsfuse.sources.web.http import HttpSettings
+from ipfsfuse.sources.web.origin import Origin, parse_origin
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
@@ -101,20 +101,20 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
 def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     """The source; None for a remote gateway of an offline mount. Blocks. Raises SourceFailed, UsageError."""
     if spec.kind == CAR:
-        from ipfsfuse.sources.car import CarSource
+        from ipfsfuse.sources.files.car import CarSource
 
         assert spec.path is not None
         return CarSource.open(spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None)
     if spec.kind == LIBRARY:
-        from ipfsfuse.sources.library import Library, LibrarySource
+        from ipfsfuse.sources.files.library import Library, LibrarySource
 
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
-        from ipfsfuse.sources.kubo import Kubo
+        from ipfsfuse.sources.web.kubo import Kubo
 
         return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
-    from ipfsfuse.sources.gateway import Gateway
-    from ipfsfuse.sources.http import Http
+    from ipfsfuse.sources.web.gateway import Gateway
+    from ipfsfuse.sources.web.http import Http
 
     assert spec.origin is not None
     if settings.offline and not spec.origin.is_local:

@@ -15,8 +15,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
 from ipfsfuse.sources.base import Deliver, Run
-from ipfsfuse.sources.failures import LONG, STATUS
-from ipfsfuse.sources.http import ERROR_BODY, Http
+from ipfsfuse.sources.web.failures import LONG, STATUS
+from ipfsfuse.sources.web.http import ERROR_BODY, Http
 
 CAR_TYPE = "application/vnd.ipld.car"
 RANGE_PART = 16 << 20

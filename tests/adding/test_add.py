@@ -13,7 +13,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.build import UNIXFS_V0_2015
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.library import Library
+from ipfsfuse.sources.files.library import Library
 from tests.adding.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
 from tests.adding.trees import Bytes
 

@@ -12,7 +12,7 @@ import pytest
 
 from ipfsfuse.adding import AddOptions, add
 from ipfsfuse.errors import StoreFailed, UsageError
-from ipfsfuse.sources.library import Library
+from ipfsfuse.sources.files.library import Library
 from tests.adding.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
 
 

@@ -11,10 +11,10 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
-from ipfsfuse.sources.car import CarSource
-from ipfsfuse.sources.carbuild import sections
-from ipfsfuse.sources.carfile import CarFile
-from ipfsfuse.sources.library import Library, LibrarySource
+from ipfsfuse.sources.files.car import CarSource
+from ipfsfuse.sources.files.carbuild import sections
+from ipfsfuse.sources.files.carfile import CarFile
+from ipfsfuse.sources.files.library import Library, LibrarySource
 from tests.adding.repo import Repo
 from tests.adding.trees import LINKS, Bytes, Dir, at_threshold, write
 from tests.kubo.fixtures import need_kubo

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ipfsfuse.cache import holding, kubopins
+from ipfsfuse.cache.pins import holding, kubopins
 
 
 @pytest.fixture

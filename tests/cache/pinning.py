@@ -9,13 +9,13 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.kubopins import KuboPins
-from ipfsfuse.cache.nodefiles import NodeFiles
+from ipfsfuse.cache.pins.kubopins import KuboPins
+from ipfsfuse.cache.pins.nodefiles import NodeFiles
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.http import Http, HttpSettings
-from ipfsfuse.sources.origin import parse_origin
-from ipfsfuse.sources.rpc import Rpc
+from ipfsfuse.sources.web.http import Http, HttpSettings
+from ipfsfuse.sources.web.origin import parse_origin
+from ipfsfuse.sources.web.rpc import Rpc
 from tests.kubo.node import Node
 
 PATIENCE = 60.0
@@ -64,7 +64,7 @@ def held(node: Node, mount: str, prefix: str = "staged-") -> list[Cid]:
 CHILD = """
 import sys, trio
 from pathlib import Path
-from ipfsfuse.cache import kubopins
+from ipfsfuse.cache.pins import kubopins
 from tests.cache.pinning import pinning
 from ipfsfuse.dag import cid as cids
 

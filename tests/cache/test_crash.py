@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import trio
 
+from ipfsfuse.cache.folder.staging import PART
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.staging import PART
 from tests.cache.standin import Chain, random_bytes
 
 READER = """
 import json, os, random, sys, time
 from pathlib import Path
 import trio
-from ipfsfuse.cache import hold
+from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf

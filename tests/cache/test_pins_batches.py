@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ipfsfuse.cache.batches import LIMIT, Batch, Batches, Change, directory
+from ipfsfuse.cache.pins.batches import LIMIT, Batch, Batches, Change, directory
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.owners import Owner
-from ipfsfuse.cache.pinstore import PinStore
+from ipfsfuse.cache.pins.owners import Owner
+from ipfsfuse.cache.pins.pinstore import PinStore
 from ipfsfuse.errors import StoreFailed
 from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, settled, until
 from tests.kubo.node import Node

@@ -10,7 +10,7 @@ import trio
 from ipfsfuse.dag import car, carindex
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.car import CarSource
+from ipfsfuse.sources.files.car import CarSource
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 

@@ -14,8 +14,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Run
-from ipfsfuse.sources.car import CarSource
-from ipfsfuse.sources.carsort import RecordSorter
+from ipfsfuse.sources.files.car import CarSource
+from ipfsfuse.sources.files.carsort import RecordSorter
 from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
 
 

@@ -8,11 +8,11 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed, Unavailable, Unsupported, WrongBlock
-from ipfsfuse.sources import member
-from ipfsfuse.sources.chain import Chain
-from ipfsfuse.sources.gateway import Gateway
-from ipfsfuse.sources.http import Http
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.chain import member
+from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.http import Http
+from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.servers import Ask, Server, answer_well
 from tests.sources.timed import BLOCK, BLOCKS, CID, InPlace, Timed, after, chain_of, fails, never, run
 

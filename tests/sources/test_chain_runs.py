@@ -6,7 +6,7 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.base import Fetched
-from ipfsfuse.sources.chain import Chain
+from ipfsfuse.sources.chain.chain import Chain
 from tests.sources.content import SampleFile, sample
 from tests.sources.timed import Timed, chain_of, never, run
 

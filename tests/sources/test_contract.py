@@ -10,13 +10,13 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Source
-from ipfsfuse.sources.car import CarSource
-from ipfsfuse.sources.gateway import Gateway
-from ipfsfuse.sources.http import Http, HttpSettings
-from ipfsfuse.sources.kubo import Kubo
-from ipfsfuse.sources.library import Library, LibrarySource
-from ipfsfuse.sources.librarywriter import NewRoot
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.files.car import CarSource
+from ipfsfuse.sources.files.library import Library, LibrarySource
+from ipfsfuse.sources.files.librarywriter import NewRoot
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.http import Http, HttpSettings
+from ipfsfuse.sources.web.kubo import Kubo
+from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample
 from tests.sources.servers import Ask, Server, answer_well

@@ -6,8 +6,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.sources.health import LONGEST_REST, Health, HedgeBudget
-from ipfsfuse.sources.slots import Room, Share, Slots
+from ipfsfuse.sources.chain.health import LONGEST_REST, Health, HedgeBudget
+from ipfsfuse.sources.chain.slots import Room, Share, Slots
 
 
 def health(may_aside: bool = True) -> Health:

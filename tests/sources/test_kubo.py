@@ -6,10 +6,10 @@ import pytest
 import trio
 
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
-from ipfsfuse.sources.chain import Chain
-from ipfsfuse.sources.http import HttpSettings
-from ipfsfuse.sources.kubo import Kubo
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.web.http import HttpSettings
+from ipfsfuse.sources.web.kubo import Kubo
+from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, raw_blocks, sample
 from tests.sources.servers import Ask, Server

@@ -6,9 +6,9 @@ import pytest
 import trio
 
 from ipfsfuse.sources.base import Source
-from ipfsfuse.sources.chain import Chain
-from ipfsfuse.sources.http import HttpSettings
-from ipfsfuse.sources.kubo import Kubo, unix_origin
+from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.web.http import HttpSettings
+from ipfsfuse.sources.web.kubo import Kubo, unix_origin
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources import evil

@@ -11,9 +11,9 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
-from ipfsfuse.sources import librarycompact
 from ipfsfuse.sources.base import Run
-from ipfsfuse.sources.library import Library, LibrarySource
+from ipfsfuse.sources.files import librarycompact
+from ipfsfuse.sources.files.library import Library, LibrarySource
 from tests.sources.libraries import add, dag, multihash, packs, raw
 
 

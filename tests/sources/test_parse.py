@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.kubo import authorization, parse_multiaddr
-from ipfsfuse.sources.origin import is_private, parse_origin, proxy_for
 from ipfsfuse.sources.parse import parse_source, parse_sources, read_headers
+from ipfsfuse.sources.web.kubo import authorization, parse_multiaddr
+from ipfsfuse.sources.web.origin import is_private, parse_origin, proxy_for
 
 GOOD = {
     "library": ("library", "library", None),

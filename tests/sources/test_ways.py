@@ -7,10 +7,10 @@ import pytest
 import trio
 
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.connect import tls_context
-from ipfsfuse.sources.gateway import Gateway
-from ipfsfuse.sources.http import Http, HttpSettings
-from ipfsfuse.sources.origin import parse_origin, proxy_for
+from ipfsfuse.sources.web.connect import tls_context
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.http import Http, HttpSettings
+from ipfsfuse.sources.web.origin import parse_origin, proxy_for
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks
 from tests.sources.proxies import Proxy

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.base import Deliver, Run
-from ipfsfuse.sources.chain import Chain
+from ipfsfuse.sources.chain.chain import Chain
 from tests.sources.content import raw_blocks
 
 BLOCKS = raw_blocks(3, 200)

@@ -1,0 +1,212 @@
+"""Small blocks on disk: directories, interior nodes, links, files of up to 64 KiB.
+
+They lie one behind the other in packs, files of about 1 MiB that are written once and leave whole; the index says
+where. (In SQLite rows of their own they would be written twice, and pages that hold one row and a half cost up to 1.8
+times the bytes.) A pack is a sequence of CAR sections (varint length, CID, block), so that what was written in the
+moment before a crash, or all of it where the index is lost, is found by reading the packs.
+
+Concurrency: the event loop's, but for the functions under "in a thread". Appending is the store's business, one at a
+time. Rows wait in `pending` and are written behind the reads.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ipfsfuse.cache.folder.index import Index, Statements
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import varint
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import Malformed, NotACid
+
+PACK = ".pack"
+MAX_OPEN = 64
+"""Packs kept open for reading."""
+_HEAD = 160
+"""Bytes that hold the length and the CID of a section: no allowed digest is longer than 128."""
+
+
+class Place(NamedTuple):
+    pack: int
+    at: int
+    size: int
+
+
+class Series:
+    """Packs that are filled one after the other."""
+
+    def __init__(self) -> None:
+        self.packs: list[int] = []
+
+    @property
+    def pack(self) -> int:
+        """The one being filled, 0 where there is none yet."""
+        return self.packs[-1] if self.packs else 0
+
+
+def section(cid: Cid, block: bytes) -> tuple[bytes, int]:
+    """The bytes of one section, and where in it the block begins."""
+    head = varint.put(len(cid) + len(block)) + cid
+    return head + block, len(head)
+
+
+class Packs:
+    def __init__(self, folder: Path, index: Index, limit: int) -> None:
+        """`limit`: bytes after which a new pack is begun."""
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder = folder
+        self._index = index
+        self._limit = limit
+        self._files: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
+        """Bytes written of each pack that is there."""
+        self.last = 0
+        """The highest number in use."""
+        self.pending: dict[bytes, Place | None] = {}
+        """What the index does not say yet; None for what it shall forget."""
+        self._unsaid: set[int] = set()
+        self._gone: list[tuple[bytes, int]] = []
+        self._gone_packs: list[tuple[int]] = []
+
+    # -- on the event loop -------------------------------------------------------------------------------------------
+
+    def find(self, key: bytes) -> Place | None:
+        """Where the block of a multihash lies. Raises what the index raises."""
+        place = self.pending.get(key)
+        if place is None and key not in self.pending:
+            row = self._index.row("SELECT pack, at, size FROM blocks WHERE key = ?", (key,))
+            place = Place(*row) if row is not None else None
+        return place if place is not None and place.pack in self.sizes else None
+
+    def read(self, place: Place) -> bytes:
+        """What is stored at `place`: unproved. Raises OSError."""
+        file = self._files.get(place.pack)
+        if file is None:
+            if len(self._files) >= MAX_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+            file = self._files[place.pack] = os.open(self.path(place.pack), os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(file, place.size, place.at)
+
+    def choose(self, series: "Series", size: int) -> int:
+        """The pack of `series` that the next `size` bytes go to."""
+        held = self.sizes.get(series.pack)
+        if held is None or held + size > self._limit:
+            self.last += 1
+            series.packs.append(self.last)
+        return series.pack
+
+    def note(self, cid: Cid, pack: int, at: int, size: int) -> None:
+        """A section of `pack` was written, up to the end of the block."""
+        self.pending[cids.multihash(cid)] = Place(pack, at, size)
+        self.sizes[pack] = at + size
+        self._unsaid.add(pack)
+
+    def forget(self, key: bytes) -> None:
+        """The index shall not find `key` any more."""
+        self.pending[key] = None
+
+    def close_pack(self, pack: int) -> None:
+        """Before it is removed."""
+        self.sizes.pop(pack, None)
+        if (file := self._files.pop(pack, None)) is not None:
+            os.close(file)
+        for key in [key for key, place in self.pending.items() if place is not None and place.pack == pack]:
+            del self.pending[key]
+        self._gone_packs.append((pack,))
+
+    def drop_empty(self, pack: int) -> None:
+        """Removes the file of a pack that holds nothing: what an append that failed may have left."""
+        if not self.sizes.get(pack):
+            self.sizes.pop(pack, None)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path(pack))
+
+    def forget_all(self, pack: int, held: Iterable[Cid]) -> None:
+        """`pack`, which held these, was removed."""
+        self._gone += [(cids.multihash(cid), pack) for cid in held]
+
+    def unwritten(self) -> tuple[dict[bytes, Place | None], Statements]:
+        """What is pending, and the statements that write it."""
+        batch = dict(self.pending)
+        places = [(key, *place) for key, place in batch.items() if place is not None]
+        gone = [(key,) for key, place in batch.items() if place is None]
+        sizes = [(pack, self.sizes[pack]) for pack in self._unsaid if pack in self.sizes]
+        forgotten, packs = self._gone, self._gone_packs
+        self._unsaid.clear()
+        self._gone, self._gone_packs = [], []
+        return batch, [
+            ("DELETE FROM blocks WHERE key = ? AND pack = ?", forgotten),
+            ("DELETE FROM packs WHERE pack = ?", packs),
+            ("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", places),
+            ("DELETE FROM blocks WHERE key = ?", gone),
+            ("INSERT OR REPLACE INTO packs VALUES (?, ?)", sizes),
+        ]
+
+    def written(self, batch: dict[bytes, Place | None]) -> None:
+        """`batch` is in the index now."""
+        for key, place in batch.items():
+            if self.pending.get(key, batch) is place:
+                del self.pending[key]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    # -- in a thread -------------------------------------------------------------------------------------------------
+
+    def read_apart(self, place: Place) -> bytes:
+        """As `read`, without the files kept open, which are the event loop's."""
+        file = os.open(self.path(place.pack), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(file, place.size, place.at)
+        finally:
+            os.close(file)
+
+    def path(self, pack: int) -> Path:
+        return self._folder / f"{pack}{PACK}"
+
+    def write(self, pack: int, at: int, data: bytes) -> None:
+        """Appends one section. Small ones are written on the event loop: into the page cache, 10 us."""
+        file = os.open(self.path(pack), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            done = os.pwrite(file, data, at)
+            while done < len(data):
+                done += os.pwrite(file, data[done:], at + done)
+        finally:
+            os.close(file)
+
+    def scan(self) -> list[tuple[int, os.stat_result]]:
+        """The packs that an earlier run left; what is no pack is deleted."""
+        found = []
+        with os.scandir(self._folder) as items:
+            for item in items:
+                number = item.name.removesuffix(PACK)
+                if item.name == f"{number}{PACK}" and number.isdecimal() and item.is_file(follow_symlinks=False):
+                    found.append((int(number), item.stat()))
+                else:
+                    os.unlink(item.path)
+        return sorted(found)
+
+    def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
+        """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
+        with contextlib.suppress(OSError, Malformed, NotACid), open(self.path(pack), "rb", buffering=0) as file:
+            end, at = os.fstat(file.fileno()).st_size, start
+            while at < end:
+                head = os.pread(file.fileno(), _HEAD, at)
+                length, behind = varint.get(head, 0)
+                cid, block = cids.decode_prefix(head, behind)
+                size = length - (block - behind)
+                if size < 0 or at + block + size > end:
+                    return
+                yield cid, Place(pack, at + block, size)
+                at += block + size
+
+    def remove(self, pack: int) -> list[Cid]:
+        """Deletes the file; returns what it held."""
+        held = [cid for cid, _place in self.sections(pack)]
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(pack))
+        return held

@@ -1,0 +1,113 @@
+"""Small blocks in packs: given hashed, kept within the room.
+
+Concurrency: the event loop's; one block is appended at a time.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from ipfsfuse.cache.folder.blocks import Place, Series, section
+from ipfsfuse.cache.folder.disk import Disk
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import hashes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import WrongBlock
+
+log = logging.getLogger(__name__)
+
+ON_LOOP = 32 << 10
+"""Blocks of up to so many bytes are read, hashed and written on the event loop: 10 to 30 us, less than a thread costs."""
+RECENT_PACKS = 2
+"""A use of a block in one of the last packs is part of the same use that brought it."""
+
+
+class BlockStore(Disk):
+    """Blocks by their multihash."""
+
+    async def block(self, cid: Cid) -> bytes | None:
+        """The block, hashed after it was read; None where it is not kept, or not right (then it is forgotten)."""
+        place = self.place(cid)
+        if place is None:
+            return None
+        self._used_pack(place.pack)
+        try:
+            if place.size <= ON_LOOP:
+                return _proved(self.packs.read, cid, place)
+            return await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
+        except WrongBlock:
+            log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
+        except OSError as exc:
+            if place.pack in self.packs.sizes:
+                self.trouble.note(str(self.packs.path(place.pack)), exc)
+        self.packs.forget(cids.multihash(cid))
+        self.tell_index()
+        return None
+
+    def _used_pack(self, pack: int) -> None:
+        if pack < self.series.pack - RECENT_PACKS:
+            self.room.arc.use(pack)
+        else:
+            self.room.arc.refresh(pack)
+
+    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None) -> bool:
+        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted)."""
+        if self.trouble.waiting:
+            return False
+        data, head = section(cids.canonical(cid), block)
+        async with self.appending:
+            place = self.place(cid)
+            if place is not None and (series is None or place.pack in series.packs):
+                return True
+            pack = await self._room_in(series or self.series, len(data))
+            return pack is not None and await self._append(pack, cid, data, head)
+
+    async def _room_in(self, series: Series, size: int) -> int | None:
+        """The pack of `series` that has room reserved for `size` more bytes; None where there is none."""
+        while True:
+            pack = self.packs.choose(series, size)
+            if series is not self.series:
+                self.room.keep(pack)
+            held = self.packs.sizes.get(pack, 0)
+            cost = self.staging.cost(held, held + size)
+            if not await self.room.reserve(pack, cost):
+                return None
+            if self.packs.sizes.get(pack, 0) == held:
+                return pack
+            self.room.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
+
+    async def _append(self, pack: int, cid: Cid, data: bytes, head: int) -> bool:
+        """Writes one section, whose block begins at `head`, behind what `pack` holds."""
+        at = self.packs.sizes.setdefault(pack, 0)
+        try:
+            if len(data) <= ON_LOOP:
+                self.packs.write(pack, at, data)
+            else:
+                await trio.to_thread.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
+        except OSError as exc:
+            self.trouble.note(str(self.packs.path(pack)), exc)
+            self.packs.drop_empty(pack)
+            return False
+        else:
+            if pack not in self.packs.sizes:  # evicted while a thread wrote
+                self.packs.drop_empty(pack)
+                return False
+            self.trouble.over()
+            self.packs.note(cid, pack, at + head, len(data) - head)
+            self.tell_index()
+            return True
+        finally:
+            self._settle_pack(pack)
+
+    def _settle_pack(self, pack: int) -> None:
+        size, unit = self.packs.sizes.get(pack, 0), self.staging.unit
+        charge = -(-size // unit) * unit + unit if size else 0
+        self.room.adjust(pack, charge - self.room.size(pack))
+
+
+def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
+    block = read(place)
+    if not hashes.matches(cids.multihash(cid), (block,)):
+        raise WrongBlock(cids.text(cid))
+    return block

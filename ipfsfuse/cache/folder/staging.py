@@ -1,0 +1,241 @@
+"""Staging files: one sparse file per file of over 64 KiB, holding file content at file offsets.
+
+`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is held in
+memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its hash whenever it
+is read back. So nothing on disk is trusted, and nothing but content is written.
+
+Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in worker
+threads, and take the entry's lock for what must not cross a removal. Files are opened for each call (10 us), so that
+no file descriptor outlives a removal.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ipfsfuse.cache.folder.extents import Extents
+from ipfsfuse.cache.folder.filebytes import punch_hole, write_all
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import leaves
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotACid, Unsupported
+
+PART = ".part"
+
+
+class Removed(Exception):
+    """The entry was removed while a thread was about to write to it. Never leaves the cache."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One staging file."""
+
+    cid: Cid
+    size: int
+    """Content bytes of the whole file."""
+    complete: bool = False
+    """It has been whole, and has its final name."""
+    extents: Extents | None = None
+    """Bytes that are (after a restart: may be) present; None until they were asked for."""
+    fresh: bool = True
+    """Written in this run alone: what is wrong in it was not left so by a crash."""
+    disk: int = 0
+    """Bytes on disk, in file-system blocks, by the writes that were reported."""
+    seen: int = 0
+    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs to."""
+    reserved: int = 0
+    """Bytes on disk that writes under way may still take."""
+    charged: int = 0
+    """What the budget counts for it, reservations that its writers hold included."""
+    dead: bool = False
+    source: str = ""
+    last_used: float = field(default_factory=time.time)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def gone(self) -> bool:
+        return self.dead
+
+    def whole(self) -> bool:
+        return self.extents.covers(0, self.size) if self.extents is not None else self.complete
+
+
+class Staging:
+    """The folder of staging files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[Cid, Entry] = {}
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.unit = os.statvfs(folder).f_frsize or 4096
+        """Bytes of a file-system block."""
+
+    # -- on the event loop -------------------------------------------------------------------------------------------
+
+    def entry(self, cid: Cid, size: int) -> Entry:
+        """The entry of `cid`, new and empty where there is none; a file of the same name and another size is none."""
+        known = self.entries.get(cid)
+        if known is None:
+            known = self.entries[cid] = Entry(cid, size, extents=Extents())
+        return known
+
+    def cost(self, start: int, end: int) -> int:
+        """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it included."""
+        return (-(-end // self.unit) - start // self.unit + 1) * self.unit
+
+    def charge(self, entry: Entry) -> int:
+        """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent tree that
+        the file system writes later, until the file is whole and on disk."""
+        if entry.complete:
+            return entry.disk + entry.reserved
+        pieces = len(entry.extents) if entry.extents is not None else 1
+        return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
+
+    def forget(self, entry: Entry) -> None:
+        if self.entries.get(entry.cid) is entry:
+            del self.entries[entry.cid]
+
+    # -- in a thread -------------------------------------------------------------------------------------------------
+
+    def scan(self) -> Iterator[Entry]:
+        """What an earlier run left, last used first; what is no staging file is deleted."""
+        found = []
+        with os.scandir(self.folder) as items:
+            for item in items:
+                entry = self._recognise(item)
+                if entry is None:
+                    os.unlink(item.path)
+                else:
+                    found.append(entry)
+        return iter(sorted(found, key=lambda entry: -entry.last_used))
+
+    def _recognise(self, item: "os.DirEntry[str]") -> Entry | None:
+        name, complete = item.name.removesuffix(PART), not item.name.endswith(PART)
+        if not name.startswith("b") or not item.is_file(follow_symlinks=False):  # base32, as `text` spells: no other is ours
+            return None
+        try:
+            cid = cids.parse(name)
+        except NotACid:
+            return None
+        info = item.stat(follow_symlinks=False)
+        return Entry(cid, info.st_size, complete, None, False, info.st_blocks * 512, info.st_blocks * 512, last_used=info.st_mtime)
+
+    def look(self, entry: Entry) -> Extents:
+        """Which bytes of `entry` may be present, by what the file system says."""
+        if entry.complete:
+            return Extents([(0, entry.size)])
+        found = Extents()
+        file = self._open(entry, os.O_RDONLY)
+        try:
+            at = 0
+            while at < entry.size:
+                start = os.lseek(file, at, os.SEEK_DATA)
+                at = os.lseek(file, start, os.SEEK_HOLE)
+                found.add(start, at)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:  # no data behind `at`
+                raise
+        finally:
+            os.close(file)
+        return found
+
+    def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool]:
+        """What is stored for `leaf`, and whether that is its content."""
+        file = self._open(entry, os.O_RDONLY)
+        try:
+            data = os.pread(file, leaf.size, leaf.offset)
+        finally:
+            os.close(file)
+        try:
+            return data, len(data) == leaf.size and leaves.proves(leaf.cid, data)
+        except Unsupported:
+            return data, False
+
+    def write(self, entry: Entry, offset: int, data: bytes | memoryview) -> tuple[int, OSError | None]:
+        """By how many bytes it grew on disk, and why no more of `data` could be written. Raises Removed."""
+        with entry.lock:
+            if entry.dead:
+                raise Removed
+            try:
+                file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+            except OSError as exc:
+                return 0, exc
+            try:
+                if not entry.seen:
+                    os.ftruncate(file, entry.size)
+                write_all(file, data, offset)
+            except OSError as exc:
+                return _grown(entry, file), exc
+            else:
+                return _grown(entry, file), None
+            finally:
+                os.close(file)
+
+    def finish(self, entry: Entry) -> int:
+        """Onto the disk, then to its final name; returns by how many bytes it grew there."""
+        with entry.lock:
+            if entry.gone() or entry.complete:
+                return 0
+            file = self._open(entry, os.O_RDWR)
+        try:
+            os.fdatasync(file)
+            with entry.lock:
+                if entry.gone():
+                    return 0
+                os.rename(self._path(entry), self.folder / cids.text(entry.cid))
+                entry.complete = True
+                return _grown(entry, file)
+        finally:
+            os.close(file)
+
+    def remove(self, entry: Entry) -> None:
+        """Gives its space back at once, though threads may be reading it: they find it short.
+
+        The name goes first: a crash never leaves an empty file under a name that says it is whole."""
+        with entry.lock:
+            entry.dead = True
+            try:
+                file = self._open(entry, os.O_RDWR)
+            except FileNotFoundError:
+                return
+            try:
+                os.unlink(self._path(entry))
+                os.ftruncate(file, 0)
+            finally:
+                os.close(file)
+
+    def punch(self, entry: Entry, start: int, end: int) -> int:
+        """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not positive."""
+        with entry.lock:
+            if entry.dead:
+                return 0
+            file = self._open(entry, os.O_RDWR)
+            try:
+                punch_hole(file, start, end - start)
+                return _grown(entry, file)
+            finally:
+                os.close(file)
+
+    def note_use(self, entry: Entry) -> None:
+        """What was used last is known after a restart by the files' times."""
+        os.utime(self._path(entry), (entry.last_used, entry.last_used))
+
+    def _open(self, entry: Entry, flags: int) -> int:
+        try:
+            return os.open(self._path(entry), flags | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # renamed between the look and the call, or really gone
+            return os.open(self._path(entry), flags | os.O_CLOEXEC, 0o600)
+
+    def _path(self, entry: Entry) -> Path:
+        name = cids.text(entry.cid)
+        return self.folder / (name if entry.complete else name + PART)
+
+
+def _grown(entry: Entry, file: int) -> int:
+    before, entry.seen = entry.seen, os.fstat(file).st_blocks * 512
+    return entry.seen - before

@@ -1,0 +1,157 @@
+"""The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for leaves.
+
+What can't be read is not there, what can't be written is not kept, and `trouble` says why. Whatever is given was
+hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker threads.
+"""
+
+import logging
+import time
+
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.folder.blockstore import BlockStore
+from ipfsfuse.cache.folder.staging import Entry, Removed
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+
+log = logging.getLogger(__name__)
+
+NOTE_USE = 60.0
+"""Seconds between two notes on disk of one file's use."""
+
+
+class Store(BlockStore):
+    """Blocks, and leaves of files."""
+
+    async def has_leaf(self, file: FileRef, leaf: Leaf) -> bool:
+        """Whether it seems to be there: only its hash will tell."""
+        entry = await self._entry(file.cid)
+        return entry is not None and entry.extents is not None and entry.extents.covers(leaf.offset, leaf.offset + leaf.size)
+
+    async def leaf(self, file: FileRef, leaf: Leaf) -> bytes | None:
+        """The leaf's content, hashed after it was read; None where it is not there or not right (then it is given up)."""
+        if not await self.has_leaf(file, leaf):
+            return None
+        entry = self.staging.entries.get(file.cid)
+        if entry is None:
+            return None
+        try:
+            data, right = await trio.to_thread.run_sync(self.staging.read, entry, leaf, limiter=self.reading)
+        except OSError as exc:
+            await self._lost(entry, exc)
+            return None
+        if right:
+            self.room.arc.refresh(file.cid)
+            return data
+        if not entry.dead:
+            await self._set_aside(entry, leaf)
+        return None
+
+    async def _entry(self, cid: Cid) -> Entry | None:
+        """The live entry of `cid`, with its extents known."""
+        entry = self.staging.entries.get(cid)
+        if entry is not None and entry.extents is None:
+            try:
+                found = await trio.to_thread.run_sync(self.staging.look, entry, limiter=self.reading)
+            except OSError as exc:
+                await self._lost(entry, exc)
+                return None
+            if entry.extents is None:
+                entry.extents = found
+                if not entry.complete and entry.whole():  # whole, and ended before it had its name
+                    self.nursery.start_soon(self.finish, entry)
+        return entry if entry is not None and not entry.dead else None
+
+    async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
+        """A leaf that is not what its CID says: its space is given back."""
+        if entry.fresh or entry.complete:  # else a crash may well have cut it short
+            log.warning("%s: wrong bytes in the cache at %d, set aside", cids.text(entry.cid), leaf.offset)
+        if entry.extents is not None:
+            entry.extents.remove(leaf.offset, leaf.offset + leaf.size)
+        try:
+            end = leaf.offset + leaf.size
+            entry.disk += await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
+        except OSError as exc:
+            self.trouble.note(cids.text(entry.cid), exc)
+        self._settle(entry)
+
+    async def _lost(self, entry: Entry, error: OSError) -> None:
+        """A staging file that can't be read: it is there no more."""
+        if not entry.dead:
+            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            await self.room.evict(entry.cid)
+
+    async def keep_leaf(self, file: FileRef, leaf: Leaf, content: bytes | memoryview, source: str) -> bool:
+        """Whether it is kept now."""
+        if self.trouble.waiting:
+            return False
+        cost = self.staging.cost(leaf.offset, leaf.offset + leaf.size)
+        if not await self.room.reserve(file.cid, cost):
+            return False
+        if file.cid not in self.staging.entries:
+            self.pins.add(file.cid)
+        entry = self.staging.entry(file.cid, file.size)
+        entry.reserved += cost
+        entry.charged += cost
+        entry.source = source
+        try:
+            grown, error = await trio.to_thread.run_sync(self.staging.write, entry, leaf.offset, content, limiter=self.writing)
+        except Removed:
+            return False
+        else:
+            entry.disk += grown
+            return self._kept_leaf(entry, leaf, error)
+        finally:
+            entry.reserved -= cost
+            self._settle(entry)
+
+    def _kept_leaf(self, entry: Entry, leaf: Leaf, error: OSError | None) -> bool:
+        """What a write came to."""
+        if error is not None:
+            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            return False
+        self.trouble.over()
+        if entry.extents is not None:
+            entry.extents.add(leaf.offset, leaf.offset + leaf.size)
+            if not entry.complete and entry.whole():
+                self.nursery.start_soon(self.finish, entry)
+        return True
+
+    def _settle(self, entry: Entry) -> None:
+        if entry.dead:
+            return
+        empty = not entry.disk and not entry.reserved
+        charge = 0 if empty else self.staging.charge(entry)
+        self.room.adjust(entry.cid, charge - entry.charged)
+        entry.charged = charge
+        if empty:
+            self.staging.forget(entry)
+
+    async def finish(self, entry: Entry) -> None:
+        """Gives a whole file its final name, once it is on the disk."""
+        try:
+            entry.disk += await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self.upkeep)
+        except OSError as exc:
+            if not entry.dead:
+                self.trouble.note(cids.text(entry.cid), exc)
+        self._settle(entry)
+
+    def note_use(self, file: FileRef) -> None:
+        """A new use of a file. Its time is written to the disk now and then."""
+        entry = self.staging.entries.get(file.cid)
+        if entry is None:
+            return
+        self.room.arc.use(file.cid)
+        now = time.time()
+        stale = now - entry.last_used > NOTE_USE
+        entry.last_used = now
+        if stale:
+            self.nursery.start_soon(self._note_use, entry)
+
+    async def _note_use(self, entry: Entry) -> None:
+        try:
+            await trio.to_thread.run_sync(self.staging.note_use, entry, limiter=self.upkeep)
+        except OSError:  # read-only, or gone: then its order after a restart is a little off
+            pass

@@ -1,0 +1,187 @@
+"""The store's life: what an earlier run left is taken up at the start, and the index is written behind the reads.
+
+Concurrency: `take_up` blocks and runs before anything else; `write_behind` is one task.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ipfsfuse.cache.folder.blocks import Place
+from ipfsfuse.cache.folder.disk import ROWS
+from ipfsfuse.cache.folder.hold import as_store_failed
+from ipfsfuse.cache.folder.index import Damaged, Statements
+from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.pins import Pins
+from ipfsfuse.cache.room import Key
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import StoreFailed
+
+log = logging.getLogger(__name__)
+
+WAIT = 1.0
+"""Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
+MAX_PENDING = 50_000
+"""Rows kept in memory while the disk takes none; then the oldest are dropped."""
+INDEX_MARGIN = 1 << 20
+"""Bytes that the index may grow between two looks at it, at most an eighth of the budget."""
+
+
+async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> Store:
+    """The store in `folder`, with what lies there taken up, and within its budget. Raises StoreFailed."""
+
+    def make() -> Store:
+        with as_store_failed(f"the cache folder {folder} can't be used"):
+            store = Store(folder, budget, nursery, pins)
+            take_up(store)
+            return store
+
+    store = await trio.to_thread.run_sync(make)
+    await measure_index(store)
+    return store
+
+
+def take_up(store: Store) -> None:
+    """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
+    recency = {key: (last, bool(frequent)) for key, last, frequent in _rows(store, "SELECT key, last, frequent FROM uses")}
+    found: list[tuple[float, bool, Key, int]] = []
+    for entry in store.staging.scan():
+        last, frequent = recency.get(entry.cid, (0.0, False))
+        entry.last_used = max(last, entry.last_used)
+        store.staging.entries[entry.cid] = entry
+        entry.charged = store.staging.charge(entry)
+        found.append((entry.last_used, frequent, entry.cid, entry.charged))
+    for pack, info in store.packs.scan():
+        store.packs.sizes[pack] = info.st_size
+        store.packs.last = max(store.packs.last, pack)
+        last, frequent = recency.get(pack, (0.0, False))
+        found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
+    for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
+        store.room.arc.restore(key, size, frequent)
+    gone = [pack for (pack,) in _rows(store, "SELECT pack FROM packs") if pack not in store.packs.sizes]
+    if gone:  # deleted before the index was told: their numbers are not used again until it has been
+        store.packs.last = max(store.packs.last, *gone)
+        store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
+        store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
+    for (name,) in _rows(store, "SELECT DISTINCT key FROM pinned"):
+        store.room.keep(int(name) if name.isdecimal() else cids.parse(name))
+    if not store.index.anew:
+        _read_tails(store)
+
+
+def _rows(store: Store, sql: str) -> Sequence[Any]:
+    try:
+        return store.index.rows(sql)
+    except Damaged as exc:
+        store.index.replace(str(exc))
+        return ()
+
+
+def _read_tails(store: Store) -> None:
+    """Rows that a crash kept from being written are read from the packs."""
+    indexed = dict(_rows(store, "SELECT pack, indexed FROM packs"))
+    for pack, size in store.packs.sizes.items():
+        if indexed.get(pack, 0) < size:
+            _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
+
+
+def _take(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
+    for cid, place in sections:
+        store.packs.pending.setdefault(cids.multihash(cid), place)
+
+
+async def write_behind(store: Store) -> None:
+    """Writes rows as they come, for as long as the cache lives."""
+    if store.index.anew:
+        await _read_packs(store)
+    while True:
+        await store.changed.wait()
+        with trio.move_on_after(WAIT):
+            await store.much_changed.wait()
+        store.changed, store.much_changed = trio.Event(), trio.Event()
+        await flush(store)
+
+
+async def flush(store: Store) -> None:
+    """Writes all that is pending; what can't be written stays pending."""
+    async with store.telling:
+        await _flush(store)
+
+
+async def _flush(store: Store) -> None:
+    if store.damaged is not None:
+        await replace_index(store, store.damaged)
+    batch, statements = store.packs.unwritten()
+    others, store.statements = store.statements, []
+    try:
+        await trio.to_thread.run_sync(store.index.write, [*statements, *others])
+    except StoreFailed as exc:
+        store.index_failed(exc)
+        store.statements = others[-MAX_PENDING:] + store.statements
+        for key in list(store.packs.pending)[:-MAX_PENDING]:
+            del store.packs.pending[key]
+    except Damaged as exc:
+        store.statements = others + store.statements
+        await replace_index(store, exc)
+    else:
+        store.packs.written(batch)
+        await measure_index(store)
+
+
+async def measure_index(store: Store) -> None:
+    """Counts the index, the folders themselves, and what the index may grow before the next time."""
+    size = store.index.disk() + store.folders_disk()
+    await store.room.set_overhead(size + min(INDEX_MARGIN, store.room.budget // 8))
+
+
+async def replace_index(store: Store, why: Damaged) -> None:
+    """A new index, filled from the packs."""
+    try:
+        store.index.replace(str(why))
+    except (StoreFailed, Damaged, OSError) as exc:
+        store.trouble.note(str(store.index.path), exc)
+        return
+    finally:
+        store.damaged = None
+    await _read_packs(store)
+
+
+async def _read_packs(store: Store) -> None:
+    for pack in sorted(store.packs.sizes):
+        _take(store, await trio.to_thread.run_sync(list, store.packs.sections(pack)))
+        if len(store.packs.pending) >= ROWS:
+            batch, statements = store.packs.unwritten()
+            with contextlib.suppress(StoreFailed, Damaged):
+                await trio.to_thread.run_sync(store.index.write, statements)
+                store.packs.written(batch)
+    store.index.anew = False
+
+
+def uses(store: Store) -> list[tuple[Key, float, bool]]:
+    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
+    now, out = time.time(), []
+    for order, key in enumerate(store.room.arc):
+        entry = None if isinstance(key, int) else store.staging.entries.get(key)
+        out.append((key, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))
+    return out
+
+
+async def close(store: Store) -> None:
+    """Names what is whole, and writes what is pending and in which order things were used."""
+    for entry in list(store.staging.entries.values()):
+        if not entry.complete and entry.extents is not None and entry.whole():
+            await store.finish(entry)
+    await flush(store)
+    statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
+    try:
+        await trio.to_thread.run_sync(store.index.write, statements)
+    except (StoreFailed, Damaged) as exc:
+        log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
+    store.packs.close()
+    store.index.close()

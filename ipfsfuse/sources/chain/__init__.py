@@ -1,0 +1,1 @@
+"""Several sources as one: order, health, hedging, bounds, and the check of every block."""

@@ -1,0 +1,81 @@
+"""One source in the chain: asked within its bounds, its answers verified, its health kept.
+
+Concurrency: any number of tasks.
+"""
+
+import random
+
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, WrongBlock
+from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.chain.checking import check
+from ipfsfuse.sources.chain.health import Health, Statistics
+from ipfsfuse.sources.chain.slots import Slots
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.kubo import Kubo
+
+RUNNING = 16
+"""Requests at one source that are not late. More made a node on this machine no faster."""
+LATE = 128
+"""Late requests at one source: a connection each."""
+SLOW_HERE, SLOW_FAR = 0.01, 0.5
+"""What a local node's and a remote gateway's slowest answers are taken for before we know."""
+
+
+class Member:
+    def __init__(self, source: Source, chance: random.Random) -> None:
+        self.source = source
+        self.remote = isinstance(source, Gateway) and not source.local
+        self.health = Health(chance, may_aside=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
+        self.slots = Slots(RUNNING, LATE, self.health.slow_after)
+
+    async def ask(self, cid: Cid, *, hedge: bool = False) -> bytes:
+        """The verified block. Raises NotHere, SourceFailed, WrongBlock. Waits for a slot; a source in place needs none."""
+        if self.source.in_place:
+            return await self._ask(cid, hedge)
+        stale = False
+        while True:
+            async with self.slots.enter(stale=stale):
+                return await self._ask(cid, hedge)
+            stale = True  # it was late, and its slot went to another
+
+    async def _ask(self, cid: Cid, hedge: bool) -> bytes:
+        start = trio.current_time()
+        self.health.asked(start, hedge=hedge)
+        try:
+            block = await self.source.get(cid)
+            await check(cid, block)
+        except NotHere:
+            self.health.lacked()
+            raise
+        except SourceFailed as exc:
+            self.note(exc)
+            raise
+        except WrongBlock:
+            raise  # the chain knows what follows: whether another source is left
+        except IpfsFuseError as exc:  # a library folder that can't be read
+            failed = SourceFailed(f"{self.source.name}: {exc}", "store")
+            self.note(failed)
+            raise failed from exc
+        except BaseException:
+            self.health.left()
+            raise
+        self.health.gave(trio.current_time() - start, len(block))
+        return block
+
+    def note(self, failure: SourceFailed) -> None:
+        self.health.failed(trio.current_time(), failure.kind, str(failure), failure.retry_after)
+
+    @property
+    def repair(self) -> str:
+        """What a user does about a wrong block in it."""
+        if isinstance(self.source, Kubo):
+            return "`ipfs repo verify --heal` at the node finds and mends it"
+        if self.source.in_place:
+            return "add its content again, or get the CAR file anew"
+        return "the other blocks are still taken from it"
+
+    def statistics(self) -> Statistics:
+        return self.health.statistics(self.source.name, trio.current_time())

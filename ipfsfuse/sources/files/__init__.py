@@ -1,0 +1,1 @@
+"""Sources on this machine, read where they lie: CAR files, and the library that `add` fills."""

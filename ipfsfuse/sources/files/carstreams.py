@@ -1,0 +1,106 @@
+"""Long reads from CAR files: blocks that lie side by side come by one read, the next read runs while one is delivered.
+
+Concurrency: one call per run; files are read in worker threads. Holds two groups of at most 8 MiB each.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import outcome
+import trio
+from outcome import Outcome
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.files.carfile import CarFile, Place
+
+GROUP_BYTES = 8 << 20
+_GROUP_LEAVES = 512
+_MAX_GAP = 4 << 10
+"""Reading over so many bytes that nobody wants is cheaper than a read of its own."""
+_ALONE = 128 << 10
+"""Blocks of this size or more are read each by itself: that saves copying them out of a longer read."""
+
+
+class Found(NamedTuple):
+    """Where a leaf's block lies."""
+
+    file: CarFile
+    place: Place
+
+
+Blocks = list[tuple[int, bytes]]
+"""(index in the run, block)."""
+
+Find = Callable[[Cid], Found | None]
+"""Blocking; called in worker threads. None for a block that is not here."""
+
+
+async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
+    """Delivers the blocks of `run` that `find` finds, in the run's order. Raises SourceFailed."""
+    send, receive = trio.open_memory_channel[Outcome[Blocks]](0)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery, receive:
+        nursery.start_soon(_read_ahead, run.leaves, find, send)
+        try:
+            async for blocks in receive:
+                for index, block in blocks.unwrap():
+                    await deliver(index, block)
+        except Exception as exc:  # kept out of the nursery, which would wrap it
+            failure = exc
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _read_ahead(leaves: Sequence[Leaf], find: Find, send: trio.MemorySendChannel[Outcome[Blocks]]) -> None:
+    async with send:
+        for start, group in _groups(leaves):
+            await send.send(await trio.to_thread.run_sync(outcome.capture, _read_group, start, group, find))
+
+
+def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
+    start = size = 0
+    for index, leaf in enumerate(leaves):
+        if index > start and (size + leaf.size > GROUP_BYTES or index - start == _GROUP_LEAVES):
+            yield start, leaves[start:index]
+            start, size = index, 0
+        size += leaf.size
+    if leaves:
+        yield start, leaves[start:]
+
+
+def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
+    """(index, block) of every leaf that is here. Raises SourceFailed."""
+    found = [(start + index, where) for index, leaf in enumerate(leaves) if (where := find(leaf.cid)) is not None]
+    blocks: Blocks = []
+    for near in _neighbours(found):
+        blocks += _read_together(near)
+    return blocks
+
+
+def _neighbours(found: list[tuple[int, Found]]) -> Iterator[list[tuple[int, Found]]]:
+    """`found` cut into stretches that one read covers."""
+    stretch: list[tuple[int, Found]] = []
+    for item in found:
+        if stretch and not _adjoin(stretch[-1][1], item[1]):
+            yield stretch
+            stretch = []
+        stretch.append(item)
+    if stretch:
+        yield stretch
+
+
+def _adjoin(one: Found, other: Found) -> bool:
+    gap = other.place.offset - one.place.offset - one.place.size
+    return other.file is one.file and 0 <= gap <= _MAX_GAP and one.place.size < _ALONE
+
+
+def _read_together(near: list[tuple[int, Found]]) -> Blocks:
+    file, first = near[0][1]
+    if len(near) == 1:
+        return [(near[0][0], file.read(first))]
+    last = near[-1][1].place
+    data = memoryview(file.read(Place(first.offset, last.offset + last.size - first.offset)))
+    return [(index, bytes(data[place.offset - first.offset :][: place.size])) for index, (_file, place) in near]

@@ -1,0 +1,1 @@
+"""Sources behind a network: trustless gateways and Kubo nodes, over one HTTP layer."""
