@@ -97,6 +97,7 @@ class Keeping:
         self._pins: dict[Cid, int] = {}
         self._keys: dict[Cid, set[Key]] = {}
         self._busy: set[Cid] = set()
+        self._jobs: dict[Cid, Pinning] = {}
         with contextlib.suppress(StoreFailed, Damaged):
             self._pins = {Cid(pin): size for pin, size in store.index.rows("SELECT cid, bytes FROM pins")}
             for pin, name in store.index.rows("SELECT pin, key FROM pinned"):
@@ -111,16 +112,18 @@ class Keeping:
         """Within it the DAG is fetched; at its end what was fetched is kept, and after an error nothing."""
         root = cids.canonical(cid)
         with self._alone(root):
-            job = Pinning(self._store, root)
+            job = self._jobs[root] = Pinning(self._store, root)
             try:
                 yield job
                 await job.keep_structure(self._reading)
             except BaseException:
-                self._release(job.keys, self._keys.values())
+                del self._jobs[root]
+                self._release(job.keys)
                 raise
+            del self._jobs[root]
             old = self._keys.get(root, set())
             self._keys[root], self._pins[root] = set(job.keys), sum(self._store.room.size(key) for key in job.keys)
-            self._release(old, self._keys.values())
+            self._release(old)
             await self._write(root)
 
     async def unpin(self, cid: Cid) -> None:
@@ -128,12 +131,12 @@ class Keeping:
         root = cids.canonical(cid)
         if root not in self._pins:
             raise UsageError(f"{cids.text(cid)} is not pinned")
-        with self._alone(root):
+        with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
             keys = self._keys.pop(root, set())
             del self._pins[root]
-            for other in self._keys.values():
+            for other in list(self._keys.values()):
                 await self._point_to(other, keys)
-            self._release(keys, self._keys.values())
+            self._release(keys)
             await self._write(root)
 
     @contextlib.contextmanager
@@ -155,8 +158,9 @@ class Keeping:
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place
 
-    def _release(self, keys: Sequence[Key] | set[Key], others: Iterable[set[Key]]) -> None:
-        held = set[Key]().union(*others)
+    def _release(self, keys: Iterable[Key]) -> None:
+        """Lets go of what no other pin holds, finished or under way."""
+        held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
         for key in keys:
             self._store.room.refused.discard(key)
             if key not in held:

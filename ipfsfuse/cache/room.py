@@ -118,7 +118,8 @@ class Room:
         async with self._lock:
             size = self.size(key)
             self.remove(key)
-            await self._evict(key)
+            with trio.CancelScope(shield=True):  # as in `_leave`
+                await self._evict(key)
             return size
 
     def _keep(self, key: Key, size: int) -> None:

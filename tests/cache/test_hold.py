@@ -119,3 +119,19 @@ def test_what_kill_9_left_of_an_isolated_folder_is_swept_by_the_next_start(tmp_p
     finally:
         end(living)
     assert not Path(used).exists()
+
+
+def test_a_link_that_others_set_in_the_temporary_folder_leads_nowhere(tmp_path: Path) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    (home / "documents").mkdir(parents=True)
+    temporary.mkdir()
+    isolated.nest(temporary).symlink_to(home)
+    with pytest.raises(StoreFailed, match="is no folder"), isolated.isolated_folder(temporary):
+        pass
+    assert (home / "documents").exists()
+
+
+def test_what_can_not_be_looked_at_is_not_taken_for_free(tmp_path: Path) -> None:
+    assert hold.is_free(tmp_path)
+    (tmp_path / "lock").symlink_to("lock")
+    assert not hold.is_free(tmp_path)

@@ -52,11 +52,13 @@ def announced(folder: Path) -> tuple[int, str] | None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether no living process holds `folder`."""
+    """Whether it is certain that no living process holds `folder`."""
     try:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
+    except OSError:  # that we can't look proves nothing, and what is free may be deleted
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -99,7 +101,7 @@ def prepare(folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
     with as_store_failed(f"the cache folder {folder} can't be used"):
-        info = folder.stat()
+        info = folder.lstat()  # a link, which others may set in /tmp, could lead to a folder of ours that is no cache
     if not stat.S_ISDIR(info.st_mode):
         raise StoreFailed(f"the cache folder {folder} is no folder")
     if info.st_uid != os.geteuid():

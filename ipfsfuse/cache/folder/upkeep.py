@@ -110,8 +110,9 @@ async def write_behind(store: Store) -> None:
 
 async def flush(store: Store) -> None:
     """Writes all that is pending; what can't be written stays pending."""
-    async with store.telling:
-        await _flush(store)
+    with trio.CancelScope(shield=True):  # what was taken to be written is written, whoever asked for it
+        async with store.telling:
+            await _flush(store)
 
 
 async def _flush(store: Store) -> None:

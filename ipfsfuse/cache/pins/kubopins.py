@@ -179,11 +179,12 @@ class KuboPins:
 
     async def _write_down(self, prefix: str, changes: list[Change], done: Round = NOTHING) -> None:
         """A disk that takes nothing costs what a crash would lose, no more: the next start asks the node."""
-        async with self._disk:
-            try:
-                await trio.to_thread.run_sync(self._store.save, prefix, changes, done.writes, done.drops)
-            except StoreFailed as exc:
-                log.warning("pins are not written down: %s", exc)
+        with trio.CancelScope(shield=True):  # the shelf counts the changes as written: nobody would write them later
+            async with self._disk:
+                try:
+                    await trio.to_thread.run_sync(self._store.save, prefix, changes, done.writes, done.drops)
+                except StoreFailed as exc:
+                    log.warning("pins are not written down: %s", exc)
 
     async def _keep_holding(self) -> None:
         wait = FIRST_WAIT

@@ -1,0 +1,135 @@
+"""Callers that are cancelled in the middle: a client that goes away, a reader that is interrupted, a mount that ends."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.folder import upkeep
+from ipfsfuse.cache.pins.kubopins import KuboPins
+from ipfsfuse.cache.pins.nodefiles import NodeFiles, NodeRpc
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag import cid as cids
+from tests.cache.standin import Chain, make_file, staged
+from tests.cache.test_keeping import BUDGET, MIB, directory, fetches, file_node, read_all, tree
+
+
+async def cancelled_waiting_for(limiter: trio.CapacityLimiter, call: Callable[[], Awaitable[object]]) -> None:
+    """`call`, cancelled while it waits for a thread of `limiter`, which is free again a moment later."""
+    others = [object() for _ in range(int(limiter.total_tokens))]
+    for other in others:
+        await limiter.acquire_on_behalf_of(other)
+
+    async def let_go() -> None:
+        await wait_all_tasks_blocked()
+        scope.cancel()
+        await wait_all_tasks_blocked()
+        for other in others:
+            limiter.release_on_behalf_of(other)
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(let_go)
+            await call()
+
+
+def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, _content = make_file(chain, MIB, 1 << 18)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for leaf in leaves:
+                await cache.leaf(file, leaf)
+            await cancelled_waiting_for(cache.store.upkeep, lambda: cache.evict(file.cid))
+            on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "files"))
+            assert on_disk == cache.staged_bytes(file.cid)
+
+    trio.run(main)
+
+
+def test_what_the_index_shall_be_told_outlives_a_cancelled_caller(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        kept = tree(chain, 1, seed=100)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, kept, pin=True)
+            cache.note_root(kept, "as-spelled")
+            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), lambda: upkeep.flush(cache.store))
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert (kept, "as-spelled") in list(cache.named_roots())
+
+    trio.run(main)
+
+
+def test_a_cancelled_unpin_is_done_or_can_be_asked_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        shared = tree(chain, 1, seed=100)
+        other = directory(chain, {"shared": shared})
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, shared, pin=True)
+            await read_all(cache, other, pin=True)
+            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), lambda: cache.unpin(shared))
+            if cids.canonical(shared) in [cid for cid, _spelling in cache.named_roots()]:
+                await cache.unpin(shared)
+            await cache.unpin(other)
+            assert cache.statistics().pinned == 0
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert cache.statistics().pinned == 0
+
+    trio.run(main)
+
+
+def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        shared = file_node(chain, 2 * MIB, seed=100)
+        whole = directory(chain, {"shared": shared})
+        lacking = directory(chain, {"missing": cids.make(cids.RAW, b"\x12\x20" + bytes(32)), "shared": shared})
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            async with cache.pinning(whole) as pinning:
+                await read_all(cache, whole)
+                for kept in cache.kept():
+                    await pinning.file(FileRef(kept.cid, kept.size))
+                try:
+                    async with cache.pinning(lacking) as failing:
+                        for kept in cache.kept():
+                            await failing.file(FileRef(kept.cid, kept.size))
+                        raise ZeroDivisionError
+                except ZeroDivisionError:
+                    pass
+            await cache.evict()
+            assert await fetches(cache, chain, whole) == 0
+
+    trio.run(main)
+
+
+class Silent:
+    """A node that never answers."""
+
+    async def call(self, *_arguments: object, **_named: object) -> bytes:
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+def test_wishes_of_a_mount_that_ends_are_written_down(tmp_path: Path) -> None:
+    async def main() -> None:
+        cid = Chain().add(b"something")
+        rpc: NodeRpc = Silent()
+        pins = await KuboPins.open(NodeFiles(lambda: rpc), tmp_path)
+        with trio.CancelScope() as scope:
+
+            async def save() -> None:
+                pins.keep(cid)
+                await pins._save()
+
+            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), save)
+        assert not scope.cancelled_caught
+        await pins._close()
+        again = await KuboPins.open(NodeFiles(lambda: rpc), tmp_path)
+        assert list(again.kept()) == [cid]
+        await again._close()
+
+    trio.run(main)
