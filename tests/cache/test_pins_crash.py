@@ -1,10 +1,12 @@
 """Pins whose process is killed: what it had wished for happens all the same, and the dead leave nothing behind."""
 
+import json
+import os
 import random
 import shutil
 import sqlite3
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -221,4 +223,10 @@ def test_what_proves_an_owner_dead(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert replace(me, pid=gone.pid).proved_dead()
-    assert [Owner.parse(data) for data in (None, b"", b"{}", b"[1]", b"\xff", b'"text"')] == [None] * 6
+    with subprocess.Popen(["true"]) as zombie:
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        started = int(Path(f"/proc/{zombie.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        assert replace(me, pid=zombie.pid, started=started).proved_dead(), "its parent has not asked how it ended"
+    assert [Owner.parse(data) for data in (None, b"", b"{}", b"[1]", b"\xff", b'"text"', b"[" * 60_000)] == [None] * 7
+    odd: list[dict[str, object]] = [{"pid": "1"}, {"pid": True}, {"pid": -1}, {"pid": 1 << 80}, {"started": 1.5}, {"folder": None}, {"stopped": 1}]
+    assert [Owner.parse(json.dumps(asdict(me) | changed).encode()) for changed in odd] == [None] * len(odd)

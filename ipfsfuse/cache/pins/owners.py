@@ -35,15 +35,19 @@ class Owner:
     @classmethod
     def this_process(cls, folder: Path) -> Self:
         pid = os.getpid()
-        return cls(_machine(), _read("/proc/sys/kernel/random/boot_id"), _processes(), pid, _started(pid) or 0, str(folder.absolute()))
+        started = int((_fields(pid) or ["0"] * 20)[19])
+        return cls(_machine(), _read("/proc/sys/kernel/random/boot_id"), _processes(), pid, started, str(folder.absolute()))
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:
-        """What `encode` wrote; None for anything else, of an owner about whom nothing is known."""
+        """What `encode` wrote; None for anything else, of an owner about whom nothing is known: others may write there."""
         try:
-            return cls(**json.loads(data or b""))
-        except (ValueError, TypeError):
+            owner = cls(**json.loads(data or b""))
+        except (ValueError, TypeError, RecursionError):
             return None
+        kinds = {"pid": int, "started": int, "stopped": bool}
+        right = all(type(value) is kinds.get(name, str) for name, value in asdict(owner).items())
+        return owner if right and 0 < owner.pid < 1 << 31 else None
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -64,8 +68,8 @@ class Owner:
             return True
         except OSError:  # it is another user's
             pass
-        started = _started(self.pid)
-        return started is not None and started != self.started
+        fields = _fields(self.pid)
+        return bool(fields) and (fields[0] in "ZX" or int(fields[19]) != self.started)  # a zombie has ended, but for its parent
 
     def still_keeps(self, name: str) -> bool:
         """Whether the owner's folder is there and speaks of `name`; True where we may not look."""
@@ -94,10 +98,10 @@ def _processes() -> str:
         return ""
 
 
-def _started(pid: int) -> int | None:
-    """None where there is no such process, or we may not see it."""
+def _fields(pid: int) -> list[str]:
+    """What /proc/PID/stat tells, from the state on; nothing where there is no such process, or we may not see it."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 else None
+    return fields if len(fields) > 19 else []
 
 
 def _read(path: str) -> str:
