@@ -47,6 +47,8 @@ async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, pr
 def _appearing(file: Path) -> Iterator[int]:
     """A file to write that takes the name `file` once all went well."""
     try:
+        if file.exists() and not file.is_file():  # as root, /dev/null itself would be replaced
+            raise StoreFailed(f"{file} is there and no file: name another")
         fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
         try:
             yield fd

@@ -23,8 +23,8 @@ from pathlib import Path
 
 MAX_LINE = 1 << 20
 """Bytes in one line of a request; longer ones end the connection."""
-MAX_ANSWER = 4 << 20
-"""Bytes in one line of an answer: a block of 2 MiB in base64 is the longest."""
+MAX_ANSWER = 1 << 30
+"""Bytes in one line of an answer: `ls` of some millions of files, 250 bytes each."""
 
 
 def socket_path(cache_dir: Path) -> Path:

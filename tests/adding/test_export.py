@@ -1,5 +1,6 @@
 """`export`: verified CARs in one order, that a real Kubo takes and unpacks to the same tree."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_what_can_not_be_written_or_walked_is_named(tmp_path: Path, library: Lib
     root = added(some_tree(tmp_path), library)
     with pytest.raises(StoreFailed, match=r"none/out\.car: No such file"):
         exported(root, library, tmp_path / "none" / "out.car")
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link", "."):
+        with pytest.raises(StoreFailed, match="is there and no file"):
+            exported(root, library, tmp_path / name)
+    assert (tmp_path / "link").is_symlink()
 
     async def get(_cid: Cid) -> bytes:
         return b"\xa0"

@@ -36,7 +36,11 @@ async def break_down(arguments: server.Arguments, progress: server.Progress) -> 
     raise ZeroDivisionError("nobody thought of this")
 
 
-COMMANDS: dict[str, server.Handler] = {"echo": echo, "refuse": refuse, "refuse_in_nursery": refuse_in_nursery, "break_down": break_down}
+async def long(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+    return {"entries": ["x" * 250] * 40_000}
+
+
+COMMANDS: dict[str, server.Handler] = {"long": long, "echo": echo, "refuse": refuse, "refuse_in_nursery": refuse_in_nursery, "break_down": break_down}
 
 
 class Running:
@@ -88,6 +92,10 @@ def test_several_commands_on_one_connection(running: Running) -> None:
 def test_domain_errors_arrive_as_themselves(running: Running, command: str) -> None:
     with pytest.raises(errors.NotAllowed, match=r"^not this one$"):
         client.call(running.path, command)
+
+
+def test_an_answer_may_be_long(running: Running) -> None:
+    assert len(client.call(running.path, "long")["entries"]) == 40_000
 
 
 def test_unknown_command_is_a_usage_error(running: Running) -> None:
