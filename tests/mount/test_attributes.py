@@ -1,5 +1,6 @@
 """Attributes, access, xattrs and statfs as users and their tools see them."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -92,6 +93,13 @@ def test_every_file_directory_and_symlink_tells_its_cid(sample: Sample) -> None:
         shown = os.getxattr(sample.root / name, "ipfs.cid", follow_symlinks=False).decode()
         assert shown == sample.mount.home.add("--only-hash", sample.source / name)
     assert set(os.listxattr(sample.root / "hello.txt")) == {"ipfs.cid", "ipfsfuse.staged", "ipfsfuse.pinned", "ipfsfuse.source"}
+
+
+def test_the_root_has_no_cid(sample: Sample) -> None:
+    for name in ("ipfs.cid", "ipfsfuse.staged", "ipfsfuse.source"):
+        with pytest.raises(OSError) as refused:
+            os.getxattr(sample.mount.path, name)
+        assert refused.value.errno == errno.ENODATA
 
 
 def test_the_mount_is_nosuid_nodev_and_rw_so_that_writes_are_eperm(sample: Sample) -> None:
