@@ -1,11 +1,13 @@
 """The runner's side of a run: forks the guest's process, passes on signals, keeps time, and carries its output.
 
-Single-threaded: one selector waits for the signals, the child, its reports and its output. It never touches the mount,
-so that it ends when it must even while the guest's process hangs in a read that no signal can end.
+Single-threaded: one selector waits for the signals, the child, its reports and its output. It never touches the mount
+and never waits for whoever reads the output, so that it ends when it must even while the guest's process hangs in a read
+that no signal can end, or nobody takes what the guest wrote.
 """
 
 import json
 import os
+import select
 import selectors
 import signal
 import sys
@@ -22,7 +24,8 @@ OUT_OF_TIME = 124
 GRACE = 0.4
 """Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon answers."""
 
-_CHUNK = 1 << 16
+_CHUNK = select.PIPE_BUF
+"""Bytes that a pipe which can be written takes without waiting."""
 
 Sink = Callable[[bytes], None]
 
@@ -64,6 +67,7 @@ class _Supervisor:
         self._dead = False
         self._pending = b""
         self._signals: list[int] = []
+        self._handlers = {each: signal.getsignal(each) for each in signals.ENDING}
         self._catch_signals()
         self._fork(streams, close)
 
@@ -71,9 +75,17 @@ class _Supervisor:
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         for each in signals.ENDING:
-            if signal.getsignal(each) != signal.SIG_IGN:  # nohup
+            if self._handlers[each] != signal.SIG_IGN:  # nohup
                 signal.signal(each, self._on_signal)
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._woken(wake))
+
+    def _leave_signals(self) -> None:
+        """One that comes from now on ends what the runner still does, such as writing a record."""
+        signal.set_wakeup_fd(-1)
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
+        if self._signals and not self._final:
+            self._outcome = self._outcome._replace(signal=self._signals[0])
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)
@@ -103,14 +115,22 @@ class _Supervisor:
             child.main(self._plan, parent, Reports(told))
         os.close(told)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._told(reports))
-        for sink, _target, (end, write) in pumped:
+        for sink, target, (end, write) in pumped:
             os.close(write)
-            self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink))
+            self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink, target))
         self._pidfd = os.pidfd_open(self._pid)
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._reap)
 
-    def _pump(self, end: int, sink: Sink) -> Callable[[], None]:
+    def _pump(self, end: int, sink: Sink, target: int) -> Callable[[], None]:
+        def go_on() -> None:
+            self._selector.unregister(target)
+            self._selector.register(end, selectors.EVENT_READ, pump)
+
         def pump() -> None:
+            if not _takes(target):
+                self._selector.unregister(end)
+                self._selector.register(target, selectors.EVENT_WRITE, go_on)
+                return
             data = os.read(end, _CHUNK)
             try:
                 if data:
@@ -153,11 +173,11 @@ class _Supervisor:
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
         """Ends the guest for a reason of ours."""
-        if why is not None:
-            print(f"ipfsfuse-run: {why}", file=sys.stderr)
         self._outcome, self._final = outcome._replace(kind=self._outcome.kind), True
         self._deadline = time.monotonic() + GRACE
         os.kill(self._pid, signal.SIGKILL)
+        if why is not None and _takes(2, GRACE):
+            print(f"ipfsfuse-run: {why}", file=sys.stderr)
 
     def _late(self) -> bool:
         """Whether to leave now: at the deadline a running guest is killed, one that was killed is left behind."""
@@ -177,4 +197,12 @@ class _Supervisor:
                     key.data()
                 if self._late():
                     break
+        self._leave_signals()
         return self._outcome
+
+
+def _takes(file: int, seconds: float = 0) -> bool:
+    """Whether a write to the descriptor `file` would not wait, at the latest after `seconds`; one that fails does not."""
+    poll = select.poll()
+    poll.register(file, select.POLLOUT)
+    return bool(poll.poll(1000 * seconds))

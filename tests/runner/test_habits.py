@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 
-from tests.runner.conftest import DEMO, GUESTS, Runner, lines
+from tests.mounting import PATIENCE
+from tests.runner.conftest import DEMO, GUESTS, TOP, Runner, lines
 
 
 def test_what_stands_behind_the_guest_is_the_guests(run: Runner, habits: Path) -> None:
@@ -88,6 +92,35 @@ def test_the_working_directory(run: Runner, habits: Path) -> None:
     assert run("--cwd", "/ipfs/root", habits, "cat", "file").stdout == b"content\n"
     assert b"PWD=/ipfs/root\n" in run("--cwd", "/ipfs/root", habits, "env").stdout
     assert run("--cwd", "/ipfs/root", habits, "cat", "/ipfs/root/file").stdout == b"content\n"
+
+
+def test_a_run_that_its_terminal_shall_not_end_goes_on(run: Runner, habits: Path) -> None:
+    command = ["nohup", *run.command("-W", "timeout=1s", habits, "spin")]
+    with subprocess.Popen(command, env=run.env, cwd=TOP, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"spinning\n"
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(timeout=PATIENCE) == 124
+
+
+def test_a_signal_ends_what_the_runner_does_behind_the_guest(run: Runner, tmp_path: Path) -> None:
+    """Such as writing a record, which can take long."""
+    guest = tmp_path / "guest.wat"
+    guest.write_text('(module (func (export "_start")))')
+    code = f"""if True:
+        import os, signal
+        from runner import signals, supervise
+        from runner.child import Plan
+        from runner.limits import NO_LIMITS
+        from runner.sandbox import Sandbox
+        signals.raise_ended()
+        assert supervise.run(Plan({str(guest)!r}, "/", Sandbox(["guest"], [], [], None, NO_LIMITS))).code == 0
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except signals.Ended as exc:
+            os._exit(exc.number)
+        """
+    assert subprocess.run([sys.executable, "-c", code], env=run.env, cwd=TOP, timeout=PATIENCE, check=False).returncode == signal.SIGTERM
 
 
 def test_a_guest_killed_from_outside_is_137(run: Runner, habits: Path) -> None:

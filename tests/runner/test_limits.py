@@ -8,6 +8,7 @@ import pytest
 from ipfsfuse.errors import UsageError
 from runner import limits
 from runner.limits import Limits
+from tests.mounting import PATIENCE
 from tests.runner.conftest import DEMO, Runner
 
 GROW = b'(module (memory 1) (func (export "_start") (if (i32.eq (memory.grow (i32.const 64)) (i32.const -1)) (then unreachable))))'
@@ -52,6 +53,11 @@ def test_time(run: Runner, habits: Path, what: str) -> None:
 def test_time_of_a_guest_that_waits_for_input(run: Runner, habits: Path) -> None:
     with run.start("-W", "timeout=300ms", habits, "cat", stdin=PIPE) as process:
         assert process.wait() == 124
+
+
+def test_time_of_a_guest_whose_output_nobody_takes(run: Runner, habits: Path) -> None:
+    with run.start("-W", "timeout=300ms,max-stdout=1GiB", habits, "flood", "1000000") as process:
+        assert process.wait(timeout=PATIENCE) == 124
 
 
 def test_open_files(run: Runner, habits: Path) -> None:
