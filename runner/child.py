@@ -59,6 +59,8 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         code = _in_thread(plan, reports)
     except IpfsFuseError as exc:
         reports.tell({"refused": str(exc)})
+    except Exception as exc:  # else it would look like a guest that ended with 1
+        reports.tell({"refused": f"{plan.name} met a fault of the runner's: {exc!r}"})
     finally:
         sys.stderr.flush()
         os._exit(code)  # wasmtime's own threads may still wait in a read: nothing is left to tidy up
@@ -66,7 +68,8 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
 
 def _die_with(parent: int) -> None:
     for each in signals.ENDING:
-        signal.signal(each, signal.SIG_DFL)
+        if signal.getsignal(each) != signal.SIG_IGN:  # nohup
+            signal.signal(each, signal.SIG_DFL)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)

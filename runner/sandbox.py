@@ -44,11 +44,20 @@ class Sandbox(NamedTuple):
 def build(options: Options, mountpoint: str) -> Sandbox:
     """Raises UsageError."""
     argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
+    for text in (*argv, *(part for variable in options.env for part in variable)):
+        _check_text(text)
     return Sandbox(argv, options.env, preopens(mountpoint, options.dirs), options.cwd, options.limits)
 
 
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"{text!r} is no UTF-8: WASI can give a guest no other arguments and variables") from exc
+
+
 def preopens(mountpoint: str, dirs: Sequence[Dir]) -> list[Preopen]:
-    """`/`, `/ipfs` and `dirs`, in this order. Raises UsageError for a folder that is none, or a name that is taken."""
+    """`/`, `/ipfs` and `dirs`, in this order. Raises UsageError for a folder that is none, or a name below /ipfs."""
     found = [Preopen(mountpoint, IPFS, writable=False)]
     for each in dirs:
         if not os.path.isdir(each.host):
@@ -56,7 +65,7 @@ def preopens(mountpoint: str, dirs: Sequence[Dir]) -> list[Preopen]:
         guest = posixpath.normpath(each.guest)
         if guest == ".." or guest.startswith("../") or "\0" in guest:
             raise UsageError(f"--dir {each.host}::{each.guest}: the guest's name for it can't lead upward")
-        if guest == IPFS or guest.startswith(IPFS + "/"):
+        if _below("/" + guest.lstrip("/"), IPFS):  # WASI's C library takes `ipfs` and `//ipfs` for it too
             raise UsageError(f"--dir {each.host}::{each.guest}: /ipfs is the mount's")
         found.append(Preopen(each.host, guest, each.writable))
     if not any(each.guest == "/" for each in found):
