@@ -11,17 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ipfsfuse.dag import build, car, dagpb, leaves
+from ipfsfuse.dag import build, car, dagpb, leaves, ranges
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import Built, Stored
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, File, Node, parse
+from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, parse
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
 from runner.errors import ReceiptRefused
 
 RECEIPT, GUEST, STDIN, IPFS, DIRS = "receipt.json", "guest.wasm", "stdin", "ipfs", "dir"
 _PROFILE = build.UNIXFS_V1_2025
-_CHUNK = 1 << 20
+MAX_RECEIPT = 256 << 20
+"""Bytes of the largest receipt that is read: it names some millions of blocks."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -191,12 +192,37 @@ class Bundle:
             cid = found.cid
         return cid
 
-    def content(self, cid: Cid) -> Iterator[bytes]:
-        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused."""
+    def file(self, cid: Cid) -> File:
+        """Raises ReceiptRefused."""
         node = self.node(cid)
         if not isinstance(node, File):
             raise ReceiptRefused(f"{self.path}: {cids.text(cid)} is no file")
-        if node.inline:
-            yield bytes(leaves.content(cid, self.block(cid)))
-        for child in node.children:
-            yield from self.content(child.cid)
+        return node
+
+    def content(self, cid: Cid) -> Iterator[bytes]:
+        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused."""
+        file, offset = self.file(cid), 0
+        while offset < file.size:
+            try:
+                for leaf in self._leaves(file, offset):
+                    yield bytes(leaves.of(leaf, self.block(leaf.cid)))
+                    offset = leaf.offset + leaf.size
+            except (Malformed, Unsupported) as exc:
+                raise ReceiptRefused(f"{self.path}: {exc}") from exc
+
+    def _leaves(self, file: File, offset: int) -> list[Leaf]:
+        """The next leaves from `offset` on; a tree without a bottom is Malformed."""
+        walk = ranges.leaves(file, offset, file.size - offset, sure=True)
+        try:
+            wanted = next(walk)
+            while True:
+                wanted = walk.send([self.block(each) for each in wanted])
+        except StopIteration as stop:
+            found: list[Leaf] = stop.value
+            return found
+
+    def whole(self, cid: Cid) -> bytes:
+        """The bytes of a receipt. Raises ReceiptRefused."""
+        if self.file(cid).size > MAX_RECEIPT:
+            raise ReceiptRefused(f"{self.path}: its receipt has {self.file(cid).size} bytes: {MAX_RECEIPT} is the most")
+        return b"".join(self.content(cid))

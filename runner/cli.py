@@ -35,7 +35,7 @@ def _main(argv: Sequence[str]) -> int:
     if options.replay is not None:
         from runner import replay
 
-        return replay.replay(Path(options.replay))
+        return replay.replay(Path(options.replay), options.limits)
     from runner import run
 
     return run.run(options)

@@ -27,6 +27,10 @@ class Limits(NamedTuple):
     """Descriptors of the guest's process, the few that wasmtime needs included."""
     max_stdout: int | None = None
 
+    def over(self, other: "Limits") -> "Limits":
+        """These limits, and where there is none here, the other's."""
+        return other._replace(**{name: value for name, value in self._asdict().items() if value is not None})
+
 
 NO_LIMITS = Limits()
 

@@ -77,10 +77,10 @@ def _target(options: Options) -> Path:
 
 
 def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
-    out = streams.Digested(streams.bounded(1, plan.box.limits.max_stdout))
-    err = streams.Digested(streams.bounded(2, None))
+    out, err = streams.Digested(streams.carried(1)), streams.Digested(streams.carried(2))
+    bounded = streams.bounded(out, plan.box.limits.max_stdout)
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    outcome = supervise.run(plan, Streams(stdin.fileno(), out, err), close=[control.fileno()])
+    outcome = supervise.run(plan, Streams(stdin.fileno(), bounded, err), close=[control.fileno()])
     return _Run(outcome, out.digest(), err.digest(), started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
 
 

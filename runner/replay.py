@@ -12,6 +12,7 @@ from runner import receipt as receipts
 from runner.bundle import Bundle
 from runner.child import Plan
 from runner.errors import ReceiptRefused
+from runner.limits import NO_LIMITS, Limits
 from runner.options import Dir, Options
 from runner.receipt import Receipt
 from runner.supervise import Outcome, Streams
@@ -35,18 +36,35 @@ def opened(path: Path) -> tuple[Bundle, Receipt]:
     place = record.find(bundle.RECEIPT)
     if place is None:
         raise ReceiptRefused(f"{path} holds no {bundle.RECEIPT}: it is no record of a run")
-    receipt = receipts.decode(b"".join(record.content(place)))
+    receipt = receipts.decode(record.whole(place))
     if record.find(bundle.GUEST) != receipt.guest:
         raise ReceiptRefused(f"{path}: its guest is not the one that its receipt names")
     for cid in receipt.read:
         if cid not in record:
             raise ReceiptRefused(f"{path} is cut short: it lacks the block {cids.text(cid)} that the run read")
+    _check_given(record, receipt)
     return record, receipt
 
 
-def replay(path: Path) -> int:
-    """Says what is the same and what is not; 0 if all is, else 1. A signal's number below 0 if one ended it."""
+def _check_given(record: Bundle, receipt: Receipt) -> None:
+    """Standard input and the given folders are those that the receipt names."""
+    given = streams.Digested(None)
+    place = record.find(bundle.STDIN)
+    for data in () if place is None else record.content(place):
+        given(data)
+    if given.digest() != receipt.stdin:
+        raise ReceiptRefused(f"{record.path}: its standard input is not the one that its receipt names")
+    for number, each in enumerate(receipt.dirs):
+        if record.find(bundle.DIRS, str(number)) != each.cid:
+            raise ReceiptRefused(f"{record.path}: its folder {each.guest} is not the one that its receipt names")
+
+
+def replay(path: Path, limits: Limits = NO_LIMITS) -> int:
+    """Says what is the same and what is not; 0 if all is, else 1. A signal's number below 0 if one ended it.
+
+    `limits` go before those of the receipt, whose writer need not be trusted."""
     record, receipt = opened(path)
+    receipt = receipt._replace(limits=limits.over(receipt.limits))
     with tempfile.TemporaryFile() as guest, tempfile.TemporaryFile() as stdin:
         _copy(record, bundle.GUEST, guest)
         _copy(record, bundle.STDIN, stdin)
@@ -86,7 +104,8 @@ def _run(path: Path, receipt: Receipt, guest: BinaryIO, stdin: BinaryIO) -> tupl
         assert mount.control is not None
         box = sandbox.build(options._replace(dirs=_dirs(receipt, mount.mountpoint)), mount.mountpoint)
         plan = Plan(options.guest, mount.mountpoint, box, receipt.deterministic, shown_as=receipt.name)
-        outcome = supervise.run(plan, Streams(stdin.fileno(), out, err), close=[mount.control.fileno()])
+        bounded = streams.bounded(out, receipt.limits.max_stdout)
+        outcome = supervise.run(plan, Streams(stdin.fileno(), bounded, err), close=[mount.control.fileno()])
     return outcome, [
         Verdict("stdout", receipt.stdout.sha256, out.digest().sha256),
         Verdict("stderr", receipt.stderr.sha256, err.digest().sha256),

@@ -26,4 +26,4 @@ def _plainly(options: Options) -> Outcome:
         plan = Plan(options.guest, mount.mountpoint, sandbox.build(options, mount.mountpoint))
         held = () if mount.control is None else (mount.control.fileno(),)
         bound = options.limits.max_stdout
-        return supervise.run(plan, Streams(stdout=None if bound is None else streams.bounded(1, bound)), close=held)
+        return supervise.run(plan, Streams(stdout=None if bound is None else streams.bounded(streams.carried(1), bound)), close=held)

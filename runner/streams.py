@@ -21,25 +21,31 @@ class Digest(NamedTuple):
     size: int
 
 
-def bounded(file: int, bound: int | None) -> Sink:
-    """Carries output to the descriptor `file`, `bound` bytes of it; raises OutputFull then."""
-    left = bound
+def carried(file: int) -> Sink:
+    """Writes all to the descriptor `file`."""
 
     def sink(data: bytes) -> None:
-        nonlocal left
-        write_all(file, data if left is None else data[:left])
-        if left is not None:
-            if len(data) > left:
-                raise OutputFull(f"the guest wrote more than max-stdout={bound} bytes")
-            left -= len(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(file, view) :]
 
     return sink
 
 
-def write_all(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
+def bounded(through: Sink, bound: int | None) -> Sink:
+    """Passes `bound` bytes on to `through`, None for all; raises OutputFull behind them."""
+    if bound is None:
+        return through
+    left = bound
+
+    def sink(data: bytes) -> None:
+        nonlocal left
+        through(data[:left])
+        if len(data) > left:
+            raise OutputFull(f"the guest wrote more than max-stdout={bound} bytes")
+        left -= len(data)
+
+    return sink
 
 
 class Digested:

@@ -159,11 +159,39 @@ def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: P
         assert b"run.car" in done.stderr
 
 
-def with_receipt(target: Path, data: bytes) -> None:
+def with_receipt(target: Path, data: bytes, **files: bytes) -> None:
     """A record whose blocks are all right, and whose receipt is `data`."""
     with target.open("w+b") as out:
         writer = Writer(out)
-        writer.close(writer.add_folder([("receipt.json", writer.add_file(io.BytesIO(data)))]))
+        writer.close(writer.add_folder([(name, writer.add_file(io.BytesIO(held))) for name, held in {"receipt.json": data, **files}.items()]))
+
+
+def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
+    record(run, tmp_path / "run.json", habits, "cat", stdin=b"input")
+    told = json.loads((tmp_path / "run.json").read_text())
+    guest, folder = habits.read_bytes(), [{"guest": "/data", "writable": False, "cid": told["guest"]["cid"]}]
+    right = {"guest.wasm": guest, "stdin": b"input"}
+    wrong = {
+        "its guest": (told, {"guest.wasm": guest + b"\0", "stdin": b"input"}),
+        "its standard input": (told, {"guest.wasm": guest, "stdin": b"Input"}),
+        "its folder /data": (told | {"dirs": folder}, right),
+    }
+    for named, (receipt_, files) in wrong.items():
+        with_receipt(tmp_path / "run.car", json.dumps(receipt_).encode(), **files)
+        done = run("--replay", tmp_path / "run.car")
+        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), done
+        assert named in done.stderr.decode()
+    with_receipt(tmp_path / "run.car", json.dumps(told).encode(), **right)
+    assert run("--replay", tmp_path / "run.car").returncode == 0
+
+
+def test_limits_of_a_record_hold_again_and_others_can_be_given(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
+    target = tmp_path / "run.car"
+    done = record(run, target, "-W", "max-stdout=4500", habits, "flood", "1000000")
+    assert (done.returncode, len(done.stdout)) == (134, 4500)
+    assert elsewhere("--replay", target).returncode == 0
+    again = elsewhere("--replay", target, "-W", "max-stdout=4499")
+    assert (again.returncode, lines(again.stdout)[1:3]) == (1, ["stderr: the same", "exit code: the same"])
 
 
 RECEIPT_HEAD = b'{"kind": "ipfsfuse-run receipt", "format": '
