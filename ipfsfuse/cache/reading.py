@@ -47,7 +47,7 @@ class Reading:
 
     async def block(self, cid: Cid) -> bytes:
         """As `Cache.block`."""
-        carried = cids.inline(cid)
+        carried = cids.known(cid)
         if carried is not None:
             return carried
         kept = await self.store.block(cid)

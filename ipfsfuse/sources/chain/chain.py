@@ -56,7 +56,7 @@ class Chain:
 
     async def get(self, cid: Cid) -> Fetched:
         hashes.check_allowed(cids.multihash(cid))
-        inline = cids.inline(cid)
+        inline = cids.known(cid)
         if inline is not None:
             return Fetched(inline, INLINE)
         return await Pursuit(self, cid).run()

@@ -35,7 +35,7 @@ class Streaming:
 
     async def from_each(self) -> None:
         for place, leaf in enumerate(self._run.leaves):
-            block = cids.inline(leaf.cid)
+            block = cids.known(leaf.cid)
             if block is not None:
                 self._left.discard(place)
                 await self._deliver(place, Fetched(block, INLINE))
