@@ -30,6 +30,7 @@ class Member:
         self.remote = isinstance(source, Gateway) and not source.local
         self.health = Health(chance, may_aside=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
         self.slots = Slots(RUNNING, LATE, self.health.slow_after)
+        self._answered = float("-inf")
 
     async def ask(self, cid: Cid, *, hedge: bool = False) -> bytes:
         """The verified block. Raises NotHere, SourceFailed, WrongBlock. Waits for a slot; a source in place needs none."""
@@ -48,6 +49,7 @@ class Member:
             block = await self.source.get(cid)
             await check(cid, block)
         except NotHere:
+            self._answered = trio.current_time()
             self.health.lacked()
             raise
         except SourceFailed as exc:
@@ -62,8 +64,15 @@ class Member:
         except BaseException:
             self.health.left()
             raise
-        self.health.gave(trio.current_time() - start, len(block))
+        self._answered = trio.current_time()
+        self.health.gave(self._answered - start, len(block))
         return block
+
+    def overtaken(self, asked: float) -> None:
+        """Another source gave the block long after this one was `asked`. If nothing came from it meanwhile, that is a
+        failure: else a source that takes requests and never answers would cost every read a wait, and look well."""
+        if self._answered < asked:
+            self.note(SourceFailed(f"{self.source.name} has not answered for {trio.current_time() - asked:.0f} s, and another source did", "timeout"))
 
     def note(self, failure: SourceFailed) -> None:
         self.health.failed(trio.current_time(), failure.kind, str(failure), failure.retry_after)

@@ -111,6 +111,7 @@ class Pursuit:
             await trio.sleep(wait)
 
     async def _once(self, member: Member, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock:
+        asked = trio.current_time()
         try:
             return await member.ask(self._cid, hedge=hedge)
         except (NotHere, SourceFailed) as exc:
@@ -120,3 +121,7 @@ class Pursuit:
             self._wrong = exc
             self._chain.wrong(member, self._cid)
             return exc
+        except trio.Cancelled:
+            if self._found is not None and trio.current_time() - asked >= PATIENCE:
+                member.overtaken(asked)
+            raise
