@@ -1,0 +1,167 @@
+"""Pins that real mounts hold at a real node."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cache.pinning import mounts
+from tests.kubo.node import Node
+from tests.mounting import Home, Mounted, wait_until
+from tests.network.nodes import again_and_again, drop_pages, mounted, source
+
+
+def held(mount: Mounted, node: Node, files: int) -> None:
+    """Waits until the node is told of all that is staged, which is `files` files at least."""
+
+    def settled() -> bool:
+        pins = mount.home.json("status", "--json", "--cache-dir", mount.control.parent)["pins"][source(node)]
+        return bool(pins["queued"] == 0 and pins["held"] >= files and not pins["failing"])
+
+    wait_until(settled, "the node holds what is staged")
+
+
+def add(node: Node, seed: int, size: int = 300_000, *options: str) -> tuple[str, bytes]:
+    """A file at the node which nothing there protects; (CID, content)."""
+    content = random.Random(seed).randbytes(size)
+    return node.add(content, "--pin=false", "--cid-version=1", *options), content
+
+
+def test_garbage_is_collected_in_a_loop_while_files_are_read(two_nodes: tuple[Node, Node], home: Home) -> None:
+    near, far = two_nodes
+    contents = {far.add(data, "--cid-version=1"): data for data in (random.Random(n).randbytes(100_000 + 70_000 * n) for n in range(20))}
+    with mounted(home, near) as mount, again_and_again(near.gc) as collected:
+        for cid, content in contents.items():
+            collected.clear()
+            assert (mount.path / cid).read_bytes() == content
+            assert collected.wait(60)
+        home.run("evict", "--all")
+        for cid, content in contents.items():
+            drop_pages(mount.path / cid)
+            assert (mount.path / cid).read_bytes() == content
+
+
+def test_what_is_staged_stays_at_the_node(two_nodes: tuple[Node, Node], home: Home) -> None:
+    near, far = two_nodes
+    contents = {far.add(data, "--cid-version=1"): data for data in (random.Random(n).randbytes(100_000 + 300_000 * n) for n in range(6))}
+    with mounted(home, near) as mount:
+        for cid, content in contents.items():
+            assert (mount.path / cid).read_bytes() == content
+        held(mount, near, len(contents))
+        near.gc()
+        below = [cid for root in contents for cid in (root, *far.cmd("refs", "-r", "-u", root).split())]
+        assert [cid for cid in below if not near.has(cid)] == []
+
+
+def test_what_the_user_pinned_is_never_touched(own_node: Node, home: Home) -> None:
+    node = own_node
+    tree = home.folder / "tree"
+    tree.mkdir()
+    (tree / "file").write_bytes(random.Random(1).randbytes(300_000))
+    root = node.cmd("add", "-r", "-Q", "--cid-version=1", tree)
+    direct, _ = add(node, 2)
+    named, _ = add(node, 3)
+    node.cmd("pin", "add", "--recursive=false", direct)
+    node.cmd("pin", "add", "--name=mine", named)
+    before = node.rpc("pin/ls", names=True)
+
+    def untouched() -> None:
+        node.gc()
+        assert node.rpc("pin/ls", names=True) == before
+        assert all(node.has(cid) for cid in (root, *node.cmd("refs", "-r", root).split(), direct, named))
+
+    with mounted(home, node) as mount:
+        for path in (f"{root}/file", direct, named):
+            (mount.path / path).read_bytes()
+        held(mount, node, 3)
+        untouched()
+        home.run("pin", root)
+        home.run("unpin", root)
+        home.run("evict", "--all")
+        untouched()
+        drop_pages(mount.path / named)
+        (mount.path / named).read_bytes()
+        held(mount, node, 1)
+    untouched()
+    (left,) = mounts(node)
+    shutil.rmtree(home.cache)
+    with mounted(Home(home.folder / "next"), node) as mount:
+        held(mount, node, 0)
+        wait_until(lambda: left not in mounts(node), "what a mount left whose folder is gone is swept")
+    untouched()
+
+
+def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) -> None:
+    cid, content = add(own_node, 1)
+    one, other = Home(tmp_path / "one"), Home(tmp_path / "other")
+    with mounted(one, own_node) as first, mounted(other, own_node) as second:
+        for mount in (first, second):
+            assert (mount.path / cid).read_bytes() == content
+            held(mount, own_node, 1)
+        one.run("evict", "--all")
+        held(first, own_node, 0)
+        own_node.gc()
+        assert own_node.has(cid)
+        other.run("evict", "--all")
+
+        def collected() -> bool:
+            own_node.gc()
+            return not own_node.has(cid)
+
+        wait_until(collected, "nobody holds it any more")
+
+
+def test_pins_none_leaves_nothing_at_the_node(own_node: Node, home: Home) -> None:
+    cid, content = add(own_node, 1)
+    with mounted(home, own_node, options=["--pins", "none"]) as mount:
+        assert (mount.path / cid).read_bytes() == content
+        assert mount.status()["pins"] == {}
+        assert os.getxattr(mount.path / cid, "ipfsfuse.pinned") == b"no"
+        own_node.gc()
+        assert not own_node.has(cid)
+    with pytest.raises(RuntimeError, match="does not exist"):
+        mounts(own_node)
+
+
+def test_pin_holds_a_tree_through_evictions_collections_and_restarts(own_node: Node, home: Home) -> None:
+    node = own_node
+    tree = home.folder / "tree"
+    (tree / "folder").mkdir(parents=True)
+    for number in range(5):
+        (tree / "folder" / str(number)).write_bytes(random.Random(number).randbytes(400_000))
+    root = node.cmd("add", "-r", "-Q", "--cid-version=1", "--pin=false", tree)
+    below = [root, *node.cmd("refs", "-r", "-u", root).split()]
+    with mounted(home, node) as mount:
+        home.run("pin", root)
+        home.run("evict", "--all")
+        held(mount, node, 1)
+    with mounted(home, node) as mount:
+        held(mount, node, 1)
+        node.gc()
+        assert [cid for cid in below if not node.has(cid)] == []
+        assert os.getxattr(mount.path / root / "folder" / "3", "ipfsfuse.pinned") != b"no"
+        status = mount.status()
+        assert status["cache"]["pinned"] > 5 * 400_000
+        assert [name["name"] for name in status["sources"]] == [source(node)]
+        home.run("unpin", root)
+        home.run("evict", "--all")
+
+        def collected() -> bool:
+            node.gc()
+            return not any(node.has(cid) for cid in below)
+
+        wait_until(collected, "nobody holds it any more")
+
+
+def test_an_isolated_mount_lets_go_of_everything_at_its_end(own_node: Node, home: Home) -> None:
+    cid, content = add(own_node, 1)
+    with mounted(home, own_node, options=["--isolated"]) as mount:
+        assert (mount.path / cid).read_bytes() == content
+        held(mount, own_node, 1)
+        own_node.gc()
+        assert own_node.has(cid)
+    assert mounts(own_node) == []
+    own_node.gc()
+    assert not own_node.has(cid)
