@@ -73,7 +73,7 @@ async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckRep
             continue
         report.blocks += 1
         report.bytes += place.size
-        if await store.block(cid) is None:
+        if await store.block(cid) is None and pack in store.packs.sizes:  # else it was evicted meanwhile
             report.wrong += 1
             report.mended += await _had(reading.block(cid))
 

@@ -99,9 +99,9 @@ class Keeping:
         self._busy: set[Cid] = set()
         self._jobs: dict[Cid, Pinning] = {}
         with contextlib.suppress(StoreFailed, Damaged):
-            self._pins = {Cid(pin): size for pin, size in store.index.rows("SELECT cid, bytes FROM pins")}
-            for pin, name in store.index.rows("SELECT pin, key FROM pinned"):
-                self._keys.setdefault(Cid(pin), set()).add(int(name) if name.isdecimal() else cids.parse(name))
+            self._pins = dict(store.index.rows("SELECT cid, bytes FROM pins", lambda pin, size: (cids.decode(pin), int(size))))
+            for pin, key in store.index.rows("SELECT pin, key FROM pinned", upkeep.pinned_row):
+                self._keys.setdefault(pin, set()).add(key)
 
     @property
     def pins(self) -> Sequence[Cid]:

@@ -20,7 +20,8 @@ class Names:
     def __init__(self, store: Store) -> None:
         self._store = store
         try:
-            self._names = {Cid(cid): str(name) for cid, name in store.index.rows("SELECT cid, spelling FROM roots ORDER BY at")}
+            rows = store.index.rows("SELECT cid, spelling FROM roots ORDER BY at", lambda cid, name: (cids.decode(cid), str(name)))
+            self._names: dict[Cid, str] = dict(rows)
         except (StoreFailed, Damaged):
             self._names = {}
 

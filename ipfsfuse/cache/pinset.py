@@ -92,7 +92,7 @@ class PinsetCache(Reading):
         return await self.store.small()
 
     def staged_bytes(self, cid: Cid) -> int:
-        """As `Cache.staged_bytes`."""
+        """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
         entry = self.store.staging.entries.get(cids.canonical(cid))
         if entry is not None:
             return entry.disk

@@ -46,7 +46,7 @@ def _getter(chain: Chain, control: Path) -> GetBlock:
             with trio.fail_after(DEADLINE):
                 return (await chain.get(wanted)).block
         except (Unavailable, trio.TooSlowError) as exc:
-            block = await trio.to_thread.run_sync(_from_mount, control, wanted)
+            block = await trio.to_thread.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
             if block is None:
                 raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
             return block

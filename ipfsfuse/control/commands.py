@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from ipfsfuse import __version__
-from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
@@ -67,17 +66,13 @@ class Commands:
         depth = arguments.get("depth")
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
-        totals = await fetch_all(self._tree, _cid(arguments), depth, _teller(progress))
+        totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
         return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
         cid = _cid(arguments)
         async with self._cache.pinning(cid) as pinning:
-
-            async def keep(file: FileRef) -> None:
-                await pinning.file(file)
-
-            totals = await fetch_all(self._tree, cid, None, _teller(progress), keep)
+            totals = await fetch_all(self._tree, cid, None, _Teller(progress), pinning.file)
         self._pins.keep(cid)
         return {"pinned": cids.text(cid), "files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
@@ -111,7 +106,7 @@ def _cid(arguments: Arguments) -> Cid:
         raise UsageError(str(exc)) from exc
 
 
-class _teller:  # noqa: N801 - used as a function
+class _Teller:
     """Passes totals on as progress, a few times a second."""
 
     def __init__(self, progress: Progress) -> None:

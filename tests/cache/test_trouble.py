@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,39 @@ def test_a_pack_number_that_the_index_still_knows_is_not_used_again(tmp_path: Pa
                     await cache.block(one.cid)
             for path in staged(tmp_path, "packs"):
                 path.unlink()
+
+    trio.run(main)
+
+
+@pytest.mark.logs("is damaged")
+@pytest.mark.parametrize(
+    "turned",
+    [
+        "UPDATE uses SET last = 'soon'",
+        "UPDATE packs SET indexed = 'all'",
+        "UPDATE pins SET cid = X'ff'",
+        "UPDATE pinned SET key = 'z' || key",
+        "UPDATE pinned SET key = CAST(X'ff' AS TEXT)",
+        "UPDATE roots SET cid = X'ff'",
+        "UPDATE blocks SET at = X'01'",
+        "UPDATE blocks SET at = -5",
+        "UPDATE blocks SET size = 1152921504606846976",
+    ],
+)
+def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(tmp_path: Path, turned: str) -> None:
+    async def main() -> None:
+        chain = Chain()
+        (one,) = blocks(chain, 1)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            cache.note_root(one.cid, "as-spelled")
+            async with cache.pinning(one.cid):
+                await cache.block(one.cid)
+        with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
+            assert database.execute(turned).rowcount or "uses" in turned
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert len(await cache.block(one.cid)) == one.size
+            assert (cache.statistics().pinned > 0) == (one.cid in [cid for cid, _spelling in cache.named_roots()])
+            await cache.fsck()
 
     trio.run(main)
 

@@ -77,8 +77,10 @@ class Packs:
         place = self.pending.get(key)
         if place is None and key not in self.pending:
             row = self._index.row("SELECT pack, at, size FROM blocks WHERE key = ?", (key,))
-            place = Place(*row) if row is not None else None
-        return place if place is not None and place.pack in self.sizes else None
+            place = Place(*row) if row is not None and all(type(number) is int for number in row) else None
+        if place is None or not 0 <= place.at <= place.at + place.size <= self.sizes.get(place.pack, -1):
+            return None  # evicted; or a bit turned in the row, for SQLite has no checksums
+        return place
 
     def read(self, place: Place) -> bytes:
         """What is stored at `place`: unproved. Raises OSError."""

@@ -126,7 +126,7 @@ class Disk:
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""
         if cid is None:
-            return sum([await self.room.evict(key) for key in list(self.room.arc)])
+            return sum([await self.room.evict(key) for key in list(self.room.arc) if key in self.room.arc])  # else pinned meanwhile
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
             place = self.place(cid)

@@ -10,14 +10,16 @@ import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ipfsfuse.cache.folder.hold import as_store_failed
-from ipfsfuse.errors import StoreFailed
+from ipfsfuse.errors import NotACid, StoreFailed
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks (key BLOB PRIMARY KEY, pack INTEGER NOT NULL, at INTEGER NOT NULL, size INTEGER NOT NULL) WITHOUT ROWID;
@@ -44,8 +46,8 @@ class Damaged(Exception):
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as exc:  # full, read-only, gone, I/O error
-        if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:
+    except sqlite3.OperationalError as exc:  # full, read-only, gone, I/O error; without a code: text that is no UTF-8
+        if getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF == sqlite3.SQLITE_CORRUPT:
             raise Damaged(str(exc)) from exc
         raise StoreFailed(f"{path}: {exc}") from exc
     except sqlite3.DatabaseError as exc:
@@ -104,9 +106,15 @@ class Index:
             with _translated(self.path):
                 raise exc
 
-    def rows(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
+    def rows(self, sql: str, read: Callable[..., T]) -> list[T]:
+        """`read` of the columns of each row. Raises StoreFailed, and Damaged for values too that `read` can't use: SQLite
+        has no checksums, a bit that turned in a row is found here or never."""
         with _translated(self.path):
-            return self._reader.execute(sql, arguments).fetchall()
+            rows = self._reader.execute(sql).fetchall()
+        try:
+            return [read(*row) for row in rows]
+        except (NotACid, TypeError, ValueError) as exc:
+            raise Damaged(f"a row holds {exc}") from exc
 
     def count_blocks(self) -> int:
         """Rows that say where a block lies. In any thread: on a connection of its own, for it reads them all (0.2 s for a

@@ -6,9 +6,9 @@ Concurrency: `take_up` blocks and runs before anything else; `write_behind` is o
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import trio
 
@@ -24,6 +24,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
@@ -49,7 +51,7 @@ async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pin
 
 def take_up(store: Store) -> None:
     """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
-    recency = {key: (last, bool(frequent)) for key, last, frequent in _rows(store, "SELECT key, last, frequent FROM uses")}
+    recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
     found: list[tuple[float, bool, Key, int]] = []
     for entry in store.staging.scan():
         last, frequent = recency.get(entry.cid, (0.0, False))
@@ -64,28 +66,34 @@ def take_up(store: Store) -> None:
         found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
     for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
         store.room.arc.restore(key, size, frequent)
-    gone = [pack for (pack,) in _rows(store, "SELECT pack FROM packs") if pack not in store.packs.sizes]
+    indexed = dict(_rows(store, "SELECT pack, indexed FROM packs", lambda pack, size: (int(pack), int(size))))
+    gone = [pack for pack in indexed if pack not in store.packs.sizes]
     if gone:  # deleted before the index was told: their numbers are not used again until it has been
         store.packs.last = max(store.packs.last, *gone)
         store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
         store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
-    for (name,) in _rows(store, "SELECT DISTINCT key FROM pinned"):
-        store.room.keep(int(name) if name.isdecimal() else cids.parse(name))
+    _rows(store, "SELECT cid FROM pins", cids.decode)  # only whether they can be read: then all or none are kept
+    for _pin, kept in _rows(store, "SELECT pin, key FROM pinned", pinned_row):
+        store.room.keep(kept)
     if not store.index.anew:
-        _read_tails(store)
+        _read_tails(store, indexed)
 
 
-def _rows(store: Store, sql: str) -> Sequence[Any]:
+def pinned_row(pin: bytes, name: str) -> tuple[Cid, Key]:
+    """(the pin, something that it keeps) of a row. Raises NotACid, ValueError or TypeError for what is neither."""
+    return cids.decode(pin), int(name) if name.isdecimal() else cids.parse(name)
+
+
+def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
     try:
-        return store.index.rows(sql)
+        return store.index.rows(sql, read)
     except Damaged as exc:
         store.index.replace(str(exc))
         return ()
 
 
-def _read_tails(store: Store) -> None:
-    """Rows that a crash kept from being written are read from the packs."""
-    indexed = dict(_rows(store, "SELECT pack, indexed FROM packs"))
+def _read_tails(store: Store, indexed: Mapping[int, int]) -> None:
+    """Rows that a crash kept from being written are read from the packs, behind the bytes that are `indexed`."""
     for pack, size in store.packs.sizes.items():
         if indexed.get(pack, 0) < size:
             _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
