@@ -13,6 +13,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
 from runner import bundle, options
 from runner.bundle import Bundle
+from runner.errors import ReceiptRefused
 from runner.replay import opened
 
 
@@ -36,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     asked: argparse.Namespace = parser.parse_args(list(argv))
     record, receipt = opened(Path(asked.record))
     read = {cids.multihash(each) for each in receipt.read}
-    found = list(_rows(record, read))
+    try:
+        found = list(_rows(record, read))
+    except RecursionError as exc:
+        raise ReceiptRefused(f"{record.path}: a file or sharded folder in it is nested deeper than any can be") from exc
     if asked.json:
         shown = {"guest": receipt.name, "argv": list(receipt.argv), "exit_code": receipt.exit_code, "read": [each._asdict() for each in found]}
         print(json.dumps(shown, indent=1))
@@ -55,25 +59,27 @@ def _printable(path: str) -> str:
 def _rows(record: Bundle, read: set[bytes]) -> Iterator[Row]:
     place = record.find(bundle.IPFS)
     top = None if place is None else record.node(place)
+    counted: dict[Cid, int] = {}
+    stack: list[tuple[Cid, str]] = []  # a tree may be far deeper than Python's calls
+
+    def put(folder: Directory | Shard, path: str) -> None:
+        stack.extend(reversed([(child, f"{path}/{os.fsdecode(entry)}") for child, entry in _entries(record, read, folder)]))
+
     if isinstance(top, Directory):
-        for link in top.links:
-            yield from _below(record, read, link.cid, f"/{bundle.IPFS}/{os.fsdecode(link.name)}")
-
-
-def _below(record: Bundle, read: set[bytes], cid: Cid, path: str) -> Iterator[Row]:
-    """The rows of what was read at `path` and beneath: depth is bounded by the paths that a file system can name."""
-    if cids.multihash(cid) not in read and cids.inline(cid) is None:
-        return
-    node = record.node(cid)
-    name = cids.text(cid)
-    if isinstance(node, File):
-        yield Row(path, "file", node.size, _bytes_read(record, read, node), name)
-    elif isinstance(node, Symlink):
-        yield Row(path, "symlink", len(node.target), len(node.target), name)
-    else:
-        yield Row(path, "directory", 0, 0, name)
-        for child, entry in _entries(record, read, node):
-            yield from _below(record, read, child, f"{path}/{os.fsdecode(entry)}")
+        put(top, f"/{bundle.IPFS}")
+    while stack:
+        cid, path = stack.pop()
+        if cids.multihash(cid) not in read and cids.inline(cid) is None:
+            continue
+        node = record.node(cid)
+        name = cids.text(cid)
+        if isinstance(node, File):
+            yield Row(path, "file", node.size, _bytes_read(record, read, node, counted), name)
+        elif isinstance(node, Symlink):
+            yield Row(path, "symlink", len(node.target), len(node.target), name)
+        else:
+            yield Row(path, "directory", 0, 0, name)
+            put(node, path)
 
 
 def _entries(record: Bundle, read: set[bytes], node: Directory | Shard) -> Iterator[tuple[Cid, bytes]]:
@@ -88,10 +94,13 @@ def _entries(record: Bundle, read: set[bytes], node: Directory | Shard) -> Itera
             yield from _entries(record, read, hamt.subshard(link.cid, record.block(link.cid)))
 
 
-def _bytes_read(record: Bundle, read: set[bytes], node: File) -> int:
-    total = node.inline
-    for child in node.children:
-        if cids.multihash(child.cid) in read:
-            below = record.node(child.cid)
-            total += _bytes_read(record, read, below) if isinstance(below, File) else 0
-    return total
+def _bytes_read(record: Bundle, read: set[bytes], node: File, counted: dict[Cid, int]) -> int:
+    """`counted` has the nodes that were looked at: a file may name one block a billion times."""
+    if node.cid not in counted:
+        total = node.inline
+        for child in node.children:
+            if cids.multihash(child.cid) in read:
+                below = record.node(child.cid)
+                total += _bytes_read(record, read, below, counted) if isinstance(below, File) else 0
+        counted[node.cid] = total
+    return counted[node.cid]

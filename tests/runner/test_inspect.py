@@ -1,0 +1,65 @@
+"""`inspect` of records that were made to do harm: it ends, and says what it can."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ipfsfuse.dag import build
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.build import Built
+from runner import receipt, streams
+from runner.bundle import Writer
+from runner.limits import NO_LIMITS
+from runner.receipt import Receipt
+from tests.runner.conftest import TOP, Runner
+
+GUEST = b"any guest"
+
+
+def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
+    """Ends a record of a run that read `read` of the DAG `root`."""
+    empty = streams.Digested(None).digest()
+    guest, stdin = writer.add_file(io.BytesIO(GUEST)), writer.add_file(io.BytesIO())
+    told = Receipt(
+        guest.cid, "guest", ["guest"], [], None, NO_LIMITS, [], False, {}, [each.cid for each in read], [], [], empty, empty, empty, 0, False, "", 0.0
+    )
+    held = writer.add_file(io.BytesIO(receipt.encode(told)))
+    below = writer.add_folder([(cids.text(root.cid), root)])
+    writer.close(writer.add_folder([("receipt.json", held), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", below)]))
+
+
+def inspected(target: Path) -> list[dict[str, Any]]:
+    done = Runner({**os.environ, "PYTHONPATH": str(TOP)})("inspect", target, "--json")
+    assert done.returncode == 0, done
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["read"]
+    return rows
+
+
+def test_a_tree_3000_deep_is_shown(tmp_path: Path) -> None:
+    target = tmp_path / "run.car"
+    with target.open("w+b") as out:
+        writer = Writer(out)
+        read = [writer.add_file(io.BytesIO(b"bottom"))]
+        for _ in range(3000):
+            read.append(writer.add_folder([("d", read[-1])]))
+        write(target, writer, read[-1], read)
+    rows = inspected(target)
+    assert len(rows) == 3001
+    assert (rows[-1]["path"].count("/d"), rows[-1]["read"]) == (3000, 6)
+
+
+def test_a_file_that_names_one_block_a_billion_times_is_counted_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "run.car"
+    with target.open("w+b") as out:
+        writer = Writer(out)
+        read = [writer.add_file(io.BytesIO(b"x"))]
+        for _ in range(30):
+            builder = build.FileBuilder(build.UNIXFS_V1_2025, writer.put)
+            builder.add(read[-1])
+            builder.add(read[-1])
+            read.append(builder.finish())
+        write(target, writer, read[-1], read)
+    (row,) = inspected(target)
+    assert row["size"] == row["read"] == 1 << 30
