@@ -1,6 +1,7 @@
 """A whole DAG brought in: for `prefetch` and `pin`. What is staged already is not fetched again, so it can be resumed.
 
-Concurrency: files side by side, a few at a time; memory is bounded by the names of one directory page a level.
+Concurrency: files side by side, a few at a time. Memory holds the CID of everything that was seen, and the children yet
+to come of each directory on the way down.
 """
 
 from collections.abc import Awaitable, Callable
