@@ -14,7 +14,8 @@ import trio
 
 from ipfsfuse.cache.folder.staging import PART
 from ipfsfuse.cache.pinset import PinsetCache
-from tests.cache.standin import Chain, random_bytes
+from ipfsfuse.dag import cid as cids
+from tests.cache.standin import Chain, make_file, random_bytes
 
 READER = """
 import json, os, random, sys, time
@@ -122,7 +123,8 @@ import os, signal, sys
 from pathlib import Path
 import trio
 from ipfsfuse.cache.pinset import PinsetCache
-from tests.cache.standin import Chain, random_bytes
+from ipfsfuse.dag import cid as cids
+from tests.cache.standin import Chain, make_file, random_bytes
 
 async def main():
     chain = Chain()
@@ -146,5 +148,25 @@ def test_small_blocks_written_in_the_last_moment_are_there(tmp_path: Path) -> No
                 block = random_bytes(3000, number)
                 assert await cache.block(chain.add(block)) == block
             assert chain.asked == []
+
+    trio.run(main)
+
+
+def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, _content = make_file(chain, 1 << 20, 1 << 18)
+        other, others, _content = make_file(chain, 1 << 20, 1 << 18, seed=1)
+        async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
+            for leaf in leaves:
+                await cache.leaf(file, leaf)
+        whole = tmp_path / "files" / cids.text(file.cid)
+        part = whole.with_name(f"{whole.name}.part")
+        part.write_bytes(random_bytes(1 << 19, 1))
+        (tmp_path / "files" / f"{cids.text(other.cid)}.part").touch()
+        async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
+            assert not part.exists()
+            await cache.leaf(other, others[0])
+            assert {kept.cid: (kept.size, kept.complete) for kept in cache.kept()} == {file.cid: (file.size, True), other.cid: (other.size, False)}
 
     trio.run(main)

@@ -104,15 +104,15 @@ class Staging:
 
     def scan(self) -> Iterator[Entry]:
         """What an earlier run left, last used first; what is no staging file is deleted."""
-        found = []
+        found: dict[Cid, Entry] = {}
         with os.scandir(self.folder) as items:
-            for item in items:
+            for item in sorted(items, key=lambda item: item.name):  # a whole file before the part of the same
                 entry = self._recognise(item)
-                if entry is None:
+                if entry is None or entry.cid in found:
                     os.unlink(item.path)
                 else:
-                    found.append(entry)
-        return iter(sorted(found, key=lambda entry: -entry.last_used))
+                    found[entry.cid] = entry
+        return iter(sorted(found.values(), key=lambda entry: -entry.last_used))
 
     def _recognise(self, item: "os.DirEntry[str]") -> Entry | None:
         name, complete = item.name.removesuffix(PART), not item.name.endswith(PART)
@@ -123,6 +123,8 @@ class Staging:
         except NotACid:
             return None
         info = item.stat(follow_symlinks=False)
+        if not info.st_size:  # killed between its making and its first write: it does not know how large its file is
+            return None
         return Entry(cid, info.st_size, complete, None, False, info.st_blocks * 512, info.st_blocks * 512, last_used=info.st_mtime)
 
     def look(self, entry: Entry) -> Extents:
