@@ -133,6 +133,8 @@ class _Job:
 
     def _standard_input(self) -> Steps:
         self._path = "standard input"
+        if sys.stdin is None:  # what Python makes of a descriptor 0 that was closed (`<&-`)
+            raise AddFailed("standard input is closed: pipe something in, or name a PATH")
         built = self._files.stream(sys.stdin.fileno(), self._path)
         name = cids.text(built.cid)
         yield Added(built.cid, name, built.tsize)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.adding import AddOptions, add
-from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.errors import AddFailed, StoreFailed, UsageError
 from ipfsfuse.sources.files.library import Library
 from tests.adding.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
 
@@ -109,6 +109,12 @@ def test_a_name_that_is_not_utf_8_is_refused(tree: Path, library: Library) -> No
     with open(os.fsencode(tree) + b"/b/caf\xe9", "wb"):
         pass
     refuse(library, tree, r"caf\\xe9': the name is not UTF-8")
+
+
+def test_a_closed_standard_input_is_named(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(AddFailed, match="standard input is closed"):
+        list(add(["-"], AddOptions(), library))
 
 
 def test_two_paths_of_one_name_can_not_be_wrapped(tree: Path, tmp_path: Path) -> None:
