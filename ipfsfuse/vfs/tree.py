@@ -188,6 +188,17 @@ class Tree:
             raise NotFound(f"{cids.text(cid)} is a symlink")
         return node
 
+    def file_at_hand(self, cid: Cid) -> File | None:
+        """As `file` where that needs to wait for nothing."""
+        found = self._nodes.get(cid)
+        if not isinstance(found, File):
+            return None
+        if self.use is not None:
+            self.use(cid, ahead=False)
+        if self._ahead is not None:
+            self._ahead.used(cid)
+        return found
+
     async def readlink(self, cid: Cid) -> bytes:
         """The target as stored. Raises NotALink."""
         node = await self.node(cid)

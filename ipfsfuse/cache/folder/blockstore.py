@@ -56,12 +56,18 @@ class BlockStore(Disk):
         if self.trouble.waiting:
             return False
         data, head = section(cids.canonical(cid), block)
-        async with self.appending:
+        if self.appending.locked():
+            await self.appending.acquire()
+        else:
+            self.appending.acquire_nowait()  # without a turn of the event loop, which costs as much as the writing
+        try:
             place = self.place(cid)
             if place is not None and (series is None or place.pack in series.packs):
                 return True
             pack = await self._room_in(series or self.series, len(data))
             return pack is not None and await self._append(pack, cid, data, head)
+        finally:
+            self.appending.release()
 
     async def _room_in(self, series: Series, size: int) -> int | None:
         """The pack of `series` that has room reserved for `size` more bytes; None where there is none."""

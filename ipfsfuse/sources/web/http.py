@@ -195,8 +195,7 @@ class Http:
 
     async def _send(self, origin: Origin, method: str, path: str, headers: Headers, body: bytes) -> tuple[Wire, Head]:
         """The connection and the answer's head. A kept connection that turns out closed is replaced, once."""
-        with translated(self.origin.text):
-            request, target = self._request(origin, method, path, headers, len(body))
+        request, target = self._request(origin, method, path, headers, len(body))
         while True:
             wire, kept = await self._take(origin)
             try:
@@ -224,7 +223,8 @@ class Http:
                 every.append(("Content-Length", str(length)))
             if proxy is not None and proxy.authorization:
                 every.append(("Proxy-Authorization", proxy.authorization))
-            request = self._made[key] = Request(method, every)
+            with translated(self.origin.text):
+                request = self._made[key] = Request(method, every)
             if len(self._made) > MADE:  # each range is made once
                 del self._made[next(iter(self._made))]
         return request, path if proxy is None else f"http://{origin.authority}{path}"
