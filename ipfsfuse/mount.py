@@ -99,7 +99,8 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
             log.info("mounted at %s", config.mountpoint)
             ready(control.socket_path(folder))
 
-        await sessions.serve(session, answers, readahead=config.record is None)
+        with operations.storing_pages():
+            await sessions.serve(session, answers, readahead=config.record is None)
         log.info("unmounted")
         nursery.cancel_scope.cancel()
 
@@ -114,14 +115,14 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
         pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
         cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline, pins=pins))
-        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of)
+        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of, cache.pinned())
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)
         roots = Roots(lambda: _listed(chain, cache), cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
-        pages = stack.enter_context(Pages.running()) if record is None else None
+        pages = Pages() if record is None else None
         server = ControlServer(Commands(config, cache, chain, pins, tree).table())
         await nursery.start(server.serve, control.socket_path(folder))
         yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server

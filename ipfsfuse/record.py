@@ -37,5 +37,8 @@ class Record:
         if (cid, ahead) in self._seen or (ahead and (cid, False) in self._seen):
             return
         self._seen.add((cid, ahead))
-        self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
-        self._out.flush()
+        try:
+            self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
+            self._out.flush()
+        except OSError as exc:  # a record with a gap would be worse than a read that fails
+            raise StoreFailed(f"the record can't be written: {exc.strerror}") from exc

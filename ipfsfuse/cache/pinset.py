@@ -134,6 +134,10 @@ class PinsetCache(Reading):
             yield cid, self._names.spelling(cid)
         yield from self._names.staged()
 
+    def pinned(self) -> Sequence[Cid]:
+        """The roots, in canonical form, of what is kept for good."""
+        return self._keeping.pins
+
     def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
         """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for each file first.
 

@@ -7,7 +7,7 @@ never given: the next free one is taken.
 """
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from ipfsfuse.dag.cid import Cid, canonical, multihash
@@ -35,7 +35,9 @@ class Inode:
 class Inodes:
     """The table. Every reference counted in `lookups` is given back through `forget`."""
 
-    def __init__(self, root: Attributes) -> None:
+    def __init__(self, root: Attributes, pending: Callable[[int], bool] = lambda _number: False) -> None:
+        """`pending` tells whether something is still on its way to a number that the kernel gave back."""
+        self._pending = pending
         held = Inode(ROOT, Cid(b""), "root", root, lookups=1)
         self._by_number: dict[int, Inode] = {ROOT: held}
         self._by_key: dict[Hashable, Inode] = {held.key: held}
@@ -68,7 +70,7 @@ class Inodes:
         return found
 
     def _new(self, key: Hashable, cid: Cid, attributes: Attributes, number: int) -> Inode:
-        while number <= ROOT or number in self._by_number:
+        while number <= ROOT or number in self._by_number or self._pending(number):
             number = number + 1 & _MASK
         made = self._by_number[number] = self._by_key[key] = Inode(number, cid, key, attributes)
         return made

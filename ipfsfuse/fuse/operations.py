@@ -7,7 +7,7 @@ only between two awaits.
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import pyfuse3
@@ -50,13 +50,17 @@ class Operations(ReadOnlyOperations):
         super().__init__()
         self._tree, self._roots, self._interrupts, self._pages = tree, roots, interrupts, pages
         self._budget = budget
-        self._inodes = Inodes(attributes.ROOT)
+        self._inodes = Inodes(attributes.ROOT, pages.pending) if pages is not None else Inodes(attributes.ROOT)
         self._replies = replies.Replies()
         self._files: dict[int, OpenFile] = {}
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
         self.kernel_reads_ahead = False
         """True where the kernel was told to read ahead far enough by itself."""
+
+    def storing_pages(self) -> AbstractContextManager[None]:
+        """While the session serves: what nobody asked for yet goes to the page cache."""
+        return self._pages.running() if self._pages is not None else nullcontext()
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -104,7 +108,8 @@ class Operations(ReadOnlyOperations):
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
-        held = self._inodes.get(inode).attributes
+        with translated():
+            held = self._inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
     # -- files ---------------------------------------------------------------------------------------------------

@@ -56,6 +56,12 @@ def test_a_number_that_is_held_is_never_given_to_another_cid() -> None:
     assert table.file(cid_of("x"), FILE).number == likely(cid_of("x"))
 
 
+def test_a_number_with_pages_on_their_way_is_not_given_to_another_cid() -> None:
+    waiting = {likely(cid_of("x"))}
+    table = Inodes(attributes.ROOT, waiting.__contains__)
+    assert table.file(colliding(cid_of("x")), FILE).number == likely(cid_of("x")) + 1
+
+
 def test_the_table_holds_nothing_that_the_kernel_gave_back() -> None:
     table = Inodes(attributes.ROOT)
     for number in range(1000):

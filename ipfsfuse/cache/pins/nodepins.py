@@ -66,10 +66,15 @@ class NodePins:
         for node in self._nodes.values():
             node.unkeep(cid)
 
-    def settle(self, staged: Iterable[Cid], is_staged: Callable[[Cid], object]) -> None:
-        """Said at the start: holds the files `staged`, and lets go of what a crash left held that is staged no more."""
-        files = list(staged)
+    def settle(self, staged: Iterable[Cid], is_staged: Callable[[Cid], object], pinned: Iterable[Cid]) -> None:
+        """Said at the start: holds the files `staged`, and for good what is `pinned`; lets go of what a crash left held
+        that is neither any more."""
+        files, for_good = list(staged), set(pinned)
         for node in self._nodes.values():
+            for cid in set(node.kept()) - for_good:
+                node.unkeep(cid)
+            for cid in for_good:
+                node.keep(cid)
             node.settle([*files, *filter(is_staged, node.held())])
 
     def status(self) -> dict[str, PinStatus]:
