@@ -15,8 +15,12 @@ from tests.mounting import Home, alive, fuse_mounts, wait_until
 NOBODY = 65534
 
 as_user = pytest.mark.skipif(
-    os.getuid() != 0 or shutil.which("setpriv") is None or not os.path.exists("/dev/fuse") or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
-    reason="needs root, to become somebody else, setpriv, and a /dev/fuse that is open to all, as udev makes it",
+    os.getuid() != 0
+    or shutil.which("setpriv") is None
+    or not os.path.exists("/etc/mtab")
+    or not os.path.exists("/dev/fuse")
+    or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
+    reason="needs root, to become somebody else, setpriv, /etc/mtab (fusermount3 reads it for users), and a /dev/fuse open to all, as udev makes it",
 )
 
 

@@ -1,13 +1,12 @@
 """The runner and its mount: the live one, or one of its own that ends with it, in whatever way it ends."""
 
-import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, fuse_mounts, wait_until
+from tests.mounting import Home, alive, fuse_mounts, wait_until
 from tests.runner.conftest import DEMO, Runner, lines
 
 pytestmark = pytest.mark.fuse
@@ -82,7 +81,7 @@ def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path) -> None:
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.wait()
-    wait_until(lambda: not os.path.exists(f"/proc/{child}"), "the guest ended")
+    wait_until(lambda: not alive(int(child)), "the guest ended")
     wait_until(lambda: nothing_is_left(run), "nothing is left")
 
 

@@ -1,6 +1,5 @@
 """A guest that waits for a block which never comes: whatever ends the run ends it, long before the mount's deadline."""
 
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, fuse_mounts, wait_until
+from tests.mounting import Home, alive, fuse_mounts, wait_until
 from tests.runner.conftest import DEMO, Runner
 
 pytestmark = pytest.mark.fuse
@@ -63,4 +62,4 @@ def test_kill_9(run: Runner, silence: socket.socket) -> None:
             process.kill()
             process.wait(timeout=60)
             wait_until(lambda: nothing_is_mounted(run), "the mount is gone")
-            wait_until(lambda: not os.path.exists(f"/proc/{child}"), "the guest is gone")
+            wait_until(lambda: not alive(int(child)), "the guest is gone")

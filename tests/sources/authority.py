@@ -14,13 +14,20 @@ def _openssl(*args: str | Path) -> None:
     subprocess.run(["openssl", *args], check=True, capture_output=True)
 
 
+def _in_the_past() -> list[str]:
+    """How this openssl is told to make a certificate that expired: from 3.4 on by dates, before that by negative days."""
+    said = subprocess.run(["openssl", "x509", "-help"], check=True, capture_output=True, text=True)
+    dated = "-not_after" in said.stdout + said.stderr
+    return ["-not_before", "20200101000000Z", "-not_after", "20200102000000Z"] if dated else ["-days", "-1"]
+
+
 class Authority:
     """`certificate` is the file to trust."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key, self.certificate = folder / "ca.key", folder / "ca.pem"
-        _openssl("req", "-x509", *EC, "-days", "2", "-subj", "/CN=test authority", "-keyout", self._key, "-out", self.certificate)
+        _openssl("req", "-x509", *EC, "-days", "2", "-subj", "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", self._key, "-out", self.certificate)
 
     def vouch(self, name: str, days: int = 2) -> ssl.SSLContext:
         """The context of a server that is called `name` (`DNS:host` or `IP:address`); of negative `days`, one that expired."""
@@ -28,7 +35,11 @@ class Authority:
         names.write_text(f"subjectAltName={name}\n")
         _openssl("req", *EC, "-subj", "/CN=server", "-keyout", key, "-out", request)
         by = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial")
-        _openssl("x509", "-req", "-in", request, *by, "-days", str(days), "-extfile", names, "-out", certificate)
+        sign = ("x509", "-req", "-in", request, *by, "-extfile", names, "-out", certificate)
+        if days > 0:
+            _openssl(*sign, "-days", str(days))
+        else:
+            _openssl(*sign, *_in_the_past())
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         return context
