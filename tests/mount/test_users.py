@@ -20,7 +20,7 @@ as_user = pytest.mark.skipif(
     or not os.path.exists("/etc/mtab")
     or not os.path.exists("/dev/fuse")
     or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
-    reason="needs root, to become somebody else, setpriv, /etc/mtab (fusermount3 reads it for users), and a /dev/fuse open to all, as udev makes it",
+    reason="needs root, to become somebody else, setpriv, /etc/mtab (which fusermount3 reads for users), and udev's /dev/fuse, open to all",
 )
 
 
