@@ -27,7 +27,8 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key, self.certificate = folder / "ca.key", folder / "ca.pem"
-        _openssl("req", "-x509", *EC, "-days", "2", "-subj", "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", self._key, "-out", self.certificate)
+        may = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # demanded since OpenSSL 3.5 and Python 3.13
+        _openssl("req", "-x509", *EC, "-days", "2", "-subj", "/CN=test authority", *may, "-keyout", self._key, "-out", self.certificate)
 
     def vouch(self, name: str, days: int = 2) -> ssl.SSLContext:
         """The context of a server that is called `name` (`DNS:host` or `IP:address`); of negative `days`, one that expired."""
