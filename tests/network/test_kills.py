@@ -1,6 +1,6 @@
 """The daemon is killed with readers running, again and again: it mounts again, and nothing is wrong, lost or left over.
 
-IPFSFUSE_KILLS says how often (30).
+IPFSFUSE_KILLS says how often (30), half of them under a budget that has no room for all.
 """
 
 import os
@@ -21,7 +21,8 @@ from tests.mounting import Home, alive, wait_until
 
 KILLS = int(os.environ.get("IPFSFUSE_KILLS", "30"))
 MIB = 1 << 20
-BUDGET = 14 * MIB
+TIGHT, AMPLE = 14 * MIB, 256 * MIB
+"""Budgets: one that has no room for all, and one in which nothing is ever evicted."""
 READERS = 3
 
 READER = """
@@ -46,7 +47,8 @@ while True:
 class Kills:
     """A tree of large and small files, its gateway, and the mount that is killed."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, budget: int) -> None:
+        self.budget = budget
         self.home, self.dice, self.dag = home, random.Random(17), Dag()
         self.truth = home.folder / "truth"
         self.truth.mkdir()
@@ -73,7 +75,7 @@ class Kills:
         return self.home.mountpoint / self.root
 
     def mount(self) -> int:
-        told: dict[str, Any] = self.home.json("mount", "--json", "--from", self.gateway.url, "--budget", str(BUDGET), self.home.mountpoint)
+        told: dict[str, Any] = self.home.json("mount", "--json", "--from", self.gateway.url, "--budget", str(self.budget), self.home.mountpoint)
         return int(told["pid"])
 
     def one(self, seed: int) -> None:
@@ -83,22 +85,29 @@ class Kills:
         try:
             self.no_orphans()
             self.nothing_complete_again(complete)
-            command = [sys.executable, "-S", "-c", READER, self.folder, self.truth]
+            command = [sys.executable, "-S", "-c", READER, str(self.folder), str(self.truth)]
             readers = [subprocess.Popen([*command, str(READERS * seed + n)], stderr=subprocess.PIPE, text=True) for n in range(READERS)]
             time.sleep(self.dice.uniform(0.0, 0.6))  # any moment will do
         finally:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not alive(pid), "the daemon is dead")
         assert [(reader.communicate()[1], reader.returncode) for reader in readers] == [("", 0)] * READERS
-        assert self.on_disk() <= BUDGET
+        assert self.on_disk() <= self.budget
 
     def nothing_complete_again(self, complete: list[str]) -> None:
         for cid in complete:
             name, leaves = self.leaves[cid]
-            before = [self.gateway.asked[leaf] for leaf in leaves]
+            before, evictions = [self.gateway.asked[leaf] for leaf in leaves], self.evictions()
             assert (self.folder / name).read_bytes() == (self.truth / name).read_bytes()
-            assert [self.gateway.asked[leaf] for leaf in leaves] == before, f"{name} was complete, and fetched again"
-            self.again += 1
+            if evictions == self.evictions() == 0:
+                assert [self.gateway.asked[leaf] for leaf in leaves] == before, f"{name} was complete, and fetched again"
+                self.again += 1
+
+    def evictions(self) -> int:
+        """Since this mount began: a small block that a crash took needs room again, and may push a file out."""
+        count = int(self.home.json("status", "--json")["cache"]["evictions"])
+        assert count == 0 or self.budget == TIGHT
+        return count
 
     def staged(self) -> list[str]:
         folder = self.home.cache / "files"
@@ -108,7 +117,7 @@ class Kills:
         """The daemon knows each file that stands there, and counts within its budget."""
         known = {entry["cid"] for entry in self.home.json("ls", "--json")["entries"]}
         assert {name.removesuffix(".part") for name in self.staged()} <= known
-        assert self.home.json("status", "--json")["cache"]["used"] <= BUDGET
+        assert self.home.json("status", "--json")["cache"]["used"] <= self.budget
 
     def on_disk(self) -> int:
         """What the cache takes of the disk (the log and the lock aside)."""
@@ -117,13 +126,14 @@ class Kills:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_mounts_again_with_no_wrong_byte_and_nothing_lost(home: Home) -> None:
-    kills = Kills(home)
+@pytest.mark.parametrize("budget", [TIGHT, AMPLE])
+def test_killed_at_any_moment_it_mounts_again_with_no_wrong_byte_and_nothing_lost(home: Home, budget: int) -> None:
+    kills = Kills(home, budget)
     with kills.gateway.serving():
         try:
-            for seed in range(KILLS):
+            for seed in range(KILLS // 2):
                 kills.one(seed)
-            assert kills.again > KILLS // 2, "kills left complete files to look at"
+            assert kills.again > KILLS // 4, "kills left complete files to look at"
             pid = kills.mount()
             for path in kills.truth.iterdir():
                 assert (kills.folder / path.name).read_bytes() == path.read_bytes()

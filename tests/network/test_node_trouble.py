@@ -54,4 +54,5 @@ def test_the_node_restarted_between_cold_reads(own_node: Node, home: Home) -> No
     with mounted(home, own_node) as mount:
         for number, (cid, content) in enumerate(contents.items()):
             assert (mount.path / cid).read_bytes() == content
-            own_node.restart() if number % 2 else (own_node.kill(), own_node.start())
+            own_node.stop() if number % 2 else own_node.kill()
+            own_node.start()
