@@ -28,6 +28,11 @@ class Mounted:
     def status(self) -> dict[str, Any]:
         return self.home.json("status", "--json")
 
+    def peak_memory(self) -> int:
+        """The most that the daemon ever had in memory, in bytes."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
     def log(self) -> str:
         return (self.control.parent / "daemon.log").read_text()
 

@@ -102,6 +102,8 @@ def test_a_file_of_2_to_the_62_bytes_opens_and_reads_what_is_there(home: Home) -
         with file.open("rb", buffering=0) as opened:
             assert os.pread(opened.fileno(), 3, size // 3) == b"zzz"
         assert len(gateway.asked) < 50
+        assert (mount.path / cids.text(leaf)).stat().st_size == 1 << 20
+        assert mount.peak_memory() < 300 << 20
 
 
 def test_a_tree_10000_deep_is_walked(home: Home) -> None:
@@ -118,6 +120,8 @@ def test_a_tree_10000_deep_is_walked(home: Home) -> None:
         with os.fdopen(os.open("d", os.O_RDONLY, dir_fd=top), "rb") as bottom:
             assert bottom.read() == b"bottom"
         os.close(top)
+        assert os.listdir(mount.path / cids.text(here)) == ["d"]
+        assert mount.peak_memory() < 300 << 20
 
 
 def test_a_hundred_readers_of_one_cold_file_cause_one_request_a_block(home: Home) -> None:

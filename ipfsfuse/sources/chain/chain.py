@@ -37,7 +37,8 @@ class Chain:
         self.offline = offline
         self.chance = chance or random.Random()
         self.hedges = HedgeBudget()
-        members = [Member(source, self.chance) for source in sources]
+        network = sum(not source.in_place for source in sources)
+        members = [Member(source, self.chance, max(network, 1)) for source in sources]
         self._in_place = [member for member in members if member.source.in_place]
         self._network = [member for member in members if not member.source.in_place]
         self._members = members

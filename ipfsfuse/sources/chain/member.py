@@ -16,6 +16,8 @@ from ipfsfuse.sources.chain.slots import Slots
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.kubo import Kubo
 
+IN_ALL = 64
+"""Requests that are not late, over all network sources; shared out evenly, so that a stalled source keeps none from another."""
 RUNNING = 16
 """Requests at one source that are not late. More made a node on this machine no faster."""
 LATE = 128
@@ -25,11 +27,12 @@ SLOW_HERE, SLOW_FAR = 0.01, 0.5
 
 
 class Member:
-    def __init__(self, source: Source, chance: random.Random) -> None:
+    def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
+        """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
         self.remote = isinstance(source, Gateway) and not source.local
         self.health = Health(chance, may_aside=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
-        self.slots = Slots(RUNNING, LATE, self.health.slow_after)
+        self.slots = Slots(max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by)), self.health.slow_after)
         self._answered = float("-inf")
 
     async def ask(self, cid: Cid, *, hedge: bool = False) -> bytes:
