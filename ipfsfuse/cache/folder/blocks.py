@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse.cache.folder.filebytes import write_all
 from ipfsfuse.cache.folder.index import Index, Statements
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import varint
@@ -174,9 +175,7 @@ class Packs:
         """Appends one section. Small ones are written on the event loop: into the page cache, 10 us."""
         file = os.open(self.path(pack), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            done = os.pwrite(file, data, at)
-            while done < len(data):
-                done += os.pwrite(file, data[done:], at + done)
+            write_all(file, data, at)
         finally:
             os.close(file)
 

@@ -59,6 +59,7 @@ class Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def gone(self) -> bool:
+        """`dead`, looked at anew: it may have become so between two takings of the lock."""
         return self.dead
 
     def whole(self) -> bool:
@@ -78,7 +79,7 @@ class Staging:
     # -- on the event loop -------------------------------------------------------------------------------------------
 
     def entry(self, cid: Cid, size: int) -> Entry:
-        """The entry of `cid`, new and empty where there is none; a file of the same name and another size is none."""
+        """The entry of `cid`, new and empty where there is none: a CID fixes its size."""
         known = self.entries.get(cid)
         if known is None:
             known = self.entries[cid] = Entry(cid, size, extents=Extents())
