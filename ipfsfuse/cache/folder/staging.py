@@ -133,7 +133,7 @@ class Staging:
         if entry.complete:
             return Extents([(0, entry.size)])
         found = Extents()
-        file = self._open(entry, os.O_RDONLY)
+        file = self._open_to_read(entry)
         try:
             at = 0
             while at < entry.size:
@@ -149,7 +149,7 @@ class Staging:
 
     def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool]:
         """What is stored for `leaf`, and whether that is its content."""
-        file = self._open(entry, os.O_RDONLY)
+        file = self._open_to_read(entry)
         try:
             data = os.pread(file, leaf.size, leaf.offset)
         finally:
@@ -228,11 +228,15 @@ class Staging:
         """What was used last is known after a restart by the files' times."""
         os.utime(self._path(entry), (entry.last_used, entry.last_used))
 
-    def _open(self, entry: Entry, flags: int) -> int:
+    def _open_to_read(self, entry: Entry) -> int:
         try:
-            return os.open(self._path(entry), flags | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # renamed between the look and the call, or really gone
-            return os.open(self._path(entry), flags | os.O_CLOEXEC, 0o600)
+            return self._open(entry, os.O_RDONLY)
+        except FileNotFoundError:  # under the lock: between its renaming and `complete` neither name is right
+            with entry.lock:
+                return self._open(entry, os.O_RDONLY)
+
+    def _open(self, entry: Entry, flags: int) -> int:
+        return os.open(self._path(entry), flags | os.O_CLOEXEC, 0o600)
 
     def _path(self, entry: Entry) -> Path:
         name = cids.text(entry.cid)
