@@ -16,7 +16,7 @@ from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, Read
 from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.fuse import replies, xattrs
+from ipfsfuse.fuse import kernellists, replies, xattrs
 from ipfsfuse.fuse.errnos import fuse_error
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
@@ -151,8 +151,8 @@ class Operations(ReadOnlyOperations):
             if inode == ROOT:
                 self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
             else:
-                held = self._inodes.get(inode)
-                self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)
+                handle = kernellists.kept(handle)
+                self._listings[handle] = Listing(self._inodes.get(inode), self._tree, self._inodes, self._replies)
             return FileHandleT(handle)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
