@@ -216,7 +216,7 @@ class Bundle:
         try:
             wanted = next(walk)
             while True:
-                wanted = walk.send([self.block(each) for each in wanted])
+                wanted = walk.send([self.node(each) for each in wanted])
         except StopIteration as stop:
             found: list[Leaf] = stop.value
             return found

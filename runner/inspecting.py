@@ -91,7 +91,7 @@ def _entries(record: Bundle, read: set[bytes], node: Directory | Shard) -> Itera
         if entry:
             yield link.cid, entry
         elif cids.multihash(link.cid) in read:
-            yield from _entries(record, read, hamt.subshard(link.cid, record.block(link.cid)))
+            yield from _entries(record, read, hamt.subshard(record.node(link.cid)))
 
 
 def _bytes_read(record: Bundle, read: set[bytes], node: File, counted: dict[Cid, int]) -> int:

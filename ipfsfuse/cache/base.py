@@ -4,11 +4,14 @@ Concurrency: every method may be called by many tasks at once. A fetch belongs t
 the fetch goes on while anyone waits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
+
+import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.sources.base import Subtree
 
 
 class FileRef(NamedTuple):
@@ -21,6 +24,8 @@ class FileRef(NamedTuple):
 
 
 Content = bytes | memoryview
+Seen = Callable[[Cid, bytes], Iterable[Cid]]
+"""Called (on the event loop, must not block) with each verified block as it comes; says which others are wanted for it."""
 Arrived = Callable[[Leaf, Content], None]
 """Called (on the event loop, must not block) with each leaf's verified content as it comes."""
 
@@ -66,6 +71,13 @@ class Cache(Protocol):
         """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way, unless
         `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never raises for a
         block that can't be had: who reads it will hear."""
+        ...
+
+    def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
+        """Begins to bring in `wanted`, blocks of `subtree`, by one answer where a source can, and what `seen` wants besides.
+
+        From now on who asks for one of them waits for that answer instead of asking for it alone. The event is set when
+        it has ended; what did not come is asked for when it is used."""
         ...
 
     def opened(self, file: FileRef) -> None:

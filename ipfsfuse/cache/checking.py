@@ -16,7 +16,7 @@ from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges
 from ipfsfuse.dag.front import Walk, node
-from ipfsfuse.dag.nodes import File, Leaf
+from ipfsfuse.dag.nodes import File, Leaf, parse
 from ipfsfuse.errors import IpfsFuseError
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ async def _drive(reading: Reading, walk: Walk[T]) -> T:
     try:
         wanted = next(walk)
         while True:
-            wanted = walk.send([await reading.block(cid) for cid in wanted])
+            wanted = walk.send([parse(cid, await reading.block(cid)) for cid in wanted])
     except StopIteration as end:
         result: T = end.value
         return result

@@ -18,9 +18,6 @@ from ipfsfuse.errors import IpfsFuseError, Unavailable
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-Land = Callable[[K, V], None]
-"""Called with each key of a run and its value, as it comes."""
-
 MAX_REMEMBERED = 10_000
 """Failures kept at a time: what is forgotten early is only asked for once more."""
 
@@ -90,53 +87,49 @@ class Flights(Generic[K, V]):
         self._note_failure(key, late)
         raise late
 
-    async def run(self, keys: Iterable[K], fetch: Callable[[Sequence[K], Land[K, V]], Awaitable[None]]) -> None:
-        """One `fetch(keys, land)` for those of `keys` that are not under way; it calls `land(key, value)` for each as it comes.
+    def launch(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]]) -> "Ride[K, V]":
+        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and may expect more.
 
-        Returns when it has ended. What has not landed then is left to who waits for it: they ask for it alone. The
-        caller counts as one who waits; gives up when for a whole deadline nothing has landed; raises nothing."""
-        ride = _Fetch()
-        mine = [key for key in dict.fromkeys(keys) if key not in self._flights]
-        for key in mine:
-            self._flights[key] = _Flight(ride)
-        if not mine:
-            return
+        What has not landed when it ends is left to who waits for it: they ask for it alone. It raises nothing. The caller
+        counts as one who waits, until it leaves."""
+        ride: Ride[K, V] = Ride(self)
+        ride.expect(keys)
         ride.interest = 1
-        ended, news = trio.Event(), [trio.Event()]
-        self._nursery.start_soon(self._ride, ride, mine, fetch, ended, news)
+        if ride.keys:
+            self._nursery.start_soon(self._ride, ride, fetch)
+        else:
+            ride.end()
+        return ride
+
+    async def run(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]]) -> None:
+        """As `launch`; returns when it has ended, or when for a whole deadline nothing has landed."""
+        ride = self.launch(keys, fetch)
         try:
-            while not ended.is_set():
+            while not ride.ended.is_set():
                 with trio.move_on_after(self._deadline) as patience:
-                    await news[0].wait()
-                    news[0] = trio.Event()
+                    await ride.news.wait()
+                    ride.news = trio.Event()
                 if patience.cancelled_caught:
                     return
         finally:
             ride.leave()
 
-    async def _ride(
-        self, ride: _Fetch, mine: list[K], fetch: Callable[[Sequence[K], Land[K, V]], Awaitable[None]], ended: trio.Event, news: list[trio.Event]
-    ) -> None:
-        flights = {key: self._flights[key] for key in mine}
-
-        def land(key: K, value: V) -> None:
-            flight = flights.get(key)
-            if flight is not None and not flight.landed:
-                self._land(key, flight, value)
-                news[0].set()
-
+    async def _ride(self, ride: "Ride[K, V]", fetch: Callable[["Ride[K, V]"], Awaitable[None]]) -> None:
         try:
             with ride.scope:
                 try:
-                    await fetch(mine, land)
+                    await fetch(ride)
                 except Exception:  # whoever waits asks for its block alone, and hears what is wrong with that one
                     pass
         finally:
-            for key, flight in flights.items():
-                if not flight.landed:
-                    self._end(key, flight)
-            ended.set()
-            news[0].set()
+            ride.end()
+
+    def _board(self, key: K, fetch: _Fetch) -> _Flight[V] | None:
+        """A flight of `key` by `fetch`; None where one is under way."""
+        if key in self._flights:
+            return None
+        flight = self._flights[key] = _Flight[V](fetch)
+        return flight
 
     def _start(self, key: K, fetch: Callable[[], Awaitable[V]]) -> _Flight[V]:
         flight: _Flight[V] = _Flight(_Fetch())
@@ -193,3 +186,47 @@ class Flights(Generic[K, V]):
         if trio.current_time() < known[0]:
             raise copy.copy(known[1]) from known[1]
         del self._failed[key]
+
+
+class Ride(_Fetch, Generic[K, V]):
+    """A fetch of several keys, as it sees itself."""
+
+    __slots__ = ("_flights", "_landed", "_waiting", "ended", "news")
+
+    def __init__(self, flights: Flights[K, V]) -> None:
+        super().__init__()
+        self.ended = trio.Event()
+        self.news = trio.Event()
+        """Set with each landing."""
+        self._flights = flights
+        self._waiting: dict[K, _Flight[V]] = {}
+        self._landed: set[K] = set()
+
+    @property
+    def keys(self) -> Sequence[K]:
+        """What is still expected."""
+        return list(self._waiting)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._waiting
+
+    def expect(self, keys: Iterable[K]) -> None:
+        """`keys` come too: who wants one waits for this fetch, unless another one is under way."""
+        for key in keys:
+            if key not in self._landed and (flight := self._flights._board(key, self)) is not None:
+                self._waiting[key] = flight
+
+    def land(self, key: K, value: V) -> None:
+        """`key` has come."""
+        flight = self._waiting.pop(key, None)
+        if flight is not None:
+            self._landed.add(key)
+            self._flights._land(key, flight, value)
+            self.news.set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        for key, flight in self._waiting.items():
+            self._flights._end(key, flight)
+        self.ended.set()
+        self.news.set()

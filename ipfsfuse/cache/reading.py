@@ -4,13 +4,13 @@ Concurrency: every method may be called by many tasks at once. Of all who want o
 belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef
-from ipfsfuse.cache.flights import Flights, Land
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
+from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.dag import cid as cids
@@ -18,8 +18,10 @@ from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.sources.base import Blocks, Fetched, Run, Source
+from ipfsfuse.sources.base import Blocks, Fetched, Run, Source, Subtree
 
+FEW = 4
+"""So many blocks that are asked for one by one cost less than one answer with all of a directory's."""
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` reads back at a time."""
 
@@ -54,29 +56,48 @@ class Reading:
         if kept is not None:
             self.hits += 1
             return kept
-        raw = cids.codec(cid) == cids.RAW
-        key = cids.canonical(cid) if raw else cids.multihash(cid)
-        arrival = await self._flights.join(key, lambda: self._bring_block(cid, raw))
+        arrival = await self._flights.join(_block_key(cid), lambda: self._bring_block(cid))
         return arrival.content if isinstance(arrival.content, bytes) else bytes(arrival.content)
 
-    async def _bring_block(self, cid: Cid, raw: bool) -> Arrival:
+    async def _bring_block(self, cid: Cid) -> Arrival:
         """A block that is in no pack: a staged raw file, or fetched."""
         own = cids.canonical(cid)
-        if raw and (entry := self.store.staging.entries.get(own)) is not None:
+        if cids.codec(cid) == cids.RAW and (entry := self.store.staging.entries.get(own)) is not None:
             content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
             if content is not None:
                 self.hits += 1
                 return Arrival(content, None, False)
+        return await self._arrive_block(cid, await self._blocks.get(cid))
+
+    async def _arrive_block(self, cid: Cid, fetched: Fetched) -> Arrival:
+        """A block that came, staged."""
         self.misses += 1
-        fetched = await self._blocks.get(cid)
-        block, source = fetched.block, fetched.source
+        block, source, raw = fetched.block, fetched.source, cids.codec(cid) == cids.RAW
         if not source.in_place:
             size = len(block)
             if raw and size > SMALL:
-                await self.store.keep_leaf(FileRef(own, size), Leaf(cid, 0, size), block, source.name)
+                await self.store.keep_leaf(FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), block, source.name)
             else:
-                await self.store.keep_block(cid, block)
+                await self.store.keep_block(cid, block, new=True)
         return Arrival(block, source, raw and not source.in_place)
+
+    def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
+        """As `Cache.gather`."""
+
+        async def fetch(ride: Ride[bytes, Arrival]) -> None:
+            async def deliver(cid: Cid, fetched: Fetched) -> None:
+                arrival = await self._arrive_block(cid, fetched)
+                ride.expect(self._absent(seen(cid, fetched.block)))
+                ride.land(_block_key(cid), arrival)
+
+            if len(ride.keys) >= FEW:
+                await self._blocks.subtree(subtree, lambda cid: _block_key(cid) in ride, deliver)
+
+        return self._flights.launch(self._absent(wanted), fetch).ended
+
+    def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
+        """The keys of those blocks that are not staged."""
+        return [_block_key(cid) for cid in wanted if cids.inline(cid) is None and self.store.place(cid) is None]
 
     # -- leaves ------------------------------------------------------------------------------------------------------
 
@@ -113,7 +134,7 @@ class Reading:
         if arrival.stage:
             await self._keep(file, leaf, arrival)
         else:
-            await self.store.keep_block(leaf.cid, fetched.block)
+            await self.store.keep_block(leaf.cid, fetched.block, new=True)
         return arrival
 
     async def _keep(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
@@ -148,12 +169,14 @@ class Reading:
         for leaf in leaves:  # a file may hold one leaf many times: that is asked for once
             by_key.setdefault(_leaf_key(leaf), []).append(leaf)
 
-        async def fetch(keys: Sequence[bytes], land: Land[bytes, Arrival]) -> None:
+        async def fetch(ride: Ride[bytes, Arrival]) -> None:
+            keys = ride.keys
+
             async def deliver(index: int, fetched: Fetched) -> None:
                 self.misses += 1
                 first, *others = by_key[keys[index]]
                 arrival = await self._arrive(file, first, fetched)
-                land(keys[index], arrival)
+                ride.land(keys[index], arrival)
                 for leaf in (first, *others):
                     if leaf is not first and arrival.stage and not await self._has(file, leaf):
                         await self._keep(file, leaf, arrival)
@@ -183,6 +206,10 @@ class Reading:
         async with trio.open_nursery() as nursery:
             for _ in range(min(SIDE_BY_SIDE, len(leaves))):
                 nursery.start_soon(work, nursery.cancel_scope)
+
+
+def _block_key(cid: Cid) -> bytes:
+    return cids.canonical(cid) if cids.codec(cid) == cids.RAW else cids.multihash(cid)
 
 
 def _leaf_key(leaf: Leaf) -> bytes:

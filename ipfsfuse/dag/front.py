@@ -1,35 +1,34 @@
-"""The core of every walk: wanting blocks, and opening a tree from its front.
+"""The core of every walk: wanting nodes, and opening a tree from its front.
 
 A `Walk` yields a sequence of CIDs, none twice and none of identity, to be fetched side by side, and must be sent
-their verified blocks in the same order; it returns its result. `send` parses what it is given: with more than some
-100 KiB of blocks it belongs in a worker thread. A walk keeps no state between calls and can be dropped at any yield.
+their nodes (`nodes.parse` of the verified blocks: who drives it may have them parsed already) in the same order; it
+returns its result. A walk keeps no state between calls and can be dropped at any yield.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Node
+from ipfsfuse.dag.nodes import Node, parse
 
 T = TypeVar("T")
 Ready = TypeVar("Ready")
 State = TypeVar("State")
 
-Walk = Generator[Sequence[Cid], Sequence[bytes], T]
+Walk = Generator[Sequence[Cid], Sequence[Node], T]
 
 
-def blocks(wanted: Sequence[Cid]) -> Walk[list[bytes]]:
-    """The blocks of `wanted`; identity CIDs are answered from themselves. Raises Unsupported for too long a one."""
-    found: dict[Cid, bytes] = {}
+def nodes(wanted: Sequence[Cid]) -> Walk[list[Node]]:
+    """The nodes of `wanted`; identity CIDs are answered from themselves. Raises Malformed, Unsupported."""
+    found: dict[Cid, Node] = {}
     ask: list[Cid] = []
     for cid in dict.fromkeys(wanted):
         held = cids.inline(cid)
         if held is None:
             ask.append(cid)
         else:
-            found[cid] = held
+            found[cid] = parse(cid, held)
     if ask:
         found.update(zip(ask, (yield ask), strict=True))
     return [found[cid] for cid in wanted]
@@ -37,7 +36,7 @@ def blocks(wanted: Sequence[Cid]) -> Walk[list[bytes]]:
 
 def node(cid: Cid) -> Walk[Node]:
     """The node that `cid` names."""
-    return nodes.parse(cid, (yield from blocks([cid]))[0])
+    return (yield from nodes([cid]))[0]
 
 
 class Unopened(NamedTuple, Generic[State]):
@@ -51,13 +50,13 @@ Front = list[Ready | Unopened[State]]
 """Consecutive parts of a tree, in order: those that are known, and nodes yet to open."""
 
 
-def open_first(front: Front[Ready, State], count: int, opener: Callable[[Unopened[State], bytes], Front[Ready, State]]) -> Walk[None]:
+def open_first(front: Front[Ready, State], count: int, opener: Callable[[Unopened[State], Node], Front[Ready, State]]) -> Walk[None]:
     """Fetches the first `count` unopened nodes side by side, and puts what they hold in their places."""
     chosen = [index for index, part in enumerate(front) if isinstance(part, Unopened)][:count]
     unopened = [part for part in (front[index] for index in chosen) if isinstance(part, Unopened)]
-    held = yield from blocks([part.cid for part in unopened])
-    for index, part, block in reversed(list(zip(chosen, unopened, held, strict=True))):
-        front[index : index + 1] = opener(part, block)
+    held = yield from nodes([part.cid for part in unopened])
+    for index, part, node in reversed(list(zip(chosen, unopened, held, strict=True))):
+        front[index : index + 1] = opener(part, node)
 
 
 def known(front: Front[Ready, State]) -> list[Ready]:

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import mmh3
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import nodes
-from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Link, Shard, prefix_length
+from ipfsfuse.dag.nodes import Link, Node, Shard, prefix_length
 from ipfsfuse.errors import Malformed
 
 HASH_BITS = 64
@@ -70,9 +68,8 @@ def placed(name: bytes, spot: Spot, shard: Shard) -> int:
     return key
 
 
-def subshard(cid: Cid, block: bytes) -> Shard:
-    """A node of a HAMT below its root. Raises Malformed if it is something else, or empty (a trie without end)."""
-    shard = nodes.parse(cid, block)
-    if not isinstance(shard, Shard) or not shard.slots:
-        raise Malformed(f"{cids.brief(cid)}: stands in a HAMT directory and is no node of one, or an empty one")
-    return shard
+def subshard(node: Node) -> Shard:
+    """`node`, which stands in a HAMT below its root. Raises Malformed if it is no node of one, or empty (a trie without end)."""
+    if not isinstance(node, Shard) or not node.slots:
+        raise Malformed(f"{cids.brief(node.cid)}: stands in a HAMT directory and is no node of one, or an empty one")
+    return node

@@ -10,7 +10,7 @@ from ipfsfuse.dag import hamt
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.front import Front, Unopened, Walk, known, open_first
 from ipfsfuse.dag.hamt import Spot
-from ipfsfuse.dag.nodes import Directory, Shard
+from ipfsfuse.dag.nodes import Directory, Node, Shard
 from ipfsfuse.dag.path import can_hold
 
 PAGE = 2000
@@ -78,8 +78,8 @@ _Front = Front[Entry, Spot]
 
 
 def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
-    def opened(part: Unopened[Spot], block: bytes) -> _Front:
-        return _slots(hamt.subshard(part.cid, block), part.state, after)
+    def opened(part: Unopened[Spot], node: Node) -> _Front:
+        return _slots(hamt.subshard(node), part.state, after)
 
     front = _slots(root, hamt.TOP, after)
     count, total, cut = FIRST, 0, False

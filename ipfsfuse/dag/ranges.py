@@ -15,9 +15,8 @@ from bisect import bisect_right
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import nodes
 from ipfsfuse.dag.front import Front, Unopened, Walk, known, open_first
-from ipfsfuse.dag.nodes import Child, File, Leaf
+from ipfsfuse.dag.nodes import Child, File, Leaf, Node
 from ipfsfuse.errors import Malformed
 
 LIMIT = 4096
@@ -52,8 +51,7 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     if start >= stop:
         return []
 
-    def opened(part: Unopened[_Subtree], block: bytes) -> _Front:
-        child = nodes.parse(part.cid, block)
+    def opened(part: Unopened[_Subtree], child: Node) -> _Front:
         if not isinstance(child, File):
             raise Malformed(f"{cids.brief(part.cid)}: stands in a file and is none")
         if child.size != part.state.size:

@@ -5,8 +5,8 @@
 
 from ipfsfuse.dag import hamt
 from ipfsfuse.dag.front import Walk as Walk
-from ipfsfuse.dag.front import blocks as blocks
 from ipfsfuse.dag.front import node as node
+from ipfsfuse.dag.front import nodes as nodes
 from ipfsfuse.dag.listing import Entry as Entry
 from ipfsfuse.dag.listing import Page as Page
 from ipfsfuse.dag.listing import entries as entries
@@ -35,8 +35,7 @@ def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
         if found:
             hamt.placed(found, spot, shard)
             return Link(link.cid, name, link.tsize) if found == name else None
-        (block,) = yield from blocks([link.cid])
-        shard = hamt.subshard(link.cid, block)
+        shard = hamt.subshard((yield from node(link.cid)))
 
 
 def resolve(path: IpfsPath) -> Walk[Node]:

@@ -49,6 +49,11 @@ class Inodes:
         """The inode of a number that the kernel holds."""
         return self._by_number[number]
 
+    def number(self, cid: Cid) -> int | None:
+        """The number of a file that the kernel holds; None where it does not."""
+        found = self._by_key.get(canonical(cid))
+        return found.number if found is not None else None
+
     def file(self, cid: Cid, attributes: Attributes) -> Inode:
         """The one inode of a file or symlink, for all its paths and spellings."""
         key = canonical(cid)

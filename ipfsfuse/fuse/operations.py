@@ -6,9 +6,10 @@ only between two awaits.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from types import TracebackType
 
 import pyfuse3
 from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, ReaddirToken, RequestContext, XAttrNameT
@@ -33,13 +34,19 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 NAME_MAX = 255
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one."""
-    try:
-        yield
-    except Exception as exc:
-        raise fuse_error(exc) from exc
+class Translated:
+    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one. One serves all calls: it
+    holds nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(exc, Exception):
+            raise fuse_error(exc) from exc
+
+
+translated = Translated()
 
 
 class Operations(ReadOnlyOperations):
@@ -65,7 +72,7 @@ class Operations(ReadOnlyOperations):
     # -- names ---------------------------------------------------------------------------------------------------
 
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with translated():
+        with translated:
             if len(name) > NAME_MAX:
                 raise errors.NameTooLong(f"a name of {len(name)} bytes")
             try:
@@ -96,26 +103,26 @@ class Operations(ReadOnlyOperations):
             self._inodes.forget(number, count)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with translated():
+        with translated:
             held = self._inodes.get(inode)
             if not held.attributes.exact:
                 held.attributes = self._tree.known(held.cid) or held.attributes
             return self._replies.entry(held)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        with translated(), self._interrupts.watch(ctx.pid):
+        with translated, self._interrupts.watch(ctx.pid):
             return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
-        with translated():
+        with translated:
             held = self._inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        with translated():
+        with translated:
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
             held = self._inodes.get(inode)
@@ -123,21 +130,39 @@ class Operations(ReadOnlyOperations):
             if file is None:
                 with self._interrupts.watch(ctx.pid):
                     file = await self._tree.file(held.cid)
-            held.attributes = attributes.of_node(file)
+            self._correct(held, attributes.of_node(file))
             store = partial(self._pages.store, inode) if self._pages is not None else None
+            self._give_ahead(held.cid)
             handle = self._next_handle()
             self._files[handle] = OpenFile(self._tree, file, store, not self.kernel_reads_ahead)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
+    def _correct(self, held: Inode, true: Attributes) -> None:
+        """What the kernel was told of `held` by a link that lied, it shall ask for again, before it reads anything."""
+        lied = held.attributes.size != true.size
+        held.attributes = true
+        if lied:
+            with suppress(OSError):  # the kernel has forgotten it already
+                pyfuse3.invalidate_inode(InodeT(held.number), attr_only=True)
+
+    def _give_ahead(self, cid: Cid) -> None:
+        """Hands the kernel the small files that come next: then it asks neither for their bytes nor, after that, for their
+        access times."""
+        if self._pages is not None:
+            for following, content in self._tree.coming(cid):
+                number = self._inodes.number(following)
+                if number is not None and self._inodes.get(number).attributes.size == len(content):
+                    self._pages.store(number, 0, content)
+
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
-        with translated():
+        with translated:
             return await self._files[fh].read(off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
-        with translated():
+        with translated:
             self._files.pop(fh).close()
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -146,17 +171,19 @@ class Operations(ReadOnlyOperations):
     # -- directories ---------------------------------------------------------------------------------------------
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        with translated():
+        with translated:
             handle = self._next_handle()
             if inode == ROOT:
                 self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
             else:
                 handle = kernellists.kept(handle)
-                self._listings[handle] = Listing(self._inodes.get(inode), self._tree, self._inodes, self._replies)
+                held = self._inodes.get(inode)
+                self._tree.enter(held.cid)
+                self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)
             return FileHandleT(handle)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        with translated():
+        with translated:
             await self._listings[fh].reply(start_id, token)
 
     async def releasedir(self, fh: FileHandleT) -> None:
@@ -172,11 +199,11 @@ class Operations(ReadOnlyOperations):
     # -- the rest ------------------------------------------------------------------------------------------------
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        with translated():
+        with translated:
             return replies.statfs(self._budget, self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        with translated():
+        with translated:
             return xattrs.value(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:

@@ -63,7 +63,7 @@ class Replies:
         out.st_size = attributes.size
         out.st_blocks = (attributes.size + 511) >> 9
         out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = attributes.mtime
-        out.attr_timeout = FOREVER if attributes.exact else 0
+        out.attr_timeout = FOREVER  # a size that is only claimed, too: `open` takes it back if it was wrong
         return out
 
 

@@ -27,6 +27,21 @@ Deliver = Callable[[int, bytes], Awaitable[None]]
 """Awaited with (index in `Run.leaves`, block) for each block, in any order; it may wait, to slow the source down."""
 
 
+@dataclass(frozen=True, slots=True)
+class Subtree:
+    """The blocks of a directory, wanted soon: a source may send many in one answer."""
+
+    root: Cid
+    whole: bool
+    """What lies in the directory too; else the nodes of the directory itself, of which a HAMT has many."""
+    limit: int
+    """Bytes after which enough has come."""
+
+
+DeliverBlock = Callable[[Cid, bytes], Awaitable[None]]
+"""Awaited with (CID by the source's word, block), depth first; it may wait."""
+
+
 class Source(Protocol):
     """One place that may have blocks."""
 
@@ -49,6 +64,12 @@ class Source(Protocol):
         or not that is all (what is missing is asked for elsewhere). Raises SourceFailed if it broke off."""
         ...
 
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+        """Delivers blocks of `subtree`, unverified, others among them or none: what this source can send in one answer.
+
+        Raises NotHere, SourceFailed."""
+        ...
+
     def roots(self) -> Sequence[Cid]:
         """What this source would list in the mount's root: a library's or a CAR's roots; nothing for the network."""
         ...
@@ -67,10 +88,12 @@ class Fetched:
 
 
 DeliverFetched = Callable[[int, Fetched], Awaitable[None]]
+DeliverFetchedBlock = Callable[[Cid, Fetched], Awaitable[None]]
+Wants = Callable[[Cid], bool]
 
 
 class Blocks(Protocol):
-    """What the cache asks of the chain of sources: the same two calls, verified, by whichever source can."""
+    """What the cache asks of the chain of sources: the same calls, verified, by whichever source can."""
 
     async def get(self, cid: Cid) -> Fetched:
         """The verified block. Keeps trying while some source may still give it: the caller sets the deadline.
@@ -81,6 +104,11 @@ class Blocks(Protocol):
 
     async def stream(self, run: Run, deliver: DeliverFetched) -> None:
         """Delivers every block of `run`, verified, in any order. Raises as `get` does for the first that can't be had."""
+        ...
+
+    async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
+        """Delivers blocks of `subtree`, verified, that `wants` says yes to when they come: as many as one source sends in
+        one answer without a stop. Raises nothing for what did not come: that is asked for alone."""
         ...
 
     def roots(self) -> Sequence[Cid]:

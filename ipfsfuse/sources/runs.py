@@ -1,4 +1,5 @@
-"""Three ways to fetch consecutive leaves of a file over HTTP: a range of its own bytes, a CAR of it, block by block.
+"""Ways to fetch consecutive leaves of a file over HTTP: a range of its own bytes, a CAR of it, block by block; and the
+blocks of a directory by a CAR.
 
 Each delivers what it gets, unverified, and returns how far it came by what it delivered; the caller picks by what is
 faster for its server. Concurrency: each call runs its own few requests; a slow `deliver` slows them down.
@@ -14,9 +15,10 @@ from ipfsfuse.dag.carstream import Parser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
-from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
 from ipfsfuse.sources.web.failures import LONG, STATUS
-from ipfsfuse.sources.web.http import ERROR_BODY, Http
+from ipfsfuse.sources.web.http import ERROR_BODY, Answer, Http
+from ipfsfuse.sources.web.refusals import UNLIKE, declined
 
 CAR_TYPE = "application/vnd.ipld.car"
 RANGE_PART = 16 << 20
@@ -59,10 +61,10 @@ class _Part:
         last = self._run.leaves[self._end - 1]
         header = ("Range", f"bytes={first}-{last.offset + last.size - 1}")
         async with self._http.ask("GET", f"/ipfs/{cids.text(self._run.file)}", [header]) as answer:
-            if answer.status != 206 or not answer.headers.get("content-range", "").startswith(f"bytes {first}-"):
-                if answer.status != 200:
-                    await answer.whole(ERROR_BODY)
-                raise NotOffered(f"{self._http.origin.text} gives no ranges of files: status {answer.status}", STATUS)
+            if answer.status == 206 and not answer.headers.get("content-range", "").startswith(f"bytes {first}-"):
+                raise NotOffered(f"{self._http.origin.text} gives another range than was asked for", STATUS)
+            if answer.status != 206:
+                raise await _unlike(self._http, answer, self._run.file, "ranges of files")
             for index in range(self._start, self._end):
                 await self._deliver(index, await answer.exactly(self._run.leaves[index].size))
 
@@ -70,27 +72,61 @@ class _Part:
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
     """A CAR of the range. Blocks that were not asked for are dropped; that some are missing is no error here.
 
-    Raises NotOffered, SourceFailed."""
+    Raises NotOffered, NotHere, SourceFailed."""
     first, last = run.leaves[0], run.leaves[-1]
-    query = f"format=car&dag-scope=entity&entity-bytes={first.offset}:{max(first.offset, last.offset + last.size - 1)}"
-    accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
+    scope = f"dag-scope=entity&entity-bytes={first.offset}:{max(first.offset, last.offset + last.size - 1)}"
     wanted: dict[bytes, list[int]] = {}
     for index, leaf in enumerate(run.leaves):
         wanted.setdefault(cids.multihash(leaf.cid), []).append(index)
+
+    async def take(cid: Cid, block: bytes) -> bool:
+        for index in wanted.pop(cids.multihash(cid), ()):
+            await deliver(index, block)
+        return bool(wanted)
+
     room = 2 * sum(leaf.size for leaf in run.leaves) + (8 << 20)
+    if await _car(http, run.file, scope, room, take):
+        raise SourceFailed(f"{http.origin.text} sent far more than the blocks that were asked for", LONG)
+
+
+async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlock) -> None:
+    """A CAR of a directory, up to its limit of bytes; where it is cut short, that is no error here.
+
+    Raises NotOffered, NotHere, SourceFailed."""
+
+    async def take(cid: Cid, block: bytes) -> bool:
+        await deliver(cid, block)
+        return True
+
+    await _car(http, subtree.root, f"dag-scope={'all' if subtree.whole else 'entity'}", subtree.limit, take)
+
+
+async def _car(http: Http, root: Cid, scope: str, room: int, take: Callable[[Cid, bytes], Awaitable[bool]]) -> bool:
+    """Gives each block to `take` until that returns False, or the stream ends. True if it was longer than `room` bytes."""
+    accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
     parser = Parser()
-    async with http.ask("GET", f"/ipfs/{cids.text(run.file)}?{query}", [accept]) as answer:
+    async with http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as answer:
         if answer.status != 200 or answer.content_type != CAR_TYPE:
-            if answer.status != 200:
-                await answer.whole(ERROR_BODY)
-            raise NotOffered(f"{http.origin.text} gives no CAR: status {answer.status}, {answer.content_type or 'no type'}", STATUS)
-        while wanted and (piece := await answer.some()):
+            raise await _unlike(http, answer, root, "CARs")
+        while piece := await answer.some():
             room -= len(piece)
-            if room < 0:
-                raise SourceFailed(f"{http.origin.text} sent far more than the blocks that were asked for", LONG)
             for cid, block in _parsed(parser, piece, http.origin.text):
-                for index in wanted.pop(cids.multihash(cid), ()):
-                    await deliver(index, block)
+                if not await take(cid, block):
+                    return False
+            if room < 0:
+                return True
+    return False
+
+
+async def _unlike(http: Http, answer: Answer, root: Cid, what: str) -> NotHere | SourceFailed:
+    """What an answer that holds no `what` means."""
+    name = http.origin.text
+    if answer.status == 200:
+        return NotOffered(f"{name} gives no {what}: {answer.content_type or 'no type'}", STATUS)
+    if answer.status in UNLIKE:
+        await answer.whole(ERROR_BODY)
+        return NotOffered(f"{name} gives no {what}: status {answer.status}", STATUS)
+    return await declined(name, answer, cids.text(root))
 
 
 def _parsed(parser: Parser, piece: bytes, name: str) -> Sequence[tuple[Cid, bytes]]:

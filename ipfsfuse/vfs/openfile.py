@@ -44,6 +44,10 @@ class OpenFile:
         self._landing = Landing(tree.room)
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
         """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
+        if file.inline == file.size:
+            self._stretches.append((Leaf(file.cid, 0, file.size),))
+            if (come := tree.handing.take(file.cid)) is not None:
+                self._landing.put(0, come)
         self._pushed: deque[int] = deque(maxlen=RECENT)
         """Offsets of the leaves given to the page cache last: reads of them may still be on their way."""
         self._asked: deque[int] = deque(maxlen=RECENT)

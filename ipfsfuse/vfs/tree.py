@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once; work that outlive
 nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size of their blocks; file bytes never are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import trio
@@ -18,6 +18,8 @@ from ipfsfuse.dag.walk import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.gathering import Gatherer
+from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
 from ipfsfuse.vfs.treeahead import TreeAhead
@@ -64,10 +66,12 @@ class Tree:
         self.nursery = nursery
         self.use = use
         self.room = Room()
+        self.handing = Handing()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
         self._pages: Lru[tuple[Cid, int], listing.Page] = Lru(LISTED)
-        self._ahead = TreeAhead(nursery, self._found, self.known) if use is None else None
+        self._gatherer = Gatherer(cache, self._remember, self.handing) if use is None else None
+        self._ahead = TreeAhead(nursery, self._found, self.known, self._gatherer.contents_of) if self._gatherer else None
 
     # -- nodes -------------------------------------------------------------------------------------------------
 
@@ -78,11 +82,19 @@ class Tree:
         return await self._found(cid)
 
     async def _found(self, cid: Cid) -> Node:
+        found = self._at_hand(cid)
+        return found if found is not None else await self._fetched(cid)
+
+    def _at_hand(self, cid: Cid) -> Node | None:
+        """What is remembered of `cid`: of a raw block its size is all."""
         found = self._nodes.get(cid)
-        if found is not None:
-            if self.use is not None:
-                self.use(cid, ahead=False)
-            return found
+        if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
+            found = File(cid, known.size, known.size, ())
+        if found is not None and self.use is not None:
+            self.use(cid, ahead=False)
+        return found
+
+    async def _fetched(self, cid: Cid) -> Node:
         _refuse_unshown(cid)
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
@@ -90,9 +102,14 @@ class Tree:
             node = await trio.to_thread.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)
-        self._nodes.put(cid, node, len(block) + 64)
-        self._known.put(cid, attributes.of_node(node))
+        self._remember(node, len(block))
         return node
+
+    def _remember(self, node: Node, size: int) -> None:
+        """`node`, whose block has `size` bytes."""
+        if cids.codec(node.cid) != cids.RAW:
+            self._nodes.put(node.cid, node, size + 64)
+        self._known.put(node.cid, attributes.of_node(node))
 
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
@@ -109,38 +126,36 @@ class Tree:
         return self._known.get(cid)
 
     async def drive(self, steps: Walk[T]) -> T:
-        """Runs a walk to its value, side by side where it wants several blocks at once."""
+        """Runs a walk to its value, side by side where it wants several nodes at once."""
         try:
             wanted = next(steps)
             while True:
-                blocks = await self._all(wanted)
-                if sum(map(len, blocks)) > PARSE_APART:
-                    wanted = await trio.to_thread.run_sync(_sent, steps, blocks)
-                else:
-                    wanted = steps.send(blocks)
-        except (StopIteration, _Done) as stop:
+                wanted = steps.send(await self._all(wanted))
+        except StopIteration as stop:
             return cast(T, stop.value)
         finally:
             steps.close()
 
-    async def _all(self, wanted: Sequence[Cid]) -> list[bytes]:
-        if len(wanted) == 1:
-            return [await self._block(wanted[0])]
-        found: dict[Cid, bytes] = {}
+    async def _all(self, wanted: Sequence[Cid]) -> list[Node]:
+        found = {cid: node for cid in wanted if (node := self._at_hand(cid)) is not None}
+        missing = [cid for cid in wanted if cid not in found]
         failed: list[Exception] = []
 
         async def one(cid: Cid, scope: trio.CancelScope) -> None:
             try:
-                found[cid] = await self._block(cid)
+                found[cid] = await self._fetched(cid)
             except Exception as exc:
                 failed.append(exc)
                 scope.cancel()
 
-        async with trio.open_nursery() as side_by_side:
-            for cid in wanted:
-                side_by_side.start_soon(one, cid, side_by_side.cancel_scope)
-        if failed:
-            raise failed[0]
+        if len(missing) == 1:
+            found[missing[0]] = await self._fetched(missing[0])
+        elif missing:
+            async with trio.open_nursery() as side_by_side:
+                for cid in missing:
+                    side_by_side.start_soon(one, cid, side_by_side.cancel_scope)
+            if failed:
+                raise failed[0]
         return [found[cid] for cid in wanted]
 
     # -- directories -------------------------------------------------------------------------------------------
@@ -165,7 +180,10 @@ class Tree:
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
 
     async def _page(self, parent: Cid, after: int) -> listing.Page:
-        page = await self.drive(listing.entries(await self.directory(parent), after))
+        directory = await self.directory(parent)
+        if self._gatherer is not None and not after:
+            self._gatherer.nodes_of(directory)
+        page = await self.drive(listing.entries(directory, after))
         if self._ahead is not None:  # else every block that is used must be told of
             self._ahead.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
             self._pages.put((parent, after), page, len(page.entries) + 1)
@@ -190,14 +208,21 @@ class Tree:
 
     def file_at_hand(self, cid: Cid) -> File | None:
         """As `file` where that needs to wait for nothing."""
-        found = self._nodes.get(cid)
+        found = self._at_hand(cid)
         if not isinstance(found, File):
             return None
-        if self.use is not None:
-            self.use(cid, ahead=False)
         if self._ahead is not None:
             self._ahead.used(cid)
         return found
+
+    def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
+        """The contents of the files behind `cid` in its directory, as far as they have come and its reader will want them."""
+        return self.handing.take_all(self._ahead.behind(cid)) if self._ahead is not None else ()
+
+    def enter(self, directory: Cid) -> None:
+        """Someone opened `directory`: its listing the kernel may have already."""
+        if self._ahead is not None:
+            self._ahead.used(directory)
 
     async def readlink(self, cid: Cid) -> bytes:
         """The target as stored. Raises NotALink."""
@@ -210,17 +235,3 @@ class Tree:
 def _refuse_unshown(cid: Cid) -> None:
     if cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
         raise Unsupported(f"{cids.text(cid)} is {cids.codec_name(cid)}: only UnixFS (dag-pb) and raw blocks are shown")
-
-
-class _Done(Exception):
-    """A walk's value, carried out of a worker thread: StopIteration can't cross one."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-
-def _sent(steps: Walk[T], blocks: Sequence[bytes]) -> Sequence[Cid]:
-    try:
-        return steps.send(blocks)
-    except StopIteration as stop:
-        raise _Done(stop.value) from None

@@ -4,7 +4,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.cache.flights import Flights, Land
+from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.errors import Unavailable
 from tests.cache.test_flights import Fetcher
 
@@ -16,11 +16,11 @@ def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
             second, alone, got = trio.Event(), Fetcher("alone"), dict[str, str]()
             alone.gate.set()
 
-            async def run(keys: object, land: Land[str, str]) -> None:
-                assert keys == ["a", "b", "c"]
-                land("a", "by run")
+            async def run(ride: Ride[str, str]) -> None:
+                assert ride.keys == ["a", "b", "c"]
+                ride.land("a", "by run")
                 await second.wait()
-                land("b", "by run")
+                ride.land("b", "by run")
                 raise Unavailable("c is not to be had")
 
             async def reader(key: str) -> None:
@@ -47,10 +47,10 @@ def test_a_run_goes_on_without_its_caller_while_anyone_waits_and_no_longer() -> 
             flights: Flights[str, str] = Flights(nursery)
             gate, ended, got = trio.Event(), list[str](), list[str]()
 
-            async def run(keys: object, land: Land[str, str]) -> None:
+            async def run(ride: Ride[str, str]) -> None:
                 try:
                     await gate.wait()
-                    land("a", "value")
+                    ride.land("a", "value")
                     await trio.sleep_forever()
                 finally:
                     ended.append("run")
@@ -84,10 +84,10 @@ def test_a_run_in_which_nothing_lands_for_a_deadline_is_given_up() -> None:
         async with trio.open_nursery() as nursery:
             flights: Flights[str, str] = Flights(nursery, deadline=10)
 
-            async def run(keys: object, land: Land[str, str]) -> None:
+            async def run(ride: Ride[str, str]) -> None:
                 for key in "ab":
                     await trio.sleep(8)
-                    land(key, "value")
+                    ride.land(key, "value")
                 await trio.sleep_forever()
 
             await flights.run("abc", run)

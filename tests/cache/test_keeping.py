@@ -44,7 +44,7 @@ async def drive(cache: PinsetCache, walk: Walk[list[Leaf]]) -> list[Leaf]:
     try:
         wanted = next(walk)
         while True:
-            wanted = walk.send([await cache.block(cid) for cid in wanted])
+            wanted = walk.send([nodes.parse(cid, await cache.block(cid)) for cid in wanted])
     except StopIteration as end:
         return list(end.value)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import pytest
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, hamt, unixfs, varint
+from ipfsfuse.dag import dagpb, hamt, nodes, unixfs, varint
 from ipfsfuse.dag.cid import DAG_PB, RAW, Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.front import Walk
@@ -62,7 +62,7 @@ class Blocks:
                 assert len(set(wanted)) == len(wanted), "a walk that asks twice"
                 assert all(cids.inline(cid) is None for cid in wanted)
                 self.asked.append(list(wanted))
-                wanted = walk.send([self.block(cid) for cid in wanted])
+                wanted = walk.send([nodes.parse(cid, self.block(cid)) for cid in wanted])
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]  # typeshed has Any here
 

@@ -41,7 +41,7 @@ class Store:
         try:
             wanted = next(steps)
             while True:
-                wanted = steps.send([self.get(cid) for cid in wanted])
+                wanted = steps.send([self.node(cid) for cid in wanted])
         except StopIteration as stop:
             found: T = stop.value
             return found

@@ -84,7 +84,7 @@ def _drive(way: walk.Walk[object], block: bytes):  # type: ignore[no-untyped-def
     try:
         wanted = next(way)
         for _ in range(STEPS):
-            wanted = way.send([block] * len(wanted))
+            wanted = way.send([nodes.parse(cid, block) for cid in wanted])
     except StopIteration as done:
         return done.value
     return None

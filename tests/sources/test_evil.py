@@ -11,9 +11,10 @@ import trio
 from ipfsfuse.errors import NotHere, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Fetched, Source
 from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.sources.web.gateway import Gateway, retry_after
+from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.origin import parse_origin
+from ipfsfuse.sources.web.refusals import retry_after
 from tests.sources import evil
 from tests.sources.content import encode_car, raw_blocks, sample
 from tests.sources.servers import Ask, Behaviour, Server, answer_well, self_signed

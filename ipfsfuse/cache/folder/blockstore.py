@@ -51,8 +51,10 @@ class BlockStore(Disk):
         else:
             self.room.arc.refresh(pack)
 
-    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None) -> bool:
-        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted)."""
+    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None, *, new: bool = False) -> bool:
+        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted).
+
+        `new`: it was not kept when it was asked for."""
         if self.trouble.waiting:
             return False
         data, head = section(cids.canonical(cid), block)
@@ -61,7 +63,7 @@ class BlockStore(Disk):
         else:
             self.appending.acquire_nowait()  # without a turn of the event loop, which costs as much as the writing
         try:
-            place = self.place(cid)
+            place = None if new else self.place(cid)
             if place is not None and (series is None or place.pack in series.packs):
                 return True
             pack = await self._room_in(series or self.series, len(data))

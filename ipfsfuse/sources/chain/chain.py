@@ -13,7 +13,8 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source
+from ipfsfuse.sources.base import DeliverFetched, DeliverFetchedBlock, Fetched, Run, Source, Subtree, Wants
+from ipfsfuse.sources.chain.gathering import Gathering
 from ipfsfuse.sources.chain.health import HedgeBudget, Statistics
 from ipfsfuse.sources.chain.inline import INLINE
 from ipfsfuse.sources.chain.member import Member
@@ -72,6 +73,9 @@ class Chain:
                 await deliver(index, await self.get(run.leaves[index].cid))
 
         await all_of([singly] * min(SINGLY, len(streaming.missing)))
+
+    async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
+        await Gathering(self, subtree, wants, deliver).run()
 
     # -- for those who ask on its behalf ------------------------------------------------------------------------
 

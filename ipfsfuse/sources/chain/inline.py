@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
 
 
 class Inline:
@@ -28,6 +28,9 @@ class Inline:
             block = cids.inline(leaf.cid)
             if block is not None:
                 await deliver(index, block)
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+        pass
 
     def roots(self) -> Sequence[Cid]:
         return ()

@@ -114,7 +114,7 @@ class Answer:
             return await self.exactly(min(self._left, 256 * 1024), end) if self._left else b""
         with translated(self._name), trio.fail_after(self._settings.idle) as scope:
             self._wire.watch(scope, self._settings.idle, end)
-            piece = await self._wire.chunk()
+            piece = await self._wire.some()
         self._ended = not piece
         return piece
 

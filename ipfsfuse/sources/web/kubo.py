@@ -17,7 +17,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, UsageError
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
 from ipfsfuse.sources.web.failures import CONNECT, PAGE, PROTOCOL, REFUSED
 from ipfsfuse.sources.web.gateway import MAX_BLOCK, Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
@@ -117,6 +117,11 @@ class Kubo:
             await gateway.stream(run, deliver)
         else:
             await runs.by_blocks(self.get, run, deliver, CONNECTIONS)
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+        gateway = await self._find_gateway()
+        if gateway is not None:
+            await gateway.subtree(subtree, deliver)
 
     def rpc(self) -> Rpc:
         """The node's RPC API, for its pins too. Raises SourceFailed where no node is running."""

@@ -9,8 +9,8 @@ from urllib.parse import urlencode
 
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.web.failures import REFUSED
-from ipfsfuse.sources.web.gateway import refusal
 from ipfsfuse.sources.web.http import ERROR_BODY, Headers, Http
+from ipfsfuse.sources.web.refusals import refusal
 
 _ABSENT = ("not found", "could not find", "no link named", "block was not found locally")
 

@@ -1,0 +1,83 @@
+"""A directory's blocks from one source, in one answer. Only a help: what does not come so is asked for alone.
+
+Concurrency: one task and what the source starts; blocks are verified and delivered as they come.
+"""
+
+import logging
+
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, Unsupported, WrongBlock
+from ipfsfuse.sources.base import DeliverFetchedBlock, Fetched, Subtree, Wants
+from ipfsfuse.sources.chain.checking import check
+from ipfsfuse.sources.chain.member import Member
+from ipfsfuse.sources.chain.pursuit import Surroundings
+
+log = logging.getLogger(__name__)
+
+STALL = 0.25
+"""Seconds without a block after which the answer is given up: one block that the source lacks must not delay the others."""
+FIRST = 4
+"""For its first block, a source gets so many times as long as its slow answers take, if that is more."""
+
+
+class Gathering:
+    def __init__(self, chain: Surroundings, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
+        self._chain = chain
+        self._subtree = subtree
+        self._wants = wants
+        self._deliver = deliver
+        self._scope = trio.CancelScope()
+
+    async def run(self) -> None:
+        if not await self._is_at_hand():
+            now = trio.current_time()
+            for member in [member for member in self._chain.network() if member.health.wait(now) == 0][:1]:
+                await self._from(member)
+
+    async def _is_at_hand(self) -> bool:
+        """Whether a source in place has it: then each block is read where it lies."""
+        for member in self._chain.in_place():
+            try:
+                await member.source.get(self._subtree.root)
+            except IpfsFuseError:
+                continue
+            return True
+        return False
+
+    async def _from(self, member: Member) -> None:
+        member.health.asked(trio.current_time())
+
+        async def take(cid: Cid, block: bytes) -> None:
+            if self._wants(cid) and not await self._take(member, cid, block):
+                self._scope.cancel()
+            later = trio.current_time() + STALL
+            if later - self._scope.deadline > STALL / 10:  # each change costs as much as a small block's hash
+                self._scope.deadline = later
+
+        try:
+            async with member.slots.enter():
+                with self._scope:
+                    self._scope.deadline = trio.current_time() + max(STALL, FIRST * member.health.slow_after())
+                    await member.source.subtree(self._subtree, take)
+        except NotHere:
+            member.health.lacked()
+        except SourceFailed as exc:
+            log.debug("%s", exc)
+            member.note(exc)
+        finally:
+            member.health.left()
+
+    async def _take(self, member: Member, cid: Cid, block: bytes) -> bool:
+        """Verifies and delivers one block. False if it was wrong."""
+        try:
+            await check(cid, block)
+        except WrongBlock:
+            self._chain.wrong(member, cid)
+            return False
+        except Unsupported:  # who reads it will hear
+            return True
+        member.health.gave(-1, len(block))
+        await self._deliver(cid, Fetched(block, member.source))
+        return True
