@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,10 +20,10 @@ static int list(const char *path) {
   return 0;
 }
 
-static int copy(int from) {
+static int copy(int from, long most) {
   char data[65536];
-  ssize_t count;
-  while ((count = read(from, data, sizeof data)) > 0) fwrite(data, 1, count, stdout);
+  ssize_t count = 0;
+  for (; most > 0 && (count = read(from, data, sizeof data)) > 0; most -= count) fwrite(data, 1, count, stdout);
   return count < 0;
 }
 
@@ -31,7 +32,7 @@ int main(int argc, char **argv) {
   if (!strcmp(what, "args")) for (int i = 0; i < argc; i++) puts(argv[i]);
   else if (!strcmp(what, "env")) for (char **each = environ; *each; each++) puts(*each);
   else if (!strcmp(what, "ls")) return list(argv[2]);
-  else if (!strcmp(what, "cat")) return copy(argc > 2 ? open(argv[2], O_RDONLY) : 0);
+  else if (!strcmp(what, "cat")) return copy(argc > 2 ? open(argv[2], O_RDONLY) : 0, argc > 3 ? atol(argv[3]) : LONG_MAX);
   else if (!strcmp(what, "exit")) exit(atoi(argv[2]));
   else if (!strcmp(what, "err")) fputs("to stderr\n", stderr);
   else if (!strcmp(what, "abort")) abort();

@@ -1,0 +1,75 @@
+"""What a receipt tells of a run beside its input and output: what was only read ahead, what was missing, and whether NaNs were fixed."""
+
+import json
+import platform
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from tests.dagging import Dag
+from tests.mounting import Home
+from tests.runner.conftest import GUESTS, Runner, lines
+
+pytestmark = pytest.mark.fuse
+
+LEAF = 256 << 10
+LEAVES = [bytes([number]) * LEAF for number in range(64)]
+
+
+@pytest.fixture
+def run(home: Home, tmp_path: Path) -> Runner:
+    return Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")})
+
+
+def receipt(target: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(target.read_text())
+    return told
+
+
+def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(run: Runner, tmp_path: Path, habits: Path) -> None:
+    dag = Dag()
+    file = dag.file(LEAVES)
+    leaves = [cids.text(dag.block(leaf)) for leaf in LEAVES]
+    source, target = dag.car(tmp_path / "source.car"), tmp_path / "run.json"
+    done = run("--from", source, "--record", target, habits, "cat", f"/ipfs/{cids.text(file)}", str(16 * LEAF))
+    assert done.stdout == b"".join(LEAVES[:16])
+    told = receipt(target)
+    assert told["read"] == [cids.text(file), *leaves[:16]]
+    assert told["ahead"]
+    assert told["ahead"] == leaves[16 : 16 + len(told["ahead"])]
+    assert leaves[-1] not in told["ahead"]  # for the guest stopped long before it
+    assert told["missing"] == []
+
+
+@pytest.mark.parametrize("form", ["json", "car"])
+def test_what_no_source_had_is_told_and_is_missing_again(run: Runner, tmp_path: Path, habits: Path, form: str) -> None:
+    dag = Dag()
+    file = dag.file(LEAVES[:3])
+    first, second = (dag.block(leaf) for leaf in LEAVES[:2])
+    del dag.blocks[cids.multihash(second)]
+    source, target = dag.car(tmp_path / "source.car"), tmp_path / f"run.{form}"
+    done = run("--from", source, "--offline", "--record", target, habits, "cat", f"/ipfs/{cids.text(file)}")
+    assert (done.returncode, done.stdout) == (1, LEAVES[0])
+    if form == "json":
+        told = receipt(target)
+        assert (told["read"], told["missing"]) == ([cids.text(file), cids.text(first)], [cids.text(second)])
+    else:
+        again = run("--replay", target)
+        assert (again.returncode, lines(again.stdout)[-1]) == (0, "exit code: the same")
+
+
+CANONICAL = struct.pack("<IQQIQQ", 0x7FC0_0000, 0x7FF8 << 48, 0x7FF8 << 48, 0x7FC0_0000, *[0x7FC0_0000_7FC0_0000] * 2)
+
+
+def test_the_bits_of_a_nan_are_fixed_where_it_is_asked_for(run: Runner, tmp_path: Path) -> None:
+    """nans.wat makes each in a way in which processors differ, or which hands on the bits of what it was given."""
+    fixed, free = tmp_path / "fixed.json", tmp_path / "free.json"
+    assert run("--record", fixed, "--deterministic", GUESTS / "nans.wat").stdout == CANONICAL
+    assert "NaN bits" not in receipt(fixed)["differs"]
+    said = run("--record", free, GUESTS / "nans.wat").stdout
+    assert "NaN bits" in receipt(free)["differs"]
+    if platform.machine() == "x86_64":
+        assert said != CANONICAL
