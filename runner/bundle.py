@@ -127,7 +127,8 @@ class Place(NamedTuple):
 
 
 class Bundle:
-    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not blocks."""
+    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not blocks, and looks
+    again whenever it gives one: the file may have been changed since."""
 
     def __init__(self, path: Path) -> None:
         """Raises ReceiptRefused."""
@@ -140,6 +141,9 @@ class Bundle:
             raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
         except (Malformed, NotACid, WrongBlock, Unsupported) as exc:
             raise ReceiptRefused(f"{path} is no intact record of a run: {exc}") from exc
+
+    def close(self) -> None:
+        self._file.close()
 
     def _index(self) -> Cid:
         at = car.header_length(self._file.read(9))
@@ -166,14 +170,18 @@ class Bundle:
         return cids.inline(cid) is not None or cids.multihash(cid) in self._places
 
     def block(self, cid: Cid) -> bytes:
-        """Raises ReceiptRefused where it is not there."""
+        """Raises ReceiptRefused where it is not there, or not there any more."""
         inline = cids.inline(cid)
         if inline is not None:
             return inline
         try:
-            return self._at(self._places[cids.multihash(cid)])
+            block = self._at(self._places[cids.multihash(cid)])
+            cids.verify(cid, block)
         except KeyError as exc:
             raise ReceiptRefused(f"{self.path} lacks the block {cids.text(cid)}") from exc
+        except (OSError, WrongBlock) as exc:
+            raise ReceiptRefused(f"{self.path} was changed while it was read: {exc}") from exc
+        return block
 
     def node(self, cid: Cid) -> Node:
         try:

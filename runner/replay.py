@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -66,8 +67,9 @@ def replay(path: Path, limits: Limits = NO_LIMITS) -> int:
     record, receipt = opened(path)
     receipt = receipt._replace(limits=limits.over(receipt.limits))
     with tempfile.TemporaryFile() as guest, tempfile.TemporaryFile() as stdin:
-        _copy(record, bundle.GUEST, guest)
-        _copy(record, bundle.STDIN, stdin)
+        with closing(record):
+            _copy(record, bundle.GUEST, guest)
+            _copy(record, bundle.STDIN, stdin)
         outcome, verdicts = _run(path, receipt, guest, stdin)
     if outcome.signal is not None:
         return -outcome.signal

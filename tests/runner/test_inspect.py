@@ -3,14 +3,18 @@
 import io
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ipfsfuse.dag import build
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.build import Built
 from runner import receipt, streams
-from runner.bundle import Writer
+from runner.bundle import Bundle, Writer
+from runner.errors import ReceiptRefused
 from runner.limits import NO_LIMITS
 from runner.receipt import Receipt
 from tests.runner.conftest import TOP, Runner
@@ -35,6 +39,19 @@ def inspected(target: Path) -> list[dict[str, Any]]:
     assert done.returncode == 0, done
     rows: list[dict[str, Any]] = json.loads(done.stdout)["read"]
     return rows
+
+
+def test_a_block_that_was_changed_since_it_was_first_read_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "run.car"
+    with target.open("w+b") as out:
+        writer = Writer(out)
+        held = writer.add_file(io.BytesIO(b"the content"))
+        write(target, writer, held, [held])
+    with closing(Bundle(target)) as record:
+        assert record.block(held.cid) == b"the content"
+        target.write_bytes(target.read_bytes().replace(b"the content", b"The content"))
+        with pytest.raises(ReceiptRefused, match=r"run\.car was changed"):
+            record.block(held.cid)
 
 
 def test_a_tree_3000_deep_is_shown(tmp_path: Path) -> None:
