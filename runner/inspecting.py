@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         shown = {"guest": receipt.name, "argv": list(receipt.argv), "exit_code": receipt.exit_code, "read": [each._asdict() for each in found]}
         print(json.dumps(shown, indent=1))
         return 0
-    print(f"{' '.join(receipt.argv)}\n  {receipt.name} ended with {receipt.exit_code} at {receipt.started}, {receipt.seconds} s")
+    print(_printable(" ".join(receipt.argv)))
+    print(f"  {_printable(receipt.name)} ended with {receipt.exit_code} at {_printable(receipt.started)}, {receipt.seconds} s")
     print(f"{'TYPE':<10} {'SIZE':>14} {'READ':>14}  PATH")
     for each in found:
         print(f"{each.type:<10} {each.size:>14,} {each.read:>14,}  {_printable(each.path)}")

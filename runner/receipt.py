@@ -4,6 +4,7 @@ Format 1 is one JSON object; docs/RUNNING.md names its fields. A reader refuses 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from runner.streams import Digest
 
 FORMAT = 1
 _KIND = "ipfsfuse-run receipt"
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 ALWAYS_DIFFERS = ("device numbers", "the attributes of /")
 BY_CHANCE = ("clocks", "random numbers", "NaN bits")
@@ -32,7 +35,7 @@ class GivenDir(NamedTuple):
 class Receipt(NamedTuple):
     guest: Cid
     name: str
-    """As GUEST was given."""
+    """As GUEST was given; what is no UTF-8 in it is U+FFFD here."""
     argv: Sequence[str]
     env: Sequence[tuple[str, str]]
     cwd: str | None
@@ -72,7 +75,7 @@ def encode(receipt: Receipt) -> bytes:
     }
     del fields["name"]
     whole = {"kind": _KIND, "format": FORMAT, **fields, "differs": receipt.differs}
-    return json.dumps(whole, indent=1, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+    return json.dumps(whole, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def decode(data: bytes) -> Receipt:
@@ -96,12 +99,12 @@ def decode(data: bytes) -> Receipt:
 def _receipt(fields: Mapping[str, Any]) -> Receipt:
     return Receipt(
         guest=cids.parse(fields["guest"]["cid"]),
-        name=str(fields["guest"]["name"]),
+        name=_text(fields["guest"]["name"]),
         argv=_argv(fields["argv"]),
-        env=[(str(name), str(value)) for name, value in fields["env"]],
-        cwd=None if fields["cwd"] is None else str(fields["cwd"]),
+        env=[(_text(name), _text(value)) for name, value in fields["env"]],
+        cwd=None if fields["cwd"] is None else _text(fields["cwd"]),
         limits=_limits(fields["limits"]),
-        dirs=[GivenDir(each["guest"], bool(each["writable"]), None if each["cid"] is None else cids.parse(each["cid"])) for each in fields["dirs"]],
+        dirs=[_dir(each) for each in fields["dirs"]],
         deterministic=bool(fields["deterministic"]),
         versions=dict(fields["versions"]),
         read=[cids.parse(each) for each in fields["read"]],
@@ -112,7 +115,7 @@ def _receipt(fields: Mapping[str, Any]) -> Receipt:
         stderr=_digest(fields["stderr"]),
         exit_code=int(fields["exit_code"]),
         trapped=bool(fields["trapped"]),
-        started=str(fields["started"]),
+        started=_text(fields["started"]),
         seconds=float(fields["seconds"]),
     )
 
@@ -120,7 +123,21 @@ def _receipt(fields: Mapping[str, Any]) -> Receipt:
 def _argv(given: object) -> list[str]:
     if not isinstance(given, list) or not given:
         raise ValueError("argv")
-    return [str(each) for each in given]
+    return [_text(each) for each in given]
+
+
+def _text(given: object) -> str:
+    """As a guest can be given it: JSON may name half of a surrogate pair, which no text has."""
+    text = str(given)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"{text!r}: it is no UTF-8") from exc
+    return text
+
+
+def _dir(fields: Mapping[str, Any]) -> GivenDir:
+    return GivenDir(_text(fields["guest"]), bool(fields["writable"]), None if fields["cid"] is None else cids.parse(fields["cid"]))
 
 
 def _limits(given: Mapping[str, Any]) -> Limits:
@@ -130,4 +147,6 @@ def _limits(given: Mapping[str, Any]) -> Limits:
 
 
 def _digest(fields: Mapping[str, Any]) -> Digest:
-    return Digest(str(fields["sha256"]), int(fields["size"]))
+    if not _SHA256.fullmatch(fields["sha256"]):
+        raise ValueError("sha256")
+    return Digest(fields["sha256"], int(fields["size"]))

@@ -101,7 +101,7 @@ def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> 
     read, ahead = _used(material.used)
     return Receipt(
         guest=bundle.cid_of(material.guest),
-        name=options.guest,
+        name=os.fsencode(options.guest).decode(errors="replace"),
         argv=box.argv,
         env=box.env,
         cwd=box.cwd,

@@ -1,6 +1,7 @@
 """What a receipt tells of a run beside its input and output: what was only read ahead, what was missing, and whether NaNs were fixed."""
 
 import json
+import os
 import platform
 import struct
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from ipfsfuse.dag import cid as cids
+from runner import receipt as told
+from runner.errors import ReceiptRefused
 from tests.dagging import Dag
 from tests.mounting import Home
 from tests.runner.conftest import GUESTS, Runner, lines
@@ -25,8 +28,8 @@ def run(home: Home, tmp_path: Path) -> Runner:
 
 
 def receipt(target: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(target.read_text())
-    return told
+    whole: dict[str, Any] = json.loads(target.read_text())
+    return whole
 
 
 def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(run: Runner, tmp_path: Path, habits: Path) -> None:
@@ -36,12 +39,12 @@ def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(run: Runner, t
     source, target = dag.car(tmp_path / "source.car"), tmp_path / "run.json"
     done = run("--from", source, "--record", target, habits, "cat", f"/ipfs/{cids.text(file)}", str(16 * LEAF))
     assert done.stdout == b"".join(LEAVES[:16])
-    told = receipt(target)
-    assert told["read"] == [cids.text(file), *leaves[:16]]
-    assert told["ahead"]
-    assert told["ahead"] == leaves[16 : 16 + len(told["ahead"])]
-    assert leaves[-1] not in told["ahead"]  # for the guest stopped long before it
-    assert told["missing"] == []
+    seen = receipt(target)
+    assert seen["read"] == [cids.text(file), *leaves[:16]]
+    assert seen["ahead"]
+    assert seen["ahead"] == leaves[16 : 16 + len(seen["ahead"])]
+    assert leaves[-1] not in seen["ahead"]  # for the guest stopped long before it
+    assert seen["missing"] == []
 
 
 @pytest.mark.parametrize("form", ["json", "car"])
@@ -54,11 +57,32 @@ def test_what_no_source_had_is_told_and_is_missing_again(run: Runner, tmp_path: 
     done = run("--from", source, "--offline", "--record", target, habits, "cat", f"/ipfs/{cids.text(file)}")
     assert (done.returncode, done.stdout) == (1, LEAVES[0])
     if form == "json":
-        told = receipt(target)
-        assert (told["read"], told["missing"]) == ([cids.text(file), cids.text(first)], [cids.text(second)])
+        seen = receipt(target)
+        assert (seen["read"], seen["missing"]) == ([cids.text(file), cids.text(first)], [cids.text(second)])
     else:
         again = run("--replay", target)
         assert (again.returncode, lines(again.stdout)[-1]) == (0, "exit code: the same")
+
+
+def test_a_guest_whose_name_is_no_text(run: Runner, tmp_path: Path, habits: Path) -> None:
+    guest = tmp_path / os.fsdecode(b"\xff.wasm")
+    guest.write_bytes(habits.read_bytes())
+    for form in ("json", "car"):
+        assert run("--record", tmp_path / f"run.{form}", "--argv0", "me", guest, "args").stdout == b"me\nargs\n"
+    assert receipt(tmp_path / "run.json")["guest"]["name"] == f"{tmp_path}/\ufffd.wasm"
+    assert run("--replay", tmp_path / "run.car").returncode == 0
+
+
+def test_a_receipt_with_half_a_surrogate_pair_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
+    target = tmp_path / "run.json"
+    run("--record", target, "--env", "A=1", habits, "args")
+    whole, half = receipt(target), "\udcff"
+    told.decode(json.dumps(whole).encode())
+    folder = {"guest": half, "writable": False, "cid": None}
+    guest = whole["guest"] | {"name": half}
+    for field, value in {"argv": [half], "env": [["A", half]], "cwd": half, "dirs": [folder], "guest": guest, "started": half}.items():
+        with pytest.raises(ReceiptRefused, match="UTF-8"):
+            told.decode(json.dumps(whole | {field: value}).encode())
 
 
 CANONICAL = struct.pack("<IQQIQQ", 0x7FC0_0000, 0x7FF8 << 48, 0x7FF8 << 48, 0x7FC0_0000, *[0x7FC0_0000_7FC0_0000] * 2)
