@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple, NoReturn
 
-from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.errors import IpfsFuseError, UsageError
 from runner import guest, sandbox, signals
 from runner.codecache import CodeCache
 from runner.errors import GuestRefused
@@ -52,12 +53,13 @@ class Reports:
 
 
 def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
-    """Never returns: ends the process, by the guest's exit code, 134 where it trapped, 1 where it can't run."""
+    """Never returns: ends the process, by the guest's exit code, 134 where it trapped, 1 where it can't run, 2 for usage."""
     code = 1
     try:
         _die_with(parent)
         code = _in_thread(plan, reports)
     except IpfsFuseError as exc:
+        code = 2 if isinstance(exc, UsageError) else 1
         reports.tell({"refused": str(exc)})
     except Exception as exc:  # else it would look like a guest that ended with 1
         reports.tell({"refused": f"{plan.name} met a fault of the runner's: {exc!r}"})
@@ -95,6 +97,7 @@ def _in_thread(plan: Plan, reports: Reports) -> int:
 
 
 def _run(plan: Plan, reports: Reports) -> int:
+    wasi = sandbox.wasi_config(plan.box)
     name, code = plan.name, _read(plan)
     kind, code = guest.binary(code, name)
     limits = plan.box.limits
@@ -103,7 +106,6 @@ def _run(plan: Plan, reports: Reports) -> int:
     if plan.keep is not None:
         with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)
-    wasi = sandbox.wasi_config(plan.box)
     sandbox.limit_process(limits)
     begun = {"started": True, "kind": kind}
     end = guest.run(ready, wasi, limits, plan.deterministic, lambda: reports.tell(begun))
@@ -116,11 +118,10 @@ def _run(plan: Plan, reports: Reports) -> int:
 def _read(plan: Plan) -> bytes:
     if plan.guest == "-":
         return sys.stdin.buffer.read()
-    path = plan.guest
-    if path.startswith(IPFS + "/"):
-        path = sandbox.inside(plan.mountpoint, path[len(IPFS) + 1 :], path)
+    named, in_mount = plan.guest, plan.guest.startswith(IPFS + "/")
+    place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named) if in_mount else nullcontext(named)
     try:
-        with open(path, "rb") as file:
+        with place as path, open(path, "rb") as file:
             return file.read()
     except OSError as exc:
         raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc

@@ -7,10 +7,17 @@ from pathlib import Path
 from ipfsfuse.errors import StoreFailed
 
 
+def cache_home() -> str:
+    """The user's cache folder. A relative XDG_CACHE_HOME is ignored, as the XDG specification has it, and as the mount does."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), ".cache")
+
+
 def private(*parts: str) -> Path:
     """`$XDG_CACHE_HOME/ipfsfuse-run/parts...`, made where missing. Raises StoreFailed if it can't be, or is not ours alone."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(base, "ipfsfuse-run")
+    path = Path(cache_home(), "ipfsfuse-run")
+    if not path.is_absolute():
+        raise StoreFailed("there is no home folder to put things in: set HOME or XDG_CACHE_HOME")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for part in ("", *parts):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import ipfsfuse
 from ipfsfuse.errors import DaemonFailed, MountFailed, UsageError
+from runner import folders
 from runner.control import Control
 from runner.options import Options
 
@@ -28,7 +29,7 @@ _GONE_S = 2.0
 
 
 class Mount(NamedTuple):
-    """A mounted folder. `control` is the held connection to its daemon, None where --mount names the folder."""
+    """A folder that is mounted, or said to be. `control` is the held connection to its daemon, None where --mount names the folder."""
 
     mountpoint: str
     control: Control | None
@@ -40,7 +41,7 @@ class Mount(NamedTuple):
 def mounted(options: Options) -> Iterator[Mount]:
     """The mount for this run. Raises UsageError, MountFailed, DaemonFailed."""
     if options.mount is not None:
-        yield Mount(_given(options.mount), None)
+        yield Mount(os.path.abspath(options.mount), None)
         return
     mount = _start(options, isolated=True) if options.own_mount else _shared(options)
     assert mount.control is not None
@@ -59,15 +60,6 @@ def _wait_until_gone(daemon: int) -> None:
         os.close(process)
 
 
-def _given(mountpoint: str) -> str:
-    try:
-        if not os.path.isdir(mountpoint):
-            raise UsageError(f"--mount {mountpoint} is no folder")
-    except OSError as exc:
-        raise UsageError(f"--mount {mountpoint} can't be used: {exc.strerror}") from exc
-    return os.path.abspath(mountpoint)
-
-
 def _shared(options: Options) -> Mount:
     """The live mount of the cache folder. Of several runners that find none, one starts it and all use it."""
     until = time.monotonic() + _RACE_S
@@ -84,9 +76,7 @@ def _shared(options: Options) -> Mount:
 
 
 def _cache_dir(options: Options) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    default = os.path.join(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "ipfsfuse")
-    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default)
+    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or os.path.join(folders.cache_home(), "ipfsfuse"))
 
 
 def _is_held(options: Options) -> bool:

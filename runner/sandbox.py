@@ -4,11 +4,13 @@
 way. It is named after what it holds and stays in the runner's cache folder: nothing is left to remove after a kill.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import posixpath
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +46,8 @@ class Sandbox(NamedTuple):
 def build(options: Options, mountpoint: str) -> Sandbox:
     """Raises UsageError."""
     argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
-    for text in (*argv, *(part for variable in options.env for part in variable)):
+    names = [options.cwd or "", *(each.guest for each in options.dirs)]
+    for text in (*argv, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)
     return Sandbox(argv, options.env, preopens(mountpoint, options.dirs), options.cwd, options.limits)
 
@@ -53,15 +56,13 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise UsageError(f"{text!r} is no UTF-8: WASI can give a guest no other arguments and variables") from exc
+        raise UsageError(f"{text!r} is no UTF-8: WASI knows no other arguments, variables and names") from exc
 
 
 def preopens(mountpoint: str, dirs: Sequence[Dir]) -> list[Preopen]:
-    """`/`, `/ipfs` and `dirs`, in this order. Raises UsageError for a folder that is none, or a name below /ipfs."""
+    """`/`, `/ipfs` and `dirs`, in this order; nothing is opened. Raises UsageError for a guest's name that can't be."""
     found = [Preopen(mountpoint, IPFS, writable=False)]
     for each in dirs:
-        if not os.path.isdir(each.host):
-            raise UsageError(f"--dir {each.host}: " + ("is no folder" if os.path.exists(each.host) else "there is no such folder"))
         guest = posixpath.normpath(each.guest)
         if guest == ".." or guest.startswith("../") or "\0" in guest:
             raise UsageError(f"--dir {each.host}::{each.guest}: the guest's name for it can't lead upward")
@@ -83,7 +84,7 @@ def _root(names: Sequence[str]) -> Path:
 
 
 def wasi_config(box: Sandbox) -> wasmtime.WasiConfig:
-    """The preopens come last: what they name may be in the mount, and is opened here. Raises GuestRefused."""
+    """For the guest's own process: the folders may be in the mount, and are opened here. Raises UsageError, GuestRefused."""
     wasi = wasmtime.WasiConfig()
     wasi.argv = list(box.argv)
     env = dict(box.env)
@@ -94,43 +95,77 @@ def wasi_config(box: Sandbox) -> wasmtime.WasiConfig:
     wasi.inherit_stdout()
     wasi.inherit_stderr()
     for each in box.preopens:
-        _preopen(wasi, each)
+        with _folder(each.host) as path:
+            _preopen(wasi, path, each)
     if box.cwd is not None:
-        _preopen(wasi, _working_folder(box.cwd, box.preopens))
+        base, rest = _working_folder(box.cwd, box.preopens)
+        with inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY) as path:
+            _preopen(wasi, path, Preopen(box.cwd, ".", base.writable))
     return wasi
 
 
-def _preopen(wasi: wasmtime.WasiConfig, each: Preopen) -> None:
+def _preopen(wasi: wasmtime.WasiConfig, path: str, each: Preopen) -> None:
     try:
-        wasi.preopen_dir(each.host, each.guest, each.writable)
+        wasi.preopen_dir(path, each.guest, each.writable)
     except wasmtime.WasmtimeError as exc:
-        raise GuestRefused(f"the folder {each.host} can't be opened for the guest") from exc
+        raise GuestRefused(f"the folder {each.host} can't be read by the guest") from exc
 
 
-def _working_folder(cwd: str, given: Sequence[Preopen]) -> Preopen:
-    """`cwd` as the folder `.`: WASI has no working directory, and its C library resolves relative names by that name."""
+_LOOK = os.O_PATH | os.O_CLOEXEC
+_NAMED_WRONG = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+@contextlib.contextmanager
+def _folder(host: str) -> Iterator[str]:
+    try:
+        folder = os.open(host, _LOOK | os.O_DIRECTORY)
+    except OSError as exc:
+        failure = UsageError if exc.errno in _NAMED_WRONG else GuestRefused
+        raise failure(f"the folder {host} can't be opened for the guest: {exc.strerror}") from exc
+    try:
+        yield _path(folder)
+    finally:
+        os.close(folder)
+
+
+def _path(file: int) -> str:
+    """A name of an open file which is that very file's, whatever becomes of the name that it was opened by."""
+    return f"/proc/self/fd/{file}"
+
+
+def _working_folder(cwd: str, given: Sequence[Preopen]) -> tuple[Preopen, str]:
+    """`cwd` as a folder that was given and a name below it. It becomes the folder `.`: WASI has no working directory, and its
+    C library resolves relative names by that name."""
     wanted = posixpath.normpath(cwd)
     base = max((each for each in given if _below(wanted, each.guest)), key=lambda each: len(each.guest), default=None)
     if base is None:
         raise GuestRefused(f"--cwd {cwd} is in no folder that the guest has")
-    rest = wanted[len(base.guest.rstrip("/")) :].lstrip("/")
-    return Preopen(inside(base.host, rest, cwd), ".", base.writable)
+    return base, wanted[len(base.guest.rstrip("/")) :].lstrip("/")
 
 
 def _below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def inside(base: str, rest: str, name: str) -> str:
-    """The real path of `rest` below `base`, which symlinks can't leave. Raises GuestRefused."""
-    top = os.path.realpath(base)
+@contextlib.contextmanager
+def inside(base: str, rest: str, name: str, flags: int = 0) -> Iterator[str]:
+    """A path of the file that `rest` leads to below `base`, out of which no symlink can lead. Raises GuestRefused.
+
+    What is opened is looked at only then: whoever may write below `base` could put a symlink behind any look before."""
+    with contextlib.ExitStack() as stack:
+        top, file = (_opened(path, name, more, stack) for path, more in ((base, 0), (os.path.join(base, rest), flags)))
+        if not _below(os.readlink(_path(file)), os.readlink(_path(top))):
+            raise GuestRefused(f"{name} leads out of {base}")
+        yield _path(file)
+
+
+def _opened(path: str, name: str, flags: int, stack: contextlib.ExitStack) -> int:
     try:
-        path = os.path.realpath(os.path.join(top, rest), strict=True)
+        file = os.open(path, _LOOK | flags)
     except OSError as exc:
         raise GuestRefused(f"{name} can't be opened: {exc.strerror}") from exc
-    if not _below(path, top):
-        raise GuestRefused(f"{name} leads out of {base}")
-    return path
+    stack.callback(os.close, file)
+    return file
 
 
 def limit_process(limits: Limits) -> None:

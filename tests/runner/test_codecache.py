@@ -9,7 +9,7 @@ import wasmtime
 from runner import guest
 from runner.codecache import CodeCache
 from runner.guest import MODULE, Settings
-from tests.runner.conftest import Runner
+from tests.runner.conftest import TOP, Runner
 
 PLAIN = Settings(fuel=False, max_wasm_stack=None, deterministic=False)
 CODE = bytes(wasmtime.wat2wasm('(module (func (export "_start")))'))
@@ -83,6 +83,14 @@ def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: list[bytes
 def test_without_a_folder_it_still_runs(compiled: list[bytes]) -> None:
     CodeCache(None).load(MODULE, CODE, "guest", PLAIN)
     assert compiled == [CODE]
+
+
+def test_a_relative_cache_folder_is_none(run: Runner, habits: Path, tmp_path: Path) -> None:
+    """Else each folder that a user stands in would get one; the mount's own is handled the same."""
+    run.env |= {"XDG_CACHE_HOME": "relative", "HOME": str(tmp_path)}
+    assert run(habits, "args").returncode == 0
+    assert not (TOP / "relative").exists()
+    assert list((tmp_path / ".cache" / "ipfsfuse-run" / "code").iterdir())
 
 
 def test_the_command_keeps_code_in_the_users_cache(run: Runner, habits: Path, tmp_path: Path) -> None:

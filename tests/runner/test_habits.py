@@ -88,6 +88,13 @@ def test_a_folder_keeps_its_own_name_without_another(run: Runner, habits: Path, 
     assert lines(run("--dir", tmp_path / "given", habits, "ls", tmp_path / "given").stdout) == ["a"]
 
 
+def test_a_folder_whose_name_is_no_text(run: Runner, habits: Path, tmp_path: Path) -> None:
+    given = tmp_path / os.fsdecode(b"\xff")
+    given.mkdir()
+    (given / "a").touch()
+    assert lines(run("--dir", f"{given}::/data", habits, "ls", "/data").stdout) == ["a"]
+
+
 def test_the_working_directory(run: Runner, habits: Path) -> None:
     assert run("--cwd", "/ipfs/root", habits, "cat", "file").stdout == b"content\n"
     assert b"PWD=/ipfs/root\n" in run("--cwd", "/ipfs/root", habits, "env").stdout

@@ -76,6 +76,8 @@ def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
         (["guest.wasm", "\udcff"], "UTF-8"),
         (["--env", "A=\udcff", "guest.wasm"], "UTF-8"),
         (["--cwd", "relative", "guest.wasm"], "relative"),
+        (["--cwd", "/ipfs/\udcff", "guest.wasm"], "UTF-8"),
+        (["--dir", "/tmp::/\udcff", "guest.wasm"], "UTF-8"),
         (["--isolated", "guest.wasm"], "--isolated"),
         (["--from", "library", "guest.wasm"], "--from"),
         (["--deterministic", "guest.wasm"], "--deterministic"),
@@ -86,9 +88,12 @@ def test_usage(run: Runner, args: list[str], named: str) -> None:
     assert named in refusal(run, 2, *args)
 
 
-def test_a_working_directory_that_is_none(run: Runner) -> None:
+def test_a_working_directory_that_is_none(run: Runner, tree: Path) -> None:
+    (tree / "root" / "away").symlink_to("/etc")
     assert "/elsewhere" in refusal(run, 1, "--cwd", "/ipfs/elsewhere", "-", stdin=GUEST)
+    assert "Not a directory" in refusal(run, 1, "--cwd", "/ipfs/root/file", "-", stdin=GUEST)
     assert "/ipfs/root/out" in refusal(run, 1, "--cwd", "/ipfs/root/out", "-", stdin=GUEST)
+    assert "/ipfs/root/away leads out of" in refusal(run, 1, "--cwd", "/ipfs/root/away", "-", stdin=GUEST)
 
 
 def test_a_mount_that_is_none(run: Runner, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from runner.errors import GuestRefused
+from runner.sandbox import inside
 from tests.mounting import Home
 from tests.runner.conftest import DEMO, Runner, lines
 from tests.runner.writesp2 import CALLS, NOT_PERMITTED, OPENED_TO_CHANGE, SUCCESS, TRIES, component
@@ -89,6 +91,19 @@ def test_a_guest_can_not_leave(world: World, build_guest: Callable[[str], Path])
     assert said[:3] == [f"{each}: content" for each in inside]
     assert len(said) == 3 + len(ways) + 2
     assert all(": errno " in line for line in said[3:])
+
+
+def test_a_folder_that_was_looked_at_is_the_one_that_is_given(tmp_path: Path) -> None:
+    """Another guest may write where the working directory lies."""
+    work = tmp_path / "given" / "work"
+    (work / "right").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "wrong").mkdir(parents=True)
+    with inside(str(tmp_path / "given"), "work", "--cwd /given/work") as path:
+        work.rename(tmp_path / "given" / "moved")
+        work.symlink_to(tmp_path / "elsewhere")
+        assert os.listdir(path) == ["right"]
+    with pytest.raises(GuestRefused, match="leads out"), inside(str(tmp_path / "given"), "work", "--cwd /given/work"):
+        pass
 
 
 @pytest.mark.fuse

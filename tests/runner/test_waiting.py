@@ -1,5 +1,6 @@
 """A guest that waits for a block which never comes: whatever ends the run ends it, long before the mount's deadline."""
 
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, alive, fuse_mounts, wait_until
+from tests.mounting import PATIENCE, Home, alive, fuse_mounts, wait_until
 from tests.runner.conftest import DEMO, Runner
 
 pytestmark = pytest.mark.fuse
@@ -52,6 +53,23 @@ def test_out_of_time(run: Runner, silence: socket.socket) -> None:
     with run.start(*waiting(silence), "-W", "timeout=1s", DEMO / "reader-p2.wat", f"/ipfs/{NEVER}") as process:
         assert process.wait(timeout=60) == 124
     wait_until(lambda: nothing_is_mounted(run), "the mount is gone")
+
+
+def test_what_the_runner_does_itself_asks_a_mount_nothing(run: Runner, home: Home, tmp_path: Path) -> None:
+    """The mount's daemon stands still: who asks it something can't be ended but by SIGKILL."""
+    (tmp_path / "source").mkdir()
+    cid = home.add(tmp_path / "source")
+    command = ["--dir", f"{home.mountpoint / cid}::/data::ro", DEMO / "reader-p1.wat", "/data/x"]
+    with home.mounted() as mount:
+        os.kill(mount.pid, signal.SIGSTOP)
+        with run.start("--mount", mount.path, *command) as process:
+            try:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                wait_until(children.read_text, "the guest has its process")
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(timeout=PATIENCE) == -signal.SIGTERM
+            finally:
+                os.kill(mount.pid, signal.SIGCONT)
 
 
 def test_kill_9(run: Runner, silence: socket.socket) -> None:
