@@ -1,12 +1,16 @@
 """The runner and its mount: the live one, or one of its own that ends with it, in whatever way it ends."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.cache.pinning import mounts
+from tests.kubo.node import Node
 from tests.mounting import Home, alive, fuse_mounts, wait_until
+from tests.network.nodes import source
 from tests.runner.conftest import DEMO, Runner, lines
 
 pytestmark = pytest.mark.fuse
@@ -83,6 +87,28 @@ def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path) -> None:
         process.wait()
     wait_until(lambda: not alive(int(child)), "the guest ended")
     wait_until(lambda: nothing_is_left(run), "nothing is left")
+
+
+def test_kill_9_of_an_isolated_guest_leaves_nothing(run: Runner, home: Home, habits: Path, own_node: Node) -> None:
+    """No mount, no staging, no folder; and what it read is held at the node no more."""
+    cid = own_node.add(b"content\n" * 100_000, "--pin=false", "--cid-version=1")
+    with run.start("--isolated", "--from", source(own_node), habits, "spin", f"/ipfs/{cid}") as process:
+        assert process.stdout is not None
+        assert all(process.stdout.readline() == b"content\n" for _ in range(100_000))
+        assert process.stdout.readline() == b"spinning\n"
+        (folder,) = Path(run.env["TMPDIR"]).glob("ipfsfuse-isolated-*/*")
+        assert list((folder / "files").iterdir())
+        asked = ["status", "--json", "--cache-dir", folder]
+        wait_until(lambda: home.json(*asked)["pins"][source(own_node)]["held"], "the node holds what was staged")
+        own_node.gc()
+        assert own_node.has(cid)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert process.wait() == 137
+    assert nothing_is_left(run)
+    assert mounts(own_node) == []
+    own_node.gc()
+    assert not own_node.has(cid)
 
 
 def test_only_what_is_allowed_is_reached(run: Runner, home: Home, cid: str, tmp_path: Path) -> None:

@@ -37,7 +37,11 @@ int main(int argc, char **argv) {
   else if (!strcmp(what, "err")) fputs("to stderr\n", stderr);
   else if (!strcmp(what, "abort")) abort();
   else if (!strcmp(what, "sleep")) puts("sleeping"), fflush(stdout), sleep(1000);
-  else if (!strcmp(what, "spin")) { puts("spinning"), fflush(stdout); for (volatile int i = 0;; i++); }
+  else if (!strcmp(what, "spin")) {
+    if (argc > 2 && copy(open(argv[2], O_RDONLY), LONG_MAX)) return 1;
+    puts("spinning"), fflush(stdout);
+    for (volatile int i = 0;; i++);
+  }
   else if (!strcmp(what, "alloc")) return malloc(atol(argv[2])) ? 0 : 9;
   else if (!strcmp(what, "chance")) { unsigned long long r; getentropy(&r, sizeof r); printf("%lld %llu\n", (long long)time(0), r); }
   else if (!strcmp(what, "write")) return fputs("written\n", fopen(argv[2], "w")) < 0;
