@@ -8,17 +8,20 @@ appear whole, by rename, and are only ever removed whole.
 import hashlib
 import os
 import platform
-import secrets
 import stat
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import wasmtime
-from wasmtime import _ffi, component
+from wasmtime import _ffi
 
 from ipfsfuse.errors import StoreFailed
 from runner import folders, guest
 from runner.guest import Guest, Settings
+
+if TYPE_CHECKING:
+    from wasmtime import component
 
 BOUND = 1 << 30
 """Bytes that the whole cache may take; what was used longest ago goes first."""
@@ -49,7 +52,7 @@ class CodeCache:
         self._put(key, made)
         return made
 
-    def _get(self, engine: wasmtime.Engine, kind: str, key: str) -> wasmtime.Module | component.Component | None:
+    def _get(self, engine: wasmtime.Engine, kind: str, key: str) -> "wasmtime.Module | component.Component | None":
         if self.folder is None:
             return None
         try:
@@ -61,8 +64,7 @@ class CodeCache:
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
                 return None
             _used_now(file)
-            load = component.Component if kind == guest.COMPONENT else wasmtime.Module
-            return load.deserialize_file(engine, f"/proc/self/fd/{file}")
+            return guest.form_of(kind).deserialize_file(engine, f"/proc/self/fd/{file}")
         except (wasmtime.WasmtimeError, OSError):
             return None  # another machine's, in a shared home: compiled again, and replaced
         finally:
@@ -71,7 +73,7 @@ class CodeCache:
     def _put(self, key: str, made: Guest) -> None:
         if self.folder is None:
             return
-        part = self.folder / f".{secrets.token_hex(8)}.part"
+        part = self.folder / f".{os.urandom(8).hex()}.part"
         try:
             file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with open(file, "wb") as out:

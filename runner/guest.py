@@ -6,14 +6,16 @@ Owns nothing beyond the call; runs in the guest's own process, on any one thread
 import ctypes
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import wasmtime
-from wasmtime import _ffi, component
+from wasmtime import _ffi
 
-from runner import determinism
 from runner.errors import GuestRefused
 from runner.limits import Limits
+
+if TYPE_CHECKING:  # 13 ms that a module need not wait for
+    from wasmtime import component
 
 MODULE, COMPONENT = "module", "component"
 TRAPPED = 134
@@ -85,18 +87,27 @@ class Guest(NamedTuple):
 
     name: str
     engine: wasmtime.Engine
-    compiled: wasmtime.Module | component.Component
+    compiled: "wasmtime.Module | component.Component"
 
 
 def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> Guest:
     """Raises GuestRefused."""
     try:
-        return Guest(name, engine, component.Component(engine, code) if kind == COMPONENT else wasmtime.Module(engine, code))
+        return Guest(name, engine, form_of(kind)(engine, code))
     except wasmtime.WasmtimeError as exc:
         wanted = _PREVIEW_3.search(code)
         if wanted is not None:
             raise GuestRefused(_preview_3(name, wanted[0].decode())) from exc
         raise GuestRefused(f"{name} is no valid WebAssembly {kind}: {one_line(exc)}") from exc
+
+
+def form_of(kind: str) -> "type[wasmtime.Module | component.Component]":
+    """What compiles and loads a guest of that kind."""
+    if kind == MODULE:
+        return wasmtime.Module
+    from wasmtime import component
+
+    return component.Component
 
 
 def _preview_3(name: str, wanted: str) -> str:
@@ -147,6 +158,8 @@ def _run_module(guest: Guest, module: wasmtime.Module, store: wasmtime.Store, de
     for module_name in WASI_P1:
         linker.define_func(module_name, "proc_exit", wasmtime.FuncType([wasmtime.ValType.i32()], []), _proc_exit)
     if deterministic:
+        from runner import determinism
+
         determinism.fix_module(linker, WASI_P1)
     begin()
     start = linker.instantiate(store, module).exports(store)["_start"]
@@ -164,12 +177,16 @@ def _proc_exit(code: int) -> None:
     raise _Exit(code)
 
 
-def _run_component(guest: Guest, parts: component.Component, store: wasmtime.Store, deterministic: bool, begin: Callable[[], None]) -> int:
+def _run_component(guest: Guest, parts: "component.Component", store: wasmtime.Store, deterministic: bool, begin: Callable[[], None]) -> int:
+    from wasmtime import component
+
     name = _entry(guest, parts)
     linker = component.Linker(guest.engine)
     linker.allow_shadowing = True
     linker.add_wasip2()
     if deterministic:
+        from runner import determinism
+
         determinism.fix_component(linker)
     begin()
     instance = linker.instantiate(store, parts)
@@ -182,7 +199,7 @@ def _run_component(guest: Guest, parts: component.Component, store: wasmtime.Sto
     return 0 if result.tag == "ok" else 1
 
 
-def _entry(guest: Guest, parts: component.Component) -> str:
+def _entry(guest: Guest, parts: "component.Component") -> str:
     """The name of the exported wasi:cli/run. Raises GuestRefused, naming what there is instead."""
     kind = parts.type
     exports = list(kind.exports(guest.engine))

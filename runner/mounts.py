@@ -1,4 +1,4 @@
-"""The mount that a run uses: one that is there, the live one of the cache folder, or one made for this run.
+"""The mount of a run that was given none: the live one of the cache folder, or one made for this run.
 
 A mount that the runner uses is held by an open connection to its control socket. The daemon it starts ends with the
 last such connection, so that a runner that is killed leaves nothing. Nothing here touches the mount itself.
@@ -29,10 +29,10 @@ _GONE_S = 2.0
 
 
 class Mount(NamedTuple):
-    """A folder that is mounted, or said to be. `control` is the held connection to its daemon, None where --mount names the folder."""
+    """A mounted folder. `control` is the held connection to its daemon."""
 
     mountpoint: str
-    control: Control | None
+    control: Control
     daemon: int | None = None
     """The process that serves it, where it was started for this run: it ends with the mount's last user."""
 
@@ -40,11 +40,7 @@ class Mount(NamedTuple):
 @contextlib.contextmanager
 def mounted(options: Options) -> Iterator[Mount]:
     """The mount for this run. Raises UsageError, MountFailed, DaemonFailed."""
-    if options.mount is not None:
-        yield Mount(os.path.abspath(options.mount), None)
-        return
     mount = _start(options, isolated=True) if options.own_mount else _shared(options)
-    assert mount.control is not None
     try:
         yield mount
     finally:

@@ -57,7 +57,6 @@ def record(options: Options) -> Outcome:
         # the daemon opens the file through this process, which outlives it
         told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
         with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
-            assert mount.control is not None
             box = sandbox.build(options, mount.mountpoint)
             plan = Plan(options.guest, mount.mountpoint, box, options.deterministic, guest.fileno())
             run = _run(plan, stdin, mount.control)

@@ -103,7 +103,6 @@ def _run(path: Path, receipt: Receipt, guest: BinaryIO, stdin: BinaryIO) -> tupl
         mount_options=(f"--from={os.path.abspath(path)}", "--offline"),
     )
     with mounts.mounted(options) as mount:
-        assert mount.control is not None
         box = sandbox.build(options._replace(dirs=_dirs(receipt, mount.mountpoint)), mount.mountpoint)
         plan = Plan(options.guest, mount.mountpoint, box, receipt.deterministic, shown_as=receipt.name)
         bounded = streams.bounded(out, receipt.limits.max_stdout)

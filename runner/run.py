@@ -1,8 +1,13 @@
-"""One run from its options: the mount, the sandbox, the guest's process, and what is said about its end."""
+"""One run from its options: the mount, the sandbox, the guest's process, and what is said about its end.
 
+What takes long to import is imported for whom it serves: a guest in a mount that is there waits for none of it.
+"""
+
+import os
 import sys
+from collections.abc import Sequence
 
-from runner import mounts, sandbox, streams, supervise
+from runner import sandbox, streams, supervise
 from runner.child import Plan
 from runner.options import Options
 from runner.supervise import Outcome, Streams
@@ -22,8 +27,15 @@ def run(options: Options) -> int:
 
 
 def _plainly(options: Options) -> Outcome:
+    if options.mount is not None:
+        return _in(os.path.abspath(options.mount), options)
+    from runner import mounts  # with what starts a daemon, 10 ms
+
     with mounts.mounted(options) as mount:
-        plan = Plan(options.guest, mount.mountpoint, sandbox.build(options, mount.mountpoint))
-        held = () if mount.control is None else (mount.control.fileno(),)
-        bound = options.limits.max_stdout
-        return supervise.run(plan, Streams(stdout=None if bound is None else streams.bounded(streams.carried(1), bound)), close=held)
+        return _in(mount.mountpoint, options, held=(mount.control.fileno(),))
+
+
+def _in(mountpoint: str, options: Options, held: Sequence[int] = ()) -> Outcome:
+    plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint))
+    bound = options.limits.max_stdout
+    return supervise.run(plan, Streams(stdout=None if bound is None else streams.bounded(streams.carried(1), bound)), close=held)

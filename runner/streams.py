@@ -6,7 +6,6 @@ Blocking; used by the one thread of the runner's own process.
 import hashlib
 import os
 import sys
-import tempfile
 from typing import BinaryIO, NamedTuple
 
 from runner.supervise import OutputFull, Sink
@@ -68,6 +67,8 @@ class Digested:
 
 def spooled_stdin() -> BinaryIO:
     """All of standard input in a file without a name, at its start; nothing of a terminal, which has no end."""
+    import tempfile
+
     spool = tempfile.TemporaryFile()  # noqa: SIM115 # the caller's
     if sys.stdin is not None and not sys.stdin.isatty():
         while data := os.read(0, _CHUNK):
