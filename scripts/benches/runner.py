@@ -1,13 +1,16 @@
-"""A guest that reads 1 GiB, and one that opens 10,000 files: through a warm mount, against a folder of the same runner.
+"""What the mount costs a guest that reads 1 GiB, opens 10,000 files, or lists 1,000 names; and how soon a guest of 25 MB starts.
 
-Figures are the quickest of some rounds, in which mount, folder and an empty folder take turns; what the run on the empty folder
-takes (the runner's own start) is taken off. CPU time is the guest's, the runner's and the daemon's together: on a machine that
-others use it says more than the clock. With TMPDIR=/dev/shm the folder is one of 4-KiB pages, as the mount's are.
+A guest's figures are medians of rounds in which a native folder, a warm mount and an empty folder take turns, all in the same
+runner; what the round's run on the empty folder took (the runner's own start) is taken off. Warm is what was read twice: behind
+the first read of a file the kernel asks for its attributes once more. CPU time is the guest's, the runner's and the daemon's
+together: on a machine that others use it says more than the clock. With TMPDIR=/dev/shm the folder is one of 4-KiB pages, as the
+mount's are. A start is the time from the moment before fork and exec to the byte that the guest writes first.
 """
 
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,7 +18,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.benches import _guests
+
 GUEST = r"""
+#include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,17 +35,27 @@ static long take(const char *path) {
   close(fd);
   return total;
 }
+static long list(const char *path) {
+  long count = 0;
+  DIR *dir = opendir(path);
+  while (dir && readdir(dir)) count++;
+  return count;
+}
 int main(int argc, char **argv) {
   long total = 0, files = atol(argv[2]);
+  if (files < 0) total = list(argv[1]);
   for (long number = 0; number < files; number++) {
     char path[512];
     snprintf(path, sizeof path, "%s/%ld.txt", argv[1], number);
     total += take(path);
   }
-  printf("%ld files, %ld bytes\n", files, total);
+  printf("%ld files, %ld\n", files, total);
 }
 """
-ROUNDS = 10
+LIST = -1
+"""In the place of a number of files."""
+WARM_UP, ROUNDS, STARTS = 2, 9, 15
+MODULE = 25 << 20
 
 
 class Cost(NamedTuple):
@@ -49,25 +65,65 @@ class Cost(NamedTuple):
     cpu: float
 
 
+class Job(NamedTuple):
+    what: str
+    tree: Path
+    files: int
+    bound: str
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         guest = _guest(folder)
-        trees = {"read 1 GiB": (_big(folder / "big"), 1, 1.05), "open 10,000 files": (_many(folder / "many"), 10_000, 5.0)}
-        for what, (tree, files, bound) in trees.items():
-            cid = _ipfsfuse(folder, "add", "-Q", str(tree)).strip()
-            mount = folder / "mnt"
-            mount.mkdir(exist_ok=True)
-            daemon = json.loads(_ipfsfuse(folder, "mount", "--json", str(mount)))["pid"]
-            try:
-                native, mounted = _compared(guest, folder, tree, mount / cid, daemon, files)
-            finally:
-                _ipfsfuse(folder, "unmount", str(mount))
-            print(f"{what} (at most {bound:g} times):")
-            for field in Cost._fields:
-                one, other = getattr(native, field), getattr(mounted, field)
-                print(f"  {field:<5}  {one:.3f} s native, {other:.3f} s through the mount: {other / one:.2f} times")
+        many = _many(folder / "many", 10_000)
+        for job in (
+            Job("read 1 GiB", _big(folder / "big"), 1, "at most 1.05 times"),
+            Job("open 10,000 files", many, 10_000, "at most 5 times"),
+            Job("list 1,000 names", _many(folder / "names", 1_000), LIST, "no bound"),
+        ):
+            _show(job, guest, folder)
+        _show_start(folder)
     return 0
+
+
+def _show(job: Job, guest: Path, folder: Path) -> None:
+    cid = _ipfsfuse(folder, "add", "-Q", str(job.tree)).strip()
+    mount = folder / "mnt"
+    mount.mkdir(exist_ok=True)
+    daemon = json.loads(_ipfsfuse(folder, "mount", "--json", str(mount)))["pid"]
+    try:
+        native, mounted = _compared(guest, folder, (job.tree, mount / cid), daemon, job.files)
+    finally:
+        _ipfsfuse(folder, "unmount", str(mount))
+    print(f"{job.what} ({job.bound}):")
+    for field in Cost._fields:
+        one, other = getattr(native, field), getattr(mounted, field)
+        print(f"  {field:<5}  {other / one:.2f} times: {one:.3f} s native, {other:.3f} s through the mount")
+
+
+def _show_start(folder: Path) -> None:
+    """The second and later starts of a module in the mount, whose compiled code is kept."""
+    module, mount = folder / "large.wasm", folder / "mnt"
+    module.write_bytes(_guests.large(MODULE))
+    cid = _ipfsfuse(folder, "add", "-Q", str(module)).strip()
+    _ipfsfuse(folder, "mount", str(mount))
+    try:
+        command = [sys.executable, "-m", "runner", "--mount", str(mount), f"/ipfs/{cid}"]
+        _first, *took = [_until_its_first_byte(command, folder) for _ in range(1 + STARTS)]
+    finally:
+        _ipfsfuse(folder, "unmount", str(mount))
+    print("start a guest of 25 MB again (below 0.2 s):")
+    print(f"  clock  {statistics.median(took):.3f} s; {min(took):.3f} to {max(took):.3f} s")
+
+
+def _until_its_first_byte(command: list[str], folder: Path) -> float:
+    begin = time.perf_counter()
+    with subprocess.Popen(command, env=_environment(folder), stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        if not process.stdout.read(1):
+            raise SystemExit("the guest ended without a byte")
+        return time.perf_counter() - begin
 
 
 def _guest(folder: Path) -> Path:
@@ -85,33 +141,34 @@ def _big(tree: Path) -> Path:
     return tree
 
 
-def _many(tree: Path) -> Path:
+def _many(tree: Path, files: int) -> Path:
     tree.mkdir()
-    for number in range(10_000):
+    for number in range(files):
         (tree / f"{number}.txt").write_text(f"{number}\n" * 20)
     return tree
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "IPFSFUSE_CACHE_DIR": str(folder / "cache"), "IPFSFUSE_LIBRARY": str(folder / "library"), "XDG_CACHE_HOME": str(folder)}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # what is installed is compiled
+    return {**env, "IPFSFUSE_CACHE_DIR": str(folder / "cache"), "IPFSFUSE_LIBRARY": str(folder / "library"), "XDG_CACHE_HOME": str(folder)}
 
 
 def _ipfsfuse(folder: Path, *args: str) -> str:
     return subprocess.run([sys.executable, "-m", "ipfsfuse", *args], env=_environment(folder), check=True, capture_output=True, text=True).stdout
 
 
-def _compared(guest: Path, folder: Path, native: Path, mounted: Path, daemon: int, files: int) -> tuple[Cost, Cost]:
-    """(in the folder, in the mount), less what a run takes that finds nothing to do; once a round has warmed the caches."""
+def _compared(guest: Path, folder: Path, trees: tuple[Path, Path], daemon: int, files: int) -> tuple[Cost, Cost]:
+    """(in the folder, in the mount), the two `trees`."""
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
-    seen: dict[Path, list[Cost]] = {empty: [], native: [], mounted: []}
-    for _ in range(1 + ROUNDS):
-        for tree, costs in seen.items():
-            costs.append(_run(guest, folder, tree, daemon, 0 if tree == empty else files))
-    best = {tree: [min(values) for values in zip(*costs[1:], strict=True)] for tree, costs in seen.items()}
-    nothing = best[empty]
-    one, other = ([mine - start for mine, start in zip(best[tree], nothing, strict=True)] for tree in (native, mounted))
-    return Cost(*one), Cost(*other)
+    rounds: list[dict[Path, Cost]] = []
+    for number in range(WARM_UP + ROUNDS):
+        order = trees if number % 2 else trees[::-1]
+        nothing = _run(guest, folder, empty, daemon, 0)
+        costs = {tree: _run(guest, folder, tree, daemon, files) for tree in order}
+        rounds.append({tree: Cost(cost.clock - nothing.clock, cost.cpu - nothing.cpu) for tree, cost in costs.items()})
+    one, other = (Cost(*map(statistics.median, zip(*(each[tree] for each in rounds[WARM_UP:]), strict=True))) for tree in trees)
+    return one, other
 
 
 def _run(guest: Path, folder: Path, tree: Path, daemon: int, files: int) -> Cost:
