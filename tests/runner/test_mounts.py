@@ -78,8 +78,9 @@ def test_a_signal_ends_the_guest_and_the_mount(run: Runner, habits: Path, number
     wait_until(lambda: nothing_is_left(run), "nothing is left")
 
 
-def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path) -> None:
-    with run.start(habits, "spin") as process:
+@pytest.mark.parametrize("options", [[], ["--isolated"]])
+def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path, options: list[str]) -> None:
+    with run.start(*options, habits, "spin") as process:
         assert process.stdout is not None
         process.stdout.readline()
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
