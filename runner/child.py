@@ -5,6 +5,7 @@ kernel ends the guest in whatever it is doing; wasmtime needs no part in it.
 """
 
 import ctypes
+import io
 import json
 import os
 import signal
@@ -98,16 +99,10 @@ def _in_thread(plan: Plan, reports: Reports) -> int:
 
 def _run(plan: Plan, reports: Reports) -> int:
     wasi = sandbox.wasi_config(plan.box)
-    name, code = plan.name, _read(plan)
-    kind, code = guest.binary(code, name)
-    limits = plan.box.limits
-    settings = guest.Settings(limits.fuel is not None, limits.max_wasm_stack, plan.deterministic)
-    ready = CodeCache.of_user().load(kind, code, name, settings)
-    if plan.keep is not None:
-        with open(plan.keep, "wb", closefd=False) as out:
-            out.write(code)
+    name, limits = plan.name, plan.box.limits
+    ready = _ready(plan, guest.Settings(limits.fuel is not None, limits.max_wasm_stack, plan.deterministic))
     sandbox.limit_process(limits)
-    begun = {"started": True, "kind": kind}
+    begun = {"started": True, "kind": ready.kind}
     end = guest.run(ready, wasi, limits, plan.deterministic, lambda: reports.tell(begun))
     if end.trap is not None:
         print(f"ipfsfuse-run: {name} trapped: {end.trap.strip()}", file=sys.stderr)
@@ -115,13 +110,34 @@ def _run(plan: Plan, reports: Reports) -> int:
     return end.code
 
 
-def _read(plan: Plan) -> bytes:
+def _ready(plan: Plan, settings: guest.Settings) -> guest.Guest:
+    """The guest, compiled now or before."""
+    cache = CodeCache.of_user()
+    with _opened(plan) as file:
+        try:
+            kept = cache.kept(file, plan.name, settings) if plan.keep is None else None
+            if kept is not None:
+                return kept
+            kind, code = guest.binary(file.read(), plan.name)
+        except OSError as exc:
+            raise _unreadable(plan, exc) from exc
+    if plan.keep is not None:
+        with open(plan.keep, "wb", closefd=False) as out:
+            out.write(code)
+    return cache.load(kind, code, plan.name, settings)
+
+
+def _opened(plan: Plan) -> io.BufferedReader | io.BytesIO:
     if plan.guest == "-":
-        return sys.stdin.buffer.read()
+        return io.BytesIO(sys.stdin.buffer.read())
     named, in_mount = plan.guest, plan.guest.startswith(IPFS + "/")
     place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named) if in_mount else nullcontext(named)
     try:
-        with place as path, open(path, "rb") as file:
-            return file.read()
+        with place as path:
+            return open(path, "rb")
     except OSError as exc:
-        raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc
+        raise _unreadable(plan, exc) from exc
+
+
+def _unreadable(plan: Plan, why: OSError) -> GuestRefused:
+    return GuestRefused(f"{plan.name} can't be read: {why.strerror}")

@@ -50,10 +50,18 @@ class Settings(NamedTuple):
     deterministic: bool
 
 
+HEAD_BYTES = 8
+
+
+def kind_of(head: bytes) -> str | None:
+    """What begins with these HEAD_BYTES; None for text, and for what can't run."""
+    return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
+
+
 def binary(code: bytes, name: str) -> tuple[str, bytes]:
     """The guest's kind and its binary form (text is translated). Raises GuestRefused."""
     if code.startswith(_MAGIC):
-        kind = _KINDS.get(code[4:8])
+        kind = kind_of(code[:HEAD_BYTES])
         if kind is None:
             raise GuestRefused(f"{name} is WebAssembly of a version that can't run, or cut short")
         return kind, code
@@ -88,6 +96,10 @@ class Guest(NamedTuple):
     name: str
     engine: wasmtime.Engine
     compiled: "wasmtime.Module | component.Component"
+
+    @property
+    def kind(self) -> str:
+        return MODULE if isinstance(self.compiled, wasmtime.Module) else COMPONENT
 
 
 def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> Guest:

@@ -1,5 +1,6 @@
 """Compiled code is kept, found again, bounded, and loaded from no place but the user's own."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def test_the_second_start_compiles_nothing(folder: Path, compiled: list[bytes]) 
         CodeCache(folder).load(MODULE, CODE, "guest", PLAIN)
     assert compiled == [CODE]
     assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
+
+
+def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(folder: Path, compiled: list[bytes]) -> None:
+    cache, file = CodeCache(folder), io.BytesIO(CODE)
+    assert cache.kept(file, "guest", PLAIN) is None
+    assert file.read() == CODE
+    cache.load(MODULE, CODE, "guest", PLAIN)
+    again = cache.kept(io.BytesIO(CODE), "guest", PLAIN)
+    assert again is not None
+    assert (again.name, again.kind) == ("guest", MODULE)
+    assert cache.kept(io.BytesIO(CODE), "guest", PLAIN._replace(fuel=True)) is None
+    assert cache.kept(io.BytesIO(CODE + b"\0\1\0"), "guest", PLAIN) is None
+    assert cache.kept(io.BytesIO(b'(module (func (export "_start")))'), "guest", PLAIN) is None
+    assert compiled == [CODE]
 
 
 def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: list[bytes]) -> None:

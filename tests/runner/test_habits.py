@@ -56,6 +56,7 @@ def test_a_guest_from_standard_input_from_the_mount_and_as_text(run: Runner, hab
     (tree / "root" / "guest.wasm").write_bytes(habits.read_bytes())
     assert lines(run("/ipfs/root/guest.wasm", "args").stdout) == ["guest.wasm", "args"]
     assert lines(run("-", "args", stdin=habits.read_bytes()).stdout) == ["-", "args"]
+    assert lines(run("/dev/stdin", "args", stdin=habits.read_bytes()).stdout) == ["stdin", "args"]  # a pipe has no start to go back to
     assert run("-", stdin=b';; text\n(module (func (export "_start")))').returncode == 0
     assert len(run(GUESTS / "chance-p2.wat").stdout) == 72
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ipfsfuse.dag import cid as cids
 from tests.cache.pinning import mounts
+from tests.dagging import Dag
 from tests.kubo.node import Node
 from tests.mounting import Home, alive, fuse_mounts, wait_until
 from tests.network.nodes import source
@@ -137,6 +139,14 @@ def test_what_is_asked_of_the_mount_is_passed_on(run: Runner, home: Home, cid: s
     done = run("--deadline", "soon", READER, guest)
     assert (done.returncode, len(lines(done.stderr))) == (2, 1)
     assert nothing_is_left(run)
+
+
+def test_a_guest_of_which_a_part_is_missing_is_one_line(run: Runner, tmp_path: Path, habits: Path) -> None:
+    dag, code = Dag(), habits.read_bytes()
+    cid, missing = cids.text(dag.file([code[:9000], code[9000:]])), dag.block(code[9000:])
+    del dag.blocks[cids.multihash(missing)]
+    done = run("--from", dag.car(tmp_path / "part.car"), "--offline", f"/ipfs/{cid}")
+    assert (done.returncode, lines(done.stderr)) == (1, [f"ipfsfuse-run: /ipfs/{cid} can't be read: Connection timed out"])
 
 
 def test_what_the_mount_refuses_is_one_line(run: Runner) -> None:
