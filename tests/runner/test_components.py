@@ -22,7 +22,7 @@ ENTRIES = ["dir", "file", "other"]
 
 
 class World(NamedTuple):
-    """A mounted folder, runners on it and without it, and what stands where no mount is."""
+    """A mounted folder, and runners: on that mount, for records with a mount of their own, and of someone who has no part of it."""
 
     run: Runner
     recording: Runner
