@@ -21,6 +21,8 @@ from ipfsfuse.sources.web.http import ERROR_BODY, Answer, Http
 from ipfsfuse.sources.web.refusals import UNLIKE, declined
 
 CAR_TYPE = "application/vnd.ipld.car"
+DELIVERED_AT_ONCE = 3
+"""Leaves of one request that are being proved and written while the next one is read."""
 RANGE_PART = 16 << 20
 """A range is cut into requests of at least so many bytes."""
 
@@ -65,8 +67,33 @@ class _Part:
                 raise NotOffered(f"{self._http.origin.text} gives another range than was asked for", STATUS)
             if answer.status != 206:
                 raise await _unlike(self._http, answer, self._run.file, "ranges of files")
-            for index in range(self._start, self._end):
-                await self._deliver(index, await answer.exactly(self._run.leaves[index].size))
+            await self._take(answer)
+
+    async def _take(self, answer: Answer) -> None:
+        """Reads leaf after leaf, while the ones before are delivered: proved and written in worker threads."""
+        free, failed = trio.Semaphore(DELIVERED_AT_ONCE), list[Exception]()
+
+        async def give(index: int, leaf: bytes, let_go: Callable[[], None]) -> None:
+            try:
+                await self._deliver(index, leaf)
+            except Exception as exc:
+                failed.append(exc)
+                nursery.cancel_scope.cancel()
+            finally:
+                let_go()
+                free.release()
+
+        async with trio.open_nursery() as nursery:
+            try:
+                for index in range(self._start, self._end):
+                    leaf = await answer.exactly(self._run.leaves[index].size)
+                    let_go = answer.detach()
+                    await free.acquire()
+                    nursery.start_soon(give, index, leaf, let_go)
+            except SourceFailed as exc:
+                failed.append(exc)
+        if failed:
+            raise failed[0]
 
 
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:

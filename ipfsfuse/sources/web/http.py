@@ -7,7 +7,7 @@ Concurrency: any number of tasks. Cancelling a request closes its connection. Ho
 chain's to say; this layer only keeps the idle connections few.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote, urljoin
@@ -124,6 +124,11 @@ class Answer:
         if count > SMALL:
             await self._room.take(count)
             self._held = count
+
+    def detach(self) -> Callable[[], None]:
+        """What was read last stays counted until the function returned is called, however much is read meanwhile."""
+        held, self._held = self._held, 0
+        return lambda: self._room.give(held)
 
     def release(self) -> None:
         if self._held:
