@@ -10,7 +10,7 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.folder.staging import Entry
+from ipfsfuse.cache.folder.entry import Entry
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids

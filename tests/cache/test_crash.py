@@ -170,3 +170,29 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
             assert {kept.cid: (kept.size, kept.complete) for kept in cache.kept()} == {file.cid: (file.size, True), other.cid: (other.size, False)}
 
     trio.run(main)
+
+
+def test_a_part_that_only_seems_whole_gets_its_name_when_each_leaf_was_proved(tmp_path: Path) -> None:
+    """A crash may cut a leaf at the page that the next leaf begins in: no hole tells of it."""
+
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, content = make_file(chain, 900_000, 70_001)
+        whole = tmp_path / "files" / cids.text(file.cid)
+        part = whole.with_name(f"{whole.name}.part")
+        async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
+            for leaf in leaves:
+                await cache.leaf(file, leaf)
+        end = leaves[4].offset + leaves[4].size
+        with whole.open("r+b") as disk:
+            os.pwrite(disk.fileno(), bytes(end % 4096), end - end % 4096)
+        whole.rename(part)
+        chain.asked.clear()
+        for some in (leaves[:1], leaves):
+            async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
+                for leaf in some:
+                    assert bytes(await cache.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+            assert (whole.exists(), part.exists()) == (some == leaves, some != leaves)
+        assert chain.asked == [leaves[4].cid]
+
+    trio.run(main)

@@ -11,7 +11,8 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.folder.blockstore import BlockStore
-from ipfsfuse.cache.folder.staging import Entry, Removed
+from ipfsfuse.cache.folder.entry import Entry, Removed
+from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -44,6 +45,7 @@ class Store(BlockStore):
             return None
         if right:
             self.room.arc.refresh(file.cid)
+            self._proved(entry, leaf)
             return data
         if not entry.dead:
             await self._set_aside(entry, leaf)
@@ -59,9 +61,7 @@ class Store(BlockStore):
                 await self._lost(entry, exc)
                 return None
             if entry.extents is None:
-                entry.extents = found
-                if not entry.complete and entry.whole():  # whole, and ended before it had its name
-                    self.nursery.start_soon(self.finish, entry)
+                entry.extents, entry.proved = found, Extents()
         return entry if entry is not None and not entry.dead else None
 
     async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
@@ -70,6 +70,8 @@ class Store(BlockStore):
             log.warning("%s: wrong bytes in the cache at %d, set aside", cids.text(entry.cid), leaf.offset)
         if entry.extents is not None:
             entry.extents.remove(leaf.offset, leaf.offset + leaf.size)
+        if entry.proved is not None:
+            entry.proved.remove(leaf.offset, leaf.offset + leaf.size)
         try:
             end = leaf.offset + leaf.size
             entry.disk += await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
@@ -115,9 +117,15 @@ class Store(BlockStore):
         self.trouble.over()
         if entry.extents is not None:
             entry.extents.add(leaf.offset, leaf.offset + leaf.size)
-            if not entry.complete and entry.whole():
-                self.nursery.start_soon(self.finish, entry)
+            self._proved(entry, leaf)
         return True
+
+    def _proved(self, entry: Entry, leaf: Leaf) -> None:
+        """`leaf` was written or found right: the last one gives a file its name."""
+        if not entry.complete and entry.proved is not None:
+            entry.proved.add(leaf.offset, leaf.offset + leaf.size)
+            if entry.all_proved() and not self.trouble.waiting:
+                self.nursery.start_soon(self.finish, entry)
 
     def _settle(self, entry: Entry) -> None:
         if entry.dead:

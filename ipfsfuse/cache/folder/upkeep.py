@@ -4,9 +4,10 @@ Concurrency: `take_up` blocks and runs before anything else; `write_behind` is o
 """
 
 import contextlib
+import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,7 +40,7 @@ async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pin
     """The store in `folder`, with what lies there taken up, and within its budget. Raises StoreFailed."""
 
     def make() -> Store:
-        with as_store_failed(f"the cache folder {folder} can't be used"):
+        with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins)
             take_up(store)
             return store
@@ -47,6 +48,18 @@ async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pin
     store = await trio.to_thread.run_sync(make)
     await measure_index(store)
     return store
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """What is made meanwhile lives as long as the cache: looking through it for garbage, again and again while there is
+    more and more of it, takes a sixth of a start, and later stops every read for a tenth of a second (of 160,000 files)."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def take_up(store: Store) -> None:
@@ -184,7 +197,7 @@ def uses(store: Store) -> list[tuple[Key, float, bool]]:
 async def close(store: Store) -> None:
     """Names what is whole, and writes what is pending and in which order things were used."""
     for entry in list(store.staging.entries.values()):
-        if not entry.complete and entry.extents is not None and entry.whole():
+        if entry.all_proved():
             await store.finish(entry)
     await flush(store)
     statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
