@@ -3,18 +3,23 @@
 Concurrency: one task, beside all others: each leaf or block is checked as a read of it would.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeVar
 
 import trio
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.folder import mending
+from ipfsfuse.cache.folder.blocks import Place
 from ipfsfuse.cache.folder.entry import Entry
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.front import Walk, node
 from ipfsfuse.dag.nodes import File, Leaf, parse
 from ipfsfuse.errors import IpfsFuseError
@@ -39,6 +44,10 @@ class FsckReport:
     """Of them, those that were not what their CID says, and were set aside."""
     mended: int = 0
     """Of those, the ones that were fetched again."""
+    heads: int = 0
+    """Damaged marks between small blocks, written anew."""
+    found: int = 0
+    """Right blocks that the index had lost."""
     unproved: int = 0
     """Files whose leaves could not be listed, because a block above them is neither staged nor to be had: each of their
     leaves is proved whenever it is read."""
@@ -68,14 +77,59 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
 
 
 async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckReport) -> None:
+    """Blocks that can be found by the heads before them; then those that the index alone knows; then those that it does not."""
+    size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
     for cid, place in await trio.to_thread.run_sync(list, store.packs.sections(pack)):
-        if store.place(cid) != place:
+        end = place.at + place.size
+        if store.place(cid) != place or cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
+            lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
             continue
-        report.blocks += 1
-        report.bytes += place.size
-        if await store.block(cid) is None and pack in store.packs.sizes:  # else it was evicted meanwhile
-            report.wrong += 1
-            report.mended += await _had(reading.block(cid))
+        named.add(place)
+        await _check_block(store, reading, cid, place, report)
+    if lost or end < size:
+        await _check_by_index(store, reading, pack, named, report)
+        await _find_unnamed(store, pack, named, report)
+
+
+async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, report: FsckReport) -> bool:
+    """Whether the block that the index has at `place` is right, or is again."""
+    report.blocks += 1
+    report.bytes += place.size
+    if await store.block(cid) is not None:
+        return True
+    if place.pack in store.packs.sizes:  # else it was evicted meanwhile
+        report.wrong += 1
+        report.mended += await _had(reading.block(cid))
+    return False
+
+
+async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[Place], report: FsckReport) -> None:
+    """What no intact head leads to. `named` grows by it."""
+    path = store.packs.path(pack)
+    for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unsaid_in(pack)]):
+        place = store.place(cids.make(cids.RAW, key))
+        if place is None or place.pack != pack or place in named:
+            continue
+        named.add(place)
+        with contextlib.suppress(OSError):  # evicted meanwhile; or the disk does not give it, and a read fetches it again
+            cid, intact = await trio.to_thread.run_sync(mending.head_before, path, key, place)
+            if await _check_block(store, reading, cid, place, report) and not intact and pack in store.packs.sizes:
+                await trio.to_thread.run_sync(mending.rewrite_head, path, cid, place)
+                report.heads += 1
+
+
+async def _find_unnamed(store: Store, pack: int, named: set[Place], report: FsckReport) -> None:
+    """Right blocks that the index does not have anywhere, in the gaps between those that it has here."""
+    for start in sorted({0, *(place.at + place.size for place in named)}):
+        for cid, place in await trio.to_thread.run_sync(_until, store.packs.sections(pack, start), named):
+            if store.place(cid) is None and await store.take_back(cid, place):
+                report.blocks += 1
+                report.bytes += place.size
+                report.found += 1
+
+
+def _until(sections: Iterable[tuple[Cid, Place]], named: set[Place]) -> list[tuple[Cid, Place]]:
+    return list(takewhile(lambda found: found[1] not in named, sections))
 
 
 async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, report: FsckReport) -> None:

@@ -19,7 +19,6 @@ from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
 from ipfsfuse.cache.pins import Pins
 from ipfsfuse.cache.reading import Reading
-from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import Blocks
 
@@ -90,14 +89,6 @@ class PinsetCache(Reading):
     async def small(self) -> SmallBlocks:
         """What lies in packs, which `kept` does not list."""
         return await self.store.small()
-
-    def staged_bytes(self, cid: Cid) -> int:
-        """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
-        entry = self.store.staging.entries.get(cids.canonical(cid))
-        if entry is not None:
-            return entry.disk
-        place = self.store.place(cid)
-        return place.size if place is not None else 0
 
     def kept_of(self, cid: Cid) -> Kept | None:
         """As `Cache.kept_of`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
@@ -100,6 +101,12 @@ def dag_pb_leaf(content: bytes) -> bytes:
 def staged(folder: Path, kind: str) -> list[Path]:
     """The files in one of the cache's folders, `files` or `packs`."""
     return sorted((folder / kind).iterdir())
+
+
+def staged_bytes(cache: PinsetCache, cid: Cid) -> int:
+    """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
+    kept = cache.kept_of(cid)
+    return kept.staged if kept is not None else 0
 
 
 def random_bytes(size: int, seed: int) -> bytes:

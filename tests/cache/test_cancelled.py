@@ -12,7 +12,7 @@ from ipfsfuse.cache.pins.kubopins import KuboPins
 from ipfsfuse.cache.pins.nodefiles import NodeFiles, NodeRpc
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
-from tests.cache.standin import Chain, make_file, staged
+from tests.cache.standin import Chain, make_file, staged, staged_bytes
 from tests.cache.test_keeping import BUDGET, MIB, directory, fetches, file_node, read_all, tree
 
 
@@ -44,7 +44,7 @@ def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
                 await cache.leaf(file, leaf)
             await cancelled_waiting_for(cache.store.upkeep, lambda: cache.evict(file.cid))
             on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "files"))
-            assert on_disk == cache.staged_bytes(file.cid)
+            assert on_disk == staged_bytes(cache, file.cid)
 
     trio.run(main)
 

@@ -13,7 +13,7 @@ from ipfsfuse.dag import dagpb, varint
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.unixfs import Type, UnixFS, encode
 from ipfsfuse.errors import Malformed, NotALeaf
-from tests.cache.standin import Chain, Recorder, flip, make_file, random_bytes
+from tests.cache.standin import Chain, Recorder, flip, make_file, random_bytes, staged_bytes
 from tests.cache.test_pinset import read
 
 BUDGET = 64 << 20
@@ -74,7 +74,7 @@ def test_a_file_that_lies_about_a_leaf_spoils_no_other(tmp_path: Path) -> None:
                 with pytest.raises(Malformed, match="and its parent says 5"):
                     await cache.leaf(liar, Leaf(leaves[0].cid, 0, 5))
             assert await read(cache, file, leaves) == content
-            assert cache.staged_bytes(liar.cid) == 0
+            assert staged_bytes(cache, liar.cid) == 0
 
     trio.run(main)
 
@@ -111,7 +111,7 @@ def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
             for cid in small:
                 await cache.block(cid)
             assert chain.asked == small
-            assert cache.staged_bytes(small[0]) == 2000
+            assert staged_bytes(cache, small[0]) == 2000
 
     trio.run(main)
     assert not list((tmp_path / "files").iterdir())

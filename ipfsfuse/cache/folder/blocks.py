@@ -110,12 +110,16 @@ class Packs:
         """The index shall not find `key` any more."""
         self.pending[key] = None
 
+    def unsaid_in(self, pack: int) -> list[bytes]:
+        """The multihashes of what lies in `pack` and is not in the index yet."""
+        return [key for key, place in self.pending.items() if place is not None and place.pack == pack]
+
     def close_pack(self, pack: int) -> None:
         """Before it is removed."""
         self.sizes.pop(pack, None)
         if (file := self._files.pop(pack, None)) is not None:
             os.close(file)
-        for key in [key for key, place in self.pending.items() if place is not None and place.pack == pack]:
+        for key in self.unsaid_in(pack):
             del self.pending[key]
         self._gone_packs.append((pack,))
 
@@ -205,9 +209,12 @@ class Packs:
                 yield cid, Place(pack, at + block, size)
                 at += block + size
 
-    def remove(self, pack: int) -> list[Cid]:
-        """Deletes the file; returns what it held."""
-        held = [cid for cid, _place in self.sections(pack)]
+    def remove(self, pack: int) -> tuple[list[Cid], int]:
+        """Deletes the file; returns what it held, as far as that could be read, and how far that was."""
+        held, end = [], 0
+        for cid, place in self.sections(pack):
+            held.append(cid)
+            end = place.at + place.size
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(pack))
-        return held
+        return held, end

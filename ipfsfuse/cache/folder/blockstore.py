@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import trio
 
+from ipfsfuse.cache.folder import mending
 from ipfsfuse.cache.folder.blocks import Place, Series, section
 from ipfsfuse.cache.folder.disk import Disk
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import WrongBlock
+from ipfsfuse.errors import Unsupported, WrongBlock
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,26 @@ class BlockStore(Disk):
             return await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
         except WrongBlock:
             log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
+            self.set_aside[cids.multihash(cid)] = place
         except OSError as exc:
             if place.pack in self.packs.sizes:
                 self.trouble.note(str(self.packs.path(place.pack)), exc)
         self.packs.forget(cids.multihash(cid))
         self.tell_index()
         return None
+
+    async def take_back(self, cid: Cid, place: Place) -> bool:
+        """Whether what lies at `place` is the block: then the index has it again."""
+        try:
+            await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
+        except (WrongBlock, Unsupported, OSError):
+            return False
+        if place.pack not in self.packs.sizes:
+            return False
+        if self.packs.pending.get(cids.multihash(cid)) is None:
+            self.packs.pending[cids.multihash(cid)] = place
+        self.tell_index()
+        return True
 
     def _used_pack(self, pack: int) -> None:
         if pack < self.series.pack - RECENT_PACKS:
@@ -66,10 +81,28 @@ class BlockStore(Disk):
             place = None if new else self.place(cid)
             if place is not None and (series is None or place.pack in series.packs):
                 return True
+            if await self._mended(cid, data, head, series):
+                return True
             pack = await self._room_in(series or self.series, len(data))
             return pack is not None and await self._append(pack, cid, data, head)
         finally:
             self.appending.release()
+
+    async def _mended(self, cid: Cid, data: bytes, head: int, series: Series | None) -> bool:
+        """Whether the block is right again where a wrong one was set aside: what is kept for good stays so."""
+        place = self.set_aside.pop(cids.multihash(cid), None)
+        if place is None or place.pack not in (self.packs.sizes if series is None else series.packs):
+            return False
+        try:
+            done = await trio.to_thread.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
+        except OSError as exc:
+            self.trouble.note(str(self.packs.path(place.pack)), exc)
+            return False
+        if not done or place.pack not in self.packs.sizes:
+            return False
+        self.packs.pending[cids.multihash(cid)] = place
+        self.tell_index()
+        return True
 
     async def _room_in(self, series: Series, size: int) -> int | None:
         """The pack of `series` that has room reserved for `size` more bytes; None where there is none."""

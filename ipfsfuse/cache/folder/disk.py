@@ -42,6 +42,8 @@ class Disk:
         self.nursery = nursery
         self.series = Series()
         """Where blocks go that nobody asked to keep."""
+        self.set_aside: dict[bytes, Place] = {}
+        """Where wrong blocks lay, by multihash, until they are fetched again."""
         self.appending = trio.Lock()
         self.reading = trio.CapacityLimiter((os.cpu_count() or 1) + 2)
         self.writing = trio.CapacityLimiter(4)
@@ -116,13 +118,26 @@ class Disk:
             self.room.stuck(size)
 
     async def _evict_pack(self, pack: int) -> None:
+        size = self.packs.sizes.get(pack, 0)
+        unsaid = self.packs.unsaid_in(pack)
         self.packs.close_pack(pack)
-        held = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
+        held, end = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
+        if end < size:  # a damaged head hides what lies behind it: the index knows that, if not by which codec
+            keys = [*unsaid, *await self.keys_in(pack)]
+            held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
         self.packs.forget_all(pack, held)
         self.tell_index()
         for cid in held:
-            if self.place(cid) is None:  # else it came back meanwhile, and may have been pinned anew
+            if not self.holds(cid):  # else it came back meanwhile, and may have been pinned anew; or its file is staged
                 self.pins.remove(cid)
+
+    async def keys_in(self, pack: int) -> list[bytes]:
+        """The multihashes that the index has of a pack; none where it can't be read."""
+        try:
+            return await trio.to_thread.run_sync(self.index.keys_in, pack, limiter=self.reading)
+        except (StoreFailed, Damaged) as exc:
+            self.index_failed(exc)
+            return []
 
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""

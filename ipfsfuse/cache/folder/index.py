@@ -3,7 +3,8 @@
 WAL, so that the event loop reads (8 us a row) while one worker thread writes. A database that is malformed is set
 aside under another name and a new one begun: the packs tell again what it held, but for names and pins.
 
-Concurrency: `row` and `rows` belong to the event loop; `write` to one worker thread at a time; `count_blocks` to any.
+Concurrency: `row` and `rows` belong to the event loop; `write` to one worker thread at a time; `count_blocks` and
+`keys_in` to any.
 """
 
 import contextlib
@@ -122,6 +123,12 @@ class Index:
         with _translated(self.path), contextlib.closing(self._connect()) as connection:
             (count,) = connection.execute("SELECT COUNT(*) FROM blocks").fetchone()
             return int(count)
+
+    def keys_in(self, pack: int) -> list[bytes]:
+        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread, as `count_blocks`."""
+        with _translated(self.path), contextlib.closing(self._connect()) as connection:
+            rows = connection.execute("SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,)).fetchall()
+            return [key for (key,) in rows if isinstance(key, bytes)]
 
     def write(self, statements: Statements) -> None:
         """Raises Damaged or StoreFailed, with nothing written."""

@@ -1,0 +1,66 @@
+"""Sections of a pack, written anew where they lie: a mended block takes no new room, and stays kept where it was.
+
+Concurrency: everything here blocks, and belongs in a worker thread.
+"""
+
+import os
+from pathlib import Path
+
+from ipfsfuse.cache.folder.blocks import Place, section
+from ipfsfuse.cache.folder.filebytes import write_all
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+
+
+def rewrite_block(pack: Path, place: Place, data: bytes, head: int) -> bool:
+    """Writes the block of the section `data`, which begins at `head` in it, at `place`. False, with nothing written, where
+    another head stands before that place: then it is the place that is wrong. Raises OSError."""
+    if place.size != len(data) - head or place.at < head:
+        return False
+    file = os.open(pack, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if os.pread(file, head, place.at - head) != data[:head]:
+            return False
+        write_all(file, memoryview(data)[head:], place.at)
+        return True
+    finally:
+        os.close(file)
+
+
+def head_before(pack: Path, key: bytes, place: Place) -> tuple[Cid, bool]:
+    """The CID of the block with the multihash `key` at `place`, and whether the head before it is as it should be.
+
+    A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits account for.
+    Raises OSError."""
+    file = os.open(pack, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = []
+        for codec in (cids.RAW, cids.DAG_PB):
+            cid = cids.make(codec, key)
+            head = _head(cid, place)
+            stands = os.pread(file, len(head), place.at - len(head)) if place.at >= len(head) else b""
+            found.append((_turned(head, stands), cid))
+    finally:
+        os.close(file)
+    turned, cid = min(found)
+    return cid, not turned
+
+
+def rewrite_head(pack: Path, cid: Cid, place: Place) -> None:
+    """Writes the head of a section whose block was found right at `place`. Raises OSError."""
+    head = _head(cid, place)
+    file = os.open(pack, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        write_all(file, head, place.at - len(head))
+    finally:
+        os.close(file)
+
+
+def _head(cid: Cid, place: Place) -> bytes:
+    data, begins = section(cid, bytes(place.size))
+    return data[:begins]
+
+
+def _turned(one: bytes, other: bytes) -> int:
+    """Bits that differ."""
+    return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()

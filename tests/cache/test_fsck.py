@@ -1,0 +1,145 @@
+"""fsck where the packs themselves are damaged, or the index has lost what they hold."""
+
+import contextlib
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.folder.blocks import Place
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from tests.cache.standin import Chain, Recorder, flip, random_bytes, staged
+from tests.cache.test_keeping import churn, fetches, read_all, tree
+
+BUDGET = 16 << 20
+COUNT = 60
+
+DAMAGE = {
+    "length": lambda head: bytes([head[0] ^ 0x10]) + head[1:],
+    "codec": lambda head: head[:3] + bytes([head[3] ^ 4]) + head[4:],
+    "digest": lambda head: head[:-1] + bytes([head[-1] ^ 1]),
+    "all": lambda head: bytes(len(head)),
+}
+
+
+def make(chain: Chain) -> list[Cid]:
+    """Blocks of both codecs."""
+    return [chain.add(random_bytes(3000, number), [cids.RAW, cids.DAG_PB][number % 2]) for number in range(COUNT)]
+
+
+async def fill(folder: Path, chain: Chain, blocks: Sequence[Cid]) -> list[Place]:
+    """Stages the blocks; where they lie, all in one pack."""
+    async with PinsetCache.open(folder, chain, BUDGET << 3) as cache:
+        for cid in blocks:
+            await cache.block(cid)
+        places = [cache.store.place(cid) for cid in blocks]
+    chain.asked.clear()
+    assert {place.pack for place in places if place} == {1}
+    return [place for place in places if place]
+
+
+def damage_head(folder: Path, place: Place, how: str) -> None:
+    size = 2 + 36
+    with (folder / "packs" / "1.pack").open("r+b") as pack:
+        pack.seek(place.at - size)
+        head = pack.read(size)
+        pack.seek(place.at - size)
+        pack.write(DAMAGE[how](head))
+
+
+@pytest.mark.logs("wrong bytes in the cache")
+@pytest.mark.parametrize("how", DAMAGE)
+def test_blocks_behind_a_damaged_head_are_checked_and_the_head_is_written_anew(tmp_path: Path, how: str) -> None:
+    async def main() -> None:
+        chain = Chain()
+        blocks = make(chain)
+        places = await fill(tmp_path, chain, blocks)
+        for number in (7, 8, 30):
+            damage_head(tmp_path, places[number], how)
+        for number in (3, 20, 50):
+            flip(tmp_path / "packs" / "1.pack", places[number].at + 77)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            report = await cache.fsck()
+            assert (report.blocks, report.wrong, report.mended, report.heads, report.found) == (COUNT, 3, 3, 3, 0)
+            assert chain.asked == [blocks[number] for number in (3, 20, 50)]
+            chain.asked.clear()
+            report = await cache.fsck()
+            assert (report.blocks, report.wrong, report.heads) == (COUNT, 0, 0)
+
+    async def from_the_heads_alone() -> None:
+        chain = Chain()
+        blocks = make(chain)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            with trio.fail_after(10):
+                while cache.store.index.anew:
+                    await trio.lowlevel.checkpoint()
+            for cid in blocks:
+                assert await cache.block(cid) == chain.blocks[cids.multihash(cid)]
+        assert chain.asked == []
+
+    trio.run(main)
+    for path in tmp_path.glob("index.sqlite*"):
+        path.unlink()
+    trio.run(from_the_heads_alone)
+
+
+def test_right_blocks_that_the_index_lost_are_found_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        blocks = make(chain)
+        places = await fill(tmp_path, chain, blocks)
+        with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
+            for number in (0, 11, 12, 59):
+                assert database.execute("DELETE FROM blocks WHERE key = ?", (cids.multihash(blocks[number]),)).rowcount == 1
+        damage_head(tmp_path, places[5], "all")
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            report = await cache.fsck()
+            assert (report.blocks, report.wrong, report.heads, report.found) == (COUNT, 0, 1, 4)
+            for cid in blocks:
+                await cache.block(cid)
+        assert chain.asked == []
+
+    trio.run(main)
+
+
+@pytest.mark.logs("wrong bytes in the cache")
+@pytest.mark.parametrize("by", ["fsck", "reading"])
+def test_a_wrong_block_of_what_is_pinned_is_mended_where_it_is_kept(tmp_path: Path, by: str) -> None:
+    async def main() -> None:
+        chain = Chain()
+        root = tree(chain, 2, seed=100)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_all(cache, root, pin=True)
+        for path in staged(tmp_path, "packs"):
+            for _cid, place in list(cache.store.packs.sections(int(path.stem))):
+                flip(path, place.at + place.size // 2)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            if by == "fsck":
+                report = await cache.fsck()
+                assert report.wrong == report.mended > 3
+            else:
+                await read_all(cache, root)
+            await churn(cache, chain)
+            await cache.evict()
+            assert await fetches(cache, chain, root) == 0
+
+    trio.run(main)
+
+
+def test_what_leaves_with_a_damaged_pack_is_let_go_of_and_forgotten(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain, pins = Chain(), Recorder()
+        blocks = make(chain)
+        places = await fill(tmp_path, chain, blocks)
+        damage_head(tmp_path, places[10], "all")
+        async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
+            await cache.evict(blocks[0])
+            assert {cid for what, cid in pins.asked if what == "remove"} >= set(blocks)
+        with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+            assert database.execute("SELECT COUNT(*) FROM blocks").fetchone() == (0,)
+
+    trio.run(main)
