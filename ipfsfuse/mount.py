@@ -115,7 +115,7 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
         pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
         cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline, pins=pins))
-        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of, cache.pinned())
+        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of, cache.pinned(), cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)

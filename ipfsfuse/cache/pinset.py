@@ -17,8 +17,10 @@ from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
-from ipfsfuse.cache.pins import Pins
+from ipfsfuse.cache.pins import Copy, Pins
 from ipfsfuse.cache.reading import Reading
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import Blocks
 
@@ -134,6 +136,21 @@ class PinsetCache(Reading):
 
         Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays kept."""
         return self._keeping.pinning(cid)
+
+    def joins(self, cid: Cid) -> bool:
+        """As `Copies.joins`."""
+        return cids.codec(cid) == cids.DAG_PB and cids.canonical(cid) in self.store.staging.entries
+
+    async def copy(self, cid: Cid, node: str) -> Copy | None:
+        """As `Copies.copy`."""
+        entry = self.store.staging.entries.get(cids.canonical(cid))
+        if self.store.place(cid) is None and (entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW):
+            return None
+        block = await self.block(cid)
+        if cids.codec(cid) == cids.RAW:
+            return Copy(block, ())
+        below = nodes.children(await trio.to_thread.run_sync(nodes.parse, cid, block))
+        return Copy(block, [child for child in below if self.store.place(child) is not None])
 
     async def unpin(self, cid: Cid) -> None:
         """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""

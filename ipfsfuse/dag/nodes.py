@@ -118,6 +118,15 @@ def parse(cid: Cid, block: bytes) -> Node:
         raise Malformed(f"{cids.brief(cid)}: {exc}") from exc
 
 
+def children(node: Node) -> list[Cid]:
+    """The CIDs that a node links."""
+    if isinstance(node, File):
+        return [child.cid for child in node.children]
+    if isinstance(node, Directory):
+        return [link.cid for link in node.links]
+    return [link.cid for _index, link in node.slots] if isinstance(node, Shard) else []
+
+
 def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
     kind = message.type
     meta = NO_META

@@ -55,6 +55,34 @@ def test_what_is_staged_stays_at_the_node(two_nodes: tuple[Node, Node], home: Ho
         assert [cid for cid in below if not near.has(cid)] == []
 
 
+@pytest.mark.parametrize("evicted", ["the file", "all"])
+def test_what_is_read_again_stays_at_a_node_that_had_lost_it(two_nodes: tuple[Node, Node], home: Home, evicted: str) -> None:
+    """The mount has the blocks above the leaves yet, in packs or in memory: the node is asked for the leaves alone."""
+    near, far = two_nodes
+    size = 65_536
+    content = random.Random(3).randbytes(200 * size)
+    root = far.add(content, "--cid-version=1", f"--chunker=size-{size}")
+    inner = far.cmd("refs", root).split()
+    leaves = [leaf for node in inner for leaf in far.cmd("refs", node).split()]
+    assert len(leaves) == 200, "there are nodes between the root and the leaves"
+    with mounted(home, near) as mount:
+
+        def read_some() -> None:
+            drop_pages(mount.path / root)
+            with (mount.path / root).open("rb", buffering=0) as file:
+                for number in (150, 20, 90):
+                    assert os.pread(file.fileno(), size, number * size) == content[number * size : (number + 1) * size]
+            held(mount, near, 1)
+
+        read_some()
+        home.run("evict", *(["--all"] if evicted == "all" else [root]))
+        wait_until(lambda: near.gc() or not near.has(root), "the node collected it")
+        read_some()
+        near.gc()
+        assert [number for number in (150, 20, 90) if not near.has(leaves[number])] == []
+        assert near.has(root)
+
+
 def test_what_the_user_pinned_is_never_touched(own_node: Node, home: Home) -> None:
     node = own_node
     tree = home.folder / "tree"

@@ -3,7 +3,8 @@
 Concurrency: every method here returns at once and does no I/O; what follows from it happens in tasks of the holder's own.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from ipfsfuse.dag.cid import Cid
 
@@ -21,6 +22,26 @@ class Pins(Protocol):
 
     def state(self, cid: Cid) -> str:
         """One of "" (not held), "queued" (held soon), "cache" (held while it is staged), "user" (kept for good)."""
+        ...
+
+
+class Copy(NamedTuple):
+    """Our copy of a block, and those that it links of which we have copies too."""
+
+    block: bytes
+    children: Sequence[Cid]
+
+
+class Copies(Protocol):
+    """What we have of what a node may have lost."""
+
+    def joins(self, cid: Cid) -> bool:
+        """Whether `cid` holds together other blocks that are staged: the root of a large file."""
+        ...
+
+    async def copy(self, cid: Cid, node: str) -> Copy | None:
+        """A verified block that packs hold, or (of a large file's root) that is to be had; None for any other, and for
+        what came from elsewhere than `node`. Raises what reading meets."""
         ...
 
 

@@ -45,7 +45,7 @@ class Holding:
         """Takes the folder, and makes each shelf (by the prefix of its batches' names) agree with what stands there."""
         if not self._ours:
             await self._take_over()
-        entries = await self._thrice(lambda: self._node.entries(f"{ROOT}/{self._store.directory}"))
+        entries = await thrice(lambda: self._node.entries(f"{ROOT}/{self._store.directory}"))
         if OWNER not in entries:
             await self._sign(self._owner)
         for prefix, shelf in shelves.items():
@@ -53,7 +53,7 @@ class Holding:
 
     async def _take_over(self) -> None:
         """The folder is ours, unless its owner may be alive: then our own side was copied, and we take a new name."""
-        owner = Owner.parse(await self._thrice(lambda: self._node.read(self._path(OWNER))))
+        owner = Owner.parse(await thrice(lambda: self._node.read(self._path(OWNER))))
         same = owner is not None and (owner.pid, owner.started, owner.boot) == (self._owner.pid, self._owner.started, self._owner.boot)
         if owner is not None and not (owner.stopped or same or owner.proved_dead()):
             await trio.to_thread.run_sync(self._store.rename)
@@ -82,7 +82,7 @@ class Holding:
 
     async def remove(self, entry: str = "") -> None:
         """Removes one entry, or the whole folder."""
-        await self._thrice(lambda: self._node.remove(self._path(entry).rstrip("/")))
+        await thrice(lambda: self._node.remove(self._path(entry).rstrip("/")))
 
     async def rest(self) -> None:
         """Leaves everything held for the next start of this mount."""
@@ -104,7 +104,7 @@ class Holding:
             again = True
             await self._put_and_link(block, cid, path, parents)
 
-        await self._thrice(once)
+        await thrice(once)
 
     async def _put_and_link(self, block: bytes, cid: Cid, path: str, parents: bool) -> None:
         """A collection that runs makes the link wait and takes the block meanwhile: then at once again."""
@@ -117,13 +117,15 @@ class Holding:
                 if not left or exc.kind != COLLECTED:
                     raise
 
-    async def _thrice(self, call: Callable[[], Awaitable[T]]) -> T:
-        for pause in PAUSES:
-            try:
-                return await call()
-            except SourceFailed:
-                await trio.sleep(pause)
-        return await call()
+
+async def thrice(call: Callable[[], Awaitable[T]]) -> T:
+    """What `call` gives at one of three tries. Raises SourceFailed after the third."""
+    for pause in PAUSES:
+        try:
+            return await call()
+        except SourceFailed:
+            await trio.sleep(pause)
+    return await call()
 
 
 def _is_batch(entry: str, prefix: str) -> bool:

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.pins import batches
+from ipfsfuse.cache.pins import Copies, batches
 from ipfsfuse.cache.pins.batches import NOTHING, QUEUED, Change, Round
 from ipfsfuse.cache.pins.holding import Holding
 from ipfsfuse.cache.pins.nodefiles import NodeFiles
 from ipfsfuse.cache.pins.pinstore import PinStore
+from ipfsfuse.cache.pins.returning import Returning
 from ipfsfuse.cache.pins.sweeping import PINNED, STAGED
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -57,13 +58,12 @@ class KuboPins:
         self._store = store
         self._holding = Holding(node, store)
         self._shelves = {STAGED: store.load(STAGED), PINNED: store.load(PINNED)}
+        self._returning = Returning(node)
         self._known = False  # whether we know what the node has in our folder
         self._released = False
         self._failing = ""
-        self._wishes = 1  # so far: the first is to look at what is there
-        self._done = 0  # so many of them are so at the node
-        self._done_more = trio.Condition()
-        self._changed, self._full, self._unsaved = trio.Event(), trio.Event(), trio.Event()
+        self._wishes, self._done = 1, 0  # so far, and of them so at the node: the first is to look at what is there
+        self._changed, self._full, self._unsaved, self._done_more = (trio.Event() for _ in range(4))
         self._disk = trio.Lock()
         self._busy = trio.Lock()  # with the node
         self._tasks = trio.CancelScope()
@@ -71,7 +71,7 @@ class KuboPins:
 
     @classmethod
     async def open(cls, node: NodeFiles, folder: Path) -> "KuboPins":
-        """Pins whose own side lives in `folder`, which one process at a time may use. Raises StoreFailed."""
+        """Pins whose own side lives in `folder`, of one process at a time. Raises StoreFailed."""
         return await trio.to_thread.run_sync(lambda: cls(node, PinStore(folder)))
 
     async def run(self) -> None:
@@ -122,8 +122,10 @@ class KuboPins:
         """What is held, or soon will be, because it is staged."""
         return list(self._shelves[STAGED].wanted())
 
-    def settle(self, staged: Iterable[Cid]) -> None:
-        """Exactly `staged` is staged: holds it, and lets go of what a crash left held. Said at the start."""
+    def settle(self, staged: Iterable[Cid], copies: Copies | None = None, name: str = "") -> None:
+        """Exactly `staged` is staged: holds it, and lets go of what a crash left held. Said at the start; `copies` are
+        given back to the node, which they know as `name`."""
+        self._returning.know(copies, name)
         now = {cids.canonical(cid) for cid in staged}
         for cid in [cid for cid in self._shelves[STAGED].wanted() if cid not in now]:
             self.remove(cid)
@@ -138,9 +140,8 @@ class KuboPins:
     async def settled(self) -> None:
         """Returns when all that was wished for until now is so at the node."""
         wishes = self._wishes
-        async with self._done_more:
-            while self._done < wishes:
-                await self._done_more.wait()
+        while self._done < wishes:
+            await self._done_more.wait()
 
     async def release_all(self) -> None:
         """Lets go of everything, for good, and follows no wish any more: at the end of an isolated mount.
@@ -215,8 +216,8 @@ class KuboPins:
         if self._failing:
             log.info("the node takes pins again")
         self._failing, self._done = "", wishes
-        async with self._done_more:
-            self._done_more.notify_all()
+        self._done_more.set()
+        self._done_more = trio.Event()
         return True
 
     async def _round(self) -> None:
@@ -232,9 +233,11 @@ class KuboPins:
             except BaseException:
                 shelf.abandon()
                 raise
+            self._returning.note(shelf, step, all_of_it=prefix == PINNED)
             shelf.finish()
             await self._write_down(prefix, shelf.changes(), step)
             await self._holding.drop(prefix, step)
+        await self._returning.give_back(self.state)
 
     async def _close(self) -> None:
         await self._save()

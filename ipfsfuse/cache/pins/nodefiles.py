@@ -1,4 +1,4 @@
-"""A Kubo node's own file tree (MFS), as far as pins need it: six small commands of its RPC API.
+"""A Kubo node's own file tree (MFS), as far as pins need it: seven small commands of its RPC API.
 
 Whatever stands there, with all below it that the node has, its garbage collection keeps; nothing here makes the node
 fetch anything. Concurrency: any number of tasks; every call ends within `PATIENCE`.
@@ -55,6 +55,14 @@ class NodeFiles:
         with _understood("block/put"):
             if cids.canonical(cids.parse(json.loads(answer)["Key"])) != cid:
                 raise SourceFailed("the node stored another block than it was sent", "node")
+
+    async def has(self, cid: Cid) -> bool:
+        """Whether the node itself has the block: it asks no other."""
+        try:
+            await self._call("block/stat", [("arg", cids.text(cid)), ("offline", "true")])
+            return True
+        except NotHere:
+            return False
 
     async def link(self, cid: Cid, path: str, *, parents: bool = False) -> None:
         """Makes `path` name `cid`, whose block must be at the node (what it links need not).

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trio
 
+from ipfsfuse.cache.pins import Copies
 from ipfsfuse.cache.pins.kubopins import FAREWELL, KuboPins, PinStatus
 from ipfsfuse.cache.pins.nodefiles import NodeFiles, NodeRpc
 from ipfsfuse.dag.cid import Cid
@@ -66,16 +67,16 @@ class NodePins:
         for node in self._nodes.values():
             node.unkeep(cid)
 
-    def settle(self, staged: Iterable[Cid], is_staged: Callable[[Cid], object], pinned: Iterable[Cid]) -> None:
+    def settle(self, staged: Iterable[Cid], is_staged: Callable[[Cid], object], pinned: Iterable[Cid], copies: Copies) -> None:
         """Said at the start: holds the files `staged`, and for good what is `pinned`; lets go of what a crash left held
-        that is neither any more."""
+        that is neither any more. Nodes are given the `copies` that they have lost of what they hold."""
         files, for_good = list(staged), set(pinned)
-        for node in self._nodes.values():
+        for name, node in self._nodes.items():
             for cid in set(node.kept()) - for_good:
                 node.unkeep(cid)
             for cid in for_good:
                 node.keep(cid)
-            node.settle([*files, *filter(is_staged, node.held())])
+            node.settle([*files, *filter(is_staged, node.held())], copies, name)
 
     def status(self) -> dict[str, PinStatus]:
         """By node."""
