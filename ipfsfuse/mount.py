@@ -148,8 +148,7 @@ async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None
 async def _end_when_let_go(server: ControlServer, mountpoint: Path, everything: trio.CancelScope) -> None:
     with trio.move_on_after(HOLD_SECONDS):
         await server.held.wait()
-    if server.held.is_set():
-        await server.let_go.wait()
+    await server.until_let_go()
     log.info("nobody holds this mount any more: unmounting")
     await _end(mountpoint, everything)
 

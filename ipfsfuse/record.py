@@ -14,13 +14,18 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 
+REMEMBERED = 200_000
+"""Uses that are remembered at least, and at most twice as many: some 60 MB."""
+
 
 class Record:
-    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use."""
+    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use; again at most where `REMEMBERED` others
+    came in between."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._seen: set[tuple[Cid, bool]] = set()
+        self._before: set[tuple[Cid, bool]] = set()
 
     @classmethod
     @contextmanager
@@ -34,11 +39,20 @@ class Record:
             yield cls(out)
 
     def __call__(self, cid: Cid, ahead: bool) -> None:
-        if (cid, ahead) in self._seen or (ahead and (cid, False) in self._seen):
+        if self._told((cid, ahead)) or (ahead and self._told((cid, False))):
             return
-        self._seen.add((cid, ahead))
+        self._remember((cid, ahead))
         try:
             self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
             self._out.flush()
         except OSError as exc:  # a record with a gap would be worse than a read that fails
             raise StoreFailed(f"the record can't be written: {exc.strerror}") from exc
+
+    def _told(self, use: tuple[Cid, bool]) -> bool:
+        """Whether it is remembered that this was told."""
+        return use in self._seen or use in self._before
+
+    def _remember(self, use: tuple[Cid, bool]) -> None:
+        if len(self._seen) >= REMEMBERED:
+            self._before, self._seen = self._seen, set()
+        self._seen.add(use)

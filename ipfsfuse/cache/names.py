@@ -4,6 +4,7 @@ A name is listed while its own block or file is staged, or kept for good: whoeve
 it leaves after what is only below it. Concurrency: the event loop's; rows are written behind.
 """
 
+from collections import deque
 from collections.abc import Iterator
 
 from ipfsfuse.cache.folder.index import Damaged
@@ -13,7 +14,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 
 MAX_NAMES = 10_000
-"""Names kept; of those beyond, the ones that are staged no more are forgotten."""
+"""Names kept; beyond them, those that are staged no more are looked for."""
+LOOK_AT = 4
+"""Names that are looked at when one more is noted: together with the noting it takes no longer for many than for few."""
 
 
 class Names:
@@ -24,14 +27,17 @@ class Names:
             self._names: dict[Cid, str] = dict(rows)
         except (StoreFailed, Damaged):
             self._names = {}
+        self._round = deque(self._names)
+        """All of them, the one that is to be looked at next first."""
 
     def note(self, cid: Cid, spelling: str) -> None:
         own = cids.canonical(cid)
         if own in self._names:
             return
         if len(self._names) >= MAX_NAMES:
-            self._forget()
+            self._forget_some()
         self._names[own] = spelling
+        self._round.append(own)
         self._store.write_later("INSERT OR IGNORE INTO roots (cid, spelling) VALUES (?, ?)", (own, spelling))
 
     def spelling(self, cid: Cid) -> str:
@@ -43,7 +49,11 @@ class Names:
             if self._store.holds(cid):
                 yield cid, spelling
 
-    def _forget(self) -> None:
-        for cid in [cid for cid in self._names if not self._store.holds(cid)]:
-            del self._names[cid]
-            self._store.write_later("DELETE FROM roots WHERE cid = ?", (cid,))
+    def _forget_some(self) -> None:
+        for _ in range(LOOK_AT):
+            cid = self._round.popleft()
+            if self._store.holds(cid):
+                self._round.append(cid)
+            else:
+                del self._names[cid]
+                self._store.write_later("DELETE FROM roots WHERE cid = ?", (cid,))

@@ -88,6 +88,10 @@ class PinsetCache(Reading):
         """As `Cache.kept`."""
         return self.store.kept()
 
+    async def listed(self) -> Sequence[Kept]:
+        """As `kept`, of any number without stopping other calls."""
+        return await self.store.listed()
+
     async def small(self) -> SmallBlocks:
         """What lies in packs, which `kept` does not list."""
         return await self.store.small()

@@ -59,11 +59,11 @@ def _call(arguments: argparse.Namespace, command: str, sent: Mapping[str, object
 
 
 def _cid(text: str) -> str:
-    """The CID's usual spelling."""
-    from ipfsfuse.cli import cidargs  # with multiformats, 100 ms that `status` needn't wait
-    from ipfsfuse.dag import cid as cids
+    """The CID's usual spelling. Raises UsageError, whether or not there is a mount to ask."""
+    from ipfsfuse.dag import cid as cids  # with multiformats, 100 ms that `status` needn't wait
+    from ipfsfuse.dag.path import cid_alone
 
-    return cids.text(cidargs.one(text))
+    return cids.text(cid_alone(text))
 
 
 def _told(arguments: argparse.Namespace, answer: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:

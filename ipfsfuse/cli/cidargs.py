@@ -1,21 +1,12 @@
-"""CIDs as arguments: a CID, /ipfs/CID or ipfs://CID; lists of them from files. Raises UsageError."""
+"""Many CIDs as arguments: each a CID, /ipfs/CID or ipfs://CID, or a file that lists some. Raises UsageError."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotACid, UsageError
-
-
-def one(text: str) -> Cid:
-    bare = text.removeprefix("ipfs://") if text.startswith("ipfs://") else text.removeprefix("/ipfs/")
-    try:
-        return cids.parse(bare.rstrip("/"))
-    except NotACid as exc:
-        if "/" in bare.strip("/"):
-            raise UsageError(f"{text!r} is not a CID: a path below one can't be given here") from exc
-        raise UsageError(str(exc) if text in str(exc) else f"{text!r} is not a CID: {exc}") from exc
+from ipfsfuse.dag.path import cid_alone
+from ipfsfuse.errors import UsageError
 
 
 def many(texts: Iterable[str], option: str) -> frozenset[Cid]:
@@ -25,7 +16,7 @@ def many(texts: Iterable[str], option: str) -> frozenset[Cid]:
 
 def _listed(text: str, option: str) -> Iterator[Cid]:
     try:
-        yield one(text)
+        yield cid_alone(text)
         return
     except UsageError as exc:
         if not Path(text).is_file():
@@ -37,6 +28,6 @@ def _listed(text: str, option: str) -> Iterator[Cid]:
     for number, line in enumerate(lines, 1):
         if entry := line.partition("#")[0].strip():
             try:
-                yield one(entry)
+                yield cid_alone(entry)
             except UsageError as exc:
                 raise UsageError(f"{option} {text}, line {number}: {exc}") from exc

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -54,10 +55,11 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
         from ipfsfuse.cli import probing  # with trio, and only where sources are named
 
         for source, failure in probing.failures(arguments.sources, library, cache_dir):
+            shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
-                yield Finding(OK, source, "answers")
+                yield Finding(OK, shown, "answers")
             else:
-                yield Finding(BAD, source, failure, "mend that, or name another with --from (docs/SOURCES.md)")
+                yield Finding(BAD, shown, failure, "mend that, or name another with --from (docs/SOURCES.md)")
 
 
 def _device() -> Finding:

@@ -8,11 +8,12 @@ import trio
 
 from ipfsfuse import adding
 from ipfsfuse.adding.exporting import GetBlock
-from ipfsfuse.cli import cidargs, folders, values
+from ipfsfuse.cli import folders, values
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client, socket_path
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    cid, file = cidargs.one(arguments.cid), Path(arguments.file)
+    cid, file = cid_alone(arguments.cid), Path(arguments.file)
     cache_dir = folders.cache_dir(arguments.cache_dir)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
         settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ipfsfuse.cli import cidargs, folders, values
+from ipfsfuse.cli import folders, values
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.sources.files.library import Library
 
 
@@ -36,7 +37,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def remove(arguments: argparse.Namespace) -> int:
-    cid = cidargs.one(arguments.cid)
+    cid = cid_alone(arguments.cid)
     with opened(arguments) as library:
         entry = library.remove(cid)
     print(f"removed {cids.text(entry.cid)} {entry.name}")

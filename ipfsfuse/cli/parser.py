@@ -106,7 +106,7 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used")
     mount.add_argument("--allow-other", action="store_true", help="let other users in")
     mount.add_argument("--isolated", action="store_true", help="a cache folder of its own, gone with the mount")
-    mount.add_argument("--while-held", action="store_true", help="end with the last connection that holds the mount")
+    mount.add_argument("--while-held", action="store_true", help="end with the last connection that holds the mount, and remove MOUNTPOINT")
     mount.add_argument(
         "--pins", choices=["kubo", "none"], default="kubo", help="kubo (the default): hold what is staged at the Kubo nodes among the sources"
     )

@@ -3,11 +3,14 @@
 import base64
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import trio
+
 from ipfsfuse import __version__
+from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
@@ -15,7 +18,8 @@ from ipfsfuse.control.blocks import WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotACid, UsageError
+from ipfsfuse.dag.path import cid_alone
+from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.vfs.fetching import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
@@ -59,7 +63,7 @@ class Commands:
         }
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = [kept._asdict() | {"cid": cids.text(kept.cid)} for kept in self._cache.kept()]
+        entries = await trio.to_thread.run_sync(_entries, await self._cache.listed())
         return {"entries": entries, "small": (await self._cache.small())._asdict()}
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
@@ -97,13 +101,14 @@ class Commands:
         return {"data": base64.b64encode(await self._blocks.get(_cid(arguments))).decode("ascii")}
 
 
+def _entries(listed: Sequence[Kept]) -> list[dict[str, Any]]:
+    return [kept._asdict() | {"cid": cids.text(kept.cid)} for kept in listed]
+
+
 def _cid(arguments: Arguments) -> Cid:
-    try:
-        return cids.parse(str(arguments["cid"]))
-    except KeyError as exc:
-        raise UsageError("the command takes a cid") from exc
-    except NotACid as exc:
-        raise UsageError(str(exc)) from exc
+    if "cid" not in arguments:
+        raise UsageError("the command takes a cid")
+    return cid_alone(str(arguments["cid"]))
 
 
 class _Teller:

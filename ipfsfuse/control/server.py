@@ -16,9 +16,12 @@ from typing import Any
 import trio
 
 from ipfsfuse.control import MAX_LINE, short_address
-from ipfsfuse.errors import IpfsFuseError, NotAllowed, StoreFailed, UsageError
+from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
 
 log = logging.getLogger(__name__)
+
+LONG = 1000
+"""Items of a list that are encoded on the event loop: some milliseconds."""
 
 Arguments = Mapping[str, Any]
 """What stands beside `command` in the request: whatever the client sent, unchecked."""
@@ -40,6 +43,7 @@ class ControlServer:
         """Set when the first holder came."""
         self.let_go = trio.Event()
         """Set when the last holder has gone: never before one came."""
+        self._ending = False
 
     async def serve(self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is replaced:
@@ -50,6 +54,13 @@ class ControlServer:
             await trio.serve_listeners(self._connection, [trio.SocketListener(listener)])
         finally:
             _remove_own(path, inode)
+
+    async def until_let_go(self) -> None:
+        """Returns when nobody holds the mount; from then on nobody can."""
+        while self.holders:
+            await self.let_go.wait()
+            self.let_go = trio.Event()  # the next holder may have come meanwhile
+        self._ending = True
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         try:
@@ -90,6 +101,8 @@ class ControlServer:
         try:
             command, arguments = _parse(line)
             if command == "hold":
+                if self._ending:
+                    raise DaemonFailed("this mount is ending, for nobody held it any more: mount again")
                 return _HELD
             handler = self._commands.get(command)
             if handler is None:
@@ -140,7 +153,19 @@ async def _pump(stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], 
 
 
 async def _send(stream: trio.SocketStream, values: Mapping[str, Any]) -> None:
-    await stream.send_all(json.dumps(values, separators=(",", ":")).encode() + b"\n")
+    long = any(isinstance(value, list) and len(value) > LONG for value in values.values())
+    line = await trio.to_thread.run_sync(_encoded_by_items, values) if long else _encoded(values)
+    await stream.send_all(line.encode() + b"\n")
+
+
+def _encoded(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _encoded_by_items(values: Mapping[str, Any]) -> str:
+    """In a thread: the encoder holds Python's lock from its begin to its end, so lists are encoded item by item."""
+    members = ((key, f"[{','.join(map(_encoded, value))}]" if isinstance(value, list) else _encoded(value)) for key, value in values.items())
+    return "{" + ",".join(f"{_encoded(key)}:{member}" for key, member in members) + "}"
 
 
 def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:

@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NameTooLong, UsageError
+from ipfsfuse.errors import NameTooLong, NotACid, UsageError
 
 MAX_NAME = 255
 """The longest name, in bytes, that a Linux file system holds."""
@@ -42,6 +42,17 @@ def parse(text: str) -> IpfsPath:
         raise UsageError(f"{_shown(text)}: no CID in it; write /ipfs/CID or /ipfs/CID/PATH")
     names = tuple(_name(part, quoted, text) for part in tail.split("/") if part not in ("", "."))
     return IpfsPath(cids.parse(root), names)
+
+
+def cid_alone(text: str) -> Cid:
+    """The CID that `text` spells, as CID, /ipfs/CID or ipfs://CID. Raises UsageError, for a path below one too."""
+    bare = text.removeprefix("ipfs://") if text.startswith("ipfs://") else text.removeprefix("/ipfs/")
+    try:
+        return cids.parse(bare.rstrip("/"))
+    except NotACid as exc:
+        if "/" in bare.strip("/"):
+            raise UsageError(f"{text!r} is not a CID: a path below one can't be given here") from exc
+        raise UsageError(str(exc) if text in str(exc) else f"{text!r} is not a CID: {exc}") from exc
 
 
 def _below_ipfs(text: str) -> tuple[str, bool]:

@@ -1,18 +1,14 @@
 """Pins whose process is killed: what it had wished for happens all the same, and the dead leave nothing behind."""
 
-import json
-import os
 import random
 import shutil
 import sqlite3
 import subprocess
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import trio
 
-from ipfsfuse.cache.pins.owners import Owner
 from ipfsfuse.cache.pins.pinstore import PinStore
 from ipfsfuse.errors import StoreFailed
 from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, settled, until
@@ -210,23 +206,3 @@ def test_a_folder_that_can_t_be_used_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreFailed, match=r"the pins' folder .* can't be used"):
         PinStore(tmp_path / "file")
-
-
-def test_what_proves_an_owner_dead(tmp_path: Path) -> None:
-    me = Owner.this_process(tmp_path)
-    assert Owner.parse(me.encode()) == me
-    assert not me.proved_dead()
-    assert replace(me, started=me.started + 1).proved_dead(), "another process has its number now"
-    assert replace(me, boot="an earlier one").proved_dead()
-    assert not replace(me, boot="an earlier one", machine="another").proved_dead()
-    assert not replace(me, started=1, processes="pid:[1]").proved_dead(), "another name space"
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    assert replace(me, pid=gone.pid).proved_dead()
-    with subprocess.Popen(["true"]) as zombie:
-        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
-        started = int(Path(f"/proc/{zombie.pid}/stat").read_text().rpartition(")")[2].split()[19])
-        assert replace(me, pid=zombie.pid, started=started).proved_dead(), "its parent has not asked how it ended"
-    assert [Owner.parse(data) for data in (None, b"", b"{}", b"[1]", b"\xff", b'"text"', b"[" * 60_000)] == [None] * 7
-    odd: list[dict[str, object]] = [{"pid": "1"}, {"pid": True}, {"pid": -1}, {"pid": 1 << 80}, {"started": 1.5}, {"folder": None}, {"stopped": 1}]
-    assert [Owner.parse(json.dumps(asdict(me) | changed).encode()) for changed in odd] == [None] * len(odd)

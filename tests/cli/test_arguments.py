@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cli import cidargs, folders, mounting, parser, values
+from ipfsfuse.cli import folders, mounting, parser, values
 from ipfsfuse.config import MountConfig
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
 from tests.cli.conftest import Ipfsfuse
 
@@ -181,7 +182,7 @@ def test_allow_lists_from_a_file(home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spelling", [CID, f"/ipfs/{CID}", f"ipfs://{CID}", f"/ipfs/{CID}/"])
 def test_spellings_of_a_cid(spelling: str) -> None:
-    assert cids.text(cidargs.one(spelling)) == CID
+    assert cids.text(cid_alone(spelling)) == CID
 
 
 def test_folders_by_flag_variable_and_xdg(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,9 @@ def test_doctor_asks_the_sources_it_is_given(user: Home, car: Path) -> None:
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
         ran = user.run("doctor", "--json", "--from", car, "--from", "library", "--from", nobody, "--from", "x://y", check=False)
     states = {finding["about"]: finding["state"] for finding in json.loads(ran.stdout)}
+    asked = user.run("doctor", "--from", "https://me:secret@127.0.0.1:1/", check=False)
+    assert "https://127.0.0.1:1/: " in asked.stdout
+    assert "secret" not in asked.stdout + asked.stderr
     assert ran.returncode == 1
     assert (states[str(car)], states[nobody], states["x://y"]) == ("ok", "bad", "bad")
 

@@ -29,6 +29,10 @@ SMALL = 64 << 10
 """Files of up to so many bytes lie in packs."""
 
 
+AT_ONCE = 500
+"""Staging files that are told of before other calls have their turn: some milliseconds."""
+
+
 class Disk:
     def __init__(self, folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None = None) -> None:
         """Raises StoreFailed where the folder can't be used at all."""
@@ -66,8 +70,18 @@ class Disk:
 
     def kept(self) -> Sequence[Kept]:
         """Staging files, last used first."""
-        entries = sorted(self.staging.entries.values(), key=lambda entry: -entry.last_used)
-        return [self._told(entry) for entry in entries]
+        return [self._told(entry) for entry in _by_use(list(self.staging.entries.values()))]
+
+    async def listed(self) -> Sequence[Kept]:
+        """As `kept`, of any number without stopping other calls: 100,000 take half a second."""
+        entries = await trio.to_thread.run_sync(_by_use, list(self.staging.entries.values()))
+        found = []
+        for number, entry in enumerate(entries):
+            if number % AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            if not entry.dead:
+                found.append(self._told(entry))
+        return found
 
     def kept_of(self, cid: Cid) -> Kept | None:
         """A staging file, or a small block: of that its pack knows no use of its own."""
@@ -182,3 +196,8 @@ class Disk:
             self.tell_index()
         else:
             self.trouble.note(str(self.index.path), error)
+
+
+def _by_use(entries: list[Entry]) -> list[Entry]:
+    """Last used first."""
+    return sorted(entries, key=lambda entry: -entry.last_used)

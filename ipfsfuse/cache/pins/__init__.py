@@ -4,6 +4,7 @@ Concurrency: every method here returns at once and does no I/O; what follows fro
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ipfsfuse.dag.cid import Cid
@@ -43,6 +44,17 @@ class Copies(Protocol):
         """A verified block that packs hold, or (of a large file's root) that is to be had; None for any other, and for
         what came from elsewhere than `node`. Raises what reading meets."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PinStatus:
+    held: int
+    queued: int
+    batches: int
+    requests: int
+    """To the node, since the start."""
+    failing: str
+    """Why the node can't be told just now, "" where it can."""
 
 
 class NoPins:

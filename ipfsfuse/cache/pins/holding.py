@@ -12,7 +12,7 @@ import trio
 from ipfsfuse.cache.pins import batches
 from ipfsfuse.cache.pins.batches import Batches, Round
 from ipfsfuse.cache.pins.nodefiles import COLLECTED, NodeFiles
-from ipfsfuse.cache.pins.owners import Owner
+from ipfsfuse.cache.pins.owners import RENEW, Owner
 from ipfsfuse.cache.pins.pinstore import PinStore
 from ipfsfuse.cache.pins.sweeping import OWNER, ROOT, sweep
 from ipfsfuse.dag import cid as cids
@@ -37,6 +37,7 @@ class Holding:
         self._store = store
         self._owner = Owner.this_process(store.folder)
         self._ours = False
+        self._signed = -RENEW
 
     def _path(self, entry: str) -> str:
         return f"{ROOT}/{self._store.directory}/{entry}"
@@ -47,7 +48,7 @@ class Holding:
             await self._take_over()
         entries = await thrice(lambda: self._node.entries(f"{ROOT}/{self._store.directory}"))
         if OWNER not in entries:
-            await self._sign(self._owner)
+            await self._sign(self._owner.now())
         for prefix, shelf in shelves.items():
             await self._agree(prefix, shelf, entries)
 
@@ -57,7 +58,7 @@ class Holding:
         same = owner is not None and (owner.pid, owner.started, owner.boot) == (self._owner.pid, self._owner.started, self._owner.boot)
         if owner is not None and not (owner.stopped or same or owner.proved_dead()):
             await trio.to_thread.run_sync(self._store.rename)
-        await self._sign(self._owner)
+        await self._sign(self._owner.now())
         self._ours = True
         await sweep(self._node, self._store.directory)
 
@@ -84,6 +85,11 @@ class Holding:
         """Removes one entry, or the whole folder."""
         await thrice(lambda: self._node.remove(self._path(entry).rstrip("/")))
 
+    async def sign_if_due(self) -> None:
+        """Says that this mount lives, as often as `owners` demands."""
+        if trio.current_time() - self._signed >= RENEW:
+            await self._sign(self._owner.now())
+
     async def rest(self) -> None:
         """Leaves everything held for the next start of this mount."""
         await self._sign(self._owner.at_rest())
@@ -91,6 +97,7 @@ class Holding:
     async def _sign(self, owner: Owner) -> None:
         await self.remove(OWNER)
         await self._place(owner.encode(), cids.RAW, OWNER, parents=True)
+        self._signed = trio.current_time()
 
     async def _place(self, block: bytes, codec: int, entry: str, *, parents: bool = False) -> None:
         cid, path = _cid(codec, block), self._path(entry)

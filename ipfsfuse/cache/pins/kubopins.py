@@ -13,12 +13,11 @@ Concurrency: one event loop. The node and the database are spoken to by these ta
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.pins import Copies, batches
+from ipfsfuse.cache.pins import Copies, PinStatus, batches, owners
 from ipfsfuse.cache.pins.batches import NOTHING, QUEUED, Change, Round
 from ipfsfuse.cache.pins.holding import Holding
 from ipfsfuse.cache.pins.nodefiles import NodeFiles
@@ -37,17 +36,6 @@ FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
 """Seconds until a node that failed is asked again: doubling."""
 FAREWELL = 2.0
 """Seconds that an ending mount gives the node."""
-
-
-@dataclass(frozen=True, slots=True)
-class PinStatus:
-    held: int
-    queued: int
-    batches: int
-    requests: int
-    """To the node, since the start."""
-    failing: str
-    """Why the node can't be told just now, "" where it can."""
 
 
 class KuboPins:
@@ -190,7 +178,8 @@ class KuboPins:
     async def _keep_holding(self) -> None:
         wait = FIRST_WAIT
         while True:
-            await self._changed.wait()
+            with trio.move_on_after(owners.RENEW):
+                await self._changed.wait()
             with trio.move_on_after(LINGER):
                 await self._full.wait()
             self._changed, self._full = trio.Event(), trio.Event()
@@ -238,6 +227,7 @@ class KuboPins:
             await self._write_down(prefix, shelf.changes(), step)
             await self._holding.drop(prefix, step)
         await self._returning.give_back(self.state)
+        await self._holding.sign_if_due()
 
     async def _close(self) -> None:
         await self._save()

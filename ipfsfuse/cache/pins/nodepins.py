@@ -11,8 +11,8 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.pins import Copies
-from ipfsfuse.cache.pins.kubopins import FAREWELL, KuboPins, PinStatus
+from ipfsfuse.cache.pins import Copies, PinStatus
+from ipfsfuse.cache.pins.kubopins import FAREWELL, KuboPins
 from ipfsfuse.cache.pins.nodefiles import NodeFiles, NodeRpc
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed

@@ -1,8 +1,9 @@
 """Whose pins at a node these are, and whether their owner is proved dead.
 
-A mount leaves a record beside its pins: machine, boot, process. A process is dead if its machine has been started anew
-since, or has no such process, or one of that number which began at another time. Another machine, another name space
-of processes, and anything that can't be seen prove nothing.
+A mount leaves a record beside its pins: machine, boot, process, and when it was signed. A process is dead if its machine
+has no such process, or one of that number which began at another time. Another boot alone proves nothing: copies of one
+machine, or containers of one image on several hosts, share what names a machine; but a day without a new signature does.
+Another machine, another name space of processes, and anything that can't be seen prove nothing.
 
 Pure but for /proc and /etc/machine-id. Concurrency: calls read a few small files and may be made anywhere.
 """
@@ -10,12 +11,18 @@ Pure but for /proc and /etc/machine-id. Concurrency: calls read a few small file
 import json
 import os
 import socket
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
 MOUNT_FILE = "mount"
 """In the pins' folder: the name of its directory at the node."""
+BOOT = "/proc/sys/kernel/random/boot_id"
+RENEW = 3600.0
+"""Seconds after which a living mount signs its record anew."""
+SILENT = 24 * RENEW
+"""Seconds of silence after which an owner of another boot counts as dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +38,15 @@ class Owner:
     """Where the mount keeps its side of the pins."""
     stopped: bool = False
     """It ended as it should, and what it holds awaits its next start."""
+    signed: int = 0
+    """When it said so last, in seconds since 1970: at least every `RENEW` while it lives."""
 
     @classmethod
     def this_process(cls, folder: Path) -> Self:
         pid = os.getpid()
         started = int((_fields(pid) or ["0"] * 20)[19])
-        return cls(_machine(), _read("/proc/sys/kernel/random/boot_id"), _processes(), pid, started, str(folder.absolute()))
+        boot = _read(BOOT)
+        return cls(_machine(), boot, _processes(), pid, started, str(folder.absolute()), signed=int(time.time()))
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:
@@ -45,21 +55,25 @@ class Owner:
             owner = cls(**json.loads(data or b""))
         except (ValueError, TypeError, RecursionError):
             return None
-        kinds = {"pid": int, "started": int, "stopped": bool}
+        kinds = {"pid": int, "started": int, "stopped": bool, "signed": int}
         right = all(type(value) is kinds.get(name, str) for name, value in asdict(owner).items())
         return owner if right and 0 < owner.pid < 1 << 31 else None
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
+    def now(self) -> Self:
+        """The same owner, alive."""
+        return replace(self, signed=int(time.time()))
+
     def at_rest(self) -> Self:
-        return replace(self, stopped=True)
+        return replace(self.now(), stopped=True)
 
     def proved_dead(self) -> bool:
         if self.machine != _machine():
             return False
-        if self.boot != _read("/proc/sys/kernel/random/boot_id"):
-            return True
+        if self.boot != _read(BOOT):  # an earlier boot, or a copy of this machine that runs beside it
+            return time.time() - self.signed > SILENT
         if self.processes != _processes():
             return False
         try:

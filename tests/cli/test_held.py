@@ -1,0 +1,27 @@
+"""Who holds a mount, to its end."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse import errors
+from ipfsfuse.control import client, socket_path
+from tests.cli.test_control import Running
+
+
+def test_a_holder_that_comes_as_the_last_one_goes_is_not_lost(tmp_path: Path) -> None:
+    running = Running(socket_path(tmp_path), {})
+    with client.connected(running.path) as first:
+        client.ask(first, "hold")
+    running.on_loop(running.server.let_go.wait)
+    waiter = threading.Thread(target=running.on_loop, args=[running.server.until_let_go])
+    with client.connected(running.path) as second:
+        client.ask(second, "hold")
+        waiter.start()
+        assert client.ask(second, "hold")["holders"] == 1
+        assert waiter.is_alive()
+    waiter.join(30)
+    with pytest.raises(errors.DaemonFailed, match="this mount is ending"):
+        client.call(running.path, "hold")
+    running.stop()
