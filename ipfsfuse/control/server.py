@@ -10,16 +10,20 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from ipfsfuse.cache.folder import hold
 from ipfsfuse.control import MAX_LINE, short_address
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
 
 log = logging.getLogger(__name__)
 
+LOOK_SECONDS = 2.0
+"""So often the socket is looked for."""
 LONG = 1000
 """Items of a list that are encoded on the event loop: some milliseconds."""
 
@@ -47,13 +51,27 @@ class ControlServer:
 
     async def serve(self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is replaced:
-        whoever calls this holds the folder. Raises StoreFailed where none can be made."""
+        whoever calls this holds the folder. Where it is deleted under us, with its folder perhaps, it is made again, so
+        that a mount whose cache is gone can be asked what is wrong. Raises StoreFailed where none can be made."""
         listener, inode = _listen(path)
-        try:
-            task_status.started()
-            await trio.serve_listeners(self._connection, [trio.SocketListener(listener)])
-        finally:
-            _remove_own(path, inode)
+        task_status.started()
+        async with trio.open_nursery() as connections:
+            while True:
+                try:
+                    await self._listen_while_there(path, listener, connections)
+                finally:
+                    _remove_own(path, inode)
+                listener, inode = await _listen_again(path)
+
+    async def _listen_while_there(self, path: Path, listener: trio.socket.SocketType, connections: trio.Nursery) -> None:
+        async with trio.open_nursery() as nursery:
+            listeners = [trio.SocketListener(listener)]
+            nursery.start_soon(partial(trio.serve_listeners, self._connection, listeners, handler_nursery=connections))
+            there = True
+            while there:
+                await trio.sleep(LOOK_SECONDS)
+                there = await trio.Path(path).exists()
+            nursery.cancel_scope.cancel()
 
     async def until_let_go(self) -> None:
         """Returns when nobody holds the mount; from then on nobody can."""
@@ -181,6 +199,17 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
         listener.close()
         raise StoreFailed(f"the control socket {path} can't be made: {exc.strerror}") from exc
     return trio.socket.from_stdlib_socket(listener), path.lstat().st_ino
+
+
+async def _listen_again(path: Path) -> tuple[trio.socket.SocketType, int]:
+    """As `_listen`, in a folder made anew where it is gone, and as often as it takes."""
+    while True:
+        try:
+            hold.prepare(path.parent)
+            return _listen(path)
+        except StoreFailed as exc:
+            log.info("%s", exc)
+            await trio.sleep(LOOK_SECONDS)
 
 
 def _remove_own(path: Path, inode: int) -> None:

@@ -26,9 +26,10 @@ class Trouble:
 
     def note(self, what: str, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = reason if reason.startswith(what) else f"{what}: {reason}"
         if not self.text:
-            log.warning("%s: %s; reads go on without the cache", what, reason)
-        self.text = f"{what}: {reason}"
+            log.warning("%s; reads go on without the cache", text)
+        self.text = text
         self._until = trio.current_time() + RETRY
 
     def over(self) -> None:
