@@ -1,5 +1,9 @@
 """Many names, many files: what is told of them, and at what cost to others."""
 
+import hashlib
+import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,10 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, random_bytes
+from tests.cache.test_budget import taken
 
 BUDGET = 64 << 20
+SMALL_BLOCKS = int(os.environ.get("IPFSFUSE_SMALL_BLOCKS", "100000"))
 
 
 def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +68,28 @@ def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -
             assert len(listed) == 20_000
 
     trio.run(main)
+
+
+def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """IPFSFUSE_SMALL_BLOCKS says how many, of 1 to 4,096 bytes."""
+
+    async def main() -> int:
+        dice, chain, content = random.Random(1), Chain(), 0
+        async with PinsetCache.open(tmp_path, chain, 64 << 30) as cache:
+            for number in range(SMALL_BLOCKS):
+                block = number.to_bytes(8, "big") + dice.randbytes(dice.randrange(4088))
+                cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest())
+                assert await cache.store.keep_block(cid, block)
+                content += len(block)
+        async with PinsetCache.open(tmp_path, chain, 64 << 30) as cache:
+            assert (await cache.small()).blocks == SMALL_BLOCKS
+            assert await cache.block(cid) == block
+            assert chain.asked == []
+        return content
+
+    content = trio.run(main)
+    entries = sum(1 for _path in tmp_path.rglob("*"))
+    record_property("bytes for each byte", round(taken(tmp_path) / content, 3))
+    record_property("directory entries", entries)
+    assert taken(tmp_path) <= 1.3 * content
+    assert entries < SMALL_BLOCKS / 100
