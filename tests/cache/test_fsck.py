@@ -13,7 +13,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, Recorder, flip, random_bytes, staged
-from tests.cache.test_keeping import churn, fetches, read_all, tree
+from tests.cache.test_keeping import churn, fetches, file_node, read_all, tree
 
 BUDGET = 16 << 20
 COUNT = 60
@@ -141,5 +141,22 @@ def test_what_leaves_with_a_damaged_pack_is_let_go_of_and_forgotten(tmp_path: Pa
             assert {cid for what, cid in pins.asked if what == "remove"} >= set(blocks)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
             assert database.execute("SELECT COUNT(*) FROM blocks").fetchone() == (0,)
+
+    trio.run(main)
+
+
+def test_a_file_is_held_yet_when_the_pack_with_its_root_leaves(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain, pins = Chain(), Recorder()
+        async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
+            file = file_node(chain, 1 << 20, 5)
+            await read_all(cache, file)
+            place = cache.store.place(file)
+            assert place is not None
+            await cache.store.room.evict(place.pack)
+            assert cache.store.place(file) is None
+            assert pins.asked == [("add", file)]
+            await cache.evict(file)
+            assert pins.asked == [("add", file), ("remove", file)]
 
     trio.run(main)

@@ -17,7 +17,7 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from tests.dagging import Dag
 from tests.faults.gateway import Gateway
-from tests.mounting import Home, alive, wait_until
+from tests.mounting import PATIENCE, Home, alive, wait_until
 
 KILLS = int(os.environ.get("IPFSFUSE_KILLS", "30"))
 MIB = 1 << 20
@@ -91,8 +91,17 @@ class Kills:
         finally:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not alive(pid), "the daemon is dead")
-        assert [(reader.communicate()[1], reader.returncode) for reader in readers] == [("", 0)] * READERS
+        assert [(self.ended(reader), reader.returncode) for reader in readers] == [("", 0)] * READERS
         assert self.on_disk() <= self.budget
+
+    def ended(self, reader: "subprocess.Popen[str]") -> str:
+        """What a reader said at its end, which the end of the mount brings about."""
+        try:
+            return reader.communicate(timeout=PATIENCE)[1]
+        except subprocess.TimeoutExpired:
+            where = Path(f"/proc/{reader.pid}/stack").read_text() if os.geteuid() == 0 else ""
+            subprocess.run(["umount", "-f", self.home.mountpoint], check=False, capture_output=True)  # what nothing but this ends
+            return f"it hung in a mount whose daemon was killed:\n{where}"
 
     def nothing_complete_again(self, complete: list[str]) -> None:
         for cid in complete:
