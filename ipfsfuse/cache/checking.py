@@ -4,7 +4,7 @@ Concurrency: one task, beside all others: each leaf or block is checked as a rea
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeVar
@@ -81,7 +81,7 @@ async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckRep
     size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
     for cid, place in await trio.to_thread.run_sync(list, store.packs.sections(pack)):
         end = place.at + place.size
-        if store.place(cid) != place or cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
+        if store.place(cid) != place:
             lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
             continue
         named.add(place)
@@ -120,16 +120,16 @@ async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[
 
 async def _find_unnamed(store: Store, pack: int, named: set[Place], report: FsckReport) -> None:
     """Right blocks that the index does not have anywhere, in the gaps between those that it has here."""
-    for start in sorted({0, *(place.at + place.size for place in named)}):
-        for cid, place in await trio.to_thread.run_sync(_until, store.packs.sections(pack, start), named):
-            if store.place(cid) is None and await store.take_back(cid, place):
-                report.blocks += 1
-                report.bytes += place.size
-                report.found += 1
 
+    def unnamed() -> list[tuple[Cid, Place]]:
+        starts = sorted({0, *(place.at + place.size for place in named)})
+        return [found for start in starts for found in takewhile(lambda found: found[1] not in named, store.packs.sections(pack, start))]
 
-def _until(sections: Iterable[tuple[Cid, Place]], named: set[Place]) -> list[tuple[Cid, Place]]:
-    return list(takewhile(lambda found: found[1] not in named, sections))
+    for cid, place in await trio.to_thread.run_sync(unnamed):
+        if store.place(cid) is None and await store.take_back(cid, place):
+            report.blocks += 1
+            report.bytes += place.size
+            report.found += 1
 
 
 async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, report: FsckReport) -> None:

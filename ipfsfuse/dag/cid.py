@@ -27,7 +27,9 @@ _V0_PREFIX = b"\x12\x20"
 _BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
 _AS_INT = str.maketrans(_BASE32.decode(), "0123456789abcdefghijklmnopqrstuv")
 _COMMON_V1 = (b"\x01\x70\x12\x20", b"\x01\x55\x12\x20")
-_CODEC_NAMES = {0x51: "cbor", RAW: "raw", DAG_PB: "dag-pb", 0x71: "dag-cbor", 0x72: "libp2p-key", 0x78: "git-raw", 0x0129: "dag-json", 0x0200: "json"}
+_CODEC_NAMES = {RAW: "raw", DAG_PB: "dag-pb", 0x51: "cbor", 0x71: "dag-cbor", 0x72: "libp2p-key", 0x78: "git-raw", 0x0129: "dag-json", 0x0200: "json"}
+CODECS = tuple(_CODEC_NAMES)
+"""Those that have a name here, the usual ones first."""
 
 
 def decode(data: bytes) -> Cid:

@@ -20,7 +20,7 @@ COUNT = 60
 
 DAMAGE = {
     "length": lambda head: bytes([head[0] ^ 0x10]) + head[1:],
-    "codec": lambda head: head[:3] + bytes([head[3] ^ 4]) + head[4:],
+    "codec": lambda head: head[:3] + bytes([head[3] ^ 0x80]) + head[4:],
     "digest": lambda head: head[:-1] + bytes([head[-1] ^ 1]),
     "all": lambda head: bytes(len(head)),
 }

@@ -34,16 +34,16 @@ def head_before(pack: Path, key: bytes, place: Place) -> tuple[Cid, bool]:
     Raises OSError."""
     file = os.open(pack, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        found = []
-        for codec in (cids.RAW, cids.DAG_PB):
-            cid = cids.make(codec, key)
+        found: dict[Cid, int] = {}
+        for cid in (cids.make(codec, key) for codec in cids.CODECS):
             head = _head(cid, place)
-            stands = os.pread(file, len(head), place.at - len(head)) if place.at >= len(head) else b""
-            found.append((_turned(head, stands), cid))
+            found[cid] = _turned(head, os.pread(file, len(head), max(0, place.at - len(head))))
     finally:
         os.close(file)
-    turned, cid = min(found)
-    return cid, not turned
+    intact = [cid for cid, turned in found.items() if not turned]
+    if intact:
+        return intact[0], True
+    return min(list(found)[:2], key=found.__getitem__), False  # raw or dag-pb: hardly anything else is asked for
 
 
 def rewrite_head(pack: Path, cid: Cid, place: Place) -> None:
