@@ -64,7 +64,7 @@ class Staging:
     # -- in a thread -------------------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
-        """What an earlier run left; what is no staging file is deleted. 6 us for each file, half of it the stat."""
+        """What an earlier run left; what is no staging file is deleted."""
         found: dict[Cid, Entry] = {}
         with os.scandir(self.folder) as items:
             for item in items:
