@@ -95,7 +95,7 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
 
         def answers() -> None:
             if config.record is None:
-                operations.kernel_reads_ahead = mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
+                mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
             log.info("mounted at %s", config.mountpoint)
             ready(control.socket_path(folder))
 

@@ -30,6 +30,8 @@ class Inode:
     """Of a directory: the number of the one it is in."""
     lookups: int = 0
     """References that the kernel holds."""
+    opens: int = 0
+    """Open files, those being opened among them."""
 
 
 class Inodes:
@@ -49,10 +51,9 @@ class Inodes:
         """The inode of a number that the kernel holds."""
         return self._by_number[number]
 
-    def number(self, cid: Cid) -> int | None:
-        """The number of a file that the kernel holds; None where it does not."""
-        found = self._by_key.get(canonical(cid))
-        return found.number if found is not None else None
+    def find(self, cid: Cid) -> Inode | None:
+        """The inode of a file, if the kernel holds it."""
+        return self._by_key.get(canonical(cid))
 
     def file(self, cid: Cid, attributes: Attributes) -> Inode:
         """The one inode of a file or symlink, for all its paths and spellings."""

@@ -8,7 +8,6 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
 from types import TracebackType
 
 import pyfuse3
@@ -17,6 +16,7 @@ from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, Read
 from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import kernellists, replies, xattrs
 from ipfsfuse.fuse.errnos import fuse_error
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
@@ -59,11 +59,9 @@ class Operations(ReadOnlyOperations):
         self._budget = budget
         self._inodes = Inodes(attributes.ROOT, pages.pending) if pages is not None else Inodes(attributes.ROOT)
         self._replies = replies.Replies()
-        self._files: dict[int, OpenFile] = {}
+        self._files: dict[int, tuple[OpenFile, Inode]] = {}
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
-        self.kernel_reads_ahead = False
-        """True where the kernel was told to read ahead far enough by itself."""
 
     def storing_pages(self) -> AbstractContextManager[None]:
         """While the session serves: what nobody asked for yet goes to the page cache."""
@@ -126,16 +124,26 @@ class Operations(ReadOnlyOperations):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
             held = self._inodes.get(inode)
-            file = self._tree.file_at_hand(held.cid)
-            if file is None:
-                with self._interrupts.watch(ctx.pid):
-                    file = await self._tree.file(held.cid)
+            if self._pages is not None:
+                self._pages.withdraw(inode)
+            held.opens += 1
+            try:
+                file = await self._file(held, ctx)
+            except BaseException:
+                held.opens -= 1
+                raise
             self._correct(held, attributes.of_node(file))
-            store = partial(self._pages.store, inode) if self._pages is not None else None
             self._give_ahead(held.cid)
             handle = self._next_handle()
-            self._files[handle] = OpenFile(self._tree, file, store, not self.kernel_reads_ahead)
+            self._files[handle] = OpenFile(self._tree, file), held
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
+
+    async def _file(self, held: Inode, ctx: RequestContext) -> File:
+        file = self._tree.file_at_hand(held.cid)
+        if file is None:
+            with self._interrupts.watch(ctx.pid):
+                file = await self._tree.file(held.cid)
+        return file
 
     def _correct(self, held: Inode, true: Attributes) -> None:
         """What the kernel was told of `held` by a link that lied, it shall ask for again, before it reads anything."""
@@ -148,22 +156,22 @@ class Operations(ReadOnlyOperations):
     def _give_ahead(self, cid: Cid) -> None:
         """Hands the kernel the small files that come next: then it asks neither for their bytes nor, after that, for their
         access times."""
-        if self._pages is not None:
-            for following, content in self._tree.coming(cid):
-                number = self._inodes.number(following)
-                if number is not None and self._inodes.get(number).attributes.size == len(content):
-                    self._pages.store(number, 0, content)
+        if self._pages is not None and (coming := list(self._tree.coming(cid))):
+            held = ((self._inodes.find(following), content) for following, content in coming)
+            self._pages.give((one.number, content) for one, content in held if one and not one.opens and one.attributes.size == len(content))
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
         with translated:
-            return await self._files[fh].read(off, size)
+            return await self._files[fh][0].read(off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
         with translated:
-            self._files.pop(fh).close()
+            file, held = self._files.pop(fh)
+            held.opens -= 1
+            file.close()
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         return None

@@ -5,7 +5,7 @@ Concurrency: reads of one open file may overlap. What is fetched ahead ends when
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -19,26 +19,16 @@ from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
-"""Leaves that are remembered as asked for, or as given to the page cache."""
+"""Leaves that are remembered as asked for."""
 STRETCHES = 4
 """Walks whose leaves are remembered. With the last alone a reader and its read-ahead took turns in walking anew: 12 % of
 the CPU of a cold read."""
-HOLE = 128 << 10
-"""Bytes at a leaf's end that are kept back from the page cache: the kernel asks for them, which tells how far the
-reader has come."""
-
-Pages = Callable[[int, Content], None]
-"""Takes verified content at a file offset that nobody asked for yet: for the page cache. Must not block."""
 
 
 class OpenFile:
-    def __init__(self, tree: Tree, file: File, pages: Pages | None, push_ahead: bool) -> None:
-        """`pages` takes what a read did not ask of a leaf that was hashed for it; with `push_ahead` also what is
-        fetched ahead, for a kernel that reads ahead too little by itself."""
+    def __init__(self, tree: Tree, file: File) -> None:
         self._tree = tree
         self._file = file
-        self._pages = pages
-        self._push_ahead = push_ahead and pages is not None
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
         self._landing = Landing(tree.room)
@@ -48,8 +38,6 @@ class OpenFile:
             self._stretches.append((Leaf(file.cid, 0, file.size),))
             if (come := tree.handing.take(file.cid)) is not None:
                 self._landing.put(0, come)
-        self._pushed: deque[int] = deque(maxlen=RECENT)
-        """Offsets of the leaves given to the page cache last: reads of them may still be on their way."""
         self._asked: deque[int] = deque(maxlen=RECENT)
         """Offsets of the leaves read last: on their way already, not to be fetched ahead."""
         self._sure = False
@@ -96,27 +84,15 @@ class OpenFile:
         return landed if landed is not None else await self._tree.cache.leaf(self._ref, leaf)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
-        """The part of a leaf that was asked for. What is left of it serves the next reads, so that its hash pays once:
-        a sequential reader's from the landing, any other's from the page cache."""
-        whole = memoryview(data)
+        """The part of a leaf that was asked for. What is left of it a sequential reader finds in the landing, so that its
+        hash pays once."""
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
         if last == leaf.size:
             self._landing.drop(leaf.offset)
-        elif self._ahead.sequential and not self._push_ahead:
+        elif self._ahead.sequential:
             self._landing.put(leaf.offset, data)
         self._landing.passed(leaf.offset)
-        if self._pages is not None and (self._push_ahead or not self._ahead.sequential):
-            self._push_rest(leaf, whole, first, last)
-        return whole[first:last]
-
-    def _push_rest(self, leaf: Leaf, whole: memoryview, first: int, last: int) -> None:
-        if self._pages is None or last - first == leaf.size or leaf.offset in self._pushed:
-            return
-        self._pushed.append(leaf.offset)
-        if last < leaf.size:
-            self._pages(leaf.offset + last, whole[last:])
-        if first > 0:
-            self._pages(leaf.offset, whole[:first])
+        return memoryview(data)[first:last]
 
     async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
         """The leaves from `offset` on, as far as they are known together: from those found last, or walked for."""
@@ -148,9 +124,6 @@ class OpenFile:
 
     def _arrived(self, leaf: Leaf, data: Content) -> None:
         self._landing.put(leaf.offset, data)
-        if self._pages is not None and self._push_ahead:
-            self._pushed.append(leaf.offset)
-            self._pages(leaf.offset, memoryview(data)[:-HOLE])
 
 
 def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf]:

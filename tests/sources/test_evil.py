@@ -14,7 +14,6 @@ from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.origin import parse_origin
-from ipfsfuse.sources.web.refusals import retry_after
 from tests.sources import evil
 from tests.sources.content import encode_car, raw_blocks, sample
 from tests.sources.servers import Ask, Behaviour, Server, answer_well, self_signed
@@ -119,13 +118,6 @@ def test_statuses(status: int, error: type[Exception]) -> None:
             assert len({id(ask.connection) for ask in server.asked}) == 1
 
     trio.run(main)
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert retry_after("120") == 120
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert retry_after("soon") is None
-    assert retry_after("") is None
 
 
 def redirects_to(location: Callable[[Ask], str]) -> Behaviour:

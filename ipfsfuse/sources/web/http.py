@@ -24,11 +24,9 @@ from ipfsfuse.sources.web.origin import Origin, parse_origin, proxy_for
 from ipfsfuse.sources.web.wire import Threads, Wire
 
 USER_AGENT = f"ipfsfuse/{ipfsfuse.__version__}"
-REDIRECTS = frozenset((301, 302, 303, 307, 308))
-MAX_REDIRECTS = 5
+REDIRECTS, MAX_REDIRECTS = frozenset((301, 302, 303, 307, 308)), 5
 ERROR_BODY = 64 * 1024
 SMALL = 64 * 1024
-MADE = 64
 BYTES_IN_FLIGHT = 64 << 20
 URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 
@@ -86,13 +84,12 @@ class Answer:
         end = trio.current_time() + self._settings.total
         if self._left is not None:
             return await self.exactly(self._left, end)
-        pieces, size = [], 0
+        body = bytearray()
         while piece := await self.some(end):
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
+            body += piece
+            if len(body) > limit:
                 raise SourceFailed(f"{self._name} sent more than {limit} bytes where no more can be right", LONG)
-        return b"".join(pieces)
+        return bytes(body)
 
     async def exactly(self, count: int, end: float = float("inf")) -> bytes:
         """The next `count` bytes of a body whose length the head told, by the time `end`."""
@@ -230,7 +227,7 @@ class Http:
                 every.append(("Proxy-Authorization", proxy.authorization))
             with translated(self.origin.text):
                 request = self._made[key] = Request(method, every)
-            if len(self._made) > MADE:  # each range is made once
+            if len(self._made) > 64:  # each range is made once
                 del self._made[next(iter(self._made))]
         return request, path if proxy is None else f"http://{origin.authority}{path}"
 
