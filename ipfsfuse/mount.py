@@ -3,6 +3,7 @@
 Concurrency: everything runs in one trio loop; file bytes are read, hashed and written in its worker threads.
 """
 
+import ctypes
 import logging
 import os
 import resource
@@ -43,6 +44,8 @@ READ_AHEAD_KIB = 4096
 HOLD_SECONDS = 30
 """How long a mount that lives while it is held waits for the first to hold it."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
 END_SECONDS = 0.5
 """How long those who use an unmounted mount may go on before they are cut off."""
 
@@ -55,6 +58,7 @@ def run(config: MountConfig, ready: Ready, indexing: Indexing | None = None) -> 
 
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has none."""
     _raise_descriptors()
+    _reuse_memory()
     mountpoints.prepare(config.mountpoint)
     try:
         with _folder(config) as folder:
@@ -70,6 +74,15 @@ def _raise_descriptors() -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _reuse_memory() -> None:
+    """Leaves of 1 MiB come and go: glibc shall not give each back to the kernel, which clears its pages for the next one. A
+    tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such call."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
 
 
 @contextmanager

@@ -148,10 +148,9 @@ class Flights(Generic[K, V]):
                         if isinstance(exc, IpfsFuseError):
                             self._note_failure(key, exc)
         finally:
-            if not flight.landed:
-                if flight.error is None and not flight.fetch.abandoned:
-                    flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
-                self._end(key, flight)
+            if not flight.landed and flight.error is None and not flight.fetch.abandoned:
+                flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
+            self._end(key, flight)
 
     async def _wait(self, flight: _Flight[V]) -> None:
         if flight.fetch.abandoned:
@@ -166,7 +165,7 @@ class Flights(Generic[K, V]):
     def _land(self, key: K, flight: _Flight[V], value: V) -> None:
         flight.value, flight.landed = value, True
         self._failed.pop(key, None)
-        self._end(key, flight)
+        flight.done.set()
 
     def _end(self, key: K, flight: _Flight[V]) -> None:
         if self._flights.get(key) is flight:
@@ -200,7 +199,8 @@ class Ride(_Fetch, Generic[K, V]):
         """Set with each landing."""
         self._flights = flights
         self._waiting: dict[K, _Flight[V]] = {}
-        self._landed: set[K] = set()
+        self._landed: dict[K, _Flight[V] | None] = {}
+        """None once it is kept."""
 
     @property
     def keys(self) -> Sequence[K]:
@@ -217,16 +217,24 @@ class Ride(_Fetch, Generic[K, V]):
                 self._waiting[key] = flight
 
     def land(self, key: K, value: V) -> None:
-        """`key` has come."""
+        """`key` has come, and serves who comes until it is `kept`."""
         flight = self._waiting.pop(key, None)
         if flight is not None:
-            self._landed.add(key)
+            self._landed[key] = flight
             self._flights._land(key, flight, value)
             self.news.set()
 
+    def kept(self, key: K) -> None:
+        """Where `key` was to be kept, it is."""
+        flight = self._landed.get(key)
+        if flight is not None:
+            self._landed[key] = None
+            self._flights._end(key, flight)
+
     def end(self) -> None:
         """Nothing more comes."""
-        for key, flight in self._waiting.items():
-            self._flights._end(key, flight)
+        for key, flight in [*self._waiting.items(), *self._landed.items()]:
+            if flight is not None:
+                self._flights._end(key, flight)
         self.ended.set()
         self.news.set()

@@ -33,6 +33,10 @@ class Arrival(NamedTuple):
     source: Source | None
     stage: bool
     """Whether the content belongs into staging files: not read in place, and proved by itself."""
+    block: bytes = b""
+    """What came, as it came; of a leaf alone."""
+    home: tuple[Cid, int] | None = None
+    """The file and the offset in it that it is being staged for."""
 
 
 class Reading:
@@ -89,6 +93,7 @@ class Reading:
                 arrival = await self._arrive_block(cid, fetched)
                 ride.expect(self._absent(seen(cid, fetched.block)))
                 ride.land(_block_key(cid), arrival)
+                ride.kept(_block_key(cid))
 
             if len(ride.keys) >= FEW:
                 await self._blocks.subtree(subtree, lambda cid: _block_key(cid) in ride, deliver)
@@ -113,7 +118,7 @@ class Reading:
         arrival = await self._flights.join(_leaf_key(leaf), lambda: self._bring_leaf(file, leaf))
         if len(arrival.content) != leaf.size:  # no failure to remember: another file may tell the truth about this leaf
             return dagleaves.of(leaf, await self.block(leaf.cid))
-        if arrival.stage and not await self._has(file, leaf):
+        if arrival.stage and arrival.home != (file.cid, leaf.offset) and not await self._has(file, leaf):
             await self._keep(file, leaf, arrival)  # another file's leaf, or another place in this one, of the same bytes
         return arrival.content
 
@@ -123,19 +128,16 @@ class Reading:
             self.hits += 1
             return Arrival(staged, None, False)
         self.misses += 1
-        return await self._arrive(file, leaf, await self._blocks.get(leaf.cid))
+        arrival = _arrival(file, leaf, await self._blocks.get(leaf.cid))
+        await self._stage(file, leaf, arrival)
+        return arrival
 
-    async def _arrive(self, file: FileRef, leaf: Leaf, fetched: Fetched) -> Arrival:
-        """What `fetched` holds of `file`, staged."""
-        content = dagleaves.content(leaf.cid, fetched.block)
-        if fetched.source.in_place:
-            return Arrival(content, fetched.source, False)
-        arrival = Arrival(content, fetched.source, file.size > SMALL and dagleaves.is_canonical(leaf.cid, fetched.block))
+    async def _stage(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
+        """Keeps what came."""
         if arrival.stage:
             await self._keep(file, leaf, arrival)
-        else:
-            await self.store.keep_block(leaf.cid, fetched.block, new=True)
-        return arrival
+        elif arrival.source is not None and not arrival.source.in_place:
+            await self.store.keep_block(leaf.cid, arrival.block, new=True)
 
     async def _keep(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
         if len(arrival.content) == leaf.size and arrival.source is not None:  # else its parent lied: not for a file to hold
@@ -175,14 +177,17 @@ class Reading:
             async def deliver(index: int, fetched: Fetched) -> None:
                 self.misses += 1
                 first, *others = by_key[keys[index]]
-                arrival = await self._arrive(file, first, fetched)
-                ride.land(keys[index], arrival)
+                arrival = _arrival(file, first, fetched)
+                ride.land(keys[index], arrival)  # a reader need not wait until it is written
                 for leaf in (first, *others):
-                    if leaf is not first and arrival.stage and not await self._has(file, leaf):
-                        await self._keep(file, leaf, arrival)
                     if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
                         came.add(leaf)
                         arrived(leaf, arrival.content)
+                await self._stage(file, first, arrival)
+                for leaf in others:
+                    if arrival.stage and not await self._has(file, leaf):
+                        await self._keep(file, leaf, arrival)
+                ride.kept(keys[index])
 
             await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
 
@@ -206,6 +211,15 @@ class Reading:
         async with trio.open_nursery() as nursery:
             for _ in range(min(SIDE_BY_SIDE, len(leaves))):
                 nursery.start_soon(work, nursery.cancel_scope)
+
+
+def _arrival(file: FileRef, leaf: Leaf, fetched: Fetched) -> Arrival:
+    """What `fetched` holds of `file`."""
+    content = dagleaves.content(leaf.cid, fetched.block)
+    if fetched.source.in_place:
+        return Arrival(content, fetched.source, False)
+    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, fetched.block)
+    return Arrival(content, fetched.source, stage, fetched.block, (file.cid, leaf.offset))
 
 
 def _block_key(cid: Cid) -> bytes:

@@ -13,12 +13,14 @@ def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: Flights[str, str] = Flights(nursery)
-            second, alone, got = trio.Event(), Fetcher("alone"), dict[str, str]()
+            first, second, alone, got = trio.Event(), trio.Event(), Fetcher("alone"), dict[str, str]()
             alone.gate.set()
 
             async def run(ride: Ride[str, str]) -> None:
                 assert ride.keys == ["a", "b", "c"]
                 ride.land("a", "by run")
+                await first.wait()
+                ride.kept("a")
                 await second.wait()
                 ride.land("b", "by run")
                 raise Unavailable("c is not to be had")
@@ -28,6 +30,10 @@ def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
 
             async with trio.open_nursery() as readers:
                 readers.start_soon(flights.run, ["a", "b", "c"], run)
+                await wait_all_tasks_blocked()
+                assert await flights.join("a", alone) == "by run", "until it is kept, what landed serves who comes"
+                assert alone.calls == 0
+                first.set()
                 await wait_all_tasks_blocked()
                 assert "a" not in flights
                 readers.start_soon(reader, "b")
