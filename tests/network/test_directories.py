@@ -1,0 +1,150 @@
+"""Whole directories from a real node: what a reader who goes through them costs, and what reaches the kernel unasked."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.kubo.node import Node
+from tests.mounting import Home, wait_until
+
+COUNTING = """
+import json, os, sys
+import ipfsfuse.fuse
+from ipfsfuse.fuse.operations import Operations
+counted = open(os.environ["COUNTED"], "a", buffering=1)
+def counting(name):
+    handler = getattr(Operations, name)
+    async def counted_handler(*arguments):
+        counted.write(name + "\\n")
+        return await handler(*arguments)
+    setattr(Operations, name, counted_handler)
+for name in ("lookup", "getattr", "opendir", "readdir", "open", "read"):
+    counting(name)
+"""
+NOT_COMPILED = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.endswith("_kept_listings") else find(name, *more)
+"""
+RUN = """
+from ipfsfuse.cli.main import main
+sys.exit(main(["mount", "--foreground", "--json", "--from", sys.argv[1], "--pins", "none", sys.argv[2]]))
+"""
+
+
+class Counted:
+    """The requests of the kernel so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def since(self, before: Counter[str]) -> Counter[str]:
+        return self.now() - before
+
+    def now(self) -> Counter[str]:
+        return Counter(self._path.read_text().split())
+
+
+@contextmanager
+def counted(home: Home, node: Node, fault: str = "") -> Iterator[Counted]:
+    """A mount of the node whose daemon notes each request."""
+    path = home.folder / "counted"
+    path.write_text("")
+    told = home.folder / "told"
+    command = [sys.executable, "-c", fault + COUNTING + RUN, f"kubo+{node.api_url}", str(home.mountpoint)]
+    with told.open("w") as out:
+        daemon = subprocess.Popen(command, env={**home.env, "COUNTED": str(path)}, stdout=out, stderr=out)
+        try:
+            wait_until(lambda: '"mountpoint"' in told.read_text() or daemon.poll() is not None, "it is mounted")
+            assert daemon.poll() is None, told.read_text()
+            yield Counted(path)
+        finally:
+            daemon.terminate()
+            daemon.wait(60)
+
+
+def folders(folder: Path, count: int, files: int) -> dict[str, bytes]:
+    """`count` folders of `files` small files each; contents by path."""
+    dice, made = random.Random(count), dict[str, bytes]()
+    for number in range(count):
+        (folder / f"{number:02}").mkdir(parents=True)
+        for file in range(files):
+            name = f"{number:02}/{file:02}"
+            made[name] = dice.randbytes(dice.randrange(1, 20_000))
+            (folder / name).write_bytes(made[name])
+    return made
+
+
+def read_in_order(root: Path, names: list[str]) -> dict[str, bytes]:
+    script = "import sys, json; [sys.stdout.write(json.dumps(open(name, 'rb').read().hex()) + '\\n') for name in sys.argv[1:]]"
+    read = subprocess.run([sys.executable, "-c", script, *names], cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(zip(names, (bytes.fromhex(json.loads(line)) for line in read.stdout.splitlines()), strict=True))
+
+
+def requests(home: Home) -> int:
+    return int(home.json("status", "--json")["sources"][0]["requests"])
+
+
+@pytest.mark.parametrize("crowd", [1, 4])
+def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(kubo_node: Node, home: Home, crowd: int) -> None:
+    contents = folders(home.folder / "tree", 8, 30)
+    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    with counted(home, kubo_node) as kernel:
+        for number in range(8):
+            names = [name for name in contents if name.startswith(f"{number:02}/")]
+            subprocess.run(["ls", root / f"{number:02}"], check=True, stdout=subprocess.DEVNULL)
+            readers = [subprocess.Popen(["cat", *names], cwd=root, stdout=subprocess.PIPE) for _ in range(crowd - 1)]
+            assert read_in_order(root, names) == {name: contents[name] for name in names}
+            for reader in readers:
+                assert reader.communicate()[0] == b"".join(contents[name] for name in names)
+        assert requests(home) < len(contents) // 4, "one answer for many files"
+        if crowd == 1:
+            assert kernel.now()["read"] < len(contents) // 2, "most were in the page cache when they were opened"
+
+
+def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: Node, home: Home) -> None:
+    folders(home.folder / "tree", 1, 30)
+    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    with counted(home, kubo_node) as kernel:
+        listed = [subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout for _ in range(2)]
+        before = kernel.now()
+        listed += [subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout]
+        assert listed[0].split() == [".", "..", *(f"{number:02}" for number in range(30))]
+        assert listed[0] == listed[1] == listed[2]
+        assert kernel.since(before)["opendir"] == 1
+        assert kernel.since(before)["readdir"] == 0
+        assert subprocess.run(["ls", home.mountpoint], check=True, capture_output=True, text=True).stdout.split() == [root.name]
+        other = kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree" / "00")
+        subprocess.run(["ls", home.mountpoint / other], check=True, stdout=subprocess.DEVNULL)
+        named = subprocess.run(["ls", home.mountpoint], check=True, capture_output=True, text=True).stdout.split()
+        assert sorted(named) == sorted([root.name, other]), "names may appear in the root at any time"
+
+
+def test_where_the_kernel_cannot_be_told_to_keep_listings_they_are_given_each_time(kubo_node: Node, home: Home) -> None:
+    folders(home.folder / "tree", 1, 30)
+    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    with counted(home, kubo_node, NOT_COMPILED) as kernel:
+        listed = [subprocess.run(["ls", root / "00"], check=True, capture_output=True, text=True).stdout for _ in range(2)]
+        assert listed[0] == listed[1]
+        assert kernel.now()["readdir"] >= 4
+
+
+def test_a_large_listing_is_one_answer_and_no_childs_content(kubo_node: Node, home: Home) -> None:
+    tree = home.folder / "tree"
+    tree.mkdir()
+    for number in range(3000):
+        (tree / f"entry-{number:04}-{'x' * 60}").write_text(str(number))
+    cid = kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", tree)
+    with counted(home, kubo_node) as kernel:
+        before = requests(home)
+        listed = subprocess.run(["ls", "-l", home.mountpoint / cid], check=True, capture_output=True, text=True).stdout
+        assert len(listed.splitlines()) == 3001
+        assert requests(home) - before < 20, "a HAMT of hundreds of nodes"
+        assert kernel.now()["getattr"] < 100, "sizes come with the names"
