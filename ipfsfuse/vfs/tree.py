@@ -33,9 +33,6 @@ PARSE_APART = 100 << 10
 KNOWN = 50_000
 """CIDs whose attributes are remembered after their node is not, for listings."""
 
-LISTED = 30_000
-"""Entries in the pages of listings that are kept: some 250 bytes each. A HAMT of 10,000 has 950 nodes to read again."""
-
 
 class Use(Protocol):
     """Told of every block that a request used, or that was fetched ahead of one."""
@@ -69,7 +66,6 @@ class Tree:
         self.handing = Handing()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
-        self._pages: Lru[tuple[Cid, int], listing.Page] = Lru(LISTED)
         self._gatherer = Gatherer(cache, self._remember, self.handing) if use is None else None
         self._ahead = TreeAhead(nursery, self._found, self.known, self._gatherer.contents_of) if self._gatherer else None
 
@@ -176,18 +172,13 @@ class Tree:
 
     async def entries(self, parent: Cid, after: int) -> Page:
         """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
-        page = self._pages.get((parent, after)) or await self._page(parent, after)
-        return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
-
-    async def _page(self, parent: Cid, after: int) -> listing.Page:
         directory = await self.directory(parent)
         if self._gatherer is not None and not after:
             self._gatherer.nodes_of(directory)
         page = await self.drive(listing.entries(directory, after))
         if self._ahead is not None:  # else every block that is used must be told of
             self._ahead.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
-            self._pages.put((parent, after), page, len(page.entries) + 1)
-        return page
+        return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
 
     def _told(self, cid: Cid, tsize: int) -> Attributes | None:
         known = self.known(cid)
