@@ -12,6 +12,7 @@ from h11 import RemoteProtocolError
 LONGEST: Final = 16 * 1024
 """Bytes of a line, and of all trailers."""
 _SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~]*)?")
+_TRAILER: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")
 
 
 class Chunks:
@@ -43,7 +44,7 @@ class Chunks:
             end = data.find(b"\r\n", at)
             if end < 0:
                 self._held = data[at:]
-                self._spend(len(self._held))
+                self._bound(len(self._held))
                 break
             self._line(data[at:end])
             at = end + 2
@@ -52,10 +53,7 @@ class Chunks:
 
     def _line(self, line: bytes) -> None:
         if self._trailing:
-            self._spend(len(line))
-            name, _, value = line.decode("latin-1").partition(":")
-            self.trailers[name.lower()] = value.strip(" \t")
-            self.ended = not line
+            self._trailer(line)
         elif self._closing:
             if line:
                 raise RemoteProtocolError("a chunk that is longer than it says")
@@ -67,8 +65,16 @@ class Chunks:
             self._left = int(found[1], 16)
             self._closing, self._trailing = self._left > 0, self._left == 0
 
-    def _spend(self, size: int) -> None:
+    def _trailer(self, line: bytes) -> None:
+        self.ended = not line
+        if line:
+            self._bound(len(line))
+            self._room -= len(line)
+            if not _TRAILER.fullmatch(line):  # content, behind a size that was damaged
+                raise RemoteProtocolError(f"a trailer {line[:20]!r}")
+            name, _, value = line.decode("latin-1").partition(":")
+            self.trailers[name.lower()] = value.strip(" \t")
+
+    def _bound(self, size: int) -> None:
         if size > self._room:
             raise RemoteProtocolError("a chunk's head or trailers without end")
-        if self._trailing:
-            self._room -= size
