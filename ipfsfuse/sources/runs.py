@@ -32,10 +32,12 @@ class NotOffered(SourceFailed):
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:
-    """Whether the leaves' contents are their blocks (raw) and follow each other, so that bytes can be cut into blocks."""
+    """Whether the leaves' contents are their blocks (raw) and follow each other, so that bytes can be cut into blocks.
+
+    Not of leaves that claim no bytes: no range has none, and a server's word about such a one would be no word about ranges."""
     end = leaves[0].offset
     for leaf in leaves:
-        if leaf.offset != end or cids.codec(leaf.cid) != cids.RAW:
+        if leaf.offset != end or not leaf.size or cids.codec(leaf.cid) != cids.RAW:
             return False
         end += leaf.size
     return True
@@ -87,9 +89,8 @@ class _Part:
             try:
                 for index in range(self._start, self._end):
                     leaf = await answer.exactly(self._run.leaves[index].size)
-                    let_go = answer.detach()
                     await free.acquire()
-                    nursery.start_soon(give, index, leaf, let_go)
+                    nursery.start_soon(give, index, leaf, answer.detach())  # at once: who is cancelled before would never let go
             except SourceFailed as exc:
                 failed.append(exc)
         if failed:

@@ -4,10 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ipfsfuse.dag import build, car
+from ipfsfuse.dag import build, car, dagpb
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.sources.base import Run
+from tests.dag.blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,46 @@ def raw_blocks(seed: int, count: int, size: int = 500) -> dict[Cid, bytes]:
 
 def encode_car(root: Cid, blocks: Sequence[tuple[Cid, bytes]]) -> bytes:
     return car.encode_header([root]) + b"".join(car.section_head(cid, len(block)) + block for cid, block in blocks)
+
+
+@dataclass(frozen=True)
+class SampleTree:
+    """A directory. Its blocks are in the order of a CAR, depth first, none twice."""
+
+    root: Cid
+    blocks: dict[Cid, bytes]
+    """All that lies in it."""
+    entity: dict[Cid, bytes]
+    """The nodes of the directory itself."""
+
+    def car(self, *, whole: bool = True) -> bytes:
+        return encode_car(self.root, list((self.blocks if whole else self.entity).items()))
+
+
+def tree(heap: Blocks, root: Cid) -> SampleTree:
+    """The tree below `root` in `heap`; where that is a HAMT, it must be 256 wide."""
+    blocks: dict[Cid, bytes] = {}
+    entity: dict[Cid, bytes] = {}
+
+    def walk(cid: Cid, own: bool) -> None:
+        if cid not in blocks:
+            blocks[cid] = heap.block(cid)
+            if own:
+                entity[cid] = blocks[cid]
+            if cids.codec(cid) == cids.DAG_PB:
+                for link in dagpb.decode(blocks[cid]).links:
+                    walk(link.cid, own and len(link.name) == len("FF"))
+
+    walk(root, True)
+    return SampleTree(root, blocks, entity)
+
+
+def trees() -> dict[str, SampleTree]:
+    """Names of two letters are those of a HAMT's own nodes: no entry has such a one."""
+    heap = Blocks()
+    leaves = [Link(heap.leaf(b"file %d" % number), b"file %d" % number, 7) for number in range(20)]
+    large = heap.balanced([b"%d" % number * 70_000 for number in range(4)], 8, True)
+    basic = heap.directory([Link(large, b"large", 280_000), *leaves])
+    nested = heap.directory([Link(basic, b"basic", 280_200), Link(heap.directory(leaves[:3]), b"nested", 21), Link(leaves[4].cid, b"top", 7)])
+    hamt = heap.trie([b"name %d" % number for number in range(2000)])
+    return {"basic": tree(heap, basic), "nested": tree(heap, nested), "hamt": tree(heap, hamt)}

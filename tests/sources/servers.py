@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid
-from tests.sources.content import SampleFile, encode_car
+from tests.sources.content import SampleFile, SampleTree, encode_car
 
 RAW = "application/vnd.ipld.raw"
 CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
@@ -92,15 +92,22 @@ Behaviour = Callable[[Ask], None]
 
 
 class Server:
-    """`files` can be had whole, as ranges and as CARs too. `asked` are all requests so far."""
+    """`files` can be had whole, as ranges and as CARs too, `trees` as CARs. `asked` are all requests so far."""
 
     def __init__(
-        self, blocks: Mapping[Cid, bytes], behave: Behaviour | None = None, *, files: tuple[SampleFile, ...] = (), tls: ssl.SSLContext | None = None
+        self,
+        blocks: Mapping[Cid, bytes],
+        behave: Behaviour | None = None,
+        *,
+        files: tuple[SampleFile, ...] = (),
+        trees: tuple[SampleTree, ...] = (),
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.blocks = dict(blocks)
         self.files = {file.root: file for file in files}
-        for file in files:
-            self.blocks.update(file.blocks)
+        self.trees = {tree.root: tree for tree in trees}
+        for each in (*files, *trees):
+            self.blocks.update(each.blocks)
         self.behave = behave or answer_well
         self.asked: list[Ask] = []
         self.stopping = threading.Event()
@@ -179,7 +186,11 @@ class Server:
 def answer_well(ask: Ask) -> None:
     """As the trustless gateway specification has it; a file's own bytes too, in ranges."""
     file = ask.server.files.get(ask.cid) if ask.cid is not None else None
-    if file is not None and ask.query.get("format") == "car":
+    tree = ask.server.trees.get(ask.cid) if ask.cid is not None else None
+    if tree is not None and ask.query.get("format") == "car":
+        body = tree.car(whole=ask.query["dag-scope"] == "all")
+        ask.send_chunked([body[at : at + 5000] for at in range(0, len(body), 5000)])
+    elif file is not None and ask.query.get("format") == "car":
         first, last = (int(text) for text in ask.query["entity-bytes"].split(":"))
         within = [leaf.cid for leaf in file.leaves if leaf.offset <= last and leaf.offset + leaf.size > first]
         body = encode_car(file.root, [(cid, file.blocks[cid]) for cid in dict.fromkeys([file.root, *within])])

@@ -9,7 +9,7 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.base import Source, Subtree
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.files.library import Library, LibrarySource
 from ipfsfuse.sources.files.librarywriter import NewRoot
@@ -18,27 +18,28 @@ from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import Node
-from tests.sources.content import SampleFile, encode_car, raw_blocks, sample
+from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 from tests.sources.servers import Ask, Server, answer_well
 
 FILES = (sample(1), sample(2, raw=False), sample(3, count=5, size=1 << 20), sample(4, repeat=True), sample(5, count=14, size=1 << 20))
+TREES = trees()
 ABSENT = next(iter(raw_blocks(99, 1)))
 Open = Callable[[], AbstractAsyncContextManager[Source]]
 
 
 def library_source(folder: Path) -> Source:
     library = Library(folder / "library")
-    for file in FILES:
+    for each in (*FILES, *TREES.values()):
         with library.open_writer() as writer:
-            for cid, block in file.blocks.items():
+            for cid, block in each.blocks.items():
                 writer.put(cid, block)
-            writer.commit([NewRoot(file.root, "sample", len(file.data))])
+            writer.commit([NewRoot(each.root, "sample", 1)])
     return LibrarySource(library)
 
 
 def car_source(folder: Path) -> Source:
     path = folder / "all.car"
-    path.write_bytes(encode_car(FILES[0].root, [pair for file in FILES for pair in file.blocks.items()]))
+    path.write_bytes(encode_car(FILES[0].root, [pair for each in (*FILES, *TREES.values()) for pair in each.blocks.items()]))
     return CarSource.open(path, folder / "indexes")
 
 
@@ -58,6 +59,8 @@ def blocks_only(ask: Ask) -> None:
 
 
 KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "kubo-gateway", "kubo-rpc", "kubo"]
+IN_ONE_ANSWER = {"gateway", "gateway-near", "gateway-trustless", "kubo"}
+"""Those that send a directory in one answer: none in place, and no node that must not look on the network for it."""
 
 
 @pytest.fixture(params=KINDS)
@@ -66,8 +69,8 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     stack = ExitStack()
     if kind.startswith("kubo"):
         node: Node = request.getfixturevalue("kubo_node")
-        for file in FILES:
-            node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
+        for each in (*FILES, *TREES.values()):
+            node.cmd("dag", "import", "--pin-roots=false", stdin=each.car())
         monkeypatch.setenv("IPFS_PATH", str(node.repo))
 
     def make() -> Source:
@@ -84,7 +87,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             rpc_only._asked_for_gateway = True  # as for a node on another host
             return rpc_only
         behave = {"gateway-trustless": trustless_only, "gateway-blocks": blocks_only}.get(kind, answer_well)
-        server = stack.enter_context(Server({}, behave, files=FILES))
+        server = stack.enter_context(Server({}, behave, files=FILES, trees=tuple(TREES.values())))
         return Gateway(Http(parse_origin(server.url)), server.url, local=kind == "gateway-near")
 
     @asynccontextmanager
@@ -167,5 +170,47 @@ def test_a_cancelled_run_leaves_the_source_usable(source: Open) -> None:
                 await opened.stream(file.run, deliver)
             assert scope.cancelled_caught
             assert await opened.get(file.root) == file.blocks[file.root]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "entity"])
+def test_a_directory_comes_in_one_answer_or_not_at_all(source: Open, request: pytest.FixtureRequest, name: str, whole: bool) -> None:
+    tree = TREES[name]
+    wanted = tree.blocks if whole else tree.entity
+
+    async def main() -> None:
+        got: list[tuple[Cid, bytes]] = []
+
+        async def deliver(cid: Cid, block: bytes) -> None:
+            got.append((cid, block))
+
+        async with source() as opened:
+            for _ in range(2):
+                await opened.subtree(Subtree(tree.root, whole, 1 << 30), deliver)
+        each = list(wanted.items()) if request.node.callspec.params["source"] in IN_ONE_ANSWER else []
+        assert got == each * 2
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("source", ["gateway", "kubo"], indirect=True)
+def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(source: Open, request: pytest.FixtureRequest) -> None:
+    tree = TREES["hamt"]
+
+    async def main() -> None:
+        got: dict[Cid, bytes] = {}
+
+        async def deliver(cid: Cid, block: bytes) -> None:
+            got[cid] = block
+
+        async with source() as opened:
+            if request.node.callspec.params["source"] == "gateway":  # a node looks for it on the network first
+                with pytest.raises(NotHere):
+                    await opened.subtree(Subtree(ABSENT, True, 1 << 20), deliver)
+            await opened.subtree(Subtree(tree.root, True, 1), deliver)
+            assert 0 < len(got) < len(tree.blocks)
+            assert got.items() <= tree.blocks.items()
 
     trio.run(main)

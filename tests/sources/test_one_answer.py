@@ -1,0 +1,206 @@
+"""Many blocks by one answer: what a server that can't, one that lacks something and one that breaks off come to; and
+what is counted as on its way meanwhile."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources import runs
+from ipfsfuse.sources.base import Run, Subtree
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.http import Http, HttpSettings
+from ipfsfuse.sources.web.origin import parse_origin
+from tests.sources.content import sample, trees
+from tests.sources.servers import Ask, Behaviour, Server, answer_well
+
+FILE, OTHER = sample(31), sample(32)
+TREE = trees()["nested"]
+SUBTREE = Subtree(TREE.root, True, 1 << 20)
+
+
+def with_gateway(server: Server, main: Callable[[Gateway], Awaitable[None]], *, local: bool = False, settings: HttpSettings | None = None) -> None:
+    async def opened() -> None:
+        gateway = Gateway(Http(parse_origin(server.url), settings), server.url, local=local)
+        try:
+            await main(gateway)
+        finally:
+            await gateway.aclose()
+
+    trio.run(opened)
+
+
+async def brought(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, bytes]:
+    got: dict[Cid, bytes] = {}
+
+    async def deliver(cid: Cid, block: bytes) -> None:
+        got[cid] = block
+
+    await gateway.subtree(subtree, deliver)
+    return got
+
+
+async def streamed(gateway: Gateway, of: Run = FILE.run) -> dict[int, bytes]:
+    got: dict[int, bytes] = {}
+
+    async def deliver(index: int, block: bytes) -> None:
+        got[index] = block
+
+    await gateway.stream(of, deliver)
+    return got
+
+
+def instead_of_cars(status: int, type_: str = "text/plain") -> Behaviour:
+    def behave(ask: Ask) -> None:
+        if ask.query.get("format") == "car":
+            ask.send(status, b"<!doctype html>", type_)
+        else:
+            answer_well(ask)
+
+    return behave
+
+
+def cars_asked(server: Server) -> int:
+    return sum(ask.query.get("format") == "car" for ask in server.asked)
+
+
+@pytest.mark.parametrize(
+    ("status", "type_"), [(200, "text/html"), (200, "application/vnd.ipld.raw"), *((status, "text/plain") for status in (400, 405, 406, 415, 501))]
+)
+def test_a_gateway_that_makes_no_cars_is_asked_for_one_once(status: int, type_: str) -> None:
+    with Server({}, instead_of_cars(status, type_), files=(FILE,), trees=(TREE,)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            assert await brought(gateway) == {}
+            assert await streamed(gateway) == FILE.expected
+            assert await brought(gateway) == {}
+
+        with_gateway(server, main)
+        assert cars_asked(server) == 1
+
+
+@pytest.mark.parametrize(("status", "error"), [(404, NotHere), (504, NotHere), (500, SourceFailed), (503, SourceFailed)])
+def test_one_answer_that_is_not_had_does_not_end_cars(status: int, error: type[Exception]) -> None:
+    refused = instead_of_cars(status)
+
+    def behave(ask: Ask) -> None:
+        (refused if len(ask.server.asked) <= 2 else answer_well)(ask)
+
+    with Server({}, behave, files=(FILE,), trees=(TREE,)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            with pytest.raises(error):
+                await brought(gateway)
+            with pytest.raises(error):
+                await streamed(gateway)
+            assert await brought(gateway) == TREE.blocks
+            assert await streamed(gateway) == FILE.expected
+
+        with_gateway(server, main)
+        assert cars_asked(server) == 4
+
+
+@pytest.mark.parametrize(("status", "error"), [(404, NotHere), (504, NotHere), (500, SourceFailed)])
+def test_one_file_that_is_not_had_does_not_end_ranges(status: int, error: type[Exception]) -> None:
+    def behave(ask: Ask) -> None:
+        if ask.cid == OTHER.root:
+            ask.send(status, b"no", "text/plain")
+        else:
+            answer_well(ask)
+
+    with Server({}, behave, files=(FILE, OTHER)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            with pytest.raises(error):
+                await streamed(gateway, OTHER.run)
+            assert await streamed(gateway) == FILE.expected
+
+        with_gateway(server, main, local=True)
+        assert len(server.asked) == 2
+
+
+def test_leaves_that_claim_no_bytes_do_not_end_ranges() -> None:
+    hollow = Run(OTHER.root, 0, [Leaf(leaf.cid, 0, 0) for leaf in OTHER.leaves])
+    with Server({}, files=(FILE, OTHER)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            assert await streamed(gateway, hollow) == OTHER.expected
+            assert all("range" not in ask.headers for ask in server.asked), "no range has no bytes"
+            before = len(server.asked)
+            assert await streamed(gateway) == FILE.expected
+            assert len(server.asked) == before + 1
+
+        with_gateway(server, main, local=True)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_car_that_is_cut_short_gives_what_came(ended: bool) -> None:
+    cut = TREE.car()[:-10]
+
+    def behave(ask: Ask) -> None:
+        ask.send_chunked([cut[:3000], cut[3000:]], end=ended)
+
+    with Server({}, behave, trees=(TREE,)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            got: dict[Cid, bytes] = {}
+
+            async def deliver(cid: Cid, block: bytes) -> None:
+                got[cid] = block
+
+            if ended:
+                await gateway.subtree(SUBTREE, deliver)
+            else:
+                with pytest.raises(SourceFailed) as caught:
+                    await gateway.subtree(SUBTREE, deliver)
+                assert caught.value.kind == "short"
+            assert list(got.items()) == list(TREE.blocks.items())[:-1]
+
+        with_gateway(server, main)
+
+
+def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_left() -> None:
+    settings = HttpSettings()
+    with Server({}, files=(FILE,)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            for _ in range(3):
+                delivering, all_busy = list[int](), trio.Event()
+
+                async def deliver(_index: int, block: bytes, delivering: list[int] = delivering, all_busy: trio.Event = all_busy) -> None:
+                    delivering.append(len(block))
+                    if len(delivering) == runs.DELIVERED_AT_ONCE:
+                        all_busy.set()
+                    await trio.sleep_forever()
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(gateway.stream, FILE.run, deliver)
+                    await all_busy.wait()
+                    await wait_all_tasks_blocked(0.05)
+                    assert settings.room.used in (sum(delivering), sum(delivering) + 70_000), "and the one read meanwhile"
+                    nursery.cancel_scope.cancel()
+                assert settings.room.used == 0
+            assert await streamed(gateway) == FILE.expected
+            assert settings.room.used == 0
+
+        with_gateway(server, main, local=True, settings=settings)
+
+
+def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None:
+    settings = HttpSettings()
+    with Server({}, files=(FILE,)) as server:
+
+        async def main(gateway: Gateway) -> None:
+            async def deliver(index: int, block: bytes) -> None:
+                await trio.sleep(0.05 if index == 2 else 100)
+                raise SourceFailed("no room", "reader")
+
+            with pytest.raises(SourceFailed, match="no room"):
+                await gateway.stream(FILE.run, deliver)
+            assert settings.room.used == 0
+
+        with_gateway(server, main, local=True, settings=settings)
