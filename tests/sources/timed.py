@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from tests.sources.content import raw_blocks
 
@@ -29,6 +29,7 @@ class Timed:
         self.answer = answer
         self.asked: list[float] = []
         self.cancelled = 0
+        self.subtrees: list[Subtree] = []
 
     async def get(self, cid: Cid) -> bytes:
         self.asked.append(trio.current_time())
@@ -52,6 +53,12 @@ class Timed:
                 await deliver(index, await self.get(leaf.cid))
             except NotHere:
                 continue
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+        """All of its blocks, in their order."""
+        self.subtrees.append(subtree)
+        for cid in self.blocks:
+            await deliver(cid, await self.get(cid))
 
     def roots(self) -> Sequence[Cid]:
         return ()

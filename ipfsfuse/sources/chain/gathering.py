@@ -13,6 +13,7 @@ from ipfsfuse.sources.base import DeliverFetchedBlock, Fetched, Subtree, Wants
 from ipfsfuse.sources.chain.checking import check
 from ipfsfuse.sources.chain.member import Member
 from ipfsfuse.sources.chain.pursuit import Surroundings
+from ipfsfuse.sources.runs import all_of
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class Gathering:
         self._wants = wants
         self._deliver = deliver
         self._scope = trio.CancelScope()
+        self._until = 0.0
+        """When the answer is given up, unless a block comes before."""
+        self._taking = False
 
     async def run(self) -> None:
         if not await self._is_at_hand():
@@ -48,19 +52,11 @@ class Gathering:
 
     async def _from(self, member: Member) -> None:
         member.health.asked(trio.current_time())
-
-        async def take(cid: Cid, block: bytes) -> None:
-            if self._wants(cid) and not await self._take(member, cid, block):
-                self._scope.cancel()
-            later = trio.current_time() + STALL
-            if later - self._scope.deadline > STALL / 10:  # each change costs as much as a small block's hash
-                self._scope.deadline = later
-
         try:
             async with member.slots.enter():
+                self._until = trio.current_time() + max(STALL, FIRST * member.health.slow_after())
                 with self._scope:
-                    self._scope.deadline = trio.current_time() + max(STALL, FIRST * member.health.slow_after())
-                    await member.source.subtree(self._subtree, take)
+                    await all_of([lambda: self._ask(member), self._watch])
         except NotHere:
             member.health.lacked()
         except SourceFailed as exc:
@@ -68,6 +64,29 @@ class Gathering:
             member.note(exc)
         finally:
             member.health.left()
+
+    async def _ask(self, member: Member) -> None:
+        async def take(cid: Cid, block: bytes) -> None:
+            if self._wants(cid):
+                self._taking = True
+                if not await self._take(member, cid, block):
+                    await self._give_up()
+                self._taking = False
+            self._until = trio.current_time() + STALL
+
+        await member.source.subtree(self._subtree, take)
+        self._scope.cancel()
+
+    async def _watch(self) -> None:
+        """Ends what has stopped; the time that the reader takes is not the source's. A deadline that moves with each block
+        would cost as much as a small block's hash."""
+        while self._taking or trio.current_time() < self._until:  # noqa: ASYNC110  # an event for each block costs more
+            await trio.sleep(STALL / 4)
+        await self._give_up()
+
+    async def _give_up(self) -> None:
+        self._scope.cancel()
+        await trio.lowlevel.checkpoint()  # now, not where the source next waits for something
 
     async def _take(self, member: Member, cid: Cid, block: bytes) -> bool:
         """Verifies and delivers one block. False if it was wrong."""
