@@ -5,13 +5,18 @@ from pathlib import Path
 import pytest
 import trio
 
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
+from ipfsfuse.sources.base import Fetched, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.origin import parse_origin
+from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
-from tests.sources.content import SampleFile, raw_blocks, sample
+from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, tree
 from tests.sources.servers import Ask, Server
 
 ABSENT = next(iter(raw_blocks(98, 1)))
@@ -45,11 +50,41 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
                 async def deliver(index: int, block: bytes, got: dict[int, bytes] = got) -> None:
                     got[index] = block
 
+                async def deliver_block(cid: Cid, _block: bytes) -> None:
+                    raise AssertionError(cid)
+
                 await source.stream(file.run, deliver)
+                await source.subtree(Subtree(file.root, True, 1 << 20), deliver_block)
                 assert got == {}
+                assert not asked.has(cids.text(file.root))
             else:
                 assert (await Chain([source]).get(file.root)).block == file.blocks[file.root]
             await source.aclose()
+
+    trio.run(main)
+
+
+def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node_no_blame(kubo_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    heap = Blocks()
+    leaves = [heap.leaf(b"of this test alone %d " % number * 100) for number in range(100)]
+    sent = tree(heap, heap.directory([Link(cid, b"%d" % number, 1) for number, cid in enumerate(leaves)]))
+    kept = [(cid, block) for cid, block in sent.blocks.items() if cid != leaves[60]]
+    kubo_node.cmd("dag", "import", "--pin-roots=false", stdin=encode_car(sent.root, kept))
+    monkeypatch.setenv("IPFS_PATH", str(kubo_node.repo))
+
+    async def main() -> None:
+        chain = Chain([Kubo("kubo", HttpSettings())])
+        got: dict[Cid, bytes] = {}
+
+        async def deliver(cid: Cid, fetched: Fetched) -> None:
+            got[cid] = fetched.block
+
+        with trio.fail_after(20):  # the node looks for it for 30 s
+            await chain.subtree(Subtree(sent.root, True, 1 << 20), lambda _cid: True, deliver)
+        assert list(got.items()) == list(sent.blocks.items())[: len(got)]
+        assert 1 < len(got) <= 61
+        assert chain.statistics()[0].failures == {}
+        await chain.aclose()
 
     trio.run(main)
 
