@@ -7,6 +7,7 @@ waiters once they have landed.
 """
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
@@ -14,6 +15,8 @@ from typing import Generic, TypeVar
 import trio
 
 from ipfsfuse.errors import IpfsFuseError, Unavailable
+
+log = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -119,8 +122,10 @@ class Flights(Generic[K, V]):
             with ride.scope:
                 try:
                     await fetch(ride)
-                except Exception:  # whoever waits asks for its block alone, and hears what is wrong with that one
+                except IpfsFuseError:  # whoever waits asks for its block alone, and hears what is wrong with that one
                     pass
+                except Exception:
+                    log.exception("a fetch of several blocks ended by what no one foresaw; each is asked for alone")
         finally:
             ride.end()
 

@@ -22,6 +22,8 @@ from ipfsfuse.sources.base import Blocks, Fetched, Run, Source, Subtree
 
 FEW = 4
 """So many blocks that are asked for one by one cost less than one answer with all of a directory's."""
+PATIENCE = 1 / 3
+"""Part of the deadline that one such answer may take: who waits for a block of it has the rest to get that elsewhere."""
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` reads back at a time."""
 
@@ -47,6 +49,7 @@ class Reading:
         self.hits = 0
         self.misses = 0
         self._blocks = blocks
+        self._patience = deadline * PATIENCE
         self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=_name)
 
     # -- blocks ------------------------------------------------------------------------------------------------------
@@ -96,13 +99,19 @@ class Reading:
                 ride.kept(_block_key(cid))
 
             if len(ride.keys) >= FEW:
-                await self._blocks.subtree(subtree, lambda cid: _block_key(cid) in ride, deliver)
+                with trio.move_on_after(self._patience):
+                    await self._blocks.subtree(subtree, lambda cid: _block_key(cid) in ride, deliver)
 
         return self._flights.launch(self._absent(wanted), fetch).ended
 
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        return [_block_key(cid) for cid in wanted if cids.inline(cid) is None and self.store.place(cid) is None]
+        return [_block_key(cid) for cid in wanted if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)]
+
+    def _is_staged_file(self, cid: Cid) -> bool:
+        """Whether it is a raw file, and whole, as far as is known without looking at the disk."""
+        entry = self.store.staging.entries.get(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
+        return entry is not None and entry.whole()
 
     # -- leaves ------------------------------------------------------------------------------------------------------
 

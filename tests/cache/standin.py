@@ -13,7 +13,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, Unavailable
-from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, Run
+from ipfsfuse.sources.base import Deliver, DeliverFetched, DeliverFetchedBlock, Fetched, Run, Subtree, Wants
 
 
 class Place:
@@ -47,6 +47,11 @@ class Chain:
         self.stalled: set[Cid] = set()
         self.delay = 0.0
         self.cancelled: list[Cid] = []
+        self.sends: list[Cid | trio.Event] = []
+        """What one answer with a directory's blocks holds; before what is behind an event it waits for that."""
+        self.subtrees: list[Subtree] = []
+        self.sent: list[Cid] = []
+        """Blocks of such answers that were wanted."""
 
     def add(self, block: bytes, codec: int = cids.RAW) -> Cid:
         cid = cids.make(codec, b"\x12\x20" + hashlib.sha256(block).digest())
@@ -70,6 +75,15 @@ class Chain:
         self.runs.append(run)
         for index, leaf in enumerate(run.leaves):
             await deliver(index, await self.get(leaf.cid))
+
+    async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
+        self.subtrees.append(subtree)
+        for each in self.sends:
+            if isinstance(each, trio.Event):
+                await each.wait()
+            elif wants(each):
+                self.sent.append(each)
+                await deliver(each, Fetched(self.blocks[cids.multihash(each)], self.source))
 
     def roots(self) -> Sequence[Cid]:
         return ()

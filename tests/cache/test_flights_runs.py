@@ -1,5 +1,8 @@
 """Single flight of a run of keys: each lands on its own."""
 
+import gc
+import weakref
+
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -102,3 +105,69 @@ def test_a_run_in_which_nothing_lands_for_a_deadline_is_given_up() -> None:
             assert len(flights) == 0
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_launched_run_may_expect_more_and_is_joined_by_who_wants_one_of_them() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+            gate, alone, got = trio.Event(), Fetcher("alone"), dict[str, str]()
+            alone.gate.set()
+
+            async def run(ride: Ride[str, str]) -> None:
+                ride.expect(["b", "taken", "never"])
+                ride.land("a", "by run")
+                ride.expect(["a"])
+                assert (list(ride.keys), "a" in ride, "b" in ride) == (["b", "never"], False, True)
+                await gate.wait()
+                ride.land("b", "by run")
+                ride.land("b", "again")
+                ride.land("nobody's", "by run")
+
+            async def reader(key: str) -> None:
+                got[key] = await flights.join(key, alone)
+
+            async with trio.open_nursery() as readers:
+                taken = Fetcher("by its own")
+                readers.start_soon(flights.join, "taken", taken)
+                await wait_all_tasks_blocked()
+                ride = flights.launch(["a"], run)
+                await wait_all_tasks_blocked()
+                for key in ("b", "never"):
+                    readers.start_soon(reader, key)
+                await wait_all_tasks_blocked()
+                assert (got, alone.calls, ride.ended.is_set()) == ({}, 0, False)
+                gate.set()
+                taken.gate.set()
+            assert got == {"b": "by run", "never": "alone"}
+            assert (ride.ended.is_set(), len(flights)) == (True, 0)
+            assert flights.launch([], run).ended.is_set()
+
+    trio.run(main)
+
+
+def test_what_has_landed_is_held_by_nobody_while_the_run_goes_on() -> None:
+    class Value:
+        pass
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, Value] = Flights(nursery)
+            landed: list[weakref.ref[Value]] = []
+
+            async def run(ride: Ride[str, Value]) -> None:
+                for key in "ab":
+                    value = Value()
+                    landed.append(weakref.ref(value))
+                    ride.land(key, value)
+                del value
+                await trio.sleep_forever()
+
+            ride = flights.launch("abc", run)
+            await wait_all_tasks_blocked()
+            gc.collect()
+            assert [value() for value in landed] == [None, None]
+            assert not ride.ended.is_set()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)

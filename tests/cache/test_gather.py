@@ -1,0 +1,244 @@
+"""A directory's blocks by one answer, through the cache: who waits for it, what is asked for besides, what is not again."""
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.reading import FEW
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import Unavailable
+from ipfsfuse.sources.base import Subtree
+from tests.cache.standin import Chain, random_bytes
+
+BUDGET = 64 << 20
+DEADLINE = 30.0
+
+
+def small(chain: Chain, count: int) -> list[Cid]:
+    return [chain.add(b"block %d" % number) for number in range(count)]
+
+
+def subtree(chain: Chain) -> Subtree:
+    return Subtree(chain.add(b"the directory", cids.DAG_PB), True, 1 << 20)
+
+
+def none_besides(_cid: Cid, _block: bytes) -> Sequence[Cid]:
+    return ()
+
+
+def with_cache(folder: Path, chain: Chain, main: Callable[[PinsetCache], Awaitable[None]], clock: MockClock | None = None) -> None:
+    async def opened() -> None:
+        async with PinsetCache.open(folder, chain, BUDGET, deadline=DEADLINE) as cache:
+            await main(cache)
+
+    trio.run(opened, clock=clock)
+
+
+async def read_all(cache: PinsetCache, wanted: Iterable[Cid]) -> list[bytes]:
+    got: dict[Cid, bytes] = {}
+
+    async def read(cid: Cid) -> None:
+        got[cid] = await cache.block(cid)
+
+    async with trio.open_nursery() as nursery:
+        for cid in wanted:
+            nursery.start_soon(read, cid)
+    return [got[cid] for cid in wanted]
+
+
+def test_who_asks_for_what_is_expected_waits_for_it_and_makes_no_request(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted, gate = small(chain, 20), trio.Event()
+    chain.sends = [gate, *wanted]
+
+    async def main(cache: PinsetCache) -> None:
+        ended = cache.gather(subtree(chain), wanted, none_besides)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(read_all, cache, wanted)
+            await wait_all_tasks_blocked()
+            assert (chain.asked, chain.sent, ended.is_set()) == ([], [], False)
+            gate.set()
+        await ended.wait()
+        assert await read_all(cache, wanted) == [b"block %d" % number for number in range(20)]
+        assert (chain.asked, chain.sent, len(chain.subtrees)) == ([], wanted, 1)
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_what_does_not_come_is_asked_for_alone_by_who_waits_for_it_and_by_nobody_else(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted, gate, absent = small(chain, 6), trio.Event(), cids.make(cids.RAW, b"\x12\x20" + bytes(32))
+    chain.sends = [*wanted[:4], gate]
+
+    async def main(cache: PinsetCache) -> None:
+        cache.gather(subtree(chain), [*wanted, absent], none_besides)
+        await wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.block, wanted[4])
+            await wait_all_tasks_blocked()
+            assert chain.asked == []
+            gate.set()
+        assert chain.asked == [wanted[4]]
+        with pytest.raises(Unavailable, match="nobody has it"):
+            await cache.block(absent)
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> None:
+    chain = Chain()
+    first, below = small(chain, 2 * FEW)[:FEW], small(chain, 2 * FEW)[FEW:]
+    gate = trio.Event()
+    chain.sends = [*first, *first, gate, *below, *first]
+
+    def seen(cid: Cid, block: bytes) -> Sequence[Cid]:
+        assert chain.blocks[cids.multihash(cid)] == block
+        return [*below, *first] if cid == first[-1] else ()
+
+    async def main(cache: PinsetCache) -> None:
+        ended = cache.gather(subtree(chain), first, seen)
+        await cache.block(first[-1])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_all, cache, below)
+            await wait_all_tasks_blocked()
+            assert chain.asked == []
+            gate.set()
+        await ended.wait()
+        assert (chain.asked, chain.sent) == ([], [*first, *below])
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = [*small(chain, FEW), chain.add(random_bytes(200_000, 1)), chain.add(random_bytes(200_000, 2)), chain.add(b"here", cids.DAG_PB)]
+    large, as_leaf, node = wanted[FEW:]
+    under_way = chain.add(b"under way")
+    inline = cids.make(cids.RAW, b"\x00\x02hi")
+
+    async def main(cache: PinsetCache) -> None:
+        await cache.block(large)
+        await cache.leaf(FileRef(as_leaf, 200_000), Leaf(as_leaf, 0, 200_000))
+        await cache.block(node)
+        chain.stalled = {under_way}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.block, under_way)
+            await wait_all_tasks_blocked()
+            asked = len(chain.asked)
+            chain.sends = [*wanted, under_way, inline]
+            await cache.gather(subtree(chain), [*wanted, under_way, inline], none_besides).wait()
+            assert (chain.sent, len(chain.asked)) == (wanted[:FEW], asked)
+            nursery.cancel_scope.cancel()
+        chain.sent = []
+        await cache.gather(subtree(chain), [*wanted, inline], none_besides).wait()
+        assert (chain.sent, len(chain.subtrees), len(chain.asked)) == ([], 1, asked)
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_a_large_file_of_which_nothing_is_left_is_wanted_again(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = [*small(chain, FEW), chain.add(random_bytes(200_000, 1))]
+    others = [chain.add(b"another %d" % number) for number in range(FEW)]
+    chain.sends = list(wanted)
+
+    async def main(cache: PinsetCache) -> None:
+        await cache.gather(subtree(chain), wanted, none_besides).wait()
+        assert (chain.sent, cache.kept_of(wanted[-1]) is not None) == (wanted, True)
+        await cache.evict(wanted[-1])
+        chain.sent = []
+        await cache.gather(subtree(chain), [*wanted, *others], none_besides).wait()
+        assert chain.sent == [wanted[-1]]
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_for_few_that_are_missing_there_is_no_such_answer(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = small(chain, FEW + 2)
+
+    async def main(cache: PinsetCache) -> None:
+        for cid in wanted[:3]:
+            await cache.block(cid)
+        await cache.gather(subtree(chain), wanted, none_besides).wait()
+        assert chain.subtrees == []
+        await read_all(cache, wanted)
+        assert sorted(chain.asked) == sorted(wanted)
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_an_answer_that_drips_keeps_nobody_from_asking_elsewhere_in_time(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = small(chain, 6)
+    chain.sends = [trio.Event()]  # never set: it may as well send what nobody wants, for ever
+
+    async def main(cache: PinsetCache) -> None:
+        start = trio.current_time()
+        ended = cache.gather(subtree(chain), wanted, none_besides)
+        assert await cache.block(wanted[3]) == b"block 3"
+        assert trio.current_time() - start < DEADLINE / 2
+        assert chain.asked == [wanted[3]]
+        await ended.wait()
+
+    with_cache(tmp_path, chain, main, MockClock(autojump_threshold=0.05))
+
+
+def test_a_reader_that_leaves_leaves_the_others_and_the_answer_alone(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted, gate = small(chain, 6), trio.Event()
+    chain.sends = [gate, *wanted]
+
+    async def main(cache: PinsetCache) -> None:
+        ended = cache.gather(subtree(chain), wanted, none_besides)
+        with trio.move_on_after(0.01):
+            await cache.block(wanted[0])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_all, cache, wanted)
+            await wait_all_tasks_blocked()
+            gate.set()
+        await ended.wait()
+        assert (chain.asked, chain.sent) == ([], wanted)
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_a_cache_that_is_closed_waits_for_no_answer(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = small(chain, 6)
+    chain.sends = [*wanted[:2], trio.Event()]
+    ended: list[trio.Event] = []
+
+    async def main(cache: PinsetCache) -> None:
+        ended.append(cache.gather(subtree(chain), wanted, none_besides))
+        await cache.block(wanted[1])
+
+    with_cache(tmp_path, chain, main)
+    assert ended[0].is_set()
+
+
+@pytest.mark.logs("ended by what no one foresaw")
+def test_trouble_of_who_is_told_what_comes_ends_the_answer_alone(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = small(chain, 6)
+    chain.sends = list(wanted)
+
+    def seen(cid: Cid, _block: bytes) -> Sequence[Cid]:
+        if cid == wanted[2]:
+            raise ValueError
+        return ()
+
+    async def main(cache: PinsetCache) -> None:
+        await cache.gather(subtree(chain), wanted, seen).wait()
+        assert await read_all(cache, wanted) == [b"block %d" % number for number in range(6)]
+        assert sorted(chain.asked) == sorted(wanted[3:])
+
+    with_cache(tmp_path, chain, main)
