@@ -2,6 +2,7 @@
 what is counted as on its way meanwhile."""
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,10 +12,13 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Run, Subtree
+from ipfsfuse.sources.base import Fetched, Run, Subtree
+from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
+from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.origin import parse_origin
+from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
 
@@ -135,6 +139,38 @@ def test_leaves_that_claim_no_bytes_do_not_end_ranges() -> None:
             assert len(server.asked) == before + 1
 
         with_gateway(server, main, local=True)
+
+
+@pytest.mark.parametrize("gateway", ["off", "guarded"])
+def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_is_held_against_it(
+    gateway: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def guarded(ask: Ask) -> None:
+        if ask.method == "POST":
+            answer_well(ask)
+        else:
+            ask.send(403, b"", "text/plain")
+
+    monkeypatch.setenv("IPFS_PATH", str(tmp_path))
+    with Server({}, guarded, trees=(TREE,)) as server:
+        (tmp_path / "api").write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
+        (tmp_path / "gateway").write_text(server.url if gateway == "guarded" else f"http://127.0.0.1:{free_port()}")
+
+        async def main() -> None:
+            chain = Chain([Kubo("kubo", HttpSettings())])
+
+            async def deliver(cid: Cid, _fetched: Fetched) -> None:
+                raise AssertionError(cid)
+
+            try:
+                for _ in range(4):
+                    await chain.subtree(SUBTREE, lambda _cid: True, deliver)
+                assert (await chain.get(TREE.root)).block == TREE.blocks[TREE.root]
+                assert (chain.statistics()[0].failures, chain.statistics()[0].state) == ({}, "good")
+            finally:
+                await chain.aclose()
+
+        trio.run(main)
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -40,7 +40,7 @@ class Directories(Blocks):
         self.cache = Cache()
         self.handing = Handing()
         self.remembered: list[Cid] = []
-        self.gatherer = Gatherer(self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing)  # type: ignore[arg-type]
+        self.gatherer = Gatherer(self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing)
 
     def node(self, cid: Cid) -> Node:
         return nodes.parse(cid, self.block(cid))
@@ -119,7 +119,7 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
     if whole:
         assert made.contents_of(made.of_sizes(1, 2))
     else:
-        made.gatherer.nodes_of(made.node(hamt))  # type: ignore[arg-type]
+        made.gatherer.nodes_of(made.node(hamt))
         assert made.cache.subtrees
     bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
     for cid in bad:
@@ -134,7 +134,7 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
 def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
     made = Directories()
     hamt = made.trie([b"%d" % number for number in range(3000)])
-    made.gatherer.nodes_of(made.node(hamt))  # type: ignore[arg-type]
+    made.gatherer.nodes_of(made.node(hamt))
     assert made.cache.subtrees == [Subtree(hamt, False, MAX_NODES)]
     wanted, reached = list(made.cache.wanted), set[Cid]()
     while wanted:
@@ -150,7 +150,7 @@ def test_a_hamt_of_few_nodes_is_asked_for_one_by_one(count: int) -> None:
     target = made.leaf(b"")
     below = [made.put(shard(256, [place], [Link(target, b"%02Xname" % place, 1)])) for place in range(count)]
     links = [Link(cid, b"%02X" % place, 1) for place, cid in enumerate(below)] + [Link(target, b"FFname", 1)]
-    made.gatherer.nodes_of(made.node(made.put(shard(256, [*range(count), 255], links))))  # type: ignore[arg-type]
+    made.gatherer.nodes_of(made.node(made.put(shard(256, [*range(count), 255], links))))
     assert made.cache.wanted == (below if count >= FEW else [])
-    made.gatherer.nodes_of(made.node(made.of_sizes(*range(50))))  # type: ignore[arg-type]
+    made.gatherer.nodes_of(made.node(made.of_sizes(*range(50))))
     assert len(made.cache.subtrees) == (count >= FEW)

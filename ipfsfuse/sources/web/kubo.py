@@ -96,11 +96,15 @@ class Kubo:
             try:
                 return await gateway.get(cid)
             except SourceFailed as exc:
-                if exc.kind not in NO_GATEWAY:
-                    raise
-                if exc.kind == CONNECT:
-                    await self._forget()
+                await self._note_gateway(exc)
         return await self._get_by_rpc(cid)
+
+    async def _note_gateway(self, failure: SourceFailed) -> None:
+        """Raises `failure` where it tells of more than the gateway port."""
+        if failure.kind not in NO_GATEWAY:
+            raise failure
+        if failure.kind == CONNECT:
+            await self._forget()
 
     async def _get_by_rpc(self, cid: Cid) -> bytes:
         arguments = [("arg", cids.text(cid))] + ([("offline", "true")] if self._offline else [])
@@ -121,7 +125,10 @@ class Kubo:
     async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
         gateway = await self._find_gateway()
         if gateway is not None:
-            await gateway.subtree(subtree, deliver)
+            try:
+                await gateway.subtree(subtree, deliver)
+            except SourceFailed as exc:
+                await self._note_gateway(exc)
 
     def rpc(self) -> Rpc:
         """The node's RPC API, for its pins too. Raises SourceFailed where no node is running."""
