@@ -146,7 +146,7 @@ def test_a_launched_run_may_expect_more_and_is_joined_by_who_wants_one_of_them()
     trio.run(main)
 
 
-def test_what_has_landed_is_held_by_nobody_while_the_run_goes_on() -> None:
+def test_what_is_kept_is_held_by_nobody_while_the_run_goes_on() -> None:
     class Value:
         pass
 
@@ -160,6 +160,7 @@ def test_what_has_landed_is_held_by_nobody_while_the_run_goes_on() -> None:
                     value = Value()
                     landed.append(weakref.ref(value))
                     ride.land(key, value)
+                    ride.kept(key)
                 del value
                 await trio.sleep_forever()
 
