@@ -18,7 +18,8 @@ from ipfsfuse.sources.runs import all_of
 log = logging.getLogger(__name__)
 
 STALL = 0.25
-"""Seconds without a block after which the answer is given up: one block that the source lacks must not delay the others."""
+"""Seconds without a block after which the answer is given up: one block that the source lacks must not delay the others.
+A gateway far away gets as long as its slow answers take, if that is more."""
 FIRST = 4
 """For its first block, a source gets so many times as long as its slow answers take, if that is more."""
 
@@ -30,6 +31,7 @@ class Gathering:
         self._wants = wants
         self._deliver = deliver
         self._scope = trio.CancelScope()
+        self._stall = STALL
         self._until = 0.0
         """When the answer is given up, unless a block comes before."""
         self._taking = False
@@ -54,7 +56,9 @@ class Gathering:
         member.health.asked(trio.current_time())
         try:
             async with member.slots.enter():
-                self._until = trio.current_time() + max(STALL, FIRST * member.health.slow_after())
+                slow = member.health.slow_after()
+                self._stall = max(STALL, slow) if member.remote else STALL
+                self._until = trio.current_time() + max(STALL, FIRST * slow)
                 with self._scope:
                     await all_of([lambda: self._ask(member), self._watch])
         except NotHere:
@@ -72,7 +76,7 @@ class Gathering:
                 if not await self._take(member, cid, block):
                     await self._give_up()
                 self._taking = False
-            self._until = trio.current_time() + STALL
+            self._until = trio.current_time() + self._stall
 
         await member.source.subtree(self._subtree, take)
         self._scope.cancel()
