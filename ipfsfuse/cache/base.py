@@ -57,6 +57,12 @@ class SmallBlocks(NamedTuple):
 
 
 class Cache(Protocol):
+    @property
+    def blocks_left(self) -> int:
+        """Grows whenever blocks leave the cache: who remembers what they said must ask anew, so that it passes the source
+        again, which may have lost them too."""
+        ...
+
     async def block(self, cid: Cid) -> bytes:
         """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw file.
 

@@ -85,6 +85,11 @@ class PinsetCache(Reading):
     def closed(self, file: FileRef) -> None:
         """As `Cache.closed`."""
 
+    @property
+    def blocks_left(self) -> int:
+        """As `Cache.blocks_left`."""
+        return self.store.packs_evicted
+
     def kept(self) -> Sequence[Kept]:
         """As `Cache.kept`."""
         return self.store.kept()

@@ -26,6 +26,10 @@ class Lru(Generic[K, V]):
         self._items.move_to_end(key)
         return found[0]
 
+    def clear(self) -> None:
+        self._items.clear()
+        self._weight = 0
+
     def put(self, key: K, value: V, weight: int = 1) -> None:
         old = self._items.pop(key, None)
         self._weight -= old[1] if old else 0

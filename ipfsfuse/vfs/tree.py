@@ -65,6 +65,7 @@ class Tree:
         self.room = Room()
         self.handing = Handing()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
+        self._blocks_left = cache.blocks_left
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
         self._gatherer = Gatherer(cache, self._remember, self.handing) if use is None else None
         self._ahead = TreeAhead(nursery, self._found, self.known, self._gatherer.contents_of) if self._gatherer else None
@@ -83,6 +84,9 @@ class Tree:
 
     def _at_hand(self, cid: Cid) -> Node | None:
         """What is remembered of `cid`: of a raw block its size is all."""
+        if self._blocks_left != self.cache.blocks_left:
+            self._blocks_left = self.cache.blocks_left
+            self._nodes.clear()
         found = self._nodes.get(cid)
         if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
             found = File(cid, known.size, known.size, ())

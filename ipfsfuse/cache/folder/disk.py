@@ -42,6 +42,7 @@ class Disk:
         self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, budget // 64)))
         self.room = Room(budget, self._evict)
         self.trouble = Trouble()
+        self.packs_evicted = 0
         self.pins: Pins = pins or NoPins()
         self.nursery = nursery
         self.series = Series()
@@ -132,6 +133,7 @@ class Disk:
             self.room.stuck(size)
 
     async def _evict_pack(self, pack: int) -> None:
+        self.packs_evicted += 1
         size = self.packs.sizes.get(pack, 0)
         unsaid = self.packs.unsaid_in(pack)
         self.packs.close_pack(pack)
