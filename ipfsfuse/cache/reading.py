@@ -24,6 +24,8 @@ FEW = 4
 """So many blocks that are asked for one by one cost less than one answer with all of a directory's."""
 PATIENCE = 1 / 3
 """Part of the deadline that one such answer may take: who waits for a block of it has the rest to get that elsewhere."""
+OF_BUDGET = 4
+"""The largest part of the budget, as a divisor, that one answer may fill: what comes must not push itself out."""
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` reads back at a time."""
 
@@ -102,7 +104,8 @@ class Reading:
                 with trio.move_on_after(self._patience):
                     await self._blocks.subtree(subtree, lambda cid: _block_key(cid) in ride, deliver)
 
-        return self._flights.launch(self._absent(wanted), fetch).ended
+        fits = subtree.limit <= self.store.room.budget // OF_BUDGET
+        return self._flights.launch(self._absent(wanted) if fits else (), fetch).ended
 
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""

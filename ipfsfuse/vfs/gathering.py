@@ -41,6 +41,10 @@ class Gatherer:
         self._handing = handing
         self._done: Lru[Cid, bool] = Lru(REMEMBERED)
 
+    def forget(self) -> None:
+        """Blocks have left the cache: contents may have to be brought in anew."""
+        self._done.clear()
+
     def nodes_of(self, directory: Directory | Shard) -> None:
         """`directory` is being listed from its beginning: all nodes of a HAMT will be wanted."""
         if isinstance(directory, Shard):

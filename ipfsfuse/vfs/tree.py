@@ -87,6 +87,8 @@ class Tree:
         if self._blocks_left != self.cache.blocks_left:
             self._blocks_left = self.cache.blocks_left
             self._nodes.clear()
+            if self._gatherer is not None:
+                self._gatherer.forget()
         found = self._nodes.get(cid)
         if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
             found = File(cid, known.size, known.size, ())

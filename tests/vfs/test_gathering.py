@@ -94,6 +94,8 @@ def test_once_is_enough_and_only_directories_hold_something() -> None:
     assert not made.contents_of(made.leaf(b"raw"))
     assert not made.contents_of(made.balanced([b"a", b"b"], 4, True))
     assert len(made.cache.subtrees) == 1
+    made.gatherer.forget()
+    assert made.contents_of(directory), "what came may have left the cache"
 
 
 def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_alone() -> None:
