@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -41,6 +42,13 @@ def why_no_fuse() -> str | None:
                 os.close(file)
         subprocess.run(["fusermount3", "-u", "-z", folder], capture_output=True)
     return None
+
+
+def pytest_configure() -> None:
+    """A suite started in the background may have been told to ignore Ctrl-C; what its tests start must not inherit that."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.reading import OF_BUDGET
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, random_bytes, staged_bytes
+from tests.cache.test_gather import none_besides, small, subtree
 
 MIB = 1 << 20
 BUDGET = 12 * MIB
@@ -180,5 +183,23 @@ def test_what_was_used_again_outlives_a_scan_and_a_restart(tmp_path: Path) -> No
             for leaf in hot_leaves:
                 await cache.leaf(hot, leaf)
             assert chain.asked == []
+
+    trio.run(main)
+
+
+def test_what_could_fill_much_of_the_budget_is_not_asked_for_at_once(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted = small(chain, 20)
+    chain.sends = list(wanted)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            whole = subtree(chain)
+            ended = cache.gather(replace(whole, limit=BUDGET // OF_BUDGET + 1), wanted, none_besides)
+            assert ended.is_set()
+            await cache.block(wanted[0])
+            assert (chain.asked, len(chain.subtrees)) == ([wanted[0]], 0)
+            await cache.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, none_besides).wait()
+            assert len(chain.subtrees) == 1
 
     trio.run(main)

@@ -1,7 +1,6 @@
 """A directory's blocks by one answer, through the cache: who waits for it, what is asked for besides, what is not again."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reading import FEW, OF_BUDGET
+from ipfsfuse.cache.reading import FEW
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -173,23 +172,6 @@ def test_for_few_that_are_missing_there_is_no_such_answer(tmp_path: Path) -> Non
         assert chain.subtrees == []
         await read_all(cache, wanted)
         assert sorted(chain.asked) == sorted(wanted)
-
-    with_cache(tmp_path, chain, main)
-
-
-def test_what_could_fill_much_of_the_budget_is_asked_for_singly(tmp_path: Path) -> None:
-    chain = Chain()
-    wanted = small(chain, 20)
-    chain.sends = list(wanted)
-
-    async def main(cache: PinsetCache) -> None:
-        whole = subtree(chain)
-        ended = cache.gather(replace(whole, limit=BUDGET // OF_BUDGET + 1), wanted, none_besides)
-        assert ended.is_set()
-        await cache.block(wanted[0])
-        assert (chain.asked, len(chain.subtrees)) == ([wanted[0]], 0)
-        await cache.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, none_besides).wait()
-        assert len(chain.subtrees) == 1
 
     with_cache(tmp_path, chain, main)
 
