@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -18,7 +19,7 @@ from ipfsfuse.dag import cid as cids
 from tests.cache.standin import Chain, make_file, random_bytes
 
 READER = """
-import json, os, random, sys, time
+import json, os, random, sys
 from pathlib import Path
 import trio
 from ipfsfuse.cache.folder import hold
@@ -38,11 +39,10 @@ async def main():
     files = [make_file(chain, 900_000 + number, [1 << 16, 70_001][number % 2], number, number % 3 == 0) for number in range(12)]
     small = [FileRef(chain.add(random_bytes(10_000, 1000 + number)), 10_000) for number in range(60)]
     known = set(json.loads(sys.argv[4]))
-    begun = time.monotonic()
     with hold.hold(folder):
         async with PinsetCache.open(folder, chain, budget) as cache:
             entries = cache.store.staging.entries.values()
-            say("open", seconds=time.monotonic() - begun, complete=sorted(cids.text(e.cid) for e in entries if e.complete),
+            say("open", complete=sorted(cids.text(e.cid) for e in entries if e.complete),
                 used=cache.statistics().used, disk=sum(p.lstat().st_blocks * 512 for p in (folder, *folder.rglob("*"))))
             for text in sorted(known):  # whole at the time of some kill, and still there: nothing of it is fetched again
                 file, leaves, content = next(item for item in files if cids.text(item[0].cid) == text)
@@ -95,9 +95,13 @@ def whole(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "files").iterdir() if not path.name.endswith(PART))
 
 
+FILE = 1 << 20
+"""Bytes on disk of the largest of its files, and a little more."""
+
+
 @pytest.mark.slow
 def test_fifty_kills(tmp_path: Path) -> None:
-    """No wrong byte, nothing complete fetched again, no orphan files, the budget right, and open again at once."""
+    """No wrong byte, nothing complete fetched again, no orphan files, and the budget right."""
     dice = random.Random(7)
     folder, budget, known = tmp_path / "cache", 8 << 20, list[str]()
     again = 0
@@ -105,9 +109,10 @@ def test_fifty_kills(tmp_path: Path) -> None:
         run = Run(folder, budget, number, known, dice.uniform(0.0, 0.5))
         (opened,) = run.all("open")
         assert "Traceback" not in run.errors
-        assert float(str(opened["seconds"])) < 1
         assert int(str(opened["disk"])) <= int(str(opened["used"])) <= budget
-        assert opened["complete"] == known
+        there = set(cast(list[str], opened["complete"]))
+        assert there <= set(known)
+        assert there == set(known) or int(str(opened["used"])) + FILE > budget, "only what had no room beside the index is gone"
         assert run.all("wrong") == run.all("over") == []
         for one in run.all("again"):
             assert one == {"right": True, "asked": 0}

@@ -210,7 +210,7 @@ def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(source: O
                 with pytest.raises(NotHere):
                     await opened.subtree(Subtree(ABSENT, True, 1 << 20), deliver)
             await opened.subtree(Subtree(tree.root, True, 1), deliver)
-            assert 0 < len(got) < len(tree.blocks)
+            assert len(got) < len(tree.blocks), "what came with the first bytes, if anything"
             assert got.items() <= tree.blocks.items()
 
     trio.run(main)
