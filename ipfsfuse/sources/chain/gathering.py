@@ -3,19 +3,15 @@
 Concurrency: one task and what the source starts; blocks are verified and delivered as they come.
 """
 
-import logging
-
 import trio
 
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, Unsupported, WrongBlock
+from ipfsfuse.errors import IpfsFuseError, Unsupported, WrongBlock
 from ipfsfuse.sources.base import DeliverFetchedBlock, Fetched, Subtree, Wants
 from ipfsfuse.sources.chain.checking import check
 from ipfsfuse.sources.chain.member import Member
 from ipfsfuse.sources.chain.pursuit import Surroundings
 from ipfsfuse.sources.runs import all_of
-
-log = logging.getLogger(__name__)
 
 STALL = 0.25
 """Seconds without a block after which the answer is given up: one block that the source lacks must not delay the others.
@@ -53,21 +49,13 @@ class Gathering:
         return False
 
     async def _from(self, member: Member) -> None:
-        member.health.asked(trio.current_time())
-        try:
+        with member.asked_for_many():
             async with member.slots.enter():
                 slow = member.health.slow_after()
                 self._stall = max(STALL, slow) if member.remote else STALL
                 self._until = trio.current_time() + max(STALL, FIRST * slow)
                 with self._scope:
                     await all_of([lambda: self._ask(member), self._watch])
-        except NotHere:
-            member.health.lacked()
-        except SourceFailed as exc:
-            log.debug("%s", exc)
-            member.note(exc)
-        finally:
-            member.health.left()
 
     async def _ask(self, member: Member) -> None:
         async def take(cid: Cid, block: bytes) -> None:

@@ -3,7 +3,10 @@
 Concurrency: any number of tasks.
 """
 
+import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -15,6 +18,8 @@ from ipfsfuse.sources.chain.health import Health, Statistics
 from ipfsfuse.sources.chain.slots import Slots
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.kubo import Kubo
+
+log = logging.getLogger(__name__)
 
 IN_ALL = 64
 """Requests that are not late, over all network sources; shared out evenly, so that a stalled source keeps none from another."""
@@ -79,6 +84,21 @@ class Member:
 
     def note(self, failure: SourceFailed) -> None:
         self.health.failed(trio.current_time(), failure.kind, str(failure), failure.retry_after)
+
+    @contextmanager
+    def asked_for_many(self) -> Iterator[None]:
+        """Around one answer that may hold many blocks: notes what it says about the source. What the source lacks and how it
+        fails ends here: blocks that did not come are asked for elsewhere."""
+        self.health.asked(trio.current_time())
+        try:
+            yield
+        except NotHere:
+            self.health.lacked()
+        except SourceFailed as exc:
+            log.debug("%s", exc)
+            self.note(exc)
+        finally:
+            self.health.left()
 
     @property
     def repair(self) -> str:

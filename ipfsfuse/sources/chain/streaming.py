@@ -3,20 +3,17 @@
 Concurrency: one task and what the sources start; blocks are verified and delivered as they come.
 """
 
-import logging
 from collections.abc import Sequence
 
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, WrongBlock
+from ipfsfuse.errors import IpfsFuseError, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import DeliverFetched, Fetched, Run
 from ipfsfuse.sources.chain.checking import check
 from ipfsfuse.sources.chain.inline import INLINE
 from ipfsfuse.sources.chain.member import Member
 from ipfsfuse.sources.chain.pursuit import PATIENCE, Surroundings
-
-log = logging.getLogger(__name__)
 
 PATIENCE_ALONE = 15.0
 """Seconds without a block after which a run is broken off where no other source could give it sooner."""
@@ -46,23 +43,14 @@ class Streaming:
                 await self._from(member)
 
     async def _from(self, member: Member) -> None:
-        member.health.asked(trio.current_time())
         taking = _Taking(self, member)
-        try:
+        with member.asked_for_many():
             if member.source.in_place:
                 await taking.run(float("inf"))
             else:
                 patience = PATIENCE if len(self._chain.network()) > 1 else PATIENCE_ALONE
                 async with member.slots.enter():
                     await taking.run(patience)
-        except NotHere:
-            member.health.lacked()
-        except SourceFailed as exc:
-            log.debug("%s", exc)
-            member.note(exc)
-        except BaseException:
-            member.health.left()
-            raise
         if taking.trouble is not None:
             raise taking.trouble
 
