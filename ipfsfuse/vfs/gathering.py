@@ -28,7 +28,7 @@ FEW = 8
 SLACK = 1 << 20
 """Bytes that an answer may have beyond what the links say."""
 PARSED = 100 << 10
-"""Bytes of the largest block that is parsed as it comes: some 10 ms."""
+"""Bytes of the largest block that is parsed on the event loop: some 10 ms."""
 REMEMBERED = 10_000
 """Directories whose contents were brought in: not again, soon."""
 

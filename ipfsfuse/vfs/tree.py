@@ -18,7 +18,7 @@ from ipfsfuse.dag.walk import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.gathering import Gatherer
+from ipfsfuse.vfs.gathering import PARSED, Gatherer
 from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
@@ -28,8 +28,6 @@ T = TypeVar("T")
 
 NODES_WEIGHT = 8 << 20
 """Bytes of blocks whose parsed form is kept: a parsed link takes about five times its bytes."""
-PARSE_APART = 100 << 10
-"""Bytes of blocks that are parsed in a worker thread, so that other calls go on: some 10 ms."""
 KNOWN = 50_000
 """CIDs whose attributes are remembered after their node is not, for listings."""
 
@@ -100,7 +98,7 @@ class Tree:
         _refuse_unshown(cid)
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
-        if len(block) > PARSE_APART and cids.codec(cid) == cids.DAG_PB:
+        if len(block) > PARSED and cids.codec(cid) == cids.DAG_PB:
             node = await trio.to_thread.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)

@@ -14,6 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.vfs.gathering import SMALL
 
 FOLLOWING = 2
 """Uses, each following the one before, after which the next children are brought in."""
@@ -21,8 +22,6 @@ SLACK = 4
 """How far the next use may lie: some children may be known, or of no interest."""
 WINDOW = 64
 """Children ahead of the reader."""
-MAX_SIZE = 64 << 10
-"""Bytes by its link's word of the largest raw child that is brought in: of larger files each reads ahead by itself."""
 SIDE_BY_SIDE = 8
 DEEP = 4
 """Directories ahead of a reader who goes through what each of them holds."""
@@ -107,7 +106,7 @@ class TreeAhead:
             self._trails.move_to_end(key)
             return
         above = self._places.get(directory, (None, 0))[0]
-        small = [cid for cid, size in children if cids.codec(cid) != cids.RAW or size <= MAX_SIZE]
+        small = [cid for cid, size in children if cids.codec(cid) != cids.RAW or size <= SMALL]
         trail = self._trails[key] = Trail(directory, small, above)
         self._places.update((cid, (trail, index)) for index, cid in enumerate(trail.children))
         while len(self._places) > KEPT and len(self._trails) > 1:

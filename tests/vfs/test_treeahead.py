@@ -9,7 +9,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node
 from ipfsfuse.errors import Unavailable
-from ipfsfuse.vfs.treeahead import DEEP, KEPT, MAX_SIZE, SIDE_BY_SIDE, WINDOW, Trail, TreeAhead
+from ipfsfuse.vfs.gathering import SMALL
+from ipfsfuse.vfs.treeahead import DEEP, KEPT, SIDE_BY_SIDE, WINDOW, Trail, TreeAhead
 
 DIRECTORY = cids.make(cids.DAG_PB, b"\x12\x20" + bytes(32))
 
@@ -64,7 +65,7 @@ def test_the_end_of_a_page_ends_its_trail() -> None:
 
 
 def test_only_unknown_small_children_are_brought_in_and_no_more_than_some_at_a_time() -> None:
-    sizes = [(cid, MAX_SIZE if place % 2 else MAX_SIZE + 1) for place, cid in enumerate(CHILDREN)]
+    sizes = [(cid, SMALL if place % 2 else SMALL + 1) for place, cid in enumerate(CHILDREN)]
     small = CHILDREN[1::2]
     brought: list[Cid] = []
     most = running = 0
