@@ -4,6 +4,7 @@ table tells, and a mount whose daemon may be gone is tried by a child process th
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,14 +82,9 @@ def _answers(mountpoint: Path) -> bool:
     return not any(gone in done.stderr for gone in (b"not connected", b"connection abort"))
 
 
-def raise_readahead(mountpoint: Path, kib: int) -> bool:
-    """Lets the kernel read ahead further than its 128 KiB; only root may. True if it did."""
+def raise_readahead(mountpoint: Path, kib: int) -> None:
+    """Lets the kernel read ahead further than its 128 KiB, where we may: as root."""
     mounted = ours_at(mountpoint)
-    if mounted is None:
-        return False
-    try:
-        with open(f"/sys/class/bdi/{mounted.device}/read_ahead_kb", "w", encoding="ascii") as setting:
+    if mounted is not None:
+        with suppress(OSError), open(f"/sys/class/bdi/{mounted.device}/read_ahead_kb", "w", encoding="ascii") as setting:
             setting.write(str(kib))
-    except OSError:
-        return False
-    return True
