@@ -16,8 +16,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
 from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.failures import LONG, STATUS
-from ipfsfuse.sources.web.http import ERROR_BODY, Answer, Http
+from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.refusals import UNLIKE, declined
 
 CAR_TYPE = "application/vnd.ipld.car"

@@ -7,7 +7,7 @@ Concurrency: any number of tasks. Cancelling a request closes its connection. Ho
 chain's to say; this layer only keeps the idle connections few.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote, urljoin
@@ -17,16 +17,17 @@ import trio
 import ipfsfuse
 from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.sources.chain.slots import Room, Share
+from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.connect import connect
-from ipfsfuse.sources.web.failures import ENCODING, LONG, REDIRECT, SHORT, TIMEOUT, translated
+from ipfsfuse.sources.web.failures import REDIRECT, TIMEOUT, translated
 from ipfsfuse.sources.web.heads import Head, Request
 from ipfsfuse.sources.web.origin import Origin, parse_origin, proxy_for
 from ipfsfuse.sources.web.wire import Threads, Wire
 
 USER_AGENT = f"ipfsfuse/{ipfsfuse.__version__}"
-REDIRECTS, MAX_REDIRECTS = frozenset((301, 302, 303, 307, 308)), 5
-ERROR_BODY = 64 * 1024
-SMALL = 64 * 1024
+REDIRECTS = frozenset((301, 302, 303, 307, 308))
+MAX_REDIRECTS = 5
+MADE = 64
 BYTES_IN_FLIGHT = 64 << 20
 URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 
@@ -47,96 +48,6 @@ class HttpSettings:
     """For bodies that are being read, small ones aside: one for all that are made with these settings or a copy."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
-
-
-class Answer:
-    """An answer's head, and its body to be read once. What is read to its end leaves the connection usable."""
-
-    def __init__(self, wire: Wire, head: Head, name: str, settings: HttpSettings, room: Share) -> None:
-        self.status = head.status
-        self.headers = head.headers
-        self._wire = wire
-        self._room = room
-        self._held = 0
-        self._name = name
-        self._settings = settings
-        chunked = "transfer-encoding" in self.headers
-        self._left = None if chunked or "content-length" not in self.headers else int(self.headers["content-length"])
-        """Body bytes still to come; None where only the stream's end tells."""
-        if self.status in (204, 304):
-            self._left = 0
-        closes = "close" in self.headers.get("connection", "").lower() or head.version != b"1.1"
-        self._keep = not closes and (chunked or self._left is not None)
-        self._ended = self._left == 0
-
-    @property
-    def reusable(self) -> bool:
-        return self._keep and self._ended and not self._wire.surplus
-
-    @property
-    def content_type(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    async def whole(self, limit: int) -> bytes:
-        """The body, of at most `limit` bytes. Raises SourceFailed: long, short, encoding, timeout, reset."""
-        if self._left is not None and self._left > limit:
-            raise SourceFailed(f"{self._name} offered {self._left} bytes where at most {limit} can be right", LONG)
-        end = trio.current_time() + self._settings.total
-        if self._left is not None:
-            return await self.exactly(self._left, end)
-        body = bytearray()
-        while piece := await self.some(end):
-            body += piece
-            if len(body) > limit:
-                raise SourceFailed(f"{self._name} sent more than {limit} bytes where no more can be right", LONG)
-        return bytes(body)
-
-    async def exactly(self, count: int, end: float = float("inf")) -> bytes:
-        """The next `count` bytes of a body whose length the head told, by the time `end`."""
-        if self._left is None or self._left < count:
-            raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        await self._hold(count)
-        data = self._wire.at_hand(count)
-        if data is None:
-            with translated(self._name), trio.fail_after(self._settings.idle) as scope:
-                self._wire.watch(scope, self._settings.idle, end)
-                data = await self._wire.exactly(count)
-        self._left -= count
-        self._ended = self._left == 0
-        return data
-
-    async def some(self, end: float = float("inf")) -> bytes:
-        """The next piece of the body, b"" at its end."""
-        if self._left is not None:
-            return await self.exactly(min(self._left, 256 * 1024), end) if self._left else b""
-        with translated(self._name), trio.fail_after(self._settings.idle) as scope:
-            self._wire.watch(scope, self._settings.idle, end)
-            piece = await self._wire.some()
-        self._ended = not piece
-        return piece
-
-    async def _hold(self, count: int) -> None:
-        """Large bodies wait until there is room for them; what was read before is the reader's own by now."""
-        self.release()
-        if count > SMALL:
-            await self._room.take(count)
-            self._held = count
-
-    def detach(self) -> Callable[[], None]:
-        """What was read last stays counted until the function returned is called, however much is read meanwhile."""
-        held, self._held = self._held, 0
-        return lambda: self._room.give(held)
-
-    def release(self) -> None:
-        if self._held:
-            self._room.give(self._held)
-            self._held = 0
-
-    def check_plain(self) -> None:
-        """Refuses compression: it was not asked for, and a small answer could grow without end."""
-        encoding = self.headers.get("content-encoding", "identity").lower()
-        if encoding != "identity":
-            raise SourceFailed(f"{self._name} compressed its answer ({encoding}), which was not asked for", ENCODING)
 
 
 class Http:
@@ -168,7 +79,7 @@ class Http:
         origin, path = self._named, self.origin.base + target
         for _ in range(MAX_REDIRECTS + 1):
             wire, head = await self._send(origin, method, path, headers, body)
-            answer = Answer(wire, head, self.origin.text, self.settings, self._room)
+            answer = Answer(wire, head, self.origin.text, self.settings.idle, self.settings.total, self._room)
             try:
                 if answer.status not in REDIRECTS or "location" not in answer.headers:
                     answer.check_plain()
@@ -227,7 +138,7 @@ class Http:
                 every.append(("Proxy-Authorization", proxy.authorization))
             with translated(self.origin.text):
                 request = self._made[key] = Request(method, every)
-            if len(self._made) > 64:  # each range is made once
+            if len(self._made) > MADE:  # each range is made once
                 del self._made[next(iter(self._made))]
         return request, path if proxy is None else f"http://{origin.authority}{path}"
 

@@ -7,8 +7,8 @@ from email.utils import parsedate_to_datetime
 from time import time
 
 from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.failures import BUSY, REFUSED, STATUS
-from ipfsfuse.sources.web.http import ERROR_BODY, Answer
 
 ABSENT = frozenset((404, 410, 412, 451, 504))
 """Not found, gone, not cached (only-if-cached), withheld, and nobody had it in time: no word about other sources."""

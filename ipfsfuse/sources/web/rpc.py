@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from urllib.parse import urlencode
 
 from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.web.answer import ERROR_BODY
 from ipfsfuse.sources.web.failures import REFUSED
-from ipfsfuse.sources.web.http import ERROR_BODY, Headers, Http
+from ipfsfuse.sources.web.http import Headers, Http
 from ipfsfuse.sources.web.refusals import refusal
 
 _ABSENT = ("not found", "could not find", "no link named", "block was not found locally")
