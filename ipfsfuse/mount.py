@@ -112,6 +112,7 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
             log.info("mounted at %s", config.mountpoint)
             ready(control.socket_path(folder))
 
+        nursery.start_soon(operations.run)
         with operations.storing_pages():
             await sessions.serve(session, answers, readahead=config.record is None)
         log.info("unmounted")

@@ -16,6 +16,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import ipfsfuse.fuse as _before_pyfuse3  # noqa: F401  # our C stands in front of libfuse's calls only if it is loaded first
+
 hypothesis.settings.register_profile("shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared-machine")
 

@@ -57,10 +57,9 @@ class SmallBlocks(NamedTuple):
 
 
 class Cache(Protocol):
-    @property
-    def blocks_left(self) -> int:
-        """Grows whenever blocks leave the cache: who remembers what they said must ask anew, so that it passes the source
-        again, which may have lost them too."""
+    def when_blocks_leave(self, call: Callable[[], None]) -> None:
+        """From now on `call` is called whenever blocks leave the cache: who remembers what they said must ask anew, so that it
+        passes the source again, which may have lost them too."""
         ...
 
     async def block(self, cid: Cid) -> bytes:

@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,9 @@ class PinsetCache(Reading):
     def closed(self, file: FileRef) -> None:
         """As `Cache.closed`."""
 
-    @property
-    def blocks_left(self) -> int:
-        """As `Cache.blocks_left`."""
-        return self.store.packs_evicted
+    def when_blocks_leave(self, call: Callable[[], None]) -> None:
+        """As `Cache.when_blocks_leave`."""
+        self.store.when_blocks_leave.append(call)
 
     def kept(self) -> Sequence[Kept]:
         """As `Cache.kept`."""

@@ -51,6 +51,10 @@ class Inodes:
         """The inode of a number that the kernel holds."""
         return self._by_number[number]
 
+    def known(self, number: int) -> Inode | None:
+        """The inode of a number, if the kernel holds it still."""
+        return self._by_number.get(number)
+
     def find(self, cid: Cid) -> Inode | None:
         """The inode of a file, if the kernel holds it."""
         return self._by_key.get(canonical(cid))
@@ -81,14 +85,16 @@ class Inodes:
         made = self._by_number[number] = self._by_key[key] = Inode(number, cid, key, attributes)
         return made
 
-    def forget(self, number: int, count: int) -> None:
-        """The kernel gives `count` references back; with the last one the number is free."""
+    def forget(self, number: int, count: int) -> bool:
+        """The kernel gives `count` references back; with the last one the number is free: True."""
         inode = self._by_number.get(number)
         if inode is None or number == ROOT:
-            return
+            return False
         inode.lookups -= count
-        if inode.lookups <= 0:
-            del self._by_number[number], self._by_key[inode.key]
+        if inode.lookups > 0:
+            return False
+        del self._by_number[number], self._by_key[inode.key]
+        return True
 
 
 def likely(cid: Cid) -> int:

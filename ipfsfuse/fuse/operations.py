@@ -7,7 +7,7 @@ only between two awaits.
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import pyfuse3
@@ -16,9 +16,9 @@ from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, Read
 from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import kernellists, replies, xattrs
 from ipfsfuse.fuse.errnos import fuse_error
+from ipfsfuse.fuse.files import Files
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.listing import Listing, RootListing
@@ -26,7 +26,6 @@ from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.openfile import OpenFile
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 
@@ -59,13 +58,17 @@ class Operations(ReadOnlyOperations):
         self._budget = budget
         self._inodes = Inodes(attributes.ROOT, pages.pending) if pages is not None else Inodes(attributes.ROOT)
         self._replies = replies.Replies()
-        self._files: dict[int, tuple[OpenFile, Inode]] = {}
+        self._files = Files(tree, self._inodes, interrupts, pages)
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
 
     def storing_pages(self) -> AbstractContextManager[None]:
         """While the session serves: what nobody asked for yet goes to the page cache."""
         return self._pages.running() if self._pages is not None else nullcontext()
+
+    async def run(self) -> None:
+        """Notes what went on unasked: as long as the mount serves."""
+        await self._files.run()
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class Operations(ReadOnlyOperations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for number, count in inode_list:
-            self._inodes.forget(number, count)
+            self._files.forget(number, count)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         with translated:
@@ -123,55 +126,19 @@ class Operations(ReadOnlyOperations):
         with translated:
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
-            held = self._inodes.get(inode)
-            if self._pages is not None:
-                self._pages.withdraw(inode)
-            held.opens += 1
-            try:
-                file = await self._file(held, ctx)
-            except BaseException:
-                held.opens -= 1
-                raise
-            self._correct(held, attributes.of_node(file))
-            self._give_ahead(held.cid)
-            handle = self._next_handle()
-            self._files[handle] = OpenFile(self._tree, file), held
+            handle = await self._files.open(self._inodes.get(inode), ctx.pid)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
-
-    async def _file(self, held: Inode, ctx: RequestContext) -> File:
-        file = self._tree.file_at_hand(held.cid)
-        if file is None:
-            with self._interrupts.watch(ctx.pid):
-                file = await self._tree.file(held.cid)
-        return file
-
-    def _correct(self, held: Inode, true: Attributes) -> None:
-        """What the kernel was told of `held` by a link that lied, it shall ask for again, before it reads anything."""
-        lied = held.attributes.size != true.size
-        held.attributes = true
-        if lied:
-            with suppress(OSError):  # the kernel has forgotten it already
-                pyfuse3.invalidate_inode(InodeT(held.number), attr_only=True)
-
-    def _give_ahead(self, cid: Cid) -> None:
-        """Hands the kernel the small files that come next: then it asks neither for their bytes nor, after that, for their
-        access times."""
-        if self._pages is not None and (coming := list(self._tree.coming(cid))):
-            held = ((self._inodes.find(following), content) for following, content in coming)
-            self._pages.give((one.number, content) for one, content in held if one and not one.opens and one.attributes.size == len(content))
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
         with translated:
-            return await self._files[fh][0].read(off, size)
+            return await self._files.read(fh, off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
         with translated:
-            file, held = self._files.pop(fh)
-            held.opens -= 1
-            file.close()
+            self._files.release(fh)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         return None

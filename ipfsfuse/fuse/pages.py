@@ -3,7 +3,8 @@
 Only those that nobody has open: the kernel locks a page while it waits for our answer to a read, a store into that page
 waits for the lock, and where the daemon is killed in that moment nothing ever ends (the thread that waits keeps the
 connection alive, and who should answer is gone). So an inode has either a store under way or open files, never both: who
-opens one calls `withdraw` first. Concurrency: `give` and `withdraw` are the event loop's, one thread does the storing.
+opens one calls `withdraw` first, and the porter lets nobody in meanwhile. Concurrency: one thread does the storing, all
+else is the event loop's.
 """
 
 import logging
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pyfuse3
+
+from ipfsfuse.fuse import porter
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -29,6 +32,7 @@ class Pages:
         """For what follows."""
         self._waiting: dict[int, bytes] = {}
         self._storing: int | None = None
+        self._stored: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._busy = threading.Lock()
         """Held while the kernel takes one file's bytes."""
 
@@ -43,6 +47,11 @@ class Pages:
     def pending(self, inode: int) -> bool:
         """Whether something for the number `inode` still waits: nothing else may be given that number until then."""
         return inode in self._waiting or self._storing == inode
+
+    def stored(self) -> Iterator[int]:
+        """The inodes that took their bytes, each once."""
+        while not self._stored.empty():
+            yield self._stored.get()
 
     def withdraw(self, inode: int) -> None:
         """From now on nothing is stored into `inode`. Waits for a store under way: some 20 us, for no page is locked."""
@@ -66,7 +75,9 @@ class Pages:
                 return
             content = self._waiting.pop(self._storing)
         try:
-            pyfuse3.notify_store(pyfuse3.InodeT(self._storing), 0, content)
+            if porter.closed(self._storing):
+                pyfuse3.notify_store(pyfuse3.InodeT(self._storing), 0, content)
+                self._stored.put(self._storing)
         except OSError as exc:
             log.debug("inode %d took no pages: %s", self._storing, exc)  # the kernel forgot it, or the mount is going
         except Exception:  # the thread must go on

@@ -33,10 +33,8 @@ class Handing:
         return content
 
     def take_all(self, following: Iterable[Cid]) -> Iterator[tuple[Cid, bytes]]:
-        """Those of `following` that have come, if the first of them has: else they were given away already."""
-        for place, cid in enumerate(following):
+        """Those of `following` that have come."""
+        for cid in following:
             content = self.take(cid)
             if content is not None:
                 yield cid, content
-            elif not place:
-                return

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar, cast
 
 import trio
 
-from ipfsfuse.cache.base import Cache
+from ipfsfuse.cache.base import Cache, FileRef
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import listing, nodes, walk
 from ipfsfuse.dag.cid import Cid
@@ -63,10 +63,12 @@ class Tree:
         self.room = Room()
         self.handing = Handing()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
-        self._blocks_left = cache.blocks_left
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
         self._gatherer = Gatherer(cache, self._remember, self.handing) if use is None else None
         self._ahead = TreeAhead(nursery, self._found, self.known, self._gatherer.contents_of) if self._gatherer else None
+        cache.when_blocks_leave(self._nodes.clear)
+        if self._gatherer is not None:
+            cache.when_blocks_leave(self._gatherer.forget)
 
     # -- nodes -------------------------------------------------------------------------------------------------
 
@@ -82,11 +84,6 @@ class Tree:
 
     def _at_hand(self, cid: Cid) -> Node | None:
         """What is remembered of `cid`: of a raw block its size is all."""
-        if self._blocks_left != self.cache.blocks_left:
-            self._blocks_left = self.cache.blocks_left
-            self._nodes.clear()
-            if self._gatherer is not None:
-                self._gatherer.forget()
         found = self._nodes.get(cid)
         if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
             found = File(cid, known.size, known.size, ())
@@ -209,6 +206,12 @@ class Tree:
         if self._ahead is not None:
             self._ahead.used(cid)
         return found
+
+    def used(self, cid: Cid, size: int) -> None:
+        """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it already."""
+        self.cache.opened(FileRef(cids.canonical(cid), size))
+        if self._ahead is not None:
+            self._ahead.used(cid)
 
     def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
         """The contents of the files behind `cid` in its directory, as far as they have come and its reader will want them."""

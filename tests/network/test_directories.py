@@ -1,73 +1,17 @@
 """Whole directories from a real node: what a reader who goes through them costs, and what reaches the kernel unasked."""
 
 import json
+import os
 import random
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.counting import NOT_COMPILED, counted
 from tests.kubo.node import Node
 from tests.mounting import Home, wait_until
-
-COUNTING = """
-import json, os, sys
-import ipfsfuse.fuse
-from ipfsfuse.fuse.operations import Operations
-counted = open(os.environ["COUNTED"], "a", buffering=1)
-def counting(name):
-    handler = getattr(Operations, name)
-    async def counted_handler(*arguments):
-        counted.write(name + "\\n")
-        return await handler(*arguments)
-    setattr(Operations, name, counted_handler)
-for name in ("lookup", "getattr", "opendir", "readdir", "open", "read"):
-    counting(name)
-"""
-NOT_COMPILED = """
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name.endswith("_kept_listings") else find(name, *more)
-"""
-RUN = """
-from ipfsfuse.cli.main import main
-sys.exit(main(["mount", "--foreground", "--json", "--from", sys.argv[1], "--pins", "none", sys.argv[2]]))
-"""
-
-
-class Counted:
-    """The requests of the kernel so far."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def since(self, before: Counter[str]) -> Counter[str]:
-        return self.now() - before
-
-    def now(self) -> Counter[str]:
-        return Counter(self._path.read_text().split())
-
-
-@contextmanager
-def counted(home: Home, node: Node, fault: str = "") -> Iterator[Counted]:
-    """A mount of the node whose daemon notes each request."""
-    path = home.folder / "counted"
-    path.write_text("")
-    told = home.folder / "told"
-    command = [sys.executable, "-c", fault + COUNTING + RUN, f"kubo+{node.api_url}", str(home.mountpoint)]
-    with told.open("w") as out:
-        daemon = subprocess.Popen(command, env={**home.env, "COUNTED": str(path)}, stdout=out, stderr=out)
-        try:
-            wait_until(lambda: '"mountpoint"' in told.read_text() or daemon.poll() is not None, "it is mounted")
-            assert daemon.poll() is None, told.read_text()
-            yield Counted(path)
-        finally:
-            daemon.terminate()
-            daemon.wait(60)
 
 
 def folders(folder: Path, count: int, files: int) -> dict[str, bytes]:
@@ -96,7 +40,7 @@ def requests(home: Home) -> int:
 def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(kubo_node: Node, home: Home, crowd: int) -> None:
     contents = folders(home.folder / "tree", 8, 30)
     root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
-    with counted(home, kubo_node) as kernel:
+    with counted(home, f"kubo+{kubo_node.api_url}") as kernel:
         for number in range(8):
             names = [name for name in contents if name.startswith(f"{number:02}/")]
             subprocess.run(["ls", root / f"{number:02}"], check=True, stdout=subprocess.DEVNULL)
@@ -112,7 +56,7 @@ def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(kubo_n
 def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: Node, home: Home) -> None:
     folders(home.folder / "tree", 1, 30)
     root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
-    with counted(home, kubo_node) as kernel:
+    with counted(home, f"kubo+{kubo_node.api_url}") as kernel:
         listed = [subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout for _ in range(2)]
         before = kernel.now()
         listed += [subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout]
@@ -130,7 +74,7 @@ def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: No
 def test_where_the_kernel_cannot_be_told_to_keep_listings_they_are_given_each_time(kubo_node: Node, home: Home) -> None:
     folders(home.folder / "tree", 1, 30)
     root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
-    with counted(home, kubo_node, NOT_COMPILED) as kernel:
+    with counted(home, f"kubo+{kubo_node.api_url}", NOT_COMPILED) as kernel:
         listed = [subprocess.run(["ls", root / "00"], check=True, capture_output=True, text=True).stdout for _ in range(2)]
         assert listed[0] == listed[1]
         assert kernel.now()["readdir"] >= 4
@@ -142,9 +86,26 @@ def test_a_large_listing_is_one_answer_and_no_childs_content(kubo_node: Node, ho
     for number in range(3000):
         (tree / f"entry-{number:04}-{'x' * 60}").write_text(str(number))
     cid = kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", tree)
-    with counted(home, kubo_node) as kernel:
+    with counted(home, f"kubo+{kubo_node.api_url}") as kernel:
         before = requests(home)
         listed = subprocess.run(["ls", "-l", home.mountpoint / cid], check=True, capture_output=True, text=True).stdout
         assert len(listed.splitlines()) == 3001
         assert requests(home) - before < 20, "a HAMT of hundreds of nodes"
         assert kernel.now()["getattr"] < 100, "sizes come with the names"
+
+
+def test_what_was_let_in_unasked_is_pinned_all_the_same_and_staged_again_after_an_eviction(kubo_node: Node, home: Home) -> None:
+    contents = folders(home.folder / "tree", 3, 30)
+    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    with counted(home, f"kubo+{kubo_node.api_url}", pins="kubo") as kernel:
+        for _ in range(2):
+            for number in range(3):
+                subprocess.run(["ls", root / f"{number:02}"], check=True, stdout=subprocess.DEVNULL)
+            assert read_in_order(root, list(contents)) == contents
+        asked = kernel.now()
+        assert asked["open"] < len(contents) + asked["lookup"], "some were let in"
+        wait_until(lambda: all(os.getxattr(root / name, "ipfsfuse.pinned") == b"cache" for name in contents), "all are pinned")
+        home.run("evict", "--all")
+        assert home.json("ls", "--json")["small"]["blocks"] == 0
+        assert read_in_order(root, list(contents)) == contents
+        wait_until(lambda: all(os.getxattr(root / name, "ipfsfuse.staged") != b"0" for name in contents), "all are staged again")

@@ -5,7 +5,7 @@ some KiB runs in worker threads.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Disk:
         self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, budget // 64)))
         self.room = Room(budget, self._evict)
         self.trouble = Trouble()
-        self.packs_evicted = 0
+        self.when_blocks_leave: list[Callable[[], None]] = []
         self.pins: Pins = pins or NoPins()
         self.nursery = nursery
         self.series = Series()
@@ -133,7 +133,8 @@ class Disk:
             self.room.stuck(size)
 
     async def _evict_pack(self, pack: int) -> None:
-        self.packs_evicted += 1
+        for call in self.when_blocks_leave:
+            call()
         size = self.packs.sizes.get(pack, 0)
         unsaid = self.packs.unsaid_in(pack)
         self.packs.close_pack(pack)

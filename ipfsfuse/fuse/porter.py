@@ -1,0 +1,61 @@
+"""Opens and releases that Python is not asked about: of small files whose bytes are in the page cache, or will be asked for.
+
+`porter.c` answers them for the inodes made known here, before pyfuse3 sees them, and keeps count. Python hears of them
+afterwards (`heard`); at the latest the 33rd open in a row comes to it as any other. Writing never gets past: such an open
+is passed on. Where the C part is not compiled nothing is known and every open comes to Python. Concurrency: any thread's.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+from ipfsfuse.fuse.native import LIBRARY
+
+_OURS = 1 << 63
+_PACE = 32
+"""As in the C file."""
+
+_Heard = ctypes.c_uint64 * _PACE
+
+if LIBRARY is not None:
+    LIBRARY.porter_know.argtypes = (ctypes.c_uint64,)
+    LIBRARY.porter_know.restype = None
+    LIBRARY.porter_dismiss.argtypes = (ctypes.c_uint64, ctypes.c_int)
+    LIBRARY.porter_dismiss.restype = ctypes.c_uint32
+    LIBRARY.porter_dismiss_idle.restype = None
+    LIBRARY.porter_heard.argtypes = (_Heard,)
+    LIBRARY.porter_heard.restype = ctypes.c_uint32
+
+
+def know(inode: int) -> None:
+    """`inode`, a file of which the kernel was told nothing but the truth, is opened for whoever asks."""
+    if LIBRARY is not None:
+        LIBRARY.porter_know(inode)
+
+
+def dismiss(inode: int) -> int:
+    """From now on opens of `inode` come to Python; returns how many stand open, whose releases do as well."""
+    return int(LIBRARY.porter_dismiss(inode, 1)) if LIBRARY is not None else 0
+
+
+def closed(inode: int) -> bool:
+    """Whether `inode` does not stand open here; then its opens come to Python from now on."""
+    return LIBRARY is None or not LIBRARY.porter_dismiss(inode, 0)
+
+
+def dismiss_idle() -> None:
+    """From now on opens come to Python, of everything that does not stand open."""
+    if LIBRARY is not None:
+        LIBRARY.porter_dismiss_idle()
+
+
+def heard() -> Sequence[int]:
+    """The inodes that were opened since this was asked last, in order."""
+    if LIBRARY is None:
+        return ()
+    inodes = _Heard()
+    return inodes[: LIBRARY.porter_heard(inodes)]
+
+
+def inode_of(handle: int) -> int:
+    """Whose handle that is, of those given here."""
+    return handle & ~_OURS

@@ -1,0 +1,112 @@
+"""Opens of small files that Python is not asked about: what they may do, and what becomes of them."""
+
+import errno
+import os
+import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.counting import NOT_COMPILED, Counted, counted
+from tests.mounting import Home
+
+FILES = 200
+FEW = FILES // 32 + 2
+"""Every 33rd open in a row comes to Python; and one more, of who else looks in."""
+
+
+@pytest.fixture
+def small(home: Home) -> dict[str, bytes]:
+    """Contents of small files by name; they are in the library, in a folder of their own."""
+    dice = random.Random(3)
+    tree = home.folder / "tree"
+    tree.mkdir()
+    made = {f"{number:03}": dice.randbytes(dice.randrange(1, 30_000)) for number in range(FILES)}
+    for name, content in made.items():
+        (tree / name).write_bytes(content)
+    return made
+
+
+@pytest.fixture
+def root(home: Home, small: dict[str, bytes]) -> Path:
+    return home.mountpoint / home.add(home.folder / "tree")
+
+
+@pytest.fixture
+def kernel(home: Home, root: Path) -> Iterator[Counted]:
+    with counted(home, "library") as kernel:
+        yield kernel
+
+
+def read_all(root: Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in names}
+
+
+def test_who_opened_a_small_file_once_is_not_asked_again(kernel: Counted, root: Path, small: dict[str, bytes]) -> None:
+    assert read_all(root, small) == small
+    before = kernel.now()
+    assert read_all(root, small) == small
+    asked = kernel.since(before)
+    assert asked["open"] <= FEW + asked["lookup"], "but for those that the kernel has forgotten"
+
+
+def test_without_the_c_part_each_open_is_asked_for(home: Home, root: Path, small: dict[str, bytes]) -> None:
+    with counted(home, "library", NOT_COMPILED) as kernel:
+        for _ in range(2):
+            assert read_all(root, small) == small
+        assert kernel.now()["open"] == 2 * FILES
+
+
+@pytest.mark.parametrize("how", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_CREAT])
+def test_nobody_gets_past_for_writing(kernel: Counted, root: Path, small: dict[str, bytes], how: int) -> None:
+    names = list(small)[:3]
+    for _ in range(2):
+        assert read_all(root, names) == {name: small[name] for name in names}
+    for name in names:
+        with pytest.raises(OSError, match=name) as refused:
+            os.open(root / name, how)
+        assert refused.value.errno == errno.EPERM
+
+
+def test_what_the_kernel_has_dropped_is_read_through_such_an_open(kernel: Counted, root: Path, small: dict[str, bytes]) -> None:
+    names = list(small)[:20]
+    read_all(root, names)
+    for _ in range(3):
+        opened = {name: [os.open(root / name, os.O_RDONLY) for _ in range(3)] for name in names}
+        before = kernel.now()
+        for name, files in opened.items():
+            os.posix_fadvise(files[0], 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(files.pop())
+            assert [os.pread(file, 1 << 20, 0) for file in files] == [small[name]] * 2
+        assert kernel.since(before)["read"] >= len(names)
+        for file in (file for files in opened.values() for file in files):
+            os.close(file)
+
+
+def test_many_who_open_read_and_close_in_any_order(kernel: Counted, root: Path, small: dict[str, bytes]) -> None:
+    names = list(small)[:30]
+    read_all(root, names)
+
+    def one(seed: int) -> None:
+        dice = random.Random(seed)
+        opened: list[tuple[str, int]] = []
+        for _ in range(600):
+            if dice.random() < 0.5 or not opened:
+                name = dice.choice(names)
+                opened.append((name, os.open(root / name, os.O_RDONLY)))
+            name, file = dice.choice(opened)
+            if dice.random() < 0.3:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file, 1 << 20, 0) == small[name]
+            if dice.random() < 0.6:
+                opened.remove((name, file))
+                os.close(file)
+        for _name, file in opened:
+            os.close(file)
+
+    with ThreadPoolExecutor(4) as crowd:
+        for each in [crowd.submit(one, seed) for seed in range(4)]:
+            each.result()
+    assert read_all(root, names) == {name: small[name] for name in names}
