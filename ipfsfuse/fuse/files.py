@@ -39,6 +39,7 @@ class Files:
 
     async def open(self, held: Inode, pid: int) -> int:
         """A handle for reading `held`. Raises what its blocks' walk raises."""
+        self.hear()  # first: what was opened before this counts as used before it
         if self._pages is not None:
             self._pages.withdraw(held.number)
         held.opens += 1
@@ -48,7 +49,6 @@ class Files:
             held.opens -= 1
             raise
         self._correct(held, attributes.of_node(file))
-        self.hear()
         if self._pages is not None:
             self._give_ahead(held, self._pages)
             if file.inline == file.size:
