@@ -68,8 +68,10 @@ class Cache(Protocol):
         Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
         ...
 
-    async def leaf(self, file: FileRef, leaf: Leaf) -> Content:
-        """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged now."""
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
+        """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged now.
+
+        `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
         ...
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:

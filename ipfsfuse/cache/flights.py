@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import trio
 
+from ipfsfuse.cache.flight import Fetch, Flight
 from ipfsfuse.errors import IpfsFuseError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -25,34 +26,6 @@ MAX_REMEMBERED = 10_000
 """Failures kept at a time: what is forgotten early is only asked for once more."""
 
 
-class _Fetch:
-    """One running fetch, of one key or of a run of them."""
-
-    __slots__ = ("abandoned", "interest", "scope")
-
-    def __init__(self) -> None:
-        self.interest = 0
-        self.abandoned = False
-        self.scope = trio.CancelScope()
-
-    def leave(self) -> None:
-        self.interest -= 1
-        if self.interest == 0:
-            self.abandoned = True
-            self.scope.cancel()
-
-
-class _Flight(Generic[V]):
-    __slots__ = ("done", "error", "fetch", "landed", "value")
-
-    def __init__(self, fetch: _Fetch) -> None:
-        self.fetch = fetch
-        self.done = trio.Event()
-        self.landed = False
-        self.value: V | None = None
-        self.error: Exception | None = None
-
-
 class Flights(Generic[K, V]):
     """Fetches under way by key, and the failures of the last seconds."""
 
@@ -62,7 +35,7 @@ class Flights(Generic[K, V]):
         self._deadline = deadline
         self._remember = remember
         self._name = name
-        self._flights: dict[K, _Flight[V]] = {}
+        self._flights: dict[K, Flight[V]] = {}
         self._failed: OrderedDict[K, tuple[float, Exception]] = OrderedDict()
 
     def __contains__(self, key: K) -> bool:
@@ -75,6 +48,11 @@ class Flights(Generic[K, V]):
     async def join(self, key: K, fetch: Callable[[], Awaitable[V]]) -> V:
         """The value of `key`: that of the fetch under way, else of a new `fetch()`. Raises the fetch's error, and
         Unavailable after the deadline; both are raised at once to who asks again within the next seconds."""
+        return await self.join_early(key, lambda _land: fetch())
+
+    async def join_early(self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False) -> V:
+        """As `join`, of a fetch that may land its value before it ends: from then on it serves who comes, and is cancelled
+        with nobody. With `ended`, returns when it has ended."""
         self._raise_remembered(key)
         with trio.move_on_after(self._deadline):
             while True:
@@ -83,6 +61,8 @@ class Flights(Generic[K, V]):
                     flight = self._start(key, fetch)
                 await self._wait(flight)
                 if flight.landed:
+                    if ended and not flight.ended.is_set():
+                        await flight.ended.wait()
                     return flight.value  # type: ignore[return-value]  # V itself may be Optional: `landed` says it is set
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
@@ -129,26 +109,34 @@ class Flights(Generic[K, V]):
         finally:
             ride.end()
 
-    def _board(self, key: K, fetch: _Fetch) -> _Flight[V] | None:
+    def _board(self, key: K, fetch: Fetch) -> Flight[V] | None:
         """A flight of `key` by `fetch`; None where one is under way."""
         if key in self._flights:
             return None
-        flight = self._flights[key] = _Flight[V](fetch)
+        flight = self._flights[key] = Flight[V](fetch)
         return flight
 
-    def _start(self, key: K, fetch: Callable[[], Awaitable[V]]) -> _Flight[V]:
-        flight: _Flight[V] = _Flight(_Fetch())
+    def _start(self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]]) -> Flight[V]:
+        flight: Flight[V] = Flight(Fetch())
         self._flights[key] = flight
         self._nursery.start_soon(self._fly, key, flight, fetch)
         return flight
 
-    async def _fly(self, key: K, flight: _Flight[V], fetch: Callable[[], Awaitable[V]]) -> None:
+    async def _fly(self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]) -> None:
+        def land(value: V) -> None:
+            flight.fetch.interest += 1  # its own
+            self._land(key, flight, value)
+
         try:
             with flight.fetch.scope:
                 try:
-                    self._land(key, flight, await fetch())
+                    value = await fetch(land)
+                    if not flight.landed:
+                        self._land(key, flight, value)
                 except Exception as exc:
-                    if not flight.fetch.abandoned:
+                    if flight.landed:
+                        log.exception("a fetch whose value had landed ended by what no one foresaw")
+                    elif not flight.fetch.abandoned:
                         flight.error = exc
                         if isinstance(exc, IpfsFuseError):
                             self._note_failure(key, exc)
@@ -157,7 +145,7 @@ class Flights(Generic[K, V]):
                 flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
             self._end(key, flight)
 
-    async def _wait(self, flight: _Flight[V]) -> None:
+    async def _wait(self, flight: Flight[V]) -> None:
         if flight.fetch.abandoned:
             await flight.done.wait()
             return
@@ -167,15 +155,16 @@ class Flights(Generic[K, V]):
         finally:
             flight.fetch.leave()
 
-    def _land(self, key: K, flight: _Flight[V], value: V) -> None:
+    def _land(self, key: K, flight: Flight[V], value: V) -> None:
         flight.value, flight.landed = value, True
         self._failed.pop(key, None)
         flight.done.set()
 
-    def _end(self, key: K, flight: _Flight[V]) -> None:
+    def _end(self, key: K, flight: Flight[V]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
         flight.done.set()
+        flight.ended.set()
 
     def _note_failure(self, key: K, error: Exception) -> None:
         self._failed.pop(key, None)
@@ -192,7 +181,7 @@ class Flights(Generic[K, V]):
         del self._failed[key]
 
 
-class Ride(_Fetch, Generic[K, V]):
+class Ride(Fetch, Generic[K, V]):
     """A fetch of several keys, as it sees itself."""
 
     __slots__ = ("_flights", "_landed", "_waiting", "ended", "news")
@@ -203,8 +192,8 @@ class Ride(_Fetch, Generic[K, V]):
         self.news = trio.Event()
         """Set with each landing."""
         self._flights = flights
-        self._waiting: dict[K, _Flight[V]] = {}
-        self._landed: dict[K, _Flight[V] | None] = {}
+        self._waiting: dict[K, Flight[V]] = {}
+        self._landed: dict[K, Flight[V] | None] = {}
         """None once it is kept."""
 
     @property

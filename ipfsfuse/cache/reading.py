@@ -4,12 +4,13 @@ Concurrency: every method may be called by many tasks at once. Of all who want o
 belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import trio
 
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
+from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
@@ -52,6 +53,7 @@ class Reading:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * PATIENCE
+        self._behind = Behind()
         self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=_name)
 
     # -- blocks ------------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ class Reading:
 
     # -- leaves ------------------------------------------------------------------------------------------------------
 
-    async def leaf(self, file: FileRef, leaf: Leaf) -> Content:
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """As `Cache.leaf`."""
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
             return dagleaves.of(leaf, await self.block(leaf.cid))
@@ -127,21 +129,21 @@ class Reading:
             if block is not None:
                 self.hits += 1
                 return dagleaves.of(leaf, block)
-        arrival = await self._flights.join(_leaf_key(leaf), lambda: self._bring_leaf(file, leaf))
+        arrival = await self._flights.join_early(_leaf_key(leaf), lambda land: self._bring_leaf(file, leaf, land if early else None), ended=not early)
         if len(arrival.content) != leaf.size:  # no failure to remember: another file may tell the truth about this leaf
             return dagleaves.of(leaf, await self.block(leaf.cid))
         if arrival.stage and arrival.home != (file.cid, leaf.offset) and not await self._has(file, leaf):
             await self._keep(file, leaf, arrival)  # another file's leaf, or another place in this one, of the same bytes
         return arrival.content
 
-    async def _bring_leaf(self, file: FileRef, leaf: Leaf) -> Arrival:
+    async def _bring_leaf(self, file: FileRef, leaf: Leaf, land: Callable[[Arrival], None] | None) -> Arrival:
         staged = await self.store.leaf(file, leaf)
         if staged is not None:
             self.hits += 1
             return Arrival(staged, None, False)
         self.misses += 1
         arrival = _arrival(file, leaf, await self._blocks.get(leaf.cid))
-        await self._stage(file, leaf, arrival)
+        await self._behind.keep(leaf.size, land and (lambda: land(arrival)), lambda: self._stage(file, leaf, arrival))
         return arrival
 
     async def _stage(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:

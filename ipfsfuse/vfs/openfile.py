@@ -81,7 +81,7 @@ class OpenFile:
             self._tree.use(leaf.cid, ahead=False)
         self._asked.append(leaf.offset)
         landed = self._landing.get(leaf.offset)
-        return landed if landed is not None else await self._tree.cache.leaf(self._ref, leaf)
+        return landed if landed is not None else await self._tree.cache.leaf(self._ref, leaf, early=True)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
         """The part of a leaf that was asked for. What is left of it a sequential reader finds in the landing, so that its

@@ -1,0 +1,126 @@
+"""Readers get a leaf as soon as it is verified; it is written behind that, and who needs it written waits."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.behind import MOST
+from ipfsfuse.cache.flights import Flights
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.dag.nodes import Leaf
+from tests.cache.standin import Chain, make_file, staged
+
+BUDGET = 64 << 20
+MIB = 1 << 20
+
+
+@asynccontextmanager
+async def nothing_written(cache: PinsetCache) -> AsyncIterator[None]:
+    """Every thread that writes is taken for the length of the block."""
+    limiter = cache.store.writing
+    takers = [object() for _ in range(int(limiter.total_tokens))]
+    for taker in takers:
+        await limiter.acquire_on_behalf_of(taker)
+    try:
+        yield
+    finally:
+        for taker in takers:
+            limiter.release_on_behalf_of(taker)
+
+
+async def read_early(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf], got: list[Leaf]) -> None:
+    for leaf in leaves:
+        await cache.leaf(file, leaf, early=True)
+        got.append(leaf)
+
+
+def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, content = make_file(chain, 2 * MIB, MIB)
+        waited: list[bytes] = []
+
+        async def wants_it_staged() -> None:
+            waited.append(bytes(await cache.leaf(file, leaves[0])))
+
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, trio.open_nursery() as nursery:
+            async with nothing_written(cache):
+                for _ in range(2):
+                    assert await cache.leaf(file, leaves[0], early=True) == content[:MIB]
+                nursery.start_soon(wants_it_staged)
+                await wait_all_tasks_blocked()
+                assert not waited
+                assert not staged(tmp_path, "files")
+            await wait_all_tasks_blocked(0.01)
+            await cache.leaf(file, leaves[0])
+            assert waited == [content[:MIB]]
+            assert len(chain.asked) == 1
+            assert cache.kept()[0].staged >= MIB
+
+    trio.run(main)
+
+
+def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(tmp_path: Path) -> None:
+    chain = Chain()
+    file, leaves, content = make_file(chain, 2 * MIB, MIB)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            let_go = trio.Event()
+
+            async def hold(cache: PinsetCache, task_status: trio.TaskStatus[None]) -> None:
+                async with nothing_written(cache):
+                    task_status.started()
+                    await let_go.wait()
+
+            async def let_go_later() -> None:
+                await wait_all_tasks_blocked()
+                let_go.set()
+
+            async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+                await nursery.start(hold, cache)
+                await cache.leaf(file, leaves[0], early=True)
+                assert not staged(tmp_path, "files")
+                nursery.start_soon(let_go_later)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert await cache.leaf(file, leaves[0]) == content[:MIB]
+            assert len(chain.asked) == 1
+
+    trio.run(main)
+
+
+def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, _content = make_file(chain, MOST + 2 * MIB, MIB)
+        got: list[Leaf] = []
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, trio.open_nursery() as nursery, nothing_written(cache):
+            nursery.start_soon(read_early, cache, file, leaves, got)
+            await wait_all_tasks_blocked()
+            assert got == list(leaves[: MOST // MIB])
+        assert got == list(leaves)
+
+    trio.run(main)
+
+
+@pytest.mark.logs("what no one foresaw")
+def test_what_fails_behind_a_value_that_landed_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery)
+
+            async def fetch(land: Callable[[str], None]) -> str:
+                land("value")
+                raise ValueError("a bug")
+
+            assert await flights.join_early("k", fetch) == "value"
+            await wait_all_tasks_blocked()
+            assert len(flights) == 0
+
+    trio.run(main)
+    assert "a bug" in caplog.text
