@@ -5,10 +5,10 @@ belongs to none of them (see `flights`). A fetch ends when its block is staged, 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import trio
 
+from ipfsfuse.cache.arrival import Arrival, adjoin, of_leaf
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
 from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
@@ -19,7 +19,7 @@ from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.sources.base import Blocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
 
 FEW = 4
 """So many blocks that are asked for one by one cost less than one answer with all of a directory's."""
@@ -29,19 +29,6 @@ OF_BUDGET = 4
 """The largest part of the budget, as a divisor, that one answer may fill: what comes must not push itself out."""
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` reads back at a time."""
-
-
-class Arrival(NamedTuple):
-    """A leaf's content, or a block, as all who wait for it get it; `source` None where it was staged."""
-
-    content: Content
-    source: Source | None
-    stage: bool
-    """Whether the content belongs into staging files: not read in place, and proved by itself."""
-    block: bytes = b""
-    """What came, as it came; of a leaf alone."""
-    home: tuple[Cid, int] | None = None
-    """The file and the offset in it that it is being staged for."""
 
 
 class Reading:
@@ -142,7 +129,8 @@ class Reading:
             self.hits += 1
             return Arrival(staged, None, False)
         self.misses += 1
-        arrival = _arrival(file, leaf, await self._blocks.get(leaf.cid))
+        fetched = await self._blocks.get(leaf.cid)
+        arrival = of_leaf(file, leaf, fetched.block, fetched.source)
         await self._behind.keep(leaf.size, land and (lambda: land(arrival)), lambda: self._stage(file, leaf, arrival))
         return arrival
 
@@ -151,7 +139,17 @@ class Reading:
         if arrival.stage:
             await self._keep(file, leaf, arrival)
         elif arrival.source is not None and not arrival.source.in_place:
-            await self.store.keep_block(leaf.cid, arrival.block, new=True)
+            await self.store.keep_block(leaf.cid, bytes(arrival.block), new=True)
+
+    async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, Arrival]]) -> None:
+        """As `_stage`, at once where they lie one behind the other in the file."""
+        first = came[0][1]
+        if len(came) > 1 and first.source is not None and adjoin(came):
+            leaves, contents = [leaf for leaf, _arrival in came], [arrival.content for _leaf, arrival in came]
+            if await self.store.keep_leaves(file, leaves, contents, first.source.name):
+                return
+        for leaf, arrival in came:
+            await self._stage(file, leaf, arrival)
 
     async def _keep(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
         if len(arrival.content) == leaf.size and arrival.source is not None:  # else its parent lied: not for a file to hold
@@ -188,20 +186,23 @@ class Reading:
         async def fetch(ride: Ride[bytes, Arrival]) -> None:
             keys = ride.keys
 
-            async def deliver(index: int, fetched: Fetched) -> None:
-                self.misses += 1
-                first, *others = by_key[keys[index]]
-                arrival = _arrival(file, first, fetched)
-                ride.land(keys[index], arrival)  # a reader need not wait until it is written
-                for leaf in (first, *others):
-                    if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
-                        came.add(leaf)
-                        arrived(leaf, arrival.content)
-                await self._stage(file, first, arrival)
-                for leaf in others:
-                    if arrival.stage and not await self._has(file, leaf):
-                        await self._keep(file, leaf, arrival)
-                ride.kept(keys[index])
+            async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
+                self.misses += len(blocks)
+                came_now: list[tuple[Leaf, Arrival]] = []
+                for key, block in zip(keys[index:], blocks, strict=False):
+                    arrival = of_leaf(file, by_key[key][0], block, source)
+                    ride.land(key, arrival)  # a reader need not wait until it is written
+                    came_now.append((by_key[key][0], arrival))
+                    for leaf in by_key[key]:
+                        if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
+                            came.add(leaf)
+                            arrived(leaf, arrival.content)
+                await self._stage_all(file, came_now)
+                for key, (_leaf, arrival) in zip(keys[index:], came_now, strict=False):
+                    for leaf in by_key[key][1:]:
+                        if arrival.stage and not await self._has(file, leaf):
+                            await self._keep(file, leaf, arrival)
+                    ride.kept(key)
 
             await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
 
@@ -225,15 +226,6 @@ class Reading:
         async with trio.open_nursery() as nursery:
             for _ in range(min(SIDE_BY_SIDE, len(leaves))):
                 nursery.start_soon(work, nursery.cancel_scope)
-
-
-def _arrival(file: FileRef, leaf: Leaf, fetched: Fetched) -> Arrival:
-    """What `fetched` holds of `file`."""
-    content = dagleaves.content(leaf.cid, fetched.block)
-    if fetched.source.in_place:
-        return Arrival(content, fetched.source, False)
-    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, fetched.block)
-    return Arrival(content, fetched.source, stage, fetched.block, (file.cid, leaf.offset))
 
 
 def _block_key(cid: Cid) -> bytes:

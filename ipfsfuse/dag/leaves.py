@@ -35,7 +35,7 @@ def of(leaf: Leaf, block: bytes) -> memoryview:
     raise Malformed(f"{name}: holds {len(data)} bytes of a file, and its parent says {leaf.size}")
 
 
-def content(cid: Cid, block: bytes) -> memoryview:
+def content(cid: Cid, block: Buffer) -> memoryview:
     """The content bytes that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file node.
 
     A view of `block`, but for a dag-pb block of a form that no importer writes. Raises Malformed for a block that is no
@@ -46,6 +46,7 @@ def content(cid: Cid, block: bytes) -> memoryview:
         return memoryview(block)
     if codec != cids.DAG_PB:
         raise Unsupported(f"{cids.brief(cid)}: a part of a file can't be a {cids.codec_name(cid)} block")
+    block = bytes(block)  # no copy, where it is that
     span = _canonical_span(block)
     if span is not None:
         return memoryview(block)[span[0] : span[1]]
@@ -56,10 +57,10 @@ def content(cid: Cid, block: bytes) -> memoryview:
     return memoryview(message.data or b"")
 
 
-def is_canonical(cid: Cid, block: bytes) -> bool:
+def is_canonical(cid: Cid, block: Buffer) -> bool:
     """Whether `proves(cid, content(cid, block))` will hold: what must be kept whole, if at all, is every other block."""
     codec = cids.codec(cid)
-    return codec == cids.RAW or (codec == cids.DAG_PB and _canonical_span(block) is not None)
+    return codec == cids.RAW or (codec == cids.DAG_PB and _canonical_span(bytes(block)) is not None)
 
 
 def proves(cid: Cid, data: Buffer) -> bool:

@@ -23,8 +23,10 @@ class Run:
     leaves: Sequence[Leaf]
 
 
-Deliver = Callable[[int, bytes], Awaitable[None]]
-"""Awaited with (index in `Run.leaves`, block) for each block, in any order; it may wait, to slow the source down."""
+Block = bytes | memoryview
+Deliver = Callable[[int, Sequence[Block]], Awaitable[None]]
+"""Awaited with (index in `Run.leaves`, the block of that leaf and of those behind it that came with it), in any order; it
+may wait, to slow the source down. What comes together is verified and written together: a thread's errand costs 60 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ class Fetched:
     source: Source
 
 
-DeliverFetched = Callable[[int, Fetched], Awaitable[None]]
+DeliverFetched = Callable[[int, Sequence[Block], Source], Awaitable[None]]
+"""As `Deliver`, of verified blocks and where they came from."""
 DeliverFetchedBlock = Callable[[Cid, Fetched], Awaitable[None]]
 Wants = Callable[[Cid], bool]
 

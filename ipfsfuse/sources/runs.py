@@ -6,7 +6,7 @@ faster for its server. Concurrency: each call runs its own few requests; a slow 
 """
 
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
 
@@ -15,15 +15,20 @@ from ipfsfuse.dag.carstream import Parser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlock, Run, Subtree
 from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.failures import LONG, STATUS
 from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.refusals import UNLIKE, declined
 
 CAR_TYPE = "application/vnd.ipld.car"
-DELIVERED_AT_ONCE = 3
-"""Leaves of one request that are being proved and written while the next one is read."""
+TOGETHER = 4 << 20
+"""Bytes of leaves that are read, proved and written together: three errands of threads for four leaves of 1 MiB, not
+twelve. The first of a request comes alone, then two: who waits for it need not wait for more."""
+MOST_TOGETHER = 64
+"""Leaves, however small."""
+DELIVERED_AT_ONCE = 2
+"""So many times as much of one request is being proved and written while the next is read."""
 RANGE_PART = 16 << 20
 """A range is cut into requests of at least so many bytes."""
 
@@ -73,12 +78,12 @@ class _Part:
             await self._take(answer)
 
     async def _take(self, answer: Answer) -> None:
-        """Reads leaf after leaf, while the ones before are delivered: proved and written in worker threads."""
+        """Reads some leaves, while the ones before are delivered: proved and written in worker threads."""
         free, failed = trio.Semaphore(DELIVERED_AT_ONCE), list[Exception]()
 
-        async def give(index: int, leaf: bytes, let_go: Callable[[], None]) -> None:
+        async def give(index: int, blocks: Sequence[Block], let_go: Callable[[], None]) -> None:
             try:
-                await self._deliver(index, leaf)
+                await self._deliver(index, blocks)
             except Exception as exc:
                 failed.append(exc)
                 nursery.cancel_scope.cancel()
@@ -88,14 +93,26 @@ class _Part:
 
         async with trio.open_nursery() as nursery:
             try:
-                for index in range(self._start, self._end):
-                    leaf = await answer.exactly(self._run.leaves[index].size)
+                for index, sizes in _together([leaf.size for leaf in self._run.leaves[self._start : self._end]]):
+                    blocks = await answer.each(sizes)
                     await free.acquire()
-                    nursery.start_soon(give, index, leaf, answer.detach())  # at once: who is cancelled before would never let go
+                    nursery.start_soon(give, self._start + index, blocks, answer.detach())  # at once: who is cancelled before would never let go
             except SourceFailed as exc:
                 failed.append(exc)
         if failed:
             raise failed[0]
+
+
+def _together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+    """Where in `sizes` each stretch begins that is read at once, and what it holds."""
+    start, most = 0, 1
+    while start < len(sizes):
+        end, left = start, TOGETHER
+        while end < len(sizes) and end - start < most and (left := left - sizes[end]) >= 0:
+            end += 1
+        end = max(end, start + 1)
+        yield start, sizes[start:end]
+        start, most = end, min(2 * most, MOST_TOGETHER)
 
 
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
@@ -110,7 +127,7 @@ async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
 
     async def take(cid: Cid, block: bytes) -> bool:
         for index in wanted.pop(cids.multihash(cid), ()):
-            await deliver(index, block)
+            await deliver(index, [block])
         return bool(wanted)
 
     room = 2 * sum(leaf.size for leaf in run.leaves) + (8 << 20)
@@ -175,7 +192,7 @@ async def by_blocks(get: Callable[[Cid], Awaitable[bytes]], run: Run, deliver: D
                 block = await get(run.leaves[index].cid)
             except NotHere:
                 continue
-            await deliver(index, block)
+            await deliver(index, [block])
 
     await all_of([work] * min(connections, len(run.leaves)))
 

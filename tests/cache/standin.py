@@ -74,7 +74,8 @@ class Chain:
     async def stream(self, run: Run, deliver: DeliverFetched) -> None:
         self.runs.append(run)
         for index, leaf in enumerate(run.leaves):
-            await deliver(index, await self.get(leaf.cid))
+            fetched = await self.get(leaf.cid)
+            await deliver(index, [fetched.block], fetched.source)
 
     async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
         self.subtrees.append(subtree)

@@ -14,7 +14,7 @@ def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch
     file, leaves, content = make_file(Chain(), 2 << 16)
     staging = Staging(tmp_path / "files")
     entry = staging.entry(file.cid, file.size)
-    assert staging.write(entry, 0, content)[1] is None
+    assert staging.write(entry, 0, [content])[1] is None
     read: list[tuple[bytes, bool] | Exception] = []
 
     def reader() -> None:

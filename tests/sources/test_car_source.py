@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Run
+from ipfsfuse.sources.base import Block, Run
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.files.carsort import RecordSorter
 from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
@@ -100,10 +100,10 @@ def test_a_run_is_delivered_in_order_without_what_is_missing(tmp_path: Path) -> 
     opened = Opened(tmp_path, sections(here[1000:] + here[:1000]))
     wanted = [*here[:700], *pairs(3, 10, seed=4), *here[700:]]
     leaves = [Leaf(cid, 0, len(block)) for cid, block in wanted]
-    got: list[tuple[int, bytes]] = []
+    got: list[tuple[int, Block]] = []
 
-    async def deliver(number: int, block: bytes) -> None:
-        got.append((number, block))
+    async def deliver(number: int, blocks: Sequence[Block]) -> None:
+        got.extend(enumerate(blocks, number))
 
     async def main() -> None:
         source = opened.open()
@@ -118,7 +118,7 @@ def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> No
     blocks = pairs(3000)
     opened = Opened(tmp_path, sections(blocks))
 
-    async def deliver(_number: int, _block: bytes) -> None:
+    async def deliver(_number: int, _blocks: Sequence[Block]) -> None:
         raise LookupError("enough")
 
     async def main() -> None:

@@ -1,11 +1,13 @@
 """The chain's runs: completed from whoever has the rest, broken off when they stall."""
 
+from collections.abc import Sequence
+
 import pytest
 import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.base import Fetched
+from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.chain.chain import Chain
 from tests.sources.content import SampleFile, sample
 from tests.sources.timed import Timed, chain_of, never, run
@@ -22,18 +24,18 @@ def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
     async def main() -> None:
         one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
         got = await collect(chain_of(one, two), file)
-        assert {index: fetched.block for index, fetched in got.items()} == file.expected
-        assert {index for index, fetched in got.items() if fetched.source is one} == ({1, 2} if wrong else {0, 1, 2})
+        assert {index: block for index, (block, _source) in got.items()} == file.expected
+        assert {index for index, (_block, source) in got.items() if source is one} == ({1, 2} if wrong else {0, 1, 2})
 
     run(main)
 
 
-async def collect(chain: Chain, file: SampleFile) -> dict[int, Fetched]:
-    got: dict[int, Fetched] = {}
+async def collect(chain: Chain, file: SampleFile) -> dict[int, tuple[Block, Source]]:
+    got: dict[int, tuple[Block, Source]] = {}
 
-    async def deliver(index: int, fetched: Fetched) -> None:
-        assert index not in got
-        got[index] = fetched
+    async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
+        assert got.keys().isdisjoint(range(index, index + len(blocks)))
+        got.update((index + at, (block, source)) for at, block in enumerate(blocks))
 
     await chain.stream(file.run, deliver)
     return got
@@ -48,7 +50,7 @@ def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
 
         start = trio.current_time()
         got = await collect(chain_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
-        assert {index: fetched.block for index, fetched in got.items()} == file.expected
+        assert {index: block for index, (block, _source) in got.items()} == file.expected
         assert trio.current_time() - start <= 4
 
     run(main)
@@ -61,7 +63,7 @@ def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
         source = Timed("one", blocks=file.blocks)
         chain = chain_of(source)
 
-        async def deliver(_index: int, _fetched: Fetched) -> None:
+        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
             await trio.sleep(100)
 
         await chain.stream(file.run, deliver)
@@ -76,7 +78,7 @@ def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
     async def main() -> None:
         chain = chain_of(Timed("one", blocks=file.blocks))
 
-        async def deliver(_index: int, _fetched: Fetched) -> None:
+        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
             raise SourceFailed("a reader's own", "reader")
 
         with pytest.raises(SourceFailed, match="reader's own"):

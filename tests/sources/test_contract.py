@@ -1,6 +1,6 @@
 """What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node both ways."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Source, Subtree
+from ipfsfuse.sources.base import Block, Source, Subtree
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.files.library import Library, LibrarySource
 from ipfsfuse.sources.files.librarywriter import NewRoot
@@ -125,11 +125,11 @@ def test_what_it_lacks_is_not_here(source: Open) -> None:
 @pytest.mark.parametrize("file", FILES, ids=["raw", "dag-pb", "large", "repeated", "long"])
 def test_a_run_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
     async def main() -> None:
-        got: dict[int, bytes] = {}
+        got: dict[int, Block] = {}
 
-        async def deliver(index: int, block: bytes) -> None:
-            assert index not in got
-            got[index] = block
+        async def deliver(index: int, blocks: Sequence[Block]) -> None:
+            assert got.keys().isdisjoint(range(index, index + len(blocks)))
+            got.update(enumerate(blocks, index))
 
         async with source() as opened:
             await opened.stream(file.run, deliver)
@@ -163,7 +163,7 @@ def test_a_cancelled_run_leaves_the_source_usable(source: Open) -> None:
         async with source() as opened:
             with trio.CancelScope() as scope:
 
-                async def deliver(index: int, block: bytes) -> None:
+                async def deliver(_index: int, _blocks: Sequence[Block]) -> None:
                     scope.cancel()
                     await trio.sleep_forever()
 

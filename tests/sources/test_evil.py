@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from ipfsfuse.errors import NotHere, SourceFailed, WrongBlock
-from ipfsfuse.sources.base import Fetched, Source
+from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
@@ -183,11 +183,11 @@ def test_a_run_is_right_whatever_car_comes(behave: Behaviour) -> None:
     async def main() -> None:
         with Server(file.blocks, behave) as server:
             chain = Chain([gateway(server)])
-            got: dict[int, bytes] = {}
+            got: dict[int, Block] = {}
 
-            async def deliver(index: int, fetched: Fetched) -> None:
-                assert index not in got
-                got[index] = fetched.block
+            async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+                assert got.keys().isdisjoint(range(index, index + len(blocks)))
+                got.update(enumerate(blocks, index))
 
             await chain.stream(file.run, deliver)
             assert got == file.expected

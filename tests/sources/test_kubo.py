@@ -1,5 +1,6 @@
 """A real Kubo node as a source: found, lost and found again, asked without looking on the network; and two of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
-from ipfsfuse.sources.base import Fetched, Subtree
+from ipfsfuse.sources.base import Block, Fetched, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
@@ -45,10 +46,10 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
                         await source.get(cid)
                 with pytest.raises(Unavailable), trio.fail_after(10):
                     await chain.get(file.root)
-                got = dict[int, bytes]()
+                got = dict[int, Block]()
 
-                async def deliver(index: int, block: bytes, got: dict[int, bytes] = got) -> None:
-                    got[index] = block
+                async def deliver(index: int, blocks: Sequence[Block], got: dict[int, Block] = got) -> None:
+                    got.update(enumerate(blocks, index))
 
                 async def deliver_block(cid: Cid, _block: bytes) -> None:
                     raise AssertionError(cid)

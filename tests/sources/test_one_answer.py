@@ -1,7 +1,7 @@
 """Many blocks by one answer: what a server that can't, one that lacks something and one that breaks off come to; and
 what is counted as on its way meanwhile."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Fetched, Run, Subtree
+from ipfsfuse.sources.base import Block, Fetched, Run, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
@@ -48,11 +48,11 @@ async def brought(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, byt
     return got
 
 
-async def streamed(gateway: Gateway, of: Run = FILE.run) -> dict[int, bytes]:
-    got: dict[int, bytes] = {}
+async def streamed(gateway: Gateway, of: Run = FILE.run) -> dict[int, Block]:
+    got: dict[int, Block] = {}
 
-    async def deliver(index: int, block: bytes) -> None:
-        got[index] = block
+    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        got.update(enumerate(blocks, index))
 
     await gateway.stream(of, deliver)
     return got
@@ -204,11 +204,12 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
     with Server({}, files=(FILE,)) as server:
 
         async def main(gateway: Gateway) -> None:
+            meanwhile = sum(leaf.size for leaf in FILE.run.leaves[3:7])  # after one, and two
             for _ in range(3):
                 delivering, all_busy = list[int](), trio.Event()
 
-                async def deliver(_index: int, block: bytes, delivering: list[int] = delivering, all_busy: trio.Event = all_busy) -> None:
-                    delivering.append(len(block))
+                async def deliver(_index: int, blocks: Sequence[Block], delivering: list[int] = delivering, all_busy: trio.Event = all_busy) -> None:
+                    delivering.append(sum(map(len, blocks)))
                     if len(delivering) == runs.DELIVERED_AT_ONCE:
                         all_busy.set()
                     await trio.sleep_forever()
@@ -217,7 +218,7 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
                     nursery.start_soon(gateway.stream, FILE.run, deliver)
                     await all_busy.wait()
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.room.used in (sum(delivering), sum(delivering) + 70_000), "and the one read meanwhile"
+                    assert settings.room.used in (sum(delivering), sum(delivering) + meanwhile), "and what is read meanwhile"
                     nursery.cancel_scope.cancel()
                 assert settings.room.used == 0
             assert await streamed(gateway) == FILE.expected
@@ -231,8 +232,8 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
     with Server({}, files=(FILE,)) as server:
 
         async def main(gateway: Gateway) -> None:
-            async def deliver(index: int, block: bytes) -> None:
-                await trio.sleep(0.05 if index == 2 else 100)
+            async def deliver(index: int, blocks: Sequence[Block]) -> None:
+                await trio.sleep(0.05 if index == 1 else 100)
                 raise SourceFailed("no room", "reader")
 
             with pytest.raises(SourceFailed, match="no room"):

@@ -50,7 +50,7 @@ class Timed:
     async def stream(self, run: Run, deliver: Deliver) -> None:
         for index, leaf in enumerate(run.leaves):
             try:
-                await deliver(index, await self.get(leaf.cid))
+                await deliver(index, [await self.get(leaf.cid)])
             except NotHere:
                 continue
 

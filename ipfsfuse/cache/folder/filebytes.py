@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
@@ -11,6 +12,15 @@ def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         done = os.pwrite(file, view, offset)
         view, offset = view[done:], offset + done
+
+
+def write_parts(file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
+    """`parts`, at most 1,024, one behind the other from `offset` on. Raises OSError."""
+    done = os.pwritev(file, parts, offset)
+    for part in parts:  # a short write is rare: what it left out is written part by part
+        if done < len(part):
+            write_all(file, memoryview(part)[done:], offset + done)
+        done, offset = max(0, done - len(part)), offset + len(part)
 
 
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02

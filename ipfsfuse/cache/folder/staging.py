@@ -11,12 +11,12 @@ no file descriptor outlives a removal.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ipfsfuse.cache.folder.entry import Entry, Removed
 from ipfsfuse.cache.folder.extents import Extents
-from ipfsfuse.cache.folder.filebytes import punch_hole, write_all
+from ipfsfuse.cache.folder.filebytes import punch_hole, write_parts
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves
 from ipfsfuse.dag.cid import Cid
@@ -124,8 +124,8 @@ class Staging:
         except Unsupported:
             return data, False
 
-    def write(self, entry: Entry, offset: int, data: bytes | memoryview) -> tuple[int, OSError | None]:
-        """By how many bytes it grew on disk, and why no more of `data` could be written. Raises Removed."""
+    def write(self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]) -> tuple[int, OSError | None]:
+        """By how many bytes it grew on disk, and why no more of `parts` could be written from `offset` on. Raises Removed."""
         with entry.lock:
             if entry.dead:
                 raise Removed
@@ -136,7 +136,7 @@ class Staging:
             try:
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
-                write_all(file, data, offset)
+                write_parts(file, parts, offset)
             except OSError as exc:
                 return _grown(entry, file), exc
             else:

@@ -6,10 +6,11 @@ hashed after it was read. Concurrency: the event loop's; files are read, hashed 
 
 import logging
 import time
+from collections.abc import Sequence
 
 import trio
 
-from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.cache.folder.blockstore import BlockStore
 from ipfsfuse.cache.folder.entry import Entry, Removed
 from ipfsfuse.cache.folder.extents import Extents
@@ -45,7 +46,7 @@ class Store(BlockStore):
             return None
         if right:
             self.room.arc.refresh(file.cid)
-            self._proved(entry, leaf)
+            self._proved(entry, leaf.offset, leaf.offset + leaf.size)
             return data
         if not entry.dead:
             await self._set_aside(entry, leaf)
@@ -85,11 +86,16 @@ class Store(BlockStore):
             self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
             await self.room.evict(entry.cid)
 
-    async def keep_leaf(self, file: FileRef, leaf: Leaf, content: bytes | memoryview, source: str) -> bool:
+    async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
         """Whether it is kept now."""
+        return await self.keep_leaves(file, [leaf], [content], source)
+
+    async def keep_leaves(self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str) -> bool:
+        """Whether leaves that lie one behind the other, at least one, are kept now."""
         if self.trouble.waiting:
             return False
-        cost = self.staging.cost(leaf.offset, leaf.offset + leaf.size)
+        start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
+        cost = self.staging.cost(start, end)
         if not await self.room.reserve(file.cid, cost):
             return False
         if file.cid not in self.staging.entries:
@@ -99,31 +105,31 @@ class Store(BlockStore):
         entry.charged += cost
         entry.source = source
         try:
-            grown, error = await trio.to_thread.run_sync(self.staging.write, entry, leaf.offset, content, limiter=self.writing)
+            grown, error = await trio.to_thread.run_sync(self.staging.write, entry, start, contents, limiter=self.writing)
         except Removed:
             return False
         else:
             entry.disk += grown
-            return self._kept_leaf(entry, leaf, error)
+            return self._kept(entry, start, end, error)
         finally:
             entry.reserved -= cost
             self._settle(entry)
 
-    def _kept_leaf(self, entry: Entry, leaf: Leaf, error: OSError | None) -> bool:
+    def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
         """What a write came to."""
         if error is not None:
             self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
             return False
         self.trouble.over()
         if entry.extents is not None:
-            entry.extents.add(leaf.offset, leaf.offset + leaf.size)
-            self._proved(entry, leaf)
+            entry.extents.add(start, end)
+            self._proved(entry, start, end)
         return True
 
-    def _proved(self, entry: Entry, leaf: Leaf) -> None:
-        """`leaf` was written or found right: the last one gives a file its name."""
+    def _proved(self, entry: Entry, start: int, end: int) -> None:
+        """The leaves in [start, end) were written or found right: the last one gives a file its name."""
         if not entry.complete and entry.proved is not None:
-            entry.proved.add(leaf.offset, leaf.offset + leaf.size)
+            entry.proved.add(start, end)
             if entry.all_proved() and not self.trouble.waiting:
                 self.nursery.start_soon(self.finish, entry)
 

@@ -70,7 +70,8 @@ class Chain:
 
         async def singly() -> None:
             for index in left:
-                await deliver(index, await self.get(run.leaves[index].cid))
+                fetched = await self.get(run.leaves[index].cid)
+                await deliver(index, [fetched.block], fetched.source)
 
         await all_of([singly] * min(SINGLY, len(streaming.missing)))
 

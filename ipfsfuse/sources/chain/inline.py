@@ -27,7 +27,7 @@ class Inline:
         for index, leaf in enumerate(run.leaves):
             block = cids.inline(leaf.cid)
             if block is not None:
-                await deliver(index, block)
+                await deliver(index, [block])
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
         pass

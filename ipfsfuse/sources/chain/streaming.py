@@ -3,14 +3,14 @@
 Concurrency: one task and what the sources start; blocks are verified and delivered as they come.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import IpfsFuseError, SourceFailed, WrongBlock
-from ipfsfuse.sources.base import DeliverFetched, Fetched, Run
-from ipfsfuse.sources.chain.checking import check
+from ipfsfuse.errors import IpfsFuseError, SourceFailed
+from ipfsfuse.sources.base import Block, DeliverFetched, Run
+from ipfsfuse.sources.chain.checking import check_each
 from ipfsfuse.sources.chain.inline import INLINE
 from ipfsfuse.sources.chain.member import Member
 from ipfsfuse.sources.chain.pursuit import PATIENCE, Surroundings
@@ -35,7 +35,7 @@ class Streaming:
             block = cids.known(leaf.cid)
             if block is not None:
                 self._left.discard(place)
-                await self._deliver(place, Fetched(block, INLINE))
+                await self._deliver(place, [block], INLINE)
         for member in [*self._chain.in_place(), *self._chain.network()]:
             if not self._left:
                 return
@@ -61,19 +61,29 @@ class Streaming:
         places = self.missing
         return places, Run(self._run.file, self._run.file_size, [self._run.leaves[place] for place in places])
 
-    async def take(self, member: Member, place: int, block: bytes) -> bool:
-        """Verifies and delivers one block. False if it was wrong."""
-        cid = self._run.leaves[place].cid
-        try:
-            await check(cid, block)
-        except WrongBlock:
-            self._chain.wrong(member, cid)
-            return False
-        if place in self._left:
-            self._left.discard(place)
-            member.health.gave(-1, len(block))
-            await self._deliver(place, Fetched(block, member.source))
-        return True
+    async def take(self, member: Member, places: Sequence[int], blocks: Sequence[Block]) -> bool:
+        """Verifies and delivers the blocks of leaves. False if one was wrong."""
+        wanted = [self._run.leaves[place].cid for place in places]
+        right = await check_each(wanted, blocks)
+        for cid, is_right in zip(wanted, right, strict=True):
+            if not is_right:
+                self._chain.wrong(member, cid)
+        good = [at for at, place in enumerate(places) if right[at] and place in self._left]
+        for at in good:
+            self._left.discard(places[at])
+            member.health.gave(-1, len(blocks[at]))
+        for first, end in _rows([places[at] for at in good]):
+            await self._deliver(places[good[first]], [blocks[at] for at in good[first:end]], member.source)
+        return all(right)
+
+
+def _rows(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches of `places` that follow each other without a gap: from where to before where."""
+    first = 0
+    for at in range(1, len(places) + 1):
+        if at == len(places) or places[at] != places[at - 1] + 1:
+            yield first, at
+            first = at
 
 
 class _Taking:
@@ -90,11 +100,11 @@ class _Taking:
     async def run(self, patience: float) -> None:
         places, part = self._streaming.part()
 
-        async def take(index: int, block: bytes) -> None:
+        async def take(index: int, blocks: Sequence[Block]) -> None:
             self._busy += 1
             self._scope.deadline = float("inf")  # the time that the reader takes is not the source's
             try:
-                if not await self._streaming.take(self._member, places[index], block) and self._member.remote:
+                if not await self._streaming.take(self._member, places[index : index + len(blocks)], blocks) and self._member.remote:
                     self._scope.cancel()
             except IpfsFuseError as exc:
                 self.trouble = exc

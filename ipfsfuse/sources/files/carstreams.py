@@ -46,7 +46,7 @@ async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
         try:
             async for blocks in receive:
                 for index, block in blocks.unwrap():
-                    await deliver(index, block)
+                    await deliver(index, [block])
         except Exception as exc:  # kept out of the nursery, which would wrap it
             failure = exc
             nursery.cancel_scope.cancel()

@@ -3,7 +3,7 @@
 Concurrency: one reader. Large bodies wait until there is room for them among all that are on their way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -62,17 +62,35 @@ class Answer:
 
     async def exactly(self, count: int, end: float = float("inf")) -> bytes:
         """The next `count` bytes of a body whose length the head told, by the time `end`."""
-        if self._left is None or self._left < count:
-            raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        await self._hold(count)
+        await self._reserve(count)
         data = self._wire.at_hand(count)
         if data is None:
             with translated(self._name), trio.fail_after(self._idle) as scope:
                 self._wire.watch(scope, self._idle, end)
                 data = await self._wire.exactly(count)
+        self._taken(count)
+        return data
+
+    async def each(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """As `exactly`, in a buffer for each of `sizes`."""
+        count = sum(sizes)
+        await self._reserve(count)
+        with translated(self._name), trio.fail_after(self._idle) as scope:
+            self._wire.watch(scope, self._idle, float("inf"))
+            found = await self._wire.each(sizes)
+        self._taken(count)
+        return found
+
+    async def _reserve(self, count: int) -> None:
+        """Room for `count` more bytes of a body whose length the head told."""
+        if self._left is None or self._left < count:
+            raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
+        await self._hold(count)
+
+    def _taken(self, count: int) -> None:
+        assert self._left is not None
         self._left -= count
         self._ended = self._left == 0
-        return data
 
     async def some(self, end: float = float("inf")) -> bytes:
         """The next piece of the body, b"" at its end."""

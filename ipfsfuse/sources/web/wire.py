@@ -9,19 +9,24 @@ Concurrency: one request at a time, by one task. A cancelled request leaves the 
 """
 
 import contextlib
+import functools
 import os
 import re
 import socket
 import struct
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
 
 import h11
 import trio
 
 from ipfsfuse.errors import SourceFailed
+from ipfsfuse.sources import buffers
 from ipfsfuse.sources.web.chunks import Chunks
 from ipfsfuse.sources.web.failures import PROTOCOL, SHORT
 from ipfsfuse.sources.web.heads import Head, Request, common
+
+T = TypeVar("T")
 
 PIECE: Final = 64 * 1024
 FAST: Final = 32 * 1024
@@ -56,6 +61,8 @@ class Wire:
         """Bytes that came with the head, not read yet."""
         self._chunks: Chunks | None = None
         """Of an answer whose body comes in chunks."""
+        self._fast = False
+        """Whether `each` got the last bytes faster than it asked for them."""
         self._scope = trio.CancelScope()
         self._idle = self._end = float("inf")
 
@@ -147,7 +154,7 @@ class Wire:
         fast = bool(pieces) and len(pieces[0]) >= FAST
         while count:
             if fast and count > PIECE and self._plain is not None:
-                piece = await self._in_thread(count)
+                piece = await self._in_thread(functools.partial(self._raw.recv, count, socket.MSG_WAITALL), b"")
                 fast = len(piece) == count
             else:
                 piece = await self._receive(min(count, PIECE))
@@ -157,6 +164,25 @@ class Wire:
             pieces.append(piece)
             count -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def each(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """As `exactly`, into a buffer for each of `sizes`: bytes that come fast are copied once, by one system call."""
+        filled = [buffers.lend(size) for size in sizes]
+        left = [*filled]
+        self._ready = self._ready[_put(left, self._ready) :]
+        while left:
+            wanted = sum(map(len, left))
+            if self._fast and wanted > PIECE and self._plain is not None:
+                count = await self._in_thread(lambda: self._raw.recvmsg_into(left, 0, socket.MSG_WAITALL)[0], 0)
+                self._fast = count == wanted
+                _pass(left, count)
+            else:
+                piece = await self._receive(min(wanted, PIECE))
+                self._fast = len(piece) >= FAST
+                if not piece:
+                    raise SourceFailed("the body was cut short", SHORT)
+                _put(left, piece)
+        return filled
 
     async def _send(self, data: bytes) -> None:
         if self._plain is not None:  # nearly always whole, and 10 us cheaper than trio's
@@ -177,25 +203,44 @@ class Wire:
             with contextlib.suppress(BlockingIOError):  # woken for nothing
                 return self._raw.recv(count, socket.MSG_DONTWAIT)
 
-    async def _in_thread(self, count: int) -> bytes:
-        """Up to `count` bytes, read by a worker thread in one system call; fewer if they stop coming."""
+    async def _in_thread(self, receive: Callable[[], T], nothing: T) -> T:
+        """What `receive` gives in a worker thread by one system call: all it asks for, less if bytes stop coming, or `nothing`."""
         file = self._raw.fileno()
 
-        def read() -> bytes:
+        def read() -> T:
             os.set_blocking(file, True)
             try:
-                return self._raw.recv(count, socket.MSG_WAITALL)
+                return receive()
             except BlockingIOError:
-                return b""
+                return nothing
             finally:
                 os.set_blocking(file, False)
 
-        # Not abandoned when cancelled: it ends within THREAD_WAIT of the last byte that comes.
-        piece = await trio.to_thread.run_sync(read, limiter=self._threads.limiter)
+        # Not abandoned when cancelled: it waits no longer than THREAD_WAIT in all.
+        received = await trio.to_thread.run_sync(read, limiter=self._threads.limiter)
         self._moved()
-        return piece
+        return received
 
     def close(self) -> None:
         """At once, without a TLS goodbye: what is left unread would only be waited for."""
         self._raw.close()
         self._base.socket.close()
+
+
+def _put(left: list[memoryview], piece: bytes) -> int:
+    """Copies `piece` into `left`, as far as there is room, and returns how much of it."""
+    put = 0
+    while left and put < len(piece):
+        part = piece[put : put + len(left[0])]
+        left[0][: len(part)] = part
+        put += len(part)
+        _pass(left, len(part))
+    return put
+
+
+def _pass(left: list[memoryview], count: int) -> None:
+    """`count` more bytes of `left` are filled."""
+    while left and count >= len(left[0]):
+        count -= len(left.pop(0))
+    if count:
+        left[0] = left[0][count:]

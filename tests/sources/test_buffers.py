@@ -1,0 +1,45 @@
+"""Buffers that are lent: on a page, and never to two at a time."""
+
+import gc
+
+from ipfsfuse.sources import buffers
+
+
+def test_a_buffer_has_the_size_that_was_asked_for_and_begins_on_a_page() -> None:
+    for size in (1, 4096, 65_536, 65_537, 1 << 20, (2 << 20) + 1, 5 << 20):
+        lent = buffers.lend(size)
+        assert (len(lent), lent.readonly) == (size, False)
+        assert buffers.is_aligned(lent, 4096) == (size % 4096 == 0)
+        lent[:] = bytes(size)
+
+
+def test_a_buffer_is_lent_again_once_its_last_view_is_gone_and_not_before() -> None:
+    first = buffers.lend(1 << 20)
+    first[:4] = b"mark"
+    part = first[:4]
+    del first
+    others = [buffers.lend(1 << 20) for _ in range(32)]
+    for other in others:
+        other[:4] = b"over"
+    assert part == b"mark"
+    del part, other
+    gc.collect()
+    again = [buffers.lend(1 << 20) for _ in range(32)]
+    assert any(each[:4] == b"mark" for each in again)
+    assert all(each[:4] != b"over" for each in again), "those are in use"
+
+
+def test_so_many_wait_and_no_more() -> None:
+    lent = [buffers.lend(1 << 20) for _ in range(64)]
+    lent.clear()
+    waiting = buffers._POOL
+    assert waiting.size == sum(size * len(pages) for size, pages in waiting.waiting.items()) <= buffers.KEPT + (1 << 20)
+
+
+def test_what_can_not_be_written_to_or_begins_elsewhere_is_not_aligned() -> None:
+    lent = buffers.lend(1 << 20)
+    assert buffers.is_aligned(lent[4096:], 4096)
+    assert not buffers.is_aligned(lent[1:4097], 4096)
+    assert not buffers.is_aligned(lent[:4095], 4096)
+    assert not buffers.is_aligned(lent[:0], 4096)
+    assert not buffers.is_aligned(memoryview(bytes(8192)), 4096)
