@@ -14,9 +14,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ipfsfuse.cache.folder.direct import Direct
 from ipfsfuse.cache.folder.entry import Entry, Removed
 from ipfsfuse.cache.folder.extents import Extents
-from ipfsfuse.cache.folder.filebytes import punch_hole, write_parts
+from ipfsfuse.cache.folder.filebytes import punch_hole
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves
 from ipfsfuse.dag.cid import Cid
@@ -32,6 +33,7 @@ class Staging:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[Cid, Entry] = {}
+        self._direct = Direct()
         folder.mkdir(mode=0o700, exist_ok=True)
         self.unit = os.statvfs(folder).f_frsize or 4096
         """Bytes of a file-system block."""
@@ -136,7 +138,7 @@ class Staging:
             try:
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
-                write_parts(file, parts, offset)
+                self._direct.write(file, parts, offset)
             except OSError as exc:
                 return _grown(entry, file), exc
             else:

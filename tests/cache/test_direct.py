@@ -1,0 +1,111 @@
+"""Writing past the page cache: where it can be, and where it pays."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.cache.folder import direct
+from ipfsfuse.cache.folder.direct import Direct
+from ipfsfuse.sources.buffers import lend
+
+SIZE = 64 << 10
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    opened = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(opened, 8 * SIZE)
+    yield opened
+    os.close(opened)
+
+
+def part(fill: bytes) -> memoryview:
+    lent = lend(SIZE)
+    lent[:] = fill * SIZE
+    return lent
+
+
+def in_page_cache(file: int, offset: int) -> bool:
+    try:
+        return os.preadv(file, [bytearray(SIZE)], offset, os.RWF_NOWAIT) == SIZE
+    except BlockingIOError:
+        return False
+
+
+def takes_direct(file: int) -> bool:
+    try:
+        Direct()._past(file, [part(b"?")], 0)
+    except OSError:
+        return False
+    return not in_page_cache(file, 0)
+
+
+def test_leaves_are_written_past_the_page_cache_and_anything_else_through_it(file: int) -> None:
+    if not takes_direct(file):
+        pytest.skip("this file system keeps everything in memory")
+    writer = Direct()
+    writer.write(file, [part(b"a"), part(b"b")], 0)
+    writer.write(file, [part(b"c"), part(b"d")[:5000]], 2 * SIZE)
+    writer.write(file, [part(b"e")], 4 * SIZE + 512)
+    writer.write(file, [b"f" * SIZE], 6 * SIZE)
+    assert [in_page_cache(file, at * SIZE) for at in (0, 1, 2, 6)] == [False, False, True, True]
+    expected = b"a" * SIZE + b"b" * SIZE + b"c" * SIZE + b"d" * 5000
+    assert os.pread(file, len(expected), 0) == expected
+    assert os.pread(file, SIZE, 4 * SIZE + 512) == b"e" * SIZE
+    assert os.pread(file, SIZE, 6 * SIZE) == b"f" * SIZE
+    assert not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
+
+
+def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not takes_direct(file):
+        pytest.skip("this file system keeps everything in memory")
+    writer, seconds = Direct(), iter(range(1000))
+    monkeypatch.setattr(direct.time, "monotonic", lambda: next(seconds))  # each write takes a second
+    writer.write(file, [part(b"a")], 0)
+    for _ in range(direct.WAIT):
+        writer.write(file, [part(b"b")], SIZE)
+    assert [in_page_cache(file, at * SIZE) for at in (0, 1)] == [False, True]
+    writer.write(file, [part(b"c")], 2 * SIZE)
+    assert not in_page_cache(file, 2 * SIZE)
+    assert os.pread(file, 3 * SIZE, 0) == b"a" * SIZE + b"b" * SIZE + b"c" * SIZE
+
+
+@pytest.mark.parametrize("refuses", ["flag", "write"])
+def test_a_file_system_that_takes_none_is_asked_once(file: int, monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+    """No file system at hand refuses: so one is made up."""
+    asked = 0
+    real = fcntl.fcntl, os.pwritev
+
+    def set_flags(number: int, what: int, flags: int = 0) -> int:
+        nonlocal asked
+        if flags & os.O_DIRECT:
+            asked += 1
+            if refuses == "flag":
+                raise OSError(errno.EINVAL, "no")
+        return real[0](number, what, flags)
+
+    def write(number: int, parts: list[memoryview], offset: int) -> int:
+        if real[0](number, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no")
+        return real[1](number, parts, offset)
+
+    monkeypatch.setattr(direct.fcntl, "fcntl", set_flags)
+    monkeypatch.setattr(os, "pwritev", write)
+    writer = Direct()
+    for at, fill in enumerate((b"a", b"b")):
+        writer.write(file, [part(fill)], at * SIZE)
+    assert os.pread(file, 2 * SIZE, 0) == b"a" * SIZE + b"b" * SIZE
+    assert asked == 1
+
+
+def test_a_full_disk_is_said(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(OSError, match="full"):
+        Direct().write(file, [part(b"a")], 0)
