@@ -14,6 +14,7 @@ from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.readback import read_back
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
@@ -28,7 +29,7 @@ PATIENCE = 1 / 3
 OF_BUDGET = 4
 """The largest part of the budget, as a divisor, that one answer may fill: what comes must not push itself out."""
 SIDE_BY_SIDE = 4
-"""Leaves that one `ahead` reads back at a time."""
+"""Leaves that one `ahead` takes from elsewhere than a run at a time."""
 
 
 class Reading:
@@ -167,13 +168,22 @@ class Reading:
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         """As `Cache.ahead`."""
         missing: list[Leaf] = []
+        staged: list[Leaf] = []
         rest: list[Leaf] = []
         for leaf in leaves:
-            there = _leaf_key(leaf) in self._flights or await self._has(file, leaf)
-            (rest if there else missing).append(leaf)
-        came = await self._run(file, missing, arrived) if missing else set()
+            flies = _leaf_key(leaf) in self._flights
+            if not flies and file.size > SMALL and await self.store.has_leaf(file, leaf):
+                staged.append(leaf)
+            else:
+                (rest if flies or await self._has(file, leaf) else missing).append(leaf)
+        came: set[Leaf] = set()
+        if staged and arrived is not None:
+            came = await read_back(self.store, self._flights, file, staged, arrived)
+            self.hits += len(came)
+        if missing:
+            came |= await self._run(file, missing, arrived)
         if arrived is not None:
-            await self._hand_over(file, [leaf for leaf in (*rest, *missing) if leaf not in came], arrived)
+            await self._hand_over(file, [leaf for leaf in (*staged, *rest, *missing) if leaf not in came], arrived)
 
     async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
         """One run from the sources; returns what came and was handed over."""

@@ -6,7 +6,7 @@ faster for its server. Concurrency: each call runs its own few requests; a slow 
 """
 
 import itertools
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -16,19 +16,15 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.buffers import together
 from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.failures import LONG, STATUS
 from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.refusals import UNLIKE, declined
 
 CAR_TYPE = "application/vnd.ipld.car"
-TOGETHER = 4 << 20
-"""Bytes of leaves that are read, proved and written together: three errands of threads for four leaves of 1 MiB, not
-twelve. The first of a request comes alone, then two: who waits for it need not wait for more."""
-MOST_TOGETHER = 64
-"""Leaves, however small."""
 DELIVERED_AT_ONCE = 2
-"""So many times as much of one request is being proved and written while the next is read."""
+"""Stretches of one request that are being proved and written while the next one is read."""
 RANGE_PART = 16 << 20
 """A range is cut into requests of at least so many bytes."""
 
@@ -93,7 +89,7 @@ class _Part:
 
         async with trio.open_nursery() as nursery:
             try:
-                for index, sizes in _together([leaf.size for leaf in self._run.leaves[self._start : self._end]]):
+                for index, sizes in together([leaf.size for leaf in self._run.leaves[self._start : self._end]]):
                     blocks = await answer.each(sizes)
                     await free.acquire()
                     nursery.start_soon(give, self._start + index, blocks, answer.detach())  # at once: who is cancelled before would never let go
@@ -101,18 +97,6 @@ class _Part:
                 failed.append(exc)
         if failed:
             raise failed[0]
-
-
-def _together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-    """Where in `sizes` each stretch begins that is read at once, and what it holds."""
-    start, most = 0, 1
-    while start < len(sizes):
-        end, left = start, TOGETHER
-        while end < len(sizes) and end - start < most and (left := left - sizes[end]) >= 0:
-            end += 1
-        end = max(end, start + 1)
-        yield start, sizes[start:end]
-        start, most = end, min(2 * most, MOST_TOGETHER)
 
 
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:

@@ -37,10 +37,7 @@ def in_page_cache(file: int, offset: int) -> bool:
 
 
 def takes_direct(file: int) -> bool:
-    try:
-        Direct()._past(file, [part(b"?")], 0)
-    except OSError:
-        return False
+    Direct().write(file, [part(b"?")], 0)
     return not in_page_cache(file, 0)
 
 
@@ -72,6 +69,20 @@ def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(
     writer.write(file, [part(b"c")], 2 * SIZE)
     assert not in_page_cache(file, 2 * SIZE)
     assert os.pread(file, 3 * SIZE, 0) == b"a" * SIZE + b"b" * SIZE + b"c" * SIZE
+
+
+def test_leaves_are_read_past_the_page_cache_to_the_end_of_the_file(file: int) -> None:
+    if not takes_direct(file):
+        pytest.skip("this file system keeps everything in memory")
+    os.pwrite(file, b"a" * SIZE + b"b" * 5000, 0)
+    os.ftruncate(file, SIZE + 5000)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    into = [part(b"?"), part(b"?")]
+    Direct().read(file, into, 0)
+    assert into[0] == b"a" * SIZE
+    assert into[1][:5000] == b"b" * 5000
+    assert not in_page_cache(file, 0)
 
 
 @pytest.mark.parametrize("refuses", ["flag", "write"])

@@ -1,18 +1,18 @@
-"""Whether what is staged is written past the page cache (O_DIRECT).
+"""Whether what is staged is written past the page cache (O_DIRECT), and read back so.
 
 Through it, 1 MiB costs 0.2 ms of CPU where the machine has free pages at hand and up to 2 ms where a virtual machine
 must be given them first, and then writing back; past it 0.08 ms. The mount's own page cache has the bytes anyway. But
 a write past it lasts until the disk has them: where that takes long, the page cache is used, so that a slow disk
-slows no reader down before that is full.
+slows no reader down before that is full, and keeps what it holds.
 
-Concurrency: worker threads. Two at a time may miscount the writes that are left to wait, which costs nothing but speed.
+Concurrency: worker threads. Two at a time may miscount the calls that are left to wait, which costs nothing but speed.
 """
 
 import errno
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ipfsfuse.cache.folder.filebytes import write_parts
 from ipfsfuse.sources.buffers import is_aligned
@@ -20,11 +20,11 @@ from ipfsfuse.sources.buffers import is_aligned
 ALIGNED = 4096
 """What addresses, offsets and sizes must be multiples of, for any disk."""
 SLOW = 5e-9
-"""Seconds for a byte, of the last writes on average: of a single one threads and the processor take most. 200 MB/s."""
+"""Seconds for a byte, of the last calls on average: of a single one the wait for a processor may be most. 200 MB/s."""
 WEIGHT = 1 / 8
-"""Of the last write in that average."""
+"""Of the last call in that average."""
 WAIT = 64
-"""Writes through the page cache where that is slow, before the next one past it."""
+"""Calls through the page cache where that is slow, before the next one past it."""
 
 
 class Direct:
@@ -36,24 +36,29 @@ class Direct:
 
     def write(self, file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
         """`parts` at `offset` of an open file, one way or the other. Raises OSError."""
-        if not self._offered or not _fits(parts, offset):
-            write_parts(file, parts, offset)
-        elif self._wait:
-            self._wait -= 1
-            write_parts(file, parts, offset)
-        elif not self._past(file, parts, offset):
-            self._offered = False
+        if not self._past(write_parts, file, parts, offset):
             write_parts(file, parts, offset)
 
-    def _past(self, file: int, parts: Sequence[bytes | memoryview], offset: int) -> bool:
-        """False where the file system does not take it so."""
+    def read(self, file: int, parts: Sequence[memoryview], offset: int) -> None:
+        """Fills `parts`, as far as the file goes, from `offset` on. Raises OSError."""
+        if not self._past(os.preadv, file, parts, offset):
+            os.preadv(file, parts, offset)
+
+    def _past(self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int) -> bool:
+        """Whether `call` did its work past the page cache."""
+        if not self._offered or not _fits(parts, offset):
+            return False
+        if self._wait:
+            self._wait -= 1
+            return False
         flags, start = fcntl.fcntl(file, fcntl.F_GETFL), time.monotonic()
         try:
             fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-            write_parts(file, parts, offset)
+            call(file, parts, offset)
         except OSError as exc:
             if exc.errno != errno.EINVAL:
                 raise
+            self._offered = False
             return False
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)

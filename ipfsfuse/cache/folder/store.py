@@ -7,6 +7,7 @@ hashed after it was read. Concurrency: the event loop's; files are read, hashed 
 import logging
 import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 import trio
 
@@ -17,6 +18,8 @@ from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +47,24 @@ class Store(BlockStore):
         except OSError as exc:
             await self._lost(entry, exc)
             return None
+        return await self._looked_at(entry, leaf, data, right)
+
+    async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
+        """As `leaf`, of leaves that lie one behind the other, at least one."""
+        entry = await self._entry(file.cid)
+        if entry is None or entry.extents is None or not entry.extents.covers(leaves[0].offset, leaves[-1].offset + leaves[-1].size):
+            return [None] * len(leaves)
+        try:
+            found = await trio.to_thread.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
+        except OSError as exc:
+            await self._lost(entry, exc)
+            return [None] * len(leaves)
+        return [await self._looked_at(entry, leaf, *each) for leaf, each in zip(leaves, found, strict=True)]
+
+    async def _looked_at(self, entry: Entry, leaf: Leaf, data: T, right: bool) -> T | None:
+        """What was read of a leaf, if that is right."""
         if right:
-            self.room.arc.refresh(file.cid)
+            self.room.arc.refresh(entry.cid)
             self._proved(entry, leaf.offset, leaf.offset + leaf.size)
             return data
         if not entry.dead:
