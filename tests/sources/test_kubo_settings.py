@@ -1,11 +1,12 @@
 """A real Kubo node set up otherwise than usual: a socket file, a gateway port that gives no files, one that refuses."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
-from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo, unix_origin
@@ -24,10 +25,10 @@ async def all_blocks(source: Source, file: SampleFile) -> None:
     """Every block one by one, and the leaves as a run, are what they should be."""
     for cid, block in file.blocks.items():
         assert await source.get(cid) == block
-    got: dict[int, bytes] = {}
+    got: dict[int, Block] = {}
 
-    async def deliver(index: int, block: bytes) -> None:
-        got[index] = block
+    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        got.update(enumerate(blocks, index))
 
     await source.stream(file.run, deliver)
     assert got == {index: file.blocks[leaf.cid] for index, leaf in enumerate(file.leaves)}

@@ -1,6 +1,7 @@
 """The library: what one process adds another reads, what is removed gives back what nobody else needs."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
-from ipfsfuse.sources.base import Run
+from ipfsfuse.sources.base import Block, Run
 from ipfsfuse.sources.files import librarycompact
 from ipfsfuse.sources.files.library import Library, LibrarySource
 from tests.sources.libraries import add, dag, multihash, packs, raw
@@ -125,11 +126,11 @@ def test_the_source_gets_and_streams(library: Library) -> None:
     add(library, small)
     add(library, large)
     leaves = [Leaf(cid, index, len(block)) for index, (cid, block) in enumerate([*small[:-1], raw(9999), *large[:-1]])]
-    got: dict[int, bytes] = {}
+    got: dict[int, Block] = {}
 
-    async def deliver(index: int, block: bytes) -> None:
-        assert index not in got
-        got[index] = block
+    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        assert got.keys().isdisjoint(range(index, index + len(blocks)))
+        got.update(enumerate(blocks, index))
 
     async def main() -> None:
         source = LibrarySource(library)
