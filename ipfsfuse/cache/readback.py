@@ -13,7 +13,7 @@ from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.sources.buffers import together
+from ipfsfuse.fileio.buffers import together
 
 SIDE_BY_SIDE = 2
 """Errands: one reads while the other hashes."""

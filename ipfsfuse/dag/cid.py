@@ -122,6 +122,11 @@ def brief(cid: Cid) -> str:
     return text(cid) if len(cid) <= 80 else f"a CID of {len(cid)} bytes"
 
 
+def multihash_base32(cid: Cid) -> str:
+    """The multihash alone in base32, upper case without padding: how Kubo's repositories name a block."""
+    return _base32(multihash(cid)).upper()
+
+
 def _base32(data: bytes) -> str:
     return base64.b32encode(data).decode().rstrip("=").lower()
 

@@ -3,6 +3,7 @@
 Concurrency: parsing is pure; opening blocks (a CAR without an index is read through) and belongs in a worker thread.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,8 @@ from ipfsfuse.sources.web.origin import Origin, parse_origin
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
+
+log = logging.getLogger("ipfsfuse.sources")
 
 Indexing = Callable[[str, int, int], None]
 """Called now and then with (name of the CAR file, bytes passed, bytes in all) while its index is built."""
@@ -110,9 +113,7 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
-        from ipfsfuse.sources.web.kubo import Kubo
-
-        return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
+        return _open_kubo(spec, settings)
     from ipfsfuse.sources.web.gateway import Gateway
     from ipfsfuse.sources.web.http import Http
 
@@ -120,6 +121,18 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     if settings.offline and not spec.origin.is_local:
         return None
     return Gateway(Http(spec.origin, settings.http), spec.name, local=spec.origin.is_local, only_cached=settings.offline)
+
+
+def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
+    from ipfsfuse.sources.files import flatfs
+    from ipfsfuse.sources.web.kubo import Kubo, repository
+    from ipfsfuse.sources.web.localkubo import LocalKubo
+
+    blocks = flatfs.find(repository()) if spec.origin is None else None
+    if blocks is None:
+        return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
+    log.info("%s: what the node holds is read in its repository, %s", spec.name, repository())
+    return LocalKubo(spec.name, settings.http, blocks, offline=settings.offline)
 
 
 def read_headers(path: Path) -> tuple[tuple[str, str], ...]:

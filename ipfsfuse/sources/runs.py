@@ -15,8 +15,8 @@ from ipfsfuse.dag.carstream import Parser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
+from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlock, Run, Subtree
-from ipfsfuse.sources.buffers import together
 from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.failures import LONG, STATUS
 from ipfsfuse.sources.web.http import Http
@@ -74,29 +74,47 @@ class _Part:
             await self._take(answer)
 
     async def _take(self, answer: Answer) -> None:
-        """Reads some leaves, while the ones before are delivered: proved and written in worker threads."""
-        free, failed = trio.Semaphore(DELIVERED_AT_ONCE), list[Exception]()
+        async def read(leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
+            return await answer.each([leaf.size for leaf in leaves]), answer.detach()
 
-        async def give(index: int, blocks: Sequence[Block], let_go: Callable[[], None]) -> None:
-            try:
-                await self._deliver(index, blocks)
-            except Exception as exc:
-                failed.append(exc)
-                nursery.cancel_scope.cancel()
-            finally:
-                let_go()
-                free.release()
+        async def deliver(index: int, blocks: Sequence[Block]) -> None:
+            await self._deliver(self._start + index, blocks)
 
-        async with trio.open_nursery() as nursery:
-            try:
-                for index, sizes in together([leaf.size for leaf in self._run.leaves[self._start : self._end]]):
-                    blocks = await answer.each(sizes)
+        await in_stretches(self._run.leaves[self._start : self._end], read, deliver)
+
+
+Read = Callable[[Sequence[Leaf]], Awaitable[tuple[Sequence[Block], Callable[[], None]]]]
+"""Gives the blocks of leaves, or of the first of them, and what is to be called once nobody needs them any more."""
+
+
+async def in_stretches(leaves: Sequence[Leaf], read: Read, deliver: Deliver) -> None:
+    """Reads some leaves, while the ones before are delivered: proved and written in worker threads. Raises what they raise."""
+    free, failed = trio.Semaphore(DELIVERED_AT_ONCE), list[Exception]()
+
+    async def give(index: int, blocks: Sequence[Block], let_go: Callable[[], None]) -> None:
+        try:
+            await deliver(index, blocks)
+        except Exception as exc:
+            failed.append(exc)
+            nursery.cancel_scope.cancel()
+        finally:
+            let_go()
+            free.release()
+
+    async with trio.open_nursery() as nursery:
+        try:
+            for index, sizes in together([leaf.size for leaf in leaves]):
+                blocks, let_go = await read(leaves[index : index + len(sizes)])
+                try:
                     await free.acquire()
-                    nursery.start_soon(give, self._start + index, blocks, answer.detach())  # at once: who is cancelled before would never let go
-            except SourceFailed as exc:
-                failed.append(exc)
-        if failed:
-            raise failed[0]
+                except trio.Cancelled:
+                    let_go()
+                    raise
+                nursery.start_soon(give, index, blocks, let_go)
+        except SourceFailed as exc:
+            failed.append(exc)
+    if failed:
+        raise failed[0]
 
 
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:

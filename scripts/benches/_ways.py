@@ -61,13 +61,15 @@ class Way:
 
 
 class Ours(Way):
-    """A mount of ours, from one source; `user` for the mount of someone who is not root."""
+    """A mount of ours, from one source; `user` for the mount of someone who is not root (whose node it is all the same)."""
 
-    def __init__(self, name: str, source: str, folder: Path, cids: dict[str, str], library: Path, user: bool) -> None:
+    def __init__(self, name: str, source: str, folder: Path, cids: dict[str, str], places: dict[str, str], user: bool = False) -> None:
+        """`places`: what its environment says about the library and the node's repository."""
         super().__init__(name, {})
         self._source, self._cids = source, cids
         self.prefix = AS_USER if user else ()
-        self._home = _home(folder, library)
+        self._home = Home(folder)
+        self._home.env |= places
         if user:
             for path in (folder, self._home.mountpoint):
                 os.chown(path, 65534, 65534)
@@ -93,12 +95,6 @@ class Ours(Way):
         if self.mount is not None:
             self._home.unmount(self.mount)
             self.mount = None
-
-
-def _home(folder: Path, library: Path) -> Home:
-    home = Home(folder)
-    home.env["IPFSFUSE_LIBRARY"] = str(library)
-    return home
 
 
 def _mount_of(told: str, home: Home) -> Mounted:

@@ -24,9 +24,11 @@ from scripts.benches._datasets import Scale
 from scripts.benches._ways import KuboMount, Ours, Rclone, Way, cpu_seconds, drop_caches
 from tests.kubo.node import Node
 
-NATIVE, ROOT, USER, KUBO, RCLONE, LIBRARY = "native", "root", "user", "kubo", "rclone", "library"
+NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY = "native", "root", "user", "http", "kubo", "rclone", "library"
+"""`http`: as root, from the node's ports alone."""
 ALL = (NATIVE, ROOT, USER, KUBO)
-WITH_RCLONE = (*ALL, RCLONE)
+WITH_HTTP = (*ALL, HTTP)
+WITH_RCLONE = (*ALL, HTTP, RCLONE)
 
 
 class Row(NamedTuple):
@@ -46,8 +48,8 @@ ROWS = {
     "read-cold-library": Row(_jobs.read, "big", "large", "cold", (NATIVE, LIBRARY), NATIVE, "0.5 GB/s"),
     "read-warm": Row(_jobs.read, "big", "large", "again", WITH_RCLONE, NATIVE, "0.95"),
     "read-staged": Row(_jobs.read, "big", "large", "staged", (NATIVE, ROOT, USER), NATIVE, "0.5"),
-    "first-byte-large": Row(_jobs.first_byte, "big", "large", "cold", ALL, KUBO, "1, and 1.2 of first-byte-1MiB at most"),
-    "first-byte-1MiB": Row(_jobs.first_byte, "big", "1MiB", "cold", ALL, KUBO, ""),
+    "first-byte-large": Row(_jobs.first_byte, "big", "large", "cold", WITH_HTTP, KUBO, "1, and 1.2 of first-byte-1MiB at most"),
+    "first-byte-1MiB": Row(_jobs.first_byte, "big", "1MiB", "cold", WITH_HTTP, KUBO, ""),
     "ls-cold": Row(_jobs.ls, "names", "", "cold", ALL, KUBO, "4"),
     "ls-again": Row(_jobs.ls, "names", "", "again", ALL, KUBO, "15"),
     "ls-unknown-cold": Row(_jobs.ls, "nodes", "", "cold", ALL, KUBO, "1.5"),
@@ -55,7 +57,7 @@ ROWS = {
     "ls-long": Row(_jobs.ls_long, "names", "", "cold", ALL, KUBO, "4"),
     "find-cold": Row(_jobs.find, "tree", "", "cold", ALL, KUBO, "3"),
     "find-warm": Row(_jobs.find, "tree", "", "again", ALL, KUBO, "12"),
-    "tar-cold": Row(_jobs.tar, "tree", "", "cold", ALL, KUBO, "1"),
+    "tar-cold": Row(_jobs.tar, "tree", "", "cold", WITH_HTTP, KUBO, "1"),
     "tar-warm": Row(_jobs.tar, "tree", "", "again", ALL, KUBO, "3.5"),
     "random": Row(_jobs.random_reads, "big", "large", "staged", ALL, KUBO, "1"),
 }
@@ -107,14 +109,15 @@ def _ways(scale: Scale, wanted: list[str]) -> Iterator[dict[str, Way]]:
         library, in_library = data / "library", {}
         if LIBRARY in wanted:
             in_library = {"big": _add_to_library(library, data / "big")}
-        source = f"kubo+{node.api_url}"
+        places = {"IPFS_PATH": str(node.repo)}
         makers: dict[str, Callable[[], Way]] = {
             NATIVE: lambda: Way(NATIVE, {name: data / name for name in cids}),
-            ROOT: lambda: Ours(ROOT, source, folder / ROOT, cids, library, user=False),
-            USER: lambda: Ours(USER, source, folder / USER, cids, folder / "none", user=True),
+            ROOT: lambda: Ours(ROOT, "kubo", folder / ROOT, cids, places),
+            USER: lambda: Ours(USER, "kubo", folder / USER, cids, places, user=True),
+            HTTP: lambda: Ours(HTTP, f"kubo+{node.api_url}", folder / HTTP, cids, {}),
             KUBO: lambda: KuboMount(KUBO, node, cids, folder / KUBO),
             RCLONE: lambda: Rclone(RCLONE, node, cids, folder / RCLONE),
-            LIBRARY: lambda: Ours(LIBRARY, "library", folder / LIBRARY, in_library, library, user=False),
+            LIBRARY: lambda: Ours(LIBRARY, "library", folder / LIBRARY, in_library, {"IPFSFUSE_LIBRARY": str(library)}),
         }
         if shutil.which("rclone") is None:
             del makers[RCLONE]

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.cache.folder.filebytes import write_all
 from ipfsfuse.cache.folder.index import Index, Statements
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
+from ipfsfuse.fileio.calls import write_all
 
 PACK = ".pack"
 MAX_OPEN = 64

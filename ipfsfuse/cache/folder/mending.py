@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from ipfsfuse.cache.folder.blocks import Place, section
-from ipfsfuse.cache.folder.filebytes import write_all
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio.calls import write_all
 
 
 def rewrite_block(pack: Path, place: Place, data: bytes, head: int) -> bool:

@@ -14,16 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ipfsfuse.cache.folder.direct import ALIGNED, Direct
 from ipfsfuse.cache.folder.entry import Entry, Removed
 from ipfsfuse.cache.folder.extents import Extents
-from ipfsfuse.cache.folder.filebytes import punch_hole
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, Unsupported
-from ipfsfuse.sources.buffers import lend
+from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio.calls import punch_hole
+from ipfsfuse.fileio.direct import ALIGNED, Direct
 
 PART = ".part"
 

@@ -21,7 +21,7 @@ import h11
 import trio
 
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources import buffers
+from ipfsfuse.fileio import buffers
 from ipfsfuse.sources.web.chunks import Chunks
 from ipfsfuse.sources.web.failures import PROTOCOL, SHORT
 from ipfsfuse.sources.web.heads import Head, Request, common

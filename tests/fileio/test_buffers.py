@@ -2,7 +2,7 @@
 
 import gc
 
-from ipfsfuse.sources import buffers
+from ipfsfuse.fileio import buffers
 
 
 def test_a_buffer_has_the_size_that_was_asked_for_and_begins_on_a_page() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cache.folder import direct
-from ipfsfuse.cache.folder.direct import Direct
-from ipfsfuse.sources.buffers import lend
+from ipfsfuse.fileio import direct
+from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio.direct import Direct
 
 SIZE = 64 << 10
 

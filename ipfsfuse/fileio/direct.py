@@ -14,8 +14,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from ipfsfuse.cache.folder.filebytes import write_parts
-from ipfsfuse.sources.buffers import is_aligned
+from ipfsfuse.fileio.buffers import is_aligned
+from ipfsfuse.fileio.calls import write_parts
 
 ALIGNED = 4096
 """What addresses, offsets and sizes must be multiples of, for any disk."""

@@ -1,0 +1,125 @@
+"""The blocks of a Kubo repository on this machine, read where they lie: without a request to the node, and without its work.
+
+A repository keeps them in flatfs unless it was told otherwise: one file for each block, named by the base32 of its multihash, in
+folders by some of its last characters. A block is written under another name and then renamed: what is there is whole, until
+the node deletes it. Source: Kubo's docs/datastores.md, go-ds-flatfs. Nothing is ever written here, nothing is verified.
+
+Concurrency: worker threads.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio.direct import Direct
+from ipfsfuse.sources.base import Block
+
+log = logging.getLogger("ipfsfuse.sources")
+
+B = TypeVar("B", bytes, memoryview)
+
+SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
+"""Folders are named by so many characters before the last one; Kubo makes no others."""
+MAX_BLOCK = 2 << 20
+
+
+class Flatfs:
+    def __init__(self, folder: Path, characters: int) -> None:
+        """`characters`: how long the names of its folders are."""
+        self._folder = os.fspath(folder)
+        self._characters = characters
+        self._direct = Direct()
+
+    def have(self, wanted: Iterable[Cid]) -> bool:
+        """Whether there is a file of each block that may be read."""
+        return all(os.access(self._path(cid), os.R_OK) for cid in wanted)
+
+    def read(self, cid: Cid) -> bytes | None:
+        """What is kept as the block; None where it is not there, or can't be read or be one: then the node has its say."""
+        return self._read(cid, lambda file, size: os.pread(file, size, 0))
+
+    def read_each(self, wanted: Sequence[Cid]) -> Sequence[Block]:
+        """As `read`, one after the other, up to the first that is not there."""
+        blocks: list[Block] = []
+        for cid in wanted:
+            block = self._read(cid, self._into_buffer)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _read(self, cid: Cid, read: Callable[[int, int], B]) -> B | None:
+        try:
+            file = os.open(self._path(cid), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            size = os.fstat(file).st_size
+            block = read(file, size) if size <= MAX_BLOCK else None
+            return block if block is not None and len(block) == size else None
+        except OSError as exc:
+            log.warning("%s: the node's file can't be read: %s", cids.text(cid), exc)
+            return None
+        finally:
+            os.close(file)
+
+    def _into_buffer(self, file: int, size: int) -> memoryview:
+        block = lend(max(size, 1))[:size]
+        if size:
+            self._direct.read(file, [block], 0)
+        return block
+
+    def _path(self, cid: Cid) -> str:
+        name = cids.multihash_base32(cid)
+        return f"{self._folder}/{name[-1 - self._characters : -1]}/{name}.data"
+
+
+def find(repository: Path) -> Flatfs | None:
+    """The blocks of `repository`; None where they are kept in another way or can't be read, and where its owner blocks content:
+    what the node would refuse is not for us to give."""
+    if any(_has_denylist(folder) for folder in _denylist_folders(repository)):
+        return None
+    try:
+        spec = json.loads((repository / "datastore_spec").read_text())
+        kept = _flatfs_of(spec)
+        if kept is None:
+            return None
+        folder = repository / kept[0]
+        if (folder / "SHARDING").read_text().strip() != f"{SHARDING}{kept[1]}" or not os.access(folder, os.R_OK | os.X_OK):
+            return None
+    except (OSError, ValueError):
+        return None
+    return Flatfs(folder, kept[1])
+
+
+def _flatfs_of(spec: Any) -> tuple[str, int] | None:
+    """Where, below the repository, blocks are kept, and the length of the folders' names."""
+    for mount in spec.get("mounts", ()) if isinstance(spec, dict) else ():
+        if isinstance(mount, dict) and mount.get("mountpoint") == "/blocks":
+            path, shards = mount.get("path"), mount.get("shardFunc")
+            if mount.get("type") != "flatfs" or not isinstance(path, str) or not isinstance(shards, str):
+                return None
+            characters = shards.removeprefix(SHARDING)
+            return (path, int(characters)) if characters != shards and characters.isdecimal() else None
+    return None
+
+
+def _denylist_folders(repository: Path) -> Sequence[Path]:
+    """Where a node looks for what it shall refuse. Source: Kubo's docs/content-blocking.md."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return repository / "denylists", config / "ipfs" / "denylists", Path("/etc/ipfs/denylists")
+
+
+def _has_denylist(folder: Path) -> bool:
+    try:
+        return any(name.endswith(".deny") for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # it may hold one
