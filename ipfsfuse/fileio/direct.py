@@ -21,6 +21,8 @@ ALIGNED = 4096
 """What addresses, offsets and sizes must be multiples of, for any disk."""
 SLOW = 5e-9
 """Seconds for a byte, of the last calls on average: of a single one the wait for a processor may be most. 200 MB/s."""
+TURN = 0.005
+"""Seconds that do not count: so long a thread may wait for Python's lock after a call."""
 WEIGHT = 1 / 8
 """Of the last call in that average."""
 WAIT = 64
@@ -62,8 +64,8 @@ class Direct:
             return False
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
-        pace = (time.monotonic() - start) / sum(map(len, parts))
-        self._pace += WEIGHT * (pace - self._pace)
+        pace = (time.monotonic() - start - TURN) / sum(map(len, parts))
+        self._pace += WEIGHT * (max(pace, 0.0) - self._pace)
         if self._pace > SLOW:
             self._wait, self._pace = WAIT, SLOW  # the next one decides
         return True
