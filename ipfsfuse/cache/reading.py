@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once. Of all who want o
 belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
@@ -14,7 +14,9 @@ from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.keys import block_key, leaf_key, spelled
 from ipfsfuse.cache.readback import read_back
+from ipfsfuse.cache.taking import Taking
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
@@ -42,7 +44,7 @@ class Reading:
         self._blocks = blocks
         self._patience = deadline * PATIENCE
         self._behind = Behind()
-        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=_name)
+        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled)
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ class Reading:
         if kept is not None:
             self.hits += 1
             return kept
-        arrival = await self._flights.join(_block_key(cid), lambda: self._bring_block(cid))
+        arrival = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
         return arrival.content if isinstance(arrival.content, bytes) else bytes(arrival.content)
 
     async def _bring_block(self, cid: Cid) -> Arrival:
@@ -84,22 +86,29 @@ class Reading:
         """As `Cache.gather`."""
 
         async def fetch(ride: Ride[bytes, Arrival]) -> None:
-            async def deliver(cid: Cid, fetched: Fetched) -> None:
-                arrival = await self._arrive_block(cid, fetched)
-                ride.expect(self._absent(seen(cid, fetched.block)))
-                ride.land(_block_key(cid), arrival)
-                ride.kept(_block_key(cid))
-
             if len(ride.keys) >= FEW:
                 with trio.move_on_after(self._patience):
-                    await self._blocks.subtree(subtree, lambda cid: _block_key(cid) in ride, deliver)
+                    await self._blocks.subtree(subtree, Taking(ride, seen, self._absent, self._arrive_blocks))
 
         fits = subtree.limit <= self.store.room.budget // OF_BUDGET
         return self._flights.launch(self._absent(wanted) if fits else (), fetch).ended
 
+    async def _arrive_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, Arrival]:
+        """Blocks that came together, staged: small ones by few writes."""
+        arrived: dict[Cid, Arrival] = {}
+        small = [(cid, of) for cid, of in blocks.items() if len(of.block) <= SMALL and not of.source.in_place]
+        await self.store.keep_blocks((cid, of.block) for cid, of in small)
+        self.misses += len(small)
+        for cid, of in small:
+            arrived[cid] = Arrival(of.block, of.source, cids.codec(cid) == cids.RAW)
+        for cid, of in blocks.items():
+            if cid not in arrived:
+                arrived[cid] = await self._arrive_block(cid, of)
+        return arrived
+
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        return [_block_key(cid) for cid in wanted if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)]
+        return [block_key(cid) for cid in wanted if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)]
 
     def _is_staged_file(self, cid: Cid) -> bool:
         """Whether it is a raw file, and whole, as far as is known without looking at the disk."""
@@ -117,7 +126,7 @@ class Reading:
             if block is not None:
                 self.hits += 1
                 return dagleaves.of(leaf, block)
-        arrival = await self._flights.join_early(_leaf_key(leaf), lambda land: self._bring_leaf(file, leaf, land if early else None), ended=not early)
+        arrival = await self._flights.join_early(leaf_key(leaf), lambda land: self._bring_leaf(file, leaf, land if early else None), ended=not early)
         if len(arrival.content) != leaf.size:  # no failure to remember: another file may tell the truth about this leaf
             return dagleaves.of(leaf, await self.block(leaf.cid))
         if arrival.stage and arrival.home != (file.cid, leaf.offset) and not await self._has(file, leaf):
@@ -171,7 +180,7 @@ class Reading:
         staged: list[Leaf] = []
         rest: list[Leaf] = []
         for leaf in leaves:
-            flies = _leaf_key(leaf) in self._flights
+            flies = leaf_key(leaf) in self._flights
             if not flies and file.size > SMALL and await self.store.has_leaf(file, leaf):
                 staged.append(leaf)
             else:
@@ -191,7 +200,7 @@ class Reading:
         listening = True
         by_key: dict[bytes, list[Leaf]] = {}
         for leaf in leaves:  # a file may hold one leaf many times: that is asked for once
-            by_key.setdefault(_leaf_key(leaf), []).append(leaf)
+            by_key.setdefault(leaf_key(leaf), []).append(leaf)
 
         async def fetch(ride: Ride[bytes, Arrival]) -> None:
             keys = ride.keys
@@ -236,16 +245,3 @@ class Reading:
         async with trio.open_nursery() as nursery:
             for _ in range(min(SIDE_BY_SIDE, len(leaves))):
                 nursery.start_soon(work, nursery.cancel_scope)
-
-
-def _block_key(cid: Cid) -> bytes:
-    return cids.canonical(cid) if cids.codec(cid) == cids.RAW else cids.multihash(cid)
-
-
-def _leaf_key(leaf: Leaf) -> bytes:
-    return cids.canonical(leaf.cid)
-
-
-def _name(key: bytes) -> str:
-    """A key for messages: a CID, or a dag-pb block's multihash."""
-    return cids.text(Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key))

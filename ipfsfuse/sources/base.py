@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once; cancelling a call
 as they were sent: the chain verifies them, nobody else needs to.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,7 +40,7 @@ class Subtree:
     """Bytes after which enough has come."""
 
 
-DeliverBlock = Callable[[Cid, bytes], Awaitable[None]]
+DeliverBlocks = Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[None]]
 """Awaited with (CID by the source's word, block), depth first; it may wait."""
 
 
@@ -66,8 +66,9 @@ class Source(Protocol):
         or not that is all (what is missing is asked for elsewhere). Raises SourceFailed if it broke off."""
         ...
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
-        """Delivers blocks of `subtree`, unverified, others among them or none: what this source can send in one answer.
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        """Delivers blocks of `subtree`, unverified, others among them or none, as many as come together: what this source can
+        send in one answer.
 
         Raises NotHere, SourceFailed."""
         ...
@@ -91,8 +92,22 @@ class Fetched:
 
 DeliverFetched = Callable[[int, Sequence[Block], Source], Awaitable[None]]
 """As `Deliver`, of verified blocks and where they came from."""
-DeliverFetchedBlock = Callable[[Cid, Fetched], Awaitable[None]]
-Wants = Callable[[Cid], bool]
+
+
+class Taker(Protocol):
+    """Who takes the blocks of one answer."""
+
+    def wants(self, cid: Cid) -> bool:
+        """Whether the block that has just come is to be verified and taken."""
+        ...
+
+    def came(self, cid: Cid, block: bytes) -> None:
+        """It is verified; what it says may change what is wanted from now on."""
+        ...
+
+    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
+        """All of them that came together."""
+        ...
 
 
 class Blocks(Protocol):
@@ -109,9 +124,9 @@ class Blocks(Protocol):
         """Delivers every block of `run`, verified, in any order. Raises as `get` does for the first that can't be had."""
         ...
 
-    async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
-        """Delivers blocks of `subtree`, verified, that `wants` says yes to when they come: as many as one source sends in
-        one answer without a stop. Raises nothing for what did not come: that is asked for alone."""
+    async def subtree(self, subtree: Subtree, taker: Taker) -> None:
+        """Gives `taker` the blocks of `subtree`, verified, that it wants when they come: as many as one source sends in one
+        answer without a stop. Raises nothing for what did not come: that is asked for alone."""
         ...
 
     def roots(self) -> Sequence[Cid]:

@@ -16,7 +16,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.failures import LONG, STATUS
 from ipfsfuse.sources.web.http import Http
@@ -127,9 +127,10 @@ async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
     for index, leaf in enumerate(run.leaves):
         wanted.setdefault(cids.multihash(leaf.cid), []).append(index)
 
-    async def take(cid: Cid, block: bytes) -> bool:
-        for index in wanted.pop(cids.multihash(cid), ()):
-            await deliver(index, [block])
+    async def take(blocks: Sequence[tuple[Cid, bytes]]) -> bool:
+        for cid, block in blocks:
+            for index in wanted.pop(cids.multihash(cid), ()):
+                await deliver(index, [block])
         return bool(wanted)
 
     room = 2 * sum(leaf.size for leaf in run.leaves) + (8 << 20)
@@ -137,20 +138,20 @@ async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
         raise SourceFailed(f"{http.origin.text} sent far more than the blocks that were asked for", LONG)
 
 
-async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlock) -> None:
+async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlocks) -> None:
     """A CAR of a directory, up to its limit of bytes; where it is cut short, that is no error here.
 
     Raises NotOffered, NotHere, SourceFailed."""
 
-    async def take(cid: Cid, block: bytes) -> bool:
-        await deliver(cid, block)
+    async def take(blocks: Sequence[tuple[Cid, bytes]]) -> bool:
+        await deliver(blocks)
         return True
 
     await _car(http, subtree.root, f"dag-scope={'all' if subtree.whole else 'entity'}", subtree.limit, take)
 
 
-async def _car(http: Http, root: Cid, scope: str, room: int, take: Callable[[Cid, bytes], Awaitable[bool]]) -> bool:
-    """Gives each block to `take` until that returns False, or the stream ends. True if it was longer than `room` bytes."""
+async def _car(http: Http, root: Cid, scope: str, room: int, take: Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[bool]]) -> bool:
+    """Gives the blocks that each piece completes to `take` until that returns False, or the stream ends. True if it was longer than `room` bytes."""
     accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
     parser = Parser()
     async with http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as answer:
@@ -158,9 +159,9 @@ async def _car(http: Http, root: Cid, scope: str, room: int, take: Callable[[Cid
             raise await _unlike(http, answer, root, "CARs")
         while piece := await answer.some():
             room -= len(piece)
-            for cid, block in _parsed(parser, piece, http.origin.text):
-                if not await take(cid, block):
-                    return False
+            blocks = _parsed(parser, piece, http.origin.text)
+            if blocks and not await take(blocks):
+                return False
             if room < 0:
                 return True
     return False

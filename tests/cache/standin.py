@@ -13,7 +13,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, Unavailable
-from ipfsfuse.sources.base import Deliver, DeliverFetched, DeliverFetchedBlock, Fetched, Run, Subtree, Wants
+from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, Run, Subtree, Taker
 
 
 class Place:
@@ -77,14 +77,21 @@ class Chain:
             fetched = await self.get(leaf.cid)
             await deliver(index, [fetched.block], fetched.source)
 
-    async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
+    async def subtree(self, subtree: Subtree, taker: Taker) -> None:
+        """Up to two blocks together."""
         self.subtrees.append(subtree)
+        together: dict[Cid, Fetched] = {}
         for each in self.sends:
+            if not isinstance(each, trio.Event) and taker.wants(each):
+                self.sent.append(each)
+                together[each] = Fetched(self.blocks[cids.multihash(each)], self.source)
+                taker.came(each, together[each].block)
+            if together and (len(together) == 2 or isinstance(each, trio.Event)):
+                await taker.take(together)
+                together = {}
             if isinstance(each, trio.Event):
                 await each.wait()
-            elif wants(each):
-                self.sent.append(each)
-                await deliver(each, Fetched(self.blocks[cids.multihash(each)], self.source))
+        await taker.take(together)
 
     def roots(self) -> Sequence[Cid]:
         return ()

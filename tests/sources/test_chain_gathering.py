@@ -1,6 +1,6 @@
 """A directory in one answer, through the chain: verified, from the first source that may be asked, given up where it stops."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 import trio
@@ -15,7 +15,7 @@ from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
-from tests.sources.timed import InPlace, Timed, chain_of, fails, never, run
+from tests.sources.timed import InPlace, Takes, Timed, chain_of, fails, never, run
 
 TREE = trees()["hamt"]
 CIDS = list(TREE.blocks)
@@ -29,14 +29,9 @@ def everything(_cid: Cid) -> bool:
 
 
 async def gathered(chain: Chain, wants: Callable[[Cid], bool] = everything, subtree: Subtree = SUBTREE) -> dict[Cid, Fetched]:
-    got: dict[Cid, Fetched] = {}
-
-    async def deliver(cid: Cid, fetched: Fetched) -> None:
-        assert cid not in got
-        got[cid] = fetched
-
-    await chain.subtree(subtree, wants, deliver)
-    return got
+    takes = Takes(wants)
+    await chain.subtree(subtree, takes)
+    return takes.got
 
 
 def blocks_of(got: dict[Cid, Fetched]) -> dict[Cid, bytes]:
@@ -139,14 +134,14 @@ def test_the_first_block_has_as_long_as_slow_answers_of_its_source_take() -> Non
 
 def test_a_slow_taker_is_not_taken_for_a_source_that_stops() -> None:
     async def main() -> None:
-        got: list[Cid] = []
+        class Slow(Takes):
+            async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
+                await trio.sleep(10)
+                await super().take(blocks)
 
-        async def deliver(cid: Cid, _fetched: Fetched) -> None:
-            await trio.sleep(10)
-            got.append(cid)
-
-        await chain_of(Timed("one", blocks=TREE.blocks)).subtree(SUBTREE, everything, deliver)
-        assert got == CIDS
+        slow = Slow()
+        await chain_of(Timed("one", blocks=TREE.blocks)).subtree(SUBTREE, slow)
+        assert list(slow.got) == CIDS
 
     run(main)
 
@@ -155,11 +150,12 @@ def test_the_takers_own_trouble_is_not_held_against_the_source() -> None:
     async def main() -> None:
         chain = chain_of(Timed("one", blocks=TREE.blocks))
 
-        async def deliver(_cid: Cid, _fetched: Fetched) -> None:
-            raise ValueError("a taker's own")
+        class Broken(Takes):
+            async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
+                raise ValueError("a taker's own")
 
         with pytest.raises(ValueError, match="taker's own"):
-            await chain.subtree(SUBTREE, everything, deliver)
+            await chain.subtree(SUBTREE, Broken())
         assert chain.statistics()[0].failures == {}
 
     run(main)

@@ -183,8 +183,8 @@ def test_a_directory_comes_in_one_answer_or_not_at_all(source: Open, request: py
     async def main() -> None:
         got: list[tuple[Cid, bytes]] = []
 
-        async def deliver(cid: Cid, block: bytes) -> None:
-            got.append((cid, block))
+        async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+            got.extend(blocks)
 
         async with source() as opened:
             for _ in range(2):
@@ -202,8 +202,8 @@ def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(source: O
     async def main() -> None:
         got: dict[Cid, bytes] = {}
 
-        async def deliver(cid: Cid, block: bytes) -> None:
-            got[cid] = block
+        async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+            got.update(blocks)
 
         async with source() as opened:
             if request.node.callspec.params["source"] == "gateway":  # a node looks for it on the network first

@@ -10,7 +10,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
-from ipfsfuse.sources.base import Block, Fetched, Subtree
+from ipfsfuse.sources.base import Block, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
@@ -19,6 +19,7 @@ from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, tree
 from tests.sources.servers import Ask, Server
+from tests.sources.timed import Takes
 
 ABSENT = next(iter(raw_blocks(98, 1)))
 
@@ -51,11 +52,11 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
                 async def deliver(index: int, blocks: Sequence[Block], got: dict[int, Block] = got) -> None:
                     got.update(enumerate(blocks, index))
 
-                async def deliver_block(cid: Cid, _block: bytes) -> None:
-                    raise AssertionError(cid)
+                async def deliver_blocks(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+                    raise AssertionError(blocks)
 
                 await source.stream(file.run, deliver)
-                await source.subtree(Subtree(file.root, True, 1 << 20), deliver_block)
+                await source.subtree(Subtree(file.root, True, 1 << 20), deliver_blocks)
                 assert got == {}
                 assert not asked.has(cids.text(file.root))
             else:
@@ -75,15 +76,11 @@ def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node
 
     async def main() -> None:
         chain = Chain([Kubo("kubo", HttpSettings())])
-        got: dict[Cid, bytes] = {}
-
-        async def deliver(cid: Cid, fetched: Fetched) -> None:
-            got[cid] = fetched.block
-
+        takes = Takes()
         with trio.fail_after(20):  # the node looks for it for 30 s
-            await chain.subtree(Subtree(sent.root, True, 1 << 20), lambda _cid: True, deliver)
-        assert list(got.items()) == list(sent.blocks.items())[: len(got)]
-        assert 1 < len(got) <= 61
+            await chain.subtree(Subtree(sent.root, True, 1 << 20), takes)
+        assert list(takes.blocks.items()) == list(sent.blocks.items())[: len(takes.got)]
+        assert 1 < len(takes.got) <= 61
         assert chain.statistics()[0].failures == {}
         await chain.aclose()
 

@@ -12,7 +12,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Block, Fetched, Run, Subtree
+from ipfsfuse.sources.base import Block, Run, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
@@ -21,6 +21,7 @@ from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
+from tests.sources.timed import Takes
 
 FILE, OTHER = sample(31), sample(32)
 TREE = trees()["nested"]
@@ -41,8 +42,8 @@ def with_gateway(server: Server, main: Callable[[Gateway], Awaitable[None]], *, 
 async def brought(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, bytes]:
     got: dict[Cid, bytes] = {}
 
-    async def deliver(cid: Cid, block: bytes) -> None:
-        got[cid] = block
+    async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+        got.update(blocks)
 
     await gateway.subtree(subtree, deliver)
     return got
@@ -159,12 +160,11 @@ def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_i
         async def main() -> None:
             chain = Chain([Kubo("kubo", HttpSettings())])
 
-            async def deliver(cid: Cid, _fetched: Fetched) -> None:
-                raise AssertionError(cid)
-
+            takes = Takes()
             try:
                 for _ in range(4):
-                    await chain.subtree(SUBTREE, lambda _cid: True, deliver)
+                    await chain.subtree(SUBTREE, takes)
+                assert takes.got == {}
                 assert (await chain.get(TREE.root)).block == TREE.blocks[TREE.root]
                 assert (chain.statistics()[0].failures, chain.statistics()[0].state) == ({}, "good")
             finally:
@@ -185,8 +185,8 @@ def test_a_car_that_is_cut_short_gives_what_came(ended: bool) -> None:
         async def main(gateway: Gateway) -> None:
             got: dict[Cid, bytes] = {}
 
-            async def deliver(cid: Cid, block: bytes) -> None:
-                got[cid] = block
+            async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+                got.update(blocks)
 
             if ended:
                 await gateway.subtree(SUBTREE, deliver)

@@ -1,14 +1,14 @@
 """Sources whose answers a test times to the tick."""
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 from trio.testing import MockClock
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Fetched, Run, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from tests.sources.content import raw_blocks
 
@@ -54,11 +54,11 @@ class Timed:
             except NotHere:
                 continue
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
-        """All of its blocks, in their order."""
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        """All of its blocks, in their order, each alone."""
         self.subtrees.append(subtree)
         for cid in self.blocks:
-            await deliver(cid, await self.get(cid))
+            await deliver([(cid, await self.get(cid))])
 
     def roots(self) -> Sequence[Cid]:
         return ()
@@ -94,3 +94,24 @@ def chain_of(*sources: Timed, offline: bool = False) -> Chain:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+class Takes:
+    """A taker that keeps what it is given; of everything, or of what `wants` says."""
+
+    def __init__(self, wants: Callable[[Cid], bool] = lambda _cid: True) -> None:
+        self.wants = wants
+        self.seen: list[Cid] = []
+        self.got: dict[Cid, Fetched] = {}
+
+    @property
+    def blocks(self) -> dict[Cid, bytes]:
+        return {cid: fetched.block for cid, fetched in self.got.items()}
+
+    def came(self, cid: Cid, block: bytes) -> None:
+        self.seen.append(cid)
+
+    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
+        assert not self.got.keys() & blocks.keys()
+        assert list(blocks) == self.seen[len(self.got) :]
+        self.got.update(blocks)

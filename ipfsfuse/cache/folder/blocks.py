@@ -47,10 +47,18 @@ class Series:
         return self.packs[-1] if self.packs else 0
 
 
-def section(cid: Cid, block: bytes) -> tuple[bytes, int]:
-    """The bytes of one section, and where in it the block begins."""
+class Section(NamedTuple):
+    """One block as it lies in a pack."""
+
+    cid: Cid
+    data: bytes
+    head: int
+    """Where in `data` the block begins."""
+
+
+def section(cid: Cid, block: bytes) -> Section:
     head = varint.put(len(cid) + len(block)) + cid
-    return head + block, len(head)
+    return Section(cid, head + block, len(head))
 
 
 class Packs:
@@ -59,7 +67,7 @@ class Packs:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._folder = folder
         self._index = index
-        self._limit = limit
+        self.limit = limit
         self._files: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
         """Bytes written of each pack that is there."""
@@ -95,15 +103,17 @@ class Packs:
     def choose(self, series: "Series", size: int) -> int:
         """The pack of `series` that the next `size` bytes go to."""
         held = self.sizes.get(series.pack)
-        if held is None or held + size > self._limit:
+        if held is None or held + size > self.limit:
             self.last += 1
             series.packs.append(self.last)
         return series.pack
 
-    def note(self, cid: Cid, pack: int, at: int, size: int) -> None:
-        """A section of `pack` was written, up to the end of the block."""
-        self.pending[cids.multihash(cid)] = Place(pack, at, size)
-        self.sizes[pack] = at + size
+    def note(self, pack: int, at: int, sections: Iterable[Section]) -> None:
+        """`sections` were written to `pack`, one behind the other, the first of them at `at`."""
+        for cid, data, head in sections:
+            self.pending[cids.multihash(cid)] = Place(pack, at + head, len(data) - head)
+            at += len(data)
+        self.sizes[pack] = at
         self._unsaid.add(pack)
 
     def forget(self, key: bytes) -> None:
@@ -176,7 +186,7 @@ class Packs:
         return self._folder / f"{pack}{PACK}"
 
     def write(self, pack: int, at: int, data: bytes) -> None:
-        """Appends one section. Small ones are written on the event loop: into the page cache, 10 us."""
+        """Appends sections. Small ones are written on the event loop: into the page cache, 10 us."""
         file = os.open(self.path(pack), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             write_all(file, data, at)

@@ -4,12 +4,13 @@ Concurrency: the event loop's; one block is appended at a time.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
 from ipfsfuse.cache.folder import mending
-from ipfsfuse.cache.folder.blocks import Place, Series, section
+from ipfsfuse.cache.folder.blocks import Place, Section, Series, section
 from ipfsfuse.cache.folder.disk import Disk
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
@@ -19,7 +20,9 @@ from ipfsfuse.errors import Unsupported, WrongBlock
 log = logging.getLogger(__name__)
 
 ON_LOOP = 32 << 10
-"""Blocks of up to so many bytes are read, hashed and written on the event loop: 10 to 30 us, less than a thread costs."""
+"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread costs."""
+TOGETHER = 64 << 10
+"""Bytes of sections that are written at once, on the event loop too: 30 us."""
 RECENT_PACKS = 2
 """A use of a block in one of the last packs is part of the same use that brought it."""
 
@@ -72,24 +75,46 @@ class BlockStore(Disk):
         `new`: it was not kept when it was asked for."""
         if self.trouble.waiting:
             return False
-        data, head = section(cids.canonical(cid), block)
+        made = section(cids.canonical(cid), block)
+        async with self._my_turn():
+            place = None if new else self.place(cid)
+            if place is not None and (series is None or place.pack in series.packs):
+                return True
+            return await self._mended(made, series) or await self._append(series or self.series, [made])
+
+    async def keep_blocks(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
+        """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a pack costs as
+        much as writing a small block to it."""
+        if self.trouble.waiting:
+            return
+        async with self._my_turn():
+            together: list[Section] = []
+            room = min(TOGETHER, self.packs.limit)
+            for made in (section(cids.canonical(cid), block) for cid, block in blocks):
+                if self.set_aside and await self._mended(made, None):
+                    continue
+                if len(made.data) > room and together:
+                    await self._append(self.series, together)
+                    together, room = [], min(TOGETHER, self.packs.limit)
+                together.append(made)
+                room -= len(made.data)
+            if together:
+                await self._append(self.series, together)
+
+    @asynccontextmanager
+    async def _my_turn(self) -> AsyncIterator[None]:
         if self.appending.locked():
             await self.appending.acquire()
         else:
             self.appending.acquire_nowait()  # without a turn of the event loop, which costs as much as the writing
         try:
-            place = None if new else self.place(cid)
-            if place is not None and (series is None or place.pack in series.packs):
-                return True
-            if await self._mended(cid, data, head, series):
-                return True
-            pack = await self._room_in(series or self.series, len(data))
-            return pack is not None and await self._append(pack, cid, data, head)
+            yield
         finally:
             self.appending.release()
 
-    async def _mended(self, cid: Cid, data: bytes, head: int, series: Series | None) -> bool:
+    async def _mended(self, made: Section, series: Series | None) -> bool:
         """Whether the block is right again where a wrong one was set aside: what is kept for good stays so."""
+        cid, data, head = made
         place = self.set_aside.pop(cids.multihash(cid), None)
         if place is None or place.pack not in (self.packs.sizes if series is None else series.packs):
             return False
@@ -118,11 +143,16 @@ class BlockStore(Disk):
                 return pack
             self.room.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
 
-    async def _append(self, pack: int, cid: Cid, data: bytes, head: int) -> bool:
-        """Writes one section, whose block begins at `head`, behind what `pack` holds."""
+    async def _append(self, series: Series, sections: Sequence[Section]) -> bool:
+        """Writes `sections` behind what the last pack of `series` holds, in one piece; False where there is no room."""
+        data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
+        pack = await self._room_in(series, len(data))
+        return pack is not None and await self._write(pack, data, sections)
+
+    async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
         at = self.packs.sizes.setdefault(pack, 0)
         try:
-            if len(data) <= ON_LOOP:
+            if len(data) <= TOGETHER:
                 self.packs.write(pack, at, data)
             else:
                 await trio.to_thread.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
@@ -135,7 +165,7 @@ class BlockStore(Disk):
                 self.packs.drop_empty(pack)
                 return False
             self.trouble.over()
-            self.packs.note(cid, pack, at + head, len(data) - head)
+            self.packs.note(pack, at, sections)
             self.tell_index()
             return True
         finally:

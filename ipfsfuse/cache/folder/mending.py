@@ -57,7 +57,7 @@ def rewrite_head(pack: Path, cid: Cid, place: Place) -> None:
 
 
 def _head(cid: Cid, place: Place) -> bytes:
-    data, begins = section(cid, bytes(place.size))
+    _cid, data, begins = section(cid, bytes(place.size))
     return data[:begins]
 
 

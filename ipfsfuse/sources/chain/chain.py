@@ -13,7 +13,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.base import DeliverFetched, DeliverFetchedBlock, Fetched, Run, Source, Subtree, Wants
+from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source, Subtree, Taker
 from ipfsfuse.sources.chain.gathering import Gathering
 from ipfsfuse.sources.chain.health import HedgeBudget, Statistics
 from ipfsfuse.sources.chain.inline import INLINE
@@ -75,8 +75,8 @@ class Chain:
 
         await all_of([singly] * min(SINGLY, len(streaming.missing)))
 
-    async def subtree(self, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
-        await Gathering(self, subtree, wants, deliver).run()
+    async def subtree(self, subtree: Subtree, taker: Taker) -> None:
+        await Gathering(self, subtree, taker).run()
 
     # -- for those who ask on its behalf ------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 Concurrency: one task and what the source starts; blocks are verified and delivered as they come.
 """
 
+from collections.abc import Mapping, Sequence
+
 import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, Unsupported, WrongBlock
-from ipfsfuse.sources.base import DeliverFetchedBlock, Fetched, Subtree, Wants
+from ipfsfuse.sources.base import Fetched, Subtree, Taker
 from ipfsfuse.sources.chain.checking import check
 from ipfsfuse.sources.chain.member import Member
 from ipfsfuse.sources.chain.pursuit import Surroundings
@@ -21,11 +23,10 @@ FIRST = 4
 
 
 class Gathering:
-    def __init__(self, chain: Surroundings, subtree: Subtree, wants: Wants, deliver: DeliverFetchedBlock) -> None:
+    def __init__(self, chain: Surroundings, subtree: Subtree, taker: Taker) -> None:
         self._chain = chain
         self._subtree = subtree
-        self._wants = wants
-        self._deliver = deliver
+        self._taker = taker
         self._scope = trio.CancelScope()
         self._stall = STALL
         self._until = 0.0
@@ -58,12 +59,14 @@ class Gathering:
                     await all_of([lambda: self._ask(member), self._watch])
 
     async def _ask(self, member: Member) -> None:
-        async def take(cid: Cid, block: bytes) -> None:
-            if self._wants(cid):
-                self._taking = True
-                if not await self._take(member, cid, block):
-                    await self._give_up()
-                self._taking = False
+        async def take(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+            self._taking = True
+            right, lied = await self._verified(member, blocks)
+            if right:
+                await self._taker.take(right)
+            if lied:
+                await self._give_up()
+            self._taking = False
             self._until = trio.current_time() + self._stall
 
         await member.source.subtree(self._subtree, take)
@@ -80,15 +83,20 @@ class Gathering:
         self._scope.cancel()
         await trio.lowlevel.checkpoint()  # now, not where the source next waits for something
 
-    async def _take(self, member: Member, cid: Cid, block: bytes) -> bool:
-        """Verifies and delivers one block. False if it was wrong."""
-        try:
-            await check(cid, block)
-        except WrongBlock:
-            self._chain.wrong(member, cid)
-            return False
-        except Unsupported:  # who reads it will hear
-            return True
-        member.health.gave(-1, len(block))
-        await self._deliver(cid, Fetched(block, member.source))
-        return True
+    async def _verified(self, member: Member, blocks: Sequence[tuple[Cid, bytes]]) -> tuple[Mapping[Cid, Fetched], bool]:
+        """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
+        right: dict[Cid, Fetched] = {}
+        for cid, block in blocks:
+            if cid in right or not self._taker.wants(cid):
+                continue
+            try:
+                await check(cid, block)
+            except WrongBlock:
+                self._chain.wrong(member, cid)
+                return right, True
+            except Unsupported:  # who reads it will hear
+                continue
+            member.health.gave(-1, len(block))
+            right[cid] = Fetched(block, member.source)
+            self._taker.came(cid, block)
+        return right, False

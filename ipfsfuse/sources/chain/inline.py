@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 
 
 class Inline:
@@ -29,7 +29,7 @@ class Inline:
             if block is not None:
                 await deliver(index, [block])
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
         pass
 
     def roots(self) -> Sequence[Cid]:

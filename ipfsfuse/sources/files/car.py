@@ -13,7 +13,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.files.carbuild import IndexProgress, ensure_index
 from ipfsfuse.sources.files.carfile import CarFile, read_cached
 from ipfsfuse.sources.files.carstreams import Found, stream_places
@@ -62,7 +62,7 @@ class CarSource:
     async def stream(self, run: Run, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
         """Nothing: each block is at hand."""
 
     def _find(self, cid: Cid) -> Found | None:

@@ -14,7 +14,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.files import librarycompact, libraryfolder
 from ipfsfuse.sources.files.carfile import read_cached, read_disk
 from ipfsfuse.sources.files.carstreams import Found, stream_places
@@ -129,7 +129,7 @@ class LibrarySource:
     async def stream(self, run: Run, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
         """Nothing: each block is at hand."""
 
     def _find(self, cid: Cid) -> Found | None:

@@ -9,7 +9,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.web.failures import PAGE
 from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.refusals import declined
@@ -61,7 +61,7 @@ class Gateway:
                     self._cars = False
         return await runs.by_blocks(self.get, run, deliver, self._connections)
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
         if self._cars:
             try:
                 await runs.by_subtree(self._http, subtree, deliver)

@@ -17,7 +17,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, UsageError
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Deliver, DeliverBlock, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.web.failures import CONNECT, PAGE, PROTOCOL, REFUSED
 from ipfsfuse.sources.web.gateway import MAX_BLOCK, Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
@@ -122,7 +122,7 @@ class Kubo:
         else:
             await runs.by_blocks(self.get, run, deliver, CONNECTIONS)
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlock) -> None:
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
         gateway = await self._find_gateway()
         if gateway is not None:
             try:

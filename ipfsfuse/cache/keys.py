@@ -1,0 +1,19 @@
+"""By what blocks and leaves are fetched: one key for all spellings of a CID. Pure."""
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+
+
+def block_key(cid: Cid) -> bytes:
+    """Of a block: a raw one may be a file of its own, others are kept by their multihash."""
+    return cids.canonical(cid) if cids.codec(cid) == cids.RAW else cids.multihash(cid)
+
+
+def leaf_key(leaf: Leaf) -> bytes:
+    return cids.canonical(leaf.cid)
+
+
+def spelled(key: bytes) -> str:
+    """A key for messages: a CID, or a dag-pb block's multihash."""
+    return cids.text(Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key))
