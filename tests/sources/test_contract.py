@@ -1,4 +1,4 @@
-"""What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node both ways."""
+"""What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node in three ways."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -10,12 +10,14 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Block, Source, Subtree
+from ipfsfuse.sources.files import flatfs
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.files.library import Library, LibrarySource
 from ipfsfuse.sources.files.librarywriter import NewRoot
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
+from ipfsfuse.sources.web.localkubo import LocalKubo
 from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
@@ -58,7 +60,7 @@ def blocks_only(ask: Ask) -> None:
         ask.send(501, b"", "text/plain")
 
 
-KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "kubo-gateway", "kubo-rpc", "kubo"]
+KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "kubo-gateway", "kubo-rpc", "kubo-repository", "kubo"]
 IN_ONE_ANSWER = {"gateway", "gateway-near", "gateway-trustless", "kubo"}
 """Those that send a directory in one answer: none in place, and no node that must not look on the network for it."""
 
@@ -82,6 +84,10 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             return Kubo("kubo", HttpSettings())
         if kind == "kubo-gateway":
             return Gateway(Http(parse_origin(node.gateway_url)), "kubo-gateway", only_cached=True)
+        if kind == "kubo-repository":
+            blocks = flatfs.find(node.repo)
+            assert blocks is not None
+            return LocalKubo("kubo", HttpSettings(), blocks, offline=True)
         if kind == "kubo-rpc":
             rpc_only = Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=True)
             rpc_only._asked_for_gateway = True  # as for a node on another host

@@ -10,6 +10,7 @@ Concurrency: worker threads.
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,9 +61,11 @@ class Flatfs:
         except OSError:
             return None
         try:
-            size = os.fstat(file).st_size
-            block = read(file, size) if size <= MAX_BLOCK else None
-            return block if block is not None and len(block) == size else None
+            info = os.fstat(file)
+            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BLOCK:
+                return None
+            block = read(file, info.st_size)
+            return block if len(block) == info.st_size else None
         except OSError as exc:
             log.warning("%s: the node's file can't be read: %s", cids.text(cid), exc)
             return None

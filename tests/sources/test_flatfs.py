@@ -1,0 +1,209 @@
+"""A Kubo repository read where it lies: recognised, or left alone; and a node that need not be asked."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import WrongBlock
+from ipfsfuse.sources.base import Block
+from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.files import flatfs
+from ipfsfuse.sources.files.flatfs import Flatfs
+from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
+from ipfsfuse.sources.web.http import HttpSettings
+from ipfsfuse.sources.web.kubo import Kubo
+from ipfsfuse.sources.web.localkubo import LocalKubo
+from tests.kubo.node import Node
+from tests.mounting import Home, wait_until
+from tests.sources.content import SampleFile, raw_blocks, sample
+
+FILE = sample(31, count=9)
+MOUNT = {"mountpoint": "/blocks", "path": "blocks", "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2", "type": "flatfs"}
+
+
+def made(folder: Path, spec: object = None, sharding: str = MOUNT["shardFunc"]) -> Path:
+    """A repository by hand."""
+    (folder / "blocks").mkdir(parents=True)
+    (folder / "blocks" / "SHARDING").write_text(sharding + "\n")
+    (folder / "datastore_spec").write_text(json.dumps(spec or {"mounts": [MOUNT, {"mountpoint": "/", "type": "levelds"}], "type": "mount"}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) -> None:
+    """The name is the one that Kubo gives to the empty directory, which every node has."""
+    repository = made(tmp_path / "repo")
+    empty = cids.parse("bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354")
+    path = repository / "blocks" / "X3" / "CIQFTFEEHEDF6KLBT32BFAGLXEZL4UWFNWM4LFTLMXQBCERZ6CMLX3Y.data"
+    path.parent.mkdir()
+    path.write_bytes(b"\x0a\x02\x08\x01")
+    blocks = flatfs.find(repository)
+    assert blocks is not None
+    for spelled in (empty, cids.parse("QmUNLLsPACCz1vLxQVkXqqLX5R1X345qqfHbsf67hvA3Nn"), Cid(b"\x01\x55" + cids.multihash(empty))):
+        assert blocks.read(spelled) == b"\x0a\x02\x08\x01"
+        assert blocks.have([spelled])
+    assert blocks.read(next(iter(raw_blocks(97, 1)))) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "sharding"),
+    [
+        ({"type": "badgerds", "path": "badgerds"}, MOUNT["shardFunc"]),
+        ({"mounts": [MOUNT | {"type": "pebbleds"}], "type": "mount"}, MOUNT["shardFunc"]),
+        ({"mounts": [MOUNT | {"shardFunc": "/repo/flatfs/shard/v1/prefix/2"}], "type": "mount"}, "/repo/flatfs/shard/v1/prefix/2"),
+        ({"mounts": [MOUNT], "type": "mount"}, "/repo/flatfs/shard/v1/next-to-last/3"),
+        ({"mounts": "x"}, MOUNT["shardFunc"]),
+        ([1], MOUNT["shardFunc"]),
+    ],
+)
+def test_what_is_kept_in_another_way_is_left_to_the_node(tmp_path: Path, spec: object, sharding: str) -> None:
+    assert flatfs.find(made(tmp_path / "repo", spec, sharding)) is None
+
+
+def test_where_there_is_no_repository_or_a_broken_one(tmp_path: Path) -> None:
+    assert flatfs.find(tmp_path / "none") is None
+    repository = made(tmp_path / "repo")
+    (repository / "datastore_spec").write_text("{")
+    assert flatfs.find(repository) is None
+
+
+@pytest.mark.parametrize("where", ["repo/denylists", "config/ipfs/denylists"])
+def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None:
+    repository = made(tmp_path / "repo")
+    folder = tmp_path / where
+    folder.mkdir(parents=True)
+    (folder / "README").touch()
+    assert flatfs.find(repository) is not None
+    (folder / "mine.deny").touch()
+    assert flatfs.find(repository) is None
+
+
+def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) -> None:
+    repository = made(tmp_path / "repo")
+    (cid,) = raw_blocks(96, 1)
+    blocks = Flatfs(repository / "blocks", 2)
+    path = Path(blocks._path(cid))
+    path.parent.mkdir()
+    path.symlink_to("/etc/hostname")
+    assert blocks.read(cid) is None
+    path.unlink()
+    path.mkdir()
+    assert blocks.read(cid) is None
+    path.rmdir()
+    with path.open("wb") as file:
+        file.truncate(flatfs.MAX_BLOCK + 1)
+    assert blocks.read(cid) is None
+    assert blocks.read_each([cid]) == []
+    path.write_bytes(b"")
+    assert blocks.read(cid) == b""
+
+
+def put(node: Node, file: SampleFile) -> Flatfs:
+    node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
+    blocks = flatfs.find(node.repo)
+    assert blocks is not None
+    return blocks
+
+
+async def streamed(source: LocalKubo, file: SampleFile) -> dict[int, bytes]:
+    got: dict[int, bytes] = {}
+
+    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        got.update((index + at, bytes(block)) for at, block in enumerate(blocks))
+
+    await source.stream(file.run, deliver)
+    return got
+
+
+def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
+    blocks = put(own_node, FILE)
+
+    async def main() -> None:
+        source = LocalKubo("kubo", HttpSettings(), blocks)
+        with trio.fail_after(20):
+            assert {cid: await source.get(cid) for cid in FILE.blocks} == FILE.blocks
+            assert await streamed(source, FILE) == FILE.expected
+        await source.aclose()
+
+    own_node.pause()
+    try:
+        trio.run(main)
+    finally:
+        own_node.resume()
+
+
+def test_what_the_repository_lacks_is_the_nodes_to_find(two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = two_nodes
+    monkeypatch.setenv("IPFS_PATH", str(near.repo))
+    put(far, FILE)
+    blocks = flatfs.find(near.repo)
+    assert blocks is not None
+
+    async def main() -> None:
+        source = LocalKubo("kubo", HttpSettings(), blocks)
+        with trio.fail_after(60):
+            assert await streamed(source, FILE) == FILE.expected, "from the other node, through this one"
+            assert await source.get(FILE.root) == FILE.blocks[FILE.root]
+        assert blocks.have([leaf.cid for leaf in FILE.run.leaves]), "and now they are here"
+        await source.aclose()
+
+    trio.run(main)
+
+
+@pytest.mark.logs("wrong")
+def test_a_block_that_is_collected_meanwhile_or_damaged(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
+    blocks = put(own_node, FILE)
+    damaged = FILE.run.leaves[5].cid
+    os.unlink(blocks._path(FILE.run.leaves[2].cid))
+    Path(blocks._path(damaged)).write_bytes(b"?" * FILE.run.leaves[5].size)
+
+    async def main() -> None:
+        source = LocalKubo("kubo", HttpSettings(), blocks, offline=True)
+        monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # looked just before
+        assert 2 not in await streamed(source, FILE), "left out: the chain asks for it alone"
+        chain = Chain([source])
+        with pytest.raises(WrongBlock):
+            await chain.get(damaged)
+        assert (await chain.get(FILE.root)).block == FILE.blocks[FILE.root]
+        await chain.aclose()
+
+    trio.run(main)
+
+
+def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPFS_PATH", str(made(tmp_path / "repo")))
+    settings = OpenSettings(tmp_path / "library", tmp_path / "indexes", HttpSettings(), False)
+    own, named = (open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"]))
+    assert isinstance(own, LocalKubo)
+    assert type(named) is Kubo
+    monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
+    (other,) = parse_sources(["kubo"])
+    assert type(open_source(other, settings)) is Kubo
+
+
+@pytest.mark.fuse
+def test_a_mount_of_it_reads_and_stages_with_the_node_standing_still(own_node: Node, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.env |= {"IPFS_PATH": str(own_node.repo)}
+    content = os.urandom(3_000_000)
+    cid = own_node.cmd("add", "-Q", "--cid-version=1", "--raw-leaves", stdin=content)
+    with home.mounted("--from", "kubo", "--pins", "none") as mount:
+        own_node.pause()
+        try:
+            assert (mount.path / cid).read_bytes() == content
+            assert os.getxattr(mount.path / cid, "ipfsfuse.source") == b"kubo"
+            wait_until(lambda: int(os.getxattr(mount.path / cid, "ipfsfuse.staged")) >= len(content), "it is staged")
+        finally:
+            own_node.resume()
