@@ -17,7 +17,7 @@ from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
-from ipfsfuse.cache.pins import Copy, NoPins, Pins
+from ipfsfuse.cache.pins import Copy, Pins
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
@@ -78,7 +78,7 @@ class PinsetCache(Reading):
     def opened(self, file: FileRef) -> None:
         """As `Cache.opened`."""
         pins = self.store.pins  # first what costs least: a small file is opened in as much time as the index takes to answer
-        if not isinstance(pins, NoPins) and not pins.state(file.cid) and self.store.holds(file.cid):
+        if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
             pins.add(file.cid)
         self.store.note_use(file)
 

@@ -94,6 +94,8 @@ class Files:
         held = self._inodes.get(porter.inode_of(handle))
         file = await self._tree.file(held.cid)
         if handle not in self._open:  # no other read came first
+            if self._pages is not None:
+                self._pages.withdraw(held.number)  # while the porter still says that it is open: the kernel waits with its page locked
             opens = self._taken_over[handle] = porter.dismiss(held.number)
             held.opens += opens
             self._open[handle] = OpenFile(self._tree, file), held

@@ -26,7 +26,7 @@
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
 #define PACE 32                  /* opens in a row that Python need not hear of at once: the next one goes to it */
-#define ROW 256                  /* requests answered before Python's other tasks get their turn */
+#define ROW 64                   /* requests answered before Python's other tasks get their turn */
 #define PATIENCE 20000           /* nanoseconds: who goes through small files is back in 1 to 5 us, and falling asleep costs more */
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 

@@ -100,6 +100,8 @@ class Chain:
 class Recorder:
     """Pins that remember what was asked, in order."""
 
+    anywhere = True
+
     def __init__(self) -> None:
         self.asked: list[tuple[str, Cid]] = []
 

@@ -13,6 +13,11 @@ from ipfsfuse.dag.cid import Cid
 class Pins(Protocol):
     """Keeps content at the node it came from while we have it staged."""
 
+    @property
+    def anywhere(self) -> bool:
+        """Whether there is a node to hold anything at: else to add it changes nothing."""
+        ...
+
     def add(self, cid: Cid) -> None:
         """`cid` is in use: hold it and what is below it. Doing so again is free."""
         ...
@@ -59,6 +64,8 @@ class PinStatus:
 
 class NoPins:
     """For nodes that are not ours and for sources that collect no garbage."""
+
+    anywhere = False
 
     def add(self, cid: Cid) -> None:
         pass

@@ -25,6 +25,7 @@ class NodePins:
 
     def __init__(self, nodes: Mapping[str, KuboPins]) -> None:
         self._nodes = nodes
+        self.anywhere = bool(nodes)
 
     @classmethod
     @contextlib.asynccontextmanager

@@ -1,0 +1,83 @@
+"""Who takes a file over from the porter: nothing may be stored into it from before the porter lets go of it."""
+
+import threading
+from collections.abc import Callable
+from typing import cast
+
+import pyfuse3
+import pytest
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File
+from ipfsfuse.fuse import porter
+from ipfsfuse.fuse.files import Files
+from ipfsfuse.fuse.inodes import Inodes
+from ipfsfuse.fuse.interrupts import Interrupts
+from ipfsfuse.fuse.pages import Pages
+from ipfsfuse.vfs import attributes
+from ipfsfuse.vfs.handing import Handing
+from ipfsfuse.vfs.landing import Room
+from ipfsfuse.vfs.tree import Tree
+from tests.sources.content import raw_blocks
+
+((CID, CONTENT),) = raw_blocks(95, 1).items()
+
+
+class Cache:
+    def when_blocks_leave(self, call: Callable[[], None]) -> None:
+        pass
+
+    def opened(self, file: FileRef) -> None:
+        pass
+
+    async def leaf(self, file: FileRef, leaf: object, *, early: bool = False) -> bytes:
+        return CONTENT
+
+
+class SmallTree:
+    """One file."""
+
+    use = None
+
+    def __init__(self) -> None:
+        self.cache, self.room, self.handing = Cache(), Room(), Handing()
+
+    async def file(self, cid: Cid) -> File:
+        return File(cid, len(CONTENT), len(CONTENT), ())
+
+
+def test_a_file_that_is_taken_over_is_withdrawn_while_the_porter_still_says_that_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[int] = []
+    asked, may_answer = threading.Event(), threading.Event()
+    opens = 2
+
+    def closed(_inode: int) -> bool:
+        asked.set()
+        may_answer.wait(60)
+        return opens == 0
+
+    def dismiss(_inode: int) -> int:
+        nonlocal opens
+        before, opens = opens, 0
+        return before
+
+    monkeypatch.setattr(porter, "closed", closed)
+    monkeypatch.setattr(porter, "dismiss", dismiss)
+    monkeypatch.setattr(pyfuse3, "notify_store", lambda inode, _offset, _content: stored.append(inode))
+    inodes, pages, tree = Inodes(attributes.ROOT), Pages(), cast(Tree, SmallTree())
+    held = inodes.file(CID, attributes.of_node(File(CID, len(CONTENT), len(CONTENT), ())))
+
+    async def main() -> None:
+        files = Files(tree, inodes, Interrupts(), pages)
+        pages.give([(held.number, CONTENT)])
+        await trio.to_thread.run_sync(asked.wait)
+        threading.Timer(0.1, may_answer.set).start()
+        handle = 1 << 63 | held.number
+        assert bytes(await files.read(handle, 0, 10)) == CONTENT[:10]
+        assert held.opens == 2
+
+    with pages.running():
+        trio.run(main)
+    assert stored == []
