@@ -11,7 +11,7 @@ from ipfsfuse.cache.arrival import Arrival
 from ipfsfuse.cache.base import Arrived, FileRef
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.store import Store
-from ipfsfuse.dag import cid as cids
+from ipfsfuse.cache.keys import leaf_key
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio.buffers import together
 
@@ -23,7 +23,7 @@ async def read_back(store: Store, flights: Flights[bytes, Arrival], file: FileRe
     """Hands over those of `leaves`, which seem to be staged, that are right, and returns them."""
     came: set[Leaf] = set()
     listening = True
-    by_key: dict[bytes, Leaf] = {cids.canonical(leaf.cid): leaf for leaf in leaves}
+    by_key: dict[bytes, Leaf] = {leaf_key(leaf): leaf for leaf in leaves}
 
     async def fetch(ride: Ride[bytes, Arrival]) -> None:
         queue = _stretches([by_key[key] for key in ride.keys])
@@ -32,7 +32,7 @@ async def read_back(store: Store, flights: Flights[bytes, Arrival], file: FileRe
             for stretch in queue:
                 for leaf, data in zip(stretch, await store.leaves(file, stretch), strict=True):
                     if data is not None:
-                        key = cids.canonical(leaf.cid)
+                        key = leaf_key(leaf)
                         ride.land(key, Arrival(data, None, False))
                         ride.kept(key)
                         if listening:

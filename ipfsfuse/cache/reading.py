@@ -68,19 +68,19 @@ class Reading:
             if content is not None:
                 self.hits += 1
                 return Arrival(content, None, False)
-        return await self._arrive_block(cid, await self._blocks.get(cid))
+        return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
 
-    async def _arrive_block(self, cid: Cid, fetched: Fetched) -> Arrival:
-        """A block that came, staged."""
-        self.misses += 1
-        block, source, raw = fetched.block, fetched.source, cids.codec(cid) == cids.RAW
-        if not source.in_place:
-            size = len(block)
-            if raw and size > SMALL:
-                await self.store.keep_leaf(FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), block, source.name)
-            else:
-                await self.store.keep_block(cid, block, new=True)
-        return Arrival(block, source, raw and not source.in_place)
+    async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, Arrival]:
+        """Blocks that came together, staged: a large raw one as a file, those that packs hold by few writes."""
+        self.misses += len(blocks)
+        to_stage = {cid: of for cid, of in blocks.items() if not of.source.in_place}
+        files = {cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL}
+        if len(to_stage) > len(files):
+            await self.store.keep_blocks((cid, of.block) for cid, of in to_stage.items() if cid not in files)
+        for cid, of in files.items():
+            size = len(of.block)
+            await self.store.keep_leaf(FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), of.block, of.source.name)
+        return {cid: Arrival(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW) for cid, of in blocks.items()}
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         """As `Cache.gather`."""
@@ -88,23 +88,10 @@ class Reading:
         async def fetch(ride: Ride[bytes, Arrival]) -> None:
             if len(ride.keys) >= FEW:
                 with trio.move_on_after(self._patience):
-                    await self._blocks.subtree(subtree, Taking(ride, seen, self._absent, self._arrive_blocks))
+                    await self._blocks.subtree(subtree, Taking(ride, seen, self._absent, self._arrive))
 
         fits = subtree.limit <= self.store.room.budget // OF_BUDGET
         return self._flights.launch(self._absent(wanted) if fits else (), fetch).ended
-
-    async def _arrive_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, Arrival]:
-        """Blocks that came together, staged: small ones by few writes."""
-        arrived: dict[Cid, Arrival] = {}
-        small = [(cid, of) for cid, of in blocks.items() if len(of.block) <= SMALL and not of.source.in_place]
-        await self.store.keep_blocks((cid, of.block) for cid, of in small)
-        self.misses += len(small)
-        for cid, of in small:
-            arrived[cid] = Arrival(of.block, of.source, cids.codec(cid) == cids.RAW)
-        for cid, of in blocks.items():
-            if cid not in arrived:
-                arrived[cid] = await self._arrive_block(cid, of)
-        return arrived
 
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
@@ -149,7 +136,7 @@ class Reading:
         if arrival.stage:
             await self._keep(file, leaf, arrival)
         elif arrival.source is not None and not arrival.source.in_place:
-            await self.store.keep_block(leaf.cid, bytes(arrival.block), new=True)
+            await self.store.keep_blocks([(leaf.cid, bytes(arrival.block))])
 
     async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, Arrival]]) -> None:
         """As `_stage`, at once where they lie one behind the other in the file."""

@@ -1,4 +1,4 @@
-"""Two calls on open files that the standard library leaves to us. Concurrency: both block, and belong in a thread."""
+"""Calls on open files that the standard library leaves to us. Concurrency: they block, and belong in a thread."""
 
 import ctypes
 import errno

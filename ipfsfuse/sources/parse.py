@@ -128,10 +128,11 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.web.kubo import Kubo, repository
     from ipfsfuse.sources.web.localkubo import LocalKubo
 
-    blocks = flatfs.find(repository()) if spec.origin is None else None
+    place = repository()
+    blocks = flatfs.find(place) if spec.origin is None else None
     if blocks is None:
         return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
-    log.info("%s: what the node holds is read in its repository, %s", spec.name, repository())
+    log.info("%s: what the node holds is read in its repository, %s", spec.name, place)
     return LocalKubo(spec.name, settings.http, blocks, offline=settings.offline)
 
 

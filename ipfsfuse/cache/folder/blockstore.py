@@ -69,15 +69,13 @@ class BlockStore(Disk):
         else:
             self.room.arc.refresh(pack)
 
-    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None, *, new: bool = False) -> bool:
-        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted).
-
-        `new`: it was not kept when it was asked for."""
+    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None) -> bool:
+        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted)."""
         if self.trouble.waiting:
             return False
         made = section(cids.canonical(cid), block)
         async with self._my_turn():
-            place = None if new else self.place(cid)
+            place = self.place(cid)
             if place is not None and (series is None or place.pack in series.packs):
                 return True
             return await self._mended(made, series) or await self._append(series or self.series, [made])
