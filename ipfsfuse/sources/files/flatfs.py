@@ -39,7 +39,7 @@ class Flatfs:
 
     def have(self, wanted: Iterable[Cid]) -> bool:
         """Whether there is a file of each block that may be read."""
-        return all(os.access(self._path(cid), os.R_OK) for cid in wanted)
+        return all(os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted)
 
     def read(self, cid: Cid) -> bytes | None:
         """What is kept as the block; None where it is not there, or can't be read or be one: then the node has its say."""
@@ -94,7 +94,7 @@ def find(repository: Path) -> Flatfs | None:
         if kept is None:
             return None
         folder = repository / kept[0]
-        if (folder / "SHARDING").read_text().strip() != f"{SHARDING}{kept[1]}" or not os.access(folder, os.R_OK | os.X_OK):
+        if (folder / "SHARDING").read_text().strip() != f"{SHARDING}{kept[1]}" or not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
             return None
     except (OSError, ValueError):
         return None
