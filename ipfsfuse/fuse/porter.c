@@ -1,137 +1,46 @@
-/* Opens and releases that need nobody: answered before libfuse and pyfuse3 see them.
+/* The porter: reads the kernel's requests in a thread of its own, answers what needs nobody, and passes the rest on.
  *
- * Loaded as kept_listings.c is, this fuse_session_receive_buf stands in front of libfuse's. Inodes that Python has made
- * known (porter.py) are opened for reading, and released, right here; every other request goes on as it came. A request
- * costs pyfuse3 some 45 us, and a small file that is in the page cache two of them: that was all that was left of it.
- * Concurrency: one lock for the table; requests are taken by the one thread that pyfuse3 runs in.
+ * Loaded as kept_listings.c is, this fuse_session_receive_buf stands in front of libfuse's and gives pyfuse3 what was passed on;
+ * fuse_session_fd names what rings then, instead of the device. So Python is woken by what it is needed for, and by nothing else:
+ * a turn of its event loop costs 0.1 ms. Until the porter stands at the door everything is as without it.
+ * Concurrency: one lock for what is passed on. The thread knows nothing of Python.
  */
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 31
-#include <Python.h>
+#include "porter.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
-#include <linux/fuse.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
-#include <stdint.h>
+#include <signal.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
-#define OURS (1ULL << 63)        /* a handle given here: the rest of it is the inode */
-#define SLOTS (1U << 16)
-#define FULL (SLOTS / 2)
-#define PACE 32                  /* opens in a row that Python need not hear of at once: the next one goes to it */
-#define ROW 64                   /* requests answered before Python's other tasks get their turn */
+#define REQUEST (2U << 20)       /* bytes of the largest request: what a write may have, which the kernel wants room for */
+#define WAITING (1U << 20)       /* bytes of requests that may wait for Python */
 #define PATIENCE 20000           /* nanoseconds: who goes through small files is back in 1 to 5 us, and falling asleep costs more */
-#define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
-static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
-static uint32_t held;
-static uint64_t heard[PACE];
-static uint32_t unheard;
+struct request { struct request *next; size_t size; void *bytes; };
+
+static struct request *first, **last = &first;
+static size_t waiting;
+static int over;                 /* 1 once the device has no more, -errno where it failed */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
 
-static uint32_t home(uint64_t inode) { return (uint32_t)((inode * 0x9E3779B97F4A7C15ULL) >> 48); }
+static int bell = -1, device = -1, stop = -1;
+static pthread_t thread;
+static char *room;
 
-/* The slot of `inode`, or the free one where it belongs. */
-static uint32_t slot_of(uint64_t inode)
-{
-	uint32_t slot = home(inode);
-
-	while (table[slot].inode && table[slot].inode != inode)
-		slot = (slot + 1) % SLOTS;
-	return slot;
-}
-
-/* Frees `slot`, and moves up what was pushed behind it. */
-static void drop(uint32_t slot)
-{
-	uint32_t next = slot;
-
-	held--;
-	for (;;) {
-		table[slot].inode = 0;
-		do {
-			next = (next + 1) % SLOTS;
-			if (!table[next].inode)
-				return;
-		} while ((next - home(table[next].inode)) % SLOTS < (next - slot) % SLOTS);
-		table[slot] = table[next];
-		slot = next;
-	}
-}
-
-static void drop_idle(void)
-{
-	uint32_t slot = 0;
-
-	while (slot < SLOTS)
-		if (table[slot].inode && !table[slot].opens)
-			drop(slot); /* what moved up is looked at again */
-		else
-			slot++;
-}
-
-/* `inode`, a regular file whose attributes the kernel was told rightly, may be opened by whoever asks. */
-void porter_know(uint64_t inode)
-{
-	uint32_t slot;
-
-	pthread_mutex_lock(&lock);
-	if (held >= FULL)
-		drop_idle();
-	slot = slot_of(inode);
-	if (!table[slot].inode && held < FULL) {
-		table[slot].inode = inode;
-		table[slot].opens = 0;
-		held++;
-	}
-	pthread_mutex_unlock(&lock);
-}
-
-/* From now on Python is asked again; returns how often `inode` is open. If it is, and not `even_open`, nothing changes. */
-uint32_t porter_dismiss(uint64_t inode, int even_open)
-{
-	uint32_t slot, opens = 0;
-
-	pthread_mutex_lock(&lock);
-	slot = slot_of(inode);
-	if (table[slot].inode) {
-		opens = table[slot].opens;
-		if (!opens || even_open)
-			drop(slot);
-	}
-	pthread_mutex_unlock(&lock);
-	return opens;
-}
-
-/* As porter_dismiss for everything that is not open. */
-void porter_dismiss_idle(void)
-{
-	pthread_mutex_lock(&lock);
-	drop_idle();
-	pthread_mutex_unlock(&lock);
-}
-
-/* Writes the inodes opened since the last call to `out`, which has room for PACE; returns how many. */
-uint32_t porter_heard(uint64_t *out)
-{
-	uint32_t count;
-
-	pthread_mutex_lock(&lock);
-	count = unheard;
-	memcpy(out, heard, count * sizeof *out);
-	unheard = 0;
-	pthread_mutex_unlock(&lock);
-	return count;
-}
-
-static int reply(int device, uint64_t unique, const void *body, size_t size)
+int porter_reply(int device, uint64_t unique, const void *body, size_t size)
 {
 	struct fuse_out_header header = {.len = sizeof header + size, .unique = unique};
 	struct iovec parts[] = {{&header, sizeof header}, {(void *)body, size}};
@@ -139,81 +48,195 @@ static int reply(int device, uint64_t unique, const void *body, size_t size)
 	return writev(device, parts, size ? 2 : 1) < 0 ? errno : 0;
 }
 
-static int open_for_reading(int device, const struct fuse_in_header *request, const struct fuse_open_in *how)
-{
-	struct fuse_open_out opened = {.fh = OURS | request->nodeid, .open_flags = FOPEN_KEEP_CACHE};
-	uint32_t slot = slot_of(request->nodeid);
+static void ring(void) { eventfd_write(bell, 1); }
 
-	if (how->flags & WRITING || !table[slot].inode || unheard == PACE)
-		return 0;
-	if (!reply(device, request->unique, &opened, sizeof opened)) { /* else the caller is gone: no release will come */
-		table[slot].opens++;
-		heard[unheard++] = request->nodeid;
+static void forget(struct request *one)
+{
+	if (one)
+		free(one->bytes);
+	free(one);
+}
+
+static struct request *copied(const char *bytes, size_t size)
+{
+	struct request *one = calloc(1, sizeof *one);
+
+	if (!one || !(one->bytes = malloc(size))) {
+		forget(one);
+		return NULL;
 	}
-	return 1;
+	one->size = size;
+	memcpy(one->bytes, bytes, size);
+	return one;
 }
 
-static int released(int device, const struct fuse_in_header *request, const struct fuse_release_in *what)
+static void pass_on(const char *bytes, size_t size)
 {
-	uint32_t slot = slot_of(request->nodeid);
+	struct request *one;
 
-	if (!(what->fh & OURS) || !table[slot].inode || !table[slot].opens)
-		return 0;
-	table[slot].opens--;
-	reply(device, request->unique, NULL, 0);
-	return 1;
+	while (!(one = copied(bytes, size))) /* its caller waits: it can't be dropped */
+		usleep(1000);
+	pthread_mutex_lock(&lock);
+	while (waiting > WAITING && !over)
+		pthread_cond_wait(&taken, &lock);
+	if (!first)
+		ring();
+	*last = one;
+	last = &one->next;
+	waiting += size;
+	pthread_mutex_unlock(&lock);
 }
 
-/* Whether the request was one of ours, and has its answer. */
-static int answered(int device, const char *request, size_t size)
+static void end_with(int how)
 {
-	const struct fuse_in_header *header = (const void *)request;
-	int done = 0;
+	pthread_mutex_lock(&lock);
+	over = how;
+	ring();
+	pthread_mutex_unlock(&lock);
+}
+
+/* Reads one request: its size, 0 where none comes any more, or -errno. Waits a moment before it falls asleep. */
+static ssize_t receive(void)
+{
+	struct pollfd watched[] = {{.fd = device, .events = POLLIN}, {.fd = stop, .events = POLLIN}};
+	struct timespec now, begin = {0};
+	ssize_t size;
+
+	for (;;) {
+		size = read(device, room, REQUEST);
+		if (size >= 0 || errno == ENODEV)
+			return size > 0 ? size : 0;
+		if (errno == EINTR || errno == ENOENT) /* it was taken back meanwhile */
+			continue;
+		if (errno != EAGAIN)
+			return -errno;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		if (!begin.tv_sec)
+			begin = now;
+		if ((now.tv_sec - begin.tv_sec) * 1000000000L + now.tv_nsec - begin.tv_nsec < PATIENCE) {
+			sched_yield();
+			continue;
+		}
+		if (poll(watched, 2, -1) > 0 && watched[1].revents)
+			return 0;
+	}
+}
+
+static void *stand(void *unused)
+{
+	ssize_t size;
+
+	while ((size = receive()) > 0)
+		if ((size_t)size < sizeof(struct fuse_in_header) || !opens_answered(device, (const void *)room, size))
+			pass_on(room, size);
+	end_with(size ? (int)size : 1);
+	return unused;
+}
+
+/* Before a session begins: `ringing`, an eventfd, is what pyfuse3 shall wait for. */
+void porter_hire(int ringing) { bell = ringing; }
+
+/* From now on requests are read from `from`, the device that libfuse has. 0, or errno. */
+int porter_begin(int from)
+{
+	sigset_t all, before;
+	int failed;
+
+	device = from;
+	over = 0;
+	stop = eventfd(0, EFD_CLOEXEC);
+	room = malloc(REQUEST);
+	if (stop < 0 || !room || fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK) < 0)
+		return errno;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	failed = pthread_create(&thread, NULL, stand, NULL);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (failed)
+		device = -1;
+	return failed;
+}
+
+/* The porter goes home; what waited is dropped. */
+void porter_end(void)
+{
+	if (device >= 0) {
+		eventfd_write(stop, 1);
+		pthread_mutex_lock(&lock);
+		over = 1;
+		pthread_cond_broadcast(&taken);
+		pthread_mutex_unlock(&lock);
+		pthread_join(thread, NULL);
+	}
+	while (first) {
+		struct request *gone = first;
+
+		first = gone->next;
+		forget(gone);
+	}
+	last = &first;
+	waiting = 0;
+	free(room);
+	room = NULL;
+	if (stop >= 0)
+		close(stop);
+	bell = device = stop = -1;
+}
+
+static struct request *take(int *how)
+{
+	struct request *one;
+	eventfd_t rings;
 
 	pthread_mutex_lock(&lock);
-	if (header->opcode == FUSE_OPEN && size >= sizeof *header + sizeof(struct fuse_open_in))
-		done = open_for_reading(device, header, (const void *)(header + 1));
-	else if (header->opcode == FUSE_RELEASE && size >= sizeof *header + sizeof(struct fuse_release_in))
-		done = released(device, header, (const void *)(header + 1));
+	one = first;
+	*how = over;
+	if (one) {
+		first = one->next;
+		if (!first)
+			last = &first;
+		waiting -= one->size;
+		pthread_cond_signal(&taken);
+	}
+	if (!first && !over)
+		eventfd_read(bell, &rings);
 	pthread_mutex_unlock(&lock);
-	return done;
+	return one;
 }
 
-/* Waits a moment for the next request. */
-static int one_comes(int device)
+int fuse_session_fd(struct fuse_session *session)
 {
-	struct pollfd watched = {.fd = device, .events = POLLIN};
-	struct timespec now, begin;
+	static int (*next)(struct fuse_session *);
 
-	clock_gettime(CLOCK_MONOTONIC, &begin);
-	do {
-		if (poll(&watched, 1, 0) > 0)
-			return 1;
-		sched_yield();
-		clock_gettime(CLOCK_MONOTONIC, &now);
-	} while ((now.tv_sec - begin.tv_sec) * 1000000000L + now.tv_nsec - begin.tv_nsec < PATIENCE);
-	return 0;
+	if (!next)
+		next = (int (*)(struct fuse_session *))dlsym(RTLD_NEXT, "fuse_session_fd");
+	return bell >= 0 ? bell : next ? next(session) : -1;
 }
 
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer)
 {
 	static int (*next)(struct fuse_session *, struct fuse_buf *);
-	int device = fuse_session_fd(session), row = 0, size;
-	PyThreadState *python = NULL;
+	struct request *one;
+	eventfd_t rings;
+	int how, size;
 
 	if (!next)
 		next = (int (*)(struct fuse_session *, struct fuse_buf *))dlsym(RTLD_NEXT, "fuse_session_receive_buf");
-	if (!next)
-		return -ENOSYS;
-	do {
-		size = next(session, buffer);
-		if (size < (int)sizeof(struct fuse_in_header) || buffer->flags & FUSE_BUF_IS_FD || !answered(device, buffer->mem, size))
-			break;
-		size = -EINTR; /* pyfuse3 waits for the next one then */
-		if (!python)
-			python = PyEval_SaveThread();
-	} while (++row < ROW && one_comes(device));
-	if (python)
-		PyEval_RestoreThread(python);
+	if (device < 0) { /* the session begins */
+		if (bell >= 0)
+			eventfd_read(bell, &rings);
+		return next ? next(session, buffer) : -ENOSYS;
+	}
+	one = take(&how);
+	if (!one && how)
+		fuse_session_exit(session);
+	if (!one)
+		return !how ? -EINTR : how < 0 ? how : 0; /* at EINTR pyfuse3 waits for the next one */
+	size = (int)one->size;
+	free(buffer->mem); /* which pyfuse3 frees in the end */
+	buffer->mem = one->bytes;
+	buffer->size = one->size;
+	buffer->flags = 0;
+	free(one);
 	return size;
 }

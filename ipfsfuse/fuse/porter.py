@@ -1,11 +1,13 @@
-"""Opens and releases that Python is not asked about: of small files whose bytes are in the page cache, or will be asked for.
+"""The porter at the device: a thread in C that reads the kernel's requests, and answers those that need nobody.
 
-`porter.c` answers them for the inodes made known here, before pyfuse3 sees them, and keeps count. Python hears of them
-afterwards (`heard`); at the latest the 33rd open in a row comes to it as any other. Writing never gets past: such an open
-is passed on. Where the C part is not compiled nothing is known and every open comes to Python. Concurrency: any thread's.
+What it answers are opens and releases of small files whose bytes are in the page cache, or will be asked for (`opens.c`): of
+the inodes made known here, and it keeps count. Python hears of them afterwards (`heard`); at the latest the 33rd open in a row
+comes to it as any other. Writing never gets past: such an open is passed on. Where the C part is not compiled nothing is
+known, and pyfuse3 reads the device itself. Concurrency: any thread's.
 """
 
 import ctypes
+import os
 from collections.abc import Sequence
 
 from ipfsfuse.fuse.native import LIBRARY
@@ -24,6 +26,38 @@ if LIBRARY is not None:
     LIBRARY.porter_dismiss_idle.restype = None
     LIBRARY.porter_heard.argtypes = (_Heard,)
     LIBRARY.porter_heard.restype = ctypes.c_uint32
+    LIBRARY.porter_hire.argtypes = LIBRARY.porter_begin.argtypes = (ctypes.c_int,)
+    LIBRARY.porter_hire.restype = LIBRARY.porter_end.restype = None
+
+
+class Porter:
+    """One session's. It must be there before pyfuse3 is given its device."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Raises OSError."""
+        self._library = library
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        library.porter_hire(self._bell)
+
+    def ring(self) -> None:
+        """Has pyfuse3 look at its device: for what comes before `begin`."""
+        os.eventfd_write(self._bell, 1)
+
+    def begin(self, device: int) -> None:
+        """From now on requests are read from `device`, where libfuse sends the replies. Raises OSError."""
+        failed = self._library.porter_begin(device)
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+
+    def end(self) -> None:
+        """No requests are read any more; what waits is dropped."""
+        self._library.porter_end()
+        os.close(self._bell)
+
+
+def hired() -> Porter | None:
+    """None where the C part is not compiled."""
+    return Porter(LIBRARY) if LIBRARY is not None else None
 
 
 def know(inode: int) -> None:

@@ -21,6 +21,7 @@ import trio
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fuse import wire
 from ipfsfuse.fuse.mountpoint import fusermount
+from ipfsfuse.fuse.porter import Porter, hired
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -56,6 +57,8 @@ class Session:
     extended: bool = False
     """True once parallel directory operations and cached symlinks are on."""
     spare: list[int] = field(default_factory=list)
+    porter: Porter | None = None
+    """Who reads the device; None where pyfuse3 does."""
 
 
 def open_device(mountpoint: Path, allow_other: bool) -> Device:
@@ -95,11 +98,13 @@ def begin(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -
     device = open_device(mountpoint, allow_other)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     number = theirs.detach()
-    session = Session(mountpoint, device, ours, number)
+    session = Session(mountpoint, device, ours, number, porter=hired())
     try:
         pyfuse3.init(operations, f"/dev/fd/{number}", set())
     except RuntimeError as exc:
         log.warning("this libfuse takes no device from outside (%s): a plain mount, without parallel lookups", exc)
+        if session.porter is not None:
+            session.porter.end()
         ours.close()
         os.close(number)
         _close_device(device)
@@ -127,6 +132,8 @@ async def exchange(session: Session, readahead: bool) -> None:
         request = os.read(device, 1 << 20)
         offered = wire.read_init(request)
         ours.send(request)
+        if session.porter is not None:
+            session.porter.ring()
         await trio.lowlevel.wait_readable(ours)
         reply = wire.extend_reply(ours.recv(1 << 16), offered.flags, readahead)
         os.write(device, reply)
@@ -138,6 +145,10 @@ async def exchange(session: Session, readahead: bool) -> None:
 
 async def _switch(session: Session, device: int, ours: socket.socket) -> None:
     """Puts the device in the place of the socket that libfuse waits on."""
+    if session.porter is not None:
+        os.dup2(device, session.number)
+        session.porter.begin(session.number)
+        return
     session.spare.append(os.dup(session.number))  # epoll still watches the old end: it must outlive the wake-up below
     os.dup2(device, session.number)
     ours.send(b"x")  # wakes the task that waits on the old end; its next read is the device's
@@ -157,7 +168,7 @@ async def serve(session: Session, ready: Callable[[], None], readahead: bool = T
     """Answers the kernel until the mount is gone; `ready` is called once it does.
 
     Without `readahead` the kernel asks for nothing that was not read (a plain mount can't promise that)."""
-    with _never_stuck_in_read():
+    with _never_stuck_in_read() if session.porter is None else contextlib.nullcontext():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_main, nursery.cancel_scope)
             await exchange(session, readahead)
@@ -192,6 +203,8 @@ async def unmount(mountpoint: Path, lazy: bool) -> bool:
 
 def close(session: Session) -> None:
     """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
+    if session.porter is not None:
+        session.porter.end()
     pyfuse3.close(unmount=session.device is None)
     if session.ours is not None:
         session.ours.close()

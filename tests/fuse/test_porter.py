@@ -79,17 +79,22 @@ async def kernel() -> AsyncIterator[Kernel]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     operations = Operations()
     number = theirs.detach()
+    standing = porter.hired()
+    assert standing is not None
     pyfuse3.init(operations, f"/dev/fd/{number}", set())
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main)
             asking = Kernel(ours, operations)
+            standing.ring()
             await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+            standing.begin(number)
             yield asking
             nursery.cancel_scope.cancel()
     finally:
         porter.heard()
         porter.dismiss_idle()
+        standing.end()
         pyfuse3.close(unmount=False)
         ours.close()
 
