@@ -142,9 +142,10 @@ def make(codec_code: int, multihash_bytes: bytes) -> Cid:
 
 def codec(cid: Cid) -> int:
     """The multicodec of the block's format."""
-    if cid[:2] == _V0_PREFIX or cid[1] == DAG_PB:
+    if cid[:2] == _V0_PREFIX:
         return DAG_PB
-    return varint.get(cid, 1)[0]
+    code = cid[1]
+    return code if code < 0x80 else varint.get(cid, 1)[0]
 
 
 def codec_name(cid: Cid) -> str:
@@ -155,8 +156,8 @@ def codec_name(cid: Cid) -> str:
 def multihash(cid: Cid) -> bytes:
     """The multihash bytes: what blocks are stored and looked up by."""
     if cid[:2] == _V0_PREFIX:
-        return bytes(cid)
-    return bytes(cid[varint.get(cid, 1)[1] :])
+        return cid
+    return cid[2:] if cid[1] < 0x80 else cid[varint.get(cid, 1)[1] :]
 
 
 def canonical(cid: Cid) -> Cid:

@@ -41,7 +41,7 @@ class Subtree:
 
 
 DeliverBlocks = Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[None]]
-"""Awaited with (CID by the source's word, block) of those that came together, depth first; it may wait."""
+"""Awaited with (CID by the source's word, block) of those that came together, parents before children; it may wait."""
 
 
 class Source(Protocol):

@@ -100,6 +100,10 @@ def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) 
     path.mkdir()
     assert blocks.read(cid) is None
     path.rmdir()
+    os.mkfifo(path)
+    assert blocks.read(cid) is None
+    assert blocks.read_each([cid]) == []
+    path.unlink()
     with path.open("wb") as file:
         file.truncate(flatfs.MAX_BLOCK + 1)
     assert blocks.read(cid) is None

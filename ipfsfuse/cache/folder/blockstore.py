@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 ON_LOOP = 32 << 10
 """Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread costs."""
-TOGETHER = 64 << 10
-"""Bytes of sections that are written at once, on the event loop too: 30 us."""
+WRITE_ON_LOOP = 64 << 10
+"""Bytes of sections that are written on the event loop too: 30 us."""
+TOGETHER = 1 << 20
+"""Bytes of sections that are written at once."""
 RECENT_PACKS = 2
 """A use of a block in one of the last packs is part of the same use that brought it."""
 
@@ -150,7 +152,7 @@ class BlockStore(Disk):
     async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
         at = self.packs.sizes.setdefault(pack, 0)
         try:
-            if len(data) <= TOGETHER:
+            if len(data) <= WRITE_ON_LOOP:
                 self.packs.write(pack, at, data)
             else:
                 await trio.to_thread.run_sync(self.packs.write, pack, at, data, limiter=self.writing)

@@ -11,19 +11,18 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.direct import Direct
+from ipfsfuse.fileio.whole import read_whole
 from ipfsfuse.sources.base import Block
 
 log = logging.getLogger("ipfsfuse.sources")
-
-B = TypeVar("B", bytes, memoryview)
 
 SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
 """Folders are named by so many characters before the last one; Kubo makes no others."""
@@ -43,40 +42,40 @@ class Flatfs:
 
     def read(self, cid: Cid) -> bytes | None:
         """What is kept as the block; None where it is not there, or can't be read or be one: then the node has its say."""
-        return self._read(cid, lambda file, size: os.pread(file, size, 0))
+        return read_whole([self._path(cid)], MAX_BLOCK)[0]
+
+    def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks."""
+        return read_whole([self._path(cid) for cid in wanted], MAX_BLOCK)
 
     def read_each(self, wanted: Sequence[Cid]) -> Sequence[Block]:
-        """As `read`, one after the other, up to the first that is not there."""
+        """As `read`, one after the other, up to the first that is not there: for large blocks."""
         blocks: list[Block] = []
         for cid in wanted:
-            block = self._read(cid, self._into_buffer)
+            block = self._into_buffer(cid)
             if block is None:
                 break
             blocks.append(block)
         return blocks
 
-    def _read(self, cid: Cid, read: Callable[[int, int], B]) -> B | None:
+    def _into_buffer(self, cid: Cid) -> memoryview | None:
         try:
-            file = os.open(self._path(cid), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            file = os.open(self._path(cid), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return None
         try:
             info = os.fstat(file)
             if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BLOCK:
                 return None
-            block = read(file, info.st_size)
-            return block if len(block) == info.st_size else None
+            block = lend(max(info.st_size, 1))[: info.st_size]
+            if block:
+                self._direct.read(file, [block], 0)
+            return block
         except OSError as exc:
             log.warning("%s: the node's file can't be read: %s", cids.text(cid), exc)
             return None
         finally:
             os.close(file)
-
-    def _into_buffer(self, file: int, size: int) -> memoryview:
-        block = lend(max(size, 1))[:size]
-        if size:
-            self._direct.read(file, [block], 0)
-        return block
 
     def _path(self, cid: Cid) -> str:
         name = cids.multihash_base32(cid)

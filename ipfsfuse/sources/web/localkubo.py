@@ -11,7 +11,8 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Block, Deliver, Run
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
+from ipfsfuse.sources.files.descent import Descent
 from ipfsfuse.sources.files.flatfs import Flatfs
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
@@ -38,6 +39,18 @@ class LocalKubo(Kubo):
             await runs.in_stretches(run.leaves, self._read_leaves, deliver)
         else:
             await super().stream(run, deliver)
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        if subtree.whole and await self._all_below(subtree, deliver):
+            return
+        await super().subtree(subtree, deliver)  # of the many small nodes of a listing the node makes one answer sooner than they are found
+
+    async def _all_below(self, subtree: Subtree, deliver: DeliverBlocks) -> bool:
+        """Whether the repository has all of it: then it was delivered."""
+        descent = Descent(self._blocks.read_some, subtree.root, subtree.limit)
+        while blocks := await trio.to_thread.run_sync(descent.some, limiter=self._threads):
+            await deliver(blocks)
+        return not descent.lacking
 
     async def _read_leaves(self, leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
         await self._room.acquire()

@@ -1,0 +1,53 @@
+"""Whole small files, many at once.
+
+Each by itself would take and give back Python's lock four times: where another thread wants it, that costs more than the
+reading. `whole.c` takes it once; where that is not compiled they are read one by one. Concurrency: any thread's; it blocks.
+"""
+
+import ctypes
+import os
+import stat
+from collections.abc import Sequence
+
+from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio.native import load
+
+_LIBRARY = load("ipfsfuse.fileio._native", "many small files are read one by one")
+
+if _LIBRARY is not None:
+    _LIBRARY.whole_files.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    _LIBRARY.whole_files.restype = ctypes.c_int
+
+
+def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
+    """What regular files hold, of the first of `paths` and as many behind it as together have `most` bytes; None of those that are
+    not there, can't be read, or are larger than that alone. Links are not followed."""
+    if _LIBRARY is None:
+        return [_read(paths[0], most)] if paths else []
+    names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
+    lengths = (ctypes.c_int64 * len(paths))()
+    room = lend(most)
+    seen = _LIBRARY.whole_files(names, len(paths), ctypes.addressof(ctypes.c_char.from_buffer(room)), most, lengths)
+    found: list[bytes | None] = []
+    at = 0
+    for length in lengths[:seen]:
+        found.append(bytes(room[at : at + length]) if length >= 0 else None)
+        at += max(length, 0)
+    return found
+
+
+def _read(path: str, most: int) -> bytes | None:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        info = os.fstat(file)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > most:
+            return None
+        content = os.pread(file, info.st_size, 0)
+        return content if len(content) == info.st_size else None
+    except OSError:
+        return None
+    finally:
+        os.close(file)

@@ -1,0 +1,54 @@
+"""Whole small files, many at once: the same with our C and without it."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.fileio import whole
+from ipfsfuse.fileio.whole import read_whole
+
+WITHOUT = pytest.param(False, id="without the C part")
+WITH = pytest.param(True, id="with it", marks=pytest.mark.skipif(whole._LIBRARY is None, reason="the C part is not compiled here"))
+
+
+@pytest.fixture(params=[WITH, WITHOUT], autouse=True)
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(whole, "_LIBRARY", None)
+
+
+def read_all(paths: list[str], most: int) -> list[bytes | None]:
+    got: list[bytes | None] = []
+    while len(got) < len(paths):
+        some = read_whole(paths[len(got) :], most)
+        assert some, "the first of what is asked for is always among it"
+        assert sum(len(content) for content in some if content is not None) <= most
+        got += some
+    return got
+
+
+@pytest.mark.parametrize("most", [4_096, 20_000, 1 << 20])
+def test_all_that_fit_come_in_order(tmp_path: Path, most: int) -> None:
+    dice = random.Random(most)
+    contents = [dice.randbytes(dice.choice([0, 1, dice.randrange(4_096), most])) for _ in range(100)]
+    paths = [str(tmp_path / f"{number}-\u00e4") for number in range(100)]
+    for path, content in zip(paths, contents, strict=True):
+        Path(path).write_bytes(content)
+    assert read_all(paths, most) == contents
+
+
+def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(bytes(8))
+    names = ["absent", "file", "link", "folder", "pipe", "large", "absent/below", "file"]
+    found = read_all([str(tmp_path / name) for name in names], 7)
+    assert found == [None, b"content", None, None, None, None, None, b"content"]
+
+
+def test_nothing_asked_for() -> None:
+    assert read_whole([], 100) == []
