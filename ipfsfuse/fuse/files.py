@@ -54,8 +54,11 @@ class Files:
             if file.inline == file.size:
                 porter.know(held.number)
         self._handles += 1
-        self._open[self._handles] = OpenFile(self._tree, file), held
+        self._open[self._handles] = self._opened(file, self._handles), held
         return self._handles
+
+    def _opened(self, file: File, handle: int) -> OpenFile:
+        return OpenFile(self._tree, file, porter.counter(handle) if self._pages is not None else None)
 
     async def _file(self, held: Inode, pid: int) -> File:
         file = self._tree.file_at_hand(held.cid)
@@ -98,7 +101,7 @@ class Files:
                 self._pages.withdraw(held.number)  # while the porter still says that it is open: the kernel waits with its page locked
             opens = self._taken_over[handle] = porter.dismiss(held.number)
             held.opens += opens
-            self._open[handle] = OpenFile(self._tree, file), held
+            self._open[handle] = self._opened(file, handle), held
         return self._open[handle]
 
     def release(self, handle: int) -> None:

@@ -122,12 +122,17 @@ static ssize_t receive(void)
 	}
 }
 
+static int answered(const struct fuse_in_header *request, size_t size)
+{
+	return size >= sizeof *request && (opens_answered(device, request, size) || reads_answered(device, request, size));
+}
+
 static void *stand(void *unused)
 {
 	ssize_t size;
 
 	while ((size = receive()) > 0)
-		if ((size_t)size < sizeof(struct fuse_in_header) || !opens_answered(device, (const void *)room, size))
+		if (!answered((const void *)room, size))
 			pass_on(room, size);
 	end_with(size ? (int)size : 1);
 	return unused;

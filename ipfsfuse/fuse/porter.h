@@ -11,5 +11,6 @@ int porter_reply(int device, uint64_t unique, const void *body, size_t size);
 
 /* Each: whether the request, of which `size` bytes came, was theirs, and has its answer. */
 int opens_answered(int device, const struct fuse_in_header *request, size_t size);
+int reads_answered(int device, const struct fuse_in_header *request, size_t size);
 
 #endif

@@ -1,6 +1,6 @@
 """The porter at the device: a thread in C that reads the kernel's requests, and answers those that need nobody.
 
-What it answers are opens and releases of small files whose bytes are in the page cache, or will be asked for (`opens.c`): of
+What it answers are reads of leaves that wait in memory (`reads.c`, `Counter`), and opens and releases of small files whose bytes are in the page cache, or will be asked for (`opens.c`): of
 the inodes made known here, and it keeps count. Python hears of them afterwards (`heard`); at the latest the 33rd open in a row
 comes to it as any other. Writing never gets past: such an open is passed on. Where the C part is not compiled nothing is
 known, and pyfuse3 reads the device itself. Concurrency: any thread's.
@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 
+from ipfsfuse.cache.base import Content
 from ipfsfuse.fuse.native import LIBRARY
 
 _OURS = 1 << 63
@@ -28,6 +29,11 @@ if LIBRARY is not None:
     LIBRARY.porter_heard.restype = ctypes.c_uint32
     LIBRARY.porter_hire.argtypes = LIBRARY.porter_begin.argtypes = (ctypes.c_int,)
     LIBRARY.porter_hire.restype = LIBRARY.porter_end.restype = None
+    _WITH_LOCK = ctypes.PyDLL(LIBRARY._name)
+    """The same library: for calls that use Python's objects."""
+    _WITH_LOCK.reads_offer.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object)
+    _WITH_LOCK.reads_withdraw.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
+    _WITH_LOCK.reads_offer.restype = _WITH_LOCK.reads_withdraw.restype = _WITH_LOCK.reads_withdraw_all.restype = None
 
 
 class Porter:
@@ -52,12 +58,33 @@ class Porter:
     def end(self) -> None:
         """No requests are read any more; what waits is dropped."""
         self._library.porter_end()
+        _WITH_LOCK.reads_withdraw_all()
         os.close(self._bell)
 
 
 def hired() -> Porter | None:
     """None where the C part is not compiled."""
     return Porter(LIBRARY) if LIBRARY is not None else None
+
+
+class Counter:
+    """Where the reader of one open file gets, from the porter, what waits for him: a `vfs.landing.Counter`."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def offer(self, offset: int, content: Content) -> None:
+        _WITH_LOCK.reads_offer(self._handle, offset, content)
+
+    def withdraw(self, offset: int) -> None:
+        _WITH_LOCK.reads_withdraw(self._handle, offset)
+
+
+def counter(handle: int) -> Counter | None:
+    """For the file that was opened by `handle`; None where the C part is not compiled."""
+    return Counter(handle) if LIBRARY is not None else None
 
 
 def know(inode: int) -> None:

@@ -5,6 +5,7 @@ when there is no room: one bound holds for all open files together. Concurrency:
 """
 
 from collections import OrderedDict
+from typing import Protocol
 
 from ipfsfuse.cache.base import Content
 
@@ -21,11 +22,22 @@ class Room:
         self.left = limit
 
 
+class Counter(Protocol):
+    """Where a reader can take what waits for him, without being asked for each piece. He is heard of with the last one."""
+
+    def offer(self, offset: int, content: Content) -> None: ...
+
+    def withdraw(self, offset: int) -> None:
+        """What was offered at `offset`: nobody takes it any more once this returns."""
+        ...
+
+
 class Landing:
     """The leaves of one open file, by offset."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, counter: Counter | None = None) -> None:
         self._room = room
+        self._counter = counter
         self._leaves: OrderedDict[int, Content] = OrderedDict()
 
     def __len__(self) -> int:
@@ -36,6 +48,8 @@ class Landing:
         if len(content) <= self._room.left and offset not in self._leaves:
             self._leaves[offset] = content
             self._room.left -= len(content)
+            if self._counter is not None:
+                self._counter.offer(offset, content)
 
     def get(self, offset: int) -> Content | None:
         return self._leaves.get(offset)
@@ -49,6 +63,8 @@ class Landing:
         content = self._leaves.pop(offset, None)
         if content is not None:
             self._room.left += len(content)
+            if self._counter is not None:
+                self._counter.withdraw(offset)
 
     def clear(self) -> None:
         for offset in list(self._leaves):

@@ -14,7 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
-from ipfsfuse.vfs.landing import Landing
+from ipfsfuse.vfs.landing import Counter, Landing
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
 
@@ -26,12 +26,13 @@ the CPU of a cold read."""
 
 
 class OpenFile:
-    def __init__(self, tree: Tree, file: File) -> None:
+    def __init__(self, tree: Tree, file: File, counter: Counter | None = None) -> None:
+        """Reads that its reader makes at the `counter` are not seen here."""
         self._tree = tree
         self._file = file
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
-        self._landing = Landing(tree.room)
+        self._landing = Landing(tree.room, counter)
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
         """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
         if file.inline == file.size:

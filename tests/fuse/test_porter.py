@@ -1,4 +1,4 @@
-"""The porter against a model: which opens and releases reach Python, with the test in the kernel's place.
+"""The porter against a model: which opens, reads and releases reach Python, with the test in the kernel's place.
 
 libfuse and pyfuse3 are real; their device is one end of a socket pair, as it is while a session begins.
 """
@@ -21,12 +21,14 @@ from ipfsfuse.fuse.native import LIBRARY
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the C part is not compiled here")
 
-OPEN, RELEASE, INIT = 14, 18, 26
+OPEN, READ, RELEASE, INIT = 14, 15, 18, 26
 OURS = 1 << 63
 EVERYTHING = (1 << 20) - 1
 """What the kernel offers, of that time."""
 ASKED = 77
 """The handle that our operations give."""
+ASKED_FOR = b"asked for"
+"""And what they read."""
 
 
 class Operations(pyfuse3.Operations):
@@ -37,6 +39,9 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         self.opened[inode] += 1
         return FileInfo(fh=FileHandleT(ASKED))
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return ASKED_FOR
 
     async def release(self, fh: FileHandleT) -> None:
         self.released[fh] += 1
@@ -66,6 +71,11 @@ class Kernel:
         asked = self.operations.opened.total() > before
         assert asked or how & 2, "an open without asking keeps the page cache"
         return handle, asked
+
+    async def read(self, handle: int, offset: int, size: int) -> tuple[bytes, bool]:
+        """What came, and whether Python was asked."""
+        got = await self.ask(READ, 1, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
+        return got, got == ASKED_FOR
 
     async def release(self, inode: int, handle: int) -> bool:
         """Whether Python was asked."""
@@ -211,3 +221,65 @@ async def _every_33rd_open_in_a_row_comes_to_python() -> None:
         assert list(porter.heard()) == [9] * 32
         assert not (await asking.open(9))[1]
         assert porter.dismiss(9) == 33
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reads_of_what_is_offered_as_a_model_says(seed: int) -> None:
+    trio.run(_reads_of_what_is_offered, random.Random(seed))
+
+
+async def _reads_of_what_is_offered(dice: random.Random) -> None:
+    """Windows of two open files, of any buffers, side by side and with gaps; reads within one and not to its end are answered."""
+    offered: dict[tuple[int, int], bytes] = {}
+    counters = {handle: porter.counter(handle) for handle in (3, OURS | 4)}
+    async with kernel() as asking:
+        for _ in range(2_000):
+            handle, start = dice.choice(list(counters)), dice.randrange(8) * 1_000
+            counter = counters[handle]
+            assert counter is not None
+            if dice.random() < 0.2:
+                if offered.pop((handle, start), None) is None:
+                    content = offered[handle, start] = dice.randbytes(dice.choice([0, 1, 500, 1_000]))
+                    counter.offer(start, dice.choice([bytes, bytearray, memoryview])(content))
+                else:
+                    counter.withdraw(start)
+                continue
+            offset, size = start + dice.randrange(1_000), dice.choice([1, 100, 500, 1_000])
+            inside = offset + size < start + len(offered.get((handle, start), b""))
+            got, asked = await asking.read(handle, offset, size)
+            assert asked != inside
+            assert got == (ASKED_FOR if asked else offered[handle, start][offset - start :][:size])
+
+
+def test_what_is_offered_is_held_until_it_is_withdrawn_and_not_longer() -> None:
+    async def main() -> None:
+        counter = porter.counter(5)
+        assert counter is not None
+        async with kernel() as asking:
+            content = bytearray(b"x" * 100)
+            counter.offer(0, content)
+            with pytest.raises(BufferError):
+                content.clear()
+            assert await asking.read(5, 0, 50) == (b"x" * 50, False)
+            counter.withdraw(0)
+            content.clear()
+            assert await asking.read(5, 0, 50) == (ASKED_FOR, True)
+            counter.offer(0, content := bytearray(100))
+        content.clear()  # the session has ended
+
+    trio.run(main)
+
+
+def test_more_than_there_is_room_for_is_not_offered() -> None:
+    async def main() -> None:
+        counter = porter.counter(6)
+        assert counter is not None
+        async with kernel() as asking:
+            for number in range(300):
+                counter.offer(number * 10, bytes([number % 256]) * 10)
+            asked = [(await asking.read(6, number * 10, 5))[1] for number in range(300)]
+            assert asked == [False] * 256 + [True] * 44
+            for number in range(300):
+                counter.withdraw(number * 10)
+
+    trio.run(main)
