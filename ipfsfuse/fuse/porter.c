@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -24,7 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define REQUEST (2U << 20)       /* bytes of the largest request: what a write may have, which the kernel wants room for */
+#define REQUEST (2U << 20)       /* bytes of the largest request: the kernel wants room for a write, which may have 1 MiB (wire.py) */
 #define WAITING (1U << 20)       /* bytes of requests that may wait for Python */
 #define PATIENCE 20000           /* nanoseconds: who goes through small files is back in 1 to 5 us, and falling asleep costs more */
 
@@ -37,6 +38,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
 
 static int bell = -1, device = -1, stop = -1;
+static atomic_int leaving;
 static pthread_t thread;
 static char *room;
 
@@ -95,11 +97,19 @@ static void end_with(int how)
 	pthread_mutex_unlock(&lock);
 }
 
+static int64_t nanoseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
 /* Reads one request: its size, 0 where none comes any more, or -errno. Waits a moment before it falls asleep. */
 static ssize_t receive(void)
 {
 	struct pollfd watched[] = {{.fd = device, .events = POLLIN}, {.fd = stop, .events = POLLIN}};
-	struct timespec now, begin = {0};
+	int64_t patient_until = 0;
 	ssize_t size;
 
 	for (;;) {
@@ -110,14 +120,11 @@ static ssize_t receive(void)
 			continue;
 		if (errno != EAGAIN)
 			return -errno;
-		clock_gettime(CLOCK_MONOTONIC, &now);
-		if (!begin.tv_sec)
-			begin = now;
-		if ((now.tv_sec - begin.tv_sec) * 1000000000L + now.tv_nsec - begin.tv_nsec < PATIENCE) {
+		if (!patient_until)
+			patient_until = nanoseconds() + PATIENCE;
+		if (nanoseconds() < patient_until)
 			sched_yield();
-			continue;
-		}
-		if (poll(watched, 2, -1) > 0 && watched[1].revents)
+		else if (poll(watched, 2, -1) > 0 && watched[1].revents)
 			return 0;
 	}
 }
@@ -129,12 +136,12 @@ static int answered(const struct fuse_in_header *request, size_t size)
 
 static void *stand(void *unused)
 {
-	ssize_t size;
+	ssize_t size = 0;
 
-	while ((size = receive()) > 0)
+	while (!leaving && (size = receive()) > 0)
 		if (!answered((const void *)room, size))
 			pass_on(room, size);
-	end_with(size ? (int)size : 1);
+	end_with(size < 0 ? (int)size : 1);
 	return unused;
 }
 
@@ -147,13 +154,15 @@ int porter_begin(int from)
 	sigset_t all, before;
 	int failed;
 
-	device = from;
-	over = 0;
+	over = leaving = 0;
 	stop = eventfd(0, EFD_CLOEXEC);
-	room = malloc(REQUEST);
-	if (stop < 0 || !room || fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK) < 0)
+	if (stop < 0 || fcntl(from, F_SETFL, fcntl(from, F_GETFL) | O_NONBLOCK) < 0)
 		return errno;
-	sigfillset(&all);
+	room = malloc(REQUEST);
+	if (!room)
+		return ENOMEM;
+	device = from;
+	sigfillset(&all); /* Python's main thread is to have them */
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	failed = pthread_create(&thread, NULL, stand, NULL);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -166,6 +175,7 @@ int porter_begin(int from)
 void porter_end(void)
 {
 	if (device >= 0) {
+		leaving = 1;
 		eventfd_write(stop, 1);
 		pthread_mutex_lock(&lock);
 		over = 1;

@@ -1,9 +1,10 @@
 """The porter at the device: a thread in C that reads the kernel's requests, and answers those that need nobody.
 
-What it answers are reads of leaves that wait in memory (`reads.c`, `Counter`), and opens and releases of small files whose bytes are in the page cache, or will be asked for (`opens.c`): of
-the inodes made known here, and it keeps count. Python hears of them afterwards (`heard`); at the latest the 33rd open in a row
-comes to it as any other. Writing never gets past: such an open is passed on. Where the C part is not compiled nothing is
-known, and pyfuse3 reads the device itself. Concurrency: any thread's.
+What it answers are reads of leaves that wait in memory (`reads.c`, `Counter`), and opens and releases of small files whose
+bytes are in the page cache, or will be asked for (`opens.c`): of the inodes made known here, and it keeps count. Python hears
+of them afterwards (`heard`); at the latest the 33rd open in a row comes to it as any other. Writing never gets past: such an
+open is passed on. Where the C part is not compiled nothing is known, and pyfuse3 reads the device itself. Concurrency: any
+thread's.
 """
 
 import ctypes
@@ -31,7 +32,7 @@ if LIBRARY is not None:
     LIBRARY.porter_hire.restype = LIBRARY.porter_end.restype = None
     _WITH_LOCK = ctypes.PyDLL(LIBRARY._name)
     """The same library: for calls that use Python's objects."""
-    _WITH_LOCK.reads_offer.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object)
+    _WITH_LOCK.reads_offer.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
     _WITH_LOCK.reads_withdraw.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
     _WITH_LOCK.reads_offer.restype = _WITH_LOCK.reads_withdraw.restype = _WITH_LOCK.reads_withdraw_all.restype = None
 
@@ -75,8 +76,8 @@ class Counter:
     def __init__(self, handle: int) -> None:
         self._handle = handle
 
-    def offer(self, offset: int, content: Content) -> None:
-        _WITH_LOCK.reads_offer(self._handle, offset, content)
+    def offer(self, offset: int, content: Content, told: bool) -> None:
+        _WITH_LOCK.reads_offer(self._handle, offset, content, told)
 
     def withdraw(self, offset: int) -> None:
         _WITH_LOCK.reads_withdraw(self._handle, offset)

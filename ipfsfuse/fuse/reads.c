@@ -1,7 +1,8 @@
 /* Reads that need nobody: of bytes that are verified and wait in memory for the reader of an open file (porter.py).
  *
- * A user's kernel asks for 128 KiB at a time, eight times a leaf, and a request costs pyfuse3 and Python 0.1 ms. The read that takes
- * a leaf's last byte is always passed on, so that Python knows how far its readers are.
+ * A user's kernel asks for 128 KiB at a time, eight times a leaf, and a request costs pyfuse3 and Python 0.1 ms; and pyfuse3
+ * copies its replies with Python's lock held. Of some windows the read that takes the last byte is passed on, so that Python knows how
+ * far its readers are.
  * Concurrency: one lock; a window is not taken away while an answer is copied from it. `offer` and the two below it must be
  * called with Python's lock.
  */
@@ -13,15 +14,15 @@
 
 #define WINDOWS 256
 
-struct window { uint64_t handle, start, end; Py_buffer content; };
+struct window { uint64_t handle, start, end; Py_buffer content; };   /* `end`: no read to or beyond it is answered */
 
 static struct window *windows[WINDOWS];
 static int held;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* `content` stands at `start` in the file that `handle` has open, and is kept until it is withdrawn. Does nothing where there are
- * too many already. */
-void reads_offer(uint64_t handle, uint64_t start, PyObject *content)
+/* `content` stands at `start` in the file that `handle` has open, and is kept until it is withdrawn. With `told`, who reads its last
+ * byte asks Python. Does nothing where there are too many already. */
+void reads_offer(uint64_t handle, uint64_t start, PyObject *content, int told)
 {
 	struct window *one = PyMem_Malloc(sizeof *one);
 
@@ -32,7 +33,7 @@ void reads_offer(uint64_t handle, uint64_t start, PyObject *content)
 	}
 	one->handle = handle;
 	one->start = start;
-	one->end = start + one->content.len;
+	one->end = start + one->content.len + !told;
 	pthread_mutex_lock(&lock);
 	if (held < WINDOWS) {
 		windows[held++] = one;

@@ -147,7 +147,10 @@ async def _switch(session: Session, device: int, ours: socket.socket) -> None:
     """Puts the device in the place of the socket that libfuse waits on."""
     if session.porter is not None:
         os.dup2(device, session.number)
-        session.porter.begin(session.number)
+        try:
+            session.porter.begin(session.number)
+        except OSError as exc:
+            raise MountFailed(f"{session.mountpoint} can't be served: {exc.strerror}") from exc
         return
     session.spare.append(os.dup(session.number))  # epoll still watches the old end: it must outlive the wake-up below
     os.dup2(device, session.number)

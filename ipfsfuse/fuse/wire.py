@@ -16,6 +16,8 @@ CACHE_SYMLINKS = 1 << 23
 MAX_BACKGROUND = 4096
 CONGESTION = 3072
 """Requests the kernel may have waiting at once; with libfuse's 12, that many stalled reads would stop the mount."""
+MAX_WRITE = 1 << 20
+"""Bytes that a write may have, of which none ever gets here: who reads the device must have room for one."""
 
 _IN_HEADER = struct.Struct("<IIQ")  # length, opcode, unique
 _INIT_IN = struct.Struct("<IIII")  # major, minor, max_readahead, flags
@@ -24,6 +26,7 @@ _OUT_HEADER = struct.Struct("<IiQ")  # length, error, unique
 _READAHEAD_AT = 24
 _FLAGS_AT = 28
 _BACKGROUND_AT = 32
+_MAX_WRITE_AT = 36
 
 
 class Init(NamedTuple):
@@ -47,7 +50,7 @@ def extend_reply(reply: bytes, offered: int, readahead: bool) -> bytes:
     without `readahead` the kernel asks only for what was read.
 
     Raises MountFailed if libfuse answered with an error or in a form that is not known."""
-    if len(reply) < _BACKGROUND_AT + 4:
+    if len(reply) < _MAX_WRITE_AT + 4:
         raise MountFailed(f"libfuse answered INIT in {len(reply)} bytes")
     error = _OUT_HEADER.unpack_from(reply)[1]
     if error:
@@ -58,4 +61,5 @@ def extend_reply(reply: bytes, offered: int, readahead: bool) -> bytes:
     if not readahead:
         struct.pack_into("<I", out, _READAHEAD_AT, 0)
     struct.pack_into("<HH", out, _BACKGROUND_AT, MAX_BACKGROUND, CONGESTION)
+    struct.pack_into("<I", out, _MAX_WRITE_AT, min(struct.unpack_from("<I", out, _MAX_WRITE_AT)[0], MAX_WRITE))
     return bytes(out)

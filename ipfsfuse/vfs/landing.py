@@ -14,6 +14,9 @@ LIMIT = 64 << 20
 BEHIND = 4 << 20
 """How far behind a reader a leaf may lie: the kernel asks a little out of order."""
 
+TOLD = 4 << 20
+"""Bytes that a reader may take without being heard of: so late what comes next may be begun."""
+
 
 class Room:
     """What the landings of all open files share."""
@@ -23,9 +26,11 @@ class Room:
 
 
 class Counter(Protocol):
-    """Where a reader can take what waits for him, without being asked for each piece. He is heard of with the last one."""
+    """Where a reader takes what waits for him unasked."""
 
-    def offer(self, offset: int, content: Content) -> None: ...
+    def offer(self, offset: int, content: Content, told: bool) -> None:
+        """With `told`, he comes here for its last byte."""
+        ...
 
     def withdraw(self, offset: int) -> None:
         """What was offered at `offset`: nobody takes it any more once this returns."""
@@ -49,7 +54,7 @@ class Landing:
             self._leaves[offset] = content
             self._room.left -= len(content)
             if self._counter is not None:
-                self._counter.offer(offset, content)
+                self._counter.offer(offset, content, offset // TOLD != (offset + len(content)) // TOLD)
 
     def get(self, offset: int) -> Content | None:
         return self._leaves.get(offset)

@@ -14,8 +14,8 @@ def request(opcode: int = wire.FUSE_INIT) -> bytes:
     return struct.pack("<IIQQIIIHH", 104, opcode, 2, 0, 0, 0, 0, 0, 0) + struct.pack("<IIII", 7, 45, 131072, OFFERED) + bytes(48)
 
 
-def reply(error: int = 0) -> bytes:
-    return struct.pack("<IiQ", 80, error, 2) + struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 0x40, 0, 0, 1 << 20, 1, 256, 0, 0, 0) + bytes(24)
+def reply(error: int = 0, max_write: int = 1 << 20) -> bytes:
+    return struct.pack("<IiQ", 80, error, 2) + struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 0x40, 0, 0, max_write, 1, 256, 0, 0, 0) + bytes(24)
 
 
 def test_the_kernels_offer_is_read() -> None:
@@ -29,6 +29,12 @@ def test_a_reply_gains_what_was_offered_and_room_for_thousands_of_requests() -> 
     assert flags == 0x40 | wire.PARALLEL_DIROPS | wire.CACHE_SYMLINKS
     assert (background, congestion) == (wire.MAX_BACKGROUND, wire.CONGESTION)
     assert len(out) == len(reply())
+
+
+@pytest.mark.parametrize(("libfuses", "ours"), [(128 << 10, 128 << 10), (1 << 20, 1 << 20), (16 << 20, 1 << 20)])
+def test_no_request_is_larger_than_who_reads_the_device_has_room_for(libfuses: int, ours: int) -> None:
+    out = wire.extend_reply(reply(max_write=libfuses), OFFERED, readahead=True)
+    assert struct.unpack_from("<I", out, 36)[0] == ours
 
 
 def test_nothing_is_claimed_that_the_kernel_did_not_offer() -> None:

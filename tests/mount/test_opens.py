@@ -1,8 +1,9 @@
-"""Opens of small files that Python is not asked about: what they may do, and what becomes of them."""
+"""Opens of small files, and reads of large ones, that Python is not asked about: what they may do, and what becomes of them."""
 
 import errno
 import os
 import random
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,3 +111,28 @@ def test_many_who_open_read_and_close_in_any_order(kernel: Counted, root: Path, 
         for each in [crowd.submit(one, seed) for seed in range(4)]:
             each.result()
     assert read_all(root, names) == {name: small[name] for name in names}
+
+
+LARGE = 24 << 20
+
+
+def test_of_what_was_read_ahead_python_is_asked_for_a_part(home: Home) -> None:
+    """Each time the reader gives what is fetched ahead more time to be there before him."""
+    content = random.Random(5).randbytes(LARGE)
+    (home.folder / "large").write_bytes(content)
+    path = home.mountpoint / home.add(home.folder / "large")
+    with counted(home, "library") as kernel:
+        fewest = LARGE
+        for patience in (0, 0.01, 0.05, 0.2, 1):
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads nothing ahead: it asks for each piece when that is read
+            before = kernel.now()
+            for at in range(0, LARGE, 128 << 10):
+                assert os.pread(file, 128 << 10, at) == content[at : at + (128 << 10)]
+                time.sleep(0 if at % (1 << 20) else patience)
+            os.close(file)
+            fewest = min(fewest, kernel.since(before)["read"])
+            if fewest < LARGE >> 20:
+                break
+        assert fewest < LARGE >> 20, "fewer than one for each leaf, of eight"

@@ -1,0 +1,116 @@
+"""The test in the kernel's place: libfuse, pyfuse3 and the porter are real; their device is one end of a socket pair, as it is while
+a session begins.
+"""
+
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pyfuse3
+import pytest
+import trio
+from pyfuse3 import FileHandleT, FileInfo, FlagT, InodeT, RequestContext
+
+from ipfsfuse.fuse import porter
+from ipfsfuse.fuse.native import LIBRARY
+
+needs_c = pytest.mark.skipif(LIBRARY is None, reason="the C part is not compiled here")
+
+OPEN, READ, RELEASE, INIT, BATCH_FORGET = 14, 15, 18, 26, 42
+OURS = 1 << 63
+EVERYTHING = (1 << 20) - 1
+"""What the kernel offers, of that time."""
+ASKED = 77
+"""The handle that our operations give."""
+ASKED_FOR = b"asked for"
+"""And what they read."""
+
+
+class Operations(pyfuse3.Operations):
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.released, self.forgotten = Counter[int](), Counter[int](), Counter[int]()
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        self.opened[inode] += 1
+        return FileInfo(fh=FileHandleT(ASKED))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self.forgotten[inode] += count
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return ASKED_FOR
+
+    async def release(self, fh: FileHandleT) -> None:
+        self.released[fh] += 1
+
+
+class Kernel:
+    """What the kernel does, by hand."""
+
+    def __init__(self, ours: socket.socket, operations: Operations) -> None:
+        self.operations = operations
+        self._ours = ours
+        self._unique = 2
+
+    async def ask(self, opcode: int, inode: int, body: bytes) -> bytes:
+        self.send(opcode, inode, body)
+        await trio.lowlevel.wait_readable(self._ours)
+        answer = self._ours.recv(1 << 16)
+        length, error, unique = struct.unpack_from("<IiQ", answer)
+        assert (length, error, unique) == (len(answer), 0, self._unique)
+        return answer[16:]
+
+    async def open(self, inode: int, flags: int = os.O_RDONLY) -> tuple[int, bool]:
+        """The handle, and whether Python was asked."""
+        before = self.operations.opened.total()
+        handle, how = struct.unpack("<QIxxxx", await self.ask(OPEN, inode, struct.pack("<II", flags, 0)))
+        asked = self.operations.opened.total() > before
+        assert asked or how & 2, "an open without asking keeps the page cache"
+        return handle, asked
+
+    async def read(self, handle: int, offset: int, size: int) -> tuple[bytes, bool]:
+        """What came, and whether Python was asked."""
+        got = await self.ask(READ, 1, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
+        return got, got == ASKED_FOR
+
+    async def release(self, inode: int, handle: int) -> bool:
+        """Whether Python was asked."""
+        before = self.operations.released.total()
+        assert await self.ask(RELEASE, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
+        return self.operations.released.total() > before
+
+
+    def send(self, opcode: int, inode: int, body: bytes) -> None:
+        """A request whose answer nobody waits for."""
+        self._unique += 2
+        self._ours.send(struct.pack("<IIQQIIII", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0) + body)
+
+
+@asynccontextmanager
+async def kernel() -> AsyncIterator[Kernel]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    operations = Operations()
+    number = theirs.detach()
+    standing = porter.hired()
+    assert standing is not None
+    pyfuse3.init(operations, f"/dev/fd/{number}", set())
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pyfuse3.main)
+            asking = Kernel(ours, operations)
+            standing.ring()
+            await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+            standing.begin(number)
+            yield asking
+            nursery.cancel_scope.cancel()
+    finally:
+        porter.heard()
+        porter.dismiss_idle()
+        standing.end()
+        pyfuse3.close(unmount=False)
+        ours.close()
