@@ -23,7 +23,7 @@ def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
     """What regular files hold, of the first of `paths` and as many behind it as together have `most` bytes; None of those that are
     not there, can't be read, or are larger than that alone. Links are not followed."""
     if _LIBRARY is None:
-        return [_read(paths[0], most)] if paths else []
+        return [read_file(paths[0], most)] if paths else []
     names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
     lengths = (ctypes.c_int64 * len(paths))()
     room = lend(most)
@@ -36,7 +36,8 @@ def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
     return found
 
 
-def _read(path: str, most: int) -> bytes | None:
+def read_file(path: str, most: int) -> bytes | None:
+    """As `read_whole` of one: without a buffer between."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

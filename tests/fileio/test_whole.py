@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.fileio import whole
-from ipfsfuse.fileio.whole import read_whole
+from ipfsfuse.fileio.whole import read_file, read_whole
 
 WITHOUT = pytest.param(False, id="without the C part")
 WITH = pytest.param(True, id="with it", marks=pytest.mark.skipif(whole._LIBRARY is None, reason="the C part is not compiled here"))
@@ -48,6 +48,7 @@ def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
     names = ["absent", "file", "link", "folder", "pipe", "large", "absent/below", "file"]
     found = read_all([str(tmp_path / name) for name in names], 7)
     assert found == [None, b"content", None, None, None, None, None, b"content"]
+    assert [read_file(str(tmp_path / name), 7) for name in names] == found
 
 
 def test_nothing_asked_for() -> None:

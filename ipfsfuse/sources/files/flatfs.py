@@ -19,7 +19,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.direct import Direct
-from ipfsfuse.fileio.whole import read_whole
+from ipfsfuse.fileio.whole import read_file, read_whole
 from ipfsfuse.sources.base import Block
 
 log = logging.getLogger("ipfsfuse.sources")
@@ -42,7 +42,7 @@ class Flatfs:
 
     def read(self, cid: Cid) -> bytes | None:
         """What is kept as the block; None where it is not there, or can't be read or be one: then the node has its say."""
-        return read_whole([self._path(cid)], MAX_BLOCK)[0]
+        return read_file(self._path(cid), MAX_BLOCK)
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
         """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks."""
