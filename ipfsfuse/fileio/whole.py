@@ -5,9 +5,11 @@ reading. `whole.c` takes it once; where that is not compiled they are read one b
 """
 
 import ctypes
+import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.native import load
@@ -39,16 +41,22 @@ def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
 def read_file(path: str, most: int) -> bytes | None:
     """As `read_whole` of one: without a buffer between."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with regular(path, most) as (file, size):
+            content = os.pread(file, size, 0)
     except OSError:
         return None
+    return content if len(content) == size else None
+
+
+@contextmanager
+def regular(path: str, most: int) -> Iterator[tuple[int, int]]:
+    """A regular file of at most `most` bytes, open for reading, and its size. Raises FileNotFoundError for anything else, without
+    waiting for a pipe, and OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode) or info.st_size > most:
-            return None
-        content = os.pread(file, info.st_size, 0)
-        return content if len(content) == info.st_size else None
-    except OSError:
-        return None
+            raise FileNotFoundError(errno.ENOENT, "no regular file of that size", path)
+        yield file, info.st_size
     finally:
         os.close(file)

@@ -4,6 +4,8 @@ It must be loaded before pyfuse3 is imported: calls go to what is loaded first. 
 requests. Concurrency: none of its own.
 """
 
+import ctypes
+
 from ipfsfuse.fileio.native import load
 
-LIBRARY = load("ipfsfuse.fuse._native", "listings are asked for each time, and each open of a small file")
+LIBRARY = load("ipfsfuse.fuse._native", "listings are asked for each time, and each open of a small file", ctypes.RTLD_GLOBAL)

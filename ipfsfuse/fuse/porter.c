@@ -2,7 +2,7 @@
  *
  * Loaded as kept_listings.c is, this fuse_session_receive_buf stands in front of libfuse's and gives pyfuse3 what was passed on;
  * fuse_session_fd names what rings then, instead of the device. So Python is woken by what it is needed for, and by nothing else:
- * a turn of its event loop costs 0.1 ms. Until the porter stands at the door everything is as without it.
+ * a turn of its event loop costs 0.1 ms. Until he stands at the door libfuse reads as ever, and whoever has something for it rings.
  * Concurrency: one lock for what is passed on. The thread knows nothing of Python.
  */
 #define _GNU_SOURCE
@@ -76,8 +76,11 @@ static void pass_on(const char *bytes, size_t size)
 {
 	struct request *one;
 
-	while (!(one = copied(bytes, size))) /* its caller waits: it can't be dropped */
+	while (!(one = copied(bytes, size))) { /* its caller waits: it can't be dropped */
+		if (leaving)
+			return;
 		usleep(1000);
+	}
 	pthread_mutex_lock(&lock);
 	while (waiting > WAITING && !over)
 		pthread_cond_wait(&taken, &lock);

@@ -16,7 +16,7 @@ from ipfsfuse.fuse.native import LIBRARY
 
 _OURS = 1 << 63
 _PACE = 32
-"""As in the C file."""
+"""As in `opens.c`."""
 
 _Heard = ctypes.c_uint64 * _PACE
 

@@ -96,9 +96,14 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
 def begin(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> Session:
     """Mounts and hands libfuse the socket. Must run before the event loop serves; nothing is answered yet."""
     device = open_device(mountpoint, allow_other)
+    try:
+        porter = hired()
+    except OSError as exc:
+        _close_device(device)
+        raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     number = theirs.detach()
-    session = Session(mountpoint, device, ours, number, porter=hired())
+    session = Session(mountpoint, device, ours, number, porter=porter)
     try:
         pyfuse3.init(operations, f"/dev/fd/{number}", set())
     except RuntimeError as exc:

@@ -1,7 +1,7 @@
 """Leaves on their way from a source to the kernel: fetched ahead, verified, and not read yet.
 
-They are in flight, not cached: each is dropped when its last byte was read, when the reader has left it behind, or
-when there is no room: one bound holds for all open files together. Concurrency: the event loop's.
+They are in flight, not cached: each is dropped when its last byte was read here, when the reader has left it behind or
+reached the file's end, or when there is no room: one bound holds for all open files together. Concurrency: the event loop's.
 """
 
 from collections import OrderedDict
@@ -40,9 +40,12 @@ class Counter(Protocol):
 class Landing:
     """The leaves of one open file, by offset."""
 
-    def __init__(self, room: Room, counter: Counter | None = None) -> None:
+    def __init__(self, room: Room, size: int = 0, counter: Counter | None = None) -> None:
+        """`size` of the file: who reaches its end is always told of."""
         self._room = room
+        self._size = size
         self._counter = counter
+        self._closed = False
         self._leaves: OrderedDict[int, Content] = OrderedDict()
 
     def __len__(self) -> int:
@@ -50,11 +53,12 @@ class Landing:
 
     def put(self, offset: int, content: Content) -> None:
         """Keeps a leaf for the reader that is coming, if there is room."""
-        if len(content) <= self._room.left and offset not in self._leaves:
+        if len(content) <= self._room.left and offset not in self._leaves and not self._closed:
             self._leaves[offset] = content
             self._room.left -= len(content)
             if self._counter is not None:
-                self._counter.offer(offset, content, offset // TOLD != (offset + len(content)) // TOLD)
+                end = offset + len(content)
+                self._counter.offer(offset, content, offset // TOLD != end // TOLD or end == self._size)
 
     def get(self, offset: int) -> Content | None:
         return self._leaves.get(offset)
@@ -70,6 +74,11 @@ class Landing:
             self._room.left += len(content)
             if self._counter is not None:
                 self._counter.withdraw(offset)
+
+    def close(self) -> None:
+        """Nothing is kept from now on."""
+        self._closed = True
+        self.clear()
 
     def clear(self) -> None:
         for offset in list(self._leaves):

@@ -32,7 +32,7 @@ class OpenFile:
         self._file = file
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
-        self._landing = Landing(tree.room, counter)
+        self._landing = Landing(tree.room, file.size, counter)
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
         """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
         if file.inline == file.size:
@@ -40,7 +40,7 @@ class OpenFile:
             if (come := tree.handing.take(file.cid)) is not None:
                 self._landing.put(0, come)
         self._asked: deque[int] = deque(maxlen=RECENT)
-        """Offsets of the leaves read last: on their way already, not to be fetched ahead."""
+        """Offsets of the leaves asked for last: on their way already, not to be fetched ahead."""
         self._sure = False
         """True once a supposed leaf turned out to be an interior node: then every node is looked at."""
         self._scopes: set[trio.CancelScope] = set()
@@ -50,7 +50,7 @@ class OpenFile:
         """Ends what is still being fetched ahead."""
         for scope in self._scopes:
             scope.cancel()
-        self._landing.clear()
+        self._landing.close()
         self._tree.cache.closed(self._ref)
 
     async def read(self, offset: int, size: int) -> Content:
@@ -88,7 +88,9 @@ class OpenFile:
         """The part of a leaf that was asked for. What is left of it a sequential reader finds in the landing, so that its
         hash pays once."""
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
-        if last == leaf.size:
+        if self._ahead.sequential and leaf.offset + last == self._file.size:
+            self._landing.clear()  # what was taken at the counter is still there
+        elif last == leaf.size:
             self._landing.drop(leaf.offset)
         elif self._ahead.sequential:
             self._landing.put(leaf.offset, data)

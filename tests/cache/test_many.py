@@ -93,3 +93,20 @@ def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(tmp_path
     record_property("directory entries", entries)
     assert taken(tmp_path) <= 1.3 * content
     assert entries < SMALL_BLOCKS / 100
+
+
+def test_blocks_that_come_together_fill_pack_after_pack(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
+            packs = cache.store.packs
+            together = [[random_bytes(10_000, 100 * answer + number) for number in range(70)] for answer in range(12)]
+            kept = [(cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest()), block) for blocks in together for block in blocks]
+            for answer in range(12):
+                await cache.store.keep_blocks(kept[70 * answer : 70 * answer + 70])
+            *filled, _last = sorted(packs.sizes)
+            assert len(filled) >= 7
+            assert all(packs.limit - 10_100 <= packs.sizes[pack] <= packs.limit for pack in filled)
+            for cid, block in kept:
+                assert await cache.store.block(cid) == block
+
+    trio.run(main)

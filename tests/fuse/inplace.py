@@ -84,7 +84,6 @@ class Kernel:
         assert await self.ask(RELEASE, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
         return self.operations.released.total() > before
 
-
     def send(self, opcode: int, inode: int, body: bytes) -> None:
         """A request whose answer nobody waits for."""
         self._unique += 2

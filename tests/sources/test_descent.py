@@ -8,10 +8,12 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, nodes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.sources.files import descent as descents
 from ipfsfuse.sources.files.descent import AT_ONCE, TOGETHER, Descent
 from tests.sources.content import raw_blocks, trees
 
-TREES = trees()
+TREES = {name: (tree.root, {cid: block for cid, block in tree.blocks.items() if cids.known(cid) is None}) for name, tree in trees().items()}
+"""Without the empty block, which nobody needs to be asked for."""
 
 
 class Shelf:
@@ -35,12 +37,12 @@ def all_of(descent: Descent) -> list[tuple[Cid, bytes]]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", TREES)
 def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
-    tree = TREES[name]
-    descent = Descent(Shelf(tree.blocks, random.Random(seed)).find, tree.root, 1 << 30)
+    root, blocks = TREES[name]
+    descent = Descent(Shelf(blocks, random.Random(seed)).find, root, 1 << 30)
     got = all_of(descent)
-    assert sorted(got) == sorted(tree.blocks.items())
+    assert sorted(got) == sorted(blocks.items())
     assert not descent.lacking
-    met = {tree.root}
+    met = {root}
     for cid, block in got:
         assert cid in met
         met.update(nodes.children(nodes.parse(cid, block)))
@@ -48,11 +50,10 @@ def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
-    tree = TREES[name]
-    leaves = [cid for cid in tree.blocks if cids.codec(cid) == cids.RAW]
-    gone = leaves[len(leaves) // 2]
-    descent = Descent(Shelf({cid: block for cid, block in tree.blocks.items() if cid != gone}, random.Random(1)).find, tree.root, 1 << 30)
-    assert sorted(all_of(descent)) == sorted(item for item in tree.blocks.items() if item[0] != gone)
+    root, blocks = TREES[name]
+    gone = list(blocks)[-1]
+    descent = Descent(Shelf({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find, root, 1 << 30)
+    assert sorted(all_of(descent)) == sorted(item for item in blocks.items() if item[0] != gone)
     assert descent.lacking
 
 
@@ -72,6 +73,41 @@ def test_the_limit_ends_it_and_one_call_gives_some() -> None:
     size = sum(len(block) for _cid, block in got)
     assert 5 * TOGETHER <= size < 5 * TOGETHER + 5 * 200_000
     assert TOGETHER <= sum(len(block) for _cid, block in first) < TOGETHER + 5 * 200_000
+
+
+def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = raw_blocks(8, 500, size=10)
+    (some,) = raw_blocks(9, 1)
+    root = cids.make(cids.DAG_PB, cids.multihash(some))
+    shelf = {root: dagpb.encode([dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(leaves)], b"\x08\x01"), **leaves}
+    now = 0.0
+    each = 0.01
+    looked_up: list[int] = []
+
+    def find(wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        nonlocal now
+        now += each * len(wanted)
+        looked_up.append(len(wanted))
+        return [shelf.get(cid) for cid in wanted]
+
+    monkeypatch.setattr(descents.time, "monotonic", lambda: now)
+    slow = Descent(find, root, 1 << 30)
+    assert len(all_of(slow)) == 501
+    assert max(looked_up[5:]) * each < 0.1
+    looked_up.clear()
+    each = 0.0
+    assert len(all_of(Descent(find, root, 1 << 30))) == 501
+    assert max(looked_up) == AT_ONCE
+
+
+def test_nobody_is_asked_for_what_everybody_knows() -> None:
+    """No node sends the empty block."""
+    (some,) = raw_blocks(9, 1)
+    root = cids.make(cids.DAG_PB, cids.multihash(some))
+    shelf = {root: dagpb.encode([dagpb.Link(cids.EMPTY, b"empty", 0)], b"\x08\x01")}
+    descent = Descent(lambda wanted: [shelf.get(cid) for cid in wanted], root, 1 << 20)
+    assert all_of(descent) == list(shelf.items())
+    assert not descent.lacking
 
 
 def test_a_block_that_is_no_node_leads_nowhere() -> None:

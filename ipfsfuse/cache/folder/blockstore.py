@@ -23,8 +23,6 @@ ON_LOOP = 32 << 10
 """Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread costs."""
 WRITE_ON_LOOP = 64 << 10
 """Bytes of sections that are written on the event loop too: 30 us."""
-TOGETHER = 1 << 20
-"""Bytes of sections that are written at once."""
 RECENT_PACKS = 2
 """A use of a block in one of the last packs is part of the same use that brought it."""
 
@@ -89,13 +87,14 @@ class BlockStore(Disk):
             return
         async with self._my_turn():
             together: list[Section] = []
-            room = min(TOGETHER, self.packs.limit)
+            room = self.packs.limit - self.packs.sizes.get(self.series.pack, 0)
             for made in (section(cids.canonical(cid), block) for cid, block in blocks):
                 if self.set_aside and await self._mended(made, None):
                     continue
-                if len(made.data) > room and together:
-                    await self._append(self.series, together)
-                    together, room = [], min(TOGETHER, self.packs.limit)
+                if len(made.data) > room:
+                    if together:
+                        await self._append(self.series, together)
+                    together, room = [], self.packs.limit  # a new pack is begun
                 together.append(made)
                 room -= len(made.data)
             if together:

@@ -3,6 +3,7 @@
 Nothing is verified: who takes a block does that. One that lies about its links costs some reads.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 from ipfsfuse.dag import cid as cids
@@ -10,8 +11,10 @@ from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError
 
-AT_ONCE = 64
-"""Blocks that are looked up by one call."""
+FIRST, AT_ONCE = 16, 64
+"""Blocks that are looked up by one call: at the beginning, and at most."""
+SOON = 0.03
+"""Seconds that it may take for more to be looked up by the next one: on a slow disk a file takes 10 ms, and who waits may give up."""
 TOGETHER = 1 << 20
 """Bytes after which it is enough for once."""
 
@@ -27,6 +30,7 @@ class Descent:
         self._waiting = [root]
         """Those that come next stand last."""
         self._seen = {root}
+        self._at_once = FIRST
         self.lacking = False
         """Whether one was not there."""
 
@@ -34,9 +38,9 @@ class Descent:
         """The next few blocks; none where that was all."""
         came: list[tuple[Cid, bytes]] = []
         enough = max(self._left - TOGETHER, 0)
-        while self._waiting and self._left > enough:
-            wanted = self._waiting[: -AT_ONCE - 1 : -1]
-            blocks = self._find(wanted)
+        while self._waiting and self._left > enough and len(came) < self._at_once:
+            wanted = self._waiting[: -self._at_once - 1 : -1]
+            blocks = self._timed(wanted)
             del self._waiting[-len(blocks) :]
             found = [(cid, block) for cid, block in zip(wanted, blocks, strict=False) if block is not None]
             self.lacking = self.lacking or len(found) < len(blocks)
@@ -46,6 +50,13 @@ class Descent:
             came += found
         return came
 
+    def _timed(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        begin = time.monotonic()
+        blocks = self._find(wanted)
+        soon = time.monotonic() - begin < SOON
+        self._at_once = min(2 * self._at_once, AT_ONCE) if soon else max(self._at_once // 2, 1)
+        return blocks
+
     def _below(self, cid: Cid, block: bytes) -> Sequence[Cid]:
         """What it links, of what was not met before."""
         if cids.codec(cid) != cids.DAG_PB:
@@ -54,6 +65,6 @@ class Descent:
             children = nodes.children(nodes.parse(cid, block))
         except IpfsFuseError:  # who reads it will hear
             return ()
-        new = [child for child in dict.fromkeys(children) if child not in self._seen and cids.inline(child) is None]
+        new = [child for child in dict.fromkeys(children) if child not in self._seen and cids.known(child) is None]
         self._seen.update(new)
         return new

@@ -10,7 +10,6 @@ Concurrency: worker threads.
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.direct import Direct
-from ipfsfuse.fileio.whole import read_file, read_whole
+from ipfsfuse.fileio.whole import read_file, read_whole, regular
 from ipfsfuse.sources.base import Block
 
 log = logging.getLogger("ipfsfuse.sources")
@@ -60,22 +59,16 @@ class Flatfs:
 
     def _into_buffer(self, cid: Cid) -> memoryview | None:
         try:
-            file = os.open(self._path(cid), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
+            with regular(self._path(cid), MAX_BLOCK) as (file, size):
+                block = lend(max(size, 1))[:size]
+                if block:
+                    self._direct.read(file, [block], 0)
+                return block
+        except FileNotFoundError:
             return None
-        try:
-            info = os.fstat(file)
-            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BLOCK:
-                return None
-            block = lend(max(info.st_size, 1))[: info.st_size]
-            if block:
-                self._direct.read(file, [block], 0)
-            return block
         except OSError as exc:
             log.warning("%s: the node's file can't be read: %s", cids.text(cid), exc)
             return None
-        finally:
-            os.close(file)
 
     def _path(self, cid: Cid) -> str:
         name = cids.multihash_base32(cid)

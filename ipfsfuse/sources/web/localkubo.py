@@ -41,12 +41,12 @@ class LocalKubo(Kubo):
             await super().stream(run, deliver)
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
-        if subtree.whole and await self._all_below(subtree, deliver):
-            return
-        await super().subtree(subtree, deliver)  # of the many small nodes of a listing the node makes one answer sooner than they are found
+        """Of the many small nodes of a listing the node makes one answer sooner than they are found here."""
+        if not subtree.whole or not await self._all_below(subtree, deliver):
+            await super().subtree(subtree, deliver)
 
     async def _all_below(self, subtree: Subtree, deliver: DeliverBlocks) -> bool:
-        """Whether the repository has all of it: then it was delivered."""
+        """Delivers what the repository has, as far as the limit goes. Whether that is all."""
         descent = Descent(self._blocks.read_some, subtree.root, subtree.limit)
         while blocks := await trio.to_thread.run_sync(descent.some, limiter=self._threads):
             await deliver(blocks)
