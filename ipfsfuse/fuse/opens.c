@@ -64,7 +64,7 @@ static void drop_idle(void)
 }
 
 /* `inode`, a regular file whose attributes the kernel was told rightly, may be opened by whoever asks. */
-void porter_know(uint64_t inode)
+void opens_know(uint64_t inode)
 {
 	uint32_t slot;
 
@@ -81,7 +81,7 @@ void porter_know(uint64_t inode)
 }
 
 /* From now on Python is asked again; returns how often `inode` is open. If it is, and not `even_open`, nothing changes. */
-uint32_t porter_dismiss(uint64_t inode, int even_open)
+uint32_t opens_dismiss(uint64_t inode, int even_open)
 {
 	uint32_t slot, opens = 0;
 
@@ -96,8 +96,8 @@ uint32_t porter_dismiss(uint64_t inode, int even_open)
 	return opens;
 }
 
-/* As porter_dismiss for everything that is not open. */
-void porter_dismiss_idle(void)
+/* As opens_dismiss for everything that is not open. */
+void opens_dismiss_idle(void)
 {
 	pthread_mutex_lock(&lock);
 	drop_idle();
@@ -105,7 +105,7 @@ void porter_dismiss_idle(void)
 }
 
 /* Writes the inodes opened since the last call to `out`, which has room for PACE; returns how many. */
-uint32_t porter_heard(uint64_t *out)
+uint32_t opens_heard(uint64_t *out)
 {
 	uint32_t count;
 

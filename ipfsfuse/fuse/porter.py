@@ -21,13 +21,13 @@ _PACE = 32
 _Heard = ctypes.c_uint64 * _PACE
 
 if LIBRARY is not None:
-    LIBRARY.porter_know.argtypes = (ctypes.c_uint64,)
-    LIBRARY.porter_know.restype = None
-    LIBRARY.porter_dismiss.argtypes = (ctypes.c_uint64, ctypes.c_int)
-    LIBRARY.porter_dismiss.restype = ctypes.c_uint32
-    LIBRARY.porter_dismiss_idle.restype = None
-    LIBRARY.porter_heard.argtypes = (_Heard,)
-    LIBRARY.porter_heard.restype = ctypes.c_uint32
+    LIBRARY.opens_know.argtypes = (ctypes.c_uint64,)
+    LIBRARY.opens_know.restype = None
+    LIBRARY.opens_dismiss.argtypes = (ctypes.c_uint64, ctypes.c_int)
+    LIBRARY.opens_dismiss.restype = ctypes.c_uint32
+    LIBRARY.opens_dismiss_idle.restype = None
+    LIBRARY.opens_heard.argtypes = (_Heard,)
+    LIBRARY.opens_heard.restype = ctypes.c_uint32
     LIBRARY.porter_hire.argtypes = LIBRARY.porter_begin.argtypes = (ctypes.c_int,)
     LIBRARY.porter_hire.restype = LIBRARY.porter_end.restype = None
     _WITH_LOCK = ctypes.PyDLL(LIBRARY._name)
@@ -91,23 +91,23 @@ def counter(handle: int) -> Counter | None:
 def know(inode: int) -> None:
     """`inode`, a file of which the kernel was told nothing but the truth, is opened for whoever asks."""
     if LIBRARY is not None:
-        LIBRARY.porter_know(inode)
+        LIBRARY.opens_know(inode)
 
 
 def dismiss(inode: int) -> int:
     """From now on opens of `inode` come to Python; returns how many stand open, whose releases do as well."""
-    return int(LIBRARY.porter_dismiss(inode, 1)) if LIBRARY is not None else 0
+    return int(LIBRARY.opens_dismiss(inode, 1)) if LIBRARY is not None else 0
 
 
 def closed(inode: int) -> bool:
     """Whether `inode` does not stand open here; then its opens come to Python from now on."""
-    return LIBRARY is None or not LIBRARY.porter_dismiss(inode, 0)
+    return LIBRARY is None or not LIBRARY.opens_dismiss(inode, 0)
 
 
 def dismiss_idle() -> None:
     """From now on opens come to Python, of everything that does not stand open."""
     if LIBRARY is not None:
-        LIBRARY.porter_dismiss_idle()
+        LIBRARY.opens_dismiss_idle()
 
 
 def heard() -> Sequence[int]:
@@ -115,7 +115,7 @@ def heard() -> Sequence[int]:
     if LIBRARY is None:
         return ()
     inodes = _Heard()
-    return inodes[: LIBRARY.porter_heard(inodes)]
+    return inodes[: LIBRARY.opens_heard(inodes)]
 
 
 def inode_of(handle: int) -> int:

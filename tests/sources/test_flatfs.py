@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import WrongBlock
-from ipfsfuse.sources.base import Block
+from ipfsfuse.sources.base import Block, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.files import flatfs
 from ipfsfuse.sources.files.flatfs import Flatfs
@@ -20,8 +23,9 @@ from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.localkubo import LocalKubo
 from tests.kubo.node import Node
+from tests.mount.test_users import NOBODY, command_of
 from tests.mounting import Home, wait_until
-from tests.sources.content import SampleFile, raw_blocks, sample
+from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 
 FILE = sample(31, count=9)
 MOUNT = {"mountpoint": "/blocks", "path": "blocks", "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2", "type": "flatfs"}
@@ -165,6 +169,31 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(two_nodes: tuple[Node, N
     trio.run(main)
 
 
+def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = two_nodes
+    monkeypatch.setenv("IPFS_PATH", str(near.repo))
+    tree = trees()["nested"]
+    *_but_for, missing = (cid for cid in tree.blocks if cids.known(cid) is None)
+    far.cmd("dag", "import", "--pin-roots=false", stdin=tree.car())
+    near.cmd("dag", "import", "--pin-roots=false", stdin=encode_car(tree.root, [item for item in tree.blocks.items() if item[0] != missing]))
+    blocks = flatfs.find(near.repo)
+    assert blocks is not None
+    got: dict[Cid, bytes] = {}
+
+    async def deliver(some: Sequence[tuple[Cid, bytes]]) -> None:
+        got.update(some)
+
+    async def main() -> None:
+        source = LocalKubo("kubo", HttpSettings(), blocks)
+        with trio.fail_after(60):
+            await source.subtree(Subtree(tree.root, True, 1 << 30), deliver)
+        await source.aclose()
+
+    assert not blocks.have([missing])
+    trio.run(main)
+    assert got == tree.blocks
+
+
 @pytest.mark.logs("wrong")
 def test_a_block_that_is_collected_meanwhile_or_damaged(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
@@ -211,3 +240,11 @@ def test_a_mount_of_it_reads_and_stages_with_the_node_standing_still(own_node: N
             wait_until(lambda: int(os.getxattr(mount.path / cid, "ipfsfuse.staged")) >= len(content), "it is staged")
         finally:
             own_node.resume()
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to become who may read everything, and setpriv")
+def test_who_may_read_everything_may_read_a_repository_of_others(tmp_path: Path) -> None:
+    repository = made(tmp_path / "repo")
+    repository.chmod(0o700)
+    look = "import sys, pathlib; from ipfsfuse.sources.files import flatfs; sys.exit(flatfs.find(pathlib.Path(sys.argv[1])) is None)"
+    assert subprocess.run([*command_of(NOBODY), sys.executable, "-c", look, str(repository)], check=False).returncode == 0
