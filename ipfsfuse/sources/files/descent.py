@@ -11,12 +11,12 @@ from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError
 
-FIRST, AT_ONCE = 16, 64
-"""Blocks that are looked up by one call: at the beginning, and at most."""
+AT_ONCE = 8
+"""Blocks that are looked up by one call: on a slow disk each takes 10 ms."""
 SOON = 0.03
-"""Seconds that it may take for more to be looked up by the next one: on a slow disk a file takes 10 ms, and who waits may give up."""
+"""Seconds after which what came is given, however little: who waits gives up after some more."""
 TOGETHER = 1 << 20
-"""Bytes after which it is enough for once."""
+"""Bytes after which it is given too."""
 
 Find = Callable[[Sequence[Cid]], Sequence[bytes | None]]
 """The blocks of some CIDs, or of the first of them; None for what is not there."""
@@ -30,7 +30,6 @@ class Descent:
         self._waiting = [root]
         """Those that come next stand last."""
         self._seen = {root}
-        self._at_once = FIRST
         self.lacking = False
         """Whether one was not there."""
 
@@ -38,9 +37,10 @@ class Descent:
         """The next few blocks; none where that was all."""
         came: list[tuple[Cid, bytes]] = []
         enough = max(self._left - TOGETHER, 0)
-        while self._waiting and self._left > enough and len(came) < self._at_once:
-            wanted = self._waiting[: -self._at_once - 1 : -1]
-            blocks = self._timed(wanted)
+        until = time.monotonic() + SOON
+        while self._waiting and self._left > enough and not (came and time.monotonic() >= until):
+            wanted = self._waiting[: -AT_ONCE - 1 : -1]
+            blocks = self._find(wanted)
             del self._waiting[-len(blocks) :]
             found = [(cid, block) for cid, block in zip(wanted, blocks, strict=False) if block is not None]
             self.lacking = self.lacking or len(found) < len(blocks)
@@ -49,13 +49,6 @@ class Descent:
                 self._waiting += reversed(self._below(cid, block))
             came += found
         return came
-
-    def _timed(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        begin = time.monotonic()
-        blocks = self._find(wanted)
-        soon = time.monotonic() - begin < SOON
-        self._at_once = min(2 * self._at_once, AT_ONCE) if soon else max(self._at_once // 2, 1)
-        return blocks
 
     def _below(self, cid: Cid, block: bytes) -> Sequence[Cid]:
         """What it links, of what was not met before."""
