@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NOBODY = 65534
 PATIENCE = 60
 """Seconds after which a command that should end is a failure: never a measure of speed."""
 
@@ -108,6 +109,12 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def command_of(user: int) -> list[str]:
+    """Runs as an ordinary user, who may read this environment's Python wherever it lies, and nothing more."""
+    caps = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *caps]
 
 
 def wait_until(condition: Any, what: str, seconds: float = PATIENCE) -> None:

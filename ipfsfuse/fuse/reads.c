@@ -20,6 +20,14 @@ static struct window *windows[WINDOWS];
 static int held;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* Of one that the porter does not see, or of none. It may run Python's code, so not under our lock. */
+static void let_go(struct window *one)
+{
+	if (one)
+		PyBuffer_Release(&one->content);
+	PyMem_Free(one);
+}
+
 /* `content` stands at `start` in the file that `handle` has open, and is kept until it is withdrawn. With `told`, who reads its last
  * byte asks Python. Does nothing where there are too many already. */
 void reads_offer(uint64_t handle, uint64_t start, PyObject *content, int told)
@@ -40,47 +48,28 @@ void reads_offer(uint64_t handle, uint64_t start, PyObject *content, int told)
 		one = NULL;
 	}
 	pthread_mutex_unlock(&lock);
-	if (one) {
-		PyBuffer_Release(&one->content);
-		PyMem_Free(one);
-	}
+	let_go(one);
 }
 
-/* Takes out the window at `start`, or any where `all`; NULL where there is none. */
-static struct window *taken_out(uint64_t handle, uint64_t start, int all)
+void reads_withdraw(uint64_t handle, uint64_t start)
 {
 	struct window *found = NULL;
 
 	pthread_mutex_lock(&lock);
 	for (int each = 0; each < held && !found; each++)
-		if (all || (windows[each]->handle == handle && windows[each]->start == start)) {
+		if (windows[each]->handle == handle && windows[each]->start == start) {
 			found = windows[each];
 			windows[each] = windows[--held];
 		}
 	pthread_mutex_unlock(&lock);
-	return found;
+	let_go(found);
 }
 
-static int drop(uint64_t handle, uint64_t start, int all)
-{
-	struct window *one = taken_out(handle, start, all);
-
-	if (!one)
-		return 0;
-	PyBuffer_Release(&one->content); /* may run Python's code: not under our lock */
-	PyMem_Free(one);
-	return 1;
-}
-
-void reads_withdraw(uint64_t handle, uint64_t start)
-{
-	drop(handle, start, 0);
-}
-
+/* Once the porter has gone home. */
 void reads_withdraw_all(void)
 {
-	while (drop(0, 0, 1))
-		;
+	while (held)
+		let_go(windows[--held]);
 }
 
 static int read_from_window(int device, const struct fuse_in_header *request, const struct fuse_read_in *what)

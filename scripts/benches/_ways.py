@@ -13,12 +13,8 @@ from typing import Any
 
 from scripts.benches._jobs import Prefix
 from tests.kubo.node import Node
-from tests.mounting import Home, Mounted, wait_until
+from tests.mounting import NOBODY, Home, Mounted, command_of, wait_until
 
-AS_USER: Prefix = (
-    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"),  # to read the program where it is
-)
 EMPTY = "bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354"
 """The empty directory: what every node has. Kubo's mount has been talking to its node, too."""
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -67,12 +63,12 @@ class Ours(Way):
         """`places`: what its environment says about the library and the node's repository."""
         super().__init__(name, {})
         self._source, self._cids = source, cids
-        self.prefix = AS_USER if user else ()
+        self.prefix = tuple(command_of(NOBODY)) if user else ()
         self._home = Home(folder)
         self._home.env |= places
         if user:
             for path in (folder, self._home.mountpoint):
-                os.chown(path, 65534, 65534)
+                os.chown(path, NOBODY, NOBODY)
         self.mount: Mounted | None = None
 
     def path(self, data: str, below: str) -> Path:

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.control import client
-from tests.mounting import Home, alive, fuse_mounts, wait_until
-
-NOBODY = 65534
+from tests.mounting import NOBODY, Home, alive, command_of, fuse_mounts, wait_until
 
 as_user = pytest.mark.skipif(
     os.getuid() != 0
@@ -22,12 +20,6 @@ as_user = pytest.mark.skipif(
     or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
     reason="needs root, to become somebody else, setpriv, /etc/mtab (which fusermount3 reads for users), and udev's /dev/fuse, open to all",
 )
-
-
-def command_of(user: int) -> list[str]:
-    """Runs as an ordinary user, who may read this environment's Python wherever it lies, and nothing more."""
-    caps = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
-    return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *caps]
 
 
 @pytest.fixture

@@ -63,10 +63,10 @@ def blocks_only(ask: Ask) -> None:
 
 KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "kubo-gateway", "kubo-rpc", "kubo-repository", "kubo"]
 IN_ONE_ANSWER = {"gateway", "gateway-near", "gateway-trustless", "kubo"}
+"""Those that send a directory in one answer: none in place, and no node that must not look on the network for it."""
 READ_IN_PLACE = "kubo-repository"
 """Offline, so that what it gives it has read itself: all below a directory but the empty block, in an order of its own, and no
 listing's nodes."""
-"""Those that send a directory in one answer: none in place, and no node that must not look on the network for it."""
 
 
 @pytest.fixture(params=KINDS)

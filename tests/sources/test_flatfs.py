@@ -23,8 +23,7 @@ from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.localkubo import LocalKubo
 from tests.kubo.node import Node
-from tests.mount.test_users import NOBODY, command_of
-from tests.mounting import Home, wait_until
+from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 
 FILE = sample(31, count=9)
