@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("shared-machine")
 pytest_plugins = ["tests.kubo.fixtures"] if importlib.util.find_spec("tests.kubo.fixtures") else []
 
 NEED_FUSE = ("tests/mount/", "tests/faults/", "tests/network/")
+KUBO_FIXTURES = {"kubo_node", "own_node", "two_nodes"}
 _skipped_for_fuse = pytest.StashKey[int]()
 
 
@@ -56,8 +57,13 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[_skipped_for_fuse] = 0
     for item in items:
-        if item.path.relative_to(config.rootpath).as_posix().startswith(NEED_FUSE):
+        place = item.path.relative_to(config.rootpath).as_posix()
+        if place.startswith(NEED_FUSE):
             item.add_marker(pytest.mark.fuse)
+        if place.startswith("tests/runner/"):
+            item.add_marker(pytest.mark.guest)
+        if KUBO_FIXTURES.intersection(getattr(item, "fixturenames", ())) or place.startswith("tests/kubo/"):
+            item.add_marker(pytest.mark.kubo)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
