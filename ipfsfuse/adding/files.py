@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 
-from ipfsfuse.dag.build import NOTHING, Block, Built, FileBuilder, Profile, Sink, Stored, leaf
+from ipfsfuse.dag.builder import NOTHING, Block, Built, FileBuilder, Profile, Sink, Stored, leaf
 from ipfsfuse.errors import AddFailed
 
 _AHEAD = 8

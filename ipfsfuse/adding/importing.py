@@ -16,7 +16,7 @@ from ipfsfuse.adding import tree
 from ipfsfuse.adding.files import FileImporter
 from ipfsfuse.adding.tree import Enter, Leave, Regular, Symlink
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import NOTHING, UNIXFS_V1_2025, Built, Profile, Sink, Stored, directory, symlink
+from ipfsfuse.dag.builder import NOTHING, UNIXFS_V1_2025, Built, Profile, Sink, Stored, directory, symlink
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, UsageError
 from ipfsfuse.sources.files.library import Library

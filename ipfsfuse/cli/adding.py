@@ -8,7 +8,7 @@ from ipfsfuse import adding
 from ipfsfuse.cli.library import opened
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import PROFILES
+from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.sources.files.library import Library
 
 

@@ -11,7 +11,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import ranges
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
 from ipfsfuse.errors import NotALeaf
@@ -109,7 +109,7 @@ class _Job:
     async def _leaves(self, file: File, ref: FileRef) -> None:
         offset, sure = 0, False
         while offset < file.size:
-            window = await self._tree.drive(ranges.leaves(file, offset, WINDOW, sure))
+            window = await self._tree.drive(file_layout.leaves(file, offset, WINDOW, sure))
             try:
                 await self._window(ref, window)
             except NotALeaf:

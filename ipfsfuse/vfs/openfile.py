@@ -11,7 +11,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import ranges
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.vfs.landing import Counter, Landing
@@ -106,7 +106,7 @@ class OpenFile:
         return await self._walk(offset, size)
 
     async def _walk(self, offset: int, size: int) -> Sequence[Leaf]:
-        leaves = await self._tree.drive(ranges.leaves(self._file, offset, size, self._sure))
+        leaves = await self._tree.drive(file_layout.leaves(self._file, offset, size, self._sure))
         self._stretches.appendleft(leaves)
         return leaves
 

@@ -11,10 +11,10 @@ import trio
 
 from ipfsfuse.cache.base import Cache, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import listing, nodes, walk
+from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
-from ipfsfuse.dag.walk import Walk
+from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
@@ -166,7 +166,7 @@ class Tree:
 
     async def child(self, parent: Cid, name: bytes) -> Link:
         """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no such name."""
-        link = await self.drive(walk.child(await self.directory(parent), name))
+        link = await self.drive(traversal.child(await self.directory(parent), name))
         if link is None:
             raise NotFound(f"{name!r} is not in {cids.text(parent)}")
         return link
@@ -176,7 +176,7 @@ class Tree:
         directory = await self.directory(parent)
         if self._gatherer is not None and not after:
             self._gatherer.nodes_of(directory)
-        page = await self.drive(listing.entries(directory, after))
+        page = await self.drive(directory_pages.entries(directory, after))
         if self._ahead is not None:  # else every block that is used must be told of
             self._ahead.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)

@@ -3,7 +3,7 @@
 import stat
 from functools import cache
 
-from ipfsfuse.dag.build import NOTHING, Built, FileBuilder, Profile, Stored, directory, leaf, symlink
+from ipfsfuse.dag.builder import NOTHING, Built, FileBuilder, Profile, Stored, directory, leaf, symlink
 from ipfsfuse.dag.cid import Cid
 from tests.adding.trees import Bytes, Case, Entry, To
 

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ipfsfuse.dag.build import PROFILES
+from ipfsfuse.dag.builder import PROFILES
 from tests.adding.repo import Repo
 from tests.adding.trees import CASES, Case, write
 

@@ -11,7 +11,7 @@ import pytest
 from ipfsfuse.adding import add
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
-from ipfsfuse.dag.build import UNIXFS_V0_2015
+from ipfsfuse.dag.builder import UNIXFS_V0_2015
 from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.files.library import Library
 from tests.adding.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told

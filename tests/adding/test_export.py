@@ -9,7 +9,7 @@ import trio
 
 from ipfsfuse.adding import AddOptions, add, export
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import PROFILES
+from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.sources.files.car import CarSource

@@ -7,7 +7,7 @@ import pytest
 
 from ipfsfuse.adding import AddOptions, add
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import PROFILES
+from ipfsfuse.dag.builder import PROFILES
 from tests.adding.pure import build
 from tests.adding.record import DATA, ask
 from tests.adding.repo import Repo

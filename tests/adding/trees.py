@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ipfsfuse.dag.build import PROFILES, Profile
+from ipfsfuse.dag.builder import PROFILES, Profile
 
 
 @dataclass(frozen=True)

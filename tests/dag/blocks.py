@@ -11,7 +11,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, hamt, nodes, unixfs, varint
 from ipfsfuse.dag.cid import DAG_PB, RAW, Cid
 from ipfsfuse.dag.dagpb import Link
-from ipfsfuse.dag.front import Walk
+from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.dag.unixfs import Type, UnixFS
 
 T = TypeVar("T")

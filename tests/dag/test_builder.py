@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipfsfuse.dag import build, hamt, nodes, walk
+from ipfsfuse.dag import builder, hamt, nodes, traversal
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import NOTHING, UNIXFS_V0_2015, UNIXFS_V1_2025, Built, FileBuilder, Profile, Stored
+from ipfsfuse.dag.builder import NOTHING, UNIXFS_V0_2015, UNIXFS_V1_2025, Built, FileBuilder, Profile, Stored
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
-from ipfsfuse.dag.walk import Walk
+from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.errors import Unsupported
 
 T = TypeVar("T")
@@ -49,15 +49,15 @@ class Store:
     def file(self, profile: Profile, data: bytes, stored: Stored = NOTHING) -> Built:
         chunks = [data[at : at + profile.chunk_size] for at in range(0, len(data), profile.chunk_size)] or [b""]
         if len(chunks) == 1:
-            block = build.leaf(profile, data, stored)
+            block = builder.leaf(profile, data, stored)
             self.put(block.built.cid, block.block)
             return block.built
-        builder = FileBuilder(profile, self.put)
+        file_builder = FileBuilder(profile, self.put)
         for chunk in chunks:
-            block = build.leaf(profile, chunk)
+            block = builder.leaf(profile, chunk)
             self.put(block.built.cid, block.block)
-            builder.add(block.built)
-        return builder.finish(stored)
+            file_builder.add(block.built)
+        return file_builder.finish(stored)
 
     def content(self, cid: Cid, links: int) -> tuple[bytes, int]:
         """(content, height) of a file whose leaves all lie at one depth, below nodes of at most `links` children."""
@@ -103,14 +103,14 @@ def test_every_name_is_found_and_no_other(files: dict[bytes, bytes]) -> None:
     for profile in PROFILES:
         store = Store()
         children = [(name, store.file(profile, data)) for name, data in files.items()]
-        built = build.directory(profile, children, NOTHING, store.put)
+        built = builder.directory(profile, children, NOTHING, store.put)
         root = store.node(built.cid)
         assert isinstance(root, Directory | Shard)
         for name, child in children:
-            link = store.run(walk.child(root, name))
+            link = store.run(traversal.child(root, name))
             assert link is not None
             assert (link.cid, link.tsize) == (child.cid, child.tsize)
-        assert store.run(walk.child(root, b"no such name, nor ever will be, for it is too long for the texts above")) is None
+        assert store.run(traversal.child(root, b"no such name, nor ever will be, for it is too long for the texts above")) is None
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -118,18 +118,18 @@ def test_wide_directories_are_sharded(profile: Profile) -> None:
     store = Store()
     names = [str(number).encode() for number in range(3000)]
     leaf = store.file(profile, b"x")
-    built = build.directory(profile, [(name, leaf) for name in names], NOTHING, store.put)
+    built = builder.directory(profile, [(name, leaf) for name in names], NOTHING, store.put)
     root = store.node(built.cid)
     assert isinstance(root, Shard)
-    assert all(store.run(walk.child(root, name)) for name in names)
-    assert store.run(walk.child(root, b"3000")) is None
+    assert all(store.run(traversal.child(root, name)) for name in names)
+    assert store.run(traversal.child(root, b"3000")) is None
 
 
 def test_order_of_names_does_not_matter() -> None:
     store = Store()
     leaf = store.file(SMALL, b"x")
     children = [(str(number).encode(), leaf) for number in range(500)]
-    assert build.directory(SMALL, children, NOTHING, store.put) == build.directory(SMALL, children[::-1], NOTHING, store.put)
+    assert builder.directory(SMALL, children, NOTHING, store.put) == builder.directory(SMALL, children[::-1], NOTHING, store.put)
 
 
 @pytest.mark.parametrize("mode", [None, 0o640, 0o777])
@@ -143,11 +143,11 @@ def test_attributes_are_read_back(mode: int | None, mtime: int | None) -> None:
         store.file(profile, b"", stored),
         store.file(profile, b"abc", stored),
         store.file(profile, bytes(100), stored),
-        build.directory(profile, [], stored, store.put),
-        build.directory(profile, many, stored, store.put),
+        builder.directory(profile, [], stored, store.put),
+        builder.directory(profile, many, stored, store.put),
     ):
         assert store.node(built.cid).meta == nodes.Meta(mode, mtime)
-    link = store.node(build.symlink(profile, b"target", stored, store.put).cid)
+    link = store.node(builder.symlink(profile, b"target", stored, store.put).cid)
     assert isinstance(link, Symlink)
     assert (link.target, link.meta) == (b"target", nodes.Meta(None, mtime))
 
@@ -156,5 +156,5 @@ def test_names_that_can_not_be_told_apart_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(hamt, "hash64", lambda _name: 77)  # 64 bits in common are not found in a lifetime
     store = Store()
     leaf = store.file(SMALL, b"x")
-    with pytest.raises(Unsupported, match="have one hash"):
-        build.directory(SMALL, [(bytes([65 + number]) * 20, leaf) for number in range(20)], NOTHING, store.put)
+    with pytest.raises(Unsupported, match="have the same hash"):
+        builder.directory(SMALL, [(bytes([65 + number]) * 20, leaf) for number in range(20)], NOTHING, store.put)

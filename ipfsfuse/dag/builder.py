@@ -1,8 +1,8 @@
-"""The importer: files, directories and symlinks -> blocks, with the CIDs that Kubo 0.43 gives them.
+"""Builds blocks from files, directories and symlinks, with the CIDs that Kubo 0.43 gives them.
 
-Pure: chunks and names come in, every block goes to a sink as (cid, block), children before parents, and `Built` says
-what came out. Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. Memory holds one node's links for each level of a
-file; a directory is held whole.
+Pure. Chunks and names come in. Every block goes to a sink as (cid, block), children before parents, and `Built`
+describes the result. Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. Memory holds the links of one node for each
+level of a file, and a directory as a whole.
 """
 
 import hashlib
@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from ipfsfuse.dag import dagpb, hamtbuild, unixfs
+from ipfsfuse.dag import dagpb, hamt, unixfs
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Link
+from ipfsfuse.dag.nodes import MURMUR3, Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
+from ipfsfuse.errors import Unsupported
 
 _SHA2_256 = b"\x12\x20"
 
@@ -110,10 +111,10 @@ class FileBuilder:
         self._profile = profile
         self._sink = sink
         self._levels: list[list[Built]] = [[]]
-        """What waits for a parent: leaves, then nodes of height 1, and so on."""
+        """The nodes that have no parent yet: leaves, then nodes of height 1, and so on."""
 
     def add(self, leaf: Built) -> None:
-        """The next leaf. Its block is the caller's to sink, who knows whether it is the file's only one."""
+        """The next leaf. The caller gives its block to the sink: only the caller knows whether it is the file's only leaf."""
         self._push(0, leaf)
 
     def _push(self, level: int, child: Built) -> None:
@@ -124,7 +125,7 @@ class FileBuilder:
         self._levels[level].append(child)
 
     def _close(self, level: int) -> None:
-        """Gives the children that wait on `level` their parent."""
+        """Makes the parent of the children on `level`."""
         parent = self._parent(self._levels[level], NOTHING)
         self._sink(parent.built.cid, parent.block)
         self._levels[level] = []
@@ -136,7 +137,7 @@ class FileBuilder:
         return node(self._profile, [Link(child.cid, b"", child.tsize) for child in children], message)
 
     def finish(self, stored: Stored = NOTHING) -> Built:
-        """The file's root, from two leaves on. (A file of fewer is its one leaf, which has the attributes itself.)"""
+        """The root of a file of two leaves or more. (A file of one leaf is that leaf, which holds the attributes itself.)"""
         level = 0
         while level + 1 < len(self._levels):
             self._close(level)
@@ -170,17 +171,48 @@ def _size(profile: Profile, links: Sequence[Link], basic: Block) -> int:
 
 
 def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink) -> Built:
-    def save(shard_links: Sequence[Link], bitfield: bytes, is_root: bool) -> Built:
-        message = UnixFS(Type.HAMT_SHARD, bitfield, hash_type=hamtbuild.MURMUR3, fanout=profile.hamt_width)
-        block = node(profile, shard_links, stored.on(message) if is_root else message)
+    """A HAMT (https://specs.ipfs.tech/unixfs/#dag-pb-hamtdirectory).
+
+    Its shape is a function of the names alone: a trie over the bits of their hashes. So it is built from all links at
+    once, and need not grow by insertion as Kubo's does. Raises Unsupported if hashes can't tell two names apart.
+    """
+    width = profile.hamt_width
+    bits = width.bit_length() - 1
+    digits = len(f"{width - 1:X}")
+
+    def shard(entries: list[tuple[int, Link]], depth: int) -> Built:
+        shift = hamt.HASH_BITS - bits * (depth + 1)
+        if shift < 0:
+            raise Unsupported(
+                f"the names {entries[0][1].name!r} and {entries[1][1].name!r} have the same hash: "
+                "a sharded directory can't hold both"
+            )
+        slots: dict[int, list[tuple[int, Link]]] = {}
+        for entry in entries:
+            slots.setdefault(entry[0] >> shift & width - 1, []).append(entry)
+        found: list[Link] = []
+        bitfield = 0
+        for index in sorted(slots):
+            bitfield |= 1 << index
+            prefix = f"{index:0{digits}X}".encode()
+            inside = slots[index]
+            if len(inside) == 1:
+                link = inside[0][1]
+                found.append(Link(link.cid, prefix + link.name, link.tsize))
+            else:
+                child = shard(inside, depth + 1)
+                found.append(Link(child.cid, prefix, child.tsize))
+        data = bitfield.to_bytes((bitfield.bit_length() + 7) // 8)
+        message = UnixFS(Type.HAMT_SHARD, data, hash_type=MURMUR3, fanout=width)
+        block = node(profile, found, message if depth else stored.on(message))
         sink(block.built.cid, block.block)
         return block.built
 
-    return hamtbuild.build(links, profile.hamt_width, save)
+    return shard([(hamt.hash64(link.name), link) for link in links], 0)
 
 
 def symlink(profile: Profile, target: bytes, stored: Stored, sink: Sink) -> Built:
-    """A symlink. Of the attributes it stores the time alone."""
+    """A symlink. It stores only the time of the attributes."""
     block = node(profile, (), replace(stored, mode=None).on(UnixFS(Type.SYMLINK, target)))
     sink(block.built.cid, block.block)
     return block.built

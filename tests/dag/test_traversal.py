@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.dag import dagpb, hamt, unixfs, walk
+from ipfsfuse.dag import dagpb, directory_pages, hamt, path, traversal, unixfs
 from ipfsfuse.dag.cid import RAW, Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import File, Symlink
@@ -22,9 +22,9 @@ def test_a_basic_directory_answers_from_its_own_block() -> None:
     here = directory(
         heap, heap.directory([Link(A, b"n", 1), Link(B, b"n", 2), Link(B, b"..", 3), Link(B, b"", 4), Link(B, b"x/y", 5), Link(B, b"m" * 256, 6)])
     )
-    assert heap.drive(walk.child(here, b"n")) == Link(A, b"n", 1)
+    assert heap.drive(traversal.child(here, b"n")) == Link(A, b"n", 1)
     for name in (b"", b".", b"..", b"x/y", b"N", b"n\0", b"m" * 256):
-        assert heap.drive(walk.child(here, name)) is None
+        assert heap.drive(traversal.child(here, name)) is None
     assert heap.asked == []
 
 
@@ -35,13 +35,13 @@ def test_a_hamt_of_any_width_is_followed_along_one_path(width: int) -> None:
     here = directory(heap, heap.trie(names, width))
     for name in names[::7]:
         heap.asked.clear()
-        link = heap.drive(walk.child(here, name))
+        link = heap.drive(traversal.child(here, name))
         assert link is not None
         assert link.name == name
         assert all(len(batch) == 1 for batch in heap.asked)
         assert len(heap.asked) <= 6
     for name in (b"", b"..", b"name", b"name 700", b"03", b"name 1/"):
-        assert heap.drive(walk.child(here, name)) is None
+        assert heap.drive(traversal.child(here, name)) is None
 
 
 @given(
@@ -50,11 +50,11 @@ def test_a_hamt_of_any_width_is_followed_along_one_path(width: int) -> None:
     st.binary(min_size=1, max_size=8),
 )
 def test_a_hamt_holds_the_names_put_in_and_no_other(names: list[bytes], width: int, other: bytes) -> None:
-    names = [name for name in names if walk.can_hold(name)]
+    names = [name for name in names if path.can_hold(name)]
     heap = Blocks()
     here = directory(heap, heap.trie(names, width))
     for name in [*names, other]:
-        link = heap.drive(walk.child(here, name))
+        link = heap.drive(traversal.child(here, name))
         assert (link is not None) == (name in names)
 
 
@@ -64,9 +64,9 @@ def test_the_hash_is_that_of_go() -> None:
     heap = Blocks()
     root = heap.load_car(path)[0]
     here = directory(heap, root)
-    found = [heap.drive(walk.child(here, b"%d.txt" % number)) for number in range(1, 1001)]
+    found = [heap.drive(traversal.child(here, b"%d.txt" % number)) for number in range(1, 1001)]
     assert all(link is not None for link in found)
-    assert heap.drive(walk.child(here, b"1001.txt")) is None
+    assert heap.drive(traversal.child(here, b"1001.txt")) is None
     assert hamt.hash64(b"foo") == 0xE271865701F54561  # murmur3-x64-128 of "foo", its low half
 
 
@@ -86,13 +86,13 @@ def deep(width: int, levels: int, name: bytes) -> tuple[Blocks, Cid]:
 @pytest.mark.parametrize(("width", "most"), [(8, 21), (16, 16), (256, 8), (1024, 6)])
 def test_a_hamt_may_be_as_deep_as_its_hash_has_bits(width: int, most: int) -> None:
     heap, root = deep(width, most, b"name")
-    assert heap.drive(walk.child(directory(heap, root), b"name")) == Link(A, b"name", 1)
-    assert heap.drive(walk.entries(directory(heap, root), 0)).entries[0].name == b"name"
+    assert heap.drive(traversal.child(directory(heap, root), b"name")) == Link(A, b"name", 1)
+    assert heap.drive(directory_pages.entries(directory(heap, root), 0)).entries[0].name == b"name"
     heap, root = deep(width, most + 1, b"name")
     with pytest.raises(Malformed, match="deeper"):
-        heap.drive(walk.child(directory(heap, root), b"name"))
+        heap.drive(traversal.child(directory(heap, root), b"name"))
     with pytest.raises(Malformed, match="deeper"):
-        heap.drive(walk.entries(directory(heap, root), 0))
+        heap.drive(directory_pages.entries(directory(heap, root), 0))
 
 
 def first_prefix(name: bytes) -> tuple[int, bytes]:
@@ -112,21 +112,21 @@ def test_what_stands_in_a_hamt_and_is_no_part_of_one_is_malformed() -> None:
     }
     for below in wrong.values():
         here = directory(heap, heap.put(shard(256, [index], [Link(below, prefix, 1)])))
-        with pytest.raises(Malformed, match="no node of one"):
-            heap.drive(walk.child(here, b"name"))
-        with pytest.raises(Malformed, match="no node of one"):
-            heap.drive(walk.entries(here, 0))
+        with pytest.raises(Malformed, match="not a HAMT node"):
+            heap.drive(traversal.child(here, b"name"))
+        with pytest.raises(Malformed, match="not a HAMT node"):
+            heap.drive(directory_pages.entries(here, 0))
     here = directory(heap, heap.put(shard(256, [misplaced], [Link(A, b"%02Xname" % misplaced, 1)])))
-    assert heap.drive(walk.child(here, b"name")) is None
+    assert heap.drive(traversal.child(here, b"name")) is None
     with pytest.raises(Malformed, match="at a place"):
-        heap.drive(walk.entries(here, 0))
+        heap.drive(directory_pages.entries(here, 0))
     below = heap.put(shard(256, [index], [Link(A, prefix + b"name", 1)]))  # right for the root, wrong below it
     here = directory(heap, heap.put(shard(256, [index], [Link(below, prefix, 1)])))
     second = hamt.hash64(b"name") >> 48 & 255
     if second != index:
-        assert heap.drive(walk.child(here, b"name")) is None
+        assert heap.drive(traversal.child(here, b"name")) is None
     with pytest.raises(Malformed, match="at a place"):
-        heap.drive(walk.entries(here, 0))
+        heap.drive(directory_pages.entries(here, 0))
 
 
 def test_a_path_is_resolved_block_by_block() -> None:
@@ -135,28 +135,28 @@ def test_a_path_is_resolved_block_by_block() -> None:
     link = heap.put(dagpb.encode([], unixfs.encode(UnixFS(Type.SYMLINK, b"there"))))
     inner = heap.directory([Link(leaf, b"f", 5), Link(link, b"l", 5), Link(identity(b"in the CID"), b"i", 10)])
     root = heap.directory([Link(inner, b"d", 5)])
-    assert heap.drive(walk.resolve(IpfsPath(root, (b"d", b"f")))) == File(leaf, 5, 5, ())
+    assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"f")))) == File(leaf, 5, 5, ())
     assert heap.fetched == [root, inner, leaf]
-    found = heap.drive(walk.resolve(IpfsPath(root, (b"d", b"l"))))
+    found = heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"l"))))
     assert isinstance(found, Symlink)
     heap.asked.clear()
-    assert heap.drive(walk.resolve(IpfsPath(identity(b"x")))) == File(identity(b"x"), 1, 1, ())
+    assert heap.drive(traversal.resolve(IpfsPath(identity(b"x")))) == File(identity(b"x"), 1, 1, ())
     assert heap.asked == []
-    assert heap.drive(walk.resolve(IpfsPath(root, (b"d", b"i")))) == File(identity(b"in the CID"), 10, 10, ())
+    assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"i")))) == File(identity(b"in the CID"), 10, 10, ())
     with pytest.raises(NotFound, match="/d/x: no such entry"):
-        heap.drive(walk.resolve(IpfsPath(root, (b"d", b"x", b"y"))))
+        heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"x", b"y"))))
     with pytest.raises(NotADirectory, match="/d/f is not a directory"):
-        heap.drive(walk.resolve(IpfsPath(root, (b"d", b"f", b"y"))))
+        heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"f", b"y"))))
     with pytest.raises(NotADirectory):
-        heap.drive(walk.resolve(IpfsPath(root, (b"d", b"l", b"y"))))
+        heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"l", b"y"))))
 
 
 def test_an_identity_cid_that_is_too_long_is_refused_where_it_is_followed() -> None:
     heap = Blocks()
     root = heap.directory([Link(identity(b"x" * 129), b"long", 1)])
-    assert [entry.name for entry in heap.drive(walk.entries(directory(heap, root), 0)).entries] == [b"long"]
+    assert [entry.name for entry in heap.drive(directory_pages.entries(directory(heap, root), 0)).entries] == [b"long"]
     with pytest.raises(Unsupported, match="129 bytes"):
-        heap.drive(walk.resolve(IpfsPath(root, (b"long",))))
+        heap.drive(traversal.resolve(IpfsPath(root, (b"long",))))
 
 
 def test_a_directory_in_an_identity_cid() -> None:
@@ -164,5 +164,5 @@ def test_a_directory_in_an_identity_cid() -> None:
     inner = dagpb.encode([Link(A, b"f", 1)], unixfs.encode(UnixFS(Type.DIRECTORY)))
     assert len(inner) <= 128
     heap.put(b"a", RAW)
-    assert heap.drive(walk.resolve(IpfsPath(identity(inner, 0x70), (b"f",)))) == File(A, 1, 1, ())
+    assert heap.drive(traversal.resolve(IpfsPath(identity(inner, 0x70), (b"f",)))) == File(A, 1, 1, ())
     assert heap.fetched == [A]
