@@ -65,7 +65,7 @@ def _command(commands: Any, name: str, run: str, about: str) -> argparse.Argumen
 
 
 def _library(commands: Any) -> None:
-    add = _command(commands, "add", "adding:run", "import files and folders into the library; prints their CIDs")
+    add = _command(commands, "add", "library:add", "import files and folders into the library; prints their CIDs")
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder, a symlink; - for standard input")
     add.add_argument("-Q", "--quieter", action="store_true", help="print the last CID alone")
     add.add_argument("--profile", default="unixfs-v1-2025", choices=["unixfs-v1-2025", "unixfs-v0-2015"], help="the rules that give the CID")
@@ -76,7 +76,7 @@ def _library(commands: Any) -> None:
     add.add_argument("--preserve-mtime", action="store_true", help="store modification times")
     library = _command(commands, "library", "library:show", "list what `add` put into the library")
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
-    export = _command(commands, "export", "exporting:run", "write a CID with all below it to a CAR file, verified")
+    export = _command(commands, "export", "library:export", "write a CID with all below it to a CAR file, verified")
     for parser in (remove, export):
         parser.add_argument("cid", metavar="CID")
     export.add_argument("file", metavar="FILE.car", type=_PATH)

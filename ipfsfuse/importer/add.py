@@ -1,28 +1,46 @@
-"""`ipfsfuse add`: local files and folders into the library, with the CIDs that `ipfs add` gives.
+"""`ipfsfuse add`: imports local files and folders into the library, with the CIDs that `ipfs add` gives.
 
-Blocking, for one thread; several adds at once, in any number of processes, are safe. The library is as it was until
-all is there: whatever ends an add early leaves nothing.
+Blocking, for one thread. Several adds at once, in any number of processes, are safe. The library changes only when
+everything has been added: an add that ends early leaves nothing behind.
 """
 
 import os
 import stat
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
-from ipfsfuse.adding import tree
-from ipfsfuse.adding.files import FileImporter
-from ipfsfuse.adding.tree import Enter, Leave, Regular, Symlink
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.builder import NOTHING, UNIXFS_V1_2025, Built, Profile, Sink, Stored, directory, symlink
+from ipfsfuse.dag.builder import (
+    NOTHING,
+    UNIXFS_V1_2025,
+    Block,
+    Built,
+    FileBuilder,
+    Profile,
+    Sink,
+    Stored,
+    directory,
+    leaf,
+    symlink,
+)
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, UsageError
+from ipfsfuse.importer import local_tree
+from ipfsfuse.importer.local_tree import Enter, Leave, Regular, Symlink
 from ipfsfuse.sources.files.library import Library
 from ipfsfuse.sources.files.librarywriter import NewRoot
 
 STANDARD_INPUT = "-"
+
+_CHUNKS_AHEAD = 8
+"""Chunks that are read while the ones before are hashed. More are never held in memory."""
+_HASH_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +53,7 @@ class AddOptions:
     preserve_mode: bool = False
     preserve_mtime: bool = False
     only_hash: bool = False
-    """Only tell the CIDs; the library may be None."""
+    """Only compute the CIDs. The library may be None."""
 
 
 class Added(NamedTuple):
@@ -48,16 +66,16 @@ class Added(NamedTuple):
 
 
 Steps = Generator[Added, None, tuple[str, Built]]
-"""What is done on the way, then the name and the root."""
+"""Each thing that was added on the way, then the name and the root."""
 
 AddProgress = Callable[[int, int | None, str], None]
 """Called with (bytes read, bytes in all or None where that is not known, the path that is being read)."""
 
 
 def add(paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None) -> Generator[Added, None, None]:
-    """Adds all `paths` ("-": standard input) and tells each thing as it is done, each root behind all below it.
+    """Adds all `paths` ("-" is standard input). Yields each thing when it is done, and each root after all below it.
 
-    The roots are in the library when the iterator has ended; closing it before leaves the library as it was. Raises
+    The roots are in the library when the iterator has ended. Closing it earlier leaves the library as it was. Raises
     UsageError, AddFailed, StoreFailed.
     """
     _check(paths, options)
@@ -87,7 +105,7 @@ def _check(paths: Sequence[str], options: AddOptions) -> None:
 
 
 def _name(path: str) -> str:
-    """What a PATH is called, for `.` and the like too."""
+    """The name of a PATH, also of `.` and the like."""
     return os.path.basename(os.path.abspath(path)) or "root"
 
 
@@ -107,11 +125,11 @@ class _Job:
         self.roots: list[NewRoot] = []
 
     def _count(self) -> int | None:
-        """Bytes in all; None where standard input is among them."""
+        """Bytes in all, None if standard input is among the paths."""
         if STANDARD_INPUT in self._paths:
             return None
-        how = tree.Walk(self._options.hidden, contents=False)
-        events = (event for path in self._paths for event in tree.walk(path, _name(path), how))
+        how = local_tree.Walk(self._options.hidden, contents=False)
+        events = (event for path in self._paths for event in local_tree.walk(path, _name(path), how))
         return sum(event.status.st_size for event in events if isinstance(event, Regular))
 
     def _advance(self, count: int) -> None:
@@ -133,7 +151,7 @@ class _Job:
 
     def _standard_input(self) -> Steps:
         self._path = "standard input"
-        if sys.stdin is None:  # what Python makes of a descriptor 0 that was closed (`<&-`)
+        if sys.stdin is None:  # Python sets it to None if descriptor 0 was closed (`<&-`)
             raise AddFailed("standard input is closed: pipe something in, or name a PATH")
         built = self._files.stream(sys.stdin.fileno(), self._path)
         name = cids.text(built.cid)
@@ -141,9 +159,9 @@ class _Job:
         return name, built
 
     def _tree(self, path: str) -> Steps:
-        """Everything below one PATH, each directory when all in it is done."""
+        """Everything below one PATH. A directory comes after everything in it."""
         open_dirs: list[_Directory] = []
-        for event in tree.walk(path, _name(path), tree.Walk(self._options.hidden)):
+        for event in local_tree.walk(path, _name(path), local_tree.Walk(self._options.hidden)):
             if isinstance(event, Enter):
                 open_dirs.append(_Directory(event, _joined(open_dirs, event.name), []))
                 continue
@@ -173,7 +191,7 @@ class _Job:
 
 
 class _Directory(NamedTuple):
-    """A directory that was entered: what is done below it."""
+    """A directory that was entered, and the children that are done."""
 
     event: Enter
     shown: str
@@ -182,3 +200,89 @@ class _Directory(NamedTuple):
 
 def _joined(open_dirs: Sequence[_Directory], name: bytes) -> str:
     return f"{open_dirs[-1].shown}/{name.decode()}" if open_dirs else name.decode()
+
+
+class FileImporter:
+    """Turns the bytes of files into blocks. Several threads hash while the next chunks are read.
+
+    A context manager: its threads end with it. For use by one thread.
+    """
+
+    def __init__(self, profile: Profile, sink: Sink, advance: Callable[[int], None]) -> None:
+        """`advance` is called with the number of bytes of each read."""
+        self._profile = profile
+        self._sink = sink
+        self._advance = advance
+        self._threads = ThreadPoolExecutor(_HASH_THREADS, "hash")
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "FileImporter":
+        self._exit.enter_context(self._threads)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._exit.close()
+
+    def regular(self, fd: int, status: os.stat_result, path: str, stored: Stored) -> Built:
+        """An open file whose status was `status` before. Raises AddFailed if it has changed when all of it was read."""
+        built = self._file(self._sized(fd, path, status.st_size), stored)
+        after = os.fstat(fd)
+        if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            change = "grew" if after.st_size > status.st_size else "shrank" if after.st_size < status.st_size else "changed"
+            raise AddFailed(f"{path} {change} while it was read: add it again when nobody writes to it")
+        return built
+
+    def stream(self, fd: int, path: str) -> Built:
+        """Everything that a pipe, a terminal or a socket delivers."""
+        return self._file(self._unsized(fd, path), NOTHING)
+
+    def _file(self, chunks: Iterator[bytes], stored: Stored) -> Built:
+        first = next(chunks, b"")
+        second = next(chunks, None)
+        if second is None:
+            return self._save(leaf(self._profile, first, stored))
+        builder = FileBuilder(self._profile, self._sink)
+        pending: deque[Future[Block]] = deque()
+        for chunk in chain((first, second), chunks):
+            pending.append(self._threads.submit(leaf, self._profile, chunk))
+            if len(pending) == _CHUNKS_AHEAD:
+                builder.add(self._save(pending.popleft().result()))
+        for block in pending:
+            builder.add(self._save(block.result()))
+        return builder.finish(stored)
+
+    def _save(self, block: Block) -> Built:
+        self._sink(block.built.cid, block.block)
+        return block.built
+
+    def _sized(self, fd: int, path: str, size: int) -> Iterator[bytes]:
+        """`size` bytes in chunks of the profile, fewer if the file ends earlier. Its end costs no extra read."""
+        if size == 0 and self._chunk(fd, path, 1):
+            raise AddFailed(f"{path} has content but says it is empty, as files of /proc do: add a copy, or pipe it in")
+        while size and (chunk := self._chunk(fd, path, min(self._profile.chunk_size, size))):
+            size -= len(chunk)
+            yield chunk
+
+    def _unsized(self, fd: int, path: str) -> Iterator[bytes]:
+        while chunk := self._chunk(fd, path, self._profile.chunk_size):
+            yield chunk
+
+    def _chunk(self, fd: int, path: str, length: int) -> bytes:
+        """`length` bytes, fewer at the end of the file."""
+        try:
+            data = os.read(fd, length)
+            if 0 < len(data) < length:
+                data = _filled(fd, data, length)
+        except OSError as exc:
+            raise AddFailed(f"{path}: {exc.strerror}") from exc
+        self._advance(len(data))
+        return data
+
+
+def _filled(fd: int, data: bytes, length: int) -> bytes:
+    """`data` and the bytes after it, up to `length` bytes in all: a pipe delivers 64 KiB at a time."""
+    parts, left = [data], length - len(data)
+    while left and (part := os.read(fd, left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.adding import AddOptions, add, export
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
+from ipfsfuse.importer import AddOptions, add, export
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.files.carbuild import sections
 from ipfsfuse.sources.files.carfile import CarFile
 from ipfsfuse.sources.files.library import Library, LibrarySource
-from tests.adding.repo import Repo
-from tests.adding.trees import LINKS, Bytes, Dir, at_threshold, write
+from tests.importer.repo import Repo
+from tests.importer.trees import LINKS, Bytes, Dir, at_threshold, write
 from tests.kubo.fixtures import need_kubo
 
 MIB = 1 << 20
@@ -110,7 +110,7 @@ def test_what_can_not_be_written_or_walked_is_named(tmp_path: Path, library: Lib
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link", "."):
-        with pytest.raises(StoreFailed, match="is there and no file"):
+        with pytest.raises(StoreFailed, match="exists and is not a file"):
             exported(root, library, tmp_path / name)
     assert (tmp_path / "link").is_symlink()
 

@@ -1,7 +1,7 @@
-"""`ipfsfuse export`: a DAG into a CAR file, every block checked.
+"""`ipfsfuse export`: writes a DAG to a CAR file. Every block is verified.
 
-Concurrency: one task per export; blocks are fetched some ahead, side by side, and written in one order. The file
-appears, whole, at the end.
+Concurrency: one task per export. Some blocks are fetched ahead, side by side, and all are written in one order. The
+file appears at the end, complete.
 """
 
 import os
@@ -18,7 +18,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unsupported
 from ipfsfuse.sources.files.carwriter import CarWriter
 
-_AHEAD = 16
+_FETCHED_AHEAD = 16
 """Blocks fetched side by side."""
 
 GetBlock = Callable[[Cid], Awaitable[bytes]]
@@ -27,8 +27,10 @@ ExportProgress = Callable[[int, int], None]
 
 
 async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: ExportProgress | None = None) -> int:
-    """Writes all below `root` to `file`, a CARv1, or a CARv2 with its index; each block once, parents first, links in
-    their order (as `ipfs dag export` does). Returns the bytes of CAR data.
+    """Writes everything below `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
+
+    Each block is written once, parents first, and links in their order, as `ipfs dag export` does. Returns the bytes
+    of CAR data.
 
     Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known, StoreFailed.
     """
@@ -45,10 +47,10 @@ async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, pr
 
 @contextmanager
 def _appearing(file: Path) -> Iterator[int]:
-    """A file to write that takes the name `file` once all went well."""
+    """A file to write to. It gets the name `file` at the end, if nothing failed."""
     try:
-        if file.exists() and not file.is_file():  # as root, /dev/null itself would be replaced
-            raise StoreFailed(f"{file} is there and no file: name another")
+        if file.exists() and not file.is_file():  # else root would replace /dev/null itself
+            raise StoreFailed(f"{file} exists and is not a file: name another")
         fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
         try:
             yield fd
@@ -76,7 +78,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
         if _is_done(cid, seen):
             continue
         if cid not in fetched:
-            await _fetch([cid, *(ahead for ahead in waiting[: -_AHEAD : -1] if not _is_done(ahead, seen))], get, fetched)
+            await _fetch([cid, *(ahead for ahead in waiting[: -_FETCHED_AHEAD : -1] if not _is_done(ahead, seen))], get, fetched)
         block = fetched.pop(cid)
         seen.add(cids.multihash(cid))
         await trio.to_thread.run_sync(writer.add, cid, block)
@@ -94,12 +96,12 @@ def _links(cid: Cid, block: bytes) -> list[Cid]:
     if codec == cids.RAW:
         return []
     if codec != cids.DAG_PB:
-        raise Unsupported(f"{cids.text(cid)}: what a {cids.codec_name(cid)} block links to is not known here")
+        raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return [link.cid for link in dagpb.decode(block).links]
 
 
 async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:
-    """Adds the verified blocks of `wanted` to `fetched`. Raises for the first; those ahead are asked for again in their turn."""
+    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first: the others are fetched again when it is their turn."""
     failure: list[IpfsFuseError] = []
 
     async def one(cid: Cid) -> None:

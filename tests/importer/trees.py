@@ -1,7 +1,7 @@
 """Trees to add, made from nothing but their description: the same bytes on every machine.
 
 A tree is a dict of names to entries. `CASES` are those whose CIDs Kubo gave (data/kubo-cids.json, written by
-`python -m tests.adding.record`): sizes around each chunk and fan-out boundary, directories around the threshold, names.
+`python -m tests.importer.record`): sizes around each chunk and fan-out boundary, directories around the threshold, names.
 """
 
 import os

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.adding import Added, AddOptions, add
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, IpfsFuseError
+from ipfsfuse.importer import Added, AddOptions, add
 from ipfsfuse.sources.files.library import Library
 
 PLAIN = AddOptions()
@@ -68,7 +68,7 @@ def changed(library: Library, path: Path, act: Callable[[], object], message: st
 ADD_STDIN = """
 import sys
 from pathlib import Path
-from ipfsfuse.adding import AddOptions, add
+from ipfsfuse.importer import AddOptions, add
 from ipfsfuse.dag import cid
 from ipfsfuse.sources.files.library import Library
 for added in add(["-"], AddOptions(wrap="-w" in sys.argv), Library(Path(sys.argv[1]))):

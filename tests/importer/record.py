@@ -1,12 +1,12 @@
-"""Writes data/kubo-cids.json: what a real Kubo says to each of the cases. `python -m tests.adding.record`, some minutes."""
+"""Writes data/kubo-cids.json: what a real Kubo says to each of the cases. `python -m tests.importer.record`, some minutes."""
 
 import json
 import tempfile
 from pathlib import Path
 
 from ipfsfuse.dag.builder import PROFILES
-from tests.adding.repo import Repo
-from tests.adding.trees import CASES, Case, write
+from tests.importer.repo import Repo
+from tests.importer.trees import CASES, Case, write
 
 DATA = Path(__file__).parent / "data" / "kubo-cids.json"
 

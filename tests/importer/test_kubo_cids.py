@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.adding import AddOptions, add
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
-from tests.adding.pure import build
-from tests.adding.record import DATA, ask
-from tests.adding.repo import Repo
-from tests.adding.trees import CASES, Case, write
+from ipfsfuse.importer import AddOptions, add
+from tests.importer.pure import build
+from tests.importer.record import DATA, ask
+from tests.importer.repo import Repo
+from tests.importer.trees import CASES, Case, write
 from tests.kubo.fixtures import need_kubo
 
 KNOWN: dict[str, dict[str, str]] = json.loads(DATA.read_text())

@@ -1,7 +1,7 @@
-"""Walking what is to be added: no link is followed, no path is resolved twice, no depth is too deep.
+"""Walks the local files and folders that are to be added. It follows no symlink, and any depth works.
 
-Blocking; each walk is for one thread. Every name is opened below its parent's descriptor, so that paths of any length
-work and a directory that is moved meanwhile can't lead elsewhere.
+Blocking; each walk is for one thread. Every name is opened relative to its parent's descriptor. So paths of any length
+work, and a directory that is moved meanwhile can't lead to another place.
 """
 
 import os
@@ -14,13 +14,13 @@ from typing import NamedTuple
 from ipfsfuse.errors import AddFailed
 
 _MAX_OPEN = 128
-"""Directories held open at once; what lies above those is opened again by `..`."""
+"""Directories held open at once. Those above them are opened again by `..`."""
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
 
 
 class Enter(NamedTuple):
-    """A directory, whose entries follow, sorted by name, and then its Leave."""
+    """A directory. Its entries follow, sorted by name, and then its Leave."""
 
     path: str
     name: bytes
@@ -35,7 +35,7 @@ class Regular(NamedTuple):
     path: str
     name: bytes
     fd: int
-    """Open until the walk goes on; -1 in a walk without contents."""
+    """Open until the walk continues; -1 in a walk without contents."""
     status: os.stat_result
 
 
@@ -54,7 +54,7 @@ class _Open:
     """A directory that is being walked."""
 
     fd: int
-    """-1 while it is not held."""
+    """-1 while it is closed."""
     path: str
     identity: tuple[int, int]
     names: Iterator[str]
@@ -74,7 +74,7 @@ class Walk:
     """How to walk."""
 
     hidden: bool
-    """Take names that begin with a dot, too, below the top."""
+    """Also take names below the top that begin with a dot."""
     contents: bool = True
     """Open the files."""
 
@@ -87,7 +87,7 @@ def walk(path: str, name: str, how: Walk) -> Iterator[Event]:
         while stack:
             child = next(stack[-1].names, None)
             if child is None:
-                _close(stack)
+                _pop(stack)
                 yield Leave()
             else:
                 yield from _visit(os.path.join(stack[-1].path, child), child, child, stack[-1].fd, how, stack)
@@ -98,7 +98,7 @@ def walk(path: str, name: str, how: Walk) -> Iterator[Event]:
 
 
 def _visit(path: str, at: str, name: str, parent: int | None, how: Walk, stack: list[_Open]) -> Iterator[Event]:
-    """The event of one name, `at` below the descriptor `parent`; a directory goes onto the stack."""
+    """The event of one name, `at` below the descriptor `parent`. A directory is pushed onto the stack."""
     encoded = _encoded(path, name)
     with naming(path):
         status = os.stat(at, dir_fd=parent, follow_symlinks=False)
@@ -111,7 +111,7 @@ def _visit(path: str, at: str, name: str, parent: int | None, how: Walk, stack: 
         opened = _open_directory(path, at, parent, how.hidden)
         stack.append(opened)
         if len(stack) > _MAX_OPEN:
-            _let_go(stack[-_MAX_OPEN - 1])
+            _close_for_now(stack[-_MAX_OPEN - 1])
         yield Enter(path, encoded, status)
     elif kind == stat.S_IFREG and not how.contents:
         yield Regular(path, encoded, -1, status)
@@ -156,13 +156,13 @@ def _open_directory(path: str, at: str, parent: int | None, hidden: bool) -> _Op
     return _Open(fd, path, (status.st_dev, status.st_ino), iter(names))
 
 
-def _let_go(opened: _Open) -> None:
+def _close_for_now(opened: _Open) -> None:
     os.close(opened.fd)
     opened.fd = -1
 
 
-def _close(stack: list[_Open]) -> None:
-    """Ends the directory on top, whose parent is open afterwards."""
+def _pop(stack: list[_Open]) -> None:
+    """Ends the directory on top of the stack, and makes sure that its parent is open."""
     done = stack.pop()
     try:
         if stack and stack[-1].fd < 0:

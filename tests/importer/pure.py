@@ -5,7 +5,7 @@ from functools import cache
 
 from ipfsfuse.dag.builder import NOTHING, Built, FileBuilder, Profile, Stored, directory, leaf, symlink
 from ipfsfuse.dag.cid import Cid
-from tests.adding.trees import Bytes, Case, Entry, To
+from tests.importer.trees import Bytes, Case, Entry, To
 
 
 def drop(_cid: Cid, _block: bytes) -> None:

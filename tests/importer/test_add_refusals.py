@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.adding import AddOptions, add
 from ipfsfuse.errors import AddFailed, StoreFailed, UsageError
+from ipfsfuse.importer import AddOptions, add
 from ipfsfuse.sources.files.library import Library
-from tests.adding.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
+from tests.importer.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
 
 
 def test_an_add_that_is_killed_leaves_the_library_as_it_was(library: Library, tree: Path) -> None:
@@ -98,7 +98,7 @@ def test_an_unreadable_file_is_named() -> None:
 
 AS_OTHER = """
 import os, sys
-from ipfsfuse.adding import AddOptions, add
+from ipfsfuse.importer import AddOptions, add
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
 list(add([sys.argv[1]], AddOptions(only_hash=True), None))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.adding import add
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.builder import UNIXFS_V0_2015
 from ipfsfuse.errors import UsageError
+from ipfsfuse.importer import add
 from ipfsfuse.sources.files.library import Library
-from tests.adding.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
-from tests.adding.trees import Bytes
+from tests.importer.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
+from tests.importer.trees import Bytes
 
 
 def test_a_tree_is_told_children_first_and_is_all_there(tree: Path, library: Library) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.sources.files.library import Library
-from tests.adding.trees import Bytes, Dir, To, write
+from tests.importer.trees import Bytes, Dir, To, write
 
 MIB = 1 << 20
 
