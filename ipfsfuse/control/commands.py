@@ -21,7 +21,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.vfs.fetching import Totals, fetch_all
+from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
 TELL_SECONDS = 0.2

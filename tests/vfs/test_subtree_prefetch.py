@@ -12,8 +12,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.sources.base import Subtree
-from ipfsfuse.vfs.gathering import FEW, MAX_CONTENTS, MAX_NODES, PARSED, SLACK, SMALL, Gatherer
 from ipfsfuse.vfs.handing import Handing
+from ipfsfuse.vfs.prefetch import FEW_NODES, MAX_CONTENTS, MAX_NODES, MAX_PARSED, SLACK, SMALL_FILE, SubtreePrefetcher
 from tests.dag.blocks import Blocks, shard
 
 
@@ -40,7 +40,7 @@ class Directories(Blocks):
         self.cache = Cache()
         self.handing = Handing()
         self.remembered: list[Cid] = []
-        self.gatherer = Gatherer(self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing)
+        self.gatherer = SubtreePrefetcher(self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing)
 
     def node(self, cid: Cid) -> Node:
         return nodes.parse(cid, self.block(cid))
@@ -68,13 +68,13 @@ def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> N
 @pytest.mark.parametrize(
     ("sizes", "worth"),
     [
-        ([SMALL] * (MAX_CONTENTS // SMALL), True),
-        ([SMALL] * (MAX_CONTENTS // SMALL) + [1], False),
+        ([SMALL_FILE] * (MAX_CONTENTS // SMALL_FILE), True),
+        ([SMALL_FILE] * (MAX_CONTENTS // SMALL_FILE) + [1], False),
         ([1, MAX_CONTENTS], False),
-        ([SMALL, SMALL], True),
-        ([SMALL, SMALL + 1], False),
-        ([SMALL, 1, SMALL + 1], True),
-        ([SMALL + 1], False),
+        ([SMALL_FILE, SMALL_FILE], True),
+        ([SMALL_FILE, SMALL_FILE + 1], False),
+        ([SMALL_FILE, 1, SMALL_FILE + 1], True),
+        ([SMALL_FILE + 1], False),
         ([0, 0, 0], True),
         ([1, 1 << 62], False),
         ([], False),
@@ -100,7 +100,7 @@ def test_once_is_enough_and_only_directories_hold_something() -> None:
 
 def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_alone() -> None:
     made = Directories()
-    raw, large = made.leaf(b"small"), made.leaf(bytes(SMALL + 1))
+    raw, large = made.leaf(b"small"), made.leaf(bytes(SMALL_FILE + 1))
     file = made.balanced([b"one", b"two"], 4, True)
     below = made.directory([Link(raw, b"raw", 5), Link(file, b"file", 6)])
     hamt = made.trie([b"%d" % number for number in range(300)])
@@ -126,8 +126,8 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
     bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
     for cid in bad:
         assert made.come(cid) == []
-    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(PARSED // 200)])
-    assert len(made.block(heavy)) > PARSED
+    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(MAX_PARSED // 200)])
+    assert len(made.block(heavy)) > MAX_PARSED
     assert made.come(heavy) == []
     assert made.remembered == []
     assert made.come(hamt) != []
@@ -146,13 +146,13 @@ def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
     assert made.handing.take(made.leaf(b"")) is None
 
 
-@pytest.mark.parametrize("count", [FEW - 1, FEW])
+@pytest.mark.parametrize("count", [FEW_NODES - 1, FEW_NODES])
 def test_a_hamt_of_few_nodes_is_asked_for_one_by_one(count: int) -> None:
     made = Directories()
     target = made.leaf(b"")
     below = [made.put(shard(256, [place], [Link(target, b"%02Xname" % place, 1)])) for place in range(count)]
     links = [Link(cid, b"%02X" % place, 1) for place, cid in enumerate(below)] + [Link(target, b"FFname", 1)]
     made.gatherer.nodes_of(made.node(made.put(shard(256, [*range(count), 255], links))))
-    assert made.cache.wanted == (below if count >= FEW else [])
+    assert made.cache.wanted == (below if count >= FEW_NODES else [])
     made.gatherer.nodes_of(made.node(made.of_sizes(*range(50))))
-    assert len(made.cache.subtrees) == (count >= FEW)
+    assert len(made.cache.subtrees) == (count >= FEW_NODES)

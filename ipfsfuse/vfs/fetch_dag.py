@@ -1,6 +1,6 @@
-"""A whole DAG brought in: for `prefetch` and `pin`. What is staged already is not fetched again, so it can be resumed.
+"""Fetches a whole DAG, for `ipfsfuse prefetch` and `ipfsfuse pin`. What is staged is not fetched again, so it can be resumed.
 
-Concurrency: files side by side, a few at a time. Memory holds the CID of everything that was seen, and the children yet
+Concurrency: some files side by side. Memory holds the CID of everything that was seen, and the children that are still
 to come of each directory on the way down.
 """
 
@@ -17,31 +17,32 @@ from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
 from ipfsfuse.errors import NotALeaf
 from ipfsfuse.vfs.tree import Tree
 
-SIDE_BY_SIDE = 8
+FILES_TOGETHER = 8
+"""Files that are fetched side by side."""
 WINDOW = 16 << 20
-"""Bytes of one file that are asked for at once."""
+"""Bytes of one file that are requested together."""
 
 
 @dataclass(slots=True)
 class Totals:
-    """What has been brought in so far."""
+    """What has been fetched so far."""
 
     files: int = 0
     directories: int = 0
     bytes: int = 0
     expected: int = 0
-    """Bytes by the links' claims, 0 where nothing tells."""
+    """Bytes by the links' claims, 0 if nothing states them."""
 
 
 OnProgress = Callable[[Totals], Awaitable[None]]
 OnFile = Callable[[FileRef], Awaitable[None]]
 
 
-async def fetch_all(tree: Tree, root: Cid, depth: int | None, told: OnProgress, on_file: OnFile | None = None) -> Totals:
-    """Brings in `root` and what is below it, `depth` levels of directories down (None: all).
+async def fetch_all(tree: Tree, root: Cid, depth: int | None, on_progress: OnProgress, on_file: OnFile | None = None) -> Totals:
+    """Fetches `root` and everything below it, `depth` levels of directories down (None: all).
 
     `on_file` is awaited for each file before its leaves are fetched. Raises the first error that any block meets."""
-    job = _Job(tree, told, on_file)
+    job = _Job(tree, on_progress, on_file)
     node = await tree.node(root)
     job.totals.expected = node.size if isinstance(node, File) else _claimed(node)
     await job.run(node, depth)
@@ -55,13 +56,13 @@ def _claimed(node: Node) -> int:
 
 
 class _Job:
-    def __init__(self, tree: Tree, told: OnProgress, on_file: OnFile | None) -> None:
+    def __init__(self, tree: Tree, on_progress: OnProgress, on_file: OnFile | None) -> None:
         self.totals = Totals()
         self._tree = tree
-        self._told = told
+        self._on_progress = on_progress
         self._on_file = on_file
         self._seen: set[Cid] = set()
-        self._free = trio.Semaphore(SIDE_BY_SIDE)
+        self._free = trio.Semaphore(FILES_TOGETHER)
         self._failed: list[Exception] = []
 
     async def run(self, root: Node, depth: int | None) -> None:
@@ -99,7 +100,7 @@ class _Job:
                 await self._on_file(ref)
             await self._leaves(file, ref)
             self.totals.files += 1
-            await self._told(self.totals)
+            await self._on_progress(self.totals)
         except Exception as exc:
             self._failed.append(exc)
             scope.cancel()
@@ -130,4 +131,4 @@ class _Job:
         for leaf in window:
             if leaf not in came:
                 arrived(leaf, await self._tree.cache.leaf(ref, leaf))
-        await self._told(self.totals)
+        await self._on_progress(self.totals)
