@@ -26,8 +26,6 @@ BUDGET = 512
 AT_ONCE = 32
 MAX_HEIGHT = 128
 """Levels below a root. A tree of two links a node over 2**63 leaves has 63; more is made to do harm."""
-MAX_LEAF = 2 << 20
-"""Content bytes of the largest leaf: no block is larger."""
 
 
 class _Subtree(NamedTuple):
@@ -75,7 +73,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
         front.append(Leaf(file.cid, base, file.inline))
     children = file.children
     first = max(bisect_right(children, start, key=lambda child: child.offset) - 1, 0)
-    deep = sure or (bool(children) and children[0].size >= MAX_LEAF)
+    deep = sure or (bool(children) and children[0].size >= cids.MAX_BLOCK)
     for index in range(first, len(children)):
         child = children[index]
         if child.offset >= stop or len(front) >= LIMIT:
@@ -88,10 +86,10 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
 def _part(child: Child, base: int, level: int, deep: bool) -> Leaf | Unopened[_Subtree]:
     offset = base + child.offset
     if cids.codec(child.cid) == cids.RAW:
-        if child.size > MAX_LEAF:
+        if child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
         return Leaf(child.cid, offset, child.size)
-    if not deep and child.size < MAX_LEAF and cids.inline(child.cid) is None:
+    if not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None:
         return Leaf(child.cid, offset, child.size)
     if level > MAX_HEIGHT:
         raise Malformed(f"a file of over {MAX_HEIGHT} levels")

@@ -1,21 +1,27 @@
 """Blocks made to do harm, on a real mount: each has its stated answer, the daemon stays small, others go on."""
 
 import errno
+import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MURMUR3, Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from tests.dagging import Dag
 from tests.faults.gateway import errno_of
-from tests.mounting import Home
+from tests.mounting import Home, Mounted
+from tests.sources.cars import index, v2
 
 MEMORY = 300 << 20
 """What the daemon's resident memory stays below, in bytes."""
+LARGEST = 2 << 20
+"""Bytes of the largest block that is read."""
 
 
 def shards(dag: Dag, leaf: Cid, names: list[bytes]) -> Cid:
@@ -118,3 +124,96 @@ def test_a_hostile_block_of_two_mebibytes_is_eio(home: Home, name: str) -> None:
         assert errno_of(mount.path / cids.text(bad)) == "EIO"
         assert (mount.path / cids.text(good)).read_bytes() == b"good"
         assert mount.peak_memory() < MEMORY
+
+
+def nested(dag: Dag, count: int, smallest: int) -> tuple[list[Cid], bytes, dict[bytes, int]]:
+    """`count` blocks of `smallest` bytes or a little more, each of which holds the CAR section of the one before, whole: the
+    blocks, one CAR section that has them all, and where in it each one's section begins, by digest."""
+    block = os.urandom(smallest)
+    found, lengths = [], []
+    for _ in range(count):
+        cid = dag.block(block)
+        del dag.blocks[cids.multihash(cid)]
+        block = car.section_head(cid, len(block)) + block
+        found.append(cid)
+        lengths.append(len(block))
+    return found, block, {cids.multihash(cid)[2:]: len(block) - length for cid, length in zip(found, lengths, strict=True)}
+
+
+def overlapping(dag: Dag, section: bytes, offsets: dict[bytes, int]) -> bytes:
+    """A CAR of version 2 of `dag` and of what `nested` gave, with its index."""
+    data = bytearray(car.encode_header([]))
+    places = {digest: len(data) + offset for digest, offset in offsets.items()}
+    data += section
+    for multihash, block in dag.blocks.items():
+        places[multihash[2:]] = len(data)
+        data += car.section_head(cids.make(cids.RAW, multihash), len(block)) + block
+    return v2(bytes(data), index(places))
+
+
+CLAIM = 4096
+
+
+@pytest.mark.parametrize(("size", "count"), [((2 << 20) - 50_000, 500), ((8 << 20) - 50_000, 100)], ids=["2 MiB", "8 MiB"])
+def test_a_car_whose_sections_overlap_takes_no_more_memory_than_another(home: Home, size: int, count: int) -> None:
+    """Its blocks are right, and together many times as large as the file, whose links say that they are small."""
+    dag = Dag()
+    leaves, section, offsets = nested(dag, count, size)
+    liar = lying(dag, leaves)
+    good = dag.block(b"good")
+    (home.folder / "overlapping.car").write_bytes(overlapping(dag, section, offsets))
+    with home.mounted("--from", home.folder / "overlapping.car") as mount:
+        reads_of_all_are_eio(mount, liar)
+        if size > LARGEST:
+            assert errno_of(mount.path / cids.text(leaves[0])) == "EIO"
+            assert "8,338,608 bytes" in mount.log()
+        assert (mount.path / cids.text(good)).read_bytes() == b"good"
+        assert mount.peak_memory() < MEMORY
+
+
+@pytest.mark.parametrize("over", [0, 1], ids=["blocks of 2 MiB", "larger blocks"])
+def test_a_repository_whose_blocks_are_larger_than_its_links_say_takes_no_more_memory(home: Home, over: int) -> None:
+    dag = Dag()
+    blocks = {dag.block(block): block for block in (number.to_bytes(8) + bytes(LARGEST + over - 8) for number in range(300))}
+    leaves = list(blocks)
+    liar, good = lying(dag, leaves), dag.block(b"good")
+    repository(home.folder / "repository", dag)
+    home.env["IPFS_PATH"] = str(home.folder / "repository")
+    with home.mounted("--from", "kubo", "--deadline", "4s", "--pins", "none") as mount:
+        reads_of_all_are_eio(mount, liar)
+        if over:
+            assert errno_of(mount.path / cids.text(leaves[0])) == "EIO"
+            assert "2,097,153 bytes" in mount.log()
+        assert (mount.path / cids.text(good)).read_bytes() == b"good"
+        assert mount.peak_memory() < MEMORY
+
+
+def lying(dag: Dag, leaves: list[Cid]) -> Cid:
+    """A file of `leaves` that says that each has CLAIM bytes."""
+    count = len(leaves)
+    message = UnixFS(type=Type.FILE, filesize=CLAIM * count, blocksizes=[CLAIM] * count)
+    return dag.node([Link(leaf, b"", CLAIM) for leaf in leaves], message)
+
+
+def reads_of_all_are_eio(mount: Mounted, file: Cid) -> None:
+    """A reader who goes through the file gets EIO everywhere, and what was fetched ahead of it did no harm."""
+    with (mount.path / cids.text(file)).open("rb", buffering=0) as opened:
+        for place in range(0, 10 * CLAIM, CLAIM):
+            with pytest.raises(OSError) as raised:
+                os.pread(opened.fileno(), CLAIM, place)
+            assert raised.value.errno == errno.EIO
+    assert mount.home.run("prefetch", cids.text(file), check=False).returncode == 1
+
+
+def repository(folder: Path, dag: Dag) -> None:
+    """A Kubo repository that holds the blocks of `dag`, and whose node does not run."""
+    mount = {"mountpoint": "/blocks", "path": "blocks", "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2", "type": "flatfs"}
+    (folder / "blocks").mkdir(parents=True)
+    (folder / "blocks" / "SHARDING").write_text(mount["shardFunc"] + "\n")
+    (folder / "datastore_spec").write_text(json.dumps({"mounts": [mount], "type": "mount"}))
+    for multihash, block in dag.blocks.items():
+        name = cids.multihash_base32(cids.make(cids.RAW, multihash))
+        (folder / "blocks" / name[-3:-1]).mkdir(exist_ok=True)
+        with (folder / "blocks" / name[-3:-1] / f"{name}.data").open("wb") as file:
+            file.write(block.rstrip(b"\0"))
+            file.truncate(len(block))  # zeros take no space

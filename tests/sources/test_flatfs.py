@@ -13,7 +13,8 @@ import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import WrongBlock
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import BlockTooLarge, WrongBlock
 from ipfsfuse.sources.base import Block, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.files import flatfs
@@ -94,6 +95,7 @@ def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None
 def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) -> None:
     repository = made(tmp_path / "repo")
     (cid,) = raw_blocks(96, 1)
+    leaf = Leaf(cid, 0, len(raw_blocks(96, 1)[cid]))
     blocks = Flatfs(repository / "blocks", 2)
     path = Path(blocks._path(cid))
     path.parent.mkdir()
@@ -105,12 +107,14 @@ def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) 
     path.rmdir()
     os.mkfifo(path)
     assert blocks.read(cid) is None
-    assert blocks.read_each([cid]) == []
+    assert blocks.read_each([leaf]) == []
     path.unlink()
     with path.open("wb") as file:
-        file.truncate(flatfs.MAX_BLOCK + 1)
-    assert blocks.read(cid) is None
-    assert blocks.read_each([cid]) == []
+        file.truncate(cids.MAX_BLOCK + 1)
+    with pytest.raises(BlockTooLarge, match="as a block of 2,097,153 bytes"):
+        blocks.read(cid)
+    assert blocks.read_some([cid]) == [None]
+    assert blocks.read_each([leaf]) == []
     path.write_bytes(b"")
     assert blocks.read(cid) == b""
 

@@ -16,16 +16,16 @@ from typing import Any
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.direct import Direct
-from ipfsfuse.fileio.whole import read_file, read_whole, regular
-from ipfsfuse.sources.base import Block
+from ipfsfuse.fileio.whole import read_file, read_whole, regular, size_of
+from ipfsfuse.sources.base import Block, fits, too_large
 
 log = logging.getLogger("ipfsfuse.sources")
 
 SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
 """Folders are named by so many characters before the last one; Kubo makes no others."""
-MAX_BLOCK = 2 << 20
 
 
 class Flatfs:
@@ -40,26 +40,35 @@ class Flatfs:
         return all(os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted)
 
     def read(self, cid: Cid) -> bytes | None:
-        """What is kept as the block; None where it is not there, or can't be read or be one: then the node has its say."""
-        return read_file(self._path(cid), MAX_BLOCK)
+        """What is kept as the block; None where it is not there, or can't be read: then the node has its say.
+
+        Raises BlockTooLarge."""
+        path = self._path(cid)
+        block = read_file(path, cids.MAX_BLOCK)
+        if block is None and (size := size_of(path)) is not None and size > cids.MAX_BLOCK:
+            raise too_large("kubo", cid, size)
+        return block
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks."""
-        return read_whole([self._path(cid) for cid in wanted], MAX_BLOCK)
+        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks. One that is too
+        large is None."""
+        return read_whole([self._path(cid) for cid in wanted], cids.MAX_BLOCK)
 
-    def read_each(self, wanted: Sequence[Cid]) -> Sequence[Block]:
-        """As `read`, one after the other, up to the first that is not there: for large blocks."""
+    def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Block]:
+        """The blocks of `leaves`, one after the other, up to the first that is not there or does not fit."""
         blocks: list[Block] = []
-        for cid in wanted:
-            block = self._into_buffer(cid)
+        for leaf in leaves:
+            block = self._into_buffer(leaf)
             if block is None:
                 break
             blocks.append(block)
         return blocks
 
-    def _into_buffer(self, cid: Cid) -> memoryview | None:
+    def _into_buffer(self, leaf: Leaf) -> memoryview | None:
         try:
-            with regular(self._path(cid), MAX_BLOCK) as (file, size):
+            with regular(self._path(leaf.cid), cids.MAX_BLOCK) as (file, size):
+                if not fits(leaf, size):
+                    return None
                 block = lend(max(size, 1))[:size]
                 if block:
                     self._direct.read(file, [block], 0)
@@ -67,7 +76,7 @@ class Flatfs:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            log.warning("%s: the node's file can't be read: %s", cids.text(cid), exc)
+            log.warning("%s: the node's file can't be read: %s", cids.text(leaf.cid), exc)
             return None
 
     def _path(self, cid: Cid) -> str:
