@@ -96,7 +96,8 @@ class Source(Protocol):
         ...
 
     def roots(self) -> Sequence[Cid]:
-        """What this source would list in the mount's root: a library's or a CAR's roots; nothing for the network."""
+        """What this source would list in the mount's root: a library's or a CAR's roots; nothing for the network. It may block
+        (a library's roots are files), so it is called in a worker thread."""
         ...
 
     async def aclose(self) -> None:
@@ -153,5 +154,5 @@ class Blocks(Protocol):
         ...
 
     def roots(self) -> Sequence[Cid]:
-        """The roots of all sources, in their order."""
+        """The roots of all sources, in their order. In a worker thread, as `Source.roots`."""
         ...
