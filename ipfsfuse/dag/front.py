@@ -2,7 +2,8 @@
 
 A `Walk` yields a sequence of CIDs, none twice and none of identity, to be fetched side by side, and must be sent
 their nodes (`nodes.parse` of the verified blocks: who drives it may have them parsed already) in the same order; it
-returns its result. A walk keeps no state between calls and can be dropped at any yield.
+returns its result. A walk that has much to do between two wants yields an empty sequence: others may go first. A walk
+keeps no state between calls and can be dropped at any yield.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -46,6 +47,11 @@ class Unopened(NamedTuple, Generic[State]):
     state: State
 
 
+BREATH = 4000
+"""Parts of a front that are made before others may go first: some 10 ms."""
+NODE = 100
+"""Parts that a node counts for beside its own: what was looked at, and left out."""
+
 Front = list[Ready | Unopened[State]]
 """Consecutive parts of a tree, in order: those that are known, and nodes yet to open."""
 
@@ -55,8 +61,14 @@ def open_first(front: Front[Ready, State], count: int, opener: Callable[[Unopene
     chosen = [index for index, part in enumerate(front) if isinstance(part, Unopened)][:count]
     unopened = [part for part in (front[index] for index in chosen) if isinstance(part, Unopened)]
     held = yield from nodes([part.cid for part in unopened])
+    left = BREATH
     for index, part, node in reversed(list(zip(chosen, unopened, held, strict=True))):
-        front[index : index + 1] = opener(part, node)
+        parts = opener(part, node)
+        front[index : index + 1] = parts
+        left -= len(parts) + NODE
+        if left <= 0:
+            left = BREATH
+            yield ()
 
 
 def known(front: Front[Ready, State]) -> list[Ready]:

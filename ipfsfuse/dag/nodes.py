@@ -3,7 +3,7 @@
 The types here are what the layers above speak of. All are frozen; links hold binary CIDs and raw name bytes. `parse`
 is strict where the format has rules (https://specs.ipfs.tech/unixfs/): what breaks one is Malformed, never a guess.
 
-Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread.
+Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread (PARSED_AT_ONCE).
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from ipfsfuse.errors import Malformed, Unsupported
 
 MAX_FILE = (1 << 63) - 1
 """The largest file, in bytes, whose offsets a file system can speak of."""
+PARSED_AT_ONCE = 100 << 10
+"""Bytes of the largest block that an event loop may parse itself: some 10 ms."""
 MAX_TARGET = 4095
 """The longest target of a symlink that Linux can follow, in bytes."""
 MURMUR3 = 0x22

@@ -23,7 +23,10 @@ LIMIT = 4096
 """Leaves that one call returns at most: files of tiny chunks have a million of them in a MiB."""
 BUDGET = 512
 """Nodes that one call opens before it returns what it has, if that is anything."""
-AT_ONCE = 32
+FIRST, AT_ONCE = 4, 32
+"""Nodes that are opened side by side: at first, and at most."""
+CHILDREN = 1 << 16
+"""Children that the nodes opened side by side may have together, as far as those before them tell: 15 MB of memory."""
 MAX_HEIGHT = 128
 """Levels below a root. A tree of two links a node over 2**63 leaves has 63; more is made to do harm."""
 
@@ -49,19 +52,25 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     if start >= stop:
         return []
 
+    children = 0
+
     def opened(part: Unopened[_Subtree], child: Node) -> _Front:
+        nonlocal children
         if not isinstance(child, File):
             raise Malformed(f"{cids.brief(part.cid)}: stands in a file and is none")
         if child.size != part.state.size:
             raise Malformed(f"{cids.brief(part.cid)}: has {child.size} bytes, and its parent says {part.state.size}")
+        children += len(child.children)
         return _parts(child, part.state.offset, part.state.level, (start, stop), sure)
 
     front = _parts(file, 0, 0, (start, stop), sure)
-    count = 0
+    count, at_once = 0, FIRST
     while len(done := known(front)) < len(front) and (count < BUDGET or not done):
-        yield from open_first(front, AT_ONCE, opened)
+        yield from open_first(front, at_once, opened)
         del front[LIMIT:]
-        count += AT_ONCE
+        count += at_once
+        at_once = max(1, min(2 * at_once, AT_ONCE, CHILDREN * at_once // max(children, 1)))
+        children = 0
     return done
 
 

@@ -27,8 +27,6 @@ FEW = 8
 """Nodes of a HAMT below its root that are rather asked for one by one."""
 SLACK = 1 << 20
 """Bytes that an answer may have beyond what the links say."""
-PARSED = 100 << 10
-"""Bytes of the largest block that is parsed on the event loop: some 10 ms."""
 REMEMBERED = 10_000
 """Directories whose contents were brought in: not again, soon."""
 
@@ -74,7 +72,7 @@ class Gatherer:
         return [link.cid for link in _links(node)] if node is not None else ()
 
     def _parsed(self, cid: Cid, block: bytes) -> Node | None:
-        if len(block) > PARSED:
+        if len(block) > nodes.PARSED_AT_ONCE:
             return None
         try:
             node = nodes.parse(cid, block)

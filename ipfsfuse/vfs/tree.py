@@ -18,7 +18,7 @@ from ipfsfuse.dag.walk import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.gathering import PARSED, Gatherer
+from ipfsfuse.vfs.gathering import Gatherer
 from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
@@ -95,7 +95,7 @@ class Tree:
         _refuse_unshown(cid)
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
-        if len(block) > PARSED and cids.codec(cid) == cids.DAG_PB:
+        if len(block) > nodes.PARSED_AT_ONCE and cids.codec(cid) == cids.DAG_PB:
             node = await trio.to_thread.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)
@@ -127,7 +127,11 @@ class Tree:
         try:
             wanted = next(steps)
             while True:
-                wanted = steps.send(await self._all(wanted))
+                if wanted:
+                    wanted = steps.send(await self._all(wanted))
+                else:
+                    await trio.lowlevel.checkpoint()
+                    wanted = steps.send(())
         except StopIteration as stop:
             return cast(T, stop.value)
         finally:
@@ -177,6 +181,7 @@ class Tree:
         if self._gatherer is not None and not after:
             self._gatherer.nodes_of(directory)
         page = await self.drive(listing.entries(directory, after))
+        await trio.lowlevel.checkpoint()  # a page has some thousand entries: not all that is done with them in one step
         if self._ahead is not None:  # else every block that is used must be told of
             self._ahead.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)

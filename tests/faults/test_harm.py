@@ -17,10 +17,11 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MURMUR3, Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from tests.dagging import Dag
-from tests.faults.gateway import errno_of
+from tests.faults.gateway import errno_of, mounted
 from tests.looptime.steps import none_is_long
 from tests.mounting import Home, Mounted
-from tests.sources.cars import index, v2
+from tests.sources.cars import index as index_of
+from tests.sources.cars import v2
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def overlapping(dag: Dag, section: bytes, offsets: dict[bytes, int]) -> bytes:
     for multihash, block in dag.blocks.items():
         places[multihash[2:]] = len(data)
         data += car.section_head(cids.make(cids.RAW, multihash), len(block)) + block
-    return v2(bytes(data), index(places))
+    return v2(bytes(data), index_of(places))
 
 
 CLAIM = 4096
@@ -229,3 +230,51 @@ def repository(folder: Path, dag: Dag) -> None:
         with (folder / "blocks" / name[-3:-1] / f"{name}.data").open("wb") as file:
             file.write(block.rstrip(b"\0"))
             file.truncate(len(block))  # zeros take no space
+
+
+def test_a_car_of_100000_roots_is_listed_and_holds_nobody_up(home: Home) -> None:
+    dag = Dag()
+    good = dag.block(b"good")
+    roots = [cids.make(cids.RAW, b"\x12\x20" + number.to_bytes(32)) for number in range(100_000)]
+    path = home.folder / "roots.car"
+    path.write_bytes(car.encode_header(roots) + car.section_head(good, 4) + b"good")
+    with home.mounted("--from", path) as mount:
+        listed = subprocess.run(["sh", "-c", f"ls -f '{mount.path}' | grep -c bafk"], capture_output=True, text=True, timeout=600)
+        assert listed.stdout.strip() == "100000"
+        assert (mount.path / cids.text(good)).read_bytes() == b"good"
+        assert mount.peak_memory() < MEMORY
+
+
+def test_a_car_whose_header_is_larger_than_that_is_refused(home: Home) -> None:
+    roots = [cids.make(cids.RAW, b"\x12\x20" + bytes(32))] * 210_000
+    (home.folder / "roots.car").write_bytes(car.encode_header(roots))
+    home.refused("mount", "--from", home.folder / "roots.car", home.mountpoint, names="its header would have")
+
+
+def test_a_file_whose_nodes_have_40000_links_each_is_read(home: Home) -> None:
+    """As leaves they would say nothing, as nodes they take some 10 MB each."""
+    dag = Dag()
+    leaf, count = dag.block(b"x" * 64), 43_000
+    size = 64 * count + 1
+    message = [UnixFS(type=Type.FILE, data=b"%c" % n, filesize=size, blocksizes=[64] * count) for n in range(40)]
+    nodes = [dag.node([Link(leaf, b"", 64)] * count, each) for each in message]
+    small = dag.node([Link(node, b"", 2) for node in nodes], UnixFS(type=Type.FILE, filesize=80, blocksizes=[2] * 40))
+    large = dag.node([Link(node, b"", size) for node in nodes], UnixFS(type=Type.FILE, filesize=40 * size, blocksizes=[size] * 40))
+    with home.mounted("--from", dag.car(home.folder / "wide.car")) as mount:
+        assert errno_of(mount.path / cids.text(small)) == "EIO"
+        with (mount.path / cids.text(large)).open("rb", buffering=0) as file:
+            for place in (0, 20 * size, 39 * size):
+                assert os.pread(file.fileno(), 10, place) == b"%c" % (place // size) + b"x" * 9
+        assert mount.peak_memory() < MEMORY
+
+
+def test_a_directory_of_2_mib_is_listed_and_read(home: Home) -> None:
+    dag = Dag()
+    entries = {b"%05d" % number: (dag.block(b"%d" % number), 5) for number in range(40_000)}
+    directory = dag.directory(entries)
+    with mounted(home, dag) as (_gateway, mount):
+        folder = mount.path / cids.text(directory)
+        assert len(os.listdir(folder)) == len(entries)
+        for number in range(0, 40, 2):
+            assert (folder / f"{number:05}").read_bytes() == b"%d" % number
+        assert mount.peak_memory() < MEMORY
