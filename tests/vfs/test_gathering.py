@@ -12,7 +12,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.sources.base import Subtree
-from ipfsfuse.vfs.gathering import FEW, MAX_CONTENTS, MAX_NODES, PARSED, SLACK, SMALL, Gatherer
+from ipfsfuse.vfs.gathering import FEW, MAX_CONTENTS, MAX_NODES, SLACK, SMALL, Gatherer
 from ipfsfuse.vfs.handing import Handing
 from tests.dag.blocks import Blocks, shard
 
@@ -126,8 +126,8 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
     bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
     for cid in bad:
         assert made.come(cid) == []
-    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(PARSED // 200)])
-    assert len(made.block(heavy)) > PARSED
+    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(nodes.PARSED_AT_ONCE // 200)])
+    assert len(made.block(heavy)) > nodes.PARSED_AT_ONCE
     assert made.come(heavy) == []
     assert made.remembered == []
     assert made.come(hamt) != []
