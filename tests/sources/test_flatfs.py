@@ -275,7 +275,7 @@ def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch
     assert type(named) is Kubo
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     (other,) = parse_sources(["kubo"])
-    with pytest.raises(SourceFailed, match="no repository of a Kubo node at .*/none: set IPFS_PATH .* kubo\\+http://"):
+    with pytest.raises(SourceFailed, match=r"no repository of a Kubo node at .*/none: set IPFS_PATH .* kubo\+http://"):
         open_source(other, settings)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "api").write_text("/ip4/127.0.0.1/tcp/5001")
