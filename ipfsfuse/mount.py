@@ -22,7 +22,6 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
-from ipfsfuse.dag import cid as cids
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.interrupts import Interrupts
@@ -34,7 +33,7 @@ from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.vfs.roots import Named, Roots
+from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -142,20 +141,13 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)
-        roots = Roots(lambda: _listed(chain, cache), cache.note_root, config.allow)
+        roots = Roots(chain.roots, cache.named_roots, cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         pages = Pages() if record is None else None
         server = ControlServer(Commands(config, cache, chain, pins, tree).table())
         await nursery.start(server.serve, control.socket_path(folder))
         yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server
-
-
-def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
-    """What the root lists: the sources' roots, what is pinned, what was opened by name and is still staged."""
-    for cid in chain.roots():
-        yield cid, cids.text(cid)
-    yield from cache.named_roots()
 
 
 async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:

@@ -70,15 +70,16 @@ class Flights(Generic[K, V]):
         self._note_failure(key, late)
         raise late
 
-    def launch(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]]) -> "Ride[K, V]":
-        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and may expect more.
+    def launch(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]], more: bool = False) -> "Ride[K, V]":
+        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and may expect more. It
+        is not started where there are none, unless it has `more` to expect.
 
         What has not landed when it ends is left to who waits for it: they ask for it alone. It raises nothing. The caller
         counts as one who waits, until it leaves."""
         ride: Ride[K, V] = Ride(self)
         ride.expect(keys)
         ride.interest = 1
-        if ride.keys:
+        if ride.keys or more:
             self._nursery.start_soon(self._ride, ride, fetch)
         else:
             ride.end()

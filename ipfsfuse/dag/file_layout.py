@@ -26,12 +26,12 @@ LIMIT = 4096
 """Leaves that one call returns at most. A file of tiny chunks has a million of them in a MiB."""
 BUDGET = 512
 """Nodes that one call expands before it returns the leaves that it has, if it has any."""
-FETCHED_TOGETHER = 32
-"""Nodes that are fetched side by side."""
+FIRST, MOST_TOGETHER = 4, 32
+"""Nodes that are fetched side by side: at first, and at most."""
+MAX_CHILDREN = 1 << 16
+"""Children that the nodes fetched side by side may have together, estimated by the nodes before them: 15 MB of memory."""
 MAX_HEIGHT = 128
 """Levels below a root. A tree with two links in each node and 2**63 leaves has 63; a higher one is an attack."""
-MAX_LEAF = 2 << 20
-"""Content bytes of the largest leaf: no block is larger."""
 
 
 class _Subtree(NamedTuple):
@@ -55,21 +55,27 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     if start >= stop:
         return []
 
+    children = 0
+
     def parts_of(part: Unexpanded[_Subtree], child: Node) -> _Frontier:
+        nonlocal children
         if not isinstance(child, File):
             raise Malformed(f"{cids.brief(part.cid)}: a part of a file, but not a file node")
         if child.size != part.state.size:
             raise Malformed(
                 f"{cids.brief(part.cid)}: has {child.size} bytes, but its parent states {part.state.size}"
             )
+        children += len(child.children)
         return _parts(child, part.state.offset, part.state.level, (start, stop), sure)
 
     frontier = _parts(file, 0, 0, (start, stop), sure)
-    count = 0
+    count, together = 0, FIRST
     while len(done := known(frontier)) < len(frontier) and (count < BUDGET or not done):
-        yield from expand(frontier, FETCHED_TOGETHER, parts_of)
+        yield from expand(frontier, together, parts_of)
         del frontier[LIMIT:]
-        count += FETCHED_TOGETHER
+        count += together
+        together = max(1, min(2 * together, MOST_TOGETHER, MAX_CHILDREN * together // max(children, 1)))
+        children = 0
     return done
 
 
@@ -81,7 +87,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
         frontier.append(Leaf(file.cid, base, file.inline))
     children = file.children
     first = max(bisect_right(children, start, key=lambda child: child.offset) - 1, 0)
-    deep = sure or (bool(children) and children[0].size >= MAX_LEAF)
+    deep = sure or (bool(children) and children[0].size >= cids.MAX_BLOCK)
     for index in range(first, len(children)):
         child = children[index]
         if child.offset >= stop or len(frontier) >= LIMIT:
@@ -94,10 +100,10 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
 def _part(child: Child, base: int, level: int, deep: bool) -> Leaf | Unexpanded[_Subtree]:
     offset = base + child.offset
     if cids.codec(child.cid) == cids.RAW:
-        if child.size > MAX_LEAF:
+        if child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
         return Leaf(child.cid, offset, child.size)
-    if not deep and child.size < MAX_LEAF and cids.inline(child.cid) is None:
+    if not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None:
         return Leaf(child.cid, offset, child.size)
     if level > MAX_HEIGHT:
         raise Malformed(f"a file of more than {MAX_HEIGHT} levels")

@@ -3,7 +3,7 @@
 The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes. `parse` is
 strict where the format has rules (https://specs.ipfs.tech/unixfs/): a block that breaks one raises Malformed.
 
-Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread.
+Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread (MAX_PARSED_ON_LOOP).
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from ipfsfuse.errors import Malformed, Unsupported
 
 MAX_FILE = (1 << 63) - 1
 """The largest file, in bytes, whose offsets a file system can express."""
+MAX_PARSED_ON_LOOP = 100 << 10
+"""Bytes of the largest block that is parsed on the event loop: about 10 ms."""
 MAX_TARGET = 4095
 """The longest target of a symlink that Linux can follow, in bytes."""
 MURMUR3 = 0x22

@@ -2,7 +2,8 @@
 
 A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to be fetched side by side, and must be
 sent those nodes in the same order. It returns its result. The CIDs that it yields are distinct, and none of them is an
-identity CID. A walk keeps no state between calls, so it can be dropped at any yield. Because it does no I/O, a test
+identity CID. A walk that computes for long yields an empty sequence, so that other tasks can run. A walk keeps no
+state between calls, so it can be dropped at any yield. Because it does no I/O, a test
 without a network covers it, and each caller drives it in its own way (`vfs.tree.Tree.drive`, `cache.fsck`).
 
 `child` and `resolve` go down by name. `directory_pages.entries` lists a directory, and `file_layout.leaves` finds the
@@ -87,6 +88,12 @@ def resolve(path: IpfsPath) -> Walk[Node]:
 # -- in order ----------------------------------------------------------------------------------------------------
 
 
+MAX_PARTS_AT_A_TIME = 4000
+"""Parts that are made before other tasks can run: about 10 ms."""
+NODE_COST = 100
+"""Parts that a node counts for besides its own: those that were looked at and left out."""
+
+
 class Unexpanded(NamedTuple, Generic[State]):
     """A node of a frontier that has not been fetched yet, and what is known of its position."""
 
@@ -107,8 +114,14 @@ def expand(
     chosen = [index for index, part in enumerate(frontier) if isinstance(part, Unexpanded)][:count]
     unexpanded = [part for part in (frontier[index] for index in chosen) if isinstance(part, Unexpanded)]
     fetched = yield from nodes([part.cid for part in unexpanded])
+    left = MAX_PARTS_AT_A_TIME
     for index, part, node in reversed(list(zip(chosen, unexpanded, fetched, strict=True))):
-        frontier[index : index + 1] = parts_of(part, node)
+        parts = parts_of(part, node)
+        frontier[index : index + 1] = parts
+        left -= len(parts) + NODE_COST
+        if left <= 0:
+            left = MAX_PARTS_AT_A_TIME
+            yield ()
 
 
 def known(frontier: Frontier[Ready, State]) -> list[Ready]:

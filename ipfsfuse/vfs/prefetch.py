@@ -52,8 +52,6 @@ FEW_NODES = 8
 """A HAMT with fewer nodes than this below its root is fetched node by node."""
 SLACK = 1 << 20
 """Bytes that an answer may have beyond the claims of the links."""
-MAX_PARSED = 100 << 10
-"""Bytes of the largest block that is parsed on the event loop: about 10 ms."""
 MAX_DONE = 10_000
 """Directories that are remembered as fetched."""
 
@@ -157,7 +155,7 @@ class SubtreePrefetcher:
         return [link.cid for link in _links(node)] if node is not None else ()
 
     def _parsed(self, cid: Cid, block: bytes) -> Node | None:
-        if len(block) > MAX_PARSED:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP:
             return None
         try:
             node = nodes.parse(cid, block)

@@ -21,7 +21,7 @@ from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
-from ipfsfuse.vfs.prefetch import MAX_PARSED, DirectoryPrefetcher, SubtreePrefetcher
+from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Tree:
         _refuse_unshown(cid)
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
-        if len(block) > MAX_PARSED and cids.codec(cid) == cids.DAG_PB:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
             node = await trio.to_thread.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)
@@ -128,7 +128,11 @@ class Tree:
         try:
             wanted = next(steps)
             while True:
-                wanted = steps.send(await self._all(wanted))
+                if wanted:
+                    wanted = steps.send(await self._all(wanted))
+                else:
+                    await trio.lowlevel.checkpoint()
+                    wanted = steps.send(())
         except StopIteration as stop:
             return cast(T, stop.value)
         finally:
@@ -178,6 +182,7 @@ class Tree:
         if self._subtrees is not None and not after:
             self._subtrees.nodes_of(directory)
         page = await self.drive(directory_pages.entries(directory, after))
+        await trio.lowlevel.checkpoint()  # a page has some thousand entries: they are not handled in one step of the loop
         if self._prefetcher is not None:  # else every block that is used must be told of
             self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)

@@ -159,7 +159,7 @@ def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
     root = file(heap, heap.file_node(chains))
     found = heap.drive(file_layout.leaves(root, 0, 600, sure=True))
     assert 0 < len(found) < 200
-    assert len(heap.fetched) <= 40 * file_layout.FETCHED_TOGETHER
+    assert len(heap.fetched) <= 40 * file_layout.MOST_TOGETHER
     assert read_range(heap, root, 0, 600, True) == b"".join(b"%03d" % number for number in range(200))
 
 

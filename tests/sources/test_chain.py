@@ -7,9 +7,11 @@ import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import SourceFailed, Unavailable, Unsupported, WrongBlock
+from ipfsfuse.errors import BlockTooLarge, SourceFailed, Unavailable, Unsupported, WrongBlock
+from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.chain import member
 from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.chain.pursuit import PATIENCE
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.origin import parse_origin
@@ -88,6 +90,46 @@ def test_a_dead_source_rests_and_is_tried_again() -> None:
         await trio.sleep(2)
         assert (await chain.get(CID)).source is dead
         assert chain.statistics()[0].state == "good"
+
+    run(main)
+
+
+async def refuses(cid: Cid) -> bytes:
+    raise too_large("it", cid, 3 << 20)
+
+
+@pytest.mark.logs("as a block of 3,145,728 bytes")
+def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        for sources in (
+            [InPlace("a", refuses)],
+            [Timed("a", refuses)],
+            [Timed("a", refuses), Timed("b", blocks={}), Timed("c", fails)],
+            [Timed("b", blocks={}), Timed("c", fails), Timed("a", refuses)],
+            [InPlace("a", refuses), Timed("b", blocks={})],
+        ):
+            start = trio.current_time()
+            caplog.clear()
+            chain = chain_of(*sources)
+            for _ in range(2):
+                with pytest.raises(BlockTooLarge, match=cids.text(CID)):
+                    await chain.get(CID)
+            assert trio.current_time() - start < 2
+            assert len(caplog.records) == 1
+            assert all(told.state in ("good", "resting") and not told.wrong for told in chain.statistics())
+
+    run(main)
+
+
+@pytest.mark.logs("as a block of 3,145,728 bytes")
+def test_who_says_that_a_block_is_too_large_spoils_no_other_source() -> None:
+    async def main() -> None:
+        assert (await chain_of(InPlace("a", refuses), Timed("good")).get(CID)).block == BLOCK
+        assert (await chain_of(Timed("a", refuses), Timed("b", blocks={}), Timed("good", after(2.0))).get(CID)).block == BLOCK
+        start = trio.current_time()
+        with pytest.raises(BlockTooLarge):
+            await chain_of(Timed("a", refuses), Timed("stalls", never)).get(CID)
+        assert trio.current_time() - start == PATIENCE, "a source that stalls has so long to show that it was a lie"
 
     run(main)
 

@@ -8,6 +8,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.carstream import Parser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
@@ -241,3 +244,13 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
             assert settings.room.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
+
+
+def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
+    """A piece of 256 KiB holds 40,000 of them, which take 200 ms to parse."""
+    section = car.section_head(cids.make(cids.RAW, b"\0\0"), 0)
+    stream = car.encode_header([]) + section * 40_000
+    assert len(stream) < 256 << 10
+    assert {len(blocks) for blocks in runs._parsed(Parser(), stream, "it")} == {runs.SECTIONS}
+    with pytest.raises(SourceFailed, match="it sent a broken CAR"):
+        list(runs._parsed(Parser(), stream + b"\1\1", "it"))

@@ -13,7 +13,7 @@ from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.sources.base import Subtree
 from ipfsfuse.vfs.handing import Handing
-from ipfsfuse.vfs.prefetch import FEW_NODES, MAX_CONTENTS, MAX_NODES, MAX_PARSED, SLACK, SMALL_FILE, SubtreePrefetcher
+from ipfsfuse.vfs.prefetch import FEW_NODES, MAX_CONTENTS, MAX_NODES, SLACK, SMALL_FILE, SubtreePrefetcher
 from tests.dag.blocks import Blocks, shard
 
 
@@ -126,8 +126,8 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
     bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
     for cid in bad:
         assert made.come(cid) == []
-    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(MAX_PARSED // 200)])
-    assert len(made.block(heavy)) > MAX_PARSED
+    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(nodes.MAX_PARSED_ON_LOOP // 200)])
+    assert len(made.block(heavy)) > nodes.MAX_PARSED_ON_LOOP
     assert made.come(heavy) == []
     assert made.remembered == []
     assert made.come(hamt) != []

@@ -13,7 +13,8 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source, Subtree, Taker
+from ipfsfuse.errors import BlockTooLarge, Malformed
+from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source, Subtree, Taker, fits
 from ipfsfuse.sources.chain.gathering import Gathering
 from ipfsfuse.sources.chain.health import HedgeBudget, Statistics
 from ipfsfuse.sources.chain.inline import INLINE
@@ -25,6 +26,7 @@ from ipfsfuse.sources.runs import all_of
 log = logging.getLogger(__name__)
 
 REMEMBERED_WRONG = 1000
+"""Blocks that are wrong, and blocks that are too large: beyond so many the log says nothing more."""
 SINGLY = 4
 """Blocks that a run left out are asked for so many at a time."""
 
@@ -44,6 +46,7 @@ class Chain:
         self._network = [member for member in members if not member.source.in_place]
         self._members = members
         self._known_wrong: set[tuple[str, Cid]] = set()
+        self._known_large: set[Cid] = set()
 
     def roots(self) -> Sequence[Cid]:
         return [root for member in self._members for root in member.source.roots()]
@@ -70,7 +73,10 @@ class Chain:
 
         async def singly() -> None:
             for index in left:
-                fetched = await self.get(run.leaves[index].cid)
+                leaf = run.leaves[index]
+                fetched = await self.get(leaf.cid)
+                if not fits(leaf, len(fetched.block)):
+                    raise Malformed(f"{cids.text(leaf.cid)}: of {len(fetched.block)} bytes, where a file says {leaf.size}")
                 await deliver(index, [fetched.block], fetched.source)
 
         await all_of([singly] * min(SINGLY, len(streaming.missing)))
@@ -101,3 +107,9 @@ class Chain:
         elif (name, cid) not in self._known_wrong and len(self._known_wrong) < REMEMBERED_WRONG:
             self._known_wrong.add((name, cid))
             log.warning("%s has wrong bytes for %s: %s", name, cids.text(cid), member.repair)
+
+    def too_large(self, cid: Cid, refusal: BlockTooLarge) -> None:
+        """A source has `cid` as a block that is too large: says so once."""
+        if cid not in self._known_large and len(self._known_large) < REMEMBERED_WRONG:
+            self._known_large.add(cid)
+            log.warning("%s", refusal)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import trio
 
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, WrongBlock
+from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.chain.checking import check
 from ipfsfuse.sources.chain.health import Health, Statistics
@@ -41,7 +41,7 @@ class Member:
         self._answered = float("-inf")
 
     async def ask(self, cid: Cid, *, hedge: bool = False) -> bytes:
-        """The verified block. Raises NotHere, SourceFailed, WrongBlock. Waits for a slot; a source in place needs none."""
+        """The verified block. Raises NotHere, SourceFailed, WrongBlock, BlockTooLarge. Waits for a slot; a source in place needs none."""
         if self.source.in_place:
             return await self._ask(cid, hedge)
         stale = False
@@ -62,6 +62,9 @@ class Member:
             raise
         except SourceFailed as exc:
             self.note(exc)
+            raise
+        except BlockTooLarge:
+            self.health.left()  # neither well nor ill: an honest source may have such a block, a lying one may say so
             raise
         except WrongBlock:
             raise  # the chain knows what follows: whether another source is left

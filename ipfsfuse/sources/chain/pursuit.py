@@ -13,7 +13,7 @@ import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, WrongBlock
+from ipfsfuse.errors import BlockTooLarge, NotHere, SourceFailed, Unavailable, WrongBlock
 from ipfsfuse.sources.base import Fetched
 from ipfsfuse.sources.chain.health import HedgeBudget
 from ipfsfuse.sources.chain.member import Member
@@ -40,29 +40,37 @@ class Surroundings(Protocol):
 
     def wrong(self, member: Member, cid: Cid) -> None: ...
 
+    def too_large(self, cid: Cid, refusal: BlockTooLarge) -> None: ...
+
 
 class Pursuit:
     def __init__(self, chain: Surroundings, cid: Cid) -> None:
         self._chain = chain
         self._cid = cid
         self._wrong: WrongBlock | None = None
+        self._too_large: BlockTooLarge | None = None
+        """Set once a source has it as a block that is too large: that may be a lie, so each other source is asked once, for
+        at most PATIENCE."""
+        self._no_more_tries = trio.Event()
+        self._network_scope = trio.CancelScope()
         self._found: Fetched | None = None
 
     async def run(self) -> Fetched:
-        """The block. Raises WrongBlock or Unavailable once no source may give it any more."""
+        """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
         for member in self._chain.in_place():
             block = await self._once(member)
             if isinstance(block, bytes):
                 return Fetched(block, member.source)
         network = self._chain.network()
         self._chain.hedges.request()
-        if len(network) == 1:
-            await self._chase(network[0], trio.Event(), hedge=False)
-        elif network:
-            await self._race(network)
+        with self._network_scope:
+            if len(network) == 1:
+                await self._chase(network[0], trio.Event(), hedge=False)
+            elif network:
+                await self._race(network)
         if self._found is not None:
             return self._found
-        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}" + (" (offline)" if self._chain.offline else ""))
+        raise self._too_large or self._wrong or Unavailable(f"no source has {cids.text(self._cid)}" + (" (offline)" if self._chain.offline else ""))
 
     async def _race(self, network: Sequence[Member]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends it."""
@@ -102,20 +110,30 @@ class Pursuit:
                 if isinstance(block, bytes):
                     self._found = Fetched(block, member.source)
                     return
-                if isinstance(block, WrongBlock) or (self._chain.offline and isinstance(block, NotHere)):
+                if isinstance(block, WrongBlock | BlockTooLarge) or (self._chain.offline and isinstance(block, NotHere)):
                     return
                 wait = pause * self._chain.chance.uniform(0.5, 1.0)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 hedge = False
+            if self._too_large is not None:
+                return
             failed.set()
-            await trio.sleep(wait)
+            with trio.move_on_after(wait):
+                await self._no_more_tries.wait()
+                return
 
-    async def _once(self, member: Member, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock:
+    async def _once(self, member: Member, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
         asked = trio.current_time()
         try:
             return await member.ask(self._cid, hedge=hedge)
         except (NotHere, SourceFailed) as exc:
             log.debug("%s", exc)
+            return exc
+        except BlockTooLarge as exc:
+            self._too_large = exc
+            self._no_more_tries.set()
+            self._network_scope.deadline = trio.current_time() + PATIENCE
+            self._chain.too_large(self._cid, exc)
             return exc
         except WrongBlock as exc:
             self._wrong = exc
