@@ -15,9 +15,9 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable
-from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import OpenSettings
+from ipfsfuse.sources.pool.pool import SourcePool
 
 DEADLINE = 30.0
 """Seconds for one block."""
@@ -33,19 +33,19 @@ async def _run(arguments: argparse.Namespace) -> int:
     with Progress("indexing") as indexing, Progress("exporting") as progress:
         settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
         async with opened(arguments.sources or ["library"], settings) as sources:
-            get = _getter(Chain(sources), socket_path(cache_dir))
+            get = _getter(SourcePool(sources), socket_path(cache_dir))
             size = await adding.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
     print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
     return 0
 
 
-def _getter(chain: Chain, control: Path) -> GetBlock:
+def _getter(pool: SourcePool, control: Path) -> GetBlock:
     """Asks the sources, then a running mount, which has its cache and sources of its own."""
 
     async def get(wanted: Cid) -> bytes:
         try:
             with trio.fail_after(DEADLINE):
-                return (await chain.get(wanted)).block
+                return (await pool.get(wanted)).block
         except (Unavailable, trio.TooSlowError) as exc:
             block = await trio.to_thread.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
             if block is None:

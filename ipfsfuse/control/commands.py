@@ -20,7 +20,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetching import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
@@ -31,8 +31,8 @@ Answer = Mapping[str, Any]
 
 
 class Commands:
-    def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, pins: NodePins, tree: Tree) -> None:
-        self._config, self._cache, self._chain, self._pins, self._tree = config, cache, chain, pins, tree
+    def __init__(self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree) -> None:
+        self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._blocks = WholeBlocks(cache)
         self._started = time.time()
 
@@ -59,7 +59,7 @@ class Commands:
             "uptime": round(time.time() - self._started, 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
-            "sources": [asdict(source) for source in self._chain.statistics()],
+            "sources": [asdict(source) for source in self._pool.statistics()],
         }
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:

@@ -1,7 +1,7 @@
 """What a source is, for those who ask one.
 
 Concurrency: every method may be called by many tasks at once; cancelling a call cancels its request. Blocks come back
-as they were sent: the chain verifies them, nobody else needs to.
+as they were sent: the pool verifies them, nobody else needs to.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ class Taker(Protocol):
 
 
 class Blocks(Protocol):
-    """What the cache asks of the chain of sources: the same calls, verified, by whichever source can."""
+    """What the cache asks of the pool of sources: the same calls, verified, by whichever source can."""
 
     async def get(self, cid: Cid) -> Fetched:
         """The verified block. Keeps trying while some source may still give it: the caller sets the deadline.

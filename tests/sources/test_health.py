@@ -6,18 +6,19 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.sources.chain.health import LONGEST_REST, Health, HedgeBudget
-from ipfsfuse.sources.chain.slots import Room, Share, Slots
+from ipfsfuse.sources.body_budget import BodyBudget, BodyShare
+from ipfsfuse.sources.pool.health import LONGEST_REST, Health, HedgeBudget
+from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter
 
 
-def health(may_aside: bool = True) -> Health:
-    return Health(random.Random(1), may_aside=may_aside, slow=0.5)
+def health(may_quarantine: bool = True) -> Health:
+    return Health(random.Random(1), may_quarantine=may_quarantine, slow=0.5)
 
 
 def test_two_failures_in_a_row_are_nothing_three_are_a_rest_that_doubles() -> None:
     one = health()
     one.failed(0, "reset", "x")
-    one.gave(0.1, 1)
+    one.record_success(0.1, 1)
     for _ in range(2):
         one.failed(0, "reset", "x")
         assert one.wait(0) == 0
@@ -37,13 +38,13 @@ def test_after_a_rest_one_request_finds_out() -> None:
     one = health()
     for _ in range(3):
         one.failed(0, "reset", "x")
-    assert (one.state(0), one.state(1)) == ("resting", "trial")
+    assert (one.state(0), one.state(1)) == ("open", "half_open")
     one.asked(1)
     assert one.wait(1) > 0
-    one.left()
+    one.record_cancelled()
     assert one.wait(1) == 0
     one.asked(1)
-    one.lacked()
+    one.record_miss()
     assert (one.wait(1), one.state(1)) == (0, "good")
 
 
@@ -52,22 +53,22 @@ def test_set_aside_for_ten_minutes_then_twenty_while_others_are_left() -> None:
     assert one.wrong(0, others=False) is None
     assert one.wrong(0, others=True) == 600
     assert one.wrong(1, others=True) == 0  # was on its way: nothing doubles
-    assert (one.is_aside(599), one.is_aside(600)) == (True, False)
+    assert (one.is_quarantined(599), one.is_quarantined(600)) == (True, False)
     assert one.wrong(600, others=True) == 1200
-    assert health(may_aside=False).wrong(0, others=True) is None
+    assert health(may_quarantine=False).wrong(0, others=True) is None
 
 
 def test_percentiles_are_of_the_last_answers() -> None:
     one = health()
     assert one.slow_after() == 0.5
     for index in range(1000):
-        one.gave(index / 1000, 10)
+        one.record_success(index / 1000, 10)
     found = one.statistics("x", 0)
     assert found.median == pytest.approx(0.87, abs=0.02)
     assert found.p95 == pytest.approx(0.98, abs=0.02)
     assert (found.blocks, found.bytes) == (1000, 10_000)
     for _ in range(256):
-        one.gave(0.001, 1)
+        one.record_success(0.001, 1)
     assert one.slow_after() == 0.01
 
 
@@ -81,11 +82,11 @@ def test_hedges_are_one_request_in_twenty() -> None:
 
 
 def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Share, "GUARANTEED", 0)
+    monkeypatch.setattr(BodyShare, "GUARANTEED", 0)
 
     async def main() -> None:
-        room = Room(100)
-        share = Share(room)
+        room = BodyBudget(100)
+        share = BodyShare(room)
         most = 0
 
         async def read(size: int) -> None:
@@ -105,11 +106,11 @@ def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_al
 
 
 def test_one_room_bounds_all_sources_and_none_takes_the_share_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Share, "GUARANTEED", 20)
+    monkeypatch.setattr(BodyShare, "GUARANTEED", 20)
 
     async def main() -> None:
-        room = Room(100)
-        dripping, well = Share(room), Share(room)
+        room = BodyBudget(100)
+        dripping, well = BodyShare(room), BodyShare(room)
         async with trio.open_nursery() as nursery:
             for _ in range(30):  # never given back
                 nursery.start_soon(dripping.take, 10)
@@ -135,12 +136,12 @@ def test_one_room_bounds_all_sources_and_none_takes_the_share_of_another(monkeyp
 
 def test_slots_bound_what_runs_and_a_cancelled_waiter_takes_none() -> None:
     async def main() -> None:
-        slots = Slots(4, 0, lambda: 100.0)
+        limiter = ConcurrencyLimiter(4, 0, lambda: 100.0)
         running = most = 0
 
         async def work() -> None:
             nonlocal running, most
-            async with slots.enter():
+            async with limiter.enter():
                 running += 1
                 most = max(most, running)
                 await trio.sleep(1)
@@ -153,6 +154,6 @@ def test_slots_bound_what_runs_and_a_cancelled_waiter_takes_none() -> None:
             with trio.move_on_after(0.5) as scope:
                 await work()
             assert scope.cancelled_caught
-        assert (most, slots.in_flight) == (4, 0)
+        assert (most, limiter.in_flight) == (4, 0)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Fetched, Run, Subtree
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import raw_blocks
 
 BLOCKS = raw_blocks(3, 200)
@@ -88,8 +88,8 @@ def after(seconds: float) -> Answer:
     return answer
 
 
-def chain_of(*sources: Timed, offline: bool = False) -> Chain:
-    return Chain(sources, offline=offline, chance=random.Random(1))
+def pool_of(*sources: Timed, offline: bool = False) -> SourcePool:
+    return SourcePool(sources, offline=offline, chance=random.Random(1))
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:

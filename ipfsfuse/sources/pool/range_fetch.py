@@ -10,18 +10,18 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import IpfsFuseError, SourceFailed
 from ipfsfuse.sources.base import Block, DeliverFetched, Run
-from ipfsfuse.sources.chain.checking import check_each
-from ipfsfuse.sources.chain.inline import INLINE
-from ipfsfuse.sources.chain.member import Member
-from ipfsfuse.sources.chain.pursuit import PATIENCE, Surroundings
+from ipfsfuse.sources.pool.block_fetch import PATIENCE, Pool
+from ipfsfuse.sources.pool.inline import INLINE
+from ipfsfuse.sources.pool.managed_source import ManagedSource
+from ipfsfuse.sources.pool.verification import check_each
 
 PATIENCE_ALONE = 15.0
 """Seconds without a block after which a run is broken off where no other source could give it sooner."""
 
 
-class Streaming:
-    def __init__(self, chain: Surroundings, run: Run, deliver: DeliverFetched) -> None:
-        self._chain = chain
+class RangeFetch:
+    def __init__(self, pool: Pool, run: Run, deliver: DeliverFetched) -> None:
+        self._pool = pool
         self._run = run
         self._deliver = deliver
         self._left = set(range(len(run.leaves)))
@@ -36,20 +36,20 @@ class Streaming:
             if block is not None:
                 self._left.discard(place)
                 await self._deliver(place, [block], INLINE)
-        for member in [*self._chain.in_place(), *self._chain.network()]:
+        for managed in [*self._pool.in_place(), *self._pool.network()]:
             if not self._left:
                 return
-            if member.health.wait(trio.current_time()) == 0:
-                await self._from(member)
+            if managed.health.wait(trio.current_time()) == 0:
+                await self._from(managed)
 
-    async def _from(self, member: Member) -> None:
-        taking = _Taking(self, member)
-        with member.asked_for_many():
-            if member.source.in_place:
+    async def _from(self, managed: ManagedSource) -> None:
+        taking = _RangeAttempt(self, managed)
+        with managed.asked_for_many():
+            if managed.source.in_place:
                 await taking.run(float("inf"))
             else:
-                patience = PATIENCE if len(self._chain.network()) > 1 else PATIENCE_ALONE
-                async with member.slots.enter():
+                patience = PATIENCE if len(self._pool.network()) > 1 else PATIENCE_ALONE
+                async with managed.limiter.enter():
                     await taking.run(patience)
         if taking.trouble is not None:
             raise taking.trouble
@@ -61,19 +61,19 @@ class Streaming:
         places = self.missing
         return places, Run(self._run.file, self._run.file_size, [self._run.leaves[place] for place in places])
 
-    async def take(self, member: Member, places: Sequence[int], blocks: Sequence[Block]) -> bool:
+    async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
         """Verifies and delivers the blocks of leaves. False if one was wrong."""
         wanted = [self._run.leaves[place].cid for place in places]
         right = await check_each(wanted, blocks)
         for cid, is_right in zip(wanted, right, strict=True):
             if not is_right:
-                self._chain.wrong(member, cid)
+                self._pool.wrong(managed, cid)
         good = [at for at, place in enumerate(places) if right[at] and place in self._left]
         for at in good:
             self._left.discard(places[at])
-            member.health.gave(-1, len(blocks[at]))
+            managed.health.record_success(-1, len(blocks[at]))
         for first, end in _rows([places[at] for at in good]):
-            await self._deliver(places[good[first]], [blocks[at] for at in good[first:end]], member.source)
+            await self._deliver(places[good[first]], [blocks[at] for at in good[first:end]], managed.source)
         return all(right)
 
 
@@ -86,12 +86,12 @@ def _rows(places: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = at
 
 
-class _Taking:
+class _RangeAttempt:
     """One source's share. Broken off when no block came for too long, and when a remote source sent a wrong one."""
 
-    def __init__(self, streaming: Streaming, member: Member) -> None:
+    def __init__(self, streaming: RangeFetch, managed: ManagedSource) -> None:
         self._streaming = streaming
-        self._member = member
+        self._member = managed
         self._scope = trio.CancelScope()
         self._busy = 0
         self.trouble: IpfsFuseError | None = None

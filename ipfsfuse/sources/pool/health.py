@@ -13,7 +13,7 @@ OPENS_AFTER = 3
 FIRST_REST, LONGEST_REST = 0.5, 10.0
 LONGEST_ASKED_REST = 600.0
 """A Retry-After beyond it is not believed."""
-FIRST_ASIDE, LONGEST_ASIDE = 600.0, 86_400.0
+FIRST_QUARANTINE, LONGEST_QUARANTINE = 600.0, 86_400.0
 SAMPLES = 256
 SORT_EVERY = 16
 """Answers between two looks at the percentiles: sorting 256 takes 15 us, a tenth of a small block's whole cost."""
@@ -27,7 +27,8 @@ class Statistics:
 
     name: str
     state: str
-    """good, resting (failed, asked again soon), trial (one request finds out), aside (sent wrong bytes)."""
+    """good, open (failed: not asked for a while), half_open (one request finds out whether it is back),
+    quarantined (sent wrong bytes)."""
     why: str
     """The last failure's line while the state is not good."""
     requests: int
@@ -46,20 +47,20 @@ class Statistics:
 
 
 class Health:
-    """`may_aside` for a source that is set aside for wrong bytes (a remote gateway); `slow` is what its 95th percentile
+    """`may_quarantine` for a source that is quarantined for wrong bytes (a remote gateway); `slow` is what its 95th percentile
     is taken for, in seconds, before there is one."""
 
-    def __init__(self, chance: random.Random, *, may_aside: bool, slow: float) -> None:
+    def __init__(self, chance: random.Random, *, may_quarantine: bool, slow: float) -> None:
         self._chance = chance
-        self._may_aside = may_aside
+        self._may_quarantine = may_quarantine
         self._slow = slow
         self._times: deque[float] = deque(maxlen=SAMPLES)
         self._sorted: list[float] = []
         self._unsorted = 0
         self._row = 0
-        self._rest_until = self._aside_until = float("-inf")
-        self._next_aside = FIRST_ASIDE
-        self._trial = False
+        self._rest_until = self._quarantined_until = float("-inf")
+        self._next_quarantine = FIRST_QUARANTINE
+        self._probing = False
         self.why = ""
         self.requests = self.blocks = self.bytes = self.absent = self.wrong_blocks = self.hedges = 0
         self.failures: Counter[str] = Counter()
@@ -69,9 +70,9 @@ class Health:
     def asked(self, now: float, *, hedge: bool = False) -> None:
         self.requests += 1
         self.hedges += hedge
-        self._trial = self._row >= OPENS_AFTER and now >= self._rest_until
+        self._probing = self._row >= OPENS_AFTER and now >= self._rest_until
 
-    def gave(self, seconds: float, size: int) -> None:
+    def record_success(self, seconds: float, size: int) -> None:
         """A verified block. `seconds` is the time it took, negative where it says nothing (one of a run)."""
         self.blocks += 1
         self.bytes += size
@@ -83,21 +84,21 @@ class Health:
                 self._sorted = sorted(self._times)
                 self._unsorted = 0
 
-    def lacked(self) -> None:
+    def record_miss(self) -> None:
         """An answer, even if not a block: the source is well."""
         self.absent += 1
         self._well()
 
     def _well(self) -> None:
         self._row = 0
-        self._trial = False
+        self._probing = False
         self.why = ""
 
     def failed(self, now: float, kind: str, why: str, retry_after: float | None = None) -> None:
         self.failures[kind] += 1
         self.why = why
         self._row += 1
-        self._trial = False
+        self._probing = False
         if retry_after is not None:
             self._row = max(self._row, OPENS_AFTER)
             self._rest_until = max(self._rest_until, now + min(retry_after, LONGEST_ASKED_REST))
@@ -105,28 +106,28 @@ class Health:
             rest = min(FIRST_REST * 2 ** min(self._row - OPENS_AFTER, 10), LONGEST_REST)
             self._rest_until = now + rest * self._chance.uniform(0.5, 1.0)
 
-    def left(self) -> None:
+    def record_cancelled(self) -> None:
         """A request ended without a word about the source: it was not needed any more."""
-        self._trial = False
+        self._probing = False
 
     def wrong(self, now: float, *, others: bool) -> float | None:
-        """Bytes that do not match. Seconds for which the source is now set aside, 0 if it was already (this request had
+        """Bytes that do not match. Seconds for which the source is now quarantined, 0 if it was already (this request had
         been on its way); None if it loses this block alone."""
         self.wrong_blocks += 1
-        self._trial = False
-        if self.is_aside(now):
+        self._probing = False
+        if self.is_quarantined(now):
             return 0.0
-        if not self._may_aside or not others:
+        if not self._may_quarantine or not others:
             return None
-        aside, self._next_aside = self._next_aside, min(2 * self._next_aside, LONGEST_ASIDE)
-        self._aside_until = now + aside
+        quarantine, self._next_quarantine = self._next_quarantine, min(2 * self._next_quarantine, LONGEST_QUARANTINE)
+        self._quarantined_until = now + quarantine
         self.why = "sent wrong bytes"
-        return aside
+        return quarantine
 
     # -- what follows -------------------------------------------------------------------------------------------
 
-    def is_aside(self, now: float) -> bool:
-        return now < self._aside_until
+    def is_quarantined(self, now: float) -> bool:
+        return now < self._quarantined_until
 
     def wait(self, now: float) -> float:
         """Seconds until it may be asked: 0 for now. After a rest one request at a time finds out."""
@@ -134,7 +135,7 @@ class Health:
             return 0.0
         if now < self._rest_until:
             return self._rest_until - now
-        return 0.1 if self._trial else 0.0
+        return 0.1 if self._probing else 0.0
 
     def percentile(self, share: float) -> float | None:
         found = self._sorted
@@ -146,11 +147,11 @@ class Health:
         return max(0.01, self._slow if found is None else found)
 
     def state(self, now: float) -> str:
-        if self.is_aside(now):
-            return "aside"
+        if self.is_quarantined(now):
+            return "quarantined"
         if self._row < OPENS_AFTER:
             return "good"
-        return "resting" if now < self._rest_until else "trial"
+        return "open" if now < self._rest_until else "half_open"
 
     def statistics(self, name: str, now: float) -> Statistics:
         state = self.state(now)

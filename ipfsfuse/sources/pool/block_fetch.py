@@ -15,8 +15,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, WrongBlock
 from ipfsfuse.sources.base import Fetched
-from ipfsfuse.sources.chain.health import HedgeBudget
-from ipfsfuse.sources.chain.member import Member
+from ipfsfuse.sources.pool.health import HedgeBudget
+from ipfsfuse.sources.pool.managed_source import ManagedSource
 
 log = logging.getLogger(__name__)
 
@@ -25,103 +25,103 @@ PATIENCE = 3.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 
 
-class Surroundings(Protocol):
-    """What a pursuit needs of its chain."""
+class Pool(Protocol):
+    """What a pursuit needs of its pool."""
 
     offline: bool
     hedges: HedgeBudget
     chance: random.Random
 
-    def in_place(self) -> Sequence[Member]: ...
+    def in_place(self) -> Sequence[ManagedSource]: ...
 
-    def network(self) -> Sequence[Member]:
+    def network(self) -> Sequence[ManagedSource]:
         """Those to ask, in order: the ready ones first, none that is set aside."""
         ...
 
-    def wrong(self, member: Member, cid: Cid) -> None: ...
+    def wrong(self, managed: ManagedSource, cid: Cid) -> None: ...
 
 
-class Pursuit:
-    def __init__(self, chain: Surroundings, cid: Cid) -> None:
-        self._chain = chain
+class HedgedFetch:
+    def __init__(self, pool: Pool, cid: Cid) -> None:
+        self._pool = pool
         self._cid = cid
         self._wrong: WrongBlock | None = None
         self._found: Fetched | None = None
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock or Unavailable once no source may give it any more."""
-        for member in self._chain.in_place():
-            block = await self._once(member)
+        for managed in self._pool.in_place():
+            block = await self._once(managed)
             if isinstance(block, bytes):
-                return Fetched(block, member.source)
-        network = self._chain.network()
-        self._chain.hedges.request()
+                return Fetched(block, managed.source)
+        network = self._pool.network()
+        self._pool.hedges.request()
         if len(network) == 1:
-            await self._chase(network[0], trio.Event(), hedge=False)
+            await self._poll_source(network[0], trio.Event(), hedge=False)
         elif network:
             await self._race(network)
         if self._found is not None:
             return self._found
-        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}" + (" (offline)" if self._chain.offline else ""))
+        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}" + (" (offline)" if self._pool.offline else ""))
 
-    async def _race(self, network: Sequence[Member]) -> None:
+    async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends it."""
         async with trio.open_nursery() as nursery:
 
-            async def chase(member: Member, failed: trio.Event, hedge: bool) -> None:
-                await self._chase(member, failed, hedge=hedge)
+            async def poll(managed: ManagedSource, failed: trio.Event, hedge: bool) -> None:
+                await self._poll_source(managed, failed, hedge=hedge)
                 failed.set()
                 if self._found is not None:
                     nursery.cancel_scope.cancel()
 
             hedge = False
-            for member in network:
+            for managed in network:
                 failed = trio.Event()
-                nursery.start_soon(chase, member, failed, hedge)
-                hedge = await self._wait_for(member, failed)
+                nursery.start_soon(poll, managed, failed, hedge)
+                hedge = await self._wait_for(managed, failed)
 
-    async def _wait_for(self, member: Member, failed: trio.Event) -> bool:
+    async def _wait_for(self, managed: ManagedSource, failed: trio.Event) -> bool:
         """Returns when the next source is to be asked; True if that is because this one is only slow."""
-        slow = member.health.slow_after()
+        slow = managed.health.slow_after()
         with trio.move_on_after(slow):
             await failed.wait()
             return False
-        if not self._chain.hedges.spend():
+        if not self._pool.hedges.spend():
             with trio.move_on_after(max(0.0, PATIENCE - slow)):
                 await failed.wait()
                 return False
         return True
 
-    async def _chase(self, member: Member, failed: trio.Event, *, hedge: bool) -> None:
+    async def _poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
         """Asks one source until it gives the block, or can't for good. Sets `failed` when others should be asked."""
         pause = FIRST_PAUSE
         while self._found is None:
-            wait = member.health.wait(trio.current_time())
+            wait = managed.health.wait(trio.current_time())
             if wait == 0:
-                block = await self._once(member, hedge=hedge)
+                block = await self._once(managed, hedge=hedge)
                 if isinstance(block, bytes):
-                    self._found = Fetched(block, member.source)
+                    self._found = Fetched(block, managed.source)
                     return
-                if isinstance(block, WrongBlock) or (self._chain.offline and isinstance(block, NotHere)):
+                if isinstance(block, WrongBlock) or (self._pool.offline and isinstance(block, NotHere)):
                     return
-                wait = pause * self._chain.chance.uniform(0.5, 1.0)
+                wait = pause * self._pool.chance.uniform(0.5, 1.0)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 hedge = False
             failed.set()
             await trio.sleep(wait)
 
-    async def _once(self, member: Member, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock:
+    async def _once(self, managed: ManagedSource, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock:
         asked = trio.current_time()
         try:
-            return await member.ask(self._cid, hedge=hedge)
+            return await managed.ask(self._cid, hedge=hedge)
         except (NotHere, SourceFailed) as exc:
             log.debug("%s", exc)
             return exc
         except WrongBlock as exc:
             self._wrong = exc
-            self._chain.wrong(member, self._cid)
+            self._pool.wrong(managed, self._cid)
             return exc
         except trio.Cancelled:
             if self._found is not None and trio.current_time() - asked >= PATIENCE:
-                member.overtaken(asked)
+                managed.overtaken(asked)
             raise

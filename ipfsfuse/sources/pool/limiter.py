@@ -19,8 +19,8 @@ class Slot:
 
     __slots__ = ("_slots", "_stale", "displaced", "scope", "since")
 
-    def __init__(self, slots: "Slots", stale: bool) -> None:
-        self._slots = slots
+    def __init__(self, limiter: "ConcurrencyLimiter", stale: bool) -> None:
+        self._slots = limiter
         self._stale = stale
         self.since = 0.0
         self.scope = trio.CancelScope()
@@ -36,7 +36,7 @@ class Slot:
         return bool(self.scope.__exit__(kind, exc, trace))
 
 
-class Slots:
+class ConcurrencyLimiter:
     """At most `running` requests that are not late, and `late` that are. `late_after` gives the seconds that make one late."""
 
     ROTATE = 5.0
@@ -111,41 +111,3 @@ class Slots:
         if stale or not self._active:
             return now + 0.1
         return max(next(iter(self._active)).since + self._late_after(), now + 0.0001)  # a sum of floats may end just before
-
-
-class Room:
-    """Bytes of bodies that may be on their way at a time, over all sources together."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.freed = trio.Event()
-
-    def give(self, size: int) -> None:
-        self.used -= size
-        self.freed.set()
-        self.freed = trio.Event()
-
-
-class Share:
-    """One source's part of a room: first come, first served, and as much as `GUARANTEED` whatever the others hold, so
-    that a source whose bodies drip or stall takes no room from another. A body larger than all of it passes alone."""
-
-    GUARANTEED = 4 << 20
-    """Bytes: two of the largest blocks."""
-
-    def __init__(self, room: Room) -> None:
-        self.used = 0
-        self._room = room
-        self._turn = trio.Lock()
-
-    async def take(self, size: int) -> None:
-        async with self._turn:
-            while self.used and self.used + size > self.GUARANTEED and self._room.used + size > self._room.limit:
-                await self._room.freed.wait()
-            self.used += size
-            self._room.used += size
-
-    def give(self, size: int) -> None:
-        self.used -= size
-        self._room.give(size)

@@ -1,4 +1,4 @@
-"""One source in the chain: asked within its bounds, its answers verified, its health kept.
+"""One source in the pool: asked within its bounds, its answers verified, its health kept.
 
 Concurrency: any number of tasks.
 """
@@ -13,9 +13,9 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Source
-from ipfsfuse.sources.chain.checking import check
-from ipfsfuse.sources.chain.health import Health, Statistics
-from ipfsfuse.sources.chain.slots import Slots
+from ipfsfuse.sources.pool.health import Health, Statistics
+from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter
+from ipfsfuse.sources.pool.verification import check
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.kubo import Kubo
 
@@ -31,13 +31,14 @@ SLOW_HERE, SLOW_FAR = 0.01, 0.5
 """What a local node's and a remote gateway's slowest answers are taken for before we know."""
 
 
-class Member:
+class ManagedSource:
     def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
         self.remote = isinstance(source, Gateway) and not source.local
-        self.health = Health(chance, may_aside=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
-        self.slots = Slots(max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by)), self.health.slow_after)
+        self.health = Health(chance, may_quarantine=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
+        running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
+        self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
         self._answered = float("-inf")
 
     async def ask(self, cid: Cid, *, hedge: bool = False) -> bytes:
@@ -46,7 +47,7 @@ class Member:
             return await self._ask(cid, hedge)
         stale = False
         while True:
-            async with self.slots.enter(stale=stale):
+            async with self.limiter.enter(stale=stale):
                 return await self._ask(cid, hedge)
             stale = True  # it was late, and its slot went to another
 
@@ -58,22 +59,22 @@ class Member:
             await check(cid, block)
         except NotHere:
             self._answered = trio.current_time()
-            self.health.lacked()
+            self.health.record_miss()
             raise
         except SourceFailed as exc:
             self.note(exc)
             raise
         except WrongBlock:
-            raise  # the chain knows what follows: whether another source is left
+            raise  # the pool knows what follows: whether another source is left
         except IpfsFuseError as exc:  # a library folder that can't be read
             failed = SourceFailed(f"{self.source.name}: {exc}", "store")
             self.note(failed)
             raise failed from exc
         except BaseException:
-            self.health.left()
+            self.health.record_cancelled()
             raise
         self._answered = trio.current_time()
-        self.health.gave(self._answered - start, len(block))
+        self.health.record_success(self._answered - start, len(block))
         return block
 
     def overtaken(self, asked: float) -> None:
@@ -93,12 +94,12 @@ class Member:
         try:
             yield
         except NotHere:
-            self.health.lacked()
+            self.health.record_miss()
         except SourceFailed as exc:
             log.debug("%s", exc)
             self.note(exc)
         finally:
-            self.health.left()
+            self.health.record_cancelled()
 
     @property
     def repair(self) -> str:

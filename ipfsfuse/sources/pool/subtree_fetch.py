@@ -10,9 +10,9 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, Unsupported, WrongBlock
 from ipfsfuse.sources.base import Fetched, Subtree, Taker
-from ipfsfuse.sources.chain.checking import check
-from ipfsfuse.sources.chain.member import Member
-from ipfsfuse.sources.chain.pursuit import Surroundings
+from ipfsfuse.sources.pool.block_fetch import Pool
+from ipfsfuse.sources.pool.managed_source import ManagedSource
+from ipfsfuse.sources.pool.verification import check
 from ipfsfuse.sources.runs import all_of
 
 STALL = 0.25
@@ -22,9 +22,9 @@ FIRST = 4
 """For its first block, a source gets so many times as long as its slow answers take, if that is more."""
 
 
-class Gathering:
-    def __init__(self, chain: Surroundings, subtree: Subtree, taker: Taker) -> None:
-        self._chain = chain
+class SubtreeFetch:
+    def __init__(self, pool: Pool, subtree: Subtree, taker: Taker) -> None:
+        self._pool = pool
         self._subtree = subtree
         self._taker = taker
         self._scope = trio.CancelScope()
@@ -36,32 +36,32 @@ class Gathering:
     async def run(self) -> None:
         if not await self._is_at_hand():
             now = trio.current_time()
-            for member in [member for member in self._chain.network() if member.health.wait(now) == 0][:1]:
-                await self._from(member)
+            for managed in [managed for managed in self._pool.network() if managed.health.wait(now) == 0][:1]:
+                await self._from(managed)
 
     async def _is_at_hand(self) -> bool:
         """Whether a source in place has it: then each block is read where it lies."""
-        for member in self._chain.in_place():
+        for managed in self._pool.in_place():
             try:
-                await member.source.get(self._subtree.root)
+                await managed.source.get(self._subtree.root)
             except IpfsFuseError:
                 continue
             return True
         return False
 
-    async def _from(self, member: Member) -> None:
-        with member.asked_for_many():
-            async with member.slots.enter():
-                slow = member.health.slow_after()
-                self._stall = max(STALL, slow) if member.remote else STALL
+    async def _from(self, managed: ManagedSource) -> None:
+        with managed.asked_for_many():
+            async with managed.limiter.enter():
+                slow = managed.health.slow_after()
+                self._stall = max(STALL, slow) if managed.remote else STALL
                 self._until = trio.current_time() + max(STALL, FIRST * slow)
                 with self._scope:
-                    await all_of([lambda: self._ask(member), self._watch])
+                    await all_of([lambda: self._ask(managed), self._watch])
 
-    async def _ask(self, member: Member) -> None:
+    async def _ask(self, managed: ManagedSource) -> None:
         async def take(blocks: Sequence[tuple[Cid, bytes]]) -> None:
             self._taking = True
-            right, lied = await self._verified(member, blocks)
+            right, lied = await self._verified(managed, blocks)
             if right:
                 await self._taker.take(right)
             if lied:
@@ -69,7 +69,7 @@ class Gathering:
             self._taking = False
             self._until = trio.current_time() + self._stall
 
-        await member.source.subtree(self._subtree, take)
+        await managed.source.subtree(self._subtree, take)
         self._scope.cancel()
 
     async def _watch(self) -> None:
@@ -83,7 +83,7 @@ class Gathering:
         self._scope.cancel()
         await trio.lowlevel.checkpoint()  # now, not where the source next waits for something
 
-    async def _verified(self, member: Member, blocks: Sequence[tuple[Cid, bytes]]) -> tuple[Mapping[Cid, Fetched], bool]:
+    async def _verified(self, managed: ManagedSource, blocks: Sequence[tuple[Cid, bytes]]) -> tuple[Mapping[Cid, Fetched], bool]:
         """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
         right: dict[Cid, Fetched] = {}
         for cid, block in blocks:
@@ -92,11 +92,11 @@ class Gathering:
             try:
                 await check(cid, block)
             except WrongBlock:
-                self._chain.wrong(member, cid)
+                self._pool.wrong(managed, cid)
                 return right, True
             except Unsupported:  # who reads it will hear
                 continue
-            member.health.gave(-1, len(block))
-            right[cid] = Fetched(block, member.source)
+            managed.health.record_success(-1, len(block))
+            right[cid] = Fetched(block, managed.source)
             self._taker.came(cid, block)
         return right, False
