@@ -134,7 +134,7 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
     settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
-        pool = SourcePool(sources, offline=config.offline)
+        pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
         pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
         cache = await stack.enter_async_context(PinsetCache.open(folder, pool, config.budget, deadline=config.deadline, pins=pins))
@@ -148,7 +148,7 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         pages = Pages() if record is None else None
         server = ControlServer(Commands(config, cache, pool, pins, tree).table())
         await nursery.start(server.serve, control.socket_path(folder))
-        yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server
+        yield Operations(tree, roots, interrupts, pages, config.budget, config.deadline), nursery, server
 
 
 def _listed(pool: SourcePool, cache: PinsetCache) -> Iterator[Named]:

@@ -20,6 +20,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
+from ipfsfuse.sources.base import request_of
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetching import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
@@ -70,7 +71,8 @@ class Commands:
         depth = arguments.get("depth")
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
-        totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
+        with request_of(os.getuid()):  # who mounted is who commands
+            totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
         return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:

@@ -1,4 +1,5 @@
-"""How many bytes of bodies may be on their way from all sources together, and what part of that is each source's own.
+"""How many bytes of bodies may be on their way from all sources together, and what part of that is each
+source's own.
 
 Concurrency: one event loop, any number of tasks; first come, first served.
 """
@@ -21,8 +22,9 @@ class BodyBudget:
 
 
 class BodyShare:
-    """One source's part of a budget: first come, first served, and as much as `GUARANTEED` whatever the others hold, so
-    that a source whose bodies drip or stall takes no room from another. A body larger than all of it passes alone."""
+    """One source's part of a budget: first come, first served, and as much as `GUARANTEED` whatever the
+    others hold, so that a source whose bodies drip or stall takes no room from another. A body larger than
+    all of it passes alone."""
 
     GUARANTEED = 4 << 20
     """Bytes: two of the largest blocks."""
@@ -34,7 +36,11 @@ class BodyShare:
 
     async def take(self, size: int) -> None:
         async with self._turn:
-            while self.used and self.used + size > self.GUARANTEED and self._budget.used + size > self._budget.limit:
+            while (
+                self.used
+                and self.used + size > self.GUARANTEED
+                and self._budget.used + size > self._budget.limit
+            ):
                 await self._budget.freed.wait()
             self.used += size
             self._budget.used += size

@@ -14,6 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.sources.base import current_request, set_request
 from ipfsfuse.vfs.gathering import SMALL
 
 FOLLOWING = 2
@@ -128,6 +129,7 @@ class TreeAhead:
             self._nursery.start_soon(self._run, place[0])
 
     async def _run(self, trail: Trail) -> None:
+        set_request(current_request().for_background())
         try:
             if trail.deep:
                 while (cid := trail.take_deep()) is not None:

@@ -14,7 +14,7 @@ from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.servers import Ask, Server, answer_well
-from tests.sources.timed import BLOCK, BLOCKS, CID, InPlace, Timed, after, fails, never, pool_of, run
+from tests.sources.timed import BLOCK, BLOCKS, CID, Answer, InPlace, Timed, after, fails, never, pool_of, run
 
 
 def test_sources_in_place_are_asked_before_the_network() -> None:
@@ -92,15 +92,32 @@ def test_a_dead_source_rests_and_is_tried_again() -> None:
     run(main)
 
 
-def test_retry_after_is_heeded() -> None:
-    async def main() -> None:
-        async def busy(_cid: Cid) -> bytes:
-            raise SourceFailed("busy", "busy", retry_after=100)
+def busy_for(seconds: float) -> Answer:
+    async def answer(_cid: Cid) -> bytes:
+        raise SourceFailed("busy", "busy", retry_after=seconds)
 
-        source = Timed("busy", busy)
+    return answer
+
+
+def test_retry_after_is_heeded_where_another_source_may_be_asked() -> None:
+    async def main() -> None:
+        busy, other = Timed("busy", busy_for(100)), Timed("other", blocks={})
         with trio.move_on_after(99):
-            await pool_of(source).get(CID)
-        assert len(source.asked) == 1
+            await pool_of(busy, other).get(CID)
+        assert len(busy.asked) == 1
+        assert len(other.asked) > 10
+
+    run(main)
+
+
+def test_a_retry_after_of_the_last_source_does_not_outlast_the_deadline() -> None:
+    async def main() -> None:
+        for deadline in (30, 2):
+            source = Timed("busy", busy_for(1e300))
+            with trio.move_on_after(deadline) as scope:
+                await pool_of(source, deadline=deadline).get(CID)
+            assert scope.cancelled_caught
+            assert 3 <= len(source.asked) <= 4
 
     run(main)
 

@@ -1,7 +1,7 @@
 """One block, looked for until it is had: which source is asked when, and when a second one is.
 
-Concurrency: a pursuit is one task, with children where several network sources may be asked at once; cancelling it
-cancels their requests.
+Concurrency: a fetch is one task, with children where several network sources may be asked at once; cancelling
+it cancels their requests.
 """
 
 import logging
@@ -20,25 +20,39 @@ from ipfsfuse.sources.pool.managed_source import ManagedSource
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 3.0
-"""Seconds without an answer after which the next source is asked, whatever the budget for hedging says."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
+"""Seconds between two requests for one block at one source. The longest is at most a quarter of the
+deadline."""
 
 
 class Pool(Protocol):
-    """What a pursuit needs of its pool."""
+    """What a fetch needs of its pool."""
 
     offline: bool
+    deadline: float
+    """Seconds in which callers want an answer."""
     hedges: HedgeBudget
     chance: random.Random
+
+    @property
+    def patience(self) -> float:
+        """Seconds without an answer after which the next source is asked, whatever the budget for hedging
+        says."""
+        ...
 
     def in_place(self) -> Sequence[ManagedSource]: ...
 
     def network(self) -> Sequence[ManagedSource]:
-        """Those to ask, in order: the ready ones first, none that is set aside."""
+        """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
         ...
 
-    def wrong(self, managed: ManagedSource, cid: Cid) -> None: ...
+    def wait(self, managed: ManagedSource) -> float:
+        """Seconds until that source may be asked: 0 for now."""
+        ...
+
+    def wrong(self, managed: ManagedSource, cid: Cid) -> None:
+        """That source sent bytes that are not the block of `cid`."""
+        ...
 
 
 class HedgedFetch:
@@ -62,10 +76,13 @@ class HedgedFetch:
             await self._race(network)
         if self._found is not None:
             return self._found
-        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}" + (" (offline)" if self._pool.offline else ""))
+        raise self._wrong or Unavailable(
+            f"no source has {cids.text(self._cid)}" + (" (offline)" if self._pool.offline else "")
+        )
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
-        """Each source from when the one before it has failed or is late; the first that gives the block ends it."""
+        """Each source from when the one before it has failed or is late; the first that gives the block ends
+        it."""
         async with trio.open_nursery() as nursery:
 
             async def poll(managed: ManagedSource, failed: trio.Event, hedge: bool) -> None:
@@ -82,38 +99,43 @@ class HedgedFetch:
 
     async def _wait_for(self, managed: ManagedSource, failed: trio.Event) -> bool:
         """Returns when the next source is to be asked; True if that is because this one is only slow."""
-        slow = managed.health.slow_after()
+        patience = self._pool.patience
+        slow = min(managed.health.slow_after(), patience)
         with trio.move_on_after(slow):
             await failed.wait()
             return False
         if not self._pool.hedges.spend():
-            with trio.move_on_after(max(0.0, PATIENCE - slow)):
+            with trio.move_on_after(patience - slow):
                 await failed.wait()
                 return False
         return True
 
     async def _poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
-        """Asks one source until it gives the block, or can't for good. Sets `failed` when others should be asked."""
-        pause = FIRST_PAUSE
+        """Asks one source until it gives the block, or can't for good. Sets `failed` when others should be
+        asked."""
+        pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
+        retried = False
         while self._found is None:
-            wait = managed.health.wait(trio.current_time())
+            wait = self._pool.wait(managed)
             if wait == 0:
-                block = await self._once(managed, hedge=hedge)
+                block = await self._once(managed, hedge=hedge, retried=retried)
                 if isinstance(block, bytes):
                     self._found = Fetched(block, managed.source)
                     return
                 if isinstance(block, WrongBlock) or (self._pool.offline and isinstance(block, NotHere)):
                     return
-                wait = pause * self._pool.chance.uniform(0.5, 1.0)
-                pause = min(2 * pause, LONGEST_PAUSE)
-                hedge = False
+                wait = min(pause, longest) * self._pool.chance.uniform(0.5, 1.0)
+                pause *= 2
+                hedge, retried = False, True
             failed.set()
-            await trio.sleep(wait)
+            await trio.sleep(min(wait, longest))  # a pause may end sooner than it was said to
 
-    async def _once(self, managed: ManagedSource, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock:
+    async def _once(
+        self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
+    ) -> bytes | NotHere | SourceFailed | WrongBlock:
         asked = trio.current_time()
         try:
-            return await managed.ask(self._cid, hedge=hedge)
+            return await managed.ask(self._cid, hedge=hedge, retried=retried)
         except (NotHere, SourceFailed) as exc:
             log.debug("%s", exc)
             return exc
@@ -122,6 +144,6 @@ class HedgedFetch:
             self._pool.wrong(managed, self._cid)
             return exc
         except trio.Cancelled:
-            if self._found is not None and trio.current_time() - asked >= PATIENCE:
+            if self._found is not None and trio.current_time() - asked >= self._pool.patience:
                 managed.overtaken(asked)
             raise

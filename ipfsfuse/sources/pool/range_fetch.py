@@ -1,4 +1,5 @@
-"""A run of leaves, taken from one source after the other, each in its fastest way; what all leave out stays `missing`.
+"""A run of leaves, taken from one source after the other, each in its fastest way; what all leave out stays
+`missing`.
 
 Concurrency: one task and what the sources start; blocks are verified and delivered as they come.
 """
@@ -8,15 +9,16 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import IpfsFuseError, SourceFailed
+from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.base import Block, DeliverFetched, Run
-from ipfsfuse.sources.pool.block_fetch import PATIENCE, Pool
+from ipfsfuse.sources.pool.block_fetch import Pool
 from ipfsfuse.sources.pool.inline import INLINE
-from ipfsfuse.sources.pool.managed_source import ManagedSource
+from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource
 from ipfsfuse.sources.pool.verification import check_each
 
 PATIENCE_ALONE = 15.0
-"""Seconds without a block after which a run is broken off where no other source could give it sooner."""
+"""Seconds without a block after which a run is broken off where no other source could give it sooner; at most
+half of the deadline."""
 
 
 class RangeFetch:
@@ -39,22 +41,20 @@ class RangeFetch:
         for managed in [*self._pool.in_place(), *self._pool.network()]:
             if not self._left:
                 return
-            if managed.health.wait(trio.current_time()) == 0:
+            if managed.takes_many and self._pool.wait(managed) == 0:
                 await self._from(managed)
 
     async def _from(self, managed: ManagedSource) -> None:
-        taking = _RangeAttempt(self, managed)
-        with managed.asked_for_many():
+        with managed.asked_for_many() as deliveries:
             if managed.source.in_place:
-                await taking.run(float("inf"))
-            else:
-                patience = PATIENCE if len(self._pool.network()) > 1 else PATIENCE_ALONE
-                async with managed.limiter.enter():
-                    await taking.run(patience)
-        if taking.trouble is not None:
-            raise taking.trouble
+                await _RangeAttempt(self, managed, deliveries).run(float("inf"))
+                return
+            alone = len(self._pool.network()) == 1
+            patience = min(PATIENCE_ALONE, self._pool.deadline / 2) if alone else self._pool.patience
+            async with managed.limiter.enter() as deliveries.place:
+                await _RangeAttempt(self, managed, deliveries).run(patience)
 
-    # -- for the taking -----------------------------------------------------------------------------------------
+    # -- for the attempt ----------------------------------------------------------------------------------------
 
     def part(self) -> tuple[Sequence[int], Run]:
         """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
@@ -87,28 +87,28 @@ def _rows(places: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class _RangeAttempt:
-    """One source's share. Broken off when no block came for too long, and when a remote source sent a wrong one."""
+    """One source's share. Broken off when no block came for too long, and when a remote source sent a wrong
+    one."""
 
-    def __init__(self, streaming: RangeFetch, managed: ManagedSource) -> None:
-        self._streaming = streaming
-        self._member = managed
+    def __init__(self, fetch: RangeFetch, managed: ManagedSource, deliveries: Deliveries) -> None:
+        self._fetch = fetch
+        self._managed = managed
+        self._deliveries = deliveries
         self._scope = trio.CancelScope()
         self._busy = 0
-        self.trouble: IpfsFuseError | None = None
-        """What the reader raised: told to the reader, not held against the source."""
 
     async def run(self, patience: float) -> None:
-        places, part = self._streaming.part()
+        """Raises NotHere, SourceFailed."""
+        places, part = self._fetch.part()
 
         async def take(index: int, blocks: Sequence[Block]) -> None:
             self._busy += 1
             self._scope.deadline = float("inf")  # the time that the reader takes is not the source's
             try:
-                if not await self._streaming.take(self._member, places[index : index + len(blocks)], blocks) and self._member.remote:
+                with self._deliveries.to_reader():
+                    right = await self._fetch.take(self._managed, places[index : index + len(blocks)], blocks)
+                if not right and self._managed.remote:
                     self._scope.cancel()
-            except IpfsFuseError as exc:
-                self.trouble = exc
-                raise
             finally:
                 self._busy -= 1
                 if not self._busy:
@@ -116,10 +116,6 @@ class _RangeAttempt:
 
         with self._scope:
             self._scope.deadline = trio.current_time() + patience
-            try:
-                await self._member.source.stream(part, take)
-            except IpfsFuseError:
-                if self.trouble is None:
-                    raise
+            await self._deliveries.run(lambda: self._managed.source.stream(part, take))
         if self._scope.cancelled_caught and trio.current_time() >= self._scope.deadline:
-            raise SourceFailed(f"{self._member.source.name} sent no block for {patience:g} s", "timeout")
+            raise SourceFailed(f"{self._managed.source.name} sent no block for {patience:g} s", "timeout")
