@@ -153,3 +153,20 @@ def test_a_call_ends_with_its_deadline_however_many_blocks_it_waits_for(home: Ho
             lambda: os.path.exists(folder / "name 7"),
             "what came is kept, and the next call goes on from there",
         )
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_what_a_user_reads_is_on_that_users_account(home: Home) -> None:
+    dag = Dag()
+    leaves = [bytes([number]) * (1 << 20) for number in range(6)]
+    entries = {name: (dag.file(leaves[at : at + 3]), 3 << 20) for name, at in ((b"roots", 0), (b"others", 3))}
+    root = dag.directory(entries)
+    gateway = Gateway(dag.blocks)
+    with gateway.serving(), home.mounted("--from", gateway.url, "--allow-other") as mount:
+        assert len((mount.path / cids.text(root) / "roots").read_bytes()) == 3 << 20
+        others = str(mount.path / cids.text(root) / "others")
+        subprocess.run([*command_of(NOBODY), "cat", others], check=True, stdout=subprocess.DEVNULL)
+        wait_until(lambda: mount.status()["cache"]["used"] > 6 << 20, "all of it is staged")
+        accounts = mount.status()["cache"]["callers"]
+        assert accounts.keys() == {"0", str(NOBODY)}
+        assert all(3 << 20 <= size < 4 << 20 for size in accounts.values())
