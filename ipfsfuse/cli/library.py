@@ -19,10 +19,10 @@ from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable
-from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.files.library import Library
 from ipfsfuse.sources.opening import opened as opened_sources
 from ipfsfuse.sources.parse import OpenSettings
+from ipfsfuse.sources.pool.pool import SourcePool
 
 BLOCK_DEADLINE = 30.0
 """Seconds for one block of an export."""
@@ -102,19 +102,19 @@ async def _export(arguments: argparse.Namespace) -> int:
     with Progress("indexing") as indexing, Progress("exporting") as progress:
         settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
         async with opened_sources(arguments.sources or ["library"], settings) as sources:
-            get = _getter(Chain(sources), socket_path(cache_dir))
+            get = _getter(SourcePool(sources), socket_path(cache_dir))
             size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
     print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
     return 0
 
 
-def _getter(chain: Chain, control: Path) -> importer.GetBlock:
+def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:
     """Gets a block from the sources, else from a running mount, which has a cache and sources of its own."""
 
     async def get(wanted: Cid) -> bytes:
         try:
             with trio.fail_after(BLOCK_DEADLINE):
-                return (await chain.get(wanted)).block
+                return (await pool.get(wanted)).block
         except (Unavailable, trio.TooSlowError) as exc:
             block = await trio.to_thread.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
             if block is None:

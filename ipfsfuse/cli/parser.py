@@ -101,7 +101,7 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("--offline", action="store_true", help="show what is here, fail at once for anything else")
     _folders(mount)
     mount.add_argument("--budget", type=_SIZE, default=values.size("10GiB"), metavar="SIZE", help="bytes that staging may take on disk (10GiB)")
-    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a read fails after this long without a block (30s)")
+    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a call that can't be answered within this fails (30s)")
     mount.add_argument("--allow", action="append", metavar="CID|FILE", help="these CIDs and what they hold, nothing else; a file lists one a line")
     mount.add_argument("--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used")
     mount.add_argument("--allow-other", action="store_true", help="let other users in")

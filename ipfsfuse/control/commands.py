@@ -20,7 +20,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.base import request_of
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
@@ -31,8 +32,8 @@ Answer = Mapping[str, Any]
 
 
 class Commands:
-    def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, pins: NodePins, tree: Tree) -> None:
-        self._config, self._cache, self._chain, self._pins, self._tree = config, cache, chain, pins, tree
+    def __init__(self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree) -> None:
+        self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._blocks = WholeBlocks(cache)
         self._started = time.time()
 
@@ -59,7 +60,7 @@ class Commands:
             "uptime": round(time.time() - self._started, 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
-            "sources": [asdict(source) for source in self._chain.statistics()],
+            "sources": [asdict(source) for source in self._pool.statistics()],
         }
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
@@ -70,7 +71,8 @@ class Commands:
         depth = arguments.get("depth")
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
-        totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
+        with request_of(os.getuid()):  # who mounted is who commands
+            totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
         return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:

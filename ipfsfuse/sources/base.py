@@ -1,10 +1,14 @@
 """What a source is, for those who ask one.
 
-Concurrency: every method may be called by many tasks at once; cancelling a call cancels its request. Blocks come back
-as they were sent: the chain verifies them, nobody else needs to.
+Concurrency: every method may be called by many tasks at once; cancelling a call cancels its request. Blocks
+come back as they were sent: the pool verifies them, nobody else needs to.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +16,72 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge
+
+Caller = int | None
+"""The user id of who made a call; None for what nobody's call asked for, and where the kernel did not say."""
+
+_numbers = itertools.count(1)
+
+
+class Request:
+    """One call of a user, as far as those who fetch for it need to know of it. What runs in a call's task,
+    and what that task starts, finds it by `current_request`."""
+
+    __slots__ = ("caller", "callers", "deadline", "number", "on_join", "wanted_until")
+
+    def __init__(self, caller: Caller = None, deadline: float = math.inf, number: int | None = None) -> None:
+        """`deadline` on trio's clock: when the call is answered, with or without what it wants."""
+        self.number = next(_numbers) if number is None else number
+        """Of the call, for the log."""
+        self.caller = caller
+        self.deadline = deadline
+        self.callers = {caller}
+        """All whose calls wait for the same."""
+        self.wanted_until = math.inf
+        """When the last of those calls will have gone."""
+        self.on_join: set[Callable[[], None]] = set()
+        """Called when another call waits for the same: by those who have it wait in a queue."""
+
+    def for_background(self) -> "Request":
+        """The same for work that outlives the call: on the same caller's account, without its deadline."""
+        return Request(self.caller, number=self.number)
+
+    def for_fetch(self) -> "Request":
+        """The same for a fetch that ends with the last call that waits for it (`join`)."""
+        request = self.for_background()
+        request.wanted_until = -math.inf
+        return request
+
+    def join(self, other: "Request", until: float) -> None:
+        """Another call wants the same from now on, `until` then at most."""
+        self.wanted_until = max(self.wanted_until, until)
+        self.callers.add(other.caller)
+        for call in list(self.on_join):
+            call()
+
+
+_request: ContextVar[Request] = ContextVar("request")
+_NOBODY = Request(number=0)
+
+
+def current_request() -> Request:
+    """That of the call in whose task, or on whose account, this runs."""
+    return _request.get(_NOBODY)
+
+
+def set_request(request: Request) -> None:
+    """From now on this task, and what it starts, works for `request`."""
+    _request.set(request)
+
+
+@contextmanager
+def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
+    """A call of `caller`, for the length of the block."""
+    token = _request.set(request := Request(caller, deadline))
+    try:
+        yield request
+    finally:
+        _request.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +117,9 @@ def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
 
 Block = bytes | memoryview
 Deliver = Callable[[int, Sequence[Block]], Awaitable[None]]
-"""Awaited with (index in `Run.leaves`, the block of that leaf and of those behind it that came with it), in any order; it
-may wait, to slow the source down. What comes together is verified and written together: a thread's errand costs 60 us."""
+"""Awaited with (index in `Run.leaves`, the block of that leaf and of those behind it that came with it), in
+any order; it may wait, to slow the source down. What comes together is verified and written together: a
+thread's errand costs 60 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +134,8 @@ class Subtree:
 
 
 DeliverBlocks = Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[None]]
-"""Awaited with (CID by the source's word, block) of those that came together, parents before children; it may wait."""
+"""Awaited with (CID by the source's word, block) of those that came together, parents before children; it may
+wait."""
 
 
 class Source(Protocol):
@@ -84,13 +156,14 @@ class Source(Protocol):
         ...
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
-        """Delivers the blocks of `run`, unverified, each at most once. Returns when it has no more to give, whether
-        or not that is all (what is missing is asked for elsewhere). Raises SourceFailed if it broke off."""
+        """Delivers the blocks of `run`, unverified, each at most once. Returns when it has no more to give,
+        whether or not that is all (what is missing is asked for elsewhere). Raises SourceFailed if it broke
+        off."""
         ...
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
-        """Delivers blocks of `subtree`, unverified, others among them or none, as many as come together: what this source can
-        send in one answer.
+        """Delivers blocks of `subtree`, unverified, others among them or none, as many as come together: what
+        this source can send in one answer.
 
         Raises NotHere, SourceFailed."""
         ...
@@ -134,7 +207,7 @@ class Taker(Protocol):
 
 
 class Blocks(Protocol):
-    """What the cache asks of the chain of sources: the same calls, verified, by whichever source can."""
+    """What the cache asks of the pool of sources: the same calls, verified, by whichever source can."""
 
     async def get(self, cid: Cid) -> Fetched:
         """The verified block. Keeps trying while some source may still give it: the caller sets the deadline.
@@ -149,8 +222,9 @@ class Blocks(Protocol):
         ...
 
     async def subtree(self, subtree: Subtree, taker: Taker) -> None:
-        """Gives `taker` the blocks of `subtree`, verified, that it wants when they come: as many as one source sends in one
-        answer without a stop. Raises nothing for what did not come: that is asked for alone."""
+        """Gives `taker` the blocks of `subtree`, verified, that it wants when they come: as many as one
+        source sends in one answer without a stop. Raises nothing for what did not come: that is asked for
+        alone."""
         ...
 
     def roots(self) -> Sequence[Cid]:

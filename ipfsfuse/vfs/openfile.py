@@ -14,6 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
+from ipfsfuse.sources.base import current_request, set_request
 from ipfsfuse.vfs.landing import Counter, Landing
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
@@ -111,6 +112,7 @@ class OpenFile:
         return leaves
 
     async def _bring(self, window: Window) -> None:
+        set_request(current_request().for_background())
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:

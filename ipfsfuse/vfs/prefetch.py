@@ -23,7 +23,7 @@ from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
-from ipfsfuse.sources.base import Subtree
+from ipfsfuse.sources.base import Subtree, current_request, set_request
 from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.lru import Lru
 
@@ -223,6 +223,7 @@ class DirectoryPrefetcher:
             self._nursery.start_soon(self._run, place[0])
 
     async def _run(self, page: ScanTracker) -> None:
+        set_request(current_request().for_background())
         try:
             if page.deep:
                 while (cid := page.take_deep()) is not None:

@@ -17,10 +17,10 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Block, Subtree
-from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.files import flatfs
 from ipfsfuse.sources.files.flatfs import Flatfs
 from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.localkubo import LocalKubo
@@ -257,12 +257,12 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(own_node: Node, monkeypa
     async def main() -> None:
         source = LocalKubo("kubo", HttpSettings(), blocks, offline=True)
         monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # looked just before
-        assert 2 not in await streamed(source, FILE), "left out: the chain asks for it alone"
-        chain = Chain([source])
+        assert 2 not in await streamed(source, FILE), "left out: the pool asks for it alone"
+        pool = SourcePool([source])
         with pytest.raises(WrongBlock):
-            await chain.get(damaged)
-        assert (await chain.get(FILE.root)).block == FILE.blocks[FILE.root]
-        await chain.aclose()
+            await pool.get(damaged)
+        assert (await pool.get(FILE.root)).block == FILE.blocks[FILE.root]
+        await pool.aclose()
 
     trio.run(main)
 

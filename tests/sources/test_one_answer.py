@@ -16,7 +16,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Run, Subtree
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
@@ -161,17 +161,17 @@ def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_i
         (tmp_path / "gateway").write_text(server.url if gateway == "guarded" else f"http://127.0.0.1:{free_port()}")
 
         async def main() -> None:
-            chain = Chain([Kubo("kubo", HttpSettings())])
+            pool = SourcePool([Kubo("kubo", HttpSettings())])
 
             takes = Takes()
             try:
                 for _ in range(4):
-                    await chain.subtree(SUBTREE, takes)
+                    await pool.subtree(SUBTREE, takes)
                 assert takes.got == {}
-                assert (await chain.get(TREE.root)).block == TREE.blocks[TREE.root]
-                assert (chain.statistics()[0].failures, chain.statistics()[0].state) == ({}, "good")
+                assert (await pool.get(TREE.root)).block == TREE.blocks[TREE.root]
+                assert (pool.statistics()[0].failures, pool.statistics()[0].state) == ({}, "good")
             finally:
-                await chain.aclose()
+                await pool.aclose()
 
         trio.run(main)
 

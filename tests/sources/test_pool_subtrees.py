@@ -1,4 +1,4 @@
-"""A directory in one answer, through the chain: verified, from the first source that may be asked, given up where it stops."""
+"""A directory in one answer, through the pool: verified, from the first source that may be asked, given up where it stops."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -7,15 +7,15 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import Fetched, Subtree
-from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.sources.chain.gathering import FIRST, STALL
-from ipfsfuse.sources.chain.member import SLOW_FAR
+from ipfsfuse.sources.pool.managed_source import SLOW_FAR
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.pool.subtree_fetch import FIRST, STALL
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http
 from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
-from tests.sources.timed import InPlace, Takes, Timed, chain_of, fails, never, run
+from tests.sources.timed import InPlace, Takes, Timed, fails, never, pool_of, run
 
 TREE = trees()["hamt"]
 CIDS = list(TREE.blocks)
@@ -28,9 +28,9 @@ def everything(_cid: Cid) -> bool:
     return True
 
 
-async def gathered(chain: Chain, wants: Callable[[Cid], bool] = everything, subtree: Subtree = SUBTREE) -> dict[Cid, Fetched]:
+async def gathered(pool: SourcePool, wants: Callable[[Cid], bool] = everything, subtree: Subtree = SUBTREE) -> dict[Cid, Fetched]:
     takes = Takes(wants)
-    await chain.subtree(subtree, takes)
+    await pool.subtree(subtree, takes)
     return takes.got
 
 
@@ -41,9 +41,9 @@ def blocks_of(got: dict[Cid, Fetched]) -> dict[Cid, bytes]:
 def test_all_of_it_comes_from_the_first_source_and_is_counted_as_its() -> None:
     async def main() -> None:
         one, two = Timed("one", blocks=TREE.blocks), Timed("two", blocks=TREE.blocks)
-        chain = chain_of(one, two)
-        assert blocks_of(await gathered(chain)) == TREE.blocks
-        first, second = chain.statistics()
+        pool = pool_of(one, two)
+        assert blocks_of(await gathered(pool)) == TREE.blocks
+        first, second = pool.statistics()
         assert (first.requests, first.blocks, second.requests) == (1, len(TREE.blocks), 0)
         assert (one.subtrees, two.subtrees) == ([SUBTREE], [])
 
@@ -54,10 +54,10 @@ def test_what_nobody_wants_is_dropped_unverified_and_held_against_nobody() -> No
     unwanted = {cid: block + b"!" for cid, block in list(TREE.blocks.items())[::2]}
 
     async def main() -> None:
-        chain = chain_of(Timed("one", blocks=TREE.blocks | unwanted))
-        got = await gathered(chain, lambda cid: cid not in unwanted)
+        pool = pool_of(Timed("one", blocks=TREE.blocks | unwanted))
+        got = await gathered(pool, lambda cid: cid not in unwanted)
         assert blocks_of(got) == {cid: block for cid, block in TREE.blocks.items() if cid not in unwanted}
-        assert chain.statistics()[0].wrong == 0
+        assert pool.statistics()[0].wrong == 0
 
     run(main)
 
@@ -65,10 +65,10 @@ def test_what_nobody_wants_is_dropped_unverified_and_held_against_nobody() -> No
 def test_a_source_in_place_that_has_the_root_leaves_the_network_unasked() -> None:
     async def main() -> None:
         near, far = InPlace("near", blocks={TREE.root: TREE.blocks[TREE.root]}), Timed("far", blocks=TREE.blocks)
-        assert await gathered(chain_of(near, far)) == {}
+        assert await gathered(pool_of(near, far)) == {}
         assert (near.subtrees, far.subtrees, far.asked) == ([], [], [])
         elsewhere = InPlace("elsewhere", blocks={})
-        assert blocks_of(await gathered(chain_of(elsewhere, far))) == TREE.blocks
+        assert blocks_of(await gathered(pool_of(elsewhere, far))) == TREE.blocks
 
     run(main)
 
@@ -76,17 +76,17 @@ def test_a_source_in_place_that_has_the_root_leaves_the_network_unasked() -> Non
 def test_a_source_that_rests_is_not_asked() -> None:
     async def main() -> None:
         down = Timed("down", fails, blocks=TREE.blocks)
-        chain = chain_of(down)
+        pool = pool_of(down)
         for _ in range(3):
-            assert await gathered(chain) == {}
-        assert chain.statistics()[0].state == "resting"
-        assert await gathered(chain) == {}
+            assert await gathered(pool) == {}
+        assert pool.statistics()[0].state == "open"
+        assert await gathered(pool) == {}
         assert len(down.subtrees) == 3
         up = Timed("up", blocks=TREE.blocks)
-        chain = chain_of(down, up)
+        pool = pool_of(down, up)
         for _ in range(3):
-            await gathered(chain)
-        assert blocks_of(await gathered(chain)) == TREE.blocks
+            await gathered(pool)
+        assert blocks_of(await gathered(pool)) == TREE.blocks
         assert len(up.subtrees) == 1
 
     run(main)
@@ -103,15 +103,15 @@ def test_an_answer_that_stops_is_given_up_soon_whenever_it_began(before: float) 
             return TREE.blocks[cid] if cid != CIDS[5] else await never(cid)
 
         source = Timed("stops", answer, blocks=TREE.blocks)
-        chain = chain_of(source)
-        health = chain.network()[0].health
+        pool = pool_of(source)
+        health = pool.network()[0].health
         for _ in range(20):
-            health.gave(1.0, 1)
+            health.record_success(1.0, 1)
         assert health.slow_after() == 1.0
         start = trio.current_time()
-        assert list(await gathered(chain)) == CIDS[:5]
+        assert list(await gathered(pool)) == CIDS[:5]
         assert before + STALL <= trio.current_time() - start <= before + SLOWEST
-        assert (source.cancelled, chain.statistics()[0].failures) == (1, {})
+        assert (source.cancelled, pool.statistics()[0].failures) == (1, {})
 
     run(main)
 
@@ -120,13 +120,13 @@ def test_the_first_block_has_as_long_as_slow_answers_of_its_source_take() -> Non
     async def main() -> None:
         source = Timed("never", never, blocks=TREE.blocks)
         start = trio.current_time()
-        assert await gathered(chain_of(source)) == {}
+        assert await gathered(pool_of(source)) == {}
         assert STALL <= trio.current_time() - start <= SLOWEST
-        chain = chain_of(source)
+        pool = pool_of(source)
         for _ in range(20):
-            chain.network()[0].health.gave(SLOW_FAR, 1)
+            pool.network()[0].health.record_success(SLOW_FAR, 1)
         start = trio.current_time()
-        assert await gathered(chain) == {}
+        assert await gathered(pool) == {}
         assert FIRST * SLOW_FAR <= trio.current_time() - start <= FIRST * SLOW_FAR + STALL
 
     run(main)
@@ -140,7 +140,7 @@ def test_a_slow_taker_is_not_taken_for_a_source_that_stops() -> None:
                 await super().take(blocks)
 
         slow = Slow()
-        await chain_of(Timed("one", blocks=TREE.blocks)).subtree(SUBTREE, slow)
+        await pool_of(Timed("one", blocks=TREE.blocks)).subtree(SUBTREE, slow)
         assert list(slow.got) == CIDS
 
     run(main)
@@ -148,15 +148,15 @@ def test_a_slow_taker_is_not_taken_for_a_source_that_stops() -> None:
 
 def test_the_takers_own_trouble_is_not_held_against_the_source() -> None:
     async def main() -> None:
-        chain = chain_of(Timed("one", blocks=TREE.blocks))
+        pool = pool_of(Timed("one", blocks=TREE.blocks))
 
         class Broken(Takes):
             async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
                 raise ValueError("a taker's own")
 
         with pytest.raises(ValueError, match="taker's own"):
-            await chain.subtree(SUBTREE, Broken())
-        assert chain.statistics()[0].failures == {}
+            await pool.subtree(SUBTREE, Broken())
+        assert pool.statistics()[0].failures == {}
 
     run(main)
 
@@ -176,13 +176,13 @@ def serving(tree: SampleTree, damaged: Cid | None = None, stops_before: Cid | No
     return behave
 
 
-def through(servers: list[Server], main: Callable[[Chain], Awaitable[None]]) -> None:
+def through(servers: list[Server], main: Callable[[SourcePool], Awaitable[None]]) -> None:
     async def opened() -> None:
-        chain = Chain([Gateway(Http(parse_origin(server.url)), server.url) for server in servers])
+        pool = SourcePool([Gateway(Http(parse_origin(server.url)), server.url) for server in servers])
         try:
-            await main(chain)
+            await main(pool)
         finally:
-            await chain.aclose()
+            await pool.aclose()
 
     trio.run(opened)
 
@@ -191,15 +191,15 @@ def through(servers: list[Server], main: Callable[[Chain], Awaitable[None]]) -> 
 def test_wrong_bytes_end_the_answer_and_set_a_gateway_aside_where_another_is_left() -> None:
     with Server({}, serving(TREE, damaged=CIDS[4])) as lies, Server({}, serving(TREE)) as good:
 
-        async def with_another(chain: Chain) -> None:
-            assert list(await gathered(chain)) == CIDS[:4]
-            assert (chain.statistics()[0].state, chain.statistics()[0].wrong) == ("aside", 1)
-            assert blocks_of(await gathered(chain)) == TREE.blocks
+        async def with_another(pool: SourcePool) -> None:
+            assert list(await gathered(pool)) == CIDS[:4]
+            assert (pool.statistics()[0].state, pool.statistics()[0].wrong) == ("quarantined", 1)
+            assert blocks_of(await gathered(pool)) == TREE.blocks
             assert len(lies.asked) == 1
 
-        async def alone(chain: Chain) -> None:
-            assert list(await gathered(chain)) == CIDS[:4]
-            assert (chain.statistics()[0].state, chain.statistics()[0].wrong) == ("good", 1)
+        async def alone(pool: SourcePool) -> None:
+            assert list(await gathered(pool)) == CIDS[:4]
+            assert (pool.statistics()[0].state, pool.statistics()[0].wrong) == ("good", 1)
 
         through([lies, good], with_another)
         through([lies], alone)
@@ -208,10 +208,10 @@ def test_wrong_bytes_end_the_answer_and_set_a_gateway_aside_where_another_is_lef
 def test_a_server_that_stops_within_its_answer_costs_a_moment() -> None:
     with Server({}, serving(TREE, stops_before=CIDS[7])) as server:
 
-        async def main(chain: Chain) -> None:
+        async def main(pool: SourcePool) -> None:
             with trio.fail_after(20):
-                assert list(await gathered(chain)) == CIDS[:7]
-            assert chain.statistics()[0].failures == {}
+                assert list(await gathered(pool)) == CIDS[:7]
+            assert pool.statistics()[0].failures == {}
 
         through([server], main)
 
@@ -225,13 +225,13 @@ def test_a_broken_car_and_an_absent_root_are_noted_and_nothing_is_raised() -> No
 
     with Server({}, broken) as one, Server({}, absent) as two:
 
-        async def first(chain: Chain) -> None:
-            assert blocks_of(await gathered(chain)).items() <= TREE.blocks.items()
-            assert chain.statistics()[0].failures == {"car": 1}
+        async def first(pool: SourcePool) -> None:
+            assert blocks_of(await gathered(pool)).items() <= TREE.blocks.items()
+            assert pool.statistics()[0].failures == {"car": 1}
 
-        async def second(chain: Chain) -> None:
-            assert await gathered(chain) == {}
-            assert (chain.statistics()[0].absent, chain.statistics()[0].failures) == (1, {})
+        async def second(pool: SourcePool) -> None:
+            assert await gathered(pool) == {}
+            assert (pool.statistics()[0].absent, pool.statistics()[0].failures) == (1, {})
 
         through([one], first)
         through([two], second)

@@ -1,4 +1,4 @@
-"""The chain's runs: completed from whoever has the rest, broken off when they stall."""
+"""The pool's runs: completed from whoever has the rest, broken off when they stall."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.base import Block, Source
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import SampleFile, sample
-from tests.sources.timed import Timed, chain_of, never, run
+from tests.sources.timed import Timed, never, pool_of, run
 
 
 @pytest.mark.logs("gateway has wrong bytes")
@@ -23,21 +23,21 @@ def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
 
     async def main() -> None:
         one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
-        got = await collect(chain_of(one, two), file)
+        got = await collect(pool_of(one, two), file)
         assert {index: block for index, (block, _source) in got.items()} == file.expected
         assert {index for index, (_block, source) in got.items() if source is one} == ({1, 2} if wrong else {0, 1, 2})
 
     run(main)
 
 
-async def collect(chain: Chain, file: SampleFile) -> dict[int, tuple[Block, Source]]:
+async def collect(pool: SourcePool, file: SampleFile) -> dict[int, tuple[Block, Source]]:
     got: dict[int, tuple[Block, Source]] = {}
 
     async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update((index + at, (block, source)) for at, block in enumerate(blocks))
 
-    await chain.stream(file.run, deliver)
+    await pool.stream(file.run, deliver)
     return got
 
 
@@ -49,7 +49,7 @@ def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
             return file.blocks[cid] if cid in (file.leaves[0].cid, file.leaves[1].cid) else await never(cid)
 
         start = trio.current_time()
-        got = await collect(chain_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
+        got = await collect(pool_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
         assert {index: block for index, (block, _source) in got.items()} == file.expected
         assert trio.current_time() - start <= 4
 
@@ -61,13 +61,13 @@ def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
 
     async def main() -> None:
         source = Timed("one", blocks=file.blocks)
-        chain = chain_of(source)
+        pool = pool_of(source)
 
         async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
             await trio.sleep(100)
 
-        await chain.stream(file.run, deliver)
-        assert (len(source.asked), chain.statistics()[0].failures) == (4, {})
+        await pool.stream(file.run, deliver)
+        assert (len(source.asked), pool.statistics()[0].failures) == (4, {})
 
     run(main)
 
@@ -76,13 +76,13 @@ def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
     file = sample(11, count=4)
 
     async def main() -> None:
-        chain = chain_of(Timed("one", blocks=file.blocks))
+        pool = pool_of(Timed("one", blocks=file.blocks))
 
         async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
             raise SourceFailed("a reader's own", "reader")
 
         with pytest.raises(SourceFailed, match="reader's own"):
-            await chain.stream(file.run, deliver)
-        assert chain.statistics()[0].failures == {}
+            await pool.stream(file.run, deliver)
+        assert pool.statistics()[0].failures == {}
 
     run(main)

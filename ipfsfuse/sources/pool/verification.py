@@ -14,7 +14,8 @@ from ipfsfuse.errors import WrongBlock
 from ipfsfuse.sources.base import Block
 
 INLINE_BYTES = 64 * 1024
-"""A thread costs 115 us there and back, sha2-256 of 64 KiB 37 us; hashlib lets other threads run meanwhile."""
+"""A thread costs 115 us there and back, sha2-256 of 64 KiB 37 us; hashlib lets other threads run
+meanwhile."""
 
 
 async def check(cid: Cid, block: bytes) -> None:
@@ -33,7 +34,9 @@ async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence
     """Of each of `blocks` whether it is what `wanted` names. Raises Unsupported as `check`."""
 
     def run() -> Sequence[bool]:
-        return [hashes.matches(cids.multihash(cid), (block,)) for cid, block in zip(wanted, blocks, strict=True)]
+        return [
+            hashes.matches(cids.multihash(cid), (block,)) for cid, block in zip(wanted, blocks, strict=True)
+        ]
 
     if sum(map(len, blocks)) <= INLINE_BYTES:
         return run()

@@ -12,7 +12,7 @@ from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 
 
 class Inline:
-    """The source of blocks that are written in their own CIDs. Never asked: the chain answers for it."""
+    """The source of blocks that are written in their own CIDs. Never asked: the pool answers for it."""
 
     name = "inline"
     in_place = True
