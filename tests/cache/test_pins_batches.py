@@ -20,10 +20,11 @@ class Shelf(RuleBasedStateMachine):
     """Random wishes between and inside rounds; some rounds fail with any part of them done, some nodes forget."""
 
     LIMIT = 8
+    MOST = 2
 
     def __init__(self) -> None:
         super().__init__()
-        self.shelf = Batches(limit=self.LIMIT)
+        self.shelf = Batches(self.LIMIT, self.MOST)
         self.wanted: set[Cid] = set()
         self.node: dict[int, tuple[Cid, ...]] = {}
         self.round_open = False
@@ -85,7 +86,7 @@ class Shelf(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """A new process knows what is desired, and reads back what the node has; wishes go on meanwhile."""
-        self.shelf = Batches(limit=self.LIMIT)
+        self.shelf = Batches(self.LIMIT, self.MOST)
         for key in self.wanted:
             self.shelf.add(key)
         for number, members in self.node.items():

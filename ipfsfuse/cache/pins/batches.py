@@ -14,6 +14,7 @@ batches; or `abandon` when the node failed. What is found at the node is told wi
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
@@ -22,6 +23,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
 
 LIMIT = 1000
+MOST = 10
+"""Batches that one round writes or drops, more or less: with more, the bookkeeping would hold up the event loop."""
 QUEUED = 0
 
 
@@ -61,10 +64,11 @@ def members_of(block: bytes) -> tuple[Cid, ...] | None:
 
 
 class Batches:
-    """The batches of one kind at one node. `limit` is how many CIDs a batch may link."""
+    """The batches of one kind at one node. `limit` is how many CIDs a batch may link; `most` see `MOST`."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT, most: int = MOST) -> None:
         self.limit = limit
+        self._most = most
         self._home: dict[Cid, int] = {}  # every desired CID -> the batch that holds it, or QUEUED
         self._unwanted: dict[Cid, int] = {}  # a CID that is not desired -> a batch that still links it
         self._queue: dict[Cid, None] = {}  # desired CIDs in no batch, oldest first
@@ -156,22 +160,34 @@ class Batches:
     # -- rounds ------------------------------------------------------------------------------------------------
 
     def begin(self) -> Round:
-        """The next round, empty where there is nothing to do. Nothing counts as done before `finish`."""
-        drops = [number for number, live in self._live.items() if 2 * live < len(self._members[number])]
-        pending = len(self._queue) + sum(self._live[number] for number in drops)
+        """The next round, empty where there is nothing to do. Nothing counts as done before `finish`.
+
+        A round of `most` writes or drops may leave something to the next one."""
+        drops: list[int] = []
+        queued = list(islice(self._queue, self._most * self.limit))
+        if len(queued) == len(self._queue):
+            drops = self._choose_drops()
+        moved = [cid for number in drops for cid in self._members[number] if self._home.get(cid) == number]
+        members = queued + moved
+        pieces = [tuple(members[at : at + self.limit]) for at in range(0, len(members), self.limit)]
+        writes = tuple(Batch(number, piece) for number, piece in enumerate(pieces, self._last + 1))
+        self._last += len(writes)
+        self._round = Round(writes, tuple(drops))
+        return self._round
+
+    def _choose_drops(self) -> list[int]:
+        sparse = [number for number, live in self._live.items() if 2 * live < len(self._members[number])]
+        if len(sparse) > self._most:
+            return sparse[: self._most]
+        drops = sparse
+        pending = len(self._queue) + sum(self._live[number] for number in sparse)
         others = sorted((live, number) for number, live in self._live.items() if 2 * live >= len(self._members[number]))
         for live, number in others:
             rest = pending % self.limit
             if live <= 2 * rest and live + rest <= self.limit:
                 drops.append(number)
                 pending += live
-        moved = [cid for number in drops for cid in self._members[number] if self._home.get(cid) == number]
-        members = [*self._queue, *moved]
-        pieces = [tuple(members[at : at + self.limit]) for at in range(0, len(members), self.limit)]
-        writes = tuple(Batch(number, piece) for number, piece in enumerate(pieces, self._last + 1))
-        self._last += len(writes)
-        self._round = Round(writes, tuple(drops))
-        return self._round
+        return drops
 
     def finish(self) -> None:
         """All of the round's writes are at the node; the drops are to be removed there now."""

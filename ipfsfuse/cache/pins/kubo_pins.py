@@ -193,20 +193,23 @@ class KuboPins:
         if trio.current_time() >= self._read_back_due or not self._folder.is_current:
             await self._read_back()
         for prefix, shelf in self._shelves.items():
-            step = shelf.begin()
-            if not step:
-                continue
-            if self._repair is not None:
-                self._repair.note(shelf, step, everything=prefix == PINNED)
-            try:
-                await self._folder.write(prefix, step)
-            except BaseException:
-                shelf.abandon()
-                raise
-            shelf.finish()
-            await self._folder.drop(prefix, step)
+            while step := shelf.begin():
+                await self._do(prefix, shelf, step)
+                if max(map(len, step)) < batches.MOST:
+                    break
         if self._repair is not None:
             await self._repair.give_back(self.state)
+
+    async def _do(self, prefix: str, shelf: Batches, step: Round) -> None:
+        if self._repair is not None:
+            self._repair.note(shelf, step, everything=prefix == PINNED)
+        try:
+            await self._folder.write(prefix, step)
+        except BaseException:
+            shelf.abandon()
+            raise
+        shelf.finish()
+        await self._folder.drop(prefix, step)
 
     async def _read_back(self) -> None:
         found = await self._folder.read_back(self._shelves)
