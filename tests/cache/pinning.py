@@ -32,11 +32,9 @@ async def pinning(
     pinned: Iterable[Cid] = (),
     is_staged: Callable[[Cid], object] = lambda _cid: False,
 ) -> AsyncIterator[KuboPins]:
-    """Pins at a node (or at the URL of its RPC API), of a mount that holds the cache folder `folder`, until the block
-    ends; then they rest. `staged` and the others are what the mount finds there at its start."""
-    http = Http(parse_origin(node if isinstance(node, str) else node.api_url), HttpSettings())
-    rpc = Rpc(http, "kubo")
-    try:
+    """Pins at a node (or at the URL of its RPC API), of a mount that holds the cache folder `folder`, until
+    the block ends; then they rest. `staged` and the others are what the mount finds there at its start."""
+    async with rpc_of(node) as rpc:
         with hold.hold(folder):
             pins = KuboPins("kubo", Mfs(lambda: rpc), MountId.open(folder))
             pins.reconcile(staged, pinned, is_staged)
@@ -44,6 +42,13 @@ async def pinning(
                 nursery.start_soon(pins.run)
                 yield pins
                 nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def rpc_of(node: Node | str) -> AsyncIterator[Rpc]:
+    http = Http(parse_origin(node if isinstance(node, str) else node.api_url), HttpSettings())
+    try:
+        yield Rpc(http, "kubo")
     finally:
         with trio.CancelScope(shield=True):
             await http.aclose()
@@ -68,7 +73,11 @@ def folder_of(node: Node, mount: str) -> dict[str, str]:
 def held(node: Node, mount: str, prefix: str = "staged-") -> list[Cid]:
     """Every CID that a mount's batches link, as often as they do."""
     batches = [cid for name, cid in folder_of(node, mount).items() if name.startswith(prefix)]
-    links = [link for cid in batches for link in node.rpc("ls", arg=cid, resolve_type=False, size=False)["Objects"][0]["Links"]]
+    links = [
+        link
+        for cid in batches
+        for link in node.rpc("ls", arg=cid, resolve_type=False, size=False)["Objects"][0]["Links"]
+    ]
     return [cids.canonical(cids.parse(link["Hash"])) for link in links]
 
 
@@ -93,7 +102,9 @@ trio.run(main)
 def child(node: Node, folder: Path, *body: str) -> "subprocess.Popen[str]":
     """A process with pins of its own, in which the lines of `body` run; it then waits to be killed."""
     code = CHILD.replace("{body}", "\n        ".join(body))
-    return subprocess.Popen([sys.executable, "-c", code, node.api_url, str(folder)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, node.api_url, str(folder)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def until(true: Callable[[], bool], what: str) -> None:

@@ -1,4 +1,5 @@
-"""Pins whose process is killed: the next start brings the node to what is staged, and the dead leave nothing behind."""
+"""Pins whose process is killed: the next start brings the node to what is staged, and the dead leave nothing
+behind."""
 
 import random
 import shutil

@@ -1,4 +1,5 @@
-"""Whose folder at a node is whose: the name of a cache folder, its lease, and when what it pinned is released."""
+"""Whose folder at a node is whose: the name of a cache folder, its lease, and when what it pinned is
+released."""
 
 import json
 import os
@@ -15,8 +16,10 @@ import trio
 
 from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.pins import lease as leases
+from ipfsfuse.cache.pins.kubo_pins import KuboPins
 from ipfsfuse.cache.pins.lease import MOUNT_ID, SILENT, Lease, MountId, host_name
-from tests.cache.pinning import folder_of, held, made_up, mounts, pinning, settled, until
+from ipfsfuse.cache.pins.mfs import Mfs
+from tests.cache.pinning import folder_of, held, made_up, mounts, pinning, rpc_of, settled, until
 from tests.cache.test_pins_crash import hold_and_die, settle_once
 from tests.kubo.node import Node
 
@@ -39,7 +42,7 @@ def write_lease(node: Node, mount: str, **changed: object) -> None:
     write_file(node, f"/ipfsfuse/{mount}/lease", json.dumps(lease_of(node, mount) | changed).encode())
 
 
-# -- the name ------------------------------------------------------------------------------------------------------
+# -- the name ------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_folder_has_one_name(tmp_path: Path) -> None:
@@ -116,7 +119,11 @@ def test_the_name_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "pins" / "0000000000000003" / "mine").write_text("mine")
     assert MountId.open(tmp_path).name == NAME
     assert MountId.open(tmp_path).name == NAME
-    assert sorted(path.name for path in (tmp_path / "pins").rglob("*")) == ["0000000000000003", "4444444444444444", "mine"]
+    assert sorted(path.name for path in (tmp_path / "pins").rglob("*")) == [
+        "0000000000000003",
+        "4444444444444444",
+        "mine",
+    ]
     assert (tmp_path / "elsewhere" / "mount").read_text() == "mine"
 
 
@@ -127,7 +134,11 @@ def test_a_folder_at_the_node_of_an_earlier_version_goes_on(own_node: Node, tmp_
     (tmp_path / "cache" / "mount-id").unlink()
     old = old_folder(tmp_path / "cache", 1, mount.encode() + b"\n")
     now = Lease.of(tmp_path / "cache")
-    owner = {"machine": leases._read("/etc/machine-id") or socket.gethostname(), "boot": now.boot, "processes": "pid:[1]"}
+    owner = {
+        "machine": leases._read("/etc/machine-id") or socket.gethostname(),
+        "boot": now.boot,
+        "processes": "pid:[1]",
+    }
     owner |= {"pid": 1, "started": 1, "folder": str(old), "stopped": False, "signed": int(time.time())}
     own_node.rpc("files/rm", arg=f"/ipfsfuse/{mount}/lease")
     write_file(own_node, f"/ipfsfuse/{mount}/owner", json.dumps(owner).encode())
@@ -146,12 +157,14 @@ def test_what_an_earlier_version_left_goes_after_a_day(own_node: Node, tmp_path:
     write_file(own_node, f"{old}/owner", json.dumps(owner).encode())
     settle_once(own_node, tmp_path / "next")
     assert len(mounts(own_node)) == 2
-    write_file(own_node, f"{old}/owner", json.dumps(owner | {"signed": int(time.time() - SILENT - 60)}).encode())
+    write_file(
+        own_node, f"{old}/owner", json.dumps(owner | {"signed": int(time.time() - SILENT - 60)}).encode()
+    )
     settle_once(own_node, tmp_path / "next")
     assert len(mounts(own_node)) == 1
 
 
-# -- the lease -----------------------------------------------------------------------------------------------------
+# -- the lease -----------------------------------------------------------------------------------------------
 
 
 def test_a_living_mount_renews_its_lease_again_and_again(
@@ -168,7 +181,9 @@ def test_a_living_mount_renews_its_lease_again_and_again(
     async def main() -> None:
         async with pinning(own_node, tmp_path) as pins:
             await settled(pins)
-            await trio.to_thread.run_sync(until, renewed_twice, "it is renewed though there is nothing else to say")
+            await trio.to_thread.run_sync(
+                until, renewed_twice, "it is renewed though there is nothing else to say"
+            )
 
     trio.run(main)
     assert lease_of(own_node, mounts(own_node)[0])["resting"] is True
@@ -219,13 +234,28 @@ def test_what_a_lease_proves(tmp_path: Path) -> None:
 def test_only_a_lease_is_read_as_one(tmp_path: Path) -> None:
     right = Lease.of(tmp_path)
     assert Lease.parse(right.encode()) == right
-    assert Lease.parse(json.dumps(json.loads(right.encode()) | {"version": 2, "more": []}).encode()) is not None
+    assert (
+        Lease.parse(json.dumps(json.loads(right.encode()) | {"version": 2, "more": []}).encode()) is not None
+    )
     for data in (None, b"", b"{}", b"[1]", b"\xff", b'"text"', b"[" * 60_000):
         assert Lease.parse(data) is None
-        assert Lease.parse_owner(data) is None
-    odd: list[dict[str, object]] = [{"version": "1"}, {"version": True}, {"version": -1}, {"machine": None}, {"renewed": 1.5}]
-    odd += [{"folder": "relative"}, {"folder": "/nul\0"}, {"folder": "/" + "a" * 5000}, {"folder": "/\ud800"}, {"resting": 1}]
-    assert [Lease.parse(json.dumps(json.loads(right.encode()) | changed).encode()) for changed in odd] == [None] * len(odd)
+    odd: list[dict[str, object]] = [
+        {"version": "1"},
+        {"version": True},
+        {"version": -1},
+        {"machine": None},
+        {"renewed": 1.5},
+    ]
+    odd += [
+        {"folder": "relative"},
+        {"folder": "/nul\0"},
+        {"folder": "/" + "a" * 5000},
+        {"folder": "/\ud800"},
+        {"resting": 1},
+    ]
+    assert [Lease.parse(json.dumps(json.loads(right.encode()) | changed).encode()) for changed in odd] == [
+        None
+    ] * len(odd)
 
 
 def test_after_a_crash_of_the_machine_a_new_name_is_taken_and_the_old_one_goes_after_a_day(
@@ -257,7 +287,9 @@ def test_a_mount_that_stopped_goes_on_after_a_reboot(
     assert [(mount, folder_of(own_node, mount)) for mount in mounts(own_node)] == before
 
 
-def test_a_moved_folder_keeps_its_name_and_a_copy_of_a_resting_one_does_not(own_node: Node, tmp_path: Path) -> None:
+def test_a_moved_folder_keeps_its_name_and_a_copy_of_a_resting_one_does_not(
+    own_node: Node, tmp_path: Path
+) -> None:
     settle_once(own_node, tmp_path / "first", [made_up(1)])
     (first,) = mounts(own_node)
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
@@ -300,3 +332,33 @@ def test_a_mount_whose_folder_another_one_took_leaves_it_and_takes_a_new_name(
             assert (tmp_path / "mount-id").read_text() == f"{new}\n"
 
     trio.run(main)
+
+
+def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    """Where another mount uses its name at one node, it takes a new name at each, and leaves nothing behind."""
+    near, far = two_nodes
+    for node in two_nodes:
+        settle_once(node, tmp_path, [made_up(1)])
+    (mount,) = mounts(near)
+    assert mounts(far) == [mount]
+    write_lease(far, mount, boot="another boot", resting=False)
+
+    async def main() -> None:
+        mount_id = MountId.open(tmp_path)
+        async with rpc_of(near) as one, rpc_of(far) as other:
+            pins = [KuboPins("near", Mfs(lambda: one), mount_id), KuboPins("far", Mfs(lambda: other), mount_id)]
+            async with trio.open_nursery() as nursery:
+                for node_pins in pins:
+                    node_pins.reconcile([made_up(1)], [])
+                    nursery.start_soon(node_pins.run)
+                    await settled(node_pins)  # the first has its folder before the second finds out
+                pins[0].add(made_up(2))
+                await settled(pins[0])
+                nursery.cancel_scope.cancel()
+
+    with hold.hold(tmp_path):
+        trio.run(main)
+    (new,) = set(mounts(far)) - {mount}
+    assert mounts(near) == [new]
+    assert sorted(held(near, new)) == [made_up(1), made_up(2)]
+    assert held(far, new) == held(far, mount) == [made_up(1)]

@@ -20,6 +20,7 @@ from ipfsfuse.cache.pins import lease as leases
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.dag import cid as cids
 from tests.cache.pinning import add, folder_of, has, held, made_up, mounts, pinning, settled, until
+from tests.cache.test_pins_crash import settle_once
 from tests.kubo.node import Node
 
 pytestmark = pytest.mark.usefixtures("quick_pins")
@@ -104,7 +105,8 @@ def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: P
 
 @contextmanager
 def refusing(node: Node, refused: set[str]) -> Iterator[tuple[str, Counter[str]]]:
-    """The node's RPC API, but for the paths of its own tree that it refuses to remove; (its URL, how often it was asked to)."""
+    """The node's RPC API, but for the paths of its own tree that it refuses to remove; (its URL, how often it
+    was asked to)."""
     asked: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -218,7 +220,8 @@ def test_twenty_thousand_pins_are_read_back_by_one_request_a_thousand(
 
 
 def test_small_blocks_that_are_staged_stay_pinned_over_a_restart(own_node: Node, tmp_path: Path) -> None:
-    """The list of what is staged at the start names files alone; of what else the node holds, each is looked for."""
+    """The list of what is staged at the start names files alone; of what else the node holds, each is looked
+    for."""
 
     async def first() -> None:
         async with pinning(own_node, tmp_path, [made_up(1)]) as pins:
@@ -268,6 +271,9 @@ def test_a_folder_of_ours_that_somebody_edited_is_mended_and_what_is_theirs_left
     assert held(node, mount, "pinned-") == [made_up(3)]
     assert len(after) == 2
     assert node.rpc("files/read", arg=f"{ours}/lease")["resting"] is True
+    shutil.rmtree(tmp_path / "cache")
+    settle_once(node, tmp_path / "next")
+    assert folder_of(node, mount) == {"mine": folder}, "of a folder that is released, too"
 
 
 def _tree(folder: Path) -> Path:

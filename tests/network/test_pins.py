@@ -4,12 +4,12 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from ipfsfuse.cache.pins.lease import host_name
 from tests.cache.pinning import folder_of, mounts
 from tests.kubo.node import Node
 from tests.mounting import Home, Mounted, wait_until
@@ -225,9 +225,7 @@ def test_a_killed_mount_keeps_what_it_pinned_and_its_next_start_goes_on(own_node
     assert sorted(path.name for path in home.cache.rglob("*") if "pin" in path.name or "mount" in path.name) == ["mount-id"]
 
 
-def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(
-    own_node: Node, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(own_node: Node, home: Home) -> None:
     node = own_node
     home.env["TMPDIR"] = str(home.folder)
     cid, _content = add(node, 1)
@@ -271,4 +269,4 @@ def test_garbage_in_mount_id_stops_no_mount(own_node: Node, home: Home) -> None:
         assert (mount.path / cid).read_bytes() == content
         held(mount, own_node, 1)
         assert "does not hold the name of a mount: it is replaced" in mount.log()
-    assert [name.rpartition("-")[0] for name in mounts(own_node)] == [socket.gethostname()] * len(mounts(own_node))
+    assert [name.rpartition("-")[0] for name in mounts(own_node)] == [host_name()] * len(mounts(own_node))

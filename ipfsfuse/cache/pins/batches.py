@@ -1,16 +1,16 @@
 """Which batches a node should hold: a pure policy over the CIDs that are desired and the batches that exist.
 
-A batch is one UnixFS directory that links up to `LIMIT` CIDs. It is written or removed as a whole, so that 10,000 pins
-cost a node 10 entries. A batch is never changed: what changes is written into a new batch, then the old one is removed.
-A batch is removed when it is empty, when most of it is not desired, or when what must be written anyway is at least
-half its size. So sizes at least halve from batch to batch below a third of `LIMIT`, and a CID is written again at most
-17 times.
+A batch is one UnixFS directory that links up to `LIMIT` CIDs. It is written or removed as a whole, so that
+10,000 pins cost a node 10 entries. A batch is never changed: what changes is written into a new batch, then
+the old one is removed. A batch is removed when it is empty, when most of it is not desired, or when what must
+be written anyway is at least half its size. So sizes at least halve from batch to batch below a third of
+`LIMIT`, and a CID is written again at most 17 times.
 
-Desired or not is one state for each CID, not a queue of orders: a release and a new pin of one CID can't overtake each
-other.
+Desired or not is one state for each CID, not a queue of orders: a release and a new pin of one CID can't
+overtake each other.
 
-Not for several tasks at once. The caller does the I/O: `begin`, write each batch, `finish`, then remove the dropped
-batches; or `abandon` when the node failed. What is found at the node is told with `adopt` and `lose`.
+Not for several tasks at once. The caller does the I/O: `begin`, write each batch, `finish`, then remove the
+dropped batches; or `abandon` when the node failed. What is found at the node is told with `adopt` and `lose`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,8 @@ from ipfsfuse.errors import Malformed, NotACid
 
 LIMIT = 1000
 MOST = 10
-"""Batches that one round writes or drops, more or less: with more, the bookkeeping would hold up the event loop."""
+"""Batches that one round writes or drops, more or less: with more, the bookkeeping would hold up the event
+loop."""
 QUEUED = 0
 
 
@@ -57,7 +58,9 @@ def members_of(block: bytes) -> tuple[Cid, ...] | None:
     """The members of a batch's block; None for any block that `directory` would not write."""
     try:
         members = tuple(link.cid for link in dagpb.decode(block).links)
-        right = len(members) <= LIMIT and all(cids.canonical(cid) == cid and cids.inline(cid) is None for cid in members)
+        right = len(members) <= LIMIT and all(
+            cids.canonical(cid) == cid and cids.inline(cid) is None for cid in members
+        )
     except (Malformed, NotACid):
         return None
     return members if right and len(set(members)) == len(members) and directory(members) == block else None
@@ -90,10 +93,11 @@ class Batches:
         return self._members
 
     def home(self, cid: Cid) -> int | None:
-        """The number of the batch that holds a desired CID, QUEUED for none yet; None for a CID that is not desired."""
+        """The number of the batch that holds a desired CID, QUEUED for none yet; None for a CID that is not
+        desired."""
         return self._home.get(cid)
 
-    # -- what is desired ---------------------------------------------------------------------------------------
+    # -- what is desired -------------------------------------------------------------------------------------
 
     def add(self, cid: Cid) -> bool:
         """Whether that changed anything."""
@@ -122,11 +126,11 @@ class Batches:
             self._live[number] -= 1
         return True
 
-    # -- what the node has -------------------------------------------------------------------------------------
+    # -- what the node has -----------------------------------------------------------------------------------
 
     def adopt(self, batch: Batch) -> None:
-        """The node has `batch`. Of several batches that link a CID the newest is its home: when a round broke off, the
-        older ones were about to be dropped."""
+        """The node has `batch`. Of several batches that link a CID the newest is its home: when a round broke
+        off, the older ones were about to be dropped."""
         live = 0
         for cid in batch.members:
             home = self._home.get(cid)
@@ -157,7 +161,7 @@ class Batches:
         """Numbers up to `number` may be in use at the node."""
         self._last = max(self._last, number)
 
-    # -- rounds ------------------------------------------------------------------------------------------------
+    # -- rounds ----------------------------------------------------------------------------------------------
 
     def begin(self) -> Round:
         """The next round, empty where there is nothing to do. Nothing counts as done before `finish`.
@@ -181,7 +185,9 @@ class Batches:
             return sparse[: self._most]
         drops = sparse
         pending = len(self._queue) + sum(self._live[number] for number in sparse)
-        others = sorted((live, number) for number, live in self._live.items() if 2 * live >= len(self._members[number]))
+        others = sorted(
+            (live, number) for number, live in self._live.items() if 2 * live >= len(self._members[number])
+        )
         for live, number in others:
             rest = pending % self.limit
             if live <= 2 * rest and live + rest <= self.limit:

@@ -1,11 +1,12 @@
 """Pins of ours at Kubo nodes: each node is brought to what is desired, behind the reads.
 
-Content stays at a node while it stands in any mount's folder there (`mfs_pin_folder`); the node's own pins are never
-looked at, so a pin that its user made is never touched. `add` and `remove` only change what is desired. A task for each
-node follows in rounds. A node that is down or hangs makes that task wait, and nobody else.
+Content stays at a node while it stands in any mount's folder there (`mfs_pin_folder`); the node's own pins
+are never looked at, so a pin that its user made is never touched. `add` and `remove` only change what is
+desired. A task for each node follows in rounds. A node that is down or hangs makes that task wait, and nobody
+else.
 
-Nothing is kept on the disk: what is desired is known from what is staged here and what the user pinned, and what a node
-has is read back from it, at the start, after each failure of the node, and once an hour.
+Nothing is kept on the disk: what is desired is known from what is staged here and what the user pinned, and
+what a node has is read back from it, at the start, after each failure of the node, and once an hour.
 
 A child that a node does not have does no harm there, so nothing needs to know which node a block came from.
 
@@ -16,6 +17,7 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from itertools import islice
 
 import trio
 
@@ -40,11 +42,15 @@ FAREWELL = 2.0
 AT_ONCE = 100
 """Small blocks that are looked for in the index before other calls have their turn: some milliseconds."""
 
+REPAIRS = 100
+"""Files that are looked after before what changed meanwhile has its turn."""
+
 _SHA2_256 = b"\x12\x20"
 
 
 class KuboPins:
-    """The pins at one node. They follow what is desired while `run` runs, from when `reconcile` was called."""
+    """The pins at one node. They follow what is desired while `run` runs, from when `reconcile` was
+    called."""
 
     def __init__(self, name: str, mfs: Mfs, mount_id: MountId) -> None:
         """`name` is the node's, for the log and for `Copies`."""
@@ -58,7 +64,8 @@ class KuboPins:
         """When our folder must be read back (trio's clock); -inf while what the node has is not known."""
         self._released = False
         self._failing = ""
-        self._changes, self._done = 1, 0  # so far, and of them those done at the node: the first is to read back
+        self._changes, self._done = 1, 0
+        """Changes so far, and those of them that are done at the node. The first is to read back."""
         self._changed, self._full, self._done_more, self._ready = (trio.Event() for _ in range(4))
         self._changed.set()
         self._busy = trio.Lock()  # with the node
@@ -73,7 +80,7 @@ class KuboPins:
             with trio.move_on_after(FAREWELL, shield=True):
                 await self._rest()
 
-    # -- what is desired ---------------------------------------------------------------------------------------
+    # -- what is desired -------------------------------------------------------------------------------------
 
     def add(self, cid: Cid) -> None:
         self._want(STAGED, cid, True)
@@ -104,9 +111,9 @@ class KuboPins:
         is_staged: Callable[[Cid], object] = lambda _cid: False,
         copies: Copies | None = None,
     ) -> None:
-        """Called once, at the start: `staged` are the files that are staged, `pinned` is what the user pinned. What the
-        node holds besides is released, unless `is_staged` (a small block). The node is given those `copies` that it has
-        lost of what it holds."""
+        """Called once, at the start: `staged` are the files that are staged, `pinned` is what the user
+        pinned. What the node holds besides is released, unless `is_staged` (a small block). The node is given
+        those `copies` that it has lost of what it holds."""
         self._is_staged = is_staged
         self._repair = BlockRepair(self._mfs, copies, self.name) if copies is not None else None
         for cid in staged:
@@ -135,7 +142,7 @@ class KuboPins:
             try:
                 await self._folder.release()
             except SourceFailed as exc:
-                told = "%s still holds what this mount had staged (%s): a later mount on this host releases it"
+                told = "%s still holds what this mount had staged, until a later mount releases it: %s"
                 log.warning(told, self.name, exc)
 
     def _want(self, prefix: str, cid: Cid, wanted: bool) -> None:
@@ -149,7 +156,7 @@ class KuboPins:
             if shelf.queued >= batches.LIMIT:
                 self._full.set()
 
-    # -- the task ----------------------------------------------------------------------------------------------
+    # -- the task --------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
         await self._ready.wait()
@@ -197,8 +204,8 @@ class KuboPins:
                 await self._do(prefix, shelf, step)
                 if max(map(len, step)) < batches.MOST:
                     break
-        if self._repair is not None:
-            await self._repair.give_back(self.state)
+        if self._repair is not None and not await self._repair.give_back(self.state):
+            self._changed.set()
 
     async def _do(self, prefix: str, shelf: Batches, step: Round) -> None:
         if self._repair is not None:
@@ -232,9 +239,10 @@ class KuboPins:
 class BlockRepair:
     """Gives blocks back to a node that has lost them, where what it is to hold hangs together by them.
 
-    A mount asks a node for what it does not have itself. So after an eviction and a collection at the node it may ask
-    for leaves alone, because it still has the blocks above them: held by a root that the node does not have, those
-    would be collected. Each large file is looked after once, when it is linked anew. One task at a time."""
+    A mount asks a node for what it does not have itself. So after an eviction and a collection at the node it
+    may ask for leaves alone, because it still has the blocks above them: held by a root that the node does
+    not have, those would be collected. Each large file is looked after once, when it is linked anew. One task
+    at a time."""
 
     def __init__(self, mfs: Mfs, copies: Copies, name: str) -> None:
         """`copies` of blocks that come from the node of that name, or are in packs."""
@@ -244,20 +252,21 @@ class BlockRepair:
         self._unsure: dict[Cid, None] = {}
 
     def note(self, shelf: Batches, step: Round, *, everything: bool) -> None:
-        """`step` is about to be done: what it links that no batch held may have been collected since it was fetched.
+        """`step` is about to be done: what it links that no batch held may have been collected since it was
+        fetched.
 
         Large files alone are looked after, or `everything`."""
         moved = {cid for number in step.drops for cid in shelf.batches[number]}
         new = [cid for batch in step.writes for cid in batch.members if cid not in moved]
         self._unsure.update((cid, None) for cid in new if everything or self._copies.joins(cid))
 
-    async def give_back(self, wanted: Callable[[Cid], object]) -> None:
-        """Looks after what was noted and is still `wanted`. Raises SourceFailed; what is left stays noted."""
-        while self._unsure:
-            cid = next(iter(self._unsure))
+    async def give_back(self, wanted: Callable[[Cid], object]) -> bool:
+        """Looks after some of what was noted and is still `wanted`. Whether that was all."""
+        for cid in list(islice(self._unsure, REPAIRS)):
             if wanted(cid):
                 await self._give(cid)
             del self._unsure[cid]
+        return not self._unsure
 
     async def _give(self, root: Cid) -> None:
         missing = [root]
@@ -286,8 +295,8 @@ class NodePins:
     async def open(
         cls, rpcs: Mapping[str, Callable[[], NodeRpc]], mount_id: MountId, *, isolated: bool
     ) -> AsyncIterator["NodePins"]:
-        """`rpcs`: the nodes' RPC APIs by the nodes' names. What is pinned stays pinned after the block, for the next
-        start, unless the mount is `isolated`."""
+        """`rpcs`: the nodes' RPC APIs by the nodes' names. What is pinned stays pinned after the block, for
+        the next start, unless the mount is `isolated`."""
         async with trio.open_nursery() as nursery:
             pins = cls(KuboPins(name, Mfs(rpc), mount_id) for name, rpc in rpcs.items())
             for node in pins._nodes:

@@ -1,11 +1,11 @@
-"""Whose a folder of pins at a node is: the cache folder's name there, and the lease by which a mount says that it lives.
+"""Whose a folder of pins at a node is: a cache folder's name there, and the lease of its mount.
 
-A cache folder has a name of its own, its mount-id. The folder of that name at a node is the record of what is pinned
-there, and holds a lease: which cache folder it belongs to, on which machine, and when that was last renewed. What
-proves that nobody needs it any more is the cache folder itself: it is gone, or goes by another name. That is seen only
-where this process sees the same files: on the same machine, in the same boot and mount namespace. Elsewhere a day
-without a renewal must have passed besides, because copies of a machine, and containers of one image, share what names
-a machine.
+A cache folder has a name of its own, its mount-id. The folder of that name at a node is the record of what is
+pinned there, and holds a lease: which cache folder it belongs to, on which machine, and when that was last
+renewed. What proves that nobody needs it any more is the cache folder itself: it is gone, or goes by another
+name. That is seen only where this process sees the same files: on the same machine, in the same boot and
+mount namespace. Elsewhere a day without a renewal must have passed besides, because copies of a machine, and
+containers of one image, share what names a machine.
 
 Concurrency: calls block for a few system calls, and may be made in any thread.
 """
@@ -20,7 +20,6 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -55,17 +54,18 @@ class MountId:
     def open(cls, folder: Path) -> Self:
         """The name that `folder` has. One that has none, or nothing that is a name, gets a new one.
 
-        A folder of an earlier version had a name for each node, in `pins/<hash of the node>/mount`: the first of them
-        is taken over. What the others name at their nodes is released as that of any cache folder which is gone."""
+        A folder of an earlier version had a name for each node, in `pins/<hash of the node>/mount`: the first
+        of them is taken over. What the others name at their nodes is released as that of any cache folder
+        which is gone."""
         path = folder / MOUNT_ID_FILE
         name = _read_name(path)
         if name is None:
             if os.path.lexists(path):
                 log.warning("%s does not hold the name of a mount: it is replaced", path)
-            for old in _old_folders(folder):
-                if _read_name(old / "mount") is None and os.path.lexists(old / "mount"):
-                    log.warning("%s does not hold the name of a mount: it is not used", old / "mount")
-            name = next(_old_names(folder), None) or _new_name()
+            old_names = _old_names(folder)
+            for old in [old for old, old_name in old_names.items() if old_name is None]:
+                log.warning("%s does not hold the name of a mount: it is not used", old / "mount")
+            name = next(filter(None, old_names.values()), None) or _new_name()
             _write_name(path, name)
         if _read_name(path) == name:
             _remove_old_names(folder)
@@ -105,30 +105,33 @@ class Lease:
         with suppress(OSError):
             info = folder.stat()
             inode = f"{info.st_dev}:{info.st_ino}"
-        return cls(VERSION, _machine(), _read(BOOT), _namespace(), str(folder.absolute()), inode, int(time.time()))
+        place = str(folder.absolute())
+        return cls(VERSION, _machine(), _read(BOOT), _namespace(), place, inode, int(time.time()))
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:
-        """What `encode` wrote, of this version or a later one; None for anything else: others may write there."""
-        return cls._checked(_json_object(data))
+        """What `encode` wrote, of this version or a later one; None for anything else.
 
-    @classmethod
-    def parse_owner(cls, data: bytes | None) -> Self | None:
-        """What earlier versions wrote, as JSON in a file `owner`. They did not note the mount namespace."""
-        found = _json_object(data)
-        owner = {"version": 0, "namespace": "", "inode": ""} | {key: found.get(key) for key in ("machine", "boot", "folder")}
-        lease = cls._checked(owner | {"renewed": found.get("signed"), "resting": found.get("stopped")})
-        if lease is None:
+        Earlier versions wrote a file `owner`. They named a folder for each node in the cache folder, and no
+        namespace."""
+        try:
+            found = json.loads(data or b"")
+        except (ValueError, RecursionError):
             return None
-        return replace(lease, machine=_hash(lease.machine), folder=str(Path(lease.folder).parent.parent))
-
-    @classmethod
-    def _checked(cls, found: Mapping[str, Any]) -> Self | None:
+        if not isinstance(found, dict):
+            return None
+        if "signed" in found:
+            renamed = {"renewed": found["signed"], "resting": found.get("stopped")}
+            found |= {"version": 0, "namespace": "", "inode": "", **renamed}
         values: dict[str, Any] = {field.name: found.get(field.name) for field in fields(cls)}
         if any(type(value) is not _KINDS.get(name, str) for name, value in values.items()):
             return None
         lease = cls(**values)
-        return lease if lease.version >= 0 and _is_path(lease.folder) else None
+        if lease.version < 0 or not _is_path(lease.folder):
+            return None
+        if lease.version == 0:
+            lease = replace(lease, machine=_hash(lease.machine), folder=str(Path(lease.folder).parent.parent))
+        return lease
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -137,9 +140,11 @@ class Lease:
         return replace(self, renewed=int(time.time()), resting=resting)
 
     def may_be_taken(self, by: "Lease", name: str) -> bool:
-        """Whether `by`, the lease of a process that holds a cache folder of this name, may take the folder at the node.
+        """Whether `by`, the lease of a process that holds a cache folder of this name, may take the folder at
+        the node.
 
-        False where this lease may be that of another living mount: of a copy of the cache folder, or of its original."""
+        False where this lease may be that of another living mount: of a copy of the cache folder, or of its
+        original."""
         if self._same_boot(by):
             if self.inode and self.inode == by.inode:
                 return True  # the same cache folder, whose lock the taker holds
@@ -150,7 +155,8 @@ class Lease:
         return self.resting or self.is_silent()
 
     def is_stale(self, by: "Lease", name: str) -> bool:
-        """Whether what stands at the node under this lease is needed no more, as seen by the process of the lease `by`.
+        """Whether what stands at the node under this lease is needed no more, as seen by the process of the
+        lease `by`.
 
         `name` is the folder's name at the node; the process itself goes by another one."""
         if self.machine != by.machine:
@@ -161,7 +167,8 @@ class Lease:
         return seen or self.is_silent()
 
     def is_silent(self) -> bool:
-        """Whether a living mount would have renewed this since. A time far in the future is of a clock that was wrong."""
+        """Whether a living mount would have renewed this since. A time far in the future is of a clock that
+        was wrong."""
         return abs(time.time() - self.renewed) > SILENT
 
     def _same_boot(self, other: "Lease") -> bool:
@@ -173,8 +180,7 @@ _KINDS: dict[str, type] = {"version": int, "renewed": int, "resting": bool}
 
 def host_name() -> str:
     """This host's name, in characters that a path takes as they are."""
-    name = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-.") else "-" for letter in socket.gethostname())
-    return name[:64].strip(".") or "host"
+    return re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())[:64].strip(".") or "host"
 
 
 def _new_name() -> str:
@@ -182,11 +188,14 @@ def _new_name() -> str:
 
 
 def _has_name(folder: Path, name: str) -> bool:
-    """Whether a cache folder goes by `name`; True where we may not look, and where a living mount has lost its name."""
+    """Whether a cache folder goes by `name`; True where we may not look, and where a living mount has lost
+    its name."""
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
-        return name in (_read_name(folder / MOUNT_ID_FILE), *_old_names(folder)) or not hold.is_free(folder)
+        return name in (_read_name(folder / MOUNT_ID_FILE), *_old_names(folder).values()) or not hold.is_free(
+            folder
+        )
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
@@ -200,7 +209,8 @@ def _read_name(path: Path) -> str | None:
 
 
 def _write_name(path: Path, name: str) -> None:
-    """A disk that takes nothing costs what the name was for: the next start has another, and writes its pins anew."""
+    """A disk that takes nothing costs what the name was for: the next start has another, and writes its pins
+    anew."""
     fresh = path.with_name(f"{path.name}.new")
     try:
         fresh.unlink(missing_ok=True)
@@ -212,32 +222,29 @@ def _write_name(path: Path, name: str) -> None:
             os.close(file)
         fresh.replace(path)
     except OSError as exc:
-        log.warning("%s can't be written, so that pins at nodes begin anew at the next start: %s", path, exc.strerror or exc)
+        told = "%s can't be written, so that pins at nodes begin anew at the next start: %s"
+        log.warning(told, path, exc.strerror or exc)
 
 
-# -- what earlier versions left -----------------------------------------------------------------------------------
+# -- what earlier versions left ------------------------------------------------------------------------------
 
 _OLD_FILES = ("mount", "mount.new", "pins.sqlite", "pins.sqlite-wal", "pins.sqlite-shm", "pins.damaged")
 
 
-def _old_folders(folder: Path) -> Iterator[Path]:
-    """`pins/<16 hexadecimal digits>`, as far as they are real folders."""
-    with suppress(OSError):
-        if stat.S_ISDIR((folder / "pins").lstat().st_mode):
-            for entry in sorted(os.scandir(folder / "pins"), key=lambda entry: entry.name):
-                if re.fullmatch("[0-9a-f]{16}", entry.name) and entry.is_dir(follow_symlinks=False):
-                    yield folder / "pins" / entry.name
-
-
-def _old_names(folder: Path) -> Iterator[str]:
-    for old in _old_folders(folder):
-        if name := _read_name(old / "mount"):
-            yield name
+def _old_names(folder: Path) -> dict[Path, str | None]:
+    """The real folders among `pins/<hash of a node>`, and the name in the file `mount` of each."""
+    pins = folder / "pins"
+    try:
+        entries = [] if pins.is_symlink() else sorted(os.scandir(pins), key=lambda entry: entry.name)
+        found = [pins / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return {}
+    return {old: _read_name(old / "mount") for old in found if re.fullmatch("[0-9a-f]{16}", old.name)}
 
 
 def _remove_old_names(folder: Path) -> None:
     """Removes what earlier versions kept of pins, and nothing else."""
-    for old in _old_folders(folder):
+    for old in _old_names(folder):
         with suppress(OSError):
             for name in _OLD_FILES:
                 (old / name).unlink(missing_ok=True)
@@ -246,7 +253,7 @@ def _remove_old_names(folder: Path) -> None:
         (folder / "pins").rmdir()
 
 
-# -- this process ---------------------------------------------------------------------------------------------------
+# -- this process --------------------------------------------------------------------------------------------
 
 
 def _machine() -> str:
@@ -269,14 +276,6 @@ def _read(path: str) -> str:
         return Path(path).read_text(errors="replace").strip()
     except OSError:
         return ""
-
-
-def _json_object(data: bytes | None) -> Mapping[str, Any]:
-    try:
-        found = json.loads(data or b"")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _is_path(text: str) -> bool:

@@ -1,7 +1,8 @@
 """A Kubo node's own file tree (MFS), as far as pins need it: a few commands of its RPC API.
 
-The node's garbage collection leaves alone what stands in this tree, with all below it that the node has. Nothing here
-makes the node fetch anything. Concurrency: any number of tasks; one try of a command ends within `PATIENCE`.
+The node's garbage collection leaves alone what stands in this tree, with all below it that the node has.
+Nothing here makes the node fetch anything. Concurrency: any number of tasks; one try of a command ends within
+`PATIENCE`.
 """
 
 import json
@@ -17,7 +18,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, NotHere, SourceFailed, Unsupported, WrongBlock
 
 PATIENCE = 10.0
-"""Seconds for one try of a command. All are local to the node and take milliseconds: a node that hangs is found out."""
+"""Seconds for one try of a command. All are local to the node and take milliseconds: a node that hangs is
+found out."""
 PAUSES = (0.2, 1.0)
 """Seconds between the three tries of a command."""
 COLLECTIONS = 30
@@ -35,8 +37,8 @@ Pairs = Sequence[tuple[str, str]]
 class NodeRpc(Protocol):
     """POST /api/v0/`command`, arguments percent-encoded in the query (`sources.web.rpc.Rpc`).
 
-    Raises NotHere where the node says that it can't find something. Otherwise SourceFailed, of kind "node" for what the
-    node says itself, and of kind "long" for an answer of more than `limit` bytes."""
+    Raises NotHere where the node says that it can't find something. Otherwise SourceFailed, of kind "node"
+    for what the node says itself, and of kind "long" for an answer of more than `limit` bytes."""
 
     async def call(
         self, command: str, arguments: Pairs = (), limit: int = ..., body: bytes = b"", headers: Pairs = ()
@@ -44,10 +46,11 @@ class NodeRpc(Protocol):
 
 
 class Mfs:
-    """The file tree of one node. `rpc` is asked anew for each try, since a node may come back at another address.
+    """The file tree of one node. `rpc` is asked anew for each try, since a node may come back at another
+    address.
 
-    Each command is tried three times. Every method raises SourceFailed where the node does not answer, refuses, or
-    answers something else."""
+    Each command is tried three times. Every method raises SourceFailed where the node does not answer,
+    refuses, or answers something else."""
 
     def __init__(self, rpc: Callable[[], NodeRpc]) -> None:
         self._rpc = rpc
@@ -85,7 +88,8 @@ class Mfs:
         return block
 
     async def read(self, cid: Cid) -> bytes | None:
-        """The first 64 KiB of a file; None for what is not a file, and for a file that the node does not have itself."""
+        """The first 64 KiB of a file; None for what is not a file, and for a file that the node does not have
+        itself."""
         arguments = [("arg", f"/ipfs/{cids.text(cid)}"), ("length", str(MAX_ANSWER)), ("offline", "true")]
         try:
             return await self._call("cat", arguments)
@@ -97,7 +101,8 @@ class Mfs:
             raise
 
     async def write(self, path: str, data: bytes) -> None:
-        """Makes `path` a file that holds `data`, in place of whatever stands there. Folders above it are made."""
+        """Makes `path` a file that holds `data`, in place of whatever stands there. Folders above it are
+        made."""
         arguments = [("arg", path), ("create", "true"), ("truncate", "true"), ("parents", "true")]
         body, headers = _form(data)
         try:
@@ -115,7 +120,9 @@ class Mfs:
         while True:
             try:
                 await self.put(cid, block)
-                await self._once("files/cp", [("arg", f"/ipfs/{cids.text(cid)}"), ("arg", path), ("offline", "true")])
+                await self._once(
+                    "files/cp", [("arg", f"/ipfs/{cids.text(cid)}"), ("arg", path), ("offline", "true")]
+                )
                 return
             except NotHere as exc:  # a collection that runs made the link wait, and took the block meanwhile
                 if not collections or _NO_ENTRY in str(exc):  # or else the folder is gone
@@ -150,7 +157,7 @@ class Mfs:
             if exc.kind == "long":
                 why = f"{path} in the node's MFS has too many entries: look who else writes there"
             elif exc.kind == "node" and "ot a directory" in str(exc):
-                why = f"{path} in the node's MFS, or what is above it, is a file: move it away with `ipfs files mv`"
+                why = f"{path} in the node's MFS, or its parent, is a file: move it away with `ipfs files mv`"
             else:
                 raise
             raise SourceFailed(why, exc.kind) from exc
@@ -186,8 +193,9 @@ class Mfs:
 def _form(data: bytes) -> tuple[bytes, Pairs]:
     """`data` as the file of a multipart form: the body, and its header."""
     mark = secrets.token_hex(16)
-    kind = 'Content-Disposition: form-data; name="data"; filename="data"\r\nContent-Type: application/octet-stream'
-    body = f"--{mark}\r\n{kind}\r\n\r\n".encode() + data + f"\r\n--{mark}--\r\n".encode()
+    head = 'Content-Disposition: form-data; name="data"; filename="data"'
+    start = f"--{mark}\r\n{head}\r\nContent-Type: application/octet-stream\r\n\r\n"
+    body = start.encode() + data + f"\r\n--{mark}--\r\n".encode()
     return body, [("Content-Type", f"multipart/form-data; boundary={mark}")]
 
 

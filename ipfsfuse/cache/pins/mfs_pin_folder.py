@@ -4,8 +4,8 @@
                         /staged-<n>    what is staged, in batches (`batches`)
                         /pinned-<n>    what the user pinned, in batches
 
-Anything else in the folder is somebody else's, and left alone. A batch is read back before it counts: anyone with
-access to the node may have written it. Concurrency: one task at a time; `KuboPins` sees to that.
+Anything else in the folder is somebody else's, and left alone. A batch is read back before it counts: anyone
+with access to the node may have written it. Concurrency: one task at a time; `KuboPins` sees to that.
 """
 
 import hashlib
@@ -56,12 +56,13 @@ class MfsPinFolder:
 
     @property
     def is_current(self) -> bool:
-        """Whether the folder that was claimed has the mount's name: it may have changed since, for another node."""
+        """Whether the folder that was claimed has the mount's name: it may have changed since, for another
+        node."""
         return self._name == self._mount_id.name
 
     async def read_back(self, shelves: Mapping[str, Batches]) -> dict[str, list[Cid]]:
-        """Claims the folder, renews the lease, and makes each shelf (by the prefix of its batches' names) agree with
-        what stands there. Returns the members of the batches that were not known, by prefix."""
+        """Claims the folder, renews the lease, and makes each shelf (by the prefix of its batches' names)
+        agree with what stands there. Returns the members of the batches that were not known, by prefix."""
         entries, self._lease = await self._claim()
         await self._sign(resting=False)
         if self._swept != self._name:
@@ -102,8 +103,8 @@ class MfsPinFolder:
             await _release(self._mfs, self.path)
 
     async def _claim(self) -> tuple[dict[str, Cid], Lease]:
-        """The folder's entries and this mount's lease, once the folder is ours. Where another mount may live that has
-        the folder, as after a copy of the cache folder, this mount takes a new name."""
+        """The folder's entries and this mount's lease, once the folder is ours. Where another mount may live
+        that has the folder, as after a copy of the cache folder, this mount takes a new name."""
         lease = await trio.to_thread.run_sync(Lease.of, self._mount_id.folder)
         while True:
             name = self._mount_id.name
@@ -148,8 +149,8 @@ class MfsPinFolder:
 
 
 async def release_stale_pins(mfs: Mfs, lease: Lease, ours: str) -> None:
-    """Lets go of what mounts of this host had pinned whose cache folder is gone, or goes by another name; never of the
-    folder `ours`, which is that of `lease`. What fails is left to the next start."""
+    """Lets go of what mounts of this host had pinned whose cache folder is gone, or goes by another name;
+    never of the folder `ours`, which is that of `lease`. What fails is left to the next start."""
     try:
         names = await mfs.entries(ROOT)
     except SourceFailed as exc:
@@ -168,11 +169,8 @@ async def release_stale_pins(mfs: Mfs, lease: Lease, ours: str) -> None:
 
 
 async def _read_lease(mfs: Mfs, entries: Mapping[str, Cid]) -> Lease | None:
-    if LEASE in entries:
-        return Lease.parse(await mfs.read(entries[LEASE]))
-    if OWNER in entries:
-        return Lease.parse_owner(await mfs.read(entries[OWNER]))
-    return None
+    found = entries.get(LEASE) or entries.get(OWNER)
+    return None if found is None else Lease.parse(await mfs.read(found))
 
 
 async def _release(mfs: Mfs, path: str) -> None:
