@@ -176,6 +176,16 @@ def test_a_pin_after_an_eviction_needs_no_write() -> None:
     assert not shelf.begin()
 
 
+def test_a_round_that_broke_off_before_its_drops_is_not_written_again() -> None:
+    """A kill after the write: the node has the new batch and the old one, in which a third was still desired."""
+    shelf = Batches()
+    for index in range(4, 12):
+        shelf.add(cid(index))
+    shelf.adopt(Batch(1, tuple(map(cid, range(6)))))
+    shelf.adopt(Batch(2, tuple(map(cid, range(4, 12)))))
+    assert shelf.begin() == ((), (1,))
+
+
 def test_a_batch_is_a_directory_that_links_its_members() -> None:
     members = [cid(index) for index in range(LIMIT)]
     block = directory(members)

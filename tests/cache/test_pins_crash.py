@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.pins.kubo_pins import KuboPins
+from ipfsfuse.cache.pins.lease import MountId
+from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.dag.cid import Cid
-from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, settled
+from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, rpc_of, settled
 from tests.kubo.node import Node
 
 pytestmark = pytest.mark.usefixtures("quick_pins")
@@ -99,6 +103,27 @@ def test_a_restart_takes_over_what_is_held_and_writes_nothing_anew(own_node: Nod
             assert folder_of(own_node, mounts(own_node)[0]) == before
 
     trio.run(main)
+
+
+def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, tmp_path: Path) -> None:
+    """A cache with many files takes seconds to open."""
+    settle_once(own_node, tmp_path, [made_up(1)])
+    (mount,) = mounts(own_node)
+    before = folder_of(own_node, mount)
+
+    async def main() -> None:
+        async with rpc_of(own_node) as rpc, trio.open_nursery() as nursery:
+            pins = KuboPins("kubo", Mfs(lambda: rpc), MountId.open(tmp_path))
+            nursery.start_soon(pins.run)
+            await trio.sleep(0.5)
+            assert folder_of(own_node, mount) == before
+            pins.reconcile([made_up(1)], [])
+            await settled(pins)
+            nursery.cancel_scope.cancel()
+
+    with hold.hold(tmp_path):
+        trio.run(main)
+    assert folder_of(own_node, mount) == before
 
 
 def hold_and_die(node: Node, folder: Path) -> None:
