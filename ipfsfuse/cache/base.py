@@ -167,8 +167,6 @@ class Copies(Protocol):
 class PinStatus:
     """For `status`: the pins at one node."""
 
-    folder: str
-    """The folder in the node's MFS that lists what is pinned."""
     held: int
     """CIDs that the node holds for this mount."""
     queued: int
@@ -176,5 +174,7 @@ class PinStatus:
     batches: int
     requests: int
     """To the node, since the start."""
+    folder: str
+    """The folder in the node's MFS that lists what is pinned."""
     failing: str
     """Why the node can't be told just now, "" where it can."""

@@ -126,7 +126,7 @@ class KuboPins:
         shelves = self._shelves.values()
         queued = sum(shelf.queued for shelf in shelves)
         held, count = sum(map(len, shelves)) - queued, sum(len(shelf.batches) for shelf in shelves)
-        return PinStatus(self._folder.path, held, queued, count, self._mfs.requests, self._failing)
+        return PinStatus(held, queued, count, self._mfs.requests, self._folder.path, self._failing)
 
     async def settled(self) -> None:
         """Returns when all that was desired until now is so at the node."""
