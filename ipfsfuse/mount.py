@@ -17,7 +17,8 @@ import trio
 from ipfsfuse import control
 from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.folder.isolated import isolated_folder
-from ipfsfuse.cache.pins.nodepins import NodePins
+from ipfsfuse.cache.pins.kubo_pins import NodePins
+from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
@@ -135,9 +136,10 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
-        pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
+        mount_id = await trio.to_thread.run_sync(MountId.open, folder)
+        pins = await stack.enter_async_context(NodePins.open(nodes, mount_id, isolated=config.isolated))
         cache = await stack.enter_async_context(PinsetCache.open(folder, pool, config.budget, deadline=config.deadline, pins=pins))
-        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of, cache.pinned(), cache)
+        pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)

@@ -12,13 +12,12 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.cache import arc
-from ipfsfuse.cache.base import FileRef, Kept, SmallBlocks
+from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
 from ipfsfuse.cache.checking import FsckReport, Told, fsck
 from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
-from ipfsfuse.cache.pins import Copy, Pins
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes

@@ -11,7 +11,7 @@ import trio
 
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import Kept
-from ipfsfuse.cache.pins.nodepins import NodePins
+from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.blocks import WholeBlocks
@@ -79,13 +79,13 @@ class Commands:
         cid = _cid(arguments)
         async with self._cache.pinning(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _Teller(progress), pinning.file)
-        self._pins.keep(cid)
+        self._pins.pin(cid)
         return {"pinned": cids.text(cid), "files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = _cid(arguments)
         await self._cache.unpin(cid)
-        self._pins.unkeep(cid)
+        self._pins.unpin(cid)
         return {"unpinned": cids.text(cid)}
 
     async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:

@@ -12,13 +12,12 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache.base import Kept, SmallBlocks
+from ipfsfuse.cache.base import Kept, NoPins, Pins, SmallBlocks
 from ipfsfuse.cache.folder.blocks import Packs, Place, Series
 from ipfsfuse.cache.folder.entry import Entry
 from ipfsfuse.cache.folder.index import Damaged, Index
 from ipfsfuse.cache.folder.staging import Staging
 from ipfsfuse.cache.folder.trouble import Trouble
-from ipfsfuse.cache.pins import NoPins, Pins
 from ipfsfuse.cache.room import Key, Room
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
