@@ -4,13 +4,12 @@ Concurrency: every method may be called by many tasks at once. Of all who want o
 belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import trio
 
 from ipfsfuse.cache.arrival import Arrival, adjoin, of_leaf
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
-from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
@@ -33,6 +32,30 @@ OF_BUDGET = 4
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` takes from elsewhere than a run at a time."""
 
+MAX_BEHIND = 4 << 20
+"""Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a slow disk."""
+
+
+class WriteBehind:
+    """What is kept behind the readers who have it already, within a bound."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    async def keep(self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]) -> None:
+        """Awaits `keep()`, of `size` bytes. Before, where the bound allows, it calls `give`, if that is asked for. Then
+        nothing cancels the keeping any more: what was read is kept, even if the mount ends meanwhile."""
+        if give is None or self._bytes + size > MAX_BEHIND:
+            await keep()
+            return
+        self._bytes += size
+        give()
+        try:
+            with trio.CancelScope(shield=True):
+                await keep()
+        finally:
+            self._bytes -= size
+
 
 class Reading:
     """Blocks and leaves, as `Cache` says."""
@@ -43,7 +66,7 @@ class Reading:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * PATIENCE
-        self._behind = Behind()
+        self._behind = WriteBehind()
         self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled)
 
     # -- blocks ------------------------------------------------------------------------------------------------------
@@ -90,7 +113,7 @@ class Reading:
                 with trio.move_on_after(self._patience):
                     await self._blocks.subtree(subtree, Taking(ride, seen, self._absent, self._arrive))
 
-        fits = subtree.limit <= self.store.room.budget // OF_BUDGET
+        fits = subtree.limit <= self.store.budget.limit // OF_BUDGET
         return self._flights.launch(self._absent(wanted) if fits else (), fetch).ended
 
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:

@@ -1,6 +1,6 @@
 """The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for leaves.
 
-What can't be read is not there, what can't be written is not kept, and `trouble` says why. Whatever is given was
+What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given was
 hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker threads.
 """
 
@@ -64,7 +64,7 @@ class Store(BlockStore):
     async def _looked_at(self, entry: Entry, leaf: Leaf, data: T, right: bool) -> T | None:
         """What was read of a leaf, if that is right."""
         if right:
-            self.room.arc.refresh(entry.cid)
+            self.budget.arc.refresh(entry.cid)
             self._proved(entry, leaf.offset, leaf.offset + leaf.size)
             return data
         if not entry.dead:
@@ -96,14 +96,14 @@ class Store(BlockStore):
             end = leaf.offset + leaf.size
             entry.disk += await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
         except OSError as exc:
-            self.trouble.note(cids.text(entry.cid), exc)
+            self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
 
     async def _lost(self, entry: Entry, error: OSError) -> None:
         """A staging file that can't be read: it is there no more."""
         if not entry.dead:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
-            await self.room.evict(entry.cid)
+            self.backoff.failed(str(self.staging.folder / cids.text(entry.cid)), error)
+            await self.budget.evict(entry.cid)
 
     async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
         """Whether it is kept now."""
@@ -111,11 +111,11 @@ class Store(BlockStore):
 
     async def keep_leaves(self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.trouble.waiting:
+        if self.backoff.waiting:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         cost = self.staging.cost(start, end)
-        if not await self.room.reserve(file.cid, cost):
+        if not await self.budget.reserve(file.cid, cost):
             return False
         if file.cid not in self.staging.entries:
             self.pins.add(file.cid)
@@ -132,14 +132,16 @@ class Store(BlockStore):
             return self._kept(entry, start, end, error)
         finally:
             entry.reserved -= cost
+            self.budget.settle(cost)
             self._settle(entry)
 
     def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
         """What a write came to."""
         if error is not None:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.backoff.failed(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.budget.look_soon()
             return False
-        self.trouble.over()
+        self.backoff.succeeded()
         if entry.extents is not None:
             entry.extents.add(start, end)
             self._proved(entry, start, end)
@@ -149,7 +151,7 @@ class Store(BlockStore):
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""
         if not entry.complete and entry.proved is not None:
             entry.proved.add(start, end)
-            if entry.all_proved() and not self.trouble.waiting:
+            if entry.all_proved() and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
     def _settle(self, entry: Entry) -> None:
@@ -157,7 +159,7 @@ class Store(BlockStore):
             return
         empty = not entry.disk and not entry.reserved
         charge = 0 if empty else self.staging.charge(entry)
-        self.room.adjust(entry.cid, charge - entry.charged)
+        self.budget.adjust(entry.cid, charge - entry.charged)
         entry.charged = charge
         if empty:
             self.staging.forget(entry)
@@ -168,7 +170,7 @@ class Store(BlockStore):
             entry.disk += await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self.upkeep)
         except OSError as exc:
             if not entry.dead:
-                self.trouble.note(cids.text(entry.cid), exc)
+                self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
 
     def note_use(self, file: FileRef) -> None:
@@ -176,7 +178,7 @@ class Store(BlockStore):
         entry = self.staging.entries.get(file.cid)
         if entry is None:
             return
-        self.room.arc.use(file.cid)
+        self.budget.arc.use(file.cid)
         now = time.time()
         stale = now - entry.last_used > NOTE_USE
         entry.last_used = now

@@ -13,13 +13,13 @@ from typing import TypeVar
 
 import trio
 
+from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.folder.blocks import Place
 from ipfsfuse.cache.folder.disk import ROWS
 from ipfsfuse.cache.folder.hold import as_store_failed
 from ipfsfuse.cache.folder.index import Damaged, Statements
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.pins import Pins
-from ipfsfuse.cache.room import Key
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
@@ -32,21 +32,28 @@ WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
 MAX_PENDING = 50_000
 """Rows kept in memory while the disk takes none; then the oldest are dropped."""
-INDEX_MARGIN = 1 << 20
-"""Bytes that the index may grow between two looks at it, at most an eighth of the budget."""
+MARGIN = 1 << 20
+"""Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
+MEASURE_SECONDS = 5.0
+"""Between two looks at what the folder takes, and at the free space, while nothing is written."""
 
 
-async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> Store:
+async def open_store(
+    folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None = None
+) -> Store:
     """The store in `folder`, with what lies there taken up, and within its budget. Raises StoreFailed."""
 
     def make() -> Store:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
-            store = Store(folder, budget, nursery, pins)
+            store = Store(folder, budget, nursery, pins, reserve)
             take_up(store)
             return store
 
     store = await trio.to_thread.run_sync(make)
-    await measure_index(store)
+    await measure(store)
+    if store.budget.limit < budget:
+        said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
+        log.info("the budget is %.0f MiB, not %.0f MiB: %.0f MiB are free on this disk, %.0f of them reserved", *said)
     return store
 
 
@@ -78,7 +85,7 @@ def take_up(store: Store) -> None:
         last, frequent = recency.get(pack, (0.0, False))
         found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
     for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
-        store.room.arc.restore(key, size, frequent)
+        store.budget.arc.restore(key, size, frequent)
     indexed = dict(_rows(store, "SELECT pack, indexed FROM packs", lambda pack, size: (int(pack), int(size))))
     gone = [pack for pack in indexed if pack not in store.packs.sizes]
     if gone:  # deleted before the index was told: their numbers are not used again until it has been
@@ -87,7 +94,7 @@ def take_up(store: Store) -> None:
         store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
     _rows(store, "SELECT cid FROM pins", cids.decode)  # only whether they can be read: then all or none are kept
     for _pin, kept in _rows(store, "SELECT pin, key FROM pinned", pinned_row):
-        store.room.keep(kept)
+        store.budget.keep(kept)
     if not store.index.anew:
         _read_tails(store, indexed)
 
@@ -153,13 +160,22 @@ async def _flush(store: Store) -> None:
         await replace_index(store, exc)
     else:
         store.packs.written(batch)
-        await measure_index(store)
+        await measure(store)
 
 
-async def measure_index(store: Store) -> None:
-    """Counts the index, the folders themselves, and what the index may grow before the next time."""
-    size = store.index.disk() + store.folders_disk()
-    await store.room.set_overhead(size + min(INDEX_MARGIN, store.room.budget // 8))
+async def measure(store: Store) -> None:
+    """Counts all that lies in the folder besides staging files and packs, with what that may grow before the next time,
+    and follows the free space of the file system."""
+    rest = await trio.to_thread.run_sync(store.rest_on_disk, limiter=store.upkeep)
+    await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
+    store.note_room()
+
+
+async def follow_space(store: Store) -> None:
+    """Gives room back when others fill the file system, and takes it when they leave, for as long as the cache lives."""
+    while True:
+        await trio.sleep(MEASURE_SECONDS)
+        await measure(store)
 
 
 async def replace_index(store: Store, why: Damaged) -> None:
@@ -167,7 +183,7 @@ async def replace_index(store: Store, why: Damaged) -> None:
     try:
         store.index.replace(str(why))
     except (StoreFailed, Damaged, OSError) as exc:
-        store.trouble.note(str(store.index.path), exc)
+        store.backoff.failed(str(store.index.path), exc)
         return
     finally:
         store.damaged = None
@@ -188,9 +204,9 @@ async def _read_packs(store: Store) -> None:
 def uses(store: Store) -> list[tuple[Key, float, bool]]:
     """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
     now, out = time.time(), []
-    for order, key in enumerate(store.room.arc):
+    for order, key in enumerate(store.budget.arc):
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
-        out.append((key, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))
+        out.append((key, entry.last_used if entry else now + order * 1e-6, store.budget.arc.frequent(key)))
     return out
 
 
