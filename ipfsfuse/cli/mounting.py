@@ -38,6 +38,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         sources=tuple(_source(text) for text in arguments.sources or ["library"]),
         offline=arguments.offline,
         budget=arguments.budget,
+        reserve=arguments.reserve,
         deadline=arguments.deadline,
         allow=None if arguments.allow is None else cidargs.many(arguments.allow, "--allow"),
         record=None if arguments.record is None else Path(arguments.record).absolute(),

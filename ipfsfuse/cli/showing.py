@@ -6,7 +6,7 @@ from typing import Any
 
 from ipfsfuse.cli.values import human
 
-SIZES = ("budget", "size", "staged", "used", "freed", "pinned")
+SIZES = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
 
 
 def show(values: Mapping[str, Any], indent: str = "") -> None:

@@ -34,7 +34,7 @@ class Commands:
     def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, pins: NodePins, tree: Tree) -> None:
         self._config, self._cache, self._chain, self._pins, self._tree = config, cache, chain, pins, tree
         self._blocks = WholeBlocks(cache)
-        self._started = time.time()
+        self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
         """The commands by name."""
@@ -56,11 +56,23 @@ class Commands:
             "mountpoint": str(self._config.mountpoint),
             "cache_dir": str(self._config.cache_dir),
             "offline": self._config.offline,
-            "uptime": round(time.time() - self._started, 1),
+            "uptime": round(self._uptime(), 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
             "sources": [asdict(source) for source in self._chain.statistics()],
         }
+
+    def in_one_line(self) -> str:
+        """The state of the mount, for the log."""
+        cache = self._cache.statistics()
+        sources = "; ".join(f"{each.name} {each.state}, {each.blocks} blocks" for each in self._chain.statistics())
+        return (
+            f"status: up {self._uptime():.0f} s; {cache.used} of {cache.effective_budget} bytes used, {cache.hits} hits, "
+            f"{cache.misses} misses, {cache.evictions} evictions; {cache.trouble or 'no trouble'}; {sources or 'no source'}"
+        )
+
+    def _uptime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
         entries = await trio.to_thread.run_sync(_entries, await self._cache.listed())

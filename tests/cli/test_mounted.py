@@ -83,7 +83,7 @@ def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
         assert mount.log().count("x\n") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU])
 def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
     with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
