@@ -214,7 +214,7 @@ async def _end(mountpoint: Path, everything: trio.CancelScope) -> None:
     try:
         if not await sessions.unmount(mountpoint, lazy=False):
             await sessions.unmount(mountpoint, lazy=True)
-    except OSError as exc:  # no more processes: the helper that mounted it unmounts it when this one ends
-        log.warning("fusermount3 can't be started: %s", exc.strerror)
+    except (OSError, RuntimeError) as exc:  # no more processes or threads: what mounted it unmounts it when this one ends
+        log.warning("fusermount3 can't be started: %s", exc)
     await trio.sleep(END_SECONDS)
     everything.cancel()

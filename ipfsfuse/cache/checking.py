@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeVar
 
-import trio
-
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.folder import mending
 from ipfsfuse.cache.folder.blocks import Place
@@ -23,6 +21,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.front import Walk, node
 from ipfsfuse.dag.nodes import File, Leaf, parse
 from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.fileio import threads
 
 T = TypeVar("T")
 
@@ -79,7 +78,7 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
 async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckReport) -> None:
     """Blocks that can be found by the heads before them; then those that the index alone knows; then those that it does not."""
     size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
-    for cid, place in await trio.to_thread.run_sync(list, store.packs.sections(pack)):
+    for cid, place in await threads.run_sync(list, store.packs.sections(pack)):
         end = place.at + place.size
         if store.place(cid) != place:
             lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
@@ -112,9 +111,9 @@ async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[
             continue
         named.add(place)
         with contextlib.suppress(OSError):  # evicted meanwhile; or the disk does not give it, and a read fetches it again
-            cid, intact = await trio.to_thread.run_sync(mending.head_before, path, key, place)
+            cid, intact = await threads.run_sync(mending.head_before, path, key, place)
             if await _check_block(store, reading, cid, place, report) and not intact and pack in store.packs.sizes:
-                await trio.to_thread.run_sync(mending.rewrite_head, path, cid, place)
+                await threads.run_sync(mending.rewrite_head, path, cid, place)
                 report.heads += 1
 
 
@@ -125,7 +124,7 @@ async def _find_unnamed(store: Store, pack: int, named: set[Place], report: Fsck
         starts = sorted({0, *(place.at + place.size for place in named)})
         return [found for start in starts for found in takewhile(lambda found: found[1] not in named, store.packs.sections(pack, start))]
 
-    for cid, place in await trio.to_thread.run_sync(unnamed):
+    for cid, place in await threads.run_sync(unnamed):
         if store.place(cid) is None and await store.take_back(cid, place):
             report.blocks += 1
             report.bytes += place.size

@@ -22,6 +22,7 @@ from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard
 from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.fileio import threads
 
 
 class Pinning:
@@ -154,7 +155,7 @@ class Keeping:
         """What `other` holds too is found in its own packs from now on."""
         packs = self._store.packs
         for pack in [key for key in other if isinstance(key, int)]:
-            for cid, place in await trio.to_thread.run_sync(list, packs.sections(pack)):
+            for cid, place in await threads.run_sync(list, packs.sections(pack)):
                 found = self._store.place(cid)
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place

@@ -22,6 +22,7 @@ from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Blocks
 
 
@@ -176,7 +177,7 @@ class PinsetCache(Reading):
         block = await self.block(cid)
         if cids.codec(cid) == cids.RAW:
             return Copy(block, ())
-        below = nodes.children(await trio.to_thread.run_sync(nodes.parse, cid, block))
+        below = nodes.children(await threads.run_sync(nodes.parse, cid, block))
         return Copy(block, [child for child in below if self.store.place(child) is not None])
 
     async def unpin(self, cid: Cid) -> None:

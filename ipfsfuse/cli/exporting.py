@@ -15,6 +15,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import OpenSettings
@@ -47,7 +48,7 @@ def _getter(chain: Chain, control: Path) -> GetBlock:
             with trio.fail_after(DEADLINE):
                 return (await chain.get(wanted)).block
         except (Unavailable, trio.TooSlowError) as exc:
-            block = await trio.to_thread.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
+            block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
             if block is None:
                 raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
             return block

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import trio
-
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.pins.nodepins import NodePins
@@ -20,6 +18,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.vfs.fetching import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
@@ -75,7 +74,7 @@ class Commands:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = await trio.to_thread.run_sync(_entries, await self._cache.listed())
+        entries = await threads.run_sync(_entries, await self._cache.listed())
         return {"entries": entries, "small": (await self._cache.small())._asdict()}
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:

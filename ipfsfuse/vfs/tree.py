@@ -16,6 +16,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
 from ipfsfuse.dag.walk import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
+from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.gathering import PARSED, Gatherer
@@ -96,7 +97,7 @@ class Tree:
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
         if len(block) > PARSED and cids.codec(cid) == cids.DAG_PB:
-            node = await trio.to_thread.run_sync(nodes.parse, cid, block)
+            node = await threads.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)
         self._remember(node, len(block))

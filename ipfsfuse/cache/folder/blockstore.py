@@ -7,8 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-import trio
-
 from ipfsfuse.cache.folder import mending
 from ipfsfuse.cache.folder.blocks import Place, Section, Series, section
 from ipfsfuse.cache.folder.disk import Disk
@@ -16,6 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unsupported, WrongBlock
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class BlockStore(Disk):
         try:
             if place.size <= ON_LOOP:
                 return _proved(self.packs.read, cid, place)
-            return await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
+            return await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
         except WrongBlock:
             log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
             self.set_aside[cids.multihash(cid)] = place
@@ -53,7 +52,7 @@ class BlockStore(Disk):
     async def take_back(self, cid: Cid, place: Place) -> bool:
         """Whether what lies at `place` is the block: then the index has it again."""
         try:
-            await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
+            await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
         except (WrongBlock, Unsupported, OSError):
             return False
         if place.pack not in self.packs.sizes:
@@ -118,7 +117,7 @@ class BlockStore(Disk):
         if place is None or place.pack not in (self.packs.sizes if series is None else series.packs):
             return False
         try:
-            done = await trio.to_thread.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
+            done = await threads.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
         except OSError as exc:
             self.backoff.failed(str(self.packs.path(place.pack)), exc)
             return False
@@ -163,7 +162,7 @@ class BlockStore(Disk):
             if len(data) <= WRITE_ON_LOOP:
                 self.packs.write(pack, at, data)
             else:
-                await trio.to_thread.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
+                await threads.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
         except OSError as exc:
             self.backoff.failed(str(self.packs.path(pack)), exc)
             self.budget.look_soon()

@@ -23,6 +23,7 @@ from ipfsfuse.cache.pins import NoPins, Pins
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Disk:
 
     async def listed(self) -> Sequence[Kept]:
         """As `kept`, of any number without stopping other calls: 100,000 take half a second."""
-        entries = await trio.to_thread.run_sync(_by_use, list(self.staging.entries.values()))
+        entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
         found = []
         for number, entry in enumerate(entries):
             if number % AT_ONCE == 0:
@@ -167,7 +168,7 @@ class Disk:
         """What the packs hold; no blocks are counted where the index can't be read."""
         size = sum(self.packs.sizes.values())
         try:
-            return SmallBlocks(await trio.to_thread.run_sync(self.index.count_blocks, limiter=self.reading), size)
+            return SmallBlocks(await threads.run_sync(self.index.count_blocks, limiter=self.reading), size)
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
             return SmallBlocks(0, size)
@@ -194,7 +195,7 @@ class Disk:
                 size = entry.disk
                 entry.dead = True
                 self.staging.forget(entry)
-                await trio.to_thread.run_sync(self.staging.remove, entry, limiter=self.upkeep)
+                await threads.run_sync(self.staging.remove, entry, limiter=self.upkeep)
                 self.pins.remove(key)
         except OSError as exc:
             self.backoff.failed(f"{self.folder}: nothing can be removed", exc)
@@ -206,7 +207,7 @@ class Disk:
         size = self.packs.sizes.get(pack, 0)
         unsaid = self.packs.unsaid_in(pack)
         self.packs.close_pack(pack)
-        held, end = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
+        held, end = await threads.run_sync(self.packs.remove, pack, limiter=self.upkeep)
         if end < size:  # a damaged head hides what lies behind it: the index knows that, if not by which codec
             keys = [*unsaid, *await self.keys_in(pack)]
             held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
@@ -219,7 +220,7 @@ class Disk:
     async def keys_in(self, pack: int) -> list[bytes]:
         """The multihashes that the index has of a pack; none where it can't be read."""
         try:
-            return await trio.to_thread.run_sync(self.index.keys_in, pack, limiter=self.reading)
+            return await threads.run_sync(self.index.keys_in, pack, limiter=self.reading)
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
             return []

@@ -9,8 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import TypeVar
 
-import trio
-
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.cache.folder.blockstore import BlockStore
 from ipfsfuse.cache.folder.entry import Entry, Removed
@@ -18,6 +16,7 @@ from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.fileio import threads
 
 T = TypeVar("T")
 
@@ -43,7 +42,7 @@ class Store(BlockStore):
         if entry is None:
             return None
         try:
-            data, right = await trio.to_thread.run_sync(self.staging.read, entry, leaf, limiter=self.reading)
+            data, right = await threads.run_sync(self.staging.read, entry, leaf, limiter=self.reading)
         except OSError as exc:
             await self._lost(entry, exc)
             return None
@@ -55,7 +54,7 @@ class Store(BlockStore):
         if entry is None or entry.extents is None or not entry.extents.covers(leaves[0].offset, leaves[-1].offset + leaves[-1].size):
             return [None] * len(leaves)
         try:
-            found = await trio.to_thread.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
+            found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
         except OSError as exc:
             await self._lost(entry, exc)
             return [None] * len(leaves)
@@ -76,7 +75,7 @@ class Store(BlockStore):
         entry = self.staging.entries.get(cid)
         if entry is not None and entry.extents is None:
             try:
-                found = await trio.to_thread.run_sync(self.staging.look, entry, limiter=self.reading)
+                found = await threads.run_sync(self.staging.look, entry, limiter=self.reading)
             except OSError as exc:
                 await self._lost(entry, exc)
                 return None
@@ -94,7 +93,7 @@ class Store(BlockStore):
             entry.proved.remove(leaf.offset, leaf.offset + leaf.size)
         try:
             end = leaf.offset + leaf.size
-            entry.disk += await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
+            entry.disk += await threads.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
         except OSError as exc:
             self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
@@ -124,7 +123,7 @@ class Store(BlockStore):
         entry.charged += cost
         entry.source = source
         try:
-            grown, error = await trio.to_thread.run_sync(self.staging.write, entry, start, contents, limiter=self.writing)
+            grown, error = await threads.run_sync(self.staging.write, entry, start, contents, limiter=self.writing)
         except Removed:
             return False
         else:
@@ -167,7 +166,7 @@ class Store(BlockStore):
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
         try:
-            entry.disk += await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self.upkeep)
+            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.upkeep)
         except OSError as exc:
             if not entry.dead:
                 self.backoff.failed(cids.text(entry.cid), exc)
@@ -187,6 +186,6 @@ class Store(BlockStore):
 
     async def _note_use(self, entry: Entry) -> None:
         try:
-            await trio.to_thread.run_sync(self.staging.note_use, entry, limiter=self.upkeep)
+            await threads.run_sync(self.staging.note_use, entry, limiter=self.upkeep)
         except OSError:  # read-only, or gone: then its order after a restart is a little off
             pass

@@ -23,6 +23,7 @@ from ipfsfuse.cache.pins import Pins
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ async def open_store(
             take_up(store)
             return store
 
-    store = await trio.to_thread.run_sync(make)
+    store = await threads.run_sync(make)
     await measure(store)
     if store.budget.limit < budget:
         said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
@@ -149,7 +150,7 @@ async def _flush(store: Store) -> None:
     batch, statements = store.packs.unwritten()
     others, store.statements = store.statements, []
     try:
-        await trio.to_thread.run_sync(store.index.write, [*statements, *others])
+        await threads.run_sync(store.index.write, [*statements, *others])
     except StoreFailed as exc:
         store.index_failed(exc)
         store.statements = others[-MAX_PENDING:] + store.statements
@@ -166,7 +167,7 @@ async def _flush(store: Store) -> None:
 async def measure(store: Store) -> None:
     """Counts all that lies in the folder besides staging files and packs, with what that may grow before the next time,
     and follows the free space of the file system."""
-    rest = await trio.to_thread.run_sync(store.rest_on_disk, limiter=store.upkeep)
+    rest = await threads.run_sync(store.rest_on_disk, limiter=store.upkeep)
     await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
     store.note_room()
 
@@ -192,11 +193,11 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 async def _read_packs(store: Store) -> None:
     for pack in sorted(store.packs.sizes):
-        _take(store, await trio.to_thread.run_sync(list, store.packs.sections(pack)))
+        _take(store, await threads.run_sync(list, store.packs.sections(pack)))
         if len(store.packs.pending) >= ROWS:
             batch, statements = store.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):
-                await trio.to_thread.run_sync(store.index.write, statements)
+                await threads.run_sync(store.index.write, statements)
                 store.packs.written(batch)
     store.index.anew = False
 
@@ -218,7 +219,7 @@ async def close(store: Store) -> None:
     await flush(store)
     statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
     try:
-        await trio.to_thread.run_sync(store.index.write, statements)
+        await threads.run_sync(store.index.write, statements)
     except (StoreFailed, Damaged) as exc:
         log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
     store.packs.close()

@@ -18,6 +18,7 @@ from ipfsfuse.cache.pins.sweeping import OWNER, ROOT, sweep
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
+from ipfsfuse.fileio import threads
 
 PAUSES = (0.2, 1.0)
 """Seconds between the three tries of one request."""
@@ -57,7 +58,7 @@ class Holding:
         owner = Owner.parse(await thrice(lambda: self._node.read(self._path(OWNER))))
         same = owner is not None and (owner.pid, owner.started, owner.boot) == (self._owner.pid, self._owner.started, self._owner.boot)
         if owner is not None and not (owner.stopped or same or owner.proved_dead()):
-            await trio.to_thread.run_sync(self._store.rename)
+            await threads.run_sync(self._store.rename)
         await self._sign(self._owner.now())
         self._ours = True
         await sweep(self._node, self._store.directory)
@@ -65,7 +66,7 @@ class Holding:
     async def _agree(self, prefix: str, shelf: Batches, entries: Mapping[str, Cid]) -> None:
         listed = {int(entry.removeprefix(prefix)): cid for entry, cid in entries.items() if _is_batch(entry, prefix)}
         known = dict(shelf.batches)
-        blocks = await trio.to_thread.run_sync(lambda: {number: _cid(cids.DAG_PB, batches.directory(known[number])) for number in known})
+        blocks = await threads.run_sync(lambda: {number: _cid(cids.DAG_PB, batches.directory(known[number])) for number in known})
         right = {number for number, cid in blocks.items() if listed.get(number) == cid}
         shelf.restore(right, max(listed, default=0))
         for number in listed.keys() - right:
@@ -74,7 +75,7 @@ class Holding:
     async def write(self, prefix: str, step: Round) -> None:
         """Writes the step's batches; nothing of the step may count as done before this returned."""
         for batch in step.writes:
-            block = await trio.to_thread.run_sync(batches.directory, batch.members)
+            block = await threads.run_sync(batches.directory, batch.members)
             await self._place(block, cids.DAG_PB, f"{prefix}{batch.number}")
 
     async def drop(self, prefix: str, step: Round) -> None:

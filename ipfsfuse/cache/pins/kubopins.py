@@ -27,6 +27,7 @@ from ipfsfuse.cache.pins.sweeping import PINNED, STAGED
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, SourceFailed, StoreFailed
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class KuboPins:
     @classmethod
     async def open(cls, node: NodeFiles, folder: Path) -> "KuboPins":
         """Pins whose own side lives in `folder`, of one process at a time. Raises StoreFailed."""
-        return await trio.to_thread.run_sync(lambda: cls(node, PinStore(folder)))
+        return await threads.run_sync(lambda: cls(node, PinStore(folder)))
 
     async def run(self) -> None:
         """Until it is cancelled: what is held then stays held for the next start."""
@@ -171,7 +172,7 @@ class KuboPins:
         with trio.CancelScope(shield=True):  # the shelf counts the changes as written: nobody would write them later
             async with self._disk:
                 try:
-                    await trio.to_thread.run_sync(self._store.save, prefix, changes, done.writes, done.drops)
+                    await threads.run_sync(self._store.save, prefix, changes, done.writes, done.drops)
                 except StoreFailed as exc:
                     log.warning("pins are not written down: %s", exc)
 
@@ -237,4 +238,4 @@ class KuboPins:
                     await self._holding.rest()
                 except SourceFailed as exc:
                     log.info("the node was not told that this mount rests: %s", exc)
-        await trio.to_thread.run_sync(self._store.close)
+        await threads.run_sync(self._store.close)

@@ -12,6 +12,7 @@ from outcome import Outcome
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Deliver, Run
 from ipfsfuse.sources.files.carfile import CarFile, Place
 
@@ -57,7 +58,7 @@ async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
 async def _read_ahead(leaves: Sequence[Leaf], find: Find, send: trio.MemorySendChannel[Outcome[Blocks]]) -> None:
     async with send:
         for start, group in _groups(leaves):
-            await send.send(await trio.to_thread.run_sync(outcome.capture, _read_group, start, group, find))
+            await send.send(await threads.run_sync(outcome.capture, _read_group, start, group, find))
 
 
 def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:

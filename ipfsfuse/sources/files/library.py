@@ -14,6 +14,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.files import librarycompact, libraryfolder
 from ipfsfuse.sources.files.carfile import read_cached, read_disk
@@ -119,12 +120,12 @@ class LibrarySource:
         try:
             found = self.library.packs.find(multihash, read_cached)
         except BlockingIOError:
-            found = await trio.to_thread.run_sync(self.library.packs.find, multihash, read_disk)
+            found = await threads.run_sync(self.library.packs.find, multihash, read_disk)
         if found is None:
             raise NotHere(f"the library does not have {cids.text(cid)}")
         with suppress(BlockingIOError):
             return found.file.read_small(found.place)
-        return await trio.to_thread.run_sync(found.file.read, found.place)
+        return await threads.run_sync(found.file.read, found.place)
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
@@ -142,4 +143,4 @@ class LibrarySource:
             return ()
 
     async def aclose(self) -> None:
-        await trio.to_thread.run_sync(self.library.close)
+        await threads.run_sync(self.library.close)
