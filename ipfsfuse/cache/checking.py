@@ -5,7 +5,7 @@ Concurrency: one task, beside all others: each leaf or block is checked as a rea
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeVar
 
@@ -28,6 +28,9 @@ T = TypeVar("T")
 WINDOW = 64 << 20
 """Bytes of a file whose leaves are listed at once."""
 
+MOST_LOST = 1000
+"""Wrong blocks that a report names."""
+
 Told = Callable[[int, int], Awaitable[None]]
 """Awaited with (bytes checked, bytes in all)."""
 
@@ -43,6 +46,8 @@ class FsckReport:
     """Of them, those that were not what their CID says, and were set aside."""
     mended: int = 0
     """Of those, the ones that were fetched again."""
+    lost: list[str] = field(default_factory=list)
+    """The others, at most `MOST_LOST` of them: each as a CID, of a leaf with its file."""
     heads: int = 0
     """Damaged marks between small blocks, written anew."""
     found: int = 0
@@ -98,7 +103,7 @@ async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, r
         return True
     if place.pack in store.packs.sizes:  # else it was evicted meanwhile
         report.wrong += 1
-        report.mended += await _had(reading.block(cid))
+        await _mend(reading.block(cid), cids.text(cid), report)
     return False
 
 
@@ -139,15 +144,17 @@ async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, 
     report.bytes += leaf.size
     if await store.leaf(file, leaf) is None and not entry.dead:
         report.wrong += 1
-        report.mended += await _had(reading.leaf(file, leaf))
+        await _mend(reading.leaf(file, leaf), f"{cids.text(leaf.cid)} at {leaf.offset} in {cids.text(entry.cid)}", report)
 
 
-async def _had(fetch: Awaitable[object]) -> bool:
+async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None:
     try:
         await fetch
     except IpfsFuseError:
-        return False
-    return True
+        if len(report.lost) < MOST_LOST:
+            report.lost.append(name)
+    else:
+        report.mended += 1
 
 
 async def _leaves(reading: Reading, entry: Entry) -> AsyncIterator[Leaf]:

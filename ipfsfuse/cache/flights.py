@@ -29,12 +29,17 @@ MAX_REMEMBERED = 10_000
 class Flights(Generic[K, V]):
     """Fetches under way by key, and the failures of the last seconds."""
 
-    def __init__(self, nursery: trio.Nursery, deadline: float = 30.0, remember: float = 5.0, name: Callable[[K], str] = repr) -> None:
-        """`deadline` and `remember` in seconds; `name` spells a key for messages."""
+    def __init__(
+        self, nursery: trio.Nursery, deadline: float = 30.0, remember: float = 5.0, name: Callable[[K], str] = repr,
+        cause: Callable[[K], str] = lambda _key: "",
+    ) -> None:  # fmt: skip
+        """`deadline` and `remember` in seconds; `name` spells a key for messages, and `cause` says what has kept its fetch,
+        which is under way, from ending."""
         self._nursery = nursery
         self._deadline = deadline
         self._remember = remember
         self._name = name
+        self._cause = cause
         self._flights: dict[K, Flight[V]] = {}
         self._failed: OrderedDict[K, tuple[float, Exception]] = OrderedDict()
 
@@ -66,7 +71,8 @@ class Flights(Generic[K, V]):
                     return flight.value  # type: ignore[return-value]  # V itself may be Optional: `landed` says it is set
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
-        late = Unavailable(f"{self._name(key)}: no source gave it within {self._deadline:g} s")
+        cause = self._cause(key)
+        late = Unavailable(f"{self._name(key)}: no source gave it within {self._deadline:g} s" + (f": {cause}" if cause else ""))
         self._note_failure(key, late)
         raise late
 

@@ -13,7 +13,7 @@ from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
-from ipfsfuse.cache.keys import block_key, leaf_key, spelled
+from ipfsfuse.cache.keys import block_key, cid_of, leaf_key, spelled
 from ipfsfuse.cache.readback import read_back
 from ipfsfuse.cache.taking import Taking
 from ipfsfuse.dag import cid as cids
@@ -67,7 +67,7 @@ class Reading:
         self._blocks = blocks
         self._patience = deadline * PATIENCE
         self._behind = WriteBehind()
-        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled)
+        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key)))
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 

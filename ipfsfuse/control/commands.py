@@ -49,8 +49,11 @@ class Commands:
         }
 
     async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
+        reasons = self._degraded()
         return {
             "version": __version__,
+            "health": "degraded" if reasons else "healthy",
+            "reasons": reasons,
             "pid": os.getpid(),
             "mountpoint": str(self._config.mountpoint),
             "cache_dir": str(self._config.cache_dir),
@@ -60,6 +63,15 @@ class Commands:
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
             "sources": [asdict(source) for source in self._chain.statistics()],
         }
+
+    def _degraded(self) -> list[str]:
+        """What keeps this mount from doing all it should."""
+        sources = [(each, each.why or "no reason is known") for each in self._chain.statistics()]
+        return [
+            *([self._cache.trouble] if self._cache.trouble else []),
+            *(f"{each.name} is {each.state}: {why}" for each, why in sources if each.state != "good" and (each.why or each.state != "untried")),
+            *(f"{node} takes no pins: {pins.failing}" for node, pins in self._pins.status().items() if pins.failing),
+        ]
 
     def in_one_line(self) -> str:
         """The state of the mount, for the log."""

@@ -129,6 +129,10 @@ class Blocks(Protocol):
         answer without a stop. Raises nothing for what did not come: that is asked for alone."""
         ...
 
+    def said(self, cid: Cid) -> str:
+        """What the sources have said so far to a `get` of that block that is under way, for people; "" for no such call."""
+        ...
+
     def roots(self) -> Sequence[Cid]:
         """The roots of all sources, in their order."""
         ...

@@ -44,6 +44,8 @@ class Chain:
         self._network = [member for member in members if not member.source.in_place]
         self._members = members
         self._known_wrong: set[tuple[str, Cid]] = set()
+        self._under_way: dict[bytes, Pursuit] = {}
+        """By multihash."""
 
     def roots(self) -> Sequence[Cid]:
         return [root for member in self._members for root in member.source.roots()]
@@ -61,7 +63,16 @@ class Chain:
         inline = cids.known(cid)
         if inline is not None:
             return Fetched(inline, INLINE)
-        return await Pursuit(self, cid).run()
+        pursuit = self._under_way[cids.multihash(cid)] = Pursuit(self, cid)
+        try:
+            return await pursuit.run()
+        finally:
+            if self._under_way.get(cids.multihash(cid)) is pursuit:
+                del self._under_way[cids.multihash(cid)]
+
+    def said(self, cid: Cid) -> str:
+        pursuit = self._under_way.get(cids.multihash(cid))
+        return "" if pursuit is None else "; ".join(pursuit.said.values())
 
     async def stream(self, run: Run, deliver: DeliverFetched) -> None:
         streaming = Streaming(self, run, deliver)

@@ -27,7 +27,8 @@ class Statistics:
 
     name: str
     state: str
-    """good, resting (failed, asked again soon), trial (one request finds out), aside (sent wrong bytes)."""
+    """untried (has not answered yet), good, resting (failed, asked again soon), trial (one request finds out), aside (sent
+    wrong bytes)."""
     why: str
     """The last failure's line while the state is not good."""
     requests: int
@@ -47,9 +48,9 @@ class Statistics:
 
 class Health:
     """`may_aside` for a source that is set aside for wrong bytes (a remote gateway); `slow` is what its 95th percentile
-    is taken for, in seconds, before there is one."""
+    is taken for, in seconds, before there is one; `answered` for a source that was seen to be well when it was opened."""
 
-    def __init__(self, chance: random.Random, *, may_aside: bool, slow: float) -> None:
+    def __init__(self, chance: random.Random, *, may_aside: bool, slow: float, answered: bool = False) -> None:
         self._chance = chance
         self._may_aside = may_aside
         self._slow = slow
@@ -60,6 +61,7 @@ class Health:
         self._rest_until = self._aside_until = float("-inf")
         self._next_aside = FIRST_ASIDE
         self._trial = False
+        self._answered = answered
         self.why = ""
         self.requests = self.blocks = self.bytes = self.absent = self.wrong_blocks = self.hedges = 0
         self.failures: Counter[str] = Counter()
@@ -89,6 +91,7 @@ class Health:
         self._well()
 
     def _well(self) -> None:
+        self._answered = True
         self._row = 0
         self._trial = False
         self.why = ""
@@ -113,6 +116,7 @@ class Health:
         """Bytes that do not match. Seconds for which the source is now set aside, 0 if it was already (this request had
         been on its way); None if it loses this block alone."""
         self.wrong_blocks += 1
+        self._answered = True
         self._trial = False
         if self.is_aside(now):
             return 0.0
@@ -149,7 +153,7 @@ class Health:
         if self.is_aside(now):
             return "aside"
         if self._row < OPENS_AFTER:
-            return "good"
+            return "good" if self._answered else "untried"
         return "resting" if now < self._rest_until else "trial"
 
     def statistics(self, name: str, now: float) -> Statistics:

@@ -36,7 +36,7 @@ class Member:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
         self.remote = isinstance(source, Gateway) and not source.local
-        self.health = Health(chance, may_aside=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
+        self.health = Health(chance, may_aside=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE, answered=source.in_place)
         self.slots = Slots(max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by)), self.health.slow_after)
         self._answered = float("-inf")
 

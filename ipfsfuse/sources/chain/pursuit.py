@@ -47,6 +47,8 @@ class Pursuit:
         self._cid = cid
         self._wrong: WrongBlock | None = None
         self._found: Fetched | None = None
+        self.said: dict[str, str] = {}
+        """What each source asked so far has said last, by its name."""
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock or Unavailable once no source may give it any more."""
@@ -62,7 +64,8 @@ class Pursuit:
             await self._race(network)
         if self._found is not None:
             return self._found
-        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}" + (" (offline)" if self._chain.offline else ""))
+        said = "".join(f"; {each}" for each in self.said.values())
+        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}{' (offline)' if self._chain.offline else ''}{said}")
 
     async def _race(self, network: Sequence[Member]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends it."""
@@ -112,13 +115,16 @@ class Pursuit:
 
     async def _once(self, member: Member, *, hedge: bool = False) -> bytes | NotHere | SourceFailed | WrongBlock:
         asked = trio.current_time()
+        self.said.setdefault(member.source.name, f"{member.source.name} has not answered")
         try:
             return await member.ask(self._cid, hedge=hedge)
         except (NotHere, SourceFailed) as exc:
             log.debug("%s", exc)
+            self.said[member.source.name] = str(exc)
             return exc
         except WrongBlock as exc:
             self._wrong = exc
+            self.said[member.source.name] = f"{member.source.name} sent wrong bytes"
             self._chain.wrong(member, self._cid)
             return exc
         except trio.Cancelled:
