@@ -10,6 +10,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -28,6 +29,7 @@ from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
+from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
@@ -65,6 +67,10 @@ def run(
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has none.
     `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this process began."""
     _ignore_signals(hangup is not None)
+    deadline, shortened = fitting_deadline(config.deadline)
+    if shortened:
+        log.warning("%s", shortened)
+        config = replace(config, deadline=deadline)
     _raise_descriptors()
     _reuse_memory()
     mountpoints.prepare(config.mountpoint)

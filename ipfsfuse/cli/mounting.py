@@ -21,6 +21,7 @@ from ipfsfuse.cli.progress import Progress
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
+from ipfsfuse.fuse.request_timeout import fitting_deadline
 
 END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
@@ -67,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         daemon.serve(asked, arguments.ready_fd, arguments.json)
         return 0
+    _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
+    if shortened:
+        print(f"ipfsfuse: {shortened}", file=sys.stderr)
     told = _start_daemon(arguments.argv)
     if arguments.json:
         print(json.dumps(told))

@@ -9,7 +9,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.folder import upkeep
-from ipfsfuse.cache.folder.disk import MAX_RESERVE, FreeSpace
+from ipfsfuse.cache.folder.space import MAX_RESERVE, FreeSpace
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import StoreFailed
