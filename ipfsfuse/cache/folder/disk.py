@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Kept, SmallBlocks
 from ipfsfuse.cache.budget import Budget, Key
 from ipfsfuse.cache.folder.blocks import Packs, Place, Series
@@ -146,7 +147,8 @@ class Disk:
             return SmallBlocks(0, size)
 
     def _told(self, entry: Entry) -> Kept:
-        return Kept(entry.cid, entry.disk, entry.size, entry.whole(), entry.last_used, self._pin_state(entry.cid), entry.source)
+        used = clock.to_wall(entry.last_used)
+        return Kept(entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source)
 
     def _pin_state(self, cid: Cid) -> str:
         if self.budget.kept(cid):

@@ -5,10 +5,10 @@ hashed after it was read. Concurrency: the event loop's; files are read, hashed 
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.cache.folder.blockstore import BlockStore
 from ipfsfuse.cache.folder.entry import Entry, Removed
@@ -178,10 +178,9 @@ class Store(BlockStore):
         if entry is None:
             return
         self.budget.arc.use(file.cid)
-        now = time.time()
-        stale = now - entry.last_used > NOTE_USE
-        entry.last_used = now
-        if stale:
+        entry.last_used = clock.now()
+        if entry.last_used - entry.noted > NOTE_USE:
+            entry.noted = entry.last_used
             self.nursery.start_soon(self._note_use, entry)
 
     async def _note_use(self, entry: Entry) -> None:

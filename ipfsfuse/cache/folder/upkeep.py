@@ -6,13 +6,13 @@ Concurrency: `take_up` blocks and runs before anything else; `write_behind` is o
 import contextlib
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.folder.blocks import Place
 from ipfsfuse.cache.folder.disk import ROWS
@@ -33,6 +33,8 @@ WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
 MAX_PENDING = 50_000
 """Rows kept in memory while the disk takes none; then the oldest are dropped."""
+IN_ORDER = "in order"
+"""The key of a row among the uses which says that their order is that of an unmount, and not older."""
 MARGIN = 1 << 20
 """Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
 MEASURE_SECONDS = 5.0
@@ -73,26 +75,36 @@ def _no_collections() -> Iterator[None]:
 def take_up(store: Store) -> None:
     """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
     recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
+    in_order = recency.pop(IN_ORDER, None) is not None
+
+    def used(key: Key, changed: float) -> tuple[float, bool]:
+        """When something was used last, whose file says that it was `changed` then; and whether it was used again."""
+        last, frequent = recency.get(key, (0.0, False))
+        return (last if in_order and key in recency else max(last, changed)), frequent
+
     found: list[tuple[float, bool, Key, int]] = []
     for entry in store.staging.scan():
-        last, frequent = recency.get(entry.cid, (0.0, False))
-        entry.last_used = max(last, entry.last_used)
+        entry.last_used, frequent = used(entry.cid, entry.last_used)
         store.staging.entries[entry.cid] = entry
         entry.charged = store.staging.charge(entry)
         found.append((entry.last_used, frequent, entry.cid, entry.charged))
     for pack, info in store.packs.scan():
         store.packs.sizes[pack] = info.st_size
         store.packs.last = max(store.packs.last, pack)
-        last, frequent = recency.get(pack, (0.0, False))
-        found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
-    for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
+        last, frequent = used(pack, info.st_mtime)
+        found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
+    found.sort(key=lambda item: item[0])
+    for (_last, frequent, key, size), moment in zip(found, clock.from_wall([last for last, *_ in found]), strict=True):
         store.budget.arc.restore(key, size, frequent)
+        if not isinstance(key, int):
+            store.staging.entries[key].last_used = moment
     indexed = dict(_rows(store, "SELECT pack, indexed FROM packs", lambda pack, size: (int(pack), int(size))))
     gone = [pack for pack in indexed if pack not in store.packs.sizes]
     if gone:  # deleted before the index was told: their numbers are not used again until it has been
         store.packs.last = max(store.packs.last, *gone)
         store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
         store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
+    store.write_later("DELETE FROM uses WHERE key = ?", (IN_ORDER,))  # from now on the files' times say more
     _rows(store, "SELECT cid FROM pins", cids.decode)  # only whether they can be read: then all or none are kept
     for _pin, kept in _rows(store, "SELECT pin, key FROM pinned", pinned_row):
         store.budget.keep(kept)
@@ -202,12 +214,17 @@ async def _read_packs(store: Store) -> None:
     store.index.anew = False
 
 
-def uses(store: Store) -> list[tuple[Key, float, bool]]:
-    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
-    now, out = time.time(), []
-    for order, key in enumerate(store.budget.arc):
+def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
+    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it. Times grow with ARC's order."""
+    out: list[tuple[Key | str, float, bool]] = [(IN_ORDER, 0.0, False)]
+    last, was_frequent = 0.0, False
+    for key in store.budget.arc:
+        frequent = store.budget.arc.frequent(key)
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
-        out.append((key, entry.last_used if entry else now + order * 1e-6, store.budget.arc.frequent(key)))
+        if frequent != was_frequent:  # the second list begins
+            last, was_frequent = 0.0, frequent
+        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)  # of a pack only its place is known
+        out.append((key, last, frequent))
     return out
 
 
