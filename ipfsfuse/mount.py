@@ -57,15 +57,21 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 
 Ready = Callable[[Path], None]
 """Called once, with the control socket's path, when the mount answers."""
+Hangup = Callable[[], None]
+"""Called at each SIGHUP."""
 
 
 def run(
-    config: MountConfig, ready: Ready, indexing: Indexing | None = None, hangup: Callable[[], None] | None = None
+    config: MountConfig,
+    ready: Ready,
+    indexing: Indexing | None = None,
+    hangup: Hangup | None = None,
 ) -> None:
     """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that prevents it.
 
-    `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has none.
-    `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this process began."""
+    `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
+    none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
+    process began."""
     _ignore_signals(hangup is not None)
     deadline, shortened = fitting_deadline(config.deadline)
     if shortened:
@@ -118,15 +124,16 @@ def _folder(config: MountConfig) -> Iterator[Path]:
 
 
 async def _main(
-    config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None, hangup: Callable[[], None] | None
+    config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
 ) -> None:
     async with (
         _serving(config, folder, indexing) as (operations, commands, nursery, server),
         sessions.opened(operations, config.mountpoint, config.allow_other) as session,
     ):
-        nursery.start_soon(_heed_signals, config.mountpoint, nursery.cancel_scope, hangup, commands.in_one_line)
+        end = config.mountpoint, nursery.cancel_scope
+        nursery.start_soon(_heed_signals, *end, hangup, commands.in_one_line)
         if config.while_held:
-            nursery.start_soon(_end_when_let_go, server, config.mountpoint, nursery.cancel_scope)
+            nursery.start_soon(_end_when_let_go, server, *end)
 
         def answers() -> None:
             if config.record is None:
@@ -178,23 +185,25 @@ def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
 
 
 def _ignore_signals(also_hangup: bool) -> None:
-    """No stray signal ends a mount: whoever reads in it would be cut off. (What tells of a bug, such as SIGSEGV, does.)"""
-    stray = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR]
-    for number in (*stray, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)):
+    """No stray signal ends a mount: whoever reads in it would be cut off. (What tells of a bug, such as
+    SIGSEGV, does.)"""
+    for_users, timers = (signal.SIGUSR1, signal.SIGUSR2), (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
+    for number in (*for_users, *timers, signal.SIGIO, signal.SIGPWR, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)):
         signal.signal(number, signal.SIG_IGN)
     if also_hangup:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 async def _heed_signals(
-    mountpoint: Path, everything: trio.CancelScope, hangup: Callable[[], None] | None, status: Callable[[], str]
+    mountpoint: Path, everything: trio.CancelScope, hangup: Hangup | None, status: Callable[[], str]
 ) -> None:
-    """What ends a process unmounts; where it is busy, lazily, so that the daemon ends in any case. SIGUSR1 logs `status`."""
+    """What ends a process unmounts; where it is busy, lazily, so that the daemon ends in any case. SIGUSR1
+    logs `status`."""
     heeded = {*ENDING, signal.SIGUSR1}
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
     for each in heeded:
-        signal.signal(each, signal.SIG_IGN)  # what the receiver leaves behind: a second one must not end the cleaning up
+        signal.signal(each, signal.SIG_IGN)  # what the receiver leaves behind: a second one must not end the cleanup
     with trio.open_signal_receiver(*heeded) as signals:
         async for number in signals:
             if number == signal.SIGUSR1:
@@ -220,7 +229,8 @@ async def _end(mountpoint: Path, everything: trio.CancelScope) -> None:
     try:
         if not await sessions.unmount(mountpoint, lazy=False):
             await sessions.unmount(mountpoint, lazy=True)
-    except (OSError, RuntimeError) as exc:  # no more processes or threads: what mounted it unmounts it when this one ends
+    except (OSError, RuntimeError) as exc:  # no more processes, or threads to wait for one
+        # The fusermount3 that mounted it unmounts it when this process ends.
         log.warning("fusermount3 can't be started: %s", exc)
     await trio.sleep(END_SECONDS)
     everything.cancel()

@@ -1,12 +1,13 @@
 """The budget: no byte is written before there is room for it.
 
-`used` counts, in file-system blocks, what staging files and packs take and may still take by writes under way, what
-is kept for good, and everything else in the cache folder with what that may grow. ARC says what must leave. That has
-left the disk before the reservation returns, and no other reservation returns in between. So the sum on disk never
-exceeds `limit`.
+`used` counts, in file-system blocks, what staging files and packs take and may still take by writes under
+way, what is kept for good, and everything else in the cache folder with what that may grow. ARC says what
+must leave. That has left the disk before the reservation returns, and no other reservation returns in
+between. So the sum on disk never exceeds `limit`.
 
-`limit` is the configured budget, or less where the file system is too full for it: a reserve stays free for others.
-It follows the free space, which is asked for again after each `LOOK_BYTES` reserved and whenever `refit` is called.
+`limit` is the configured budget, or less where the file system is too full for it: a reserve stays free for
+others. It follows the free space, which is asked for again after each `LOOK_BYTES` reserved and whenever
+`refit` is called.
 
 Concurrency: the event loop's; one reservation that must evict, or one removal, at a time.
 """
@@ -30,10 +31,15 @@ def _unknown() -> None:
 
 
 class Budget:
-    def __init__(self, configured: int, evict: Callable[[Key], Awaitable[None]], spare: Callable[[], int | None] = _unknown) -> None:
-        """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more bytes the file
-        system can take before the reserve is touched: negative where others have taken from the reserve, None where that
-        can't be known."""
+    def __init__(
+        self,
+        configured: int,
+        evict: Callable[[Key], Awaitable[None]],
+        spare: Callable[[], int | None] = _unknown,
+    ) -> None:
+        """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
+        bytes the file system can take before the reserve is touched: negative where others have taken from
+        the reserve, None where that can't be known."""
         self.configured = configured
         self.limit = configured
         self.arc: Arc[Key] = Arc(configured)
@@ -139,8 +145,9 @@ class Budget:
                 self.arc.restore(key, held, True)
 
     async def refit(self, overhead: int, margin: int) -> None:
-        """Takes in what else lies in the cache folder (`overhead` bytes, which may grow by `margin` before this is called
-        again) and how much room the file system has now. What is too much for either leaves."""
+        """Takes in what else lies in the cache folder (`overhead` bytes, which may grow by `margin` before
+        this is called again) and how much room the file system has now. What is too much for either
+        leaves."""
         async with self._lock:
             self._overhead, self._margin = overhead, margin
             self._look()
@@ -160,11 +167,14 @@ class Budget:
             return size
 
     def _look(self) -> None:
-        """Sets the limit to what the file system lets us have now. Under the lock: what is leaving is counted nowhere."""
+        """Sets the limit to what the file system lets us have now. Under the lock: what is leaving is counted
+        nowhere."""
         self._unlooked = 0
         spare = self._spare()
         if spare is not None:
-            on_disk = self.used - self._pending - self._margin  # what is reserved and not written yet is still free
+            on_disk = (
+                self.used - self._pending - self._margin
+            )  # what is reserved and not written yet is still free
             self.limit = max(0, min(self.configured, on_disk + spare))
             self._set_capacity()
 
@@ -191,7 +201,9 @@ class Budget:
         self._set_capacity()
 
     async def _leave(self, keys: list[Key]) -> None:
-        with trio.CancelScope(shield=True):  # what was decided is done: else it would be on disk and not counted
+        with trio.CancelScope(
+            shield=True
+        ):  # what was decided is done: else it would be on disk and not counted
             for key in keys:
                 await self._evict(key)
                 self.evictions += 1

@@ -30,11 +30,15 @@ class Flights(Generic[K, V]):
     """Fetches under way by key, and the failures of the last seconds."""
 
     def __init__(
-        self, nursery: trio.Nursery, deadline: float = 30.0, remember: float = 5.0, name: Callable[[K], str] = repr,
+        self,
+        nursery: trio.Nursery,
+        deadline: float = 30.0,
+        remember: float = 5.0,
+        name: Callable[[K], str] = repr,
         cause: Callable[[K], str] = lambda _key: "",
-    ) -> None:  # fmt: skip
-        """`deadline` and `remember` in seconds; `name` spells a key for messages, and `cause` says what has kept its fetch,
-        which is under way, from ending."""
+    ) -> None:
+        """`deadline` and `remember` in seconds; `name` spells a key for messages, and `cause` says what has
+        kept its fetch, which is under way, from ending."""
         self._nursery = nursery
         self._deadline = deadline
         self._remember = remember
@@ -72,7 +76,8 @@ class Flights(Generic[K, V]):
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
         cause = self._cause(key)
-        late = Unavailable(f"{self._name(key)}: no source gave it within {self._deadline:g} s" + (f": {cause}" if cause else ""))
+        said = f"{self._name(key)}: no source gave it within {self._deadline:g} s"
+        late = Unavailable(f"{said}: {cause}" if cause else said)
         self._note_failure(key, late)
         raise late
 

@@ -73,8 +73,8 @@ class PinsetCache(Reading):
     ) -> AsyncIterator["PinsetCache"]:
         """The cache that lives in `folder`, which the caller holds (`hold.hold`). Raises StoreFailed.
 
-        `budget` in bytes; `deadline` in seconds: see `flights`. `reserve`: bytes of the file system that stay free, None
-        for a twentieth of it, at most 2 GiB."""
+        `budget` in bytes; `deadline` in seconds: see `flights`. `reserve`: bytes of the file system that stay
+        free, None for a twentieth of it, at most 2 GiB."""
         failure: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:

@@ -33,7 +33,8 @@ SIDE_BY_SIDE = 4
 """Leaves that one `ahead` takes from elsewhere than a run at a time."""
 
 MAX_BEHIND = 4 << 20
-"""Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a slow disk."""
+"""Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a
+slow disk."""
 
 
 class WriteBehind:
@@ -43,8 +44,9 @@ class WriteBehind:
         self._bytes = 0
 
     async def keep(self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]) -> None:
-        """Awaits `keep()`, of `size` bytes. Before, where the bound allows, it calls `give`, if that is asked for. Then
-        nothing cancels the keeping any more: what was read is kept, even if the mount ends meanwhile."""
+        """Awaits `keep()`, of `size` bytes. Before, where the bound allows, it calls `give`, if that is asked
+        for. Then nothing cancels the keeping any more: what was read is kept, even if the mount ends
+        meanwhile."""
         if give is None or self._bytes + size > MAX_BEHIND:
             await keep()
             return
@@ -67,7 +69,9 @@ class Reading:
         self._blocks = blocks
         self._patience = deadline * PATIENCE
         self._behind = WriteBehind()
-        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key)))
+        self._flights: Flights[bytes, Arrival] = Flights(
+            nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
+        )
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 

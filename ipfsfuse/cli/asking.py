@@ -22,7 +22,8 @@ NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 DEGRADED = 3
-"""Exit code of `status` where the mount serves, but not as well as it should. 1 says that it does not answer."""
+"""Exit code of `status` where the mount serves, but not as well as it should. 1 says that it does not
+answer."""
 
 
 def status(arguments: argparse.Namespace) -> int:

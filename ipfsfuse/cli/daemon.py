@@ -5,9 +5,8 @@ the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "
 `error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
 daemon.log in the cache folder. If the starter goes before it was told, the mount is not wanted any more: it ends.
 
-SIGHUP makes a daemon open its log anew. In the foreground of a terminal it says that the terminal has gone: then the
-mount ends.
-"""
+SIGHUP makes a daemon open its log anew. In the foreground of a terminal it says that the terminal has gone:
+then the mount ends. """
 
 import json
 import logging
@@ -133,8 +132,8 @@ class _Log(logging.StreamHandler[TextIO]):
         self._limit = 0
 
     def move(self, path: Path, limit: int) -> None:
-        """Puts standard output and error into the file `path`, what was said so far first. It takes at most `limit` bytes
-        and a line, and one older file beside it as many."""
+        """Puts standard output and error into the file `path`, what was said so far first. It takes at most
+        `limit` bytes and a line, and one older file beside it as many."""
         with self._alone():
             self._limit = limit
             try:

@@ -1,8 +1,7 @@
 """Blocking work in a worker thread, or without one where none can be started.
 
-A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, by others too. Then the work is
-done on the event loop: everything else waits for it, but nothing fails.
-"""
+A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, by others too. Then the
+work is done on the event loop: everything else waits for it, but nothing fails. """
 
 import logging
 from collections.abc import Callable
@@ -22,7 +21,10 @@ _logged = float("-inf")
 
 
 async def run_sync(
-    function: Callable[[*Ts], T], *arguments: *Ts, abandon_on_cancel: bool = False, limiter: trio.CapacityLimiter | None = None
+    function: Callable[[*Ts], T],
+    *arguments: *Ts,
+    abandon_on_cancel: bool = False,
+    limiter: trio.CapacityLimiter | None = None,
 ) -> T:
     """As `trio.to_thread.run_sync`, but where no thread can be started: then `function` is called here."""
     began = False
@@ -46,4 +48,6 @@ def _note() -> None:
     now = trio.current_time()
     if now - _logged >= LOG_SECONDS:
         _logged = now
-        log.warning("no more threads can be started (a limit on processes?): the work of one stops all others meanwhile")
+        log.warning(
+            "no more threads can be started (a limit on processes?): the work of one stops all others meanwhile"
+        )

@@ -29,10 +29,12 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
 
 
 def of(exc: BaseException) -> int:
-    """The errno for anything that a handler raised, which goes to the log (see `failures`). What no one foresaw is EIO."""
+    """The errno for anything that a handler raised, which goes to the log (see `failures`). What no one
+    foresaw is EIO."""
     if isinstance(exc, BaseExceptionGroup):
         return _of_group(exc)
-    number = next((TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE), errno.ENOMEM if isinstance(exc, MemoryError) else 0)
+    no_memory = errno.ENOMEM if isinstance(exc, MemoryError) else 0
+    number = next((TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE), no_memory)
     failures.note(exc, number or errno.EIO, foreseen=bool(number))
     return number or errno.EIO
 

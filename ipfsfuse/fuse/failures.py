@@ -18,8 +18,8 @@ LONGEST = 2000
 """Characters of one line."""
 
 ORDINARY = (
-    errors.NotFound, errors.NotACid, errors.NotADirectory, errors.IsADirectory, errors.NotALink, errors.NameTooLong, errors.ReadOnly,
-    errors.Interrupted,
+    errors.NotFound, errors.NotACid, errors.NotADirectory, errors.IsADirectory, errors.NotALink, errors.NameTooLong,
+    errors.ReadOnly, errors.Interrupted,
 )  # fmt: skip
 """What callers do every day and nobody need look into."""
 
@@ -33,7 +33,8 @@ class FailureLog:
         """When a kind was logged last, and how many there were since."""
 
     def note(self, exc: BaseException, number: int, *, foreseen: bool = True) -> None:
-        """A call is answered with the errno `number` because of `exc`. What was not `foreseen` is logged with its traceback."""
+        """A call is answered with the errno `number` because of `exc`. What was not `foreseen` is logged with
+        its traceback."""
         if isinstance(exc, ORDINARY):
             return
         kind, now = type(exc), self._clock()
@@ -47,7 +48,9 @@ class FailureLog:
         if foreseen:
             log.warning("a call was answered %s: %s%s", answer, _one_line(str(exc)), more)
         else:
-            log.error("a call was answered %s: it failed in a way that no one foresaw%s", answer, more, exc_info=exc)
+            log.error(
+                "a call was answered %s: it failed in a way that no one foresaw%s", answer, more, exc_info=exc
+            )
 
 
 def _one_line(text: str) -> str:

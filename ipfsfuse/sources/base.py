@@ -130,7 +130,8 @@ class Blocks(Protocol):
         ...
 
     def said(self, cid: Cid) -> str:
-        """What the sources have said so far to a `get` of that block that is under way, for people; "" for no such call."""
+        """What the sources have said so far to a `get` of that block that is under way, for people; "" for no
+        such call."""
         ...
 
     def roots(self) -> Sequence[Cid]:

@@ -1,4 +1,5 @@
-"""A wall clock that is set, forwards and backwards, changes no order, and makes no time negative or later than now."""
+"""A wall clock that is set, forwards and backwards, changes no order, and makes no time negative or later
+than now."""
 
 import shutil
 import time

@@ -1,4 +1,5 @@
-"""A reserve of the disk stays free, and the budget follows what the disk has: on small file systems of their own."""
+"""A reserve of the disk stays free, and the budget follows what the disk has: on small file systems of their
+own."""
 
 import os
 from collections.abc import Sequence
@@ -119,7 +120,9 @@ def test_while_others_write_the_reserve_is_looked_after_by_our_own_writes(tmp_pa
                 for step in range(1, 9):
                     await stage(cache, chain, 10, 20 * step)
                     filled(folder, 6 * step * MIB)
-                    await stage(cache, chain, 10, 20 * step + 10)  # more than one look's worth: no timer is needed
+                    await stage(
+                        cache, chain, 10, 20 * step + 10
+                    )  # more than one look's worth: no timer is needed
                     assert free(folder) >= 8 * MIB - SLACK, step
                     assert cache.trouble == ""
 
@@ -170,7 +173,9 @@ def test_a_pin_that_the_disk_has_no_room_for_is_refused_by_what_there_is(tmp_pat
             chain = Chain()
             file, leaves, _content = make_file(chain, 40 * MIB, MIB)
             async with PinsetCache.open(folder, chain, BUDGET) as cache:
-                with pytest.raises(StoreFailed, match=r"of the budget of 29\d{6} bytes .*: make room on the disk"):
+                with pytest.raises(
+                    StoreFailed, match=r"of the budget of 29\d{6} bytes .*: make room on the disk"
+                ):
                     await pin(cache, file, leaves)
                 assert free(folder) >= DISK // 20 - SLACK
 
@@ -179,7 +184,14 @@ def test_a_pin_that_the_disk_has_no_room_for_is_refused_by_what_there_is(tmp_pat
 
 def test_everything_that_lies_in_the_folder_is_counted(tmp_path: Path) -> None:
     budget = 8 * MIB
-    names = ["daemon.log", "daemon.log.1", "pins/node/pins.sqlite", "indexes/some.index", "inode-key", "names/later"]
+    names = [
+        "daemon.log",
+        "daemon.log.1",
+        "pins/node/pins.sqlite",
+        "indexes/some.index",
+        "inode-key",
+        "names/later",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(700_000))

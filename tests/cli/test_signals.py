@@ -1,4 +1,5 @@
-"""What signals do to a mount, and its log: real daemons, and one in the foreground of a terminal that hangs up."""
+"""What signals do to a mount, and its log: real daemons, and one in the foreground of a terminal that hangs
+up."""
 
 import json
 import os
@@ -46,7 +47,9 @@ def test_a_daemon_outlives_every_stray_signal(user: Home, cid: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGXCPU, signal.SIGTERM])
-def test_what_ends_a_process_unmounts_a_daemon_though_a_file_is_open(user: Home, cid: str, number: signal.Signals) -> None:
+def test_what_ends_a_process_unmounts_a_daemon_though_a_file_is_open(
+    user: Home, cid: str, number: signal.Signals
+) -> None:
     with user.mounted() as mount:
         file = os.open(mount.path / cid / "hello.txt", os.O_RDONLY)
         os.kill(mount.pid, number)
@@ -62,7 +65,9 @@ def test_where_no_process_can_be_started_a_signal_ends_the_mount_all_the_same(us
         pytest.skip("takes fusermount3 away from a daemon of its own")
     tools = user.folder / "tools"
     tools.mkdir()
-    (tools / "fusermount3").symlink_to(subprocess.run(["which", "fusermount3"], capture_output=True, text=True).stdout.strip())
+    (tools / "fusermount3").symlink_to(
+        subprocess.run(["which", "fusermount3"], capture_output=True, text=True).stdout.strip()
+    )
     user.env["PATH"] = str(tools)
     with user.mounted() as mount:
         reads(mount, cid)
@@ -111,7 +116,12 @@ def test_under_nohup_it_stays(user: Home, cid: str) -> None:
 def test_a_service_without_a_terminal_does_not_end_by_sighup(user: Home, cid: str) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
     with subprocess.Popen(
-        command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        command,
+        env=user.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     ) as daemon:
         assert daemon.stdout is not None
         assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid

@@ -35,12 +35,27 @@ def test_a_clock_that_is_set_changes_no_deadline_and_needs_no_remount(home: Home
     log = home.folder / "said"
     with Gateway(dag.blocks).serving() as gateway, log.open("w") as out:
         gateway.stalled.add(cids.text(stalled))
-        command = ["mount", "--foreground", "--json", "--from", gateway.url, "--deadline", "2s", str(home.mountpoint)]
-        with subprocess.Popen([sys.executable, "-c", SET_CLOCK, *command], env=home.env, cwd=home.folder, stdout=out, stderr=out) as daemon:
+        command = [
+            "mount",
+            "--foreground",
+            "--json",
+            "--from",
+            gateway.url,
+            "--deadline",
+            "2s",
+            str(home.mountpoint),
+        ]
+        with subprocess.Popen(
+            [sys.executable, "-c", SET_CLOCK, *command], env=home.env, cwd=home.folder, stdout=out, stderr=out
+        ) as daemon:
             try:
-                wait_until(lambda: '"mountpoint"' in log.read_text() or daemon.poll() is not None, "it is mounted")
+                wait_until(
+                    lambda: '"mountpoint"' in log.read_text() or daemon.poll() is not None, "it is mounted"
+                )
                 assert len((home.mountpoint / cids.text(first)).read_bytes()) == 100_000
-                with subprocess.Popen(["cat", home.mountpoint / cids.text(stalled)], stderr=subprocess.DEVNULL) as cat:
+                with subprocess.Popen(
+                    ["cat", home.mountpoint / cids.text(stalled)], stderr=subprocess.DEVNULL
+                ) as cat:
                     began = time.monotonic()
                     time.sleep(0.5)
                     (home.folder / "clock-set-by").write_text(str(years * YEAR))

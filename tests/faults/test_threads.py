@@ -30,16 +30,26 @@ sys.exit(main(sys.argv[1:]))
 def test_a_daemon_that_can_start_no_thread_serves_on(home: Home) -> None:
     dag, dice = Dag(), random.Random(3)
     contents = [[dice.randbytes(MIB) for _ in range(3)] for _ in range(4)]
-    root = cids.text(dag.directory({b"file%d" % number: (dag.file(parts), 3 * MIB) for number, parts in enumerate(contents)}))
+    root = cids.text(
+        dag.directory(
+            {b"file%d" % number: (dag.file(parts), 3 * MIB) for number, parts in enumerate(contents)}
+        )
+    )
     log = home.folder / "said"
     with Gateway(dag.blocks).serving() as gateway, log.open("w") as out:
         options = ["--foreground", "--json", "--from", gateway.url, "--deadline", "10s", str(home.mountpoint)]
         command = [sys.executable, "-c", LIMITED, "mount", *options]
-        with subprocess.Popen(command, env=home.env | {"PYTHONPATH": os.getcwd()}, cwd=home.folder, stdout=out, stderr=out) as daemon:
+        with subprocess.Popen(
+            command, env=home.env | {"PYTHONPATH": os.getcwd()}, cwd=home.folder, stdout=out, stderr=out
+        ) as daemon:
             try:
-                wait_until(lambda: '"mountpoint"' in log.read_text() or daemon.poll() is not None, "it is mounted")
+                wait_until(
+                    lambda: '"mountpoint"' in log.read_text() or daemon.poll() is not None, "it is mounted"
+                )
                 (home.folder / "limited").touch()
-                wait_until(lambda: "no more threads can be started" in log.read_text(), "its threads have ended")
+                wait_until(
+                    lambda: "no more threads can be started" in log.read_text(), "its threads have ended"
+                )
 
                 def read(number: int) -> bytes:
                     return (home.mountpoint / root / f"file{number}").read_bytes()

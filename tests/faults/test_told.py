@@ -15,7 +15,10 @@ def test_a_read_that_fails_leaves_one_line_with_its_cause(home: Home) -> None:
     absent, silent = dag.block(b"absent\n"), dag.block(b"silent\n")
     root = dag.directory({b"absent": (absent, 7), b"silent": (silent, 7)})
     del dag.blocks[cids.multihash(absent)]
-    with Gateway({}).serving() as empty, mounted(home, dag, "--deadline", "1s", "--from", empty.url) as (gateway, mount):
+    with (
+        Gateway({}).serving() as empty,
+        mounted(home, dag, "--deadline", "1s", "--from", empty.url) as (gateway, mount),
+    ):
         gateway.stalled.add(cids.text(silent))
         folder = mount.path / cids.text(root)
         assert [errno_of(folder / name) for name in ("absent", "silent")] == ["ETIMEDOUT", "ETIMEDOUT"]
@@ -24,7 +27,9 @@ def test_a_read_that_fails_leaves_one_line_with_its_cause(home: Home) -> None:
         told = [line for line in mount.log().splitlines() if "a call was answered" in line]
     (late,) = [line for line in told if "ETIMEDOUT" in line]
     assert f"{cids.text(absent)}: no source gave it within 1 s" in late
-    assert all(f"{source.url} does not have {cids.text(absent)} (status 404)" in late for source in (gateway, empty))
+    assert all(
+        f"{source.url} does not have {cids.text(absent)} (status 404)" in late for source in (gateway, empty)
+    )
 
 
 def test_a_source_that_has_not_answered_is_named_as_the_cause(home: Home) -> None:
@@ -46,7 +51,10 @@ def test_status_says_what_is_untried_and_by_its_exit_code_what_is_degraded_or_de
     assert (dead.returncode, dead.stdout) == (1, "")
     with Gateway(dag.blocks).serving() as gateway:
         nowhere = "http://127.0.0.1:9"
-        with home.mounted("--from", gateway.url, "--deadline", "1s") as mount, (home.mountpoint / cids.text(there)).open() as file:
+        with (
+            home.mounted("--from", gateway.url, "--deadline", "1s") as mount,
+            (home.mountpoint / cids.text(there)).open() as file,
+        ):
             assert file.read() == "there\n"
             told = home.run("status", "--json")
             assert (told.returncode, mount.status()["sources"][0]["state"]) == (0, "good")
@@ -87,7 +95,12 @@ def test_fsck_fails_and_names_what_it_could_not_mend(home: Home) -> None:
         gateway.stalled |= {cids.text(leaf), cids.text(small)}
         ran = home.run("fsck", check=False)
         assert ran.returncode == 1
-        assert f"\nlost:\n  {cids.text(small)}\n  {cids.text(leaf)} at {MIB} in {cids.text(file)}\n" in ran.stdout
-        assert ran.stderr.splitlines()[-1].startswith("ipfsfuse: wrong, removed, and not to be had from any source: 2 (")
+        assert (
+            f"\nlost:\n  {cids.text(small)}\n  {cids.text(leaf)} at {MIB} in {cids.text(file)}\n"
+            in ran.stdout
+        )
+        assert ran.stderr.splitlines()[-1].startswith(
+            "ipfsfuse: wrong, removed, and not to be had from any source: 2 ("
+        )
         gateway.stalled.clear()
         assert home.run("fsck").returncode == 0

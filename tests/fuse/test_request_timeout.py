@@ -36,7 +36,9 @@ def test_the_two_limits_are_combined_as_the_kernel_does(
     assert found is None or found.set_by == tmp_path / f"{by}_request_timeout"
 
 
-@pytest.mark.parametrize(("limit", "deadline"), [(0, 30.0), (33, 30.0), (32, 30.0), (31, 29.0), (15, 13.0), (3, 1.0)])
+@pytest.mark.parametrize(
+    ("limit", "deadline"), [(0, 30.0), (33, 30.0), (32, 30.0), (31, 29.0), (15, 13.0), (3, 1.0)]
+)
 def test_the_deadline_ends_before_the_kernel_would(tmp_path: Path, limit: int, deadline: float) -> None:
     found, why = fitting_deadline(30.0, sysctls(tmp_path, 0, limit))
     assert found == deadline
@@ -48,7 +50,9 @@ def test_the_deadline_ends_before_the_kernel_would(tmp_path: Path, limit: int, d
 
 
 def test_a_limit_that_no_deadline_meets_is_refused_and_named(tmp_path: Path) -> None:
-    with pytest.raises(MountFailed, match=r"default_request_timeout has the kernel .* 2 s: set it to 0 or to 33"):
+    with pytest.raises(
+        MountFailed, match=r"default_request_timeout has the kernel .* 2 s: set it to 0 or to 33"
+    ):
         fitting_deadline(30.0, sysctls(tmp_path, 2, 0))
 
 
@@ -65,7 +69,10 @@ def test_mount_and_doctor_say_what_the_kernel_was_set_to(tmp_path: Path) -> None
         doctor, mount = home.run("doctor"), home.run("mount", home.mountpoint)
     finally:
         sysctl.write_text("0")
-    assert f"note request timeout: {line}\n     to do: as root, if that is too short: echo 0 > {sysctl}\n" in doctor.stdout
+    assert (
+        f"note request timeout: {line}\n     to do: as root, if that is too short: echo 0 > {sysctl}\n"
+        in doctor.stdout
+    )
     assert mount.stderr == f"ipfsfuse: {line}\n"
     assert line in (home.cache / "daemon.log").read_text()
     home.run("unmount", home.mountpoint)

@@ -128,8 +128,8 @@ class BlockStore(Disk):
         return True
 
     async def _room_in(self, series: Series, size: int) -> tuple[int, int] | None:
-        """The pack of `series` that has room for `size` more bytes, and the bytes reserved for them, which the caller
-        settles; None where there is no room."""
+        """The pack of `series` that has room for `size` more bytes, and the bytes reserved for them, which
+        the caller settles; None where there is no room."""
         while True:
             pack = self.packs.choose(series, size)
             if series is not self.series:

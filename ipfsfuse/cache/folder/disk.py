@@ -1,8 +1,8 @@
-"""What lies on the disk: staging files, packs and the index, the budget they share, and who may ask for how much of it.
+"""What lies on the disk: staging files, packs and the index, the budget they share, and who may ask for how
+much of it.
 
-Nothing here raises for what is wrong with the disk: `backoff` says it. Concurrency: the event loop's; disk work over
-some KiB runs in worker threads.
-"""
+Nothing here raises for what is wrong with the disk: `backoff` says it. Concurrency: the event loop's; disk
+work over some KiB runs in worker threads. """
 
 import logging
 import os
@@ -72,8 +72,8 @@ class Disk:
     def __init__(
         self, folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None = None, reserve: int | None = None
     ) -> None:
-        """`budget` and `reserve` in bytes; see `FreeSpace`. Raises StoreFailed or OSError where the folder can't be used
-        at all."""
+        """`budget` and `reserve` in bytes; see `FreeSpace`. Raises StoreFailed or OSError where the folder
+        can't be used at all."""
         self.folder = folder
         self.space = FreeSpace(folder, reserve)
         self.small_budget = min(budget, self.space.total or budget)
@@ -218,8 +218,8 @@ class Disk:
         return cids.canonical(cid) in self.staging.entries or self.place(cid) is not None
 
     def rest_on_disk(self) -> int:
-        """Bytes on disk of all that lies in the folder besides staging files and packs, the folders themselves included.
-        In any thread."""
+        """Bytes on disk of all that lies in the folder besides staging files and packs, the folders
+        themselves included. In any thread."""
         return disk_usage(self.folder, but_in=(self.staging.folder, self.packs.folder))
 
     def no_room(self) -> str:

@@ -13,15 +13,16 @@ RESERVE_PART, MAX_RESERVE = 20, 2 << 30
 
 
 class FreeSpace:
-    """How much more of its file system a cache folder may take, so that a reserve stays free for everybody else."""
+    """How much more of its file system a cache folder may take, so that a reserve stays free for everybody
+    else."""
 
     def __init__(self, folder: Path, reserve: int | None) -> None:
         """`reserve` in bytes; None for the default. Raises OSError where the file system can't be asked."""
         self._folder = folder
         self._wanted = reserve
         self.total = self.free = self.reserve = 0
-        """Bytes, as of the last look. `free` is what an ordinary user may take. All are 0 where the file system, as some
-        on the network, does not tell its size."""
+        """Bytes, as of the last look. `free` is what an ordinary user may take. All are 0 where the file
+        system, as some on the network, does not tell its size."""
         self._look()
 
     def _look(self) -> None:
@@ -39,8 +40,8 @@ class FreeSpace:
 
 
 def disk_usage(folder: Path, but_in: Collection[Path] = ()) -> int:
-    """Bytes on disk of `folder` and all below it, but for what lies in `but_in`. What vanishes meanwhile, or can't be
-    looked at, counts nothing. No symlink is followed."""
+    """Bytes on disk of `folder` and all below it, but for what lies in `but_in`. What vanishes meanwhile, or
+    can't be looked at, counts nothing. No symlink is followed."""
     total = 0
     with contextlib.suppress(OSError):
         total += folder.lstat().st_blocks * 512

@@ -1,8 +1,8 @@
 """The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for leaves.
 
-What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given was
-hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker threads.
-"""
+What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given
+was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker
+threads. """
 
 import logging
 from collections.abc import Sequence

@@ -78,7 +78,8 @@ def take_up(store: Store) -> None:
     in_order = recency.pop(IN_ORDER, None) is not None
 
     def used(key: Key, changed: float) -> tuple[float, bool]:
-        """When something was used last, whose file says that it was `changed` then; and whether it was used again."""
+        """When something was used last, whose file says that it was `changed` then; and whether it was used
+        again."""
         last, frequent = recency.get(key, (0.0, False))
         return (last if in_order and key in recency else max(last, changed)), frequent
 
@@ -177,15 +178,16 @@ async def _flush(store: Store) -> None:
 
 
 async def measure(store: Store) -> None:
-    """Counts all that lies in the folder besides staging files and packs, with what that may grow before the next time,
-    and follows the free space of the file system."""
+    """Counts all that lies in the folder besides staging files and packs, with what that may grow before the
+    next time, and follows the free space of the file system."""
     rest = await threads.run_sync(store.rest_on_disk, limiter=store.upkeep)
     await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
     store.note_room()
 
 
 async def follow_space(store: Store) -> None:
-    """Gives room back when others fill the file system, and takes it when they leave, for as long as the cache lives."""
+    """Gives room back when others fill the file system, and takes it when they leave, for as long as the
+    cache lives."""
     while True:
         await trio.sleep(MEASURE_SECONDS)
         await measure(store)
@@ -215,7 +217,8 @@ async def _read_packs(store: Store) -> None:
 
 
 def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
-    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it. Times grow with ARC's order."""
+    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it. Times grow
+    with ARC's order."""
     out: list[tuple[Key | str, float, bool]] = [(IN_ORDER, 0.0, False)]
     last, was_frequent = 0.0, False
     for key in store.budget.arc:

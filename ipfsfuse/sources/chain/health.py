@@ -27,8 +27,8 @@ class Statistics:
 
     name: str
     state: str
-    """untried (has not answered yet), good, resting (failed, asked again soon), trial (one request finds out), aside (sent
-    wrong bytes)."""
+    """untried (has not answered yet), good, resting (failed, asked again soon), trial (one request finds
+    out), aside (sent wrong bytes)."""
     why: str
     """The last failure's line while the state is not good."""
     requests: int
@@ -48,7 +48,8 @@ class Statistics:
 
 class Health:
     """`may_aside` for a source that is set aside for wrong bytes (a remote gateway); `slow` is what its 95th percentile
-    is taken for, in seconds, before there is one; `answered` for a source that was seen to be well when it was opened."""
+    is taken for, in seconds, before there is one; `answered` for a source that was seen to be well when it
+    was opened."""
 
     def __init__(self, chance: random.Random, *, may_aside: bool, slow: float, answered: bool = False) -> None:
         self._chance = chance

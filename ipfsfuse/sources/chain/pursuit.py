@@ -64,8 +64,9 @@ class Pursuit:
             await self._race(network)
         if self._found is not None:
             return self._found
+        offline = " (offline)" if self._chain.offline else ""
         said = "".join(f"; {each}" for each in self.said.values())
-        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}{' (offline)' if self._chain.offline else ''}{said}")
+        raise self._wrong or Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
 
     async def _race(self, network: Sequence[Member]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends it."""
