@@ -66,12 +66,13 @@ class Commands:
 
     def _degraded(self) -> list[str]:
         """What keeps this mount from doing all it should."""
-        reasons = [self._cache.trouble] if self._cache.trouble else []
-        for source in self._chain.statistics():
-            if source.state not in ("good", "untried") or source.why:
-                reasons.append(f"{source.name} is {source.state}: {source.why or 'no reason is known'}")
+        sources = [each for each in self._chain.statistics() if each.state not in ("good", "untried") or each.why]
         nodes = self._pins.status().items()
-        return reasons + [f"{node} takes no pins: {pins.failing}" for node, pins in nodes if pins.failing]
+        return [
+            *([self._cache.trouble] if self._cache.trouble else []),
+            *(f"{each.name} is {each.state}: {each.why or 'no reason is known'}" for each in sources),
+            *(f"{node} takes no pins: {pins.failing}" for node, pins in nodes if pins.failing),
+        ]
 
     def in_one_line(self) -> str:
         """The state of the mount, for the log."""
