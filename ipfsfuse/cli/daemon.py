@@ -24,7 +24,7 @@ from typing import TextIO
 
 from ipfsfuse import mount
 from ipfsfuse.cli.reasons import one_line, unwrapped
-from ipfsfuse.cli.values import human
+from ipfsfuse.cli.units import human
 from ipfsfuse.config import MountConfig
 
 log = logging.getLogger("ipfsfuse.mount")

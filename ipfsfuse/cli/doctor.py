@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.folder.space import FreeSpace, disk_usage
-from ipfsfuse.cli import folders, values
+from ipfsfuse.cli import folders, units
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
@@ -144,12 +144,12 @@ def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
         yield Finding(NOTE, "space", "the file system does not tell how much it has: the budget is not checked against it")
         return
     effective = max(0, min(budget, spare + (disk_usage(folder) if folder.exists() else 0)))
-    there = f"{values.human(space.free)} free there, {values.human(space.reserve)} of it stay reserved"
+    there = f"{units.human(space.free)} free there, {units.human(space.reserve)} of it stay reserved"
     if effective < budget:
-        found = f"the budget of {values.human(budget)} is cut to {values.human(effective)}: {there}"
+        found = f"the budget of {units.human(budget)} is cut to {units.human(effective)}: {there}"
         yield Finding(NOTE, "space", found, "make room, or name another disk with --cache-dir")
     else:
-        yield Finding(OK, "space", f"a budget of {values.human(budget)} fits: {there}")
+        yield Finding(OK, "space", f"a budget of {units.human(budget)} fits: {there}")
 
 
 def _cache_folder(folder: Path) -> Finding:

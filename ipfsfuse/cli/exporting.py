@@ -8,7 +8,7 @@ import trio
 
 from ipfsfuse import adding
 from ipfsfuse.adding.exporting import GetBlock
-from ipfsfuse.cli import folders, values
+from ipfsfuse.cli import folders, units
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client, socket_path
 from ipfsfuse.dag import cid as cids
@@ -36,7 +36,7 @@ async def _run(arguments: argparse.Namespace) -> int:
         async with opened(arguments.sources or ["library"], settings) as sources:
             get = _getter(Chain(sources), socket_path(cache_dir))
             size = await adding.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
-    print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
+    print(f"exported {cids.text(cid)} to {file}, {units.human(size)}")
     return 0
 
 

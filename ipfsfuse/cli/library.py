@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ipfsfuse.cli import folders, values
+from ipfsfuse.cli import folders, units
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.sources.files.library import Library
@@ -32,7 +32,7 @@ def show(arguments: argparse.Namespace) -> int:
         return 0
     for each in entries:
         added = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.added))
-        print(f"{cids.text(each.cid)}  {values.human(each.size):>10}  {added}  {each.name}")
+        print(f"{cids.text(each.cid)}  {units.human(each.size):>10}  {added}  {each.name}")
     return 0
 
 

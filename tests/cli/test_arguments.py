@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cli import folders, mounting, parser, values
+from ipfsfuse.cli import folders, mounting, parser, units
 from ipfsfuse.config import MountConfig
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.path import cid_alone
@@ -29,29 +29,29 @@ DURATIONS = {"30s": 30, "5m": 300, "250ms": 0.25, "2h": 7200, "30": 30, "0.5": 0
 
 @pytest.mark.parametrize(("text", "count"), SIZES.items())
 def test_sizes(text: str, count: int) -> None:
-    assert values.size(text) == count
+    assert units.size(text) == count
 
 
 @pytest.mark.parametrize(("text", "seconds"), DURATIONS.items())
 def test_durations(text: str, seconds: float) -> None:
-    assert values.duration(text) == seconds
+    assert units.duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "1e9", "1_000", "10 GiBs", "٣", "9" * 16, "1P" * 2, "5EiB", "nan", "inf", "1,5M", "99999P"])
 def test_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"not a size|too small a size|too large a size"):
-        values.size(text)
+        units.size(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "0s", "1y", "s", "nan", "9999d", "1:30"])
 def test_no_duration(text: str) -> None:
     with pytest.raises(UsageError, match=r"not a duration|be used as a duration"):
-        values.duration(text)
+        units.duration(text)
 
 
 @given(st.text(max_size=12))
 def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
-    for convert in (values.size, values.duration):
+    for convert in (units.size, units.duration):
         try:
             assert convert(text) > 0
         except UsageError as exc:
@@ -60,7 +60,7 @@ def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
 
 @given(st.integers(min_value=1, max_value=1 << 50))
 def test_a_shown_size_can_be_typed_again(count: int) -> None:
-    assert values.size(values.human(count)) == pytest.approx(count, rel=0.06)
+    assert units.size(units.human(count)) == pytest.approx(count, rel=0.06)
 
 
 # -- the whole line ----------------------------------------------------------------------------------------------

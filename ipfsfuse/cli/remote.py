@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ipfsfuse.cli import folders, showing
+from ipfsfuse.cli import folders, output
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client
 from ipfsfuse.errors import UsageError
@@ -28,12 +28,12 @@ answer."""
 
 def status(arguments: argparse.Namespace) -> int:
     answer = _call(arguments, "status", timeout=STATUS_SECONDS)
-    _told(arguments, answer, showing.status)
+    _told(arguments, answer, output.status)
     return 0 if answer["health"] == "healthy" else DEGRADED
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), showing.ls)
+    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), output.ls)
 
 
 def pin(arguments: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def evict(arguments: argparse.Namespace) -> int:
 def fsck(arguments: argparse.Namespace) -> int:
     """1 where something wrong could not be mended."""
     answer = _call(arguments, "fsck")
-    _told(arguments, answer, showing.show)
+    _told(arguments, answer, output.show)
     lost = answer["wrong"] - answer["mended"]
     if lost:
         named = ", ".join(answer["lost"][:NAMED]) + (", ..." if lost > NAMED else "")
@@ -67,7 +67,7 @@ def fsck(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace, command: str, **sent: object) -> int:
-    return _told(arguments, _call(arguments, command, sent), showing.show)
+    return _told(arguments, _call(arguments, command, sent), output.show)
 
 
 def _call(arguments: argparse.Namespace, command: str, sent: Mapping[str, object] = NOTHING, timeout: float | None = None) -> dict[str, Any]:
