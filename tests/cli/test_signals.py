@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
-from tests.mounting import Home, Mounted, alive, fuse_mounts, wait_until
+from tests.mounting import PATIENCE, Home, Mounted, alive, fuse_mounts, wait_until
 
 pytestmark = pytest.mark.fuse
 
@@ -78,39 +78,53 @@ def test_where_no_process_can_be_started_a_signal_ends_the_mount_all_the_same(us
         assert "Traceback" not in mount.log()
 
 
-def in_the_foreground(user: Home, *, nohup: bool = False) -> tuple[int, int, Path]:
-    """A mount in the foreground of a terminal of its own: its pid, the terminal, its log."""
-    log = user.folder / "said"
-    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
-    pid, leader = pty.fork()
-    if pid == 0:
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os.execve(sys.executable, command, user.env)
-    wait_until(lambda: log.exists() and '"mountpoint"' in log.read_text(), "it is mounted")
-    return pid, leader, log
+TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", sys.argv[2]])
+"""
+
+
+@contextmanager
+def in_the_foreground(user: Home, how: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A mount in the foreground of a terminal of its own, and our end of that."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-c", TERMINAL, how, str(user.mountpoint)]
+    with subprocess.Popen(
+        command,
+        env=user.env,
+        stdin=follower,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        text=True,
+        start_new_session=True,
+    ) as daemon:
+        os.close(follower)
+        assert daemon.stdout is not None
+        assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
+        try:
+            yield daemon, leader
+        finally:
+            daemon.terminate()
 
 
 def test_a_terminal_that_hangs_up_unmounts_what_runs_in_its_foreground(user: Home, cid: str) -> None:
-    pid, leader, log = in_the_foreground(user)
-    assert os.listdir(user.mountpoint) == [cid]
-    os.close(leader)
-    _pid, status = os.waitpid(pid, 0)
-    assert (os.waitstatus_to_exitcode(status), fuse_mounts(user.folder)) == (0, [])
-    assert "SIGHUP: unmounting" in log.read_text()
+    with in_the_foreground(user, "plain") as (daemon, terminal):
+        assert os.listdir(user.mountpoint) == [cid]
+        os.close(terminal)
+        assert daemon.wait(PATIENCE) == 0
+        assert fuse_mounts(user.folder) == []
 
 
 def test_under_nohup_it_stays(user: Home, cid: str) -> None:
-    pid, leader, log = in_the_foreground(user, nohup=True)
-    os.close(leader)
-    os.kill(pid, signal.SIGHUP)
-    assert user.json("status", "--json")["pid"] == pid
-    os.kill(pid, signal.SIGTERM)
-    os.waitpid(pid, 0)
-    assert "SIGTERM: unmounting" in log.read_text()
+    with in_the_foreground(user, "nohup") as (daemon, terminal):
+        os.close(terminal)
+        daemon.send_signal(signal.SIGHUP)
+        assert user.json("status", "--json")["pid"] == daemon.pid
+        assert os.listdir(user.mountpoint) == [cid]
+    assert daemon.returncode == 0
 
 
 def test_a_service_without_a_terminal_does_not_end_by_sighup(user: Home, cid: str) -> None:
