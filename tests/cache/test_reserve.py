@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.budget import Budget, Key
 from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.folder.space import MAX_RESERVE, FreeSpace
 from ipfsfuse.cache.pinset import PinsetCache
@@ -58,6 +59,28 @@ def test_by_default_a_twentieth_stays_free_and_at_most_2_gib(tmp_path: Path) -> 
     assert FreeSpace(tmp_path, None).reserve == min(total // 20, MAX_RESERVE)
     assert FreeSpace(tmp_path, 12345).reserve == 12345
     assert FreeSpace(tmp_path, 0).reserve == 0
+
+
+def test_what_is_reserved_and_not_written_yet_is_still_free() -> None:
+    async def evict(_key: Key) -> None:
+        raise AssertionError("nothing need leave")
+
+    async def main() -> None:
+        written = 0
+        budget = Budget(BUDGET, evict, lambda: 64 * MIB - written)
+        assert await budget.reserve(1, 8 * MIB)
+        for _ in range(2):
+            await budget.refit(0, MIB)
+            assert budget.limit == 64 * MIB
+            budget.settle(8 * MIB)
+            written = 8 * MIB
+            await budget.refit(0, MIB)
+            assert budget.limit == 64 * MIB
+            budget.adjust(1, -8 * MIB)
+            written = 0
+            assert await budget.reserve(1, 8 * MIB)
+
+    trio.run(main)
 
 
 def test_a_small_disk_is_never_filled_and_what_was_read_last_is_kept(tmp_path: Path) -> None:
