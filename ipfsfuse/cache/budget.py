@@ -172,9 +172,8 @@ class Budget:
         self._unlooked = 0
         spare = self._spare()
         if spare is not None:
-            on_disk = (
-                self.used - self._pending - self._margin
-            )  # what is reserved and not written yet is still free
+            # What is reserved and not written yet is still free there.
+            on_disk = self.used - self._pending - self._margin
             self.limit = max(0, min(self.configured, on_disk + spare))
             self._set_capacity()
 
