@@ -20,7 +20,11 @@ class MountConfig:
     offline: bool = False
     """Only what is staged and the sources that are read in place."""
     budget: int = 10 * GIB
-    """Bytes that staging may take on disk, in file-system blocks."""
+    """Bytes that all of the cache folder may take on disk, in file-system blocks; less where the disk has
+    less."""
+    reserve: int | None = None
+    """Bytes of the cache folder's file system that stay free: 0 for none, None for a twentieth of it, at most
+    2 GiB."""
     deadline: float = 30.0
     """Seconds from its begin in which each call is answered."""
     allow: frozenset[Cid] | None = None

@@ -10,6 +10,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -23,11 +24,13 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
+from ipfsfuse.fileio import threads
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
+from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
@@ -50,21 +53,37 @@ TOUCHED = 3 << 20
 """Bytes that the first leaf takes on its way: its pieces, and their sum."""
 END_SECONDS = 0.5
 """How long those who use an unmounted mount may go on before they are cut off."""
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+"""Signals that unmount."""
 
 Ready = Callable[[Path], None]
 """Called once, with the control socket's path, when the mount answers."""
+Hangup = Callable[[], None]
+"""Called at each SIGHUP."""
 
 
-def run(config: MountConfig, ready: Ready, indexing: Indexing | None = None) -> None:
+def run(
+    config: MountConfig,
+    ready: Ready,
+    indexing: Indexing | None = None,
+    hangup: Hangup | None = None,
+) -> None:
     """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that prevents it.
 
-    `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has none."""
+    `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
+    none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
+    process began."""
+    _ignore_signals(hangup is not None)
+    deadline, shortened = fitting_deadline(config.deadline)
+    if shortened:
+        log.warning("%s", shortened)
+        config = replace(config, deadline=deadline)
     _raise_descriptors()
     _reuse_memory()
     mountpoints.prepare(config.mountpoint)
     try:
         with _folder(config) as folder:
-            trio.run(_main, config, folder, ready, indexing)
+            trio.run(_main, config, folder, ready, indexing, hangup)
     finally:
         if config.while_held:
             with suppress(OSError):
@@ -105,14 +124,17 @@ def _folder(config: MountConfig) -> Iterator[Path]:
         yield config.cache_dir
 
 
-async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None) -> None:
+async def _main(
+    config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
+) -> None:
     async with (
-        _serving(config, folder, indexing) as (operations, nursery, server),
+        _serving(config, folder, indexing) as (operations, commands, nursery, server),
         sessions.opened(operations, config.mountpoint, config.allow_other) as session,
     ):
-        nursery.start_soon(_end_by_signal, config.mountpoint, nursery.cancel_scope)
+        end = config.mountpoint, nursery.cancel_scope
+        nursery.start_soon(_heed_signals, *end, hangup, commands.in_one_line)
         if config.while_held:
-            nursery.start_soon(_end_when_let_go, server, config.mountpoint, nursery.cancel_scope)
+            nursery.start_soon(_end_when_let_go, server, *end)
 
         def answers() -> None:
             if config.record is None:
@@ -129,16 +151,20 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
 
 
 @asynccontextmanager
-async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
+async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None) -> AsyncIterator[
+    tuple[Operations, Commands, trio.Nursery, ControlServer]
+]:
     """All that answers behind the kernel, from the sources up."""
     settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
-        mount_id = await trio.to_thread.run_sync(MountId.open, folder)
+        mount_id = await threads.run_sync(MountId.open, folder)
         pins = await stack.enter_async_context(NodePins.open(nodes, mount_id, isolated=config.isolated))
-        cache = await stack.enter_async_context(PinsetCache.open(folder, pool, config.budget, deadline=config.deadline, pins=pins))
+        cache = await stack.enter_async_context(
+            PinsetCache.open(folder, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve)
+        )
         pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -147,19 +173,42 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         pages = Pages() if record is None else None
-        server = ControlServer(Commands(config, cache, pool, pins, tree).table())
+        commands = Commands(config, cache, pool, pins, tree)
+        server = ControlServer(commands.table())
         await nursery.start(server.serve, control.socket_path(folder))
-        yield Operations(tree, roots, interrupts, pages, config.budget, config.deadline), nursery, server
+        yield Operations(tree, roots, interrupts, pages, config.budget, config.deadline), commands, nursery, server
 
 
-async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:
-    """SIGTERM and SIGINT unmount; where it is busy, lazily, so that the daemon ends in any case."""
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, signal.SIG_IGN)  # what the receiver leaves behind: a second signal must not end the cleaning up
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+def _ignore_signals(also_hangup: bool) -> None:
+    """No stray signal ends a mount: whoever reads in it would be cut off. (What tells of a bug, such as
+    SIGSEGV, does.)"""
+    for_users, timers = (signal.SIGUSR1, signal.SIGUSR2), (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
+    for number in (*for_users, *timers, signal.SIGIO, signal.SIGPWR, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)):
+        signal.signal(number, signal.SIG_IGN)
+    if also_hangup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+async def _heed_signals(
+    mountpoint: Path, everything: trio.CancelScope, hangup: Hangup | None, status: Callable[[], str]
+) -> None:
+    """What ends a process unmounts; where it is busy, lazily, so that the daemon ends in any case. SIGUSR1
+    logs `status`."""
+    heeded = {*ENDING, signal.SIGUSR1}
+    if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        heeded.add(signal.SIGHUP)
+    for each in heeded:
+        signal.signal(each, signal.SIG_IGN)  # what the receiver leaves behind: a second one must not end the cleanup
+    with trio.open_signal_receiver(*heeded) as signals:
         async for number in signals:
-            log.info("%s: unmounting", signal.Signals(number).name)
-            await _end(mountpoint, everything)
+            if number == signal.SIGUSR1:
+                log.info("%s", status())
+            elif number == signal.SIGHUP and hangup is not None:
+                log.info("SIGHUP")
+                hangup()
+            else:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                await _end(mountpoint, everything)
 
 
 async def _end_when_let_go(server: ControlServer, mountpoint: Path, everything: trio.CancelScope) -> None:
@@ -172,7 +221,11 @@ async def _end_when_let_go(server: ControlServer, mountpoint: Path, everything: 
 
 async def _end(mountpoint: Path, everything: trio.CancelScope) -> None:
     """Unmounts; what then still keeps the mount alive (an open file, another mount namespace) is cut off."""
-    if not await sessions.unmount(mountpoint, lazy=False):
-        await sessions.unmount(mountpoint, lazy=True)
+    try:
+        if not await sessions.unmount(mountpoint, lazy=False):
+            await sessions.unmount(mountpoint, lazy=True)
+    except (OSError, RuntimeError) as exc:  # no more processes, or threads to wait for one
+        # The fusermount3 that mounted it unmounts it when this process ends.
+        log.warning("fusermount3 can't be started: %s", exc)
     await trio.sleep(END_SECONDS)
     everything.cancel()

@@ -56,10 +56,10 @@ class Home:
         }
 
     def run(self, *args: str | Path, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[str]":
-        """`ipfsfuse ARGS`; its output as text."""
+        """`ipfsfuse ARGS`; its output as text. That a mount is degraded is no failure of `status`."""
         command = [sys.executable, "-m", "ipfsfuse", *map(str, args)]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False, **options)
-        if check and done.returncode:
+        if check and done.returncode and (args[0], done.returncode) != ("status", 3):
             raise AssertionError(f"ipfsfuse {' '.join(map(str, args))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 

@@ -6,13 +6,12 @@ Concurrency: the event loop's; what takes long to parse is parsed in a worker th
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import trio
-
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Block, Source
 
 T = TypeVar("T")
@@ -35,7 +34,7 @@ async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """What `parse` makes of `block`. A large one that no importer made a leaf of may have 40,000 links."""
     if len(block) <= MAX_PARSED_ON_LOOP or dagleaves.is_canonical(cid, block):
         return parse()
-    return await trio.to_thread.run_sync(parse)
+    return await threads.run_sync(parse)
 
 
 async def content_of(leaf: Leaf, block: Block) -> Content:

@@ -5,11 +5,9 @@ Concurrency: one task, beside all others: each leaf or block is checked as a rea
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeVar
-
-import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.folder import mending
@@ -23,11 +21,15 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File, Leaf, parse
 from ipfsfuse.dag.traversal import Walk, node
 from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.fileio import threads
 
 T = TypeVar("T")
 
 WINDOW = 64 << 20
 """Bytes of a file whose leaves are listed at once."""
+
+MOST_LOST = 1000
+"""Wrong blocks that a report names."""
 
 Told = Callable[[int, int], Awaitable[None]]
 """Awaited with (bytes checked, bytes in all)."""
@@ -44,6 +46,8 @@ class FsckReport:
     """Of them, those that were not what their CID says, and were set aside."""
     mended: int = 0
     """Of those, the ones that were fetched again."""
+    lost: list[str] = field(default_factory=list)
+    """The others, at most `MOST_LOST` of them: each as a CID, of a leaf with its file."""
     heads: int = 0
     """Damaged marks between small blocks, written anew."""
     found: int = 0
@@ -79,7 +83,7 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
 async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckReport) -> None:
     """Blocks that can be found by the heads before them; then those that the index alone knows; then those that it does not."""
     size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
-    for cid, place in await trio.to_thread.run_sync(list, store.packs.sections(pack)):
+    for cid, place in await threads.run_sync(list, store.packs.sections(pack)):
         end = place.at + place.size
         if store.place(cid) != place:
             lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
@@ -99,7 +103,7 @@ async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, r
         return True
     if place.pack in store.packs.sizes:  # else it was evicted meanwhile
         report.wrong += 1
-        report.mended += await _had(reading.block(cid))
+        await _mend(reading.block(cid), cids.text(cid), report)
     return False
 
 
@@ -112,9 +116,9 @@ async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[
             continue
         named.add(place)
         with contextlib.suppress(OSError):  # evicted meanwhile; or the disk does not give it, and a read fetches it again
-            cid, intact = await trio.to_thread.run_sync(mending.head_before, path, key, place)
+            cid, intact = await threads.run_sync(mending.head_before, path, key, place)
             if await _check_block(store, reading, cid, place, report) and not intact and pack in store.packs.sizes:
-                await trio.to_thread.run_sync(mending.rewrite_head, path, cid, place)
+                await threads.run_sync(mending.rewrite_head, path, cid, place)
                 report.heads += 1
 
 
@@ -125,7 +129,7 @@ async def _find_unnamed(store: Store, pack: int, named: set[Place], report: Fsck
         starts = sorted({0, *(place.at + place.size for place in named)})
         return [found for start in starts for found in takewhile(lambda found: found[1] not in named, store.packs.sections(pack, start))]
 
-    for cid, place in await trio.to_thread.run_sync(unnamed):
+    for cid, place in await threads.run_sync(unnamed):
         if store.place(cid) is None and await store.take_back(cid, place):
             report.blocks += 1
             report.bytes += place.size
@@ -140,15 +144,17 @@ async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, 
     report.bytes += leaf.size
     if await store.leaf(file, leaf) is None and not entry.dead:
         report.wrong += 1
-        report.mended += await _had(reading.leaf(file, leaf))
+        await _mend(reading.leaf(file, leaf), f"{cids.text(leaf.cid)} at {leaf.offset} in {cids.text(entry.cid)}", report)
 
 
-async def _had(fetch: Awaitable[object]) -> bool:
+async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None:
     try:
         await fetch
     except IpfsFuseError:
-        return False
-    return True
+        if len(report.lost) < MOST_LOST:
+            report.lost.append(name)
+    else:
+        report.mended += 1
 
 
 async def _leaves(reading: Reading, entry: Entry) -> AsyncIterator[Leaf]:

@@ -33,12 +33,21 @@ had spent its time on other keys says little about this one."""
 class Flights(Generic[K, V]):
     """Fetches under way by key, and the failures of the last seconds."""
 
-    def __init__(self, nursery: trio.Nursery, deadline: float = 30.0, remember: float = 5.0, name: Callable[[K], str] = repr) -> None:
-        """`deadline` and `remember` in seconds; `name` spells a key for messages."""
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        deadline: float = 30.0,
+        remember: float = 5.0,
+        name: Callable[[K], str] = repr,
+        cause: Callable[[K], str] = lambda _key: "",
+    ) -> None:
+        """`deadline` and `remember` in seconds; `name` spells a key for messages, and `cause` says what has
+        kept its fetch, which is under way, from ending."""
         self._nursery = nursery
         self._deadline = deadline
         self._remember = remember
         self._name = name
+        self._cause = cause
         self._flights: dict[K, Flight[V]] = {}
         self._failed: OrderedDict[K, tuple[float, Exception]] = OrderedDict()
 
@@ -73,8 +82,10 @@ class Flights(Generic[K, V]):
                     return flight.value  # type: ignore[return-value]  # V itself may be Optional: `landed` says it is set
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
+        cause = self._cause(key)
         waited = trio.current_time() - began
-        late = Unavailable(f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s")
+        said = f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s"
+        late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
         raise late

@@ -10,18 +10,19 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 import trio
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.folder.blocks import Series
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.index import Damaged
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
-from ipfsfuse.cache.room import Key
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard
 from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.fileio import threads
 
 
 class Pinning:
@@ -42,20 +43,21 @@ class Pinning:
         """Raises StoreFailed where what was kept so far did not find room."""
         if file.size > SMALL:
             self._files[file.cid] = file.size
-            self._store.room.keep(file.cid)
+            self._store.budget.keep(file.cid)
         self.check()
 
     def check(self) -> None:
-        room = self._store.room
-        if not room.refused.isdisjoint(self.keys):
+        budget = self._store.budget
+        if not budget.refused.isdisjoint(self.keys):
             size = sum(self._files.values())
-            kept = room.kept_bytes
+            kept = budget.kept_bytes
+            cure = "raise --budget" if budget.limit == budget.configured else "make room on the disk"
             raise StoreFailed(
-                f"{cids.text(self._root)} can't be pinned: of the budget of {room.budget} bytes {kept} are kept for good, "
-                f"its files alone are {size} so far: raise --budget, or unpin something"
+                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes {kept} are kept for good, "
+                f"its files alone are {size} so far: {cure}, or unpin something"
             )
-        if self._store.trouble.text:
-            raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.trouble.text}")
+        if self._store.backoff.reason:
+            raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
 
     async def keep_structure(self, reading: Reading) -> None:
         """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small files."""
@@ -122,7 +124,7 @@ class Keeping:
                 raise
             del self._jobs[root]
             old = self._keys.get(root, set())
-            self._keys[root], self._pins[root] = set(job.keys), sum(self._store.room.size(key) for key in job.keys)
+            self._keys[root], self._pins[root] = set(job.keys), sum(self._store.budget.size(key) for key in job.keys)
             self._release(old)
             await self._write(root)
 
@@ -153,7 +155,7 @@ class Keeping:
         """What `other` holds too is found in its own packs from now on."""
         packs = self._store.packs
         for pack in [key for key in other if isinstance(key, int)]:
-            for cid, place in await trio.to_thread.run_sync(list, packs.sections(pack)):
+            for cid, place in await threads.run_sync(list, packs.sections(pack)):
                 found = self._store.place(cid)
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place
@@ -162,9 +164,9 @@ class Keeping:
         """Lets go of what no other pin holds, finished or under way."""
         held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
         for key in keys:
-            self._store.room.refused.discard(key)
+            self._store.budget.refused.discard(key)
             if key not in held:
-                self._store.room.release(key)
+                self._store.budget.release(key)
 
     async def _write(self, root: Cid) -> None:
         """The state of one pin, on the disk when this returns."""

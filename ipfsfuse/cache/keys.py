@@ -14,6 +14,11 @@ def leaf_key(leaf: Leaf) -> bytes:
     return cids.canonical(leaf.cid)
 
 
+def cid_of(key: bytes) -> Cid:
+    """What a key asks for: a CID, or a dag-pb block's multihash."""
+    return Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key)
+
+
 def spelled(key: bytes) -> str:
-    """A key for messages: a CID, or a dag-pb block's multihash."""
-    return cids.text(Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key))
+    """A key for messages."""
+    return cids.text(cid_of(key))

@@ -22,6 +22,7 @@ from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Blocks
 
 
@@ -30,8 +31,15 @@ class Statistics:
     """For `status`. Sizes in bytes on disk, counts since the mount began."""
 
     budget: int
+    """As configured."""
+    effective_budget: int
+    """The budget, or less where the file system is too full for it."""
+    reserve: int
+    """Bytes of the file system that stay free."""
+    free: int
+    """Bytes that were free there at the last look."""
     used: int
-    """Never more than the budget."""
+    """Never more than the effective budget, but for a moment after others have filled the disk."""
     pinned: int
     """Part of `used` that is kept for good."""
     hits: int
@@ -59,16 +67,24 @@ class PinsetCache(Reading):
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, folder: Path, blocks: Blocks, budget: int, *, deadline: float = 30.0, pins: Pins | None = None
+        cls,
+        folder: Path,
+        blocks: Blocks,
+        budget: int,
+        *,
+        deadline: float = 30.0,
+        pins: Pins | None = None,
+        reserve: int | None = None,
     ) -> AsyncIterator["PinsetCache"]:
         """The cache that lives in `folder`, which the caller holds (`hold.hold`). Raises StoreFailed.
 
-        `budget` in bytes; `deadline` in seconds: see `flights`."""
+        `budget` in bytes; `deadline` in seconds: see `flights`. `reserve`: bytes of the file system that stay
+        free, None for a twentieth of it, at most 2 GiB."""
         failure: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
                 try:
-                    async with _living(folder, budget, nursery, pins) as store:
+                    async with _living(folder, budget, nursery, pins, reserve) as store:
                         yield cls(store, blocks, nursery, deadline)
                 except BaseException as exc:
                     failure = exc
@@ -112,21 +128,22 @@ class PinsetCache(Reading):
 
     def used(self) -> int:
         """As `Cache.used`."""
-        return self.store.room.used
+        return self.store.budget.used
 
     # -- what commands ask -------------------------------------------------------------------------------------------
 
     @property
     def trouble(self) -> str:
         """What is wrong with the disk just now, "" where nothing is."""
-        return self.store.trouble.text
+        return self.store.backoff.reason or self.store.no_room()
 
     def statistics(self) -> Statistics:
-        room = self.store.room
-        held = {str(owner): size for owner, size in room.arc.held_by().items()}
+        budget, space = self.store.budget, self.store.space
+        held = {str(owner): size for owner, size in budget.arc.held_by().items()}
         return Statistics(
-            room.budget, room.used, room.kept_bytes, self.hits, self.misses, room.evictions, self.trouble,
-            room.arc.capacity // arc.SHARE, held,
+            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes,
+            self.hits, self.misses, budget.evictions, self.trouble,
+            budget.arc.capacity // arc.SHARE, held,
         )  # fmt: skip
 
     async def evict(self, cid: Cid | None = None) -> int:
@@ -170,7 +187,7 @@ class PinsetCache(Reading):
         block = await self.block(cid)
         if cids.codec(cid) == cids.RAW:
             return Copy(block, ())
-        below = nodes.children(await trio.to_thread.run_sync(nodes.parse, cid, block))
+        below = nodes.children(await threads.run_sync(nodes.parse, cid, block))
         return Copy(block, [child for child in below if self.store.place(child) is not None])
 
     async def unpin(self, cid: Cid) -> None:
@@ -183,10 +200,13 @@ class PinsetCache(Reading):
 
 
 @contextlib.asynccontextmanager
-async def _living(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> AsyncIterator[Store]:
+async def _living(
+    folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None
+) -> AsyncIterator[Store]:
     """An open store and its tasks; closed, and all of `nursery` with it, at the end."""
-    store = await upkeep.open_store(folder, budget, nursery, pins)
+    store = await upkeep.open_store(folder, budget, nursery, pins, reserve)
     nursery.start_soon(upkeep.write_behind, store)
+    nursery.start_soon(upkeep.follow_space, store)
     try:
         yield store
     finally:

@@ -4,17 +4,16 @@ Concurrency: every method may be called by many tasks at once. Of all who want o
 belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import trio
 
 from ipfsfuse.cache.arrival import Arrival, adjoin, content_of, of_leaf
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
-from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
 from ipfsfuse.cache.folder.disk import SMALL
 from ipfsfuse.cache.folder.store import Store
-from ipfsfuse.cache.keys import block_key, leaf_key, spelled
+from ipfsfuse.cache.keys import block_key, cid_of, leaf_key, spelled
 from ipfsfuse.cache.readback import read_back
 from ipfsfuse.cache.taking import Taking
 from ipfsfuse.dag import cid as cids
@@ -34,6 +33,32 @@ AT_ONCE = 2000
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` takes from elsewhere than a run at a time."""
 
+MAX_BEHIND = 4 << 20
+"""Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a
+slow disk."""
+
+
+class WriteBehind:
+    """What is kept behind the readers who have it already, within a bound."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    async def keep(self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]) -> None:
+        """Awaits `keep()`, of `size` bytes. Before, where the bound allows, it calls `give`, if that is asked
+        for. Then nothing cancels the keeping any more: what was read is kept, even if the mount ends
+        meanwhile."""
+        if give is None or self._bytes + size > MAX_BEHIND:
+            await keep()
+            return
+        self._bytes += size
+        give()
+        try:
+            with trio.CancelScope(shield=True):
+                await keep()
+        finally:
+            self._bytes -= size
+
 
 class Reading:
     """Blocks and leaves, as `Cache` says."""
@@ -44,8 +69,10 @@ class Reading:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * PATIENCE
-        self._behind = Behind()
-        self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled)
+        self._behind = WriteBehind()
+        self._flights: Flights[bytes, Arrival] = Flights(
+            nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
+        )
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -86,7 +113,7 @@ class Reading:
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         """As `Cache.gather`."""
 
-        some = list(wanted) if subtree.limit <= self.store.room.budget // OF_BUDGET else []
+        some = list(wanted) if subtree.limit <= self.store.budget.limit // OF_BUDGET else []
         rest = some[AT_ONCE:]
 
         async def fetch(ride: Ride[bytes, Arrival]) -> None:

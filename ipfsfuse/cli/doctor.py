@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfsfuse.cache.folder import hold
-from ipfsfuse.cli import folders, values
+from ipfsfuse.cache.folder.space import FreeSpace, disk_usage
+from ipfsfuse.cli import folders, units
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
+from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -47,8 +49,10 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _allow_other()
     yield _kernel()
     yield from _user_requests()
+    yield from _request_timeout(arguments.deadline)
     cache_dir, library = folders.cache_dir(arguments.cache_dir), folders.library(arguments.library)
     yield _cache_folder(cache_dir)
+    yield from _space(cache_dir, arguments.budget, arguments.reserve)
     yield _library(library)
     yield _mount_of(cache_dir)
     if arguments.sources:
@@ -111,6 +115,43 @@ def _user_requests() -> Iterator[Finding]:
         yield Finding(NOTE, "requests in flight", f"the kernel allows ordinary users {allowed}", f"as root: echo 4096 > {USER_REQUESTS}")
 
 
+def _request_timeout(deadline: float) -> Iterator[Finding]:
+    """Nothing where the kernel has no such limit, or none is set."""
+    timeout = request_timeout()
+    if timeout is None:
+        return
+    try:
+        _deadline, shortened = fitting_deadline(deadline)
+    except IpfsFuseError as exc:
+        yield Finding(BAD, "request timeout", str(exc), f"as root: echo 0 > {timeout.set_by}")
+        return
+    if shortened:
+        yield Finding(NOTE, "request timeout", shortened, f"as root, if that is too short: echo 0 > {timeout.set_by}")
+    else:
+        yield Finding(OK, "request timeout", f"{timeout.set_by} is {timeout.seconds} s, longer than the deadline")
+
+
+def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
+    """Whether the disk has what the budget promises."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        space = FreeSpace(existing, reserve)
+    except OSError as exc:
+        yield Finding(BAD, "space", f"{existing} can't be looked at: {exc.strerror}", "name another with --cache-dir")
+        return
+    spare = space.spare()
+    if spare is None:
+        yield Finding(NOTE, "space", "the file system does not tell how much it has: the budget is not checked against it")
+        return
+    effective = max(0, min(budget, spare + (disk_usage(folder) if folder.exists() else 0)))
+    there = f"{units.human(space.free)} free there, {units.human(space.reserve)} of it stay reserved"
+    if effective < budget:
+        found = f"the budget of {units.human(budget)} is cut to {units.human(effective)}: {there}"
+        yield Finding(NOTE, "space", found, "make room, or name another disk with --cache-dir")
+    else:
+        yield Finding(OK, "space", f"a budget of {units.human(budget)} fits: {there}")
+
+
 def _cache_folder(folder: Path) -> Finding:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if existing != folder:
@@ -121,8 +162,7 @@ def _cache_folder(folder: Path) -> Finding:
         hold.prepare(folder)
     except IpfsFuseError as exc:
         return Finding(BAD, "cache folder", str(exc), "mend that, or name another with --cache-dir")
-    free = shutil.disk_usage(folder).free
-    return Finding(OK, "cache folder", f"{folder}, {values.human(free)} free there")
+    return Finding(OK, "cache folder", str(folder))
 
 
 def _library(folder: Path) -> Finding:

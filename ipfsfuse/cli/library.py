@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse import importer
-from ipfsfuse.cli import folders, values
+from ipfsfuse.cli import folders, units
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client, socket_path
 from ipfsfuse.dag import cid as cids
@@ -19,6 +19,7 @@ from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.files.library import Library
 from ipfsfuse.sources.opening import opened as opened_sources
 from ipfsfuse.sources.parse import OpenSettings
@@ -80,7 +81,7 @@ def show(arguments: argparse.Namespace) -> int:
         return 0
     for each in entries:
         added = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.added))
-        print(f"{cids.text(each.cid)}  {values.human(each.size):>10}  {added}  {each.name}")
+        print(f"{cids.text(each.cid)}  {units.human(each.size):>10}  {added}  {each.name}")
     return 0
 
 
@@ -104,7 +105,7 @@ async def _export(arguments: argparse.Namespace) -> int:
         async with opened_sources(arguments.sources or ["library"], settings) as sources:
             get = _getter(SourcePool(sources), socket_path(cache_dir))
             size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
-    print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
+    print(f"exported {cids.text(cid)} to {file}, {units.human(size)}")
     return 0
 
 
@@ -116,7 +117,7 @@ def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:
             with trio.fail_after(BLOCK_DEADLINE):
                 return (await pool.get(wanted)).block
         except (Unavailable, trio.TooSlowError) as exc:
-            block = await trio.to_thread.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
+            block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
             if block is None:
                 raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
             return block

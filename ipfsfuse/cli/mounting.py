@@ -21,6 +21,7 @@ from ipfsfuse.cli.progress import Progress
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
+from ipfsfuse.fuse.request_timeout import fitting_deadline
 
 END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
@@ -38,6 +39,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         sources=tuple(_source(text) for text in arguments.sources or ["library"]),
         offline=arguments.offline,
         budget=arguments.budget,
+        reserve=arguments.reserve,
         deadline=arguments.deadline,
         allow=None if arguments.allow is None else cidargs.many(arguments.allow, "--allow"),
         record=None if arguments.record is None else Path(arguments.record).absolute(),
@@ -66,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         daemon.serve(asked, arguments.ready_fd, arguments.json)
         return 0
+    _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
+    if shortened:
+        print(f"ipfsfuse: {shortened}", file=sys.stderr)
     told = _start_daemon(arguments.argv)
     if arguments.json:
         print(json.dumps(told))

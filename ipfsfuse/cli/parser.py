@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ipfsfuse import __version__
-from ipfsfuse.cli import values
+from ipfsfuse.cli import units
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = "SOURCE, in the order to ask: `library` (the default: what `add` put there), a CAR file, `kubo` or kubo+http://HOST:PORT, https://GATEWAY"
+
+RESERVE_HELP = "what the cache leaves free of its disk (a twentieth, at most 2GiB; 0 for nothing)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,10 +31,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ipfsfuse", allow_abbrev=False, description="IPFS as a read-only directory.", epilog="Exit codes: 0; 1 it failed; 2 usage.")
+    codes = "Exit codes: 0; 1 it failed; 2 usage; of status also 3: degraded."
+    parser = Parser(prog="ipfsfuse", allow_abbrev=False, description="IPFS as a read-only directory.", epilog=codes)
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for build in (_library, _mounts, _asking):
+    for build in (_library, _mounts, _remote):
         build(commands)
     return parser
 
@@ -55,7 +58,7 @@ def _folder(text: str) -> str:
     return text
 
 
-_SIZE, _DURATION, _PATH = _type(values.size), _type(values.duration), _type(_folder)
+_SIZE, _DURATION, _PATH = _type(units.size), _type(units.duration), _type(_folder)
 
 
 def _command(commands: Any, name: str, run: str, about: str) -> argparse.ArgumentParser:
@@ -100,8 +103,9 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     mount.add_argument("--offline", action="store_true", help="show what is here, fail at once for anything else")
     _folders(mount)
-    mount.add_argument("--budget", type=_SIZE, default=values.size("10GiB"), metavar="SIZE", help="bytes that staging may take on disk (10GiB)")
-    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a call that can't be answered within this fails (30s)")
+    mount.add_argument("--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="bytes that the cache may take on disk (10GiB)")
+    mount.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
+    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a read fails after this long without a block (30s)")
     mount.add_argument("--allow", action="append", metavar="CID|FILE", help="these CIDs and what they hold, nothing else; a file lists one a line")
     mount.add_argument("--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used")
     mount.add_argument("--allow-other", action="store_true", help="let other users in")
@@ -120,11 +124,14 @@ def _mounts(commands: Any) -> None:
     _folders(unmount, library=False)
     doctor = _command(commands, "doctor", "doctor:run", "check this machine for what a mount needs, and say what to do")
     doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)")
+    doctor.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
+    doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     _folders(doctor)
 
 
-def _asking(commands: Any) -> None:
+def _remote(commands: Any) -> None:
     """Commands to a running mount, through its control socket."""
     about = {
         "status": "show a running mount: sources, staging, pins",
@@ -136,21 +143,14 @@ def _asking(commands: Any) -> None:
         "fsck": "hash everything that is staged again, quarantine what is wrong",
     }
     for name, says in about.items():
-        parser = _command(commands, name, f"asking:{name}", says)
+        parser = _command(commands, name, f"remote:{name}", says)
         if name in ("pin", "unpin", "prefetch"):
             parser.add_argument("cid", metavar="CID", help="a CID, or /ipfs/CID")
         if name == "prefetch":
-            parser.add_argument("--depth", type=_type(_count), metavar="N", help="levels of folders to go down (all)")
+            parser.add_argument("--depth", type=_type(units.count), metavar="N", help="levels of folders to go down (all)")
         if name == "evict":
             parser.add_argument("cid", metavar="CID", nargs="?")
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
         parser.add_argument("--json", action="store_true")
         parser.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount to ask (else that of the cache folder)")
         _folders(parser, library=False)
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise UsageError(f"{text!r} is no number")
-    return int(text)
-

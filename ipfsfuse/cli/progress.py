@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ipfsfuse.cli.values import human
+from ipfsfuse.cli.units import human
 
 if TYPE_CHECKING:
     from tqdm import tqdm

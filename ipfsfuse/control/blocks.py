@@ -4,7 +4,6 @@ A staging file holds a file's content, and no list of its leaves. But whoever as
 before: what those say of their children tells where the leaf lies. Concurrency: any number of tasks.
 """
 
-import trio
 
 from ipfsfuse.cache.base import Cache, FileRef
 from ipfsfuse.dag import cid as cids
@@ -12,6 +11,7 @@ from ipfsfuse.dag import leaves, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
+from ipfsfuse.fileio import threads
 
 REMEMBERED = 100_000
 """Children of file nodes whose place is remembered, some 30 MB: 100 GB of a file in leaves of 1 MiB."""
@@ -29,7 +29,7 @@ class WholeBlocks:
         if block is None:
             block = await self._cache.block(cid)
         if cids.codec(cid) == cids.DAG_PB:
-            node = await trio.to_thread.run_sync(_parsed, cid, block)
+            node = await threads.run_sync(_parsed, cid, block)
             if isinstance(node, File):
                 self._note(node)
         return block
@@ -40,7 +40,7 @@ class WholeBlocks:
             content = await self._cache.leaf(file, leaf)
         except IpfsFuseError:
             return None
-        return await trio.to_thread.run_sync(leaves.block, leaf.cid, content)
+        return await threads.run_sync(leaves.block, leaf.cid, content)
 
     def _note(self, node: File) -> None:
         """Remembers where its children lie."""

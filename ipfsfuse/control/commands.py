@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import trio
-
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.pins.kubo_pins import NodePins
@@ -20,6 +18,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import request_of
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
@@ -35,7 +34,7 @@ class Commands:
     def __init__(self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._blocks = WholeBlocks(cache)
-        self._started = time.time()
+        self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
         """The commands by name."""
@@ -51,20 +50,45 @@ class Commands:
         }
 
     async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
+        reasons = self._degraded()
         return {
             "version": __version__,
+            "health": "degraded" if reasons else "healthy",
+            "reasons": reasons,
             "pid": os.getpid(),
             "mountpoint": str(self._config.mountpoint),
             "cache_dir": str(self._config.cache_dir),
             "offline": self._config.offline,
-            "uptime": round(time.time() - self._started, 1),
+            "uptime": round(self._uptime(), 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
             "sources": [asdict(source) for source in self._pool.statistics()],
         }
 
+    def _degraded(self) -> list[str]:
+        """What keeps this mount from doing all it should."""
+        sources = [each for each in self._pool.statistics() if each.state not in ("good", "untried") or each.why]
+        nodes = self._pins.status().items()
+        return [
+            *([self._cache.trouble] if self._cache.trouble else []),
+            *(f"{each.name} is {each.state}: {each.why or 'no reason is known'}" for each in sources),
+            *(f"{node} takes no pins: {pins.failing}" for node, pins in nodes if pins.failing),
+        ]
+
+    def in_one_line(self) -> str:
+        """The state of the mount, for the log."""
+        cache = self._cache.statistics()
+        sources = "; ".join(f"{each.name} {each.state}, {each.blocks} blocks" for each in self._pool.statistics())
+        return (
+            f"status: up {self._uptime():.0f} s; {cache.used} of {cache.effective_budget} bytes used, {cache.hits} hits, "
+            f"{cache.misses} misses, {cache.evictions} evictions; {cache.trouble or 'no trouble'}; {sources or 'no source'}"
+        )
+
+    def _uptime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
+
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = await trio.to_thread.run_sync(_entries, await self._cache.listed())
+        entries = await threads.run_sync(_entries, await self._cache.listed())
         return {"entries": entries, "small": (await self._cache.small())._asdict()}
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:

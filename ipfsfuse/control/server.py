@@ -19,6 +19,7 @@ import trio
 from ipfsfuse.cache.folder import hold
 from ipfsfuse.control import MAX_LINE, short_address
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class ControlServer:
             there = True
             while there:
                 await trio.sleep(LOOK_SECONDS)
-                there = await trio.Path(path).exists()
+                there = await threads.run_sync(path.exists)
             nursery.cancel_scope.cancel()
 
     async def until_let_go(self) -> None:
@@ -172,7 +173,7 @@ async def _pump(stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], 
 
 async def _send(stream: trio.SocketStream, values: Mapping[str, Any]) -> None:
     long = any(isinstance(value, list) and len(value) > LONG for value in values.values())
-    line = await trio.to_thread.run_sync(_encoded_by_items, values) if long else _encoded(values)
+    line = await threads.run_sync(_encoded_by_items, values) if long else _encoded(values)
     await stream.send_all(line.encode() + b"\n")
 
 

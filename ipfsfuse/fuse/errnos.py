@@ -1,14 +1,12 @@
 """The one table of errnos: a domain exception in, what the kernel is told out."""
 
 import errno
-import logging
 
 import pyfuse3
 import trio
 
 from ipfsfuse import errors
-
-log = logging.getLogger("ipfsfuse.fuse")
+from ipfsfuse.fuse.failures import failures
 
 TABLE: dict[type[errors.IpfsFuseError], int] = {
     errors.NotFound: errno.ENOENT,
@@ -32,16 +30,14 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
 
 
 def of(exc: BaseException) -> int:
-    """The errno for anything that a handler raised. What no one foresaw is EIO, and its traceback is logged."""
+    """The errno for anything that a handler raised, which goes to the log (see `failures`). What no one
+    foresaw is EIO."""
     if isinstance(exc, BaseExceptionGroup):
         return _of_group(exc)
-    for kind in type(exc).__mro__:
-        if kind in TABLE:
-            return TABLE[kind]
-    if isinstance(exc, MemoryError):
-        return errno.ENOMEM
-    log.error("a request failed in a way that no one foresaw", exc_info=exc)
-    return errno.EIO
+    no_memory = errno.ENOMEM if isinstance(exc, MemoryError) else 0
+    number = next((TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE), no_memory)
+    failures.note(exc, number or errno.EIO, foreseen=bool(number))
+    return number or errno.EIO
 
 
 def _of_group(group: BaseExceptionGroup[BaseException]) -> int:

@@ -16,6 +16,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unsupported
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.files.carwriter import CarWriter
 
 _FETCHED_AHEAD = 16
@@ -38,7 +39,7 @@ async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, pr
         writer = CarWriter(fd, file.parent, [root], indexed)
         try:
             await _write(root, get, writer, progress)
-            await trio.to_thread.run_sync(writer.finish)
+            await threads.run_sync(writer.finish)
         except BaseException:
             writer.abandon()
             raise
@@ -81,7 +82,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
             await _fetch([cid, *(ahead for ahead in waiting[: -_FETCHED_AHEAD : -1] if not _is_done(ahead, seen))], get, fetched)
         block = fetched.pop(cid)
         seen.add(cids.multihash(cid))
-        await trio.to_thread.run_sync(writer.add, cid, block)
+        await threads.run_sync(writer.add, cid, block)
         waiting += reversed(_links(cid, block))
         if progress is not None:
             progress(writer.blocks, writer.size)
@@ -107,7 +108,7 @@ async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) ->
     async def one(cid: Cid) -> None:
         try:
             block = await get(cid)
-            await trio.to_thread.run_sync(cids.verify, cid, block)
+            await threads.run_sync(cids.verify, cid, block)
             fetched[cid] = block
         except IpfsFuseError as exc:
             if cid == wanted[0]:

@@ -227,6 +227,11 @@ class Blocks(Protocol):
         alone."""
         ...
 
+    def said(self, cid: Cid) -> str:
+        """What the sources have said so far to a `get` of that block that is under way, for people; "" for no
+        such call."""
+        ...
+
     def roots(self) -> Sequence[Cid]:
         """The roots of all sources, in their order. In a worker thread, as `Source.roots`."""
         ...

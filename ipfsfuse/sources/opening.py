@@ -7,8 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import trio
-
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
@@ -22,7 +21,7 @@ async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[
     async with AsyncExitStack() as stack:
         sources: list[Source] = []
         for spec in parse_sources(texts):
-            source = await trio.to_thread.run_sync(open_source, spec, settings)
+            source = await threads.run_sync(open_source, spec, settings)
             if source is None:
                 continue
             stack.push_async_callback(source.aclose)

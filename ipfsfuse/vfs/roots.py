@@ -5,11 +5,10 @@ A name is a CID in any spelling that fits a file name; a name that is none is pr
 
 from collections.abc import Callable, Iterable, Sequence
 
-import trio
-
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, NotAllowed, NotFound
+from ipfsfuse.fileio import threads
 
 Named = tuple[Cid, str]
 """A CID and how it is spelled."""
@@ -56,7 +55,7 @@ class Roots:
 
     async def entries(self) -> Sequence[Listed]:
         """What the root lists now: each CID once, as first spelled."""
-        return await trio.to_thread.run_sync(self._entries, list(self._named()))
+        return await threads.run_sync(self._entries, list(self._named()))
 
     def _entries(self, named: Sequence[Named]) -> Sequence[Listed]:
         seen: dict[Cid, str | Cid] = {}

@@ -16,6 +16,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
 from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
+from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.handing import Handing
@@ -97,7 +98,7 @@ class Tree:
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
         if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
-            node = await trio.to_thread.run_sync(nodes.parse, cid, block)
+            node = await threads.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)
         self._remember(node, len(block))

@@ -93,6 +93,9 @@ class Chain:
                 await each.wait()
         await taker.take(together)
 
+    def said(self, cid: Cid) -> str:
+        return ""
+
     def roots(self) -> Sequence[Cid]:
         return ()
 

@@ -58,7 +58,11 @@ class Sampler(threading.Thread):
 
 def taken(folder: Path) -> int:
     """Bytes on disk of all that lies in `folder`, the folders themselves included."""
-    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+    total = 0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def a_load(chain: Chain) -> tuple[list[tuple[FileRef, list[Leaf], bytes]], list[FileRef]]:
@@ -115,7 +119,7 @@ def test_what_is_counted_is_what_the_file_system_says(tmp_path: Path) -> None:
             await fifty_readers(cache, chain, 20)
             for entry in cache.store.staging.entries.values():
                 if entry.complete:  # and named: until then its extent tree is counted ahead
-                    assert cache.store.room.size(entry.cid) == entry.disk
+                    assert cache.store.budget.size(entry.cid) == entry.disk
             assert taken(tmp_path) <= cache.statistics().used <= BUDGET
         assert taken(tmp_path) <= BUDGET
         async with PinsetCache.open(tmp_path, chain, BUDGET // 3) as cache:

@@ -9,9 +9,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.behind import MOST
 from ipfsfuse.cache.flights import Flights
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.reading import MAX_BEHIND
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, staged
 
@@ -97,12 +97,12 @@ def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(t
 def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
-        file, leaves, _content = make_file(chain, MOST + 2 * MIB, MIB)
+        file, leaves, _content = make_file(chain, MAX_BEHIND + 2 * MIB, MIB)
         got: list[Leaf] = []
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, trio.open_nursery() as nursery, nothing_written(cache):
             nursery.start_soon(read_early, cache, file, leaves, got)
             await wait_all_tasks_blocked()
-            assert got == list(leaves[: MOST // MIB])
+            assert got == list(leaves[: MAX_BEHIND // MIB])
         assert got == list(leaves)
 
     trio.run(main)

@@ -153,7 +153,7 @@ def test_a_file_is_held_yet_when_the_pack_with_its_root_leaves(tmp_path: Path) -
             await read_all(cache, file)
             place = cache.store.place(file)
             assert place is not None
-            await cache.store.room.evict(place.pack)
+            await cache.store.budget.evict(place.pack)
             assert cache.store.place(file) is None
             assert pins.asked == [("add", file)]
             await cache.evict(file)

@@ -47,6 +47,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
             chain = Chain()
             files = [make_file(chain, MIB, seed=seed) for seed in range(4)]
             async with PinsetCache.open(folder, chain, BUDGET) as cache:
+                with contextlib.suppress(OSError):
+                    (folder / "of-another-program").write_bytes(bytes(2 * MIB))
                 for file, leaves, content in files:
                     assert await read(cache, file, leaves) == content
                 for small in blocks(chain, 20):
@@ -78,7 +80,7 @@ def test_a_disk_that_becomes_read_only_and_writable_again(tmp_path: Path) -> Non
                     await cache.evict(staged.cid)
                     assert staged_bytes(cache, staged.cid) == 0
                     assert cache.statistics().used > MIB  # it could not be removed: it counts
-                cache.store.trouble._until = 0  # its five seconds are over
+                cache.store.backoff._until = 0  # its five seconds are over
                 assert await read(cache, file, leaves) == content
                 assert cache.trouble == ""
                 assert staged_bytes(cache, file.cid) >= MIB

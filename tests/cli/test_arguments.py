@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cli import folders, mounting, parser, values
+from ipfsfuse.cli import folders, mounting, parser, units
 from ipfsfuse.config import MountConfig
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.path import cid_alone
@@ -29,29 +29,29 @@ DURATIONS = {"30s": 30, "5m": 300, "250ms": 0.25, "2h": 7200, "30": 30, "0.5": 0
 
 @pytest.mark.parametrize(("text", "count"), SIZES.items())
 def test_sizes(text: str, count: int) -> None:
-    assert values.size(text) == count
+    assert units.size(text) == count
 
 
 @pytest.mark.parametrize(("text", "seconds"), DURATIONS.items())
 def test_durations(text: str, seconds: float) -> None:
-    assert values.duration(text) == seconds
+    assert units.duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "1e9", "1_000", "10 GiBs", "٣", "9" * 16, "1P" * 2, "5EiB", "nan", "inf", "1,5M", "99999P"])
 def test_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
-        values.size(text)
+    with pytest.raises(UsageError, match=r"not a size|too small a size|too large a size"):
+        units.size(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "0s", "1y", "s", "nan", "9999d", "1:30"])
 def test_no_duration(text: str) -> None:
-    with pytest.raises(UsageError, match="is no duration"):
-        values.duration(text)
+    with pytest.raises(UsageError, match=r"not a duration|be used as a duration"):
+        units.duration(text)
 
 
 @given(st.text(max_size=12))
 def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
-    for convert in (values.size, values.duration):
+    for convert in (units.size, units.duration):
         try:
             assert convert(text) > 0
         except UsageError as exc:
@@ -60,7 +60,7 @@ def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
 
 @given(st.integers(min_value=1, max_value=1 << 50))
 def test_a_shown_size_can_be_typed_again(count: int) -> None:
-    assert values.size(values.human(count)) == pytest.approx(count, rel=0.06)
+    assert units.size(units.human(count)) == pytest.approx(count, rel=0.06)
 
 
 # -- the whole line ----------------------------------------------------------------------------------------------
@@ -77,9 +77,9 @@ USAGE = [
     ([], "COMMAND"),
     (["fly"], "'fly'"),
     (["mount"], "MOUNTPOINT"),
-    (["mount", "x", "--budget", "much"], "'much' is no size"),
-    (["mount", "x", "--budget", "0"], "'0' is no size"),
-    (["mount", "x", "--deadline", "soon"], "'soon' is no duration"),
+    (["mount", "x", "--budget", "much"], "'much' is not a size"),
+    (["mount", "x", "--budget", "0"], "'0' is too small a size"),
+    (["mount", "x", "--deadline", "soon"], "'soon' is not a duration"),
     (["mount", "x", "--fro", "kubo"], "--fro"),
     (["mount", "x", "--from", ""], "empty SOURCE"),
     (["mount", ""], "empty path"),
@@ -90,7 +90,8 @@ USAGE = [
     (["pin", f"/ipfs/{CID}/a/b"], "a path below one"),
     (["pin", f"/ipfs/{CID}/.."], "a path below one"),
     (["prefetch", CID[:-1] + "1"], "is not a CID"),
-    (["prefetch", CID, "--depth", "-1"], "--depth"),
+    (["prefetch", CID, "--depth", "-1"], "--depth: '-1' can't be used: it must be a whole number, 0 or more"),
+    (["mount", "x", "--reserve", "-1"], "--reserve: '-1' is not a size"),
     (["evict"], "one CID, or --all"),
     (["evict", CID, "--all"], "one CID, or --all"),
     (["rm", "nonsense"], "'nonsense' is not a CID"),
@@ -148,7 +149,7 @@ def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     made = config(
         *["m", "--from", "x.car", "--from", "kubo", "--from", "https://a.example", "--offline", "--cache-dir=c", "--library=l", "--budget=1MiB"],
         *["--deadline", "5s", "--allow", CID, "--allow", V0, "--record", "r", "--allow-other", "--isolated", "--while-held", "--pins", "none"],
-        *["--header-file", "h"],
+        *["--header-file", "h", "--reserve", "0"],
     )
     assert made == MountConfig(
         mountpoint=tmp_path / "m",
@@ -157,6 +158,7 @@ def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
         sources=(str(tmp_path / "x.car"), "kubo", "https://a.example"),
         offline=True,
         budget=1 << 20,
+        reserve=0,
         deadline=5.0,
         allow=frozenset({cids.parse(CID), cids.canonical(cids.parse(V0))}),
         record=tmp_path / "r",

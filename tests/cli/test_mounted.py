@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache.test_budget import own_filesystem
 from tests.mounting import Home, Mounted, alive, fuse_mounts, wait_until
 
 pytestmark = pytest.mark.fuse
@@ -83,7 +85,7 @@ def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
         assert mount.log().count("x\n") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU])
 def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
     with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
@@ -195,3 +197,12 @@ def test_export_from_a_car_and_back(user: Home, cid: str, car: Path) -> None:
     assert (user.folder / "z.car").read_bytes() == car.read_bytes()
     with user.mounted("--from", user.folder / "y.car", "--offline") as mount:
         assert (mount.path / cid / "hello.txt").read_text() == "hello\n"
+
+
+def test_doctor_says_what_the_disk_makes_of_the_budget(user: Home) -> None:
+    with own_filesystem(user.cache, 30 << 20) as folder:
+        folder.chmod(0o700)
+        ran = user.run("doctor", "--reserve", "10MiB")
+        line = next(line for line in ran.stdout.splitlines() if "space: " in line)
+        assert re.match(r"note space: the budget of 10.0 GiB is cut to (19|20)\.\d MiB: [23]\d\.\d MiB free there, 10\.0 MiB of it", line)
+        assert "ok   space: a budget of 1.0 MiB fits: " in user.run("doctor", "--budget", "1MiB").stdout

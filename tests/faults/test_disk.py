@@ -51,13 +51,34 @@ def trouble(mount: Mounted) -> str:
     return str(mount.status()["cache"]["trouble"])
 
 
-def test_a_full_disk(home: Home, content: Content) -> None:
-    with own_filesystem(home.cache, 3 * MIB) as folder:
+def test_a_disk_that_is_smaller_than_the_budget_is_not_filled(home: Home, content: Content) -> None:
+    with own_filesystem(home.cache, 5 * MIB) as folder:
         folder.chmod(0o700)
         with mounted(home, content.dag) as (_gateway, mount):
             for _ in range(2):
                 content.read(mount)
-            assert re.fullmatch(rf"{home.cache}/\S+: (No space left on device|database or disk is full)", trouble(mount))
+            assert trouble(mount) == ""
+            cache = mount.status()["cache"]
+            assert cache["reserve"] == 5 * MIB // 20
+            assert 2 * MIB < cache["used"] <= cache["effective_budget"] < 5 * MIB < cache["budget"]
+            assert shutil.disk_usage(folder).free >= cache["reserve"] - (64 << 10)
+            shown = home.run("status").stdout
+            assert "  effective budget: 4." in shown
+            assert "  reserve: 256.0 KiB\n" in shown
+
+
+def test_a_disk_that_others_have_filled(home: Home, content: Content) -> None:
+    with own_filesystem(home.cache, 3 * MIB) as folder:
+        folder.chmod(0o700)
+        with mounted(home, content.dag) as (_gateway, mount):
+            with pytest.raises(OSError, match="No space left"):
+                (folder / "of-another-program").write_bytes(bytes(4 * MIB))
+            for _ in range(2):
+                content.read(mount)
+            full = r"\S+: (No space left on device|database or disk is full)"
+            assert re.fullmatch(rf"{home.cache}({full}|: the disk is too full to cache anything: .* reserved)", trouble(mount))
+            (folder / "of-another-program").unlink()
+            said_no_more(lambda: content.read(mount), mount)
 
 
 def test_a_disk_that_becomes_read_only_and_writable_again(home: Home, content: Content) -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from ipfsfuse import errors
 from ipfsfuse.fuse import errnos
+from ipfsfuse.fuse.failures import FailureLog
 
 
+@pytest.mark.logs("a call was answered")
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
@@ -47,3 +49,31 @@ def test_every_error_of_ours_that_a_request_can_meet_has_its_row() -> None:
     all_of_them = {kind for name, kind in inspect.getmembers(errors, inspect.isclass) if name not in elsewhere}
     rows = {kind for kind in all_of_them if set(kind.__mro__) & set(errnos.TABLE)}
     assert all_of_them - rows == {errors.IpfsFuseError}
+
+
+@pytest.mark.logs("a call was answered")
+def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    log = FailureLog(lambda: now)
+    for number in range(1000):
+        log.note(errors.Unavailable(f"bafy{number}: gw says 504\n2026 ERROR forged\x1b[31m"), errno.ETIMEDOUT)
+        log.note(errors.WrongBlock("bafywrong"), errno.EIO)
+        log.note(errors.NotFound("nothing to look into"), errno.ENOENT)
+        now += 0.01
+    now = 12.0
+    log.note(errors.Unavailable("bafylast"), errno.ETIMEDOUT)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a call was answered ETIMEDOUT: bafy0: gw says 504\\x0a2026 ERROR forged\\x1b[31m",
+        "a call was answered EIO: bafywrong",
+        "a call was answered ETIMEDOUT: bafylast (999 more like it in the 12 s before)",
+    ]
+
+
+@pytest.mark.logs("a call was answered")
+def test_what_no_one_foresaw_leaves_one_traceback_however_often_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    log = FailureLog(lambda: now)
+    for _ in range(100):
+        log.note(ZeroDivisionError("a bug"), errno.EIO, foreseen=False)
+    (record,) = caplog.records
+    assert record.exc_info is not None

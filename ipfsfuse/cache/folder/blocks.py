@@ -65,7 +65,7 @@ class Packs:
     def __init__(self, folder: Path, index: Index, limit: int) -> None:
         """`limit`: bytes after which a new pack is begun."""
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._folder = folder
+        self.folder = folder
         self._index = index
         self.limit = limit
         self._files: dict[int, int] = {}
@@ -183,7 +183,7 @@ class Packs:
             os.close(file)
 
     def path(self, pack: int) -> Path:
-        return self._folder / f"{pack}{PACK}"
+        return self.folder / f"{pack}{PACK}"
 
     def write(self, pack: int, at: int, data: bytes) -> None:
         """Appends sections. Small ones are written on the event loop: into the page cache, 10 us."""
@@ -196,7 +196,7 @@ class Packs:
     def scan(self) -> list[tuple[int, os.stat_result]]:
         """The packs that an earlier run left; what is no pack is deleted."""
         found = []
-        with os.scandir(self._folder) as items:
+        with os.scandir(self.folder) as items:
             for item in items:
                 number = item.name.removesuffix(PACK)
                 if item.name == f"{number}{PACK}" and number.isdecimal() and item.is_file(follow_symlinks=False):

@@ -1,4 +1,4 @@
-"""Small blocks in packs: given hashed, kept within the room.
+"""Small blocks in packs: given hashed, kept within the budget.
 
 Concurrency: the event loop's; one block is appended at a time.
 """
@@ -7,8 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-import trio
-
 from ipfsfuse.cache.folder import mending
 from ipfsfuse.cache.folder.blocks import Place, Section, Series, section
 from ipfsfuse.cache.folder.disk import Disk
@@ -16,6 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unsupported, WrongBlock
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import current_request
 
 log = logging.getLogger(__name__)
@@ -40,13 +39,13 @@ class BlockStore(Disk):
         try:
             if place.size <= ON_LOOP:
                 return _proved(self.packs.read, cid, place)
-            return await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
+            return await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
         except WrongBlock:
             log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
             self.set_aside[cids.multihash(cid)] = place
         except OSError as exc:
             if place.pack in self.packs.sizes:
-                self.trouble.note(str(self.packs.path(place.pack)), exc)
+                self.backoff.failed(str(self.packs.path(place.pack)), exc)
         self.packs.forget(cids.multihash(cid))
         self.tell_index()
         return None
@@ -54,7 +53,7 @@ class BlockStore(Disk):
     async def take_back(self, cid: Cid, place: Place) -> bool:
         """Whether what lies at `place` is the block: then the index has it again."""
         try:
-            await trio.to_thread.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
+            await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self.reading)
         except (WrongBlock, Unsupported, OSError):
             return False
         if place.pack not in self.packs.sizes:
@@ -66,13 +65,13 @@ class BlockStore(Disk):
 
     def _used_pack(self, pack: int) -> None:
         if pack < self.packs.last - RECENT_PACKS:
-            self.room.arc.use(pack, current_request().caller)
+            self.budget.arc.use(pack, current_request().caller)
         else:
-            self.room.arc.refresh(pack)
+            self.budget.arc.refresh(pack)
 
     async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None) -> bool:
         """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted)."""
-        if self.trouble.waiting:
+        if self.backoff.waiting:
             return False
         made = section(cids.canonical(cid), block)
         async with self._my_turn():
@@ -84,7 +83,7 @@ class BlockStore(Disk):
     async def keep_blocks(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
         """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a pack costs as
         much as writing a small block to it."""
-        if self.trouble.waiting:
+        if self.backoff.waiting:
             return
         async with self._my_turn():
             together: list[Section] = []
@@ -119,9 +118,9 @@ class BlockStore(Disk):
         if place is None or place.pack not in (self.packs.sizes if series is None else series.packs):
             return False
         try:
-            done = await trio.to_thread.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
+            done = await threads.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
         except OSError as exc:
-            self.trouble.note(str(self.packs.path(place.pack)), exc)
+            self.backoff.failed(str(self.packs.path(place.pack)), exc)
             return False
         if not done or place.pack not in self.packs.sizes:
             return False
@@ -129,25 +128,34 @@ class BlockStore(Disk):
         self.tell_index()
         return True
 
-    async def _room_in(self, series: Series, size: int) -> int | None:
-        """The pack of `series` that has room reserved for `size` more bytes; None where there is none."""
+    async def _room_in(self, series: Series, size: int) -> tuple[int, int] | None:
+        """The pack of `series` that has room for `size` more bytes, and the bytes reserved for them, which
+        the caller settles; None where there is no room."""
         while True:
             pack = self.packs.choose(series, size)
             if series is not self.series:
-                self.room.keep(pack)
+                self.budget.keep(pack)
             held = self.packs.sizes.get(pack, 0)
             cost = self.staging.cost(held, held + size)
-            if not await self.room.reserve(pack, cost):
+            if not await self.budget.reserve(pack, cost):
                 return None
             if self.packs.sizes.get(pack, 0) == held:
-                return pack
-            self.room.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
+                return pack, cost
+            self.budget.settle(cost)
+            self.budget.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
 
     async def _append(self, series: Series, sections: Sequence[Section]) -> bool:
         """Writes `sections` behind what the last pack of `series` holds, in one piece; False where there is no room."""
         data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
-        pack = await self._room_in(series, len(data))
-        return pack is not None and await self._write(pack, data, sections)
+        found = await self._room_in(series, len(data))
+        if found is None:
+            return False
+        pack, cost = found
+        try:
+            return await self._write(pack, data, sections)
+        finally:
+            self.budget.settle(cost)
+            self._settle_pack(pack)
 
     async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
         at = self.packs.sizes.setdefault(pack, 0)
@@ -155,26 +163,25 @@ class BlockStore(Disk):
             if len(data) <= WRITE_ON_LOOP:
                 self.packs.write(pack, at, data)
             else:
-                await trio.to_thread.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
+                await threads.run_sync(self.packs.write, pack, at, data, limiter=self.writing)
         except OSError as exc:
-            self.trouble.note(str(self.packs.path(pack)), exc)
+            self.backoff.failed(str(self.packs.path(pack)), exc)
+            self.budget.look_soon()
             self.packs.drop_empty(pack)
             return False
         else:
             if pack not in self.packs.sizes:  # evicted while a thread wrote
                 self.packs.drop_empty(pack)
                 return False
-            self.trouble.over()
+            self.backoff.succeeded()
             self.packs.note(pack, at, sections)
             self.tell_index()
             return True
-        finally:
-            self._settle_pack(pack)
 
     def _settle_pack(self, pack: int) -> None:
         size, unit = self.packs.sizes.get(pack, 0), self.staging.unit
         charge = -(-size // unit) * unit + unit if size else 0
-        self.room.adjust(pack, charge - self.room.size(pack))
+        self.budget.adjust(pack, charge - self.budget.size(pack))
 
 
 def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:

@@ -1,10 +1,10 @@
-"""What lies on the disk: staging files, packs and the index, the room they share, and who may ask for how
+"""What lies on the disk: staging files, packs and the index, the budget they share, and who may ask for how
 much of it.
 
-Nothing here raises for what is wrong with the disk: `trouble` says it. Concurrency: the event loop's; disk
-work over some KiB runs in worker threads.
-"""
+Nothing here raises for what is wrong with the disk: `backoff` says it. Concurrency: the event loop's; disk
+work over some KiB runs in worker threads. """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,17 +12,21 @@ from typing import Any
 
 import trio
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Kept, NoPins, Pins, SmallBlocks
+from ipfsfuse.cache.budget import Budget, Key
 from ipfsfuse.cache.folder.blocks import Packs, Place, Series
 from ipfsfuse.cache.folder.entry import Entry
 from ipfsfuse.cache.folder.index import Damaged, Index
+from ipfsfuse.cache.folder.space import FreeSpace, disk_usage
 from ipfsfuse.cache.folder.staging import Staging
-from ipfsfuse.cache.folder.trouble import Trouble
-from ipfsfuse.cache.room import Key, Room
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Caller, current_request
+
+log = logging.getLogger(__name__)
 
 ROWS = 512
 """Rows that are written to the index at once."""
@@ -33,16 +37,53 @@ SMALL = 64 << 10
 AT_ONCE = 500
 """Staging files that are told of before other calls have their turn: some milliseconds."""
 
+RETRY = 5.0
+"""Seconds after a failed write in which nothing is written."""
+
+
+class WriteBackoff:
+    """What is wrong with the disk just now. Reads go on uncached; `status` says why, and the log once."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        """What is wrong, "" where nothing is."""
+        self._until = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is too early to try again."""
+        return bool(self.reason) and trio.current_time() < self._until
+
+    def failed(self, what: str, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = reason if reason.startswith(what) else f"{what}: {reason}"
+        if not self.reason:
+            log.warning("%s; reads go on without the cache", text)
+        self.reason = text
+        self._until = trio.current_time() + RETRY
+
+    def succeeded(self) -> None:
+        if self.reason:
+            log.info("the cache can be written again")
+            self.reason = ""
+
 
 class Disk:
-    def __init__(self, folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None = None) -> None:
-        """Raises StoreFailed where the folder can't be used at all."""
+    def __init__(
+        self, folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None = None, reserve: int | None = None
+    ) -> None:
+        """`budget` and `reserve` in bytes; see `FreeSpace`. Raises StoreFailed or OSError where the folder
+        can't be used at all."""
         self.folder = folder
+        self.space = FreeSpace(folder, reserve)
+        self.small_budget = min(budget, self.space.total or budget)
+        """What the sizes of packs, of the index's write-ahead log and of its margin are derived from."""
         self.staging = Staging(folder / "files")
-        self.index = Index(folder / "index.sqlite", budget)
-        self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, budget // 64)))
-        self.room = Room(budget, self._evict)
-        self.trouble = Trouble()
+        self.index = Index(folder / "index.sqlite", self.small_budget)
+        self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+        self.budget = Budget(budget, self._evict, self.space.spare)
+        self.backoff = WriteBackoff()
+        self._full = False
         self.when_blocks_leave: list[Callable[[], None]] = []
         self.pins: Pins = pins or NoPins()
         self.nursery = nursery
@@ -81,7 +122,7 @@ class Disk:
 
     async def listed(self) -> Sequence[Kept]:
         """As `kept`, of any number without stopping other calls: 100,000 take half a second."""
-        entries = await trio.to_thread.run_sync(_by_use, list(self.staging.entries.values()))
+        entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
         found = []
         for number, entry in enumerate(entries):
             if number % AT_ONCE == 0:
@@ -98,23 +139,24 @@ class Disk:
         place = self.place(cid)
         if place is None:
             return None
-        pinned = "user" if self.room.kept(place.pack) else self._pin_state(cids.canonical(cid))
+        pinned = "user" if self.budget.kept(place.pack) else self._pin_state(cids.canonical(cid))
         return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
 
     async def small(self) -> SmallBlocks:
         """What the packs hold; no blocks are counted where the index can't be read."""
         size = sum(self.packs.sizes.values())
         try:
-            return SmallBlocks(await trio.to_thread.run_sync(self.index.count_blocks, limiter=self.reading), size)
+            return SmallBlocks(await threads.run_sync(self.index.count_blocks, limiter=self.reading), size)
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
             return SmallBlocks(0, size)
 
     def _told(self, entry: Entry) -> Kept:
-        return Kept(entry.cid, entry.disk, entry.size, entry.whole(), entry.last_used, self._pin_state(entry.cid), entry.source)
+        used = clock.to_wall(entry.last_used)
+        return Kept(entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source)
 
     def _pin_state(self, cid: Cid) -> str:
-        if self.room.kept(cid):
+        if self.budget.kept(cid):
             return "user"
         return "cache" if self.pins.state(cid) == "cache" else ""
 
@@ -132,11 +174,11 @@ class Disk:
                 size = entry.disk
                 entry.dead = True
                 self.staging.forget(entry)
-                await trio.to_thread.run_sync(self.staging.remove, entry, limiter=self.upkeep)
+                await threads.run_sync(self.staging.remove, entry, limiter=self.upkeep)
                 self.pins.remove(key)
         except OSError as exc:
-            self.trouble.note(f"{self.folder}: nothing can be removed", exc)
-            self.room.stuck(size)
+            self.backoff.failed(f"{self.folder}: nothing can be removed", exc)
+            self.budget.stuck(size)
 
     async def _evict_pack(self, pack: int) -> None:
         for call in self.when_blocks_leave:
@@ -144,7 +186,7 @@ class Disk:
         size = self.packs.sizes.get(pack, 0)
         unsaid = self.packs.unsaid_in(pack)
         self.packs.close_pack(pack)
-        held, end = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
+        held, end = await threads.run_sync(self.packs.remove, pack, limiter=self.upkeep)
         if end < size:  # a damaged head hides what lies behind it: the index knows that, if not by which codec
             keys = [*unsaid, *await self.keys_in(pack)]
             held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
@@ -157,7 +199,7 @@ class Disk:
     async def keys_in(self, pack: int) -> list[bytes]:
         """The multihashes that the index has of a pack; none where it can't be read."""
         try:
-            return await trio.to_thread.run_sync(self.index.keys_in, pack, limiter=self.reading)
+            return await threads.run_sync(self.index.keys_in, pack, limiter=self.reading)
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
             return []
@@ -165,27 +207,45 @@ class Disk:
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""
         if cid is None:
-            return sum([await self.room.evict(key) for key in list(self.room.arc) if key in self.room.arc])  # else pinned meanwhile
+            return sum([await self.budget.evict(key) for key in list(self.budget.arc) if key in self.budget.arc])  # else pinned meanwhile
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
             place = self.place(cid)
             if place is None:
                 return 0
             key = place.pack
-        if self.room.kept(key):
+        if self.budget.kept(key):
             raise UsageError(f"{cids.text(cid)} is kept for good: unpin it first")
-        return await self.room.evict(key)
+        return await self.budget.evict(key)
 
     def holds(self, cid: Cid) -> bool:
         """Whether `cid` itself is staged, at least in part."""
         return cids.canonical(cid) in self.staging.entries or self.place(cid) is not None
 
-    def folders_disk(self) -> int:
-        """Bytes on disk of the folders that names lie in."""
-        try:
-            return sum((self.folder / name).stat().st_blocks * 512 for name in ("files", "packs", "."))
-        except OSError:
-            return 0
+    def rest_on_disk(self) -> int:
+        """Bytes on disk of all that lies in the folder besides staging files and packs, the folders
+        themselves included. In any thread."""
+        return disk_usage(self.folder, but_in=(self.staging.folder, self.packs.folder))
+
+    def no_room(self) -> str:
+        """Why nothing new can be kept, "" where that is not so."""
+        budget, space = self.budget, self.space
+        if budget.arc.capacity >= SMALL:
+            return ""
+        if budget.limit < budget.configured:
+            free, reserve = (f"{count / (1 << 20):.1f} MiB" for count in (space.free, space.reserve))
+            return f"{self.folder}: the disk is too full to cache anything: {free} are free, {reserve} stay reserved"
+        return f"{self.folder}: what is pinned, the index and the log leave nothing of the budget"
+
+    def note_room(self) -> None:
+        """Logs when there is no room any more, and when there is again."""
+        reason = self.no_room()
+        if bool(reason) != self._full:
+            self._full = bool(reason)
+            if reason:
+                log.warning("%s; reads go on without the cache", reason)
+            else:
+                log.info("there is room in the cache again")
 
     def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
         """One more statement for the index."""
@@ -204,7 +264,8 @@ class Disk:
             self.damaged = error
             self.tell_index()
         else:
-            self.trouble.note(str(self.index.path), error)
+            self.backoff.failed(str(self.index.path), error)
+            self.budget.look_soon()
 
 
 def _by_use(entries: list[Entry]) -> list[Entry]:

@@ -4,9 +4,9 @@ Concurrency: the event loop's; `seen`, `complete` and `dead` are set by worker t
 """
 
 import threading
-import time
 from dataclasses import dataclass, field
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag.cid import Cid
 
@@ -40,7 +40,10 @@ class Entry:
     """What the budget counts for it, reservations that its writers hold included."""
     dead: bool = False
     source: str = ""
-    last_used: float = field(default_factory=time.time)
+    last_used: float = field(default_factory=clock.now)
+    """By `cache.clock`."""
+    noted: float = field(default_factory=clock.now)
+    """When its last use was written to the disk."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def gone(self) -> bool:

@@ -143,14 +143,6 @@ class Index:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def disk(self) -> int:
-        """Bytes on disk of the database, its WAL, and what was set aside."""
-        total = 0
-        for path in (self.path, f"{self.path}-wal", f"{self.path}-shm", self.path.with_suffix(".malformed")):
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(path).st_blocks * 512
-        return total
-
     def close(self) -> None:
         for name in ("_reader", "_writer"):
             connection = getattr(self, name, None)

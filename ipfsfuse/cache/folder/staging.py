@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.folder.entry import Entry, Removed
 from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag import cid as cids
@@ -67,7 +68,7 @@ class Staging:
     # -- in a thread -------------------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
-        """What an earlier run left; what is no staging file is deleted."""
+        """What an earlier run left, last used by the wall clock; what is no staging file is deleted."""
         found: dict[Cid, Entry] = {}
         with os.scandir(self.folder) as items:
             for item in items:
@@ -203,7 +204,8 @@ class Staging:
 
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
-        os.utime(self._path(entry), (entry.last_used, entry.last_used))
+        when = clock.to_wall(entry.last_used)
+        os.utime(self._path(entry), (when, when))
 
     def _open_to_read(self, entry: Entry) -> int:
         try:

@@ -1,16 +1,14 @@
 """The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for leaves.
 
-What can't be read is not there, what can't be written is not kept, and `trouble` says why. Whatever is given was
-hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker threads.
-"""
+What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given
+was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker
+threads. """
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import TypeVar
 
-import trio
-
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.cache.folder.blockstore import BlockStore
 from ipfsfuse.cache.folder.entry import Entry, Removed
@@ -18,6 +16,7 @@ from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import current_request
 
 T = TypeVar("T")
@@ -44,7 +43,7 @@ class Store(BlockStore):
         if entry is None:
             return None
         try:
-            data, right = await trio.to_thread.run_sync(self.staging.read, entry, leaf, limiter=self.reading)
+            data, right = await threads.run_sync(self.staging.read, entry, leaf, limiter=self.reading)
         except OSError as exc:
             await self._lost(entry, exc)
             return None
@@ -56,7 +55,7 @@ class Store(BlockStore):
         if entry is None or entry.extents is None or not entry.extents.covers(leaves[0].offset, leaves[-1].offset + leaves[-1].size):
             return [None] * len(leaves)
         try:
-            found = await trio.to_thread.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
+            found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
         except OSError as exc:
             await self._lost(entry, exc)
             return [None] * len(leaves)
@@ -65,7 +64,7 @@ class Store(BlockStore):
     async def _looked_at(self, entry: Entry, leaf: Leaf, data: T, right: bool) -> T | None:
         """What was read of a leaf, if that is right."""
         if right:
-            self.room.arc.refresh(entry.cid)
+            self.budget.arc.refresh(entry.cid)
             self._proved(entry, leaf.offset, leaf.offset + leaf.size)
             return data
         if not entry.dead:
@@ -77,7 +76,7 @@ class Store(BlockStore):
         entry = self.staging.entries.get(cid)
         if entry is not None and entry.extents is None:
             try:
-                found = await trio.to_thread.run_sync(self.staging.look, entry, limiter=self.reading)
+                found = await threads.run_sync(self.staging.look, entry, limiter=self.reading)
             except OSError as exc:
                 await self._lost(entry, exc)
                 return None
@@ -95,16 +94,16 @@ class Store(BlockStore):
             entry.proved.remove(leaf.offset, leaf.offset + leaf.size)
         try:
             end = leaf.offset + leaf.size
-            entry.disk += await trio.to_thread.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
+            entry.disk += await threads.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
         except OSError as exc:
-            self.trouble.note(cids.text(entry.cid), exc)
+            self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
 
     async def _lost(self, entry: Entry, error: OSError) -> None:
         """A staging file that can't be read: it is there no more."""
         if not entry.dead:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
-            await self.room.evict(entry.cid)
+            self.backoff.failed(str(self.staging.folder / cids.text(entry.cid)), error)
+            await self.budget.evict(entry.cid)
 
     async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
         """Whether it is kept now."""
@@ -112,11 +111,11 @@ class Store(BlockStore):
 
     async def keep_leaves(self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.trouble.waiting:
+        if self.backoff.waiting:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         cost = self.staging.cost(start, end)
-        if not await self.room.reserve(file.cid, cost):
+        if not await self.budget.reserve(file.cid, cost):
             return False
         if file.cid not in self.staging.entries:
             self.pins.add(file.cid)
@@ -125,7 +124,7 @@ class Store(BlockStore):
         entry.charged += cost
         entry.source = source
         try:
-            grown, error = await trio.to_thread.run_sync(self.staging.write, entry, start, contents, limiter=self.writing)
+            grown, error = await threads.run_sync(self.staging.write, entry, start, contents, limiter=self.writing)
         except Removed:
             return False
         else:
@@ -133,14 +132,16 @@ class Store(BlockStore):
             return self._kept(entry, start, end, error)
         finally:
             entry.reserved -= cost
+            self.budget.settle(cost)
             self._settle(entry)
 
     def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
         """What a write came to."""
         if error is not None:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.backoff.failed(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.budget.look_soon()
             return False
-        self.trouble.over()
+        self.backoff.succeeded()
         if entry.extents is not None:
             entry.extents.add(start, end)
             self._proved(entry, start, end)
@@ -150,7 +151,7 @@ class Store(BlockStore):
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""
         if not entry.complete and entry.proved is not None:
             entry.proved.add(start, end)
-            if entry.all_proved() and not self.trouble.waiting:
+            if entry.all_proved() and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
     def _settle(self, entry: Entry) -> None:
@@ -158,7 +159,7 @@ class Store(BlockStore):
             return
         empty = not entry.disk and not entry.reserved
         charge = 0 if empty else self.staging.charge(entry)
-        self.room.adjust(entry.cid, charge - entry.charged)
+        self.budget.adjust(entry.cid, charge - entry.charged)
         entry.charged = charge
         if empty:
             self.staging.forget(entry)
@@ -166,10 +167,10 @@ class Store(BlockStore):
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
         try:
-            entry.disk += await trio.to_thread.run_sync(self.staging.finish, entry, limiter=self.upkeep)
+            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.upkeep)
         except OSError as exc:
             if not entry.dead:
-                self.trouble.note(cids.text(entry.cid), exc)
+                self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
 
     def note_use(self, file: FileRef) -> None:
@@ -177,15 +178,14 @@ class Store(BlockStore):
         entry = self.staging.entries.get(file.cid)
         if entry is None:
             return
-        self.room.arc.use(file.cid, current_request().caller)
-        now = time.time()
-        stale = now - entry.last_used > NOTE_USE
-        entry.last_used = now
-        if stale:
+        self.budget.arc.use(file.cid, current_request().caller)
+        entry.last_used = clock.now()
+        if entry.last_used - entry.noted > NOTE_USE:
+            entry.noted = entry.last_used
             self.nursery.start_soon(self._note_use, entry)
 
     async def _note_use(self, entry: Entry) -> None:
         try:
-            await trio.to_thread.run_sync(self.staging.note_use, entry, limiter=self.upkeep)
+            await threads.run_sync(self.staging.note_use, entry, limiter=self.upkeep)
         except OSError:  # read-only, or gone: then its order after a restart is a little off
             pass

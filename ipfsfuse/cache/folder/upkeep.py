@@ -6,23 +6,24 @@ Concurrency: `take_up` blocks and runs before anything else; `write_behind` is o
 import contextlib
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
+from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Pins
+from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.folder.blocks import Place
 from ipfsfuse.cache.folder.disk import ROWS
 from ipfsfuse.cache.folder.hold import as_store_failed
 from ipfsfuse.cache.folder.index import Damaged, Statements
 from ipfsfuse.cache.folder.store import Store
-from ipfsfuse.cache.room import Key
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +33,30 @@ WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
 MAX_PENDING = 50_000
 """Rows kept in memory while the disk takes none; then the oldest are dropped."""
-INDEX_MARGIN = 1 << 20
-"""Bytes that the index may grow between two looks at it, at most an eighth of the budget."""
+IN_ORDER = "in order"
+"""The key of a row among the uses which says that their order is that of an unmount, and not older."""
+MARGIN = 1 << 20
+"""Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
+MEASURE_SECONDS = 5.0
+"""Between two looks at what the folder takes, and at the free space, while nothing is written."""
 
 
-async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> Store:
+async def open_store(
+    folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None = None
+) -> Store:
     """The store in `folder`, with what lies there taken up, and within its budget. Raises StoreFailed."""
 
     def make() -> Store:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
-            store = Store(folder, budget, nursery, pins)
+            store = Store(folder, budget, nursery, pins, reserve)
             take_up(store)
             return store
 
-    store = await trio.to_thread.run_sync(make)
-    await measure_index(store)
+    store = await threads.run_sync(make)
+    await measure(store)
+    if store.budget.limit < budget:
+        said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
+        log.info("the budget is %.0f MiB, not %.0f MiB: %.0f MiB are free on this disk, %.0f of them reserved", *said)
     return store
 
 
@@ -65,29 +75,40 @@ def _no_collections() -> Iterator[None]:
 def take_up(store: Store) -> None:
     """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
     recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
+    in_order = recency.pop(IN_ORDER, None) is not None
+
+    def used(key: Key, changed: float) -> tuple[float, bool]:
+        """When something was used last, whose file says that it was `changed` then; and whether it was used
+        again."""
+        last, frequent = recency.get(key, (0.0, False))
+        return (last if in_order and key in recency else max(last, changed)), frequent
+
     found: list[tuple[float, bool, Key, int]] = []
     for entry in store.staging.scan():
-        last, frequent = recency.get(entry.cid, (0.0, False))
-        entry.last_used = max(last, entry.last_used)
+        entry.last_used, frequent = used(entry.cid, entry.last_used)
         store.staging.entries[entry.cid] = entry
         entry.charged = store.staging.charge(entry)
         found.append((entry.last_used, frequent, entry.cid, entry.charged))
     for pack, info in store.packs.scan():
         store.packs.sizes[pack] = info.st_size
         store.packs.last = max(store.packs.last, pack)
-        last, frequent = recency.get(pack, (0.0, False))
-        found.append((max(last, info.st_mtime), frequent, pack, info.st_blocks * 512 + store.staging.unit))
-    for _last, frequent, key, size in sorted(found, key=lambda item: item[0]):
-        store.room.arc.restore(key, size, frequent)
+        last, frequent = used(pack, info.st_mtime)
+        found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
+    found.sort(key=lambda item: item[0])
+    for (_last, frequent, key, size), moment in zip(found, clock.from_wall([last for last, *_ in found]), strict=True):
+        store.budget.arc.restore(key, size, frequent)
+        if not isinstance(key, int):
+            store.staging.entries[key].last_used = moment
     indexed = dict(_rows(store, "SELECT pack, indexed FROM packs", lambda pack, size: (int(pack), int(size))))
     gone = [pack for pack in indexed if pack not in store.packs.sizes]
     if gone:  # deleted before the index was told: their numbers are not used again until it has been
         store.packs.last = max(store.packs.last, *gone)
         store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
         store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
+    store.write_later("DELETE FROM uses WHERE key = ?", (IN_ORDER,))  # from now on the files' times say more
     _rows(store, "SELECT cid FROM pins", cids.decode)  # only whether they can be read: then all or none are kept
     for _pin, kept in _rows(store, "SELECT pin, key FROM pinned", pinned_row):
-        store.room.keep(kept)
+        store.budget.keep(kept)
     if not store.index.anew:
         _read_tails(store, indexed)
 
@@ -142,7 +163,7 @@ async def _flush(store: Store) -> None:
     batch, statements = store.packs.unwritten()
     others, store.statements = store.statements, []
     try:
-        await trio.to_thread.run_sync(store.index.write, [*statements, *others])
+        await threads.run_sync(store.index.write, [*statements, *others])
     except StoreFailed as exc:
         store.index_failed(exc)
         store.statements = others[-MAX_PENDING:] + store.statements
@@ -153,13 +174,23 @@ async def _flush(store: Store) -> None:
         await replace_index(store, exc)
     else:
         store.packs.written(batch)
-        await measure_index(store)
+        await measure(store)
 
 
-async def measure_index(store: Store) -> None:
-    """Counts the index, the folders themselves, and what the index may grow before the next time."""
-    size = store.index.disk() + store.folders_disk()
-    await store.room.set_overhead(size + min(INDEX_MARGIN, store.room.budget // 8))
+async def measure(store: Store) -> None:
+    """Counts all that lies in the folder besides staging files and packs, with what that may grow before the
+    next time, and follows the free space of the file system."""
+    rest = await threads.run_sync(store.rest_on_disk, limiter=store.upkeep)
+    await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
+    store.note_room()
+
+
+async def follow_space(store: Store) -> None:
+    """Gives room back when others fill the file system, and takes it when they leave, for as long as the
+    cache lives."""
+    while True:
+        await trio.sleep(MEASURE_SECONDS)
+        await measure(store)
 
 
 async def replace_index(store: Store, why: Damaged) -> None:
@@ -167,7 +198,7 @@ async def replace_index(store: Store, why: Damaged) -> None:
     try:
         store.index.replace(str(why))
     except (StoreFailed, Damaged, OSError) as exc:
-        store.trouble.note(str(store.index.path), exc)
+        store.backoff.failed(str(store.index.path), exc)
         return
     finally:
         store.damaged = None
@@ -176,21 +207,27 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 async def _read_packs(store: Store) -> None:
     for pack in sorted(store.packs.sizes):
-        _take(store, await trio.to_thread.run_sync(list, store.packs.sections(pack)))
+        _take(store, await threads.run_sync(list, store.packs.sections(pack)))
         if len(store.packs.pending) >= ROWS:
             batch, statements = store.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):
-                await trio.to_thread.run_sync(store.index.write, statements)
+                await threads.run_sync(store.index.write, statements)
                 store.packs.written(batch)
     store.index.anew = False
 
 
-def uses(store: Store) -> list[tuple[Key, float, bool]]:
-    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
-    now, out = time.time(), []
-    for order, key in enumerate(store.room.arc):
+def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
+    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it. Times grow
+    with ARC's order."""
+    out: list[tuple[Key | str, float, bool]] = [(IN_ORDER, 0.0, False)]
+    last, was_frequent = 0.0, False
+    for key in store.budget.arc:
+        frequent = store.budget.arc.frequent(key)
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
-        out.append((key, entry.last_used if entry else now + order * 1e-6, store.room.arc.frequent(key)))
+        if frequent != was_frequent:  # the second list begins
+            last, was_frequent = 0.0, frequent
+        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)  # of a pack only its place is known
+        out.append((key, last, frequent))
     return out
 
 
@@ -202,7 +239,7 @@ async def close(store: Store) -> None:
     await flush(store)
     statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
     try:
-        await trio.to_thread.run_sync(store.index.write, statements)
+        await threads.run_sync(store.index.write, statements)
     except (StoreFailed, Damaged) as exc:
         log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
     store.packs.close()

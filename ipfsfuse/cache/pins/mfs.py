@@ -16,6 +16,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, NotHere, SourceFailed, Unsupported, WrongBlock
+from ipfsfuse.fileio import threads
 
 PATIENCE = 10.0
 """Seconds for one try of a command. All are local to the node and take milliseconds: a node that hangs is
@@ -162,7 +163,7 @@ class Mfs:
                 raise
             raise SourceFailed(why, exc.kind) from exc
         with _understood("ls"):
-            return await trio.to_thread.run_sync(_links, answer)
+            return await threads.run_sync(_links, answer)
 
     async def _call(
         self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, body: bytes = b"", headers: Pairs = ()

@@ -22,6 +22,7 @@ from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
+from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class MfsPinFolder:
     async def write(self, prefix: str, step: Round) -> None:
         """Writes the step's batches; nothing of the step may count as done before this returned."""
         for batch in step.writes:
-            block = await trio.to_thread.run_sync(batches.directory, batch.members)
+            block = await threads.run_sync(batches.directory, batch.members)
             cid = cids.make(cids.DAG_PB, b"\x12\x20" + hashlib.sha256(block).digest())
             entry = f"{prefix}{batch.number}"
             await self._mfs.place(cid, block, f"{self.path}/{entry}")
@@ -105,14 +106,14 @@ class MfsPinFolder:
     async def _claim(self) -> tuple[dict[str, Cid], Lease]:
         """The folder's entries and this mount's lease, once the folder is ours. Where another mount may live
         that has the folder, as after a copy of the cache folder, this mount takes a new name."""
-        lease = await trio.to_thread.run_sync(Lease.of, self._mount_id.folder)
+        lease = await threads.run_sync(Lease.of, self._mount_id.folder)
         while True:
             name = self._mount_id.name
             entries = await self._mfs.entries(f"{ROOT}/{name}")
             other = await _read_lease(self._mfs, entries)
-            if other is None or await trio.to_thread.run_sync(other.may_be_taken, lease, name):
+            if other is None or await threads.run_sync(other.may_be_taken, lease, name):
                 break
-            await trio.to_thread.run_sync(self._mount_id.change, name)
+            await threads.run_sync(self._mount_id.change, name)
             told = "another mount may be using %s/%s, of %s: this one is %s now"
             log.info(told, ROOT, name, other.folder, self._mount_id.name)
         if name != self._name:
@@ -130,7 +131,7 @@ class MfsPinFolder:
         members: list[Cid] = []
         for number in sorted(found.keys() - shelf.batches.keys()):
             block = await self._mfs.block(found[number])
-            batch = None if block is None else await trio.to_thread.run_sync(batches.members_of, block)
+            batch = None if block is None else await threads.run_sync(batches.members_of, block)
             if batch is None:
                 await self._remove(f"{prefix}{number}")
             else:
@@ -161,7 +162,7 @@ async def release_stale_pins(mfs: Mfs, lease: Lease, ours: str) -> None:
         path = f"{ROOT}/{name}"
         try:
             other = await _read_lease(mfs, await mfs.entries(path))
-            if other is not None and await trio.to_thread.run_sync(other.is_stale, lease, name):
+            if other is not None and await threads.run_sync(other.is_stale, lease, name):
                 await _release(mfs, path)
                 log.info("the pins of a mount that is gone are released: %s, of %s", path, other.folder)
         except SourceFailed as exc:

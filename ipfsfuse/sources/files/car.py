@@ -13,6 +13,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
 from ipfsfuse.sources.files.carbuild import IndexProgress, ensure_index
 from ipfsfuse.sources.files.carfile import CarFile, read_cached
@@ -52,14 +53,14 @@ class CarSource:
         try:
             place = self._file.find(multihash, read_cached)
         except BlockingIOError:
-            place = await trio.to_thread.run_sync(self._file.find, multihash)
+            place = await threads.run_sync(self._file.find, multihash)
         if place is None:
             raise NotHere(f"{self.name} does not have {cids.text(cid)}")
         if place.size > cids.MAX_BLOCK:
             raise too_large(self.name, cid, place.size)
         with suppress(BlockingIOError):
             return self._file.read_small(place)
-        return await trio.to_thread.run_sync(self._file.read, place)
+        return await threads.run_sync(self._file.read, place)
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
@@ -75,4 +76,4 @@ class CarSource:
         return self._file.roots
 
     async def aclose(self) -> None:
-        await trio.to_thread.run_sync(self._file.close)
+        await threads.run_sync(self._file.close)

@@ -13,6 +13,7 @@ from outcome import Outcome
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Deliver, Run, fits
 from ipfsfuse.sources.files.carfile import CarFile, Place
 
@@ -81,7 +82,7 @@ async def _read_ahead(
         for start, group in _groups(leaves):
             await room.acquire()
             try:
-                await send.send(await trio.to_thread.run_sync(outcome.capture, _read_group, start, group, find))
+                await send.send(await threads.run_sync(outcome.capture, _read_group, start, group, find))
             except BaseException:
                 room.release()
                 raise

@@ -14,6 +14,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
 from ipfsfuse.sources.files import librarycompact, libraryfolder
 from ipfsfuse.sources.files.carfile import read_cached, read_disk
@@ -126,11 +127,11 @@ class LibrarySource:
         try:
             found = self.library.packs.find(multihash, read_cached)
         except BlockingIOError:
-            found = await trio.to_thread.run_sync(self.library.packs.find, multihash, read_disk)
+            found = await threads.run_sync(self.library.packs.find, multihash, read_disk)
         found = _readable(cid, found)
         with suppress(BlockingIOError):
             return found.file.read_small(found.place)
-        return await trio.to_thread.run_sync(found.file.read, found.place)
+        return await threads.run_sync(found.file.read, found.place)
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
@@ -148,4 +149,4 @@ class LibrarySource:
             return ()
 
     async def aclose(self) -> None:
-        await trio.to_thread.run_sync(self.library.close)
+        await threads.run_sync(self.library.close)

@@ -70,6 +70,8 @@ class HedgedFetch:
         self._no_more_tries = trio.Event()
         self._network_scope = trio.CancelScope()
         self._found: Fetched | None = None
+        self.said: dict[str, str] = {}
+        """What each source that was asked has said last, by its name."""
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
@@ -86,9 +88,10 @@ class HedgedFetch:
                 await self._race(network)
         if self._found is not None:
             return self._found
-        raise self._too_large or self._wrong or Unavailable(
-            f"no source has {cids.text(self._cid)}" + (" (offline)" if self._pool.offline else "")
-        )
+        offline = " (offline)" if self._pool.offline else ""
+        said = "".join(f"; {each}" for each in self.said.values())
+        unavailable = Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
+        raise self._too_large or self._wrong or unavailable
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
@@ -147,11 +150,13 @@ class HedgedFetch:
     async def _once(
         self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
     ) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
-        asked = trio.current_time()
+        asked, name = trio.current_time(), managed.source.name
+        self.said.setdefault(name, f"{name} has not answered")
         try:
             return await managed.ask(self._cid, hedge=hedge, retried=retried)
         except (NotHere, SourceFailed) as exc:
             log.debug("%s", exc)
+            self.said[name] = str(exc)
             return exc
         except BlockTooLarge as exc:
             self._too_large = exc
@@ -161,6 +166,7 @@ class HedgedFetch:
             return exc
         except WrongBlock as exc:
             self._wrong = exc
+            self.said[name] = f"{name} sent wrong bytes"
             self._pool.wrong(managed, self._cid)
             return exc
         except trio.Cancelled:

@@ -34,7 +34,7 @@ class Statistics:
 
     name: str
     state: str
-    """good, open (failed: not asked for a while), half_open (one request finds out whether it is back),
+    """untried (has not answered yet), good, open (failed: not asked for a while), half_open (one request finds out whether it is back),
     quarantined (sent wrong bytes)."""
     why: str
     """The last failure's line while the state is not good."""
@@ -64,9 +64,10 @@ class Statistics:
 
 class Health:
     """`may_quarantine` for a source that is quarantined for wrong bytes (a remote gateway); `slow` is what
-    its 95th percentile is taken for, in seconds, before there is one."""
+    its 95th percentile is taken for, in seconds, before there is one. `answered` for a source that was seen to
+    be well when it was opened."""
 
-    def __init__(self, chance: random.Random, *, may_quarantine: bool, slow: float) -> None:
+    def __init__(self, chance: random.Random, *, may_quarantine: bool, slow: float, answered: bool = False) -> None:
         self._chance = chance
         self._may_quarantine = may_quarantine
         self._slow = slow
@@ -76,6 +77,7 @@ class Health:
         self._failed_in_a_row = 0
         self._failed_at = self._open_until = self._quarantined_until = self._probed_at = -math.inf
         self._next_quarantine = FIRST_QUARANTINE
+        self._answered = answered
         self.why = ""
         self.requests = self.blocks = self.bytes = self.absent = self.wrong_blocks = self.hedges = 0
         self.failures: Counter[str] = Counter()
@@ -106,6 +108,7 @@ class Health:
         self._well()
 
     def _well(self) -> None:
+        self._answered = True
         self._failed_in_a_row = 0
         self._probed_at = -math.inf
         self.why = ""
@@ -126,6 +129,7 @@ class Health:
 
     def record_too_many(self) -> None:
         """It is busy with other requests of ours: it is sent fewer at a time, and is well otherwise."""
+        self._answered = True
         self.failures["busy"] += 1
 
     def record_cancelled(self) -> None:
@@ -136,6 +140,7 @@ class Health:
         """Bytes that do not match. Seconds for which the source is now quarantined, 0 if it was already (this
         request had been on its way); None if it loses this block alone."""
         self.wrong_blocks += 1
+        self._answered = True
         self._probed_at = -math.inf
         if self.is_quarantined(now):
             return 0.0
@@ -186,7 +191,7 @@ class Health:
         if self.is_quarantined(now):
             return "quarantined"
         if self._failed_in_a_row < OPENS_AFTER:
-            return "good"
+            return "good" if self._answered else "untried"
         return "open" if now < self._open_until else "half_open"
 
     def statistics(self, name: str, now: float, concurrency: Mapping[str, int]) -> Statistics:

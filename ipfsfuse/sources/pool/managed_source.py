@@ -46,7 +46,8 @@ class ManagedSource:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
         self.remote = isinstance(source, Gateway) and not source.local
-        self.health = Health(chance, may_quarantine=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
+        slow = SLOW_FAR if self.remote else SLOW_HERE
+        self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
         running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
         self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
         self._answered = float("-inf")

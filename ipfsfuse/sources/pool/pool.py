@@ -75,6 +75,8 @@ class SourcePool:
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._known_wrong: set[tuple[str, Cid]] = set()
         self._known_large: set[Cid] = set()
+        self._under_way: dict[bytes, HedgedFetch] = {}
+        """Fetches by multihash."""
         self._asleep = asleep
         self._slept = asleep()
 
@@ -94,7 +96,17 @@ class SourcePool:
         inline = cids.known(cid)
         if inline is not None:
             return Fetched(inline, INLINE)
-        return await HedgedFetch(self, cid).run()
+        key = cids.multihash(cid)
+        fetch = self._under_way[key] = HedgedFetch(self, cid)
+        try:
+            return await fetch.run()
+        finally:
+            if self._under_way.get(key) is fetch:
+                del self._under_way[key]
+
+    def said(self, cid: Cid) -> str:
+        fetch = self._under_way.get(cids.multihash(cid))
+        return "" if fetch is None else "; ".join(fetch.said.values())
 
     async def stream(self, run: Run, deliver: DeliverFetched) -> None:
         fetch = RangeFetch(self, run, deliver)

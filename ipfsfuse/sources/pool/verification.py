@@ -5,12 +5,11 @@ Concurrency: small blocks are hashed on the event loop, larger ones in a worker 
 
 from collections.abc import Sequence
 
-import trio
-
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import WrongBlock
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Block
 
 INLINE_BYTES = 64 * 1024
@@ -27,7 +26,7 @@ async def check(cid: Cid, block: bytes) -> None:
             cids.verify(cid, block)  # names the block, which takes as long as hashing it
         return
     # Left to itself when cancelled: it ends within a millisecond, holds nothing, and its answer is dropped.
-    await trio.to_thread.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
+    await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
 
 
 async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
@@ -40,4 +39,4 @@ async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence
 
     if sum(map(len, blocks)) <= INLINE_BYTES:
         return run()
-    return await trio.to_thread.run_sync(run, abandon_on_cancel=True)  # as in `check`
+    return await threads.run_sync(run, abandon_on_cancel=True)  # as in `check`

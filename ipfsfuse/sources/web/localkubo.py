@@ -10,6 +10,7 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.files.descent import Descent
@@ -30,12 +31,12 @@ class LocalKubo(Kubo):
         self._threads = trio.CapacityLimiter(THREADS)
 
     async def get(self, cid: Cid) -> bytes:
-        block = await trio.to_thread.run_sync(self._blocks.read, cid, limiter=self._threads)
+        block = await threads.run_sync(self._blocks.read, cid, limiter=self._threads)
         return block if block is not None else await super().get(cid)
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         wanted = [leaf.cid for leaf in run.leaves]
-        if await trio.to_thread.run_sync(self._blocks.have, wanted, limiter=self._threads):
+        if await threads.run_sync(self._blocks.have, wanted, limiter=self._threads):
             await runs.in_stretches(run.leaves, self._read_leaves, deliver)
         else:
             await super().stream(run, deliver)
@@ -48,14 +49,14 @@ class LocalKubo(Kubo):
     async def _all_below(self, subtree: Subtree, deliver: DeliverBlocks) -> bool:
         """Delivers what the repository has, as far as the limit goes. Whether that is all."""
         descent = Descent(self._blocks.read_some, subtree.root, subtree.limit)
-        while blocks := await trio.to_thread.run_sync(descent.some, limiter=self._threads):
+        while blocks := await threads.run_sync(descent.some, limiter=self._threads):
             await deliver(blocks)
         return not descent.lacking
 
     async def _read_leaves(self, leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
         await self._room.acquire()
         try:
-            blocks = await trio.to_thread.run_sync(self._blocks.read_each, leaves, limiter=self._threads)
+            blocks = await threads.run_sync(self._blocks.read_each, leaves, limiter=self._threads)
         except BaseException:
             self._room.release()
             raise

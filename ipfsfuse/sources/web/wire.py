@@ -21,7 +21,7 @@ import h11
 import trio
 
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.fileio import buffers
+from ipfsfuse.fileio import buffers, threads
 from ipfsfuse.sources.web.chunks import Chunks
 from ipfsfuse.sources.web.failures import PROTOCOL, SHORT
 from ipfsfuse.sources.web.heads import Head, Request, common
@@ -217,7 +217,7 @@ class Wire:
                 os.set_blocking(file, False)
 
         # Not abandoned when cancelled: it waits no longer than THREAD_WAIT in all.
-        received = await trio.to_thread.run_sync(read, limiter=self._threads.limiter)
+        received = await threads.run_sync(read, limiter=self._threads.limiter)
         self._moved()
         return received
 

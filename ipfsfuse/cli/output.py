@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ipfsfuse.cli.values import human
+from ipfsfuse.cli.units import human
 
-SIZES = ("budget", "size", "staged", "used", "freed", "pinned")
+SIZES = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
 
 
 def show(values: Mapping[str, Any], indent: str = "") -> None:

@@ -13,12 +13,20 @@ MAX_BYTES = 1 << 62
 
 
 def size(text: str) -> int:
-    """Bytes: `10GiB`, `500MB`, `64K` (binary, as in dd), `1073741824`."""
+    """Bytes, at least 1: `10GiB`, `500MB`, `64K` (binary, as in dd), `1073741824`."""
+    value = size_or_zero(text)
+    if value == 0:
+        raise UsageError(f"{text!r} is too small a size: it must be more than 0")
+    return value
+
+
+def size_or_zero(text: str) -> int:
+    """As `size`; 0 is allowed."""
     value = _scaled(text, _UNITS)
     if value is None:
-        raise UsageError(f"{text!r} is no size: write it as 10GiB, 500MB or a number of bytes")
-    if not 0 < value <= MAX_BYTES:
-        raise UsageError(f"{text!r} is no size that can be used: it must lie above 0 and below 4 EiB")
+        raise UsageError(f"{text!r} is not a size: write it as 10GiB, 500MB or a number of bytes")
+    if value > MAX_BYTES:
+        raise UsageError(f"{text!r} is too large a size: it must be at most 4 EiB")
     return int(value)
 
 
@@ -26,10 +34,17 @@ def duration(text: str) -> float:
     """Seconds: `30s`, `5m`, `250ms`, `2h`, `30`."""
     value = _scaled(text, _SECONDS)
     if value is None:
-        raise UsageError(f"{text!r} is no duration: write it as 30s, 5m or a number of seconds")
+        raise UsageError(f"{text!r} is not a duration: write it as 30s, 5m or a number of seconds")
     if not 0 < value <= 86400 * 365:
-        raise UsageError(f"{text!r} is no duration that can be used: it must lie above 0 and below a year")
+        raise UsageError(f"{text!r} can't be used as a duration: it must be more than 0 and at most a year")
     return value
+
+
+def count(text: str) -> int:
+    """A number of things: 0 or more."""
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UsageError(f"{text!r} can't be used: it must be a whole number, 0 or more")
+    return int(text)
 
 
 def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None:

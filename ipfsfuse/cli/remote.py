@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ipfsfuse.cli import folders, showing
+from ipfsfuse.cli import folders, output
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client
 from ipfsfuse.errors import UsageError
@@ -14,15 +15,25 @@ from ipfsfuse.errors import UsageError
 STATUS_SECONDS = 30.0
 """How long a mount may take for an answer that needs no network."""
 
+NAMED = 5
+"""Lost blocks that `fsck` names in its last line; all are in its report."""
+
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
+DEGRADED = 3
+"""Exit code of `status` where the mount serves, but not as well as it should. 1 says that it does not
+answer."""
+
+
 def status(arguments: argparse.Namespace) -> int:
-    return _told(arguments, _call(arguments, "status", timeout=STATUS_SECONDS), showing.status)
+    answer = _call(arguments, "status", timeout=STATUS_SECONDS)
+    _told(arguments, answer, output.status)
+    return 0 if answer["health"] == "healthy" else DEGRADED
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), showing.ls)
+    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), output.ls)
 
 
 def pin(arguments: argparse.Namespace) -> int:
@@ -45,11 +56,18 @@ def evict(arguments: argparse.Namespace) -> int:
 
 
 def fsck(arguments: argparse.Namespace) -> int:
-    return _work(arguments, "fsck")
+    """1 where something wrong could not be mended."""
+    answer = _call(arguments, "fsck")
+    _told(arguments, answer, output.show)
+    lost = answer["wrong"] - answer["mended"]
+    if lost:
+        named = ", ".join(answer["lost"][:NAMED]) + (", ..." if lost > NAMED else "")
+        print(f"ipfsfuse: wrong, removed, and not to be had from any source: {lost} ({named})", file=sys.stderr)
+    return 1 if lost else 0
 
 
 def _work(arguments: argparse.Namespace, command: str, **sent: object) -> int:
-    return _told(arguments, _call(arguments, command, sent), showing.show)
+    return _told(arguments, _call(arguments, command, sent), output.show)
 
 
 def _call(arguments: argparse.Namespace, command: str, sent: Mapping[str, object] = NOTHING, timeout: float | None = None) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""The budget: no byte is written before there is room for it.
+
+`used` counts, in file-system blocks, what staging files and packs take and may still take by writes under
+way, what is kept for good, and everything else in the cache folder with what that may grow. ARC says what
+must leave. That has left the disk before the reservation returns, and no other reservation returns in
+between. So the sum on disk never exceeds `limit`.
+
+`limit` is the configured budget, or less where the file system is too full for it: a reserve stays free for
+others. It follows the free space, which is asked for again after each `LOOK_BYTES` reserved and whenever
+`refit` is called.
+
+Concurrency: the event loop's; one reservation that must evict, or one removal, at a time.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ipfsfuse.cache.arc import Arc
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.sources.base import current_request
+
+Key = Cid | int
+"""A staging file by its CID, a pack by its number."""
+
+LOOK_BYTES = 4 << 20
+"""Bytes reserved between two looks at the free space. One look takes some microseconds."""
+
+
+def _unknown() -> None:
+    return None
+
+
+class Budget:
+    def __init__(
+        self,
+        configured: int,
+        evict: Callable[[Key], Awaitable[None]],
+        spare: Callable[[], int | None] = _unknown,
+    ) -> None:
+        """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
+        bytes the file system can take before the reserve is touched: negative where others have taken from
+        the reserve, None where that can't be known."""
+        self.configured = configured
+        self.limit = configured
+        self.arc: Arc[Key] = Arc(configured)
+        self.evictions = 0
+        self.refused: set[Key] = set()
+        """What shall be kept for good and has not found room."""
+        self._evict = evict
+        self._spare = spare
+        self._lock = trio.Lock()
+        self._overhead = 0
+        self._margin = 0
+        self._stuck = 0
+        self._kept: dict[Key, int] = {}
+        self._kept_bytes = 0
+        self._pending = 0
+        self._unlooked = 0
+
+    @property
+    def used(self) -> int:
+        return self._overhead + self._margin + self._stuck + self._kept_bytes + self.arc.bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept for good."""
+        return self._kept_bytes
+
+    def kept(self, key: Key) -> bool:
+        return key in self._kept
+
+    def size(self, key: Key) -> int:
+        return self._kept.get(key) or self.arc.size(key)
+
+    async def reserve(self, key: Key, size: int) -> bool:
+        """Counts `size` more bytes for `key`, after what must leave for them has left. False: they can't fit.
+
+        Where True was returned, the caller calls `settle` with the same size once the write has ended."""
+        self._unlooked += size
+        if self._lock.locked() or self._unlooked >= LOOK_BYTES or self.used + size > self.limit:
+            async with self._lock:
+                done = await self._reserve(key, size)
+        else:
+            done = True
+            if key in self._kept:
+                self._keep(key, size)
+            else:
+                self.arc.admit(key, size, current_request().caller)
+        if done:
+            self._pending += size
+        return done
+
+    async def _reserve(self, key: Key, size: int) -> bool:
+        if self._unlooked >= LOOK_BYTES:
+            self._look()
+        if size > self.arc.capacity:
+            if key in self._kept:
+                self.refused.add(key)
+            return False
+        if key in self._kept:
+            self._keep(key, size)
+            await self._leave(self._shrink())
+        else:
+            await self._leave(self.arc.admit(key, size, current_request().caller))
+        return True
+
+    def settle(self, size: int) -> None:
+        """A write that `size` bytes were reserved for has ended: what it took is on the disk, and counted."""
+        self._pending -= size
+
+    def adjust(self, key: Key, by: int) -> None:
+        """Corrects what is counted for `key` by so many bytes: what was reserved meanwhile stays counted."""
+        if not by:
+            return
+        size = self.size(key) + by
+        if key in self._kept:
+            self._keep(key, by)
+        elif size <= 0:
+            self.arc.remove(key)
+        else:
+            self.arc.set_size(key, size)
+
+    def remove(self, key: Key) -> None:
+        """`key` has left the disk for other reasons."""
+        if key in self._kept:
+            self._keep(key, -self._kept[key])
+        else:
+            self.arc.remove(key)
+
+    def keep(self, key: Key) -> None:
+        """Exempts `key` from eviction, whether or not it is there yet."""
+        if key not in self._kept:
+            self._kept[key] = 0
+            held = self.arc.size(key)
+            self.arc.remove(key)
+            self._keep(key, held)
+
+    def release(self, key: Key) -> None:
+        """`key` may be evicted again."""
+        if key in self._kept:
+            held = self._kept[key]
+            self.remove(key)
+            del self._kept[key]
+            if held:
+                self.arc.restore(key, held, True)
+
+    async def refit(self, overhead: int, margin: int) -> None:
+        """Takes in what else lies in the cache folder (`overhead` bytes, which may grow by `margin` before
+        this is called again) and how much room the file system has now. What is too much for either
+        leaves."""
+        async with self._lock:
+            self._overhead, self._margin = overhead, margin
+            self._look()
+            await self._leave(self._shrink())
+
+    def look_soon(self) -> None:
+        """The next reservation looks at the free space first: a write has just found the disk full."""
+        self._unlooked = LOOK_BYTES
+
+    async def evict(self, key: Key) -> int:
+        """Removes one thing on demand; returns the bytes freed."""
+        async with self._lock:
+            size = self.size(key)
+            self.remove(key)
+            with trio.CancelScope(shield=True):  # as in `_leave`
+                await self._evict(key)
+            return size
+
+    def _look(self) -> None:
+        """Sets the limit to what the file system lets us have now. Under the lock: what is leaving is counted
+        nowhere."""
+        self._unlooked = 0
+        spare = self._spare()
+        if spare is not None:
+            # What is reserved and not written yet is still free there.
+            on_disk = self.used - self._pending - self._margin
+            self.limit = max(0, min(self.configured, on_disk + spare))
+            self._set_capacity()
+
+    def _keep(self, key: Key, size: int) -> None:
+        self._kept[key] = self._kept.get(key, 0) + size
+        self._kept_bytes += size
+        self._set_capacity()
+
+    @property
+    def _room(self) -> int:
+        """What is left of the limit for all that ARC may evict; negative where the rest alone is too much."""
+        return self.limit - self._overhead - self._margin - self._stuck - self._kept_bytes
+
+    def _set_capacity(self) -> None:
+        """Without evicting: what is too much leaves with the next reservation, or by `refit`."""
+        self.arc.capacity = max(0, self._room)
+
+    def _shrink(self) -> list[Key]:
+        return self.arc.set_capacity(self._room)
+
+    def stuck(self, size: int) -> None:
+        """Something of `size` bytes could not be removed: it is counted until the next start."""
+        self._stuck += size
+        self._set_capacity()
+
+    async def _leave(self, keys: list[Key]) -> None:
+        with trio.CancelScope(
+            shield=True
+        ):  # what was decided is done: else it would be on disk and not counted
+            for key in keys:
+                await self._evict(key)
+                self.evictions += 1

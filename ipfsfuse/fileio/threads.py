@@ -1,0 +1,53 @@
+"""Blocking work in a worker thread, or without one where none can be started.
+
+A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, by others too. Then the
+work is done on the event loop: everything else waits for it, but nothing fails. """
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+import trio
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+LOG_SECONDS = 60.0
+"""Between two lines of the log that say so."""
+
+_logged = float("-inf")
+
+
+async def run_sync(
+    function: Callable[[*Ts], T],
+    *arguments: *Ts,
+    abandon_on_cancel: bool = False,
+    limiter: trio.CapacityLimiter | None = None,
+) -> T:
+    """As `trio.to_thread.run_sync`, but where no thread can be started: then `function` is called here."""
+    began = False
+
+    def work() -> T:
+        nonlocal began
+        began = True
+        return function(*arguments)
+
+    try:
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
+    except RuntimeError as exc:
+        if began or "start new thread" not in str(exc):
+            raise
+    _note()
+    return function(*arguments)
+
+
+def _note() -> None:
+    global _logged
+    now = trio.current_time()
+    if now - _logged >= LOG_SECONDS:
+        _logged = now
+        log.warning(
+            "no more threads can be started (a limit on processes?): the work of one stops all others meanwhile"
+        )

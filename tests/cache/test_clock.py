@@ -1,0 +1,111 @@
+"""A wall clock that is set, forwards and backwards, changes no order, and makes no time negative or later
+than now."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.folder import store as stores
+from ipfsfuse.cache.pinset import PinsetCache
+from tests.cache.standin import Chain, make_file, staged_bytes
+from tests.cache.test_pinset import read
+
+MIB = 1 << 20
+BUDGET = 64 * MIB
+YEAR = 365 * 86400.0
+
+
+class Clock:
+    """The wall clock, set by so many seconds."""
+
+    def __init__(self) -> None:
+        self.by = 0.0
+        self._real = time.time
+
+    def __call__(self) -> float:
+        return self._real() + self.by
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    return clock
+
+
+async def use_in_turn(cache: PinsetCache, chain: Chain, clock: Clock) -> list[int]:
+    """Uses six files of 1 MiB, with the clock set before each; returns the years that it was set by."""
+    jumps = [0, 30, -20, 10, -49, 0]
+    for seed, years in enumerate(jumps):
+        clock.by = years * YEAR
+        file, leaves, content = make_file(chain, MIB, seed=seed)
+        cache.opened(file)
+        assert await read(cache, file, leaves) == content
+        await trio.sleep(0.02)
+    return jumps
+
+
+def in_order_of_use(cache: PinsetCache, chain: Chain) -> list[int]:
+    """The seeds, as `kept` lists their files; no time is negative or in the future."""
+    kept = cache.kept()
+    times = [each.last_used for each in kept]
+    assert times == pytest.approx(sorted(times, reverse=True), abs=0.01)
+    assert all(0 <= each <= time.time() for each in times)
+    seeds = {make_file(chain, MIB, seed=seed)[0].cid: seed for seed in range(6)}
+    return [seeds[each.cid] for each in kept]
+
+
+def test_the_order_of_use_survives_a_clock_that_jumps(tmp_path: Path, clock: Clock) -> None:
+    async def main() -> None:
+        chain = Chain()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await use_in_turn(cache, chain, clock)
+            assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
+            assert all(time.time() - each.last_used < 60 for each in cache.kept()), "as the clock stands now"
+        clock.by = -30 * YEAR
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
+        async with PinsetCache.open(tmp_path, chain, int(4.5 * MIB)) as cache:
+            assert in_order_of_use(cache, chain) == [5, 4, 3], "what was used first has left first"
+
+    trio.run(main)
+
+
+def test_after_a_crash_no_time_lies_in_the_future(tmp_path: Path, clock: Clock) -> None:
+    async def main() -> None:
+        chain = Chain()
+        async with PinsetCache.open(tmp_path / "cache", chain, BUDGET) as cache:
+            await use_in_turn(cache, chain, clock)
+            shutil.copytree(tmp_path / "cache", tmp_path / "crashed")
+        async with PinsetCache.open(tmp_path / "crashed", chain, BUDGET) as cache:
+            assert sorted(in_order_of_use(cache, chain)) == [0, 1, 2, 3, 4, 5]
+            last, leaves, _content = make_file(chain, MIB, seed=3)
+            cache.opened(last)
+            assert in_order_of_use(cache, chain)[0] == 3
+            assert staged_bytes(cache, last.cid) >= MIB
+            assert len(leaves) == 16
+
+    (tmp_path / "cache").mkdir()
+    trio.run(main)
+
+
+def test_a_use_is_written_to_the_disk_however_the_clock_was_set(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "NOTE_USE", 0.1)
+
+    async def main() -> None:
+        chain = Chain()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            file, leaves, _content = make_file(chain, MIB, seed=1)
+            await read(cache, file, leaves)
+            clock.by = -40 * YEAR
+            with trio.fail_after(20):
+                while next((tmp_path / "files").iterdir()).stat().st_mtime > time.time():
+                    await trio.sleep(0.03)  # less than the time between two notes: frequent use is noted too
+                    cache.opened(file)
+
+    trio.run(main)

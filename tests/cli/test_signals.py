@@ -1,0 +1,186 @@
+"""What signals do to a mount, and its log: real daemons, and one in the foreground of a terminal that hangs
+up."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests.mounting import PATIENCE, Home, Mounted, alive, fuse_mounts, wait_until
+
+pytestmark = pytest.mark.fuse
+
+HARMLESS = [
+    signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR, signal.SIGHUP,
+    signal.SIGPIPE, signal.SIGXFSZ, signal.SIGRTMIN, signal.SIGRTMAX,
+]  # fmt: skip
+
+
+@pytest.fixture
+def cid(user: Home) -> str:
+    (user.folder / "hello.txt").write_text("hello\n")
+    return user.add("-w", user.folder / "hello.txt")
+
+
+def reads(mount: Mounted, cid: str) -> None:
+    assert (mount.path / cid / "hello.txt").read_text() == "hello\n"
+    assert alive(mount.pid)
+
+
+def test_a_daemon_outlives_every_stray_signal(user: Home, cid: str) -> None:
+    with user.mounted() as mount:
+        for number in HARMLESS:
+            os.kill(mount.pid, number)
+            assert mount.status()["pid"] == mount.pid, number
+            reads(mount, cid)
+        wait_until(lambda: "this log was opened anew" in mount.log(), "SIGHUP was heeded")
+        (status,) = [line for line in mount.log().splitlines() if "status: up" in line]
+        assert "library good, " in status
+        assert "no trouble" in status
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGXCPU, signal.SIGTERM])
+def test_what_ends_a_process_unmounts_a_daemon_though_a_file_is_open(
+    user: Home, cid: str, number: signal.Signals
+) -> None:
+    with user.mounted() as mount:
+        file = os.open(mount.path / cid / "hello.txt", os.O_RDONLY)
+        os.kill(mount.pid, number)
+        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+        assert not fuse_mounts(user.folder)
+        assert f"{number.name}: unmounting" in mount.log()
+        with suppress(OSError):  # there is nobody to be told any more
+            os.close(file)
+
+
+def test_where_no_process_can_be_started_a_signal_ends_the_mount_all_the_same(user: Home, cid: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("takes fusermount3 away from a daemon of its own")
+    tools = user.folder / "tools"
+    tools.mkdir()
+    (tools / "fusermount3").symlink_to(
+        subprocess.run(["which", "fusermount3"], capture_output=True, text=True).stdout.strip()
+    )
+    user.env["PATH"] = str(tools)
+    with user.mounted() as mount:
+        reads(mount, cid)
+        (tools / "fusermount3").unlink()
+        os.kill(mount.pid, signal.SIGTERM)
+        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+        wait_until(lambda: not fuse_mounts(user.folder), "the helper has unmounted it")
+        assert "Traceback" not in mount.log()
+
+
+TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", sys.argv[2]])
+"""
+
+
+@contextmanager
+def in_the_foreground(user: Home, how: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A mount in the foreground of a terminal of its own, and our end of that."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-c", TERMINAL, how, str(user.mountpoint)]
+    with subprocess.Popen(
+        command,
+        env=user.env,
+        stdin=follower,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        text=True,
+        start_new_session=True,
+    ) as daemon:
+        os.close(follower)
+        assert daemon.stdout is not None
+        assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
+        try:
+            yield daemon, leader
+        finally:
+            daemon.terminate()
+
+
+def test_a_terminal_that_hangs_up_unmounts_what_runs_in_its_foreground(user: Home, cid: str) -> None:
+    with in_the_foreground(user, "plain") as (daemon, terminal):
+        assert os.listdir(user.mountpoint) == [cid]
+        os.close(terminal)
+        assert daemon.wait(PATIENCE) == 0
+        assert fuse_mounts(user.folder) == []
+
+
+def test_under_nohup_it_stays(user: Home, cid: str) -> None:
+    with in_the_foreground(user, "nohup") as (daemon, terminal):
+        os.close(terminal)
+        daemon.send_signal(signal.SIGHUP)
+        assert user.json("status", "--json")["pid"] == daemon.pid
+        assert os.listdir(user.mountpoint) == [cid]
+    assert daemon.returncode == 0
+
+
+def test_a_service_without_a_terminal_does_not_end_by_sighup(user: Home, cid: str) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
+    with subprocess.Popen(
+        command,
+        env=user.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
+        daemon.send_signal(signal.SIGHUP)
+        assert user.json("status", "--json")["pid"] == daemon.pid
+        daemon.terminate()
+    assert daemon.returncode == 0
+
+
+def test_the_log_goes_on_in_a_new_file_after_sighup(user: Home, cid: str) -> None:
+    with user.mounted() as mount:
+        log = user.cache / "daemon.log"
+        log.rename(user.cache / "moved-away")
+        os.kill(mount.pid, signal.SIGHUP)
+        wait_until(log.exists, "there is a log again")
+        wait_until(lambda: "opened anew" in log.read_text(), "it is written to")
+        assert os.readlink(f"/proc/{mount.pid}/fd/2") == str(log)
+
+
+def one_more_line(mount: Mounted) -> int:
+    """Has the daemon log a line; the bytes of its log then."""
+    before = os.stat(f"/proc/{mount.pid}/fd/2").st_size
+    os.kill(mount.pid, signal.SIGUSR1)
+    for _ in range(1000):
+        if (size := os.stat(f"/proc/{mount.pid}/fd/2").st_size) != before:
+            break
+        time.sleep(0.001)
+    return size
+
+
+def test_the_log_and_the_one_before_it_stay_small(user: Home, cid: str) -> None:
+    with user.mounted("--budget", "256KiB") as mount:
+        log, older = user.cache / "daemon.log", user.cache / "daemon.log.1"
+        wait_until(lambda: one_more_line(mount) and older.exists(), "the log was put aside")
+        reads(mount, cid)
+        for path in (log, older):
+            assert path.stat().st_size < (256 << 10) // 32 + 1000
+        assert {os.readlink(f"/proc/{mount.pid}/fd/{number}") for number in (1, 2)} == {str(log)}
+
+
+def test_a_log_whose_folder_is_gone_is_bounded_too(user: Home, cid: str) -> None:
+    with user.mounted("--budget", "256KiB") as mount:
+        (user.cache / "daemon.log").unlink()
+        user.cache.rename(user.folder / "elsewhere")
+        sizes = [one_more_line(mount)]
+        wait_until(lambda: sizes.append(one_more_line(mount)) or sizes[-1] < sizes[-2], "the log began again")
+        reads(mount, cid)
+        assert max(sizes) < (256 << 10) // 32 + 1000
