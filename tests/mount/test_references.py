@@ -38,13 +38,28 @@ class Inodes(mount.Inodes):
 mount.Inodes = Inodes
 """
 
+SLOW = """
+import trio
+import ipfsfuse.mount as mount
+class Tree(mount.Tree):
+    def known(self, cid):
+        return None
+    async def attributes(self, cid):
+        await trio.sleep(0.3)
+        return await super().attributes(cid)
+    async def entries(self, parent, after):
+        await trio.sleep(0.3)
+        return await super().entries(parent, after)
+mount.Tree = Tree
+"""
+
 
 @contextmanager
-def mounted(home: Home, dag: Dag, known: int = 50_000, roots: Sequence[Cid] = ()) -> Iterator[Path]:
+def mounted(home: Home, dag: Dag, known: int = 50_000, roots: Sequence[Cid] = (), slow: str = "") -> Iterator[Path]:
     """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, and notes how many inodes it holds in
     the file `held`."""
     car = dag.car(home.folder / "content.car", roots)
-    with counted(home, str(car), FEW_KNOWN % (known, str(home.folder / "held"))):
+    with counted(home, str(car), slow + FEW_KNOWN % (known, str(home.folder / "held"))):
         yield home.mountpoint
 
 
@@ -260,9 +275,33 @@ def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_ci
         for path, thing in content.things.items():
             last.check(mount.joinpath(*map(os.fsdecode, path)), thing)
 
-        def only_the_root_is_held() -> bool:
-            drop_caches()
-            return int((home.folder / "held").read_text()) == 1
+        wait_until_forgotten(home)
 
-        wait_until(only_the_root_is_held, "the daemon has let go of all that the kernel has forgotten")
+
+def wait_until_forgotten(home: Home) -> None:
+    """Nothing is in use any more: the daemon must let go of all but the root."""
+
+    def only_the_root_is_held() -> bool:
+        drop_caches()
+        return int((home.folder / "held").read_text() or 2) == 1
+
+    wait_until(only_the_root_is_held, "the daemon has let go of all that the kernel has forgotten")
     assert "forgets inode" not in (home.folder / "told").read_text()
+
+
+@as_root
+def test_callers_that_are_killed_while_they_wait_leave_no_reference(home: Home) -> None:
+    """Some before, some after the answer."""
+    dag = Dag()
+    root = cids.text(dag.directory(dagpb_files(dag, 40) | {b"raw": (dag.block(b"raw"), 3)}))
+    with mounted(home, dag, slow=SLOW) as mount:
+        os.stat(mount / root)
+        callers = [subprocess.Popen(["stat", mount / root / f"file-{number:04}"], stdout=subprocess.DEVNULL) for number in range(40)]
+        callers += [subprocess.Popen(["ls", mount / root], stdout=subprocess.DEVNULL) for _ in range(8)]
+        for caller in random.Random(1).sample(callers, len(callers)):
+            time.sleep(0.02)
+            caller.kill()
+        for caller in callers:
+            caller.wait(60)
+        assert (mount / root / "file-0007").read_bytes() == b"7"
+        wait_until_forgotten(home)
