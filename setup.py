@@ -1,5 +1,5 @@
-"""Everything about this package is in pyproject.toml. This file finds libfuse, and says in one line why the compiled
-parts could not be built: pip's own output is pages long."""
+"""Everything about this package is in pyproject.toml. This file finds libfuse, and says in one line why the
+compiled parts could not be built: pip's own output is pages long."""
 
 import shlex
 import subprocess
@@ -27,7 +27,9 @@ class BuildExt(build_ext):
 
 def _flags(wanted: str, prefix: str) -> list[str]:
     try:
-        told = subprocess.run(["pkg-config", wanted, "fuse3"], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            ["pkg-config", wanted, "fuse3"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return []  # the compiler will say what it does not find
     return [flag.removeprefix(prefix) for flag in shlex.split(told)]

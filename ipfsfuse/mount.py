@@ -154,14 +154,15 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
 
 
 def inode_key(folder: Path) -> bytes:
-    """The key of this cache folder's inode numbers, from the file `inode-key`; a new random one where there is no such file
-    of ours. If it can't be written, numbers change at the next start, and the log says so."""
+    """The key of this cache folder's inode numbers, from the file `inode-key`; a new random one where there
+    is no such file of ours. If it can't be written, numbers change at the next start, and the log says so."""
     path = folder / "inode-key"
     with suppress(OSError):
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             info = os.fstat(file)
-            if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077 and info.st_size == KEY_BYTES:
+            private = info.st_uid == os.geteuid() and not info.st_mode & 0o077
+            if stat.S_ISREG(info.st_mode) and private and info.st_size == KEY_BYTES:
                 return os.read(file, KEY_BYTES)
         finally:
             os.close(file)

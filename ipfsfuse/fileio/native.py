@@ -1,4 +1,5 @@
-"""Loads our compiled parts: each package that has C code comes with one library of it. Concurrency: none of its own."""
+"""Loads our compiled parts: each package that has C code comes with one library of it. Concurrency: none of
+its own."""
 
 import ctypes
 import importlib.util
@@ -7,12 +8,16 @@ from ipfsfuse.errors import IpfsFuseError
 
 
 def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
-    """The library of the extension module `name`. With RTLD_GLOBAL its functions come before those of the same names in
-    whatever is loaded later. Raises IpfsFuseError if it is missing or can't be loaded."""
+    """The library of the extension module `name`. With RTLD_GLOBAL its functions come before those of the
+    same names in whatever is loaded later. Raises IpfsFuseError if it is missing or can't be loaded."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
-        raise IpfsFuseError(f"the compiled part {name} is missing: install ipfsfuse again (in a checkout: scripts/setup)")
+        raise IpfsFuseError(
+            f"the compiled part {name} is missing: install ipfsfuse again (in a checkout: scripts/setup)"
+        )
     try:
         return ctypes.CDLL(found.origin, mode=mode)
     except OSError as exc:
-        raise IpfsFuseError(f"the compiled part {name} can't be loaded ({exc}): install ipfsfuse again") from exc
+        raise IpfsFuseError(
+            f"the compiled part {name} can't be loaded ({exc}): install ipfsfuse again"
+        ) from exc

@@ -1,9 +1,11 @@
-/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c) and queues the rest for Python.
+/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c) and queues the
+ * rest for Python.
  *
- * It is loaded as libfuse_calls.c is. This fuse_session_receive_buf stands before libfuse's and gives pyfuse3 the queued
- * requests. This fuse_session_fd names an eventfd for pyfuse3 to wait on, instead of the device: Python is woken for
- * what it must answer and for nothing else, since a turn of its event loop costs 0.1 ms. Until device_start is called,
- * libfuse reads the device itself, and Python says by the eventfd when there is something to read.
+ * It is loaded as libfuse_calls.c is. This fuse_session_receive_buf stands before libfuse's and gives
+ * pyfuse3 the queued requests. This fuse_session_fd names an eventfd for pyfuse3 to wait on, instead of the
+ * device: Python is woken for what it must answer and for nothing else, since a turn of its event loop costs
+ * 0.1 ms. Until device_start is called, libfuse reads the device itself, and Python says by the eventfd when
+ * there is something to read.
  * Concurrency: one lock for the queue. The thread uses nothing of Python's.
  */
 #define _GNU_SOURCE
@@ -52,9 +54,10 @@ static int wait_for_room(int file)
 	return poll(watched, 2, REPLY_WAIT_MS) > 0 && watched[0].revents & POLLOUT;
 }
 
-/* What a failed write to the device means is in fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the request
- * is over. It may fail with ENOMEM before it has looked for the request, which then still waits. Once it has found the
- * request and can't copy the answer, it ends the request with EIO: then another try finds no request. */
+/* What a failed write to the device means is in fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the
+ * request is over. It may fail with ENOMEM before it has looked for the request, which then still waits. Once
+ * it has found the request and can't copy the answer, it ends the request with EIO: then another try finds no
+ * request. */
 enum reply device_reply(int file, uint64_t unique, const void *body, size_t size)
 {
 	struct fuse_out_header header = {.len = sizeof header + size, .unique = unique};
@@ -140,7 +143,8 @@ static int64_t now_ns(void)
 	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* Reads one request. Returns its size, 0 if no more will come, or -errno. Spins for a moment before it sleeps. */
+/* Reads one request. Returns its size, 0 if no more will come, or -errno. Spins for a moment before it
+ * sleeps. */
 static ssize_t receive(void)
 {
 	struct pollfd watched[] = {{.fd = device, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};

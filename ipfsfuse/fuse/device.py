@@ -1,11 +1,11 @@
 """The Python side of our C code: the thread that reads /dev/fuse, and what it may answer without Python.
 
-The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the library that
-was loaded first: some of libfuse's calls are replaced by ours (`libfuse_calls.c`, `device.c`).
+The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the
+library that was loaded first: some of libfuse's calls are replaced by ours (`libfuse_calls.c`, `device.c`).
 
-The thread answers two kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`); and opens and
-releases, for reading, of small files that were allowed here (`opens.c`). It counts those opens, and `drain` tells Python
-of them afterwards. After 32 opens that were not drained, the next open goes to Python.
+The thread answers two kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`); and
+opens and releases, for reading, of small files that were allowed here (`opens.c`). It counts those opens, and
+`drain` tells Python of them afterwards. After 32 opens that were not drained, the next open goes to Python.
 
 Concurrency: any thread may call anything here.
 """
@@ -59,7 +59,8 @@ class DeviceReader:
         os.eventfd_write(self._wakeup_fd, 1)
 
     def start(self, device: int) -> None:
-        """From now on the thread reads requests from `device`, where libfuse sends its replies. Raises OSError."""
+        """From now on the thread reads requests from `device`, where libfuse sends its replies. Raises
+        OSError."""
         failed = _LIBRARY.device_start(device)
         if failed:
             raise OSError(failed, os.strerror(failed))
@@ -87,13 +88,14 @@ class ReadWindows:
 
 
 def allow(inode: int) -> None:
-    """From now on the thread opens `inode`, a regular file whose attributes the kernel has been told correctly."""
+    """From now on the thread opens `inode`, a regular file whose attributes the kernel has been told
+    correctly."""
     _LIBRARY.opens_allow(inode)
 
 
 def revoke(inode: int) -> int:
-    """From now on opens of `inode` go to Python. Returns how many opens the thread had counted; their releases will go
-    to Python too."""
+    """From now on opens of `inode` go to Python. Returns how many opens the thread had counted; their
+    releases will go to Python too."""
     return int(_LIBRARY.opens_revoke(inode, 1))
 
 
@@ -119,6 +121,6 @@ def inode_of(handle: int) -> int | None:
 
 
 def with_cached_listing(handle: int) -> int:
-    """A directory handle that lets the kernel keep the listing and give it without asking again: 10,000 names in 6 ms
-    instead of 53. Only for a directory that never changes."""
+    """A directory handle that lets the kernel keep the listing and give it without asking again: 10,000 names
+    in 6 ms instead of 53. Only for a directory that never changes."""
     return handle | _CACHE_LISTING

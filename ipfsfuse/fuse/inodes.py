@@ -1,11 +1,13 @@
-"""Inode numbers: which number stands for what, for as long as the kernel remembers it. Pure: no FUSE, no clock.
+"""Inode numbers: which number stands for what, for as long as the kernel remembers it. Pure: no FUSE, no
+clock.
 
-A file or symlink has one inode for each CID, whatever path or spelling led to it: all its paths share the page cache. A
-directory has one inode for each path, because the kernel moves a directory's dentry that appears at a second name.
+A file or symlink has one inode for each CID, whatever path or spelling led to it: all its paths share the
+page cache. A directory has one inode for each path, because the kernel moves a directory's dentry that
+appears at a second name.
 
-A number is a keyed hash (RFC 7693) of the CID, or for a directory of its path. The key is random and stays in the cache
-folder: numbers are the same after a restart, and nobody can make content whose numbers collide on purpose. If something
-else holds the number, the hash is taken again with a counter in it.
+A number is a keyed hash (RFC 7693) of the CID, or for a directory of its path. The key is random and stays in
+the cache folder: numbers are the same after a restart, and nobody can make content whose numbers collide on
+purpose. If something else holds the number, the hash is taken again with a counter in it.
 
 Reference counts: the kernel counts one reference for each answer that gives it a node id (LOOKUP, and each entry of
 READDIRPLUS but "." and ".."), and gives references back by FORGET. `refer` must be called exactly once for each such
@@ -102,8 +104,8 @@ class Inodes:
         return inode
 
     def likely(self, parent: int, name: bytes, cid: Cid) -> int:
-        """The number to show for the entry `name` of a listing whose type is not known (d_ino). The number that it has, if
-        the kernel holds it; else the number that it will have if it is a file."""
+        """The number to show for the entry `name` of a listing whose type is not known (d_ino). The number
+        that it has, if the kernel holds it; else the number that it will have if it is a file."""
         key = canonical(cid)
         held = self._by_key.get(key) or self._by_key.get((parent, name, key))
         return held.number if held is not None else self._hash(_FILE, key, 0)
@@ -113,12 +115,18 @@ class Inodes:
         inode.lookups += 1
 
     def forget(self, number: int, count: int) -> Inode | None:
-        """The kernel gives `count` references back. Returns the inode if that was the last one: its number is free."""
+        """The kernel gives `count` references back. Returns the inode if that was the last one: its number is
+        free."""
         if number == ROOT:
             return None
         inode = self._by_number.get(number)
         if inode is None or inode.lookups < count:
-            log.error("the kernel forgets inode %d %d times and holds it %d times", number, count, inode.lookups if inode else 0)
+            log.error(
+                "the kernel forgets inode %d %d times and holds it %d times",
+                number,
+                count,
+                inode.lookups if inode else 0,
+            )
         if inode is None:
             return None
         inode.lookups -= count
@@ -139,7 +147,9 @@ class Inodes:
         return inode
 
     def _hash(self, kind: bytes, hashed: bytes, tries: int) -> int:
-        digest = hashlib.blake2b(hashed, digest_size=8, key=self._key, salt=tries.to_bytes(8, "little"), person=kind).digest()
+        digest = hashlib.blake2b(
+            hashed, digest_size=8, key=self._key, salt=tries.to_bytes(8, "little"), person=kind
+        ).digest()
         number = int.from_bytes(digest, "little") & self._mask
         return number if number > ROOT else self._hash(kind, hashed, tries + (1 << 32))
 

@@ -1,8 +1,8 @@
 """An open directory: its entries are given to the kernel a buffer at a time.
 
-An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. An entry whose attributes
-are known carries them, and is a reference for the kernel to count; of any other the kernel is told the name alone, and
-the type where that is known.
+An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. An entry whose
+attributes are known carries them, and is a reference for the kernel to count; of any other the kernel is told
+the name alone, and the type where that is known.
 
 Concurrency: the kernel asks for one buffer of a handle at a time.
 """
@@ -27,7 +27,9 @@ AT_ONCE = 500
 class _Reply:
     """One buffer that is being filled with entries of the directory `held`."""
 
-    def __init__(self, held: Inode, tree: Tree, inodes: Inodes, replies: Replies, token: ReaddirToken) -> None:
+    def __init__(
+        self, held: Inode, tree: Tree, inodes: Inodes, replies: Replies, token: ReaddirToken
+    ) -> None:
         self._held, self._tree, self._inodes, self._replies, self._token = held, tree, inodes, replies, token
         self._referred: list[Inode] = []
         self.entries = 0
@@ -57,7 +59,9 @@ class _Reply:
         place = entry.place + DOTS
         inode = self._inode(entry)
         if inode is None:
-            return self._name_only(entry.name, self._inodes.likely(self._held.number, entry.name, entry.cid), 0, place)
+            return self._name_only(
+                entry.name, self._inodes.likely(self._held.number, entry.name, entry.cid), 0, place
+            )
         try:
             fitted = readdir_reply(self._token, FileNameT(entry.name), self._replies.entry(inode), place)
             if fitted:
@@ -94,8 +98,8 @@ class Listing:
         """Where the kernel goes on if it reads in order: then `_index` of `_page` is next."""
 
     async def reply(self, start: int, token: ReaddirToken) -> None:
-        """Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and the kernel
-        meets the failure when it goes on from there."""
+        """Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and
+        the kernel meets the failure when it goes on from there."""
         reply = _Reply(self._held, self._tree, self._inodes, self._replies, token)
         try:
             await self._fill(start, reply)
@@ -135,7 +139,10 @@ class RootListing:
 
     async def reply(self, start: int, token: ReaddirToken) -> None:
         if start == 0 or self._entries is None:
-            self._entries = [Entry(name.encode(), cid, -1, place) for place, (cid, name) in enumerate(self._roots.entries(), 1)]
+            self._entries = [
+                Entry(name.encode(), cid, -1, place)
+                for place, (cid, name) in enumerate(self._roots.entries(), 1)
+            ]
         reply = _Reply(self._inodes.get(ROOT), self._tree, self._inodes, self._replies, token)
         try:
             if reply.dots(start):

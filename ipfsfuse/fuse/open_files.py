@@ -1,10 +1,11 @@
-"""Open files, and all that the kernel has of a file between the listing that names it and the FORGET that ends it.
+"""Open files, and all that the kernel has of a file between the listing that names it and the FORGET that
+ends it.
 
     listed -> pushed into the page cache -> allowed to be opened in C -> open -> released -> forgotten
 
-A small file's bytes are pushed to the kernel before its reader comes (`page_cache_pusher`). Whoever opens it then is
-answered in C, without Python (`device`), and Python learns of it by `drain`. Each step must take back what the one
-before it began, so one class has them all.
+A small file's bytes are pushed to the kernel before its reader comes (`page_cache_pusher`). Whoever opens it
+then is answered in C, without Python (`device`), and Python learns of it by `drain`. Each step must take back
+what the one before it began, so one class has them all.
 
 Concurrency: the event loop's; between two awaits the tables are consistent.
 """
@@ -125,8 +126,8 @@ class OpenFiles:
         inode = self._inodes.get(number)
         file = await self._tree.file(inode.cid)
         if handle not in self._handles:  # no other read was faster
-            # Before the revoke: while C counts the file as open, nothing is stored into it. The kernel waits for our
-            # answer with its page locked, and a store would wait for that page.
+            # Before the revoke: while C counts the file as open, nothing is stored into it. The kernel waits
+            # for our answer with its page locked, and a store would wait for that page.
             self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
@@ -146,7 +147,8 @@ class OpenFiles:
             found.file.close()
 
     def forget(self, number: int, count: int) -> None:
-        """The kernel gives `count` references to an inode back. After the last one nothing of it is left anywhere."""
+        """The kernel gives `count` references to an inode back. After the last one nothing of it is left
+        anywhere."""
         if self._inodes.forget(number, count) is not None:
             self._pusher.remove(number)
             device.revoke(number)
@@ -169,8 +171,8 @@ class OpenFiles:
             self._push_following(last.cid)
 
     def _push_following(self, cid: Cid) -> None:
-        """Pushes the small files that come next in the directory of `cid`. The kernel then asks neither for their bytes nor,
-        after a read, for their access times."""
+        """Pushes the small files that come next in the directory of `cid`. The kernel then asks neither for
+        their bytes nor, after a read, for their access times."""
         given = []
         for following, content in self._tree.coming(cid):
             inode, true = self._inodes.find(following), self._tree.known(following)

@@ -1,6 +1,8 @@
-/* Opens and releases that Python is not asked about: those of inodes that Python allowed (device.py), for reading.
+/* Opens and releases that Python is not asked about: those of inodes that Python allowed (device.py), for
+ * reading.
  *
- * A request costs pyfuse3 45 us and more. A small file in the page cache needs two of them, and nothing else.
+ * A request costs pyfuse3 45 us and more. A small file in the page cache needs two of them, and nothing
+ * else.
  * Concurrency: one lock for the table; any thread may call.
  */
 #define _GNU_SOURCE
@@ -63,8 +65,8 @@ static void drop_idle(void)
 			slot++;
 }
 
-/* From now on `inode` is opened for everyone who wants to read it. It must be a regular file whose attributes the
- * kernel has been told correctly. */
+/* From now on `inode` is opened for everyone who wants to read it. It must be a regular file whose attributes
+ * the kernel has been told correctly. */
 void opens_allow(uint64_t inode)
 {
 	uint32_t slot;
@@ -81,8 +83,8 @@ void opens_allow(uint64_t inode)
 	pthread_mutex_unlock(&lock);
 }
 
-/* From now on Python is asked about `inode` again. Returns how many opens of it stand here; their releases go to Python
- * too. If there are any and `even_open` is 0, nothing changes. */
+/* From now on Python is asked about `inode` again. Returns how many opens of it stand here; their releases go
+ * to Python too. If there are any and `even_open` is 0, nothing changes. */
 uint32_t opens_revoke(uint64_t inode, int even_open)
 {
 	uint32_t slot, opens = 0;

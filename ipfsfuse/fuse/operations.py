@@ -1,4 +1,5 @@
-"""pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in `errnos`.
+"""pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in
+`errnos`.
 
 Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is touched
 only between two awaits.
@@ -32,8 +33,8 @@ NAME_MAX = 255
 
 
 class Translated:
-    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one. One serves all calls: it
-    holds nothing."""
+    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one. One serves
+    all calls: it holds nothing."""
 
     def __enter__(self) -> None:
         pass
@@ -51,7 +52,8 @@ class Operations(ReadOnlyOperations):
     supports_dot_lookup = False
 
     def __init__(self, tree: Tree, roots: Roots, interrupts: Interrupts, inodes: Inodes, budget: int, push: bool = True) -> None:
-        """Without `push` the kernel is given nothing that it did not ask for, and asks for everything: a recording mount."""
+        """Without `push` the kernel is given nothing that it did not ask for, and asks for everything: a
+        recording mount."""
         super().__init__()
         self._tree, self._roots, self._interrupts, self._inodes, self._budget = tree, roots, interrupts, inodes, budget
         self._replies = replies.Replies()

@@ -1,9 +1,9 @@
 """Stores small files into the kernel's page cache before their reader asks for them.
 
-Only files that nobody has open. The kernel locks a page while it waits for our answer to a read of it, and a store into
-that page waits for the lock. If the daemon is killed in that moment, nothing ever ends: the waiting thread keeps the
-connection alive, and nobody is left to answer. So an inode has either a store under way or open files, never both:
-whoever opens one calls `remove` first, and C opens none meanwhile.
+Only files that nobody has open. The kernel locks a page while it waits for our answer to a read of it, and a
+store into that page waits for the lock. If the daemon is killed in that moment, nothing ever ends: the
+waiting thread keeps the connection alive, and nobody is left to answer. So an inode has either a store under
+way or open files, never both: whoever opens one calls `remove` first, and C opens none meanwhile.
 
 Concurrency: one thread stores; everything else belongs to the event loop.
 """
@@ -52,8 +52,8 @@ class PageCachePusher:
             yield self._stored.get()
 
     def remove(self, number: int) -> None:
-        """From now on nothing is stored into inode `number`. Waits for a store under way: some 20 us, since no page of it is
-        locked."""
+        """From now on nothing is stored into inode `number`. Waits for a store under way: some 20 us, since
+        no page of it is locked."""
         with self._lock:
             self._waiting.pop(number, None)
             storing = self._storing == number
@@ -78,7 +78,9 @@ class PageCachePusher:
                 pyfuse3.notify_store(pyfuse3.InodeT(inode.number), 0, content)
                 self._stored.put(inode)
         except OSError as exc:
-            log.debug("inode %d took no pages: %s", inode.number, exc)  # the kernel has forgotten it, or the mount is going
+            log.debug(
+                "inode %d took no pages: %s", inode.number, exc
+            )  # the kernel has forgotten it, or the mount is going
         except Exception:  # the thread must go on
             log.exception("pages for inode %d could not be stored", inode.number)
         finally:
@@ -86,7 +88,8 @@ class PageCachePusher:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The thread lives as long as this block, which must lie within the session. What waits at its end is dropped."""
+        """The thread lives as long as this block, which must lie within the session. What waits at its end is
+        dropped."""
         thread = threading.Thread(target=self._work, name="page-cache-pusher", daemon=True)
         thread.start()
         try:

@@ -1,10 +1,11 @@
-/* Reads that Python is not asked about: of verified bytes that wait in memory for the reader of an open file (device.py).
+/* Reads that Python is not asked about: of verified bytes that wait in memory for the reader of an open file
+ * (device.py).
  *
- * An ordinary user's kernel asks for 128 KiB at a time, eight times for each leaf. A request costs pyfuse3 and Python
- * 0.1 ms, and pyfuse3 copies its replies while it holds Python's lock. Some windows are marked `told`: the read that
- * takes their last byte is passed on, so that Python knows how far the reader is.
- * Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add, reads_remove and
- * reads_remove_all with Python's lock held.
+ * An ordinary user's kernel asks for 128 KiB at a time, eight times for each leaf. A request costs pyfuse3
+ * and Python 0.1 ms, and pyfuse3 copies its replies while it holds Python's lock. Some windows are marked
+ * `told`: the read that takes their last byte is passed on, so that Python knows how far the reader is.
+ * Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add,
+ * reads_remove and reads_remove_all with Python's lock held.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -20,7 +21,8 @@ static struct window *windows[WINDOWS];
 static int count;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* Frees a window that is not in the array, or NULL. This may run Python code, so the caller must not hold our lock. */
+/* Frees a window that is not in the array, or NULL. This may run Python code, so the caller must not hold our
+ * lock. */
 static void discard(struct window *one)
 {
 	if (one)
@@ -28,8 +30,8 @@ static void discard(struct window *one)
 	PyMem_Free(one);
 }
 
-/* `content` stands at offset `start` of the file that is open as `handle`. It is held until it is removed. With `told`,
- * the read of its last byte goes to Python. Does nothing if there are too many windows already. */
+/* `content` stands at offset `start` of the file that is open as `handle`. It is held until it is removed.
+ * With `told`, the read of its last byte goes to Python. Does nothing if there are too many windows already. */
 void reads_add(uint64_t handle, uint64_t start, PyObject *content, int told)
 {
 	struct window *one = PyMem_Malloc(sizeof *one);

@@ -1,5 +1,5 @@
-"""pyfuse3's structures, filled. It costs more to make an EntryAttributes than to fill it, so one is reused for each kind
-of reply. That is safe because pyfuse3 copies it before anything else runs."""
+"""pyfuse3's structures, filled. It costs more to make an EntryAttributes than to fill it, so one is reused
+for each kind of reply. That is safe because pyfuse3 copies it before anything else runs."""
 
 import os
 
@@ -50,8 +50,8 @@ class Replies:
         return out
 
     def name_only(self, number: int, mode: int) -> pyfuse3.EntryAttributes:
-        """An entry of a listing without a node id: the kernel takes the name, the type in `mode` (0 if it is not known) and
-        the `number` to show, and counts no reference."""
+        """An entry of a listing without a node id: the kernel takes the name, the type in `mode` (0 if it is
+        not known) and the `number` to show, and counts no reference."""
         out = self._name_only
         out.st_ino = pyfuse3.InodeT(number)
         out.st_mode = pyfuse3.ModeT(mode)

@@ -111,7 +111,8 @@ def init(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) ->
 
 
 async def exchange(session: Session, readahead: bool) -> None:
-    """Carries INIT between kernel and libfuse; the session's main loop must be running. Raises MountFailed."""
+    """Carries INIT between kernel and libfuse; the session's main loop must be running. Raises
+    MountFailed."""
     ours, device = session.ours, session.device.fd
     with _deadline("the kernel and libfuse did not agree"):
         await trio.lowlevel.wait_readable(device)

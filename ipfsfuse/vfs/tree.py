@@ -168,8 +168,8 @@ class Tree:
         return page
 
     def told(self, cid: Cid, tsize: int) -> Attributes | None:
-        """What a listing tells of an entry whose link claims `tsize` (negative if there is no claim): what is known, else
-        the claim, which gives the size of a raw block. No block is needed."""
+        """What a listing tells of an entry whose link claims `tsize` (negative if there is no claim): what is
+        known, else the claim, which gives the size of a raw block. No block is needed."""
         known = self.known(cid)
         if known is not None:
             return known

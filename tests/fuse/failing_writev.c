@@ -1,5 +1,5 @@
-/* For LD_PRELOAD: makes writev fail where our C code calls it. FAILING_WRITEV=ERRNO:TIMES lets every call after TIMES
- * failures pass. */
+/* For LD_PRELOAD: makes writev fail where our C code calls it. FAILING_WRITEV=ERRNO:TIMES lets every call
+ * after TIMES failures pass. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

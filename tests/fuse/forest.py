@@ -1,4 +1,5 @@
-"""Content in which one CID is reached by many paths and spellings, and each kind of CID stands beside the others."""
+"""Content in which one CID is reached by many paths and spellings, and each kind of CID stands beside the
+others."""
 
 import hashlib
 from collections.abc import Iterator
@@ -81,7 +82,9 @@ class Forest:
         return cid
 
     def directory(self, entries: dict[bytes, Cid], lies: dict[bytes, int] | None = None) -> Cid:
-        claims = {name: (lies or {}).get(name, len(self._thing(cid).content)) for name, cid in entries.items()}
+        claims = {
+            name: (lies or {}).get(name, len(self._thing(cid).content)) for name, cid in entries.items()
+        }
         links = {name: (cid, claims[name]) for name, cid in entries.items()}
         cid = self.dag.directory(links)
         self._of[cid] = Thing(DIRECTORY, cid, names=tuple(entries))
@@ -110,7 +113,11 @@ def forest(many: int = 12) -> Forest:
     raw = [made.raw(text.pop()) for _ in range(many)]
     of_v0 = [v0(made.v1(text.pop())) for _ in range(many)]
     of_v1 = [made.v1(text.pop()) for _ in range(many)]
-    inline = [made.inline(f"in {number}".encode(), codec) for number in range(many // 2) for codec in (cids.RAW, cids.DAG_PB)]
+    inline = [
+        made.inline(f"in {number}".encode(), codec)
+        for number in range(many // 2)
+        for codec in (cids.RAW, cids.DAG_PB)
+    ]
     large = made.large([bytes([number]) * 5000 for number in range(4)])
     link, empty = made.symlink(b"raw-0"), made.directory({})
     malformed = made.bad(made.dag.block(b"\x12\x01no", cids.DAG_PB))
@@ -119,13 +126,29 @@ def forest(many: int = 12) -> Forest:
     def named(kind: str, some: list[Cid]) -> dict[bytes, Cid]:
         return {f"{kind}-{number}".encode(): cid for number, cid in enumerate(some)}
 
-    sub = made.directory(named("v0", of_v0[:3]) | named("raw", raw[:3]) | named("inline", inline[:3]) | {b"empty": empty})
+    sub = made.directory(
+        named("v0", of_v0[:3]) | named("raw", raw[:3]) | named("inline", inline[:3]) | {b"empty": empty}
+    )
     everything = named("raw", raw) | named("v0", of_v0) | named("v1", of_v1) | named("inline", inline)
-    tree = made.directory(everything | {b"large": large, b"link": link, b"sub": sub, b"bad": malformed, b"unshown": unshown})
+    tree = made.directory(
+        everything | {b"large": large, b"link": link, b"sub": sub, b"bad": malformed, b"unshown": unshown}
+    )
     mirrored = {name[::-1]: cid for name, cid in reversed(everything.items())}
-    mirror = made.directory(mirrored | {b"a": sub, b"b": sub, b"c": v0(sub)}, lies={b"0-war": 3, b"1-war": 1 << 40})
+    mirror = made.directory(
+        mirrored | {b"a": sub, b"b": sub, b"c": v0(sub)}, lies={b"0-war": 3, b"1-war": 1 << 40}
+    )
     small = made.directory(named("small", raw))
-    for cid in (tree, v0(mirror), small, of_v0[0], of_v1[0], inline[0], inline[1], raw[0], cids.canonical(of_v0[1])):
+    for cid in (
+        tree,
+        v0(mirror),
+        small,
+        of_v0[0],
+        of_v1[0],
+        inline[0],
+        inline[1],
+        raw[0],
+        cids.canonical(of_v0[1]),
+    ):
         made.root(cid)
     for cid in (mirror, v0(of_v1[0]), cids.canonical(of_v0[0]), of_v0[1]):
         made.root(cid, listed=False)

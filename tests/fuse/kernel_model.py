@@ -1,5 +1,6 @@
-"""A model of the kernel's side of FUSE: it keeps dentries, inodes, references and open files as fs/fuse does, and speaks
-FUSE messages (linux/fuse.h, protocol 7.31) over a socket. It checks each answer against what it knows of the content.
+"""A model of the kernel's side of FUSE: it keeps dentries, inodes, references and open files as fs/fuse does,
+and speaks FUSE messages (linux/fuse.h, protocol 7.31) over a socket. It checks each answer against what it
+knows of the content.
 
 `serving` starts the real thing behind the socket, from the device thread up to the tree. Only the cache is a fake: blocks
 in memory.
@@ -40,7 +41,9 @@ ROOT = 1
 ANSWER_SECONDS = 60
 
 ENTRY = struct.Struct("<QQQQII")  # nodeid, generation, entry_valid, attr_valid, two times nanoseconds
-ATTR = struct.Struct("<QQQqqqIIIIIIIIII")  # ino, size, blocks, atime, mtime, ctime, nanoseconds, mode, nlink, ...
+ATTR = struct.Struct(
+    "<QQQqqqIIIIIIIIII"
+)  # ino, size, blocks, atime, mtime, ctime, nanoseconds, mode, nlink, ...
 DIRENT = struct.Struct("<QQII")  # ino, off, namelen, type
 KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: LINK}
 
@@ -82,7 +85,9 @@ class Kernel:
 
     def send(self, opcode: int, nodeid: int, body: bytes) -> int:
         self._unique += 2
-        self.ours.send(struct.pack("<IIQQIIIHH", 40 + len(body), opcode, self._unique, nodeid, 0, 0, 0, 0, 0) + body)
+        self.ours.send(
+            struct.pack("<IIQQIIIHH", 40 + len(body), opcode, self._unique, nodeid, 0, 0, 0, 0, 0) + body
+        )
         return self._unique
 
     def wait(self, unique: int) -> tuple[int, bytes]:
@@ -111,7 +116,9 @@ class Kernel:
                 assert (offset, size) == (0, len(body) - 24)
                 assert self.inodes[nodeid].thing.kind == FILE
                 assert body[24:] == self.inodes[nodeid].thing.content, "other bytes in the page cache"
-                assert all(file.nodeid != nodeid for file in self.files), "a store into an open file can deadlock"
+                assert all(file.nodeid != nodeid for file in self.files), (
+                    "a store into an open file can deadlock"
+                )
                 self.stored += 1
         else:
             assert code == NOTIFY_INVAL_INODE
@@ -120,7 +127,9 @@ class Kernel:
 
     def thing(self, path: Path) -> Thing:
         if not path:
-            return Thing(DIRECTORY, Cid(b""), names=tuple(cids.text(cid).encode() for cid in self.forest.listed))
+            return Thing(
+                DIRECTORY, Cid(b""), names=tuple(cids.text(cid).encode() for cid in self.forest.listed)
+            )
         return self.forest.things[path]
 
     def linked(self, path: Path, nodeid: int) -> None:
@@ -129,7 +138,9 @@ class Kernel:
         identity = path if thing.kind == DIRECTORY else cids.canonical(thing.cid)
         held = self.inodes.get(nodeid)
         if held is None:
-            assert identity not in [other.identity for other in self.inodes.values()], "one thing has one number"
+            assert identity not in [other.identity for other in self.inodes.values()], (
+                "one thing has one number"
+            )
             held = self.inodes[nodeid] = Held(identity, thing)
         assert held.identity == identity, f"the number of {held.thing} was given to {thing}"
         assert self.dentries.get(path, nodeid) == nodeid
@@ -144,7 +155,10 @@ class Kernel:
         assert (ino, generation) == (nodeid, 0)
         assert ROOT < nodeid < 1 << 63
         assert KINDS[stat.S_IFMT(mode)] == thing.kind
-        assert thing.kind == DIRECTORY or size in (len(thing.content), *self._claims[cids.canonical(thing.cid)])
+        assert thing.kind == DIRECTORY or size in (
+            len(thing.content),
+            *self._claims[cids.canonical(thing.cid)],
+        )
         return nodeid
 
     @functools.cached_property
@@ -156,7 +170,8 @@ class Kernel:
         return found
 
     def look_up(self, path: Path) -> int | None:
-        """The node id of `path`, whose parent must be in the dentry cache. None where it is rightly refused."""
+        """The node id of `path`, whose parent must be in the dentry cache. None where it is rightly
+        refused."""
         if path not in self.dentries:
             self.looked_up(path, self.wait(self.ask_to_look_up(path)))
         return self.dentries.get(path)
@@ -198,9 +213,13 @@ class Kernel:
         return self._opening[unique], unique
 
     def read(self, file: OpenFile, offset: int, size: int) -> None:
-        error, body = self.ask(READ, file.nodeid, struct.pack("<QQIIQII", file.handle, offset, size, 0, 0, 0, 0))
+        error, body = self.ask(
+            READ, file.nodeid, struct.pack("<QQIIQII", file.handle, offset, size, 0, 0, 0, 0)
+        )
         assert error == 0, os.strerror(error)
-        assert body == self.forest.things[file.path].content[offset : offset + size], "the bytes of something else"
+        assert body == self.forest.things[file.path].content[offset : offset + size], (
+            "the bytes of something else"
+        )
 
     def close(self, file: OpenFile) -> None:
         """The kernel keeps the inode until this is answered."""
@@ -236,10 +255,15 @@ class Kernel:
         return self.folders[-1]
 
     def ask_to_list(self, folder: OpenFile, room: int) -> int:
-        return self.send(READDIRPLUS, folder.nodeid, struct.pack("<QQIIQII", folder.handle, folder.offset, room, 0, 0, 0, 0))
+        return self.send(
+            READDIRPLUS,
+            folder.nodeid,
+            struct.pack("<QQIIQII", folder.handle, folder.offset, room, 0, 0, 0, 0),
+        )
 
     def listed(self, folder: OpenFile, answer: tuple[int, bytes], links: Callable[[], bool]) -> list[bytes]:
-        """Takes a buffer of entries as fuse_direntplus_link does; `links` says whether there is memory for one. The names."""
+        """Takes a buffer of entries as fuse_direntplus_link does; `links` says whether there is memory for
+        one. The names."""
         error, body = answer
         assert error == 0, os.strerror(error)
         found, at = [], 0
@@ -289,7 +313,9 @@ class Kernel:
     def droppable(self) -> list[Path]:
         """Dentries without children that nothing open stands on."""
         pinned = {path[:length] for path in self.dentries for length in range(len(path))}
-        pinned |= {one.path[:length] for one in (*self.files, *self.folders) for length in range(len(one.path) + 1)}
+        pinned |= {
+            one.path[:length] for one in (*self.files, *self.folders) for length in range(len(one.path) + 1)
+        }
         return [path for path in self.dentries if path not in pinned]
 
     def evictable(self) -> list[int]:
@@ -305,7 +331,11 @@ class Kernel:
         if len(counts) == 1:
             self.send(FORGET, counts[0][0], struct.pack("<Q", counts[0][1]))
         elif counts:
-            self.send(BATCH_FORGET, 0, struct.pack("<II", len(counts), 0) + b"".join(struct.pack("<QQ", *one) for one in counts))
+            self.send(
+                BATCH_FORGET,
+                0,
+                struct.pack("<II", len(counts), 0) + b"".join(struct.pack("<QQ", *one) for one in counts),
+            )
 
     def forget_everything(self) -> None:
         """As when all caches are dropped after the last file was closed."""
@@ -343,7 +373,9 @@ class Memory:
             if arrived is not None:
                 arrived(leaf, await self.leaf(file, leaf))
 
-    def gather(self, subtree: object, wanted: Iterable[Cid], seen: Callable[[Cid, bytes], Sequence[Cid]]) -> trio.Event:
+    def gather(
+        self, subtree: object, wanted: Iterable[Cid], seen: Callable[[Cid, bytes], Sequence[Cid]]
+    ) -> trio.Event:
         for cid in wanted:
             if (block := self._blocks.get(cids.multihash(cid))) is not None:
                 seen(cid, block)
@@ -365,15 +397,16 @@ class Served:
     operations: list[Operations] = field(default_factory=list)
 
     def held(self) -> int:
-        """What the daemon believes that the kernel holds, once it has read all that was sent: inodes without the root, and
-        open files."""
+        """What the daemon believes that the kernel holds, once it has read all that was sent: inodes without
+        the root, and open files."""
         self.kernel.look_up_absent(())
         return len(self.inodes) - 1 + len(self.operations[0]._files)
 
 
 @contextmanager
 def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Served]:
-    """The real thing behind the socket, in a thread. It knows the attributes of `known` CIDs, and has numbers of `bits`."""
+    """The real thing behind the socket, in a thread. It knows the attributes of `known` CIDs, and has numbers
+    of `bits`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -387,7 +420,9 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             tree = Tree(Memory(forest.dag.blocks), nursery, known=known)
-            roots = Roots(lambda: [(cid, cids.text(cid)) for cid in forest.listed], lambda _cid, _name: None, None)
+            roots = Roots(
+                lambda: [(cid, cids.text(cid)) for cid in forest.listed], lambda _cid, _name: None, None
+            )
             interrupts = Interrupts()
             operations = Operations(tree, roots, interrupts, inodes, 1 << 30)
             served.operations.append(operations)

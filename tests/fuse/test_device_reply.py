@@ -35,7 +35,9 @@ if reply == 0:
         (errno.EFAULT, 1000, GONE, 1),
     ],
 )
-def test_a_reply_whose_write_fails(tmp_path: Path, number: int, failures: int, outcome: int, calls: int) -> None:
+def test_a_reply_whose_write_fails(
+    tmp_path: Path, number: int, failures: int, outcome: int, calls: int
+) -> None:
     env = os.environ | build(tmp_path, number, failures) | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", ONE_REPLY], env=env, capture_output=True, text=True)
     assert done.stdout.split() == [str(outcome), str(calls)], done.stderr

@@ -1,4 +1,5 @@
-"""A file that was opened in C and is read by Python: nothing may be stored into it once C has let go of it."""
+"""A file that was opened in C and is read by Python: nothing may be stored into it once C has let go of
+it."""
 
 import threading
 from collections.abc import Callable

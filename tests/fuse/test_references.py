@@ -1,5 +1,5 @@
-"""References between the kernel and us: after any sequence of messages each path gives its own bytes and its own CID, and
-nothing is left when the kernel has forgotten everything."""
+"""References between the kernel and us: after any sequence of messages each path gives its own bytes and its
+own CID, and nothing is left when the kernel has forgotten everything."""
 
 import errno
 import os
@@ -48,9 +48,14 @@ class References(RuleBasedStateMachine):
         self.stack = ExitStack()
         self.served: Served
 
-    @initialize(known=st.sampled_from([1, 3, 1000]), bits=st.sampled_from([8, 63]), key=st.binary(min_size=32, max_size=32))
+    @initialize(
+        known=st.sampled_from([1, 3, 1000]),
+        bits=st.sampled_from([8, 63]),
+        key=st.binary(min_size=32, max_size=32),
+    )
     def mount(self, known: int, bits: int, key: bytes) -> None:
-        """Few known attributes, and few numbers: then most listings have names alone, and most numbers collide."""
+        """Few known attributes, and few numbers: then most listings have names alone, and most numbers
+        collide."""
         self.served = self.stack.enter_context(serving(FOREST, known, bits, key))
 
     @property
@@ -76,7 +81,8 @@ class References(RuleBasedStateMachine):
 
     @rule(folder=st.sampled_from(FOLDERS), waits=st.booleans())
     def go_through(self, folder: tuple[bytes, ...], waits: bool) -> None:
-        """Opens a directory's files in its order, as `tar` does, or all at once: the next ones are pushed meanwhile."""
+        """Opens a directory's files in its order, as `tar` does, or all at once: the next ones are pushed
+        meanwhile."""
         go_through(self.kernel, folder, waits)
 
     @precondition(lambda self: self.kernel.files)
@@ -126,7 +132,9 @@ class References(RuleBasedStateMachine):
     @rule(some=SOME)
     def evict_inodes(self, some: list[int]) -> None:
         nodeids = self.kernel.evictable()
-        self.kernel.evict(list(dict.fromkeys(nodeids[which % len(nodeids)] for which in some)) if nodeids else [])
+        self.kernel.evict(
+            list(dict.fromkeys(nodeids[which % len(nodeids)] for which in some)) if nodeids else []
+        )
 
     @rule(some=SOME, folder=st.sampled_from(FOLDERS), room=ROOM)
     def everything_at_once(self, some: list[int], folder: tuple[bytes, ...], room: int) -> None:
@@ -137,7 +145,9 @@ class References(RuleBasedStateMachine):
         opened = kernel.open_folder(folder)
         assert opened is not None
         children = [path for path in ALL if path[:-1] == folder and path not in kernel.dentries]
-        asked = {path: kernel.ask_to_look_up(path) for path in children[:: max(len(children) // len(some), 1)]}
+        asked = {
+            path: kernel.ask_to_look_up(path) for path in children[:: max(len(children) // len(some), 1)]
+        }
         listing = kernel.ask_to_list(opened, room)
         self.evict_inodes(some)
         for path, unique in asked.items():
@@ -176,7 +186,8 @@ def test_each_path_after_all_was_listed_forgotten_and_listed_again() -> None:
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_what_is_pushed_into_the_page_cache_is_right_and_never_goes_into_an_open_file(waits: bool) -> None:
-    """A reader who goes through a directory is served ahead; here without a pause, so that opens and stores meet."""
+    """A reader who goes through a directory is served ahead; here without a pause, so that opens and stores
+    meet."""
     stored = 0
     for _ in range(5):
         with serving(FOREST, 1000, 63, bytes(32)) as served:
@@ -221,7 +232,9 @@ def test_a_listing_that_fails_half_way_gives_what_came_before_and_then_the_error
     heap.by_hash[cids.multihash(shards.slots[200][1].cid)] = b"not a shard"
     broken.dag.blocks = heap.by_hash
     folder = (cids.text(root).encode(),)
-    broken.things = {folder: Thing(DIRECTORY, root)} | {(*folder, name): Thing(FILE, empty, claimed=1) for name in names}
+    broken.things = {folder: Thing(DIRECTORY, root)} | {
+        (*folder, name): Thing(FILE, empty, claimed=1) for name in names
+    }
     for room in (4096, 50_000, 1 << 20):
         with serving(broken, 1000, 63, bytes(32)) as served:
             kernel = served.kernel

@@ -1,4 +1,5 @@
-"""Writes of replies to the device that fail, in a real daemon: no caller waits for ever, and each gets the right bytes."""
+"""Writes of replies to the device that fail, in a real daemon: no caller waits for ever, and each gets the
+right bytes."""
 
 import errno
 import os
@@ -15,10 +16,19 @@ FILES = 12
 
 @pytest.mark.parametrize(
     ("number", "failures", "asked"),
-    [(errno.EINTR, 3, False), (errno.EAGAIN, 2, False), (errno.ENOMEM, 2, False), (errno.ENOMEM, 7, False), (errno.ENOMEM, 1000, True)],
+    [
+        (errno.EINTR, 3, False),
+        (errno.EAGAIN, 2, False),
+        (errno.ENOMEM, 2, False),
+        (errno.ENOMEM, 7, False),
+        (errno.ENOMEM, 1000, True),
+    ],
 )
-def test_replies_that_fail_are_tried_again_or_left_to_python(home: Home, tmp_path: Path, number: int, failures: int, asked: bool) -> None:
-    """With seven failures in a row the thread answers the opens, and leaves each release of them to Python."""
+def test_replies_that_fail_are_tried_again_or_left_to_python(
+    home: Home, tmp_path: Path, number: int, failures: int, asked: bool
+) -> None:
+    """With seven failures in a row the thread answers the opens, and leaves each release of them to
+    Python."""
     tree = home.folder / "tree"
     tree.mkdir()
     contents = {f"{place:02}": os.urandom(1000 + place) for place in range(FILES)}

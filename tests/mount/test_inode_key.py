@@ -1,4 +1,5 @@
-"""The file `inode-key` in the cache folder: made once, and never followed, waited for or trusted where it is not ours."""
+"""The file `inode-key` in the cache folder: made once, and never followed, waited for or trusted where it is
+not ours."""
 
 import os
 import stat
@@ -60,7 +61,9 @@ def test_what_is_not_our_key_is_replaced(tmp_path: Path, plant: Callable[[Path],
 
 
 @pytest.mark.logs("inode numbers will be others after a restart")
-def test_where_it_can_not_be_written_a_mount_goes_on_with_another_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_it_can_not_be_written_a_mount_goes_on_with_another_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "inode-key").mkdir()
     assert len(inode_key(tmp_path)) == 32
     assert str(tmp_path / "inode-key") in caplog.records[0].getMessage()

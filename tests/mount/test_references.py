@@ -1,5 +1,5 @@
-"""References between the kernel and the daemon, on real mounts: whatever is listed, dropped and listed again, each path
-gives its own bytes and its own CID."""
+"""References between the kernel and the daemon, on real mounts: whatever is listed, dropped and listed again,
+each path gives its own bytes and its own CID."""
 
 import ctypes
 import os
@@ -55,9 +55,11 @@ mount.Tree = Tree
 
 
 @contextmanager
-def mounted(home: Home, dag: Dag, known: int = 50_000, roots: Sequence[Cid] = (), slow: str = "") -> Iterator[Path]:
-    """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, and notes how many inodes it holds in
-    the file `held`."""
+def mounted(
+    home: Home, dag: Dag, known: int = 50_000, roots: Sequence[Cid] = (), slow: str = ""
+) -> Iterator[Path]:
+    """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, and notes how many inodes
+    it holds in the file `held`."""
     car = dag.car(home.folder / "content.car", roots)
     with counted(home, str(car), slow + FEW_KNOWN % (known, str(home.folder / "held"))):
         yield home.mountpoint
@@ -69,7 +71,9 @@ def names_by_small_buffers(folder: Path) -> Iterator[list[str]]:
     buffer = ctypes.create_string_buffer(1024)
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        while (got := libc.syscall(217 if os.uname().machine == "x86_64" else 61, file, buffer, len(buffer))) > 0:
+        while (
+            got := libc.syscall(217 if os.uname().machine == "x86_64" else 61, file, buffer, len(buffer))
+        ) > 0:
             at, names = 0, []
             while at < got:
                 length = int.from_bytes(buffer.raw[at + 16 : at + 18], "little")
@@ -83,7 +87,10 @@ def names_by_small_buffers(folder: Path) -> Iterator[list[str]]:
 
 def dagpb_files(dag: Dag, count: int) -> dict[bytes, tuple[Cid, int]]:
     """Small files whose attributes only their own block tells."""
-    return {f"file-{number:04}".encode(): (dag.block(dagpb_file(b"%d" % number), cids.DAG_PB), 8) for number in range(count)}
+    return {
+        f"file-{number:04}".encode(): (dag.block(dagpb_file(b"%d" % number), cids.DAG_PB), 8)
+        for number in range(count)
+    }
 
 
 # -- a listing must not take references away --------------------------------------------------------------------------
@@ -97,7 +104,14 @@ def test_a_file_of_cid_version_0_reads_after_the_root_was_listed(home: Home) -> 
     with mounted(home, dag, roots=[cid]) as mount:
         for _ in range(3):
             assert (mount / name).read_bytes() == b"trusted\n"
-            assert len(subprocess.run(["ls", "-l", mount], check=True, capture_output=True, text=True).stdout.splitlines()) == 2
+            assert (
+                len(
+                    subprocess.run(
+                        ["ls", "-l", mount], check=True, capture_output=True, text=True
+                    ).stdout.splitlines()
+                )
+                == 2
+            )
 
 
 def test_a_file_that_is_opened_between_two_parts_of_a_listing_reads_after_it(home: Home) -> None:
@@ -111,16 +125,23 @@ def test_a_file_that_is_opened_between_two_parts_of_a_listing_reads_after_it(hom
             names += [name for part in parts for name in part]
             assert len(names) == 302
             assert opened.read() == b"250"
-        assert [(mount / root / f"file-{number:04}").read_bytes() for number in (250, 299)] == [b"250", b"299"]
+        assert [(mount / root / f"file-{number:04}").read_bytes() for number in (250, 299)] == [
+            b"250",
+            b"299",
+        ]
 
 
-def test_files_read_after_their_directory_was_listed_by_another_path_and_their_attributes_are_not_known_any_more(home: Home) -> None:
+def test_files_read_after_their_directory_was_listed_by_another_path_and_their_attributes_are_not_known_any_more(
+    home: Home,
+) -> None:
     dag = Dag()
     folder = dag.directory(dagpb_files(dag, 200))
     root = cids.text(dag.directory({b"one": (folder, 1), b"two": (folder, 1)}))
     with mounted(home, dag, known=20) as mount:
         for _ in range(2):
-            assert [(mount / root / "one" / f"file-{number:04}").read_bytes() for number in range(200)] == [b"%d" % n for n in range(200)]
+            assert [(mount / root / "one" / f"file-{number:04}").read_bytes() for number in range(200)] == [
+                b"%d" % n for n in range(200)
+            ]
             assert len(os.listdir(mount / root / "two")) == 200
 
 
@@ -128,19 +149,24 @@ def test_files_read_after_their_directory_was_listed_by_another_path_and_their_a
 
 
 def test_content_made_for_a_trusted_files_inode_number_does_not_take_it_over(home: Home) -> None:
-    """The inode number of the trusted file is known, and stays the same over a restart. Once each number was the last eight
-    bytes of the CID."""
+    """The inode number of the trusted file is known, and stays the same over a restart. Once each number was
+    the last eight bytes of the CID."""
     dag = Dag()
     trusted = dag.block(dagpb_file(b"the trusted bytes\n"), cids.DAG_PB)
     with mounted(home, dag) as mount:
         number = os.stat(mount / cids.text(trusted)).st_ino
     hostile = {}
-    for place, tail in enumerate((number.to_bytes(8, "big"), number.to_bytes(8, "little"), cids.multihash(trusted)[-8:])):
+    for place, tail in enumerate(
+        (number.to_bytes(8, "big"), number.to_bytes(8, "little"), cids.multihash(trusted)[-8:])
+    ):
         inline = identity(cids.DAG_PB, dagpb_file(b"the attacker's bytes: " + tail))
         assert inline.endswith(tail + b"\x18\x1e")
         hostile[f"padded-{place}".encode()] = inline, 30
         hostile[f"raw-{place}".encode()] = identity(cids.RAW, b"the attacker's " + tail), 30
-        hostile[f"ends-{place}".encode()] = identity(cids.DAG_PB, b"\x0a\x2a\x08\x02\x12\x26" + b"the attacker's bytes".ljust(30) + tail), 30
+        hostile[f"ends-{place}".encode()] = (
+            identity(cids.DAG_PB, b"\x0a\x2a\x08\x02\x12\x26" + b"the attacker's bytes".ljust(30) + tail),
+            30,
+        )
     root = cids.text(dag.directory(hostile))
     with mounted(home, dag) as mount:
         path = mount / cids.text(trusted)
@@ -178,7 +204,9 @@ def test_20000_cids_that_end_alike_cost_no_more_than_others(home: Home) -> None:
         with ThreadPoolExecutor(1) as other:
             looking = other.submit(look_up_others)
             began = time.monotonic()
-            shown = subprocess.run(["ls", "-l", mount / root], check=True, capture_output=True, text=True).stdout
+            shown = subprocess.run(
+                ["ls", "-l", mount / root], check=True, capture_output=True, text=True
+            ).stdout
             took = time.monotonic() - began
             listed.set()
             looking.result()
@@ -233,7 +261,9 @@ class Walker:
                 assert os.pread(file, 1 << 20, 0) == thing.content
             case 5:
                 path, _thing = self.path(DIRECTORY)
-                subprocess.run(["ls", "-l", path if self._dice.random() < 0.8 else self._mount], capture_output=True)
+                subprocess.run(
+                    ["ls", "-l", path if self._dice.random() < 0.8 else self._mount], capture_output=True
+                )
             case 6:
                 path, thing = self.path(DIRECTORY)
                 for names in names_by_small_buffers(path):
@@ -256,7 +286,9 @@ def drop_caches() -> None:
 
 @as_root
 @pytest.mark.parametrize("crowd", [1, 4])
-def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_cid(home: Home, crowd: int) -> None:
+def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_cid(
+    home: Home, crowd: int
+) -> None:
     content = forest()
     with mounted(home, content.dag, known=10, roots=content.listed) as mount:
 
@@ -296,7 +328,10 @@ def test_callers_that_are_killed_while_they_wait_leave_no_reference(home: Home) 
     root = cids.text(dag.directory(dagpb_files(dag, 40) | {b"raw": (dag.block(b"raw"), 3)}))
     with mounted(home, dag, slow=SLOW) as mount:
         os.stat(mount / root)
-        callers = [subprocess.Popen(["stat", mount / root / f"file-{number:04}"], stdout=subprocess.DEVNULL) for number in range(40)]
+        callers = [
+            subprocess.Popen(["stat", mount / root / f"file-{number:04}"], stdout=subprocess.DEVNULL)
+            for number in range(40)
+        ]
         callers += [subprocess.Popen(["ls", mount / root], stdout=subprocess.DEVNULL) for _ in range(8)]
         for caller in random.Random(1).sample(callers, len(callers)):
             time.sleep(0.02)
