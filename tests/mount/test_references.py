@@ -269,8 +269,9 @@ class Walker:
                 for names in names_by_small_buffers(path):
                     other, _thing = self.path(FILE, DIRECTORY)
                     os.stat(other)
-                    if self._dice.random() < 0.3 and (file := path / self._dice.choice(names)).is_file():
-                        file.read_bytes()
+                    inside = path / self._dice.choice(names)
+                    if self._dice.random() < 0.3 and inside.name not in ("bad", "unshown") and inside.is_file():
+                        inside.read_bytes()
             case 7:
                 drop_caches()
 
