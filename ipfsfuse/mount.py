@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import signal
+import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -25,11 +26,12 @@ from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.calls import write_all
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
+from ipfsfuse.fuse.inodes import KEY_BYTES, Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.opening import opened
@@ -144,7 +146,7 @@ async def _main(
             ready(control.socket_path(folder))
 
         nursery.start_soon(operations.run)
-        with operations.storing_pages():
+        with operations.pushing():
             await sessions.serve(session, answers, readahead=config.record is None)
         log.info("unmounted")
         nursery.cancel_scope.cancel()
@@ -172,11 +174,44 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
-        pages = Pages() if record is None else None
+        inodes = Inodes(inode_key(folder))
         commands = Commands(config, cache, pool, pins, tree)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, control.socket_path(folder))
-        yield Operations(tree, roots, interrupts, pages, config.budget, config.deadline), commands, nursery, server
+        operations = Operations(tree, roots, interrupts, inodes, config.budget, config.deadline, push=record is None)
+        yield operations, commands, nursery, server
+
+
+def inode_key(folder: Path) -> bytes:
+    """The key of this cache folder's inode numbers, from the file `inode-key`; a new random one where there
+    is no such file of ours. If it can't be written, numbers change at the next start, and the log says so."""
+    path = folder / "inode-key"
+    with suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            info = os.fstat(file)
+            private = info.st_uid == os.geteuid() and not info.st_mode & 0o077
+            if stat.S_ISREG(info.st_mode) and private and info.st_size == KEY_BYTES:
+                return os.read(file, KEY_BYTES)
+        finally:
+            os.close(file)
+    key = os.urandom(KEY_BYTES)
+    new = folder / f"inode-key.{os.getpid()}.new"
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            write_all(file, key, 0)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.rename(new, path)
+    except OSError as exc:
+        with suppress(OSError):
+            os.unlink(new)
+        log.warning("%s can't be written (%s): inode numbers will be others after a restart", path, exc.strerror)
+    return key
 
 
 def _ignore_signals(also_hangup: bool) -> None:

@@ -11,7 +11,6 @@ from tests.mounting import Home, wait_until
 
 COUNTING = """
 import json, os, sys
-import ipfsfuse.fuse
 from ipfsfuse.fuse.operations import Operations
 counted = open(os.environ["COUNTED"], "a", buffering=1)
 def counting(name):
@@ -22,11 +21,6 @@ def counting(name):
     setattr(Operations, name, counted_handler)
 for name in ("lookup", "getattr", "opendir", "readdir", "open", "read"):
     counting(name)
-"""
-NOT_COMPILED = """
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name.endswith("_native") else find(name, *more)
 """
 RUN = """
 from ipfsfuse.cli.main import main

@@ -34,10 +34,10 @@ class Dag:
         links = [Link(self.block(leaf), b"", len(leaf)) for leaf in leaves]
         return self.node(links, UnixFS(type=Type.FILE, filesize=sum(sizes), blocksizes=sizes))
 
-    def car(self, path: Path) -> Path:
-        """Writes all blocks to a CARv1 file without roots."""
+    def car(self, path: Path, roots: Sequence[Cid] = ()) -> Path:
+        """Writes all blocks to a CARv1 file."""
         sections = [car.section_head(cids.make(cids.RAW, key), len(block)) + block for key, block in self.blocks.items()]
-        path.write_bytes(b"".join([car.encode_header([]), *sections]))
+        path.write_bytes(b"".join([car.encode_header(list(roots)), *sections]))
         return path
 
     def symlink(self, target: bytes) -> Cid:

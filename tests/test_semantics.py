@@ -10,7 +10,7 @@ PAGE = (TOP / "docs" / "SEMANTICS.md").read_text()
 def statements() -> list[str]:
     """The bullets, and the rows of the table of errors."""
     lines = PAGE.splitlines()
-    errors = PAGE[PAGE.index("## Errors") : PAGE.index("## Where less")].splitlines()
+    errors = PAGE[PAGE.index("## Errors") : PAGE.index("## Answers in C")].splitlines()
     return [line for line in lines if line.startswith("- ")] + [line for line in errors if line.startswith("| E")]
 
 

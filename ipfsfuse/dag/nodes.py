@@ -49,7 +49,7 @@ class Child(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Stored attributes. `mode` is masked to 0o777, None where none is stored; `mtime` in nanoseconds since 1970."""
+    """Stored attributes. `mode` is masked to 0o7777, None where none is stored; `mtime` in nanoseconds since 1970."""
 
     mode: int | None = None
     mtime: int | None = None
@@ -133,7 +133,7 @@ def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
     kind = message.type
     meta = NO_META
     if message.mode is not None or message.mtime is not None:
-        meta = Meta(None if message.mode is None else message.mode & 0o777, message.mtime)
+        meta = Meta(None if message.mode is None else message.mode & 0o7777, message.mtime)
     if kind is Type.FILE or kind is Type.RAW:
         return _file(cid, links, message, meta)
     if kind is Type.DIRECTORY:

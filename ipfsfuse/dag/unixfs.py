@@ -111,7 +111,7 @@ def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int
 def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
     """The nanoseconds since 1970 of an IPFSTimestamp: required int64 seconds = 1, optional fixed32 nanos = 2."""
     seconds: int | None = None
-    nanos: int | None = None
+    nanos = 0  # the specification allows 1 to 999,999,999; ipfs-unixfs (JavaScript) writes 0 for a whole second
     if end - at > MAX_STAMP:
         raise Malformed(f"UnixFS: an mtime of {end - at} bytes")
     while at < end:
@@ -125,9 +125,9 @@ def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
             nanos = int.from_bytes(message[start:at], "little")
     if seconds is None or not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise Malformed(f"UnixFS: mtime of {seconds} seconds")
-    if nanos is not None and not 1 <= nanos < _SECOND:
+    if not 0 <= nanos < _SECOND:
         raise Malformed(f"UnixFS: mtime with {nanos} nanoseconds")
-    return seconds * _SECOND + (nanos or 0)
+    return seconds * _SECOND + nanos
 
 
 def encode(message: UnixFS) -> bytes:

@@ -1,7 +1,7 @@
 """Whole small files, many at once.
 
 Each by itself would take and give back Python's lock four times: where another thread wants it, that costs more than the
-reading. `whole.c` takes it once; where that is not compiled they are read one by one. Concurrency: any thread's; it blocks.
+reading. `whole.c` takes it once. Concurrency: any thread's; it blocks.
 """
 
 import ctypes
@@ -14,18 +14,14 @@ from contextlib import contextmanager
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.native import load
 
-_LIBRARY = load("ipfsfuse.fileio._native", "many small files are read one by one")
-
-if _LIBRARY is not None:
-    _LIBRARY.whole_files.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    _LIBRARY.whole_files.restype = ctypes.c_int
+_LIBRARY = load("ipfsfuse.fileio._native")
+_LIBRARY.whole_files.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+_LIBRARY.whole_files.restype = ctypes.c_int
 
 
 def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
     """What regular files hold, of the first of `paths` and as many behind it as together have `most` bytes; None of those that are
     not there, can't be read, or are larger than that alone. Links are not followed."""
-    if _LIBRARY is None:
-        return [read_file(paths[0], most)] if paths else []
     names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
     lengths = (ctypes.c_int64 * len(paths))()
     room = lend(most)

@@ -1,20 +1,40 @@
-"""Inode numbers: who has which, for as long as the kernel remembers it. Pure: no FUSE, no clock.
+"""Inode numbers: which number stands for what, for as long as the kernel remembers it. Pure: no FUSE, no
+clock.
 
-Files and symlinks have one inode per CID, whatever path or spelling led there: they share the page cache. Directories
-have one per path, because the kernel moves a directory's dentry that shows up at a second name. Numbers come from the
-CID (and for a directory from its path), so they are the same after a restart; a number that something else holds is
-never given: the next free one is taken.
+A file or symlink has one inode for each CID, whatever path or spelling led to it: all its paths share the
+page cache. A directory has one inode for each path, because the kernel moves a directory's dentry that
+appears at a second name.
+
+A number is a keyed hash (RFC 7693) of the CID, or for a directory of its path. The key is random and stays in
+the cache folder: numbers are the same after a restart, and nobody can make content whose numbers collide on
+purpose. If something else holds the number, the hash is taken again with a counter in it.
+
+Reference counts: the kernel counts one reference for each answer that gives it a node id (LOOKUP, and each entry of
+READDIRPLUS but "." and ".."), and gives references back by FORGET. `refer` must be called exactly once for each such
+answer, and not for an answer that is an error, nor for an entry that did not fit into the reply. A caller who is killed
+changes nothing: once the kernel has handed a request to us, it waits for the answer and counts it
+(fs/fuse/dev.c, request_wait_answer). The kernel never forgets an inode that it has open, since it holds the inode until
+RELEASE is answered (fs/fuse/file.c, fuse_file_release). Generation numbers stay 0: a number is only given to something
+else after the kernel has forgotten it. After an unmount no FORGET comes; the table goes with the mount.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable
+import logging
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from ipfsfuse.dag.cid import Cid, canonical, multihash
+from ipfsfuse.dag.cid import Cid, canonical
+from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 
+log = logging.getLogger("ipfsfuse.fuse")
+
 ROOT = 1
-_MASK = (1 << 63) - 1
+KEY_BYTES = 32
+BITS = 63
+"""Of a number: the highest bit of 64 is left free for file handles (device.py)."""
+
+_FILE, _DIRECTORY = b"file", b"directory"
 
 
 @dataclass(slots=True)
@@ -27,22 +47,23 @@ class Inode:
     key: Hashable
     attributes: Attributes
     parent: int = ROOT
-    """Of a directory: the number of the one it is in."""
+    """Of a directory: the number of the directory that it is in."""
     lookups: int = 0
     """References that the kernel holds."""
     opens: int = 0
-    """Open files, those being opened among them."""
+    """Open files, and files that are being opened."""
 
 
 class Inodes:
-    """The table. Every reference counted in `lookups` is given back through `forget`."""
+    """The table of all inodes that the kernel holds."""
 
-    def __init__(self, root: Attributes, pending: Callable[[int], bool] = lambda _number: False) -> None:
-        """`pending` tells whether something is still on its way to a number that the kernel gave back."""
-        self._pending = pending
-        held = Inode(ROOT, Cid(b""), "root", root, lookups=1)
-        self._by_number: dict[int, Inode] = {ROOT: held}
-        self._by_key: dict[Hashable, Inode] = {held.key: held}
+    def __init__(self, key: bytes, bits: int = BITS) -> None:
+        """`key` has 32 bytes. Fewer `bits` make collisions likely: for tests."""
+        self._key = key
+        self._mask = (1 << bits) - 1
+        root = Inode(ROOT, Cid(b""), "root", attributes.ROOT, lookups=1)
+        self._by_number: dict[int, Inode] = {ROOT: root}
+        self._by_key: dict[Hashable, Inode] = {root.key: root}
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -51,52 +72,87 @@ class Inodes:
         """The inode of a number that the kernel holds."""
         return self._by_number[number]
 
+    def holds(self, inode: Inode) -> bool:
+        """Whether the kernel still holds this very inode."""
+        return self._by_number.get(inode.number) is inode
+
     def known(self, number: int) -> Inode | None:
-        """The inode of a number, if the kernel holds it still."""
+        """The inode of a number, if the kernel holds it."""
         return self._by_number.get(number)
 
     def find(self, cid: Cid) -> Inode | None:
-        """The inode of a file, if the kernel holds it."""
+        """The inode of a file or symlink, if the kernel holds it."""
         return self._by_key.get(canonical(cid))
 
-    def file(self, cid: Cid, attributes: Attributes) -> Inode:
+    def file(self, cid: Cid, found: Attributes) -> Inode:
         """The one inode of a file or symlink, for all its paths and spellings."""
         key = canonical(cid)
-        found = self._by_key.get(key)
-        if found is None:
-            return self._new(key, cid, attributes, likely(cid))
-        if attributes.exact and not found.attributes.exact:
-            found.attributes = attributes
-        return found
+        inode = self._by_key.get(key)
+        if inode is None:
+            return self._new(key, cid, found, _FILE, key)
+        if found.exact and not inode.attributes.exact:
+            inode.attributes = found
+        return inode
 
-    def directory(self, parent: int, name: bytes, cid: Cid, attributes: Attributes) -> Inode:
+    def directory(self, parent: int, name: bytes, cid: Cid, found: Attributes) -> Inode:
         """The inode of the directory `name` in `parent`: of that path alone."""
-        key = (parent, name)
-        found = self._by_key.get(key)
-        if found is None:
-            path = hashlib.blake2b(parent.to_bytes(8, "big") + name + b"/" + cid, digest_size=8)
-            found = self._new(key, cid, attributes, int.from_bytes(path.digest(), "big") & _MASK)
-            found.parent = parent
-        return found
+        key = (parent, name, canonical(cid))
+        inode = self._by_key.get(key)
+        if inode is None:
+            inode = self._new(key, cid, found, _DIRECTORY, _path(*key))
+            inode.parent = parent
+        return inode
 
-    def _new(self, key: Hashable, cid: Cid, attributes: Attributes, number: int) -> Inode:
-        while number <= ROOT or number in self._by_number or self._pending(number):
-            number = number + 1 & _MASK
-        made = self._by_number[number] = self._by_key[key] = Inode(number, cid, key, attributes)
-        return made
+    def likely(self, parent: int, name: bytes, cid: Cid) -> int:
+        """The number to show for the entry `name` of a listing whose type is not known (d_ino). The number
+        that it has, if the kernel holds it; else the number that it will have if it is a file."""
+        key = canonical(cid)
+        held = self._by_key.get(key) or self._by_key.get((parent, name, key))
+        return held.number if held is not None else self._hash(_FILE, key, 0)
 
-    def forget(self, number: int, count: int) -> bool:
-        """The kernel gives `count` references back; with the last one the number is free: True."""
+    def refer(self, inode: Inode) -> None:
+        """The kernel is about to be given one reference to `inode`."""
+        inode.lookups += 1
+
+    def forget(self, number: int, count: int) -> Inode | None:
+        """The kernel gives `count` references back. Returns the inode if that was the last one: its number is
+        free."""
+        if number == ROOT:
+            return None
         inode = self._by_number.get(number)
-        if inode is None or number == ROOT:
-            return False
+        if inode is None or inode.lookups < count:
+            log.error(
+                "the kernel forgets inode %d %d times and holds it %d times",
+                number,
+                count,
+                inode.lookups if inode else 0,
+            )
+        if inode is None:
+            return None
         inode.lookups -= count
-        if inode.lookups > 0:
-            return False
-        del self._by_number[number], self._by_key[inode.key]
-        return True
+        return self.drop_unused(inode)
+
+    def drop_unused(self, inode: Inode) -> Inode | None:
+        """Takes `inode` out of the table, and returns it, if the kernel has no reference to it."""
+        if inode.lookups > 0 or inode.number == ROOT:
+            return None
+        del self._by_number[inode.number], self._by_key[inode.key]
+        return inode
+
+    def _new(self, key: Hashable, cid: Cid, found: Attributes, kind: bytes, hashed: bytes) -> Inode:
+        tries = 0
+        while (number := self._hash(kind, hashed, tries)) in self._by_number:
+            tries += 1
+        inode = self._by_number[number] = self._by_key[key] = Inode(number, cid, key, found)
+        return inode
+
+    def _hash(self, kind: bytes, hashed: bytes, tries: int) -> int:
+        digest = hashlib.blake2b(
+            hashed, digest_size=8, key=self._key, salt=tries.to_bytes(8, "little"), person=kind
+        ).digest()
+        number = int.from_bytes(digest, "little") & self._mask
+        return number if number > ROOT else self._hash(kind, hashed, tries + (1 << 32))
 
 
-def likely(cid: Cid) -> int:
-    """The number that a file of this CID gets if nothing else holds it."""
-    return max(int.from_bytes(multihash(cid)[-8:], "big") & _MASK, ROOT + 1)
+def _path(parent: int, name: bytes, key: Cid) -> bytes:
+    return parent.to_bytes(8, "little") + name + b"/" + key

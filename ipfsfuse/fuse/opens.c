@@ -1,30 +1,32 @@
-/* Opens and releases that need nobody: of inodes that Python has made known (porter.py), for reading.
+/* Opens and releases that Python is not asked about: those of inodes that Python allowed (device.py), for
+ * reading.
  *
- * A request costs pyfuse3 some 45 us and more, and a small file that is in the page cache two of them: that was all that was
- * left of it. Concurrency: one lock for the table; any thread.
+ * A request costs pyfuse3 45 us and more. A small file in the page cache needs two of them, and nothing
+ * else.
+ * Concurrency: one lock for the table; any thread may call.
  */
 #define _GNU_SOURCE
-#include "porter.h"
+#include "device.h"
 
 #include <fcntl.h>
 #include <pthread.h>
 #include <string.h>
 
-#define OURS (1ULL << 63)        /* a handle given here: the rest of it is the inode */
+#define ANSWERED_HERE (1ULL << 63) /* in a handle that was given here; the other bits are the inode's number */
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
-#define PACE 32                  /* opens in a row that Python need not hear of at once: the next one goes to it */
+#define UNDRAINED 32               /* opens that Python has not been told of; the next open is passed on to it */
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
 static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
-static uint32_t held;
-static uint64_t heard[PACE];
-static uint32_t unheard;
+static uint32_t used_slots;
+static uint64_t opened[UNDRAINED];
+static uint32_t opened_count;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint32_t home(uint64_t inode) { return (uint32_t)((inode * 0x9E3779B97F4A7C15ULL) >> 48); }
 
-/* The slot of `inode`, or the free one where it belongs. */
+/* The slot of `inode`, or the free slot where it belongs. */
 static uint32_t slot_of(uint64_t inode)
 {
 	uint32_t slot = home(inode);
@@ -34,12 +36,12 @@ static uint32_t slot_of(uint64_t inode)
 	return slot;
 }
 
-/* Frees `slot`, and moves up what was pushed behind it. */
+/* Frees `slot`, and moves up the entries that were pushed behind it. */
 static void drop(uint32_t slot)
 {
 	uint32_t next = slot;
 
-	held--;
+	used_slots--;
 	for (;;) {
 		table[slot].inode = 0;
 		do {
@@ -58,30 +60,32 @@ static void drop_idle(void)
 
 	while (slot < SLOTS)
 		if (table[slot].inode && !table[slot].opens)
-			drop(slot); /* what moved up is looked at again */
+			drop(slot); /* look at this slot again: another entry may have moved up */
 		else
 			slot++;
 }
 
-/* `inode`, a regular file whose attributes the kernel was told rightly, may be opened by whoever asks. */
-void opens_know(uint64_t inode)
+/* From now on `inode` is opened for everyone who wants to read it. It must be a regular file whose attributes
+ * the kernel has been told correctly. */
+void opens_allow(uint64_t inode)
 {
 	uint32_t slot;
 
 	pthread_mutex_lock(&lock);
-	if (held >= FULL)
+	if (used_slots >= FULL)
 		drop_idle();
 	slot = slot_of(inode);
-	if (!table[slot].inode && held < FULL) {
+	if (!table[slot].inode && used_slots < FULL) {
 		table[slot].inode = inode;
 		table[slot].opens = 0;
-		held++;
+		used_slots++;
 	}
 	pthread_mutex_unlock(&lock);
 }
 
-/* From now on Python is asked again; returns how often `inode` is open. If it is, and not `even_open`, nothing changes. */
-uint32_t opens_dismiss(uint64_t inode, int even_open)
+/* From now on Python is asked about `inode` again. Returns how many opens of it stand here; their releases go
+ * to Python too. If there are any and `even_open` is 0, nothing changes. */
+uint32_t opens_revoke(uint64_t inode, int even_open)
 {
 	uint32_t slot, opens = 0;
 
@@ -96,62 +100,70 @@ uint32_t opens_dismiss(uint64_t inode, int even_open)
 	return opens;
 }
 
-/* As opens_dismiss for everything that is not open. */
-void opens_dismiss_idle(void)
+/* As opens_revoke for every inode that is not open. */
+void opens_revoke_idle(void)
 {
 	pthread_mutex_lock(&lock);
 	drop_idle();
 	pthread_mutex_unlock(&lock);
 }
 
-/* Writes the inodes opened since the last call to `out`, which has room for PACE; returns how many. */
-uint32_t opens_heard(uint64_t *out)
+/* Call this when the device thread has stopped: the next session starts with an empty table. */
+void opens_clear(void)
+{
+	memset(table, 0, sizeof table);
+	used_slots = opened_count = 0;
+}
+
+/* Writes the inodes opened since the last call to `out`, which has room for UNDRAINED; returns how many. */
+uint32_t opens_drain(uint64_t *out)
 {
 	uint32_t count;
 
 	pthread_mutex_lock(&lock);
-	count = unheard;
-	memcpy(out, heard, count * sizeof *out);
-	unheard = 0;
+	count = opened_count;
+	memcpy(out, opened, count * sizeof *out);
+	opened_count = 0;
 	pthread_mutex_unlock(&lock);
 	return count;
 }
 
-static int open_for_reading(int device, const struct fuse_in_header *request, const struct fuse_open_in *how)
+static int answer_open(int device, const struct fuse_in_header *request, const struct fuse_open_in *how)
 {
-	struct fuse_open_out opened = {.fh = OURS | request->nodeid, .open_flags = FOPEN_KEEP_CACHE};
+	struct fuse_open_out answer = {.fh = ANSWERED_HERE | request->nodeid, .open_flags = FOPEN_KEEP_CACHE};
 	uint32_t slot = slot_of(request->nodeid);
+	enum reply reply;
 
-	if (how->flags & WRITING || !table[slot].inode || unheard == PACE)
+	if (how->flags & WRITING || !table[slot].inode || opened_count == UNDRAINED)
 		return 0;
-	if (!porter_reply(device, request->unique, &opened, sizeof opened)) { /* else the caller is gone: no release will come */
+	reply = device_reply(device, request->unique, &answer, sizeof answer);
+	if (reply == REPLY_SENT) { /* only then will a RELEASE come */
 		table[slot].opens++;
-		heard[unheard++] = request->nodeid;
+		opened[opened_count++] = request->nodeid;
 	}
-	return 1;
+	return reply != REPLY_FAILED;
 }
 
-static int released(int device, const struct fuse_in_header *request, const struct fuse_release_in *what)
+static int answer_release(int device, const struct fuse_in_header *request, const struct fuse_release_in *what)
 {
 	uint32_t slot = slot_of(request->nodeid);
 
-	if (!(what->fh & OURS) || !table[slot].inode || !table[slot].opens)
+	if (!(what->fh & ANSWERED_HERE) || !table[slot].inode || !table[slot].opens)
 		return 0;
-	table[slot].opens--;
-	porter_reply(device, request->unique, NULL, 0);
-	return 1;
+	table[slot].opens--; /* the file is closed, whatever becomes of the answer */
+	return device_reply(device, request->unique, NULL, 0) != REPLY_FAILED;
 }
 
-int opens_answered(int device, const struct fuse_in_header *request, size_t size)
+int opens_answer(int device, const struct fuse_in_header *request, size_t size)
 {
 	const void *body = request + 1;
 	int done = 0;
 
 	pthread_mutex_lock(&lock);
 	if (request->opcode == FUSE_OPEN && size >= sizeof *request + sizeof(struct fuse_open_in))
-		done = open_for_reading(device, request, body);
+		done = answer_open(device, request, body);
 	else if (request->opcode == FUSE_RELEASE && size >= sizeof *request + sizeof(struct fuse_release_in))
-		done = released(device, request, body);
+		done = answer_release(device, request, body);
 	pthread_mutex_unlock(&lock);
 	return done;
 }

@@ -1,4 +1,5 @@
-"""pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in `errnos`.
+"""pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in
+`errnos`.
 
 Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is touched
 only between two awaits.
@@ -7,7 +8,7 @@ only between two awaits.
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import pyfuse3
@@ -17,16 +18,14 @@ from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, Read
 from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.fuse import kernellists, replies, xattrs
+from ipfsfuse.fuse import device, replies, xattrs
 from ipfsfuse.fuse.errnos import fuse_error
-from ipfsfuse.fuse.files import Files
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.listing import Listing, RootListing
-from ipfsfuse.fuse.pages import Pages
+from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
 from ipfsfuse.sources.base import Caller, request_of
-from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
@@ -39,8 +38,8 @@ says which."""
 
 
 class Translated:
-    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one. One serves all calls: it
-    holds nothing."""
+    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one. One serves
+    all calls: it holds nothing."""
 
     def __enter__(self) -> None:
         pass
@@ -58,16 +57,22 @@ class Operations(ReadOnlyOperations):
     supports_dot_lookup = False
 
     def __init__(
-        self, tree: Tree, roots: Roots, interrupts: Interrupts, pages: Pages | None, budget: int, deadline: float
+        self,
+        tree: Tree,
+        roots: Roots,
+        interrupts: Interrupts,
+        inodes: Inodes,
+        budget: int,
+        deadline: float,
+        push: bool = True,
     ) -> None:
-        """`deadline`: seconds in which each call is answered."""
+        """`deadline`: seconds in which each call is answered. Without `push` the kernel is given nothing that
+        it did not ask for, and asks for everything: a recording mount."""
         super().__init__()
         self._deadline = deadline
-        self._tree, self._roots, self._interrupts, self._pages = tree, roots, interrupts, pages
-        self._budget = budget
-        self._inodes = Inodes(attributes.ROOT, pages.pending) if pages is not None else Inodes(attributes.ROOT)
+        self._tree, self._roots, self._interrupts, self._inodes, self._budget = tree, roots, interrupts, inodes, budget
         self._replies = replies.Replies()
-        self._files = Files(tree, self._inodes, interrupts, pages)
+        self._files = OpenFiles(tree, inodes, interrupts, push)
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
         self._openers: dict[int, int] = {}
@@ -75,12 +80,12 @@ class Operations(ReadOnlyOperations):
         self._listers: dict[int, int] = {}
         """And a directory."""
 
-    def storing_pages(self) -> AbstractContextManager[None]:
+    def pushing(self) -> AbstractContextManager[None]:
         """While the session serves: what nobody asked for yet goes to the page cache."""
-        return self._pages.running() if self._pages is not None else nullcontext()
+        return self._files.pushing()
 
     async def run(self) -> None:
-        """Notes what went on unasked: as long as the mount serves."""
+        """Takes note of what was opened in C. Runs as long as the mount serves."""
         await self._files.run()
 
     @contextmanager
@@ -110,8 +115,12 @@ class Operations(ReadOnlyOperations):
             if parent_inode == ROOT:
                 self._roots.note(cid, name)
             inode = self._inode(parent_inode, name, cid, found)
-            inode.lookups += 1
-            return self._replies.entry(inode)
+            try:
+                reply = self._replies.entry(inode)
+                self._inodes.refer(inode)  # from here on nothing fails
+                return reply
+            finally:
+                self._inodes.drop_unused(inode)
 
     async def _child(self, parent: int, name: bytes, ctx: RequestContext) -> Cid:
         with self._interrupts.watch(ctx.pid):
@@ -176,7 +185,7 @@ class Operations(ReadOnlyOperations):
             if inode == ROOT:
                 self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
             else:
-                handle = kernellists.kept(handle)
+                handle = device.with_cached_listing(handle)
                 held = self._inodes.get(inode)
                 self._tree.enter(held.cid)
                 self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)

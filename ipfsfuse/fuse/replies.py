@@ -1,26 +1,30 @@
-"""pyfuse3's structures, filled. An EntryAttributes costs more to make than to fill: one is reused for each kind of
-reply, which is safe because pyfuse3 copies it before anything else runs."""
+"""pyfuse3's structures, filled. It costs more to make an EntryAttributes than to fill it, so one is reused
+for each kind of reply. That is safe because pyfuse3 copies it before anything else runs."""
 
 import os
 
 import pyfuse3
 
+from ipfsfuse.fuse.device import NAME_ONLY
 from ipfsfuse.fuse.inodes import Inode
-from ipfsfuse.vfs.attributes import Attributes
 
 FOREVER = 365 * 86400
-"""Seconds the kernel may keep what a CID fixes."""
+"""Seconds for which the kernel may keep what a CID fixes."""
 BLOCK = 1 << 20
-"""st_blksize: what programs should read at a time."""
+"""st_blksize: how much programs should read at a time."""
+
+MIN_TIME, MAX_TIME = -(1 << 63), (1 << 63) - 1
+"""pyfuse3 holds times as signed 64-bit nanoseconds since 1970: from the year 1677 to 2262."""
 
 
 class Replies:
-    """Fills replies for one mount: who mounted owns everything."""
+    """Fills replies for one mount. The mounting user owns everything."""
 
     def __init__(self) -> None:
         self._uid, self._gid = os.getuid(), os.getgid()
         self._entry = self._fresh()
-        self._listed = self._fresh()
+        self._name_only = self._fresh()
+        self._name_only.generation = NAME_ONLY
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = pyfuse3.InodeT(0)
         self._absent.entry_timeout = FOREVER
@@ -36,35 +40,26 @@ class Replies:
         return made
 
     def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        """The reply to lookup and getattr."""
-        return self._fill(self._entry, inode.number, inode.attributes)
+        """A node id with its attributes: the reply to lookup and getattr, and a whole entry of a listing."""
+        out, shown = self._entry, inode.attributes
+        out.st_ino = pyfuse3.InodeT(inode.number)
+        out.st_mode = pyfuse3.ModeT(shown.mode)
+        out.st_size = shown.size
+        out.st_blocks = (shown.size + 511) >> 9
+        out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = min(max(shown.mtime, MIN_TIME), MAX_TIME)
+        return out
 
-    def listed(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        """A listing's entry whose attributes are told along."""
-        self._listed.entry_timeout = FOREVER
-        return self._fill(self._listed, inode.number, inode.attributes)
-
-    def name_alone(self, number: int, mode: int) -> pyfuse3.EntryAttributes:
-        """A listing's entry by name (and type, where `mode` has one): the kernel keeps no attributes of it."""
-        listed = self._listed
-        listed.st_ino = pyfuse3.InodeT(number)
-        listed.st_mode = pyfuse3.ModeT(mode)
-        listed.st_size = -1 if mode else 0
-        listed.entry_timeout = listed.attr_timeout = 0
-        return listed
+    def name_only(self, number: int, mode: int) -> pyfuse3.EntryAttributes:
+        """An entry of a listing without a node id: the kernel takes the name, the type in `mode` (0 if it is
+        not known) and the `number` to show, and counts no reference."""
+        out = self._name_only
+        out.st_ino = pyfuse3.InodeT(number)
+        out.st_mode = pyfuse3.ModeT(mode)
+        return out
 
     def absent(self) -> pyfuse3.EntryAttributes:
         """Proved absent: the kernel need not ask for this name again."""
         return self._absent
-
-    def _fill(self, out: pyfuse3.EntryAttributes, number: int, attributes: Attributes) -> pyfuse3.EntryAttributes:
-        out.st_ino = pyfuse3.InodeT(number)
-        out.st_mode = pyfuse3.ModeT(attributes.mode)
-        out.st_size = attributes.size
-        out.st_blocks = (attributes.size + 511) >> 9
-        out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = attributes.mtime
-        out.attr_timeout = FOREVER  # a size that is only claimed, too: `open` takes it back if it was wrong
-        return out
 
 
 def statfs(budget: int, used: int) -> pyfuse3.StatvfsData:

@@ -1,27 +1,26 @@
 """The FUSE session: mounting, the INIT exchange, serving, unmounting.
 
-pyfuse3 holds one session per process in module globals, so this module serves one mount per process. The exchange
-stands between the kernel and libfuse for one message: libfuse is given one end of a socket pair as its device, the
-INIT request is passed through, its reply extended (`wire`), and then the real device is put in the socket's place.
+pyfuse3 holds one session per process in module globals, so this module serves one mount per process. It stands between
+the kernel and libfuse for one message: libfuse is given one end of a socket pair as its device, the INIT request is
+passed through, its reply is extended (`init_patch`), and then the real device is put in the socket's place.
 """
 
 import contextlib
 import logging
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyfuse3
 import trio
 
 from ipfsfuse.errors import MountFailed
-from ipfsfuse.fuse import wire
+from ipfsfuse.fuse import init_patch
+from ipfsfuse.fuse.device import DeviceReader
 from ipfsfuse.fuse.mountpoint import fusermount
-from ipfsfuse.fuse.porter import Porter, hired
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -30,8 +29,6 @@ MAX_TASKS = 100_000
 """Waiting calls are bounded by memory, not by number: pyfuse3's default of 99 would stop the whole mount."""
 
 INIT_SECONDS = 10
-STUCK_SECONDS = 0.1
-"""How long a read that finds nothing may hold everything up."""
 
 
 @dataclass
@@ -48,17 +45,14 @@ class Device:
 class Session:
     """A session that libfuse accepted, not yet serving."""
 
-    mountpoint: Path
-    device: Device | None
-    """None for a plain pyfuse3 mount."""
-    ours: socket.socket | None = None
-    number: int = -1
+    device: Device
+    reader: DeviceReader
+    ours: socket.socket
+    """Our end of the socket pair that libfuse has as its device."""
+    number: int
     """The file descriptor that libfuse believes to be its device."""
     extended: bool = False
     """True once parallel directory operations and cached symlinks are on."""
-    spare: list[int] = field(default_factory=list)
-    porter: Porter | None = None
-    """Who reads the device; None where pyfuse3 does."""
 
 
 def open_device(mountpoint: Path, allow_other: bool) -> Device:
@@ -93,74 +87,50 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
     return f"{mountpoint} can't be mounted: {line}"
 
 
-def begin(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> Session:
-    """Mounts and hands libfuse the socket. Must run before the event loop serves; nothing is answered yet."""
+def init(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> Session:
+    """Mounts and hands libfuse the socket. Must run before the event loop serves; nothing is answered yet.
+
+    Raises MountFailed."""
     device = open_device(mountpoint, allow_other)
     try:
-        porter = hired()
+        reader = DeviceReader()
     except OSError as exc:
         _close_device(device)
         raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     number = theirs.detach()
-    session = Session(mountpoint, device, ours, number, porter=porter)
     try:
         pyfuse3.init(operations, f"/dev/fd/{number}", set())
     except RuntimeError as exc:
-        log.warning("this libfuse takes no device from outside (%s): a plain mount, without parallel lookups", exc)
-        if session.porter is not None:
-            session.porter.end()
+        reader.stop()
         ours.close()
         os.close(number)
         _close_device(device)
-        subprocess.run([fusermount(), "-u", "-z", "-q", "--", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
-        return _begin_plain(operations, mountpoint, allow_other)
-    return session
-
-
-def _begin_plain(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> Session:
-    options = {"fsname=ipfsfuse", "subtype=ipfsfuse", "auto_unmount", "nosuid", "nodev"} | ({"allow_other"} if allow_other else set())
-    try:
-        pyfuse3.init(operations, str(mountpoint), options)
-    except RuntimeError as exc:
-        raise MountFailed(f"{mountpoint} can't be mounted: {exc}") from exc
-    return Session(mountpoint, None)
+        raise MountFailed(f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.3 or newer is needed") from exc
+    return Session(device, reader, ours, number)
 
 
 async def exchange(session: Session, readahead: bool) -> None:
-    """Carries INIT between kernel and libfuse; the session's main loop must be running. Raises MountFailed."""
-    if session.device is None or session.ours is None:
-        return
+    """Carries INIT between kernel and libfuse; the session's main loop must be running. Raises
+    MountFailed."""
     ours, device = session.ours, session.device.fd
     with _deadline("the kernel and libfuse did not agree"):
         await trio.lowlevel.wait_readable(device)
         request = os.read(device, 1 << 20)
-        offered = wire.read_init(request)
+        offered = init_patch.read_init(request)
         ours.send(request)
-        if session.porter is not None:
-            session.porter.ring()
+        session.reader.wake()
         await trio.lowlevel.wait_readable(ours)
-        reply = wire.extend_reply(ours.recv(1 << 16), offered.flags, readahead)
+        reply = init_patch.extend_reply(ours.recv(1 << 16), offered.flags, readahead)
         os.write(device, reply)
-        session.extended = bool(offered.flags & wire.PARALLEL_DIROPS)
-        await _switch(session, device, ours)
+    session.extended = bool(offered.flags & init_patch.PARALLEL_DIROPS)
+    os.dup2(device, session.number)  # the device takes the place of the socket
+    try:
+        session.reader.start(session.number)
+    except OSError as exc:
+        raise MountFailed(f"{session.device.mountpoint} can't be served: {exc.strerror}") from exc
     if not session.extended:
         log.warning("this kernel offers no parallel directory operations: a stalled lookup holds up its directory")
-
-
-async def _switch(session: Session, device: int, ours: socket.socket) -> None:
-    """Puts the device in the place of the socket that libfuse waits on."""
-    if session.porter is not None:
-        os.dup2(device, session.number)
-        try:
-            session.porter.begin(session.number)
-        except OSError as exc:
-            raise MountFailed(f"{session.mountpoint} can't be served: {exc.strerror}") from exc
-        return
-    session.spare.append(os.dup(session.number))  # epoll still watches the old end: it must outlive the wake-up below
-    os.dup2(device, session.number)
-    ours.send(b"x")  # wakes the task that waits on the old end; its next read is the device's
-    await trio.lowlevel.checkpoint()
 
 
 @contextlib.contextmanager
@@ -175,26 +145,11 @@ def _deadline(what: str) -> Iterator[None]:
 async def serve(session: Session, ready: Callable[[], None], readahead: bool = True) -> None:
     """Answers the kernel until the mount is gone; `ready` is called once it does.
 
-    Without `readahead` the kernel asks for nothing that was not read (a plain mount can't promise that)."""
-    with _never_stuck_in_read() if session.porter is None else contextlib.nullcontext():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_main, nursery.cancel_scope)
-            await exchange(session, readahead)
-            ready()
-
-
-@contextlib.contextmanager
-def _never_stuck_in_read() -> Iterator[None]:
-    """A request may vanish between the poll that saw it and libfuse's read (its caller was killed, or was answered
-    before its interrupt was read); that read then waits for the next request, with the event loop and Python's lock.
-    Non-blocking is no way out: pyfuse3 ends the mount at EAGAIN. But it tries again at EINTR, so a timer interrupts."""
-    before = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
-    signal.setitimer(signal.ITIMER_REAL, STUCK_SECONDS, STUCK_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    Without `readahead` the kernel asks for nothing that was not read."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_main, nursery.cancel_scope)
+        await exchange(session, readahead)
+        ready()
 
 
 async def _main(scope: trio.CancelScope) -> None:
@@ -211,16 +166,10 @@ async def unmount(mountpoint: Path, lazy: bool) -> bool:
 
 def close(session: Session) -> None:
     """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
-    if session.porter is not None:
-        session.porter.end()
-    pyfuse3.close(unmount=session.device is None)
-    if session.ours is not None:
-        session.ours.close()
-    for fd in session.spare:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-    if session.device is not None:
-        _close_device(session.device)
+    session.reader.stop()
+    pyfuse3.close(unmount=False)
+    session.ours.close()
+    _close_device(session.device)
 
 
 def _close_device(device: Device) -> None:
@@ -232,7 +181,7 @@ def _close_device(device: Device) -> None:
 @contextlib.asynccontextmanager
 async def opened(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> AsyncIterator[Session]:
     """A session for the length of the block; the mount is gone afterwards."""
-    session = begin(operations, mountpoint, allow_other)
+    session = init(operations, mountpoint, allow_other)
     try:
         yield session
     finally:

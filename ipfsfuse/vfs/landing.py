@@ -28,26 +28,26 @@ class Room:
         self.left = limit
 
 
-class Counter(Protocol):
-    """Where a reader takes what waits for him unasked."""
+class ReadWindows(Protocol):
+    """Bytes of one open file that its reader gets without a call to us."""
 
-    def offer(self, offset: int, content: Content, told: bool) -> None:
-        """With `told`, he comes here for its last byte."""
+    def add(self, offset: int, content: Content, told: bool) -> None:
+        """With `told`, the read of the last byte still comes to us."""
         ...
 
-    def withdraw(self, offset: int) -> None:
-        """What was offered at `offset`: nobody takes it any more once this returns."""
+    def remove(self, offset: int) -> None:
+        """Nobody reads what was added at `offset` once this has returned."""
         ...
 
 
 class Landing:
     """The leaves of one open file, by offset."""
 
-    def __init__(self, room: Room, size: int = 0, counter: Counter | None = None) -> None:
+    def __init__(self, room: Room, size: int = 0, windows: ReadWindows | None = None) -> None:
         """`size` of the file: who reaches its end is always told of."""
         self._room = room
         self._size = size
-        self._counter = counter
+        self._windows = windows
         self._closed = False
         self._passed = 0
         self._leaves: OrderedDict[int, Content] = OrderedDict()
@@ -60,9 +60,9 @@ class Landing:
         if len(content) <= self._room.left and offset not in self._leaves and not self._closed:
             self._leaves[offset] = content
             self._room.left -= len(content)
-            if self._counter is not None:
+            if self._windows is not None:
                 end = offset + len(content)
-                self._counter.offer(offset, content, offset // TOLD != end // TOLD or end == self._size)
+                self._windows.add(offset, content, offset // TOLD != end // TOLD or end == self._size)
 
     def get(self, offset: int) -> Content | None:
         return self._leaves.get(offset)
@@ -79,8 +79,8 @@ class Landing:
         content = self._leaves.pop(offset, None)
         if content is not None:
             self._room.left += len(content)
-            if self._counter is not None:
-                self._counter.withdraw(offset)
+            if self._windows is not None:
+                self._windows.remove(offset)
 
     def close(self) -> None:
         """Nothing is kept from now on."""

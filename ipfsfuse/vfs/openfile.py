@@ -15,7 +15,7 @@ from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request, set_request
-from ipfsfuse.vfs.landing import Counter, Landing
+from ipfsfuse.vfs.landing import Landing, ReadWindows
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
 
@@ -27,13 +27,13 @@ the CPU of a cold read."""
 
 
 class OpenFile:
-    def __init__(self, tree: Tree, file: File, counter: Counter | None = None) -> None:
-        """Reads that its reader makes at the `counter` are not seen here."""
+    def __init__(self, tree: Tree, file: File, windows: ReadWindows | None = None) -> None:
+        """Reads that are answered from `windows` are not seen here."""
         self._tree = tree
         self._file = file
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
-        self._landing = Landing(tree.room, file.size, counter)
+        self._landing = Landing(tree.room, file.size, windows)
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
         """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
         if file.inline == file.size:
@@ -90,7 +90,7 @@ class OpenFile:
         hash pays once."""
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
         if self._ahead.sequential and leaf.offset + last == self._file.size:
-            self._landing.clear()  # what was taken at the counter is still there
+            self._landing.clear()  # what was read from the windows is still there
         elif last == leaf.size:
             self._landing.drop(leaf.offset)
         elif self._ahead.sequential:

@@ -5,7 +5,7 @@ nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import trio
 
@@ -15,7 +15,7 @@ from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
 from ipfsfuse.dag.traversal import Walk
-from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
+from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
@@ -38,32 +38,17 @@ class Use(Protocol):
     def __call__(self, cid: Cid, ahead: bool) -> None: ...
 
 
-class Entry(NamedTuple):
-    """One name in a listing."""
-
-    name: bytes
-    cid: Cid
-    place: int
-    """Where a reader who has seen this entry goes on: positive, growing, the same after a restart."""
-    attributes: Attributes | None
-    """None where neither the link nor memory tells them."""
-
-
-class Page(NamedTuple):
-    entries: Sequence[Entry]
-    end: bool
-    """True if nothing follows."""
-
-
 class Tree:
-    def __init__(self, cache: Cache, nursery: trio.Nursery, use: Use | None = None) -> None:
+    def __init__(self, cache: Cache, nursery: trio.Nursery, use: Use | None = None, known: int = KNOWN) -> None:
+        """Remembers the attributes of `known` CIDs."""
         self.cache = cache
         self.nursery = nursery
         self.use = use
         self.room = Room()
         self.handing = Handing()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
-        self._known: Lru[Cid, Attributes] = Lru(KNOWN)
+        self._known: Lru[Cid, Attributes] = Lru(known)
+        """By canonical CID: what was seen by one spelling is known by the others."""
         self._subtrees = SubtreePrefetcher(cache, self._remember, self.handing) if use is None else None
         self._prefetcher = (
             DirectoryPrefetcher(nursery, self._found, self.known, self._subtrees.contents_of) if self._subtrees else None
@@ -108,7 +93,7 @@ class Tree:
         """`node`, whose block has `size` bytes."""
         if cids.codec(node.cid) != cids.RAW:
             self._nodes.put(node.cid, node, size + 64)
-        self._known.put(node.cid, attributes.of_node(node))
+        self._known.put(cids.canonical(node.cid), attributes.of_node(node))
 
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
@@ -122,7 +107,8 @@ class Tree:
 
     def known(self, cid: Cid) -> Attributes | None:
         """The attributes of `cid` if no block is needed for them."""
-        return self._known.get(cid)
+        found = self._known.get(cids.canonical(cid))
+        return found if found is not None else _carried(cid)
 
     async def drive(self, steps: Walk[T]) -> T:
         """Runs a walk to its value, side by side where it wants several nodes at once."""
@@ -177,7 +163,7 @@ class Tree:
             raise NotFound(f"{name!r} is not in {cids.text(parent)}")
         return link
 
-    async def entries(self, parent: Cid, after: int) -> Page:
+    async def entries(self, parent: Cid, after: int) -> directory_pages.Page:
         """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
         directory = await self.directory(parent)
         if self._subtrees is not None and not after:
@@ -186,13 +172,15 @@ class Tree:
         await trio.lowlevel.checkpoint()  # a page has some thousand entries: they are not handled in one step of the loop
         if self._prefetcher is not None:  # else every block that is used must be told of
             self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
-        return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
+        return page
 
-    def _told(self, cid: Cid, tsize: int) -> Attributes | None:
+    def told(self, cid: Cid, tsize: int) -> Attributes | None:
+        """What a listing tells of an entry whose link claims `tsize` (negative if there is no claim): what is
+        known, else the claim, which gives the size of a raw block. No block is needed."""
         known = self.known(cid)
         if known is not None:
             return known
-        return attributes.claimed(tsize) if cids.codec(cid) == cids.RAW else None
+        return attributes.claimed(tsize) if tsize >= 0 and cids.codec(cid) == cids.RAW else None
 
     # -- files and links ---------------------------------------------------------------------------------------
 
@@ -235,6 +223,15 @@ class Tree:
         if not isinstance(node, Symlink):
             raise NotALink(f"{cids.text(cid)} is not a symlink")
         return node.target
+
+
+def _carried(cid: Cid) -> Attributes | None:
+    """The attributes of a node that an identity CID carries in itself."""
+    try:
+        block = cids.inline(cid)
+        return attributes.of_node(nodes.parse(cid, block)) if block is not None else None
+    except (Malformed, Unsupported):  # whoever looks it up will hear
+        return None
 
 
 def _refuse_unshown(cid: Cid) -> None:

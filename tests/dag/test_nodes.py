@@ -38,7 +38,7 @@ def test_a_file_without_filesize_has_what_it_holds() -> None:
 
 def test_mode_is_masked_and_time_kept_to_the_nanosecond() -> None:
     found = parse(block(UnixFS(Type.DIRECTORY, mode=0o107755, mtime=-1)))
-    assert found.meta == Meta(0o755, -1)
+    assert found.meta == Meta(0o7755, -1)
     assert parse(block(UnixFS(Type.FILE, mode=0))).meta == Meta(0, None)
 
 

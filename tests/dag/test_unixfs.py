@@ -73,11 +73,15 @@ def test_times_are_nanoseconds_that_count_forward(seconds: int, nanos: int | Non
     assert unixfs.encode(UnixFS(Type.FILE, mtime=total)) == stamp(seconds, nanos)
 
 
+def test_nanoseconds_of_0_which_should_be_left_out_are_accepted() -> None:
+    """The current JavaScript importer (ipfs-unixfs) writes them."""
+    assert unixfs.decode(stamp(1, 0)).mtime == 10**9
+
+
 REFUSED = {
     "nothing": b"",
     "no type": field(3, 1),
     "an unknown type": field(1, 6),
-    "nanoseconds that should be left out": stamp(1, 0),
     "nanoseconds of over a second": stamp(1, 10**9),
     "a year over 9999": stamp(MAX_SECONDS + 1, None),
     "a year below 1": stamp(MIN_SECONDS - 1, None),

@@ -1,4 +1,4 @@
-"""Whole small files, many at once: the same with our C and without it."""
+"""Whole small files, many at once."""
 
 import os
 import random
@@ -6,17 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.fileio import whole
 from ipfsfuse.fileio.whole import read_file, read_whole
-
-WITHOUT = pytest.param(False, id="without the C part")
-WITH = pytest.param(True, id="with it", marks=pytest.mark.skipif(whole._LIBRARY is None, reason="the C part is not compiled here"))
-
-
-@pytest.fixture(params=[WITH, WITHOUT], autouse=True)
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.param:
-        monkeypatch.setattr(whole, "_LIBRARY", None)
 
 
 def read_all(paths: list[str], most: int) -> list[bytes | None]:

@@ -19,6 +19,7 @@ def operations(deadline: float) -> Operations:
     return made
 
 
+@pytest.mark.logs("answered ETIMEDOUT")
 def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadline() -> None:
     async def main() -> None:
         with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000):

@@ -7,6 +7,9 @@ import subprocess
 
 import pytest
 
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.unixfs import Type, UnixFS
+from tests.dagging import Dag
 from tests.mount.conftest import Sample
 from tests.mount.test_writes import call
 from tests.mounting import Home
@@ -55,14 +58,32 @@ def test_what_is_not_stored_has_modes_0444_and_0555_and_time_0(sample: Sample) -
 def test_stored_modes_and_times_are_shown(home: Home) -> None:
     file = home.folder / "tool"
     file.write_text("#!/bin/sh\necho ran\n")
-    file.chmod(0o4751)
+    file.chmod(0o7751)
     os.utime(file, ns=(1, 1_600_000_000_123_456_789))
     cid = home.add("--preserve-mode", "--preserve-mtime", file)
     with home.mounted() as mount:
         shown = os.stat(mount.path / cid)
-        assert stat.S_IMODE(shown.st_mode) == 0o751
+        assert stat.S_IMODE(shown.st_mode) == 0o7751
         assert shown.st_mtime_ns == shown.st_ctime_ns == shown.st_atime_ns == 1_600_000_000_123_456_789
         assert subprocess.run([mount.path / cid], capture_output=True, text=True, check=True).stdout == "ran\n"
+
+
+def test_times_that_the_kernel_can_not_be_told_are_shown_as_the_nearest_one(home: Home) -> None:
+    dag = Dag()
+    seconds = {"0001": -62_135_596_800, "1677": -9_223_372_036, "2262": 9_223_372_036, "9999": 253_402_300_799}
+    files = {
+        year.encode(): (dag.node([], UnixFS(type=Type.FILE, data=b"x", filesize=1, mtime=stored * 10**9)), 1) for year, stored in seconds.items()
+    }
+    root = cids.text(dag.directory(files))
+    with home.mounted("--from", dag.car(home.folder / "content.car")) as mount:
+        shown = {year: os.stat(mount.path / root / year).st_mtime_ns for year in seconds}
+        assert shown == {
+            "0001": -(1 << 63),
+            "1677": -9_223_372_036 * 10**9,
+            "2262": 9_223_372_036 * 10**9,
+            "9999": (1 << 63) - 1,
+        }
+        assert len(subprocess.run(["ls", "-l", mount.path / root], capture_output=True, check=True).stdout.splitlines()) == 5
 
 
 def test_blocks_come_from_the_size_so_that_tar_and_du_see_no_holes(sample: Sample) -> None:

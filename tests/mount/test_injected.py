@@ -1,4 +1,5 @@
-"""Faults that can't be caused from outside, put into a real daemon: a libfuse that takes no device, a bug in a handler."""
+"""Faults that can't be caused from outside, put into a real daemon: a libfuse that takes no device, a compiled part that is
+gone, a bug in a handler."""
 
 import errno
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, wait_until
+from tests.mounting import Home, fuse_mounts, wait_until
 
 NO_DEVICE = """
 import pyfuse3
@@ -20,6 +21,11 @@ def init(operations, mountpoint, options):
         raise RuntimeError("fuse_session_mount failed")
     begun(operations, mountpoint, options)
 pyfuse3.init = init
+"""
+GONE = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "ipfsfuse.fuse._native" else find(name, *more)
 """
 BUG = """
 from ipfsfuse.vfs.tree import Tree
@@ -58,13 +64,21 @@ def tree(home: Home) -> str:
     return home.add(folder)
 
 
-def test_where_libfuse_takes_no_device_the_mount_is_a_plain_one_and_says_so(home: Home, tree: str) -> None:
-    with daemon(home, NO_DEVICE) as log:
-        assert (home.mountpoint / tree / "file").read_text() == "content\n"
-        assert os.listdir(home.mountpoint) == [tree]
-        with pytest.raises(PermissionError):
-            (home.mountpoint / tree / "new").touch()
-        assert "a plain mount, without parallel lookups" in log.read_text()
+def test_where_libfuse_takes_no_device_the_mount_is_refused_in_one_line(home: Home, tree: str) -> None:
+    command = [sys.executable, "-c", NO_DEVICE + RUN, str(home.mountpoint)]
+    done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"ipfsfuse: {home.mountpoint} can't be served: this libfuse takes no device from outside")
+    assert done.stderr.count("\n") == 1
+    assert fuse_mounts(home.folder) == []
+
+
+def test_without_its_compiled_part_a_mount_is_refused_in_one_line(home: Home) -> None:
+    command = [sys.executable, "-c", GONE + RUN, str(home.mountpoint)]
+    done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ipfsfuse: the compiled part ipfsfuse.fuse._native is missing: install ipfsfuse again")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_bug_costs_one_call_eio_and_a_traceback_never_the_mount(home: Home, tree: str) -> None:

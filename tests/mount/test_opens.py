@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.counting import NOT_COMPILED, Counted, counted
+from tests.counting import Counted, counted
 from tests.mounting import Home
 
 FILES = 200
@@ -51,13 +51,6 @@ def test_who_opened_a_small_file_once_is_not_asked_again(kernel: Counted, root: 
     assert read_all(root, small) == small
     asked = kernel.since(before)
     assert asked["open"] <= FEW + asked["lookup"], "but for those that the kernel has forgotten"
-
-
-def test_without_the_c_part_each_open_is_asked_for(home: Home, root: Path, small: dict[str, bytes]) -> None:
-    with counted(home, "library", NOT_COMPILED) as kernel:
-        for _ in range(2):
-            assert read_all(root, small) == small
-        assert kernel.now()["open"] == 2 * FILES
 
 
 @pytest.mark.parametrize("how", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_CREAT])

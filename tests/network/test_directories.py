@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.counting import NOT_COMPILED, counted
+from tests.counting import counted
 from tests.kubo.node import Node
 from tests.mounting import Home, wait_until
 
@@ -69,15 +69,6 @@ def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: No
         subprocess.run(["ls", home.mountpoint / other], check=True, stdout=subprocess.DEVNULL)
         named = subprocess.run(["ls", home.mountpoint], check=True, capture_output=True, text=True).stdout.split()
         assert sorted(named) == sorted([root.name, other]), "names may appear in the root at any time"
-
-
-def test_where_the_kernel_cannot_be_told_to_keep_listings_they_are_given_each_time(kubo_node: Node, home: Home) -> None:
-    folders(home.folder / "tree", 1, 30)
-    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
-    with counted(home, f"kubo+{kubo_node.api_url}", NOT_COMPILED) as kernel:
-        listed = [subprocess.run(["ls", root / "00"], check=True, capture_output=True, text=True).stdout for _ in range(2)]
-        assert listed[0] == listed[1]
-        assert kernel.now()["readdir"] >= 4
 
 
 def test_a_large_listing_is_one_answer_and_no_childs_content(kubo_node: Node, home: Home) -> None:

@@ -1,4 +1,4 @@
-"""The porter: what it passes on, what it holds back, and how it ends."""
+"""The device thread: what it passes on, what it holds back, and how it ends."""
 
 import os
 import struct
@@ -10,11 +10,9 @@ from contextlib import suppress
 
 import trio
 
-from ipfsfuse.fuse import porter
-from tests.fuse.inplace import BATCH_FORGET, OPEN, kernel, needs_c
+from ipfsfuse.fuse import device
+from tests.fuse.kernel_side import BATCH_FORGET, OPEN, kernel
 from tests.mounting import wait_until
-
-pytestmark = needs_c
 
 
 def forgets(first: int) -> bytes:
@@ -22,7 +20,7 @@ def forgets(first: int) -> bytes:
 
 
 def test_more_than_may_wait_for_python_comes_in_the_end() -> None:
-    """While Python is busy the porter reads no further than its bound; when there is room, it goes on."""
+    """While Python is busy the thread reads no further than its bound; when there is room, it goes on."""
 
     async def main() -> None:
         sent: list[int] = []
@@ -48,7 +46,7 @@ def test_more_than_may_wait_for_python_comes_in_the_end() -> None:
 
 
 def test_a_session_ends_while_requests_go_on() -> None:
-    """Who never stops asking can't keep the porter at his door."""
+    """A kernel that never stops asking can't keep the thread alive."""
 
     async def main() -> None:
         stop, ended = threading.Event(), threading.Event()
@@ -65,9 +63,9 @@ def test_a_session_ends_while_requests_go_on() -> None:
 
         with ThreadPoolExecutor(2) as crowd:
             async with kernel() as asking:
-                porter.know(7)
+                device.allow(7)
                 crowd.submit(go_on)
-                await trio.to_thread.run_sync(wait_until, porter.heard, "some are open")
+                await trio.to_thread.run_sync(wait_until, device.drain, "some are open")
                 watching = crowd.submit(watch)
             ended.set()
             assert watching.result(), "it ended by itself"

@@ -1,5 +1,5 @@
-"""The test in the kernel's place: libfuse, pyfuse3 and the porter are real; their device is one end of a socket pair, as it is while
-a session begins.
+"""The test in the kernel's place: libfuse, pyfuse3 and the device thread are real. Their device is one end of a socket
+pair, as it is while a session begins.
 """
 
 import os
@@ -10,17 +10,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pyfuse3
-import pytest
 import trio
 from pyfuse3 import FileHandleT, FileInfo, FlagT, InodeT, RequestContext
 
-from ipfsfuse.fuse import porter
-from ipfsfuse.fuse.native import LIBRARY
-
-needs_c = pytest.mark.skipif(LIBRARY is None, reason="the C part is not compiled here")
+from ipfsfuse.fuse import device
 
 OPEN, READ, RELEASE, INIT, BATCH_FORGET = 14, 15, 18, 26, 42
-OURS = 1 << 63
+ANSWERED_HERE = 1 << 63
 EVERYTHING = (1 << 20) - 1
 """What the kernel offers, of that time."""
 ASKED = 77
@@ -95,21 +91,18 @@ async def kernel() -> AsyncIterator[Kernel]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     operations = Operations()
     number = theirs.detach()
-    standing = porter.hired()
-    assert standing is not None
+    reader = device.DeviceReader()
     pyfuse3.init(operations, f"/dev/fd/{number}", set())
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main)
             asking = Kernel(ours, operations)
-            standing.ring()
+            reader.wake()
             await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
-            standing.begin(number)
+            reader.start(number)
             yield asking
             nursery.cancel_scope.cancel()
     finally:
-        porter.heard()
-        porter.dismiss_idle()
-        standing.end()
+        reader.stop()
         pyfuse3.close(unmount=False)
         ours.close()

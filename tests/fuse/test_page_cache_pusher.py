@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pyfuse3
 import pytest
 
-from ipfsfuse.fuse.pages import MAX_WAITING, Pages
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fuse.inodes import Inode
+from ipfsfuse.fuse.page_cache_pusher import MAX_WAITING, PageCachePusher
+from ipfsfuse.vfs import attributes
 from tests.mounting import wait_until
 
 
@@ -26,6 +29,10 @@ class Kernel:
         self.took.append((inode, offset, content))
 
 
+def inode(number: int) -> Inode:
+    return Inode(number, Cid(b""), number, attributes.ROOT)
+
+
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel = Kernel()
@@ -34,44 +41,40 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel.may_go_on.set()
 
 
-def test_what_is_given_is_stored_in_order_and_one_failure_is_no_end(kernel: Kernel) -> None:
-    pages = Pages()
-    with pages.running():
-        pages.give([(7, b"seven"), (8, b"forgotten"), (9, b"nine")])
+def test_what_is_pushed_is_stored_in_order_and_one_failure_does_not_end_it(kernel: Kernel) -> None:
+    pusher = PageCachePusher()
+    with pusher.running():
+        pusher.push([(inode(7), b"seven"), (inode(8), b"forgotten"), (inode(9), b"nine")])
         wait_until(lambda: len(kernel.took) == 2, "both were stored")
-        assert not any(pages.pending(inode) for inode in (7, 8, 9))
+        wait_until(lambda: [one.number for one in pusher.stored()] == [7, 9], "and said so")
     assert kernel.took == [(7, 0, b"seven"), (9, 0, b"nine")]
 
 
-def test_what_is_withdrawn_is_not_stored_and_a_store_under_way_is_waited_for(kernel: Kernel) -> None:
-    pages = Pages()
+def test_what_is_removed_is_not_stored_and_a_store_under_way_is_waited_for(kernel: Kernel) -> None:
+    pusher = PageCachePusher()
     kernel.may_go_on.clear()
-    with pages.running():
-        pages.give([(7, b"seven"), (8, b"eight")])
+    with pusher.running():
+        pusher.push([(inode(7), b"seven"), (inode(8), b"eight")])
         assert kernel.began.wait(60)
-        assert pages.pending(7)
-        assert pages.pending(8)
-        pages.withdraw(8)
-        assert not pages.pending(8)
-        withdrawn = threading.Event()
-        opener = threading.Thread(target=lambda: (pages.withdraw(7), withdrawn.set()))
+        pusher.remove(8)
+        removed = threading.Event()
+        opener = threading.Thread(target=lambda: (pusher.remove(7), removed.set()))
         opener.start()
-        assert not withdrawn.wait(0.1), "whoever opens it waits for the store"
+        assert not removed.wait(0.1), "whoever opens it waits for the store"
         kernel.may_go_on.set()
-        assert withdrawn.wait(60)
+        assert removed.wait(60)
         assert kernel.took == [(7, 0, b"seven")]
         opener.join()
     assert kernel.took == [(7, 0, b"seven")]
 
 
 def test_only_so_many_wait_and_the_end_drops_them(kernel: Kernel) -> None:
-    pages = Pages()
+    pusher = PageCachePusher()
     kernel.may_go_on.clear()
-    with pages.running():
-        pages.give([(1, b"first")])
+    with pusher.running():
+        pusher.push([(inode(1), b"first")])
         assert kernel.began.wait(60)
-        pages.give([(10 + place, b"x") for place in range(MAX_WAITING + 1)])
-        assert pages.pending(10 + MAX_WAITING - 1)
-        assert not pages.pending(10 + MAX_WAITING)
+        pusher.push([(inode(10 + place), b"x") for place in range(MAX_WAITING + 1)])
+        assert len(pusher._waiting) == MAX_WAITING
         threading.Timer(0.1, kernel.may_go_on.set).start()
     assert len(kernel.took) <= 2, "the one under way, and one that was taken before the end"

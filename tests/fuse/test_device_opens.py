@@ -7,10 +7,8 @@ from collections import Counter
 import pytest
 import trio
 
-from ipfsfuse.fuse import porter
-from tests.fuse.inplace import ASKED, OURS, Kernel, kernel, needs_c
-
-pytestmark = needs_c
+from ipfsfuse.fuse import device
+from tests.fuse.kernel_side import ANSWERED_HERE, ASKED, Kernel, kernel
 
 
 def neighbours(count: int) -> list[int]:
@@ -25,39 +23,39 @@ def neighbours(count: int) -> list[int]:
 
 
 class Model:
-    """What should be known, open and unheard of; each step does the same to the porter."""
+    """What should be allowed, open and not drained; each step does the same to the device thread."""
 
     def __init__(self, asking: Kernel, dice: random.Random) -> None:
         self._asking, self._dice = asking, dice
-        self.known: dict[int, int] = {}
+        self.allowed: dict[int, int] = {}
         self._given = Counter[int]()
-        self._unheard: list[int] = []
+        self._undrained: list[int] = []
 
-    async def know(self, inode: int) -> None:
-        porter.know(inode)
-        self.known.setdefault(inode, 0)
+    async def allow(self, inode: int) -> None:
+        device.allow(inode)
+        self.allowed.setdefault(inode, 0)
 
-    async def dismiss(self, inode: int) -> None:
-        assert porter.dismiss(inode) == self.known.pop(inode, 0)
+    async def revoke(self, inode: int) -> None:
+        assert device.revoke(inode) == self.allowed.pop(inode, 0)
 
     async def closed(self, inode: int) -> None:
-        assert porter.closed(inode) == (not self.known.get(inode))
-        if not self.known.get(inode):
-            self.known.pop(inode, None)
+        assert device.revoke_if_closed(inode) == (not self.allowed.get(inode))
+        if not self.allowed.get(inode):
+            self.allowed.pop(inode, None)
 
     async def idle(self, _inode: int) -> None:
         if self._dice.random() < 0.1:
-            porter.dismiss_idle()
-            self.known = {one: opens for one, opens in self.known.items() if opens}
+            device.revoke_idle()
+            self.allowed = {one: opens for one, opens in self.allowed.items() if opens}
 
     async def open(self, inode: int) -> None:
         handle, asked = await self._asking.open(inode)
-        assert asked == (inode not in self.known or len(self._unheard) == 32)
-        assert handle == (ASKED if asked else OURS | inode)
+        assert asked == (inode not in self.allowed or len(self._undrained) == 32)
+        assert handle == (ASKED if asked else ANSWERED_HERE | inode)
         if not asked:
-            self.known[inode] += 1
+            self.allowed[inode] += 1
             self._given[inode] += 1
-            self._unheard.append(inode)
+            self._undrained.append(inode)
 
     async def open_for_writing(self, inode: int) -> None:
         _handle, asked = await self._asking.open(inode, self._dice.choice([os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC]))
@@ -68,14 +66,14 @@ class Model:
             assert await self._asking.release(inode, ASKED)
             return
         self._given[inode] -= 1
-        assert await self._asking.release(inode, OURS | inode) == (not self.known.get(inode))
-        if self.known.get(inode):
-            self.known[inode] -= 1
+        assert await self._asking.release(inode, ANSWERED_HERE | inode) == (not self.allowed.get(inode))
+        if self.allowed.get(inode):
+            self.allowed[inode] -= 1
 
-    async def hear(self, _inode: int) -> None:
-        if self._dice.random() < 0.3 or len(self._unheard) == 32:
-            assert list(porter.heard()) == self._unheard
-            self._unheard.clear()
+    async def drain(self, _inode: int) -> None:
+        if self._dice.random() < 0.3 or len(self._undrained) == 32:
+            assert list(device.drain()) == self._undrained
+            self._undrained.clear()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,12 +85,12 @@ async def _as_a_model_says(dice: random.Random) -> None:
     inodes = neighbours(12)
     async with kernel() as asking:
         model = Model(asking, dice)
-        steps = [model.know, model.dismiss, model.closed, model.idle, model.open_for_writing, model.hear]
+        steps = [model.allow, model.revoke, model.closed, model.idle, model.open_for_writing, model.drain]
         steps += [model.open] * 3 + [model.release] * 2
         for _ in range(1500):
             await dice.choice(steps)(dice.choice(inodes))
         for inode in inodes:
-            await model.dismiss(inode)
+            await model.revoke(inode)
 
 
 def test_more_files_than_the_table_holds() -> None:
@@ -100,18 +98,18 @@ def test_more_files_than_the_table_holds() -> None:
 
 
 async def _more_files_than_the_table_holds() -> None:
-    """Those that are open stay known; of the others the table starts anew."""
+    """Those that are open stay allowed; of the others the table starts anew."""
     async with kernel() as asking:
-        porter.know(5)
+        device.allow(5)
         handle, asked = await asking.open(5)
         assert not asked
         for inode in range(1_000, 101_000):
-            porter.know(inode)
+            device.allow(inode)
         assert (await asking.open(1_000))[1], "the first made room"
         assert not (await asking.open(100_999))[1]
-        assert not await asking.release(100_999, OURS | 100_999)
+        assert not await asking.release(100_999, ANSWERED_HERE | 100_999)
         assert not await asking.release(5, handle)
-        assert porter.dismiss(5) == 0
+        assert device.revoke(5) == 0
 
 
 def test_every_33rd_open_in_a_row_comes_to_python() -> None:
@@ -120,8 +118,8 @@ def test_every_33rd_open_in_a_row_comes_to_python() -> None:
 
 async def _every_33rd_open_in_a_row_comes_to_python() -> None:
     async with kernel() as asking:
-        porter.know(9)
-        assert [(await asking.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, "until it has heard"
-        assert list(porter.heard()) == [9] * 32
+        device.allow(9)
+        assert [(await asking.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, "until it has drained"
+        assert list(device.drain()) == [9] * 32
         assert not (await asking.open(9))[1]
-        assert porter.dismiss(9) == 33
+        assert device.revoke(9) == 33

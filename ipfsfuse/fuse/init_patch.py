@@ -1,4 +1,5 @@
-"""The INIT exchange's bytes (linux/fuse.h, protocol 7.31 and up): what libfuse does not ask for is asked for here.
+"""The INIT exchange's bytes (linux/fuse.h, protocol 7.31 and up): what libfuse does not ask for is asked for
+here.
 
 Pure: bytes in, bytes out.
 """
@@ -15,7 +16,8 @@ CACHE_SYMLINKS = 1 << 23
 
 MAX_BACKGROUND = 4096
 CONGESTION = 3072
-"""Requests the kernel may have waiting at once; with libfuse's 12, that many stalled reads would stop the mount."""
+"""Requests the kernel may have waiting at once; with libfuse's 12, that many stalled reads would stop the
+mount."""
 MAX_WRITE = 1 << 20
 """Bytes that a write may have, of which none ever gets here: who reads the device must have room for one."""
 
@@ -46,8 +48,8 @@ def read_init(request: bytes) -> Init:
 
 
 def extend_reply(reply: bytes, offered: int, readahead: bool) -> bytes:
-    """libfuse's INIT reply with our flags, as far as the kernel offered them, and room for thousands of requests;
-    without `readahead` the kernel asks only for what was read.
+    """libfuse's INIT reply with our flags, as far as the kernel offered them, and room for thousands of
+    requests; without `readahead` the kernel asks only for what was read.
 
     Raises MountFailed if libfuse answered with an error or in a form that is not known."""
     if len(reply) < _MAX_WRITE_AT + 4:

@@ -1,4 +1,5 @@
-"""Who takes a file over from the porter: nothing may be stored into it from before the porter lets go of it."""
+"""A file that was opened in C and is read by Python: nothing may be stored into it once C has let go of
+it."""
 
 import threading
 from collections.abc import Callable
@@ -11,11 +12,10 @@ import trio
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
-from ipfsfuse.fuse import porter
-from ipfsfuse.fuse.files import Files
+from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
-from ipfsfuse.fuse.pages import Pages
+from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.landing import Room
@@ -48,36 +48,36 @@ class SmallTree:
         return File(cid, len(CONTENT), len(CONTENT), ())
 
 
-def test_a_file_that_is_taken_over_is_withdrawn_while_the_porter_still_says_that_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: pytest.MonkeyPatch) -> None:
     stored: list[int] = []
     asked, may_answer = threading.Event(), threading.Event()
     opens = 2
 
-    def closed(_inode: int) -> bool:
+    def revoke_if_closed(_inode: int) -> bool:
         asked.set()
         may_answer.wait(60)
         return opens == 0
 
-    def dismiss(_inode: int) -> int:
+    def revoke(_inode: int) -> int:
         nonlocal opens
         before, opens = opens, 0
         return before
 
-    monkeypatch.setattr(porter, "closed", closed)
-    monkeypatch.setattr(porter, "dismiss", dismiss)
+    monkeypatch.setattr(device, "revoke_if_closed", revoke_if_closed)
+    monkeypatch.setattr(device, "revoke", revoke)
     monkeypatch.setattr(pyfuse3, "notify_store", lambda inode, _offset, _content: stored.append(inode))
-    inodes, pages, tree = Inodes(attributes.ROOT), Pages(), cast(Tree, SmallTree())
+    inodes, tree = Inodes(bytes(32)), cast(Tree, SmallTree())
     held = inodes.file(CID, attributes.of_node(File(CID, len(CONTENT), len(CONTENT), ())))
 
     async def main() -> None:
-        files = Files(tree, inodes, Interrupts(), pages)
-        pages.give([(held.number, CONTENT)])
-        await trio.to_thread.run_sync(asked.wait)
-        threading.Timer(0.1, may_answer.set).start()
-        handle = 1 << 63 | held.number
-        assert bytes(await files.read(handle, 0, 10)) == CONTENT[:10]
-        assert held.opens == 2
+        files = OpenFiles(tree, inodes, Interrupts(), push=True)
+        with files.pushing():
+            files._pusher.push([(held, CONTENT)])
+            await trio.to_thread.run_sync(asked.wait)
+            threading.Timer(0.1, may_answer.set).start()
+            handle = 1 << 63 | held.number
+            assert bytes(await files.read(handle, 0, 10)) == CONTENT[:10]
+            assert held.opens == 2
 
-    with pages.running():
-        trio.run(main)
+    trio.run(main)
     assert stored == []

@@ -1,0 +1,183 @@
+"""Open files, and all that the kernel has of a file between the listing that names it and the FORGET that
+ends it.
+
+    listed -> pushed into the page cache -> allowed to be opened in C -> open -> released -> forgotten
+
+A small file's bytes are pushed to the kernel before its reader comes (`page_cache_pusher`). Whoever opens it
+then is answered in C, without Python (`device`), and Python learns of it by `drain`. Each step must take back
+what the one before it began, so one class has them all.
+
+Concurrency: the event loop's; between two awaits the tables are consistent.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import pyfuse3
+import trio
+from pyfuse3 import InodeT
+
+from ipfsfuse.cache.base import Content
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File
+from ipfsfuse.fuse import device
+from ipfsfuse.fuse.inodes import Inode, Inodes
+from ipfsfuse.fuse.interrupts import Interrupts
+from ipfsfuse.fuse.page_cache_pusher import PageCachePusher
+from ipfsfuse.vfs import attributes
+from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.openfile import OpenFile
+from ipfsfuse.vfs.tree import Tree
+
+DRAIN_SECONDS = 1.0
+"""How late the cache and the pins learn of an open at most."""
+
+
+@dataclass(slots=True)
+class _Handle:
+    """One file handle of the kernel's."""
+
+    file: OpenFile
+    inode: Inode
+    opens: int = 1
+    """More than one only for a handle that was given in C: all opens of an inode have the same there."""
+
+
+class OpenFiles:
+    def __init__(self, tree: Tree, inodes: Inodes, interrupts: Interrupts, push: bool) -> None:
+        """Without `push` nothing reaches the kernel unasked, and Python is asked for each open and read."""
+        self._tree, self._inodes, self._interrupts, self._push = tree, inodes, interrupts, push
+        self._pusher = PageCachePusher()
+        self._handles: dict[int, _Handle] = {}
+        self._last_handle = 0
+        if push:
+            tree.cache.when_blocks_leave(device.revoke_idle)
+
+    def __len__(self) -> int:
+        """File handles that Python answers for."""
+        return len(self._handles)
+
+    @contextmanager
+    def pushing(self) -> Iterator[None]:
+        """For as long as the session serves."""
+        if not self._push:
+            yield
+            return
+        with self._pusher.running():
+            yield
+
+    async def run(self) -> None:
+        """Drains the last opens of a series too. Runs as long as the mount serves."""
+        while True:
+            await trio.sleep(DRAIN_SECONDS)
+            self.drain()
+
+    # -- what the kernel asks ------------------------------------------------------------------------------------
+
+    async def open(self, inode: Inode, pid: int) -> int:
+        """A handle for reading `inode`. Raises what the walk of its blocks raises."""
+        self.drain()  # first: what was opened before this counts as used before it
+        self._pusher.remove(inode.number)
+        inode.opens += 1
+        try:
+            file = await self._file(inode, pid)
+        except BaseException:
+            inode.opens -= 1
+            raise
+        self._correct(inode, attributes.of_node(file))
+        if self._push:
+            self._push_following(inode.cid)
+            if file.inline == file.size:
+                device.allow(inode.number)
+        self._last_handle += 1
+        self._handles[self._last_handle] = _Handle(self._opened(file, self._last_handle), inode)
+        return self._last_handle
+
+    def _opened(self, file: File, handle: int) -> OpenFile:
+        return OpenFile(self._tree, file, device.ReadWindows(handle) if self._push else None)
+
+    async def _file(self, inode: Inode, pid: int) -> File:
+        file = self._tree.file_at_hand(inode.cid)
+        if file is None:
+            with self._interrupts.watch(pid):
+                file = await self._tree.file(inode.cid)
+        return file
+
+    def _correct(self, inode: Inode, true: Attributes) -> None:
+        """If a link lied about the size, the kernel must ask for the attributes again before it reads."""
+        lied = inode.attributes.size != true.size
+        inode.attributes = true
+        if lied:
+            with suppress(OSError):  # the kernel has forgotten it already
+                pyfuse3.invalidate_inode(InodeT(inode.number), attr_only=True)
+
+    async def read(self, handle: int, offset: int, size: int) -> Content:
+        found = self._handles.get(handle)
+        if found is None:
+            found = await self._take_over(handle)
+        return await found.file.read(offset, size)
+
+    async def _take_over(self, handle: int) -> _Handle:
+        """A file that was opened in C is being read: the kernel has not kept its pages."""
+        number = device.inode_of(handle)
+        if number is None:
+            raise KeyError(f"a read of handle {handle}, which is not open")
+        inode = self._inodes.get(number)
+        file = await self._tree.file(inode.cid)
+        if handle not in self._handles:  # no other read was faster
+            # Before the revoke: while C counts the file as open, nothing is stored into it. The kernel waits
+            # for our answer with its page locked, and a store would wait for that page.
+            self._pusher.remove(number)
+            opens = device.revoke(number)
+            inode.opens += opens
+            self._handles[handle] = _Handle(self._opened(file, handle), inode, opens)
+        return self._handles[handle]
+
+    def release(self, handle: int) -> None:
+        found = self._handles.get(handle)
+        if found is None and device.inode_of(handle) is not None:
+            return  # C has counted it, but could not answer it
+        if found is None:
+            raise KeyError(f"a release of handle {handle}, which is not open")
+        found.inode.opens -= 1
+        found.opens -= 1
+        if not found.opens:
+            del self._handles[handle]
+            found.file.close()
+
+    def forget(self, number: int, count: int) -> None:
+        """The kernel gives `count` references to an inode back. After the last one nothing of it is left
+        anywhere."""
+        if self._inodes.forget(number, count) is not None:
+            self._pusher.remove(number)
+            device.revoke(number)
+
+    # -- what the kernel is given unasked ------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Takes note of what was opened in C, and of what the kernel took into its page cache."""
+        if not self._push:
+            return
+        for inode in self._pusher.stored():
+            if self._inodes.holds(inode) and inode.attributes.exact:
+                device.allow(inode.number)
+        last = None
+        for number in device.drain():
+            last = self._inodes.known(number)
+            if last is not None:
+                self._tree.used(last.cid, last.attributes.size)
+        if last is not None:
+            self._push_following(last.cid)
+
+    def _push_following(self, cid: Cid) -> None:
+        """Pushes the small files that come next in the directory of `cid`. The kernel then asks neither for
+        their bytes nor, after a read, for their access times."""
+        given = []
+        for following, content in self._tree.coming(cid):
+            inode, true = self._inodes.find(following), self._tree.known(following)
+            if inode and true and not inode.opens and inode.attributes.size == true.size:
+                inode.attributes = true
+                given.append((inode, content))
+        if given:
+            self._pusher.push(given)

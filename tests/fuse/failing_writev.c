@@ -1,0 +1,34 @@
+/* For LD_PRELOAD: makes writev fail where our C code calls it. FAILING_WRITEV=ERRNO:TIMES lets every call
+ * after TIMES failures pass. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+
+static atomic_ulong calls;
+
+ssize_t writev(int file, const struct iovec *parts, int count)
+{
+	static ssize_t (*next)(int, const struct iovec *, int);
+	const char *plan = getenv("FAILING_WRITEV");
+	Dl_info caller;
+	char *colon;
+
+	if (!next)
+		next = (ssize_t (*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, "writev");
+	if (plan && dladdr(__builtin_return_address(0), &caller) && strstr(caller.dli_fname, "ipfsfuse/fuse/_native")) {
+		long number = strtol(plan, &colon, 10), times = strtol(colon + 1, NULL, 10);
+
+		if ((long)(calls++ % (times + 1)) < times) {
+			errno = (int)number;
+			return -1;
+		}
+	}
+	return next(file, parts, count);
+}
+
+unsigned long failing_writev_calls(void) { return calls; }

@@ -1,0 +1,45 @@
+"""Writes of replies to the device that fail, in a real daemon: no caller waits for ever, and each gets the
+right bytes."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.counting import counted
+from tests.fuse.failing_writev import build
+from tests.mounting import Home
+
+FILES = 12
+
+
+@pytest.mark.parametrize(
+    ("number", "failures", "asked"),
+    [
+        (errno.EINTR, 3, False),
+        (errno.EAGAIN, 2, False),
+        (errno.ENOMEM, 2, False),
+        (errno.ENOMEM, 7, False),
+        (errno.ENOMEM, 1000, True),
+    ],
+)
+def test_replies_that_fail_are_tried_again_or_left_to_python(
+    home: Home, tmp_path: Path, number: int, failures: int, asked: bool
+) -> None:
+    """With seven failures in a row the thread answers the opens, and leaves each release of them to
+    Python."""
+    tree = home.folder / "tree"
+    tree.mkdir()
+    contents = {f"{place:02}": os.urandom(1000 + place) for place in range(FILES)}
+    for name, content in contents.items():
+        (tree / name).write_bytes(content)
+    root = home.mountpoint / home.add(tree)
+    home.env |= build(tmp_path, number, failures)
+    with counted(home, "library") as kernel:
+        for _ in range(3):
+            before = kernel.now()
+            assert {name: (root / name).read_bytes() for name in contents} == contents
+        opened = kernel.since(before)["open"]
+        assert opened >= 3 if asked else opened <= 2
+    assert "ERROR ipfsfuse" not in (home.folder / "told").read_text()
