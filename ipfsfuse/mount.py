@@ -15,8 +15,8 @@ from pathlib import Path
 import trio
 
 from ipfsfuse import control
-from ipfsfuse.cache.folder import hold
-from ipfsfuse.cache.folder.isolated import isolated_folder
+from ipfsfuse.cache.store import hold
+from ipfsfuse.cache.store.isolated import isolated_folder
 from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ipfsfuse.cache.base import Content, FileRef
-from ipfsfuse.cache.folder.disk import SMALL
+from ipfsfuse.cache.store.disk import SMALL
 from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf

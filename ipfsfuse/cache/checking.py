@@ -12,10 +12,10 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.folder import mending
-from ipfsfuse.cache.folder.blocks import Place
-from ipfsfuse.cache.folder.entry import Entry
-from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.store import mending
+from ipfsfuse.cache.store.blocks import Place
+from ipfsfuse.cache.store.entry import Entry
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 import trio
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.folder import upkeep
-from ipfsfuse.cache.folder.blocks import Series
-from ipfsfuse.cache.folder.disk import SMALL
-from ipfsfuse.cache.folder.index import Damaged
-from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.store import upkeep
+from ipfsfuse.cache.store.blocks import Series
+from ipfsfuse.cache.store.disk import SMALL
+from ipfsfuse.cache.store.index import Damaged
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.cache.room import Key
 from ipfsfuse.dag import cid as cids

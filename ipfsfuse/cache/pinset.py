@@ -13,8 +13,8 @@ import trio
 
 from ipfsfuse.cache.base import FileRef, Kept, SmallBlocks
 from ipfsfuse.cache.checking import FsckReport, Told, fsck
-from ipfsfuse.cache.folder import upkeep
-from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.store import upkeep
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
 from ipfsfuse.cache.pins import Copy, Pins

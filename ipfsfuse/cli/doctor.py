@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import hold
 from ipfsfuse.cli import folders, values
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints

@@ -40,7 +40,7 @@ def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
     """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is another."""
     folder = cache_dir(given_cache_dir)
     if mounted_at is not None:
-        from ipfsfuse.cache.folder import hold
+        from ipfsfuse.cache.store import hold
 
         point, holder = mountpoint(mounted_at), hold.announced(folder)
         if holder is None or Path(holder[1]) != point:

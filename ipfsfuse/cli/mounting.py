@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import ipfsfuse
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import hold
 from ipfsfuse.cli import cidargs, folders
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.config import MountConfig

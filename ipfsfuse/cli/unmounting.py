@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import hold
 from ipfsfuse.cli import folders, holders
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fuse import mountpoint as mountpoints

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import hold
 from ipfsfuse.control import MAX_LINE, short_address
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
 

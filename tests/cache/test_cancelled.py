@@ -7,7 +7,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.folder import upkeep
+from ipfsfuse.cache.store import upkeep
 from ipfsfuse.cache.pins.kubopins import KuboPins
 from ipfsfuse.cache.pins.nodefiles import NodeFiles, NodeRpc
 from ipfsfuse.cache.pinset import PinsetCache

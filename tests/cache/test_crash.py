@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import trio
 
-from ipfsfuse.cache.folder.staging import PART
+from ipfsfuse.cache.store.staging import PART
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from tests.cache.standin import Chain, make_file, random_bytes
@@ -22,7 +22,7 @@ READER = """
 import json, os, random, sys
 from pathlib import Path
 import trio
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import hold
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf

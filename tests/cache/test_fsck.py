@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.folder.blocks import Place
+from ipfsfuse.cache.store.blocks import Place
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid

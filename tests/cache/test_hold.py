@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cache.folder import hold, isolated
+from ipfsfuse.cache.store import hold, isolated
 from ipfsfuse.errors import StoreFailed
 
 HOLDER = """
 import sys, pathlib
-from ipfsfuse.cache.folder import hold, isolated
+from ipfsfuse.cache.store import hold, isolated
 if sys.argv[1] == "isolated":
     context = isolated.isolated_folder(pathlib.Path(sys.argv[2]))
 else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cache.folder.staging import Staging
+from ipfsfuse.cache.store.staging import Staging
 from tests.cache.standin import Chain, make_file
 
 

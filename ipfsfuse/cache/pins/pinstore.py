@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipfsfuse.cache.folder.hold import as_store_failed
+from ipfsfuse.cache.store.hold import as_store_failed
 from ipfsfuse.cache.pins.batches import Batch, Batches, Change
 from ipfsfuse.cache.pins.owners import MOUNT_FILE, host_name
 from ipfsfuse.dag import cid as cids

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ipfsfuse.cache.folder.hold import as_store_failed
+from ipfsfuse.cache.store.hold import as_store_failed
 from ipfsfuse.errors import NotACid, StoreFailed
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from typing import Any
 import trio
 
 from ipfsfuse.cache.base import Kept, SmallBlocks
-from ipfsfuse.cache.folder.blocks import Packs, Place, Series
-from ipfsfuse.cache.folder.entry import Entry
-from ipfsfuse.cache.folder.index import Damaged, Index
-from ipfsfuse.cache.folder.staging import Staging
-from ipfsfuse.cache.folder.trouble import Trouble
+from ipfsfuse.cache.store.blocks import Packs, Place, Series
+from ipfsfuse.cache.store.entry import Entry
+from ipfsfuse.cache.store.index import Damaged, Index
+from ipfsfuse.cache.store.staging import Staging
+from ipfsfuse.cache.store.trouble import Trouble
 from ipfsfuse.cache.pins import NoPins, Pins
 from ipfsfuse.cache.room import Key, Room
 from ipfsfuse.dag import cid as cids

@@ -6,7 +6,7 @@ Concurrency: everything here blocks, and belongs in a worker thread.
 import os
 from pathlib import Path
 
-from ipfsfuse.cache.folder.blocks import Place, section
+from ipfsfuse.cache.store.blocks import Place, section
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fileio.calls import write_all

@@ -14,8 +14,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ipfsfuse.cache.folder.entry import Entry, Removed
-from ipfsfuse.cache.folder.extents import Extents
+from ipfsfuse.cache.store.entry import Entry, Removed
+from ipfsfuse.cache.store.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves
 from ipfsfuse.dag.cid import Cid

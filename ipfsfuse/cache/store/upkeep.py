@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache.folder.blocks import Place
-from ipfsfuse.cache.folder.disk import ROWS
-from ipfsfuse.cache.folder.hold import as_store_failed
-from ipfsfuse.cache.folder.index import Damaged, Statements
-from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.store.blocks import Place
+from ipfsfuse.cache.store.disk import ROWS
+from ipfsfuse.cache.store.hold import as_store_failed
+from ipfsfuse.cache.store.index import Damaged, Statements
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.pins import Pins
 from ipfsfuse.cache.room import Key
 from ipfsfuse.dag import cid as cids

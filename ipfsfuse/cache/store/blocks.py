@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.cache.folder.index import Index, Statements
+from ipfsfuse.cache.store.index import Index, Statements
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid

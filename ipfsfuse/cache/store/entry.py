@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from ipfsfuse.cache.folder.extents import Extents
+from ipfsfuse.cache.store.extents import Extents
 from ipfsfuse.dag.cid import Cid
 
 

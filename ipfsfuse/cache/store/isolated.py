@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import hold
 
 
 def nest(parent: Path | None = None) -> Path:

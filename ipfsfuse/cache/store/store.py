@@ -12,9 +12,9 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import Content, FileRef
-from ipfsfuse.cache.folder.blockstore import BlockStore
-from ipfsfuse.cache.folder.entry import Entry, Removed
-from ipfsfuse.cache.folder.extents import Extents
+from ipfsfuse.cache.store.blockstore import BlockStore
+from ipfsfuse.cache.store.entry import Entry, Removed
+from ipfsfuse.cache.store.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from ipfsfuse.cache.folder import mending
-from ipfsfuse.cache.folder.blocks import Place, Section, Series, section
-from ipfsfuse.cache.folder.disk import Disk
+from ipfsfuse.cache.store import mending
+from ipfsfuse.cache.store.blocks import Place, Section, Series, section
+from ipfsfuse.cache.store.disk import Disk
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
