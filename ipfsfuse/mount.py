@@ -9,16 +9,15 @@ import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
 
-from ipfsfuse import control
-from ipfsfuse.cache.store import hold
-from ipfsfuse.cache.store.isolated import isolated_folder
 from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.folder import CacheFolder, locked
+from ipfsfuse.cache.store.isolated import isolated_folder
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
@@ -94,18 +93,16 @@ def _touch_memory() -> None:
 
 
 @contextmanager
-def _folder(config: MountConfig) -> Iterator[Path]:
-    """The cache folder, held for the length of the block."""
-    if config.isolated:
-        with isolated_folder() as folder:
-            yield folder
-        return
-    with hold.hold(config.cache_dir) as lock:
-        lock.announce(os.getpid(), str(config.mountpoint))
-        yield config.cache_dir
+def _folder(config: MountConfig) -> Iterator[CacheFolder]:
+    """The cache folder, locked for the length of the block."""
+    with ExitStack() as stack:
+        cache_dir = stack.enter_context(isolated_folder()) if config.isolated else config.cache_dir
+        folder = stack.enter_context(locked(cache_dir))
+        folder.announce(os.getpid(), str(config.mountpoint))
+        yield folder
 
 
-async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None) -> None:
+async def _main(config: MountConfig, folder: CacheFolder, ready: Ready, indexing: Indexing | None) -> None:
     async with (
         _serving(config, folder, indexing) as (operations, nursery, server),
         sessions.opened(operations, config.mountpoint, config.allow_other) as session,
@@ -119,7 +116,7 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
                 mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
             _touch_memory()
             log.info("mounted at %s", config.mountpoint)
-            ready(control.socket_path(folder))
+            ready(folder.control)
 
         nursery.start_soon(operations.run)
         with operations.storing_pages():
@@ -129,15 +126,17 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
 
 
 @asynccontextmanager
-async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
+async def _serving(
+    config: MountConfig, folder: CacheFolder, indexing: Indexing | None
+) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
-    settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
+    settings = OpenSettings(config.library, folder.indexes, with_headers(HttpSettings(), config.headers), config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         chain = Chain(sources, offline=config.offline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
-        pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
-        cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline, pins=pins))
+        pins = await stack.enter_async_context(NodePins.open(nodes, folder.pins, isolated=config.isolated))
+        cache = await stack.enter_async_context(PinsetCache.open(folder.path, chain, config.budget, deadline=config.deadline, pins=pins))
         pins.settle([kept.cid for kept in cache.kept()], cache.kept_of, cache.pinned(), cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -147,7 +146,7 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         nursery.start_soon(interrupts.run)
         pages = Pages() if record is None else None
         server = ControlServer(Commands(config, cache, chain, pins, tree).table())
-        await nursery.start(server.serve, control.socket_path(folder))
+        await nursery.start(server.serve, folder.control, folder.remake)
         yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.cache.base import FileRef, Kept, SmallBlocks
-from ipfsfuse.cache.checking import FsckReport, Told, fsck
-from ipfsfuse.cache.store import upkeep
-from ipfsfuse.cache.store.store import Store
-from ipfsfuse.cache.keeping import Keeping, Pinning
+from ipfsfuse.cache.fsck import FsckReport, Told, fsck
 from ipfsfuse.cache.names import Names
+from ipfsfuse.cache.pinned import PinnedDags, Pinning
 from ipfsfuse.cache.pins import Copy, Pins
 from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.store import recovery
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
@@ -34,6 +34,8 @@ class Statistics:
     """Never more than the budget."""
     pinned: int
     """Part of `used` that is kept for good."""
+    pinned_lost: int
+    """Staging files and packs of what is pinned that are not there any more: they are fetched when they are used."""
     hits: int
     """Blocks and leaves read from the disk."""
     misses: int
@@ -49,14 +51,14 @@ class PinsetCache(Reading):
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         super().__init__(store, blocks, nursery, deadline)
         self._names = Names(store)
-        self._keeping = Keeping(store, self)
+        self._pinned = PinnedDags(store, self)
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
         cls, folder: Path, blocks: Blocks, budget: int, *, deadline: float = 30.0, pins: Pins | None = None
     ) -> AsyncIterator["PinsetCache"]:
-        """The cache that lives in `folder`, which the caller holds (`hold.hold`). Raises StoreFailed.
+        """The cache that lives in `folder`, which the caller holds (`folder.locked`). Raises StoreFailed.
 
         `budget` in bytes; `deadline` in seconds: see `flights`."""
         failure: BaseException | None = None
@@ -64,7 +66,9 @@ class PinsetCache(Reading):
             async with trio.open_nursery() as nursery:
                 try:
                     async with _living(folder, budget, nursery, pins) as store:
-                        yield cls(store, blocks, nursery, deadline)
+                        cache = cls(store, blocks, nursery, deadline)
+                        nursery.start_soon(cache._pinned.recover)
+                        yield cache
                 except BaseException as exc:
                     failure = exc
                     raise
@@ -118,7 +122,7 @@ class PinsetCache(Reading):
 
     def statistics(self) -> Statistics:
         room = self.store.room
-        return Statistics(room.budget, room.used, room.kept_bytes, self.hits, self.misses, room.evictions, self.trouble)
+        return Statistics(room.budget, room.used, room.kept_bytes, self._pinned.lost, self.hits, self.misses, room.evictions, self.trouble)
 
     async def evict(self, cid: Cid | None = None) -> int:
         """Removes a file or block, or all that is not kept for good; returns the bytes freed on disk.
@@ -132,19 +136,19 @@ class PinsetCache(Reading):
 
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
         """(CID, as first spelled) of what is kept for good, and what was opened by name and is still staged itself."""
-        for cid in self._keeping.pins:
+        for cid in self._pinned.pins:
             yield cid, self._names.spelling(cid)
         yield from self._names.staged()
 
     def pinned(self) -> Sequence[Cid]:
         """The roots, in canonical form, of what is kept for good."""
-        return self._keeping.pins
+        return self._pinned.pins
 
     def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
         """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for each file first.
 
         Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays kept."""
-        return self._keeping.pinning(cid)
+        return self._pinned.pinning(cid)
 
     def joins(self, cid: Cid) -> bool:
         """As `Copies.joins`."""
@@ -163,7 +167,7 @@ class PinsetCache(Reading):
 
     async def unpin(self, cid: Cid) -> None:
         """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""
-        await self._keeping.unpin(cid)
+        await self._pinned.unpin(cid)
 
     async def fsck(self, told: Told | None = None) -> FsckReport:
         """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
@@ -173,11 +177,11 @@ class PinsetCache(Reading):
 @contextlib.asynccontextmanager
 async def _living(folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None) -> AsyncIterator[Store]:
     """An open store and its tasks; closed, and all of `nursery` with it, at the end."""
-    store = await upkeep.open_store(folder, budget, nursery, pins)
-    nursery.start_soon(upkeep.write_behind, store)
+    store = await recovery.open_store(folder, budget, nursery, pins)
+    nursery.start_soon(recovery.write_behind, store)
     try:
         yield store
     finally:
         nursery.cancel_scope.cancel()
         with trio.CancelScope(shield=True):
-            await upkeep.close(store)
+            await recovery.close(store)

@@ -12,10 +12,10 @@ from ipfsfuse.cache.arrival import Arrival, adjoin, of_leaf
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
 from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
-from ipfsfuse.cache.store.disk import SMALL
-from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.keys import block_key, leaf_key, spelled
 from ipfsfuse.cache.readback import read_back
+from ipfsfuse.cache.store.disk import SMALL
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.taking import Taking
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves as dagleaves

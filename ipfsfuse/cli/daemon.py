@@ -3,7 +3,7 @@
 On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what": ...}` while
 the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once the mount answers, or
 `error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
-daemon.log in the cache folder. If the starter goes before it was told, the mount is not wanted any more: it ends.
+the log in the cache folder (`cache.store.folder`). If the starter goes before it was told, the mount is not wanted any more: it ends.
 """
 
 import json
@@ -20,15 +20,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from ipfsfuse import mount
+from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli.reasons import one_line, unwrapped
 from ipfsfuse.cli.values import human
 from ipfsfuse.config import MountConfig
 
 log = logging.getLogger("ipfsfuse.mount")
 
-LOG = "daemon.log"
 LOG_BYTES = 1 << 20
-"""A longer log is put aside (daemon.log.1) when a mount begins."""
+"""A longer log is put aside (`OLD_LOG`) when a mount begins."""
 LOG_SECONDS = 5.0
 """Between two lines of the log that tell how far an index is."""
 WATCH_MS = 500
@@ -111,7 +111,7 @@ def _move_log(folder: Path) -> None:
     path = folder / LOG
     try:
         if path.exists() and path.stat().st_size > LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
+            path.replace(folder / OLD_LOG)
         target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         log.warning("there will be no log: %s: %s", path, exc.strerror)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.cache.store import hold
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import folders, values
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
@@ -118,7 +118,7 @@ def _cache_folder(folder: Path) -> Finding:
             return Finding(OK, "cache folder", f"{folder} will be made")
         return Finding(BAD, "cache folder", f"{folder} can't be made in {existing}", "name another with --cache-dir")
     try:
-        hold.prepare(folder)
+        cache_folder.examine(folder)
     except IpfsFuseError as exc:
         return Finding(BAD, "cache folder", str(exc), "mend that, or name another with --cache-dir")
     free = shutil.disk_usage(folder).free
@@ -134,8 +134,8 @@ def _library(folder: Path) -> Finding:
 
 
 def _mount_of(cache_dir: Path) -> Finding:
-    said = hold.announced(cache_dir)
-    if hold.is_free(cache_dir):
+    said = cache_folder.announced(cache_dir)
+    if cache_folder.is_free(cache_dir):
         dead = [mounted.mountpoint for mounted in mountpoints.table() if said and mounted.type == mountpoints.TYPE and mounted.mountpoint == said[1]]
         if dead:
             return Finding(NOTE, "mount", f"{dead[0]} is left from a daemon that has ended", f"ipfsfuse mount {dead[0]} takes its place")

@@ -2,15 +2,17 @@
 
 import argparse
 import base64
+import os
 from pathlib import Path
 
 import trio
 
 from ipfsfuse import adding
 from ipfsfuse.adding.exporting import GetBlock
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import folders, values
 from ipfsfuse.cli.progress import Progress
-from ipfsfuse.control import client, socket_path
+from ipfsfuse.control import client
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
@@ -24,16 +26,18 @@ DEADLINE = 30.0
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return trio.run(_run, arguments)
-
-
-async def _run(arguments: argparse.Namespace) -> int:
-    cid, file = cid_alone(arguments.cid), Path(arguments.file)
     cache_dir = folders.cache_dir(arguments.cache_dir)
+    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
+    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir  # only CAR files need that folder
+    return trio.run(_run, arguments, cache_dir, indexes)
+
+
+async def _run(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+    cid, file = cid_alone(arguments.cid), Path(arguments.file)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
-        settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
+        settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
         async with opened(arguments.sources or ["library"], settings) as sources:
-            get = _getter(Chain(sources), socket_path(cache_dir))
+            get = _getter(Chain(sources), cache_folder.socket_path(cache_dir))
             size = await adding.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
     print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
     return 0

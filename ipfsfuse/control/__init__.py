@@ -1,6 +1,6 @@
 """The local socket through which a running mount is asked and told things.
 
-A Unix socket named `control` in the mount's cache folder (0600 in 0700; only the mounting user and root are answered).
+A Unix socket in the mount's cache folder (`cache.store.folder`; 0600 in 0700; only the mounting user and root are answered).
 One JSON object a line, both ways, in UTF-8:
 
     > {"command": "pin", "cid": "bafy..."}             the arguments stand beside the command
@@ -25,10 +25,6 @@ MAX_LINE = 1 << 20
 """Bytes in one line of a request; longer ones end the connection."""
 MAX_ANSWER = 1 << 30
 """Bytes in one line of an answer: `ls` of some millions of files, 250 bytes each."""
-
-
-def socket_path(cache_dir: Path) -> Path:
-    return cache_dir / "control"
 
 
 @contextmanager

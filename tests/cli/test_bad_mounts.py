@@ -102,7 +102,7 @@ def test_a_cache_folder_that_another_daemon_holds(user: Home) -> None:
 def test_a_cache_folder_that_others_may_write(user: Home) -> None:
     user.cache.mkdir()
     user.cache.chmod(0o777)
-    user.refused("mount", user.mountpoint, names=f"chmod 700 {user.cache}")
+    user.refused("mount", user.mountpoint, names=f"chmod go-w {user.cache}")
     assert list(user.cache.iterdir()) == []
 
 
@@ -125,14 +125,6 @@ def test_a_cache_folder_on_a_read_only_disk(user: Home) -> None:
     disk.mkdir()
     ro = machine(f"mount -t tmpfs -o ro none {disk}")
     user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=ro)
-
-
-@as_root
-def test_a_cache_folder_on_a_full_disk(user: Home) -> None:
-    disk = user.folder / "disk"
-    disk.mkdir()
-    full = machine(f"mount -t tmpfs -o size=16k none {disk} && (head -c 64k /dev/zero > {disk}/filler || true) 2>/dev/null")
-    user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=full)
 
 
 @pytest.mark.parametrize("option", ["--cache-dir", "--library", "--record", "--header-file"])

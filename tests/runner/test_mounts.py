@@ -100,7 +100,7 @@ def test_kill_9_of_an_isolated_guest_leaves_nothing(run: Runner, home: Home, hab
         assert all(process.stdout.readline() == b"content\n" for _ in range(100_000))
         assert process.stdout.readline() == b"spinning\n"
         (folder,) = Path(run.env["TMPDIR"]).glob("ipfsfuse-isolated-*/*")
-        assert list((folder / "files").iterdir())
+        assert list((folder / "staging").iterdir())
         asked = ["status", "--json", "--cache-dir", folder]
         wait_until(lambda: home.json(*asked)["pins"][source(own_node)]["held"], "the node holds what was staged")
         own_node.gc()

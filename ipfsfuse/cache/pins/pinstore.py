@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipfsfuse.cache.store.hold import as_store_failed
 from ipfsfuse.cache.pins.batches import Batch, Batches, Change
 from ipfsfuse.cache.pins.owners import MOUNT_FILE, host_name
+from ipfsfuse.cache.store.folder import as_store_failed
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, StoreFailed

@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from ipfsfuse.cache.store import mending
-from ipfsfuse.cache.store.blocks import Place, Section, Series, section
 from ipfsfuse.cache.store.disk import Disk
+from ipfsfuse.cache.store.packs import PackSet, Place, Section, rewrite_block, section
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
@@ -64,21 +63,21 @@ class BlockStore(Disk):
         return True
 
     def _used_pack(self, pack: int) -> None:
-        if pack < self.series.pack - RECENT_PACKS:
+        if pack < self.pack_set.pack - RECENT_PACKS:
             self.room.arc.use(pack)
         else:
             self.room.arc.refresh(pack)
 
-    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None) -> bool:
-        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted)."""
+    async def keep_block(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
+        """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are never evicted)."""
         if self.trouble.waiting:
             return False
         made = section(cids.canonical(cid), block)
         async with self._my_turn():
             place = self.place(cid)
-            if place is not None and (series is None or place.pack in series.packs):
+            if place is not None and (pack_set is None or place.pack in pack_set.packs):
                 return True
-            return await self._mended(made, series) or await self._append(series or self.series, [made])
+            return await self._repaired(made, pack_set) or await self._append(pack_set or self.pack_set, [made])
 
     async def keep_blocks(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
         """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a pack costs as
@@ -87,18 +86,18 @@ class BlockStore(Disk):
             return
         async with self._my_turn():
             together: list[Section] = []
-            room = self.packs.limit - self.packs.sizes.get(self.series.pack, 0)
+            room = self.packs.limit - self.packs.sizes.get(self.pack_set.pack, 0)
             for made in (section(cids.canonical(cid), block) for cid, block in blocks):
-                if self.set_aside and await self._mended(made, None):
+                if self.set_aside and await self._repaired(made, None):
                     continue
                 if len(made.data) > room:
                     if together:
-                        await self._append(self.series, together)
+                        await self._append(self.pack_set, together)
                     together, room = [], self.packs.limit  # a new pack is begun
                 together.append(made)
                 room -= len(made.data)
             if together:
-                await self._append(self.series, together)
+                await self._append(self.pack_set, together)
 
     @asynccontextmanager
     async def _my_turn(self) -> AsyncIterator[None]:
@@ -111,14 +110,14 @@ class BlockStore(Disk):
         finally:
             self.appending.release()
 
-    async def _mended(self, made: Section, series: Series | None) -> bool:
+    async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
         """Whether the block is right again where a wrong one was set aside: what is kept for good stays so."""
         cid, data, head = made
         place = self.set_aside.pop(cids.multihash(cid), None)
-        if place is None or place.pack not in (self.packs.sizes if series is None else series.packs):
+        if place is None or place.pack not in (self.packs.sizes if pack_set is None else pack_set.packs):
             return False
         try:
-            done = await trio.to_thread.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
+            done = await trio.to_thread.run_sync(rewrite_block, self.packs, place, data, head, limiter=self.writing)
         except OSError as exc:
             self.trouble.note(str(self.packs.path(place.pack)), exc)
             return False
@@ -128,11 +127,11 @@ class BlockStore(Disk):
         self.tell_index()
         return True
 
-    async def _room_in(self, series: Series, size: int) -> int | None:
-        """The pack of `series` that has room reserved for `size` more bytes; None where there is none."""
+    async def _room_in(self, pack_set: PackSet, size: int) -> int | None:
+        """The pack of `pack_set` that has room reserved for `size` more bytes; None where there is none."""
         while True:
-            pack = self.packs.choose(series, size)
-            if series is not self.series:
+            pack = self.packs.choose(pack_set, size)
+            if pack_set is not self.pack_set:
                 self.room.keep(pack)
             held = self.packs.sizes.get(pack, 0)
             cost = self.staging.cost(held, held + size)
@@ -142,10 +141,10 @@ class BlockStore(Disk):
                 return pack
             self.room.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
 
-    async def _append(self, series: Series, sections: Sequence[Section]) -> bool:
-        """Writes `sections` behind what the last pack of `series` holds, in one piece; False where there is no room."""
+    async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
+        """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is no room."""
         data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
-        pack = await self._room_in(series, len(data))
+        pack = await self._room_in(pack_set, len(data))
         return pack is not None and await self._write(pack, data, sections)
 
     async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:

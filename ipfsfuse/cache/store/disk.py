@@ -12,13 +12,14 @@ from typing import Any
 import trio
 
 from ipfsfuse.cache.base import Kept, SmallBlocks
-from ipfsfuse.cache.store.blocks import Packs, Place, Series
-from ipfsfuse.cache.store.entry import Entry
-from ipfsfuse.cache.store.index import Damaged, Index
-from ipfsfuse.cache.store.staging import Staging
-from ipfsfuse.cache.store.trouble import Trouble
 from ipfsfuse.cache.pins import NoPins, Pins
 from ipfsfuse.cache.room import Key, Room
+from ipfsfuse.cache.store.backoff import WriteBackoff
+from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
+from ipfsfuse.cache.store.index import Damaged, Index
+from ipfsfuse.cache.store.packs import Packs, PackSet, Place
+from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
+from ipfsfuse.cache.store.staging import Entry, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, UsageError
@@ -37,15 +38,20 @@ class Disk:
     def __init__(self, folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None = None) -> None:
         """Raises StoreFailed where the folder can't be used at all."""
         self.folder = folder
-        self.staging = Staging(folder / "files")
-        self.index = Index(folder / "index.sqlite", budget)
-        self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, budget // 64)))
+        self.staging = Staging(folder / STAGING)
+        self.pin_records = PinRecords(folder / PINNED)
+        self.index = Index(folder / INDEX, budget, self.pin_records.take_over)
+        self.packs = Packs(folder / PACKS, self.index, max(SMALL, min(1 << 20, budget // 64)))
         self.room = Room(budget, self._evict)
-        self.trouble = Trouble()
+        self.trouble = WriteBackoff()
         self.when_blocks_leave: list[Callable[[], None]] = []
         self.pins: Pins = pins or NoPins()
         self.nursery = nursery
-        self.series = Series()
+        self.pinned: dict[Cid, PinRecord] = {}
+        """What was pinned when the store was opened."""
+        self.packs_indexed = trio.Event()
+        """Set when the index says of every block in the packs where it lies."""
+        self.pack_set = PackSet()
         """Where blocks go that nobody asked to keep."""
         self.set_aside: dict[bytes, Place] = {}
         """Where wrong blocks lay, by multihash, until they are fetched again."""
@@ -136,11 +142,11 @@ class Disk:
         for call in self.when_blocks_leave:
             call()
         size = self.packs.sizes.get(pack, 0)
-        unsaid = self.packs.unsaid_in(pack)
+        unindexed = self.packs.unindexed_in(pack)
         self.packs.close_pack(pack)
         held, end = await trio.to_thread.run_sync(self.packs.remove, pack, limiter=self.upkeep)
         if end < size:  # a damaged head hides what lies behind it: the index knows that, if not by which codec
-            keys = [*unsaid, *await self.keys_in(pack)]
+            keys = [*unindexed, *await self.keys_in(pack)]
             held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
         self.packs.forget_all(pack, held)
         self.tell_index()
@@ -177,9 +183,10 @@ class Disk:
     def folders_disk(self) -> int:
         """Bytes on disk of the folders that names lie in."""
         try:
-            return sum((self.folder / name).stat().st_blocks * 512 for name in ("files", "packs", "."))
+            own = os.stat(self.folder).st_blocks * 512
         except OSError:
-            return 0
+            own = 0
+        return own + sum(each.folder.disk() for each in (self.staging, self.packs, self.pin_records))
 
     def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
         """One more statement for the index."""

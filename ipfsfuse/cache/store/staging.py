@@ -9,13 +9,19 @@ threads, and take the entry's lock for what must not cross a removal. Files are 
 no file descriptor outlives a removal.
 """
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+import re
+import stat
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ipfsfuse.cache.store.entry import Entry, Removed
-from ipfsfuse.cache.store.extents import Extents
+from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import leaves
 from ipfsfuse.dag.cid import Cid
@@ -26,18 +32,112 @@ from ipfsfuse.fileio.calls import punch_hole
 from ipfsfuse.fileio.direct import ALIGNED, Direct
 
 PART = ".part"
+_NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")
+"""base32, as `cids.text` spells."""
+
+
+class Extents:
+    """Which bytes of a file are present: sorted half-open intervals of byte offsets, joined where they touch."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self, intervals: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in intervals:
+            self.add(start, end)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(zip(self._starts, self._ends, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def covers(self, start: int, end: int) -> bool:
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and self._ends[at] >= end
+
+    def add(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        low = bisect_left(self._ends, start)
+        high = bisect_right(self._starts, end)
+        if low < high:
+            start = min(start, self._starts[low])
+            end = max(end, self._ends[high - 1])
+        self._starts[low:high] = [start]
+        self._ends[low:high] = [end]
+
+    def remove(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        low = bisect_right(self._ends, start)
+        high = bisect_left(self._starts, end)
+        if low >= high:
+            return
+        left, right = (self._starts[low], start), (end, self._ends[high - 1])
+        kept = [part for part in (left, right) if part[0] < part[1]]
+        self._starts[low:high] = [part[0] for part in kept]
+        self._ends[low:high] = [part[1] for part in kept]
+
+
+class Removed(Exception):
+    """The entry was removed while a thread was about to write to it. Never leaves the cache."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One staging file."""
+
+    cid: Cid
+    size: int
+    """Content bytes of the whole file."""
+    complete: bool = False
+    """It has been whole, and has its final name."""
+    extents: Extents | None = None
+    """Bytes that are (after a restart: may be) present; None until they were asked for."""
+    proved: Extents | None = None
+    """Of a file without its final name, the bytes that this run wrote or proved."""
+    fresh: bool = True
+    """Written in this run alone: what is wrong in it was not left so by a crash."""
+    disk: int = 0
+    """Bytes on disk, in file-system blocks, by the writes that were reported."""
+    seen: int = 0
+    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs to."""
+    reserved: int = 0
+    """Bytes on disk that writes under way may still take."""
+    charged: int = 0
+    """What the budget counts for it, reservations that its writers hold included."""
+    dead: bool = False
+    source: str = ""
+    last_used: float = field(default_factory=time.time)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def gone(self) -> bool:
+        """`dead`, looked at anew: it may have become so between two takings of the lock."""
+        return self.dead
+
+    def all_proved(self) -> bool:
+        """Whether it may be named as whole: what a crash left proves nothing by being there."""
+        return not self.complete and self.proved is not None and self.proved.covers(0, self.size)
+
+    def whole(self) -> bool:
+        return self.extents.covers(0, self.size) if self.extents is not None else self.complete
 
 
 class Staging:
     """The folder of staging files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        """Raises StoreFailed, OSError."""
+        self.path = path
         self.entries: dict[Cid, Entry] = {}
+        self.folder = Subfolder(path)
         self._direct = Direct()
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self.unit = os.statvfs(folder).f_frsize or 4096
+        self.unit = 4096
         """Bytes of a file-system block."""
+        with contextlib.suppress(OSError):
+            self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
@@ -67,34 +167,29 @@ class Staging:
     # -- in a thread -------------------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
-        """What an earlier run left; what is no staging file is deleted."""
+        """What an earlier run left. Links, an empty part, and a part beside its whole file are removed; strays are left alone."""
         found: dict[Cid, Entry] = {}
-        with os.scandir(self.folder) as items:
-            for item in items:
-                entry = self._recognise(item)
-                if entry is not None:
-                    known = found.get(entry.cid)
-                    if known is None:
-                        found[entry.cid] = entry
-                        continue
-                    if entry.complete:  # a whole file, and before it the part of the same
-                        found[entry.cid], entry = entry, known
-                os.unlink(item.path if entry is None else self._path(entry))
+        strays = []
+        for name in self.folder.names():
+            info = self.folder.stat(name)
+            entry = _recognise(name, info)
+            if entry is None or stat.S_ISDIR(info.st_mode):
+                strays.append(name)
+                continue
+            # A file of size 0 is left by a kill between its making and its first write. Through a link, what lies
+            # elsewhere would be written.
+            if not entry.size or not is_our_own(info):
+                self.folder.unlink(name)
+                continue
+            known = found.get(entry.cid)
+            if known is not None:
+                if entry.complete:  # a whole file, and before it the part of the same
+                    found[entry.cid], entry = entry, known
+                self.folder.unlink(_name(entry))
+            else:
+                found[entry.cid] = entry
+        self.folder.report_strays(strays)
         return iter(found.values())
-
-    def _recognise(self, item: "os.DirEntry[str]") -> Entry | None:
-        name, complete = item.name.removesuffix(PART), not item.name.endswith(PART)
-        if not name.startswith("b") or not item.is_file(follow_symlinks=False):  # base32, as `text` spells: no other is ours
-            return None
-        try:
-            cid = cids.parse(name)
-        except NotACid:
-            return None
-        info = item.stat(follow_symlinks=False)
-        if not info.st_size:  # killed between its making and its first write: it does not know how large its file is
-            return None
-        disk = info.st_blocks * 512
-        return Entry(cid, info.st_size, complete, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime)
 
     def look(self, entry: Entry) -> Extents:
         """Which bytes of `entry` may be present, by what the file system says."""
@@ -167,7 +262,8 @@ class Staging:
             with entry.lock:
                 if entry.gone():
                     return 0
-                os.rename(self._path(entry), self.folder / cids.text(entry.cid))
+                folder = self.folder.fd()
+                os.rename(_name(entry), cids.text(entry.cid), src_dir_fd=folder, dst_dir_fd=folder)
                 entry.complete = True
                 return _grown(entry, file)
         finally:
@@ -184,7 +280,7 @@ class Staging:
             except FileNotFoundError:
                 return
             try:
-                os.unlink(self._path(entry))
+                self.folder.unlink(_name(entry))
                 os.ftruncate(file, 0)
             finally:
                 os.close(file)
@@ -203,7 +299,7 @@ class Staging:
 
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
-        os.utime(self._path(entry), (entry.last_used, entry.last_used))
+        os.utime(_name(entry), (entry.last_used, entry.last_used), dir_fd=self.folder.fd(), follow_symlinks=False)
 
     def _open_to_read(self, entry: Entry) -> int:
         try:
@@ -213,11 +309,26 @@ class Staging:
                 return self._open(entry, os.O_RDONLY)
 
     def _open(self, entry: Entry, flags: int) -> int:
-        return os.open(self._path(entry), flags | os.O_CLOEXEC, 0o600)
+        return self.folder.open(_name(entry), flags)
 
-    def _path(self, entry: Entry) -> Path:
-        name = cids.text(entry.cid)
-        return self.folder / (name if entry.complete else name + PART)
+
+def _name(entry: Entry) -> str:
+    return cids.text(entry.cid) + ("" if entry.complete else PART)
+
+
+def _recognise(name: str, info: os.stat_result) -> Entry | None:
+    """The entry of what has the name of a staging file; None for any other name."""
+    matched = _NAME.fullmatch(name)
+    if matched is None:
+        return None
+    try:
+        cid = cids.parse(matched[1])
+    except NotACid:
+        return None
+    if cids.text(cid) != matched[1]:
+        return None
+    disk = info.st_blocks * 512
+    return Entry(cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime)
 
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:

@@ -13,8 +13,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.cache.store.blockstore import BlockStore
-from ipfsfuse.cache.store.entry import Entry, Removed
-from ipfsfuse.cache.store.extents import Extents
+from ipfsfuse.cache.store.staging import Entry, Extents, Removed
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -102,7 +101,7 @@ class Store(BlockStore):
     async def _lost(self, entry: Entry, error: OSError) -> None:
         """A staging file that can't be read: it is there no more."""
         if not entry.dead:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.trouble.note(str(self.staging.path / cids.text(entry.cid)), error)
             await self.room.evict(entry.cid)
 
     async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
@@ -137,7 +136,7 @@ class Store(BlockStore):
     def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
         """What a write came to."""
         if error is not None:
-            self.trouble.note(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.trouble.note(str(self.staging.path / cids.text(entry.cid)), error)
             return False
         self.trouble.over()
         if entry.extents is not None:

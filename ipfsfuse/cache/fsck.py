@@ -12,11 +12,10 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.store import mending
-from ipfsfuse.cache.store.blocks import Place
-from ipfsfuse.cache.store.entry import Entry
-from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.store.packs import Place, head_before, rewrite_head
+from ipfsfuse.cache.store.staging import Entry
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import ranges
 from ipfsfuse.dag.cid import Cid
@@ -105,16 +104,15 @@ async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, r
 
 async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[Place], report: FsckReport) -> None:
     """What no intact head leads to. `named` grows by it."""
-    path = store.packs.path(pack)
-    for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unsaid_in(pack)]):
+    for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unindexed_in(pack)]):
         place = store.place(cids.make(cids.RAW, key))
         if place is None or place.pack != pack or place in named:
             continue
         named.add(place)
         with contextlib.suppress(OSError):  # evicted meanwhile; or the disk does not give it, and a read fetches it again
-            cid, intact = await trio.to_thread.run_sync(mending.head_before, path, key, place)
+            cid, intact = await trio.to_thread.run_sync(head_before, store.packs, key, place)
             if await _check_block(store, reading, cid, place, report) and not intact and pack in store.packs.sizes:
-                await trio.to_thread.run_sync(mending.rewrite_head, path, cid, place)
+                await trio.to_thread.run_sync(rewrite_head, store.packs, cid, place)
                 report.heads += 1
 
 

@@ -13,7 +13,7 @@ RETRY = 5.0
 """Seconds after a failure in which nothing is written."""
 
 
-class Trouble:
+class WriteBackoff:
     def __init__(self) -> None:
         self.text = ""
         """What is wrong, "" where nothing is."""

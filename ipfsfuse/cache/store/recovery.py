@@ -1,6 +1,6 @@
-"""The store's life: what an earlier run left is taken up at the start, and the index is written behind the reads.
+"""The store's life: what an earlier run left is found at the start, and the index is written behind the reads.
 
-Concurrency: `take_up` blocks and runs before anything else; `write_behind` is one task.
+Concurrency: `recover` blocks and runs before anything else; `write_behind` is one task.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache.store.blocks import Place
-from ipfsfuse.cache.store.disk import ROWS
-from ipfsfuse.cache.store.hold import as_store_failed
-from ipfsfuse.cache.store.index import Damaged, Statements
-from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.pins import Pins
 from ipfsfuse.cache.room import Key
+from ipfsfuse.cache.store.disk import ROWS
+from ipfsfuse.cache.store.folder import as_store_failed, tag
+from ipfsfuse.cache.store.index import Damaged, Statements
+from ipfsfuse.cache.store.packs import Place
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
@@ -42,7 +42,8 @@ async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pin
     def make() -> Store:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins)
-            take_up(store)
+            recover(store)
+            tag(folder)
             return store
 
     store = await trio.to_thread.run_sync(make)
@@ -62,8 +63,8 @@ def _no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def take_up(store: Store) -> None:
-    """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
+def recover(store: Store) -> None:
+    """Finds what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
     recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
     found: list[tuple[float, bool, Key, int]] = []
     for entry in store.staging.scan():
@@ -85,16 +86,23 @@ def take_up(store: Store) -> None:
         store.packs.last = max(store.packs.last, *gone)
         store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
         store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
-    _rows(store, "SELECT cid FROM pins", cids.decode)  # only whether they can be read: then all or none are kept
-    for _pin, kept in _rows(store, "SELECT pin, key FROM pinned", pinned_row):
-        store.room.keep(kept)
+    if store.index.in_memory:  # the one on the disk may know any lower number
+        store.packs.last = max(store.packs.last, int(time.time()))
+    _keep_pinned(store)
     if not store.index.anew:
         _read_tails(store, indexed)
+        store.packs_indexed.set()
 
 
-def pinned_row(pin: bytes, name: str) -> tuple[Cid, Key]:
-    """(the pin, something that it keeps) of a row. Raises NotACid, ValueError or TypeError for what is neither."""
-    return cids.decode(pin), int(name) if name.isdecimal() else cids.parse(name)
+def _keep_pinned(store: Store) -> None:
+    """Nothing that is pinned may be evicted. Where it is not known what belongs to a pin, nothing at all may be, until
+    `PinnedDags.recover` has found out."""
+    store.pinned = store.pin_records.load()
+    for record in store.pinned.values():
+        for key in list(store.room.arc) if record.keys is None else record.keys:
+            store.room.keep(key)
+            if isinstance(key, int):  # the number of a pack that is lost is not given to another
+                store.packs.last = max(store.packs.last, key)
 
 
 def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
@@ -175,18 +183,24 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 
 async def _read_packs(store: Store) -> None:
-    for pack in sorted(store.packs.sizes):
-        _take(store, await trio.to_thread.run_sync(list, store.packs.sections(pack)))
+    """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts: it stays."""
+    for pack in sorted(store.packs.sizes, key=lambda pack: (store.room.kept(pack), pack)):
+        sections = await trio.to_thread.run_sync(list, store.packs.sections(pack))
+        if store.room.kept(pack):
+            store.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
+        else:
+            _take(store, sections)
         if len(store.packs.pending) >= ROWS:
             batch, statements = store.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):
                 await trio.to_thread.run_sync(store.index.write, statements)
                 store.packs.written(batch)
     store.index.anew = False
+    store.packs_indexed.set()
 
 
 def uses(store: Store) -> list[tuple[Key, float, bool]]:
-    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it."""
+    """(key, last use, whether it was used again) of all that ARC holds, as `recover` reads it."""
     now, out = time.time(), []
     for order, key in enumerate(store.room.arc):
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
@@ -206,4 +220,6 @@ async def close(store: Store) -> None:
     except (StoreFailed, Damaged) as exc:
         log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
     store.packs.close()
+    store.staging.folder.close()
+    store.pin_records.folder.close()
     store.index.close()
