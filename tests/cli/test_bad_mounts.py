@@ -1,6 +1,7 @@
 """Mounts that can't be: one line that names the thing, exit code 1 or 2, no traceback, nothing left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, alive, wait_until
+from tests.mounting import Home, alive, fuse_mounts, wait_until
 
 pytestmark = pytest.mark.fuse
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change what others see of the machine")
@@ -138,3 +139,41 @@ def test_nothing_of_the_daemon_below_its_own_mount(user: Home, option: str) -> N
 def test_a_car_below_its_own_mount(user: Home) -> None:
     (user.mountpoint / "x.car").touch()
     user.refused("mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2)
+
+
+# -- a path that changes while it is mounted ------------------------------------------------------------------------
+
+SWAPPING = """#!/bin/sh
+case "$*" in *-u*) exec {real} "$@";; esac
+mv {parent} {parent}.before
+{swap}
+exec {real} "$@"
+"""
+
+
+@as_root
+@pytest.mark.parametrize("swap", ["ln -s {victim} {parent}", "cp -a {parent}.before {parent}"])
+def test_a_parent_that_is_replaced_while_root_mounts_leads_nowhere(user: Home, swap: str) -> None:
+    """fusermount3 resolves the path again: here it is made to find another folder there."""
+    parent, victim, tools = user.folder / "parent", user.folder / "victim", user.folder / "tools"
+    for each in (parent / "ipfs", victim / "ipfs", tools):
+        each.mkdir(parents=True)
+    (victim / "ipfs" / "precious").write_text("precious")
+    script = SWAPPING.format(real=shutil.which("fusermount3"), parent=parent, swap=swap.format(victim=victim, parent=parent))
+    (tools / "fusermount3").write_text(script)
+    (tools / "fusermount3").chmod(0o755)
+    user.env["PATH"] = f"{tools}:{os.environ['PATH']}"
+    user.refused("mount", parent / "ipfs", names="was replaced while it was being mounted")
+    assert fuse_mounts(user.folder) == []
+    assert (victim / "ipfs" / "precious").read_text() == "precious"
+
+
+@as_root
+def test_root_mounts_nothing_where_anyone_may_replace_the_path(user: Home) -> None:
+    parent = user.folder / "open"
+    (parent / "ipfs").mkdir(parents=True)
+    parent.chmod(0o777)
+    user.refused("mount", parent / "ipfs", names="anyone may replace ipfs")
+    parent.chmod(0o1777)
+    with user.mounted(at=parent / "ipfs"):
+        pass

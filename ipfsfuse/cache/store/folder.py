@@ -637,7 +637,7 @@ _DROPPED = ("daemon.json", "daemon.new", "control", f"{INDEX}-shm")
 _INNER = {
     "files": re.compile(r"b[a-z2-7]{10,250}(\.part)?"),
     "packs": re.compile(r"[0-9]{1,18}\.pack"),
-    "indexes": re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9]+-[0-9]+\.(index|[0-9]+\.tmp)"),
+    "indexes": re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9]+-[0-9]+\.(index|[0-9a-f]+\.tmp)|tmp[a-z0-9_]{8}"),
     "pins": re.compile(r"[0-9a-f]{16}"),
 }
 """What lay in its folders."""
