@@ -229,9 +229,10 @@ def read_root(path: Path) -> Entry | None:
 
 
 def read_roots(folder: Path) -> list[Entry]:
-    """All roots, in the order added."""
-    found = (read_root(folder / ROOTS / name) for name in os.listdir(folder / ROOTS))
-    return sorted((entry for entry in found if entry is not None), key=lambda entry: (entry.added, entry.cid))
+    """All roots, in the order added. A file that does not have its root's name is not ours."""
+    found = [(path, read_root(path)) for path in (folder / ROOTS).iterdir()]
+    entries = [entry for path, entry in found if entry is not None and root_path(folder, entry.cid) == path]
+    return sorted(entries, key=lambda entry: (entry.added, entry.cid))
 
 
 def sync_folder(folder: Path) -> None:
