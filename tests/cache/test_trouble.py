@@ -1,6 +1,8 @@
 """What is wrong with the disk costs speed, not errors, and is told."""
 
 import contextlib
+import errno
+import os
 import random
 import shutil
 import sqlite3
@@ -13,6 +15,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import recovery
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, flip, make_file, random_bytes, staged, staged_bytes
@@ -155,6 +158,57 @@ def test_a_damaged_index_is_set_aside_and_filled_from_the_packs(tmp_path: Path, 
             for one in small:
                 assert len(await cache.block(one.cid)) == one.size
             assert chain.asked == []
+
+    trio.run(main)
+
+
+@pytest.mark.logs("reads go on without the cache")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTDIR])
+def test_an_index_that_can_not_be_looked_at_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Only a fake can cause EIO and ESTALE here."""
+    real, failed = os.lstat, 0
+
+    def lstat(path: str | Path, **more: int) -> os.stat_result:
+        nonlocal failed
+        if "index" in str(path):
+            failed += 1
+            raise OSError(number, os.strerror(number))
+        return real(path, **more)
+
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, content = make_file(chain, MIB, seed=1)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            monkeypatch.setattr(os, "lstat", lstat)
+            monkeypatch.setattr(os, "stat", lstat)
+            assert await read(cache, file, leaves) == content
+            for small in blocks(chain, 3):
+                await cache.block(small.cid)
+            with trio.fail_after(10):
+                while not failed:  # noqa: ASYNC110 - rows are written, and the index is measured, a second later
+                    await trio.sleep(0.01)
+            await trio.sleep(0.1)
+            assert await read(cache, file, leaves) == content
+
+    trio.run(main)
+
+
+def test_readers_of_the_index_never_wait_for_its_writer(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        (small,) = blocks(chain, 1)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await cache.block(small.cid)
+            await recovery.flush(cache.store)
+            index = cache.store.index
+            index._writer.execute("BEGIN IMMEDIATE")
+            index._writer.execute("DELETE FROM blocks")
+            began = trio.current_time()
+            assert cache.store.place(small.cid) is not None
+            assert (await cache.small()).blocks == 1
+            assert trio.current_time() - began < 4  # its patience with a locked database is 5 seconds
+            index._writer.execute("ROLLBACK")
+            assert not (tmp_path / "index.sqlite-shm").exists()
 
     trio.run(main)
 

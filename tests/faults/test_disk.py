@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,54 @@ def test_the_cache_folder_is_deleted(home: Home, content: Content) -> None:
         wait_until((home.store / "control").exists, "the mount can be asked again")
         assert "No such file or directory" in trouble(mount)
         assert os.stat(home.cache).st_mode & 0o077 == 0
+        content.read(mount)
+
+
+@pytest.mark.parametrize("becomes", ["a file", "a link to nothing", "another's folder"])
+def test_the_cache_folder_becomes_something_else(home: Home, content: Content, becomes: str) -> None:
+    """Then no name in it can be looked at any more (ENOTDIR, ELOOP): that ends no mount, and touches nothing there."""
+    with mounted(home, content.dag) as (_gateway, mount):
+        content.read(mount)
+        home.cache.rename(home.folder / "moved")
+        if becomes == "a file":
+            home.cache.write_text("precious")
+        elif becomes == "a link to nothing":
+            home.cache.symlink_to(home.folder / "none")
+        else:
+            home.cache.mkdir(0o700)
+            home.store.mkdir(0o700)
+            (home.store / "format").write_text("ipfsfuse cache 3\n")
+        for _ in range(3):
+            content.read(mount)
+            time.sleep(0.8)
+        if becomes == "another's folder":
+            assert [path.name for path in home.store.iterdir()] == ["format"]
+        os.unlink(home.cache) if becomes != "another's folder" else shutil.rmtree(home.cache)
+        (home.folder / "moved").rename(home.cache)
+        wait_until(lambda: not home.run("status", check=False).returncode, "the mount can be asked again")
+        assert mount.status()["pid"] == mount.pid
+
+
+def test_truncating_any_file_of_the_index_ends_no_mount(home: Home, content: Content) -> None:
+    with mounted(home, content.dag) as (_gateway, mount):
+        content.read(mount)
+        assert {path.name for path in home.store.glob("index.sqlite*")} <= {"index.sqlite", "index.sqlite-wal"}
+        for path in home.store.glob("index.sqlite*"):
+            os.truncate(path, 0)
+        content.read(mount)
+        home.run("evict", "--all")
+        content.read(mount)
+        assert mount.status()["pid"] == mount.pid
+
+
+def test_a_second_mount_is_refused_after_the_lock_was_deleted(home: Home, content: Content) -> None:
+    with mounted(home, content.dag) as (_gateway, mount):
+        (home.store / "lock").unlink()
+        other = home.folder / "other"
+        other.mkdir()
+        done = home.run("mount", other, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert f"process {mount.pid}, mounted at {mount.path}" in done.stderr
         content.read(mount)
 
 

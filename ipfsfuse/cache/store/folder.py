@@ -295,13 +295,21 @@ class CacheFolder:
     def remake(self) -> None:
         """Makes the folder anew where it was deleted, so that the mount can be asked what is wrong. Raises StoreFailed."""
         if self._fd >= 0 and os.fstat(self._fd).st_nlink:
-            return  # it was moved, and is in use where it is now
+            if not self._is_in_place():
+                raise StoreFailed(f"{self.path} was moved away: this mount can't be asked until it is back")
+            return
         with as_store_failed(f"the cache folder {self.path} can't be made"):
             fd, lock = _take(self.path.parent)
         self.release()
         self._fd, self._lock = fd, lock
         if self._announced is not None:
             self.announce(*self._announced)
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self.path))
+        except OSError:
+            return False
 
     def release(self) -> None:
         if self._fd >= 0:
