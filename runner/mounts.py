@@ -73,8 +73,8 @@ def _shared(options: Options) -> Mount:
 
 def _cache_folder(options: Options) -> Path:
     """The mount's own folder in the one that is named: its lock, its socket, and who serves it lie there."""
-    named = options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or os.path.join(folders.cache_home(), "ipfsfuse")
-    return Path(named, "ipfsfuse-cache")
+    default = os.path.join(folders.cache_home(), "ipfsfuse")
+    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default, "ipfsfuse-cache")
 
 
 def _is_held(options: Options) -> bool:

@@ -1,4 +1,5 @@
-"""fsck: everything that is staged is hashed again; what is wrong is set aside and, where the sources can, fetched again.
+"""fsck: everything that is staged is hashed again; what is wrong is set aside and, where the sources can,
+fetched again.
 
 Concurrency: one task, beside all others: each leaf or block is checked as a read of it would.
 """
@@ -48,8 +49,8 @@ class FsckReport:
     found: int = 0
     """Right blocks that the index had lost."""
     unproved: int = 0
-    """Files whose leaves could not be listed, because a block above them is neither staged nor to be had: each of their
-    leaves is proved whenever it is read."""
+    """Files whose leaves could not be listed, because a block above them is neither staged nor to be had:
+    each of their leaves is proved whenever it is read."""
 
 
 async def fsck(store: Store, reading: Reading, told: Told | None = None) -> FsckReport:
@@ -76,7 +77,8 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
 
 
 async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckReport) -> None:
-    """Blocks that can be found by the heads before them; then those that the index alone knows; then those that it does not."""
+    """Blocks that can be found by the heads before them; then those that the index alone knows; then those
+    that it does not."""
     size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
     for cid, place in await trio.to_thread.run_sync(list, store.packs.sections(pack)):
         end = place.at + place.size

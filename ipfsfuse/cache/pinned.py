@@ -1,7 +1,8 @@
-"""What is kept for good: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is unpinned.
+"""What is kept for good: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
+unpinned.
 
-Each pin has packs of its own, so that what one lets go of no other loses. Concurrency: the event loop's; pins and
-unpins of one CID exclude each other.
+Each pin has packs of its own, so that what one lets go of no other loses. Concurrency: the event loop's; pins
+and unpins of one CID exclude each other.
 """
 
 import contextlib
@@ -59,7 +60,8 @@ class Pinning:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.trouble.text}")
 
     async def keep_structure(self, reading: Reading) -> None:
-        """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small files."""
+        """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small
+        files."""
         seen: set[Cid] = set()
         stack: list[tuple[Cid, bool]] = [(self._root, False)]
         while stack:
@@ -74,10 +76,12 @@ class Pinning:
 
 
 def _below(store: Store, node: Node, in_file: bool) -> list[tuple[Cid, bool]]:
-    """What is linked by a node and may lie in packs, each with whether it belongs to a file of over 64 KiB."""
+    """What is linked by a node and may lie in packs, each with whether it belongs to a file of over 64
+    KiB."""
 
     def is_structure(child: Cid) -> bool:
-        """Whether a part of a large file is a block in a pack: an interior node, or a leaf that content can't prove."""
+        """Whether a part of a large file is a block in a pack: an interior node, or a leaf that content can't
+        prove."""
         return cids.codec(child) != cids.RAW and store.place(child) is not None
 
     large = isinstance(node, File) and (in_file or node.size > SMALL)
@@ -91,7 +95,9 @@ class PinnedDags:
         self._store = store
         self._reading = reading
         self._pins: dict[Cid, int] = {pin: record.size for pin, record in store.pinned.items()}
-        self._keys: dict[Cid, set[Key]] = {pin: set(record.keys or ()) for pin, record in store.pinned.items()}
+        self._keys: dict[Cid, set[Key]] = {
+            pin: set(record.keys or ()) for pin, record in store.pinned.items()
+        }
         self._busy: set[Cid] = set()
         self._jobs: dict[Cid, Pinning] = {}
         self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
@@ -109,13 +115,16 @@ class PinnedDags:
 
     def _count_lost(self, pin: Cid) -> int:
         store = self._store
-        return sum(key not in store.packs.sizes if isinstance(key, int) else key not in store.staging.entries for key in self._keys[pin])
+        return sum(
+            key not in store.packs.sizes if isinstance(key, int) else key not in store.staging.entries
+            for key in self._keys[pin]
+        )
 
     async def recover(self) -> None:
         """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
 
-        Until then everything that was found at the start is kept (`recovery.recover`). What is not here is not fetched:
-        that is done when it is used."""
+        Until then everything that was found at the start is kept (`recovery.recover`). What is not here is
+        not fetched: that is done when it is used."""
         unknown = [pin for pin, record in self._store.pinned.items() if record.keys is None]
         if not unknown:
             return
@@ -136,7 +145,8 @@ class PinnedDags:
         self._release([*self._store.packs.sizes, *self._store.staging.entries])
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
-        """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are not here)."""
+        """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
+        not here)."""
         store, found, missing = self._store, set[Key](), 0
         seen: set[Cid] = set()
         stack: list[tuple[Cid, bool]] = [(root, False)]
@@ -182,7 +192,10 @@ class PinnedDags:
     async def _complete(self, root: Cid, job: Pinning) -> None:
         """The pin counts once it is written."""
         before = self._pins.get(root), self._keys.get(root)
-        self._keys[root], self._pins[root] = set(job.keys), sum(self._store.room.size(key) for key in job.keys)
+        self._keys[root], self._pins[root] = (
+            set(job.keys),
+            sum(self._store.room.size(key) for key in job.keys),
+        )
         try:
             await self._write(root)
         except StoreFailed:
@@ -213,7 +226,9 @@ class PinnedDags:
     @contextlib.contextmanager
     def _alone(self, root: Cid) -> Iterator[None]:
         if root in self._busy:
-            raise UsageError(f"{cids.text(root)} is being pinned or unpinned already: wait until that has ended")
+            raise UsageError(
+                f"{cids.text(root)} is being pinned or unpinned already: wait until that has ended"
+            )
         self._busy.add(root)
         try:
             yield
@@ -240,11 +255,13 @@ class PinnedDags:
     async def _write(self, root: Cid) -> None:
         """The state of one pin, on the disk when this returns. Raises StoreFailed."""
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._store.pin_records.write, root, self._pins[root], frozenset(self._keys[root]))
+            await trio.to_thread.run_sync(
+                self._store.pin_records.write, root, self._pins[root], frozenset(self._keys[root])
+            )
 
 
 def _report_lost(lost: Mapping[Cid, int]) -> None:
     pin, count = next(iter(lost.items()))
     more = f" (and of {len(lost) - 1} more pins)" if len(lost) > 1 else ""
-    log.warning("%d parts of the pin %s%s are not in the cache any more: they are fetched when they are used; `ipfsfuse pin` fetches them now",
-                count, cids.text(pin), more)  # fmt: skip
+    what = "%d parts of the pin %s%s are not in the cache any more: they are fetched when they are used"
+    log.warning(f"{what}, or now by `ipfsfuse pin`", count, cids.text(pin), more)  # noqa: G004

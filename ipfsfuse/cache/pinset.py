@@ -35,7 +35,8 @@ class Statistics:
     pinned: int
     """Part of `used` that is kept for good."""
     pinned_lost: int
-    """Staging files and packs of what is pinned that are not there any more: they are fetched when they are used."""
+    """Staging files and packs of what is pinned that are not there any more: they are fetched when they are
+    used."""
     hits: int
     """Blocks and leaves read from the disk."""
     misses: int
@@ -77,7 +78,7 @@ class PinsetCache(Reading):
                 raise failure from failure.__cause__
             raise
 
-    # -- uses --------------------------------------------------------------------------------------------------------
+    # -- uses ------------------------------------------------------------------------------------------------
 
     def opened(self, file: FileRef) -> None:
         """As `Cache.opened`."""
@@ -113,7 +114,7 @@ class PinsetCache(Reading):
         """As `Cache.used`."""
         return self.store.room.used
 
-    # -- what commands ask -------------------------------------------------------------------------------------------
+    # -- what commands ask -----------------------------------------------------------------------------------
 
     @property
     def trouble(self) -> str:
@@ -122,7 +123,8 @@ class PinsetCache(Reading):
 
     def statistics(self) -> Statistics:
         room = self.store.room
-        return Statistics(room.budget, room.used, room.kept_bytes, self._pinned.lost, self.hits, self.misses, room.evictions, self.trouble)
+        kept, lost = room.kept_bytes, self._pinned.lost
+        return Statistics(room.budget, room.used, kept, lost, self.hits, self.misses, room.evictions, self.trouble)
 
     async def evict(self, cid: Cid | None = None) -> int:
         """Removes a file or block, or all that is not kept for good; returns the bytes freed on disk.

@@ -46,7 +46,7 @@ class Reading:
         self._behind = Behind()
         self._flights: Flights[bytes, Arrival] = Flights(nursery, deadline, name=spelled)
 
-    # -- blocks ------------------------------------------------------------------------------------------------------
+    # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid) -> bytes:
         """As `Cache.block`."""
@@ -102,7 +102,7 @@ class Reading:
         entry = self.store.staging.entries.get(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
         return entry is not None and entry.whole()
 
-    # -- leaves ------------------------------------------------------------------------------------------------------
+    # -- leaves ----------------------------------------------------------------------------------------------
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """As `Cache.leaf`."""
@@ -159,7 +159,7 @@ class Reading:
         in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.place(leaf.cid) is not None) or await self.store.has_leaf(file, leaf)
 
-    # -- ahead -------------------------------------------------------------------------------------------------------
+    # -- ahead -----------------------------------------------------------------------------------------------
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         """As `Cache.ahead`."""

@@ -1,9 +1,10 @@
 """The process that serves a mount, and what it tells whoever started it.
 
-On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what": ...}` while
-the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once the mount answers, or
-`error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
-the log in the cache folder (`cache.store.folder`). If the starter goes before it was told, the mount is not wanted any more: it ends.
+On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what":
+...}` while the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once
+the mount answers, or `error REASON`. What it logs before goes to its starter's standard error, what it logs
+afterwards to the log in the cache folder (`cache.store.folder`). If the starter goes before it was told, the
+mount is not wanted any more: it ends.
 """
 
 import json

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 """So often the socket is looked for."""
 LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
-"""Why a socket can't be made at the start, but may be later: the disk is full, and there may be no folder yet."""
+"""Why a socket can't be made at the start, but may be later: the disk is full, and there may be no folder
+yet."""
 LONG = 1000
 """Items of a list that are encoded on the event loop: some milliseconds."""
 
@@ -53,13 +54,18 @@ class ControlServer:
         self._ending = False
 
     async def serve(
-        self, path: Path, remake: Callable[[], None] | None = None, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        path: Path,
+        remake: Callable[[], None] | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is replaced:
-        whoever calls this has locked the folder. Where the socket is deleted, it is made again, and `remake` makes its
-        folder again, so that a mount whose cache is gone can be asked what is wrong.
+        """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is
+        replaced: whoever calls this has locked the folder. Where the socket is deleted, it is made again, and
+        `remake` makes its folder again, so that a mount whose cache is gone can be asked what is wrong.
 
-        A full disk costs no mount: the socket is made when there is room. Raises StoreFailed for any other trouble."""
+        A full disk costs no mount: the socket is made when there is room. Raises StoreFailed for any other
+        trouble."""
         try:
             listener, inode = _listen(path)
         except StoreFailed as exc:

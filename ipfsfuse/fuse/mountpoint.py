@@ -32,7 +32,8 @@ def table() -> list[Mounted]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             fields = line.split(" ")
-            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), fields[fields.index("-") + 1]))
+            kind = fields[fields.index("-") + 1]
+            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind))
     return found
 
 
@@ -71,9 +72,9 @@ def prepare(mountpoint: Path) -> None:
 class Place:
     """The folder that a mount is to be made at, whatever its path leads to meanwhile.
 
-    For an ordinary user fusermount3 changes into the folder, checks it there, and mounts at "."; for root it resolves
-    the path and mounts at that, so whoever may rename a folder above it can lead the mount elsewhere. So what root
-    mounts is looked at before anything is served. Use it as a context manager."""
+    For an ordinary user fusermount3 changes into the folder, checks it there, and mounts at "."; for root it
+    resolves the path and mounts at that, so whoever may rename a folder above it can lead the mount
+    elsewhere. So what root mounts is looked at before anything is served. Use it as a context manager."""
 
     def __init__(self, mountpoint: Path) -> None:
         """Raises MountFailed where everyone may replace a folder above it, or a link is among them."""
@@ -83,8 +84,10 @@ class Place:
             for part in mountpoint.parts[1:]:
                 mode = os.fstat(self._fd).st_mode
                 if os.geteuid() == 0 and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                    raise MountFailed(f"{mountpoint} can't be mounted by root: anyone may replace {part} in its path: choose another folder")
-                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+                    why = f"anyone may replace {part} in its path: choose another folder"
+                    raise MountFailed(f"{mountpoint} can't be mounted by root: {why}")
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                below = os.open(part, flags, dir_fd=self._fd)
                 os.close(self._fd)
                 self._fd = below
         except OSError as exc:
@@ -103,15 +106,20 @@ class Place:
 
     def check(self) -> None:
         """Raises MountFailed unless a new mount of ours is where it should be."""
-        new = [mounted.mountpoint for mounted in table() if mounted.number not in self._before and mounted.type == TYPE]
+        new = [mounted.mountpoint for mounted in self._new()]
         if str(self._path) not in new or os.readlink(f"/proc/self/fd/{self._fd}") != str(self._path):
-            raise MountFailed(f"{self._path} was replaced while it was being mounted: choose a folder whose path only you can change")
+            todo = "choose a folder whose path only you can change"
+            raise MountFailed(f"{self._path} was replaced while it was being mounted: {todo}")
 
     def clear(self) -> None:
         """Takes away what was mounted elsewhere; its daemon, which we are, must have let go of it."""
-        for mounted in table():
-            if mounted.number not in self._before and mounted.type == TYPE and not _answers(Path(mounted.mountpoint)):
-                subprocess.run([fusermount(), "-u", "-z", "-q", "--", mounted.mountpoint], check=False, stderr=subprocess.DEVNULL)
+        for mounted in self._new():
+            if not _answers(Path(mounted.mountpoint)):
+                command = [fusermount(), "-u", "-z", "-q", "--", mounted.mountpoint]
+                subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+
+    def _new(self) -> list[Mounted]:
+        return [mounted for mounted in table() if mounted.number not in self._before and mounted.type == TYPE]
 
 
 def fusermount() -> str:

@@ -62,7 +62,8 @@ class Session:
 
 
 def open_device(mountpoint: Path, allow_other: bool) -> Device:
-    """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has one."""
+    """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
+    one."""
     with Place(mountpoint) as place:
         device = _mount(mountpoint, allow_other)
         try:

@@ -1,4 +1,5 @@
-"""The cache folder: one daemon each, marked as ours, and nothing in it or beside it that is not ours ever changed."""
+"""The cache folder: one daemon each, marked as ours, and nothing in it or beside it that is not ours ever
+changed."""
 
 import json
 import multiprocessing
@@ -44,7 +45,12 @@ with contextlib.ExitStack() as stack:
 
 def holder(kind: str, where: Path) -> tuple[subprocess.Popen[str], str]:
     """A process that has locked the cache folder, and which that is: wait until it has."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, kind, str(where)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, kind, str(where)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
 
@@ -75,7 +81,16 @@ def refused(cache_dir: Path) -> str:
         use(cache_dir)
     line = str(raised.value)
     assert "\n" not in line
-    assert any(todo in line for todo in ("give another --cache-dir", "run chmod", "remove it", "of your own", "its own --cache-dir")), line
+    assert any(
+        todo in line
+        for todo in (
+            "give another --cache-dir",
+            "run chmod",
+            "remove it",
+            "of your own",
+            "its own --cache-dir",
+        )
+    ), line
     return line
 
 
@@ -89,7 +104,7 @@ def contents(path: Path) -> dict[str, object]:
     return found
 
 
-# -- the lock ----------------------------------------------------------------------------------------------------
+# -- the lock ------------------------------------------------------------------------------------------------
 
 
 def test_a_second_daemon_is_refused_with_the_first_ones_pid_and_mountpoint(tmp_path: Path) -> None:
@@ -180,7 +195,7 @@ def test_what_can_not_be_looked_at_is_not_taken_for_free(tmp_path: Path) -> None
     assert not is_free(tmp_path)
 
 
-# -- the folder that is named, and ours in it --------------------------------------------------------------------
+# -- the folder that is named, and ours in it ----------------------------------------------------------------
 
 
 def test_the_folder_is_made_for_us_alone_and_marked(tmp_path: Path) -> None:
@@ -219,7 +234,9 @@ def test_a_folder_that_holds_other_things_is_used_and_they_are_left_alone(tmp_pa
     (cache_dir / "daemon.json").symlink_to("photos/1.jpg")
     before = contents(cache_dir)
     use(cache_dir)
-    assert {path: what for path, what in contents(cache_dir).items() if "ipfsfuse-cache" not in path} == before
+    assert {
+        path: what for path, what in contents(cache_dir).items() if "ipfsfuse-cache" not in path
+    } == before
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o722])
@@ -246,7 +263,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, what: str) -> None:
     assert "is not a folder" in refused(tmp_path / "cache")
 
 
-# -- planted, damaged, foreign and linked things at every name ----------------------------------------------------
+# -- planted, damaged, foreign and linked things at every name -----------------------------------------------
 
 NAMES = sorted({*folder.FILES, *folder.FOLDERS, folder.CONTROL})
 CONTENT = ["staging/{cid}", "staging/{cid}.part", "packs/1.pack", "pinned/{cid}", "indexes/1-1-1-1.index"]
@@ -395,10 +412,14 @@ def test_whatever_is_planted_at_a_name_nothing_outside_changes(
     if name in STRAYS:
         assert os.path.lexists(path)
     if planted is not None:
-        assert {each: what for each, what in contents(path).items() if each in planted and each != str(path)} == {
-            each: what for each, what in planted.items() if each != str(path)
-        }
-    assert contents(victim) == outside | ({} if plant is not hard_link else {str(victim / "precious"): contents(victim)[str(victim / "precious")]})
+        assert {
+            each: what for each, what in contents(path).items() if each in planted and each != str(path)
+        } == {each: what for each, what in planted.items() if each != str(path)}
+    assert contents(victim) == outside | (
+        {}
+        if plant is not hard_link
+        else {str(victim / "precious"): contents(victim)[str(victim / "precious")]}
+    )
     assert (victim / "precious").read_bytes() == b"precious" * 1000
     remove(path)  # as the refusals say
     if name == "format":
@@ -408,7 +429,9 @@ def test_whatever_is_planted_at_a_name_nothing_outside_changes(
 
 @as_root
 @pytest.mark.parametrize("how", ["link", "file", "foreign", "open to all", "unmarked", "marked otherwise"])
-def test_a_folder_of_our_name_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, victim: Path, how: str) -> None:
+def test_a_folder_of_our_name_that_is_not_ours_is_refused_and_left_alone(
+    tmp_path: Path, victim: Path, how: str
+) -> None:
     ours = tmp_path / "cache" / "ipfsfuse-cache"
     ours.parent.mkdir(mode=0o700)
     if how == "link":
@@ -429,7 +452,7 @@ def test_a_folder_of_our_name_that_is_not_ours_is_refused_and_left_alone(tmp_pat
     assert contents(tmp_path) == before
 
 
-# -- versions ----------------------------------------------------------------------------------------------------
+# -- versions ------------------------------------------------------------------------------------------------
 
 
 def test_a_newer_layout_is_refused_by_the_version_to_use(cache_dir: Path) -> None:
@@ -457,7 +480,7 @@ def test_a_newer_index_is_refused_by_the_version_to_use_and_kept(cache_dir: Path
     assert "7.8.9" in (ours / "CACHEDIR.TAG").read_text()
 
 
-# -- folders for one mount's life ---------------------------------------------------------------------------------
+# -- folders for one mount's life ----------------------------------------------------------------------------
 
 
 def test_an_isolated_folder_is_private_and_gone_afterwards(tmp_path: Path) -> None:
@@ -522,7 +545,7 @@ def test_no_folder_is_swept_between_its_making_and_its_locking(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-# -- the layout before the marked folder --------------------------------------------------------------------------
+# -- the layout before the marked folder ---------------------------------------------------------------------
 
 
 def test_json_of_a_pin_is_readable(cache_dir: Path) -> None:

@@ -1,4 +1,5 @@
-"""Older layouts and versions of the cache folder become this one, whatever moment the first start is killed at."""
+"""Older layouts and versions of the cache folder become this one, whatever moment the first start is killed
+at."""
 
 import json
 import os
@@ -44,7 +45,8 @@ CREATE TABLE pinned (pin BLOB, key TEXT, PRIMARY KEY (pin, key)) WITHOUT ROWID;
 
 
 class Used:
-    """A cache in which one tree is pinned, another was read, and a name was opened; and the sources that have it all."""
+    """A cache in which one tree is pinned, another was read, and a name was opened; and the sources that have
+    it all."""
 
     def __init__(self, cache_dir: Path) -> None:
         self.cache_dir = cache_dir
@@ -65,7 +67,8 @@ class Used:
         return self.cache_dir / "ipfsfuse-cache"
 
     def check(self, names: bool = True) -> None:
-        """All of it is there, nothing is asked of the sources, and what is pinned outlives an eviction of all the rest."""
+        """All of it is there, nothing is asked of the sources, and what is pinned outlives an eviction of all
+        the rest."""
         self.look(names)
         self.look(names, evict=True)
 
@@ -99,14 +102,19 @@ class Used:
         (self.ours / "pinned").rmdir()
         path = self.ours / "index.sqlite"
         with closing(sqlite3.connect(path)) as database:
-            rows = {name: database.execute(f"SELECT * FROM {name}").fetchall() for name in ("blocks", "packs", "roots")}
+            rows = {
+                name: database.execute(f"SELECT * FROM {name}").fetchall()
+                for name in ("blocks", "packs", "roots")
+            }
         path.unlink()
         with closing(sqlite3.connect(path)) as database, database:
             database.execute("PRAGMA journal_mode = WAL")
             database.executescript(VERSION_1 if number == 1 else VERSION_2)
             database.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", rows["blocks"])
             database.executemany("INSERT INTO packs VALUES (?, ?)", rows["packs"])
-            database.executemany("INSERT INTO roots (cid, spelling) VALUES (?, ?)", [row[1:] for row in rows["roots"]])
+            database.executemany(
+                "INSERT INTO roots (cid, spelling) VALUES (?, ?)", [row[1:] for row in rows["roots"]]
+            )
             database.execute("INSERT INTO pins VALUES (?, ?)", (self.pinned, said["bytes"]))
             keys = [*said["files"], *map(str, said["packs"])]
             database.executemany("INSERT INTO pinned VALUES (?, ?)", [(self.pinned, cids.parse(key) if number == 1 else key) for key in keys
@@ -116,7 +124,12 @@ class Used:
     def as_layout_2(self) -> None:
         """Moves everything to where the version before had it."""
         self.as_version(2)
-        for old, new in {"staging": "files", "packs": "packs", "index.sqlite": "index.sqlite", "lock": "lock"}.items():
+        for old, new in {
+            "staging": "files",
+            "packs": "packs",
+            "index.sqlite": "index.sqlite",
+            "lock": "lock",
+        }.items():
             (self.ours / old).rename(self.cache_dir / new)
         for left in self.ours.iterdir():
             left.unlink()
@@ -192,7 +205,8 @@ with locked(Path(sys.argv[1])) as held:
 
 
 def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(tmp_path: Path, used: Used) -> None:
-    """The migration is killed before its 1st, 2nd, 3rd ... change, each time from the beginning, until it gets through."""
+    """The migration is killed before its 1st, 2nd, 3rd ... change, each time from the beginning, until it
+    gets through."""
     used.as_layout_2()
     pristine, killed = tmp_path / "pristine", 0
     used.cache_dir.rename(pristine)
@@ -200,7 +214,12 @@ def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(tmp_path: P
     while True:
         subprocess.run(["rm", "-rf", str(used.cache_dir)], check=True)
         subprocess.run(["cp", "-a", str(pristine), str(used.cache_dir)], check=True)
-        done = subprocess.run([sys.executable, "-c", KILLED, str(used.cache_dir), str(killed)], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(used.cache_dir), str(killed)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         used.look()
         assert [path.name for path in used.cache_dir.iterdir()] == ["ipfsfuse-cache"]
@@ -214,19 +233,31 @@ def test_a_kill_in_the_middle_of_two_migrations_in_a_row(tmp_path: Path, used: U
     used.as_layout_2()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for after in (2, 2, 1, 3, 0, 2):
-        subprocess.run([sys.executable, "-c", KILLED, str(used.cache_dir), str(after)], env=environment, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", KILLED, str(used.cache_dir), str(after)],
+            env=environment,
+            capture_output=True,
+        )
     used.check()
 
 
 def test_the_older_layout_is_not_moved_while_its_daemon_lives(used: Used) -> None:
     used.as_layout_2()
     script = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
-    old = subprocess.Popen([sys.executable, "-c", script, str(used.cache_dir / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    old = subprocess.Popen(
+        [sys.executable, "-c", script, str(used.cache_dir / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert old.stdout is not None
     old.stdout.readline()
     before = contents(used.cache_dir)
     try:
-        with pytest.raises(StoreFailed, match="in use by process 1, mounted at /mnt/gone"), locked(used.cache_dir):
+        with (
+            pytest.raises(StoreFailed, match="in use by process 1, mounted at /mnt/gone"),
+            locked(used.cache_dir),
+        ):
             pass
         assert contents(used.cache_dir) == before
     finally:
@@ -234,8 +265,13 @@ def test_the_older_layout_is_not_moved_while_its_daemon_lives(used: Used) -> Non
     used.check()
 
 
-@pytest.mark.parametrize("stranger", ["notes.txt", "files/holiday.jpg", "packs/pack.zip", "index.sqlite -> elsewhere", "files -> elsewhere"])
-def test_an_older_layout_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path, used: Used, stranger: str) -> None:
+@pytest.mark.parametrize(
+    "stranger",
+    ["notes.txt", "files/holiday.jpg", "packs/pack.zip", "index.sqlite -> elsewhere", "files -> elsewhere"],
+)
+def test_an_older_layout_with_something_else_in_it_is_refused_and_left_alone(
+    tmp_path: Path, used: Used, stranger: str
+) -> None:
     used.as_layout_2()
     name, _arrow, target = stranger.partition(" -> ")
     path = used.cache_dir / name
@@ -261,7 +297,7 @@ def test_two_starts_at_once_move_it_once(used: Used) -> None:
     used.check()
 
 
-# -- pins outlive the index ---------------------------------------------------------------------------------------
+# -- pins outlive the index ----------------------------------------------------------------------------------
 
 
 def damage(used: Used, how: str) -> None:
@@ -283,7 +319,9 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
     damage(used, how)
     (pin,) = (used.ours / "pinned").iterdir()
     if record != "whole":
-        pin.write_bytes({"garbage": b"\xff\x00{{", "empty": b"", "of another form": b'["bytes", {"files": 3}]'}[record])
+        pin.write_bytes(
+            {"garbage": b"\xff\x00{{", "empty": b"", "of another form": b'["bytes", {"files": 3}]'}[record]
+        )
     chain = Chain()
 
     async def main(path: Path) -> None:
@@ -316,7 +354,9 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
 @pytest.mark.logs("of the pin .* are not in the cache any more", "is damaged", "wrong bytes")
 @pytest.mark.parametrize("record", ["whole", "garbage"])
 @pytest.mark.parametrize("kind", ["staging", "packs"])
-def test_what_is_missing_of_a_pin_is_told_and_fetched_when_it_is_used(used: Used, kind: str, record: str) -> None:
+def test_what_is_missing_of_a_pin_is_told_and_fetched_when_it_is_used(
+    used: Used, kind: str, record: str
+) -> None:
     (pin,) = (used.ours / "pinned").iterdir()
     said = json.loads(pin.read_text())
     damage(used, "deleted")

@@ -28,7 +28,8 @@ BUDGET = 64 * MIB
 
 @contextlib.contextmanager
 def own_mounts(store: Path) -> Iterator[list[Path]]:
-    """The folders that content lies in, made as file systems of their own, so that they can become read-only."""
+    """The folders that content lies in, made as file systems of their own, so that they can become
+    read-only."""
     folders = [store / "staging", store / "packs"]
     for folder in folders:
         folder.mkdir(0o700)

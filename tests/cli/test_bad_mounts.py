@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fuse
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change what others see of the machine")
 
 
-# -- mountpoints -------------------------------------------------------------------------------------------------
+# -- mountpoints ---------------------------------------------------------------------------------------------
 
 
 def test_mountpoint_missing(user: Home) -> None:
@@ -61,7 +61,7 @@ def _is_helper_of(daemon: int, pid: str) -> bool:
         return False
 
 
-# -- the machine -------------------------------------------------------------------------------------------------
+# -- the machine ---------------------------------------------------------------------------------------------
 
 
 def machine(script: str) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def test_no_fusermount3(user: Home) -> None:
     assert (doctor.returncode, "install the package fuse3" in doctor.stdout) == (1, True)
 
 
-# -- the cache folder --------------------------------------------------------------------------------------------
+# -- the cache folder ----------------------------------------------------------------------------------------
 
 
 def test_a_cache_folder_that_another_daemon_holds(user: Home) -> None:
@@ -141,7 +141,7 @@ def test_a_car_below_its_own_mount(user: Home) -> None:
     user.refused("mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2)
 
 
-# -- a path that changes while it is mounted ------------------------------------------------------------------------
+# -- a path that changes while it is mounted -----------------------------------------------------------------
 
 SWAPPING = """#!/bin/sh
 case "$*" in *-u*) exec {real} "$@";; esac

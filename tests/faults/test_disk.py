@@ -155,7 +155,8 @@ def test_the_cache_folder_is_deleted(home: Home, content: Content) -> None:
 
 @pytest.mark.parametrize("becomes", ["a file", "a link to nothing", "another's folder"])
 def test_the_cache_folder_becomes_something_else(home: Home, content: Content, becomes: str) -> None:
-    """Then no name in it can be looked at any more (ENOTDIR, ELOOP): that ends no mount, and touches nothing there."""
+    """Then no name in it can be looked at any more (ENOTDIR, ELOOP): that ends no mount, and touches nothing
+    there."""
     with mounted(home, content.dag) as (_gateway, mount):
         content.read(mount)
         home.cache.rename(home.folder / "moved")

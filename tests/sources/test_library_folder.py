@@ -1,4 +1,5 @@
-"""The library's folder: marked, ours alone, and whatever else lies in it or behind its links is left alone."""
+"""The library's folder: marked, ours alone, and whatever else lies in it or behind its links is left
+alone."""
 
 import os
 import socket
@@ -33,7 +34,9 @@ def refused(folder: Path) -> str:
         Library(folder)
     line = str(raised.value)
     assert "\n" not in line
-    assert any(todo in line for todo in ("another --library", "give --library a folder of its own", "run chmod")), line
+    assert any(
+        todo in line for todo in ("another --library", "give --library a folder of its own", "run chmod")
+    ), line
     return line
 
 
@@ -67,7 +70,9 @@ def test_a_library_from_before_the_marker_gets_one(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.car", "notes.txt", "20260101T000000-0123abcd.CAR"])
-def test_a_folder_with_other_things_and_no_marker_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_things_and_no_marker_is_refused_and_left_alone(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / "cars").mkdir(mode=0o700)
     (tmp_path / "cars" / name).write_bytes(b"mine")
     before = contents(tmp_path)
@@ -86,7 +91,13 @@ def test_a_marker_of_another_kind_is_refused_and_left_alone(folder: Path, text: 
 
 def test_what_is_not_ours_outlives_every_removal_and_compaction(folder: Path) -> None:
     """A user's own CAR files in a library are neither read nor removed, by whatever name."""
-    strays = {"mine.car", "mine.tmp", "roots/notes.txt", "20260101T000000-0123abcd.car.bak", "x20260101T000000-0123abcd.car"}
+    strays = {
+        "mine.car",
+        "mine.tmp",
+        "roots/notes.txt",
+        "20260101T000000-0123abcd.car.bak",
+        "x20260101T000000-0123abcd.car",
+    }
     for name in strays:
         (folder / name).write_bytes(b"mine")
     os.link(folder / "mine.car", folder / "20260101T00000-0123abcd.car")
@@ -150,9 +161,28 @@ def open_to_all(path: Path, _outside: Path) -> None:
     path.chmod(0o666)
 
 
-PLANTED = [link_to_a_file, link_to_a_folder, link_to_nothing, hard_link, a_folder, a_pipe, a_socket, garbage, nothing_in_it]
+PLANTED = [
+    link_to_a_file,
+    link_to_a_folder,
+    link_to_nothing,
+    hard_link,
+    a_folder,
+    a_pipe,
+    a_socket,
+    garbage,
+    nothing_in_it,
+]
 PLANTED += [of_another_user, open_to_all]
-NAMES = ["format", "lock", "roots", "20260101T000000-0123abcd.car", "20260101T000000-0123abcd.tmp", "roots/{cid}", "stray", "roots/stray"]
+NAMES = [
+    "format",
+    "lock",
+    "roots",
+    "20260101T000000-0123abcd.car",
+    "20260101T000000-0123abcd.tmp",
+    "roots/{cid}",
+    "stray",
+    "roots/stray",
+]
 
 
 @as_root

@@ -19,7 +19,8 @@ from ipfsfuse.errors import Unsupported, WrongBlock
 log = logging.getLogger(__name__)
 
 ON_LOOP = 32 << 10
-"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread costs."""
+"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread
+costs."""
 WRITE_ON_LOOP = 64 << 10
 """Bytes of sections that are written on the event loop too: 30 us."""
 RECENT_PACKS = 2
@@ -30,7 +31,8 @@ class BlockStore(Disk):
     """Blocks by their multihash."""
 
     async def block(self, cid: Cid) -> bytes | None:
-        """The block, hashed after it was read; None where it is not kept, or not right (then it is forgotten)."""
+        """The block, hashed after it was read; None where it is not kept, or not right (then it is
+        forgotten)."""
         place = self.place(cid)
         if place is None:
             return None
@@ -69,7 +71,8 @@ class BlockStore(Disk):
             self.room.arc.refresh(pack)
 
     async def keep_block(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
-        """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are never evicted)."""
+        """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are
+        never evicted)."""
         if self.trouble.waiting:
             return False
         made = section(cids.canonical(cid), block)
@@ -80,8 +83,8 @@ class BlockStore(Disk):
             return await self._repaired(made, pack_set) or await self._append(pack_set or self.pack_set, [made])
 
     async def keep_blocks(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
-        """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a pack costs as
-        much as writing a small block to it."""
+        """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a
+        pack costs as much as writing a small block to it."""
         if self.trouble.waiting:
             return
         async with self._my_turn():
@@ -111,7 +114,8 @@ class BlockStore(Disk):
             self.appending.release()
 
     async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
-        """Whether the block is right again where a wrong one was set aside: what is kept for good stays so."""
+        """Whether the block is right again where a wrong one was set aside: what is kept for good stays
+        so."""
         cid, data, head = made
         place = self.set_aside.pop(cids.multihash(cid), None)
         if place is None or place.pack not in (self.packs.sizes if pack_set is None else pack_set.packs):
@@ -142,7 +146,8 @@ class BlockStore(Disk):
             self.room.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
 
     async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
-        """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is no room."""
+        """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is
+        no room."""
         data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
         pack = await self._room_in(pack_set, len(data))
         return pack is not None and await self._write(pack, data, sections)

@@ -1,7 +1,8 @@
-"""What lies on the disk: staging files, packs and the index, the room they share, and who may ask for how much of it.
+"""What lies on the disk: staging files, packs and the index, the room they share, and who may ask for how
+much of it.
 
-Nothing here raises for what is wrong with the disk: `trouble` says it. Concurrency: the event loop's; disk work over
-some KiB runs in worker threads.
+Nothing here raises for what is wrong with the disk: `trouble` says it. Concurrency: the event loop's; disk
+work over some KiB runs in worker threads.
 """
 
 import os
@@ -66,7 +67,7 @@ class Disk:
         self.changed, self.much_changed = trio.Event(), trio.Event()
         """Set when the index has something to be told; when it should not wait."""
 
-    # -- what is there ---------------------------------------------------------------------------------------------
+    # -- what is there ---------------------------------------------------------------------------------------
 
     def place(self, cid: Cid) -> Place | None:
         try:
@@ -118,7 +119,7 @@ class Disk:
             return "user"
         return "cache" if self.pins.state(cid) == "cache" else ""
 
-    # -- eviction and the index --------------------------------------------------------------------------------------
+    # -- eviction and the index ------------------------------------------------------------------------------
 
     async def _evict(self, key: Key) -> None:
         """Off the disk; then the node may let go of it."""

@@ -17,8 +17,9 @@
       indexes/              indexes of CAR files that bring none
       log, log.1            the daemon's log
 
-No other module knows these names. Every file is opened through the descriptor of its folder, and links are never
-followed. Only what has one of our names is ever written, replaced or removed. A thing of another name is left alone.
+No other module knows these names. Every file is opened through the descriptor of its folder, and links are
+never followed. Only what has one of our names is ever written, replaced or removed. A thing of another name
+is left alone.
 
 Concurrency: calls block for a few system calls; make them at the start, or in a thread.
 """
@@ -78,7 +79,8 @@ MAX_SMALL = 1 << 16
 """Bytes of a small file of ours that are read at most."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 LATER = NO_SPACE | {errno.ENOENT}
-"""What keeps a subfolder from being made now, but not for good: there is no space for it, or not even for our folder."""
+"""What keeps a subfolder from being made now, but not for good: there is no space for it, or not even for our
+folder."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -102,11 +104,12 @@ def socket_path(cache_dir: Path) -> Path:
     return inside(cache_dir) / CONTROL
 
 
-# -- files in a folder that is open ------------------------------------------------------------------------------
+# -- files in a folder that is open --------------------------------------------------------------------------
 
 
 def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
-    """The first `most` bytes of a regular file. Raises OSError, also for a link or anything that is not a regular file."""
+    """The first `most` bytes of a regular file. Raises OSError, also for a link or anything that is not a
+    regular file."""
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
         info = os.fstat(file)
@@ -118,11 +121,14 @@ def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
 
 
 def write_file(folder: int, name: str, data: bytes, lasting: bool = True) -> None:
-    """Makes or replaces a file, whole or not at all. Where it is `lasting`, it is on the disk when this returns.
+    """Makes or replaces a file, whole or not at all. Where it is `lasting`, it is on the disk when this
+    returns.
 
     Raises OSError, having changed nothing."""
     temporary = f".{name}.{secrets.token_hex(8)}.tmp"
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    file = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+    )
     try:
         try:
             write_all(file, data, 0)
@@ -205,7 +211,8 @@ def _open_subfolder(path: Path) -> int:
 
 
 def is_our_own(info: os.stat_result) -> bool:
-    """Whether it is a regular file that has no name but the one it was found by: to write it changes nothing elsewhere."""
+    """Whether it is a regular file that has no name but the one it was found by: to write it changes nothing
+    elsewhere."""
     return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.geteuid()
 
 
@@ -231,13 +238,15 @@ def _check(folder: int, name: str, kind: int, path: Path) -> None:
 
 def _check_private(info: os.stat_result, path: Path) -> None:
     if info.st_uid != os.geteuid():
-        raise StoreFailed(f"{path} belongs to another user: remove it, or give --cache-dir a folder of your own")
+        raise StoreFailed(
+            f"{path} belongs to another user: remove it, or give --cache-dir a folder of your own"
+        )
     if info.st_mode & 0o022:
         to_do = "700" if stat.S_ISDIR(info.st_mode) else "600"
         raise StoreFailed(f"{path} may be written by others: run chmod {to_do} {path}")
 
 
-# -- who uses it -------------------------------------------------------------------------------------------------
+# -- who uses it ---------------------------------------------------------------------------------------------
 
 
 class CacheFolder:
@@ -265,10 +274,13 @@ class CacheFolder:
     def announce(self, pid: int, mountpoint: str) -> None:
         """Says who uses the folder: what a second daemon is refused with. Raises StoreFailed."""
         self._announced = pid, mountpoint
-        self._write(DAEMON, json.dumps({"pid": pid, "mountpoint": mountpoint}).encode() + b"\n", lasting=False)
+        self._write(
+            DAEMON, json.dumps({"pid": pid, "mountpoint": mountpoint}).encode() + b"\n", lasting=False
+        )
 
     def inode_key(self) -> bytes:
-        """The key of the inode numbers, 32 bytes. One that is missing or damaged is made anew. Raises StoreFailed."""
+        """The key of the inode numbers, 32 bytes. One that is missing or damaged is made anew. Raises
+        StoreFailed."""
         with contextlib.suppress(OSError):
             key = read_file(self._fd, INODE_KEY)
             if len(key) == KEY_BYTES:
@@ -279,21 +291,25 @@ class CacheFolder:
         return key
 
     def mount_id(self) -> str:
-        """The name of this cache at Kubo nodes, `<host>-<16 hex digits>`. One that is missing or damaged is made anew.
+        """The name of this cache at Kubo nodes, `<host>-<16 hex digits>`. One that is missing or damaged is
+        made anew.
 
         Raises StoreFailed."""
         with contextlib.suppress(OSError):
             name = read_file(self._fd, MOUNT_ID).decode("ascii", "replace").strip()
             if is_mount_id(name):
                 return name
-            log.warning("%s is damaged: this cache has a new name at Kubo nodes from now on", self.path / MOUNT_ID)
+            log.warning(
+                "%s is damaged: this cache has a new name at Kubo nodes from now on", self.path / MOUNT_ID
+            )
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64].strip(".") or "host"
         name = f"{host}-{secrets.token_hex(8)}"
         self._write(MOUNT_ID, name.encode() + b"\n")
         return name
 
     def remake(self) -> None:
-        """Makes the folder anew where it was deleted, so that the mount can be asked what is wrong. Raises StoreFailed."""
+        """Makes the folder anew where it was deleted, so that the mount can be asked what is wrong. Raises
+        StoreFailed."""
         if self._fd >= 0 and os.fstat(self._fd).st_nlink:
             if not self._is_in_place():
                 raise StoreFailed(f"{self.path} was moved away: this mount can't be asked until it is back")
@@ -322,7 +338,10 @@ class CacheFolder:
 
     def _write(self, name: str, data: bytes, lasting: bool = True) -> None:
         """A full disk is no reason not to mount."""
-        with as_store_failed(f"{self.path / name} can't be written"), _full_disk(f"{self.path / name} can't be written"):
+        with (
+            as_store_failed(f"{self.path / name} can't be written"),
+            _full_disk(f"{self.path / name} can't be written"),
+        ):
             if self._fd >= 0:
                 write_file(self._fd, name, data, lasting)
 
@@ -347,8 +366,9 @@ def _full_disk(what: str, numbers: Collection[int] = NO_SPACE) -> Iterator[None]
 def locked(cache_dir: Path) -> Iterator[CacheFolder]:
     """Our folder in `cache_dir`, made where it is missing, an older layout brought up to date.
 
-    Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full disk there
-    may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is room."""
+    Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full
+    disk there may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is
+    room."""
     held = CacheFolder(inside(cache_dir), -1, -1)
     with _full_disk(f"the cache folder {held.path} can't be made; reads go on without the cache"):
         held = CacheFolder(held.path, *_take(cache_dir))
@@ -409,7 +429,10 @@ def indexes(cache_dir: Path) -> Path:
 
 def examine(cache_dir: Path) -> None:
     """Raises StoreFailed where `locked` would refuse the folder for what lies there. Changes nothing."""
-    with as_store_failed(f"the cache folder {cache_dir} can't be used"), contextlib.suppress(FileNotFoundError):
+    with (
+        as_store_failed(f"the cache folder {cache_dir} can't be used"),
+        contextlib.suppress(FileNotFoundError),
+    ):
         parent = _open_parent(cache_dir)
         try:
             _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
@@ -425,11 +448,12 @@ def examine(cache_dir: Path) -> None:
             os.close(parent)
 
 
-# -- opening -----------------------------------------------------------------------------------------------------
+# -- opening -------------------------------------------------------------------------------------------------
 
 
 def _take(cache_dir: Path) -> tuple[int, int]:
-    """Descriptors of our folder and its lock file, both locked. Raises StoreFailed; OSError for a full disk alone."""
+    """Descriptors of our folder and its lock file, both locked. Raises StoreFailed; OSError for a full disk
+    alone."""
     path = inside(cache_dir)
     try:
         cache_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -453,19 +477,26 @@ def _take(cache_dir: Path) -> tuple[int, int]:
 
 
 def _open_parent(cache_dir: Path) -> int:
-    """The folder that `--cache-dir` names. It may be root's, and may hold other things; no other user may change it."""
+    """The folder that `--cache-dir` names. It may be root's, and may hold other things; no other user may
+    change it."""
     try:
         fd = os.open(cache_dir, _DIRECTORY)
     except OSError as exc:
         if exc.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise StoreFailed(f"the cache folder {cache_dir} is not a folder: give another --cache-dir") from exc
+            raise StoreFailed(
+                f"the cache folder {cache_dir} is not a folder: give another --cache-dir"
+            ) from exc
         raise
     try:
         info = os.fstat(fd)
         if info.st_uid not in (0, os.geteuid()):
-            raise StoreFailed(f"the cache folder {cache_dir} belongs to another user: give --cache-dir a folder of your own")
+            raise StoreFailed(
+                f"the cache folder {cache_dir} belongs to another user: give --cache-dir a folder of your own"
+            )
         if info.st_mode & 0o022:
-            raise StoreFailed(f"the cache folder {cache_dir} may be written by others: run chmod go-w {cache_dir}")
+            raise StoreFailed(
+                f"the cache folder {cache_dir} may be written by others: run chmod go-w {cache_dir}"
+            )
     except BaseException:
         os.close(fd)
         raise
@@ -473,7 +504,8 @@ def _open_parent(cache_dir: Path) -> int:
 
 
 def _lock_folder(parent: int, cache_dir: Path) -> int:
-    """Our folder in `parent`, made or moved there where it is missing, and locked. Raises StoreFailed, OSError."""
+    """Our folder in `parent`, made or moved there where it is missing, and locked. Raises StoreFailed,
+    OSError."""
     while True:
         try:
             _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
@@ -532,7 +564,8 @@ def _in_use(cache_dir: Path, holder: Path) -> str:
     said = _announced_in(holder)
     if said is None:
         return f"{cache_dir} is in use by another daemon: give this one its own --cache-dir"
-    return f"{cache_dir} is in use by process {said[0]}, mounted at {said[1]}: use that mount, or give this one its own --cache-dir"
+    holder_is = f"process {said[0]}, mounted at {said[1]}"
+    return f"{cache_dir} is in use by {holder_is}: use that mount, or give this one its own --cache-dir"
 
 
 def _lock_file(folder: int, cache_dir: Path) -> int:
@@ -555,7 +588,8 @@ def _lock_file(folder: int, cache_dir: Path) -> int:
 
 
 def _accept(fd: int, path: Path) -> None:
-    """Makes sure that all of our names in the locked folder are things of ours. Raises StoreFailed, OSError."""
+    """Makes sure that all of our names in the locked folder are things of ours. Raises StoreFailed,
+    OSError."""
     _check_marker(fd, path)
     strays = _check_names(fd, path)
     for name in [name for name in strays if _TEMPORARY.fullmatch(name)]:
@@ -575,7 +609,9 @@ def _check_marker(fd: int, path: Path) -> None:
     try:
         _check(fd, FORMAT, stat.S_IFREG, path / FORMAT)
     except FileNotFoundError:
-        others = [name for name in os.listdir(fd) if name not in (LOCK, CONTROL) and not _TEMPORARY.fullmatch(name)]
+        others = [
+            name for name in os.listdir(fd) if name not in (LOCK, CONTROL) and not _TEMPORARY.fullmatch(name)
+        ]
         if others:
             raise StoreFailed(
                 f"{path} holds {min(others)} but no marker file {FORMAT}, so it may not be ipfsfuse's: "
@@ -584,7 +620,9 @@ def _check_marker(fd: int, path: Path) -> None:
         return
     name, _space, number = read_file(fd, FORMAT)[:100].decode("ascii", "replace").strip().rpartition(" ")
     if name != MARKER or not number.isdecimal():
-        raise StoreFailed(f"{path / FORMAT} is not a marker of ipfsfuse: move {path} elsewhere, or give another --cache-dir")
+        raise StoreFailed(
+            f"{path / FORMAT} is not a marker of ipfsfuse: move {path} elsewhere, or give another --cache-dir"
+        )
     if int(number) != LAYOUT:
         raise StoreFailed(
             f"{path} has layout {number}, and ipfsfuse {__version__} knows layout {LAYOUT}: "
@@ -602,17 +640,30 @@ def written_by(fd: int) -> str:
 
 
 def _check_names(fd: int, path: Path) -> list[str]:
-    """What is not one of our names. Raises StoreFailed where one of our names is something else than it should be."""
+    """What is not one of our names. Raises StoreFailed where one of our names is something else than it
+    should be."""
     strays = []
     for name in os.listdir(fd):
-        kind = stat.S_IFREG if name in FILES else stat.S_IFDIR if name in FOLDERS else stat.S_IFSOCK if name == CONTROL else None
+        kind = (
+            stat.S_IFREG
+            if name in FILES
+            else stat.S_IFDIR
+            if name in FOLDERS
+            else stat.S_IFSOCK
+            if name == CONTROL
+            else None
+        )
         if kind is None:
             strays.append(name)
         else:
             with contextlib.suppress(FileNotFoundError):
                 _check(fd, name, kind, path / name)
-                if name in WRITTEN_IN_PLACE and not is_our_own(os.stat(name, dir_fd=fd, follow_symlinks=False)):
-                    raise StoreFailed(f"{path / name} is a hard link to a file that has other names: remove it")
+                if name in WRITTEN_IN_PLACE and not is_our_own(
+                    os.stat(name, dir_fd=fd, follow_symlinks=False)
+                ):
+                    raise StoreFailed(
+                        f"{path / name} is a hard link to a file that has other names: remove it"
+                    )
     return strays
 
 
@@ -623,7 +674,8 @@ def mark(fd: int) -> None:
 
 
 def tag(path: Path) -> None:
-    """Writes the tag that leaves the folder out of backups, and says which version used it last. Costs no start."""
+    """Writes the tag that leaves the folder out of backups, and says which version used it last. Costs no
+    start."""
     with contextlib.suppress(OSError):
         fd = os.open(path, _DIRECTORY)
         try:
@@ -633,11 +685,11 @@ def tag(path: Path) -> None:
             os.close(fd)
 
 
-# -- the layout before the marked folder --------------------------------------------------------------------------
+# -- the layout before the marked folder ---------------------------------------------------------------------
 
 _MOVED = {
-    "files": STAGING, "packs": PACKS, "indexes": INDEXES, "pins": PINS, INDEX: INDEX, f"{INDEX}-wal": f"{INDEX}-wal",
-    DAMAGED_INDEX: DAMAGED_INDEX, "daemon.log": LOG, "daemon.log.1": OLD_LOG, "lock": LOCK,
+    "files": STAGING, "packs": PACKS, "indexes": INDEXES, "pins": PINS,
+    INDEX: INDEX, f"{INDEX}-wal": f"{INDEX}-wal", DAMAGED_INDEX: DAMAGED_INDEX, "daemon.log": LOG, "daemon.log.1": OLD_LOG, "lock": LOCK,
 }  # fmt: skip
 """Its names, and what they are called now. `lock` is moved last."""
 _DROPPED = ("daemon.json", "daemon.new", "control", f"{INDEX}-shm")
@@ -662,7 +714,8 @@ def _is_older_layout(parent: int, cache_dir: Path) -> bool:
     strangers = [*sorted(names - old), *_strangers_in(parent, old)]
     if strangers:
         raise StoreFailed(
-            f"{cache_dir} is the cache of an older ipfsfuse, and holds {strangers[0]}, which is not part of it: "
+            f"{cache_dir} is the cache of an older ipfsfuse, "
+            f"and holds {strangers[0]}, which is not part of it: "
             "move that elsewhere, or give another --cache-dir"
         )
     return True
@@ -683,9 +736,11 @@ def _strangers_in(parent: int, names: set[str]) -> Iterator[str]:
 
 
 def _migrate(parent: int, cache_dir: Path) -> int:
-    """Moves everything of the older layout into our folder, and returns that, locked. Raises StoreFailed, OSError.
+    """Moves everything of the older layout into our folder, and returns that, locked. Raises StoreFailed,
+    OSError.
 
-    Until all of it is there the folder has another name, so that a start after a crash goes on with the moving."""
+    Until all of it is there the folder has another name, so that a start after a crash goes on with the
+    moving."""
     old_lock = -1
     with contextlib.suppress(FileNotFoundError):
         old_lock = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
@@ -722,7 +777,8 @@ def _migrate(parent: int, cache_dir: Path) -> int:
 
 
 def _keep_mount_id(fd: int) -> None:
-    """The name that the cache has had at a Kubo node. Where it had one at each of several, the first counts."""
+    """The name that the cache has had at a Kubo node. Where it had one at each of several, the first
+    counts."""
     if _exists(fd, MOUNT_ID) or not _exists(fd, PINS):
         return
     with contextlib.suppress(OSError):

@@ -1,15 +1,17 @@
 """The cache's one SQLite database: where small blocks lie, what was used when, names in the root.
 
-WAL, so that the event loop reads (8 us a row) while one worker thread writes. SQLite's VFS `unix-excl` keeps the index
-of the WAL in the process's own memory, for all connections of the process: there is no `-shm` file, whose truncation by
-anyone would end the process with SIGBUS. (https://sqlite.org/vfs.html; only one process uses a cache folder anyway.)
+WAL, so that the event loop reads (8 us a row) while one worker thread writes. SQLite's VFS `unix-excl` keeps
+the index of the WAL in the process's own memory, for all connections of the process: there is no `-shm` file,
+whose truncation by anyone would end the process with SIGBUS. (https://sqlite.org/vfs.html; only one process
+uses a cache folder anyway.)
 
-A database that is malformed is set aside under another name and a new one is begun: the packs tell again what it held,
-but for names. What the user pinned is not kept here (`cache.pinned`). A database of an older version is migrated; one
-of a newer version is refused. Where the disk is so full that none can be opened, one in memory takes its place.
+A database that is malformed is set aside under another name and a new one is begun: the packs tell again what
+it held, but for names. What the user pinned is not kept here (`cache.pinned`). A database of an older version
+is migrated; one of a newer version is refused. Where the disk is so full that none can be opened, one in
+memory takes its place.
 
-Concurrency: `row` and `rows` belong to the event loop; `write` to one worker thread at a time; `count_blocks` and
-`keys_in` to any.
+Concurrency: `row` and `rows` belong to the event loop; `write` to one worker thread at a time; `count_blocks`
+and `keys_in` to any.
 """
 
 import contextlib
@@ -32,9 +34,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS blocks (key BLOB PRIMARY KEY, pack INTEGER NOT NULL, at INTEGER NOT NULL, size INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS blocks (
+    key BLOB PRIMARY KEY, pack INTEGER NOT NULL, at INTEGER NOT NULL, size INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS packs (pack INTEGER PRIMARY KEY, indexed INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS uses (key PRIMARY KEY, last REAL NOT NULL, frequent INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS uses (
+    key PRIMARY KEY, last REAL NOT NULL, frequent INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NULL, spelling TEXT NOT NULL);
 """
 VERSION = 3
@@ -42,7 +48,8 @@ VERSION = 3
 Migration = Callable[[sqlite3.Connection], None]
 """From one version to the next, within the transaction that raises the version."""
 _CHECKPOINT = 128
-"""Pages of 4 KiB after which the WAL goes back into the database: it stays near half a MiB, or a sixteenth of the budget."""
+"""Pages of 4 KiB after which the WAL goes back into the database: it stays near half a MiB, or a sixteenth of
+the budget."""
 
 
 Statements = Sequence[tuple[str, Sequence[Sequence[Any]]]]
@@ -57,7 +64,9 @@ class Damaged(Exception):
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as exc:  # full, read-only, gone, I/O error; without a code: text that is no UTF-8
+    except (
+        sqlite3.OperationalError
+    ) as exc:  # full, read-only, gone, I/O error; without a code: text that is no UTF-8
         if getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF == sqlite3.SQLITE_CORRUPT:
             raise Damaged(str(exc)) from exc
         raise StoreFailed(f"{path}: {exc}") from exc
@@ -71,7 +80,9 @@ def _from_1(database: sqlite3.Connection) -> None:
     database.execute("DROP TABLE pinned")
     database.execute("CREATE TABLE pinned (pin BLOB, key TEXT, PRIMARY KEY (pin, key)) WITHOUT ROWID")
     database.execute("ALTER TABLE roots RENAME TO old_roots")
-    database.execute("CREATE TABLE roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NULL, spelling TEXT NOT NULL)")
+    database.execute(
+        "CREATE TABLE roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NULL, spelling TEXT NOT NULL)"
+    )
     database.execute("INSERT INTO roots (cid, spelling) SELECT cid, spelling FROM old_roots")
     database.execute("DROP TABLE old_roots")
 
@@ -85,10 +96,11 @@ def _from_2(take_over_pins: Migration, database: sqlite3.Connection) -> None:
 
 class Index:
     def __init__(self, path: Path, budget: int, take_over_pins: Migration) -> None:
-        """Opens or makes the database. `take_over_pins` reads the pins of version 2, which is the last that has any.
+        """Opens or makes the database. `take_over_pins` reads the pins of version 2, which is the last that
+        has any.
 
-        Raises StoreFailed for a database of a newer version, and where the disk does not let us for another reason than
-        that it is full."""
+        Raises StoreFailed for a database of a newer version, and where the disk does not let us for another
+        reason than that it is full."""
         self.path = path
         self._checkpoint = max(8, min(_CHECKPOINT, budget // (64 * 1024)))
         self._migrations: Mapping[int, Migration] = {1: _from_1, 2: partial(_from_2, take_over_pins)}
@@ -150,8 +162,14 @@ class Index:
             raise
 
     def _connect(self) -> sqlite3.Connection:
-        address = ":memory:" if self.in_memory else f"file:{urllib.parse.quote(os.fsencode(self.path))}?vfs=unix-excl"
-        return sqlite3.connect(address, uri=not self.in_memory, isolation_level=None, check_same_thread=False, timeout=5)
+        address = (
+            ":memory:"
+            if self.in_memory
+            else f"file:{urllib.parse.quote(os.fsencode(self.path))}?vfs=unix-excl"
+        )
+        return sqlite3.connect(
+            address, uri=not self.in_memory, isolation_level=None, check_same_thread=False, timeout=5
+        )
 
     def replace(self, why: str) -> None:
         """Sets the database aside, replacing what was set aside before, and begins a new one."""
@@ -174,8 +192,8 @@ class Index:
                 raise exc
 
     def rows(self, sql: str, read: Callable[..., T]) -> list[T]:
-        """`read` of the columns of each row. Raises StoreFailed, and Damaged for values too that `read` can't use: SQLite
-        has no checksums, a bit that turned in a row is found here or never."""
+        """`read` of the columns of each row. Raises StoreFailed, and Damaged for values too that `read` can't
+        use: SQLite has no checksums, a bit that turned in a row is found here or never."""
         with _translated(self.path):
             rows = self._reader.execute(sql).fetchall()
         try:
@@ -184,16 +202,19 @@ class Index:
             raise Damaged(f"a row holds {exc}") from exc
 
     def count_blocks(self) -> int:
-        """Rows that say where a block lies. In any thread: on a connection of its own, for it reads them all (0.2 s for a
-        million). Raises Damaged or StoreFailed."""
+        """Rows that say where a block lies. In any thread: on a connection of its own, for it reads them all
+        (0.2 s for a million). Raises Damaged or StoreFailed."""
         with self._counting, _translated(self.path):
             (count,) = self._counter.execute("SELECT COUNT(*) FROM blocks").fetchone()
             return int(count)
 
     def keys_in(self, pack: int) -> list[bytes]:
-        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread, as `count_blocks`."""
+        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread, as
+        `count_blocks`."""
         with self._counting, _translated(self.path):
-            rows = self._counter.execute("SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,)).fetchall()
+            rows = self._counter.execute(
+                "SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,)
+            ).fetchall()
             return [key for (key,) in rows if isinstance(key, bytes)]
 
     def write(self, statements: Statements) -> None:
@@ -210,7 +231,8 @@ class Index:
                 raise
 
     def disk(self) -> int:
-        """Bytes on disk of the database, its WAL, and what was set aside; of what can't be looked at, none."""
+        """Bytes on disk of the database, its WAL, and what was set aside; of what can't be looked at,
+        none."""
         total = 0
         for path in (self.path, f"{self.path}-wal", self.path.with_name(DAMAGED_INDEX)):
             with contextlib.suppress(OSError):
@@ -226,11 +248,16 @@ class Index:
 
 
 def _no_space(exc: StoreFailed) -> bool:
-    """Whether it says that the disk is full. SQLite says so in several ways: of the WAL that it can't be opened."""
+    """Whether it says that the disk is full. SQLite says so in several ways: of the WAL that it can't be
+    opened."""
     cause = exc.__cause__
     if isinstance(cause, OSError):
         return cause.errno in LATER
-    return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+    )
 
 
 def _writer_of(path: Path) -> str:

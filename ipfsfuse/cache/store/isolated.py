@@ -1,7 +1,8 @@
 """A cache folder for one mount's life: a folder of a random name in the temporary folder, gone afterwards.
 
-What a `kill -9` left is removed by the next start: the folders of this user that no living process has locked. A folder
-is locked right after it was made, and looked at again once it is locked: one that was removed in between is made anew.
+What a `kill -9` left is removed by the next start: the folders of this user that no living process has
+locked. A folder is locked right after it was made, and looked at again once it is locked: one that was
+removed in between is made anew.
 
 Concurrency: blocks; call it at the start.
 """
@@ -24,7 +25,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def isolated_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder below `parent` (by default the temporary folder), for `folder.locked`. Raises StoreFailed."""
+    """A new folder below `parent` (by default the temporary folder), for `folder.locked`. Raises
+    StoreFailed."""
     parent = parent or Path(tempfile.gettempdir())
     with as_store_failed(f"no isolated folder can be made in {parent}"):
         temporary = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -54,7 +56,9 @@ def _make(parent: Path, temporary: int) -> tuple[Path, int]:
             fd = os.open(path.name, _DIRECTORY, dir_fd=temporary)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(path.name, dir_fd=temporary, follow_symlinks=False)):
+                if os.path.samestat(
+                    os.fstat(fd), os.stat(path.name, dir_fd=temporary, follow_symlinks=False)
+                ):
                     return path, fd
             except BaseException:
                 os.close(fd)
@@ -64,7 +68,8 @@ def _make(parent: Path, temporary: int) -> tuple[Path, int]:
 
 
 def _sweep(temporary: int) -> None:
-    """Removes the folders of this user that nobody has locked. What is not exactly such a folder is left alone."""
+    """Removes the folders of this user that nobody has locked. What is not exactly such a folder is left
+    alone."""
     pattern = re.compile(re.escape(_prefix()) + r"[a-z0-9_]{8}")
     for name in os.listdir(temporary):
         if pattern.fullmatch(name):

@@ -1,12 +1,13 @@
 """Small blocks on disk: directories, interior nodes, links, files of up to 64 KiB.
 
-They lie one behind the other in packs, files of about 1 MiB that are written once and leave whole; the index says
-where. (In SQLite rows of their own they would be written twice, and pages that hold one row and a half cost up to 1.8
-times the bytes.) A pack is a sequence of CAR sections (varint length, CID, block), so that what was written in the
-moment before a crash, or all of it where the index is lost, is found by reading the packs.
+They lie one behind the other in packs, files of about 1 MiB that are written once and leave whole; the index
+says where. (In SQLite rows of their own they would be written twice, and pages that hold one row and a half
+cost up to 1.8 times the bytes.) A pack is a sequence of CAR sections (varint length, CID, block), so that
+what was written in the moment before a crash, or all of it where the index is lost, is found by reading the
+packs.
 
-Concurrency: the event loop's, but for the functions under "in a thread". Appending is the store's business, one at a
-time. Rows wait in `pending` and are written behind the reads.
+Concurrency: the event loop's, but for the functions under "in a thread". Appending is the store's business,
+one at a time. Rows wait in `pending` and are written behind the reads.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ class Packs:
         self._gone: list[tuple[bytes, int]] = []
         self._gone_packs: list[tuple[int]] = []
 
-    # -- on the event loop -------------------------------------------------------------------------------------------
+    # -- on the event loop -----------------------------------------------------------------------------------
 
     def find(self, key: bytes) -> Place | None:
         """Where the block of a multihash lies. Raises what the index raises."""
@@ -176,7 +177,7 @@ class Packs:
         self._files.clear()
         self.folder.close()
 
-    # -- in a thread -------------------------------------------------------------------------------------------------
+    # -- in a thread -----------------------------------------------------------------------------------------
 
     def read_apart(self, place: Place) -> bytes:
         """As `read`, without the files kept open, which are the event loop's."""
@@ -203,7 +204,8 @@ class Packs:
             os.close(file)
 
     def scan(self) -> list[tuple[int, os.stat_result]]:
-        """The packs that an earlier run left. Links that have the name of a pack are removed; strays are left alone."""
+        """The packs that an earlier run left. Links that have the name of a pack are removed; strays are left
+        alone."""
         found, strays = [], []
         for name in self.folder.names():
             matched, info = _NAME.fullmatch(name), self.folder.stat(name)
@@ -218,7 +220,10 @@ class Packs:
 
     def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
         """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
-        with contextlib.suppress(OSError, Malformed, NotACid), open(self.open(pack, os.O_RDONLY), "rb", buffering=0) as file:
+        with (
+            contextlib.suppress(OSError, Malformed, NotACid),
+            open(self.open(pack, os.O_RDONLY), "rb", buffering=0) as file,
+        ):
             end, at = os.fstat(file.fileno()).st_size, start
             while at < end:
                 head = os.pread(file.fileno(), _HEAD, at)
@@ -245,12 +250,13 @@ def _name(pack: int) -> str:
     return f"{pack}{PACK}"
 
 
-# -- repair, in a thread: sections are written anew where they lie, so that a repaired block takes no new room ---------
+# -- repair, in a thread: sections are written anew where they lie, so that a repaired block takes no new room
 
 
 def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
-    """Writes the block of the section `data`, which begins at `head` in it, at `place`. False, with nothing written, where
-    another head stands before that place: then it is the place that is wrong. Raises OSError."""
+    """Writes the block of the section `data`, which begins at `head` in it, at `place`. False, with nothing
+    written, where another head stands before that place: then it is the place that is wrong. Raises
+    OSError."""
     if place.size != len(data) - head or place.at < head:
         return False
     file = packs.open(place.pack, os.O_RDWR)
@@ -264,10 +270,11 @@ def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
 
 
 def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
-    """The CID of the block with the multihash `key` at `place`, and whether the head before it is as it should be.
+    """The CID of the block with the multihash `key` at `place`, and whether the head before it is as it
+    should be.
 
-    A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits account for.
-    Raises OSError."""
+    A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits
+    account for. Raises OSError."""
     file = packs.open(place.pack, os.O_RDONLY)
     try:
         found: dict[Cid, int] = {}

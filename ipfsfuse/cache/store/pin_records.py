@@ -1,9 +1,11 @@
 """What the user pinned: one file for each pin, which no damage to the index touches.
 
-    pinned/<CID>    {"cid": ..., "bytes": ..., "files": [CIDs of staging files], "packs": [numbers], "pinned": ISO time}
+    pinned/<CID>    {"cid": ..., "bytes": ..., "files": [CIDs of staging files], "packs": [numbers], "pinned":
+    ISO time}
 
-A file is written when its pin is complete, and is on the disk when that is said. Where its content is damaged, its name
-still tells what is pinned; what belongs to it is then found by walking the DAG (`cache.pinned`).
+A file is written when its pin is complete, and is on the disk when that is said. Where its content is
+damaged, its name still tells what is pinned; what belongs to it is then found by walking the DAG
+(`cache.pinned`).
 
 Concurrency: calls block for a sync of the disk, and belong in a thread, but for those of the start.
 """
@@ -18,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipfsfuse.cache.room import Key
-from ipfsfuse.cache.store.folder import Subfolder, as_store_failed, is_our_own, read_file, remove_file, write_file
+from ipfsfuse.cache.store.folder import (
+    Subfolder,
+    as_store_failed,
+    is_our_own,
+    read_file,
+    remove_file,
+    write_file,
+)
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid
@@ -67,7 +76,9 @@ class PinRecords:
             files = [cids.canonical(cids.parse(str(text))) for text in values["files"]]
             return PinRecord(int(values["bytes"]), frozenset([*files, *map(int, values["packs"])]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, NotACid) as exc:
-            log.warning("%s is damaged (%s): what belongs to that pin is looked for", self.folder.path / name, exc)
+            log.warning(
+                "%s is damaged (%s): what belongs to that pin is looked for", self.folder.path / name, exc
+            )
             return PinRecord(0, None)
 
     def write(self, cid: Cid, size: int, keys: Collection[Key] | None) -> None:
@@ -86,11 +97,14 @@ class PinRecords:
             remove_file(self.folder.fd(), cids.text(cid))
 
     def take_over(self, database: sqlite3.Connection) -> None:
-        """Pins that an older version kept in the index (version 2). What a full disk does not take is kept in memory."""
+        """Pins that an older version kept in the index (version 2). What a full disk does not take is kept in
+        memory."""
         keys: dict[bytes, set[Key]] = {}
         for pin, name in database.execute("SELECT pin, key FROM pinned"):
             try:
-                keys.setdefault(pin, set()).add(int(name) if name.isdecimal() else cids.canonical(cids.parse(name)))
+                keys.setdefault(pin, set()).add(
+                    int(name) if name.isdecimal() else cids.canonical(cids.parse(name))
+                )
             except (NotACid, TypeError, ValueError, AttributeError):
                 log.warning("one thing that is pinned can't be told any more: a row of the index is damaged")
         for pin, size in database.execute("SELECT cid, bytes FROM pins").fetchall():

@@ -1,4 +1,5 @@
-"""The store's life: what an earlier run left is found at the start, and the index is written behind the reads.
+"""The store's life: what an earlier run left is found at the start, and the index is written behind the
+reads.
 
 Concurrency: `recover` blocks and runs before anything else; `write_behind` is one task.
 """
@@ -53,8 +54,9 @@ async def open_store(folder: Path, budget: int, nursery: trio.Nursery, pins: Pin
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """What is made meanwhile lives as long as the cache: looking through it for garbage, again and again while there is
-    more and more of it, takes a sixth of a start, and later stops every read for a tenth of a second (of 160,000 files)."""
+    """What is made meanwhile lives as long as the cache: looking through it for garbage, again and again
+    while there is more and more of it, takes a sixth of a start, and later stops every read for a tenth of a
+    second (of 160,000 files)."""
     gc.disable()
     try:
         yield
@@ -64,7 +66,8 @@ def _no_collections() -> Iterator[None]:
 
 
 def recover(store: Store) -> None:
-    """Finds what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
+    """Finds what lies in the folder, last used last, so that what ARC gives back first is what it would
+    have."""
     recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
     found: list[tuple[float, bool, Key, int]] = []
     for entry in store.staging.scan():
@@ -95,8 +98,8 @@ def recover(store: Store) -> None:
 
 
 def _keep_pinned(store: Store) -> None:
-    """Nothing that is pinned may be evicted. Where it is not known what belongs to a pin, nothing at all may be, until
-    `PinnedDags.recover` has found out."""
+    """Nothing that is pinned may be evicted. Where it is not known what belongs to a pin, nothing at all may
+    be, until `PinnedDags.recover` has found out."""
     store.pinned = store.pin_records.load()
     for record in store.pinned.values():
         for key in list(store.room.arc) if record.keys is None else record.keys:
@@ -114,7 +117,8 @@ def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
 
 
 def _read_tails(store: Store, indexed: Mapping[int, int]) -> None:
-    """Rows that a crash kept from being written are read from the packs, behind the bytes that are `indexed`."""
+    """Rows that a crash kept from being written are read from the packs, behind the bytes that are
+    `indexed`."""
     for pack, size in store.packs.sizes.items():
         if indexed.get(pack, 0) < size:
             _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
@@ -183,7 +187,8 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 
 async def _read_packs(store: Store) -> None:
-    """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts: it stays."""
+    """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts:
+    it stays."""
     for pack in sorted(store.packs.sizes, key=lambda pack: (store.room.kept(pack), pack)):
         sections = await trio.to_thread.run_sync(list, store.packs.sections(pack))
         if store.room.kept(pack):

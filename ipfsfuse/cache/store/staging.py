@@ -1,12 +1,12 @@
 """Staging files: one sparse file per file of over 64 KiB, holding file content at file offsets.
 
-`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is held in
-memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its hash whenever it
-is read back. So nothing on disk is trusted, and nothing but content is written.
+`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is held
+in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its hash
+whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
 
-Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in worker
-threads, and take the entry's lock for what must not cross a removal. Files are opened for each call (10 us), so that
-no file descriptor outlives a removal.
+Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in
+worker threads, and take the entry's lock for what must not cross a removal. Files are opened for each call
+(10 us), so that no file descriptor outlives a removal.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ _NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")
 
 
 class Extents:
-    """Which bytes of a file are present: sorted half-open intervals of byte offsets, joined where they touch."""
+    """Which bytes of a file are present: sorted half-open intervals of byte offsets, joined where they
+    touch."""
 
     __slots__ = ("_ends", "_starts")
 
@@ -103,7 +104,8 @@ class Entry:
     disk: int = 0
     """Bytes on disk, in file-system blocks, by the writes that were reported."""
     seen: int = 0
-    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs to."""
+    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs
+    to."""
     reserved: int = 0
     """Bytes on disk that writes under way may still take."""
     charged: int = 0
@@ -139,7 +141,7 @@ class Staging:
         with contextlib.suppress(OSError):
             self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
 
-    # -- on the event loop -------------------------------------------------------------------------------------------
+    # -- on the event loop -----------------------------------------------------------------------------------
 
     def entry(self, cid: Cid, size: int) -> Entry:
         """The entry of `cid`, new and empty where there is none: a CID fixes its size."""
@@ -149,12 +151,13 @@ class Staging:
         return known
 
     def cost(self, start: int, end: int) -> int:
-        """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it included."""
+        """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it
+        included."""
         return (-(-end // self.unit) - start // self.unit + 1) * self.unit
 
     def charge(self, entry: Entry) -> int:
-        """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent tree that
-        the file system writes later, until the file is whole and on disk."""
+        """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
+        tree that the file system writes later, until the file is whole and on disk."""
         if entry.complete:
             return entry.disk + entry.reserved
         pieces = len(entry.extents) if entry.extents is not None else 1
@@ -164,10 +167,11 @@ class Staging:
         if self.entries.get(entry.cid) is entry:
             del self.entries[entry.cid]
 
-    # -- in a thread -------------------------------------------------------------------------------------------------
+    # -- in a thread -----------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
-        """What an earlier run left. Links, an empty part, and a part beside its whole file are removed; strays are left alone."""
+        """What an earlier run left. Links, an empty part, and a part beside its whole file are removed;
+        strays are left alone."""
         found: dict[Cid, Entry] = {}
         strays = []
         for name in self.folder.names():
@@ -176,8 +180,8 @@ class Staging:
             if entry is None or stat.S_ISDIR(info.st_mode):
                 strays.append(name)
                 continue
-            # A file of size 0 is left by a kill between its making and its first write. Through a link, what lies
-            # elsewhere would be written.
+            # A file of size 0 is left by a kill between its making and its first write.
+            # Through a link, what lies elsewhere would be written.
             if not entry.size or not is_our_own(info):
                 self.folder.unlink(name)
                 continue
@@ -232,7 +236,8 @@ class Staging:
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
     def write(self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]) -> tuple[int, OSError | None]:
-        """By how many bytes it grew on disk, and why no more of `parts` could be written from `offset` on. Raises Removed."""
+        """By how many bytes it grew on disk, and why no more of `parts` could be written from `offset` on.
+        Raises Removed."""
         with entry.lock:
             if entry.dead:
                 raise Removed
@@ -286,7 +291,8 @@ class Staging:
                 os.close(file)
 
     def punch(self, entry: Entry, start: int, end: int) -> int:
-        """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not positive."""
+        """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not
+        positive."""
         with entry.lock:
             if entry.dead:
                 return 0
@@ -299,7 +305,8 @@ class Staging:
 
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
-        os.utime(_name(entry), (entry.last_used, entry.last_used), dir_fd=self.folder.fd(), follow_symlinks=False)
+        times = entry.last_used, entry.last_used
+        os.utime(_name(entry), times, dir_fd=self.folder.fd(), follow_symlinks=False)
 
     def _open_to_read(self, entry: Entry) -> int:
         try:

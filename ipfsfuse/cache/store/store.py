@@ -1,7 +1,9 @@
-"""The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for leaves.
+"""The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for
+leaves.
 
-What can't be read is not there, what can't be written is not kept, and `trouble` says why. Whatever is given was
-hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker threads.
+What can't be read is not there, what can't be written is not kept, and `trouble` says why. Whatever is given
+was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker
+threads.
 """
 
 import logging
@@ -35,7 +37,8 @@ class Store(BlockStore):
         return entry is not None and entry.extents is not None and entry.extents.covers(leaf.offset, leaf.offset + leaf.size)
 
     async def leaf(self, file: FileRef, leaf: Leaf) -> bytes | None:
-        """The leaf's content, hashed after it was read; None where it is not there or not right (then it is given up)."""
+        """The leaf's content, hashed after it was read; None where it is not there or not right (then it is
+        given up)."""
         if not await self.has_leaf(file, leaf):
             return None
         entry = self.staging.entries.get(file.cid)

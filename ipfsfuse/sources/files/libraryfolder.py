@@ -3,13 +3,14 @@
     <folder>/          0700
       format           the marker: one line, `ipfsfuse library 1`
       lock             shared by who adds, exclusive for who removes packs
-      <time>-<8 hex digits>.car   a pack: the blocks that one `add` brought, a CARv2 file with its index, never changed
+      <time>-<8 hex digits>.car   a pack: the blocks that one `add` brought, a CARv2 file with its index
+                                  that is never changed
       <time>-<8 hex digits>.tmp   a pack while it is written, locked (flock) by its writer
       roots/<CID>      a root: JSON of its name, size, time and the packs that its blocks lie in
 
-A root's file is made after its packs are complete and removed before any of them goes, so that a root that is listed
-can be read at any moment, whoever is killed. Only what has one of these names is ever read, replaced or removed; links
-are never followed. Blocking; several processes at once are safe.
+A root's file is made after its packs are complete and removed before any of them goes, so that a root that is
+listed can be read at any moment, whoever is killed. Only what has one of these names is ever read, replaced
+or removed; links are never followed. Blocking; several processes at once are safe.
 """
 
 import errno
@@ -70,7 +71,8 @@ def store_errors(what: str) -> Iterator[None]:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder where there is none, and marks it. Raises StoreFailed where it is not a library of ours alone."""
+    """Makes the folder where there is none, and marks it. Raises StoreFailed where it is not a library of
+    ours alone."""
     with store_errors(f"the library {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not examine(folder):
@@ -82,7 +84,8 @@ def prepare(folder: Path) -> None:
 
 
 def examine(folder: Path) -> bool:
-    """Whether the folder is marked as a library; False for an empty one, and for one from before there was a marker.
+    """Whether the folder is marked as a library; False for an empty one, and for one from before there was a
+    marker.
 
     Raises StoreFailed for a folder of anything else, or not ours alone. Raises OSError."""
     _check(folder, stat.S_IFDIR)
@@ -93,7 +96,8 @@ def examine(folder: Path) -> bool:
     if content is None:
         others = sorted(name for name in os.listdir(folder) if not _OLDER_NAMES.fullmatch(name))
         if others:
-            raise StoreFailed(f"{folder} holds {others[0]} and is not marked as a library: give --library a folder of its own")
+            found = f"{folder} holds {others[0]} and is not marked as a library"
+            raise StoreFailed(f"{found}: give --library a folder of its own")
         return False
     name, _space, number = content.decode("ascii", "replace").strip().rpartition(" ")
     if name != MARKER or not number.isdecimal():
@@ -112,7 +116,8 @@ def _check(path: Path, kind: int) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise StoreFailed(f"{path} is a symbolic link: remove it, or give another --library")
     if stat.S_IFMT(status.st_mode) != kind:
-        raise StoreFailed(f"{path} is not a {'folder' if kind == stat.S_IFDIR else 'regular file'}: give another --library")
+        expected = "folder" if kind == stat.S_IFDIR else "regular file"
+        raise StoreFailed(f"{path} is not a {expected}: give another --library")
     if status.st_uid != os.geteuid():
         raise StoreFailed(f"{path} belongs to another user: give another --library")
     if stat.S_IMODE(status.st_mode) & 0o022:
@@ -162,13 +167,14 @@ def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
         os.close(fd)
 
 
-# -- packs -------------------------------------------------------------------------------------------------------
+# -- packs ---------------------------------------------------------------------------------------------------
 
 
 def pack_names(folder: Path) -> set[str]:
     """Of files that an add wrote: a CAR file of another name is not ours."""
     with os.scandir(folder) as items:
-        return {item.name for item in items if _PACK_NAME.fullmatch(item.name) and item.is_file(follow_symlinks=False)}
+        named = [item for item in items if _PACK_NAME.fullmatch(item.name)]
+        return {item.name for item in named if item.is_file(follow_symlinks=False)}
 
 
 def new_temporary(folder: Path) -> tuple[Path, int]:
@@ -197,7 +203,7 @@ def sweep(folder: Path) -> None:
                 os.close(fd)
 
 
-# -- roots -------------------------------------------------------------------------------------------------------
+# -- roots ---------------------------------------------------------------------------------------------------
 
 
 def root_path(folder: Path, cid: Cid) -> Path:
