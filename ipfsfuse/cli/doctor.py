@@ -15,6 +15,7 @@ from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import folders, values
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
+from ipfsfuse.sources.files import libraryfolder
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -128,6 +129,10 @@ def _cache_folder(folder: Path) -> Finding:
 def _library(folder: Path) -> Finding:
     if not folder.exists():
         return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
+    try:
+        libraryfolder.examine(folder)
+    except (IpfsFuseError, OSError) as exc:
+        return Finding(BAD, "library", str(exc), "mend that, or name another with --library")
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return Finding(OK, "library", str(folder))
     return Finding(BAD, "library", f"{folder} may not be used by this user", "name another with --library")

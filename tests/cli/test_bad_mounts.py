@@ -177,3 +177,22 @@ def test_root_mounts_nothing_where_anyone_may_replace_the_path(user: Home) -> No
     parent.chmod(0o1777)
     with user.mounted(at=parent / "ipfs"):
         pass
+
+
+# -- doctor says of a folder what mount does ------------------------------------------------------------------------
+
+
+def test_doctor_refuses_the_folders_that_a_mount_refuses(user: Home) -> None:
+    """Each with what to do, and without changing anything."""
+    (user.store).mkdir(parents=True, mode=0o700)
+    user.cache.chmod(0o700)
+    (user.store / "photo").write_text("mine")
+    user.library.mkdir(mode=0o700)
+    (user.library / "mine.car").write_text("mine")
+    line = user.refused("mount", user.mountpoint, names=f"{user.store} holds photo but no marker file format")
+    done = user.run("doctor", check=False)
+    assert done.returncode == 1
+    assert line.strip().removeprefix("ipfsfuse: ") in done.stdout
+    assert f"{user.library} holds mine.car and is not marked as a library" in done.stdout
+    assert [path.name for path in user.store.iterdir()] == ["photo"]
+    assert [path.name for path in user.library.iterdir()] == ["mine.car"]

@@ -707,7 +707,7 @@ def _is_older_layout(parent: int, cache_dir: Path) -> bool:
     """Whether `cache_dir` is the folder of an older ipfsfuse, which had no folder of its own in it.
 
     Raises StoreFailed where it is, and something else lies among it: that must not be moved."""
-    names = set(os.listdir(parent))
+    names = set(os.listdir(parent)) - {"lost+found"}  # which stays in the root of a file system
     old = names & {*_MOVED, *_DROPPED}
     if "lock" not in names or (old != names and not old & {"files", "packs", INDEX}):
         return False

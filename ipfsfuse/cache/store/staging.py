@@ -329,10 +329,8 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
     if matched is None:
         return None
     try:
-        cid = cids.parse(matched[1])
+        cid = cids.parse(matched[1])  # which takes no two spellings in base32 for one CID
     except NotACid:
-        return None
-    if cids.text(cid) != matched[1]:
         return None
     disk = info.st_blocks * 512
     return Entry(cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime)
