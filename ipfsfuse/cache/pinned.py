@@ -155,6 +155,7 @@ class PinnedDags:
             if cid in seen or cids.inline(cid) is not None:
                 continue
             seen.add(cid)
+            await trio.lowlevel.checkpoint()  # reading a small block is none
             place, file = store.place(cid), cids.canonical(cid)
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
@@ -165,7 +166,10 @@ class PinnedDags:
                 continue
             found.add(place.pack)
             try:
-                node = nodes.parse(cid, block)
+                if len(block) <= SMALL:
+                    node = nodes.parse(cid, block)
+                else:
+                    node = await trio.to_thread.run_sync(nodes.parse, cid, block)
             except (Malformed, Unsupported):
                 continue
             if isinstance(node, File) and node.size > SMALL and not in_file:

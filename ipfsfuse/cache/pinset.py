@@ -63,6 +63,7 @@ class PinsetCache(Reading):
 
         `budget` in bytes; `deadline` in seconds: see `flights`."""
         failure: BaseException | None = None
+        store: Store | None = None
         try:
             async with trio.open_nursery() as nursery:
                 try:
@@ -77,6 +78,9 @@ class PinsetCache(Reading):
             if failure is not None:  # of one task alone: not to be wrapped
                 raise failure from failure.__cause__
             raise
+        finally:
+            if store is not None:
+                recovery.close_folders(store)
 
     # -- uses ------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@ at."""
 
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -175,69 +174,72 @@ def test_the_older_layout_is_moved_into_the_marked_folder(used: Used) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import locked
 from tests.cache.standin import Chain
 import trio
 
-left = int(sys.argv[2])
-
-def each(event, arguments):
-    "Ends the process before it changes the disk for the so-manieth time."
-    global left
-    changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (event == "open" and arguments[2] & (os.O_CREAT | os.O_TRUNC))
-    if changes or event.startswith("sqlite3.connect/handle"):
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(each)
-
 async def main(path):
     async with PinsetCache.open(path, Chain(), 16 << 20):
         pass
 
-with locked(Path(sys.argv[1])) as held:
-    trio.run(main, held.path)
+def start(cache_dir, left):
+    "A start that is killed before it changes the disk for the so-manieth time; how it ended."
+    child = os.fork()
+    if not child:
+        def each(event, arguments):
+            nonlocal left
+            changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
+            changes = changes or (event == "open" and arguments[2] & (os.O_CREAT | os.O_TRUNC))
+            if changes or event.startswith("sqlite3.connect/handle"):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(each)
+        with locked(cache_dir) as held:
+            trio.run(main, held.path)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+cache_dir = Path(sys.argv[1])
+if sys.argv[2:]:
+    for left in map(int, sys.argv[2:]):
+        start(cache_dir, left)
+else:
+    killed, ended = 0, -signal.SIGKILL
+    while ended == -signal.SIGKILL:
+        copy = Path(f"{cache_dir}.{killed}")
+        subprocess.run(["cp", "-a", str(cache_dir), str(copy)], check=True)
+        ended = start(copy, killed)
+        killed += 1
+    sys.exit(ended)
 """
 
 
-def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(tmp_path: Path, used: Used) -> None:
-    """The migration is killed before its 1st, 2nd, 3rd ... change, each time from the beginning, until it
-    gets through."""
-    used.as_layout_2()
-    pristine, killed = tmp_path / "pristine", 0
-    used.cache_dir.rename(pristine)
+def killed_starts(cache_dir: Path, *after: int) -> None:
+    """Starts that are killed after so many changes each; without `after`, of copies `cache_dir.0`, `.1` ... of
+    the folder, one after each number of changes, until one gets through."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    while True:
-        subprocess.run(["rm", "-rf", str(used.cache_dir)], check=True)
-        subprocess.run(["cp", "-a", str(pristine), str(used.cache_dir)], check=True)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(used.cache_dir), str(killed)],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    subprocess.run([sys.executable, "-c", KILLED, str(cache_dir), *map(str, after)], env=environment, check=True)
+
+
+def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(used: Used) -> None:
+    used.as_layout_2()
+    cache_dir = used.cache_dir
+    killed_starts(cache_dir)
+    copies = list(cache_dir.parent.glob("cache.*"))
+    assert len(copies) > 15
+    for used.cache_dir in copies:
         used.look()
         assert [path.name for path in used.cache_dir.iterdir()] == ["ipfsfuse-cache"]
-        if done.returncode == 0:
-            break
-        killed += 1
-    assert killed > 15
 
 
-def test_a_kill_in_the_middle_of_two_migrations_in_a_row(tmp_path: Path, used: Used) -> None:
+def test_a_kill_in_the_middle_of_two_migrations_in_a_row(used: Used) -> None:
     used.as_layout_2()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    for after in (2, 2, 1, 3, 0, 2):
-        subprocess.run(
-            [sys.executable, "-c", KILLED, str(used.cache_dir), str(after)],
-            env=environment,
-            capture_output=True,
-        )
+    killed_starts(used.cache_dir, 2, 2, 1, 3, 0, 2)
     used.check()
 
 

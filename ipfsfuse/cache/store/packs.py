@@ -175,7 +175,6 @@ class Packs:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-        self.folder.close()
 
     # -- in a thread -----------------------------------------------------------------------------------------
 

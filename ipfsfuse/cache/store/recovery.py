@@ -225,6 +225,10 @@ async def close(store: Store) -> None:
     except (StoreFailed, Damaged) as exc:
         log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
     store.packs.close()
-    store.staging.folder.close()
-    store.pin_records.folder.close()
     store.index.close()
+
+
+def close_folders(store: Store) -> None:
+    """After the last task of the store: a descriptor that is closed too early may be another file's by then."""
+    for each in (store.packs, store.staging, store.pin_records):
+        each.folder.close()
