@@ -98,7 +98,9 @@ class PinnedDags:
         self._keys: dict[Cid, set[Key]] = {
             pin: set(record.keys or ()) for pin, record in store.pinned.items()
         }
+        self._unknown = {pin for pin, record in store.pinned.items() if record.keys is None}
         self._busy: set[Cid] = set()
+        self._writing = trio.Lock()
         self._jobs: dict[Cid, Pinning] = {}
         self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
         if self._lost:
@@ -125,23 +127,23 @@ class PinnedDags:
 
         Until then everything that was found at the start is kept (`recovery.recover`). What is not here is
         not fetched: that is done when it is used."""
-        unknown = [pin for pin, record in self._store.pinned.items() if record.keys is None]
-        if not unknown:
+        if not self._unknown:
             return
         await self._store.packs_indexed.wait()
-        for pin in unknown:
-            if pin not in self._pins or pin in self._busy:
+        while self._unknown:
+            pin = next(iter(self._unknown))
+            found, missing = await self._walk(pin)
+            if pin not in self._unknown:
                 continue  # it was unpinned, or pinned anew, meanwhile
-            with self._alone(pin):
-                found, missing = await self._walk(pin)
-                self._keys[pin], self._pins[pin] = found, sum(map(self._store.room.size, found))
-                if missing:
-                    self._lost[pin] = missing
-                    _report_lost({pin: missing})
-                try:
-                    await self._write(pin)
-                except StoreFailed as exc:
-                    log.warning("%s", exc)
+            self._unknown.discard(pin)
+            self._keys[pin], self._pins[pin] = found, sum(map(self._store.room.size, found))
+            if missing:
+                self._lost[pin] = missing
+                _report_lost({pin: missing})
+            try:
+                await self._write(pin)
+            except StoreFailed as exc:
+                log.warning("%s", exc)
         self._release([*self._store.packs.sizes, *self._store.staging.entries])
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
@@ -211,6 +213,7 @@ class PinnedDags:
             raise
         del self._jobs[root]
         self._lost.pop(root, None)
+        self._unknown.discard(root)
         self._release(before[1] or ())
 
     async def unpin(self, cid: Cid) -> None:
@@ -219,10 +222,12 @@ class PinnedDags:
         if root not in self._pins:
             raise UsageError(f"{cids.text(cid)} is not pinned")
         with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
-            await trio.to_thread.run_sync(self._store.pin_records.remove, root)
-            keys = self._keys.pop(root, set())
-            del self._pins[root]
+            async with self._writing:
+                await trio.to_thread.run_sync(self._store.pin_records.remove, root)
+                keys = self._keys.pop(root, set())
+                del self._pins[root]
             self._lost.pop(root, None)
+            self._unknown.discard(root)
             for other in list(self._keys.values()):
                 await self._point_to(other, keys)
             self._release(keys)
@@ -249,19 +254,21 @@ class PinnedDags:
                     packs.pending[cids.multihash(cid)] = place
 
     def _release(self, keys: Iterable[Key]) -> None:
-        """Lets go of what no other pin holds, finished or under way."""
+        """Lets go of what no other pin holds, finished or under way. While it is not known what one of them holds,
+        `recover` will do it."""
         held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
         for key in keys:
             self._store.room.refused.discard(key)
-            if key not in held:
+            if key not in held and not self._unknown:
                 self._store.room.release(key)
 
     async def _write(self, root: Cid) -> None:
         """The state of one pin, on the disk when this returns. Raises StoreFailed."""
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(
-                self._store.pin_records.write, root, self._pins[root], frozenset(self._keys[root])
-            )
+            async with self._writing:
+                if root in self._pins:  # else it was unpinned meanwhile
+                    size, keys = self._pins[root], frozenset(self._keys[root])
+                    await trio.to_thread.run_sync(self._store.pin_records.write, root, size, keys)
 
 
 def _report_lost(lost: Mapping[Cid, int]) -> None:
