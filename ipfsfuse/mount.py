@@ -8,28 +8,25 @@ import logging
 import os
 import resource
 import signal
-import stat
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import trio
 
-from ipfsfuse import control
-from ipfsfuse.cache.folder import hold
-from ipfsfuse.cache.folder.isolated import isolated_folder
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.folder import CacheFolder, locked
+from ipfsfuse.cache.store.isolated import isolated_folder
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.calls import write_all
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
-from ipfsfuse.fuse.inodes import KEY_BYTES, Inodes
+from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.request_timeout import fitting_deadline
@@ -115,19 +112,17 @@ def _touch_memory() -> None:
 
 
 @contextmanager
-def _folder(config: MountConfig) -> Iterator[Path]:
-    """The cache folder, held for the length of the block."""
-    if config.isolated:
-        with isolated_folder() as folder:
-            yield folder
-        return
-    with hold.hold(config.cache_dir) as lock:
-        lock.announce(os.getpid(), str(config.mountpoint))
-        yield config.cache_dir
+def _folder(config: MountConfig) -> Iterator[CacheFolder]:
+    """The cache folder, locked for the length of the block."""
+    with ExitStack() as stack:
+        cache_dir = stack.enter_context(isolated_folder()) if config.isolated else config.cache_dir
+        folder = stack.enter_context(locked(cache_dir))
+        folder.announce(os.getpid(), str(config.mountpoint))
+        yield folder
 
 
 async def _main(
-    config: MountConfig, folder: Path, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
+    config: MountConfig, folder: CacheFolder, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
 ) -> None:
     async with (
         _serving(config, folder, indexing) as (operations, commands, nursery, server),
@@ -143,7 +138,7 @@ async def _main(
                 mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
             _touch_memory()
             log.info("mounted at %s", config.mountpoint)
-            ready(control.socket_path(folder))
+            ready(folder.control)
 
         nursery.start_soon(operations.run)
         with operations.pushing():
@@ -153,19 +148,19 @@ async def _main(
 
 
 @asynccontextmanager
-async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None) -> AsyncIterator[
-    tuple[Operations, Commands, trio.Nursery, ControlServer]
-]:
+async def _serving(
+    config: MountConfig, folder: CacheFolder, indexing: Indexing | None
+) -> AsyncIterator[tuple[Operations, Commands, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
-    settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
+    settings = OpenSettings(config.library, folder.indexes, with_headers(HttpSettings(), config.headers), config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
-        mount_id = await threads.run_sync(MountId.open, folder)
+        mount_id = await threads.run_sync(MountId.open, folder.path)
         pins = await stack.enter_async_context(NodePins.open(nodes, mount_id, isolated=config.isolated))
         cache = await stack.enter_async_context(
-            PinsetCache.open(folder, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve)
+            PinsetCache.open(folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve)
         )
         pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
@@ -174,44 +169,12 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
-        inodes = Inodes(inode_key(folder))
+        inodes = Inodes(await threads.run_sync(folder.inode_key))
         commands = Commands(config, cache, pool, pins, tree)
         server = ControlServer(commands.table())
-        await nursery.start(server.serve, control.socket_path(folder))
+        await nursery.start(server.serve, folder.control, folder.remake)
         operations = Operations(tree, roots, interrupts, inodes, config.budget, config.deadline, push=record is None)
         yield operations, commands, nursery, server
-
-
-def inode_key(folder: Path) -> bytes:
-    """The key of this cache folder's inode numbers, from the file `inode-key`; a new random one where there
-    is no such file of ours. If it can't be written, numbers change at the next start, and the log says so."""
-    path = folder / "inode-key"
-    with suppress(OSError):
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            info = os.fstat(file)
-            private = info.st_uid == os.geteuid() and not info.st_mode & 0o077
-            if stat.S_ISREG(info.st_mode) and private and info.st_size == KEY_BYTES:
-                return os.read(file, KEY_BYTES)
-        finally:
-            os.close(file)
-    key = os.urandom(KEY_BYTES)
-    new = folder / f"inode-key.{os.getpid()}.new"
-    try:
-        with suppress(FileNotFoundError):
-            os.unlink(new)
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            write_all(file, key, 0)
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.rename(new, path)
-    except OSError as exc:
-        with suppress(OSError):
-            os.unlink(new)
-        log.warning("%s can't be written (%s): inode numbers will be others after a restart", path, exc.strerror)
-    return key
 
 
 def _ignore_signals(also_hangup: bool) -> None:

@@ -71,14 +71,16 @@ def _shared(options: Options) -> Mount:
         time.sleep(0.05)
 
 
-def _cache_dir(options: Options) -> Path:
-    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or os.path.join(folders.cache_home(), "ipfsfuse"))
+def _cache_folder(options: Options) -> Path:
+    """The mount's own folder in the one that is named: its lock, its socket, and who serves it lie there."""
+    default = os.path.join(folders.cache_home(), "ipfsfuse")
+    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default, "ipfsfuse-cache")
 
 
 def _is_held(options: Options) -> bool:
     """Whether a daemon has the cache folder, be it one that only starts."""
     try:
-        with open(_cache_dir(options) / "lock", "rb") as file:
+        with open(_cache_folder(options) / "lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
@@ -88,7 +90,7 @@ def _is_held(options: Options) -> bool:
 
 
 def _live(options: Options) -> Mount | None:
-    folder = _cache_dir(options)
+    folder = _cache_folder(options)
     try:
         mountpoint = json.loads((folder / "daemon.json").read_bytes())["mountpoint"]
         control = Control(folder / "control")

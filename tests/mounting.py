@@ -35,7 +35,7 @@ class Mounted:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
     def log(self) -> str:
-        return (self.control.parent / "daemon.log").read_text()
+        return (self.control.parent / "log").read_text()
 
 
 class Home:
@@ -44,6 +44,7 @@ class Home:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cache = folder / "cache"
+        self.store = self.cache / "ipfsfuse-cache"
         self.library = folder / "library"
         self.mountpoint = folder / "ipfs"
         self.mountpoint.mkdir(parents=True)

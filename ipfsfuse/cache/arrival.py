@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from ipfsfuse.cache.base import Content, FileRef
-from ipfsfuse.cache.folder.disk import SMALL
+from ipfsfuse.cache.store.disk import SMALL
 from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf

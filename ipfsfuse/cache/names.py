@@ -7,8 +7,8 @@ it leaves after what is only below it. Concurrency: the event loop's; rows are w
 from collections import deque
 from collections.abc import Iterator
 
-from ipfsfuse.cache.folder.index import Damaged
-from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.store.index import Damaged
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed

@@ -13,12 +13,12 @@ import trio
 
 from ipfsfuse.cache import arc
 from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
-from ipfsfuse.cache.checking import FsckReport, Told, fsck
-from ipfsfuse.cache.folder import upkeep
-from ipfsfuse.cache.folder.store import Store
-from ipfsfuse.cache.keeping import Keeping, Pinning
+from ipfsfuse.cache.fsck import FsckReport, Told, fsck
 from ipfsfuse.cache.names import Names
+from ipfsfuse.cache.pinned import PinnedDags, Pinning
 from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.store import recovery
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
@@ -42,6 +42,9 @@ class Statistics:
     """Never more than the effective budget, but for a moment after others have filled the disk."""
     pinned: int
     """Part of `used` that is kept for good."""
+    pinned_lost: int
+    """Staging files and packs of what is pinned that are not there any more: they are fetched when they are
+    used."""
     hits: int
     """Blocks and leaves read from the disk."""
     misses: int
@@ -62,7 +65,7 @@ class PinsetCache(Reading):
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         super().__init__(store, blocks, nursery, deadline)
         self._names = Names(store)
-        self._keeping = Keeping(store, self)
+        self._pinned = PinnedDags(store, self)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -76,16 +79,19 @@ class PinsetCache(Reading):
         pins: Pins | None = None,
         reserve: int | None = None,
     ) -> AsyncIterator["PinsetCache"]:
-        """The cache that lives in `folder`, which the caller holds (`hold.hold`). Raises StoreFailed.
+        """The cache that lives in `folder`, which the caller holds (`folder.locked`). Raises StoreFailed.
 
         `budget` in bytes; `deadline` in seconds: see `flights`. `reserve`: bytes of the file system that stay
         free, None for a twentieth of it, at most 2 GiB."""
         failure: BaseException | None = None
+        store: Store | None = None
         try:
             async with trio.open_nursery() as nursery:
                 try:
                     async with _living(folder, budget, nursery, pins, reserve) as store:
-                        yield cls(store, blocks, nursery, deadline)
+                        cache = cls(store, blocks, nursery, deadline)
+                        nursery.start_soon(cache._pinned.recover)
+                        yield cache
                 except BaseException as exc:
                     failure = exc
                     raise
@@ -93,8 +99,11 @@ class PinsetCache(Reading):
             if failure is not None:  # of one task alone: not to be wrapped
                 raise failure from failure.__cause__
             raise
+        finally:
+            if store is not None:
+                recovery.close_folders(store)
 
-    # -- uses --------------------------------------------------------------------------------------------------------
+    # -- uses ------------------------------------------------------------------------------------------------
 
     def opened(self, file: FileRef) -> None:
         """As `Cache.opened`."""
@@ -130,7 +139,7 @@ class PinsetCache(Reading):
         """As `Cache.used`."""
         return self.store.budget.used
 
-    # -- what commands ask -------------------------------------------------------------------------------------------
+    # -- what commands ask -----------------------------------------------------------------------------------
 
     @property
     def trouble(self) -> str:
@@ -141,7 +150,7 @@ class PinsetCache(Reading):
         budget, space = self.store.budget, self.store.space
         held = {str(owner): size for owner, size in budget.arc.held_by().items()}
         return Statistics(
-            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes,
+            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes, self._pinned.lost,
             self.hits, self.misses, budget.evictions, self.trouble,
             budget.arc.capacity // arc.SHARE, held,
         )  # fmt: skip
@@ -160,20 +169,20 @@ class PinsetCache(Reading):
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
         """(CID, as first spelled) of what is kept for good, and what was opened by name and is still staged
         itself."""
-        for cid in self._keeping.pins:
+        for cid in self._pinned.pins:
             yield cid, self._names.spelling(cid)
         yield from self._names.staged()
 
     def pinned(self) -> Sequence[Cid]:
         """The roots, in canonical form, of what is kept for good."""
-        return self._keeping.pins
+        return self._pinned.pins
 
     def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
         """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for
         each file first.
 
         Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays kept."""
-        return self._keeping.pinning(cid)
+        return self._pinned.pinning(cid)
 
     def joins(self, cid: Cid) -> bool:
         """As `Copies.joins`."""
@@ -192,7 +201,7 @@ class PinsetCache(Reading):
 
     async def unpin(self, cid: Cid) -> None:
         """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""
-        await self._keeping.unpin(cid)
+        await self._pinned.unpin(cid)
 
     async def fsck(self, told: Told | None = None) -> FsckReport:
         """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
@@ -204,12 +213,12 @@ async def _living(
     folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None
 ) -> AsyncIterator[Store]:
     """An open store and its tasks; closed, and all of `nursery` with it, at the end."""
-    store = await upkeep.open_store(folder, budget, nursery, pins, reserve)
-    nursery.start_soon(upkeep.write_behind, store)
-    nursery.start_soon(upkeep.follow_space, store)
+    store = await recovery.open_store(folder, budget, nursery, pins, reserve)
+    nursery.start_soon(recovery.write_behind, store)
+    nursery.start_soon(recovery.follow_space, store)
     try:
         yield store
     finally:
         nursery.cancel_scope.cancel()
         with trio.CancelScope(shield=True):
-            await upkeep.close(store)
+            await recovery.close(store)

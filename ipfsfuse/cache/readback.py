@@ -10,8 +10,8 @@ import trio
 from ipfsfuse.cache.arrival import Arrival
 from ipfsfuse.cache.base import Arrived, FileRef
 from ipfsfuse.cache.flights import Flights, Ride
-from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.keys import leaf_key
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio.buffers import together
 

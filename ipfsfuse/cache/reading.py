@@ -11,10 +11,10 @@ import trio
 from ipfsfuse.cache.arrival import Arrival, adjoin, content_of, of_leaf
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
 from ipfsfuse.cache.flights import Flights, Ride
-from ipfsfuse.cache.folder.disk import SMALL
-from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.keys import block_key, cid_of, leaf_key, spelled
 from ipfsfuse.cache.readback import read_back
+from ipfsfuse.cache.store.disk import SMALL
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.cache.taking import Taking
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -74,7 +74,7 @@ class Reading:
             nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
         )
 
-    # -- blocks ------------------------------------------------------------------------------------------------------
+    # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid) -> bytes:
         """As `Cache.block`."""
@@ -135,7 +135,7 @@ class Reading:
         entry = self.store.staging.entries.get(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
         return entry is not None and entry.whole()
 
-    # -- leaves ------------------------------------------------------------------------------------------------------
+    # -- leaves ----------------------------------------------------------------------------------------------
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """As `Cache.leaf`."""
@@ -192,7 +192,7 @@ class Reading:
         in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.place(leaf.cid) is not None) or await self.store.has_leaf(file, leaf)
 
-    # -- ahead -------------------------------------------------------------------------------------------------------
+    # -- ahead -----------------------------------------------------------------------------------------------
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         """As `Cache.ahead`."""

@@ -1,12 +1,14 @@
 """The process that serves a mount, and what it tells whoever started it.
 
-On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what": ...}` while
-the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once the mount answers, or
-`error REASON`. What it logs before goes to its starter's standard error, what it logs afterwards to
-daemon.log in the cache folder. If the starter goes before it was told, the mount is not wanted any more: it ends.
+On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what":
+...}` while the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once
+the mount answers, or `error REASON`. What it logs before goes to its starter's standard error, what it logs
+afterwards to the log in the cache folder (`cache.store.folder`). If the starter goes before it was told, the
+mount is not wanted any more: it ends.
 
 SIGHUP makes a daemon open its log anew. In the foreground of a terminal it says that the terminal has gone:
-then the mount ends. """
+then the mount ends.
+"""
 
 import json
 import logging
@@ -23,15 +25,15 @@ from pathlib import Path
 from typing import TextIO
 
 from ipfsfuse import mount
+from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli.reasons import one_line, unwrapped
 from ipfsfuse.cli.units import human
 from ipfsfuse.config import MountConfig
 
 log = logging.getLogger("ipfsfuse.mount")
 
-LOG = "daemon.log"
 LOG_BYTES = 1 << 20
-"""A longer log is put aside as daemon.log.1, in the place of the one before."""
+"""A longer log is put aside (`OLD_LOG`), in the place of the one before."""
 LOG_PART = 32
 """The largest part of a small budget, as a divisor, that one of the two may take."""
 LOG_SECONDS = 5.0
@@ -187,7 +189,7 @@ class _Log(logging.StreamHandler[TextIO]):
 
 
 def _older(path: Path) -> Path:
-    return path.with_name(f"{path.name}.1")
+    return path.with_name(OLD_LOG)
 
 
 def _opened(path: Path) -> int:

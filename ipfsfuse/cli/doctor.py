@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.cache.folder import hold
-from ipfsfuse.cache.folder.space import FreeSpace, disk_usage
+from ipfsfuse.cache.store import folder as cache_folder
+from ipfsfuse.cache.store.space import FreeSpace, disk_usage
 from ipfsfuse.cli import folders, units
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
+from ipfsfuse.sources.files import libraryfolder
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -159,7 +160,7 @@ def _cache_folder(folder: Path) -> Finding:
             return Finding(OK, "cache folder", f"{folder} will be made")
         return Finding(BAD, "cache folder", f"{folder} can't be made in {existing}", "name another with --cache-dir")
     try:
-        hold.prepare(folder)
+        cache_folder.examine(folder)
     except IpfsFuseError as exc:
         return Finding(BAD, "cache folder", str(exc), "mend that, or name another with --cache-dir")
     return Finding(OK, "cache folder", str(folder))
@@ -168,14 +169,18 @@ def _cache_folder(folder: Path) -> Finding:
 def _library(folder: Path) -> Finding:
     if not folder.exists():
         return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
+    try:
+        libraryfolder.examine(folder)
+    except (IpfsFuseError, OSError) as exc:
+        return Finding(BAD, "library", str(exc), "mend that, or name another with --library")
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return Finding(OK, "library", str(folder))
     return Finding(BAD, "library", f"{folder} may not be used by this user", "name another with --library")
 
 
 def _mount_of(cache_dir: Path) -> Finding:
-    said = hold.announced(cache_dir)
-    if hold.is_free(cache_dir):
+    said = cache_folder.announced(cache_dir)
+    if cache_folder.is_free(cache_dir):
         dead = [mounted.mountpoint for mounted in mountpoints.table() if said and mounted.type == mountpoints.TYPE and mounted.mountpoint == said[1]]
         if dead:
             return Finding(NOTE, "mount", f"{dead[0]} is left from a daemon that has ended", f"ipfsfuse mount {dead[0]} takes its place")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ipfsfuse import errors
-from ipfsfuse.control import socket_path
+from ipfsfuse.cache.store import folder as cache_folder
 
 
 def cache_dir(given: str | None) -> Path:
@@ -40,9 +40,7 @@ def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
     """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is another."""
     folder = cache_dir(given_cache_dir)
     if mounted_at is not None:
-        from ipfsfuse.cache.folder import hold
-
-        point, holder = mountpoint(mounted_at), hold.announced(folder)
+        point, holder = mountpoint(mounted_at), cache_folder.announced(folder)
         if holder is None or Path(holder[1]) != point:
             raise errors.DaemonFailed(f"the mount of {folder} is not at {point}: name its cache folder with --cache-dir")
-    return socket_path(folder)
+    return cache_folder.socket_path(folder)

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from pathlib import Path
 import trio
 
 from ipfsfuse import importer
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import folders, units
 from ipfsfuse.cli.progress import Progress
-from ipfsfuse.control import client, socket_path
+from ipfsfuse.control import client
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
@@ -94,16 +96,18 @@ def remove(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    return trio.run(_export, arguments)
-
-
-async def _export(arguments: argparse.Namespace) -> int:
-    cid, file = cid_alone(arguments.cid), Path(arguments.file)
     cache_dir = folders.cache_dir(arguments.cache_dir)
+    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
+    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir  # only CAR files need that folder
+    return trio.run(_export, arguments, cache_dir, indexes)
+
+
+async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+    cid, file = cid_alone(arguments.cid), Path(arguments.file)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
-        settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
+        settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
         async with opened_sources(arguments.sources or ["library"], settings) as sources:
-            get = _getter(SourcePool(sources), socket_path(cache_dir))
+            get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
             size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
     print(f"exported {cids.text(cid)} to {file}, {units.human(size)}")
     return 0

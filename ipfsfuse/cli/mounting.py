@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import ipfsfuse
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import cidargs, folders
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.config import MountConfig
@@ -89,8 +89,8 @@ def _refuse_below(asked: MountConfig) -> None:
 def _await_ending(cache_dir: Path) -> None:
     """Gives a daemon whose mount was just taken away the time to let go of the cache folder."""
     end = time.monotonic() + END_SECONDS
-    while time.monotonic() < end and not hold.is_free(cache_dir):
-        said = hold.announced(cache_dir)
+    while time.monotonic() < end and not cache_folder.is_free(cache_dir):
+        said = cache_folder.announced(cache_dir)
         if said is None or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
             return
         time.sleep(0.05)

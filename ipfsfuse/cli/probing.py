@@ -6,6 +6,7 @@ from pathlib import Path
 
 import trio
 
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.sources.opening import opened
@@ -17,9 +18,9 @@ SECONDS = 10.0
 
 def failures(sources: Sequence[str], library: Path, cache_dir: Path) -> Iterator[tuple[str, str | None]]:
     """(SOURCE, why it can't be used or None) for each."""
-    settings = OpenSettings(library, cache_dir / "indexes")
     for text in sources:
         try:
+            settings = OpenSettings(library, cache_folder.indexes(cache_dir))
             trio.run(_probe, text, settings)
             yield text, None
         except IpfsFuseError as exc:

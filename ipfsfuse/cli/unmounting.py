@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import folders, holders
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fuse import mountpoint as mountpoints
@@ -54,7 +54,7 @@ def take_away(point: Path, lazy: bool) -> None:
 @contextmanager
 def _daemon_of(point: Path, cache_dir: Path) -> Iterator[int | None]:
     """A pidfd of the daemon that serves `point`, where the cache folder tells which that is."""
-    said = hold.announced(cache_dir)
+    said = cache_folder.announced(cache_dir)
     try:
         daemon = os.pidfd_open(said[0]) if said is not None and Path(said[1]) == point else None
     except OSError:

@@ -1,18 +1,19 @@
 """The local socket through which a running mount is asked and told things.
 
-A Unix socket named `control` in the mount's cache folder (0600 in 0700; only the mounting user and root are answered).
-One JSON object a line, both ways, in UTF-8:
+A Unix socket in the mount's cache folder (`cache.store.folder`; 0600 in 0700; only the mounting user and root
+are answered). One JSON object a line, both ways, in UTF-8:
 
     > {"command": "pin", "cid": "bafy..."}             the arguments stand beside the command
     < {"progress": {"done": 12, "total": 90}}          none or many, as the command goes on
     < {"ok": true, ...}                                the answer, its values beside `ok`
     < {"ok": false, "error": "one line", "kind": "Unavailable"}
 
-Commands on one connection are answered one after the other; closing the connection ends the one that is under way.
-`{"command": "hold"}` is answered at once, and counts the connection as a holder of the mount until it is closed.
+Commands on one connection are answered one after the other; closing the connection ends the one that is under
+way. `{"command": "hold"}` is answered at once, and counts the connection as a holder of the mount until it is
+closed.
 
-`server` is the mount's half (trio), `client` the blocking half that the command line uses: importing one does not
-import the other.
+`server` is the mount's half (trio), `client` the blocking half that the command line uses: importing one does
+not import the other.
 """
 
 from collections.abc import Iterator
@@ -25,10 +26,6 @@ MAX_LINE = 1 << 20
 """Bytes in one line of a request; longer ones end the connection."""
 MAX_ANSWER = 1 << 30
 """Bytes in one line of an answer: `ls` of some millions of files, 250 bytes each."""
-
-
-def socket_path(cache_dir: Path) -> Path:
-    return cache_dir / "control"
 
 
 @contextmanager

@@ -4,10 +4,12 @@ Concurrency: one task a connection, on the mount's own event loop; the commands 
 other, those of several side by side. A connection that its peer closes cancels the command it was waiting for.
 """
 
+import errno
 import json
 import logging
 import os
 import socket
+import stat
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -16,7 +18,6 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache.folder import hold
 from ipfsfuse.control import MAX_LINE, short_address
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
 from ipfsfuse.fileio import threads
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
 """So often the socket is looked for."""
+LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
+"""Why a socket can't be made at the start, but may be later: the disk is full, and there may be no folder
+yet."""
 LONG = 1000
 """Items of a list that are encoded on the event loop: some milliseconds."""
 
@@ -50,19 +54,36 @@ class ControlServer:
         """Set when the last holder has gone: never before one came."""
         self._ending = False
 
-    async def serve(self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is replaced:
-        whoever calls this holds the folder. Where it is deleted under us, with its folder perhaps, it is made again, so
-        that a mount whose cache is gone can be asked what is wrong. Raises StoreFailed where none can be made."""
-        listener, inode = _listen(path)
-        task_status.started()
+    async def serve(
+        self,
+        path: Path,
+        remake: Callable[[], None] | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is
+        replaced: whoever calls this has locked the folder. Where the socket is deleted, it is made again, and
+        `remake` makes its folder again, so that a mount whose cache is gone can be asked what is wrong.
+
+        A full disk costs no mount: the socket is made when there is room. Raises StoreFailed for any other
+        trouble."""
+        try:
+            listener, inode = _listen(path)
+        except StoreFailed as exc:
+            if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in LATER:
+                raise
+            log.warning("%s", exc)
+            task_status.started()
+            listener, inode = await _listen_again(path, remake)
+        else:
+            task_status.started()
         async with trio.open_nursery() as connections:
             while True:
                 try:
                     await self._listen_while_there(path, listener, connections)
                 finally:
                     _remove_own(path, inode)
-                listener, inode = await _listen_again(path)
+                listener, inode = await _listen_again(path, remake)
 
     async def _listen_while_there(self, path: Path, listener: trio.socket.SocketType, connections: trio.Nursery) -> None:
         async with trio.open_nursery() as nursery:
@@ -71,7 +92,7 @@ class ControlServer:
             there = True
             while there:
                 await trio.sleep(LOOK_SECONDS)
-                there = await threads.run_sync(path.exists)
+                there = await threads.run_sync(_is_there, path)
             nursery.cancel_scope.cancel()
 
     async def until_let_go(self) -> None:
@@ -191,7 +212,10 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
     """A listening socket at `path`, and the inode of that file."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.unlink(missing_ok=True)
+        if _is_there(path):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise StoreFailed(f"{path} is not a socket: move it elsewhere, or give another --cache-dir")
+            path.unlink()
         os.fchmod(listener.fileno(), 0o600)  # the file that bind makes gets the socket's own mode: never open to others
         with short_address(path) as address:
             listener.bind(address)
@@ -199,18 +223,36 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
     except OSError as exc:
         listener.close()
         raise StoreFailed(f"the control socket {path} can't be made: {exc.strerror}") from exc
+    except StoreFailed:
+        listener.close()
+        raise
     return trio.socket.from_stdlib_socket(listener), path.lstat().st_ino
 
 
-async def _listen_again(path: Path) -> tuple[trio.socket.SocketType, int]:
-    """As `_listen`, in a folder made anew where it is gone, and as often as it takes."""
+async def _listen_again(path: Path, remake: Callable[[], None] | None) -> tuple[trio.socket.SocketType, int]:
+    """As `_listen`, in a folder that is made anew where it is gone, and as often as it takes."""
+    said = ""
     while True:
         try:
-            hold.prepare(path.parent)
+            if remake is not None:
+                await threads.run_sync(remake)
             return _listen(path)
         except StoreFailed as exc:
-            log.info("%s", exc)
+            if str(exc) != said:
+                said = str(exc)
+                log.info("%s", exc)
             await trio.sleep(LOOK_SECONDS)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at `path`; True where the disk does not tell."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove_own(path: Path, inode: int) -> None:

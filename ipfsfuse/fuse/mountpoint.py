@@ -3,6 +3,7 @@ table tells, and a mount whose daemon may be gone is tried by a child process th
 
 import os
 import shutil
+import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ TRY_SECONDS = 5
 class Mounted(NamedTuple):
     """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
 
+    number: int
+    """No other mount that exists has it."""
     device: str
     """major:minor"""
     mountpoint: str
@@ -29,7 +32,8 @@ def table() -> list[Mounted]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             fields = line.split(" ")
-            found.append(Mounted(fields[2], _unescaped(fields[4]), fields[fields.index("-") + 1]))
+            kind = fields[fields.index("-") + 1]
+            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind))
     return found
 
 
@@ -63,6 +67,59 @@ def prepare(mountpoint: Path) -> None:
         raise MountFailed(f"{mountpoint} can't be used: {exc.strerror}") from exc
     if names:
         raise MountFailed(f"{mountpoint} is not empty: mount on an empty directory")
+
+
+class Place:
+    """The folder that a mount is to be made at, whatever its path leads to meanwhile.
+
+    For an ordinary user fusermount3 changes into the folder, checks it there, and mounts at "."; for root it
+    resolves the path and mounts at that, so whoever may rename a folder above it can lead the mount
+    elsewhere. So what root mounts is looked at before anything is served. Use it as a context manager."""
+
+    def __init__(self, mountpoint: Path) -> None:
+        """Raises MountFailed where everyone may replace a folder above it, or a link is among them."""
+        self._path = mountpoint
+        self._fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in mountpoint.parts[1:]:
+                mode = os.fstat(self._fd).st_mode
+                if os.geteuid() == 0 and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                    why = f"anyone may replace {part} in its path: choose another folder"
+                    raise MountFailed(f"{mountpoint} can't be mounted by root: {why}")
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                below = os.open(part, flags, dir_fd=self._fd)
+                os.close(self._fd)
+                self._fd = below
+        except OSError as exc:
+            os.close(self._fd)
+            raise MountFailed(f"{mountpoint} can't be mounted: {exc.strerror}") from exc
+        except MountFailed:
+            os.close(self._fd)
+            raise
+        self._before = {mounted.number for mounted in table()}
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._fd)
+
+    def check(self) -> None:
+        """Raises MountFailed unless a new mount of ours is where it should be."""
+        new = [mounted.mountpoint for mounted in self._new()]
+        if str(self._path) not in new or os.readlink(f"/proc/self/fd/{self._fd}") != str(self._path):
+            todo = "choose a folder whose path only you can change"
+            raise MountFailed(f"{self._path} was replaced while it was being mounted: {todo}")
+
+    def clear(self) -> None:
+        """Takes away what was mounted elsewhere; its daemon, which we are, must have let go of it."""
+        for mounted in self._new():
+            if not _answers(Path(mounted.mountpoint)):
+                command = [fusermount(), "-u", "-z", "-q", "--", mounted.mountpoint]
+                subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+
+    def _new(self) -> list[Mounted]:
+        return [mounted for mounted in table() if mounted.number not in self._before and mounted.type == TYPE]
 
 
 def fusermount() -> str:

@@ -20,7 +20,7 @@ import trio
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fuse import init_patch
 from ipfsfuse.fuse.device import DeviceReader
-from ipfsfuse.fuse.mountpoint import fusermount
+from ipfsfuse.fuse.mountpoint import Place, fusermount
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -56,7 +56,20 @@ class Session:
 
 
 def open_device(mountpoint: Path, allow_other: bool) -> Device:
-    """Mounts, with nobody answering yet. Raises MountFailed with fusermount3's own reason."""
+    """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
+    one."""
+    with Place(mountpoint) as place:
+        device = _mount(mountpoint, allow_other)
+        try:
+            place.check()
+        except MountFailed:
+            _close_device(device)
+            place.clear()
+            raise
+        return device
+
+
+def _mount(mountpoint: Path, allow_other: bool) -> Device:
     if not os.path.exists("/dev/fuse"):
         raise MountFailed("/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the device")
     options = OPTIONS + ",auto_unmount" + (",allow_other" if allow_other else "")

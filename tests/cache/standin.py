@@ -126,7 +126,7 @@ def dag_pb_leaf(content: bytes) -> bytes:
 
 
 def staged(folder: Path, kind: str) -> list[Path]:
-    """The files in one of the cache's folders, `files` or `packs`."""
+    """The files in one of the cache's folders, `staging` or `packs`."""
     return sorted((folder / kind).iterdir())
 
 

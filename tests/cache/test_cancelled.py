@@ -7,11 +7,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.pins.kubo_pins import FAREWELL, NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import NodeRpc
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import recovery
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, make_file, staged, staged_bytes
@@ -45,7 +45,7 @@ def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
             for leaf in leaves:
                 await cache.leaf(file, leaf)
             await cancelled_waiting_for(cache.store.upkeep, lambda: cache.evict(file.cid))
-            on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "files"))
+            on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "staging"))
             assert on_disk == staged_bytes(cache, file.cid)
 
     trio.run(main)
@@ -58,7 +58,7 @@ def test_what_the_index_shall_be_told_outlives_a_cancelled_caller(tmp_path: Path
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, kept, pin=True)
             cache.note_root(kept, "as-spelled")
-            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), lambda: upkeep.flush(cache.store))
+            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), lambda: recovery.flush(cache.store))
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert (kept, "as-spelled") in list(cache.named_roots())
 

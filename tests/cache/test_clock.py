@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.folder import store as stores
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import store as stores
 from tests.cache.standin import Chain, make_file, staged_bytes
 from tests.cache.test_pinset import read
 
@@ -104,7 +104,7 @@ def test_a_use_is_written_to_the_disk_however_the_clock_was_set(
             await read(cache, file, leaves)
             clock.by = -40 * YEAR
             with trio.fail_after(20):
-                while next((tmp_path / "files").iterdir()).stat().st_mtime > time.time():
+                while next((tmp_path / "staging").iterdir()).stat().st_mtime > time.time():
                     await trio.sleep(0.03)  # less than the time between two notes: frequent use is noted too
                     cache.opened(file)
 

@@ -13,8 +13,8 @@ from typing import cast
 import pytest
 import trio
 
-from ipfsfuse.cache.folder.staging import PART
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.staging import PART
 from ipfsfuse.dag import cid as cids
 from tests.cache.standin import Chain, make_file, random_bytes
 
@@ -22,7 +22,7 @@ READER = """
 import json, os, random, sys
 from pathlib import Path
 import trio
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store.folder import locked
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
@@ -39,11 +39,11 @@ async def main():
     files = [make_file(chain, 900_000 + number, [1 << 16, 70_001][number % 2], number, number % 3 == 0) for number in range(12)]
     small = [FileRef(chain.add(random_bytes(10_000, 1000 + number)), 10_000) for number in range(60)]
     known = set(json.loads(sys.argv[4]))
-    with hold.hold(folder):
-        async with PinsetCache.open(folder, chain, budget) as cache:
+    with locked(folder) as held:
+        async with PinsetCache.open(held.path, chain, budget) as cache:
             entries = cache.store.staging.entries.values()
             say("open", complete=sorted(cids.text(e.cid) for e in entries if e.complete),
-                used=cache.statistics().used, disk=sum(p.lstat().st_blocks * 512 for p in (folder, *folder.rglob("*"))))
+                used=cache.statistics().used, disk=sum(p.lstat().st_blocks * 512 for p in (held.path, *held.path.rglob("*"))))
             for text in sorted(known):  # whole at the time of some kill, and still there: nothing of it is fetched again
                 file, leaves, content = next(item for item in files if cids.text(item[0].cid) == text)
                 chain.asked.clear()
@@ -92,7 +92,7 @@ class Run:
 
 
 def whole(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "files").iterdir() if not path.name.endswith(PART))
+    return sorted(path.name for path in (folder / "staging").iterdir() if not path.name.endswith(PART))
 
 
 FILE = 1 << 20
@@ -117,9 +117,9 @@ def test_fifty_kills(tmp_path: Path) -> None:
         for one in run.all("again"):
             assert one == {"right": True, "asked": 0}
             again += 1
-        known = whole(folder)
-        names = {path.relative_to(folder).parts[0] for path in folder.iterdir()}
-        assert names <= {"files", "packs", "lock", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm"}
+        known = whole(folder / "ipfsfuse-cache")
+        names = {path.name for path in (folder / "ipfsfuse-cache").iterdir()}
+        assert names <= {"format", "CACHEDIR.TAG", "pinned", "staging", "packs", "lock", "index.sqlite", "index.sqlite-wal"}
     assert again > 50
 
 
@@ -165,10 +165,10 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             for leaf in leaves:
                 await cache.leaf(file, leaf)
-        whole = tmp_path / "files" / cids.text(file.cid)
+        whole = tmp_path / "staging" / cids.text(file.cid)
         part = whole.with_name(f"{whole.name}.part")
         part.write_bytes(random_bytes(1 << 19, 1))
-        (tmp_path / "files" / f"{cids.text(other.cid)}.part").touch()
+        (tmp_path / "staging" / f"{cids.text(other.cid)}.part").touch()
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             assert not part.exists()
             await cache.leaf(other, others[0])
@@ -183,7 +183,7 @@ def test_a_part_that_only_seems_whole_gets_its_name_when_each_leaf_was_proved(tm
     async def main() -> None:
         chain = Chain()
         file, leaves, content = make_file(chain, 900_000, 70_001)
-        whole = tmp_path / "files" / cids.text(file.cid)
+        whole = tmp_path / "staging" / cids.text(file.cid)
         part = whole.with_name(f"{whole.name}.part")
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             for leaf in leaves:

@@ -55,7 +55,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
                 nursery.start_soon(wants_it_staged)
                 await wait_all_tasks_blocked()
                 assert not waited
-                assert not staged(tmp_path, "files")
+                assert not staged(tmp_path, "staging")
             await wait_all_tasks_blocked(0.01)
             await cache.leaf(file, leaves[0])
             assert waited == [content[:MIB]]
@@ -85,7 +85,7 @@ def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(t
             async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
                 await nursery.start(hold, cache)
                 await cache.leaf(file, leaves[0], early=True)
-                assert not staged(tmp_path, "files")
+                assert not staged(tmp_path, "staging")
                 nursery.start_soon(let_go_later)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert await cache.leaf(file, leaves[0]) == content[:MIB]

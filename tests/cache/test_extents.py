@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cache.folder.extents import Extents
+from ipfsfuse.cache.store.staging import Extents
 
 places = st.integers(0, 30)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.folder.blocks import Place
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.packs import Place
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, Recorder, flip, random_bytes, staged

@@ -171,7 +171,7 @@ def test_fsck_finds_all_that_is_wrong_and_mends_it(tmp_path: Path) -> None:
         root = tree(chain, 3, seed=100)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root)
-        for path in staged(tmp_path, "files"):
+        for path in staged(tmp_path, "staging"):
             for leaf in (1, 4):
                 flip(path, leaf * (1 << 17) + 77)
         flip(staged(tmp_path, "packs")[0], 200)
@@ -208,7 +208,7 @@ def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_pa
             place = cache.store.place(lone)
             assert place is not None
         flip(tmp_path / "packs" / f"{place.pack}.pack", place.at)
-        flip(next(path for path in staged(tmp_path, "files") if path.name != cids.text(lone)), 77)
+        flip(next(path for path in staged(tmp_path, "staging") if path.name != cids.text(lone)), 77)
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
             report = await cache.fsck()
             assert (report.files, report.wrong, report.mended, report.unproved) == (2, 2, 0, 1)

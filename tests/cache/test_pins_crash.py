@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.pins.kubo_pins import KuboPins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import Mfs
+from ipfsfuse.cache.store.folder import locked
 from ipfsfuse.dag.cid import Cid
 from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, rpc_of, settled
 from tests.kubo.node import Node
@@ -121,7 +121,7 @@ def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, t
             await settled(pins)
             nursery.cancel_scope.cancel()
 
-    with hold.hold(tmp_path):
+    with locked(tmp_path):
         trio.run(main)
     assert folder_of(own_node, mount) == before
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import trio
 
-from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.pins import lease as leases
 from ipfsfuse.cache.pins.kubo_pins import KuboPins
-from ipfsfuse.cache.pins.lease import MOUNT_ID, SILENT, Lease, MountId, host_name
+from ipfsfuse.cache.pins.lease import SILENT, Lease, MountId, host_name
 from ipfsfuse.cache.pins.mfs import Mfs
+from ipfsfuse.cache.store.folder import is_mount_id, locked
 from tests.cache.pinning import folder_of, held, made_up, mounts, pinning, rpc_of, settled, until
 from tests.cache.test_pins_crash import hold_and_die, settle_once
 from tests.kubo.node import Node
@@ -47,7 +47,7 @@ def write_lease(node: Node, mount: str, **changed: object) -> None:
 
 def test_a_cache_folder_has_one_name(tmp_path: Path) -> None:
     name = MountId.open(tmp_path).name
-    assert MOUNT_ID.fullmatch(name)
+    assert is_mount_id(name)
     assert name.rpartition("-")[0] == host_name()
     assert MountId.open(tmp_path).name == name
     assert os.listdir(tmp_path) == ["mount-id"]
@@ -86,7 +86,7 @@ def test_what_is_not_a_name_is_replaced_and_nothing_else_touched(
     outside.write_text(NAME)
     plant(tmp_path / "mount-id")
     name = MountId.open(tmp_path).name
-    assert MOUNT_ID.fullmatch(name)
+    assert is_mount_id(name)
     assert name != NAME
     assert MountId.open(tmp_path).name == name
     assert outside.read_text() == NAME
@@ -95,7 +95,7 @@ def test_what_is_not_a_name_is_replaced_and_nothing_else_touched(
 @pytest.mark.logs("does not hold the name of a mount", "mount-id can't be written")
 def test_a_folder_that_takes_no_name_costs_no_start(tmp_path: Path) -> None:
     (tmp_path / "mount-id").mkdir()
-    assert MOUNT_ID.fullmatch(MountId.open(tmp_path).name)
+    assert is_mount_id(MountId.open(tmp_path).name)
 
 
 def old_folder(folder: Path, node: int, content: bytes) -> Path:
@@ -227,7 +227,7 @@ def test_what_a_lease_proves(tmp_path: Path) -> None:
         assert not stale(renewed=old, **elsewhere)
     (other / "mount-id").write_text("some.host-fedcba9876543210")
     assert stale()
-    with hold.hold(other):
+    with locked(other):
         assert not stale(), "a living mount that could not write its name"
 
 
@@ -356,7 +356,7 @@ def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp
                 await settled(pins[0])
                 nursery.cancel_scope.cancel()
 
-    with hold.hold(tmp_path):
+    with locked(tmp_path):
         trio.run(main)
     (new,) = set(mounts(far)) - {mount}
     assert mounts(near) == [new]

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.pins import kubo_pins
 from ipfsfuse.cache.pins import lease as leases
 from ipfsfuse.cache.pins.lease import MountId
@@ -322,7 +321,7 @@ def test_a_file_in_the_place_of_our_folder_is_left_alone_and_named_once(
     own_node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     node = own_node
-    hold.prepare(tmp_path / "cache")
+    (tmp_path / "cache").mkdir(mode=0o700)
     path = name if name.startswith("/") else f"/ipfsfuse/{MountId.open(tmp_path / 'cache').name}"
     node.cmd("files", "write", "--create", "--parents", path, stdin=b"mine")
 

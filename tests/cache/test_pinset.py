@@ -46,7 +46,7 @@ def test_what_was_read_once_is_read_from_the_disk_across_a_restart(tmp_path: Pat
             assert kept.staged == staged_bytes(cache, file.cid) >= file.size
 
     trio.run(main)
-    assert [item.name for item in (tmp_path / "files").iterdir()] == [cids.text(file.cid)]
+    assert [item.name for item in (tmp_path / "staging").iterdir()] == [cids.text(file.cid)]
 
 
 def test_a_part_is_kept_as_a_part_and_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_part_is_kept_as_a_part_and_goes_on_where_it_was(tmp_path: Path) -> No
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await cache.leaf(file, leaves[3])
             await cache.leaf(file, leaves[9])
-        assert [item.name for item in (tmp_path / "files").iterdir()] == [cids.text(file.cid) + ".part"]
+        assert [item.name for item in (tmp_path / "staging").iterdir()] == [cids.text(file.cid) + ".part"]
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert not cache.kept()[0].complete
             assert await read(cache, file, leaves) == content
@@ -102,7 +102,7 @@ def test_what_is_read_in_place_is_not_staged_again(tmp_path: Path) -> None:
             assert pins.asked == []
 
     trio.run(main)
-    assert not list((tmp_path / "files").iterdir())
+    assert not list((tmp_path / "staging").iterdir())
     assert not list((tmp_path / "packs").iterdir())
 
 

@@ -30,7 +30,7 @@ def test_a_wrong_leaf_is_fetched_again_in_the_same_read(tmp_path: Path) -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await cache.block(file.cid)
             await read(cache, file, leaves)
-        flip(tmp_path / "files" / cids.text(file.cid), leaves[4].offset + 100)
+        flip(tmp_path / "staging" / cids.text(file.cid), leaves[4].offset + 100)
         flip(next((tmp_path / "packs").iterdir()), 60)
         chain.asked.clear()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -58,7 +58,7 @@ def test_a_leaf_that_content_cannot_prove_is_kept_whole(tmp_path: Path) -> None:
             assert bytes(await cache.leaf(file, leaf)) == data
             assert bytes(await cache.leaf(file, leaf)) == data
             assert chain.asked == [leaf.cid]
-            assert not list((tmp_path / "files").iterdir())
+            assert not list((tmp_path / "staging").iterdir())
 
     trio.run(main)
 
@@ -114,7 +114,7 @@ def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
             assert staged_bytes(cache, small[0]) == 2000
 
     trio.run(main)
-    assert not list((tmp_path / "files").iterdir())
+    assert not list((tmp_path / "staging").iterdir())
     packs = list((tmp_path / "packs").iterdir())
     assert len(packs) <= 3
     assert sum(pack.stat().st_blocks * 512 for pack in packs) + os.stat(tmp_path / "index.sqlite").st_size < 1.3 * 500 * 2000

@@ -36,7 +36,7 @@ def test_a_wrong_leaf_among_them_is_fetched_again_and_the_others_are_not(tmp_pat
         async with PinsetCache.open(tmp_path, chain, 64 << 20) as cache:
             await cache.ahead(file, leaves)
             chain.asked.clear()
-            flip(staged(tmp_path, "files")[0], (4 << 16) + 5)
+            flip(staged(tmp_path, "staging")[0], (4 << 16) + 5)
             await cache.ahead(file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data)))
             assert chain.asked == [leaves[4].cid]
             chain.asked.clear()

@@ -10,9 +10,9 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Budget, Key
-from ipfsfuse.cache.folder import upkeep
-from ipfsfuse.cache.folder.space import MAX_RESERVE, FreeSpace
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import recovery
+from ipfsfuse.cache.store.space import MAX_RESERVE, FreeSpace
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import StoreFailed
 from tests.cache.standin import Chain, make_file, staged_bytes
@@ -119,12 +119,12 @@ def test_room_is_given_back_to_others_and_taken_again(tmp_path: Path) -> None:
                 await stage(cache, chain, 26)
                 before = cache.statistics()
                 other = filled(folder, free(folder) - MIB)
-                await upkeep.measure(cache.store)
+                await recovery.measure(cache.store)
                 now = cache.statistics()
                 assert free(folder) >= 2 * MIB
                 assert taken(folder / "cache") <= now.used <= now.effective_budget < before.effective_budget
                 other.unlink()
-                await upkeep.measure(cache.store)
+                await recovery.measure(cache.store)
                 assert cache.statistics().effective_budget == pytest.approx(before.effective_budget, abs=MIB)
                 await stage(cache, chain, 26)
                 assert cache.statistics().used > 24 * MIB
@@ -167,7 +167,7 @@ def test_a_disk_that_others_have_filled_costs_speed_and_the_cache_comes_back(tmp
                 assert "the disk is too full to cache anything" in told.trouble
                 assert f"{DISK / 20 / MIB:.1f} MiB stay reserved" in told.trouble
                 other.unlink()
-                await upkeep.measure(cache.store)
+                await recovery.measure(cache.store)
                 assert cache.trouble == ""
                 await stage(cache, chain, 3)
                 assert cache.statistics().used > 3 * MIB
@@ -208,8 +208,8 @@ def test_a_pin_that_the_disk_has_no_room_for_is_refused_by_what_there_is(tmp_pat
 def test_everything_that_lies_in_the_folder_is_counted(tmp_path: Path) -> None:
     budget = 8 * MIB
     names = [
-        "daemon.log",
-        "daemon.log.1",
+        "log",
+        "log.1",
         "pins/node/pins.sqlite",
         "indexes/some.index",
         "inode-key",
@@ -224,9 +224,9 @@ def test_everything_that_lies_in_the_folder_is_counted(tmp_path: Path) -> None:
         async with PinsetCache.open(tmp_path, chain, budget) as cache:
             await stage(cache, chain, 12)
             assert taken(tmp_path) <= cache.statistics().used <= budget
-            with (tmp_path / "daemon.log").open("ab") as log:
+            with (tmp_path / "log").open("ab") as log:
                 log.write(bytes(400_000))
-            await upkeep.measure(cache.store)
+            await recovery.measure(cache.store)
             assert taken(tmp_path) <= cache.statistics().used <= budget
         assert taken(tmp_path) <= budget
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cache.folder.staging import Staging
+from ipfsfuse.cache.store.staging import Staging
 from tests.cache.standin import Chain, make_file
 
 
 def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, leaves, content = make_file(Chain(), 2 << 16)
-    staging = Staging(tmp_path / "files")
+    staging = Staging(tmp_path / "staging")
     entry = staging.entry(file.cid, file.size)
     assert staging.write(entry, 0, [content])[1] is None
     read: list[tuple[bytes, bool] | Exception] = []
@@ -26,9 +26,9 @@ def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch
     thread = threading.Thread(target=reader)
     rename = os.rename
 
-    def renamed_and_read(old: Path, new: Path) -> None:
+    def renamed_and_read(old: str, new: str, **folders: int) -> None:
         """The first reader comes after the renaming, before anyone was told of it."""
-        rename(old, new)
+        rename(old, new, **folders)
         thread.start()
         thread.join(0.2)  # it may wait for what holds the entry: us
 

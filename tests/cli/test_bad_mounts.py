@@ -1,6 +1,7 @@
 """Mounts that can't be: one line that names the thing, exit code 1 or 2, no traceback, nothing left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, alive, wait_until
+from tests.mounting import Home, alive, fuse_mounts, wait_until
 
 pytestmark = pytest.mark.fuse
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change what others see of the machine")
 
 
-# -- mountpoints -------------------------------------------------------------------------------------------------
+# -- mountpoints ---------------------------------------------------------------------------------------------
 
 
 def test_mountpoint_missing(user: Home) -> None:
@@ -60,7 +61,7 @@ def _is_helper_of(daemon: int, pid: str) -> bool:
         return False
 
 
-# -- the machine -------------------------------------------------------------------------------------------------
+# -- the machine ---------------------------------------------------------------------------------------------
 
 
 def machine(script: str) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ def test_a_cache_folder_that_another_daemon_holds(user: Home) -> None:
 def test_a_cache_folder_that_others_may_write(user: Home) -> None:
     user.cache.mkdir()
     user.cache.chmod(0o777)
-    user.refused("mount", user.mountpoint, names=f"chmod 700 {user.cache}")
+    user.refused("mount", user.mountpoint, names=f"chmod go-w {user.cache}")
     assert list(user.cache.iterdir()) == []
 
 
@@ -133,14 +134,6 @@ def test_a_cache_folder_on_a_read_only_disk(user: Home) -> None:
     user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=ro)
 
 
-@as_root
-def test_a_cache_folder_on_a_full_disk(user: Home) -> None:
-    disk = user.folder / "disk"
-    disk.mkdir()
-    full = machine(f"mount -t tmpfs -o size=16k none {disk} && (head -c 64k /dev/zero > {disk}/filler || true) 2>/dev/null")
-    user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=full)
-
-
 @pytest.mark.parametrize("option", ["--cache-dir", "--library", "--record", "--header-file"])
 def test_nothing_of_the_daemon_below_its_own_mount(user: Home, option: str) -> None:
     below = user.mountpoint / "below"
@@ -152,3 +145,60 @@ def test_nothing_of_the_daemon_below_its_own_mount(user: Home, option: str) -> N
 def test_a_car_below_its_own_mount(user: Home) -> None:
     (user.mountpoint / "x.car").touch()
     user.refused("mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2)
+
+
+# -- a path that changes while it is mounted -----------------------------------------------------------------
+
+SWAPPING = """#!/bin/sh
+case "$*" in *-u*) exec {real} "$@";; esac
+mv {parent} {parent}.before
+{swap}
+exec {real} "$@"
+"""
+
+
+@as_root
+@pytest.mark.parametrize("swap", ["ln -s {victim} {parent}", "cp -a {parent}.before {parent}"])
+def test_a_parent_that_is_replaced_while_root_mounts_leads_nowhere(user: Home, swap: str) -> None:
+    """fusermount3 resolves the path again: here it is made to find another folder there."""
+    parent, victim, tools = user.folder / "parent", user.folder / "victim", user.folder / "tools"
+    for each in (parent / "ipfs", victim / "ipfs", tools):
+        each.mkdir(parents=True)
+    (victim / "ipfs" / "precious").write_text("precious")
+    script = SWAPPING.format(real=shutil.which("fusermount3"), parent=parent, swap=swap.format(victim=victim, parent=parent))
+    (tools / "fusermount3").write_text(script)
+    (tools / "fusermount3").chmod(0o755)
+    user.env["PATH"] = f"{tools}:{os.environ['PATH']}"
+    user.refused("mount", parent / "ipfs", names="was replaced while it was being mounted")
+    assert fuse_mounts(user.folder) == []
+    assert (victim / "ipfs" / "precious").read_text() == "precious"
+
+
+@as_root
+def test_root_mounts_nothing_where_anyone_may_replace_the_path(user: Home) -> None:
+    parent = user.folder / "open"
+    (parent / "ipfs").mkdir(parents=True)
+    parent.chmod(0o777)
+    user.refused("mount", parent / "ipfs", names="anyone may replace ipfs")
+    parent.chmod(0o1777)
+    with user.mounted(at=parent / "ipfs"):
+        pass
+
+
+# -- doctor says of a folder what mount does ------------------------------------------------------------------------
+
+
+def test_doctor_refuses_the_folders_that_a_mount_refuses(user: Home) -> None:
+    """Each with what to do, and without changing anything."""
+    (user.store).mkdir(parents=True, mode=0o700)
+    user.cache.chmod(0o700)
+    (user.store / "photo").write_text("mine")
+    user.library.mkdir(mode=0o700)
+    (user.library / "mine.car").write_text("mine")
+    line = user.refused("mount", user.mountpoint, names=f"{user.store} holds photo but no marker file format")
+    done = user.run("doctor", check=False)
+    assert done.returncode == 1
+    assert line.strip().removeprefix("ipfsfuse: ") in done.stdout
+    assert f"{user.library} holds mine.car and is not marked as a library" in done.stdout
+    assert [path.name for path in user.store.iterdir()] == ["photo"]
+    assert [path.name for path in user.library.iterdir()] == ["mine.car"]

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from ipfsfuse import errors
-from ipfsfuse.control import MAX_LINE, client, server, socket_path
+from ipfsfuse.control import MAX_LINE, client, server
 
 
 async def echo(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ class Running:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    made = Running(socket_path(tmp_path), COMMANDS)
+    made = Running(tmp_path / "control", COMMANDS)
     yield made
     made.stop()
 
@@ -135,7 +135,7 @@ def test_closing_cancels_the_command(tmp_path: Path) -> None:
         finally:
             cancelled.set()
 
-    running = Running(socket_path(tmp_path), {"wait": wait})
+    running = Running(tmp_path / "control", {"wait": wait})
     try:
         with client.connected(running.path) as connection:
             connection.sendall(b'{"command": "wait"}\n')
@@ -180,7 +180,7 @@ def test_other_users_are_refused_whatever_the_folder_allows(running: Running, tm
 def test_a_deep_folder_is_no_obstacle(tmp_path: Path) -> None:
     folder = tmp_path / ("d" * 200) / ("e" * 200)
     folder.mkdir(parents=True)
-    running = Running(socket_path(folder), COMMANDS)
+    running = Running(folder / "control", COMMANDS)
     try:
         assert client.call(running.path, "echo")["got"] == {}
     finally:
@@ -188,7 +188,7 @@ def test_a_deep_folder_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_left_socket_is_replaced_and_removed_at_the_end(tmp_path: Path) -> None:
-    path = socket_path(tmp_path)
+    path = tmp_path / "control"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     with pytest.raises(errors.DaemonFailed, match="no mount uses"):
@@ -200,7 +200,7 @@ def test_a_left_socket_is_replaced_and_removed_at_the_end(tmp_path: Path) -> Non
 
 
 def test_no_daemon_and_no_folder(tmp_path: Path) -> None:
-    for path in (socket_path(tmp_path), socket_path(tmp_path / "none")):
+    for path in (tmp_path / "control", tmp_path / "none" / "control"):
         with pytest.raises(errors.DaemonFailed, match=r"no mount uses .*ipfsfuse mount"):
             client.call(path, "status")
 
@@ -209,7 +209,7 @@ def test_a_folder_that_can_hold_no_socket(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
 
     async def main() -> None:
-        with pytest.raises(errors.StoreFailed, match="control socket"):
+        with pytest.raises(errors.StoreFailed, match="is not a socket"):
             await server.ControlServer({}).serve(tmp_path / "control")
 
     trio.run(main)
@@ -222,7 +222,7 @@ def test_the_mount_ends_in_the_middle(tmp_path: Path) -> None:
         started.set()
         await trio.sleep_forever()
 
-    running = Running(socket_path(tmp_path), {"wait": wait})
+    running = Running(tmp_path / "control", {"wait": wait})
     stopper = threading.Thread(target=lambda: (started.wait(30), running.stop()))
     stopper.start()
     with pytest.raises(errors.DaemonFailed, match="`wait`"):

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse import errors
-from ipfsfuse.control import client, socket_path
+from ipfsfuse.control import client
 from tests.cli.test_control import Running
 
 
 def test_a_holder_that_comes_as_the_last_one_goes_is_not_lost(tmp_path: Path) -> None:
-    running = Running(socket_path(tmp_path), {})
+    running = Running(tmp_path / "control", {})
     with client.connected(running.path) as first:
         client.ask(first, "hold")
     running.on_loop(running.server.let_go.wait)

@@ -33,7 +33,7 @@ def test_a_terminal_shows_the_index_being_built_once(user: Home, car: Path) -> N
         shown = on_terminal(user, "mount", "--from", car, user.mountpoint)
         user.run("unmount", user.mountpoint)
         assert ("indexing:" in shown and "good.car" in shown) == expected, shown
-        log = (user.cache / "daemon.log").read_text()
+        log = (user.store / "log").read_text()
         assert log.count(f"the index of good.car is built: {size} of {size}") == 1
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ipfsfuse.cache.store.folder import locked
 from tests.cache.test_budget import own_filesystem
 from tests.mounting import Home, Mounted, alive, fuse_mounts, wait_until
 
@@ -69,7 +70,7 @@ def test_the_daemon_leaves_its_starter_alone(mounted: Mounted) -> None:
     assert os.readlink(f"/proc/{mounted.pid}/cwd") == "/"
     assert os.getsid(mounted.pid) == mounted.pid
     assert os.readlink(f"/proc/{mounted.pid}/fd/0") == "/dev/null"
-    log = mounted.control.parent / "daemon.log"
+    log = mounted.control.parent / "log"
     assert {os.readlink(f"/proc/{mounted.pid}/fd/{number}") for number in (1, 2)} == {str(log)}
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert f"mounted at {mounted.path}" in log.read_text()
@@ -78,10 +79,11 @@ def test_the_daemon_leaves_its_starter_alone(mounted: Mounted) -> None:
 
 
 def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
-    user.cache.mkdir(mode=0o700)
-    (user.cache / "daemon.log").write_bytes(b"x\n" * 600_000)
+    with locked(user.cache):
+        pass
+    (user.store / "log").write_bytes(b"x\n" * 600_000)
     with user.mounted() as mount:
-        assert (user.cache / "daemon.log.1").stat().st_size == 1_200_000
+        assert (user.store / "log.1").stat().st_size == 1_200_000
         assert mount.log().count("x\n") == 0
 
 
@@ -97,7 +99,7 @@ def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number
     assert daemon.returncode == 0
     assert f"{number.name}: unmounting" in err
     assert not fuse_mounts(user.folder)
-    assert not (user.cache / "control").exists()
+    assert not (user.store / "control").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -147,7 +147,7 @@ def test_a_service_without_a_terminal_does_not_end_by_sighup(user: Home, cid: st
 
 def test_the_log_goes_on_in_a_new_file_after_sighup(user: Home, cid: str) -> None:
     with user.mounted() as mount:
-        log = user.cache / "daemon.log"
+        log = user.store / "log"
         log.rename(user.cache / "moved-away")
         os.kill(mount.pid, signal.SIGHUP)
         wait_until(log.exists, "there is a log again")
@@ -168,7 +168,7 @@ def one_more_line(mount: Mounted) -> int:
 
 def test_the_log_and_the_one_before_it_stay_small(user: Home, cid: str) -> None:
     with user.mounted("--budget", "256KiB") as mount:
-        log, older = user.cache / "daemon.log", user.cache / "daemon.log.1"
+        log, older = user.store / "log", user.store / "log.1"
         wait_until(lambda: one_more_line(mount) and older.exists(), "the log was put aside")
         reads(mount, cid)
         for path in (log, older):
@@ -178,7 +178,7 @@ def test_the_log_and_the_one_before_it_stay_small(user: Home, cid: str) -> None:
 
 def test_a_log_whose_folder_is_gone_is_bounded_too(user: Home, cid: str) -> None:
     with user.mounted("--budget", "256KiB") as mount:
-        (user.cache / "daemon.log").unlink()
+        (user.store / "log").unlink()
         user.cache.rename(user.folder / "elsewhere")
         sizes = [one_more_line(mount)]
         wait_until(lambda: sizes.append(one_more_line(mount)) or sizes[-1] < sizes[-2], "the log began again")

@@ -1,16 +1,20 @@
 """What a live mount does, and says, when its disk is full or read-only, or its cache folder is gone."""
 
+import contextlib
 import os
 import random
 import re
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from ipfsfuse.dag import cid as cids
 from tests.cache.test_budget import own_filesystem
-from tests.cache.test_trouble import read_only
+from tests.cache.test_trouble import own_mounts, read_only
 from tests.dagging import Dag
 from tests.faults.gateway import mounted
 from tests.mounting import Home, Mounted, wait_until
@@ -84,10 +88,11 @@ def test_a_disk_that_others_have_filled(home: Home, content: Content) -> None:
 def test_a_disk_that_becomes_read_only_and_writable_again(home: Home, content: Content) -> None:
     with own_filesystem(home.cache, 64 * MIB) as folder:
         folder.chmod(0o700)
-        with mounted(home, content.dag) as (gateway, mount):
+        home.store.mkdir(0o700)
+        with own_mounts(home.store) as mounts, mounted(home, content.dag) as (gateway, mount):
             content.read(mount)
             home.run("evict", "--all")
-            with read_only(home.cache / "files", home.cache / "packs"):
+            with read_only(mounts):
                 content.read(mount)
                 assert "Read-only file system" in trouble(mount)
             said_no_more(lambda: content.read(mount), mount)
@@ -95,6 +100,59 @@ def test_a_disk_that_becomes_read_only_and_writable_again(home: Home, content: C
             asked = sum(gateway.asked.values())
             content.read(mount)
             assert sum(gateway.asked.values()) == asked, "it is staged again"
+
+
+def fill(disk: Path) -> Path:
+    """Takes all the space there is; the file that does."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16) if file.tell() else bytes(4096))
+    return filler
+
+
+@pytest.mark.parametrize("before", ["nothing", "the folder", "a cache that was used"])
+def test_a_start_on_a_full_disk_serves_uncached_and_says_so(home: Home, content: Content, before: str) -> None:
+    with own_filesystem(home.folder / "disk", 4 * MIB) as disk:
+        options = ["--cache-dir", str(disk / "cache"), "--budget", "64MiB"]
+        if before == "the folder":
+            (disk / "cache").mkdir(0o700)
+        if before == "a cache that was used":
+            with mounted(home, content.dag, *options) as (_gateway, mount):
+                (mount.path / content.root / "small1").read_bytes()
+        filler = fill(disk)
+        with mounted(home, content.dag, *options) as (_gateway, mount):
+            content.read(mount)
+            status = home.json("status", "--json", "--cache-dir", disk / "cache")
+            assert re.search("No space left|disk is full", status["cache"]["trouble"]), status["cache"]
+            assert (disk / "cache" / "ipfsfuse-cache" / "control").exists()
+            filler.unlink()
+            read_until_cached(content, mount)
+        with mounted(home, content.dag, *options) as (_gateway, mount):
+            assert (mount.path / content.root / "small1").read_bytes() == content.files["small1"]
+
+
+def test_a_start_on_a_disk_that_takes_not_even_a_folder(home: Home, content: Content) -> None:
+    with own_filesystem(home.folder / "disk", 64 * MIB) as disk:
+        subprocess.run(["mount", "-o", "remount,nr_inodes=4", str(disk)], check=True)
+        fillers = []
+        with contextlib.suppress(OSError):
+            while True:
+                fillers.append(disk / f"filler{len(fillers)}")
+                fillers[-1].touch()
+        with mounted(home, content.dag, "--cache-dir", str(disk / "cache")) as (_gateway, mount):
+            content.read(mount)
+            assert not (disk / "cache").exists()
+            subprocess.run(["mount", "-o", "remount,nr_inodes=1000", str(disk)], check=True)
+            wait_until((disk / "cache" / "ipfsfuse-cache" / "control").exists, "the mount can be asked")
+            assert home.json("status", "--json", "--cache-dir", disk / "cache")["pid"] == mount.pid
+            read_until_cached(content, mount)
+
+
+def read_until_cached(content: Content, mount: Mounted) -> None:
+    """Reads until what was read is kept again."""
+    staging = mount.control.parent / "staging"
+    wait_until(lambda: content.read(mount) or (staging.is_dir() and any(staging.iterdir())), "the cache is written again")
 
 
 def said_no_more(read: Callable[[], None], mount: Mounted) -> None:
@@ -110,9 +168,58 @@ def test_the_cache_folder_is_deleted(home: Home, content: Content) -> None:
         content.read(mount)
         shutil.rmtree(home.cache)
         content.read(mount)
-        wait_until((home.cache / "control").exists, "the mount can be asked again")
+        wait_until((home.store / "control").exists, "the mount can be asked again")
         assert "No such file or directory" in trouble(mount)
         assert os.stat(home.cache).st_mode & 0o077 == 0
+        content.read(mount)
+
+
+@pytest.mark.parametrize("becomes", ["a file", "a link to nothing", "another's folder"])
+def test_the_cache_folder_becomes_something_else(home: Home, content: Content, becomes: str) -> None:
+    """Then no name in it can be looked at any more (ENOTDIR, ELOOP): that ends no mount, and touches nothing
+    there."""
+    with mounted(home, content.dag) as (_gateway, mount):
+        content.read(mount)
+        home.cache.rename(home.folder / "moved")
+        if becomes == "a file":
+            home.cache.write_text("precious")
+        elif becomes == "a link to nothing":
+            home.cache.symlink_to(home.folder / "none")
+        else:
+            home.cache.mkdir(0o700)
+            home.store.mkdir(0o700)
+            (home.store / "format").write_text("ipfsfuse cache 3\n")
+        for _ in range(3):
+            content.read(mount)
+            time.sleep(0.8)
+        if becomes == "another's folder":
+            assert [path.name for path in home.store.iterdir()] == ["format"]
+        os.unlink(home.cache) if becomes != "another's folder" else shutil.rmtree(home.cache)
+        (home.folder / "moved").rename(home.cache)
+        wait_until(lambda: not home.run("status", check=False).returncode, "the mount can be asked again")
+        assert mount.status()["pid"] == mount.pid
+
+
+def test_truncating_any_file_of_the_index_ends_no_mount(home: Home, content: Content) -> None:
+    with mounted(home, content.dag) as (_gateway, mount):
+        content.read(mount)
+        assert {path.name for path in home.store.glob("index.sqlite*")} <= {"index.sqlite", "index.sqlite-wal"}
+        for path in home.store.glob("index.sqlite*"):
+            os.truncate(path, 0)
+        content.read(mount)
+        home.run("evict", "--all")
+        content.read(mount)
+        assert mount.status()["pid"] == mount.pid
+
+
+def test_a_second_mount_is_refused_after_the_lock_was_deleted(home: Home, content: Content) -> None:
+    with mounted(home, content.dag) as (_gateway, mount):
+        (home.store / "lock").unlink()
+        other = home.folder / "other"
+        other.mkdir()
+        done = home.run("mount", other, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert f"process {mount.pid}, mounted at {mount.path}" in done.stderr
         content.read(mount)
 
 

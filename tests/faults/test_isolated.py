@@ -43,4 +43,4 @@ def test_nothing_of_one_guests_reads_is_seen_by_another_not_even_in_timing(home:
         folders = {mount.control.parent for mount in (shared, one, two)}
         assert len(folders) == 3
         assert os.listdir(one.path) == os.listdir(two.path) == [root]
-    assert [folder.exists() for folder in sorted(folders)] == [folder == home.cache for folder in sorted(folders)]
+    assert [folder.exists() for folder in sorted(folders)] == [folder == home.store for folder in sorted(folders)]

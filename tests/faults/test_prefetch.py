@@ -97,7 +97,7 @@ def test_it_goes_on_where_it_was_killed(home: Home, tree: Tree, victim: str) -> 
 
 def staged(home: Home) -> int:
     """Files that have their final name."""
-    return sum(not path.name.endswith(".part") for path in (home.cache / "files").iterdir())
+    return sum(not path.name.endswith(".part") for path in (home.store / "staging").iterdir())
 
 
 def test_ls_tells_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -> None:

@@ -52,7 +52,7 @@ def test_bit_flips_on_disk_never_reach_a_reader(home: Home) -> None:
         read_all()
         assert sum(gateway.asked.values()) == once, "all of it came from staging"
         for _ in range(5):
-            flip(home.cache / "files", 40, rng)
-            flip(home.cache / "packs", 40, rng)
+            flip(home.store / "staging", 40, rng)
+            flip(home.store / "packs", 40, rng)
             read_all()
         assert sum(gateway.asked.values()) > once + 40, "what was wrong was fetched again"

@@ -56,7 +56,7 @@ def test_a_daemon_that_can_start_no_thread_serves_on(home: Home) -> None:
 
                 with ThreadPoolExecutor(4) as readers:
                     assert list(readers.map(read, range(4))) == [b"".join(parts) for parts in contents]
-                wait_until(lambda: len(list((home.cache / "files").glob("b*"))) == 4, "all is staged")
+                wait_until(lambda: len(list((home.store / "staging").glob("b*"))) == 4, "all is staged")
                 assert home.json("fsck", "--json")["wrong"] == 0
                 assert alive(daemon.pid)
                 assert log.read_text().count("no more threads can be started") == 1

@@ -81,11 +81,11 @@ def test_fsck_fails_and_names_what_it_could_not_mend(home: Home) -> None:
         for name in ("small", "file"):
             (mount.path / cids.text(root) / name).read_bytes()
         assert home.json("fsck", "--json")["wrong"] == 0
-        (staged,) = (home.cache / "files").glob("b*")
+        (staged,) = (home.store / "staging").glob("b*")
         with staged.open("r+b") as damaged:
             damaged.seek(MIB + 5)
             damaged.write(b"wrong")
-        pack = next(iter((home.cache / "packs").iterdir()))
+        pack = next(iter((home.store / "packs").iterdir()))
         data = pack.read_bytes()
         at = data.index(dag.blocks[cids.multihash(small)])
         with pack.open("r+b") as damaged:

@@ -74,5 +74,5 @@ def test_mount_and_doctor_say_what_the_kernel_was_set_to(tmp_path: Path) -> None
         in doctor.stdout
     )
     assert mount.stderr == f"ipfsfuse: {line}\n"
-    assert line in (home.cache / "daemon.log").read_text()
+    assert line in (home.store / "log").read_text()
     home.run("unmount", home.mountpoint)

@@ -119,7 +119,7 @@ class Kills:
         return count
 
     def staged(self) -> list[str]:
-        folder = self.home.cache / "files"
+        folder = self.home.store / "staging"
         return sorted(os.listdir(folder)) if folder.exists() else []
 
     def no_orphans(self) -> None:
@@ -130,7 +130,7 @@ class Kills:
 
     def on_disk(self) -> int:
         """What the cache takes of the disk (the log and the lock aside)."""
-        counted = [self.home.cache / "files", self.home.cache / "packs", *self.home.cache.glob("index.sqlite*")]
+        counted = [self.home.store / "staging", self.home.store / "packs", *self.home.store.glob("index.sqlite*")]
         return sum(path.lstat().st_blocks * 512 for top in counted for path in (top, *top.rglob("*")) if path.exists())
 
 

@@ -25,14 +25,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.fileio.whole import read_file
 
 log = logging.getLogger(__name__)
 
-MOUNT_ID_FILE = "mount-id"
-MOUNT_ID = re.compile(r"[A-Za-z0-9.-]{1,64}-[0-9a-f]{16}")
-"""<host>-<16 hexadecimal digits>. Nothing else ever becomes part of a path at a node."""
 BOOT = "/proc/sys/kernel/random/boot_id"
 RENEW = 3600.0
 """Seconds after which a living mount renews its lease."""
@@ -57,7 +54,7 @@ class MountId:
         A folder of an earlier version had a name for each node, in `pins/<hash of the node>/mount`: the first
         of them is taken over. What the others name at their nodes is released as that of any cache folder
         which is gone."""
-        path = folder / MOUNT_ID_FILE
+        path = folder / cache_folder.MOUNT_ID
         name = _read_name(path)
         if name is None:
             if os.path.lexists(path):
@@ -76,7 +73,7 @@ class MountId:
         with self._changing:
             if self.name == old:
                 self.name = _new_name()
-                _write_name(self.folder / MOUNT_ID_FILE, self.name)
+                _write_name(self.folder / cache_folder.MOUNT_ID, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +184,18 @@ def _new_name() -> str:
     return f"{host_name()}-{secrets.token_hex(8)}"
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether no living process uses the cache folder `folder`: ours in a `--cache-dir`, or one of an older layout."""
+    return cache_folder.is_free(folder.parent if folder.name == cache_folder.NAME else folder)
+
+
 def _has_name(folder: Path, name: str) -> bool:
     """Whether a cache folder goes by `name`; True where we may not look, and where a living mount has lost
     its name."""
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
-        return name in (_read_name(folder / MOUNT_ID_FILE), *_old_names(folder).values()) or not hold.is_free(
-            folder
-        )
+        return name in (_read_name(folder / cache_folder.MOUNT_ID), *_old_names(folder).values()) or not _is_free(folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
@@ -205,7 +205,7 @@ def _has_name(folder: Path, name: str) -> bool:
 def _read_name(path: Path) -> str | None:
     """What a file of a name holds; None for anything else. Links are not followed."""
     text = (read_file(str(path), 100) or b"").decode("ascii", "replace").removesuffix("\n")
-    return text if MOUNT_ID.fullmatch(text) else None
+    return text if cache_folder.is_mount_id(text) else None
 
 
 def _write_name(path: Path, name: str) -> None:

@@ -17,8 +17,9 @@ import trio
 
 from ipfsfuse.cache.pins import batches
 from ipfsfuse.cache.pins.batches import Batch, Batches, Round
-from ipfsfuse.cache.pins.lease import MOUNT_ID, Lease, MountId, host_name
+from ipfsfuse.cache.pins.lease import Lease, MountId, host_name
 from ipfsfuse.cache.pins.mfs import Mfs
+from ipfsfuse.cache.store.folder import is_mount_id
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
@@ -157,7 +158,7 @@ async def release_stale_pins(mfs: Mfs, lease: Lease, ours: str) -> None:
     except SourceFailed as exc:
         log.info("pins of mounts that are gone are not looked for: %s", exc)
         return
-    here = [name for name in names if MOUNT_ID.fullmatch(name) and name.rpartition("-")[0] == host_name()]
+    here = [name for name in names if is_mount_id(name) and name.rpartition("-")[0] == host_name()]
     for name in [name for name in here if name != ours][:MAX_FOLDERS]:
         path = f"{ROOT}/{name}"
         try:

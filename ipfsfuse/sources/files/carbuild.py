@@ -6,6 +6,9 @@ the sections' heads are read where blocks are large, and memory is bounded (`car
 
 import errno
 import os
+import re
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,7 +80,7 @@ def ensure_index(file: CarFile, folder: Path, progress: IndexProgress | None) ->
         if not path.exists():
             _build(file, path, progress)
             _sweep(folder, path, file.identity)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     head = read_disk(fd, 0, len(_DAMAGED))
     whole = head.startswith(_WHOLE)
     try:
@@ -89,9 +92,10 @@ def ensure_index(file: CarFile, folder: Path, progress: IndexProgress | None) ->
 
 
 def _build(file: CarFile, path: Path, progress: IndexProgress | None) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with open(temporary, "wb") as out, RecordSorter(path.parent) as sorter:
+        with open(fd, "wb") as out, RecordSorter(path.parent) as sorter:
             whole = _collect(file, sorter, progress)
             out.write(_WHOLE if whole else _DAMAGED)
             sorter.write(out)
@@ -129,6 +133,7 @@ def _add(sorter: RecordSorter, found: Section, base: int) -> None:
 
 def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
     """Removes the indexes of what the same file was before."""
-    for old in folder.glob("{:x}-{:x}-*.index".format(*identity)):
-        if old != keep:
+    name = re.compile("{:x}-{:x}-[0-9]+-[0-9]+\\.index".format(*identity))
+    for old in folder.iterdir():
+        if old != keep and name.fullmatch(old.name) and stat.S_ISREG(old.lstat().st_mode):
             old.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""fsck: everything that is staged is hashed again; what is wrong is set aside and, where the sources can, fetched again.
+"""fsck: everything that is staged is hashed again; what is wrong is set aside and, where the sources can,
+fetched again.
 
 Concurrency: one task, beside all others: each leaf or block is checked as a read of it would.
 """
@@ -10,11 +11,10 @@ from itertools import takewhile
 from typing import TypeVar
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.folder import mending
-from ipfsfuse.cache.folder.blocks import Place
-from ipfsfuse.cache.folder.entry import Entry
-from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.store.packs import Place, head_before, rewrite_head
+from ipfsfuse.cache.store.staging import Entry
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
@@ -53,8 +53,8 @@ class FsckReport:
     found: int = 0
     """Right blocks that the index had lost."""
     unproved: int = 0
-    """Files whose leaves could not be listed, because a block above them is neither staged nor to be had: each of their
-    leaves is proved whenever it is read."""
+    """Files whose leaves could not be listed, because a block above them is neither staged nor to be had:
+    each of their leaves is proved whenever it is read."""
 
 
 async def fsck(store: Store, reading: Reading, told: Told | None = None) -> FsckReport:
@@ -81,7 +81,8 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
 
 
 async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckReport) -> None:
-    """Blocks that can be found by the heads before them; then those that the index alone knows; then those that it does not."""
+    """Blocks that can be found by the heads before them; then those that the index alone knows; then those
+    that it does not."""
     size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
     for cid, place in await threads.run_sync(list, store.packs.sections(pack)):
         end = place.at + place.size
@@ -109,16 +110,15 @@ async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, r
 
 async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[Place], report: FsckReport) -> None:
     """What no intact head leads to. `named` grows by it."""
-    path = store.packs.path(pack)
-    for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unsaid_in(pack)]):
+    for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unindexed_in(pack)]):
         place = store.place(cids.make(cids.RAW, key))
         if place is None or place.pack != pack or place in named:
             continue
         named.add(place)
         with contextlib.suppress(OSError):  # evicted meanwhile; or the disk does not give it, and a read fetches it again
-            cid, intact = await threads.run_sync(mending.head_before, path, key, place)
+            cid, intact = await threads.run_sync(head_before, store.packs, key, place)
             if await _check_block(store, reading, cid, place, report) and not intact and pack in store.packs.sizes:
-                await threads.run_sync(mending.rewrite_head, path, cid, place)
+                await threads.run_sync(rewrite_head, store.packs, cid, place)
                 report.heads += 1
 
 

@@ -1,8 +1,10 @@
-"""The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for leaves.
+"""The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for
+leaves.
 
 What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given
 was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker
-threads. """
+threads.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -10,9 +12,8 @@ from typing import TypeVar
 
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Content, FileRef
-from ipfsfuse.cache.folder.blockstore import BlockStore
-from ipfsfuse.cache.folder.entry import Entry, Removed
-from ipfsfuse.cache.folder.extents import Extents
+from ipfsfuse.cache.store.blockstore import BlockStore
+from ipfsfuse.cache.store.staging import Entry, Extents, Removed
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -36,7 +37,8 @@ class Store(BlockStore):
         return entry is not None and entry.extents is not None and entry.extents.covers(leaf.offset, leaf.offset + leaf.size)
 
     async def leaf(self, file: FileRef, leaf: Leaf) -> bytes | None:
-        """The leaf's content, hashed after it was read; None where it is not there or not right (then it is given up)."""
+        """The leaf's content, hashed after it was read; None where it is not there or not right (then it is
+        given up)."""
         if not await self.has_leaf(file, leaf):
             return None
         entry = self.staging.entries.get(file.cid)
@@ -102,7 +104,7 @@ class Store(BlockStore):
     async def _lost(self, entry: Entry, error: OSError) -> None:
         """A staging file that can't be read: it is there no more."""
         if not entry.dead:
-            self.backoff.failed(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
             await self.budget.evict(entry.cid)
 
     async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
@@ -138,7 +140,7 @@ class Store(BlockStore):
     def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
         """What a write came to."""
         if error is not None:
-            self.backoff.failed(str(self.staging.folder / cids.text(entry.cid)), error)
+            self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
             self.budget.look_soon()
             return False
         self.backoff.succeeded()

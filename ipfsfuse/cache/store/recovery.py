@@ -1,11 +1,13 @@
-"""The store's life: what an earlier run left is taken up at the start, and the index is written behind the reads.
+"""The store's life: what an earlier run left is found at the start, and the index is written behind the
+reads.
 
-Concurrency: `take_up` blocks and runs before anything else; `write_behind` is one task.
+Concurrency: `recover` blocks and runs before anything else; `write_behind` is one task.
 """
 
 import contextlib
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,11 +17,11 @@ import trio
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.budget import Key
-from ipfsfuse.cache.folder.blocks import Place
-from ipfsfuse.cache.folder.disk import ROWS
-from ipfsfuse.cache.folder.hold import as_store_failed
-from ipfsfuse.cache.folder.index import Damaged, Statements
-from ipfsfuse.cache.folder.store import Store
+from ipfsfuse.cache.store.disk import ROWS
+from ipfsfuse.cache.store.folder import as_store_failed, tag
+from ipfsfuse.cache.store.index import Damaged, Statements
+from ipfsfuse.cache.store.packs import Place
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
@@ -49,7 +51,8 @@ async def open_store(
     def make() -> Store:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins, reserve)
-            take_up(store)
+            recover(store)
+            tag(folder)
             return store
 
     store = await threads.run_sync(make)
@@ -62,8 +65,9 @@ async def open_store(
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """What is made meanwhile lives as long as the cache: looking through it for garbage, again and again while there is
-    more and more of it, takes a sixth of a start, and later stops every read for a tenth of a second (of 160,000 files)."""
+    """What is made meanwhile lives as long as the cache: looking through it for garbage, again and again
+    while there is more and more of it, takes a sixth of a start, and later stops every read for a tenth of a
+    second (of 160,000 files)."""
     gc.disable()
     try:
         yield
@@ -72,8 +76,9 @@ def _no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def take_up(store: Store) -> None:
-    """Takes up what lies in the folder, last used last, so that what ARC gives back first is what it would have."""
+def recover(store: Store) -> None:
+    """Finds what lies in the folder, last used last, so that what ARC gives back first is what it would
+    have."""
     recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
     in_order = recency.pop(IN_ORDER, None) is not None
 
@@ -106,16 +111,23 @@ def take_up(store: Store) -> None:
         store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
         store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
     store.write_later("DELETE FROM uses WHERE key = ?", (IN_ORDER,))  # from now on the files' times say more
-    _rows(store, "SELECT cid FROM pins", cids.decode)  # only whether they can be read: then all or none are kept
-    for _pin, kept in _rows(store, "SELECT pin, key FROM pinned", pinned_row):
-        store.budget.keep(kept)
+    if store.index.in_memory:  # the one on the disk may know any lower number
+        store.packs.last = max(store.packs.last, int(time.time()))
+    _keep_pinned(store)
     if not store.index.anew:
         _read_tails(store, indexed)
+        store.packs_indexed.set()
 
 
-def pinned_row(pin: bytes, name: str) -> tuple[Cid, Key]:
-    """(the pin, something that it keeps) of a row. Raises NotACid, ValueError or TypeError for what is neither."""
-    return cids.decode(pin), int(name) if name.isdecimal() else cids.parse(name)
+def _keep_pinned(store: Store) -> None:
+    """Nothing that is pinned may be evicted. Where it is not known what belongs to a pin, nothing at all may
+    be, until `PinnedDags.recover` has found out."""
+    store.pinned = store.pin_records.load()
+    for record in store.pinned.values():
+        for key in list(store.budget.arc) if record.keys is None else record.keys:
+            store.budget.keep(key)
+            if isinstance(key, int):  # the number of a pack that is lost is not given to another
+                store.packs.last = max(store.packs.last, key)
 
 
 def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
@@ -127,7 +139,8 @@ def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
 
 
 def _read_tails(store: Store, indexed: Mapping[int, int]) -> None:
-    """Rows that a crash kept from being written are read from the packs, behind the bytes that are `indexed`."""
+    """Rows that a crash kept from being written are read from the packs, behind the bytes that are
+    `indexed`."""
     for pack, size in store.packs.sizes.items():
         if indexed.get(pack, 0) < size:
             _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
@@ -206,14 +219,21 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 
 async def _read_packs(store: Store) -> None:
-    for pack in sorted(store.packs.sizes):
-        _take(store, await threads.run_sync(list, store.packs.sections(pack)))
+    """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts:
+    it stays."""
+    for pack in sorted(store.packs.sizes, key=lambda pack: (store.budget.kept(pack), pack)):
+        sections = await threads.run_sync(list, store.packs.sections(pack))
+        if store.budget.kept(pack):
+            store.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
+        else:
+            _take(store, sections)
         if len(store.packs.pending) >= ROWS:
             batch, statements = store.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):
                 await threads.run_sync(store.index.write, statements)
                 store.packs.written(batch)
     store.index.anew = False
+    store.packs_indexed.set()
 
 
 def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
@@ -244,3 +264,9 @@ async def close(store: Store) -> None:
         log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
     store.packs.close()
     store.index.close()
+
+
+def close_folders(store: Store) -> None:
+    """After the last task of the store: a descriptor that is closed too early may be another file's by then."""
+    for each in (store.packs, store.staging, store.pin_records):
+        each.folder.close()

@@ -2,7 +2,8 @@
 much of it.
 
 Nothing here raises for what is wrong with the disk: `backoff` says it. Concurrency: the event loop's; disk
-work over some KiB runs in worker threads. """
+work over some KiB runs in worker threads.
+"""
 
 import logging
 import os
@@ -15,11 +16,12 @@ import trio
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Kept, NoPins, Pins, SmallBlocks
 from ipfsfuse.cache.budget import Budget, Key
-from ipfsfuse.cache.folder.blocks import Packs, Place, Series
-from ipfsfuse.cache.folder.entry import Entry
-from ipfsfuse.cache.folder.index import Damaged, Index
-from ipfsfuse.cache.folder.space import FreeSpace, disk_usage
-from ipfsfuse.cache.folder.staging import Staging
+from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
+from ipfsfuse.cache.store.index import Damaged, Index
+from ipfsfuse.cache.store.packs import Packs, PackSet, Place
+from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
+from ipfsfuse.cache.store.space import FreeSpace, disk_usage
+from ipfsfuse.cache.store.staging import Entry, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, UsageError
@@ -78,16 +80,21 @@ class Disk:
         self.space = FreeSpace(folder, reserve)
         self.small_budget = min(budget, self.space.total or budget)
         """What the sizes of packs, of the index's write-ahead log and of its margin are derived from."""
-        self.staging = Staging(folder / "files")
-        self.index = Index(folder / "index.sqlite", self.small_budget)
-        self.packs = Packs(folder / "packs", self.index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+        self.staging = Staging(folder / STAGING)
+        self.pin_records = PinRecords(folder / PINNED)
+        self.index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
+        self.packs = Packs(folder / PACKS, self.index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.budget = Budget(budget, self._evict, self.space.spare)
         self.backoff = WriteBackoff()
         self._full = False
         self.when_blocks_leave: list[Callable[[], None]] = []
         self.pins: Pins = pins or NoPins()
         self.nursery = nursery
-        self._series: dict[Caller, Series] = {}
+        self.pinned: dict[Cid, PinRecord] = {}
+        """What was pinned when the store was opened."""
+        self.packs_indexed = trio.Event()
+        """Set when the index says of every block in the packs where it lies."""
+        self._pack_sets: dict[Caller, PackSet] = {}
         self.set_aside: dict[bytes, Place] = {}
         """Where wrong blocks lay, by multihash, until they are fetched again."""
         self.appending = trio.Lock()
@@ -102,12 +109,12 @@ class Disk:
         """Set when the index has something to be told; when it should not wait."""
 
     @property
-    def series(self) -> Series:
+    def pack_set(self) -> PackSet:
         """Where blocks go that nobody asked to keep: packs of each caller's own, which leave on its account
         alone."""
-        return self._series.setdefault(current_request().caller, Series())
+        return self._pack_sets.setdefault(current_request().caller, PackSet())
 
-    # -- what is there ---------------------------------------------------------------------------------------------
+    # -- what is there ---------------------------------------------------------------------------------------
 
     def place(self, cid: Cid) -> Place | None:
         try:
@@ -160,7 +167,7 @@ class Disk:
             return "user"
         return "cache" if self.pins.state(cid) == "cache" else ""
 
-    # -- eviction and the index --------------------------------------------------------------------------------------
+    # -- eviction and the index ------------------------------------------------------------------------------
 
     async def _evict(self, key: Key) -> None:
         """Off the disk; then the node may let go of it."""
@@ -184,11 +191,11 @@ class Disk:
         for call in self.when_blocks_leave:
             call()
         size = self.packs.sizes.get(pack, 0)
-        unsaid = self.packs.unsaid_in(pack)
+        unindexed = self.packs.unindexed_in(pack)
         self.packs.close_pack(pack)
         held, end = await threads.run_sync(self.packs.remove, pack, limiter=self.upkeep)
         if end < size:  # a damaged head hides what lies behind it: the index knows that, if not by which codec
-            keys = [*unsaid, *await self.keys_in(pack)]
+            keys = [*unindexed, *await self.keys_in(pack)]
             held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
         self.packs.forget_all(pack, held)
         self.tell_index()
@@ -225,7 +232,7 @@ class Disk:
     def rest_on_disk(self) -> int:
         """Bytes on disk of all that lies in the folder besides staging files and packs, the folders
         themselves included. In any thread."""
-        return disk_usage(self.folder, but_in=(self.staging.folder, self.packs.folder))
+        return disk_usage(self.folder, but_in=(self.staging.path, self.packs.folder.path))
 
     def no_room(self) -> str:
         """Why nothing new can be kept, "" where that is not so."""

@@ -17,13 +17,14 @@ class FreeSpace:
     else."""
 
     def __init__(self, folder: Path, reserve: int | None) -> None:
-        """`reserve` in bytes; None for the default. Raises OSError where the file system can't be asked."""
+        """`reserve` in bytes; None for the default."""
         self._folder = folder
         self._wanted = reserve
         self.total = self.free = self.reserve = 0
         """Bytes, as of the last look. `free` is what an ordinary user may take. All are 0 where the file
         system, as some on the network, does not tell its size."""
-        self._look()
+        with contextlib.suppress(OSError):  # the folder can't be made yet: it is looked at again later
+            self._look()
 
     def _look(self) -> None:
         info = os.statvfs(self._folder)

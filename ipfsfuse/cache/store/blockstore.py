@@ -7,9 +7,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-from ipfsfuse.cache.folder import mending
-from ipfsfuse.cache.folder.blocks import Place, Section, Series, section
-from ipfsfuse.cache.folder.disk import Disk
+from ipfsfuse.cache.store.disk import Disk
+from ipfsfuse.cache.store.packs import PackSet, Place, Section, rewrite_block, section
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
@@ -20,7 +19,8 @@ from ipfsfuse.sources.base import current_request
 log = logging.getLogger(__name__)
 
 ON_LOOP = 32 << 10
-"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread costs."""
+"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread
+costs."""
 WRITE_ON_LOOP = 64 << 10
 """Bytes of sections that are written on the event loop too: 30 us."""
 RECENT_PACKS = 2
@@ -31,7 +31,8 @@ class BlockStore(Disk):
     """Blocks by their multihash."""
 
     async def block(self, cid: Cid) -> bytes | None:
-        """The block, hashed after it was read; None where it is not kept, or not right (then it is forgotten)."""
+        """The block, hashed after it was read; None where it is not kept, or not right (then it is
+        forgotten)."""
         place = self.place(cid)
         if place is None:
             return None
@@ -69,36 +70,37 @@ class BlockStore(Disk):
         else:
             self.budget.arc.refresh(pack)
 
-    async def keep_block(self, cid: Cid, block: bytes, series: Series | None = None) -> bool:
-        """Whether it is kept now, in a pack of `series` (by default anywhere, else one of those that are never evicted)."""
+    async def keep_block(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
+        """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are
+        never evicted)."""
         if self.backoff.waiting:
             return False
         made = section(cids.canonical(cid), block)
         async with self._my_turn():
             place = self.place(cid)
-            if place is not None and (series is None or place.pack in series.packs):
+            if place is not None and (pack_set is None or place.pack in pack_set.packs):
                 return True
-            return await self._mended(made, series) or await self._append(series or self.series, [made])
+            return await self._repaired(made, pack_set) or await self._append(pack_set or self.pack_set, [made])
 
     async def keep_blocks(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
-        """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a pack costs as
-        much as writing a small block to it."""
+        """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a
+        pack costs as much as writing a small block to it."""
         if self.backoff.waiting:
             return
         async with self._my_turn():
             together: list[Section] = []
-            room = self.packs.limit - self.packs.sizes.get(self.series.pack, 0)
+            room = self.packs.limit - self.packs.sizes.get(self.pack_set.pack, 0)
             for made in (section(cids.canonical(cid), block) for cid, block in blocks):
-                if self.set_aside and await self._mended(made, None):
+                if self.set_aside and await self._repaired(made, None):
                     continue
                 if len(made.data) > room:
                     if together:
-                        await self._append(self.series, together)
+                        await self._append(self.pack_set, together)
                     together, room = [], self.packs.limit  # a new pack is begun
                 together.append(made)
                 room -= len(made.data)
             if together:
-                await self._append(self.series, together)
+                await self._append(self.pack_set, together)
 
     @asynccontextmanager
     async def _my_turn(self) -> AsyncIterator[None]:
@@ -111,14 +113,15 @@ class BlockStore(Disk):
         finally:
             self.appending.release()
 
-    async def _mended(self, made: Section, series: Series | None) -> bool:
-        """Whether the block is right again where a wrong one was set aside: what is kept for good stays so."""
+    async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
+        """Whether the block is right again where a wrong one was set aside: what is kept for good stays
+        so."""
         cid, data, head = made
         place = self.set_aside.pop(cids.multihash(cid), None)
-        if place is None or place.pack not in (self.packs.sizes if series is None else series.packs):
+        if place is None or place.pack not in (self.packs.sizes if pack_set is None else pack_set.packs):
             return False
         try:
-            done = await threads.run_sync(mending.rewrite_block, self.packs.path(place.pack), place, data, head, limiter=self.writing)
+            done = await threads.run_sync(rewrite_block, self.packs, place, data, head, limiter=self.writing)
         except OSError as exc:
             self.backoff.failed(str(self.packs.path(place.pack)), exc)
             return False
@@ -128,12 +131,12 @@ class BlockStore(Disk):
         self.tell_index()
         return True
 
-    async def _room_in(self, series: Series, size: int) -> tuple[int, int] | None:
-        """The pack of `series` that has room for `size` more bytes, and the bytes reserved for them, which
+    async def _room_in(self, pack_set: PackSet, size: int) -> tuple[int, int] | None:
+        """The pack of `pack_set` that has room for `size` more bytes, and the bytes reserved for them, which
         the caller settles; None where there is no room."""
         while True:
-            pack = self.packs.choose(series, size)
-            if series is not self.series:
+            pack = self.packs.choose(pack_set, size)
+            if pack_set is not self.pack_set:
                 self.budget.keep(pack)
             held = self.packs.sizes.get(pack, 0)
             cost = self.staging.cost(held, held + size)
@@ -144,10 +147,11 @@ class BlockStore(Disk):
             self.budget.settle(cost)
             self.budget.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
 
-    async def _append(self, series: Series, sections: Sequence[Section]) -> bool:
-        """Writes `sections` behind what the last pack of `series` holds, in one piece; False where there is no room."""
+    async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
+        """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is
+        no room."""
         data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
-        found = await self._room_in(series, len(data))
+        found = await self._room_in(pack_set, len(data))
         if found is None:
             return False
         pack, cost = found

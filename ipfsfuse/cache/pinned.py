@@ -1,0 +1,280 @@
+"""What is kept for good: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
+unpinned.
+
+Each pin has packs of its own, so that what one lets go of no other loses. Concurrency: the event loop's; pins
+and unpins of one CID exclude each other.
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.budget import Key
+from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.store.disk import SMALL
+from ipfsfuse.cache.store.packs import PackSet
+from ipfsfuse.cache.store.store import Store
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File, Node
+from ipfsfuse.errors import Malformed, StoreFailed, Unsupported, UsageError
+from ipfsfuse.fileio import threads
+
+log = logging.getLogger(__name__)
+
+
+class Pinning:
+    """One DAG on its way to be kept. `file` is awaited for each of its files before their leaves are read."""
+
+    def __init__(self, store: Store, root: Cid) -> None:
+        self._store = store
+        self._root = root
+        self._pack_set = PackSet()
+        self._files: dict[Cid, int] = {}
+
+    @property
+    def keys(self) -> list[Key]:
+        """What it keeps."""
+        return [*self._files, *self._pack_set.packs]
+
+    async def file(self, file: FileRef) -> None:
+        """Raises StoreFailed where what was kept so far did not find room."""
+        if file.size > SMALL:
+            self._files[file.cid] = file.size
+            self._store.budget.keep(file.cid)
+        self.check()
+
+    def check(self) -> None:
+        budget = self._store.budget
+        if not budget.refused.isdisjoint(self.keys):
+            size = sum(self._files.values())
+            kept = budget.kept_bytes
+            cure = "raise --budget" if budget.limit == budget.configured else "make room on the disk"
+            raise StoreFailed(
+                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes {kept} are kept "
+                f"for good, its files alone are {size} so far: {cure}, or unpin something"
+            )
+        if self._store.backoff.reason:
+            raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
+
+    async def keep_structure(self, reading: Reading) -> None:
+        """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small
+        files."""
+        seen: set[Cid] = set()
+        stack: list[tuple[Cid, bool]] = [(self._root, False)]
+        while stack:
+            cid, in_file = stack.pop()
+            if cid not in seen and cids.inline(cid) is None:
+                seen.add(cid)
+                block = await reading.block(cid)
+                if self._store.place(cid) is not None:  # else it is staged as a file, or read in place
+                    await self._store.keep_block(cid, block, self._pack_set)
+                stack += _below(self._store, nodes.parse(cid, block), in_file)
+                self.check()
+
+
+def _below(store: Store, node: Node, in_file: bool) -> list[tuple[Cid, bool]]:
+    """What is linked by a node and may lie in packs, each with whether it belongs to a file of over 64
+    KiB."""
+
+    def is_structure(child: Cid) -> bool:
+        """Whether a part of a large file is a block in a pack: an interior node, or a leaf that content can't
+        prove."""
+        return cids.codec(child) != cids.RAW and store.place(child) is not None
+
+    large = isinstance(node, File) and (in_file or node.size > SMALL)
+    return [(child, large) for child in nodes.children(node) if not large or is_structure(child)]
+
+
+class PinnedDags:
+    """All that is kept for good."""
+
+    def __init__(self, store: Store, reading: Reading) -> None:
+        self._store = store
+        self._reading = reading
+        self._pins: dict[Cid, int] = {pin: record.size for pin, record in store.pinned.items()}
+        self._keys: dict[Cid, set[Key]] = {
+            pin: set(record.keys or ()) for pin, record in store.pinned.items()
+        }
+        self._unknown = {pin for pin, record in store.pinned.items() if record.keys is None}
+        self._busy: set[Cid] = set()
+        self._writing = trio.Lock()
+        self._jobs: dict[Cid, Pinning] = {}
+        self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
+        if self._lost:
+            _report_lost(self._lost)
+
+    @property
+    def pins(self) -> Sequence[Cid]:
+        return list(self._pins)
+
+    @property
+    def lost(self) -> int:
+        """How many staging files and packs of pinned DAGs are not there any more, as far as that is known."""
+        return sum(self._lost.values())
+
+    def _count_lost(self, pin: Cid) -> int:
+        store = self._store
+        return sum(
+            key not in store.packs.sizes if isinstance(key, int) else key not in store.staging.entries
+            for key in self._keys[pin]
+        )
+
+    async def recover(self) -> None:
+        """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
+
+        Until then everything that was found at the start is kept (`recovery.recover`). What is not here is
+        not fetched: that is done when it is used."""
+        if not self._unknown:
+            return
+        await self._store.packs_indexed.wait()
+        while self._unknown:
+            pin = next(iter(self._unknown))
+            found, missing = await self._walk(pin)
+            if pin not in self._unknown:
+                continue  # it was unpinned, or pinned anew, meanwhile
+            self._unknown.discard(pin)
+            self._keys[pin], self._pins[pin] = found, sum(map(self._store.budget.size, found))
+            if missing:
+                self._lost[pin] = missing
+                _report_lost({pin: missing})
+            try:
+                await self._write(pin)
+            except StoreFailed as exc:
+                log.warning("%s", exc)
+        self._release([*self._store.packs.sizes, *self._store.staging.entries])
+
+    async def _walk(self, root: Cid) -> tuple[set[Key], int]:
+        """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
+        not here)."""
+        store, found, missing = self._store, set[Key](), 0
+        seen: set[Cid] = set()
+        stack: list[tuple[Cid, bool]] = [(root, False)]
+        while stack:
+            cid, in_file = stack.pop()
+            if cid in seen or cids.inline(cid) is not None:
+                continue
+            seen.add(cid)
+            await trio.lowlevel.checkpoint()  # reading a small block is none
+            place, file = store.place(cid), cids.canonical(cid)
+            if cids.codec(cid) == cids.RAW and file in store.staging.entries:
+                found.add(file)
+                continue
+            block = await store.block(cid)
+            if block is None or place is None:
+                missing += 1
+                continue
+            found.add(place.pack)
+            try:
+                if len(block) <= SMALL:
+                    node = nodes.parse(cid, block)
+                else:
+                    node = await threads.run_sync(nodes.parse, cid, block)
+            except (Malformed, Unsupported):
+                continue
+            if isinstance(node, File) and node.size > SMALL and not in_file:
+                found.add(file)
+                missing += file not in store.staging.entries
+            stack += _below(store, node, in_file)
+        return found, missing
+
+    @contextlib.asynccontextmanager
+    async def pinning(self, cid: Cid) -> AsyncIterator[Pinning]:
+        """Within it the DAG is fetched; at its end what was fetched is kept, and after an error nothing."""
+        root = cids.canonical(cid)
+        with self._alone(root):
+            job = self._jobs[root] = Pinning(self._store, root)
+            try:
+                yield job
+                await job.keep_structure(self._reading)
+            except BaseException:
+                del self._jobs[root]
+                self._release(job.keys)
+                raise
+            await self._complete(root, job)
+
+    async def _complete(self, root: Cid, job: Pinning) -> None:
+        """The pin counts once it is written."""
+        before = self._pins.get(root), self._keys.get(root)
+        self._keys[root], self._pins[root] = (
+            set(job.keys),
+            sum(self._store.budget.size(key) for key in job.keys),
+        )
+        try:
+            await self._write(root)
+        except StoreFailed:
+            self._pins.pop(root), self._keys.pop(root)
+            if before[0] is not None and before[1] is not None:
+                self._pins[root], self._keys[root] = before[0], before[1]
+            del self._jobs[root]
+            self._release(job.keys)
+            raise
+        del self._jobs[root]
+        self._lost.pop(root, None)
+        self._unknown.discard(root)
+        self._release(before[1] or ())
+
+    async def unpin(self, cid: Cid) -> None:
+        """Raises UsageError for what is not pinned."""
+        root = cids.canonical(cid)
+        if root not in self._pins:
+            raise UsageError(f"{cids.text(cid)} is not pinned")
+        with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
+            async with self._writing:
+                await threads.run_sync(self._store.pin_records.remove, root)
+                keys = self._keys.pop(root, set())
+                del self._pins[root]
+            self._lost.pop(root, None)
+            self._unknown.discard(root)
+            for other in list(self._keys.values()):
+                await self._point_to(other, keys)
+            self._release(keys)
+
+    @contextlib.contextmanager
+    def _alone(self, root: Cid) -> Iterator[None]:
+        if root in self._busy:
+            raise UsageError(
+                f"{cids.text(root)} is being pinned or unpinned already: wait until that has ended"
+            )
+        self._busy.add(root)
+        try:
+            yield
+        finally:
+            self._busy.discard(root)
+
+    async def _point_to(self, other: set[Key], leaving: set[Key]) -> None:
+        """What `other` holds too is found in its own packs from now on."""
+        packs = self._store.packs
+        for pack in [key for key in other if isinstance(key, int)]:
+            for cid, place in await threads.run_sync(list, packs.sections(pack)):
+                found = self._store.place(cid)
+                if found is None or found.pack in leaving:
+                    packs.pending[cids.multihash(cid)] = place
+
+    def _release(self, keys: Iterable[Key]) -> None:
+        """Lets go of what no other pin holds, finished or under way. While it is not known what one of them holds,
+        `recover` will do it."""
+        held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
+        for key in keys:
+            self._store.budget.refused.discard(key)
+            if key not in held and not self._unknown:
+                self._store.budget.release(key)
+
+    async def _write(self, root: Cid) -> None:
+        """The state of one pin, on the disk when this returns. Raises StoreFailed."""
+        with trio.CancelScope(shield=True):
+            async with self._writing:
+                if root in self._pins:  # else it was unpinned meanwhile
+                    size, keys = self._pins[root], frozenset(self._keys[root])
+                    await threads.run_sync(self._store.pin_records.write, root, size, keys)
+
+
+def _report_lost(lost: Mapping[Cid, int]) -> None:
+    pin, count = next(iter(lost.items()))
+    more = f" (and of {len(lost) - 1} more pins)" if len(lost) > 1 else ""
+    what = "%d parts of the pin %s%s are not in the cache any more: they are fetched when they are used"
+    log.warning(f"{what}, or now by `ipfsfuse pin`", count, cids.text(pin), more)  # noqa: G004

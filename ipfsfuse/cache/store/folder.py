@@ -1,0 +1,776 @@
+"""The cache folder: its names, its marker, its lock, and how an older layout becomes this one.
+
+`--cache-dir DIR` names a folder that may hold other things. Ours is one marked subfolder in it:
+
+    DIR/ipfsfuse-cache/     0700
+      format                the marker: one line, `ipfsfuse cache 3`
+      CACHEDIR.TAG          the standard tag (bford.info/cachedir), by which backups leave the folder out
+      lock                  locked by the daemon that uses the folder, as the folder itself is
+      daemon.json           which process serves the folder, and where it is mounted
+      control               the control socket
+      inode-key             32 random bytes, the key of the inode numbers
+      mount-id              the name of this cache at Kubo nodes
+      index.sqlite          where blocks lie in packs, what was used when, names in the root
+      pinned/<CID>          what the user pinned, one JSON file each
+      staging/<CID>[.part]  files of more than 64 KiB
+      packs/<number>.pack   small blocks
+      indexes/              indexes of CAR files that bring none
+      log, log.1            the daemon's log
+
+No other module knows these names. Every file is opened through the descriptor of its folder, and links are
+never followed. Only what has one of our names is ever written, replaced or removed. A thing of another name
+is left alone.
+
+Concurrency: calls block for a few system calls; make them at the start, or in a thread.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from ipfsfuse import __version__
+from ipfsfuse.errors import StoreFailed
+from ipfsfuse.fileio.calls import write_all
+
+log = logging.getLogger(__name__)
+
+NAME = "ipfsfuse-cache"
+MIGRATING = ".ipfsfuse-cache.migrating"
+"""The folder's name until everything of an older layout has been moved into it."""
+LAYOUT = 3
+MARKER = "ipfsfuse cache"
+
+FORMAT, TAG, LOCK, DAEMON, CONTROL = "format", "CACHEDIR.TAG", "lock", "daemon.json", "control"
+INODE_KEY, MOUNT_ID, INDEX, LOG, OLD_LOG = "inode-key", "mount-id", "index.sqlite", "log", "log.1"
+DAMAGED_INDEX = "index.malformed"
+PINNED, STAGING, PACKS, INDEXES, NAMES, PINS = "pinned", "staging", "packs", "indexes", "names", "pins"
+
+FILES = frozenset({
+    FORMAT, TAG, LOCK, DAEMON, INODE_KEY, MOUNT_ID, INDEX, f"{INDEX}-wal", f"{INDEX}-shm", f"{INDEX}-journal",
+    DAMAGED_INDEX, LOG, OLD_LOG,
+})  # fmt: skip
+FOLDERS = frozenset({PINNED, STAGING, PACKS, INDEXES, NAMES, PINS})
+WRITTEN_IN_PLACE = frozenset({INDEX, f"{INDEX}-wal", LOG})
+
+TAG_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    f"# This file is a cache directory tag created by ipfsfuse {__version__}.\n"
+    "# For information about cache directory tags see https://bford.info/cachedir/\n"
+)
+_TAGGED_BY = re.compile(r"created by ipfsfuse (\S+)\.$", re.MULTILINE)
+_TEMPORARY = re.compile(r"\.[A-Za-z0-9.-]{1,200}\.[0-9a-f]{16}\.tmp")
+"""What `write_file` calls a file until it is complete."""
+_MOUNT_ID = re.compile(r"[A-Za-z0-9.-]{1,64}-[0-9a-f]{16}")
+KEY_BYTES = 32
+
+LOCK_SECONDS = 0.5
+"""How long a lock may be held by a process that only looks whether it is free."""
+MAX_SMALL = 1 << 16
+"""Bytes of a small file of ours that are read at most."""
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+LATER = NO_SPACE | {errno.ENOENT}
+"""What keeps a subfolder from being made now, but not for good: there is no space for it, or not even for our
+folder."""
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def as_store_failed(doing: str) -> Iterator[None]:
+    """OSError becomes StoreFailed, "`doing`: reason"."""
+    try:
+        yield
+    except OSError as exc:
+        raise StoreFailed(f"{doing}: {exc.strerror or exc}") from exc
+
+
+def inside(cache_dir: Path) -> Path:
+    """Our folder in the folder that `--cache-dir` names."""
+    return cache_dir / NAME
+
+
+def socket_path(cache_dir: Path) -> Path:
+    """The control socket of the mount that uses `cache_dir`."""
+    return inside(cache_dir) / CONTROL
+
+
+# -- files in a folder that is open --------------------------------------------------------------------------
+
+
+def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
+    """The first `most` bytes of a regular file. Raises OSError, also for a link or anything that is not a
+    regular file."""
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        info = os.fstat(file)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.pread(file, min(info.st_size, most), 0)
+    finally:
+        os.close(file)
+
+
+def write_file(folder: int, name: str, data: bytes, lasting: bool = True) -> None:
+    """Makes or replaces a file, whole or not at all. Where it is `lasting`, it is on the disk when this
+    returns.
+
+    Raises OSError, having changed nothing."""
+    temporary = f".{name}.{secrets.token_hex(8)}.tmp"
+    file = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+    )
+    try:
+        try:
+            write_all(file, data, 0)
+            if lasting:
+                os.fsync(file)
+        finally:
+            os.close(file)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    if lasting:
+        os.fsync(folder)
+
+
+def remove_file(folder: int, name: str) -> None:
+    """Removes a file that may be missing, for good."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+        os.fsync(folder)
+
+
+class Subfolder:
+    """One of the folders in ours, made where it is missing: on a full disk as soon as there is room."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises StoreFailed for anything that is not a folder of ours alone, and OSError."""
+        self.path = path
+        self._fd = -1
+        with _full_disk(f"{path} can't be made", LATER):
+            self.fd()
+
+    def fd(self) -> int:
+        """Its descriptor: what was moved away or replaced is not used. Raises OSError, StoreFailed."""
+        if self._fd < 0:
+            self._fd = _open_subfolder(self.path)
+        return self._fd
+
+    def names(self) -> list[str]:
+        """What lies in it; nothing while it can't be made."""
+        return os.listdir(self._fd) if self._fd >= 0 else []
+
+    def stat(self, name: str) -> os.stat_result:
+        """Of `name` itself, where it is a link. Raises OSError."""
+        return os.stat(name, dir_fd=self.fd(), follow_symlinks=False)
+
+    def open(self, name: str, flags: int) -> int:
+        """A descriptor of a file; a link is not followed. Raises OSError."""
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd())
+
+    def unlink(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.fd())
+
+    def disk(self) -> int:
+        """Bytes on disk of the folder itself, 0 where that can't be told."""
+        with contextlib.suppress(OSError):
+            return os.fstat(self._fd).st_blocks * 512
+        return 0
+
+    def report_strays(self, names: Sequence[str]) -> None:
+        report_strays(self.path, names)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_subfolder(path: Path) -> int:
+    parent = os.open(path.parent, _DIRECTORY)
+    try:
+        mark(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path.name, 0o700, dir_fd=parent)
+        _check(parent, path.name, stat.S_IFDIR, path)
+        return os.open(path.name, _DIRECTORY, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def is_our_own(info: os.stat_result) -> bool:
+    """Whether it is a regular file that has no name but the one it was found by: to write it changes nothing
+    elsewhere."""
+    return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.geteuid()
+
+
+def report_strays(path: Path, names: Sequence[str]) -> None:
+    """Says once which things in a folder of ours are not ours."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        log.warning("%s%s: not made by ipfsfuse, left alone", path / min(names), more)
+
+
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFREG: "regular file", stat.S_IFSOCK: "socket"}
+
+
+def _check(folder: int, name: str, kind: int, path: Path) -> None:
+    """Raises StoreFailed unless `name` is of that kind, and ours alone. Raises OSError."""
+    info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISLNK(info.st_mode):
+        raise StoreFailed(f"{path} is a symbolic link: remove it, or give another --cache-dir")
+    if stat.S_IFMT(info.st_mode) != kind:
+        raise StoreFailed(f"{path} is not a {_KINDS[kind]}: move it elsewhere, or give another --cache-dir")
+    _check_private(info, path)
+
+
+def _check_private(info: os.stat_result, path: Path) -> None:
+    if info.st_uid != os.geteuid():
+        raise StoreFailed(
+            f"{path} belongs to another user: remove it, or give --cache-dir a folder of your own"
+        )
+    if info.st_mode & 0o022:
+        to_do = "700" if stat.S_ISDIR(info.st_mode) else "600"
+        raise StoreFailed(f"{path} may be written by others: run chmod {to_do} {path}")
+
+
+# -- who uses it ---------------------------------------------------------------------------------------------
+
+
+class CacheFolder:
+    """Our folder, locked for this process. Made by `locked`."""
+
+    def __init__(self, path: Path, fd: int, lock: int) -> None:
+        self.path = path
+        """DIR/ipfsfuse-cache."""
+        self._fd, self._lock = fd, lock
+        """Descriptors of the folder and of its lock file; -1 where the disk is too full for one."""
+        self._announced: tuple[int, str] | None = None
+
+    @property
+    def control(self) -> Path:
+        return self.path / CONTROL
+
+    @property
+    def indexes(self) -> Path:
+        return self.path / INDEXES
+
+    def announce(self, pid: int, mountpoint: str) -> None:
+        """Says who uses the folder: what a second daemon is refused with. Raises StoreFailed."""
+        self._announced = pid, mountpoint
+        self._write(
+            DAEMON, json.dumps({"pid": pid, "mountpoint": mountpoint}).encode() + b"\n", lasting=False
+        )
+
+    def inode_key(self) -> bytes:
+        """The key of the inode numbers, 32 bytes. One that is missing or damaged is made anew. Raises
+        StoreFailed."""
+        with contextlib.suppress(OSError):
+            key = read_file(self._fd, INODE_KEY)
+            if len(key) == KEY_BYTES:
+                return key
+            log.warning("%s is damaged: inode numbers are new from now on", self.path / INODE_KEY)
+        key = secrets.token_bytes(KEY_BYTES)
+        self._write(INODE_KEY, key)
+        return key
+
+    def remake(self) -> None:
+        """Makes the folder anew where it was deleted, so that the mount can be asked what is wrong. Raises
+        StoreFailed."""
+        if self._fd >= 0 and os.fstat(self._fd).st_nlink:
+            if not self._is_in_place():
+                raise StoreFailed(f"{self.path} was moved away: this mount can't be asked until it is back")
+            return
+        with as_store_failed(f"the cache folder {self.path} can't be made"):
+            fd, lock = _take(self.path.parent)
+        self.release()
+        self._fd, self._lock = fd, lock
+        if self._announced is not None:
+            self.announce(*self._announced)
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self.path))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(DAEMON, dir_fd=self._fd)
+            os.close(self._fd)
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._fd = self._lock = -1
+
+    def _write(self, name: str, data: bytes, lasting: bool = True) -> None:
+        """A full disk is no reason not to mount."""
+        with (
+            as_store_failed(f"{self.path / name} can't be written"),
+            _full_disk(f"{self.path / name} can't be written"),
+        ):
+            if self._fd >= 0:
+                write_file(self._fd, name, data, lasting)
+
+
+def is_mount_id(name: str) -> bool:
+    """Whether `name` is `<host>-<16 hexadecimal digits>`. Nothing else ever becomes part of a path at a node."""
+    return _MOUNT_ID.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def _full_disk(what: str, numbers: Collection[int] = NO_SPACE) -> Iterator[None]:
+    """That there is no space is logged, not raised."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in numbers:
+            raise
+        log.warning("%s: %s", what, exc.strerror)
+
+
+@contextlib.contextmanager
+def locked(cache_dir: Path) -> Iterator[CacheFolder]:
+    """Our folder in `cache_dir`, made where it is missing, an older layout brought up to date.
+
+    Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full
+    disk there may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is
+    room."""
+    held = CacheFolder(inside(cache_dir), -1, -1)
+    with _full_disk(f"the cache folder {held.path} can't be made; reads go on without the cache"):
+        held = CacheFolder(held.path, *_take(cache_dir))
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+def announced(cache_dir: Path) -> tuple[int, str] | None:
+    """(pid, mountpoint) as the folder's daemon announced them, dead or alive; None where none has."""
+    return _announced_in(inside(cache_dir))
+
+
+def _announced_in(folder: Path) -> tuple[int, str] | None:
+    try:
+        fd = os.open(folder, _DIRECTORY)
+        try:
+            said = json.loads(read_file(fd, DAEMON))
+        finally:
+            os.close(fd)
+        return int(said["pid"]), str(said["mountpoint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def is_free(cache_dir: Path) -> bool:
+    """Whether it is certain that no living process uses the folder."""
+    try:
+        fd = os.open(inside(cache_dir), _DIRECTORY)
+    except FileNotFoundError:
+        return True
+    except OSError:  # that we can't look proves nothing
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            finally:
+                os.close(file)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def indexes(cache_dir: Path) -> Path:
+    """The folder for indexes of CAR files, for a command that runs without a mount. Raises StoreFailed."""
+    if not inside(cache_dir).exists():
+        with locked(cache_dir):
+            pass
+    return inside(cache_dir) / INDEXES
+
+
+def examine(cache_dir: Path) -> None:
+    """Raises StoreFailed where `locked` would refuse the folder for what lies there. Changes nothing."""
+    with (
+        as_store_failed(f"the cache folder {cache_dir} can't be used"),
+        contextlib.suppress(FileNotFoundError),
+    ):
+        parent = _open_parent(cache_dir)
+        try:
+            _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
+            fd = os.open(NAME, _DIRECTORY, dir_fd=parent)
+            try:
+                _check_marker(fd, inside(cache_dir))
+                _check_names(fd, inside(cache_dir))
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            _is_older_layout(parent, cache_dir)
+        finally:
+            os.close(parent)
+
+
+# -- opening -------------------------------------------------------------------------------------------------
+
+
+def _take(cache_dir: Path) -> tuple[int, int]:
+    """Descriptors of our folder and its lock file, both locked. Raises StoreFailed; OSError for a full disk
+    alone."""
+    path = inside(cache_dir)
+    try:
+        cache_dir.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            cache_dir.mkdir(mode=0o700)
+        parent = _open_parent(cache_dir)
+        try:
+            fd = _lock_folder(parent, cache_dir)
+        finally:
+            os.close(parent)
+        try:
+            _accept(fd, path)
+            return fd, _lock_file(fd, cache_dir)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as exc:
+        if exc.errno in NO_SPACE:
+            raise
+        raise StoreFailed(f"the cache folder {path} can't be used: {exc.strerror or exc}") from exc
+
+
+def _open_parent(cache_dir: Path) -> int:
+    """The folder that `--cache-dir` names. It may be root's, and may hold other things; no other user may
+    change it."""
+    try:
+        fd = os.open(cache_dir, _DIRECTORY)
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise StoreFailed(
+                f"the cache folder {cache_dir} is not a folder: give another --cache-dir"
+            ) from exc
+        raise
+    try:
+        info = os.fstat(fd)
+        if info.st_uid not in (0, os.geteuid()):
+            raise StoreFailed(
+                f"the cache folder {cache_dir} belongs to another user: give --cache-dir a folder of your own"
+            )
+        if info.st_mode & 0o022:
+            raise StoreFailed(
+                f"the cache folder {cache_dir} may be written by others: run chmod go-w {cache_dir}"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock_folder(parent: int, cache_dir: Path) -> int:
+    """Our folder in `parent`, made or moved there where it is missing, and locked. Raises StoreFailed,
+    OSError."""
+    while True:
+        try:
+            _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
+            fd = os.open(NAME, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            if _exists(parent, MIGRATING) or _is_older_layout(parent, cache_dir):
+                return _migrate(parent, cache_dir)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(NAME, 0o700, dir_fd=parent)
+                os.fsync(parent)
+            continue
+        try:
+            _flock(fd, cache_dir)
+            if _is_at(fd, parent, NAME):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # it was replaced between its opening and its locking
+
+
+def _is_at(fd: int, folder: int, name: str) -> bool:
+    """Whether the open file `fd` is the one that `name` leads to."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _exists(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
+    """Locks a file or folder for this process. Raises StoreFailed that names who has locked it."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as exc:
+            if time.monotonic() > until:
+                raise StoreFailed(_in_use(cache_dir, holder or inside(cache_dir))) from exc
+        except OSError as exc:
+            if exc.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            return  # NFS locks no folders: there the lock file alone counts
+        time.sleep(LOCK_SECONDS / 50)
+
+
+def _in_use(cache_dir: Path, holder: Path) -> str:
+    said = _announced_in(holder)
+    if said is None:
+        return f"{cache_dir} is in use by another daemon: give this one its own --cache-dir"
+    holder_is = f"process {said[0]}, mounted at {said[1]}"
+    return f"{cache_dir} is in use by {holder_is}: use that mount, or give this one its own --cache-dir"
+
+
+def _lock_file(folder: int, cache_dir: Path) -> int:
+    """The lock file, locked: what counts where folders can't be locked, and what the runner looks at."""
+    while True:
+        try:
+            file = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        except OSError as exc:
+            if exc.errno in NO_SPACE:
+                return -1
+            raise
+        try:
+            _flock(file, cache_dir)
+            if _is_at(file, folder, LOCK):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _accept(fd: int, path: Path) -> None:
+    """Makes sure that all of our names in the locked folder are things of ours. Raises StoreFailed,
+    OSError."""
+    _check_marker(fd, path)
+    strays = _check_names(fd, path)
+    for name in [name for name in strays if _TEMPORARY.fullmatch(name)]:
+        info = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISREG(info.st_mode):
+            os.unlink(name, dir_fd=fd)
+            strays.remove(name)
+    report_strays(path, strays)
+    with _full_disk(f"{path / FORMAT} can't be written"):
+        mark(fd)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(DAEMON, dir_fd=fd)
+
+
+def _check_marker(fd: int, path: Path) -> None:
+    """Raises StoreFailed for a folder that is not marked as ours, or is of another layout."""
+    try:
+        _check(fd, FORMAT, stat.S_IFREG, path / FORMAT)
+    except FileNotFoundError:
+        others = [
+            name for name in os.listdir(fd) if name not in (LOCK, CONTROL) and not _TEMPORARY.fullmatch(name)
+        ]
+        if others:
+            raise StoreFailed(
+                f"{path} holds {min(others)} but no marker file {FORMAT}, so it may not be ipfsfuse's: "
+                "move it elsewhere, or give another --cache-dir"
+            ) from None
+        return
+    name, _space, number = read_file(fd, FORMAT)[:100].decode("ascii", "replace").strip().rpartition(" ")
+    if name != MARKER or not number.isdecimal():
+        raise StoreFailed(
+            f"{path / FORMAT} is not a marker of ipfsfuse: move {path} elsewhere, or give another --cache-dir"
+        )
+    if int(number) != LAYOUT:
+        raise StoreFailed(
+            f"{path} has layout {number}, and ipfsfuse {__version__} knows layout {LAYOUT}: "
+            f"use {written_by(fd)}, or give another --cache-dir"
+        )
+
+
+def written_by(fd: int) -> str:
+    """Which ipfsfuse used the folder last, as far as its tag says."""
+    try:
+        found = _TAGGED_BY.search(read_file(fd, TAG).decode("ascii", "replace"))
+    except OSError:
+        found = None
+    return f"ipfsfuse {found[1][:40]}" if found else "the ipfsfuse that made it"
+
+
+def _check_names(fd: int, path: Path) -> list[str]:
+    """What is not one of our names. Raises StoreFailed where one of our names is something else than it
+    should be."""
+    strays = []
+    for name in os.listdir(fd):
+        kind = (
+            stat.S_IFREG
+            if name in FILES
+            else stat.S_IFDIR
+            if name in FOLDERS
+            else stat.S_IFSOCK
+            if name == CONTROL
+            else None
+        )
+        if kind is None:
+            strays.append(name)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                _check(fd, name, kind, path / name)
+                if name in WRITTEN_IN_PLACE and not is_our_own(
+                    os.stat(name, dir_fd=fd, follow_symlinks=False)
+                ):
+                    raise StoreFailed(
+                        f"{path / name} is a hard link to a file that has other names: remove it"
+                    )
+    return strays
+
+
+def mark(fd: int) -> None:
+    """Writes the marker where it is missing. Raises OSError."""
+    if not _exists(fd, FORMAT):
+        write_file(fd, FORMAT, f"{MARKER} {LAYOUT}\n".encode())
+
+
+def tag(path: Path) -> None:
+    """Writes the tag that leaves the folder out of backups, and says which version used it last. Costs no
+    start."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, _DIRECTORY)
+        try:
+            if not _exists(fd, TAG) or read_file(fd, TAG) != TAG_TEXT.encode():
+                write_file(fd, TAG, TAG_TEXT.encode(), lasting=False)
+        finally:
+            os.close(fd)
+
+
+# -- the layout before the marked folder ---------------------------------------------------------------------
+
+_MOVED = {
+    "files": STAGING, "packs": PACKS, "indexes": INDEXES, "pins": PINS,
+    INDEX: INDEX, f"{INDEX}-wal": f"{INDEX}-wal", DAMAGED_INDEX: DAMAGED_INDEX, "daemon.log": LOG, "daemon.log.1": OLD_LOG, "lock": LOCK,
+}  # fmt: skip
+"""Its names, and what they are called now. `lock` is moved last."""
+_DROPPED = ("daemon.json", "daemon.new", "control", f"{INDEX}-shm")
+"""What only a living daemon needed."""
+_INNER = {
+    "files": re.compile(r"b[a-z2-7]{10,250}(\.part)?"),
+    "packs": re.compile(r"[0-9]{1,18}\.pack"),
+    "indexes": re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9]+-[0-9]+\.(index|[0-9a-f]+\.tmp)|tmp[a-z0-9_]{8}"),
+    "pins": re.compile(r"[0-9a-f]{16}"),
+}
+"""What lay in its folders."""
+
+
+def _is_older_layout(parent: int, cache_dir: Path) -> bool:
+    """Whether `cache_dir` is the folder of an older ipfsfuse, which had no folder of its own in it.
+
+    Raises StoreFailed where it is, and something else lies among it: that must not be moved."""
+    names = set(os.listdir(parent)) - {"lost+found"}  # which stays in the root of a file system
+    old = names & {*_MOVED, *_DROPPED}
+    if "lock" not in names or (old != names and not old & {"files", "packs", INDEX}):
+        return False
+    strangers = [*sorted(names - old), *_strangers_in(parent, old)]
+    if strangers:
+        raise StoreFailed(
+            f"{cache_dir} is the cache of an older ipfsfuse, "
+            f"and holds {strangers[0]}, which is not part of it: "
+            "move that elsewhere, or give another --cache-dir"
+        )
+    return True
+
+
+def _strangers_in(parent: int, names: set[str]) -> Iterator[str]:
+    for name in sorted(names):
+        info = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        kind = stat.S_IFDIR if name in _INNER else stat.S_IFSOCK if name == "control" else stat.S_IFREG
+        if stat.S_IFMT(info.st_mode) != kind or info.st_uid != os.geteuid():
+            yield name
+        elif name in _INNER:
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+            try:
+                yield from (f"{name}/{each}" for each in os.listdir(fd) if not _INNER[name].fullmatch(each))
+            finally:
+                os.close(fd)
+
+
+def _migrate(parent: int, cache_dir: Path) -> int:
+    """Moves everything of the older layout into our folder, and returns that, locked. Raises StoreFailed,
+    OSError.
+
+    Until all of it is there the folder has another name, so that a start after a crash goes on with the
+    moving."""
+    old_lock = -1
+    with contextlib.suppress(FileNotFoundError):
+        old_lock = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        if old_lock >= 0:
+            _flock(old_lock, cache_dir, holder=cache_dir)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(MIGRATING, 0o700, dir_fd=parent)
+        _check(parent, MIGRATING, stat.S_IFDIR, cache_dir / MIGRATING)
+        fd = os.open(MIGRATING, _DIRECTORY, dir_fd=parent)
+        try:
+            _flock(fd, cache_dir)
+            if not _is_at(fd, parent, MIGRATING):
+                raise StoreFailed(f"{cache_dir} is being brought up to date by another daemon: try again")
+            for old, new in _MOVED.items():
+                if _exists(parent, old) and not _exists(fd, new):
+                    os.rename(old, new, src_dir_fd=parent, dst_dir_fd=fd)
+            for name in _DROPPED:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=parent)
+            _keep_mount_id(fd)
+            mark(fd)
+            os.fsync(fd)
+            os.rename(MIGRATING, NAME, src_dir_fd=parent, dst_dir_fd=parent)
+            os.fsync(parent)
+        except BaseException:
+            os.close(fd)
+            raise
+    finally:
+        if old_lock >= 0:
+            os.close(old_lock)
+    log.info("the cache in %s was moved to %s", cache_dir, inside(cache_dir))
+    return fd
+
+
+def _keep_mount_id(fd: int) -> None:
+    """The name that the cache has had at a Kubo node. Where it had one at each of several, the first
+    counts."""
+    if _exists(fd, MOUNT_ID) or not _exists(fd, PINS):
+        return
+    with contextlib.suppress(OSError):
+        pins = os.open(PINS, _DIRECTORY, dir_fd=fd)
+        try:
+            for each in sorted(os.listdir(pins)):
+                with contextlib.suppress(OSError):
+                    node = os.open(each, _DIRECTORY, dir_fd=pins)
+                    try:
+                        name = read_file(node, "mount").decode("ascii", "replace").strip()
+                    finally:
+                        os.close(node)
+                    if is_mount_id(name):
+                        write_file(fd, MOUNT_ID, name.encode() + b"\n")
+                        return
+        finally:
+            os.close(pins)

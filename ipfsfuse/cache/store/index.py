@@ -1,0 +1,268 @@
+"""The cache's one SQLite database: where small blocks lie, what was used when, names in the root.
+
+WAL, so that the event loop reads (8 us a row) while one worker thread writes. SQLite's VFS `unix-excl` keeps
+the index of the WAL in the process's own memory, for all connections of the process: there is no `-shm` file,
+whose truncation by anyone would end the process with SIGBUS. (https://sqlite.org/vfs.html; only one process
+uses a cache folder anyway.)
+
+A database that is malformed is set aside under another name and a new one is begun: the packs tell again what
+it held, but for names. What the user pinned is not kept here (`cache.pinned`). A database of an older version
+is migrated; one of a newer version is refused. Where the disk is so full that none can be opened, one in
+memory takes its place.
+
+Concurrency: `row` and `rows` belong to the event loop; `write` to one worker thread at a time; `count_blocks`
+and `keys_in` to any.
+"""
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ipfsfuse import __version__
+from ipfsfuse.cache.store.folder import DAMAGED_INDEX, LATER, as_store_failed, written_by
+from ipfsfuse.errors import NotACid, StoreFailed
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS blocks (
+    key BLOB PRIMARY KEY, pack INTEGER NOT NULL, at INTEGER NOT NULL, size INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS packs (pack INTEGER PRIMARY KEY, indexed INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS uses (
+    key PRIMARY KEY, last REAL NOT NULL, frequent INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NULL, spelling TEXT NOT NULL);
+"""
+VERSION = 3
+"""PRAGMA user_version. A change of the schema raises it, and adds a migration."""
+Migration = Callable[[sqlite3.Connection], None]
+"""From one version to the next, within the transaction that raises the version."""
+_CHECKPOINT = 128
+"""Pages of 4 KiB after which the WAL goes back into the database: it stays near half a MiB, or a sixteenth of
+the budget."""
+
+
+Statements = Sequence[tuple[str, Sequence[Sequence[Any]]]]
+"""(SQL, argument lists) of one transaction."""
+
+
+class Damaged(Exception):
+    """SQLite says that the database is malformed. Never leaves the cache."""
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        sqlite3.OperationalError
+    ) as exc:  # full, read-only, gone, I/O error; without a code: text that is no UTF-8
+        if getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF == sqlite3.SQLITE_CORRUPT:
+            raise Damaged(str(exc)) from exc
+        raise StoreFailed(f"{path}: {exc}") from exc
+    except sqlite3.DatabaseError as exc:
+        raise Damaged(str(exc)) from exc
+
+
+def _from_1(database: sqlite3.Connection) -> None:
+    """Version 1 named what was used, and what pins keep, by other keys. Roots had no order."""
+    database.execute("DROP TABLE uses")
+    database.execute("DROP TABLE pinned")
+    database.execute("CREATE TABLE pinned (pin BLOB, key TEXT, PRIMARY KEY (pin, key)) WITHOUT ROWID")
+    database.execute("ALTER TABLE roots RENAME TO old_roots")
+    database.execute(
+        "CREATE TABLE roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NULL, spelling TEXT NOT NULL)"
+    )
+    database.execute("INSERT INTO roots (cid, spelling) SELECT cid, spelling FROM old_roots")
+    database.execute("DROP TABLE old_roots")
+
+
+def _from_2(take_over_pins: Migration, database: sqlite3.Connection) -> None:
+    """Version 2 kept the pins."""
+    take_over_pins(database)
+    database.execute("DROP TABLE pins")
+    database.execute("DROP TABLE pinned")
+
+
+class Index:
+    def __init__(self, path: Path, budget: int, take_over_pins: Migration) -> None:
+        """Opens or makes the database. `take_over_pins` reads the pins of version 2, which is the last that
+        has any.
+
+        Raises StoreFailed for a database of a newer version, and where the disk does not let us for another
+        reason than that it is full."""
+        self.path = path
+        self._checkpoint = max(8, min(_CHECKPOINT, budget // (64 * 1024)))
+        self._migrations: Mapping[int, Migration] = {1: _from_1, 2: partial(_from_2, take_over_pins)}
+        self.in_memory = False
+        self._counting = threading.Lock()
+        self.anew = not path.exists()
+        """True where this is a new database: what the packs hold must be read from them."""
+        try:
+            self._open()
+        except Damaged as exc:
+            self.replace(str(exc))
+        except StoreFailed as exc:
+            if not _no_space(exc):
+                raise
+            log.warning("%s; the index is kept in memory until the next start", exc)
+            self.close()
+            self.anew = self.in_memory = True
+            self._open()
+
+    def _open(self) -> None:
+        if not self.in_memory:
+            with as_store_failed(f"{self.path} can't be opened"):
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        with _translated(self.path):
+            self._writer = self._connect()
+            self._reader = self._writer if self.in_memory else self._connect()
+            self._counter = self._writer if self.in_memory else self._connect()
+            for connection in (self._writer, self._reader, self._counter):
+                connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute(f"PRAGMA wal_autocheckpoint = {self._checkpoint}")
+                connection.execute(f"PRAGMA journal_size_limit = {self._checkpoint * 4096}")
+                connection.execute("PRAGMA cache_size = -4096")
+            self._migrate()
+
+    def _migrate(self) -> None:
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise StoreFailed(
+                f"{self.path} has version {version}, and ipfsfuse {__version__} knows version {VERSION}: "
+                f"use {_writer_of(self.path)}, or give another --cache-dir"
+            )
+        empty = self._writer.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone() == (0,)
+        self.anew = self.anew or empty
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            for step in () if empty else range(version, VERSION):
+                if step not in self._migrations:
+                    raise Damaged(f"it has version {step}, which no ipfsfuse has written")
+                log.info("%s is brought from version %d to version %d", self.path, step, step + 1)
+                self._migrations[step](self._writer)
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                self._writer.execute(statement)
+            self._writer.execute(f"PRAGMA user_version = {VERSION}")
+            self._writer.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.execute("ROLLBACK")
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        address = (
+            ":memory:"
+            if self.in_memory
+            else f"file:{urllib.parse.quote(os.fsencode(self.path))}?vfs=unix-excl"
+        )
+        return sqlite3.connect(
+            address, uri=not self.in_memory, isolation_level=None, check_same_thread=False, timeout=5
+        )
+
+    def replace(self, why: str) -> None:
+        """Sets the database aside, replacing what was set aside before, and begins a new one."""
+        aside = self.path.with_name(DAMAGED_INDEX)
+        log.error("%s is damaged (%s): it is kept as %s, and a new one is begun", self.path, why, aside.name)
+        self.close()
+        for suffix in ("-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.path.replace(aside)
+        self.anew = True
+        self._open()
+
+    def row(self, sql: str, arguments: Sequence[Any] = ()) -> Any:
+        """The first row, or None. Raises Damaged or StoreFailed."""
+        try:  # the context manager would cost as much as the query
+            return self._reader.execute(sql, arguments).fetchone()
+        except sqlite3.DatabaseError as exc:
+            with _translated(self.path):
+                raise exc
+
+    def rows(self, sql: str, read: Callable[..., T]) -> list[T]:
+        """`read` of the columns of each row. Raises StoreFailed, and Damaged for values too that `read` can't
+        use: SQLite has no checksums, a bit that turned in a row is found here or never."""
+        with _translated(self.path):
+            rows = self._reader.execute(sql).fetchall()
+        try:
+            return [read(*row) for row in rows]
+        except (NotACid, TypeError, ValueError) as exc:
+            raise Damaged(f"a row holds {exc}") from exc
+
+    def count_blocks(self) -> int:
+        """Rows that say where a block lies. In any thread: on a connection of its own, for it reads them all
+        (0.2 s for a million). Raises Damaged or StoreFailed."""
+        with self._counting, _translated(self.path):
+            (count,) = self._counter.execute("SELECT COUNT(*) FROM blocks").fetchone()
+            return int(count)
+
+    def keys_in(self, pack: int) -> list[bytes]:
+        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread, as
+        `count_blocks`."""
+        with self._counting, _translated(self.path):
+            rows = self._counter.execute(
+                "SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,)
+            ).fetchall()
+            return [key for (key,) in rows if isinstance(key, bytes)]
+
+    def write(self, statements: Statements) -> None:
+        """Raises Damaged or StoreFailed, with nothing written."""
+        with _translated(self.path):
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                for sql, arguments in statements:
+                    self._writer.executemany(sql, arguments)
+                self._writer.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def disk(self) -> int:
+        """Bytes on disk of the database, its WAL, and what was set aside; of what can't be looked at,
+        none."""
+        total = 0
+        for path in (self.path, f"{self.path}-wal", self.path.with_name(DAMAGED_INDEX)):
+            with contextlib.suppress(OSError):
+                total += os.lstat(path).st_blocks * 512
+        return total
+
+    def close(self) -> None:
+        for name in ("_reader", "_writer", "_counter"):
+            connection = getattr(self, name, None)
+            if connection is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.close()
+
+
+def _no_space(exc: StoreFailed) -> bool:
+    """Whether it says that the disk is full. SQLite says so in several ways: of the WAL that it can't be
+    opened."""
+    cause = exc.__cause__
+    if isinstance(cause, OSError):
+        return cause.errno in LATER
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+    )
+
+
+def _writer_of(path: Path) -> str:
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return written_by(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,351 @@
+"""Staging files: one sparse file per file of over 64 KiB, holding file content at file offsets.
+
+`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is held
+in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its hash
+whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
+
+Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in
+worker threads, and take the entry's lock for what must not cross a removal. Files are opened for each call
+(10 us), so that no file descriptor outlives a removal.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ipfsfuse.cache import clock
+from ipfsfuse.cache.store.folder import Subfolder, is_our_own
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import leaves
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotACid, Unsupported
+from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio.calls import punch_hole
+from ipfsfuse.fileio.direct import ALIGNED, Direct
+
+PART = ".part"
+_NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")
+"""base32, as `cids.text` spells."""
+
+
+class Extents:
+    """Which bytes of a file are present: sorted half-open intervals of byte offsets, joined where they
+    touch."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self, intervals: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in intervals:
+            self.add(start, end)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(zip(self._starts, self._ends, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def covers(self, start: int, end: int) -> bool:
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and self._ends[at] >= end
+
+    def add(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        low = bisect_left(self._ends, start)
+        high = bisect_right(self._starts, end)
+        if low < high:
+            start = min(start, self._starts[low])
+            end = max(end, self._ends[high - 1])
+        self._starts[low:high] = [start]
+        self._ends[low:high] = [end]
+
+    def remove(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        low = bisect_right(self._ends, start)
+        high = bisect_left(self._starts, end)
+        if low >= high:
+            return
+        left, right = (self._starts[low], start), (end, self._ends[high - 1])
+        kept = [part for part in (left, right) if part[0] < part[1]]
+        self._starts[low:high] = [part[0] for part in kept]
+        self._ends[low:high] = [part[1] for part in kept]
+
+
+class Removed(Exception):
+    """The entry was removed while a thread was about to write to it. Never leaves the cache."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One staging file."""
+
+    cid: Cid
+    size: int
+    """Content bytes of the whole file."""
+    complete: bool = False
+    """It has been whole, and has its final name."""
+    extents: Extents | None = None
+    """Bytes that are (after a restart: may be) present; None until they were asked for."""
+    proved: Extents | None = None
+    """Of a file without its final name, the bytes that this run wrote or proved."""
+    fresh: bool = True
+    """Written in this run alone: what is wrong in it was not left so by a crash."""
+    disk: int = 0
+    """Bytes on disk, in file-system blocks, by the writes that were reported."""
+    seen: int = 0
+    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs
+    to."""
+    reserved: int = 0
+    """Bytes on disk that writes under way may still take."""
+    charged: int = 0
+    """What the budget counts for it, reservations that its writers hold included."""
+    dead: bool = False
+    source: str = ""
+    last_used: float = field(default_factory=clock.now)
+    """By `cache.clock`."""
+    noted: float = field(default_factory=clock.now)
+    """When its last use was written to the disk."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def gone(self) -> bool:
+        """`dead`, looked at anew: it may have become so between two takings of the lock."""
+        return self.dead
+
+    def all_proved(self) -> bool:
+        """Whether it may be named as whole: what a crash left proves nothing by being there."""
+        return not self.complete and self.proved is not None and self.proved.covers(0, self.size)
+
+    def whole(self) -> bool:
+        return self.extents.covers(0, self.size) if self.extents is not None else self.complete
+
+
+class Staging:
+    """The folder of staging files."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises StoreFailed, OSError."""
+        self.path = path
+        self.entries: dict[Cid, Entry] = {}
+        self.folder = Subfolder(path)
+        self._direct = Direct()
+        self.unit = 4096
+        """Bytes of a file-system block."""
+        with contextlib.suppress(OSError):
+            self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
+
+    # -- on the event loop -----------------------------------------------------------------------------------
+
+    def entry(self, cid: Cid, size: int) -> Entry:
+        """The entry of `cid`, new and empty where there is none: a CID fixes its size."""
+        known = self.entries.get(cid)
+        if known is None:
+            known = self.entries[cid] = Entry(cid, size, extents=(there := Extents()), proved=there)
+        return known
+
+    def cost(self, start: int, end: int) -> int:
+        """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it
+        included."""
+        return (-(-end // self.unit) - start // self.unit + 1) * self.unit
+
+    def charge(self, entry: Entry) -> int:
+        """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
+        tree that the file system writes later, until the file is whole and on disk."""
+        if entry.complete:
+            return entry.disk + entry.reserved
+        pieces = len(entry.extents) if entry.extents is not None else 1
+        return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
+
+    def forget(self, entry: Entry) -> None:
+        if self.entries.get(entry.cid) is entry:
+            del self.entries[entry.cid]
+
+    # -- in a thread -----------------------------------------------------------------------------------------
+
+    def scan(self) -> Iterator[Entry]:
+        """What an earlier run left. Links, an empty part, and a part beside its whole file are removed;
+        strays are left alone."""
+        found: dict[Cid, Entry] = {}
+        strays = []
+        for name in self.folder.names():
+            info = self.folder.stat(name)
+            entry = _recognise(name, info)
+            if entry is None or stat.S_ISDIR(info.st_mode):
+                strays.append(name)
+                continue
+            # A file of size 0 is left by a kill between its making and its first write.
+            # Through a link, what lies elsewhere would be written.
+            if not entry.size or not is_our_own(info):
+                self.folder.unlink(name)
+                continue
+            known = found.get(entry.cid)
+            if known is not None:
+                if entry.complete:  # a whole file, and before it the part of the same
+                    found[entry.cid], entry = entry, known
+                self.folder.unlink(_name(entry))
+            else:
+                found[entry.cid] = entry
+        self.folder.report_strays(strays)
+        return iter(found.values())
+
+    def look(self, entry: Entry) -> Extents:
+        """Which bytes of `entry` may be present, by what the file system says."""
+        if entry.complete:
+            return Extents([(0, entry.size)])
+        found = Extents()
+        file = self._open_to_read(entry)
+        try:
+            at = 0
+            while at < entry.size:
+                start = os.lseek(file, at, os.SEEK_DATA)
+                at = os.lseek(file, start, os.SEEK_HOLE)
+                found.add(start, at)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:  # no data behind `at`
+                raise
+        finally:
+            os.close(file)
+        return found
+
+    def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool]:
+        """What is stored for `leaf`, and whether that is its content."""
+        file = self._open_to_read(entry)
+        try:
+            data = os.pread(file, leaf.size, leaf.offset)
+        finally:
+            os.close(file)
+        return data, len(data) == leaf.size and _proves(leaf, data)
+
+    def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
+        """As `read`, of leaves that lie one behind the other, at least one."""
+        buffers = [lend(leaf.size) for leaf in wanted[:-1]]
+        buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
+        file = self._open_to_read(entry)
+        try:
+            self._direct.read(file, buffers, wanted[0].offset)
+        finally:
+            os.close(file)
+        found = [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
+        return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
+
+    def write(self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]) -> tuple[int, OSError | None]:
+        """By how many bytes it grew on disk, and why no more of `parts` could be written from `offset` on.
+        Raises Removed."""
+        with entry.lock:
+            if entry.dead:
+                raise Removed
+            try:
+                file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+            except OSError as exc:
+                return 0, exc
+            try:
+                if not entry.seen:
+                    os.ftruncate(file, entry.size)
+                self._direct.write(file, parts, offset)
+            except OSError as exc:
+                return _grown(entry, file), exc
+            else:
+                return _grown(entry, file), None
+            finally:
+                os.close(file)
+
+    def finish(self, entry: Entry) -> int:
+        """Onto the disk, then to its final name; returns by how many bytes it grew there."""
+        with entry.lock:
+            if entry.gone() or entry.complete:
+                return 0
+            file = self._open(entry, os.O_RDWR)
+        try:
+            os.fdatasync(file)
+            with entry.lock:
+                if entry.gone():
+                    return 0
+                folder = self.folder.fd()
+                os.rename(_name(entry), cids.text(entry.cid), src_dir_fd=folder, dst_dir_fd=folder)
+                entry.complete = True
+                return _grown(entry, file)
+        finally:
+            os.close(file)
+
+    def remove(self, entry: Entry) -> None:
+        """Gives its space back at once, though threads may be reading it: they find it short.
+
+        The name goes first: a crash never leaves an empty file under a name that says it is whole."""
+        with entry.lock:
+            entry.dead = True
+            try:
+                file = self._open(entry, os.O_RDWR)
+            except FileNotFoundError:
+                return
+            try:
+                self.folder.unlink(_name(entry))
+                os.ftruncate(file, 0)
+            finally:
+                os.close(file)
+
+    def punch(self, entry: Entry, start: int, end: int) -> int:
+        """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not
+        positive."""
+        with entry.lock:
+            if entry.dead:
+                return 0
+            file = self._open(entry, os.O_RDWR)
+            try:
+                punch_hole(file, start, end - start)
+                return _grown(entry, file)
+            finally:
+                os.close(file)
+
+    def note_use(self, entry: Entry) -> None:
+        """What was used last is known after a restart by the files' times."""
+        when = clock.to_wall(entry.last_used)
+        os.utime(_name(entry), (when, when), dir_fd=self.folder.fd(), follow_symlinks=False)
+
+    def _open_to_read(self, entry: Entry) -> int:
+        try:
+            return self._open(entry, os.O_RDONLY)
+        except FileNotFoundError:  # under the lock: between its renaming and `complete` neither name is right
+            with entry.lock:
+                return self._open(entry, os.O_RDONLY)
+
+    def _open(self, entry: Entry, flags: int) -> int:
+        return self.folder.open(_name(entry), flags)
+
+
+def _name(entry: Entry) -> str:
+    return cids.text(entry.cid) + ("" if entry.complete else PART)
+
+
+def _recognise(name: str, info: os.stat_result) -> Entry | None:
+    """The entry of what has the name of a staging file; None for any other name."""
+    matched = _NAME.fullmatch(name)
+    if matched is None:
+        return None
+    try:
+        cid = cids.parse(matched[1])  # which takes no two spellings in base32 for one CID
+    except NotACid:
+        return None
+    disk = info.st_blocks * 512
+    return Entry(cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime)
+
+
+def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
+    try:
+        return leaves.proves(leaf.cid, data)
+    except Unsupported:
+        return False
+
+
+def _grown(entry: Entry, file: int) -> int:
+    before, entry.seen = entry.seen, os.fstat(file).st_blocks * 512
+    return entry.seen - before

@@ -1,0 +1,237 @@
+"""The library's folder: marked, ours alone, and whatever else lies in it or behind its links is left
+alone."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse import __version__
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.errors import NotFound, StoreFailed
+from ipfsfuse.sources.files.library import Library
+from tests.sources.libraries import add, dag, packs
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
+
+
+def contents(path: Path) -> dict[str, object]:
+    """Everything below `path`, with what it holds and who may use it."""
+    found: dict[str, object] = {}
+    for each in sorted([path, *path.rglob("*")]):
+        info = each.lstat()
+        what = os.readlink(each) if each.is_symlink() else each.read_bytes() if each.is_file() else ""
+        found[str(each)] = (info.st_mode, info.st_uid, what)
+    return found
+
+
+def refused(folder: Path) -> str:
+    """Why the folder is refused: one line that says what to do."""
+    with pytest.raises(StoreFailed) as raised:
+        Library(folder)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert any(
+        todo in line for todo in ("another --library", "give --library a folder of its own", "run chmod")
+    ), line
+    return line
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A library with one root."""
+    library = Library(tmp_path / "library")
+    add(library, dag(range(20)))
+    library.close()
+    return tmp_path / "library"
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    outside = tmp_path / "outside"
+    (outside / "below").mkdir(parents=True)
+    (outside / "precious.car").write_bytes(b"precious" * 1000)
+    return outside
+
+
+def test_a_new_library_is_marked(folder: Path) -> None:
+    assert (folder / "format").read_text() == "ipfsfuse library 1\n"
+
+
+def test_a_library_from_before_the_marker_gets_one(folder: Path) -> None:
+    (folder / "format").unlink()
+    (folder / "20260101T000000-0123abcd.tmp").touch()
+    library = Library(folder)
+    assert (folder / "format").read_text() == "ipfsfuse library 1\n"
+    assert list(library.roots()) == [dag(range(20))[-1][0]]
+
+
+@pytest.mark.parametrize("name", ["mine.car", "notes.txt", "20260101T000000-0123abcd.CAR"])
+def test_a_folder_with_other_things_and_no_marker_is_refused_and_left_alone(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "cars").mkdir(mode=0o700)
+    (tmp_path / "cars" / name).write_bytes(b"mine")
+    before = contents(tmp_path)
+    assert f"holds {name}" in refused(tmp_path / "cars")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["ipfsfuse library 2\n", "something else\n", ""])
+def test_a_marker_of_another_kind_is_refused_and_left_alone(folder: Path, text: str) -> None:
+    (folder / "format").write_text(text)
+    before = contents(folder)
+    line = refused(folder)
+    assert ("format 2" in line and __version__ in line) == (text.startswith("ipfsfuse"))
+    assert contents(folder) == before
+
+
+def test_what_is_not_ours_outlives_every_removal_and_compaction(folder: Path) -> None:
+    """A user's own CAR files in a library are neither read nor removed, by whatever name."""
+    strays = {
+        "mine.car",
+        "mine.tmp",
+        "roots/notes.txt",
+        "20260101T000000-0123abcd.car.bak",
+        "x20260101T000000-0123abcd.car",
+    }
+    for name in strays:
+        (folder / name).write_bytes(b"mine")
+    os.link(folder / "mine.car", folder / "20260101T00000-0123abcd.car")
+    library = Library(folder)
+    more = dag(range(100, 120))
+    add(library, more)
+    library.remove(more[-1][0])
+    library.remove(dag(range(20))[-1][0])
+    library.compact()
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left == {*strays, "format", "lock", "20260101T00000-0123abcd.car"}
+
+
+def link_to_a_file(path: Path, outside: Path) -> None:
+    path.symlink_to(outside / "precious.car")
+
+
+def link_to_a_folder(path: Path, outside: Path) -> None:
+    path.symlink_to(outside)
+
+
+def link_to_nothing(path: Path, outside: Path) -> None:
+    path.symlink_to(outside / "none")
+
+
+def hard_link(path: Path, outside: Path) -> None:
+    os.link(outside / "precious.car", path)
+
+
+def a_folder(path: Path, _outside: Path) -> None:
+    path.mkdir()
+    (path / "kept").write_text("kept")
+
+
+def a_pipe(path: Path, _outside: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_socket(path: Path, _outside: Path) -> None:
+    place = os.open(path.parent, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{place}/{path.name}")
+    os.close(place)
+
+
+def garbage(path: Path, _outside: Path) -> None:
+    path.write_bytes(b"\xff\x00 garbage\n" * 300)
+
+
+def nothing_in_it(path: Path, _outside: Path) -> None:
+    path.write_bytes(b"")
+
+
+def of_another_user(path: Path, _outside: Path) -> None:
+    path.write_bytes(b"")
+    os.chown(path, 12345, 12345)
+
+
+def open_to_all(path: Path, _outside: Path) -> None:
+    path.write_bytes(b"")
+    path.chmod(0o666)
+
+
+PLANTED = [
+    link_to_a_file,
+    link_to_a_folder,
+    link_to_nothing,
+    hard_link,
+    a_folder,
+    a_pipe,
+    a_socket,
+    garbage,
+    nothing_in_it,
+]
+PLANTED += [of_another_user, open_to_all]
+NAMES = [
+    "format",
+    "lock",
+    "roots",
+    "20260101T000000-0123abcd.car",
+    "20260101T000000-0123abcd.tmp",
+    "roots/{cid}",
+    "stray",
+    "roots/stray",
+]
+
+
+@as_root
+@pytest.mark.logs(".")
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_is_planted_at_a_name_nothing_outside_changes(
+    folder: Path, victim: Path, name: str, plant: Callable[[Path, Path], None]
+) -> None:
+    """It is refused in one line, or left alone; what else is in the library stays readable."""
+    blocks = dag(range(20))
+    path = folder / name.format(cid=cids.text(dag(range(50, 60))[-1][0]))
+    if path.is_dir():
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    else:
+        path.unlink(missing_ok=True)
+    plant(path, victim)
+    outside, planted = contents(victim), contents(path) if path.is_dir() and not path.is_symlink() else {}
+    try:
+        library = Library(folder)
+    except StoreFailed:
+        before = contents(folder)
+        refused(folder)
+        assert contents(folder) == before
+    else:
+        more = dag(range(100, 120))
+        add(library, more)
+        if name != "roots":
+            assert [library.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
+        library.entries()
+        library.remove(more[-1][0])
+        library.compact()
+        with pytest.raises(NotFound):
+            library.remove(dag(range(50, 60))[-1][0])
+        library.close()
+        if "stray" in name:
+            assert os.path.lexists(path)
+    assert contents(victim) == outside
+    assert planted.items() <= (contents(path) if planted else {}).items()
+
+
+def test_a_library_behind_a_link_is_refused(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert "is a symbolic link" in refused(tmp_path / "link")
+
+
+def test_a_root_that_does_not_say_its_own_name_is_none(folder: Path) -> None:
+    (root,) = (folder / "roots").iterdir()
+    (folder / "roots" / "another").write_bytes(root.read_bytes())
+    library = Library(folder)
+    assert len(library.roots()) == 1
+    assert len(packs(library)) == 1
