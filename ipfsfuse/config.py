@@ -22,7 +22,7 @@ class MountConfig:
     budget: int = 10 * GIB
     """Bytes that staging may take on disk, in file-system blocks."""
     deadline: float = 30.0
-    """Seconds in which no block arrives before a request fails."""
+    """Seconds from its begin in which each call is answered."""
     allow: frozenset[Cid] | None = None
     """Canonical CIDs that may be named in the root; None for all."""
     record: Path | None = None

@@ -17,24 +17,24 @@ import trio
 from ipfsfuse import control
 from ipfsfuse.cache.folder import hold
 from ipfsfuse.cache.folder.isolated import isolated_folder
-from ipfsfuse.cache.pins.nodepins import NodePins
+from ipfsfuse.cache.pins.kubo_pins import NodePins
+from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
-from ipfsfuse.dag import cid as cids
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.record import Record
-from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.vfs.roots import Named, Roots
+from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -134,28 +134,22 @@ async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None)
     settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
-        chain = Chain(sources, offline=config.offline)
+        pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
         nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
-        pins = await stack.enter_async_context(NodePins.open(nodes, folder / "pins", isolated=config.isolated))
-        cache = await stack.enter_async_context(PinsetCache.open(folder, chain, config.budget, deadline=config.deadline, pins=pins))
-        pins.settle([kept.cid for kept in cache.kept()], cache.kept_of, cache.pinned(), cache)
+        mount_id = await trio.to_thread.run_sync(MountId.open, folder)
+        pins = await stack.enter_async_context(NodePins.open(nodes, mount_id, isolated=config.isolated))
+        cache = await stack.enter_async_context(PinsetCache.open(folder, pool, config.budget, deadline=config.deadline, pins=pins))
+        pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)
-        roots = Roots(lambda: _listed(chain, cache), cache.note_root, config.allow)
+        roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         pages = Pages() if record is None else None
-        server = ControlServer(Commands(config, cache, chain, pins, tree).table())
+        server = ControlServer(Commands(config, cache, pool, pins, tree).table())
         await nursery.start(server.serve, control.socket_path(folder))
-        yield Operations(tree, roots, interrupts, pages, config.budget), nursery, server
-
-
-def _listed(chain: Chain, cache: PinsetCache) -> Iterator[Named]:
-    """What the root lists: the sources' roots, what is pinned, what was opened by name and is still staged."""
-    for cid in chain.roots():
-        yield cid, cids.text(cid)
-    yield from cache.named_roots()
+        yield Operations(tree, roots, interrupts, pages, config.budget, config.deadline), nursery, server
 
 
 async def _end_by_signal(mountpoint: Path, everything: trio.CancelScope) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ipfsfuse.dag import build, car, dagpb, leaves, ranges
+from ipfsfuse.dag import builder, car, dagpb, file_layout, leaves
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import Built, Stored
+from ipfsfuse.dag.builder import Built, Stored
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, parse
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
@@ -21,7 +21,7 @@ from runner import receipt
 from runner.errors import ReceiptRefused
 
 RECEIPT, GUEST, STDIN, IPFS, DIRS = "receipt.json", "guest.wasm", "stdin", "ipfs", "dir"
-_PROFILE = build.UNIXFS_V1_2025
+_PROFILE = builder.UNIXFS_V1_2025
 MAX_BLOCK = 2 << 20
 _MAX_HEADER = 64 << 10
 _LEAF_BYTES = 64 << 10
@@ -46,22 +46,22 @@ class Writer:
             self._seen.add(cid)
             self._out.write(car.section_head(cid, len(block)) + block)
 
-    def add_file(self, file: BinaryIO, stored: Stored = build.NOTHING) -> Built:
-        profile = _PROFILE if stored == build.NOTHING else _PROFILE.with_metadata()
-        builder, first = build.FileBuilder(profile, self.put), file.read(profile.chunk_size)
+    def add_file(self, file: BinaryIO, stored: Stored = builder.NOTHING) -> Built:
+        profile = _PROFILE if stored == builder.NOTHING else _PROFILE.with_metadata()
+        file_builder, first = builder.FileBuilder(profile, self.put), file.read(profile.chunk_size)
         second = file.read(profile.chunk_size)
         if not second:
-            only = build.leaf(profile, first, stored)
+            only = builder.leaf(profile, first, stored)
             self.put(only.built.cid, only.block)
             return only.built
         for chunk in (first, second, *iter(lambda: file.read(profile.chunk_size), b"")):
-            leaf = build.leaf(profile, chunk)
+            leaf = builder.leaf(profile, chunk)
             self.put(leaf.built.cid, leaf.block)
-            builder.add(leaf.built)
-        return builder.finish(stored)
+            file_builder.add(leaf.built)
+        return file_builder.finish(stored)
 
-    def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = build.NOTHING) -> Built:
-        return build.directory(_PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put)
+    def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = builder.NOTHING) -> Built:
+        return builder.directory(_PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put)
 
     def add_tree(self, folder: Path) -> Built:
         """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed, UsageError."""
@@ -71,7 +71,7 @@ class Writer:
                 path, found = Path(entry.path), entry.stat(follow_symlinks=False)
                 stored = Stored(found.st_mode & 0o7777, found.st_mtime_ns)
                 if entry.is_symlink():
-                    children.append((entry.name, build.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put)))
+                    children.append((entry.name, builder.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put)))
                 elif entry.is_dir():
                     children.append((entry.name, self.add_tree(path)))
                 elif entry.is_file():
@@ -247,7 +247,7 @@ class Bundle:
 
     def _leaves(self, file: File, offset: int, most: int) -> tuple[list[Leaf], int]:
         """The next leaves from `offset` on, and how many nodes were opened for them: little more than `most`."""
-        walk, opened = ranges.leaves(file, offset, file.size - offset, sure=True), 0
+        walk, opened = file_layout.leaves(file, offset, file.size - offset, sure=True), 0
         try:
             wanted = next(walk)
             while opened <= most:

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import ipfsfuse
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import Built
+from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError, WrongBlock
 from runner import bundle, disclosure, messages, mounts, sandbox, streams, supervise

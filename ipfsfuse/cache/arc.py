@@ -1,45 +1,146 @@
-"""Which staged things leave first: the adaptive replacement cache, weighed in bytes. Pure: it decides, others remove.
+"""Which staged things leave first: the adaptive replacement cache, weighed in bytes. Pure: it decides, others
+remove.
 
-N. Megiddo, D. S. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. T1 holds what was used once
-lately, T2 what was used again; B1 and B2 remember what left either, without its bytes. `target` is T1's share, which a
-use of something in B1 raises and one in B2 lowers. Where the paper counts pages we count bytes, in the adaptation too:
-a ghost moves the target by its size, times the ratio of the ghost lists where that favours it.
+N. Megiddo, D. S. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. T1 holds what was
+used once lately, T2 what was used again; B1 and B2 remember what left either, without its bytes. `target` is
+T1's share, which a use of something in B1 raises and one in B2 lowers. Where the paper counts pages we count
+bytes, in the adaptation too: a ghost moves the target by its size, times the ratio of the ghost lists where
+that favours it.
 
-What the paper has no case for is a thing that grows while it is held, as a file does leaf by leaf: growing is no new
-use, and a thing does not push itself out while anything else can go, until it holds half of the capacity.
+What the paper has no case for is a thing that grows while it is held, as a file does leaf by leaf: growing is
+no new use, and a thing does not push itself out while anything else can go, until it holds half of the
+capacity.
+
+Nor does the paper know of owners. Here each thing is on the account of who brought it in. While others have
+something here, who holds more than half of the capacity gives up things of its own, in ARC's order, whoever
+needs room: so a sweep through more than the cache can hold leaves others what they have. Until the capacity
+is used up nobody gives up anything, so one caller may fill all of it; and one alone has plain ARC. One bound
+is enough, because two can't both be over half. What another than its owner uses belongs to all from then on,
+and is on nobody's account.
 
 Concurrency: none; one task at a time.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
+Owner = Hashable
+NOBODY: Owner = None
+"""The owner of what was there before anyone asked: of an earlier run, or read for no call."""
+ALL = "all"
+"""The owner of what several use."""
+SHARE = 2
+"""The part of the capacity, as a divisor, beyond which an owner gives up its own things first."""
+
 MAX_GHOSTS = 65_536
-"""Ghosts are bounded by bytes as the paper bounds them, and by this number, so that tiny things can't fill the memory."""
+"""Ghosts are bounded by bytes as the paper bounds them, and by this number, so that tiny things can't fill
+the memory."""
+
+
+class _Accounts(Generic[K]):
+    """Who owns what, and how many bytes each. What nobody owns is not listed: it is most of what is there
+    after a start."""
+
+    def __init__(self) -> None:
+        self.owners: dict[K, Owner] = {}
+        self.bytes: Counter[Owner] = Counter()
+        self._lead: dict[K, int] = {}
+        """Of things that several brought in, how many bytes more the owner brought than all others."""
+
+    def charge(self, key: K, size: int) -> None:
+        owner = self.owners.get(key)
+        if owner is not NOBODY:
+            self.bytes[owner] += size
+            if not self.bytes[owner]:
+                del self.bytes[owner]
+
+    def winner(self, key: K, held: int, size: int, owner: Owner) -> Owner:
+        """Whose `key`, of which `held` bytes are there, is when `owner` brings `size` more: of who brought
+        most of it (R. Boyer, J. Moore, "A Fast Majority Vote Algorithm", 1981)."""
+        before = self.owners.get(key)
+        if not held:
+            return owner
+        if before == ALL or (before == owner and key not in self._lead):
+            return before
+        lead = self._lead.get(key, held) + (size if before == owner else -size)
+        self._lead[key] = abs(lead)
+        return owner if lead < 0 else before
+
+    def forget(self, key: K) -> None:
+        self.owners.pop(key, None)
+        self._lead.pop(key, None)
 
 
 class _Part(OrderedDict[K, int]):
     """One of the four lists, least lately used first, with the sum of its sizes."""
 
-    def __init__(self) -> None:
+    def __init__(self, accounts: _Accounts[K] | None = None) -> None:
+        """`accounts` of what is held; ghosts have none."""
         super().__init__()
         self.bytes = 0
+        self._accounts = accounts or _Accounts()
+        self._of: dict[Owner, OrderedDict[K, None]] = {}
+        """The keys of each owner, in the same order."""
 
     def put(self, key: K, size: int) -> None:
         """At the end most lately used."""
-        self.bytes += size - super().pop(key, 0)
+        if key in self:
+            self.take(key)
+        self.bytes += size
         self[key] = size
+        self._accounts.charge(key, size)
+        self._list(key)
 
     def take(self, key: K) -> int:
         size = super().pop(key)
         self.bytes -= size
+        self._accounts.charge(key, -size)
+        self._unlist(key)
         return size
+
+    def resize(self, key: K, size: int) -> None:
+        self.bytes += size - self[key]
+        self._accounts.charge(key, size - self[key])
+        self[key] = size
+
+    def renew(self, key: K) -> None:
+        """Most lately used."""
+        self.move_to_end(key)
+        owner = self._accounts.owners.get(key)
+        if owner is not NOBODY:
+            self._of[owner].move_to_end(key)
+
+    def reown(self, key: K, owner: Owner) -> None:
+        size = self[key]
+        self._accounts.charge(key, -size)
+        self._unlist(key)
+        if owner is NOBODY:
+            self._accounts.forget(key)
+        else:
+            self._accounts.owners[key] = owner
+        self._accounts.charge(key, size)
+        self._list(key)
 
     def oldest(self, but: K | None = None) -> K | None:
         return next((key for key in self if key != but), None)
+
+    def oldest_of(self, owner: Owner, but: K | None = None) -> K | None:
+        return next((key for key in self._of.get(owner, ()) if key != but), None)
+
+    def _list(self, key: K) -> None:
+        owner = self._accounts.owners.get(key)
+        if owner is not NOBODY:
+            self._of.setdefault(owner, OrderedDict())[key] = None
+
+    def _unlist(self, key: K) -> None:
+        owner = self._accounts.owners.get(key)
+        if owner is not NOBODY:
+            del self._of[owner][key]
+            if not self._of[owner]:
+                del self._of[owner]
 
 
 class Arc(Generic[K]):
@@ -49,7 +150,8 @@ class Arc(Generic[K]):
         self.capacity = capacity
         self.target = 0
         self._max_ghosts = max_ghosts
-        self._once, self._again = _Part[K](), _Part[K]()
+        self._accounts = _Accounts[K]()
+        self._once, self._again = _Part[K](self._accounts), _Part[K](self._accounts)
         self._once_ghosts, self._again_ghosts = _Part[K](), _Part[K]()
 
     @property
@@ -79,23 +181,34 @@ class Arc(Generic[K]):
         yield from self._once
         yield from self._again
 
-    def use(self, key: K) -> None:
-        """A new use of something held."""
+    def held_by(self) -> Mapping[Owner, int]:
+        """Bytes by owner, without what is nobody's."""
+        return self._accounts.bytes
+
+    def owner(self, key: K) -> Owner:
+        return self._accounts.owners.get(key)
+
+    def use(self, key: K, owner: Owner = NOBODY) -> None:
+        """A new use of something held, by `owner`."""
         part = self._part(key)
         if part is not None:
+            before = self.owner(key)
+            if owner is not NOBODY and before not in (owner, ALL):
+                part.reown(key, owner if before is NOBODY else ALL)
             self._again.put(key, part.take(key))
 
     def refresh(self, key: K) -> None:
         """More of the same use: most lately used in its list."""
         part = self._part(key)
         if part is not None:
-            part.move_to_end(key)
+            part.renew(key)
 
-    def admit(self, key: K, size: int) -> list[K]:
-        """Takes in `size` bytes of `key` (`size` more where it is held already). Returns what must leave, in order.
+    def admit(self, key: K, size: int, owner: Owner = NOBODY) -> list[K]:
+        """Takes in `size` bytes of `key` (`size` more where it is held already) on the account of `owner`.
+        Returns what must leave, in order.
 
-        What is returned is held no more. `key` itself may be there: what it held before must leave, the new bytes stay.
-        `size` must fit the capacity."""
+        What is returned is held no more. `key` itself may be there: what it held before must leave, the new
+        bytes stay. `size` must fit the capacity."""
         if size > self.capacity:
             raise ValueError(f"{size} bytes can't fit {self.capacity}")
         again_ghost = key in self._again_ghosts
@@ -103,8 +216,12 @@ class Arc(Generic[K]):
         if part is None:
             part = self._again if again_ghost or key in self._once_ghosts else self._once
             self._adapt(key)
-        leave = self._make_room(size, key, again_ghost)
-        part.put(key, part.get(key, 0) + size)
+        leave = self._make_room(size, key, again_ghost, owner)
+        held = part.get(key, 0)
+        part.put(key, held + size)
+        winner = self._accounts.winner(key, held, size, owner)
+        if winner != self.owner(key):
+            part.reown(key, winner)
         self._forget()
         return leave
 
@@ -116,14 +233,14 @@ class Arc(Generic[K]):
         """Corrects the size of something held."""
         part = self._part(key)
         if part is not None:
-            part.bytes += size - part[key]
-            part[key] = size
+            part.resize(key, size)
 
     def remove(self, key: K) -> None:
         """Something left for other reasons: no ghost."""
         part = self._part(key)
         if part is not None:
             part.take(key)
+            self._accounts.forget(key)
 
     def set_capacity(self, capacity: int) -> list[K]:
         """Returns what must leave, in order."""
@@ -140,28 +257,42 @@ class Arc(Generic[K]):
         """Moves the target for a use of a ghost, and forgets the ghost."""
         once, again = self._once_ghosts, self._again_ghosts
         if key in once:
-            self.target = min(self.capacity, self.target + max(once[key], once[key] * again.bytes // max(1, once.bytes)))
+            self.target = min(
+                self.capacity, self.target + max(once[key], once[key] * again.bytes // max(1, once.bytes))
+            )
             once.take(key)
         elif key in again:
-            self.target = max(0, self.target - max(again[key], again[key] * once.bytes // max(1, again.bytes)))
+            self.target = max(
+                0, self.target - max(again[key], again[key] * once.bytes // max(1, again.bytes))
+            )
             again.take(key)
 
-    def _make_room(self, size: int, key: K | None, again_ghost: bool) -> list[K]:
+    def _make_room(self, size: int, key: K | None, again_ghost: bool, owner: Owner = NOBODY) -> list[K]:
         leave: list[K] = []
         while self.bytes + size > self.capacity:
-            victim = self._victim(key, again_ghost)
+            victim = self._victim(key, again_ghost, size, owner)
             part = self._part(victim)
             assert part is not None
             if victim != key:
                 (self._once_ghosts if part is self._once else self._again_ghosts).put(victim, part[victim])
             part.take(victim)
+            self._accounts.forget(victim)
             leave.append(victim)
         return leave
 
-    def _victim(self, key: K | None, again_ghost: bool) -> K:
-        """The paper's REPLACE, for a thing that may be held already."""
-        once, again = self._once.oldest(key), self._again.oldest(key)
+    def _victim(self, key: K | None, again_ghost: bool, size: int, owner: Owner) -> K:
+        """The paper's REPLACE, for a thing that may be held already; among the things of one owner where that
+        has too much."""
         over = self._once.bytes > self.target or (again_ghost and self._once.bytes >= self.target)
+        greedy = self._greedy(size, owner)
+        if greedy is not NOBODY:
+            once, again = self._once.oldest_of(greedy, key), self._again.oldest_of(greedy, key)
+            found = once if once is not None and (over or again is None) else again
+            if found is None and key is not None and self.owner(key) == greedy:
+                found = key
+            if found is not None:
+                return found
+        once, again = self._once.oldest(key), self._again.oldest(key)
         if once is not None and (over or again is None):
             return once
         own = self.size(key) if key is not None else 0
@@ -169,6 +300,20 @@ class Arc(Generic[K]):
             assert key is not None
             return key
         return again
+
+    def _greedy(self, size: int, owner: Owner) -> Owner:
+        """Who holds too much once `owner` has `size` bytes more, while others have something; NOBODY where no
+        one does."""
+        held = self._accounts.bytes
+        if len(held) < 2 and not (held and owner not in held and owner is not NOBODY):
+            return NOBODY
+        for one in (owner, *held):
+            if (
+                one not in (NOBODY, ALL)
+                and held[one] + (size if one == owner else 0) > self.capacity // SHARE
+            ):
+                return one
+        return NOBODY
 
     def _forget(self) -> None:
         once, again = self._once_ghosts, self._again_ghosts

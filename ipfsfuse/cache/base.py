@@ -5,6 +5,7 @@ the fetch goes on while anyone waits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import trio
@@ -104,3 +105,76 @@ class Cache(Protocol):
     def used(self) -> int:
         """Bytes on disk now, in file-system blocks, as counted against the budget."""
         ...
+
+
+class Pins(Protocol):
+    """Pins content at the node it came from while it is staged here. Every method returns at once and does no I/O."""
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether there is a node to pin anything at: if not, `add` changes nothing."""
+        ...
+
+    def add(self, cid: Cid) -> None:
+        """`cid` is in use: pin it and what is below it. Doing so again is free."""
+        ...
+
+    def remove(self, cid: Cid) -> None:
+        """`cid` was evicted: release our pin, and nobody else's. Unknown CIDs are no error."""
+        ...
+
+    def state(self, cid: Cid) -> str:
+        """One of "" (not pinned), "queued" (soon, or not known yet), "cache" (while it is staged), "user" (until unpinned)."""
+        ...
+
+
+class NoPins:
+    """For nodes that are not ours and for sources that collect no garbage."""
+
+    anywhere = False
+
+    def add(self, cid: Cid) -> None:
+        pass
+
+    def remove(self, cid: Cid) -> None:
+        pass
+
+    def state(self, cid: Cid) -> str:
+        return ""
+
+
+class Copy(NamedTuple):
+    """Our copy of a block, and those that it links of which we have copies too."""
+
+    block: bytes
+    children: Sequence[Cid]
+
+
+class Copies(Protocol):
+    """What we have of what a node may have lost."""
+
+    def joins(self, cid: Cid) -> bool:
+        """Whether `cid` holds together other blocks that are staged: the root of a large file."""
+        ...
+
+    async def copy(self, cid: Cid, node: str) -> Copy | None:
+        """A verified block that packs hold, or (of a large file's root) that is to be had; None for any other, and for
+        what came from elsewhere than `node`. Raises what reading meets."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PinStatus:
+    """For `status`: the pins at one node."""
+
+    held: int
+    """CIDs that the node holds for this mount."""
+    queued: int
+    """CIDs that it will be told of, or has not been asked about yet."""
+    batches: int
+    requests: int
+    """To the node, since the start."""
+    folder: str
+    """The folder in the node's MFS that lists what is pinned."""
+    failing: str
+    """Why the node can't be told just now, "" where it can."""

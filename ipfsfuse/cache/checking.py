@@ -18,10 +18,10 @@ from ipfsfuse.cache.folder.entry import Entry
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import ranges
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.front import Walk, node
 from ipfsfuse.dag.nodes import File, Leaf, parse
+from ipfsfuse.dag.traversal import Walk, node
 from ipfsfuse.errors import IpfsFuseError
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ async def _leaves(reading: Reading, entry: Entry) -> AsyncIterator[Leaf]:
     root = await _drive(reading, node(entry.cid))
     at = 0
     while isinstance(root, File) and at < root.size:
-        found = await _drive(reading, ranges.leaves(root, at, WINDOW))
+        found = await _drive(reading, file_layout.leaves(root, at, WINDOW))
         for leaf in found:
             yield leaf
         at = found[-1].offset + found[-1].size

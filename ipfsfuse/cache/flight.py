@@ -3,9 +3,12 @@
 Concurrency: the event loop's.
 """
 
+import math
 from typing import Generic, TypeVar
 
 import trio
+
+from ipfsfuse.sources.base import current_request
 
 V = TypeVar("V")
 
@@ -13,12 +16,19 @@ V = TypeVar("V")
 class Fetch:
     """One running fetch, of one key or of a run of them."""
 
-    __slots__ = ("abandoned", "interest", "scope")
+    __slots__ = ("abandoned", "interest", "request", "scope")
 
     def __init__(self) -> None:
+        self.request = current_request().for_fetch()
+        """On whose account it runs: first of who began it, then also of who waits for it."""
         self.interest = 0
         self.abandoned = False
         self.scope = trio.CancelScope()
+
+    def join(self, until: float = math.inf) -> None:
+        """One more waits for it, `until` then at most."""
+        self.interest += 1
+        self.request.join(current_request(), until)
 
     def leave(self) -> None:
         self.interest -= 1

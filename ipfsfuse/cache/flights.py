@@ -1,9 +1,9 @@
 """Single flight: of all who want one key at one time, one fetch serves all.
 
-Concurrency: everything runs on the event loop. A fetch runs in the nursery given at construction and belongs to no
-caller: a cancelled caller leaves, and the fetch is cancelled with its last waiter. A cancelled fetch holds its slot
-until it has rolled back: who comes meanwhile waits for that, then starts anew. Values are held by nobody but the
-waiters once they have landed.
+Concurrency: everything runs on the event loop. A fetch runs in the nursery given at construction and belongs
+to no caller: a cancelled caller leaves, and the fetch is cancelled with its last waiter. A cancelled fetch
+holds its slot until it has rolled back: who comes meanwhile waits for that, then starts anew. Values are held
+by nobody but the waiters once they have landed.
 """
 
 import copy
@@ -16,6 +16,7 @@ import trio
 
 from ipfsfuse.cache.flight import Fetch, Flight
 from ipfsfuse.errors import IpfsFuseError, Unavailable
+from ipfsfuse.sources.base import current_request, set_request
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ V = TypeVar("V")
 
 MAX_REMEMBERED = 10_000
 """Failures kept at a time: what is forgotten early is only asked for once more."""
+LONG_ENOUGH = 0.25
+"""Part of the deadline that a key must have been waited for, for its failure to be remembered: a call that
+had spent its time on other keys says little about this one."""
 
 
 class Flights(Generic[K, V]):
@@ -46,39 +50,45 @@ class Flights(Generic[K, V]):
         return len(self._flights)
 
     async def join(self, key: K, fetch: Callable[[], Awaitable[V]]) -> V:
-        """The value of `key`: that of the fetch under way, else of a new `fetch()`. Raises the fetch's error, and
-        Unavailable after the deadline; both are raised at once to who asks again within the next seconds."""
+        """The value of `key`: that of the fetch under way, else of a new `fetch()`. Raises the fetch's error,
+        and Unavailable after the deadline, or where the call that this is for comes to the end of its own;
+        both are raised at once to who asks again within the next seconds."""
         return await self.join_early(key, lambda _land: fetch())
 
     async def join_early(self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False) -> V:
-        """As `join`, of a fetch that may land its value before it ends: from then on it serves who comes, and is cancelled
-        with nobody. With `ended`, returns when it has ended."""
+        """As `join`, of a fetch that may land its value before it ends: from then on it serves who comes, and
+        is cancelled with nobody. With `ended`, returns when it has ended."""
         self._raise_remembered(key)
-        with trio.move_on_after(self._deadline):
-            while True:
+        began = trio.current_time()
+        until = min(began + self._deadline, current_request().deadline)
+        with trio.move_on_at(until):
+            while trio.current_time() < until:
                 flight = self._flights.get(key)
                 if flight is None:
                     flight = self._start(key, fetch)
-                await self._wait(flight)
+                await self._wait(flight, until)
                 if flight.landed:
                     if ended and not flight.ended.is_set():
                         await flight.ended.wait()
                     return flight.value  # type: ignore[return-value]  # V itself may be Optional: `landed` says it is set
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
-        late = Unavailable(f"{self._name(key)}: no source gave it within {self._deadline:g} s")
-        self._note_failure(key, late)
+        waited = trio.current_time() - began
+        late = Unavailable(f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s")
+        if waited >= self._deadline * LONG_ENOUGH:
+            self._note_failure(key, late)
         raise late
 
-    def launch(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]]) -> "Ride[K, V]":
-        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and may expect more.
+    def launch(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]], more: bool = False) -> "Ride[K, V]":
+        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and may expect more. It
+        is not started where there are none, unless it has `more` to expect.
 
-        What has not landed when it ends is left to who waits for it: they ask for it alone. It raises nothing. The caller
-        counts as one who waits, until it leaves."""
+        What has not landed when it ends is left to who waits for it: they ask for it alone. It raises
+        nothing. The caller counts as one who waits, until it leaves."""
         ride: Ride[K, V] = Ride(self)
         ride.expect(keys)
-        ride.interest = 1
-        if ride.keys:
+        ride.join()
+        if ride.keys or more:
             self._nursery.start_soon(self._ride, ride, fetch)
         else:
             ride.end()
@@ -98,6 +108,7 @@ class Flights(Generic[K, V]):
             ride.leave()
 
     async def _ride(self, ride: "Ride[K, V]", fetch: Callable[["Ride[K, V]"], Awaitable[None]]) -> None:
+        set_request(ride.request)
         try:
             with ride.scope:
                 try:
@@ -127,6 +138,7 @@ class Flights(Generic[K, V]):
             flight.fetch.interest += 1  # its own
             self._land(key, flight, value)
 
+        set_request(flight.fetch.request)
         try:
             with flight.fetch.scope:
                 try:
@@ -145,11 +157,11 @@ class Flights(Generic[K, V]):
                 flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
             self._end(key, flight)
 
-    async def _wait(self, flight: Flight[V]) -> None:
+    async def _wait(self, flight: Flight[V], until: float) -> None:
         if flight.fetch.abandoned:
             await flight.done.wait()
             return
-        flight.fetch.interest += 1
+        flight.fetch.join(until)
         try:
             await flight.done.wait()
         finally:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.base import FileRef, Kept, SmallBlocks
+from ipfsfuse.cache import arc
+from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
 from ipfsfuse.cache.checking import FsckReport, Told, fsck
 from ipfsfuse.cache.folder import upkeep
 from ipfsfuse.cache.folder.store import Store
 from ipfsfuse.cache.keeping import Keeping, Pinning
 from ipfsfuse.cache.names import Names
-from ipfsfuse.cache.pins import Copy, Pins
 from ipfsfuse.cache.reading import Reading
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
@@ -41,6 +41,11 @@ class Statistics:
     evictions: int
     trouble: str
     """What is wrong with the disk just now, "" where nothing is."""
+    per_caller_bytes: int
+    """What one caller (user id) keeps at most once the budget is used up, while others have something
+    here."""
+    callers: dict[str, int]
+    """Bytes by who had them fetched since the mount began: user ids, and `all` for what several use."""
 
 
 class PinsetCache(Reading):
@@ -118,12 +123,17 @@ class PinsetCache(Reading):
 
     def statistics(self) -> Statistics:
         room = self.store.room
-        return Statistics(room.budget, room.used, room.kept_bytes, self.hits, self.misses, room.evictions, self.trouble)
+        held = {str(owner): size for owner, size in room.arc.held_by().items()}
+        return Statistics(
+            room.budget, room.used, room.kept_bytes, self.hits, self.misses, room.evictions, self.trouble,
+            room.arc.capacity // arc.SHARE, held,
+        )  # fmt: skip
 
     async def evict(self, cid: Cid | None = None) -> int:
         """Removes a file or block, or all that is not kept for good; returns the bytes freed on disk.
 
-        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is kept for good."""
+        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is kept for
+        good."""
         return await self.store.evict(cid)
 
     def note_root(self, cid: Cid, spelling: str) -> None:
@@ -131,7 +141,8 @@ class PinsetCache(Reading):
         self._names.note(cid, spelling)
 
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
-        """(CID, as first spelled) of what is kept for good, and what was opened by name and is still staged itself."""
+        """(CID, as first spelled) of what is kept for good, and what was opened by name and is still staged
+        itself."""
         for cid in self._keeping.pins:
             yield cid, self._names.spelling(cid)
         yield from self._names.staged()
@@ -141,7 +152,8 @@ class PinsetCache(Reading):
         return self._keeping.pins
 
     def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
-        """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for each file first.
+        """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for
+        each file first.
 
         Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays kept."""
         return self._keeping.pinning(cid)

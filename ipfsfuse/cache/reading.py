@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
-from ipfsfuse.cache.arrival import Arrival, adjoin, of_leaf
+from ipfsfuse.cache.arrival import Arrival, adjoin, content_of, of_leaf
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
 from ipfsfuse.cache.behind import Behind
 from ipfsfuse.cache.flights import Flights, Ride
@@ -18,7 +18,6 @@ from ipfsfuse.cache.keys import block_key, leaf_key, spelled
 from ipfsfuse.cache.readback import read_back
 from ipfsfuse.cache.taking import Taking
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves as dagleaves
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError
@@ -30,6 +29,8 @@ PATIENCE = 1 / 3
 """Part of the deadline that one such answer may take: who waits for a block of it has the rest to get that elsewhere."""
 OF_BUDGET = 4
 """The largest part of the budget, as a divisor, that one answer may fill: what comes must not push itself out."""
+AT_ONCE = 2000
+"""Blocks of one answer that are registered in one step of the event loop: some 10 ms."""
 SIDE_BY_SIDE = 4
 """Leaves that one `ahead` takes from elsewhere than a run at a time."""
 
@@ -85,13 +86,18 @@ class Reading:
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         """As `Cache.gather`."""
 
+        some = list(wanted) if subtree.limit <= self.store.room.budget // OF_BUDGET else []
+        rest = some[AT_ONCE:]
+
         async def fetch(ride: Ride[bytes, Arrival]) -> None:
+            for at in range(0, len(rest), AT_ONCE):
+                await trio.lowlevel.checkpoint()
+                ride.expect(self._absent(rest[at : at + AT_ONCE]))
             if len(ride.keys) >= FEW:
                 with trio.move_on_after(self._patience):
                     await self._blocks.subtree(subtree, Taking(ride, seen, self._absent, self._arrive))
 
-        fits = subtree.limit <= self.store.room.budget // OF_BUDGET
-        return self._flights.launch(self._absent(wanted) if fits else (), fetch).ended
+        return self._flights.launch(self._absent(some[:AT_ONCE]), fetch, more=bool(rest)).ended
 
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
@@ -107,15 +113,15 @@ class Reading:
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """As `Cache.leaf`."""
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
-            return dagleaves.of(leaf, await self.block(leaf.cid))
+            return await content_of(leaf, await self.block(leaf.cid))
         if cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.block(leaf.cid)
             if block is not None:
                 self.hits += 1
-                return dagleaves.of(leaf, block)
+                return await content_of(leaf, block)
         arrival = await self._flights.join_early(leaf_key(leaf), lambda land: self._bring_leaf(file, leaf, land if early else None), ended=not early)
         if len(arrival.content) != leaf.size:  # no failure to remember: another file may tell the truth about this leaf
-            return dagleaves.of(leaf, await self.block(leaf.cid))
+            return await content_of(leaf, await self.block(leaf.cid))
         if arrival.stage and arrival.home != (file.cid, leaf.offset) and not await self._has(file, leaf):
             await self._keep(file, leaf, arrival)  # another file's leaf, or another place in this one, of the same bytes
         return arrival.content
@@ -127,7 +133,7 @@ class Reading:
             return Arrival(staged, None, False)
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
-        arrival = of_leaf(file, leaf, fetched.block, fetched.source)
+        arrival = await of_leaf(file, leaf, fetched.block, fetched.source)
         await self._behind.keep(leaf.size, land and (lambda: land(arrival)), lambda: self._stage(file, leaf, arrival))
         return arrival
 
@@ -196,7 +202,7 @@ class Reading:
                 self.misses += len(blocks)
                 came_now: list[tuple[Leaf, Arrival]] = []
                 for key, block in zip(keys[index:], blocks, strict=False):
-                    arrival = of_leaf(file, by_key[key][0], block, source)
+                    arrival = await of_leaf(file, by_key[key][0], block, source)
                     ride.land(key, arrival)  # a reader need not wait until it is written
                     came_now.append((by_key[key][0], arrival))
                     for leaf in by_key[key]:

@@ -13,6 +13,7 @@ import trio
 
 from ipfsfuse.cache.arc import Arc
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.sources.base import current_request
 
 Key = Cid | int
 """A staging file by its CID, a pack by its number."""
@@ -56,7 +57,7 @@ class Room:
         if key in self._kept:
             self._keep(key, size)
         else:
-            self.arc.admit(key, size)
+            self.arc.admit(key, size, current_request().caller)
         return True
 
     async def _reserve(self, key: Key, size: int) -> bool:
@@ -68,7 +69,7 @@ class Room:
             self._keep(key, size)
             await self._leave(self._refit())
         else:
-            await self._leave(self.arc.admit(key, size))
+            await self._leave(self.arc.admit(key, size, current_request().caller))
         return True
 
     def adjust(self, key: Key, by: int) -> None:

@@ -1,19 +1,67 @@
-"""`ipfsfuse library` and `rm`: what lies in the embedded library."""
+"""`ipfsfuse add`, `library`, `rm` and `export`: what goes into the library, what is in it, and what comes out as CAR files."""
 
 import argparse
+import base64
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import trio
+
+from ipfsfuse import importer
 from ipfsfuse.cli import folders, values
+from ipfsfuse.cli.progress import Progress
+from ipfsfuse.control import client, socket_path
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.builder import PROFILES
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
+from ipfsfuse.errors import DaemonFailed, Unavailable
 from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.opening import opened as opened_sources
+from ipfsfuse.sources.parse import OpenSettings
+from ipfsfuse.sources.pool.pool import SourcePool
+
+BLOCK_DEADLINE = 30.0
+"""Seconds for one block of an export."""
+
+
+def add(arguments: argparse.Namespace) -> int:
+    options = importer.AddOptions(
+        profile=PROFILES[arguments.profile],
+        wrap=arguments.wrap_with_directory,
+        hidden=arguments.hidden,
+        preserve_mode=arguments.preserve_mode,
+        preserve_mtime=arguments.preserve_mtime,
+        only_hash=arguments.only_hash,
+    )
+    last = None
+    with Progress("adding") as progress, _library_to_add_to(arguments) as library:
+
+        def show(done: int, total: int | None, path: str) -> None:
+            progress({"done": done, "total": total, "what": path})
+
+        for last in importer.add(arguments.paths, options, library, show):
+            if not arguments.quieter:
+                progress.line(f"added {cids.text(last.cid)} {last.name}".rstrip())
+    if arguments.quieter and last is not None:
+        print(cids.text(last.cid))
+    return 0
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace) -> Iterator[Library]:
+def _library_to_add_to(arguments: argparse.Namespace) -> Iterator[Library | None]:
+    if arguments.only_hash:
+        yield None
+    else:
+        with opened_library(arguments) as library:
+            yield library
+
+
+@contextmanager
+def opened_library(arguments: argparse.Namespace) -> Iterator[Library]:
     library = Library(folders.library(arguments.library))
     try:
         yield library
@@ -22,7 +70,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Library]:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    with opened(arguments) as library:
+    with opened_library(arguments) as library:
         if arguments.compact:
             library.compact()
         entries = library.entries()
@@ -38,7 +86,47 @@ def show(arguments: argparse.Namespace) -> int:
 
 def remove(arguments: argparse.Namespace) -> int:
     cid = cid_alone(arguments.cid)
-    with opened(arguments) as library:
+    with opened_library(arguments) as library:
         entry = library.remove(cid)
     print(f"removed {cids.text(entry.cid)} {entry.name}")
     return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    return trio.run(_export, arguments)
+
+
+async def _export(arguments: argparse.Namespace) -> int:
+    cid, file = cid_alone(arguments.cid), Path(arguments.file)
+    cache_dir = folders.cache_dir(arguments.cache_dir)
+    with Progress("indexing") as indexing, Progress("exporting") as progress:
+        settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
+        async with opened_sources(arguments.sources or ["library"], settings) as sources:
+            get = _getter(SourcePool(sources), socket_path(cache_dir))
+            size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
+    print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
+    return 0
+
+
+def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:
+    """Gets a block from the sources, else from a running mount, which has a cache and sources of its own."""
+
+    async def get(wanted: Cid) -> bytes:
+        try:
+            with trio.fail_after(BLOCK_DEADLINE):
+                return (await pool.get(wanted)).block
+        except (Unavailable, trio.TooSlowError) as exc:
+            block = await trio.to_thread.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
+            if block is None:
+                raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
+            return block
+
+    return get
+
+
+def _from_mount(control: Path, cid: Cid) -> bytes | None:
+    """The block that a running mount has or fetches. None if no mount runs."""
+    try:
+        return base64.b64decode(client.call(control, "block", cid=cids.text(cid))["data"])
+    except DaemonFailed:
+        return None

@@ -65,7 +65,7 @@ def _command(commands: Any, name: str, run: str, about: str) -> argparse.Argumen
 
 
 def _library(commands: Any) -> None:
-    add = _command(commands, "add", "adding:run", "import files and folders into the library; prints their CIDs")
+    add = _command(commands, "add", "library:add", "import files and folders into the library; prints their CIDs")
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder, a symlink; - for standard input")
     add.add_argument("-Q", "--quieter", action="store_true", help="print the last CID alone")
     add.add_argument("--profile", default="unixfs-v1-2025", choices=["unixfs-v1-2025", "unixfs-v0-2015"], help="the rules that give the CID")
@@ -76,7 +76,7 @@ def _library(commands: Any) -> None:
     add.add_argument("--preserve-mtime", action="store_true", help="store modification times")
     library = _command(commands, "library", "library:show", "list what `add` put into the library")
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
-    export = _command(commands, "export", "exporting:run", "write a CID with all below it to a CAR file, verified")
+    export = _command(commands, "export", "library:export", "write a CID with all below it to a CAR file, verified")
     for parser in (remove, export):
         parser.add_argument("cid", metavar="CID")
     export.add_argument("file", metavar="FILE.car", type=_PATH)
@@ -101,7 +101,7 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("--offline", action="store_true", help="show what is here, fail at once for anything else")
     _folders(mount)
     mount.add_argument("--budget", type=_SIZE, default=values.size("10GiB"), metavar="SIZE", help="bytes that staging may take on disk (10GiB)")
-    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a read fails after this long without a block (30s)")
+    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a call that can't be answered within this fails (30s)")
     mount.add_argument("--allow", action="append", metavar="CID|FILE", help="these CIDs and what they hold, nothing else; a file lists one a line")
     mount.add_argument("--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used")
     mount.add_argument("--allow-other", action="store_true", help="let other users in")

@@ -11,7 +11,7 @@ import trio
 
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import Kept
-from ipfsfuse.cache.pins.nodepins import NodePins
+from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control.blocks import WholeBlocks
@@ -20,8 +20,9 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.vfs.fetching import Totals, fetch_all
+from ipfsfuse.sources.base import request_of
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
 TELL_SECONDS = 0.2
@@ -31,8 +32,8 @@ Answer = Mapping[str, Any]
 
 
 class Commands:
-    def __init__(self, config: MountConfig, cache: PinsetCache, chain: Chain, pins: NodePins, tree: Tree) -> None:
-        self._config, self._cache, self._chain, self._pins, self._tree = config, cache, chain, pins, tree
+    def __init__(self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree) -> None:
+        self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._blocks = WholeBlocks(cache)
         self._started = time.time()
 
@@ -59,7 +60,7 @@ class Commands:
             "uptime": round(time.time() - self._started, 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
-            "sources": [asdict(source) for source in self._chain.statistics()],
+            "sources": [asdict(source) for source in self._pool.statistics()],
         }
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
@@ -70,20 +71,21 @@ class Commands:
         depth = arguments.get("depth")
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
-        totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
+        with request_of(os.getuid()):  # who mounted is who commands
+            totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
         return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
         cid = _cid(arguments)
         async with self._cache.pinning(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _Teller(progress), pinning.file)
-        self._pins.keep(cid)
+        self._pins.pin(cid)
         return {"pinned": cids.text(cid), "files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = _cid(arguments)
         await self._cache.unpin(cid)
-        self._pins.unkeep(cid)
+        self._pins.unpin(cid)
         return {"unpinned": cids.text(cid)}
 
     async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:

@@ -1,6 +1,6 @@
-"""The multibase `base256emoji` (https://github.com/multiformats/multibase/blob/master/rfcs/Base256Emoji.md): a byte is an emoji.
+"""The multibase `base256emoji` (https://github.com/multiformats/multibase/blob/master/rfcs/Base256Emoji.md): each byte is an emoji.
 
-Here because the multiformats package knows its name and can't read it. Pure functions.
+It is here because the multiformats package lists it but can't decode it. Pure functions.
 """
 
 PREFIX = "🚀"
@@ -25,7 +25,7 @@ def encode(data: bytes) -> str:
 def decode(text: str) -> bytes:
     """The bytes of `text`, prefix included. Raises ValueError, as the decoders of multiformats do."""
     if not text.startswith(PREFIX):
-        raise ValueError("no base256emoji: it begins with something else")
+        raise ValueError("not base256emoji: wrong prefix")
     try:
         return bytes(_BYTES[char] for char in text[1:])
     except KeyError as exc:

@@ -1,7 +1,7 @@
 """CAR files as bytes: headers, sections, the version 2 frame, both ways, strictly.
 
 Pure: what reads files and streams is in `sources`. Sources: https://ipld.io/specs/transport/car/carv1/ and carv2/; the
-bounds are go-car's (a header of at most 32 MiB, a section of at most 8 MiB). All errors are Malformed and say where.
+bound of a section is go-car's. All errors are Malformed and say where.
 """
 
 import struct
@@ -14,7 +14,10 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
 
-MAX_HEADER = 32 << 20
+MAX_HEADER = 8 << 20
+"""Bytes of the largest header of a file: 200,000 roots. It takes a second to parse: in a worker thread."""
+MAX_STREAM_HEADER = 64 << 10
+"""Bytes of the largest header of a stream, which is parsed where it is read: an answer to one question has one root."""
 MAX_SECTION = 8 << 20
 
 HEAD_BYTES = 9 + cids.MAX_CID_BYTES
@@ -51,14 +54,16 @@ class V2Header:
 # -- the header --------------------------------------------------------------------------------------------------
 
 
-def header_length(data: bytes) -> int:
-    """How many bytes at the start of `data` are the header with its length, from its first 9 bytes. Raises Malformed."""
+def header_length(data: bytes, most: int = MAX_HEADER) -> int:
+    """How many bytes at the start of `data` are the header with its length, from its first 9 bytes.
+
+    Raises Malformed, for one of over `most` bytes too."""
     try:
         length, at = varint.get(data, 0)
     except Malformed as exc:
         raise Malformed(f"not a CAR: its header's length: {exc}") from exc
-    if not 0 < length <= MAX_HEADER:
-        raise Malformed(f"not a CAR: its header would have {length} bytes: 1 to {MAX_HEADER} are allowed")
+    if not 0 < length <= most:
+        raise Malformed(f"not a CAR: its header would have {length} bytes: 1 to {most} are allowed")
     return at + length
 
 

@@ -21,6 +21,8 @@ class Parser:
         self._buffer = bytearray()
         self._need = _MIN_HEADER
         """Nothing can be done before the buffer holds so much."""
+        self._padded = False
+        """Whether the zeros have begun that may stand behind the last section."""
         self._skip = 0
         self._left: int | None = None
         """Bytes of CAR data still to come; known for version 2 alone, where what is behind them is ignored."""
@@ -35,6 +37,8 @@ class Parser:
                 self._header()
             elif self._left == 0:
                 self._buffer.clear()
+            elif self._padded or self._buffer[0] == 0:
+                self._drop_zeros()
             else:
                 found = self._section()
                 if found is not None:
@@ -42,7 +46,7 @@ class Parser:
 
     def finish(self) -> None:
         """The stream has ended. Raises Malformed if that was inside of something."""
-        if self.roots is None or (self._buffer and self._left != 0) or self._left:
+        if self.roots is None or (self._buffer and self._left != 0) or (self._left and not self._padded):
             raise Malformed("the CAR stream is cut short")
 
     def _drop_padding(self) -> None:
@@ -51,6 +55,14 @@ class Parser:
         self._skip -= dropped
         self._need = 1 if self._skip else _MIN_HEADER
 
+    def _drop_zeros(self) -> None:
+        """A section of no bytes ends the CAR: what is behind it is padding. Source: go-car's ZeroLengthSectionAsEOF."""
+        count = len(self._buffer) if self._left is None else min(self._left, len(self._buffer))
+        if self._buffer.count(0, 0, count) != count:
+            raise Malformed("the CAR has something behind the zeros that end it")
+        self._padded = True
+        self._take(count)
+
     def _header(self) -> None:
         if self._left is None and car.is_v2(bytes(self._buffer[: len(car.PRAGMA)])):
             if not self._has(car.V2_BYTES):
@@ -58,7 +70,7 @@ class Parser:
             frame = car.decode_v2(bytes(self._buffer[: car.V2_BYTES]))
             self._skip, self._left = frame.data_offset, frame.data_size
             return
-        length = car.header_length(bytes(self._buffer[:9]))
+        length = car.header_length(bytes(self._buffer[:9]), car.MAX_STREAM_HEADER)
         if self._has(length):
             self.roots = car.decode_header(self._take(length))
 

@@ -20,8 +20,12 @@ RAW = 0x55
 DAG_PB = 0x70
 
 MAX_CID_BYTES = 512
-"""No allowed hash makes a longer one. Only a link may hold a longer one (of identity): it can't be followed, and its
-directory can be listed nevertheless."""
+"""No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be followed, but
+its directory can be listed."""
+
+MAX_BLOCK = 2 << 20
+"""Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
+Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
 
 _V0_PREFIX = b"\x12\x20"
 _BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
@@ -42,7 +46,7 @@ def decode(data: bytes) -> Cid:
         return Cid(data)
     end = _check(data)
     if end != len(data):
-        raise NotACid("a CID with bytes behind its digest")
+        raise NotACid("a CID with bytes after its digest")
     return Cid(data)
 
 
@@ -69,7 +73,7 @@ def _check(data: bytes) -> int:
         _code, at = varint.get(data, at)
         length, at = varint.get(data, at)
     except Malformed as exc:
-        raise NotACid(f"no CID: {exc}") from exc
+        raise NotACid(f"not a CID: {exc}") from exc
     if at + length > len(data):
         raise NotACid("a CID whose digest is cut short")
     return at + length
@@ -118,7 +122,7 @@ def text(cid: Cid) -> str:
 
 
 def brief(cid: Cid) -> str:
-    """`text` for messages: an identity CID, which can be any length, only by that."""
+    """`text` for messages. Of a long identity CID it gives only the length."""
     return text(cid) if len(cid) <= 80 else f"a CID of {len(cid)} bytes"
 
 
@@ -174,9 +178,9 @@ EMPTY = make(RAW, b"\x12\x20" + hashlib.sha256(b"").digest())
 
 
 def known(cid: Cid) -> bytes | None:
-    """The block that nobody needs to be asked for: `inline`, or the empty one; None for every other CID.
+    """The block that is known without a source: `inline`, or the empty block. None for every other CID.
 
-    No node sends the empty block, which is what a file of no bytes is: Bitswap has no way to tell it from none."""
+    The empty block is the content of an empty file. No node sends it: Bitswap can't tell it from a missing one."""
     return b"" if cid == EMPTY else inline(cid)
 
 

@@ -20,7 +20,7 @@ NO_TSIZE = 2
 
 
 class Link(NamedTuple):
-    """One link of a dag-pb node. `name` is b"" where there is none; `tsize` is its publisher's claim, in bytes."""
+    """One link of a dag-pb node. `name` is b"" if the link has none. `tsize` is the publisher's claim, in bytes."""
 
     cid: Cid
     name: bytes
@@ -40,7 +40,7 @@ class PBNode(NamedTuple):
 
 
 MAX_LINKS = 1 << 16
-"""More fit into 2 MiB only where each is shorter than a hash: a block made to cost time."""
+"""A block of 2 MiB holds more links only if each is shorter than a hash: such a block is an attack."""
 
 _DATA, _LINKS = 0x0A, 0x12
 _HASH, _NAME, _TSIZE = 0x0A, 0x12, 0x18
@@ -116,7 +116,7 @@ def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
 
 
 def _short_tsize(tail: bytes) -> int:
-    """The value of `18 <varint>`, the varint being one to four bytes; -1 if it is none."""
+    """The value of `18 <varint>`, with a varint of one to four bytes. -1 for anything else."""
     length = len(tail)
     last = tail[-1]
     if last >= 0x80 or length < 2:
@@ -167,7 +167,7 @@ def _cid(data: bytes) -> Cid:
 
 
 def _refusal(tag: int, have_data: bool) -> str:
-    """Why a field with `tag` can't stand where it does."""
+    """Why a field with `tag` is not allowed at its position."""
     if tag == _LINKS:
         return "dag-pb: duplicate Links section"
     if tag == _DATA and have_data:

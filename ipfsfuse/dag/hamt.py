@@ -2,8 +2,8 @@
 
 A name's place is its hash, read from the most significant bit in pieces of log2(width) bits, one for each level
 (https://specs.ipfs.tech/unixfs/). A `Spot` is a place in the trie: the bits consumed so far. Every entry that is read
-is checked against its spot: so no block can stand at two places, and a trie made of one block over and over ends at
-the first entry. Pure functions.
+is checked against its spot. So no block can be at two places, and a trie that repeats one block ends at the first
+entry. Pure functions.
 """
 
 from bisect import bisect_left
@@ -64,12 +64,12 @@ def placed(name: bytes, spot: Spot, shard: Shard) -> int:
     """The hash of `name`, an entry of `shard`. Raises Malformed unless it belongs at `spot`."""
     key = hash64(name)
     if key >> (HASH_BITS - spot.bits) != spot.prefix:
-        raise Malformed(f"{cids.brief(shard.cid)}: a HAMT node with {name[:80]!r} at a place that its hash does not give")
+        raise Malformed(f"{cids.brief(shard.cid)}: a HAMT node holds {name[:80]!r} at a place that does not fit its hash")
     return key
 
 
 def subshard(node: Node) -> Shard:
-    """`node`, which stands in a HAMT below its root. Raises Malformed if it is no node of one, or empty (a trie without end)."""
+    """`node`, found in a HAMT below its root. Raises Malformed if it is not a HAMT node, or if it is empty (an endless trie)."""
     if not isinstance(node, Shard) or not node.slots:
-        raise Malformed(f"{cids.brief(node.cid)}: stands in a HAMT directory and is no node of one, or an empty one")
+        raise Malformed(f"{cids.brief(node.cid)}: is linked in a HAMT directory, but is not a HAMT node, or is an empty one")
     return node

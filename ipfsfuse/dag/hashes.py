@@ -79,14 +79,14 @@ def split(multihash: bytes) -> tuple[int, bytes]:
         code, at = varint.get(multihash, 0)
         length, at = varint.get(multihash, at)
     except Malformed as exc:
-        raise NotACid(f"no multihash: {exc}") from exc
+        raise NotACid(f"not a multihash: {exc}") from exc
     if at + length != len(multihash):
-        raise NotACid("a multihash of another length than it says")
+        raise NotACid("a multihash whose length differs from what it states")
     return code, multihash[at:]
 
 
 def inline(multihash: bytes) -> bytes | None:
-    """What an identity multihash carries; None for every other. Raises Unsupported where that is over 128 bytes."""
+    """The bytes that an identity multihash carries, None for any other. Raises Unsupported for more than 128 bytes."""
     if multihash[:1] != b"\x00":
         return None
     check_allowed(multihash)

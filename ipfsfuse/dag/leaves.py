@@ -1,8 +1,8 @@
 """Leaves: the content that a block holds, and the proof of that content without its block.
 
-A staging file holds a file's content alone. A raw leaf's content is its block; a dag-pb leaf wraps it in an envelope
-of a few bytes, in one of the few forms that importers write. So content that was staged can be proved against its
-CID again: by its own hash, or by that of one of those envelopes around it.
+A staging file holds only a file's content. The content of a raw leaf is its block. A dag-pb leaf wraps the content in
+an envelope of a few bytes, in one of the few forms that importers write. So staged content can be verified against
+its CID again: by its own hash, or by the hash of one of those envelopes around it.
 
 Pure functions; hashing lets other threads run.
 """
@@ -22,8 +22,8 @@ Buffer = bytes | bytearray | memoryview
 def of(leaf: Leaf, block: bytes) -> memoryview:
     """The content of `leaf`, `leaf.size` bytes, from its verified block.
 
-    Raises NotALeaf for an interior node that was taken for a leaf (`walk.leaves(..., sure=True)` tells them apart),
-    Malformed for a block that holds another number of bytes than its parent says, and what `content` raises.
+    Raises NotALeaf for an interior node that was taken for a leaf (`file_layout.leaves(..., sure=True)` tells them apart),
+    Malformed for a block whose number of bytes differs from what its parent states, and what `content` raises.
     """
     data = content(leaf.cid, block)
     if len(data) == leaf.size:
@@ -31,15 +31,15 @@ def of(leaf: Leaf, block: bytes) -> memoryview:
     name = cids.brief(leaf.cid)
     node = nodes.parse(leaf.cid, block)
     if isinstance(node, File) and node.children and node.size == leaf.size:
-        raise NotALeaf(f"{name}: is an interior node where a leaf was expected")
-    raise Malformed(f"{name}: holds {len(data)} bytes of a file, and its parent says {leaf.size}")
+        raise NotALeaf(f"{name}: is an interior node, but a leaf was expected")
+    raise Malformed(f"{name}: holds {len(data)} bytes of a file, but its parent states {leaf.size}")
 
 
 def content(cid: Cid, block: Buffer) -> memoryview:
     """The content bytes that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file node.
 
-    A view of `block`, but for a dag-pb block of a form that no importer writes. Raises Malformed for a block that is no
-    file, Unsupported for another codec.
+    A view of `block`, except for a dag-pb block in a form that no importer writes. Raises Malformed for a block that
+    is not a file, Unsupported for another codec.
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
@@ -103,7 +103,7 @@ def _envelope(kind: Type, sized: bool, size: int, with_data: bool) -> tuple[byte
 
 
 def _canonical_span(block: bytes) -> tuple[int, int] | None:
-    """Where the content lies in a canonical dag-pb leaf; None if `block` is none."""
+    """Where the content lies in a canonical dag-pb leaf; None if `block` is not one."""
     try:
         start, end = protobuf.span(block, 1, len(block))
         start = end = start + 2  # behind the type

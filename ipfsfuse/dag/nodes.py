@@ -1,9 +1,9 @@
 """What blocks mean: a verified block in, a file, directory, shard or symlink out.
 
-The types here are what the layers above speak of. All are frozen; links hold binary CIDs and raw name bytes. `parse`
-is strict where the format has rules (https://specs.ipfs.tech/unixfs/): what breaks one is Malformed, never a guess.
+The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes. `parse` is
+strict where the format has rules (https://specs.ipfs.tech/unixfs/): a block that breaks one raises Malformed.
 
-Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread.
+Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread (MAX_PARSED_ON_LOOP).
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,9 @@ from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Malformed, Unsupported
 
 MAX_FILE = (1 << 63) - 1
-"""The largest file, in bytes, whose offsets a file system can speak of."""
+"""The largest file, in bytes, whose offsets a file system can express."""
+MAX_PARSED_ON_LOOP = 100 << 10
+"""Bytes of the largest block that is parsed on the event loop: about 10 ms."""
 MAX_TARGET = 4095
 """The longest target of a symlink that Linux can follow, in bytes."""
 MURMUR3 = 0x22
@@ -38,7 +40,7 @@ class Leaf(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A subtree of a file: `size` content bytes at `offset` of the file, by its parent's word."""
+    """A subtree of a file: `size` content bytes at `offset` of the file, as its parent states them."""
 
     cid: Cid
     offset: int

@@ -1,6 +1,6 @@
 """Names and paths as people write them: `/ipfs/CID/a/b`, `CID/a/b`, `ipfs://CID/a`.
 
-`parse` checks once, where a text enters; what it returns nobody checks again. Pure functions.
+`parse` checks a text once, where it enters. Its result needs no further checks. Pure functions.
 """
 
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ def can_hold(name: bytes) -> bool:
 
 
 def parse(text: str) -> IpfsPath:
-    """The path that `text`, a command line's argument, spells: repeated slashes and `.` count for nothing.
+    """The path that `text`, a command line's argument, spells. Repeated slashes and `.` are ignored.
 
     In the form of a URL, names are percent-encoded. Raises NotACid, NameTooLong, or UsageError for `..`, NUL, a query
-    or fragment, and for anything that is no path below a CID.
+    or fragment, and for anything that is not a path below a CID.
     """
     rest, quoted = _below_ipfs(text)
     root, _, tail = rest.partition("/")
     if not root:
-        raise UsageError(f"{_shown(text)}: no CID in it; write /ipfs/CID or /ipfs/CID/PATH")
+        raise UsageError(f"{_shown(text)} has no CID: write /ipfs/CID or /ipfs/CID/PATH")
     names = tuple(_name(part, quoted, text) for part in tail.split("/") if part not in ("", "."))
     return IpfsPath(cids.parse(root), names)
 
@@ -56,13 +56,13 @@ def cid_alone(text: str) -> Cid:
 
 
 def _below_ipfs(text: str) -> tuple[str, bool]:
-    """What stands behind `/ipfs/` or `ipfs://`, and whether it is percent-encoded."""
+    """The text after `/ipfs/` or `ipfs://`, and whether it is percent-encoded."""
     scheme, colon, rest = text.partition("://")
     if colon and "/" not in scheme:
         if scheme.lower() != "ipfs":
             raise UsageError(f"{_shown(text)}: only ipfs:// is read here; write /ipfs/CID/PATH")
         if "?" in rest or "#" in rest:
-            raise UsageError(f"{_shown(text)}: a query or fragment is no part of a path; write %3F or %23 for a name's own")
+            raise UsageError(f"{_shown(text)}: a query or fragment is not part of a path; write %3F or %23 where a name has ? or #")
         return rest, True
     if not text.startswith("/"):
         return text, False
@@ -81,7 +81,7 @@ def _name(part: str, quoted: bool, text: str) -> bytes:
     if len(name) > MAX_NAME:
         raise NameTooLong(f"{_shown(text)}: a name of {len(name)} bytes; {MAX_NAME} is the most")
     if not can_hold(name):
-        raise UsageError(f"{_shown(text)}: {_shown(part)} is no name of an entry")
+        raise UsageError(f"{_shown(text)}: {_shown(part)} is not the name of an entry")
     return name
 
 

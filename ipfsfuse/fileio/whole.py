@@ -60,3 +60,12 @@ def regular(path: str, most: int) -> Iterator[tuple[int, int]]:
         yield file, info.st_size
     finally:
         os.close(file)
+
+
+def size_of(path: str) -> int | None:
+    """The size of a regular file, in bytes; None of anything else."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return info.st_size if stat.S_ISREG(info.st_mode) else None

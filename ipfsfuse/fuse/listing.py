@@ -10,11 +10,14 @@ from pyfuse3 import FileNameT, ReaddirToken, readdir_reply
 
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes, likely
 from ipfsfuse.fuse.replies import Replies
-from ipfsfuse.vfs.roots import Roots
+from ipfsfuse.vfs.roots import Listed, Roots, name_of
 from ipfsfuse.vfs.tree import Entry, Tree
 
 _DIRECTORY = 0o040000
 DOTS = 2
+NAME_MAX = 255
+AT_ONCE = 128
+"""Of the root's entries so many are made at a time: a reply holds some hundred at most."""
 
 
 class _Replier:
@@ -96,11 +99,19 @@ class RootListing:
         self._roots = roots
         self._tree = tree
         self._replier = _Replier(inodes.get(ROOT), inodes, replies)
-        self._entries: list[Entry] | None = None
+        self._listed: Sequence[Listed] | None = None
 
     async def reply(self, start: int, token: ReaddirToken) -> None:
-        if start == 0 or self._entries is None:
-            named = self._roots.entries()
-            self._entries = [Entry(name.encode(), cid, place, self._tree.known(cid)) for place, (cid, name) in enumerate(named, 1)]
-        if self._replier.dots(start, token):
-            self._replier.entries(self._entries, max(start - DOTS, 0), token)
+        if start == 0 or self._listed is None:
+            self._listed = await self._roots.entries()
+        if not self._replier.dots(start, token):
+            return
+        for first in range(max(start - DOTS, 0), len(self._listed), AT_ONCE):
+            page = self._page(self._listed[first : first + AT_ONCE], first)
+            if self._replier.entries(page, 0, token) < len(page):
+                return
+
+    def _page(self, listed: Sequence[Listed], first: int) -> Sequence[Entry]:
+        """The entries of `listed`, which stand from index `first` on; names that no file system can hold are left out."""
+        named = [(place, item[0], name_of(item)) for place, item in enumerate(listed, first + 1)]
+        return [Entry(name, cid, place, self._tree.known(cid)) for place, cid, name in named if len(name) <= NAME_MAX]

@@ -6,11 +6,12 @@ only between two awaits.
 
 import errno
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 import pyfuse3
+import trio
 from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, ReaddirToken, RequestContext, XAttrNameT
 
 from ipfsfuse import errors
@@ -24,6 +25,7 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
+from ipfsfuse.sources.base import Caller, request_of
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.roots import Roots
@@ -31,6 +33,9 @@ from ipfsfuse.vfs.tree import Tree
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 NAME_MAX = 255
+GRACE = 0.5
+"""Seconds beyond its deadline after which a call is answered in any case. Before that, who waits for a block
+says which."""
 
 
 class Translated:
@@ -52,8 +57,12 @@ class Operations(ReadOnlyOperations):
     enable_writeback_cache = False
     supports_dot_lookup = False
 
-    def __init__(self, tree: Tree, roots: Roots, interrupts: Interrupts, pages: Pages | None, budget: int) -> None:
+    def __init__(
+        self, tree: Tree, roots: Roots, interrupts: Interrupts, pages: Pages | None, budget: int, deadline: float
+    ) -> None:
+        """`deadline`: seconds in which each call is answered."""
         super().__init__()
+        self._deadline = deadline
         self._tree, self._roots, self._interrupts, self._pages = tree, roots, interrupts, pages
         self._budget = budget
         self._inodes = Inodes(attributes.ROOT, pages.pending) if pages is not None else Inodes(attributes.ROOT)
@@ -61,6 +70,10 @@ class Operations(ReadOnlyOperations):
         self._files = Files(tree, self._inodes, interrupts, pages)
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
+        self._openers: dict[int, int] = {}
+        """The user id of who opened a file, by its handle: reads don't tell."""
+        self._listers: dict[int, int] = {}
+        """And a directory."""
 
     def storing_pages(self) -> AbstractContextManager[None]:
         """While the session serves: what nobody asked for yet goes to the page cache."""
@@ -70,10 +83,20 @@ class Operations(ReadOnlyOperations):
         """Notes what went on unasked: as long as the mount serves."""
         await self._files.run()
 
+    @contextmanager
+    def _call(self, caller: Caller) -> Iterator[None]:
+        """A call of the user `caller`, answered soon after its deadline whatever it waits for."""
+        deadline = trio.current_time() + self._deadline
+        with translated:
+            with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:
+                yield
+            if scope.cancelled_caught:
+                raise errors.Unavailable(f"not answered within {self._deadline:g} s")
+
     # -- names ---------------------------------------------------------------------------------------------------
 
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with translated:
+        with self._call(ctx.uid):
             if len(name) > NAME_MAX:
                 raise errors.NameTooLong(f"a name of {len(name)} bytes")
             try:
@@ -111,7 +134,7 @@ class Operations(ReadOnlyOperations):
             return self._replies.entry(held)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        with translated, self._interrupts.watch(ctx.pid):
+        with self._call(ctx.uid), self._interrupts.watch(ctx.pid):
             return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
@@ -123,14 +146,15 @@ class Operations(ReadOnlyOperations):
     # -- files ---------------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        with translated:
+        with self._call(ctx.uid):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
             handle = await self._files.open(self._inodes.get(inode), ctx.pid)
+            self._openers[handle] = ctx.uid
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
-        with translated:
+        with self._call(self._openers.get(fh)):
             return await self._files.read(fh, off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
@@ -138,6 +162,7 @@ class Operations(ReadOnlyOperations):
 
     async def release(self, fh: FileHandleT) -> None:
         with translated:
+            self._openers.pop(fh, None)
             self._files.release(fh)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -146,7 +171,7 @@ class Operations(ReadOnlyOperations):
     # -- directories ---------------------------------------------------------------------------------------------
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        with translated:
+        with self._call(ctx.uid):
             handle = self._next_handle()
             if inode == ROOT:
                 self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
@@ -155,14 +180,16 @@ class Operations(ReadOnlyOperations):
                 held = self._inodes.get(inode)
                 self._tree.enter(held.cid)
                 self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)
+            self._listers[handle] = ctx.uid
             return FileHandleT(handle)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        with translated:
+        with self._call(self._listers.get(fh)):
             await self._listings[fh].reply(start_id, token)
 
     async def releasedir(self, fh: FileHandleT) -> None:
         self._listings.pop(fh, None)
+        self._listers.pop(fh, None)
 
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         return None

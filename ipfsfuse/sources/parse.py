@@ -4,13 +4,14 @@ Concurrency: parsing is pure; opening blocks (a CAR without an index is read thr
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipfsfuse.errors import UsageError
+from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.origin import Origin, parse_origin
 
@@ -129,11 +130,28 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.web.localkubo import LocalKubo
 
     place = repository()
+    if spec.origin is None and not _is_repository(place):
+        raise SourceFailed(
+            f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's repository, or name the node "
+            "by its address, as in kubo+http://127.0.0.1:5001",
+            "missing",
+        )
     blocks = flatfs.find(place) if spec.origin is None else None
     if blocks is None:
         return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
     log.info("%s: what the node holds is read in its repository, %s", spec.name, place)
     return LocalKubo(spec.name, settings.http, blocks, offline=settings.offline)
+
+
+def _is_repository(place: Path) -> bool:
+    """Whether a node keeps its repository there, or an `api` file says where one is; True where that can't be told."""
+    try:
+        names = os.listdir(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not {"api", "config", "datastore_spec"}.isdisjoint(names)
 
 
 def read_headers(path: Path) -> tuple[tuple[str, str], ...]:

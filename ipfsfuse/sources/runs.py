@@ -6,7 +6,7 @@ faster for its server. Concurrency: each call runs its own few requests; a slow 
 """
 
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
 
@@ -25,6 +25,8 @@ from ipfsfuse.sources.web.refusals import UNLIKE, declined
 CAR_TYPE = "application/vnd.ipld.car"
 DELIVERED_AT_ONCE = 2
 """Stretches of one request that are being proved and written while the next one is read."""
+SECTIONS = 1000
+"""Sections of a CAR that are parsed and handed on in one step of the event loop."""
 RANGE_PART = 16 << 20
 """A range is cut into requests of at least so many bytes."""
 
@@ -159,9 +161,10 @@ async def _car(http: Http, root: Cid, scope: str, room: int, take: Callable[[Seq
             raise await _unlike(http, answer, root, "CARs")
         while piece := await answer.some():
             room -= len(piece)
-            blocks = _parsed(parser, piece, http.origin.text)
-            if blocks and not await take(blocks):
-                return False
+            for blocks in _parsed(parser, piece, http.origin.text):
+                if not await take(blocks):
+                    return False
+                await trio.lowlevel.checkpoint()
             if room < 0:
                 return True
     return False
@@ -178,9 +181,12 @@ async def _unlike(http: Http, answer: Answer, root: Cid, what: str) -> NotHere |
     return await declined(name, answer, cids.text(root))
 
 
-def _parsed(parser: Parser, piece: bytes, name: str) -> Sequence[tuple[Cid, bytes]]:
+def _parsed(parser: Parser, piece: bytes, name: str) -> Iterator[Sequence[tuple[Cid, bytes]]]:
+    """The blocks that `piece` completes, a few milliseconds' worth at a time: a section can have 5 bytes."""
+    found = parser.feed(piece)
     try:
-        return list(parser.feed(piece))
+        while blocks := list(itertools.islice(found, SECTIONS)):
+            yield blocks
     except Malformed as exc:
         raise SourceFailed(f"{name} sent a broken CAR: {exc}", "car") from exc
 

@@ -14,6 +14,9 @@ LIMIT = 64 << 20
 BEHIND = 4 << 20
 """How far behind a reader a leaf may lie: the kernel asks a little out of order."""
 
+STEP = 256 << 10
+"""Bytes between two looks for what lies behind: a look takes time for each leaf, and a file may have some for each KiB."""
+
 TOLD = 4 << 20
 """Bytes that a reader may take without being heard of: so late what comes next may be begun."""
 
@@ -46,6 +49,7 @@ class Landing:
         self._size = size
         self._counter = counter
         self._closed = False
+        self._passed = 0
         self._leaves: OrderedDict[int, Content] = OrderedDict()
 
     def __len__(self) -> int:
@@ -64,7 +68,10 @@ class Landing:
         return self._leaves.get(offset)
 
     def passed(self, offset: int) -> None:
-        """Everything before `offset` was read: what lies well behind it is dropped."""
+        """Everything before `offset` was read: what lies well behind it is dropped, now or a little later."""
+        if abs(offset - self._passed) < STEP:
+            return
+        self._passed = offset
         for start in [start for start, content in self._leaves.items() if start + len(content) <= offset - BEHIND]:
             self.drop(start)
 

@@ -11,9 +11,10 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import ranges
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
+from ipfsfuse.sources.base import current_request, set_request
 from ipfsfuse.vfs.landing import Counter, Landing
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
@@ -106,11 +107,12 @@ class OpenFile:
         return await self._walk(offset, size)
 
     async def _walk(self, offset: int, size: int) -> Sequence[Leaf]:
-        leaves = await self._tree.drive(ranges.leaves(self._file, offset, size, self._sure))
+        leaves = await self._tree.drive(file_layout.leaves(self._file, offset, size, self._sure))
         self._stretches.appendleft(leaves)
         return leaves
 
     async def _bring(self, window: Window) -> None:
+        set_request(current_request().for_background())
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:

@@ -5,19 +5,38 @@ A name is a CID in any spelling that fits a file name; a name that is none is pr
 
 from collections.abc import Callable, Iterable, Sequence
 
+import trio
+
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, NotAllowed, NotFound
 
 Named = tuple[Cid, str]
 """A CID and how it is spelled."""
+Listed = tuple[Cid, str | Cid]
+"""A canonical CID and its name: as it is spelled, or a CID whose usual spelling it is. `name_of` gives it: a text for each
+of 200,000 roots would take more memory and time than the rest."""
+
+
+def name_of(listed: Listed) -> bytes:
+    """What the root calls it; longer than NAME_MAX where no file system can hold that."""
+    spelled = listed[1]
+    return (spelled if isinstance(spelled, str) else cids.text(spelled)).encode()
 
 
 class Roots:
-    """`listed` gives what the root lists, best known first; `opened` is told of each CID used by name."""
+    """`of_sources` gives the roots of all sources, and is called in a worker thread: a library's are files. `named` gives what
+    else is listed, on the event loop. `opened` is told of each CID used by name."""
 
-    def __init__(self, listed: Callable[[], Iterable[Named]], opened: Callable[[Cid, str], None], allow: frozenset[Cid] | None) -> None:
-        self._listed = listed
+    def __init__(
+        self,
+        of_sources: Callable[[], Iterable[Cid]],
+        named: Callable[[], Iterable[Named]],
+        opened: Callable[[Cid, str], None],
+        allow: frozenset[Cid] | None,
+    ) -> None:
+        self._of_sources = of_sources
+        self._named = named
         self._opened = opened
         self._allow = allow
 
@@ -35,11 +54,14 @@ class Roots:
         """`name` was opened and is really there."""
         self._opened(cid, name.decode("utf-8"))
 
-    def entries(self) -> Sequence[Named]:
+    async def entries(self) -> Sequence[Listed]:
         """What the root lists now: each CID once, as first spelled."""
-        seen: dict[Cid, str] = {}
-        for cid, spelling in self._listed():
-            key = cids.canonical(cid)
-            if (self._allow is None or key in self._allow) and len(spelling.encode()) <= 255:
-                seen.setdefault(key, spelling)
-        return list(seen.items())
+        return await trio.to_thread.run_sync(self._entries, list(self._named()))
+
+    def _entries(self, named: Sequence[Named]) -> Sequence[Listed]:
+        seen: dict[Cid, str | Cid] = {}
+        for root in self._of_sources():
+            seen.setdefault(cids.canonical(root), root)
+        for cid, spelling in named:
+            seen.setdefault(cids.canonical(cid), spelling)
+        return [item for item in seen.items() if self._allow is None or item[0] in self._allow]

@@ -11,18 +11,17 @@ import trio
 
 from ipfsfuse.cache.base import Cache, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import listing, nodes, walk
+from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
-from ipfsfuse.dag.walk import Walk
+from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.gathering import PARSED, Gatherer
 from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
-from ipfsfuse.vfs.treeahead import TreeAhead
+from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
 
 T = TypeVar("T")
 
@@ -64,18 +63,20 @@ class Tree:
         self.handing = Handing()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._known: Lru[Cid, Attributes] = Lru(KNOWN)
-        self._gatherer = Gatherer(cache, self._remember, self.handing) if use is None else None
-        self._ahead = TreeAhead(nursery, self._found, self.known, self._gatherer.contents_of) if self._gatherer else None
+        self._subtrees = SubtreePrefetcher(cache, self._remember, self.handing) if use is None else None
+        self._prefetcher = (
+            DirectoryPrefetcher(nursery, self._found, self.known, self._subtrees.contents_of) if self._subtrees else None
+        )
         cache.when_blocks_leave(self._nodes.clear)
-        if self._gatherer is not None:
-            cache.when_blocks_leave(self._gatherer.forget)
+        if self._subtrees is not None:
+            cache.when_blocks_leave(self._subtrees.forget)
 
     # -- nodes -------------------------------------------------------------------------------------------------
 
     async def node(self, cid: Cid) -> Node:
         """What `cid` names. Raises what the cache and the parser raise."""
-        if self._ahead is not None:
-            self._ahead.used(cid)
+        if self._prefetcher is not None:
+            self._prefetcher.used(cid)
         return await self._found(cid)
 
     async def _found(self, cid: Cid) -> Node:
@@ -95,7 +96,7 @@ class Tree:
         _refuse_unshown(cid)
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
-        if len(block) > PARSED and cids.codec(cid) == cids.DAG_PB:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
             node = await trio.to_thread.run_sync(nodes.parse, cid, block)
         else:
             node = nodes.parse(cid, block)
@@ -127,7 +128,11 @@ class Tree:
         try:
             wanted = next(steps)
             while True:
-                wanted = steps.send(await self._all(wanted))
+                if wanted:
+                    wanted = steps.send(await self._all(wanted))
+                else:
+                    await trio.lowlevel.checkpoint()
+                    wanted = steps.send(())
         except StopIteration as stop:
             return cast(T, stop.value)
         finally:
@@ -166,7 +171,7 @@ class Tree:
 
     async def child(self, parent: Cid, name: bytes) -> Link:
         """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no such name."""
-        link = await self.drive(walk.child(await self.directory(parent), name))
+        link = await self.drive(traversal.child(await self.directory(parent), name))
         if link is None:
             raise NotFound(f"{name!r} is not in {cids.text(parent)}")
         return link
@@ -174,11 +179,12 @@ class Tree:
     async def entries(self, parent: Cid, after: int) -> Page:
         """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
         directory = await self.directory(parent)
-        if self._gatherer is not None and not after:
-            self._gatherer.nodes_of(directory)
-        page = await self.drive(listing.entries(directory, after))
-        if self._ahead is not None:  # else every block that is used must be told of
-            self._ahead.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
+        if self._subtrees is not None and not after:
+            self._subtrees.nodes_of(directory)
+        page = await self.drive(directory_pages.entries(directory, after))
+        await trio.lowlevel.checkpoint()  # a page has some thousand entries: they are not handled in one step of the loop
+        if self._prefetcher is not None:  # else every block that is used must be told of
+            self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return Page([Entry(e.name, e.cid, e.place, self._told(e.cid, e.tsize)) for e in page.entries], page.end)
 
     def _told(self, cid: Cid, tsize: int) -> Attributes | None:
@@ -203,24 +209,24 @@ class Tree:
         found = self._at_hand(cid)
         if not isinstance(found, File):
             return None
-        if self._ahead is not None:
-            self._ahead.used(cid)
+        if self._prefetcher is not None:
+            self._prefetcher.used(cid)
         return found
 
     def used(self, cid: Cid, size: int) -> None:
         """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it already."""
         self.cache.opened(FileRef(cids.canonical(cid), size))
-        if self._ahead is not None:
-            self._ahead.used(cid)
+        if self._prefetcher is not None:
+            self._prefetcher.used(cid)
 
     def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
         """The contents of the files behind `cid` in its directory, as far as they have come and its reader will want them."""
-        return self.handing.take_all(self._ahead.behind(cid)) if self._ahead is not None else ()
+        return self.handing.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
 
     def enter(self, directory: Cid) -> None:
         """Someone opened `directory`: its listing the kernel may have already."""
-        if self._ahead is not None:
-            self._ahead.used(directory)
+        if self._prefetcher is not None:
+            self._prefetcher.used(directory)
 
     async def readlink(self, cid: Cid) -> bytes:
         """The target as stored. Raises NotALink."""

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.pins.kubopins import KuboPins
-from ipfsfuse.cache.pins.nodefiles import NodeFiles
+from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.pins.kubo_pins import KuboPins
+from ipfsfuse.cache.pins.lease import MountId
+from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.web.http import Http, HttpSettings
@@ -23,16 +25,30 @@ PATIENCE = 60.0
 
 
 @asynccontextmanager
-async def pinning(node: Node | str, folder: Path) -> AsyncIterator[KuboPins]:
-    """Pins at a node (or at the URL of its RPC API) that run until the block ends, then rest."""
+async def pinning(
+    node: Node | str,
+    folder: Path,
+    staged: Iterable[Cid] = (),
+    pinned: Iterable[Cid] = (),
+    is_staged: Callable[[Cid], object] = lambda _cid: False,
+) -> AsyncIterator[KuboPins]:
+    """Pins at a node (or at the URL of its RPC API), of a mount that holds the cache folder `folder`, until
+    the block ends; then they rest. `staged` and the others are what the mount finds there at its start."""
+    async with rpc_of(node) as rpc:
+        with hold.hold(folder):
+            pins = KuboPins("kubo", Mfs(lambda: rpc), MountId.open(folder))
+            pins.reconcile(staged, pinned, is_staged)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pins.run)
+                yield pins
+                nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def rpc_of(node: Node | str) -> AsyncIterator[Rpc]:
     http = Http(parse_origin(node if isinstance(node, str) else node.api_url), HttpSettings())
-    rpc = Rpc(http, "kubo")
     try:
-        pins = await KuboPins.open(NodeFiles(lambda: rpc), folder)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pins.run)
-            yield pins
-            nursery.cancel_scope.cancel()
+        yield Rpc(http, "kubo")
     finally:
         with trio.CancelScope(shield=True):
             await http.aclose()
@@ -51,24 +67,28 @@ def mounts(node: Node) -> list[str]:
 def folder_of(node: Node, mount: str) -> dict[str, str]:
     """A mount's batches at the node: name -> CID."""
     entries = node.rpc("files/ls", arg=f"/ipfsfuse/{mount}", long=True)["Entries"] or []
-    return {entry["Name"]: entry["Hash"] for entry in entries if entry["Name"] != "owner"}
+    return {entry["Name"]: entry["Hash"] for entry in entries if entry["Name"] != "lease"}
 
 
 def held(node: Node, mount: str, prefix: str = "staged-") -> list[Cid]:
     """Every CID that a mount's batches link, as often as they do."""
     batches = [cid for name, cid in folder_of(node, mount).items() if name.startswith(prefix)]
-    links = [link for cid in batches for link in node.rpc("ls", arg=cid, resolve_type=False, size=False)["Objects"][0]["Links"]]
+    links = [
+        link
+        for cid in batches
+        for link in node.rpc("ls", arg=cid, resolve_type=False, size=False)["Objects"][0]["Links"]
+    ]
     return [cids.canonical(cids.parse(link["Hash"])) for link in links]
 
 
 CHILD = """
 import sys, trio
 from pathlib import Path
-from ipfsfuse.cache.pins import kubopins
+from ipfsfuse.cache.pins import kubo_pins
 from tests.cache.pinning import pinning
 from ipfsfuse.dag import cid as cids
 
-kubopins.LINGER = 0.02
+kubo_pins.LINGER = 0.02
 
 async def main():
     async with pinning(sys.argv[1], Path(sys.argv[2])) as pins:
@@ -82,7 +102,9 @@ trio.run(main)
 def child(node: Node, folder: Path, *body: str) -> "subprocess.Popen[str]":
     """A process with pins of its own, in which the lines of `body` run; it then waits to be killed."""
     code = CHILD.replace("{body}", "\n        ".join(body))
-    return subprocess.Popen([sys.executable, "-c", code, node.api_url, str(folder)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, node.api_url, str(folder)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def until(true: Callable[[], bool], what: str) -> None:

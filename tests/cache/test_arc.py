@@ -5,14 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ipfsfuse.cache.arc import Arc
+from ipfsfuse.cache.arc import ALL, NOBODY, Arc
 from scripts.benches.arc import ArcPolicy, Lru, rates, traces
 
 CAPACITY = 100
 
 
 class Model:
-    """The paper's four lists as plain lists of (key, size), most lately used last; every sum is taken anew."""
+    """The paper's four lists as plain lists of (key, size), most lately used last; every sum is taken
+    anew."""
 
     def __init__(self, capacity: int) -> None:
         self.c = capacity
@@ -116,8 +117,12 @@ def test_it_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> 
         assert (arc.target, arc.bytes, arc.ghosts) == (model.p, total(model.t1) + total(model.t2), len(model.b1) + len(model.b2))
 
 
+owners = st.sampled_from([NOBODY, "alice", "bob"])
+
+
 class Bounds(RuleBasedStateMachine):
-    """Whatever happens, sums are right and within their bounds."""
+    """Whatever happens, sums are right and within their bounds, and nobody who has his share gives up more
+    for others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,11 +133,24 @@ class Bounds(RuleBasedStateMachine):
         for key in leave:
             del self.held[key]
 
-    @rule(key=keys, size=st.integers(1, 30))
-    def admit(self, key: str, size: int) -> None:
+    def by_owner(self) -> dict[object, int]:
+        found: dict[object, int] = {}
+        for key, size in self.held.items():
+            if self.arc.owner(key) is not NOBODY and size:
+                found[self.arc.owner(key)] = found.get(self.arc.owner(key), 0) + size
+        return found
+
+    @rule(key=keys, size=st.integers(1, 30), owner=owners)
+    def admit(self, key: str, size: int, owner: str | None) -> None:
         if size <= self.arc.capacity:
-            self.gone(self.arc.admit(key, size))
+            before, held = {key: self.arc.owner(key) for key in self.arc}, self.by_owner()
+            own = held.pop(owner, 0)
+            leave = self.arc.admit(key, size, owner)
+            self.gone(leave)
             self.held[key] = self.held.get(key, 0) + size
+            half = self.arc.capacity // 2
+            if owner is not NOBODY and own + size - 30 > half and held and max(held.values()) <= half:
+                assert {before[key] for key in leave} <= {owner}, "who has more than half gives up his own"
 
     @rule(key=keys, size=st.integers(0, 5))
     def correct(self, key: str, size: int) -> None:
@@ -141,9 +159,21 @@ class Bounds(RuleBasedStateMachine):
             if key in self.held:
                 self.held[key] = size
 
+    @rule(key=keys, owner=owners)
+    def use(self, key: str, owner: str | None) -> None:
+        before = self.arc.owner(key)
+        self.arc.use(key, owner)
+        if key in self.arc:
+            expected = before if owner in (NOBODY, before) else owner if before is NOBODY else ALL
+            assert self.arc.owner(key) == expected
+
     @rule(key=keys)
-    def use(self, key: str) -> None:
-        self.arc.use(key)
+    def refresh_or_remove(self, key: str) -> None:
+        if len(self.held) % 2:
+            self.arc.refresh(key)
+        else:
+            self.arc.remove(key)
+            self.held.pop(key, None)
 
     @rule(capacity=st.integers(0, CAPACITY))
     def resize(self, capacity: int) -> None:
@@ -155,6 +185,7 @@ class Bounds(RuleBasedStateMachine):
         assert self.arc.bytes == sum(self.held.values()) <= self.arc.capacity
         assert 0 <= self.arc.target <= self.arc.capacity
         assert self.arc.ghosts <= 5
+        assert {owner: size for owner, size in self.arc.held_by().items() if size} == self.by_owner()
 
 
 TestBounds = Bounds.TestCase
@@ -200,3 +231,61 @@ def test_a_growing_thing_pushes_others_out_before_itself_until_it_holds_half() -
     gone = [key for _ in range(10) for key in arc.admit("file", 5)]
     assert gone == ["file"]
     assert "d" in arc
+
+
+def test_a_sweep_of_one_caller_leaves_another_what_it_has() -> None:
+    arc: Arc[str] = Arc(1000)
+    for number in range(40):
+        arc.admit(f"alice {number}", 10, "alice")
+    for number in range(1000):
+        arc.admit(f"bob {number}", 10, "bob")
+    assert all(f"alice {number}" in arc for number in range(40))
+    assert dict(arc.held_by()) == {"alice": 400, "bob": 600}, "and bob has all that was free"
+
+
+def test_who_filled_the_cache_while_alone_gives_up_half_of_it_to_the_next() -> None:
+    arc: Arc[str] = Arc(1000)
+    for number in range(100):
+        arc.admit(f"bob {number}", 10, "bob")
+        arc.use(f"bob {number}", "bob")
+    for number in range(1000):
+        arc.admit(f"alice {number}", 10, "alice")
+    assert dict(arc.held_by()) == {"alice": 500, "bob": 500}
+
+
+def test_one_caller_alone_replaces_what_an_earlier_run_left() -> None:
+    arc: Arc[str] = Arc(1000)
+    for number in range(100):
+        arc.restore(f"before {number}", 10, False)
+    for number in range(100):
+        arc.admit(f"alice {number}", 10, "alice")
+    assert dict(arc.held_by()) == {"alice": 1000}
+
+
+def test_what_another_uses_is_not_its_owners_to_give_up() -> None:
+    arc: Arc[str] = Arc(1000)
+    for number in range(60):
+        arc.admit(f"bob {number}", 10, "bob")
+    for number in range(30):
+        arc.use(f"bob {number}", "alice")
+    for number in range(1000):
+        arc.admit(f"more {number}", 10, "bob")
+    assert all(arc.owner(f"bob {number}") == ALL for number in range(30))
+    assert dict(arc.held_by()) == {ALL: 300, "bob": 700}
+
+
+def test_a_file_of_one_caller_that_grows_beyond_its_share_pushes_out_itself_and_not_anothers() -> None:
+    arc: Arc[str] = Arc(1000)
+    for number in range(40):
+        arc.admit(f"alice {number}", 10, "alice")
+    gone = [key for _ in range(300) for key in arc.admit("large", 10, "bob")]
+    assert set(gone) == {"large"}
+
+
+def test_a_thing_that_several_bring_in_is_whose_most_of_it_is() -> None:
+    arc: Arc[str] = Arc(1000)
+    steps = [("bob", 10, "bob"), ("alice", 5, "bob"), ("alice", 6, "alice"), ("bob", 3, "bob"), ("bob", 9, "bob")]
+    for owner, size, winner in steps:
+        arc.admit("pack", size, owner)
+        assert arc.owner("pack") == winner
+        assert dict(arc.held_by()) == {winner: arc.size("pack")}

@@ -8,10 +8,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.folder import upkeep
-from ipfsfuse.cache.pins.kubopins import KuboPins
-from ipfsfuse.cache.pins.nodefiles import NodeFiles, NodeRpc
+from ipfsfuse.cache.pins.kubo_pins import FAREWELL, NodePins
+from ipfsfuse.cache.pins.lease import MountId
+from ipfsfuse.cache.pins.mfs import NodeRpc
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, make_file, staged, staged_bytes
 from tests.cache.test_keeping import BUDGET, MIB, directory, fetches, file_node, read_all, tree
 
@@ -106,6 +108,16 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
     trio.run(main)
 
 
+class NoCopies:
+    """Of what a node has lost we have nothing."""
+
+    def joins(self, cid: Cid) -> bool:
+        return False
+
+    async def copy(self, cid: Cid, node: str) -> None:
+        return None
+
+
 class Silent:
     """A node that never answers."""
 
@@ -114,22 +126,13 @@ class Silent:
         raise AssertionError
 
 
-def test_wishes_of_a_mount_that_ends_are_written_down(tmp_path: Path) -> None:
+def test_a_mount_ends_though_its_node_never_answers(tmp_path: Path) -> None:
     async def main() -> None:
-        cid = Chain().add(b"something")
         rpc: NodeRpc = Silent()
-        pins = await KuboPins.open(NodeFiles(lambda: rpc), tmp_path)
-        with trio.CancelScope() as scope:
-
-            async def save() -> None:
-                pins.keep(cid)
-                await pins._save()
-
-            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), save)
-        assert not scope.cancelled_caught
-        await pins._close()
-        again = await KuboPins.open(NodeFiles(lambda: rpc), tmp_path)
-        assert list(again.kept()) == [cid]
-        await again._close()
+        async with NodePins.open({"silent": lambda: rpc}, MountId.open(tmp_path), isolated=True) as pins:
+            pins.reconcile([Chain().add(b"something")], [], lambda _cid: False, NoCopies())
+            await wait_all_tasks_blocked()
+            start = trio.current_time()
+        assert trio.current_time() - start < 2 * FAREWELL + 1
 
     trio.run(main)

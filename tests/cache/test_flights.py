@@ -1,11 +1,14 @@
 """Single flight: one fetch for all who wait, for as long as anyone does."""
 
+import math
+
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.cache.flights import Flights
 from ipfsfuse.errors import Malformed, Unavailable
+from ipfsfuse.sources.base import Request, current_request, request_of
 
 
 class Fetcher:
@@ -137,6 +140,53 @@ def test_a_waiter_gives_up_at_its_deadline_and_the_failure_is_remembered() -> No
             await trio.sleep(5.1)
             fetch.gate.set()
             assert await flights.join("k", fetch) == "value"
+
+    trio.run(main, clock=_from_zero())
+
+
+def test_a_call_waits_for_several_keys_no_longer_than_its_own_deadline() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery, deadline=30, remember=5)
+            fetch = Fetcher()
+            with request_of(1000, deadline=30):
+                await trio.sleep(20)
+                with pytest.raises(Unavailable, match="'k': no source gave it within 10 s"):
+                    await flights.join("k", fetch)
+                assert trio.current_time() == pytest.approx(30)
+                with pytest.raises(Unavailable):
+                    await flights.join("other", fetch)
+            assert (trio.current_time(), fetch.calls) == (pytest.approx(30), 1)
+            await wait_all_tasks_blocked()
+            fetch.gate.set()
+            with pytest.raises(Unavailable):  # the kernel asks twice for one read
+                await flights.join("k", fetch)
+            assert await flights.join("other", fetch) == "value", "it was hardly waited for"
+
+    trio.run(main, clock=_from_zero())
+
+
+def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_deadlines() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            flights: Flights[str, str] = Flights(nursery, deadline=30)
+            seen: list[Request] = []
+
+            async def fetch() -> str:
+                seen.append(current_request())
+                await trio.sleep(10)
+                return "value"
+
+            async def reader(caller: int, deadline: float) -> None:
+                with request_of(caller, deadline):
+                    assert await flights.join("k", fetch) == "value"
+
+            async with trio.open_nursery() as readers:
+                readers.start_soon(reader, 1000, 15)
+                await trio.sleep(5)
+                readers.start_soon(reader, 1001, 100)
+            assert (seen[0].caller, seen[0].callers) == (1000, {1000, 1001})
+            assert (seen[0].deadline, seen[0].wanted_until) == (math.inf, 35)
 
     trio.run(main, clock=_from_zero())
 

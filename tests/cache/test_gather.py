@@ -1,5 +1,6 @@
 """A directory's blocks by one answer, through the cache: who waits for it, what is asked for besides, what is not again."""
 
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -240,5 +241,26 @@ def test_trouble_of_who_is_told_what_comes_ends_the_answer_alone(tmp_path: Path)
         await cache.gather(subtree(chain), wanted, seen).wait()
         assert await read_all(cache, wanted) == [b"block %d" % number for number in range(6)]
         assert sorted(chain.asked) == sorted(wanted[2:]), "what came together with it, too"
+
+    with_cache(tmp_path, chain, main)
+
+
+def test_a_directory_of_40000_entries_is_registered_in_slices_and_all_of_it(tmp_path: Path) -> None:
+    chain = Chain()
+    wanted, gate = small(chain, 40_000), trio.Event()
+    chain.sends = [gate, wanted[0], wanted[-1]]
+
+    async def main(cache: PinsetCache) -> None:
+        before = time.thread_time()
+        ended = cache.gather(subtree(chain), wanted, none_besides)
+        assert time.thread_time() - before < 0.05
+        await wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_all, cache, [wanted[0], wanted[-1]])
+            await wait_all_tasks_blocked()
+            assert (chain.asked, ended.is_set()) == ([], False)
+            gate.set()
+        await ended.wait()
+        assert chain.asked == []
 
     with_cache(tmp_path, chain, main)

@@ -8,10 +8,10 @@ import trio
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, nodes, ranges
+from ipfsfuse.dag import dagpb, file_layout, nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.front import Walk
 from ipfsfuse.dag.nodes import Directory, File, Leaf
+from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.dag.unixfs import Type, UnixFS, encode
 from ipfsfuse.errors import StoreFailed, Unavailable, UsageError
 from tests.cache.standin import Chain, flip, make_file, random_bytes, staged
@@ -67,7 +67,7 @@ async def _read(cache: PinsetCache, cid: Cid, each: object) -> None:
         ref = FileRef(cids.canonical(cid), node.size)
         if callable(each):
             await each(ref)
-        for leaf in await drive(cache, ranges.leaves(node, 0, node.size)):
+        for leaf in await drive(cache, file_layout.leaves(node, 0, node.size)):
             await cache.leaf(ref, leaf)
 
 
@@ -203,7 +203,7 @@ def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_pa
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root)
             ref = FileRef(lone, MIB)
-            for leaf in await drive(cache, ranges.leaves(_file(lone, await cache.block(lone)), 0, MIB)):
+            for leaf in await drive(cache, file_layout.leaves(_file(lone, await cache.block(lone)), 0, MIB)):
                 await cache.leaf(ref, leaf)
             place = cache.store.place(lone)
             assert place is not None

@@ -128,12 +128,12 @@ def test_what_the_user_pinned_is_never_touched(own_node: Node, tmp_path: Path) -
         async with pinning(node, tmp_path / "pins") as pins:
             for cid in (cids.parse(root), file, direct, named):
                 pins.add(cid)
-                pins.keep(cid)
+                pins.pin(cid)
             await settled(pins)
             assert node.rpc("pin/ls", names=True) == before
             for cid in (file, direct):
                 pins.remove(cid)
-                pins.unkeep(cid)
+                pins.unpin(cid)
             await settled(pins)
             assert node.rpc("pin/ls", names=True) == before
             await pins.release_all()
@@ -215,18 +215,17 @@ def test_what_is_kept_for_good_outlives_its_staging(own_node: Node, tmp_path: Pa
     async def main() -> None:
         async with pinning(node, tmp_path) as pins:
             pins.add(cid)
-            pins.keep(cid)
+            pins.pin(cid)
             await settled(pins)
             assert pins.state(cid) == "user"
             pins.remove(cid)
             await settled(pins)
             node.gc()
             assert has(node, cid)
-        async with pinning(node, tmp_path) as pins:
-            pins.settle([])
+        async with pinning(node, tmp_path, pinned=[cid]) as pins:
             await settled(pins)
-            assert list(pins.kept()) == [cids.canonical(cid)]
-            pins.unkeep(cid)
+            assert (pins.state(cid), pins.status().held) == ("user", 1)
+            pins.unpin(cid)
             await settled(pins)
             node.gc()
             assert not has(node, cid)

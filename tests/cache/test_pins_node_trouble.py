@@ -1,10 +1,12 @@
 """Pins where the node restarts, is away, hangs, or has lost what it was told."""
 
+import os
+import shutil
 import threading
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,9 +14,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.pins import kubopins
+from ipfsfuse.cache.folder import hold
+from ipfsfuse.cache.pins import kubo_pins
+from ipfsfuse.cache.pins import lease as leases
+from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.dag import cid as cids
-from tests.cache.pinning import add, has, held, made_up, mounts, pinning, settled, until
+from tests.cache.pinning import add, folder_of, has, held, made_up, mounts, pinning, settled, until
+from tests.cache.test_pins_crash import settle_once
 from tests.kubo.node import Node
 
 pytestmark = pytest.mark.usefixtures("quick_pins")
@@ -41,7 +47,7 @@ def test_the_node_restarted_in_between(own_node: Node, tmp_path: Path, crash: bo
     trio.run(main)
 
 
-@pytest.mark.logs("pins wait until the node takes them")
+@pytest.mark.logs("pins wait until kubo takes them")
 def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_path: Path) -> None:
     node, cid = own_node, add(own_node, b"patience")
     node.stop()
@@ -78,14 +84,14 @@ def test_a_node_that_hangs_delays_nobody(own_node: Node, tmp_path: Path) -> None
     trio.run(main)
 
 
-@pytest.mark.logs("pins wait until the node takes them")
+@pytest.mark.logs("pins wait until kubo takes them")
 def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: Path) -> None:
     node = own_node
 
     async def main() -> None:
         async with pinning(node, tmp_path) as pins:
             pins.add(made_up(1))
-            pins.keep(made_up(2))
+            pins.pin(made_up(2))
             await settled(pins)
             node.rpc("files/rm", arg="/ipfsfuse", recursive=True)
             pins.add(made_up(3))
@@ -99,7 +105,8 @@ def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: P
 
 @contextmanager
 def refusing(node: Node, refused: set[str]) -> Iterator[tuple[str, Counter[str]]]:
-    """The node's RPC API, but for the paths of its own tree that it refuses to remove; (its URL, how often it was asked to)."""
+    """The node's RPC API, but for the paths of its own tree that it refuses to remove; (its URL, how often it
+    was asked to)."""
     asked: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -136,7 +143,7 @@ def refusing(node: Node, refused: set[str]) -> Iterator[tuple[str, Counter[str]]
             thread.join()
 
 
-@pytest.mark.logs("pins wait until the node takes them")
+@pytest.mark.logs("pins wait until kubo takes them")
 def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start(
     own_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +163,7 @@ def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start
         async with pinning(url, tmp_path) as pins:
             await settled(pins)
 
-    monkeypatch.setattr(kubopins, "FIRST_WAIT", 1000.0)
+    monkeypatch.setattr(kubo_pins, "FIRST_WAIT", 1000.0)
     with refusing(node, refused) as (url, asked):
         trio.run(first, url, asked)
         node.gc()
@@ -166,3 +173,168 @@ def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start
     assert held(node, mounts(node)[0]) == []
     node.gc()
     assert not has(node, cid)
+
+
+# -- what is read back ---------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_lost_everything_while_we_were_away_is_told_again(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+
+    async def live() -> None:
+        async with pinning(node, tmp_path, map(made_up, range(1500)), [made_up(-1)]) as pins:
+            await settled(pins)
+            assert (pins.status().held, pins.status().queued) == (1501, 0)
+
+    trio.run(live)
+    (mount,) = mounts(node)
+    node.stop()
+    shutil.rmtree(node.repo)
+    node.init()
+    node.start()
+    with pytest.raises(RuntimeError, match="does not exist"):
+        mounts(node)
+    trio.run(live)
+    assert mounts(node) == [mount]
+    assert set(held(node, mount)) == set(map(made_up, range(1500)))
+    assert held(node, mount, "pinned-") == [made_up(-1)]
+
+
+def test_twenty_thousand_pins_are_read_back_by_one_request_a_thousand(
+    own_node: Node, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    everything = list(map(made_up, range(20_000)))
+
+    async def live() -> int:
+        async with pinning(own_node, tmp_path, everything) as pins:
+            start = trio.current_time()
+            await settled(pins)
+            record_property("milliseconds", round(1000 * (trio.current_time() - start)))
+            assert (pins.status().held, pins.status().batches) == (20_000, 20)
+            return pins.status().requests
+
+    trio.run(live)
+    before = folder_of(own_node, mounts(own_node)[0])
+    assert trio.run(live) <= 20 + 10
+    assert folder_of(own_node, mounts(own_node)[0]) == before
+
+
+def test_small_blocks_that_are_staged_stay_pinned_over_a_restart(own_node: Node, tmp_path: Path) -> None:
+    """The list of what is staged at the start names files alone; of what else the node holds, each is looked
+    for."""
+
+    async def first() -> None:
+        async with pinning(own_node, tmp_path, [made_up(1)]) as pins:
+            for index in range(2, 302):
+                pins.add(made_up(index))
+            await settled(pins)
+
+    async def second() -> None:
+        async with pinning(own_node, tmp_path, [made_up(1)], is_staged=lambda cid: cid < made_up(202)) as pins:
+            await settled(pins)
+            assert pins.status().held == 201
+            assert [pins.state(made_up(index)) for index in (1, 201, 202)] == ["cache", "cache", ""]
+
+    trio.run(first)
+    trio.run(second)
+    assert set(held(own_node, mounts(own_node)[0])) >= set(map(made_up, range(1, 202)))
+
+
+def test_a_folder_of_ours_that_somebody_edited_is_mended_and_what_is_theirs_left_alone(
+    own_node: Node, tmp_path: Path
+) -> None:
+    node = own_node
+    large = node.add(os.urandom(2_000_000), "--cid-version=1", "--chunker=size-2000000")
+    folder = node.cmd("add", "-r", "-Q", "--pin=false", _tree(tmp_path / "tree"))
+
+    async def live() -> None:
+        async with pinning(node, tmp_path / "cache", [made_up(1), made_up(2)], [made_up(3)]) as pins:
+            await settled(pins)
+            assert (pins.status().held, pins.status().queued) == (3, 0)
+
+    trio.run(live)
+    (mount,) = mounts(node)
+    before = folder_of(node, mount)
+    ours = f"/ipfsfuse/{mount}"
+    for name in ("staged-7", "staged-08", "pinned-99999999999", "staged-" + "9" * 200):
+        node.cmd("files", "cp", f"/ipfs/{folder}", f"{ours}/{name}")
+    node.cmd("files", "cp", f"/ipfs/{large}", f"{ours}/staged-9")
+    node.cmd("files", "cp", f"/ipfs/{folder}", f"{ours}/mine")
+    node.cmd("files", "cp", f"/ipfs/{before['staged-1']}", f"{ours}/staged-1000")
+    node.rpc("files/rm", arg=f"{ours}/pinned-1", force=True)
+    node.rpc("files/rm", arg=f"{ours}/lease", force=True)
+    node.rpc("files/mkdir", arg=f"{ours}/lease")
+    trio.run(live)
+    after = folder_of(node, mount)
+    assert after.pop("mine") == folder
+    assert set(held(node, mount)) == {made_up(1), made_up(2)}
+    assert held(node, mount, "pinned-") == [made_up(3)]
+    assert len(after) == 2
+    assert node.rpc("files/read", arg=f"{ours}/lease")["resting"] is True
+    shutil.rmtree(tmp_path / "cache")
+    settle_once(node, tmp_path / "next")
+    assert folder_of(node, mount) == {"mine": folder}, "of a folder that is released, too"
+
+
+def _tree(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("000", "001"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_an_edit_is_mended_while_the_mount_lives(
+    own_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEW", 0.1)
+    node = own_node
+
+    async def main() -> None:
+        async with pinning(node, tmp_path, [made_up(1)]) as pins:
+            await settled(pins)
+            (mount,) = mounts(node)
+            node.rpc("files/rm", arg=f"/ipfsfuse/{mount}/staged-1", force=True)
+            await trio.to_thread.run_sync(until, lambda: held(node, mount) == [made_up(1)], "it is pinned again")
+
+    trio.run(main)
+
+
+def test_a_batch_whose_block_the_node_has_lost_is_written_anew(own_node: Node, tmp_path: Path) -> None:
+    node = own_node
+
+    async def live() -> None:
+        async with pinning(node, tmp_path, [made_up(1)]) as pins:
+            await settled(pins)
+            assert pins.status().held == 1
+
+    trio.run(live)
+    (mount,) = mounts(node)
+    (batch,) = folder_of(node, mount).values()
+    node.cmd("block", "rm", batch)
+    assert not node.has(batch)
+    trio.run(live)
+    assert held(node, mount) == [made_up(1)]
+
+
+@pytest.mark.logs("pins wait until kubo takes them: /ipfsfuse/.* in the node's MFS")
+@pytest.mark.parametrize("name", ["ours", "/ipfsfuse"])
+def test_a_file_in_the_place_of_our_folder_is_left_alone_and_named_once(
+    own_node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    node = own_node
+    hold.prepare(tmp_path / "cache")
+    path = name if name.startswith("/") else f"/ipfsfuse/{MountId.open(tmp_path / 'cache').name}"
+    node.cmd("files", "write", "--create", "--parents", path, stdin=b"mine")
+
+    async def main() -> None:
+        async with pinning(node, tmp_path / "cache", [made_up(1)]) as pins:
+            await trio.to_thread.run_sync(until, lambda: pins.status().failing != "", "it is seen")
+            requests = pins.status().requests
+            await trio.to_thread.run_sync(until, lambda: pins.status().requests > requests + 1, "it is tried again")
+            assert "move it away" in pins.status().failing
+            node.rpc("files/rm", arg=path, force=True)
+            await settled(pins)
+            assert pins.state(made_up(1)) == "cache"
+
+    trio.run(main)
+    assert len([record for record in caplog.records if "pins wait" in record.getMessage()]) == 1

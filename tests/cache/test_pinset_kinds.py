@@ -71,7 +71,7 @@ def test_a_file_that_lies_about_a_leaf_spoils_no_other(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for _ in range(2):
-                with pytest.raises(Malformed, match="and its parent says 5"):
+                with pytest.raises(Malformed, match="but its parent states 5"):
                     await cache.leaf(liar, Leaf(leaves[0].cid, 0, 5))
             assert await read(cache, file, leaves) == content
             assert staged_bytes(cache, liar.cid) == 0

@@ -87,6 +87,12 @@ def test_no_fusermount3(user: Home) -> None:
     assert (doctor.returncode, "install the package fuse3" in doctor.stdout) == (1, True)
 
 
+def test_kubo_without_a_repository(user: Home) -> None:
+    told = user.refused("mount", "--from", "kubo", user.mountpoint, names=user.env["IPFS_PATH"])
+    assert "set IPFS_PATH" in told
+    assert "kubo+http://" in told
+
+
 # -- the cache folder --------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,8 @@ def test_a_node_and_its_pins_in_a_table(user: Home, kubo_node: Node) -> None:
         shown = user.run("status").stdout
         listed = user.run("ls").stdout.splitlines()
         asked = user.json("ls", "--json")
-    assert re.search(rf"(?m)^pins:\n  node +held  queued  batches  requests  failing\n  {re.escape(name)} +\d+ .* -$", shown)
+    heads, values = r"held  queued  batches  requests  folder +failing", r"\d+ .* /ipfsfuse/\S+ +-"
+    assert re.search(rf"(?m)^pins:\n  node +{heads}\n  {re.escape(name)} +{values}$", shown)
     assert re.search(rf"(?m)^sources:\n  name +state  requests  blocks .* why\n  {re.escape(name)} +good +\d+ .* -\n  library +good .* -$", shown)
     (large,) = asked["entries"]
     assert listed[0].startswith(f"{large['cid']}         whole    2.9 MiB")

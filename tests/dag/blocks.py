@@ -11,7 +11,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, hamt, nodes, unixfs, varint
 from ipfsfuse.dag.cid import DAG_PB, RAW, Cid
 from ipfsfuse.dag.dagpb import Link
-from ipfsfuse.dag.front import Walk
+from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.dag.unixfs import Type, UnixFS
 
 T = TypeVar("T")
@@ -58,10 +58,10 @@ class Blocks:
         try:
             wanted: Sequence[Cid] = next(walk)
             while True:
-                assert wanted, "a walk that asks for nothing"
                 assert len(set(wanted)) == len(wanted), "a walk that asks twice"
                 assert all(cids.inline(cid) is None for cid in wanted)
-                self.asked.append(list(wanted))
+                if wanted:
+                    self.asked.append(list(wanted))
                 wanted = walk.send([nodes.parse(cid, self.block(cid)) for cid in wanted])
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]  # typeshed has Any here

@@ -1,16 +1,16 @@
 """How the tests read: nodes, listings and ranges of a heap of blocks, as the layers above do."""
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves, walk
+from ipfsfuse.dag import directory_pages, file_layout, leaves, traversal
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.listing import Page
+from ipfsfuse.dag.directory_pages import Page
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Shard
 from ipfsfuse.errors import NotALeaf
 from tests.dag.blocks import Blocks
 
 
 def directory(heap: Blocks, cid: Cid) -> Directory | Shard:
-    found = heap.drive(walk.node(cid))
+    found = heap.drive(traversal.node(cid))
     assert isinstance(found, Directory | Shard)
     heap.asked.clear()
     return found
@@ -20,7 +20,7 @@ def pages(heap: Blocks, here: Directory | Shard, after: int = 0) -> list[Page]:
     """All pages, which must be as the contract says."""
     found: list[Page] = []
     while not found or not found[-1].end:
-        page = heap.drive(walk.entries(here, after))
+        page = heap.drive(directory_pages.entries(here, after))
         assert page.entries or page.end
         for entry in page.entries:
             assert after < entry.place < 1 << 63
@@ -34,7 +34,7 @@ def names(found: list[Page]) -> list[bytes]:
 
 
 def file(heap: Blocks, cid: Cid) -> File:
-    found = heap.drive(walk.node(cid))
+    found = heap.drive(traversal.node(cid))
     assert isinstance(found, File)
     heap.asked.clear()
     return found
@@ -51,7 +51,7 @@ def read(heap: Blocks, root: File, offset: int, size: int) -> bytes:
 def read_range(heap: Blocks, root: File, offset: int, size: int, sure: bool) -> bytes:
     at, stop, parts = offset, min(offset + size, root.size), bytearray()
     while at < stop:
-        found = heap.drive(walk.leaves(root, at, stop - at, sure))
+        found = heap.drive(file_layout.leaves(root, at, stop - at, sure))
         assert found
         assert found[0].offset <= at < found[0].offset + found[0].size
         for leaf in found:

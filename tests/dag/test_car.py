@@ -178,3 +178,22 @@ def test_mutations_and_prefixes_end_in_blocks_or_a_domain_error() -> None:
             read(bytes(mutant[: chance.randrange(len(mutant) + 1)]))
         except IpfsFuseError:
             pass
+
+
+@pytest.mark.parametrize("step", [1, 7, 1 << 20])
+@pytest.mark.parametrize("padding", [1, 5, 5000])
+def test_a_stream_that_ends_in_zeros_is_whole(padding: int, step: int) -> None:
+    data = write([], [b"one", b"two"]) + bytes(padding)
+    for stream in (data, frame(data), frame(data, 9, b"an index")):
+        assert read(stream, step) == ((), [(raw(b"one"), b"one"), (raw(b"two"), b"two")])
+    with pytest.raises(Malformed, match="behind the zeros"):
+        read(data + b"\1", step)
+
+
+def test_the_header_of_a_stream_is_bounded() -> None:
+    few, many = [raw(b"%d" % number) for number in range(1500)], [raw(b"%d" % number) for number in range(1700)]
+    assert len(car.encode_header(few)) < car.MAX_STREAM_HEADER < len(car.encode_header(many))
+    assert read(write(few, [b"one"]))[0] == tuple(few)
+    with pytest.raises(Malformed, match="its header would have"):
+        list(Parser().feed(car.encode_header(many)[:100]))
+    assert car.decode_header(car.encode_header(many)) == tuple(many), "that of a file may be larger"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ipfsfuse.dag import dagpb, hamt, nodes, unixfs, walk
+from ipfsfuse.dag import dagpb, directory_pages, hamt, nodes, traversal, unixfs
 from ipfsfuse.dag.cid import RAW, Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Directory
@@ -137,7 +137,7 @@ def test_a_trie_made_of_one_node_over_and_over_ends_at_its_first_entry() -> None
     heap, root = endless(20, cid_of(bottom))
     heap.put(bottom)
     with pytest.raises(Malformed, match="at a place"):
-        heap.drive(walk.entries(directory(heap, root), 0))
+        heap.drive(directory_pages.entries(directory(heap, root), 0))
     assert len(heap.fetched) < 100
 
 
@@ -147,9 +147,9 @@ def test_a_trie_without_entries_ends_where_its_hash_does(levels: int) -> None:
     heap, root = endless(levels, cid_of(bottom))
     heap.put(bottom)
     with pytest.raises(Malformed):
-        heap.drive(walk.entries(directory(heap, root), 0))
+        heap.drive(directory_pages.entries(directory(heap, root), 0))
     with pytest.raises(Malformed):
-        heap.drive(walk.child(directory(heap, root), b"name"))
+        heap.drive(traversal.child(directory(heap, root), b"name"))
     assert len(heap.fetched) < 200
 
 
@@ -163,7 +163,7 @@ def test_a_page_is_bounded_where_every_entry_is_true() -> None:
     root = directory(heap, heap.trie([name for index in range(40) for name in names[index]], 1024))
     after, total = 0, 0
     while True:
-        page = heap.drive(walk.entries(root, after))
+        page = heap.drive(directory_pages.entries(root, after))
         assert len(page.entries) <= 8000
         total += len(page.entries)
         if page.end:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hamt, walk
+from ipfsfuse.dag import hamt, traversal
 from ipfsfuse.dag.nodes import Directory, File, Meta, Node, Shard, Symlink
 from ipfsfuse.dag.path import IpfsPath
 from tests.dag.blocks import Blocks, pseudo_random
@@ -43,7 +43,7 @@ def fetched(kubo: Kubo, root: str, folder: Path) -> Blocks:
 def test_a_file_in_every_layout(kubo_node: Kubo, tmp_path: Path, layout: str) -> None:
     root = kubo_node.add(DATA, *LAYOUTS[layout])
     heap = fetched(kubo_node, root, tmp_path)
-    node = heap.drive(walk.node(cids.parse(root)))
+    node = heap.drive(traversal.node(cids.parse(root)))
     assert isinstance(node, File)
     assert node.size == len(DATA)
     for offset, size in [(0, 1), (1_234_567, 200_000), (len(DATA) - 1, 10), (0, len(DATA))]:
@@ -62,7 +62,7 @@ def test_a_tree_with_modes_times_links_and_inlined_files(kubo_node: Kubo, tmp_pa
     heap = fetched(kubo_node, root, tmp_path)
 
     def at(*parts: bytes) -> Node:
-        return heap.drive(walk.resolve(IpfsPath(cids.parse(root), parts)))
+        return heap.drive(traversal.resolve(IpfsPath(cids.parse(root), parts)))
 
     top = at()
     assert isinstance(top, Directory)
@@ -86,9 +86,9 @@ def test_a_hamt_directory(kubo_node: Kubo, tmp_path: Path, width: int) -> None:
         (tree / os.fsdecode(name)).touch()
     root = kubo_node.cmd("add", "-rQ", f"--max-hamt-fanout={width}", "--max-directory-links=100", tree).strip()
     heap = fetched(kubo_node, root, tmp_path)
-    top = heap.drive(walk.node(cids.parse(root)))
+    top = heap.drive(traversal.node(cids.parse(root)))
     assert isinstance(top, Shard)
     assert top.width == width
     assert names(pages(heap, top)) == wanted
-    assert all(heap.drive(walk.child(top, name)) is not None for name in wanted)
-    assert heap.drive(walk.child(top, b"datei-2500-\xc3\xbc")) is None
+    assert all(heap.drive(traversal.child(top, name)) is not None for name in wanted)
+    assert heap.drive(traversal.child(top, b"datei-2500-\xc3\xbc")) is None

@@ -76,7 +76,7 @@ def test_an_interior_node_holds_its_inline_bytes_and_is_no_canonical_leaf() -> N
     assert leaves.of(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
     with pytest.raises(NotALeaf):
         leaves.of(Leaf(cid, 0, 6), heap.block(cid))
-    with pytest.raises(Malformed, match="its parent says 5") as refused:
+    with pytest.raises(Malformed, match="its parent states 5") as refused:
         leaves.of(Leaf(cid, 0, 5), heap.block(cid))
     assert not isinstance(refused.value, NotALeaf)
 

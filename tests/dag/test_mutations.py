@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ipfsfuse.dag import dagpb, leaves, nodes, unixfs, walk
+from ipfsfuse.dag import dagpb, directory_pages, file_layout, leaves, nodes, traversal, unixfs
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Shard
 from ipfsfuse.errors import IpfsFuseError
 from tests.dag.blocks import every_prefix, fixtures
@@ -19,10 +19,10 @@ def read_all(block: bytes) -> None:
         node = nodes.parse(PARENT, block)
         leaves.of(Leaf(PARENT, 0, len(block)), block)
         if isinstance(node, File):
-            first(walk.leaves(node, 0, node.size))
+            first(file_layout.leaves(node, 0, node.size))
         elif isinstance(node, Directory | Shard):
-            first(walk.entries(node, 0))
-            first(walk.child(node, b"one"))
+            first(directory_pages.entries(node, 0))
+            first(traversal.child(node, b"one"))
     except IpfsFuseError as refused:
         assert "\n" not in str(refused)
     try:
@@ -37,7 +37,7 @@ def read_all(block: bytes) -> None:
         pass
 
 
-def first(way: walk.Walk[object]) -> None:
+def first(way: traversal.Walk[object]) -> None:
     """A walk up to where it wants its first blocks."""
     try:
         next(way)

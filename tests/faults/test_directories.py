@@ -6,8 +6,7 @@ from pathlib import Path
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
-from ipfsfuse.vfs.gathering import MAX_CONTENTS
-from ipfsfuse.vfs.treeahead import DEEP
+from ipfsfuse.vfs.prefetch import DIRECTORIES_AHEAD, MAX_CONTENTS
 from tests.dag.blocks import Blocks
 from tests.mounting import Home, wait_until
 from tests.sources.content import tree
@@ -56,9 +55,9 @@ def test_who_goes_through_a_directory_gets_the_rest_of_it_and_four_directories_a
         os.listdir(top)
         for place in range(3):
             read_all(top / f"{place:03}", f"in {place}", 12)
-        wait_until(lambda: below[2 + DEEP] in asked_for(server, "all"), "the directories ahead were asked for")
-        assert set(asked_for(server, "all")) <= set(below[: 3 + DEEP])
-        beyond = [cid for sample in samples[4 + DEEP :] for cid in sample.blocks if cid != sample.root]
+        wait_until(lambda: below[2 + DIRECTORIES_AHEAD] in asked_for(server, "all"), "the directories ahead were asked for")
+        assert set(asked_for(server, "all")) <= set(below[: 3 + DIRECTORIES_AHEAD])
+        beyond = [cid for sample in samples[4 + DIRECTORIES_AHEAD :] for cid in sample.blocks if cid != sample.root]
         assert not asked_alone(server) & set(beyond), "what they hold is not fetched before someone comes near"
         for place in range(3, 12):
             read_all(top / f"{place:03}", f"in {place}", 12)

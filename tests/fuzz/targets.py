@@ -6,7 +6,7 @@ A value must hold what its decoder promises: it encodes to bytes that decode to 
 import hashlib
 from collections.abc import Callable
 
-from ipfsfuse.dag import car, carindex, carstream, dagpb, leaves, nodes, path, unixfs, walk
+from ipfsfuse.dag import car, carindex, carstream, dagpb, directory_pages, file_layout, leaves, nodes, path, traversal, unixfs
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import DAG_PB
 from ipfsfuse.dag.nodes import Directory, File, Shard
@@ -34,7 +34,7 @@ def read_node(data: bytes) -> None:
         held = leaves.content(PARENT, data)
         assert len(held) == node.inline
         assert leaves.is_canonical(PARENT, data) == leaves.proves(cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held)
-        _drive(walk.leaves(node, node.size // 3, node.size, sure=True), data)
+        _drive(file_layout.leaves(node, node.size // 3, node.size, sure=True), data)
 
 
 def read_hamt(data: bytes) -> None:
@@ -42,11 +42,11 @@ def read_hamt(data: bytes) -> None:
     node = nodes.parse(PARENT, data[1:])
     if isinstance(node, Directory | Shard):
         after = int.from_bytes(data[:1], "big") << 55
-        page = _drive(walk.entries(node, after), data[1:])
+        page = _drive(directory_pages.entries(node, after), data[1:])
         for entry in page.entries if page else ():
             assert after < entry.place < 1 << 63
             after = entry.place
-        _drive(walk.child(node, data[1:9]), data[1:])
+        _drive(traversal.child(node, data[1:9]), data[1:])
 
 
 def read_path(data: bytes) -> None:
@@ -80,7 +80,7 @@ def read_car(data: bytes) -> None:
     parser.finish()
 
 
-def _drive(way: walk.Walk[object], block: bytes):  # type: ignore[no-untyped-def]  # whatever the walk returns
+def _drive(way: traversal.Walk[object], block: bytes):  # type: ignore[no-untyped-def]  # whatever the walk returns
     try:
         wanted = next(way)
         for _ in range(STEPS):

@@ -108,7 +108,7 @@ class Node:
         with ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipfsfuse-kubo-", ignore_cleanup_errors=True)))
             self.repo = self.folder / "repo"
-            self._init()
+            self.init()
             self.start()
             stack.callback(self.stop)
             self._stack = stack.pop_all()
@@ -117,7 +117,8 @@ class Node:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def _init(self) -> None:
+    def init(self) -> None:
+        """Makes the repository, which must not be there."""
         self.cmd("init", "--profile=test")
         path = self.repo / "config"
         config = json.loads(path.read_text())

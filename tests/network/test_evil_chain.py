@@ -42,7 +42,7 @@ def test_hundreds_of_reads_through_everything_bad_and_one_good_source(home: Home
                 assert told[url]["wrong"] > 0, behave.__name__
                 assert f"{url} has wrong bytes for" in mount.log(), behave.__name__
             else:
-                assert told[url]["state"] in ("resting", "trial"), behave.__name__
+                assert told[url]["state"] in ("open", "half_open"), behave.__name__
                 assert told[url]["why"], behave.__name__
                 assert told[url]["failures"], behave.__name__
         assert told[good.url]["state"] == "good"

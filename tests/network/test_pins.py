@@ -3,11 +3,14 @@
 import os
 import random
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cache.pinning import mounts
+from ipfsfuse.cache.pins.lease import host_name
+from tests.cache.pinning import folder_of, mounts
 from tests.kubo.node import Node
 from tests.mounting import Home, Mounted, wait_until
 from tests.network.nodes import again_and_again, drop_pages, mounted, source
@@ -193,3 +196,77 @@ def test_an_isolated_mount_lets_go_of_everything_at_its_end(own_node: Node, home
     assert mounts(own_node) == []
     own_node.gc()
     assert not own_node.has(cid)
+
+
+def kill(mount: Mounted) -> None:
+    os.kill(mount.pid, signal.SIGKILL)
+    mount.home.unmount(mount)
+
+
+def test_a_killed_mount_keeps_what_it_pinned_and_its_next_start_goes_on(own_node: Node, home: Home) -> None:
+    node = own_node
+    contents = dict(add(node, seed, size) for seed, size in enumerate((2_000, 300_000, 400_000)))
+    with mounted(home, node) as mount:
+        for cid in contents:
+            (mount.path / cid).read_bytes()
+        held(mount, node, 3)
+        kill(mount)
+    (folder,) = mounts(node)
+    before = folder_of(node, folder)
+    with mounted(Home(home.folder / "another"), node) as mount:
+        held(mount, node, 0)
+    assert folder_of(node, folder) == before
+    with mounted(home, node) as mount:
+        held(mount, node, 3)  # the small file too, which no list of files names
+        assert mount.status()["pins"][source(node)]["folder"] == f"/ipfsfuse/{folder}"
+        assert folder_of(node, folder) == before
+        node.gc()
+        assert all(node.has(cid) for cid in contents)
+    assert sorted(path.name for path in home.cache.rglob("*") if "pin" in path.name or "mount" in path.name) == ["mount-id"]
+
+
+def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(own_node: Node, home: Home) -> None:
+    node = own_node
+    home.env["TMPDIR"] = str(home.folder)
+    cid, _content = add(node, 1)
+    with mounted(home, node, options=["--isolated"]) as mount:
+        (mount.path / cid).read_bytes()
+        held(mount, node, 1)
+        kill(mount)
+    (left,) = mounts(node)
+    with mounted(home, node, options=["--isolated"]) as mount:
+        held(mount, node, 0)
+        wait_until(lambda: left not in mounts(node), "it is released")
+    assert mounts(node) == []
+    node.gc()
+    assert not node.has(cid)
+
+
+def test_two_mounts_of_one_copied_cache_folder_have_a_folder_each(own_node: Node, home: Home) -> None:
+    cid, content = add(own_node, 1)
+    copy = Home(home.folder / "copy")
+    with mounted(home, own_node) as first:
+        assert (first.path / cid).read_bytes() == content
+        held(first, own_node, 1)
+        subprocess.run(["cp", "-a", home.cache, copy.cache], check=True)
+        with mounted(copy, own_node) as second:
+            held(second, own_node, 1)
+            assert len(mounts(own_node)) == 2
+            assert first.status()["pins"] != second.status()["pins"]
+            copy.run("evict", "--all")
+            held(second, own_node, 0)
+            own_node.gc()
+            assert own_node.has(cid)
+
+
+def test_garbage_in_mount_id_stops_no_mount(own_node: Node, home: Home) -> None:
+    cid, content = add(own_node, 1)
+    with mounted(home, own_node) as mount:
+        held(mount, own_node, 0)
+    (path,) = home.cache.rglob("mount-id")
+    path.write_bytes(b"../../\xff")
+    with mounted(home, own_node) as mount:
+        assert (mount.path / cid).read_bytes() == content
+        held(mount, own_node, 1)
+        assert "does not hold the name of a mount: it is replaced" in mount.log()
+    assert [name.rpartition("-")[0] for name in mounts(own_node)] == [host_name()] * len(mounts(own_node))

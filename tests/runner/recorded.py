@@ -9,7 +9,7 @@ from typing import Any
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
-from ipfsfuse.dag.build import Built
+from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS

@@ -20,7 +20,7 @@ import wasmtime
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
-from ipfsfuse.dag.build import Built
+from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from runner import receipt as receipts

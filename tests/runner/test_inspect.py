@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ipfsfuse.dag import build
+from ipfsfuse.dag import builder
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.build import Built
+from ipfsfuse.dag.builder import Built
 from runner import receipt, streams
 from runner.bundle import Bundle, Writer
 from runner.errors import ReceiptRefused
@@ -91,10 +91,10 @@ def test_a_file_that_names_one_block_a_billion_times_is_counted_at_once(tmp_path
         writer = Writer(out)
         read = [writer.add_file(io.BytesIO(b"x"))]
         for _ in range(30):
-            builder = build.FileBuilder(build.UNIXFS_V1_2025, writer.put)
-            builder.add(read[-1])
-            builder.add(read[-1])
-            read.append(builder.finish())
+            file_builder = builder.FileBuilder(builder.UNIXFS_V1_2025, writer.put)
+            file_builder.add(read[-1])
+            file_builder.add(read[-1])
+            read.append(file_builder.finish())
         write(target, writer, read[-1], read)
     (row,) = inspected(target)
     assert row["size"] == row["read"] == 1 << 30

@@ -144,3 +144,24 @@ def test_a_block_that_is_truncated_away_later_is_an_error(tmp_path: Path) -> Non
             await source.get(blocks[2][0])
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("padding", [1, 9, 4096, 1_000_000])
+@pytest.mark.parametrize("wrap", ["v1", "v2"])
+def test_a_car_that_ends_in_zeros_is_whole(wrap: str, padding: int, tmp_path: Path) -> None:
+    blocks = pairs(20)
+    data = sections(blocks) + bytes(padding)
+    opened = Opened(tmp_path, data if wrap == "v1" else v2(data, b""))
+    assert opened.open().whole
+    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+
+
+def test_a_car_padded_by_a_hole_is_whole(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, sections(pairs(20)))
+    os.truncate(opened.path, 1 << 40)
+    assert opened.open().whole
+
+
+def test_a_car_with_zeros_in_its_middle_is_damaged(tmp_path: Path) -> None:
+    data = sections(pairs(20))
+    assert not Opened(tmp_path, data + bytes(300_000) + b"\1").open().whole

@@ -10,7 +10,7 @@ import trio
 
 from ipfsfuse.errors import NotHere, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Block, Source
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.origin import parse_origin
@@ -53,13 +53,13 @@ def test_each_failure_is_told_by_its_kind(behave: Behaviour, kind: str) -> None:
 def test_wrong_bytes_from_the_only_source_are_that_blocks_error(behave: Behaviour) -> None:
     async def main() -> None:
         with Server(BLOCKS, behave) as server:
-            chain = Chain([gateway(server)])
+            pool = SourcePool([gateway(server)])
             for _ in range(2):  # the last source left is not set aside: it is asked again, and loses that block alone
                 with pytest.raises(WrongBlock):
-                    await chain.get(CID)
-            assert chain.statistics()[0].wrong == 2
-            assert chain.statistics()[0].state == "good"
-            await chain.aclose()
+                    await pool.get(CID)
+            assert pool.statistics()[0].wrong == 2
+            assert pool.statistics()[0].state == "good"
+            await pool.aclose()
 
     trio.run(main)
 
@@ -182,16 +182,16 @@ def test_a_run_is_right_whatever_car_comes(behave: Behaviour) -> None:
 
     async def main() -> None:
         with Server(file.blocks, behave) as server:
-            chain = Chain([gateway(server)])
+            pool = SourcePool([gateway(server)])
             got: dict[int, Block] = {}
 
             async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
                 assert got.keys().isdisjoint(range(index, index + len(blocks)))
                 got.update(enumerate(blocks, index))
 
-            await chain.stream(file.run, deliver)
+            await pool.stream(file.run, deliver)
             assert got == file.expected
-            await chain.aclose()
+            await pool.aclose()
 
     trio.run(main)
 
@@ -216,26 +216,26 @@ def test_ten_thousand_reads_through_everything_bad_and_one_good_source() -> None
             server.__enter__()
         try:
             sources: list[Source] = [gateway(server) for server in servers]
-            chain = Chain(sources, chance=random.Random(2))
+            pool = SourcePool(sources, chance=random.Random(2))
             left = iter(wanted)
 
             async def read() -> None:
                 for cid in left:
-                    assert (await chain.get(cid)).block == blocks[cid]
+                    assert (await pool.get(cid)).block == blocks[cid]
 
             async with trio.open_nursery() as nursery:
                 for _ in range(16):
                     nursery.start_soon(read)
-            for behave, statistics in zip(ALL_BAD, chain.statistics(), strict=False):
+            for behave, statistics in zip(ALL_BAD, pool.statistics(), strict=False):
                 assert statistics.blocks == 0, behave.__name__
                 if behave in (evil.wrong_bytes, evil.another_block):
-                    assert (statistics.state, statistics.wrong > 0) == ("aside", True), behave.__name__
+                    assert (statistics.state, statistics.wrong > 0) == ("quarantined", True), behave.__name__
                 else:
                     assert statistics.failures.get(KINDS[behave], 0) + statistics.failures.get("reset", 0) > 0, behave.__name__
-                    assert (statistics.state in ("resting", "trial"), statistics.why != "") == (True, True), behave.__name__
-            answered = sum(statistics.blocks for statistics in chain.statistics())
+                    assert (statistics.state in ("open", "half_open"), statistics.why != "") == (True, True), behave.__name__
+            answered = sum(statistics.blocks for statistics in pool.statistics())
             assert len(wanted) <= answered <= 1.05 * len(wanted) + 5  # two may answer where one was slow
-            await chain.aclose()
+            await pool.aclose()
         finally:
             for server in servers:
                 server.__exit__(None, None, None)

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import WrongBlock
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Block, Subtree
-from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.files import flatfs
 from ipfsfuse.sources.files.flatfs import Flatfs
 from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.localkubo import LocalKubo
@@ -65,21 +67,69 @@ def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) ->
         ({"mounts": [MOUNT | {"type": "pebbleds"}], "type": "mount"}, MOUNT["shardFunc"]),
         ({"mounts": [MOUNT | {"shardFunc": "/repo/flatfs/shard/v1/prefix/2"}], "type": "mount"}, "/repo/flatfs/shard/v1/prefix/2"),
         ({"mounts": [MOUNT], "type": "mount"}, "/repo/flatfs/shard/v1/next-to-last/3"),
-        ({"mounts": "x"}, MOUNT["shardFunc"]),
-        ([1], MOUNT["shardFunc"]),
+        ({"type": "mount"}, MOUNT["shardFunc"]),
+        ({"mounts": [None, 5, {}], "type": "mount"}, MOUNT["shardFunc"]),
     ],
 )
 def test_what_is_kept_in_another_way_is_left_to_the_node(tmp_path: Path, spec: object, sharding: str) -> None:
     assert flatfs.find(made(tmp_path / "repo", spec, sharding)) is None
 
 
-def test_where_there_is_no_repository_or_a_broken_one(tmp_path: Path) -> None:
+def test_where_there_is_no_repository(tmp_path: Path) -> None:
     assert flatfs.find(tmp_path / "none") is None
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("{", "[1]", '"x"', "null", '{"mounts": null}', '{"mounts": "x"}', '{"mounts": {"a": 1}}', "[" * 100_000, "\xff", ""),
+        json.dumps({"mounts": [MOUNT | {"path": "a\0b"}]}),
+        json.dumps({"mounts": [MOUNT | {"shardFunc": flatfs.SHARDING + "9" * 5000}]}),
+    ],
+)
+def test_a_repository_whose_configuration_is_broken_is_left_alone_and_named(
+    tmp_path: Path, spec: str, caplog: pytest.LogCaptureFixture
+) -> None:
     repository = made(tmp_path / "repo")
-    (repository / "datastore_spec").write_text("{")
+    (repository / "datastore_spec").write_text(spec, encoding="latin-1")
+    assert flatfs.find(repository) is None
+    (record,) = caplog.records
+    assert str(repository) in record.getMessage()
+
+
+@pytest.mark.logs("content is blocked")
+def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
+    repository = made(tmp_path / "repo")
+    blocks = flatfs.find(repository)
+    assert blocks is not None
+    (cid, block), *_ = raw_blocks(96, 1).items()
+    leaf = Leaf(cid, 0, len(block))
+    path = Path(blocks._path(cid))
+    path.parent.mkdir()
+    path.write_bytes(block)
+    assert (blocks.read(cid), blocks.read_some([cid]), bytes(blocks.read_each([leaf])[0]), blocks.have([cid])) == (block, [block], block, True)
+    (repository / "denylists").mkdir()
+    (repository / "denylists" / "mine.deny").touch()
+    wait_until(lambda: blocks.read(cid) is None, "the list is seen", 5)
+    assert (blocks.read_some([cid]), blocks.read_each([leaf]), blocks.have([cid])) == ([None], [], False)
+    (repository / "denylists" / "mine.deny").unlink()
+    wait_until(lambda: blocks.read(cid) == block, "it is gone", 5)
+
+
+@pytest.mark.logs("content is blocked")
+def test_the_denylists_of_the_nodes_own_user_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one fact that can't be caused here: where the home of the repository's owner is."""
+    repository = made(tmp_path / "repo")
+    home = tmp_path / "home of ipfs"
+    monkeypatch.setattr(flatfs.pwd, "getpwuid", lambda _user: SimpleNamespace(pw_dir=str(home)))
+    assert flatfs.find(repository) is not None
+    (home / ".config" / "ipfs" / "denylists").mkdir(parents=True)
+    (home / ".config" / "ipfs" / "denylists" / "mine.deny").touch()
     assert flatfs.find(repository) is None
 
 
+@pytest.mark.logs("content is blocked")
 @pytest.mark.parametrize("where", ["repo/denylists", "config/ipfs/denylists"])
 def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None:
     repository = made(tmp_path / "repo")
@@ -94,6 +144,7 @@ def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None
 def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) -> None:
     repository = made(tmp_path / "repo")
     (cid,) = raw_blocks(96, 1)
+    leaf = Leaf(cid, 0, len(raw_blocks(96, 1)[cid]))
     blocks = Flatfs(repository / "blocks", 2)
     path = Path(blocks._path(cid))
     path.parent.mkdir()
@@ -105,12 +156,14 @@ def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) 
     path.rmdir()
     os.mkfifo(path)
     assert blocks.read(cid) is None
-    assert blocks.read_each([cid]) == []
+    assert blocks.read_each([leaf]) == []
     path.unlink()
     with path.open("wb") as file:
-        file.truncate(flatfs.MAX_BLOCK + 1)
-    assert blocks.read(cid) is None
-    assert blocks.read_each([cid]) == []
+        file.truncate(cids.MAX_BLOCK + 1)
+    with pytest.raises(BlockTooLarge, match="as a block of 2,097,153 bytes"):
+        blocks.read(cid)
+    assert blocks.read_some([cid]) == [None]
+    assert blocks.read_each([leaf]) == []
     path.write_bytes(b"")
     assert blocks.read(cid) == b""
 
@@ -204,12 +257,12 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(own_node: Node, monkeypa
     async def main() -> None:
         source = LocalKubo("kubo", HttpSettings(), blocks, offline=True)
         monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # looked just before
-        assert 2 not in await streamed(source, FILE), "left out: the chain asks for it alone"
-        chain = Chain([source])
+        assert 2 not in await streamed(source, FILE), "left out: the pool asks for it alone"
+        pool = SourcePool([source])
         with pytest.raises(WrongBlock):
-            await chain.get(damaged)
-        assert (await chain.get(FILE.root)).block == FILE.blocks[FILE.root]
-        await chain.aclose()
+            await pool.get(damaged)
+        assert (await pool.get(FILE.root)).block == FILE.blocks[FILE.root]
+        await pool.aclose()
 
     trio.run(main)
 
@@ -222,6 +275,10 @@ def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch
     assert type(named) is Kubo
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     (other,) = parse_sources(["kubo"])
+    with pytest.raises(SourceFailed, match=r"no repository of a Kubo node at .*/none: set IPFS_PATH .* kubo\+http://"):
+        open_source(other, settings)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "api").write_text("/ip4/127.0.0.1/tcp/5001")
     assert type(open_source(other, settings)) is Kubo
 
 

@@ -11,7 +11,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
 from ipfsfuse.sources.base import Block, Subtree
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.origin import parse_origin
@@ -41,12 +41,12 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
             source = Kubo("kubo", HttpSettings(), parse_origin(asked.api_url) if by == "rpc" else None, offline=offline)
             source._asked_for_gateway = by == "rpc"
             if offline:
-                chain = Chain([source], offline=True)
+                pool = SourcePool([source], offline=True)
                 for cid in file.blocks:
                     with pytest.raises(NotHere):
                         await source.get(cid)
                 with pytest.raises(Unavailable), trio.fail_after(10):
-                    await chain.get(file.root)
+                    await pool.get(file.root)
                 got = dict[int, Block]()
 
                 async def deliver(index: int, blocks: Sequence[Block], got: dict[int, Block] = got) -> None:
@@ -60,7 +60,7 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
                 assert got == {}
                 assert not asked.has(cids.text(file.root))
             else:
-                assert (await Chain([source]).get(file.root)).block == file.blocks[file.root]
+                assert (await SourcePool([source]).get(file.root)).block == file.blocks[file.root]
             await source.aclose()
 
     trio.run(main)
@@ -75,14 +75,14 @@ def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node
     monkeypatch.setenv("IPFS_PATH", str(kubo_node.repo))
 
     async def main() -> None:
-        chain = Chain([Kubo("kubo", HttpSettings())])
+        pool = SourcePool([Kubo("kubo", HttpSettings())])
         takes = Takes()
         with trio.fail_after(20):  # the node looks for it for 30 s
-            await chain.subtree(Subtree(sent.root, True, 1 << 20), takes)
+            await pool.subtree(Subtree(sent.root, True, 1 << 20), takes)
         assert list(takes.blocks.items()) == list(sent.blocks.items())[: len(takes.got)]
         assert 1 < len(takes.got) <= 61
-        assert chain.statistics()[0].failures == {}
-        await chain.aclose()
+        assert pool.statistics()[0].failures == {}
+        await pool.aclose()
 
     trio.run(main)
 
@@ -97,13 +97,13 @@ def test_content_at_another_node_is_fetched_through_ours_also_after_that_one_was
     monkeypatch.setenv("IPFS_PATH", str(asked.repo))
 
     async def main() -> None:
-        chain = Chain([Kubo("kubo", HttpSettings())])
+        pool = SourcePool([Kubo("kubo", HttpSettings())])
         for cid, block in file.blocks.items():
-            assert (await chain.get(cid)).block == block
+            assert (await pool.get(cid)).block == block
         await trio.to_thread.run_sync(other.kill)
-        assert (await chain.get(file.root)).block == file.blocks[file.root]
+        assert (await pool.get(file.root)).block == file.blocks[file.root]
         with trio.move_on_after(1) as scope:
-            await chain.get(late.root)
+            await pool.get(late.root)
         assert scope.cancelled_caught
 
         async def comes_back() -> None:
@@ -113,8 +113,8 @@ def test_content_at_another_node_is_fetched_through_ours_also_after_that_one_was
         async with trio.open_nursery() as nursery:
             nursery.start_soon(comes_back)
             with trio.fail_after(60):
-                assert (await chain.get(late.root)).block == late.blocks[late.root]
-        await chain.aclose()
+                assert (await pool.get(late.root)).block == late.blocks[late.root]
+        await pool.aclose()
 
     trio.run(main)
 
@@ -126,8 +126,8 @@ def test_a_node_that_restarts_is_found_again_where_it_is(own_node: Node, monkeyp
 
     async def main() -> None:
         source = Kubo("kubo", HttpSettings())
-        chain = Chain([source])
-        assert (await chain.get(file.root)).block == file.blocks[file.root]
+        pool = SourcePool([source])
+        assert (await pool.get(file.root)).block == file.blocks[file.root]
         await trio.to_thread.run_sync(own_node.stop)
         with pytest.raises(SourceFailed) as caught:
             await source.get(file.root)
@@ -136,9 +136,9 @@ def test_a_node_that_restarts_is_found_again_where_it_is(own_node: Node, monkeyp
             nursery.start_soon(trio.to_thread.run_sync, own_node.start)
             with trio.fail_after(60):
                 for cid, block in file.blocks.items():
-                    assert (await chain.get(cid)).block == block
-        assert chain.statistics()[0].failures.keys() == {"connect"}
-        await chain.aclose()
+                    assert (await pool.get(cid)).block == block
+        assert pool.statistics()[0].failures.keys() == {"connect"}
+        await pool.aclose()
 
     trio.run(main)
 

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from ipfsfuse.sources.base import Block, Source
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo, unix_origin
 from tests.kubo.fixtures import need_kubo
@@ -82,11 +82,11 @@ def test_where_the_gateway_port_is_of_no_use_blocks_come_over_rpc(own_node: Node
         with Server({}, behave) as other:
             (own_node.repo / "gateway").write_text(other.url)
             source = Kubo("kubo", HttpSettings())
-            chain = Chain([source])
+            pool = SourcePool([source])
             for cid, block in file.blocks.items():
-                assert (await chain.get(cid)).block == block
+                assert (await pool.get(cid)).block == block
             assert other.asked
-            assert chain.statistics()[0].failures == {}
-            await chain.aclose()
+            assert pool.statistics()[0].failures == {}
+            await pool.aclose()
 
     trio.run(main)

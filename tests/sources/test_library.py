@@ -11,7 +11,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
-from ipfsfuse.errors import NotFound, NotHere, StoreFailed
+from ipfsfuse.errors import BlockTooLarge, NotFound, NotHere, StoreFailed
 from ipfsfuse.sources.base import Block, Run
 from ipfsfuse.sources.files import librarycompact
 from ipfsfuse.sources.files.library import Library, LibrarySource
@@ -174,3 +174,26 @@ def test_a_damaged_pack_is_one_line(library: Library) -> None:
         Library(library.folder).block(blocks[0][0])
     add(library, blocks)
     assert Library(library.folder).block(blocks[0][0]) == blocks[0][1]
+
+
+def test_a_block_that_is_too_large_is_named_and_left_out_of_runs(library: Library) -> None:
+    large, small = raw(7, cids.MAX_BLOCK + 1), raw(8, cids.MAX_BLOCK)
+    add(library, [large, small])
+    leaves = [Leaf(large[0], 0, cids.MAX_BLOCK), Leaf(small[0], cids.MAX_BLOCK, cids.MAX_BLOCK), Leaf(small[0], 2 * cids.MAX_BLOCK, 1)]
+    got: list[int] = []
+
+    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        got.extend(range(index, index + len(blocks)))
+
+    async def main() -> None:
+        source = LibrarySource(library)
+        with pytest.raises(BlockTooLarge, match=f"library has {cids.text(large[0])} as a block of 2,097,153 bytes"):
+            await source.get(large[0])
+        assert await source.get(small[0]) == small[1]
+        await source.stream(Run(large[0], 3 * cids.MAX_BLOCK, leaves), deliver)
+        await source.aclose()
+
+    with pytest.raises(BlockTooLarge):
+        library.block(large[0])
+    trio.run(main)
+    assert got == [1], "the others are not what their leaves say"

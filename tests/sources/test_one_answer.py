@@ -8,12 +8,15 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.carstream import Parser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Run, Subtree
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.gateway import Gateway
 from ipfsfuse.sources.web.http import Http, HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
@@ -158,17 +161,17 @@ def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_i
         (tmp_path / "gateway").write_text(server.url if gateway == "guarded" else f"http://127.0.0.1:{free_port()}")
 
         async def main() -> None:
-            chain = Chain([Kubo("kubo", HttpSettings())])
+            pool = SourcePool([Kubo("kubo", HttpSettings())])
 
             takes = Takes()
             try:
                 for _ in range(4):
-                    await chain.subtree(SUBTREE, takes)
+                    await pool.subtree(SUBTREE, takes)
                 assert takes.got == {}
-                assert (await chain.get(TREE.root)).block == TREE.blocks[TREE.root]
-                assert (chain.statistics()[0].failures, chain.statistics()[0].state) == ({}, "good")
+                assert (await pool.get(TREE.root)).block == TREE.blocks[TREE.root]
+                assert (pool.statistics()[0].failures, pool.statistics()[0].state) == ({}, "good")
             finally:
-                await chain.aclose()
+                await pool.aclose()
 
         trio.run(main)
 
@@ -241,3 +244,13 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
             assert settings.room.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
+
+
+def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
+    """A piece of 256 KiB holds 40,000 of them, which take 200 ms to parse."""
+    section = car.section_head(cids.make(cids.RAW, b"\0\0"), 0)
+    stream = car.encode_header([]) + section * 40_000
+    assert len(stream) < 256 << 10
+    assert {len(blocks) for blocks in runs._parsed(Parser(), stream, "it")} == {runs.SECTIONS}
+    with pytest.raises(SourceFailed, match="it sent a broken CAR"):
+        list(runs._parsed(Parser(), stream + b"\1\1", "it"))

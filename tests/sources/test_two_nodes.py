@@ -10,7 +10,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unavailable
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.web.http import HttpSettings
 from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.sources.web.origin import parse_origin
@@ -21,14 +21,14 @@ PATIENCE = 60.0
 
 
 @asynccontextmanager
-async def asking(node: Node, *, offline: bool = False) -> AsyncIterator[Chain]:
-    """A chain of one source: this node."""
-    chain = Chain([Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=offline)], offline=offline)
+async def asking(node: Node, *, offline: bool = False) -> AsyncIterator[SourcePool]:
+    """A pool of one source: this node."""
+    pool = SourcePool([Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=offline)], offline=offline)
     try:
-        yield chain
+        yield pool
     finally:
         with trio.CancelScope(shield=True):
-            await chain.aclose()
+            await pool.aclose()
 
 
 def add(node: Node, data: bytes) -> Cid:
@@ -40,11 +40,11 @@ def test_what_only_the_other_has_comes_through_the_first(two_nodes: tuple[Node, 
     contents = {add(far, data): data for data in (os.urandom(1 << 18) for _ in range(5))}
 
     async def main() -> None:
-        async with asking(near) as chain:
+        async with asking(near) as pool:
             for cid, data in contents.items():
                 assert not near.has(cids.text(cid))
                 with trio.fail_after(PATIENCE):
-                    assert (await chain.get(cid)).block == data
+                    assert (await pool.get(cid)).block == data
                 assert near.has(cids.text(cid))
 
     trio.run(main)
@@ -55,11 +55,11 @@ def test_offline_never_makes_the_node_look_on_its_network(two_nodes: tuple[Node,
     cid, here = add(far, b"elsewhere"), add(near, b"here")
 
     async def main() -> None:
-        async with asking(near, offline=True) as chain:
+        async with asking(near, offline=True) as pool:
             with trio.fail_after(PATIENCE):
-                assert (await chain.get(here)).block == b"here"
+                assert (await pool.get(here)).block == b"here"
                 with pytest.raises(Unavailable):
-                    await chain.get(cid)
+                    await pool.get(cid)
 
     trio.run(main)
     assert not near.has(cids.text(cid))
@@ -71,18 +71,18 @@ def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(two_nodes: tuple[
     before, during, *after = contents
 
     async def main() -> None:
-        async with asking(near) as chain:
+        async with asking(near) as pool:
             with trio.fail_after(PATIENCE):
-                assert (await chain.get(before)).block == contents[before]
+                assert (await pool.get(before)).block == contents[before]
             far.kill()
             with trio.move_on_after(1) as deadline:  # the caller's own, as the cache sets it
-                await chain.get(during)
+                await pool.get(during)
             assert deadline.cancelled_caught
             await trio.to_thread.run_sync(far.start)
             near.connect(far)
             for cid in (during, *after):
                 with trio.fail_after(PATIENCE):
-                    assert (await chain.get(cid)).block == contents[cid]
+                    assert (await pool.get(cid)).block == contents[cid]
 
     trio.run(main)
 
@@ -92,12 +92,12 @@ def test_the_first_restarted_in_between(two_nodes: tuple[Node, Node]) -> None:
     one, two = add(near, b"one"), add(far, b"two")
 
     async def main() -> None:
-        async with asking(near) as chain:
+        async with asking(near) as pool:
             with trio.fail_after(PATIENCE):
-                assert (await chain.get(one)).block == b"one"
+                assert (await pool.get(one)).block == b"one"
                 await trio.to_thread.run_sync(near.restart)
                 near.connect(far)
-                assert (await chain.get(one)).block == b"one"
-                assert (await chain.get(two)).block == b"two"
+                assert (await pool.get(one)).block == b"one"
+                assert (await pool.get(two)).block == b"two"
 
     trio.run(main)

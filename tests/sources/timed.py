@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Fetched, Run, Subtree
-from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import raw_blocks
 
 BLOCKS = raw_blocks(3, 200)
@@ -18,8 +18,8 @@ Answer = Callable[[Cid], Awaitable[bytes]]
 
 
 class Timed:
-    """A network source whose answers take as long, and fail as often, as the test's clock says: what no real server can
-    be made to do exactly."""
+    """A network source whose answers take as long, and fail as often, as the test's clock says: what no real
+    server can be made to do exactly."""
 
     in_place = False
 
@@ -88,8 +88,10 @@ def after(seconds: float) -> Answer:
     return answer
 
 
-def chain_of(*sources: Timed, offline: bool = False) -> Chain:
-    return Chain(sources, offline=offline, chance=random.Random(1))
+def pool_of(
+    *sources: Timed, offline: bool = False, deadline: float = 30.0, asleep: Callable[[], float] = lambda: 0.0
+) -> SourcePool:
+    return SourcePool(sources, offline=offline, deadline=deadline, chance=random.Random(1), asleep=asleep)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:

@@ -16,6 +16,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unsupported, WrongBlock
+from ipfsfuse.sources.base import current_request
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class BlockStore(Disk):
         return True
 
     def _used_pack(self, pack: int) -> None:
-        if pack < self.series.pack - RECENT_PACKS:
-            self.room.arc.use(pack)
+        if pack < self.packs.last - RECENT_PACKS:
+            self.room.arc.use(pack, current_request().caller)
         else:
             self.room.arc.refresh(pack)
 

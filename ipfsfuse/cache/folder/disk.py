@@ -1,7 +1,8 @@
-"""What lies on the disk: staging files, packs and the index, the room they share, and who may ask for how much of it.
+"""What lies on the disk: staging files, packs and the index, the room they share, and who may ask for how
+much of it.
 
-Nothing here raises for what is wrong with the disk: `trouble` says it. Concurrency: the event loop's; disk work over
-some KiB runs in worker threads.
+Nothing here raises for what is wrong with the disk: `trouble` says it. Concurrency: the event loop's; disk
+work over some KiB runs in worker threads.
 """
 
 import os
@@ -11,17 +12,17 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache.base import Kept, SmallBlocks
+from ipfsfuse.cache.base import Kept, NoPins, Pins, SmallBlocks
 from ipfsfuse.cache.folder.blocks import Packs, Place, Series
 from ipfsfuse.cache.folder.entry import Entry
 from ipfsfuse.cache.folder.index import Damaged, Index
 from ipfsfuse.cache.folder.staging import Staging
 from ipfsfuse.cache.folder.trouble import Trouble
-from ipfsfuse.cache.pins import NoPins, Pins
 from ipfsfuse.cache.room import Key, Room
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.sources.base import Caller, current_request
 
 ROWS = 512
 """Rows that are written to the index at once."""
@@ -45,8 +46,7 @@ class Disk:
         self.when_blocks_leave: list[Callable[[], None]] = []
         self.pins: Pins = pins or NoPins()
         self.nursery = nursery
-        self.series = Series()
-        """Where blocks go that nobody asked to keep."""
+        self._series: dict[Caller, Series] = {}
         self.set_aside: dict[bytes, Place] = {}
         """Where wrong blocks lay, by multihash, until they are fetched again."""
         self.appending = trio.Lock()
@@ -59,6 +59,12 @@ class Disk:
         self.telling = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()
         """Set when the index has something to be told; when it should not wait."""
+
+    @property
+    def series(self) -> Series:
+        """Where blocks go that nobody asked to keep: packs of each caller's own, which leave on its account
+        alone."""
+        return self._series.setdefault(current_request().caller, Series())
 
     # -- what is there ---------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ipfsfuse.cache.folder.extents import Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.sources.base import current_request
 
 T = TypeVar("T")
 
@@ -176,7 +177,7 @@ class Store(BlockStore):
         entry = self.staging.entries.get(file.cid)
         if entry is None:
             return
-        self.room.arc.use(file.cid)
+        self.room.arc.use(file.cid, current_request().caller)
         now = time.time()
         stale = now - entry.last_used > NOTE_USE
         entry.last_used = now

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import trio
 
+from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.folder.blocks import Place
 from ipfsfuse.cache.folder.disk import ROWS
 from ipfsfuse.cache.folder.hold import as_store_failed
 from ipfsfuse.cache.folder.index import Damaged, Statements
 from ipfsfuse.cache.folder.store import Store
-from ipfsfuse.cache.pins import Pins
 from ipfsfuse.cache.room import Key
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid

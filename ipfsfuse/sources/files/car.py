@@ -13,7 +13,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
 from ipfsfuse.sources.files.carbuild import IndexProgress, ensure_index
 from ipfsfuse.sources.files.carfile import CarFile, read_cached
 from ipfsfuse.sources.files.carstreams import Found, stream_places
@@ -55,6 +55,8 @@ class CarSource:
             place = await trio.to_thread.run_sync(self._file.find, multihash)
         if place is None:
             raise NotHere(f"{self.name} does not have {cids.text(cid)}")
+        if place.size > cids.MAX_BLOCK:
+            raise too_large(self.name, cid, place.size)
         with suppress(BlockingIOError):
             return self._file.read_small(place)
         return await trio.to_thread.run_sync(self._file.read, place)

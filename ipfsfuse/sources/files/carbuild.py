@@ -4,6 +4,7 @@ Blocking. Several processes may build the same index at once: each writes its ow
 the sections' heads are read where blocks are large, and memory is bounded (`carsort`) for a file of any size.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,10 @@ def sections(file: CarFile) -> Iterator[Section]:
         if at + car.HEAD_BYTES > start + len(window) and start + len(window) < end:
             size = _SMALL_WINDOW if at >= start + len(window) + _SMALL_WINDOW else _LARGE_WINDOW
             window, start = read_disk(file.fd, at, min(size, end - at)), at
+        if window[at - start] == 0:  # a section of no bytes ends a CAR. Source: go-car's ZeroLengthSectionAsEOF
+            if not _only_zeros(file.fd, at, end):
+                raise Malformed(f"the CAR has no section at {at}, and something behind that")
+            break
         found = car.section(window, at - start, start)
         if found.end > end:
             raise Malformed(f"the CAR is cut short in the section at {at}")
@@ -40,6 +45,23 @@ def sections(file: CarFile) -> Iterator[Section]:
         at = found.end
     if end < file.data_end:
         raise Malformed(f"the CAR is cut short: {file.data_end - end} bytes are missing")
+
+
+def _only_zeros(fd: int, start: int, end: int) -> bool:
+    """Whether a file has nothing but zeros from `start` to `end`. Holes are not read."""
+    at = start
+    while at < end:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # nothing but a hole from here on
+                return True
+            raise
+        piece = read_disk(fd, at, min(_LARGE_WINDOW, end - at)) if at < end else b""
+        if piece.count(0) != len(piece):
+            return False
+        at += len(piece) or end
+    return True
 
 
 def ensure_index(file: CarFile, folder: Path, progress: IndexProgress | None) -> bool:

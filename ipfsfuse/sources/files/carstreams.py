@@ -1,6 +1,7 @@
 """Long reads from CAR files: blocks that lie side by side come by one read, the next read runs while one is delivered.
 
-Concurrency: one call per run; files are read in worker threads. Holds two groups of at most 8 MiB each.
+Only blocks that fit their leaves are read, so that the leaves' sizes, which are claims, bound what a group takes.
+Concurrency: one call per run; files are read in worker threads. All calls together hold GROUPS groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,12 @@ from outcome import Outcome
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.sources.base import Deliver, Run
+from ipfsfuse.sources.base import Deliver, Run, fits
 from ipfsfuse.sources.files.carfile import CarFile, Place
 
 GROUP_BYTES = 8 << 20
+GROUPS = 4
+"""Groups that may be in memory at a time, of all readers of all CAR files."""
 _GROUP_LEAVES = 512
 _MAX_GAP = 4 << 10
 """Reading over so many bytes that nobody wants is cheaper than a read of its own."""
@@ -37,16 +40,32 @@ Find = Callable[[Cid], Found | None]
 """Blocking; called in worker threads. None for a block that is not here."""
 
 
+_room = trio.lowlevel.RunVar[trio.Semaphore]("groups of blocks from CAR files")
+
+
+def _room_of_run() -> trio.Semaphore:
+    try:
+        return _room.get()
+    except LookupError:
+        _room.set(room := trio.Semaphore(GROUPS))
+        return room
+
+
 async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
-    """Delivers the blocks of `run` that `find` finds, in the run's order. Raises SourceFailed."""
+    """Delivers the blocks of `run` that `find` finds and that fit, in the run's order. Raises SourceFailed."""
     send, receive = trio.open_memory_channel[Outcome[Blocks]](0)
+    room = _room_of_run()
     failure: Exception | None = None
     async with trio.open_nursery() as nursery, receive:
-        nursery.start_soon(_read_ahead, run.leaves, find, send)
+        nursery.start_soon(_read_ahead, run.leaves, find, send, room)
         try:
             async for blocks in receive:
-                for index, block in blocks.unwrap():
-                    await deliver(index, [block])
+                try:
+                    for index, block in blocks.unwrap():
+                        await deliver(index, [block])
+                finally:
+                    del blocks  # before the next group is read in its place
+                    room.release()
         except Exception as exc:  # kept out of the nursery, which would wrap it
             failure = exc
             nursery.cancel_scope.cancel()
@@ -54,10 +73,18 @@ async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
         raise failure
 
 
-async def _read_ahead(leaves: Sequence[Leaf], find: Find, send: trio.MemorySendChannel[Outcome[Blocks]]) -> None:
+async def _read_ahead(
+    leaves: Sequence[Leaf], find: Find, send: trio.MemorySendChannel[Outcome[Blocks]], room: trio.Semaphore
+) -> None:
+    """Sends group by group, each with a place in the `room`, which its receiver gives back."""
     async with send:
         for start, group in _groups(leaves):
-            await send.send(await trio.to_thread.run_sync(outcome.capture, _read_group, start, group, find))
+            await room.acquire()
+            try:
+                await send.send(await trio.to_thread.run_sync(outcome.capture, _read_group, start, group, find))
+            except BaseException:
+                room.release()
+                raise
 
 
 def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
@@ -72,8 +99,12 @@ def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
 
 
 def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
-    """(index, block) of every leaf that is here. Raises SourceFailed."""
-    found = [(start + index, where) for index, leaf in enumerate(leaves) if (where := find(leaf.cid)) is not None]
+    """(index, block) of every leaf that is here and fits. Raises SourceFailed."""
+    found = [
+        (start + index, where)
+        for index, leaf in enumerate(leaves)
+        if (where := find(leaf.cid)) is not None and fits(leaf, where.place.size)
+    ]
     blocks: Blocks = []
     for near in _neighbours(found):
         blocks += _read_together(near)

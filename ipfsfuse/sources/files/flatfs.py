@@ -10,56 +10,108 @@ Concurrency: worker threads.
 import json
 import logging
 import os
+import pwd
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.direct import Direct
-from ipfsfuse.fileio.whole import read_file, read_whole, regular
-from ipfsfuse.sources.base import Block
+from ipfsfuse.fileio.whole import read_file, read_whole, regular, size_of
+from ipfsfuse.sources.base import Block, fits, too_large
 
 log = logging.getLogger("ipfsfuse.sources")
 
 SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
 """Folders are named by so many characters before the last one; Kubo makes no others."""
-MAX_BLOCK = 2 << 20
+
+
+MAX_CONFIG = 1 << 20
+"""Bytes of the largest file of a repository's configuration that is read."""
+LOOK_SECONDS = 1.0
+"""How late a denylist is seen that is added while the repository is read."""
+
+
+class Denylists:
+    """Whether the owner of a repository, or its machine, blocks content: what the node would refuse is not for us to give.
+
+    Looked up in the folders where the node looks, at most once a second: as cheap as any memory of what was there.
+    Source: Kubo's docs/content-blocking.md."""
+
+    def __init__(self, repository: Path) -> None:
+        homes = [Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")]
+        with suppress(OSError, KeyError):  # this process may be root's, and the node another user's
+            homes.append(Path(pwd.getpwuid(repository.stat().st_uid).pw_dir) / ".config")
+        self._folders = [repository / "denylists", *(home / "ipfs" / "denylists" for home in homes), Path("/etc/ipfs/denylists")]
+        self._repository = repository
+        self._looked = float("-inf")
+        self._found = False
+
+    def any(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            where = next((folder for folder in self._folders if _has_denylist(folder)), None)
+            if where is not None and not self._found:
+                log.warning("%s: content is blocked by a list in %s: the node is asked for every block", self._repository, where)
+            self._found = where is not None
+        return self._found
 
 
 class Flatfs:
-    def __init__(self, folder: Path, characters: int) -> None:
-        """`characters`: how long the names of its folders are."""
+    def __init__(self, folder: Path, characters: int, denylists: Denylists | None = None) -> None:
+        """`characters`: how long the names of its folders are. While there are `denylists`, nothing is there."""
         self._folder = os.fspath(folder)
         self._characters = characters
+        self._denylists = denylists
         self._direct = Direct()
+
+    def _is_blocked(self) -> bool:
+        return self._denylists is not None and self._denylists.any()
 
     def have(self, wanted: Iterable[Cid]) -> bool:
         """Whether there is a file of each block that may be read."""
-        return all(os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted)
+        return not self._is_blocked() and all(os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted)
 
     def read(self, cid: Cid) -> bytes | None:
-        """What is kept as the block; None where it is not there, or can't be read or be one: then the node has its say."""
-        return read_file(self._path(cid), MAX_BLOCK)
+        """What is kept as the block; None where it is not there, or can't be read: then the node has its say.
+
+        Raises BlockTooLarge."""
+        if self._is_blocked():
+            return None
+        path = self._path(cid)
+        block = read_file(path, cids.MAX_BLOCK)
+        if block is None and (size := size_of(path)) is not None and size > cids.MAX_BLOCK:
+            raise too_large("kubo", cid, size)
+        return block
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks."""
-        return read_whole([self._path(cid) for cid in wanted], MAX_BLOCK)
+        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks. One that is too
+        large is None."""
+        if self._is_blocked():
+            return [None] * len(wanted)
+        return read_whole([self._path(cid) for cid in wanted], cids.MAX_BLOCK)
 
-    def read_each(self, wanted: Sequence[Cid]) -> Sequence[Block]:
-        """As `read`, one after the other, up to the first that is not there: for large blocks."""
+    def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Block]:
+        """The blocks of `leaves`, one after the other, up to the first that is not there or does not fit."""
         blocks: list[Block] = []
-        for cid in wanted:
-            block = self._into_buffer(cid)
+        for leaf in () if self._is_blocked() else leaves:
+            block = self._into_buffer(leaf)
             if block is None:
                 break
             blocks.append(block)
         return blocks
 
-    def _into_buffer(self, cid: Cid) -> memoryview | None:
+    def _into_buffer(self, leaf: Leaf) -> memoryview | None:
         try:
-            with regular(self._path(cid), MAX_BLOCK) as (file, size):
+            with regular(self._path(leaf.cid), cids.MAX_BLOCK) as (file, size):
+                if not fits(leaf, size):
+                    return None
                 block = lend(max(size, 1))[:size]
                 if block:
                     self._direct.read(file, [block], 0)
@@ -67,7 +119,7 @@ class Flatfs:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            log.warning("%s: the node's file can't be read: %s", cids.text(cid), exc)
+            log.warning("%s: the node's file can't be read: %s", cids.text(leaf.cid), exc)
             return None
 
     def _path(self, cid: Cid) -> str:
@@ -76,26 +128,38 @@ class Flatfs:
 
 
 def find(repository: Path) -> Flatfs | None:
-    """The blocks of `repository`; None where they are kept in another way or can't be read, and where its owner blocks content:
-    what the node would refuse is not for us to give."""
-    if any(_has_denylist(folder) for folder in _denylist_folders(repository)):
+    """The blocks of `repository`; None where they are kept in another way or can't be read, and where content is blocked."""
+    denylists = Denylists(repository)
+    if denylists.any():
         return None
     try:
-        spec = json.loads((repository / "datastore_spec").read_text())
-        kept = _flatfs_of(spec)
+        kept = _flatfs_of(json.loads(_config(repository / "datastore_spec")))
         if kept is None:
             return None
         folder = repository / kept[0]
-        if (folder / "SHARDING").read_text().strip() != f"{SHARDING}{kept[1]}" or not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+        if _config(folder / "SHARDING").strip() != f"{SHARDING}{kept[1]}" or not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
             return None
-    except (OSError, ValueError):
+    except OSError:
         return None
-    return Flatfs(folder, kept[1])
+    except (ValueError, RecursionError) as exc:
+        log.warning("%s is left alone, the node is asked for every block: its datastore_spec is not what Kubo writes: %s", repository, exc)
+        return None
+    return Flatfs(folder, kept[1], denylists)
+
+
+def _config(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.read(MAX_CONFIG)
 
 
 def _flatfs_of(spec: Any) -> tuple[str, int] | None:
-    """Where, below the repository, blocks are kept, and the length of the folders' names."""
-    for mount in spec.get("mounts", ()) if isinstance(spec, dict) else ():
+    """Where, below the repository, blocks are kept, and the length of the folders' names. Raises ValueError."""
+    if not isinstance(spec, dict):
+        raise ValueError("not a JSON object")
+    mounts = spec.get("mounts", [])
+    if not isinstance(mounts, list):
+        raise ValueError('"mounts" is not a list')
+    for mount in mounts:
         if isinstance(mount, dict) and mount.get("mountpoint") == "/blocks":
             path, shards = mount.get("path"), mount.get("shardFunc")
             if mount.get("type") != "flatfs" or not isinstance(path, str) or not isinstance(shards, str):
@@ -103,12 +167,6 @@ def _flatfs_of(spec: Any) -> tuple[str, int] | None:
             characters = shards.removeprefix(SHARDING)
             return (path, int(characters)) if characters != shards and characters.isdecimal() else None
     return None
-
-
-def _denylist_folders(repository: Path) -> Sequence[Path]:
-    """Where a node looks for what it shall refuse. Source: Kubo's docs/content-blocking.md."""
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return repository / "denylists", config / "ipfs" / "denylists", Path("/etc/ipfs/denylists")
 
 
 def _has_denylist(folder: Path) -> bool:

@@ -14,7 +14,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
 from ipfsfuse.sources.files import librarycompact, libraryfolder
 from ipfsfuse.sources.files.carfile import read_cached, read_disk
 from ipfsfuse.sources.files.carstreams import Found, stream_places
@@ -49,10 +49,8 @@ class Library:
         return self.packs.find(multihash) is not None
 
     def block(self, cid: Cid) -> bytes:
-        """The unverified block. Raises NotHere, SourceFailed."""
-        found = self.packs.find(cids.multihash(cid))
-        if found is None:
-            raise NotHere(f"the library does not have {cids.text(cid)}")
+        """The unverified block. Raises NotHere, BlockTooLarge, SourceFailed."""
+        found = _readable(cid, self.packs.find(cids.multihash(cid)))
         return found.file.read(found.place)
 
     def open_writer(self) -> LibraryWriter:
@@ -101,6 +99,15 @@ class Library:
         self.packs.close()
 
 
+def _readable(cid: Cid, found: Found | None) -> Found:
+    """Raises NotHere, BlockTooLarge."""
+    if found is None:
+        raise NotHere(f"the library does not have {cids.text(cid)}")
+    if found.place.size > cids.MAX_BLOCK:
+        raise too_large("library", cid, found.place.size)
+    return found
+
+
 class LibrarySource:
     """The library as a source."""
 
@@ -120,8 +127,7 @@ class LibrarySource:
             found = self.library.packs.find(multihash, read_cached)
         except BlockingIOError:
             found = await trio.to_thread.run_sync(self.library.packs.find, multihash, read_disk)
-        if found is None:
-            raise NotHere(f"the library does not have {cids.text(cid)}")
+        found = _readable(cid, found)
         with suppress(BlockingIOError):
             return found.file.read_small(found.place)
         return await trio.to_thread.run_sync(found.file.read, found.place)

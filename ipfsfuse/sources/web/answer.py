@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.chain.slots import Share
+from ipfsfuse.sources.body_budget import BodyShare
 from ipfsfuse.sources.web.failures import ENCODING, LONG, SHORT, translated
 from ipfsfuse.sources.web.heads import Head
 from ipfsfuse.sources.web.wire import Wire
@@ -20,7 +20,7 @@ SMALL = 64 * 1024
 class Answer:
     """An answer's head, and its body to be read once. What is read to its end leaves the connection usable."""
 
-    def __init__(self, wire: Wire, head: Head, name: str, idle: float, total: float, room: Share) -> None:
+    def __init__(self, wire: Wire, head: Head, name: str, idle: float, total: float, room: BodyShare) -> None:
         """`idle` and `total` as in `HttpSettings`."""
         self.status = head.status
         self.headers = head.headers

@@ -16,7 +16,7 @@ import trio
 
 import ipfsfuse
 from ipfsfuse.errors import SourceFailed, UsageError
-from ipfsfuse.sources.chain.slots import Room, Share
+from ipfsfuse.sources.body_budget import BodyBudget, BodyShare
 from ipfsfuse.sources.web.answer import ERROR_BODY, Answer
 from ipfsfuse.sources.web.connect import connect
 from ipfsfuse.sources.web.failures import REDIRECT, TIMEOUT, translated
@@ -44,7 +44,7 @@ class HttpSettings:
     """Seconds without a byte: longer than the 30 s after which a node gives up a block with 504."""
     total: float = 60.0
     """Seconds for a body that is read whole: bytes that drip are no answer."""
-    room: Room = field(default_factory=lambda: Room(BYTES_IN_FLIGHT), repr=False, compare=False)
+    room: BodyBudget = field(default_factory=lambda: BodyBudget(BYTES_IN_FLIGHT), repr=False, compare=False)
     """For bodies that are being read, small ones aside: one for all that are made with these settings or a copy."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
@@ -59,7 +59,7 @@ class Http:
         self._named = replace(origin, base="")
         self._idle: dict[Origin, list[tuple[float, Wire]]] = {}
         self._threads = Threads()
-        self._room = Share(self.settings.room)
+        self._room = BodyShare(self.settings.room)
         self._closed = False
         self._made: dict[tuple[Origin, str, tuple[tuple[str, str], ...], int], Request] = {}
 

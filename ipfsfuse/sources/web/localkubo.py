@@ -55,7 +55,7 @@ class LocalKubo(Kubo):
     async def _read_leaves(self, leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
         await self._room.acquire()
         try:
-            blocks = await trio.to_thread.run_sync(self._blocks.read_each, [leaf.cid for leaf in leaves], limiter=self._threads)
+            blocks = await trio.to_thread.run_sync(self._blocks.read_each, leaves, limiter=self._threads)
         except BaseException:
             self._room.release()
             raise

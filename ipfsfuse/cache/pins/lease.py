@@ -1,0 +1,285 @@
+"""Whose a folder of pins at a node is: a cache folder's name there, and the lease of its mount.
+
+A cache folder has a name of its own, its mount-id. The folder of that name at a node is the record of what is
+pinned there, and holds a lease: which cache folder it belongs to, on which machine, and when that was last
+renewed. What proves that nobody needs it any more is the cache folder itself: it is gone, or goes by another
+name. That is seen only where this process sees the same files: on the same machine, in the same boot and
+mount namespace. Elsewhere a day without a renewal must have passed besides, because copies of a machine, and
+containers of one image, share what names a machine.
+
+Concurrency: calls block for a few system calls, and may be made in any thread.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import stat
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ipfsfuse.cache.folder import hold
+from ipfsfuse.fileio.whole import read_file
+
+log = logging.getLogger(__name__)
+
+MOUNT_ID_FILE = "mount-id"
+MOUNT_ID = re.compile(r"[A-Za-z0-9.-]{1,64}-[0-9a-f]{16}")
+"""<host>-<16 hexadecimal digits>. Nothing else ever becomes part of a path at a node."""
+BOOT = "/proc/sys/kernel/random/boot_id"
+RENEW = 3600.0
+"""Seconds after which a living mount renews its lease."""
+SILENT = 24 * RENEW
+"""Seconds without a renewal after which a mount that can't be seen from here counts as dead."""
+VERSION = 1
+MAX_PATH = 4096
+
+
+class MountId:
+    """The name of a cache folder at nodes, kept in its file `mount-id`. Made by `open`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self._changing = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The name that `folder` has. One that has none, or nothing that is a name, gets a new one.
+
+        A folder of an earlier version had a name for each node, in `pins/<hash of the node>/mount`: the first
+        of them is taken over. What the others name at their nodes is released as that of any cache folder
+        which is gone."""
+        path = folder / MOUNT_ID_FILE
+        name = _read_name(path)
+        if name is None:
+            if os.path.lexists(path):
+                log.warning("%s does not hold the name of a mount: it is replaced", path)
+            old_names = _old_names(folder)
+            for old in [old for old, old_name in old_names.items() if old_name is None]:
+                log.warning("%s does not hold the name of a mount: it is not used", old / "mount")
+            name = next(filter(None, old_names.values()), None) or _new_name()
+            _write_name(path, name)
+        if _read_name(path) == name:
+            _remove_old_names(folder)
+        return cls(folder, name)
+
+    def change(self, old: str) -> None:
+        """Takes a new name, if the name still is `old`: another mount uses that one."""
+        with self._changing:
+            if self.name == old:
+                self.name = _new_name()
+                _write_name(self.folder / MOUNT_ID_FILE, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What stands in the file `lease` at a node, as JSON with these keys."""
+
+    version: int
+    machine: str
+    """A hash of the machine's id: the id itself is for this machine alone."""
+    boot: str
+    namespace: str
+    """The mount namespace; "" where it is not known."""
+    folder: str
+    """The path of the cache folder in that namespace."""
+    inode: str
+    """Device and inode number of the cache folder: no other folder has these in this boot."""
+    renewed: int
+    """Seconds since 1970; not older than `RENEW` while the mount lives."""
+    resting: bool = False
+    """The mount ended as it should. What is pinned awaits its next start."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The lease of this process, which holds the cache folder `folder`."""
+        inode = ""
+        with suppress(OSError):
+            info = folder.stat()
+            inode = f"{info.st_dev}:{info.st_ino}"
+        place = str(folder.absolute())
+        return cls(VERSION, _machine(), _read(BOOT), _namespace(), place, inode, int(time.time()))
+
+    @classmethod
+    def parse(cls, data: bytes | None) -> Self | None:
+        """What `encode` wrote, of this version or a later one; None for anything else.
+
+        Earlier versions wrote a file `owner`. They named a folder for each node in the cache folder, and no
+        namespace."""
+        try:
+            found = json.loads(data or b"")
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(found, dict):
+            return None
+        if "signed" in found:
+            renamed = {"renewed": found["signed"], "resting": found.get("stopped")}
+            found |= {"version": 0, "namespace": "", "inode": "", **renamed}
+        values: dict[str, Any] = {field.name: found.get(field.name) for field in fields(cls)}
+        if any(type(value) is not _KINDS.get(name, str) for name, value in values.items()):
+            return None
+        lease = cls(**values)
+        if lease.version < 0 or not _is_path(lease.folder):
+            return None
+        if lease.version == 0:
+            lease = replace(lease, machine=_hash(lease.machine), folder=str(Path(lease.folder).parent.parent))
+        return lease
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    def renew(self, *, resting: bool = False) -> Self:
+        return replace(self, renewed=int(time.time()), resting=resting)
+
+    def may_be_taken(self, by: "Lease", name: str) -> bool:
+        """Whether `by`, the lease of a process that holds a cache folder of this name, may take the folder at
+        the node.
+
+        False where this lease may be that of another living mount: of a copy of the cache folder, or of its
+        original."""
+        if self._same_boot(by):
+            if self.inode and self.inode == by.inode:
+                return True  # the same cache folder, whose lock the taker holds
+            if self.version == 0 and self.folder in (by.folder, str(Path(by.folder).parent)):
+                return True  # as it was before the migration
+            if self.namespace and self.namespace == by.namespace:
+                return self.folder == by.folder or not _has_name(Path(self.folder), name)  # moved, not copied
+        return self.resting or self.is_silent()
+
+    def is_stale(self, by: "Lease", name: str) -> bool:
+        """Whether what stands at the node under this lease is needed no more, as seen by the process of the
+        lease `by`.
+
+        `name` is the folder's name at the node; the process itself goes by another one."""
+        if self.machine != by.machine:
+            return False
+        if self.folder != by.folder and _has_name(Path(self.folder), name):
+            return False
+        seen = self._same_boot(by) and self.namespace != "" and self.namespace == by.namespace
+        return seen or self.is_silent()
+
+    def is_silent(self) -> bool:
+        """Whether a living mount would have renewed this since. A time far in the future is of a clock that
+        was wrong."""
+        return abs(time.time() - self.renewed) > SILENT
+
+    def _same_boot(self, other: "Lease") -> bool:
+        return self.machine == other.machine and self.boot != "" and self.boot == other.boot
+
+
+_KINDS: dict[str, type] = {"version": int, "renewed": int, "resting": bool}
+
+
+def host_name() -> str:
+    """This host's name, in characters that a path takes as they are."""
+    return re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())[:64].strip(".") or "host"
+
+
+def _new_name() -> str:
+    return f"{host_name()}-{secrets.token_hex(8)}"
+
+
+def _has_name(folder: Path, name: str) -> bool:
+    """Whether a cache folder goes by `name`; True where we may not look, and where a living mount has lost
+    its name."""
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return False
+        return name in (_read_name(folder / MOUNT_ID_FILE), *_old_names(folder).values()) or not hold.is_free(
+            folder
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+def _read_name(path: Path) -> str | None:
+    """What a file of a name holds; None for anything else. Links are not followed."""
+    text = (read_file(str(path), 100) or b"").decode("ascii", "replace").removesuffix("\n")
+    return text if MOUNT_ID.fullmatch(text) else None
+
+
+def _write_name(path: Path, name: str) -> None:
+    """A disk that takes nothing costs what the name was for: the next start has another, and writes its pins
+    anew."""
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(file, f"{name}\n".encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+        fresh.replace(path)
+    except OSError as exc:
+        told = "%s can't be written, so that pins at nodes begin anew at the next start: %s"
+        log.warning(told, path, exc.strerror or exc)
+
+
+# -- what earlier versions left ------------------------------------------------------------------------------
+
+_OLD_FILES = ("mount", "mount.new", "pins.sqlite", "pins.sqlite-wal", "pins.sqlite-shm", "pins.damaged")
+
+
+def _old_names(folder: Path) -> dict[Path, str | None]:
+    """The real folders among `pins/<hash of a node>`, and the name in the file `mount` of each."""
+    pins = folder / "pins"
+    try:
+        entries = [] if pins.is_symlink() else sorted(os.scandir(pins), key=lambda entry: entry.name)
+        found = [pins / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return {}
+    return {old: _read_name(old / "mount") for old in found if re.fullmatch("[0-9a-f]{16}", old.name)}
+
+
+def _remove_old_names(folder: Path) -> None:
+    """Removes what earlier versions kept of pins, and nothing else."""
+    for old in _old_names(folder):
+        with suppress(OSError):
+            for name in _OLD_FILES:
+                (old / name).unlink(missing_ok=True)
+            old.rmdir()
+    with suppress(OSError):
+        (folder / "pins").rmdir()
+
+
+# -- this process --------------------------------------------------------------------------------------------
+
+
+def _machine() -> str:
+    return _hash(_read("/etc/machine-id") or socket.gethostname())
+
+
+def _hash(machine: str) -> str:
+    return hashlib.sha256(b"ipfsfuse " + machine.encode(errors="replace")).hexdigest()[:32]
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/mnt")
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return len(os.fsencode(text)) <= MAX_PATH and os.path.isabs(text) and "\0" not in text
+    except UnicodeEncodeError:
+        return False

@@ -1,0 +1,218 @@
+"""Builds blocks from files, directories and symlinks, with the CIDs that Kubo 0.43 gives them.
+
+Pure. Chunks and names come in. Every block goes to a sink as (cid, block), children before parents, and `Built`
+describes the result. Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. Memory holds the links of one node for each
+level of a file, and a directory as a whole.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from ipfsfuse.dag import dagpb, hamt, unixfs
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import MURMUR3, Link
+from ipfsfuse.dag.unixfs import Type, UnixFS
+from ipfsfuse.errors import Unsupported
+
+_SHA2_256 = b"\x12\x20"
+
+Sink = Callable[[Cid, bytes], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """All that decides a CID besides the content."""
+
+    name: str
+    cid_version: Literal[0, 1]
+    raw_leaves: bool
+    chunk_size: int
+    """Bytes of content in a leaf."""
+    file_links: int
+    """Children of a file node, at most."""
+    estimate: Literal["block", "links"]
+    """How a directory's size is told: its encoded block, or the names and CIDs in it alone."""
+    shard_threshold: int = 256 << 10
+    """A directory of a larger size than this becomes a HAMT."""
+    hamt_width: int = 256
+
+    def with_metadata(self) -> "Profile":
+        """The variant for files with a mode or time, which raw leaves can't carry: Kubo then makes none at all."""
+        return replace(self, raw_leaves=False)
+
+
+UNIXFS_V1_2025 = Profile("unixfs-v1-2025", 1, True, 1 << 20, 1024, "block")
+UNIXFS_V0_2015 = Profile("unixfs-v0-2015", 0, False, 256 << 10, 174, "links")
+PROFILES = {profile.name: profile for profile in (UNIXFS_V1_2025, UNIXFS_V0_2015)}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The attributes to store with a file, directory or symlink; None (0 for the mode too, as Kubo has it) for none."""
+
+    mode: int | None = None
+    """The low 12 bits of st_mode."""
+    mtime: int | None = None
+    """Nanoseconds since 1970."""
+
+    def on(self, message: UnixFS) -> UnixFS:
+        return replace(message, mode=self.mode or None, mtime=self.mtime) if self.mode or self.mtime is not None else message
+
+
+NOTHING = Stored()
+
+
+class Built(NamedTuple):
+    """A finished DAG."""
+
+    cid: Cid
+    size: int
+    """Content bytes of a file; 0 for others."""
+    tsize: int
+    """Bytes of all its blocks, a block that is linked twice counted twice."""
+
+
+class Block(NamedTuple):
+    """A finished block that is not in the sink yet."""
+
+    built: Built
+    block: bytes
+
+
+def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
+    """A dag-pb node around `message`."""
+    block = dagpb.encode(links, unixfs.encode(message))
+    size = message.filesize or 0
+    return Block(Built(_dag_pb_cid(profile, block), size, len(block) + sum(link.tsize for link in links)), block)
+
+
+def _dag_pb_cid(profile: Profile, block: bytes) -> Cid:
+    multihash = _SHA2_256 + hashlib.sha256(block).digest()
+    return Cid(multihash) if profile.cid_version == 0 else Cid(b"\x01\x70" + multihash)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def leaf(profile: Profile, chunk: bytes, stored: Stored = NOTHING) -> Block:
+    """A leaf that holds `chunk`. Hashing lets other threads run."""
+    if profile.raw_leaves:
+        cid = Cid(b"\x01\x55" + _SHA2_256 + hashlib.sha256(chunk).digest())
+        return Block(Built(cid, len(chunk), len(chunk)), chunk)
+    return node(profile, (), stored.on(UnixFS(Type.FILE, chunk or None, len(chunk))))
+
+
+class FileBuilder:
+    """The balanced layout: all leaves at one depth, every node full but the last of each level."""
+
+    def __init__(self, profile: Profile, sink: Sink) -> None:
+        self._profile = profile
+        self._sink = sink
+        self._levels: list[list[Built]] = [[]]
+        """The nodes that have no parent yet: leaves, then nodes of height 1, and so on."""
+
+    def add(self, leaf: Built) -> None:
+        """The next leaf. The caller gives its block to the sink: only the caller knows whether it is the file's only leaf."""
+        self._push(0, leaf)
+
+    def _push(self, level: int, child: Built) -> None:
+        if level == len(self._levels):
+            self._levels.append([])
+        if len(self._levels[level]) == self._profile.file_links:
+            self._close(level)
+        self._levels[level].append(child)
+
+    def _close(self, level: int) -> None:
+        """Makes the parent of the children on `level`."""
+        parent = self._parent(self._levels[level], NOTHING)
+        self._sink(parent.built.cid, parent.block)
+        self._levels[level] = []
+        self._push(level + 1, parent.built)
+
+    def _parent(self, children: list[Built], stored: Stored) -> Block:
+        sizes = [child.size for child in children]
+        message = stored.on(UnixFS(Type.FILE, None, sum(sizes), sizes))
+        return node(self._profile, [Link(child.cid, b"", child.tsize) for child in children], message)
+
+    def finish(self, stored: Stored = NOTHING) -> Built:
+        """The root of a file of two leaves or more. (A file of one leaf is that leaf, which holds the attributes itself.)"""
+        level = 0
+        while level + 1 < len(self._levels):
+            self._close(level)
+            level += 1
+        root = self._parent(self._levels[level], stored)
+        self._sink(root.built.cid, root.block)
+        return root.built
+
+
+# -- directories and symlinks ------------------------------------------------------------------------------------
+
+
+def directory(profile: Profile, children: Sequence[tuple[bytes, Built]], stored: Stored, sink: Sink) -> Built:
+    """A directory of `children`, whose names differ: basic, or a HAMT where that would be too large.
+
+    Raises Unsupported for more than a few names whose hashes are equal in 64 bits.
+    """
+    links = sorted((Link(built.cid, name, built.tsize) for name, built in children), key=lambda link: link.name)
+    message = stored.on(UnixFS(Type.DIRECTORY))
+    basic = node(profile, links, message)
+    if _size(profile, links, basic) <= profile.shard_threshold:
+        sink(basic.built.cid, basic.block)
+        return basic.built
+    return _sharded(profile, links, stored, sink)
+
+
+def _size(profile: Profile, links: Sequence[Link], basic: Block) -> int:
+    if profile.estimate == "block":
+        return len(basic.block)
+    return sum(len(link.name) + len(link.cid) for link in links)
+
+
+def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink) -> Built:
+    """A HAMT (https://specs.ipfs.tech/unixfs/#dag-pb-hamtdirectory).
+
+    Its shape is a function of the names alone: a trie over the bits of their hashes. So it is built from all links at
+    once, and need not grow by insertion as Kubo's does. Raises Unsupported if hashes can't tell two names apart.
+    """
+    width = profile.hamt_width
+    bits = width.bit_length() - 1
+    digits = len(f"{width - 1:X}")
+
+    def shard(entries: list[tuple[int, Link]], depth: int) -> Built:
+        shift = hamt.HASH_BITS - bits * (depth + 1)
+        if shift < 0:
+            raise Unsupported(
+                f"the names {entries[0][1].name!r} and {entries[1][1].name!r} have the same hash: "
+                "a sharded directory can't hold both"
+            )
+        slots: dict[int, list[tuple[int, Link]]] = {}
+        for entry in entries:
+            slots.setdefault(entry[0] >> shift & width - 1, []).append(entry)
+        found: list[Link] = []
+        bitfield = 0
+        for index in sorted(slots):
+            bitfield |= 1 << index
+            prefix = f"{index:0{digits}X}".encode()
+            inside = slots[index]
+            if len(inside) == 1:
+                link = inside[0][1]
+                found.append(Link(link.cid, prefix + link.name, link.tsize))
+            else:
+                child = shard(inside, depth + 1)
+                found.append(Link(child.cid, prefix, child.tsize))
+        data = bitfield.to_bytes((bitfield.bit_length() + 7) // 8)
+        message = UnixFS(Type.HAMT_SHARD, data, hash_type=MURMUR3, fanout=width)
+        block = node(profile, found, message if depth else stored.on(message))
+        sink(block.built.cid, block.block)
+        return block.built
+
+    return shard([(hamt.hash64(link.name), link) for link in links], 0)
+
+
+def symlink(profile: Profile, target: bytes, stored: Stored, sink: Sink) -> Built:
+    """A symlink. It stores only the time of the attributes."""
+    block = node(profile, (), replace(stored, mode=None).on(UnixFS(Type.SYMLINK, target)))
+    sink(block.built.cid, block.block)
+    return block.built

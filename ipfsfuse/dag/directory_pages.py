@@ -1,0 +1,120 @@
+"""What a directory lists, page by page.
+
+The `place` of an entry depends only on its position (in a basic directory its index, in a HAMT its hash). So a reader
+resumes exactly where it stopped, also after a restart. Pure. A page is bounded whatever the blocks say.
+"""
+
+from typing import NamedTuple
+
+from ipfsfuse.dag import hamt
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.hamt import Spot
+from ipfsfuse.dag.nodes import Directory, Node, Shard
+from ipfsfuse.dag.path import can_hold
+from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
+
+PAGE = 2000
+"""Entries after which a page is full. A page of a HAMT may have some more, because a step's result is not cut."""
+MOST_TOGETHER = 32
+"""HAMT nodes that are fetched side by side."""
+FIRST = 4
+"""HAMT nodes that are expanded before it is known how many entries a node has."""
+MAX_FRONTIER = 4 * PAGE
+"""Parts of a trie that one call keeps: a node that is expanded ahead can hold any number."""
+
+
+class Entry(NamedTuple):
+    """One name. `tsize` is its publisher's claim. 0 < `place` < 2**63, greater than that of every entry before it."""
+
+    name: bytes
+    cid: Cid
+    tsize: int
+    place: int
+
+
+class Page(NamedTuple):
+    """Entries in the directory's own order. Only the last page (`end`) may be empty.
+
+    `skipped` counts the entries left out before the last entry: names that no file system can hold, and second
+    entries of one name.
+    """
+
+    entries: list[Entry]
+    end: bool
+    skipped: int = 0
+
+
+def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
+    """The next entries whose place is greater than `after` (0 for the first page). Raises Malformed.
+
+    The places of a HAMT follow the trie, depth first by bit index. Its nodes are fetched ahead, side by side.
+    """
+    skipped = 0
+    while True:
+        if isinstance(directory, Directory):
+            found, end = _stored(directory, after)
+        else:
+            found, end = yield from _in_trie(directory, after)
+        kept = [entry for entry in found if can_hold(entry.name)]
+        if kept and not end:  # the next page begins after the last entry kept, and counts from there
+            found = found[: found.index(kept[-1]) + 1]
+        skipped += len(found) - len(kept)
+        if kept or end:
+            return Page(kept, end, skipped)
+        after = found[-1].place
+
+
+def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
+    """Entries in the order stored. The second entry of a name gets an empty name, which no file system can hold."""
+    links, first = directory.links, directory.by_name
+    stop = min(after + PAGE, len(links))
+    found: list[Entry] = []
+    for place, link in enumerate(links[after:stop], after + 1):
+        name = link.name if first[link.name] is link else b""
+        found.append(Entry(name, link.cid, link.tsize, place))
+    return found, stop >= len(links)
+
+
+_Frontier = Frontier[Entry, Spot]
+
+
+def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
+    def parts_of(part: Unexpanded[Spot], node: Node) -> _Frontier:
+        return _slots(hamt.subshard(node), part.state, after)
+
+    frontier = _slots(root, hamt.TOP, after)
+    count, total, cut = FIRST, 0, False
+    while len(done := known(frontier)) < min(PAGE, len(frontier)):
+        yield from expand(frontier, count, parts_of)
+        total += count
+        cut = cut or len(frontier) > MAX_FRONTIER
+        del frontier[MAX_FRONTIER:]
+        found = sum(1 for part in frontier if isinstance(part, Entry))
+        count = min(max((PAGE - len(done)) * total // max(found, 1), FIRST), MOST_TOGETHER)
+    return _distinct(done), len(done) == len(frontier) and not cut
+
+
+def _slots(shard: Shard, spot: Spot, after: int) -> _Frontier:
+    """The slots of a node at `spot` that come after the place `after`."""
+    frontier: _Frontier = []
+    for index, link in shard.slots:
+        place = hamt.below(spot, shard, index)
+        if hamt.last(place) >> 1 <= after:
+            continue
+        name = hamt.entry_name(shard, link)
+        if not name:
+            frontier.append(Unexpanded(link.cid, place))
+        elif (key := max(hamt.placed(name, place, shard) >> 1, 1)) > after:
+            frontier.append(Entry(name, link.cid, link.tsize, key))
+    return frontier
+
+
+def _distinct(found: list[Entry]) -> list[Entry]:
+    """The same entries, but an entry whose hash agrees with the previous one in 63 bits loses its name: both have one place.
+
+    By chance, one directory in ten million with a million entries has such a pair. Each can still be looked up.
+    """
+    for index in range(1, len(found)):
+        if found[index].place == found[index - 1].place:
+            found[index] = found[index]._replace(name=b"")
+    return found

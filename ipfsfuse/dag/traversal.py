@@ -1,0 +1,134 @@
+"""Traversals of a DAG without I/O.
+
+A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to be fetched side by side, and must be
+sent those nodes in the same order. It returns its result. The CIDs that it yields are distinct, and none of them is an
+identity CID. A walk that computes for long yields an empty sequence, so that other tasks can run. A walk keeps no
+state between calls, so it can be dropped at any yield. Because it does no I/O, a test
+without a network covers it, and each caller drives it in its own way (`vfs.tree.Tree.drive`, `cache.fsck`).
+
+`child` and `resolve` go down by name. `directory_pages.entries` lists a directory, and `file_layout.leaves` finds the
+leaves that hold a range of a file; both expand a `Frontier`.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import hamt
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, Link, Node, Shard, parse
+from ipfsfuse.dag.path import IpfsPath, can_hold
+from ipfsfuse.errors import NotADirectory, NotFound
+
+T = TypeVar("T")
+Ready = TypeVar("Ready")
+State = TypeVar("State")
+
+Walk = Generator[Sequence[Cid], Sequence[Node], T]
+
+
+def nodes(wanted: Sequence[Cid]) -> Walk[list[Node]]:
+    """The nodes of `wanted`. Identity CIDs are decoded here. Raises Malformed, Unsupported."""
+    found: dict[Cid, Node] = {}
+    ask: list[Cid] = []
+    for cid in dict.fromkeys(wanted):
+        inline = cids.inline(cid)
+        if inline is None:
+            ask.append(cid)
+        else:
+            found[cid] = parse(cid, inline)
+    if ask:
+        found.update(zip(ask, (yield ask), strict=True))
+    return [found[cid] for cid in wanted]
+
+
+def node(cid: Cid) -> Walk[Node]:
+    """The node that `cid` names."""
+    return (yield from nodes([cid]))[0]
+
+
+# -- by name -----------------------------------------------------------------------------------------------------
+
+
+def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
+    """The entry `name` of a directory, as a link whose name is `name`. None if it is proved absent.
+
+    In a HAMT only the nodes on the way to the name are read. If a directory has two entries of one name, the first
+    counts, as in Kubo. A name that no file system can hold is in no directory.
+    """
+    if not can_hold(name):
+        return None
+    if isinstance(parent, Directory):
+        return parent.by_name.get(name)
+    key, spot, shard = hamt.hash64(name), hamt.TOP, parent
+    while True:
+        spot, link = hamt.slot(shard, spot, key)
+        if link is None:
+            return None
+        found = hamt.entry_name(shard, link)
+        if found:
+            hamt.placed(found, spot, shard)
+            return Link(link.cid, name, link.tsize) if found == name else None
+        shard = hamt.subshard((yield from node(link.cid)))
+
+
+def resolve(path: IpfsPath) -> Walk[Node]:
+    """The node at `path`. A symlink is not followed. Raises NotFound or NotADirectory, which name the part of the path."""
+    here: Node = yield from node(path.root)
+    for depth, name in enumerate(path.names):
+        if not isinstance(here, Directory | Shard):
+            raise NotADirectory(f"{IpfsPath(path.root, path.names[:depth])} is not a directory")
+        link = yield from child(here, name)
+        if link is None:
+            raise NotFound(f"{IpfsPath(path.root, path.names[: depth + 1])}: no such entry")
+        here = yield from node(link.cid)
+    return here
+
+
+# -- in order ----------------------------------------------------------------------------------------------------
+
+
+MAX_PARTS_AT_A_TIME = 4000
+"""Parts that are made before other tasks can run: about 10 ms."""
+NODE_COST = 100
+"""Parts that a node counts for besides its own: those that were looked at and left out."""
+
+
+class Unexpanded(NamedTuple, Generic[State]):
+    """A node of a frontier that has not been fetched yet, and what is known of its position."""
+
+    cid: Cid
+    state: State
+
+
+Frontier = list[Ready | Unexpanded[State]]
+"""Consecutive parts of a tree, in order: parts that are known, and nodes that are still to be expanded."""
+
+
+def expand(
+    frontier: Frontier[Ready, State],
+    count: int,
+    parts_of: Callable[[Unexpanded[State], Node], Frontier[Ready, State]],
+) -> Walk[None]:
+    """Fetches the first `count` unexpanded nodes side by side, and replaces each by its parts."""
+    chosen = [index for index, part in enumerate(frontier) if isinstance(part, Unexpanded)][:count]
+    unexpanded = [part for part in (frontier[index] for index in chosen) if isinstance(part, Unexpanded)]
+    fetched = yield from nodes([part.cid for part in unexpanded])
+    left = MAX_PARTS_AT_A_TIME
+    for index, part, node in reversed(list(zip(chosen, unexpanded, fetched, strict=True))):
+        parts = parts_of(part, node)
+        frontier[index : index + 1] = parts
+        left -= len(parts) + NODE_COST
+        if left <= 0:
+            left = MAX_PARTS_AT_A_TIME
+            yield ()
+
+
+def known(frontier: Frontier[Ready, State]) -> list[Ready]:
+    """The parts before the first unexpanded node."""
+    parts: list[Ready] = []
+    for part in frontier:
+        if isinstance(part, Unexpanded):
+            break
+        parts.append(part)
+    return parts

@@ -1,0 +1,6 @@
+"""Imports local files and folders into the library (`add`), and exports DAGs to CAR files (`export`)."""
+
+from ipfsfuse.importer.add import Added, AddOptions, AddProgress, add
+from ipfsfuse.importer.export import GetBlock, export
+
+__all__ = ["AddOptions", "AddProgress", "Added", "GetBlock", "add", "export"]

@@ -1,0 +1,288 @@
+"""`ipfsfuse add`: imports local files and folders into the library, with the CIDs that `ipfs add` gives.
+
+Blocking, for one thread. Several adds at once, in any number of processes, are safe. The library changes only when
+everything has been added: an add that ends early leaves nothing behind.
+"""
+
+import os
+import stat
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.builder import (
+    NOTHING,
+    UNIXFS_V1_2025,
+    Block,
+    Built,
+    FileBuilder,
+    Profile,
+    Sink,
+    Stored,
+    directory,
+    leaf,
+    symlink,
+)
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import AddFailed, UsageError
+from ipfsfuse.importer import local_tree
+from ipfsfuse.importer.local_tree import Enter, Leave, Regular, Symlink
+from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.files.librarywriter import NewRoot
+
+STANDARD_INPUT = "-"
+
+_CHUNKS_AHEAD = 8
+"""Chunks that are read while the ones before are hashed. More are never held in memory."""
+_HASH_THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class AddOptions:
+    profile: Profile = UNIXFS_V1_2025
+    wrap: bool = False
+    """One directory around all PATHs."""
+    hidden: bool = False
+    """Take names below PATH that begin with a dot too."""
+    preserve_mode: bool = False
+    preserve_mtime: bool = False
+    only_hash: bool = False
+    """Only compute the CIDs. The library may be None."""
+
+
+class Added(NamedTuple):
+    """One file, symlink or directory that was added; `name` as `ipfs add` shows it, relative, "" for a wrapping directory."""
+
+    cid: Cid
+    name: str
+    size: int
+    """Bytes of its blocks."""
+
+
+Steps = Generator[Added, None, tuple[str, Built]]
+"""Each thing that was added on the way, then the name and the root."""
+
+AddProgress = Callable[[int, int | None, str], None]
+"""Called with (bytes read, bytes in all or None where that is not known, the path that is being read)."""
+
+
+def add(paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None) -> Generator[Added, None, None]:
+    """Adds all `paths` ("-" is standard input). Yields each thing when it is done, and each root after all below it.
+
+    The roots are in the library when the iterator has ended. Closing it earlier leaves the library as it was. Raises
+    UsageError, AddFailed, StoreFailed.
+    """
+    _check(paths, options)
+    with ExitStack() as exits:
+        writer = None
+        if not options.only_hash:
+            if library is None:
+                raise UsageError("a library is needed to add to")
+            writer = exits.enter_context(library.open_writer())
+        job = _Job(options, writer.put if writer else lambda _cid, _block: None, progress, paths, exits)
+        yield from job.run()
+        if writer is not None:
+            writer.commit(job.roots)
+    if library is not None and not options.only_hash:
+        library.tidy()
+
+
+def _check(paths: Sequence[str], options: AddOptions) -> None:
+    if not paths:
+        raise UsageError("name at least one PATH to add, or - for standard input")
+    names = [_name(path) for path in paths if path != STANDARD_INPUT]
+    twice = {name for name in names if names.count(name) > 1}
+    if paths.count(STANDARD_INPUT) > 1:
+        raise UsageError("standard input can be added once")
+    if options.wrap and twice:
+        raise UsageError(f"two PATHs are called {min(twice)!r}: one directory can't hold both")
+
+
+def _name(path: str) -> str:
+    """The name of a PATH, also of `.` and the like."""
+    return os.path.basename(os.path.abspath(path)) or "root"
+
+
+class _Job:
+    """One add while it runs."""
+
+    def __init__(self, options: AddOptions, sink: Sink, progress: AddProgress | None, paths: Sequence[str], exits: ExitStack) -> None:
+        self._options = options
+        self._sink = sink
+        self._profile = options.profile.with_metadata() if options.preserve_mode or options.preserve_mtime else options.profile
+        self._paths = paths
+        self._progress = progress
+        self._total = self._count() if progress else None
+        self._done = 0
+        self._path = ""
+        self._files = exits.enter_context(FileImporter(self._profile, sink, self._advance))
+        self.roots: list[NewRoot] = []
+
+    def _count(self) -> int | None:
+        """Bytes in all, None if standard input is among the paths."""
+        if STANDARD_INPUT in self._paths:
+            return None
+        how = local_tree.Walk(self._options.hidden, contents=False)
+        events = (event for path in self._paths for event in local_tree.walk(path, _name(path), how))
+        return sum(event.status.st_size for event in events if isinstance(event, Regular))
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total, self._path)
+
+    def run(self) -> Iterator[Added]:
+        top: list[tuple[bytes, Built]] = []
+        for path in self._paths:
+            name, built = (yield from self._standard_input()) if path == STANDARD_INPUT else (yield from self._tree(path))
+            top.append((name.encode(), built))
+            if not self._options.wrap:
+                self.roots.append(NewRoot(built.cid, name, built.tsize))
+        if self._options.wrap:
+            built = directory(self._profile, top, NOTHING, self._sink)
+            self.roots.append(NewRoot(built.cid, "", built.tsize))
+            yield Added(built.cid, "", built.tsize)
+
+    def _standard_input(self) -> Steps:
+        self._path = "standard input"
+        if sys.stdin is None:  # Python sets it to None if descriptor 0 was closed (`<&-`)
+            raise AddFailed("standard input is closed: pipe something in, or name a PATH")
+        built = self._files.stream(sys.stdin.fileno(), self._path)
+        name = cids.text(built.cid)
+        yield Added(built.cid, name, built.tsize)
+        return name, built
+
+    def _tree(self, path: str) -> Steps:
+        """Everything below one PATH. A directory comes after everything in it."""
+        open_dirs: list[_Directory] = []
+        for event in local_tree.walk(path, _name(path), local_tree.Walk(self._options.hidden)):
+            if isinstance(event, Enter):
+                open_dirs.append(_Directory(event, _joined(open_dirs, event.name), []))
+                continue
+            if isinstance(event, Leave):
+                done = open_dirs.pop()
+                name, shown = done.event.name, done.shown
+                built = directory(self._profile, done.children, self._stored(done.event.status), self._sink)
+            else:
+                name, shown = event.name, _joined(open_dirs, event.name)
+                built = self._single(event)
+            yield Added(built.cid, shown, built.tsize)
+            if not open_dirs:
+                return shown, built
+            open_dirs[-1].children.append((name, built))
+        raise AddFailed(f"{path}: nothing was found there")
+
+    def _single(self, event: Regular | Symlink) -> Built:
+        stored = self._stored(event.status)
+        if isinstance(event, Symlink):
+            return symlink(self._profile, event.target, stored, self._sink)
+        self._path = event.path
+        return self._files.regular(event.fd, event.status, event.path, stored)
+
+    def _stored(self, status: os.stat_result) -> Stored:
+        mode = stat.S_IMODE(status.st_mode) if self._options.preserve_mode else None
+        return Stored(mode, status.st_mtime_ns if self._options.preserve_mtime else None)
+
+
+class _Directory(NamedTuple):
+    """A directory that was entered, and the children that are done."""
+
+    event: Enter
+    shown: str
+    children: list[tuple[bytes, Built]]
+
+
+def _joined(open_dirs: Sequence[_Directory], name: bytes) -> str:
+    return f"{open_dirs[-1].shown}/{name.decode()}" if open_dirs else name.decode()
+
+
+class FileImporter:
+    """Turns the bytes of files into blocks. Several threads hash while the next chunks are read.
+
+    A context manager: its threads end with it. For use by one thread.
+    """
+
+    def __init__(self, profile: Profile, sink: Sink, advance: Callable[[int], None]) -> None:
+        """`advance` is called with the number of bytes of each read."""
+        self._profile = profile
+        self._sink = sink
+        self._advance = advance
+        self._threads = ThreadPoolExecutor(_HASH_THREADS, "hash")
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "FileImporter":
+        self._exit.enter_context(self._threads)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._exit.close()
+
+    def regular(self, fd: int, status: os.stat_result, path: str, stored: Stored) -> Built:
+        """An open file whose status was `status` before. Raises AddFailed if it has changed when all of it was read."""
+        built = self._file(self._sized(fd, path, status.st_size), stored)
+        after = os.fstat(fd)
+        if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            change = "grew" if after.st_size > status.st_size else "shrank" if after.st_size < status.st_size else "changed"
+            raise AddFailed(f"{path} {change} while it was read: add it again when nobody writes to it")
+        return built
+
+    def stream(self, fd: int, path: str) -> Built:
+        """Everything that a pipe, a terminal or a socket delivers."""
+        return self._file(self._unsized(fd, path), NOTHING)
+
+    def _file(self, chunks: Iterator[bytes], stored: Stored) -> Built:
+        first = next(chunks, b"")
+        second = next(chunks, None)
+        if second is None:
+            return self._save(leaf(self._profile, first, stored))
+        builder = FileBuilder(self._profile, self._sink)
+        pending: deque[Future[Block]] = deque()
+        for chunk in chain((first, second), chunks):
+            pending.append(self._threads.submit(leaf, self._profile, chunk))
+            if len(pending) == _CHUNKS_AHEAD:
+                builder.add(self._save(pending.popleft().result()))
+        for block in pending:
+            builder.add(self._save(block.result()))
+        return builder.finish(stored)
+
+    def _save(self, block: Block) -> Built:
+        self._sink(block.built.cid, block.block)
+        return block.built
+
+    def _sized(self, fd: int, path: str, size: int) -> Iterator[bytes]:
+        """`size` bytes in chunks of the profile, fewer if the file ends earlier. Its end costs no extra read."""
+        if size == 0 and self._chunk(fd, path, 1):
+            raise AddFailed(f"{path} has content but says it is empty, as files of /proc do: add a copy, or pipe it in")
+        while size and (chunk := self._chunk(fd, path, min(self._profile.chunk_size, size))):
+            size -= len(chunk)
+            yield chunk
+
+    def _unsized(self, fd: int, path: str) -> Iterator[bytes]:
+        while chunk := self._chunk(fd, path, self._profile.chunk_size):
+            yield chunk
+
+    def _chunk(self, fd: int, path: str, length: int) -> bytes:
+        """`length` bytes, fewer at the end of the file."""
+        try:
+            data = os.read(fd, length)
+            if 0 < len(data) < length:
+                data = _filled(fd, data, length)
+        except OSError as exc:
+            raise AddFailed(f"{path}: {exc.strerror}") from exc
+        self._advance(len(data))
+        return data
+
+
+def _filled(fd: int, data: bytes, length: int) -> bytes:
+    """`data` and the bytes after it, up to `length` bytes in all: a pipe delivers 64 KiB at a time."""
+    parts, left = [data], length - len(data)
+    while left and (part := os.read(fd, left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,250 @@
+"""One source in the pool: asked within its bounds, its answers verified, its health kept.
+
+Whatever a source raises is that source's failure, and nobody else's. Concurrency: any number of tasks.
+"""
+
+import logging
+import random
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
+from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.pool.health import Health, Statistics
+from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
+from ipfsfuse.sources.pool.verification import check
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.kubo import Kubo
+
+log = logging.getLogger(__name__)
+
+IN_ALL = 64
+"""Requests that are not late, over all network sources; shared out evenly, so that a stalled source keeps
+none from another."""
+RUNNING = 16
+"""Requests at one source that are not late. More made a node on this machine no faster."""
+LATE = 128
+"""Late requests at one source: a connection each."""
+SLOW_HERE, SLOW_FAR = 0.01, 0.5
+"""What a local node's and a remote gateway's slowest answers are taken for before we know."""
+SIDE_BY_SIDE = 4
+"""Requests that one call for many blocks may make at a time."""
+FAULT = "fault"
+"""The kind of a failure that no one foresaw."""
+BUSY = "busy"
+"""The kind of a failure by which a source says that it has too much to do."""
+LOG_EVERY = 60.0
+"""Seconds between two lines about one source's failures of one kind."""
+
+
+class ManagedSource:
+    def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
+        """One of `shared_by` sources that the bound over all is divided among."""
+        self.source = source
+        self.remote = isinstance(source, Gateway) and not source.local
+        self.health = Health(chance, may_quarantine=self.remote, slow=SLOW_FAR if self.remote else SLOW_HERE)
+        running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
+        self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
+        self._answered = float("-inf")
+        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
+        """By kind and cause: when it was logged last, and how often it came since."""
+
+    # -- asking ------------------------------------------------------------------------------------------
+
+    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> bytes:
+        """The verified block. Raises NotHere, SourceFailed, WrongBlock, BlockTooLarge. Waits for its turn; a
+        source in place needs none.
+
+        `retried` where this source was asked before in the same fetch: others go first."""
+        if self.source.in_place:
+            return await self._ask(cid, hedge)
+        while True:
+            async with self.limiter.enter(retried=retried):
+                return await self._ask(cid, hedge)
+            retried = True  # it was late, and its place went to another
+
+    async def _ask(self, cid: Cid, hedge: bool) -> bytes:
+        start = trio.current_time()
+        self.health.asked(start, hedge=hedge)
+        try:
+            with self.as_its_failure():
+                block = await self.source.get(cid)
+                await check(cid, block)
+        except NotHere:
+            self._answered = trio.current_time()
+            self.health.record_miss()
+            self.limiter.note_success()
+            raise
+        except SourceFailed as exc:
+            self.note(exc, start)
+            raise
+        except WrongBlock:
+            raise  # the pool knows what follows: whether another source is left
+        except BaseException:  # also BlockTooLarge, which says nothing about the source: it may be true or a lie
+            self.health.record_cancelled()
+            raise
+        self._answered = trio.current_time()
+        self.health.record_success(self._answered - start, len(block))
+        self.limiter.note_success()
+        return block
+
+    @contextmanager
+    def asked_for_many(self) -> Iterator["Deliveries"]:
+        """Around one answer that may hold many blocks: notes what it says about the source. What the source
+        lacks and how it fails ends here: blocks that did not come are asked for elsewhere. Raises what the
+        reader of them raised."""
+        start = trio.current_time()
+        self.health.asked(start)
+        deliveries = Deliveries(self)
+        try:
+            yield deliveries
+        except NotHere:
+            self.health.record_miss()
+        except SourceFailed as exc:
+            log.debug("%s", exc)
+            self.note(exc, start, SIDE_BY_SIDE)
+        finally:
+            self.health.record_cancelled()
+        if deliveries.trouble is not None:
+            raise deliveries.trouble
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether it may be sent as many requests at a time as a call for many blocks makes."""
+        return self.source.in_place or self.limiter.limit >= SIDE_BY_SIDE
+
+    def roots(self) -> Sequence[Cid]:
+        """Those of the source; none where it can't tell."""
+        try:
+            with self.as_its_failure():
+                return self.source.roots()
+        except SourceFailed as exc:
+            self.note(exc, trio.current_time())
+            return ()
+
+    async def aclose(self) -> None:
+        """Never fails: the other sources are to be closed too."""
+        try:
+            with self.as_its_failure():
+                await self.source.aclose()
+        except SourceFailed as exc:
+            log.debug("%s", exc)
+
+    # -- what it said ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def as_its_failure(self) -> Iterator[None]:
+        """Whatever the source raises leaves as NotHere, WrongBlock or SourceFailed. A cancellation passes."""
+        try:
+            yield
+        except (NotHere, WrongBlock, SourceFailed, BlockTooLarge):
+            raise
+        except Exception as exc:
+            raise self._failure(exc) from exc
+        except BaseExceptionGroup as group:
+            failed, others = group.split(Exception)
+            if others is not None:  # cancelled, or the program is being ended
+                raise others from None
+            assert failed is not None
+            raise self._failure(failed) from group
+
+    def _failure(self, exc: Exception) -> NotHere | SourceFailed | WrongBlock | BlockTooLarge:
+        cause = exc
+        while isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, NotHere | SourceFailed | WrongBlock | BlockTooLarge):
+            return cause
+        if isinstance(cause, IpfsFuseError):  # a library folder that can't be read
+            return SourceFailed(f"{self.source.name}: {cause}", "store")
+        log.debug("%s: what no one foresaw", self.source.name, exc_info=exc)
+        place = traceback.extract_tb(cause.__traceback__)[-1:]
+        where = f" at {place[0].filename.rpartition('/')[2]}:{place[0].lineno}" if place else ""
+        said = str(cause)[:200].encode("unicode_escape").decode()
+        return SourceFailed(f"{self.source.name}: {type(cause).__name__}: {said}{where}", FAULT)
+
+    def note(self, failure: SourceFailed, asked: float, besides: int = 0) -> None:
+        """A call that began at `asked` ended by `failure`. It made as many requests at a time as are in
+        flight at the limiter for it, and so many `besides`."""
+        self._log(failure)
+        now = trio.current_time()
+        if failure.kind == BUSY and self.limiter.note_busy(asked, besides):
+            self.health.record_too_many()
+        else:
+            self.health.record_failure(now, failure.kind, str(failure), failure.retry_after)
+
+    def _log(self, failure: SourceFailed) -> None:
+        """One line for each kind of failure now and then."""
+        now, key = trio.current_time(), (failure.kind, type(failure.__cause__).__name__)
+        last, since = self._logged.get(key, (float("-inf"), 0))
+        if now - last < LOG_EVERY:
+            self._logged[key] = last, since + 1
+            return
+        self._logged[key] = now, 0
+        more = f" ({since} more such failures before)" if since else ""
+        if failure.kind == FAULT:
+            log.error("%s; it counts as a failure of that source%s", failure, more)
+        else:
+            log.info("%s (%s)%s", failure, failure.kind, more)
+
+    def overtaken(self, asked: float) -> None:
+        """Another source gave the block long after this one was `asked`. If nothing came from it meanwhile,
+        that is a failure: else a source that takes requests and never answers would cost every read a wait,
+        and look well."""
+        if self._answered < asked:
+            seconds = trio.current_time() - asked
+            why = f"{self.source.name} has not answered for {seconds:.1f} s, and another source did"
+            self.note(SourceFailed(why, "timeout"), asked)
+
+    @property
+    def repair(self) -> str:
+        """What a user does about a wrong block in it."""
+        if isinstance(self.source, Kubo):
+            return "`ipfs repo verify --heal` at the node finds and mends it"
+        if self.source.in_place:
+            return "add its content again, or get the CAR file anew"
+        return "the other blocks are still taken from it"
+
+    def statistics(self) -> Statistics:
+        limiter = self.limiter
+        told = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
+        if not self.source.in_place:
+            told |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
+        return self.health.statistics(self.source.name, trio.current_time(), told)
+
+
+class Deliveries:
+    """Of one answer that may hold many blocks: tells the reader's own trouble from the source's."""
+
+    def __init__(self, managed: ManagedSource) -> None:
+        self._managed = managed
+        self.place: Place | None = None
+        """That of the request, where it needs one."""
+        self.trouble: Exception | None = None
+        """What the reader raised."""
+
+    @contextmanager
+    def to_reader(self) -> Iterator[None]:
+        """Around what the reader does with one delivery."""
+        if self.place is not None:
+            self.place.progress()
+        try:
+            yield
+        except Exception as exc:
+            self.trouble = self.trouble or exc
+            raise
+
+    async def run(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Awaits a call of the source that delivers. Raises NotHere, SourceFailed; nothing where the reader
+        had trouble, whatever the source made of that."""
+        try:
+            with self._managed.as_its_failure():
+                await call()
+        except (NotHere, SourceFailed):
+            if self.trouble is None:
+                raise
+        except (WrongBlock, BlockTooLarge) as exc:
+            raise SourceFailed(f"{self._managed.source.name}: {exc}", FAULT) from exc

@@ -1,0 +1,134 @@
+"""Fetches a whole DAG, for `ipfsfuse prefetch` and `ipfsfuse pin`. What is staged is not fetched again, so it can be resumed.
+
+Concurrency: some files side by side. Memory holds the CID of everything that was seen, and the children that are still
+to come of each directory on the way down.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from ipfsfuse.cache.base import Content, FileRef
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import file_layout
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
+from ipfsfuse.errors import NotALeaf
+from ipfsfuse.vfs.tree import Tree
+
+FILES_TOGETHER = 8
+"""Files that are fetched side by side."""
+WINDOW = 16 << 20
+"""Bytes of one file that are requested together."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """What has been fetched so far."""
+
+    files: int = 0
+    directories: int = 0
+    bytes: int = 0
+    expected: int = 0
+    """Bytes by the links' claims, 0 if nothing states them."""
+
+
+OnProgress = Callable[[Totals], Awaitable[None]]
+OnFile = Callable[[FileRef], Awaitable[None]]
+
+
+async def fetch_all(tree: Tree, root: Cid, depth: int | None, on_progress: OnProgress, on_file: OnFile | None = None) -> Totals:
+    """Fetches `root` and everything below it, `depth` levels of directories down (None: all).
+
+    `on_file` is awaited for each file before its leaves are fetched. Raises the first error that any block meets."""
+    job = _Job(tree, on_progress, on_file)
+    node = await tree.node(root)
+    job.totals.expected = node.size if isinstance(node, File) else _claimed(node)
+    await job.run(node, depth)
+    return job.totals
+
+
+def _claimed(node: Node) -> int:
+    if isinstance(node, Directory):
+        return sum(link.tsize for link in node.links)
+    return sum(link.tsize for _index, link in node.slots) if isinstance(node, Shard) else 0
+
+
+class _Job:
+    def __init__(self, tree: Tree, on_progress: OnProgress, on_file: OnFile | None) -> None:
+        self.totals = Totals()
+        self._tree = tree
+        self._on_progress = on_progress
+        self._on_file = on_file
+        self._seen: set[Cid] = set()
+        self._free = trio.Semaphore(FILES_TOGETHER)
+        self._failed: list[Exception] = []
+
+    async def run(self, root: Node, depth: int | None) -> None:
+        stack: list[tuple[Cid, int | None]] = [(root.cid, depth)]
+        async with trio.open_nursery() as nursery:
+            while stack and not self._failed:
+                cid, left = stack.pop()
+                if cids.canonical(cid) in self._seen:
+                    continue
+                self._seen.add(cids.canonical(cid))
+                node = await self._tree.node(cid)
+                if isinstance(node, Directory | Shard):
+                    self.totals.directories += 1
+                    if left is None or left > 0:
+                        await self._list(cid, None if left is None else left - 1, stack)
+                elif isinstance(node, File):
+                    await self._free.acquire()
+                    nursery.start_soon(self._file, node, nursery.cancel_scope)
+        if self._failed:
+            raise self._failed[0]
+
+    async def _list(self, cid: Cid, left: int | None, stack: list[tuple[Cid, int | None]]) -> None:
+        after, end = 0, False
+        found: list[tuple[Cid, int | None]] = []
+        while not end:
+            page = await self._tree.entries(cid, after)
+            found += [(entry.cid, left) for entry in page.entries]
+            end, after = page.end, page.entries[-1].place if page.entries else after
+        stack.extend(reversed(found))
+
+    async def _file(self, file: File, scope: trio.CancelScope) -> None:
+        try:
+            ref = FileRef(cids.canonical(file.cid), file.size)
+            if self._on_file is not None:
+                await self._on_file(ref)
+            await self._leaves(file, ref)
+            self.totals.files += 1
+            await self._on_progress(self.totals)
+        except Exception as exc:
+            self._failed.append(exc)
+            scope.cancel()
+        finally:
+            self._free.release()
+
+    async def _leaves(self, file: File, ref: FileRef) -> None:
+        offset, sure = 0, False
+        while offset < file.size:
+            window = await self._tree.drive(file_layout.leaves(file, offset, WINDOW, sure))
+            try:
+                await self._window(ref, window)
+            except NotALeaf:
+                if sure:
+                    raise
+                sure = True
+                continue
+            offset = window[-1].offset + window[-1].size
+
+    async def _window(self, ref: FileRef, window: list[Leaf]) -> None:
+        came: set[Leaf] = set()
+
+        def arrived(leaf: Leaf, content: Content) -> None:
+            came.add(leaf)
+            self.totals.bytes += len(content)
+
+        await self._tree.cache.ahead(ref, window, arrived)
+        for leaf in window:
+            if leaf not in came:
+                arrived(leaf, await self._tree.cache.leaf(ref, leaf))
+        await self._on_progress(self.totals)

@@ -1,0 +1,257 @@
+"""Prefetch in directories.
+
+If a program lists a directory and then uses its children in that order, the next children are fetched ahead. If it
+does so with several directories, the directories after them are fetched ahead too, with all that they hold. A listing
+alone fetches nothing, and neither does a program that picks single files.
+
+- `ScanTracker` is pure policy: it is told which children of one listed page were used, and says which to fetch.
+- `SubtreePrefetcher` decides which directories are worth one request for all their blocks (a CAR) instead of one request
+  for each block.
+- `DirectoryPrefetcher` carries both out.
+
+Concurrency: the event loop's. At most FETCHED_TOGETHER blocks of one page are on their way at a time.
+"""
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from ipfsfuse.cache.base import Cache
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import hamt, nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
+from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
+from ipfsfuse.sources.base import Subtree, current_request, set_request
+from ipfsfuse.vfs.handing import Handing
+from ipfsfuse.vfs.lru import Lru
+
+SMALL_FILE = 64 << 10
+"""Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of their own."""
+
+# Scans
+STEPS_TO_SCAN = 2
+"""Uses, each after the one before, that make a scan. From then on the next children are fetched."""
+MAX_GAP = 4
+"""How far the next use may be from the last one: some children may be known already, or of no interest."""
+WINDOW = 64
+"""Children that are fetched ahead of the reader."""
+FETCHED_TOGETHER = 8
+DIRECTORIES_AHEAD = 4
+"""Directories that are fetched ahead of a reader who goes through the contents of each."""
+MAX_TRACKED = 20_000
+"""Children of the listed pages that are remembered."""
+
+# Whole directories by one request
+MAX_CONTENTS = 16 << 20
+"""Bytes, by its links' claims, of the largest directory whose contents are fetched by one request."""
+MAX_NODES = 4 << 20
+"""Bytes of HAMT nodes that one request fetches: those of about 50,000 entries."""
+FEW_NODES = 8
+"""A HAMT with fewer nodes than this below its root is fetched node by node."""
+SLACK = 1 << 20
+"""Bytes that an answer may have beyond the claims of the links."""
+MAX_DONE = 10_000
+"""Directories that are remembered as fetched."""
+
+
+class ScanTracker:
+    """The children of one listed page, and how far their reader has come."""
+
+    def __init__(self, directory: Cid, children: Sequence[Cid], above: "ScanTracker | None" = None) -> None:
+        """`above` tracks the page on which `directory` itself was listed."""
+        self.directory = directory
+        self.children = children
+        self.above = above
+        self.running = False
+        """Whether a task is fetching children of this page."""
+        self.deep = False
+        """Whether the reader also goes through the contents of the directories on this page."""
+        self._last = -1
+        self._steps = 0
+        self._next = self._goal = self._next_deep = 0
+
+    def note(self, index: int) -> bool:
+        """Child `index` was used. Returns whether some children should be fetched now."""
+        if index == self._last:
+            return False
+        follows = self._last < index <= self._last + MAX_GAP
+        self._steps = self._steps + 1 if follows and self._last >= 0 else 0
+        self._last = index
+        if not self._steps:
+            self._next = self._next_deep = 0
+        if self._steps < STEPS_TO_SCAN:
+            self._goal = 0
+            self.deep = self.deep and self._steps > 0
+            return self.deep
+        self._next = max(self._next, index + 1)
+        self._goal = min(index + 1 + WINDOW, len(self.children))
+        return self.deep or self._goal - self._next >= min(WINDOW // 4, len(self.children) - self._next) > 0
+
+    @property
+    def scanning(self) -> bool:
+        """Whether the reader has kept to the order so far."""
+        return self._steps > 0
+
+    def take(self) -> Cid | None:
+        """The next child to fetch. None if the reader should come nearer first."""
+        if self._next >= self._goal:
+            return None
+        self._next += 1
+        return self.children[self._next - 1]
+
+    def take_deep(self) -> Cid | None:
+        """The next child to fetch with everything that it holds."""
+        self._next_deep = max(self._next_deep, self._last + 1)
+        if self._next_deep > self._last + DIRECTORIES_AHEAD or self._next_deep >= len(self.children):
+            return None
+        self._next_deep += 1
+        return self.children[self._next_deep - 1]
+
+
+class SubtreePrefetcher:
+    """Fetches the blocks of a directory by one request, where a request for each block would cost more."""
+
+    def __init__(self, cache: Cache, remember: Callable[[Node, int], None], small_files: Handing) -> None:
+        """`remember` is called with each node that arrives and the size of its block; `small_files` gets small files."""
+        self._cache = cache
+        self._remember = remember
+        self._small_files = small_files
+        self._done: Lru[Cid, bool] = Lru(MAX_DONE)
+
+    def forget(self) -> None:
+        """Blocks have left the cache, so contents may have to be fetched again."""
+        self._done.clear()
+
+    def nodes_of(self, directory: Directory | Shard) -> None:
+        """`directory` is being listed from its beginning, so all nodes of a HAMT will be needed."""
+        if isinstance(directory, Shard):
+            deeper = _deeper(directory)
+            if len(deeper) >= FEW_NODES:
+                self._cache.gather(Subtree(directory.cid, False, MAX_NODES), deeper, self._node_arrived)
+
+    def contents_of(self, directory: Node) -> trio.Event | None:
+        """Starts to fetch the children of `directory`. The event is set when they have arrived.
+
+        None if they are too large to be fetched together, or were fetched already."""
+        links = _links(directory)
+        total = sum(link.tsize for link in links)
+        small = sum(link.tsize for link in links if link.tsize <= SMALL_FILE)
+        if not links or total > MAX_CONTENTS or 2 * small < total or self._done.get(directory.cid):
+            return None
+        self._done.put(directory.cid, True)
+        subtree = Subtree(directory.cid, True, 2 * total + SLACK)
+        return self._cache.gather(subtree, [link.cid for link in links], self._content_arrived)
+
+    def _node_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
+        node = self._parsed(cid, block)
+        return _deeper(node) if isinstance(node, Shard) else ()
+
+    def _content_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
+        node = self._parsed(cid, block)
+        if cids.codec(cid) == cids.RAW and len(block) <= SMALL_FILE:
+            self._small_files.put(cid, block)
+        return [link.cid for link in _links(node)] if node is not None else ()
+
+    def _parsed(self, cid: Cid, block: bytes) -> Node | None:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP:
+            return None
+        try:
+            node = nodes.parse(cid, block)
+        except (Malformed, Unsupported):  # the program that reads it gets the error
+            return None
+        self._remember(node, len(block))
+        return node
+
+
+def _deeper(shard: Shard) -> list[Cid]:
+    return [link.cid for _index, link in shard.slots if not hamt.entry_name(shard, link)]
+
+
+def _links(node: Node) -> Sequence[Link]:
+    """The links of a directory, or of one node of a HAMT. Nothing for any other node."""
+    if isinstance(node, Directory):
+        return node.links
+    return [link for _index, link in node.slots] if isinstance(node, Shard) else ()
+
+
+Fetch = Callable[[Cid], Awaitable[Node]]
+Known = Callable[[Cid], object | None]
+ContentsOf = Callable[[Node], trio.Event | None]
+
+
+class DirectoryPrefetcher:
+    """Tracks the pages that were listed last, and fetches what `ScanTracker` says.
+
+    `fetch` fetches one child. `contents_of` is `SubtreePrefetcher.contents_of`."""
+
+    def __init__(self, nursery: trio.Nursery, fetch: Fetch, known: Known, contents_of: ContentsOf) -> None:
+        self._nursery = nursery
+        self._fetch = fetch
+        self._known = known
+        self._contents_of = contents_of
+        self._pages: OrderedDict[tuple[Cid, int], ScanTracker] = OrderedDict()
+        self._places: dict[Cid, tuple[ScanTracker, int]] = {}
+
+    def listed(self, directory: Cid, after: int, children: Sequence[tuple[Cid, int]]) -> None:
+        """A page of `directory` was listed from place `after`, with these (CID, claimed size) as its entries."""
+        key = (directory, after)
+        if key in self._pages:
+            self._pages.move_to_end(key)
+            return
+        above = self._places.get(directory, (None, 0))[0]
+        small = [cid for cid, size in children if cids.codec(cid) != cids.RAW or size <= SMALL_FILE]
+        page = self._pages[key] = ScanTracker(directory, small, above)
+        self._places.update((cid, (page, index)) for index, cid in enumerate(page.children))
+        while len(self._places) > MAX_TRACKED and len(self._pages) > 1:
+            _key, old = self._pages.popitem(last=False)
+            for cid in old.children:
+                if self._places.get(cid, (None, 0))[0] is old:
+                    del self._places[cid]
+
+    def following(self, cid: Cid) -> Sequence[Cid]:
+        """The children after `cid`, one window of them, if a reader goes through them in order."""
+        page, index = self._places.get(cid, (None, 0))
+        return page.children[index + 1 : index + 1 + WINDOW] if page is not None and page.scanning else ()
+
+    def used(self, cid: Cid) -> None:
+        """A program used `cid` itself."""
+        place = self._places.get(cid)
+        if place is not None and place[0].note(place[1]) and not place[0].running:
+            place[0].running = True
+            self._nursery.start_soon(self._run, place[0])
+
+    async def _run(self, page: ScanTracker) -> None:
+        set_request(current_request().for_background())
+        try:
+            if page.deep:
+                while (cid := page.take_deep()) is not None:
+                    await self._contents(cid)
+                return
+            if await self._contents(page.directory) and page.above is not None:
+                page.above.deep = True
+            async with trio.open_nursery() as nursery:
+                for _ in range(FETCHED_TOGETHER):
+                    nursery.start_soon(self._work, page, nursery.cancel_scope)
+        except IpfsFuseError:
+            pass  # the program that uses that directory gets the error
+        finally:
+            page.running = False
+
+    async def _contents(self, directory: Cid) -> bool:
+        """Fetches what `directory` holds. False if one request can't do that."""
+        arrived = self._contents_of(await self._fetch(directory))
+        if arrived is None:
+            return False
+        await arrived.wait()
+        return True
+
+    async def _work(self, page: ScanTracker, scope: trio.CancelScope) -> None:
+        while (cid := page.take()) is not None:
+            if self._known(cid) is None:
+                try:
+                    await self._fetch(cid)
+                except IpfsFuseError:
+                    scope.cancel()  # the program that uses that child gets the error
+                    return

@@ -1,0 +1,116 @@
+"""Counts the functions of ours that one READ enters: cold from a gateway, and fetched ahead."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import CodeType, FrameType
+
+from tests.kubo.node import Node
+from tests.mounting import Home, wait_until
+
+TOGGLE = signal.SIGRTMIN
+SIZE = 64 << 20
+"""Bytes of the file that is read: large enough for read-ahead."""
+QUIET = 1.0
+"""Seconds after which nothing is under way any more."""
+
+
+class Recorder:
+    """In the daemon: which functions of ours are entered while recording is on, in all threads."""
+
+    def __init__(self, package: str, out: Path) -> None:
+        self._package, self._out = package, out
+        self._on = False
+        self._all: set[str] = set()
+        self._reads: dict[int, set[str]] = {}
+
+    def toggle(self, _number: int, _frame: FrameType | None) -> None:
+        self._on = not self._on
+        if not self._on:
+            reads = sorted(len(names) for names in self._reads.values())
+            fresh = self._out.with_suffix(".new")
+            fresh.write_text(json.dumps({"all": sorted(self._all), "reads": reads}))
+            fresh.replace(self._out)
+            self._all, self._reads = set(), {}
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
+        if not self._on or event != "call" or not frame.f_code.co_filename.startswith(self._package):
+            return
+        name = self._name(frame.f_code)
+        self._all.add(name)
+        above: FrameType | None = frame
+        while above is not None:
+            if above.f_code.co_name == "read" and above.f_code.co_filename.endswith("fuse/operations.py"):
+                self._reads.setdefault(id(above), set()).add(name)
+                return
+            above = above.f_back
+
+    def _name(self, code: CodeType) -> str:
+        return f"{code.co_filename.removeprefix(self._package)}:{code.co_qualname}"
+
+
+def daemon(out: str, arguments: list[str]) -> int:
+    """Runs `ipfsfuse ARGUMENTS` under the recorder. Each signal TOGGLE begins or ends a recording."""
+    import ipfsfuse
+    from ipfsfuse.cli.main import main as run
+
+    recorder = Recorder(str(Path(ipfsfuse.__file__).parent) + os.sep, Path(out))
+    signal.signal(TOGGLE, recorder.toggle)
+    threading.setprofile(recorder)
+    sys.setprofile(recorder)
+    return run(arguments)
+
+
+def recorded(pid: int, out: Path, action: object) -> dict[str, list[object]]:
+    """What the daemon entered while `action` ran, and until nothing was under way any more."""
+    out.unlink(missing_ok=True)
+    os.kill(pid, TOGGLE)
+    time.sleep(0.2)
+    assert callable(action)
+    action()
+    time.sleep(QUIET)
+    os.kill(pid, TOGGLE)
+    wait_until(out.exists, "the recording was written")
+    found: dict[str, list[object]] = json.loads(out.read_text())
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--names", action="store_true", help="print the names of the functions too")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder, Node() as node:
+        (data := Path(folder) / "data").write_bytes(os.urandom(SIZE))
+        cid = node.cmd("add", "-Q", "--raw-leaves", "--cid-version=1", "--chunker=size-1048576", data)
+        home, out = Home(Path(folder) / "home"), Path(folder) / "calls.json"
+        code = "import sys; from scripts.benches.calls import daemon; sys.exit(daemon(sys.argv[1], sys.argv[2:]))"
+        mount = ["mount", "--foreground", "--from", node.gateway_url, str(home.mountpoint)]
+        process = subprocess.Popen([sys.executable, "-c", code, str(out), *mount], env=home.env)
+        try:
+            wait_until(home.mountpoint.is_mount, "mounted")
+            with open(home.mountpoint / cid, "rb", buffering=0) as file:
+                time.sleep(QUIET)
+                cold = recorded(process.pid, out, lambda: os.pread(file.fileno(), 4096, 0))
+                for _ in range(24):
+                    file.read(1 << 20)
+                time.sleep(QUIET)
+                ahead = recorded(process.pid, out, lambda: [file.read(1 << 20) for _ in range(16)])
+        finally:
+            process.terminate()
+            process.wait()
+    counts = {"cold": len(cold["all"]), "fetched_ahead": ahead["reads"][0] if ahead["reads"] else 0}
+    if arguments.json:
+        print(json.dumps({**counts, "cold_functions": cold["all"]}, indent=2))
+        return 0
+    print(f"a cold READ from a gateway enters {counts['cold']} functions, one fetched ahead {counts['fetched_ahead']}")
+    if arguments.names:
+        print("\n".join(map(str, cold["all"])))
+    return 0

@@ -1,0 +1,197 @@
+"""Which leaves hold a range of a file, at which cost, and what happens where nodes lie."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipfsfuse.dag import file_layout, leaves
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.dagpb import Link
+from ipfsfuse.dag.nodes import Child, File, Leaf
+from ipfsfuse.errors import Malformed, NotALeaf
+from tests.dag.blocks import Blocks, chunks_of, cid_of, identity, pseudo_random
+from tests.dag.reading import file, read, read_range
+
+MIB = 1 << 20
+
+
+def test_a_file_in_one_block_is_its_own_leaf() -> None:
+    heap = Blocks()
+    for raw in (True, False):
+        root = file(heap, heap.leaf(b"abc", raw))
+        assert heap.drive(file_layout.leaves(root, 0, 3)) == [Leaf(root.cid, 0, 3)]
+        assert heap.drive(file_layout.leaves(root, 3, 1)) == []
+        assert heap.drive(file_layout.leaves(root, -5, 5)) == []
+    assert heap.drive(file_layout.leaves(file(heap, heap.leaf(b"")), 0, 10)) == []
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_balanced_file_costs_each_leaf_once_and_each_node_above_it_once(raw: bool) -> None:
+    heap = Blocks()
+    data = pseudo_random(23 * MIB + 5)
+    cid = heap.balanced(chunks_of(data, MIB), 5, raw)  # three levels, the last branch with one leaf alone
+    root = file(heap, cid)
+    for offset, size in [(0, 1), (7 * MIB - 1, 2), (23 * MIB + 2, 100), (11 * MIB, 3 * MIB)]:
+        heap.asked.clear()
+        assert read(heap, root, offset, size) == data[offset : offset + size]
+        assert len(set(heap.fetched)) == len(heap.fetched) or not raw
+    heap.asked.clear()
+    assert read(heap, root, 0, len(data)) == data
+    assert sorted(heap.fetched) == sorted(set(heap.fetched))
+    assert len(heap.fetched) == 24 + 5  # leaves, and nodes below the root
+
+
+def test_nodes_of_one_level_are_fetched_side_by_side() -> None:
+    heap = Blocks()
+    data = pseudo_random(24 * MIB)
+    root = file(heap, heap.balanced(chunks_of(data, MIB), 6, True))
+    found = heap.drive(file_layout.leaves(root, 0, root.size))
+    assert [leaf.offset for leaf in found] == [index * MIB for index in range(24)]
+    assert [len(batch) for batch in heap.asked] == [4]
+
+
+def test_tiny_chunks_are_read_after_one_wrong_guess() -> None:
+    heap = Blocks()
+    data = pseudo_random(5000)
+    root = file(heap, heap.balanced(chunks_of(data, 10), 7, False))
+    assert read(heap, root, 0, 5000) == data
+    assert read(heap, root, 4990, 100) == data[4990:]
+    first = heap.drive(file_layout.leaves(root, 0, 1))[0]
+    with pytest.raises(NotALeaf):
+        leaves.of(first, heap.block(first.cid))
+    assert heap.drive(file_layout.leaves(root, 0, 1, sure=True))[0].size == 10
+
+
+@given(st.data())
+def test_any_tree_reads_right_in_any_range(tree: st.DataObject) -> None:
+    heap = Blocks()
+    content = bytearray()
+
+    def grow(height: int) -> tuple[Cid, int]:
+        shape = tree.draw(st.sampled_from(["raw", "pb", "identity", "inner", "inner"] if height else ["raw", "pb", "identity"]))
+        if shape == "inner":
+            inline = pseudo_random(tree.draw(st.integers(0, 3)))
+            content.extend(inline)
+            children = [grow(height - 1) for _ in range(tree.draw(st.integers(0, 4)))]
+            return heap.file_node(children, inline), len(inline) + sum(size for _, size in children)
+        data = pseudo_random(tree.draw(st.integers(0, 6)))
+        content.extend(data)
+        return (identity(data) if shape == "identity" else heap.leaf(data, shape == "raw")), len(data)
+
+    cid, size = grow(4)
+    root = file(heap, cid)
+    assert root.size == size == len(content)
+    offset, length = tree.draw(st.integers(0, size)), tree.draw(st.integers(0, size + 1))
+    assert read_range(heap, root, offset, length, True) == content[offset : offset + length]
+    assert read(heap, root, offset, length) == content[offset : offset + length]
+
+
+def lying(heap: Blocks, child: Cid, says: int) -> File:
+    return file(heap, heap.file_node([(child, says), (heap.leaf(b"tail"), 4)]))
+
+
+def test_a_node_that_lies_about_a_child_shows_where_it_isread_range() -> None:
+    heap = Blocks()
+    inner = heap.file_node([(heap.leaf(b"abc"), 3), (heap.leaf(b"de"), 2)])
+    for child in (inner, heap.leaf(b"abcde"), heap.leaf(b"abcde", False)):
+        assert read(heap, lying(heap, child, 5), 0, 9) == b"abcdetail"
+        for says in (1, 4, 6, 2 * MIB):
+            root = lying(heap, child, says)
+            with pytest.raises(Malformed, match="parent states"):
+                read(heap, root, 0, 1)
+            assert read(heap, root, says, 4) == b"tail"  # and nothing else is hurt
+
+
+def test_a_child_that_is_no_file_is_malformed() -> None:
+    heap = Blocks()
+    root = lying(heap, heap.directory([Link(heap.leaf(b"x"), b"n", 1)]), 3 * MIB)
+    with pytest.raises(Malformed, match="not a file node"):
+        read(heap, root, 0, 1)
+
+
+def test_a_file_of_2_to_the_62_bytes_costs_what_isread_range() -> None:
+    heap = Blocks()
+    node, size = heap.leaf(pseudo_random(MIB)), MIB
+    while size < 1 << 62:
+        node, size = heap.file_node([(node, size)] * 2), size * 2
+    root = file(heap, node)
+    assert root.size == 1 << 62
+    assert read(heap, root, (1 << 61) + 5, 10) == pseudo_random(MIB)[5:15]
+    assert len(heap.fetched) <= 43
+    lie = heap.file_node([(heap.leaf(b"x"), 1 << 62)])
+    with pytest.raises(Malformed, match="a leaf can't have"):
+        read(heap, file(heap, lie), 1 << 61, 1)
+
+
+def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None:
+    heap = Blocks()
+    node, size = heap.leaf(b"0123456789abcdef"), 16
+    for _ in range(3):
+        node, size = heap.file_node([(node, size)] * 1000), size * 1000
+    root = file(heap, node)
+    assert root.size == 16 * 10**9
+    assert read(heap, root, 16 * 10**9 - 20, 100) == b"cdef0123456789abcdef"
+    assert len(set(heap.fetched)) <= 3
+    found = heap.drive(file_layout.leaves(root, 5, root.size, sure=True))
+    assert len(found) == file_layout.LIMIT
+    assert found[0] == Leaf(found[0].cid, 0, 16)
+
+
+def test_a_file_without_a_bottom_is_malformed() -> None:
+    heap = Blocks()
+    node = heap.leaf(b"x", False)
+    for _ in range(file_layout.MAX_HEIGHT):
+        node = heap.file_node([(node, 1)])
+    assert read(heap, file(heap, node), 0, 1) == b"x"
+    root = file(heap, heap.file_node([(node, 1)]))
+    with pytest.raises(Malformed, match="levels"):
+        heap.drive(file_layout.leaves(root, 0, 1, sure=True))
+
+
+def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
+    heap = Blocks()
+    chains = []
+    for number in range(200):
+        node = heap.leaf(b"%03d" % number)
+        for _ in range(40):
+            node = heap.file_node([(node, 3)])
+        chains.append((node, 3))
+    root = file(heap, heap.file_node(chains))
+    found = heap.drive(file_layout.leaves(root, 0, 600, sure=True))
+    assert 0 < len(found) < 200
+    assert len(heap.fetched) <= 40 * file_layout.MOST_TOGETHER
+    assert read_range(heap, root, 0, 600, True) == b"".join(b"%03d" % number for number in range(200))
+
+
+def test_children_of_no_bytes_are_never_asked_for() -> None:
+    heap = Blocks()
+    nowhere = cid_of(b"nowhere")
+    root = file(heap, heap.file_node([(nowhere, 0), (heap.leaf(b"ab"), 2), (nowhere, 0), (heap.leaf(b"c"), 1), (nowhere, 0)]))
+    assert read(heap, root, 0, 3) == b"abc"
+    assert nowhere not in heap.fetched
+
+
+def test_children_of_another_codec_are_refused_as_leaves() -> None:
+    child = Child(cid_of(b"x", 0x71), 0, 1)
+    root = File(cid_of(b"r"), 1, 0, [child])
+    assert Blocks().drive(file_layout.leaves(root, 0, 1)) == [Leaf(child.cid, 0, 1)]
+
+
+def test_a_trickle_tree_reads_right() -> None:
+    """Leaves first, then ever deeper branches, as `ipfs add --trickle` lays a file out."""
+    heap = Blocks()
+    data = pseudo_random(9 * MIB + 17)
+    pieces = chunks_of(data, MIB // 2)
+
+    def branch(depth: int) -> tuple[Cid, int]:
+        children = [(heap.leaf(piece, False), len(piece)) for piece in [pieces.pop(0) for _ in range(min(3, len(pieces)))]]
+        for level in range(depth):
+            children.extend(branch(level) for _ in range(2) if pieces)
+        return heap.file_node(children), sum(size for _, size in children)
+
+    cid, size = branch(4)
+    assert not pieces
+    assert size == len(data)
+    root = file(heap, cid)
+    for offset in range(0, len(data), MIB - 1):
+        assert read(heap, root, offset, MIB) == data[offset : offset + MIB]

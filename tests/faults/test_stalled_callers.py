@@ -1,0 +1,172 @@
+"""Many callers that wait for what nobody has, and one that reads what is there: through a real mount.
+
+IPFSFUSE_STALLED=5000 makes it a larger crowd."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from tests.dag.blocks import Blocks
+from tests.dagging import Dag
+from tests.faults.gateway import Gateway
+from tests.mounting import NOBODY, Home, command_of, wait_until
+
+STALLED = int(os.environ.get("IPFSFUSE_STALLED", "600"))
+DEADLINE = 8 if STALLED <= 1000 else 20
+"""Seconds: enough for a crowd to have begun, and be waiting, on a shared machine."""
+FILES = 10
+BEFORE = 40
+"""Other requests that may begin between a read and its own: a few take their turns all the time."""
+CROWD = """
+import json, os, sys, threading, time
+root, count = sys.argv[1], int(sys.argv[2])
+threading.stack_size(64 << 10)
+took = []
+def ask(number):
+    began = time.monotonic()
+    try:
+        os.stat(f"{root}/s{number:04}")
+        took.append(-1.0)
+    except OSError:
+        took.append(time.monotonic() - began)
+threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
+for thread in threads:
+    thread.start()
+print("begun", flush=True)
+for thread in threads:
+    thread.join()
+print(json.dumps(took))
+"""
+
+
+class Timed(Gateway):
+    """Answers after `seconds`, and notes when it was asked for what."""
+
+    seconds = 0.0
+
+    def __init__(self, blocks: dict[bytes, bytes]) -> None:
+        super().__init__(blocks)
+        self.asked_at: dict[str, float] = {}
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.partition("?")[0].removeprefix("/ipfs/")
+        self.asked_at.setdefault(name, time.monotonic())
+        if name not in self.stalled:
+            time.sleep(self.seconds)
+        super()._answer(request)
+
+
+@contextmanager
+def crowd(root: Path, count: int, user: int | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """So many threads of one process that each look up a name below `root` that stalls."""
+    command = [
+        *(command_of(user) if user is not None else []),
+        sys.executable,
+        "-c",
+        CROWD,
+        str(root),
+        str(count),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "begun\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "user"), [(0.4, None), (0.0, NOBODY)], ids=["slow", "another user's, fast"]
+)
+def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_that_stalls(
+    home: Home, seconds: float, user: int | None
+) -> None:
+    if user is not None and os.getuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    dag = Dag()
+    entries = {b"s%04d" % n: (dag.block(b"s%04d" % n), 5) for n in range(STALLED)}
+    stalled = {cids.text(cid) for cid, _size in entries.values()}
+    good = {b"good%d" % n: (dag.block(os.urandom(100)), 100) for n in range(FILES)}
+    root = dag.directory(entries | good)
+    gateway = Timed(dag.blocks)
+    gateway.stalled, gateway.seconds = stalled, seconds
+    with (
+        gateway.serving(),
+        home.mounted("--from", gateway.url, "--deadline", f"{DEADLINE}s", "--allow-other") as mount,
+    ):
+        folder = mount.path / cids.text(root)
+        os.stat(folder)
+        with crowd(folder, STALLED, user) as process:
+            began = time.monotonic()
+            wait_until(lambda: all_wait(mount.status()["sources"][0]), "they all wait")
+            arrival = time.monotonic() - began
+            for name, (cid, _size) in good.items():
+                others = len(gateway.asked_at)
+                assert len((folder / name.decode()).read_bytes()) == 100
+                assert list(gateway.asked_at).index(cids.text(cid)) - others <= BEFORE
+            told = mount.status()["sources"][0]
+            assert told["in_flight"] <= told["most_per_caller"] < told["most_in_flight"]
+            assert process.poll() is None, "all of that while they wait"
+            out, _err = process.communicate(timeout=DEADLINE + 60)
+    took = json.loads(out)
+    assert len(took) == STALLED
+    assert min(took) > DEADLINE / 2, "none was there"
+    assert max(took) <= DEADLINE + 1 + 2 * arrival, (
+        "they come and go together, on a machine that others use too"
+    )
+
+
+def all_wait(source: dict[str, Any]) -> bool:
+    return int(source["in_flight"]) + int(source["waiting"]) >= STALLED
+
+
+def test_a_call_ends_with_its_deadline_however_many_blocks_it_waits_for(home: Home) -> None:
+    heap = Blocks()
+    names = [b"name %d" % number for number in range(1000)]
+    root = heap.trie(names, width=8)
+    gateway = Timed(heap.by_hash)
+    gateway.seconds = 2.0
+    with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", "3s") as mount:
+        folder = mount.path / cids.text(root)
+        os.stat(folder)
+        asked, began = len(gateway.asked_at), time.monotonic()
+        with pytest.raises(TimeoutError):
+            os.stat(folder / "name 7")
+        assert 2.5 < time.monotonic() - began < 5.5, (
+            "not as long as three blocks take that come one after the other"
+        )
+        assert 1 <= len(gateway.asked_at) - asked <= 2
+        wait_until(
+            lambda: os.path.exists(folder / "name 7"),
+            "what came is kept, and the next call goes on from there",
+        )
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_what_a_user_reads_is_on_that_users_account(home: Home) -> None:
+    dag = Dag()
+    leaves = [bytes([number]) * (1 << 20) for number in range(6)]
+    entries = {name: (dag.file(leaves[at : at + 3]), 3 << 20) for name, at in ((b"roots", 0), (b"others", 3))}
+    root = dag.directory(entries)
+    gateway = Gateway(dag.blocks)
+    with gateway.serving(), home.mounted("--from", gateway.url, "--allow-other") as mount:
+        assert len((mount.path / cids.text(root) / "roots").read_bytes()) == 3 << 20
+        others = str(mount.path / cids.text(root) / "others")
+        subprocess.run([*command_of(NOBODY), "cat", others], check=True, stdout=subprocess.DEVNULL)
+        wait_until(lambda: mount.status()["cache"]["used"] > 6 << 20, "all of it is staged")
+        accounts = mount.status()["cache"]["callers"]
+        assert accounts.keys() == {"0", str(NOBODY)}
+        assert all(3 << 20 <= size < 4 << 20 for size in accounts.values())

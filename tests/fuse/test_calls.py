@@ -1,0 +1,48 @@
+"""What surrounds each call of the kernel: who made it, until when it is answered, and what it may fail with."""
+
+import errno
+
+import pyfuse3
+import pytest
+import trio
+from trio.testing import MockClock
+
+from ipfsfuse.errors import NotFound
+from ipfsfuse.fuse.operations import GRACE, Operations
+from ipfsfuse.sources.base import current_request
+
+
+def operations(deadline: float) -> Operations:
+    """Without a mount: nothing else of it is used here."""
+    made = Operations.__new__(Operations)
+    made._deadline = deadline
+    return made
+
+
+def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadline() -> None:
+    async def main() -> None:
+        with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000):
+            await trio.sleep_forever()
+        assert raised.value.errno == errno.ETIMEDOUT
+        assert trio.current_time() == pytest.approx(3 + GRACE)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_call_knows_who_made_it_and_its_deadline_and_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        await trio.sleep(5)
+        before = current_request()
+        with operations(3)._call(1000):
+            asked = current_request()
+            assert (asked.caller, asked.deadline) == (1000, trio.current_time() + 3)
+            with operations(3)._call(1001):
+                assert current_request().caller == 1001
+                assert current_request().number != asked.number
+        assert current_request() is before
+        with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000):
+            raise NotFound("x")
+        assert raised.value.errno == errno.ENOENT
+        assert current_request() is before
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))

@@ -1,0 +1,270 @@
+"""The pool: which source is asked when, what a wrong block does, what a stalled one does not."""
+
+import random
+
+import pytest
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import BlockTooLarge, SourceFailed, Unavailable, Unsupported, WrongBlock
+from ipfsfuse.sources.base import too_large
+from ipfsfuse.sources.pool import managed_source
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.http import Http
+from ipfsfuse.sources.web.origin import parse_origin
+from tests.sources.servers import Ask, Server, answer_well
+from tests.sources.timed import BLOCK, BLOCKS, CID, Answer, InPlace, Timed, after, fails, never, pool_of, run
+
+
+def test_sources_in_place_are_asked_before_the_network() -> None:
+    async def main() -> None:
+        far, near = Timed("far"), InPlace("near")
+        fetched = await pool_of(far, near).get(CID)
+        assert (fetched.block, fetched.source, far.asked) == (BLOCK, near, [])
+
+    run(main)
+
+
+def test_not_found_in_one_is_no_answer_from_all() -> None:
+    async def main() -> None:
+        assert (await pool_of(InPlace("a", blocks={}), Timed("b", blocks={}), Timed("c")).get(CID)).source.name == "c"
+
+    run(main)
+
+
+def test_what_is_nowhere_in_place_is_unavailable_at_once() -> None:
+    async def main() -> None:
+        start = trio.current_time()
+        for pool in (pool_of(InPlace("a", blocks={})), pool_of(InPlace("a", blocks={}), Timed("node", blocks={}), offline=True), pool_of()):
+            with pytest.raises(Unavailable, match="no source has"):
+                await pool.get(CID)
+            assert trio.current_time() == start
+
+    run(main)
+
+
+def test_identity_cids_ask_nobody_and_bad_hashes_neither() -> None:
+    async def main() -> None:
+        source = Timed("a")
+        fetched = await pool_of(source).get(cids.make(cids.RAW, b"\x00\x05hello"))
+        assert (fetched.block, fetched.source.in_place) == (b"hello", True)
+        with pytest.raises(Unsupported):
+            await pool_of(source).get(cids.make(cids.RAW, b"\xd5\x01\x10" + bytes(16)))
+        assert source.asked == []
+
+    run(main)
+
+
+def test_keeps_trying_while_a_source_may_still_give_it() -> None:
+    async def main() -> None:
+        source = Timed("node", blocks={})
+
+        async def appears() -> None:
+            await trio.sleep(10)
+            source.blocks = BLOCKS
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(appears)
+            assert (await pool_of(source).get(CID)).block == BLOCK
+        assert 4 <= len(source.asked) <= 10  # with pauses that grow
+
+    run(main)
+
+
+def test_a_dead_source_rests_and_is_tried_again() -> None:
+    async def main() -> None:
+        dead, good = Timed("dead", fails), Timed("good")
+        pool = pool_of(dead, good)
+        for cid in BLOCKS:
+            assert (await pool.get(cid)).source is good
+        assert len(dead.asked) == 3
+        state = pool.statistics()[0]
+        assert (state.state, state.why, state.failures) == ("open", "it is down", {"connect": 3})
+        await trio.sleep(1)
+        assert (await pool.get(CID)).source is good
+        assert (len(dead.asked), pool.statistics()[0].state) == (4, "open")  # one request found out, and it rests longer
+        dead.answer = None
+        await trio.sleep(2)
+        assert (await pool.get(CID)).source is dead
+        assert pool.statistics()[0].state == "good"
+
+    run(main)
+
+
+async def refuses(cid: Cid) -> bytes:
+    raise too_large("it", cid, 3 << 20)
+
+
+@pytest.mark.logs("as a block of 3,145,728 bytes")
+def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        for sources in (
+            [InPlace("a", refuses)],
+            [Timed("a", refuses)],
+            [Timed("a", refuses), Timed("b", blocks={}), Timed("c", fails)],
+            [Timed("b", blocks={}), Timed("c", fails), Timed("a", refuses)],
+            [InPlace("a", refuses), Timed("b", blocks={})],
+        ):
+            start = trio.current_time()
+            caplog.clear()
+            pool = pool_of(*sources)
+            for _ in range(2):
+                with pytest.raises(BlockTooLarge, match=cids.text(CID)):
+                    await pool.get(CID)
+            assert trio.current_time() - start < 2
+            assert len(caplog.records) == 1
+            assert all(told.state in ("good", "open") and not told.wrong for told in pool.statistics())
+
+    run(main)
+
+
+@pytest.mark.logs("as a block of 3,145,728 bytes")
+def test_who_says_that_a_block_is_too_large_spoils_no_other_source() -> None:
+    async def main() -> None:
+        assert (await pool_of(InPlace("a", refuses), Timed("good")).get(CID)).block == BLOCK
+        assert (await pool_of(Timed("a", refuses), Timed("b", blocks={}), Timed("good", after(2.0))).get(CID)).block == BLOCK
+        start = trio.current_time()
+        with pytest.raises(BlockTooLarge):
+            await pool_of(Timed("a", refuses), Timed("stalls", never)).get(CID)
+        assert trio.current_time() - start == pool_of(Timed("a"), Timed("b")).patience, "a source that stalls has so long to show that it was a lie"
+
+    run(main)
+
+
+def test_retry_after_is_heeded() -> None:
+    async def main() -> None:
+        async def busy(_cid: Cid) -> bytes:
+            raise SourceFailed("busy", "busy", retry_after=100)
+def busy_for(seconds: float) -> Answer:
+    async def answer(_cid: Cid) -> bytes:
+        raise SourceFailed("busy", "busy", retry_after=seconds)
+
+    return answer
+
+
+def test_retry_after_is_heeded_where_another_source_may_be_asked() -> None:
+    async def main() -> None:
+        busy, other = Timed("busy", busy_for(100)), Timed("other", blocks={})
+        with trio.move_on_after(99):
+            await pool_of(busy, other).get(CID)
+        assert len(busy.asked) == 1
+        assert len(other.asked) > 10
+
+    run(main)
+
+
+def test_a_retry_after_of_the_last_source_does_not_outlast_the_deadline() -> None:
+    async def main() -> None:
+        for deadline in (30, 2):
+            source = Timed("busy", busy_for(1e300))
+            with trio.move_on_after(deadline) as scope:
+                await pool_of(source, deadline=deadline).get(CID)
+            assert scope.cancelled_caught
+            assert 3 <= len(source.asked) <= 4
+
+    run(main)
+
+
+def test_a_slow_source_is_hedged_within_its_budget() -> None:
+    async def main() -> None:
+        slow, chance = set(list(BLOCKS)[40::25]), random.Random(5)
+
+        async def answer(cid: Cid) -> bytes:
+            await trio.sleep(2 if cid in slow else chance.uniform(0.05, 0.15))
+            return BLOCKS[cid]
+
+        first, second = Timed("first", answer), Timed("second", after(0.05))
+        pool = pool_of(first, second)
+        took = {}
+        for cid in BLOCKS:
+            start = trio.current_time()
+            assert (await pool.get(cid)).block == BLOCKS[cid]
+            took[cid] = trio.current_time() - start
+        assert sum(took[cid] < 0.25 for cid in slow) >= 3  # asked elsewhere once the 95th percentile was over
+        assert max(took.values()) < 2.1
+        assert len(second.asked) == pool.statistics()[1].hedges <= 0.05 * len(BLOCKS) + 1
+        assert first.cancelled >= sum(took[cid] < 0.25 for cid in slow)  # whoever is slower is let go
+
+    run(main)
+
+
+def test_a_stalled_source_holds_nobody_up_whatever_the_budget() -> None:
+    async def main() -> None:
+        stalled, good = Timed("stalled", never), Timed("good")
+        pool = pool_of(stalled, good)
+        for cid in list(BLOCKS)[:20]:
+            start = trio.current_time()
+            assert (await pool.get(cid)).source is good
+            assert trio.current_time() - start <= 3.1
+
+    run(main)
+
+
+def test_cancelling_the_reader_cancels_every_request() -> None:
+    async def main() -> None:
+        one, two = Timed("one", never), Timed("two", never)
+        with trio.move_on_after(10):
+            await pool_of(one, two).get(CID)
+        assert (one.cancelled, two.cancelled) == (1, 1)
+
+    run(main)
+
+
+def test_five_thousand_stalled_calls_delay_no_other_by_ten_milliseconds() -> None:
+    async def main() -> None:
+        chance = random.Random(4)
+        stalled_cids = [cids.make(cids.RAW, b"\x12\x20" + chance.randbytes(32)) for _ in range(5000)]
+
+        async def answer(cid: Cid) -> bytes:
+            return BLOCKS[cid] if cid in BLOCKS else await never(cid)
+
+        source = Timed("node", answer)
+        pool = pool_of(source)
+        async with trio.open_nursery() as nursery:
+            for cid in stalled_cids:
+                nursery.start_soon(pool.get, cid)
+            await trio.sleep(60)
+            for cid in BLOCKS:
+                start = trio.current_time()
+                assert (await pool.get(cid)).block == BLOCKS[cid]
+                assert trio.current_time() - start <= 0.0101
+            assert len(source.asked) - len(BLOCKS) - source.cancelled <= managed_source.RUNNING + managed_source.LATE
+            assert source.cancelled > 1000  # the others had their turns
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+@pytest.mark.logs("gateway-0 sent wrong bytes for .* and is not asked for 10 minutes", "and is not asked for 20 minutes", "has wrong bytes for")
+def test_a_wrong_block_sets_a_remote_gateway_aside_while_another_is_left() -> None:
+    lying = [True]
+
+    def lie(ask: Ask) -> None:
+        ask.send(200, b"rubbish") if lying[0] else answer_well(ask)
+
+    async def main() -> None:
+        with Server(BLOCKS, lie) as bad, Server(BLOCKS) as good:
+            sources = [Gateway(Http(parse_origin(server.url)), f"gateway-{index}") for index, server in enumerate([bad, good])]
+            pool = SourcePool(sources)
+            for cid in [*BLOCKS][:5]:
+                assert (await pool.get(cid)).source is sources[1]
+            assert len(bad.asked) == 1
+            assert (pool.statistics()[0].state, pool.statistics()[0].wrong) == ("quarantined", 1)
+            await pool.aclose()
+
+    trio.run(main)
+
+
+@pytest.mark.logs("library has wrong bytes for .*: add its content again")
+def test_a_wrong_block_in_place_costs_that_block_alone_and_says_how_to_repair_it() -> None:
+    async def main() -> None:
+        library, far = InPlace("library", blocks=BLOCKS | {CID: b"rot"}), Timed("far")
+        pool = pool_of(library, far)
+        assert (await pool.get(CID)).source is far
+        assert (await pool.get(list(BLOCKS)[1])).source is library
+        with pytest.raises(WrongBlock):
+            await pool_of(library).get(CID)
+
+    run(main)

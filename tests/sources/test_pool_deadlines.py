@@ -1,0 +1,226 @@
+"""What the deadline of callers means for the sources: none that stalls, rests or is busy may use it up for
+the others."""
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import SourceFailed
+from ipfsfuse.sources.base import Block, Source, Subtree
+from tests.sources.content import sample, trees
+from tests.sources.timed import BLOCKS, CID, InPlace, Takes, Timed, after, fails, never, pool_of, run
+
+DEADLINES = [0.3, 1.0, 3.0, 30.0]
+TREE = trees()["hamt"]
+FILE = sample(9, count=6, size=5000)  # hashed without a thread: this clock does not wait for those
+
+
+@pytest.mark.parametrize("deadline", DEADLINES)
+@pytest.mark.parametrize("stalled", [1, 2, 5])
+def test_sources_that_stall_leave_a_good_one_behind_them_its_time(deadline: float, stalled: int) -> None:
+    async def main() -> None:
+        sources = [Timed(f"stalled {number}", never) for number in range(stalled)]
+        pool = pool_of(*sources, Timed("good", after(deadline / 10)), deadline=deadline)
+        for cid in list(BLOCKS)[:20]:
+            with trio.fail_after(deadline):
+                assert (await pool.get(cid)).source.name == "good"
+
+    run(main)
+
+
+@pytest.mark.parametrize("deadline", DEADLINES)
+def test_one_that_has_become_slow_is_not_waited_for_as_long_as_it_takes(deadline: float) -> None:
+    async def main() -> None:
+        first, good = Timed("first", never), Timed("good")
+        pool = pool_of(first, good, deadline=deadline)
+        for _ in range(40):
+            pool.network()[0].health.record_success(20.0, 1)
+        for cid in list(BLOCKS)[:20]:
+            with trio.fail_after(min(deadline / 2, 3.1)):
+                assert (await pool.get(cid)).source is good
+
+    run(main)
+
+
+@pytest.mark.parametrize("deadline", DEADLINES)
+def test_a_run_that_stalls_goes_on_elsewhere_within_the_deadline(deadline: float) -> None:
+    async def main() -> None:
+        async def some(cid: Cid) -> bytes:
+            return FILE.blocks[cid] if cid == FILE.leaves[0].cid else await never(cid)
+
+        pool = pool_of(Timed("stalls", some), Timed("good", blocks=FILE.blocks), deadline=deadline)
+        got: dict[int, Block] = {}
+
+        async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+            got.update((index + at, block) for at, block in enumerate(blocks))
+
+        with trio.fail_after(deadline / 2):
+            await pool.stream(FILE.run, deliver)
+        assert got == FILE.expected
+
+    run(main)
+
+
+@pytest.mark.parametrize("deadline", DEADLINES)
+def test_a_run_at_the_only_source_is_broken_off_in_half_of_the_deadline(deadline: float) -> None:
+    async def main() -> None:
+        stuck = [True]
+
+        async def answer(cid: Cid) -> bytes:
+            if stuck[0]:
+                stuck[0] = False
+                await trio.sleep_forever()
+            return FILE.blocks[cid]
+
+        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
+            pass
+
+        with trio.fail_after(deadline * 0.6):
+            await pool_of(Timed("one", answer), deadline=deadline).stream(FILE.run, deliver)
+
+    run(main)
+
+
+@pytest.mark.parametrize("deadline", DEADLINES)
+def test_a_directory_that_does_not_begin_is_given_up_in_a_third_of_the_deadline(deadline: float) -> None:
+    async def main() -> None:
+        pool = pool_of(Timed("stalls", never, blocks=TREE.blocks), deadline=deadline)
+        for _ in range(40):
+            pool.network()[0].health.record_success(20.0, 1)
+        start = trio.current_time()
+        await pool.subtree(Subtree(TREE.root, True, 1 << 20), Takes())
+        assert trio.current_time() - start <= deadline / 3 + 0.07
+
+    run(main)
+
+
+@pytest.mark.parametrize("deadline", [1.0, 30.0])
+def test_a_block_that_appears_at_the_only_source_late_in_the_deadline_is_found(deadline: float) -> None:
+    async def main() -> None:
+        source = Timed("node", blocks={})
+
+        async def appears() -> None:
+            await trio.sleep(deadline * 0.6)
+            source.blocks = BLOCKS
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(appears)
+            with trio.fail_after(deadline):
+                await pool_of(source, deadline=deadline).get(CID)
+
+    run(main)
+
+
+# -- a source that is busy ------------------------------------------------------------------------------------------
+
+
+class OneAtATime(Timed):
+    """Answers 429 where it is asked for more at a time, as Kubo with Gateway.MaxConcurrentRequests: 1."""
+
+    running = 0
+    refused = 0
+
+    async def get(self, cid: Cid) -> bytes:
+        if self.running:
+            self.refused += 1
+            raise SourceFailed("too many requests", "busy", retry_after=60)
+        self.running += 1
+        try:
+            await trio.sleep(0.01)
+            return self.block(cid)
+        finally:
+            self.running -= 1
+
+
+@pytest.mark.parametrize("readers", [2, 5, 100])
+def test_a_source_that_bears_one_request_at_a_time_serves_all_the_same(readers: int) -> None:
+    async def main() -> None:
+        source = OneAtATime("one")
+        pool = pool_of(source)
+        queue = iter(BLOCKS)
+
+        async def reader() -> None:
+            for cid in queue:
+                with trio.fail_after(30):
+                    await pool.get(cid)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(readers):
+                nursery.start_soon(reader)
+        told = pool.statistics()[0]
+        assert (told.blocks, told.state) == (len(BLOCKS), "good")
+        assert told.most_in_flight < readers + 10
+        assert source.refused <= len(BLOCKS), "it is not run against for good"
+
+    run(main)
+
+
+def test_a_run_that_asks_for_too_much_at_a_time_is_taken_leaf_by_leaf() -> None:
+    async def main() -> None:
+        class Busy(OneAtATime):
+            async def stream(self, run: object, deliver: object) -> None:
+                raise SourceFailed("too many requests", "busy", retry_after=60)
+
+        source = Busy("one", blocks=FILE.blocks)
+        pool = pool_of(source)
+        got: dict[int, Block] = {}
+
+        async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+            got.update((index + at, block) for at, block in enumerate(blocks))
+
+        with trio.fail_after(5):
+            await pool.stream(FILE.run, deliver)
+        assert got == FILE.expected
+
+    run(main)
+
+
+# -- a machine that slept ------------------------------------------------------------------------------------------
+
+
+def test_while_a_machine_sleeps_no_caller_runs_out_of_time_and_no_source_stays_aside_for_it() -> None:
+    """trio's clock stands still meanwhile, as CLOCK_MONOTONIC does: only what the machine says that it slept
+    grows."""
+
+    async def main() -> None:
+        slept = [0.0]
+        library = InPlace("library", blocks={})
+        source, other = Timed("far", fails), Timed("other", blocks={})
+        pool = pool_of(library, source, other, asleep=lambda: slept[0])
+        for cid in list(BLOCKS)[:5]:
+            with trio.move_on_after(0.1):
+                await pool.get(cid)
+        health = pool.network()[-1].health
+        health.record_failure(trio.current_time(), "busy", "x", 600)
+        assert health.wait(trio.current_time()) == 600
+        source.answer = None
+        with trio.move_on_after(20) as scope:
+            await pool.get(CID)
+        assert scope.cancelled_caught, "it is heeded while the machine is awake"
+        slept[0] += 3600
+        with trio.fail_after(10):
+            assert (await pool.get(CID)).source is source
+
+    run(main)
+
+
+def test_who_waits_while_the_machine_falls_asleep_gets_its_block_after() -> None:
+    async def main() -> None:
+        slept = [0.0]
+        source = Timed("far", fails)
+        pool = pool_of(source, Timed("other", blocks={}), asleep=lambda: slept[0])
+        pool.network()[0].health.record_failure(trio.current_time(), "busy", "x", 600)
+
+        async def sleeps() -> None:
+            await trio.sleep(5)
+            slept[0] += 3600
+            source.answer = None
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sleeps)
+            with trio.fail_after(20):
+                assert (await pool.get(CID)).source is source
+
+    run(main)

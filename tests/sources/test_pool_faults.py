@@ -1,0 +1,286 @@
+"""Whatever one source raises is that source's failure: the next one is asked in the same call, and the log
+stays short."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import pytest
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import SourceFailed, StoreFailed, Unavailable
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.pool.managed_source import FAULT, LOG_EVERY
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.web.gateway import Gateway
+from ipfsfuse.sources.web.http import Http
+from ipfsfuse.sources.web.origin import parse_origin
+from tests.sources.content import sample, trees
+from tests.sources.servers import Ask, Server
+from tests.sources.timed import BLOCKS, CID, Answer, InPlace, Takes, Timed, pool_of, run
+
+TREE = trees()["hamt"]
+FILE = sample(8, count=6)
+pytestmark = pytest.mark.logs("it counts as a failure of that source")
+
+
+def raising(make: Callable[[], BaseException]) -> Answer:
+    async def answer(_cid: Cid) -> bytes:
+        await trio.lowlevel.checkpoint()
+        raise make()
+
+    return answer
+
+
+async def in_a_nursery(_cid: Cid) -> bytes:
+    """As a source fails that does two things side by side."""
+
+    async def fail() -> None:
+        raise OverflowError("date value out of range")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail)
+        nursery.start_soon(trio.sleep_forever)
+    raise AssertionError
+
+
+async def no_bytes(_cid: Cid) -> bytes:
+    return None  # type: ignore[return-value]  # what a source must not do
+
+
+ANSWERS: dict[str, Answer] = {
+    "value": raising(lambda: ValueError("Invalid IPv6 URL")),
+    "overflow": raising(lambda: OverflowError("year 99999 is out of range")),
+    "group": raising(
+        lambda: ExceptionGroup("several", [ExceptionGroup("deeper", [KeyError("x")]), OSError(5, "x")])
+    ),
+    "nursery": in_a_nursery,
+    "no bytes": no_bytes,
+    "recursion": raising(RecursionError),
+    "memory": raising(MemoryError),
+    "closed": raising(lambda: trio.ClosedResourceError("x")),
+    "ours": raising(lambda: StoreFailed("the folder can't be read")),
+}
+
+
+class Faulty(Timed):
+    """Raises as its answers do, by whichever call; in runs and directories after two blocks."""
+
+    async def stream(self, run: Run, deliver: Deliver) -> None:
+        for index, leaf in enumerate(run.leaves[:2]):
+            await deliver(index, [FILE.blocks[leaf.cid]])
+        await self.get(run.leaves[2].cid)
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        for cid, block in list(TREE.blocks.items())[:2]:
+            await deliver([(cid, block)])
+        await self.get(CID)
+
+    def roots(self) -> Sequence[Cid]:
+        raise ValueError("roots")
+
+    async def aclose(self) -> None:
+        raise ValueError("aclose")
+
+
+@pytest.mark.parametrize("kind", list(ANSWERS))
+def test_any_exception_of_one_source_costs_no_read(kind: str) -> None:
+    async def main() -> None:
+        bad, good = Faulty("bad", ANSWERS[kind]), Timed("good")
+        pool = pool_of(bad, good)
+        start = trio.current_time()
+        for cid in list(BLOCKS)[:100]:
+            assert (await pool.get(cid)).source is good
+        assert trio.current_time() == start, "in the same call, without a wait"
+        told = pool.statistics()[0]
+        assert told.failures == {"store" if kind == "ours" else FAULT: len(bad.asked)}
+        assert (told.state, len(bad.asked)) == ("open", 3)
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ANSWERS if kind != "no bytes"])
+def test_so_it_is_in_a_run_of_leaves_and_in_a_directory(kind: str) -> None:
+    async def main() -> None:
+        pool = pool_of(Faulty("bad", ANSWERS[kind]), Timed("good", blocks=FILE.blocks | TREE.blocks))
+        got: dict[int, Block] = {}
+
+        async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+            got.update((index + at, block) for at, block in enumerate(blocks))
+
+        await pool.stream(FILE.run, deliver)
+        assert got == FILE.expected
+        takes = Takes()
+        await pool.subtree(Subtree(TREE.root, True, 1 << 20), takes)
+        assert list(takes.got) == list(TREE.blocks)[:2], "what came before is taken"
+        assert sum(pool.statistics()[0].failures.values()) == 2
+
+    run(main)
+
+
+def test_a_source_in_place_that_fails_so_keeps_no_other_from_being_asked_nor_from_being_closed() -> None:
+    async def main() -> None:
+        closed: list[str] = []
+
+        class Good(Timed):
+            def roots(self) -> Sequence[Cid]:
+                return [CID]
+
+            async def aclose(self) -> None:
+                closed.append(self.name)
+
+        class FaultyInPlace(Faulty, InPlace):
+            pass
+
+        good = Good("good", blocks=BLOCKS | TREE.blocks)
+        pool = pool_of(FaultyInPlace("bad", ANSWERS["value"]), good)
+        assert (await pool.get(CID)).source is good
+        assert pool.roots() == [CID]
+        takes = Takes()
+        await pool.subtree(Subtree(TREE.root, True, 1 << 20), takes)
+        assert takes.got
+        await pool.aclose()
+        assert closed == ["good"]
+
+    run(main)
+
+
+def test_a_source_alone_that_fails_so_is_asked_until_the_deadline_and_others_go_on() -> None:
+    async def main() -> None:
+        bad = Faulty("bad", ANSWERS["overflow"])
+        with trio.move_on_after(30) as scope:
+            await pool_of(bad).get(CID)
+        assert scope.cancelled_caught
+        assert 4 <= len(bad.asked) <= 20
+        with pytest.raises(Unavailable):
+            await pool_of(InPlace("bad", ANSWERS["overflow"])).get(CID)
+
+    run(main)
+
+
+def test_a_reader_that_goes_away_is_not_taken_for_a_fault() -> None:
+    async def main() -> None:
+        async def slow(_cid: Cid) -> bytes:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+            raise AssertionError
+
+        pool = pool_of(Timed("one", slow), Timed("two", slow))
+        for _ in range(10):
+            with trio.move_on_after(0.1) as scope:
+                await pool.get(CID)
+            assert scope.cancelled_caught
+        assert [told.failures for told in pool.statistics()] == [{}, {}]
+
+    run(main)
+
+
+def test_a_fault_beside_a_cancellation_leaves_the_cancellation() -> None:
+    async def main() -> None:
+        async def both(_cid: Cid) -> bytes:
+            async def fail_when_cancelled() -> None:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    raise ValueError("in its cleaning up")
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail_when_cancelled)
+                nursery.start_soon(trio.sleep_forever)
+            raise AssertionError
+
+        with trio.move_on_after(0.1) as scope:
+            await pool_of(Timed("one", both)).get(CID)
+        assert scope.cancelled_caught
+
+    run(main)
+
+
+def test_the_end_of_the_program_is_not_taken_for_a_fault() -> None:
+    async def main() -> None:
+        for ending in (KeyboardInterrupt, SystemExit):
+            with pytest.raises(ending):
+                await pool_of(Timed("one", raising(ending))).get(CID)
+            with pytest.RaisesGroup(ending):
+                await pool_of(
+                    Timed("one", raising(lambda: BaseExceptionGroup("x", [ending(), ValueError()])))  # noqa: B023
+                ).get(CID)
+
+    run(main)
+
+
+def test_the_takers_own_fault_is_the_callers_to_hear_whatever_the_source_makes_of_it() -> None:
+    async def main() -> None:
+        class Swallows(Timed):
+            async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+                try:
+                    await super().subtree(subtree, deliver)
+                except Exception as exc:
+                    raise SourceFailed("something is wrong", "car") from exc
+
+        class Broken(Takes):
+            async def take(self, blocks: object) -> None:
+                raise ZeroDivisionError
+
+        pool = pool_of(Swallows("one", blocks=TREE.blocks))
+        with pytest.raises(ZeroDivisionError):
+            await pool.subtree(Subtree(TREE.root, True, 1 << 20), Broken())
+        assert pool.statistics()[0].failures == {}
+
+    run(main)
+
+
+def test_the_log_names_it_in_one_line_and_not_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async def bad(cid: Cid) -> bytes:
+            raise ValueError("a header of \x1b[31m its own\n2026-01-01 a forged line " + "x" * 1000)
+
+        one, good = Timed("one", bad), Timed("good")
+        pool = pool_of(one, good)
+
+        async def read_all() -> Fetched:
+            for cid in BLOCKS:
+                fetched = await pool.get(cid)
+                await trio.sleep(LOG_EVERY / len(BLOCKS) / 2)
+            return fetched
+
+        with caplog.at_level(logging.INFO, "ipfsfuse"):
+            await read_all()
+            assert len(caplog.messages) == 1
+            assert caplog.messages[0].startswith(
+                "one: ValueError: a header of \\x1b[31m its own\\n2026-01-01 a forged"
+            )
+            assert "\n" not in caplog.messages[0]
+            assert len(caplog.messages[0]) < 400
+            assert "test_pool_faults.py:" in caplog.messages[0]
+            await trio.sleep(LOG_EVERY)
+            await read_all()
+            assert len(caplog.messages) == 2
+            assert "more such failures before" in caplog.messages[1]
+
+    run(main)
+
+
+HEADS = {
+    "location": {"status": 302, "Location": "http://[::1/x"},
+    "retry-after": {"status": 429, "Retry_After": "Fri, 31 Dec 99999 23:59:59 GMT"},
+    "retry-after in seconds": {"status": 503, "Retry_After": "9" * 400},
+}
+
+
+@pytest.mark.parametrize("kind", list(HEADS))
+def test_no_header_line_of_one_gateway_spoils_a_read_from_another(kind: str) -> None:
+    def behave(ask: Ask) -> None:
+        head = dict(HEADS[kind])
+        ask.send(int(head.pop("status")), b"", **{name: str(value) for name, value in head.items()})
+
+    async def main() -> None:
+        with Server(BLOCKS, behave) as bad, Server(BLOCKS) as good:
+            pool = SourcePool([Gateway(Http(parse_origin(server.url)), server.url) for server in (bad, good)])
+            with trio.fail_after(20):
+                for cid in list(BLOCKS)[:100]:
+                    assert (await pool.get(cid)).source.name == good.url
+            assert sum(pool.statistics()[0].failures.values()) == len(bad.asked) <= 6
+            await pool.aclose()
+
+    trio.run(main)

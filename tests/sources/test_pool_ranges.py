@@ -1,0 +1,88 @@
+"""The pool's runs: completed from whoever has the rest, broken off when they stall."""
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import SourceFailed
+from ipfsfuse.sources.base import Block, Source
+from ipfsfuse.sources.pool.pool import SourcePool
+from tests.sources.content import SampleFile, sample
+from tests.sources.timed import Timed, never, pool_of, run
+
+
+@pytest.mark.logs("gateway has wrong bytes")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
+    file = sample(8, count=6)
+    some = {leaf.cid: file.blocks[leaf.cid] for leaf in file.leaves[:3]}
+    if wrong:
+        some[file.leaves[0].cid] = b"rot"
+
+    async def main() -> None:
+        one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
+        got = await collect(pool_of(one, two), file)
+        assert {index: block for index, (block, _source) in got.items()} == file.expected
+        assert {index for index, (_block, source) in got.items() if source is one} == ({1, 2} if wrong else {0, 1, 2})
+
+    run(main)
+
+
+async def collect(pool: SourcePool, file: SampleFile) -> dict[int, tuple[Block, Source]]:
+    got: dict[int, tuple[Block, Source]] = {}
+
+    async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
+        assert got.keys().isdisjoint(range(index, index + len(blocks)))
+        got.update((index + at, (block, source)) for at, block in enumerate(blocks))
+
+    await pool.stream(file.run, deliver)
+    return got
+
+
+def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
+    file = sample(9, count=6)
+
+    async def main() -> None:
+        async def answer(cid: Cid) -> bytes:
+            return file.blocks[cid] if cid in (file.leaves[0].cid, file.leaves[1].cid) else await never(cid)
+
+        start = trio.current_time()
+        got = await collect(pool_of(Timed("stalls", answer), Timed("good", blocks=file.blocks)), file)
+        assert {index: block for index, (block, _source) in got.items()} == file.expected
+        assert trio.current_time() - start <= 4
+
+    run(main)
+
+
+def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
+    file = sample(10, count=4)
+
+    async def main() -> None:
+        source = Timed("one", blocks=file.blocks)
+        pool = pool_of(source)
+
+        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
+            await trio.sleep(100)
+
+        await pool.stream(file.run, deliver)
+        assert (len(source.asked), pool.statistics()[0].failures) == (4, {})
+
+    run(main)
+
+
+def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
+    file = sample(11, count=4)
+
+    async def main() -> None:
+        pool = pool_of(Timed("one", blocks=file.blocks))
+
+        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
+            raise SourceFailed("a reader's own", "reader")
+
+        with pytest.raises(SourceFailed, match="reader's own"):
+            await pool.stream(file.run, deliver)
+        assert pool.statistics()[0].failures == {}
+
+    run(main)

@@ -1,0 +1,158 @@
+"""Directories by one answer: which are worth it, and what is wanted of them."""
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+import trio
+
+from ipfsfuse.cache.base import Seen
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.dagpb import Link
+from ipfsfuse.dag.nodes import Node
+from ipfsfuse.sources.base import Subtree
+from ipfsfuse.vfs.handing import Handing
+from ipfsfuse.vfs.prefetch import FEW_NODES, MAX_CONTENTS, MAX_NODES, SLACK, SMALL_FILE, SubtreePrefetcher
+from tests.dag.blocks import Blocks, shard
+
+
+class Cache:
+    """Where `gather` is only noted."""
+
+    def __init__(self) -> None:
+        self.subtrees: list[Subtree] = []
+        self.wanted: list[Cid] = []
+        self.seen: Seen = lambda _cid, _block: ()
+
+    def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
+        self.subtrees.append(subtree)
+        self.wanted = list(wanted)
+        self.seen = seen
+        return trio.Event()
+
+
+class Directories(Blocks):
+    """Blocks, and a gatherer that is asked about them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = Cache()
+        self.handing = Handing()
+        self.remembered: list[Cid] = []
+        self.gatherer = SubtreePrefetcher(self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing)
+
+    def node(self, cid: Cid) -> Node:
+        return nodes.parse(cid, self.block(cid))
+
+    def contents_of(self, cid: Cid) -> bool:
+        return self.gatherer.contents_of(self.node(cid)) is not None
+
+    def come(self, cid: Cid) -> Sequence[Cid]:
+        """What is wanted besides once this block has come."""
+        return list(self.cache.seen(cid, self.block(cid)))
+
+    def of_sizes(self, *sizes: int) -> Cid:
+        """A directory whose links claim `sizes`."""
+        return self.directory([Link(self.leaf(b"%d" % place), b"%d" % place, size) for place, size in enumerate(sizes)])
+
+
+def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> None:
+    made = Directories()
+    directory = made.of_sizes(100, 200, 300)
+    assert made.contents_of(directory)
+    assert made.cache.subtrees == [Subtree(directory, True, 2 * 600 + SLACK)]
+    assert made.cache.wanted == [made.leaf(b"%d" % place) for place in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "worth"),
+    [
+        ([SMALL_FILE] * (MAX_CONTENTS // SMALL_FILE), True),
+        ([SMALL_FILE] * (MAX_CONTENTS // SMALL_FILE) + [1], False),
+        ([1, MAX_CONTENTS], False),
+        ([SMALL_FILE, SMALL_FILE], True),
+        ([SMALL_FILE, SMALL_FILE + 1], False),
+        ([SMALL_FILE, 1, SMALL_FILE + 1], True),
+        ([SMALL_FILE + 1], False),
+        ([0, 0, 0], True),
+        ([1, 1 << 62], False),
+        ([], False),
+    ],
+    ids=["as much as may be", "more", "mostly one", "small", "mostly large", "half large", "large", "nothing claimed", "absurd", "empty"],
+)
+def test_it_is_worth_it_where_small_files_are_most_and_all_of_it_is_not_too_much(sizes: list[int], worth: bool) -> None:
+    made = Directories()
+    assert made.contents_of(made.of_sizes(*sizes)) == worth
+    assert len(made.cache.subtrees) == worth
+
+
+def test_once_is_enough_and_only_directories_hold_something() -> None:
+    made = Directories()
+    directory = made.of_sizes(1, 2)
+    assert [made.contents_of(directory) for _ in range(3)] == [True, False, False]
+    assert not made.contents_of(made.leaf(b"raw"))
+    assert not made.contents_of(made.balanced([b"a", b"b"], 4, True))
+    assert len(made.cache.subtrees) == 1
+    made.gatherer.forget()
+    assert made.contents_of(directory), "what came may have left the cache"
+
+
+def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_alone() -> None:
+    made = Directories()
+    raw, large = made.leaf(b"small"), made.leaf(bytes(SMALL_FILE + 1))
+    file = made.balanced([b"one", b"two"], 4, True)
+    below = made.directory([Link(raw, b"raw", 5), Link(file, b"file", 6)])
+    hamt = made.trie([b"%d" % number for number in range(300)])
+    assert made.contents_of(made.directory([Link(cid, b"%d" % place, 9) for place, cid in enumerate((raw, large, file, below, hamt))]))
+    assert [made.come(cid) for cid in (raw, large, file)] == [[], [], []]
+    assert made.come(below) == [raw, file]
+    deeper = made.node(hamt)
+    assert isinstance(deeper, nodes.Shard)
+    assert made.come(hamt) == [link.cid for _index, link in deeper.slots]
+    assert made.remembered == [raw, large, file, below, hamt]
+    assert (made.handing.take(raw), made.handing.take(large)) == (b"small", None)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_nothing(whole: bool) -> None:
+    made = Directories()
+    hamt = made.trie([b"%d" % number for number in range(3000)])
+    if whole:
+        assert made.contents_of(made.of_sizes(1, 2))
+    else:
+        made.gatherer.nodes_of(made.node(hamt))
+        assert made.cache.subtrees
+    bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
+    for cid in bad:
+        assert made.come(cid) == []
+    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(nodes.MAX_PARSED_ON_LOOP // 200)])
+    assert len(made.block(heavy)) > nodes.MAX_PARSED_ON_LOOP
+    assert made.come(heavy) == []
+    assert made.remembered == []
+    assert made.come(hamt) != []
+
+
+def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
+    made = Directories()
+    hamt = made.trie([b"%d" % number for number in range(3000)])
+    made.gatherer.nodes_of(made.node(hamt))
+    assert made.cache.subtrees == [Subtree(hamt, False, MAX_NODES)]
+    wanted, reached = list(made.cache.wanted), set[Cid]()
+    while wanted:
+        reached.add(cid := wanted.pop())
+        wanted += made.come(cid)
+    assert {cids.multihash(cid) for cid in reached} == {*made.by_hash} - {cids.multihash(hamt), cids.multihash(made.leaf(b""))}
+    assert made.handing.take(made.leaf(b"")) is None
+
+
+@pytest.mark.parametrize("count", [FEW_NODES - 1, FEW_NODES])
+def test_a_hamt_of_few_nodes_is_asked_for_one_by_one(count: int) -> None:
+    made = Directories()
+    target = made.leaf(b"")
+    below = [made.put(shard(256, [place], [Link(target, b"%02Xname" % place, 1)])) for place in range(count)]
+    links = [Link(cid, b"%02X" % place, 1) for place, cid in enumerate(below)] + [Link(target, b"FFname", 1)]
+    made.gatherer.nodes_of(made.node(made.put(shard(256, [*range(count), 255], links))))
+    assert made.cache.wanted == (below if count >= FEW_NODES else [])
+    made.gatherer.nodes_of(made.node(made.of_sizes(*range(50))))
+    assert len(made.cache.subtrees) == (count >= FEW_NODES)
