@@ -17,12 +17,17 @@ from ipfsfuse.dag.builder import Built, Stored
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, parse
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
+from runner import receipt
 from runner.errors import ReceiptRefused
 
 RECEIPT, GUEST, STDIN, IPFS, DIRS = "receipt.json", "guest.wasm", "stdin", "ipfs", "dir"
 _PROFILE = builder.UNIXFS_V1_2025
-MAX_RECEIPT = 256 << 20
-"""Bytes of the largest receipt that is read: it names some millions of blocks."""
+MAX_BLOCK = 2 << 20
+_MAX_HEADER = 64 << 10
+_LEAF_BYTES = 64 << 10
+_SPARE = 64
+"""What `Writer` makes has leaves of 1 MiB. A file with more than _SPARE nodes and leaves beside one for each _LEAF_BYTES was
+made to take long."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -90,10 +95,12 @@ _NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well. Raises StoreFailed."""
-    part = path.with_name(f".{path.name}.part")
+    """A file that takes the place of `path` when the block ends well: only its owner can read it, for a record holds what was
+    in variables, in arguments and on standard input. Raises StoreFailed."""
+    part = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
     try:
-        with part.open("wb") as out:
+        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(file, "w+b") as out:
             yield out
         part.replace(path)
     except OSError as exc:
@@ -133,33 +140,45 @@ class Bundle:
     def __init__(self, path: Path) -> None:
         """Raises ReceiptRefused."""
         self.path = path
+        self.size = 0
+        """Bytes of the CAR file."""
         self._places: dict[bytes, Place] = {}
         try:
-            self._file = path.open("rb")
-            self._root = self._index()
+            self._file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 # closed by `close`
         except OSError as exc:
             raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
+        try:
+            self._root = self._index()
+        except OSError as exc:
+            self._file.close()
+            raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
         except (Malformed, NotACid, WrongBlock, Unsupported) as exc:
-            raise ReceiptRefused(f"{path} is no intact record of a run: {exc}") from exc
+            self._file.close()
+            raise ReceiptRefused(f"{path} is not an intact record of a run: {exc}") from exc
 
     def close(self) -> None:
         self._file.close()
 
     def _index(self) -> Cid:
+        self.size = os.fstat(self._file.fileno()).st_size
         at = car.header_length(self._file.read(9))
+        if at > _MAX_HEADER:
+            raise Malformed(f"its header has {at} bytes: a run's has fewer than 100")
         self._file.seek(0)
         roots = car.decode_header(self._file.read(at))
         if len(roots) != 1:
             raise Malformed(f"{len(roots)} roots where a run has one")
-        size = os.fstat(self._file.fileno()).st_size
-        while at < size:
+        while at < self.size:
             head = os.pread(self._file.fileno(), car.HEAD_BYTES, at)
             found = car.section(head, at=0, base=at)
-            if found.end > size:
+            if found.end > self.size:
                 raise Malformed("it is cut short")
             place = Place(found.block, found.end - found.block)
+            if place.size > MAX_BLOCK:
+                raise Malformed(f"a block of {place.size} bytes: {MAX_BLOCK} are the most")
             cids.verify(found.cid, self._at(place))
-            self._places[cids.multihash(found.cid)] = place
+            if cids.inline(found.cid) is None:
+                self._places[cids.multihash(found.cid)] = place
             at = found.end
         return roots[0]
 
@@ -204,33 +223,41 @@ class Bundle:
         """Raises ReceiptRefused."""
         node = self.node(cid)
         if not isinstance(node, File):
-            raise ReceiptRefused(f"{self.path}: {cids.text(cid)} is no file")
+            raise ReceiptRefused(f"{self.path}: {cids.text(cid)} is not a file")
         return node
 
-    def content(self, cid: Cid) -> Iterator[bytes]:
-        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused."""
+    def content(self, cid: Cid, most: int) -> Iterator[bytes]:
+        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused, for a file of more than `most` bytes too: its size is what
+        its blocks say, and a few of them can say anything."""
         file, offset = self.file(cid), 0
+        if file.size > most:
+            raise ReceiptRefused(f"{self.path}: a file in it has {file.size} bytes: {most} are the most")
+        left = _SPARE + file.size // _LEAF_BYTES
         while offset < file.size:
             try:
-                for leaf in self._leaves(file, offset):
+                found, opened = self._leaves(file, offset, left)
+                left -= opened + len(found)
+                if left < 0 or not found:
+                    raise Malformed(f"{cids.brief(cid)}: it is cut into more pieces than a record's files are")
+                for leaf in found:
                     yield bytes(leaves.of(leaf, self.block(leaf.cid)))
                     offset = leaf.offset + leaf.size
             except (Malformed, Unsupported) as exc:
                 raise ReceiptRefused(f"{self.path}: {exc}") from exc
 
-    def _leaves(self, file: File, offset: int) -> list[Leaf]:
-        """The next leaves from `offset` on; a tree without a bottom is Malformed."""
-        walk = file_layout.leaves(file, offset, file.size - offset, sure=True)
+    def _leaves(self, file: File, offset: int, most: int) -> tuple[list[Leaf], int]:
+        """The next leaves from `offset` on, and how many nodes were opened for them: little more than `most`."""
+        walk, opened = file_layout.leaves(file, offset, file.size - offset, sure=True), 0
         try:
             wanted = next(walk)
-            while True:
+            while opened <= most:
+                opened += len(wanted)
                 wanted = walk.send([self.node(each) for each in wanted])
         except StopIteration as stop:
             found: list[Leaf] = stop.value
-            return found
+            return found, opened
+        return [], opened
 
-    def whole(self, cid: Cid) -> bytes:
-        """The bytes of a receipt. Raises ReceiptRefused."""
-        if self.file(cid).size > MAX_RECEIPT:
-            raise ReceiptRefused(f"{self.path}: its receipt has {self.file(cid).size} bytes: {MAX_RECEIPT} is the most")
-        return b"".join(self.content(cid))
+    def receipt(self, cid: Cid) -> bytes:
+        """The bytes of a receipt: never more than the CAR file has. Raises ReceiptRefused."""
+        return b"".join(self.content(cid, min(receipt.MAX_BYTES, self.size)))

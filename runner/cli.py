@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
+from runner import messages, signals
 from runner import options as parsing
-from runner import signals
+from runner.errors import COULD_NOT_RUN
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The entry point. Leaves by the guest's exit code, 1 for what failed, 2 for usage; by a signal where one ended it."""
+    """The entry point. Leaves by the guest's exit code, 125 where it could not be run, 2 for usage; by a signal where one ended it."""
     signals.raise_ended()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        code = _main(sys.argv[1:] if argv is None else argv)
+        code = _main(given)
     except IpfsFuseError as exc:
-        print(f"ipfsfuse-run: {exc}", file=sys.stderr)
-        code = 2 if isinstance(exc, UsageError) else 1
+        messages.say(exc)
+        code = 2 if isinstance(exc, UsageError) else 1 if given[:1] == ["inspect"] else COULD_NOT_RUN
     except signals.Ended as exc:
         code = -exc.number
     if code < 0:

@@ -3,10 +3,11 @@
 import json
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import Any
 
-from ipfsfuse.errors import DaemonFailed, Unavailable
+from ipfsfuse.errors import DaemonFailed, MountFailed, Unavailable
 
 _ANSWER_S = 40.0
 """Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
@@ -15,19 +16,21 @@ _ANSWER_S = 40.0
 class Control:
     """Holds the mount from its making until `release`, or until this process ends in whatever way."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DaemonFailed where nobody listens at `path`."""
+    def __init__(self, folder: int, path: Path) -> None:
+        """The socket of `path`'s name in the open `folder`; `path` itself is for messages.
+
+        Raises DaemonFailed where nobody listens there, MountFailed where another user does."""
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(_ANSWER_S)
-            folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-            try:
-                self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")  # a socket's address ends after 108 bytes
-            finally:
-                os.close(folder)
+            self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")  # a socket's address ends after 108 bytes
+            user = _listener(self._socket)
         except OSError as exc:
             self._socket.close()
             raise DaemonFailed(f"no mount answers at {path}: {exc.strerror or exc}") from exc
+        if user != os.geteuid():
+            self._socket.close()
+            raise MountFailed(f"user {user} listens at {path}, not you: give --cache-dir a folder of your own")
         self._lines = self._socket.makefile("rb")
         self._hold()
 
@@ -42,7 +45,7 @@ class Control:
         try:
             self._socket.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             answer: dict[str, Any] = json.loads(self._lines.readline() or b"{}")
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             raise DaemonFailed(f"the mount's daemon did not answer {command}: {exc}") from exc
         if not answer.get("ok", False):
             answer = answer or {"error": "it is gone"}
@@ -59,3 +62,9 @@ class Control:
         self._lines.close()
         self._socket.close()
         return last
+
+
+def _listener(connected: socket.socket) -> int:
+    """The user who listens at the other end (SO_PEERCRED, unix(7))."""
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])

@@ -18,6 +18,8 @@ from runner.errors import GuestRefused
 START_NS = 946_684_800_000_000_000
 """2000-01-01T00:00:00Z, in nanoseconds since 1970."""
 STEP_NS = 1_000_000
+MAX_RANDOM = 64 << 20
+"""Bytes of random numbers that wasmtime gives at once."""
 
 _WALL_CLOCK = 0
 _OK, _FAULT = 0, 21
@@ -25,7 +27,7 @@ _OK, _FAULT = 0, 21
 _VERSIONS = range(100)
 
 
-class Chance:
+class DeterministicHost:
     """What a guest is told instead."""
 
     def __init__(self) -> None:
@@ -42,6 +44,9 @@ class Chance:
         return START_NS + self.monotonic()
 
     def random(self, length: int) -> bytes:
+        """Raises Trap, as wasmtime's own does, for more than it gives at once."""
+        if length > MAX_RANDOM:
+            raise wasmtime.Trap(f"requested len {length} exceeds limit {MAX_RANDOM}")
         self._draws += 1
         return hashlib.shake_256(b"ipfsfuse-run %d" % self._draws).digest(length)
 
@@ -54,17 +59,17 @@ class Chance:
 
 def fix_module(linker: wasmtime.Linker, modules: Sequence[str]) -> None:
     """Replaces the clock and random functions of preview 1, in a linker that allows shadowing."""
-    chance = Chance()
+    host = DeterministicHost()
 
     def clock_time_get(caller: wasmtime.Caller, clock: int, _precision: int, at: int) -> int:
-        now = chance.wall() if clock == _WALL_CLOCK else chance.monotonic()
+        now = host.wall() if clock == _WALL_CLOCK else host.monotonic()
         return _put(caller, at, 8, lambda: now.to_bytes(8, "little"))
 
     def clock_res_get(caller: wasmtime.Caller, _clock: int, at: int) -> int:
         return _put(caller, at, 8, lambda: STEP_NS.to_bytes(8, "little"))
 
     def random_get(caller: wasmtime.Caller, at: int, length: int) -> int:
-        return _put(caller, at, length & 0xFFFF_FFFF, lambda: chance.random(length & 0xFFFF_FFFF))
+        return _put(caller, at, length & 0xFFFF_FFFF, lambda: host.random(length & 0xFFFF_FFFF))
 
     i32, i64 = wasmtime.ValType.i32, wasmtime.ValType.i64
     for name in modules:
@@ -91,16 +96,16 @@ def fix_component(linker: component.Linker) -> None:
 
     Raises GuestRefused where this wasmtime names them in a way that can't be found: a run that only seems to be
     deterministic is worse than none."""
-    chance = Chance()
+    host = DeterministicHost()
     version = _host_version(linker.engine)
     with linker.root() as root:
-        for interface, functions in _replacements(chance).items():
+        for interface, functions in _replacements(host).items():
             with root.add_instance(f"{interface}@{version}") as instance:
                 for name, function in functions.items():
                     instance.add_func(name, function)
 
 
-def _replacements(chance: Chance) -> dict[str, dict[str, Callable[..., Any]]]:
+def _replacements(host: DeterministicHost) -> dict[str, dict[str, Callable[..., Any]]]:
     def datetime(nanoseconds: int) -> component.Record:
         record = component.Record()
         seconds, rest = divmod(nanoseconds, 1_000_000_000)
@@ -108,14 +113,14 @@ def _replacements(chance: Chance) -> dict[str, dict[str, Callable[..., Any]]]:
         return record
 
     return {
-        "wasi:clocks/monotonic-clock": {"now": lambda _s: chance.monotonic(), "resolution": lambda _s: STEP_NS},
-        "wasi:clocks/wall-clock": {"now": lambda _s: datetime(chance.wall()), "resolution": lambda _s: datetime(STEP_NS)},
-        "wasi:random/random": {"get-random-bytes": lambda _s, n: chance.random(n), "get-random-u64": lambda _s: chance.random_u64()},
+        "wasi:clocks/monotonic-clock": {"now": lambda _s: host.monotonic(), "resolution": lambda _s: STEP_NS},
+        "wasi:clocks/wall-clock": {"now": lambda _s: datetime(host.wall()), "resolution": lambda _s: datetime(STEP_NS)},
+        "wasi:random/random": {"get-random-bytes": lambda _s, n: host.random(n), "get-random-u64": lambda _s: host.random_u64()},
         "wasi:random/insecure": {
-            "get-insecure-random-bytes": lambda _s, n: chance.random(n),
-            "get-insecure-random-u64": lambda _s: chance.random_u64(),
+            "get-insecure-random-bytes": lambda _s, n: host.random(n),
+            "get-insecure-random-u64": lambda _s: host.random_u64(),
         },
-        "wasi:random/insecure-seed": {"insecure-seed": lambda _s: (chance.random_u64(), chance.random_u64())},
+        "wasi:random/insecure-seed": {"insecure-seed": lambda _s: (host.random_u64(), host.random_u64())},
     }
 
 

@@ -2,6 +2,9 @@
 
 from ipfsfuse.errors import IpfsFuseError
 
+COULD_NOT_RUN = 125
+"""The exit code where no guest ran, as `env`, `timeout` and docker have it. 1 is a guest's own."""
+
 
 class GuestRefused(IpfsFuseError):
     """A guest that can't be run: no such file, not WebAssembly, no entry point, an import that nobody offers."""

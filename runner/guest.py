@@ -51,6 +51,8 @@ class Settings(NamedTuple):
 
 
 HEAD_BYTES = 8
+MAX_BYTES = 256 << 20
+"""Of the largest guest."""
 
 
 def kind_of(head: bytes) -> str | None:
@@ -78,6 +80,7 @@ def one_line(error: Exception) -> str:
 
 
 def make_engine(settings: Settings) -> wasmtime.Engine:
+    """Raises GuestRefused."""
     config = wasmtime.Config()
     config.consume_fuel = settings.fuel
     if settings.max_wasm_stack is not None:
@@ -87,7 +90,10 @@ def make_engine(settings: Settings) -> wasmtime.Engine:
     if settings.deterministic:
         config.cranelift_nan_canonicalization = True
         config.wasm_relaxed_simd_deterministic = True
-    return wasmtime.Engine(config)
+    try:
+        return wasmtime.Engine(config)
+    except wasmtime.WasmtimeError as exc:
+        raise GuestRefused(f"wasmtime refuses these limits: {one_line(exc)}") from exc
 
 
 class Guest(NamedTuple):

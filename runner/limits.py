@@ -1,17 +1,22 @@
-"""What a guest may use at most: `-W name=value,...` in wasmtime's manner, parsed once into frozen numbers. Pure."""
+"""What a guest may use at most: `-W name=value,...` in wasmtime's manner, parsed once into frozen numbers. Pure.
 
-from collections.abc import Sequence
+A receipt's limits come through the same check as the command line's."""
+
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ipfsfuse.errors import UsageError
-from runner import values
+from runner import units
 
 
 class Limits(NamedTuple):
-    """None is no limit of ours. Sizes are in bytes, the time in seconds."""
+    """None is no limit of ours, or the default below. Sizes are in bytes, times in seconds."""
 
     timeout: float | None = None
-    """From the guest's first instruction, whatever it does, a read that waits included."""
+    """Of the run, from the guest's first instruction, whatever it does; a read that waits is included."""
+    compile_timeout: float | None = None
+    """Of the compilation before the run; COMPILE_TIMEOUT by default."""
     fuel: int | None = None
     """wasmtime's fuel: about one per instruction."""
     max_memory_size: int | None = None
@@ -26,6 +31,11 @@ class Limits(NamedTuple):
     max_open_files: int | None = None
     """Descriptors of the guest's process, the few that wasmtime needs included."""
     max_stdout: int | None = None
+    """Of standard output, and as much again of standard error."""
+    max_out: int | None = None
+    """By how much the writable folders together may grow; MAX_OUT by default."""
+    max_stdin: int | None = None
+    """Of standard input that a record keeps, or that a replay reads from one."""
 
     def over(self, other: "Limits") -> "Limits":
         """These limits, and where there is none here, the other's."""
@@ -34,10 +44,24 @@ class Limits(NamedTuple):
 
 NO_LIMITS = Limits()
 
+COMPILE_TIMEOUT = 300.0
+MAX_OUT = 1 << 30
 MIN_OPEN_FILES = 32
+"""wasmtime itself needs some."""
 MAX_STACK = 1 << 30
-_FUEL_MAX = (1 << 64) - 1
-_SIZES = {"max_memory_size", "max_wasm_stack", "max_stdout"}
+
+DURATIONS = frozenset({"timeout", "compile_timeout"})
+SIZES = frozenset({"max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"})
+_YEAR = 366 * 86400.0
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "timeout": (0.001, _YEAR),
+    "compile_timeout": (0.001, _YEAR),
+    "fuel": (0, (1 << 64) - 1),
+    "max_wasm_stack": (1, MAX_STACK),
+    "max_open_files": (MIN_OPEN_FILES, (1 << 31) - 1),
+}
+_ANY = (0, (1 << 63) - 1)
+"""What wasmtime's 64-bit numbers hold."""
 
 
 def parse(given: Sequence[str]) -> Limits:
@@ -47,23 +71,37 @@ def parse(given: Sequence[str]) -> Limits:
         name, _, text = item.partition("=")
         field = name.replace("-", "_")
         if field not in Limits._fields:
-            known = ", ".join(each.replace("_", "-") for each in Limits._fields)
-            raise UsageError(f"-W {item or given[0]} is no limit; there are {known}")
-        if field == "timeout":
-            found[field] = values.duration(name, text)
-        elif field in _SIZES:
-            found[field] = values.size(name, text)
+            raise UsageError(f"-W {item[:80] or given[0]} is not a limit; there are {', '.join(map(option, Limits._fields))}")
+        if field in DURATIONS:
+            found[field] = units.duration(name, text)
+        elif field in SIZES:
+            found[field] = units.size(name, text)
         else:
-            found[field] = values.count(name, text)
-    limits = Limits(**found)  # type: ignore[arg-type] # the names decide the types
-    _check(limits)
-    return limits
+            found[field] = units.count(name, text)
+    return checked(found)
 
 
-def _check(limits: Limits) -> None:
-    if limits.max_open_files is not None and limits.max_open_files < MIN_OPEN_FILES:
-        raise UsageError(f"max-open-files={limits.max_open_files} is too few: wasmtime itself needs some, give {MIN_OPEN_FILES} or more")
-    if limits.max_wasm_stack is not None and not 0 < limits.max_wasm_stack <= MAX_STACK:
-        raise UsageError(f"max-wasm-stack={limits.max_wasm_stack} is not between 1 and {MAX_STACK}")
-    if limits.fuel is not None and limits.fuel > _FUEL_MAX:
-        raise UsageError(f"fuel={limits.fuel} is more than wasmtime can count")
+def checked(numbers: Mapping[str, object]) -> Limits:
+    """The limits that these numbers are, by the names of the fields. Raises UsageError for what can't be a limit."""
+    for name, value in numbers.items():
+        if name not in Limits._fields:
+            raise UsageError(f"{name[:80]} is not a limit")
+        kinds = (int, float) if name in DURATIONS else (int,)
+        if type(value) not in kinds or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UsageError(f"{option(name)}={value!s:.80} is not a number that can be a limit")
+        low, high = _RANGES.get(name, _ANY)
+        if not low <= value <= high:
+            raise UsageError(f"{option(name)}={value_text(name, value)} is not between {value_text(name, low)} and {value_text(name, high)}")
+    return Limits(**numbers)  # type: ignore[arg-type] # checked above
+
+
+def option(name: str) -> str:
+    """The field `name` as it is written behind -W."""
+    return name.replace("_", "-")
+
+
+def value_text(name: str, value: float) -> str:
+    """`value` of the field `name`, as it is written behind -W."""
+    if name in DURATIONS:
+        return units.duration_text(value)
+    return units.size_text(int(value)) if name in SIZES else str(int(value))

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ipfsfuse
-from ipfsfuse.errors import DaemonFailed, MountFailed, UsageError
-from runner import folders
+from ipfsfuse.errors import DaemonFailed, MountFailed, StoreFailed, UsageError
+from runner import paths
 from runner.control import Control
 from runner.options import Options
 
@@ -29,17 +29,20 @@ _GONE_S = 2.0
 
 
 class Mount(NamedTuple):
-    """A mounted folder. `control` is the held connection to its daemon."""
+    """A mounted folder, checked to be ours."""
 
     mountpoint: str
+    mount_id: int
+    """The kernel's number of it."""
     control: Control
+    """The held connection to its daemon."""
     daemon: int | None = None
     """The process that serves it, where it was started for this run: it ends with the mount's last user."""
 
 
 @contextlib.contextmanager
 def mounted(options: Options) -> Iterator[Mount]:
-    """The mount for this run. Raises UsageError, MountFailed, DaemonFailed."""
+    """The mount for this run. Raises UsageError, MountFailed, DaemonFailed, StoreFailed."""
     mount = _start(options, isolated=True) if options.own_mount else _shared(options)
     try:
         yield mount
@@ -71,46 +74,136 @@ def _shared(options: Options) -> Mount:
         time.sleep(0.05)
 
 
-def _cache_folder(options: Options) -> Path:
-    """The mount's own folder in the one that is named: its lock, its socket, and who serves it lie there."""
-    default = os.path.join(folders.cache_home(), "ipfsfuse")
+# -- the cache folder of a mount that lives ----------------------------------------------------------------------
+
+_DAEMON, _LOCK, _CONTROL = "daemon.json", "lock", "control"
+_MAX_DAEMON = 64 << 10
+"""Bytes of daemon.json: a path and a few numbers."""
+
+
+def _daemon_folder(options: Options) -> Path:
+    """Where the daemon of the cache folder has its lock, its socket, and the file that says where it is mounted."""
+    default = os.path.join(paths.cache_home(), "ipfsfuse")
     return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default, "ipfsfuse-cache")
 
 
-def _is_held(options: Options) -> bool:
-    """Whether a daemon has the cache folder, be it one that only starts."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """The folder `path` as a descriptor; None where there is none. What lies in it is trusted to be the user's own: so a folder
+    that `ipfsfuse mount` refuses is refused here, too. Raises StoreFailed."""
     try:
-        with open(_cache_folder(options) / "lock", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        folder = None
+    except OSError as exc:
+        raise StoreFailed(f"the cache folder {path} can't be used: it is not a folder, or a symlink ({exc.strerror})") from exc
+    if folder is None:
+        yield None
+        return
+    try:
+        found = os.fstat(folder)
+        if found.st_uid != os.geteuid():
+            raise StoreFailed(f"the cache folder {path} belongs to another user: give --cache-dir a folder of your own")
+        if found.st_mode & 0o022:
+            raise StoreFailed(f"the cache folder {path} may be written by others: run chmod 700 {path}")
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _read(folder: int, name: str) -> int:
+    """A descriptor of the file `name` in `folder`: no symlink is followed, no pipe waited for. Raises OSError."""
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+
+
+def _is_held(options: Options) -> bool:
+    """Whether a daemon has the cache folder, be it one that only starts. Raises StoreFailed."""
+    with _opened(_daemon_folder(options)) as folder:
+        if folder is None:
+            return False
+        try:
+            with open(_read(folder, _LOCK), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
 
 def _live(options: Options) -> Mount | None:
-    folder = _cache_folder(options)
+    """Raises StoreFailed, MountFailed where what is there is not this user's, UsageError where it can't serve this run."""
+    path = _daemon_folder(options)
+    with _opened(path) as folder:
+        if folder is None:
+            return None
+        try:
+            with open(_read(folder, _DAEMON), "rb") as file:
+                mountpoint = str(json.loads(file.read(_MAX_DAEMON))["mountpoint"])
+            control = Control(folder, path / _CONTROL)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
+            return None  # none, one that is starting, or what a killed one left
     try:
-        mountpoint = json.loads((folder / "daemon.json").read_bytes())["mountpoint"]
-        control = Control(folder / "control")
-    except (OSError, ValueError, KeyError, TypeError, DaemonFailed):
-        return None  # none, one that is starting, or what a killed one left
-    if options.mount_options:
+        mount_id = _mount_id(mountpoint)
+        if mount_id is not None and options.mount_options:
+            name = options.mount_options[0].partition("=")[0]
+            raise UsageError(f"{name}: a mount of this cache folder runs without it; add --isolated, or end it by ipfsfuse unmount {mountpoint}")
+    except BaseException:
         control.release()
-        name = options.mount_options[0].partition("=")[0]
-        raise UsageError(f"{name}: a mount of this cache folder runs without it; add --isolated, or end it by ipfsfuse unmount {mountpoint}")
-    return Mount(mountpoint, control)
+        raise
+    if mount_id is None:
+        control.release()
+        return None  # one that is ending
+    return Mount(mountpoint, mount_id, control)
+
+
+def _mount_id(mountpoint: str) -> int | None:
+    """The kernel's number of the mount at `mountpoint`; None where there is none.
+
+    Raises MountFailed where it is not a mount that ipfsfuse made for this user. Asks the kernel's table alone: a mount whose
+    daemon is gone would not answer. Source: proc_pid_mountinfo(5); user_id is the owner that fusermount3 or root gave."""
+    top: list[str] | None = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split()
+            if _unescaped(fields[4]) == mountpoint:
+                top = fields  # the uppermost is the last
+    if top is None:
+        return None
+    kind, options = top[top.index("-") + 1], top[-1].split(",")
+    if kind != _TYPE or f"user_id={os.geteuid()}" not in options:
+        raise MountFailed(f"{mountpoint} is not a mount of yours by ipfsfuse, but of the type {kind}: run ipfsfuse mounts, or give --isolated")
+    return int(top[0])
+
+
+_TYPE = "fuse.ipfsfuse"
+
+
+def _unescaped(text: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+# -- a mount of this run's own -----------------------------------------------------------------------------------
 
 
 def _start(options: Options, isolated: bool) -> Mount:
     """A daemon that ends with its last user. Raises MountFailed or UsageError, in the daemon's own words."""
-    mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-")
+    mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
     # -P: a folder named ipfsfuse where the user stands is none of ours
     command = [sys.executable, "-P", "-m", "ipfsfuse", "mount", "--json", "--while-held", *_mount_options(options, isolated), mountpoint]
     try:
-        control, daemon = _parse(_ask_for_mount(command))
-        return Mount(mountpoint, Control(control), daemon)
+        path, daemon = _parse(_ask_for_mount(command))
+        with _opened(path.parent) as folder:
+            if folder is None:
+                raise MountFailed(f"the folder {path.parent} of the new mount's socket is gone")
+            control = Control(folder, path)
+        mount_id = _mount_id(mountpoint)
+        if mount_id is None:
+            control.release()
+            raise MountFailed(f"nothing is mounted at {mountpoint}, though ipfsfuse mount said so")
+        return Mount(mountpoint, mount_id, control, daemon)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(mountpoint)
@@ -128,7 +221,7 @@ def _ask_for_mount(command: Sequence[str]) -> str:
             starter.send_signal(signal.SIGINT)
             raise
     if starter.returncode != 0:
-        reason = err.strip().rpartition("\n")[2].removeprefix("ipfsfuse: ")
+        reason = f"\n{err.strip()}".rpartition("\nipfsfuse: ")[2]
         raise (UsageError if starter.returncode == 2 else MountFailed)(reason or f"ipfsfuse mount failed with exit code {starter.returncode}")
     return out
 

@@ -54,8 +54,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
-            message = f"{message.removeprefix('unrecognized arguments: ')} is no option of ipfsfuse-run; the guest's own options go behind GUEST"
+            message = f"{message.removeprefix('unrecognized arguments: ')} is not an option of ipfsfuse-run; the guest's own options go behind GUEST"
         raise UsageError(message)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Keeps names such as max-memory-size on one line."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        import textwrap
+
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _parser() -> Parser:
@@ -64,9 +73,11 @@ def _parser() -> Parser:
         prog="ipfsfuse-run",
         usage=usage,
         allow_abbrev=False,
+        formatter_class=_Formatter,
         description="Run a WASI command (core module or component, binary or text) with IPFS at /ipfs. "
         "GUEST is a file, /ipfs/CID/path, or - for standard input.",
-        epilog="Exit codes: the guest's own; 1 it could not be run; 2 usage; 124 ran out of time; 134 trapped; 137 killed.",
+        epilog="Exit codes: the guest's own; 2 usage; 124 ran out of time; 125 it could not be run; 134 trapped; 137 killed. "
+        "Of --replay: 0 the same, 3 different, 125 it could not be repeated.",
     )
     _guest_options(parser.add_argument_group("the guest"))
     _mount_options(parser.add_argument_group("the mount (--mount, or what `ipfsfuse mount` takes)"))
@@ -83,7 +94,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _limits_help() -> str:
-    return "limits: " + ", ".join(each.replace("_", "-") for each in Limits._fields)
+    return "limits: " + ", ".join(map(limiting.option, Limits._fields))
 
 
 def _mount_options(group: argparse._ArgumentGroup) -> None:
@@ -96,7 +107,7 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--offline", action="store_true")
 
 
-PASSED_ON = ("--from", "--budget", "--deadline", "--library")
+PASSED_ON = ("--from", "--budget", "--reserve", "--deadline", "--library")
 """Options of `ipfsfuse mount` with a value, passed on unread."""
 
 
@@ -168,6 +179,8 @@ def _check(options: Options) -> None:
         given = {"--isolated": options.isolated, "--allow": options.allow, "--record": options.record, "--cache-dir": options.cache_dir}
         for name in [*(each for each, value in given.items() if value), *(each.partition("=")[0] for each in options.mount_options)]:
             raise UsageError(f"--mount uses that mount as it is: {name} can't go with it")
+    if options.limits.max_stdin is not None and options.record is None:
+        raise UsageError("-W max-stdin goes with --record or --replay: another run's standard input is the guest's own")
     if options.deterministic and options.record is None:
         raise UsageError("--deterministic goes with --record")
     if options.cwd is not None and not options.cwd.startswith("/"):

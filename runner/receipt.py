@@ -1,8 +1,11 @@
 """The receipt of a run: what went in, what was read, what came out; as values and as JSON. Pure.
 
-Format 1 is one JSON object; docs/RUNNING.md names its fields. A reader refuses what is newer, and what lacks a field.
+Format 1 is one JSON object; docs/RUNNING.md names its fields. The reader is strict, because a receipt may come from
+anyone: each field has its type and its bounds, no key stands there twice, numbers are finite, and the limits pass the
+same check as the command line's. What is newer is refused.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +13,10 @@ from typing import Any, NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotACid
+from ipfsfuse.errors import NotACid, UsageError
+from runner import limits
 from runner.errors import ReceiptRefused
+from runner.guest import TRAPPED
 from runner.limits import Limits
 from runner.streams import Digest
 
@@ -19,6 +24,24 @@ FORMAT = 1
 _KIND = "ipfsfuse-run receipt"
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+MAX_BYTES = 64 << 20
+"""Of the largest receipt: it names a million blocks."""
+MAX_ARGUMENTS = 2 << 20
+"""Bytes of all arguments and variables, each with ARGUMENT_BYTES more: what Linux passes to a program (execve(2))."""
+ARGUMENT_BYTES = 9
+"""A pointer and a zero byte."""
+MAX_TEXT = 64 << 10
+MAX_DIRS = 1000
+_MAX_CID = 400
+_MAX_SECONDS = 1e9
+_MAX_ITEMS = MAX_ARGUMENTS + 500_000
+"""Commas and brackets that a receipt may hold whatever its length; beside that, one for each CID. `[],` takes 3 bytes in JSON
+and 64 in memory."""
+_CID_BYTES = 40
+
+NOT_RECORDED = frozenset({"compile_timeout", "max_stdin"})
+"""Limits that the guest can't notice."""
 
 ALWAYS_DIFFERS = ("device numbers", "the attributes of /")
 BY_CHANCE = ("clocks", "random numbers", "NaN bits")
@@ -68,7 +91,7 @@ def encode(receipt: Receipt) -> bytes:
     fields = receipt._asdict() | {
         "guest": {"cid": cids.text(receipt.guest), "name": receipt.name},
         "env": [list(each) for each in receipt.env],
-        "limits": {name: value for name, value in receipt.limits._asdict().items() if value is not None},
+        "limits": {name: value for name, value in receipt.limits._asdict().items() if value is not None and name not in NOT_RECORDED},
         "dirs": [each._asdict() | {"cid": None if each.cid is None else cids.text(each.cid)} for each in receipt.dirs],
         **{name: [cids.text(each) for each in getattr(receipt, name)] for name in ("read", "missing", "ahead")},
         **{name: getattr(receipt, name)._asdict() for name in ("stdin", "stdout", "stderr")},
@@ -79,74 +102,163 @@ def encode(receipt: Receipt) -> bytes:
 
 
 def decode(data: bytes) -> Receipt:
-    """Raises ReceiptRefused for what is no receipt, cut short, or of a newer format."""
+    """Raises ReceiptRefused for what is not a receipt, cut short, of a newer format, or out of bounds."""
+    if len(data) > MAX_BYTES or sum(map(data.count, (b",", b"[", b"{"))) > _MAX_ITEMS + len(data) // _CID_BYTES:
+        raise ReceiptRefused(f"the receipt is larger than any can be ({len(data)} bytes)")
     try:
-        fields = json.loads(data)
+        fields = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_number)
     except (ValueError, RecursionError) as exc:
-        raise ReceiptRefused(f"the receipt is no JSON, or cut short: {exc}") from exc
+        raise ReceiptRefused(f"the receipt is not JSON, or is cut short: {exc}") from exc
     if not isinstance(fields, dict) or fields.get("kind") != _KIND:
-        raise ReceiptRefused("this JSON is no receipt of ipfsfuse-run")
-    if fields.get("format") != FORMAT:
-        raise ReceiptRefused(f"the receipt has format {fields.get('format')!r}; this version reads format {FORMAT}: use a newer ipfsfuse")
+        raise ReceiptRefused("this JSON is not a receipt of ipfsfuse-run")
+    if fields.get("format") != FORMAT or type(fields.get("format")) is not int:
+        raise ReceiptRefused(f"the receipt has format {fields.get('format')!r:.40}; this version reads format {FORMAT}: use a newer ipfsfuse")
     try:
         return _receipt(fields)
     except NotACid as exc:
-        raise ReceiptRefused(f"the receipt names what is no CID: {exc}") from exc
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise ReceiptRefused(f"the receipt names what is not a CID: {exc}") from exc
+    except UsageError as exc:
+        raise ReceiptRefused(f"the receipt's limits can't be used: {exc}") from exc
+    except _Unfit as exc:
         raise ReceiptRefused(f"the receipt has no usable field {exc}") from exc
 
 
+class _Unfit(Exception):
+    """A field that is missing, or not what it must be; names it."""
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return fields
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+_FIELDS = frozenset({"kind", "format", "differs", *Receipt._fields} - {"name"})
+
+
 def _receipt(fields: Mapping[str, Any]) -> Receipt:
+    for name in sorted(_FIELDS ^ fields.keys()):
+        raise _Unfit(name[:MAX_TEXT] if name in _FIELDS else f"{name[:80]!r}: this format has no such field")
+    guest = _record(fields["guest"], "guest", {"cid", "name"})
+    _texts(fields["differs"], "differs")
+    trapped, exit_code = _flag(fields["trapped"], "trapped"), _number(fields["exit_code"], "exit_code", 255)
+    if trapped and exit_code != TRAPPED:
+        raise _Unfit(f"exit_code: a guest that trapped has {TRAPPED}")
+    argv, env = _texts(fields["argv"], "argv"), [_variable(each) for each in _list(fields["env"], "env")]
+    if not argv:
+        raise _Unfit("argv")
+    if arguments_size(argv, env) > MAX_ARGUMENTS:
+        raise _Unfit(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
+    cwd = fields["cwd"]
+    if cwd is not None and not _text(cwd, "cwd").startswith("/"):
+        raise _Unfit("cwd: it is not absolute")
     return Receipt(
-        guest=cids.parse(fields["guest"]["cid"]),
-        name=_text(fields["guest"]["name"]),
-        argv=_argv(fields["argv"]),
-        env=[(_text(name), _text(value)) for name, value in fields["env"]],
-        cwd=None if fields["cwd"] is None else _text(fields["cwd"]),
-        limits=_limits(fields["limits"]),
-        dirs=[_dir(each) for each in fields["dirs"]],
-        deterministic=bool(fields["deterministic"]),
-        versions=dict(fields["versions"]),
-        read=[cids.parse(each) for each in fields["read"]],
-        missing=[cids.parse(each) for each in fields["missing"]],
-        ahead=[cids.parse(each) for each in fields["ahead"]],
-        stdin=_digest(fields["stdin"]),
-        stdout=_digest(fields["stdout"]),
-        stderr=_digest(fields["stderr"]),
-        exit_code=int(fields["exit_code"]),
-        trapped=bool(fields["trapped"]),
-        started=_text(fields["started"]),
-        seconds=float(fields["seconds"]),
+        guest=_cid(guest["cid"], "guest"),
+        name=_text(guest["name"], "guest"),
+        argv=argv,
+        env=env,
+        cwd=cwd,
+        limits=limits.checked(_record(fields["limits"], "limits")),
+        dirs=[_dir(each) for each in _list(fields["dirs"], "dirs", MAX_DIRS)],
+        deterministic=_flag(fields["deterministic"], "deterministic"),
+        versions={_text(name, "versions"): _text(value, "versions") for name, value in _record(fields["versions"], "versions").items()},
+        read=[_cid(each, "read") for each in _list(fields["read"], "read")],
+        missing=[_cid(each, "missing") for each in _list(fields["missing"], "missing")],
+        ahead=[_cid(each, "ahead") for each in _list(fields["ahead"], "ahead")],
+        stdin=_digest(fields["stdin"], "stdin"),
+        stdout=_digest(fields["stdout"], "stdout"),
+        stderr=_digest(fields["stderr"], "stderr"),
+        exit_code=exit_code,
+        trapped=trapped,
+        started=_time(fields["started"]),
+        seconds=_seconds(fields["seconds"]),
     )
 
 
-def _argv(given: object) -> list[str]:
-    if not isinstance(given, list) or not given:
-        raise ValueError("argv")
-    return [_text(each) for each in given]
+def arguments_size(argv: Sequence[str], env: Sequence[tuple[str, str]]) -> int:
+    """What MAX_ARGUMENTS bounds."""
+    texts = [*argv, *(f"{name}={value}" for name, value in env)]
+    return sum(len(each.encode()) + ARGUMENT_BYTES for each in texts)
 
 
-def _text(given: object) -> str:
+def _record(given: object, name: str, keys: set[str] | None = None) -> dict[str, Any]:
+    if not isinstance(given, dict) or (keys is not None and given.keys() != keys):
+        raise _Unfit(name)
+    return given
+
+
+def _list(given: object, name: str, most: int = MAX_BYTES) -> list[Any]:
+    if not isinstance(given, list) or len(given) > most:
+        raise _Unfit(name)
+    return given
+
+
+def _texts(given: object, name: str) -> list[str]:
+    return [_text(each, name, MAX_ARGUMENTS) for each in _list(given, name)]
+
+
+def _text(given: object, name: str, most: int = MAX_TEXT) -> str:
     """As a guest can be given it: JSON may name half of a surrogate pair, which no text has."""
-    text = str(given)
+    if not isinstance(given, str) or len(given) > most or "\0" in given:
+        raise _Unfit(name)
     try:
-        text.encode()
+        given.encode()
     except UnicodeEncodeError as exc:
-        raise ValueError(f"{text!r}: it is no UTF-8") from exc
+        raise _Unfit(f"{name}: {given[:80]!r} is not UTF-8") from exc
+    return given
+
+
+def _variable(given: object) -> tuple[str, str]:
+    pair = _texts(given, "env")
+    if len(pair) != 2 or not pair[0] or "=" in pair[0]:
+        raise _Unfit("env")
+    return pair[0], pair[1]
+
+
+def _cid(given: object, name: str) -> Cid:
+    return cids.parse(_text(given, name, _MAX_CID))
+
+
+def _flag(given: object, name: str) -> bool:
+    if not isinstance(given, bool):
+        raise _Unfit(name)
+    return given
+
+
+def _number(given: object, name: str, most: int = (1 << 63) - 1) -> int:
+    if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= most:
+        raise _Unfit(name)
+    return given
+
+
+def _seconds(given: object) -> float:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given <= _MAX_SECONDS:
+        raise _Unfit("seconds")
+    return float(given)
+
+
+def _time(given: object) -> str:
+    text = _text(given, "started", 40)
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise _Unfit("started: it is not a time of ISO 8601") from exc
     return text
 
 
-def _dir(fields: Mapping[str, Any]) -> GivenDir:
-    return GivenDir(_text(fields["guest"]), bool(fields["writable"]), None if fields["cid"] is None else cids.parse(fields["cid"]))
+def _dir(given: object) -> GivenDir:
+    fields = _record(given, "dirs", {"guest", "writable", "cid"})
+    cid = None if fields["cid"] is None else _cid(fields["cid"], "dirs")
+    return GivenDir(_text(fields["guest"], "dirs"), _flag(fields["writable"], "dirs"), cid)
 
 
-def _limits(given: Mapping[str, Any]) -> Limits:
-    if not all(type(each) in (int, float) and each >= 0 for each in given.values()):
-        raise ValueError("limits")
-    return Limits(**given)
-
-
-def _digest(fields: Mapping[str, Any]) -> Digest:
-    if not _SHA256.fullmatch(fields["sha256"]):
-        raise ValueError("sha256")
-    return Digest(fields["sha256"], int(fields["size"]))
+def _digest(given: object, name: str) -> Digest:
+    fields = _record(given, name, {"sha256", "size"})
+    if not isinstance(fields["sha256"], str) or not _SHA256.fullmatch(fields["sha256"]):
+        raise _Unfit(name)
+    return Digest(fields["sha256"], _number(fields["size"], name))

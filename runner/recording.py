@@ -19,8 +19,8 @@ import ipfsfuse
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError, WrongBlock
-from runner import bundle, mounts, sandbox, streams, supervise
+from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError, WrongBlock
+from runner import bundle, disclosure, messages, mounts, sandbox, streams, supervise
 from runner import receipt as receipts
 from runner.bundle import Writer
 from runner.child import Plan
@@ -53,12 +53,13 @@ class _Run(NamedTuple):
 def record(options: Options) -> Outcome:
     """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves none."""
     target = _target(options)
-    with tempfile.TemporaryFile() as used, tempfile.TemporaryFile() as guest, streams.spooled_stdin() as stdin:
+    with tempfile.TemporaryFile() as used, tempfile.TemporaryFile() as guest, streams.spooled_stdin(options.limits.max_stdin) as stdin:
         # the daemon opens the file through this process, which outlives it
         told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
         with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
-            box = sandbox.build(options, mount.mountpoint)
-            plan = Plan(options.guest, mount.mountpoint, box, options.deterministic, guest.fileno())
+            disclosure.warn(options, mount)
+            box = sandbox.build(options, mount.mountpoint, mount.mount_id)
+            plan = Plan(options.guest, mount.mountpoint, box, mount.mount_id, options.deterministic, guest.fileno())
             run = _run(plan, stdin, mount.control)
             if run.outcome.refused is None and run.outcome.signal is None:
                 _write(target, options, box, run, _Material(used, guest, stdin, mount.control))
@@ -72,14 +73,19 @@ def _target(options: Options) -> Path:
         raise UsageError(f"--record {target}: name it .json for the receipt alone, .car for the receipt with all blocks")
     if target.suffix == ".car" and any(each.writable for each in options.dirs):
         raise UsageError("--record to a CAR takes --dir read-only alone (HOST::GUEST::ro): a folder that changes can't be repeated")
+    if receipts.arguments_size((options.argv0 or options.guest, *options.args), options.env) > receipts.MAX_ARGUMENTS:
+        raise UsageError(f"--record: arguments and variables of more than {receipts.MAX_ARGUMENTS} bytes can't be recorded")
     return target
 
 
 def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
-    out, err = streams.Digested(streams.carried(1)), streams.Digested(streams.carried(2))
-    bounded = streams.bounded(out, plan.box.limits.max_stdout)
+    out, err = streams.HashingSink(streams.carried(1)), streams.HashingSink(streams.carried(2))
+    bound = plan.box.limits.max_stdout
+    sinks = streams.bounded(out, bound, "standard output"), streams.bounded(err, bound, "standard error")
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    outcome = supervise.run(plan, Streams(stdin.fileno(), bounded, err), close=[control.fileno()])
+    outcome = supervise.run(plan, Streams(stdin.fileno(), *sinks), close=[control.fileno()])
+    if outcome.trap is not None:
+        err(messages.trap_text(plan.name, outcome.trap).encode())
     return _Run(outcome, out.digest(), err.digest(), started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
 
 
@@ -91,7 +97,7 @@ def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _M
         if target.suffix == ".json":
             with open(os.devnull, "wb") as nowhere:
                 receipt, _roots = _with_blocks(Writer(nowhere), receipt, material.control)
-            out.write(receipts.encode(receipt))
+            out.write(_encoded(receipt))
         else:
             _write_car(Writer(out), receipt, options, material)
 
@@ -121,6 +127,13 @@ def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> 
     )
 
 
+def _encoded(receipt: Receipt) -> bytes:
+    data = receipts.encode(receipt)
+    if len(data) > receipts.MAX_BYTES:
+        raise StoreFailed(f"the receipt names so many blocks that it has {len(data)} bytes: more than {receipts.MAX_BYTES} can't be read again")
+    return data
+
+
 def _used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
     """(read, only fetched ahead), each in the order of first use."""
     record.seek(0)
@@ -138,7 +151,7 @@ def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Ma
     given = [each._replace(cid=built.cid) for each, built in zip(receipt.dirs, dirs, strict=True)]
     material.guest.seek(0)
     children = [
-        (bundle.RECEIPT, writer.add_file(io.BytesIO(receipts.encode(receipt._replace(dirs=given))))),
+        (bundle.RECEIPT, writer.add_file(io.BytesIO(_encoded(receipt._replace(dirs=given))))),
         (bundle.GUEST, writer.add_file(material.guest)),
         (bundle.STDIN, writer.add_file(material.stdin)),
         (bundle.IPFS, writer.add_folder([(cids.text(cid), built) for cid, built in roots.items()])),
@@ -166,7 +179,8 @@ def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Re
         if cids.multihash(cid) not in below:
             roots[cid] = Built(cid, 0, len(block))
         below.update(cids.multihash(each) for each in bundle.links(cid, block))
-    return receipt._replace(read=[each for each in receipt.read if each not in missing], missing=missing), roots
+    lacking = set(missing)
+    return receipt._replace(read=[each for each in receipt.read if each not in lacking], missing=missing), roots
 
 
 def _ask(control: Control, cid: Cid) -> bytes:

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from runner import sandbox, streams, supervise
+from runner import messages, sandbox, streams, supervise
 from runner.child import Plan
 from runner.options import Options
-from runner.supervise import Outcome, Streams
+from runner.supervise import Outcome
 
 
 def run(options: Options) -> int:
@@ -22,20 +22,23 @@ def run(options: Options) -> int:
 
         outcome = recording.record(options)
     if outcome.refused is not None:
-        print(f"ipfsfuse-run: {outcome.refused}", file=sys.stderr)
+        messages.say(outcome.refused)
     return outcome.code if outcome.signal is None else -outcome.signal
 
 
 def _plainly(options: Options) -> Outcome:
     if options.mount is not None:
         return _in(os.path.abspath(options.mount), options)
-    from runner import mounts  # with what starts a daemon, 10 ms
+    from runner import disclosure, mounts  # with what starts a daemon, 10 ms
 
     with mounts.mounted(options) as mount:
-        return _in(mount.mountpoint, options, held=(mount.control.fileno(),))
+        disclosure.warn(options, mount)
+        return _in(mount.mountpoint, options, mount.mount_id, held=(mount.control.fileno(),))
 
 
-def _in(mountpoint: str, options: Options, held: Sequence[int] = ()) -> Outcome:
-    plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint))
-    bound = options.limits.max_stdout
-    return supervise.run(plan, Streams(stdout=None if bound is None else streams.bounded(streams.carried(1), bound)), close=held)
+def _in(mountpoint: str, options: Options, mount_id: int | None = None, held: Sequence[int] = ()) -> Outcome:
+    plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint, mount_id), mount_id)
+    outcome = supervise.run(plan, streams.of_guest(options.limits, any(each.writable for each in options.dirs)), close=held)
+    if outcome.trap is not None:
+        sys.stderr.write(messages.trap_text(plan.name, outcome.trap))
+    return outcome

@@ -1,15 +1,15 @@
-"""What a guest can reach: `/`, `/ipfs`, the folders given with --dir; and nothing else (no network, no variable of the host's).
+"""What a guest can reach: `/`, `/ipfs`, the folders given with --dir; no socket, and no variable of the host's.
 
 `/` is a folder that holds the other names and can't be written, so that programs which walk from the root find their
 way. It is named after what it holds and stays in the runner's cache folder: nothing is left to remove after a kill.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import posixpath
 import resource
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import wasmtime
 
 from ipfsfuse.errors import UsageError
-from runner import folders
+from runner import paths
 from runner.errors import GuestRefused
 from runner.limits import Limits
 from runner.options import Dir, Options
@@ -31,6 +31,8 @@ class Preopen(NamedTuple):
     host: str
     guest: str
     writable: bool
+    mount_id: int | None = None
+    """The kernel's number of the mount that `host` must be the top of; None for any folder."""
 
 
 class Sandbox(NamedTuple):
@@ -43,25 +45,25 @@ class Sandbox(NamedTuple):
     limits: Limits
 
 
-def build(options: Options, mountpoint: str) -> Sandbox:
-    """Raises UsageError."""
+def build(options: Options, mountpoint: str, mount_id: int | None = None) -> Sandbox:
+    """Raises UsageError, StoreFailed."""
     argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
     names = [options.cwd or "", *(each.guest for each in options.dirs)]
     for text in (*argv, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)
-    return Sandbox(argv, options.env, preopens(mountpoint, options.dirs), options.cwd, options.limits)
+    return Sandbox(argv, options.env, preopens(mountpoint, options.dirs, mount_id), options.cwd, options.limits)
 
 
 def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise UsageError(f"{text!r} is no UTF-8: WASI knows no other arguments, variables and names") from exc
+        raise UsageError(f"{text!r} is not UTF-8: WASI knows no other arguments, variables and names") from exc
 
 
-def preopens(mountpoint: str, dirs: Sequence[Dir]) -> list[Preopen]:
+def preopens(mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None) -> list[Preopen]:
     """`/`, `/ipfs` and `dirs`, in this order; nothing is opened. Raises UsageError for a guest's name that can't be."""
-    found = [Preopen(mountpoint, IPFS, writable=False)]
+    found = [Preopen(mountpoint, IPFS, writable=False, mount_id=mount_id)]
     for each in dirs:
         guest = posixpath.normpath(each.guest)
         if guest == ".." or guest.startswith("../") or "\0" in guest:
@@ -77,14 +79,14 @@ def preopens(mountpoint: str, dirs: Sequence[Dir]) -> list[Preopen]:
 def _root(names: Sequence[str]) -> Path:
     inside = sorted(each.strip("/") for each in names if each.startswith("/"))
     digest = hashlib.sha256("\0".join(inside).encode(errors="surrogateescape")).hexdigest()[:16]
-    root = folders.private("roots", digest)
+    root = paths.private("roots", digest)
     for each in inside:
-        (root / each).mkdir(parents=True, exist_ok=True)
+        paths.private("roots", digest, *filter(None, each.split("/")))
     return root
 
 
 def wasi_config(box: Sandbox) -> wasmtime.WasiConfig:
-    """For the guest's own process: the folders may be in the mount, and are opened here. Raises UsageError, GuestRefused."""
+    """For the guest's own process: the folders may be in the mount, and are opened here. Raises GuestRefused."""
     wasi = wasmtime.WasiConfig()
     wasi.argv = list(box.argv)
     env = dict(box.env)
@@ -95,11 +97,11 @@ def wasi_config(box: Sandbox) -> wasmtime.WasiConfig:
     wasi.inherit_stdout()
     wasi.inherit_stderr()
     for each in box.preopens:
-        with _folder(each.host) as path:
+        with _folder(each) as path:
             _preopen(wasi, path, each)
     if box.cwd is not None:
         base, rest = _working_folder(box.cwd, box.preopens)
-        with inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY) as path:
+        with inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id) as path:
             _preopen(wasi, path, Preopen(box.cwd, ".", base.writable))
     return wasi
 
@@ -112,20 +114,29 @@ def _preopen(wasi: wasmtime.WasiConfig, path: str, each: Preopen) -> None:
 
 
 _LOOK = os.O_PATH | os.O_CLOEXEC
-_NAMED_WRONG = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
-def _folder(host: str) -> Iterator[str]:
+def _folder(each: Preopen) -> Iterator[str]:
     try:
-        folder = os.open(host, _LOOK | os.O_DIRECTORY)
+        folder = os.open(each.host, _LOOK | os.O_DIRECTORY)
     except OSError as exc:
-        failure = UsageError if exc.errno in _NAMED_WRONG else GuestRefused
-        raise failure(f"the folder {host} can't be opened for the guest: {exc.strerror}") from exc
+        raise GuestRefused(f"the folder {each.host} can't be opened for the guest: {exc.strerror}") from exc
     try:
+        _check_mount(folder, each.mount_id, each.host)
         yield _path(folder)
     finally:
         os.close(folder)
+
+
+def _check_mount(file: int, mount_id: int | None, path: str) -> None:
+    """Raises GuestRefused unless the open `file` is in the mount of that number: the kernel knows, without asking its daemon."""
+    if mount_id is None:
+        return
+    with open(f"/proc/self/fdinfo/{file}", encoding="ascii") as lines:
+        found = next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), None)
+    if found != mount_id:
+        raise GuestRefused(f"{path} is not the mount any more that was found there: run it again")
 
 
 def _path(file: int) -> str:
@@ -148,12 +159,14 @@ def _below(path: str, folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def inside(base: str, rest: str, name: str, flags: int = 0) -> Iterator[str]:
+def inside(base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None) -> Iterator[str]:
     """A path of the file that `rest` leads to below `base`, out of which no symlink can lead. Raises GuestRefused.
 
     What is opened is looked at only then: whoever may write below `base` could put a symlink behind any look before."""
     with contextlib.ExitStack() as stack:
         top, file = (_opened(path, name, more, stack) for path, more in ((base, 0), (os.path.join(base, rest), flags)))
+        for each in (top, file):
+            _check_mount(each, mount_id, base)
         if not _below(os.readlink(_path(file)), os.readlink(_path(top))):
             raise GuestRefused(f"{name} leads out of {base}")
         yield _path(file)
@@ -168,9 +181,20 @@ def _opened(path: str, name: str, flags: int, stack: contextlib.ExitStack) -> in
     return file
 
 
-def limit_process(limits: Limits) -> None:
-    """What wasmtime can't limit: the descriptors of this process, which is the guest's alone."""
+def limit_process(limits: Limits, file_size: int | None = None, data: int | None = None) -> None:
+    """What wasmtime can't limit: this process, which is the guest's alone. A write beyond `file_size` bytes in a file kills it
+    by SIGXFSZ, which Python ignores; memory beyond `data` bytes is refused to all memories together."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.max_open_files is not None:
-        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = limits.max_open_files if hard == resource.RLIM_INFINITY else min(limits.max_open_files, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+        _lower(resource.RLIMIT_NOFILE, limits.max_open_files)
+    if data is not None:
+        _lower(resource.RLIMIT_DATA, data)
+    if file_size is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        _lower(resource.RLIMIT_FSIZE, file_size)
+
+
+def _lower(limit: int, wanted: int) -> None:
+    _soft, hard = resource.getrlimit(limit)
+    value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(limit, (value, value))

@@ -12,20 +12,27 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from runner import child, signals
+from runner import child, growth, limits, messages, signals
 from runner.child import Plan, Reports
+from runner.errors import COULD_NOT_RUN
+from runner.growth import Growth
 from runner.guest import TRAPPED
 
 OUT_OF_TIME = 124
 GRACE = 0.4
 """Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon answers."""
 
+LAST_LOOK = 10.0
+"""Seconds that the watching process gets to measure the writable folders when the guest has ended."""
+
 _CHUNK = select.PIPE_BUF
 """Bytes that a pipe which can be written takes without waiting."""
+_DAY = 86400.0
+"""The longest wait at once: epoll takes no more than 24 of them."""
 
 Sink = Callable[[bytes], None]
 
@@ -39,17 +46,27 @@ class Streams(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a run ended. `refused` says why it could not begin; `signal` is one that the runner itself was sent."""
+    """How a run ended."""
 
     code: int
     signal: int | None = None
+    """One that the runner itself was sent."""
     refused: str | None = None
+    """Why the guest could not be run."""
     trapped: bool = False
+    trap: str | None = None
+    """wasmtime's message and back-trace, several lines."""
     kind: str | None = None
+    limit: str | None = None
+    """The field of Limits that ended the run, where the runner ended it for one."""
 
 
-class OutputFull(Exception):
-    """Raised by a sink: the guest wrote more than it may."""
+class LimitReached(Exception):
+    """Raised by a sink: the guest wrote more than the field `limit` of its Limits allows."""
+
+    def __init__(self, limit: str, message: str) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 def run(plan: Plan, streams: Streams = Streams(), close: Sequence[int] = ()) -> Outcome:  # noqa: B008 # frozen
@@ -62,6 +79,10 @@ class _Supervisor:
         self._plan = plan
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
+        self._compiling = False
+        self._growth: Growth | None = None
+        self._watcher: int | None = None
+        self._watched: int | None = None
         self._outcome = Outcome(128 + signal.SIGKILL)
         self._final = False
         self._dead = False
@@ -138,8 +159,8 @@ class _Supervisor:
                     return
             except OSError:  # whoever read our output is gone: the guest's next write tells it
                 pass
-            except OutputFull as exc:
-                self._end(Outcome(TRAPPED), str(exc))
+            except LimitReached as exc:
+                self._end(Outcome(TRAPPED, limit=exc.limit), str(exc))
             self._drop(end)
 
         return pump
@@ -155,29 +176,73 @@ class _Supervisor:
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "started" in message:
-                self._outcome = self._outcome._replace(kind=message["kind"])
-                timeout = self._plan.box.limits.timeout
-                self._deadline = None if timeout is None else time.monotonic() + timeout
-            elif not self._final:
-                self._outcome = self._outcome._replace(refused=message.get("refused"), trapped=message.get("trapped", False))
+            if self._final:
+                continue
+            if "compiling" in message:
+                self._compiling = message["compiling"]
+                self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
+            elif "started" in message:
+                self._started(message)
+            else:
+                self._outcome = self._outcome._replace(
+                    refused=message.get("refused"), trapped=message.get("trapped", False), trap=message.get("trap")
+                )
+
+    def _compile_timeout(self) -> float:
+        given = self._plan.box.limits.compile_timeout
+        return limits.COMPILE_TIMEOUT if given is None else given
+
+    def _started(self, message: Mapping[str, Any]) -> None:
+        self._outcome = self._outcome._replace(kind=message["kind"])
+        timeout = self._plan.box.limits.timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        if message["growth"] is not None and not self._dead:
+            folders, before, bound = message["growth"]
+            self._growth = Growth(folders, growth.Usage(*before), bound)
+            self._watcher, watched = growth.watch(self._growth, self._pidfd)
+            self._watched = watched
+            self._selector.register(watched, selectors.EVENT_READ, self._on_watched)
+
+    def _on_watched(self) -> None:
+        assert self._watched is not None
+        why = os.read(self._watched, _CHUNK)
+        self._end_watching()
+        if self._final:
+            return
+        if self._dead:
+            self._deadline = None
+        if why:
+            self._end(Outcome(TRAPPED, limit="max_out"), f"{self._plan.name} {why.decode()}")
+
+    def _end_watching(self) -> None:
+        if self._watched is not None and self._watcher is not None:
+            self._drop(self._watched)
+            os.kill(self._watcher, signal.SIGKILL)
+            os.waitpid(self._watcher, 0)
+            self._watched = self._watcher = None
 
     def _reap(self) -> None:
         self._drop(self._pidfd)
         self._dead = True
         _pid, status = os.waitpid(self._pid, 0)
-        if not self._final:
-            self._deadline = None
-            code = os.waitstatus_to_exitcode(status)
-            self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
+        if self._final:
+            return
+        self._deadline = None if self._watched is None else time.monotonic() + LAST_LOOK
+        code = os.waitstatus_to_exitcode(status)
+        self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
+        if code == -signal.SIGXFSZ and self._growth is not None:
+            bound = self._growth.bound
+            self._end(Outcome(TRAPPED, limit="max_out"), f"{self._plan.name} wrote more than max-out={bound} bytes to one file")
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
         """Ends the guest for a reason of ours."""
         self._outcome, self._final = outcome._replace(kind=self._outcome.kind), True
         self._deadline = time.monotonic() + GRACE
-        os.kill(self._pid, signal.SIGKILL)
+        if not self._dead:
+            os.kill(self._pid, signal.SIGKILL)
+        self._end_watching()
         if why is not None and _takes(2, GRACE):
-            print(f"ipfsfuse-run: {why}", file=sys.stderr)
+            messages.say(why)
 
     def _late(self) -> bool:
         """Whether to leave now: at the deadline a running guest is killed, one that was killed is left behind."""
@@ -185,18 +250,28 @@ class _Supervisor:
             return False
         if self._final:
             return True
-        self._end(Outcome(OUT_OF_TIME), f"{self._plan.name} ran out of time after {self._plan.box.limits.timeout:g} s")
+        if self._dead:  # the watching process hangs: in a file system that does not answer
+            self._deadline = None
+            self._end_watching()
+        elif self._compiling:
+            given = limits.value_text("compile_timeout", self._compile_timeout())
+            why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
+            self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
+        else:
+            timeout = f"{self._plan.box.limits.timeout:g} s"
+            self._end(Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}")
         return False
 
     def watch(self) -> Outcome:
         """Until the guest is gone and its output is carried."""
         with self._selector:
             while len(self._selector.get_map()) > 1 or not self._dead:  # the signals' pipe is always there
-                wait = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+                wait = None if self._deadline is None else min(max(0.0, self._deadline - time.monotonic()), _DAY)
                 for key, _events in self._selector.select(wait):
                     key.data()
                 if self._late():
                     break
+            self._end_watching()
         self._leave_signals()
         return self._outcome
 

@@ -23,51 +23,70 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+class Compiled:
+    """How often anything was compiled: the compiling process adds a byte to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.touch()
+
+    def __len__(self) -> int:
+        return self.file.stat().st_size
+
+
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What was compiled, in order."""
-    seen: list[bytes] = []
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
+    seen = Compiled(tmp_path / "compiled")
     real: Callable[..., guest.Guest] = guest.compile_guest
 
     def counted(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> guest.Guest:
-        seen.append(code)
+        with seen.file.open("ab") as out:
+            out.write(b".")
         return real(engine, kind, code, name)
 
     monkeypatch.setattr(guest, "compile_guest", counted)
     return seen
 
 
-def test_the_second_start_compiles_nothing(folder: Path, compiled: list[bytes]) -> None:
+def load(cache: CodeCache, code: bytes = CODE, settings: Settings = PLAIN) -> guest.Guest:
+    return cache.load(guest.make_engine(settings), MODULE, code, "guest", settings)
+
+
+def kept(cache: CodeCache, file: io.BytesIO, settings: Settings = PLAIN) -> guest.Guest | None:
+    return cache.kept(guest.make_engine(settings), file, "guest", settings)
+
+
+def test_the_second_start_compiles_nothing(folder: Path, compiled: Compiled) -> None:
     for _ in range(2):
-        CodeCache(folder).load(MODULE, CODE, "guest", PLAIN)
-    assert compiled == [CODE]
+        load(CodeCache(folder), CODE)
+    assert len(compiled) == 1
     assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
 
 
-def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(folder: Path, compiled: list[bytes]) -> None:
+def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(folder: Path, compiled: Compiled) -> None:
     cache, file = CodeCache(folder), io.BytesIO(CODE)
-    assert cache.kept(file, "guest", PLAIN) is None
+    assert kept(cache, file) is None
     assert file.read() == CODE
-    cache.load(MODULE, CODE, "guest", PLAIN)
-    again = cache.kept(io.BytesIO(CODE), "guest", PLAIN)
+    load(cache)
+    again = kept(cache, io.BytesIO(CODE))
     assert again is not None
     assert (again.name, again.kind) == ("guest", MODULE)
-    assert cache.kept(io.BytesIO(CODE), "guest", PLAIN._replace(fuel=True)) is None
-    assert cache.kept(io.BytesIO(CODE + b"\0\1\0"), "guest", PLAIN) is None
-    assert cache.kept(io.BytesIO(b'(module (func (export "_start")))'), "guest", PLAIN) is None
-    assert compiled == [CODE]
+    assert kept(cache, io.BytesIO(CODE), PLAIN._replace(fuel=True)) is None
+    assert kept(cache, io.BytesIO(CODE + b"\0\1\0")) is None
+    assert kept(cache, io.BytesIO(b'(module (func (export "_start")))')) is None
+    assert len(compiled) == 1
 
 
-def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: list[bytes]) -> None:
+def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: Compiled) -> None:
     other = bytes(wasmtime.wat2wasm('(module (func (export "_start") nop))'))
     for code, settings in [(CODE, PLAIN), (other, PLAIN), (CODE, PLAIN._replace(fuel=True)), (CODE, PLAIN._replace(deterministic=True))]:
-        CodeCache(folder).load(MODULE, code, "guest", settings)
+        load(CodeCache(folder), code, settings)
     assert len(compiled) == 4
 
 
 @pytest.mark.parametrize("spoil", ["cut short", "writable by others", "a link"])
-def test_what_is_not_ours_or_not_whole_is_compiled_anew(folder: Path, compiled: list[bytes], spoil: str, tmp_path: Path) -> None:
-    CodeCache(folder).load(MODULE, CODE, "guest", PLAIN)
+def test_what_is_not_ours_or_not_whole_is_compiled_anew(folder: Path, compiled: Compiled, spoil: str, tmp_path: Path) -> None:
+    load(CodeCache(folder), CODE)
     (kept,) = folder.iterdir()
     if spoil == "cut short":
         kept.write_bytes(kept.read_bytes()[:100])
@@ -76,28 +95,28 @@ def test_what_is_not_ours_or_not_whole_is_compiled_anew(folder: Path, compiled: 
     else:
         kept.rename(tmp_path / "elsewhere")
         kept.symlink_to(tmp_path / "elsewhere")
-    CodeCache(folder).load(MODULE, CODE, "guest", PLAIN)
+    load(CodeCache(folder), CODE)
     assert len(compiled) == 2
-    CodeCache(folder).load(MODULE, CODE, "guest", PLAIN)
+    load(CodeCache(folder), CODE)
     assert len(compiled) == 2  # and put in its place
 
 
-def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: list[bytes]) -> None:
+def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: Compiled) -> None:
     codes = [bytes(wasmtime.wat2wasm(f'(module (func (export "_start")) (func (export "f{number}")))')) for number in range(3)]
-    CodeCache(folder).load(MODULE, codes[0], "guest", PLAIN)
+    load(CodeCache(folder), codes[0])
     (size,) = (path.stat().st_size for path in folder.iterdir())
     bound = int(size * 2.5)
     for code in (codes[1], codes[0], codes[2]):  # the second was used longest ago when the third comes
-        CodeCache(folder, bound).load(MODULE, code, "guest", PLAIN)
+        load(CodeCache(folder, bound), code)
     assert len(list(folder.iterdir())) == 2
     before = len(compiled)
-    CodeCache(folder, bound).load(MODULE, codes[0], "guest", PLAIN)
+    load(CodeCache(folder, bound), codes[0])
     assert len(compiled) == before
 
 
-def test_without_a_folder_it_still_runs(compiled: list[bytes]) -> None:
-    CodeCache(None).load(MODULE, CODE, "guest", PLAIN)
-    assert compiled == [CODE]
+def test_without_a_folder_it_still_runs(compiled: Compiled) -> None:
+    load(CodeCache(None), CODE)
+    assert len(compiled) == 1
 
 
 def test_a_relative_cache_folder_is_none(run: Runner, habits: Path, tmp_path: Path) -> None:

@@ -24,10 +24,28 @@ GUEST = b"any guest"
 
 def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
     """Ends a record of a run that read `read` of the DAG `root`."""
-    empty = streams.Digested(None).digest()
+    empty = streams.HashingSink(None).digest()
     guest, stdin = writer.add_file(io.BytesIO(GUEST)), writer.add_file(io.BytesIO())
     told = Receipt(
-        guest.cid, "guest", ["guest"], [], None, NO_LIMITS, [], False, {}, [each.cid for each in read], [], [], empty, empty, empty, 0, False, "", 0.0
+        guest=guest.cid,
+        name="guest",
+        argv=["guest"],
+        env=[],
+        cwd=None,
+        limits=NO_LIMITS,
+        dirs=[],
+        deterministic=False,
+        versions={},
+        read=[each.cid for each in read],
+        missing=[],
+        ahead=[],
+        stdin=empty,
+        stdout=empty,
+        stderr=empty,
+        exit_code=0,
+        trapped=False,
+        started="2026-01-01T00:00:00+00:00",
+        seconds=0.0,
     )
     held = writer.add_file(io.BytesIO(receipt.encode(told)))
     below = writer.add_folder([(cids.text(root.cid), root)])

@@ -1,15 +1,18 @@
 """Limits hold, and a limit that is no number is one line."""
 
+import os
+import subprocess
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import DEVNULL, PIPE
 
 import pytest
+import wasmtime
 
 from ipfsfuse.errors import UsageError
 from runner import limits
 from runner.limits import Limits
 from tests.mounting import PATIENCE
-from tests.runner.conftest import DEMO, Runner
+from tests.runner.conftest import DEMO, TOP, Runner
 
 GROW = b'(module (memory 1) (func (export "_start") (if (i32.eq (memory.grow (i32.const 64)) (i32.const -1)) (then unreachable))))'
 
@@ -20,6 +23,8 @@ def test_parse() -> None:
 
 
 NO_LIMITS = """
+    timeout=1e300 timeout=99999999999999999999999h timeout=367d timeout=9000h max-stdout=99999999999999TiB max-table-elements=9223372036854775808
+    max-open-files=9999999999999999999 fuel=18446744073709551616 max-memory-size=9223372036854775808 fuel=٣
     fuel=x fuel= fuel fuel=-1 fuel=1.5 fuel=99999999999999999999 timeout=soon timeout=0 timeout=-1s timeout=nan max-memory-size=1QB
     max-memory-size= memory=1 fuel=1,, max-open-files=3 max-wasm-stack=0 max-wasm-stack=1TiB
 """
@@ -29,6 +34,30 @@ NO_LIMITS = """
 def test_no_number(text: str) -> None:
     with pytest.raises(UsageError):
         limits.parse([text])
+
+
+EXTREME = """
+    max-table-elements=9223372036854775807 max-instances=0 max-memories=0 max-tables=9223372036854775807 fuel=18446744073709551615 fuel=0
+    max-wasm-stack=1 max-wasm-stack=1GiB max-open-files=32 max-open-files=2147483647 max-memory-size=0 max-memory-size=9223372036854775807
+    max-stdout=9223372036854775807,max-out=9223372036854775807 timeout=8784h,compile-timeout=8784h
+"""
+
+
+def test_the_smallest_and_the_largest_limits_are_no_fault(run: Runner) -> None:
+    """What the command line takes, wasmtime and the kernel take too, or the line says what they refuse."""
+    for given in EXTREME.split():
+        done = run("-W", given, "-", stdin=b'(module (func (export "_start")))')
+        assert done.returncode in (0, 125, 134), (given, done)
+        assert b"fault of the runner" not in done.stderr, (given, done)
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_system_without_memory_is_one_line(run: Runner, habits: Path) -> None:
+    for most in (200_000, 1_000_000):
+        command = ["bash", "-c", f'ulimit -v {most}; exec "$@"', "bash", *run.command("-W", "max-wasm-stack=1GiB", habits, "args")]
+        done = subprocess.run(command, env=run.env, cwd=TOP, stdin=DEVNULL, capture_output=True, check=False)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (125, b"", 1), done
+        assert b"memory" in done.stderr or b"give a smaller -W max-wasm-stack" in done.stderr
 
 
 def test_memory(run: Runner) -> None:
@@ -73,6 +102,121 @@ def test_stdout(run: Runner, habits: Path) -> None:
     assert run("-W", "max-stdout=100000", habits, "flood", "100000").returncode == 0
 
 
+def test_stderr_is_bounded_as_stdout_is(run: Runner, tmp_path: Path) -> None:
+    guest = tmp_path / "flood.wat"
+    guest.write_text(FLOOD)
+    done = run("-W", "max-stdout=1000", guest)
+    assert (done.returncode, done.stdout) == (134, b"")
+    assert len(done.stderr) < 1200
+    assert done.stderr.startswith(b"x" * 1000)
+    assert done.stderr.endswith(b"ipfsfuse-run: the guest wrote more than max-stdout=1000 to standard error\n")
+
+
+FLOOD = """(module (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func (export "_start")
+    (i32.store (i32.const 0) (i32.const 64)) (i32.store (i32.const 4) (i32.const 50000))
+    (memory.fill (i32.const 64) (i32.const 120) (i32.const 50000))
+    (loop (drop (call $write (i32.const 2) (i32.const 0) (i32.const 1) (i32.const 16))) (br 0))))"""
+
+
+def test_a_trap_is_told_beside_a_full_stderr(run: Runner, tmp_path: Path) -> None:
+    """The back-trace is the runner's to print: it counts for no limit, and its names can't act on a terminal."""
+    guest = tmp_path / "trap.wat"
+    guest.write_text('(module (func $"\\1b[31mred\\n" unreachable) (func (export "_start") (call 0)))')
+    done = run("-W", "max-stdout=0", guest)
+    assert done.returncode == 134
+    assert b"wasm backtrace" in done.stderr
+    assert b"\\x1b[31mred" in done.stderr
+    assert b"\x1b" not in done.stderr
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    given = tmp_path / "given"
+    given.mkdir()
+    return given
+
+
+def test_one_file_in_a_writable_folder(run: Runner, habits: Path, given: Path) -> None:
+    done = run("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "fill", "/data/one", "2000000")
+    assert (done.returncode, done.stdout) == (134, b"")
+    assert done.stderr.decode() == f"ipfsfuse-run: {habits} wrote more than max-out=1048576 bytes to one file\n"
+    assert (given / "one").stat().st_size == 1 << 20
+
+
+@pytest.mark.parametrize("what", ["fills", "names", "folders"])
+def test_what_grows_in_a_writable_folder(run: Runner, habits: Path, given: Path, what: str) -> None:
+    """Many files, many names, and folders nested so deeply that no path reaches them."""
+    done = run("-W", "max-out=8MiB", "--dir", f"{given}::/data", habits, what, "/data")
+    assert done.returncode == 134, done
+    assert done.stderr.startswith(f"ipfsfuse-run: {habits} made ".encode())
+    assert b"max-out" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_was_there_before_does_not_count(run: Runner, habits: Path, given: Path) -> None:
+    (given / "large").write_bytes(bytes(4 << 20))
+    (given / "folder").mkdir()
+    for number in range(300):
+        (given / "folder" / str(number)).touch()
+    options = ["-W", "max-out=1MiB", "--dir", f"{given}::/data"]
+    assert run(*options, habits, "fill", "/data/one", "900000").returncode == 0
+    assert run(*options, habits, "fill", "/data/large", "900000").returncode == 0
+    assert run(*options, "--dir", f"{given}::/again", habits, "fill", "/again/two", "900000").returncode == 0
+    assert run("-W", "max-out=0", "--dir", f"{given}::/data::ro", habits, "args").returncode == 0
+
+
+def test_growth_is_seen_of_a_guest_that_ends_at_once(run: Runner, given: Path, habits: Path) -> None:
+    done = run("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "twice", "/data/a", "/data/b", "700000")
+    assert done.returncode == 134, done
+
+
+def test_output_to_a_file_is_not_what_a_folder_may_hold(run: Runner, habits: Path, given: Path, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        command = run.command("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "flood", "3000000")
+        assert subprocess.run(command, env=run.env, cwd=TOP, stdout=out, check=False).returncode == 0
+    assert (tmp_path / "out").stat().st_size == 3_000_000
+
+
+def test_a_compilation_that_takes_too_long_could_not_be_run(run: Runner, tmp_path: Path) -> None:
+    """It counts for no timeout of the run, and has its own."""
+    guest = slow(tmp_path, 3000)
+    done = run("-W", "compile-timeout=300ms", guest)
+    assert (done.returncode, len(done.stderr.splitlines())) == (125, 1), done
+    assert b"was not compiled within 0.3s: give -W compile-timeout=TIME" in done.stderr
+    assert not [each for each in (tmp_path / "xdg" / "ipfsfuse-run" / "code").iterdir() if each.suffix != ".part"]
+    done = run("-W", "timeout=1ms", slow(tmp_path, 200))
+    assert done.returncode in (0, 124), done  # and never because of the compilation, which takes far longer
+    assert b"compile" not in done.stderr
+
+
+def test_two_cold_starts_compile_once(run: Runner, tmp_path: Path) -> None:
+    guest = slow(tmp_path, 1500)
+    begun = [subprocess.Popen(run.command(guest), env=run.env, cwd=TOP, stdin=DEVNULL) for _ in range(2)]
+    spent = []
+    for each in begun:
+        _pid, status, usage = os.wait4(each.pid, 0)
+        each.returncode = os.waitstatus_to_exitcode(status)
+        assert each.returncode == 0
+        spent.append(usage.ru_utime + usage.ru_stime)
+    assert min(spent) < max(spent) / 2, spent
+    again = subprocess.Popen(run.command(guest), env=run.env, cwd=TOP, stdin=DEVNULL)
+    _pid, status, usage = os.wait4(again.pid, 0)
+    again.returncode = os.waitstatus_to_exitcode(status)
+    assert usage.ru_utime + usage.ru_stime < max(spent) / 2
+    assert [each.suffix for each in (tmp_path / "xdg" / "ipfsfuse-run" / "code").iterdir()] == [""]
+
+
+def slow(folder: Path, functions: int) -> Path:
+    """A guest that is quick to run and slow to compile."""
+    body = "(local.set 0 (i32.add (local.get 0) (i32.mul (local.get 0) (i32.const {0}))))" * 60
+    text = "".join(f"(func (param i32) (result i32) {body.format(number)} (local.get 0))" for number in range(functions))
+    guest = folder / f"slow{functions}.wasm"
+    guest.write_bytes(bytes(wasmtime.wat2wasm(f'(module {text} (func (export "_start")))')))
+    return guest
+
+
 def test_stack(run: Runner) -> None:
     down = b"(func $down (param i32) (if (local.get 0) (then (call $down (i32.sub (local.get 0) (i32.const 1))))))"
     deep = b'(module %s (func (export "_start") (call $down (i32.const 400000))))' % down
@@ -84,14 +228,14 @@ def test_stack(run: Runner) -> None:
 def test_tables_and_instances(run: Runner) -> None:
     table = b'(module (table 1000 funcref) (func (export "_start")))'
     assert run("-W", "max-table-elements=1000", "-", stdin=table).returncode == 0
-    assert run("-W", "max-table-elements=999", "-", stdin=table).returncode == 1
+    assert run("-W", "max-table-elements=999", "-", stdin=table).returncode == 125
     two = b'(module (memory 1) (memory 1) (table 1 funcref) (table 1 funcref) (func (export "_start")))'
     assert run("-W", "max-tables=2,max-memories=2", "-", stdin=two).returncode == 0
-    assert run("-W", "max-tables=1", "-", stdin=two).returncode == 1
-    assert run("-W", "max-memories=1", "-", stdin=two).returncode == 1
+    assert run("-W", "max-tables=1", "-", stdin=two).returncode == 125
+    assert run("-W", "max-memories=1", "-", stdin=two).returncode == 125
 
 
 def test_instances_of_a_component(run: Runner) -> None:
     reader = DEMO / "reader-p2.wat"
     assert run("-W", "max-instances=2", reader, "/ipfs/root/file").returncode == 0
-    assert run("-W", "max-instances=1", reader, "/ipfs/root/file").returncode == 1
+    assert run("-W", "max-instances=1", reader, "/ipfs/root/file").returncode == 125

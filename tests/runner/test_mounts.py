@@ -144,7 +144,7 @@ def test_a_guest_of_which_a_part_is_missing_is_one_line(run: Runner, tmp_path: P
     cid, missing = cids.text(dag.file([code[:9000], code[9000:]])), dag.block(code[9000:])
     del dag.blocks[cids.multihash(missing)]
     done = run("--from", dag.car(tmp_path / "part.car"), "--offline", f"/ipfs/{cid}")
-    assert (done.returncode, lines(done.stderr)) == (1, [f"ipfsfuse-run: /ipfs/{cid} can't be read: Connection timed out"])
+    assert (done.returncode, lines(done.stderr)) == (125, [f"ipfsfuse-run: /ipfs/{cid} can't be read: Connection timed out"])
 
 
 def test_what_the_mount_refuses_is_one_line(run: Runner) -> None:

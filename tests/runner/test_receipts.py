@@ -12,6 +12,7 @@ from runner import receipt
 from runner.bundle import Writer
 from runner.errors import ReceiptRefused
 from tests.mounting import Home
+from tests.runner import recorded
 from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
 
 pytestmark = pytest.mark.fuse
@@ -115,9 +116,20 @@ def test_chance_is_fixed_where_it_is_asked_for(run: Runner, elsewhere: Runner, t
     assert elsewhere("--replay", tmp_path / "a.car").returncode == 0
     assert record(run, tmp_path / "c.car", *guest).stdout != first
     again = elsewhere("--replay", tmp_path / "c.car")
-    assert again.returncode == 1
+    assert again.returncode == 3
     assert b"stdout: DIFFERENT" in again.stdout
     assert b"clocks" in again.stdout
+
+
+def test_more_random_numbers_than_wasmtime_gives_are_a_trap(run: Runner, tmp_path: Path) -> None:
+    guest = tmp_path / "greedy.wat"
+    guest.write_text(
+        """(module (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
+        (memory (export "memory") 3200) (func (export "_start") (drop (call $random (i32.const 0) (i32.const 104857600)))))"""
+    )
+    for options in ([], ["--deterministic"]):
+        done = record(run, tmp_path / "run.json", *options, guest)
+        assert (done.returncode, b"requested len 104857600 exceeds limit 67108864" in done.stderr) == (134, True), done
 
 
 def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
@@ -133,10 +145,12 @@ def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(run: Runner, el
 
 def test_the_record_mounts_as_a_folder(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
     target = tmp_path / "run.car"
-    record(run, target, READER, f"/ipfs/{cid}/dir/file")
+    done = record(run, target, READER, f"/ipfs/{cid}/dir/file")
     other = Home(tmp_path / "third")
     with other.mounted("--from", target, "--offline") as mount:
         (root,) = [path for path in mount.path.iterdir() if (path / "receipt.json").exists()]
+        assert root.parent == mount.path
+        assert json.loads((root / "receipt.json").read_text())["exit_code"] == done.returncode
         assert sorted(path.name for path in root.iterdir()) == ["guest.wasm", "ipfs", "receipt.json", "stdin"]
         assert (root / "ipfs" / cid / "dir" / "file").read_text() == "content\n"
 
@@ -155,7 +169,7 @@ def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: P
     for what, data in spoiled.items():
         target.write_bytes(data)
         done = run("--replay", target)
-        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), (what, done)
+        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125, b"", 1), (what, done)
         assert b"run.car" in done.stderr
 
 
@@ -179,7 +193,7 @@ def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(run: R
     for named, (receipt_, files) in wrong.items():
         with_receipt(tmp_path / "run.car", json.dumps(receipt_).encode(), **files)
         done = run("--replay", tmp_path / "run.car")
-        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), done
+        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125, b"", 1), done
         assert named in done.stderr.decode()
     with_receipt(tmp_path / "run.car", json.dumps(told).encode(), **right)
     assert run("--replay", tmp_path / "run.car").returncode == 0
@@ -191,23 +205,23 @@ def test_limits_of_a_record_hold_again_and_others_can_be_given(run: Runner, else
     assert (done.returncode, len(done.stdout)) == (134, 4500)
     assert elsewhere("--replay", target).returncode == 0
     again = elsewhere("--replay", target, "-W", "max-stdout=4499")
-    assert (again.returncode, lines(again.stdout)[1:3]) == (1, ["stderr: the same", "exit code: the same"])
+    assert (again.returncode, lines(again.stdout)[1:3]) == (3, ["stderr: the same", "exit code: the same"])
 
 
 RECEIPT_HEAD = b'{"kind": "ipfsfuse-run receipt", "format": '
 BAD_RECEIPTS = {
-    "no JSON": (b"receipt: yes", "no JSON"),
-    "empty": (b"", "no JSON"),
+    "not JSON": (b"receipt: yes", "not JSON"),
+    "empty": (b"", "not JSON"),
     "cut short": (RECEIPT_HEAD + b'1, "argv": ["a', "cut short"),
-    "not text": (b"\xff\xfe\x00", "no JSON"),
-    "nested without end": (b"[" * 100_000, "no JSON"),
-    "of another kind": (b'{"kind": "shopping list"}', "no receipt"),
-    "no object": (b"[1, 2]", "no receipt"),
+    "not text": (b"\xff\xfe\x00", "not JSON"),
+    "nested without end": (b"[" * 100_000, "not JSON"),
+    "of another kind": (b'{"kind": "shopping list"}', "not a receipt"),
+    "no object": (b"[1, 2]", "not a receipt"),
     "of a newer format": (RECEIPT_HEAD + b"2}", "format 2"),
     "of no format": (b'{"kind": "ipfsfuse-run receipt"}', "format None"),
-    "without its fields": (RECEIPT_HEAD + b"1}", "guest"),
+    "without its fields": (RECEIPT_HEAD + b"1}", "no usable field"),
     "with fields of a wrong kind": (RECEIPT_HEAD + b'1, "guest": 7}', "no usable field"),
-    "with what is no CID": (RECEIPT_HEAD + b'1, "guest": {"cid": "bafy?", "name": "x"}}', "no CID"),
+    "with what is no CID": (json.dumps(recorded.receipt(b"") | {"guest": {"cid": "bafy?", "name": "x"}}).encode(), "not a CID"),
 }
 
 
@@ -217,7 +231,7 @@ def test_a_receipt_that_can_not_be_read_is_one_line(run: Runner, tmp_path: Path,
     data, named = BAD_RECEIPTS[what]
     with_receipt(tmp_path / "run.car", data)
     done = run(command, tmp_path / "run.car")
-    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (1, b"", 1), done
+    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125 if command == "--replay" else 1, b"", 1), done
     assert named in done.stderr.decode()
 
 
@@ -233,15 +247,36 @@ def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path
                 receipt.decode(json.dumps(whole | {field: value}).encode())
 
 
+def test_a_record_is_for_its_owner_alone(run: Runner, tmp_path: Path, habits: Path) -> None:
+    """It holds what was in variables and on standard input; and a name that was planted leads nowhere."""
+    (tmp_path / "other").write_text("untouched")
+    for form in ("json", "car"):
+        target = tmp_path / f"run.{form}"
+        target.symlink_to(tmp_path / "other")
+        (tmp_path / f".run.{form}.part").symlink_to(tmp_path / "other")
+        record(run, target, "--env", "TOKEN=secret", habits, "env")
+        assert (target.is_symlink(), target.stat().st_mode & 0o777) == (False, 0o600)
+    assert (tmp_path / "other").read_text() == "untouched"
+
+
+def test_standard_input_of_a_record_can_be_bounded(run: Runner, tmp_path: Path, habits: Path) -> None:
+    done = run("--record", tmp_path / "run.car", "-W", "max-stdin=10", habits, "cat", stdin=b"x" * 11)
+    assert (done.returncode, len(lines(done.stderr))) == (125, 1)
+    assert b"max-stdin=10" in done.stderr
+    assert not list(tmp_path.glob("*run.car*"))
+    assert run("--record", tmp_path / "run.car", "-W", "max-stdin=10", habits, "cat", stdin=b"x" * 10).returncode == 0
+    assert run("-W", "max-stdin=10", habits, "cat").returncode == 2
+
+
 def test_a_receipt_alone_is_no_record_to_replay(run: Runner, tmp_path: Path, habits: Path) -> None:
     record(run, tmp_path / "run.json", habits, "args")
     done = run("--replay", tmp_path / "run.json")
-    assert (done.returncode, len(lines(done.stderr))) == (1, 1)
+    assert (done.returncode, len(lines(done.stderr))) == (125, 1)
 
 
 def test_a_run_that_could_not_begin_leaves_no_record(run: Runner, tmp_path: Path) -> None:
     done = run("--record", tmp_path / "run.car", "-", stdin=b"(module)")
-    assert done.returncode == 1
+    assert done.returncode == 125
     assert not list(tmp_path.glob("*run.car*"))
 
 

@@ -1,4 +1,4 @@
-"""Bad input: each is one line on standard error that names the thing, exit code 1 or 2, and no traceback."""
+"""Bad input: each is one line on standard error that names the thing, exit code 125 or 2, and no traceback."""
 
 import os
 import subprocess
@@ -48,15 +48,15 @@ BAD_GUESTS = {
 @pytest.mark.parametrize("what", BAD_GUESTS)
 def test_a_guest_that_can_not_run(run: Runner, what: str) -> None:
     code, named = BAD_GUESTS[what]
-    assert named in refusal(run, 1, "-", stdin=code)
+    assert named in refusal(run, 125, "-", stdin=code)
 
 
 def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
-    assert "nowhere.wasm" in refusal(run, 1, "nowhere.wasm")
-    assert "Is a directory" in refusal(run, 1, tree)
-    assert "/ipfs/root/none" in refusal(run, 1, "/ipfs/root/none")
-    assert "leads out of" in refusal(run, 1, "/ipfs/root/out")
-    assert "leads out of" in refusal(run, 1, "/ipfs/../outside")
+    assert "nowhere.wasm" in refusal(run, 125, "nowhere.wasm")
+    assert "Is a directory" in refusal(run, 125, tree)
+    assert "/ipfs/root/none" in refusal(run, 125, "/ipfs/root/none")
+    assert "leads out of" in refusal(run, 125, "/ipfs/root/out")
+    assert "leads out of" in refusal(run, 125, "/ipfs/../outside")
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,6 @@ def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
         (["-W", "guest.wasm"], "guest.wasm"),
         (["--env", "=x", "guest.wasm"], "--env"),
         (["--env", "NOT_SET_ANYWHERE", "guest.wasm"], "NOT_SET_ANYWHERE"),
-        (["--dir", "/nowhere", "guest.wasm"], "/nowhere"),
-        (["--dir", "/etc/passwd", "guest.wasm"], "/etc/passwd"),
         (["--dir", "/tmp::/a::rx", "guest.wasm"], "/tmp::/a::rx"),
         (["--dir", "/tmp::../up", "guest.wasm"], "../up"),
         *((["--dir", f"/tmp::{name}", "guest.wasm"], "/ipfs") for name in ("/ipfs/x", "//ipfs", "ipfs")),
@@ -90,22 +88,45 @@ def test_usage(run: Runner, args: list[str], named: str) -> None:
 
 def test_a_working_directory_that_is_none(run: Runner, tree: Path) -> None:
     (tree / "root" / "away").symlink_to("/etc")
-    assert "/elsewhere" in refusal(run, 1, "--cwd", "/ipfs/elsewhere", "-", stdin=GUEST)
-    assert "Not a directory" in refusal(run, 1, "--cwd", "/ipfs/root/file", "-", stdin=GUEST)
-    assert "/ipfs/root/out" in refusal(run, 1, "--cwd", "/ipfs/root/out", "-", stdin=GUEST)
-    assert "/ipfs/root/away leads out of" in refusal(run, 1, "--cwd", "/ipfs/root/away", "-", stdin=GUEST)
+    assert "/elsewhere" in refusal(run, 125, "--cwd", "/ipfs/elsewhere", "-", stdin=GUEST)
+    assert "Not a directory" in refusal(run, 125, "--cwd", "/ipfs/root/file", "-", stdin=GUEST)
+    assert "/ipfs/root/out" in refusal(run, 125, "--cwd", "/ipfs/root/out", "-", stdin=GUEST)
+    assert "/ipfs/root/away leads out of" in refusal(run, 125, "--cwd", "/ipfs/root/away", "-", stdin=GUEST)
 
 
 def test_a_mount_that_is_none(run: Runner, tmp_path: Path) -> None:
     run.mount = tmp_path / "nowhere"
-    assert "nowhere" in refusal(run, 2, "-", stdin=GUEST)
+    assert "nowhere" in refusal(run, 125, "-", stdin=GUEST)
+
+
+@pytest.mark.parametrize("folder", ["/nowhere", "/etc/passwd"])
+def test_a_folder_that_is_none(run: Runner, folder: str) -> None:
+    assert folder in refusal(run, 125, "--dir", folder, "-", stdin=GUEST)
 
 
 def test_a_cache_folder_that_others_may_write_is_refused(run: Runner, tmp_path: Path) -> None:
     folder = tmp_path / "xdg" / "ipfsfuse-run"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert str(folder) in refusal(run, 1, "-", stdin=GUEST)
+    assert str(folder) in refusal(run, 125, "-", stdin=GUEST)
+
+
+def test_what_comes_from_outside_can_not_act_on_a_terminal(run: Runner, tree: Path, tmp_path: Path) -> None:
+    """Names, arguments, and what the mount says of them."""
+    evil = "\x1b[2J\x1b]0;title\x07\nipfsfuse-run: all is well\u202e"
+    (tree / "root" / f"{evil}.wasm").write_bytes(b"junk")
+    said = [
+        refusal(run, 125, f"/ipfs/root/{evil}.wasm"),
+        refusal(run, 125, f"nowhere{evil}"),
+        refusal(run, 2, f"--{evil.replace(' ', '')}", "guest.wasm"),
+        refusal(run, 2, "-W", f"{evil}=1", "guest.wasm"),
+        refusal(run, 125, "--dir", f"/nowhere{evil}::/data", "-", stdin=GUEST),
+        refusal(run, 125, "--cwd", f"/ipfs/{evil}", "-", stdin=GUEST),
+    ]
+    run.mount = None
+    said.append(refusal(run, 1, "inspect", tmp_path / f"{evil}.car"))
+    said.append(refusal(run, 2, "--from", f"/nowhere/{evil}.car", "-", stdin=GUEST))
+    assert all("\\x1b" in each and not any(ord(char) < 32 or char == "\u202e" for char in each) for each in said), said
 
 
 def test_help_names_every_limit() -> None:

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -25,6 +26,31 @@ static int copy(int from, long most) {
   ssize_t count = 0;
   for (; most > 0 && (count = read(from, data, sizeof data)) > 0; most -= count) fwrite(data, 1, count, stdout);
   return count < 0;
+}
+
+static int fill(const char *path, long size) {
+  int file = open(path, O_WRONLY | O_CREAT, 0600);
+  char data[65536] = {1};
+  for (ssize_t count; size > 0; size -= count)
+    if ((count = write(file, data, size < (long)sizeof data ? size : (long)sizeof data)) < 0) return 1;
+  return close(file);
+}
+
+static const char *named(const char *folder, int number) {
+  static char path[200];
+  snprintf(path, sizeof path, "%s/%d", folder, number);
+  return path;
+}
+
+static int nest(int at) {  // one folder in another, until the runner says stop
+  char name[201];
+  memset(name, 'n', 200), name[200] = 0;
+  for (int depth = 0; depth < 40; depth++) {
+    if (mkdirat(at, name, 0700)) return 1;
+    int below = openat(at, name, O_RDONLY | O_DIRECTORY);
+    close(at), at = below;
+  }
+  for (;;) sleep(1);
 }
 
 int main(int argc, char **argv) {
@@ -46,6 +72,11 @@ int main(int argc, char **argv) {
   else if (!strcmp(what, "chance")) { unsigned long long r; getentropy(&r, sizeof r); printf("%lld %llu\n", (long long)time(0), r); }
   else if (!strcmp(what, "write")) return fputs("written\n", fopen(argv[2], "w")) < 0;
   else if (!strcmp(what, "flood")) for (long left = atol(argv[2]); left > 0; left -= 1000) printf("%*d\n", 999, 0);
+  else if (!strcmp(what, "fill")) return fill(argv[2], atol(argv[3]));
+  else if (!strcmp(what, "twice")) return fill(argv[2], atol(argv[4])) || fill(argv[3], atol(argv[4]));
+  else if (!strcmp(what, "fills")) { for (int i = 0;; i++) if (fill(named(argv[2], i), 100000)) return 1; }
+  else if (!strcmp(what, "names")) { for (int i = 0;; i++) if (fill(named(argv[2], i), 0)) return 1; }
+  else if (!strcmp(what, "folders")) return nest(open(argv[2], O_RDONLY | O_DIRECTORY));
   else if (!strcmp(what, "open")) { int n = 0; while (open(argv[2], O_RDONLY) >= 0) n++; printf("%d errno %d\n", n, errno); }
   else if (!strcmp(what, "deep")) { volatile char *here = alloca(64); here[0] = 1; return main(argc, argv) + here[0]; }
   else return 2;

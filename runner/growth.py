@@ -1,0 +1,147 @@
+"""How much the folders that a guest may write to have grown, and the process that watches it.
+
+Measuring looks at every file below the folders, which may lie on a file system that answers slowly or not at all: the
+guest's process measures before the run, a process of its own during the run, the runner's process never.
+"""
+
+import errno
+import os
+import select
+import signal
+import stat
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from runner import signals
+
+INTERVAL = 0.1
+"""Seconds between two looks, and at least twice what the last look took."""
+NAME_BYTES = 4096
+"""What each name counts beside its content: about what a file system needs for it."""
+
+
+class Usage(NamedTuple):
+    """What lies below some folders."""
+
+    size: int
+    """Bytes of all files, each once whatever its names, and NAME_BYTES for each name."""
+    largest: int
+    """Bytes of the largest file."""
+
+
+class Growth(NamedTuple):
+    """What to watch, decided before the run."""
+
+    folders: Sequence[str]
+    before: Usage
+    bound: int
+
+    @property
+    def file_limit(self) -> int:
+        """RLIMIT_FSIZE of the guest's process: no file that is there already is above it."""
+        return min(self.before.largest + self.bound, (1 << 63) - 1)
+
+
+class TooDeep(Exception):
+    """A folder that is nested too deeply for its name to reach it: a guest can make one, by steps."""
+
+
+def measure(folders: Sequence[str]) -> Usage:
+    """Follows no symlink; what this user can't read counts as nothing, for the guest can't write there either.
+
+    Raises TooDeep."""
+    total = largest = 0
+    linked: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int]] = set()
+    stack = [os.path.join(each, ".") for each in folders]  # a folder may be given by a symlink
+    while stack:
+        path = stack.pop()
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as exc:
+            if exc.errno == errno.ENAMETOOLONG:
+                raise TooDeep from exc
+            continue
+        try:
+            info = os.fstat(folder)
+            if (info.st_dev, info.st_ino) in seen:  # a folder that was given twice, or inside another
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            with os.scandir(folder) as entries:
+                for each in entries:
+                    total += NAME_BYTES
+                    if each.is_dir(follow_symlinks=False):
+                        stack.append(f"{path}/{each.name}")
+                        continue
+                    found = each.stat(follow_symlinks=False)
+                    if found.st_nlink > 1:
+                        if (found.st_dev, found.st_ino) in linked:
+                            continue
+                        linked.add((found.st_dev, found.st_ino))
+                    if stat.S_ISREG(found.st_mode):
+                        total += max(found.st_size, 512 * found.st_blocks)
+                        largest = max(largest, found.st_size)
+        except OSError:
+            pass  # removed while we looked
+        finally:
+            os.close(folder)
+    return Usage(total, largest)
+
+
+def watch(growth: Growth, guest: int) -> tuple[int, int]:
+    """Forks the watching process: it ends when the process of the pidfd `guest` has ended and was looked after once more.
+
+    Gives its pid, and a pipe that tells why the run must end, where it must."""
+    told, teller = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os.close(told)
+        _watcher(growth, guest, parent, teller)
+    os.close(teller)
+    return pid, told
+
+
+def _watcher(growth: Growth, guest: int, parent: int, teller: int) -> NoReturn:
+    try:
+        signal.set_wakeup_fd(-1)
+        for each in signals.ENDING:
+            signal.signal(each, signal.SIG_IGN)  # the runner ends this process, or its end does
+        signals.die_with(parent)
+        _let_go_of_all_but(guest, teller)
+        _look(growth, guest, teller)
+    finally:
+        os._exit(0)
+
+
+def _look(growth: Growth, guest: int, teller: int) -> None:
+    ended, pause = select.poll(), INTERVAL
+    ended.register(guest, select.POLLIN)
+    while True:
+        over = bool(ended.poll(1000 * pause))
+        begun = time.monotonic()
+        try:
+            grown = measure(growth.folders).size - growth.before.size
+        except TooDeep:
+            os.write(teller, b"made folders nested so deeply that they can't be measured for max-out")
+            return
+        if grown > growth.bound:
+            os.write(teller, b"made its writable folders grow by more than max-out=%d bytes" % growth.bound)
+            return
+        if over:
+            return
+        pause = max(INTERVAL, 2 * (time.monotonic() - begun))
+
+
+def _let_go_of_all_but(*kept: int) -> None:
+    """A copy of a pipe's reading end would keep the guest's writes from failing, and the control socket's the mount alive."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for own in (0, 1, 2):
+        os.dup2(null, own)
+    for each in map(int, os.listdir("/proc/self/fd")):
+        if each > 2 and each not in kept:
+            try:
+                os.close(each)
+            except OSError:
+                pass  # the listing's own

@@ -1,0 +1,36 @@
+"""What comes from outside is shown on one line, with nothing in it that a terminal acts on."""
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipfsfuse.text import printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain name.txt", "plain name.txt"),
+        ("ü 漢字 👩‍💻 שלום", "ü 漢字 👩‍💻 שלום"),
+        ("\x1b[2Ja\nb\r\t\x07\x7f", "\\x1b[2Ja\\nb\\r\\t\\x07\\x7f"),
+        ("\x9b31m\x85", "\\x9b31m\\x85"),
+        ("a\u2028b\u2029", "a\\u2028b\\u2029"),
+        ("txt.\u202eexe\u2066\u200f\u061c", "txt.\\u202eexe\\u2066\\u200f\\u061c"),
+        (b"\xff name".decode(errors="surrogateescape"), "\\xff name"),
+        ("\ud83d", "\\ud83d"),
+        ("", ""),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text(st.characters()))
+def test_whatever_it_is_it_can_be_written_and_stays_on_one_line(text: str) -> None:
+    shown = printable(text)
+    shown.encode()
+    assert len(shown.splitlines()) <= 1
+    assert not any(unicodedata.category(each) in ("Cc", "Zl", "Zp", "Cs") for each in shown)
+    assert printable(shown) == shown
