@@ -32,6 +32,8 @@ class Pinning:
         self._root = root
         self._series = Series()
         self._files: dict[Cid, int] = {}
+        self._own_files: set[Cid] = set()
+        """Those that no other pin kept before."""
 
     @property
     def keys(self) -> list[Key]:
@@ -42,6 +44,8 @@ class Pinning:
         """Raises StoreFailed where what was kept so far did not find room."""
         if file.size > SMALL:
             self._files[file.cid] = file.size
+            if not self._store.room.kept(file.cid):
+                self._own_files.add(file.cid)
             self._store.room.keep(file.cid)
         self.check()
 
@@ -49,9 +53,10 @@ class Pinning:
         room = self._store.room
         if not room.refused.isdisjoint(self.keys):
             size = sum(self._files.values())
-            kept = room.kept_bytes
+            own: list[Key] = [*self._own_files, *self._series.packs]
+            kept = room.kept_bytes - sum(room.size(key) for key in own)
             raise StoreFailed(
-                f"{cids.text(self._root)} can't be pinned: of the budget of {room.budget} bytes {kept} are kept for good, "
+                f"{cids.text(self._root)} can't be pinned: of the budget of {room.budget} bytes {kept} are pinned already, "
                 f"its files alone are {size} so far: raise --budget, or unpin something"
             )
         if self._store.trouble.text:
