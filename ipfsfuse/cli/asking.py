@@ -1,12 +1,11 @@
 """The commands that a running mount answers: each one call through its control socket, shown to people or as JSON."""
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ipfsfuse.cli import folders, showing
+from ipfsfuse.cli import console, folders, showing
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client
 from ipfsfuse.errors import UsageError
@@ -68,7 +67,7 @@ def _cid(text: str) -> str:
 
 def _told(arguments: argparse.Namespace, answer: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:
     if arguments.json:
-        print(json.dumps(answer, indent=2))
+        console.values(answer)
     else:
         show(answer)
     return 0

@@ -20,6 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ipfsfuse import mount
+from ipfsfuse.cli import console
+from ipfsfuse.cli.log_format import escape_the_log
+from ipfsfuse.cli.mounting import ALLOW_OTHER
 from ipfsfuse.cli.reasons import one_line, unwrapped
 from ipfsfuse.cli.values import human
 from ipfsfuse.config import MountConfig
@@ -36,16 +39,20 @@ WATCH_MS = 500
 
 def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
     """Mounts and serves until the mount is gone. Raises what prevents it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    escape_the_log()
     starter = None if ready_fd is None else _Starter(ready_fd)
 
     def ready(control: Path) -> None:
-        answer = json.dumps({"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()})
+        answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
         if starter is not None:
             _move_log(control.parent)
-            starter.tell(f"ok {answer}")
+        if asked.allow_other:
+            log.info("%s", ALLOW_OTHER)
+        if starter is not None:
+            starter.tell(f"ok {json.dumps(answer)}")
         elif as_json:
-            print(answer, flush=True)
+            console.values(answer, indent=None)
 
     try:
         mount.run(asked, ready, _Indexing(starter))

@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse import importer
-from ipfsfuse.cli import folders, values
+from ipfsfuse.cli import console, folders, values
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client, socket_path
 from ipfsfuse.dag import cid as cids
@@ -47,7 +46,7 @@ def add(arguments: argparse.Namespace) -> int:
             if not arguments.quieter:
                 progress.line(f"added {cids.text(last.cid)} {last.name}".rstrip())
     if arguments.quieter and last is not None:
-        print(cids.text(last.cid))
+        console.line(cids.text(last.cid))
     return 0
 
 
@@ -76,11 +75,11 @@ def show(arguments: argparse.Namespace) -> int:
         entries = library.entries()
     if arguments.json:
         rows = [{"cid": cids.text(each.cid), "name": each.name, "size": each.size, "added": each.added} for each in entries]
-        print(json.dumps(rows, indent=2))
+        console.values(rows)
         return 0
     for each in entries:
         added = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.added))
-        print(f"{cids.text(each.cid)}  {values.human(each.size):>10}  {added}  {each.name}")
+        console.line(f"{cids.text(each.cid)}  {values.human(each.size):>10}  {added}  {each.name}")
     return 0
 
 
@@ -88,7 +87,7 @@ def remove(arguments: argparse.Namespace) -> int:
     cid = cid_alone(arguments.cid)
     with opened_library(arguments) as library:
         entry = library.remove(cid)
-    print(f"removed {cids.text(entry.cid)} {entry.name}")
+    console.line(f"removed {cids.text(entry.cid)} {entry.name}")
     return 0
 
 
@@ -104,7 +103,7 @@ async def _export(arguments: argparse.Namespace) -> int:
         async with opened_sources(arguments.sources or ["library"], settings) as sources:
             get = _getter(Chain(sources), socket_path(cache_dir))
             size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
-    print(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
+    console.line(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
     return 0
 
 
