@@ -20,6 +20,7 @@ from ipfsfuse.cache.folder.isolated import isolated_folder
 from ipfsfuse.cache.pins.nodepins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
+from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.fuse import mountpoint as mountpoints
@@ -121,7 +122,7 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
             ready(control.socket_path(folder))
 
         nursery.start_soon(operations.run)
-        with operations.storing_pages():
+        with operations.storing_pages(), live_mounts.registered(config.mountpoint, control.socket_path(folder)):
             await sessions.serve(session, answers, readahead=config.record is None)
         log.info("unmounted")
         nursery.cancel_scope.cancel()
