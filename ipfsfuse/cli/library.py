@@ -2,6 +2,8 @@
 
 import argparse
 import base64
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,13 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import DaemonFailed, Unavailable
+from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.files.library import Library
 from ipfsfuse.sources.opening import opened as opened_sources
 from ipfsfuse.sources.parse import OpenSettings
 
+STANDARD_OUTPUT = "-"
 BLOCK_DEADLINE = 30.0
 """Seconds for one block of an export."""
 
@@ -96,15 +99,36 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 async def _export(arguments: argparse.Namespace) -> int:
-    cid, file = cid_alone(arguments.cid), Path(arguments.file)
+    cid, to_stdout = cid_alone(arguments.cid), arguments.file == STANDARD_OUTPUT
+    if to_stdout:
+        _check_standard_output(arguments.v2)
     cache_dir = folders.cache_dir(arguments.cache_dir)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
         settings = OpenSettings(folders.library(arguments.library), cache_dir / "indexes", progress=indexing.of_file)
         async with opened_sources(arguments.sources or ["library"], settings) as sources:
             get = _getter(Chain(sources), socket_path(cache_dir))
-            size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
-    console.line(f"exported {cids.text(cid)} to {file}, {values.human(size)}")
+
+            def show(_blocks: int, written: int) -> None:
+                progress({"done": written})
+
+            if to_stdout:
+                for number in (signal.SIGINT, signal.SIGTERM):  # a write that waits for a slow reader can't be cancelled,
+                    signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
+                await importer.export_to_stream(cid, get, sys.stdout.fileno(), show)
+            else:
+                size = await importer.export(cid, get, Path(arguments.file), arguments.v2, show)
+                console.line(f"exported {cids.text(cid)} to {arguments.file}, {values.human(size)}")
     return 0
+
+
+def _check_standard_output(v2: bool) -> None:
+    """Raises UsageError where no CAR can go there."""
+    if v2:
+        raise UsageError("--v2 needs a file: the place of its index is known only at the end")
+    if sys.stdout is None:
+        raise UsageError("standard output is closed: name a FILE")
+    if sys.stdout.isatty():
+        raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
 
 
 def _getter(chain: Chain, control: Path) -> importer.GetBlock:
