@@ -21,9 +21,9 @@ from pathlib import Path
 
 from ipfsfuse import mount
 from ipfsfuse.cli import console
+from ipfsfuse.cli.error_text import one_line, unwrapped
 from ipfsfuse.cli.log_format import escape_the_log
 from ipfsfuse.cli.mounting import ALLOW_OTHER
-from ipfsfuse.cli.reasons import one_line, unwrapped
 from ipfsfuse.cli.values import human
 from ipfsfuse.config import MountConfig
 

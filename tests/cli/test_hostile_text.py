@@ -196,15 +196,21 @@ def hostile_server() -> Iterator[str]:
 
 @pytest.mark.fuse
 def test_what_sources_say_in_status_in_doctor_and_in_the_log(user: Home) -> None:
-    (user.folder / "small").write_text("small\n")
+    tree = user.folder / "tree"
+    tree.mkdir()
+    for name in NAMES:
+        (tree / name).write_text(name)
+    root = user.add(tree)
     (user.folder / "large").write_bytes(os.urandom(100_000))
     car = user.folder / f"x\n{FORGED}\x1b[31m.car"
     missing = user.add(user.folder / "large")
-    user.run("export", user.add(user.folder / "small"), car)
+    user.run("export", root, car)
     car.write_bytes(car.read_bytes() + b"\x99damage")
     with hostile_server() as url, user.mounted("--from", car, "--from", url, "--from", f"kubo+{url}", "--deadline", "1s") as mount:
-        with pytest.raises(OSError):
-            (mount.path / missing).read_bytes()
+        assert set(os.listdir(mount.path / root)) == set(NAMES)  # who reads gets them as they are
+        for path in (root, *NAMES), (missing,):
+            with pytest.raises(OSError):
+                mount.path.joinpath(*path).read_bytes()
         check(user.run("ls").stdout)
         wait_until(lambda: "forged" in json.dumps(user.json("status", "--json")["pins"]), "the node's message is shown")
         shown = user.run("status", check=False).stdout

@@ -153,9 +153,13 @@ def test_status(user: Home, mounted: Mounted, cid: str) -> None:
 def test_who_lets_others_in_is_told_what_they_see(user: Home, cid: str) -> None:
     assert user.run("mount", user.mountpoint).stderr == ""
     user.run("unmount", user.mountpoint)
-    assert user.run("mount", "--allow-other", user.mountpoint).stderr.startswith("ipfsfuse: --allow-other: every user of this machine can read ")
-    assert "the whole library" in (user.cache / "daemon.log").read_text()
-    user.run("unmount", user.mountpoint)
+    ran = user.run("mount", "--allow-other", "--json", user.mountpoint)
+    told = json.loads(ran.stdout)
+    mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), user)
+    assert ran.stderr.startswith("ipfsfuse: --allow-other: every user of this machine can read ")
+    assert ran.stderr.count("\n") == 1
+    assert "the whole library" in mount.log()
+    user.unmount(mount)
 
 
 def test_add_and_rm_are_seen_at_once(user: Home, mounted: Mounted, cid: str) -> None:
