@@ -21,6 +21,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder, locked
 from ipfsfuse.cache.store.isolated import isolated_folder
 from ipfsfuse.config import MountConfig
+from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.fileio import threads
@@ -141,7 +142,7 @@ async def _main(
             ready(folder.control)
 
         nursery.start_soon(operations.run)
-        with operations.pushing():
+        with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
             await sessions.serve(session, answers, readahead=config.record is None)
         log.info("unmounted")
         nursery.cancel_scope.cancel()

@@ -48,8 +48,11 @@ class Home:
         self.library = folder / "library"
         self.mountpoint = folder / "ipfs"
         self.mountpoint.mkdir(parents=True)
+        self.runtime = folder.with_name(f"{folder.name}-runtime")
+        self.runtime.mkdir(mode=0o700, exist_ok=True)
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("IPFS", "XDG"))} | {
             "HOME": str(folder),
+            "XDG_RUNTIME_DIR": str(self.runtime),
             "IPFS_PATH": str(folder / "no-node"),
             "IPFSFUSE_CACHE_DIR": str(self.cache),
             "IPFSFUSE_LIBRARY": str(self.library),
@@ -66,6 +69,12 @@ class Home:
 
     def refused(self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()) -> str:
         """Runs `ipfsfuse ARGS`, which must say why not in one line that holds `names`, and leave no mount; that line."""
+        said = self.refused_while_mounted(*args, names=names, code=code, wrapper=wrapper)
+        assert not fuse_mounts(self.folder)
+        return said
+
+    def refused_while_mounted(self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()) -> str:
+        """As `refused`, of a command that has nothing to do with the mounts there are."""
         command = [*wrapper, sys.executable, "-m", "ipfsfuse", *map(str, args)]
         ran = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
         assert ran.stderr.startswith("ipfsfuse: "), ran.stderr
@@ -73,7 +82,6 @@ class Home:
         assert "Traceback" not in ran.stderr
         assert str(names) in ran.stderr
         assert ran.returncode == code
-        assert not fuse_mounts(self.folder)
         return ran.stderr
 
     def json(self, *args: str | Path) -> Any:

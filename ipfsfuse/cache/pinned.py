@@ -35,6 +35,8 @@ class Pinning:
         self._root = root
         self._pack_set = PackSet()
         self._files: dict[Cid, int] = {}
+        self._own_files: set[Cid] = set()
+        """Those that no other pin kept before."""
 
     @property
     def keys(self) -> list[Key]:
@@ -45,6 +47,8 @@ class Pinning:
         """Raises StoreFailed where what was kept so far did not find room."""
         if file.size > SMALL:
             self._files[file.cid] = file.size
+            if not self._store.budget.kept(file.cid):
+                self._own_files.add(file.cid)
             self._store.budget.keep(file.cid)
         self.check()
 
@@ -52,11 +56,12 @@ class Pinning:
         budget = self._store.budget
         if not budget.refused.isdisjoint(self.keys):
             size = sum(self._files.values())
-            kept = budget.kept_bytes
+            own: list[Key] = [*self._own_files, *self._pack_set.packs]
+            kept = budget.kept_bytes - sum(budget.size(key) for key in own)
             cure = "raise --budget" if budget.limit == budget.configured else "make room on the disk"
             raise StoreFailed(
-                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes {kept} are kept "
-                f"for good, its files alone are {size} so far: {cure}, or unpin something"
+                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes {kept} are "
+                f"pinned already, its files alone are {size} so far: {cure}, or unpin something"
             )
         if self._store.backoff.reason:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")

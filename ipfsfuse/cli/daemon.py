@@ -26,7 +26,10 @@ from typing import TextIO
 
 from ipfsfuse import mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
-from ipfsfuse.cli.reasons import one_line, unwrapped
+from ipfsfuse.cli import console
+from ipfsfuse.cli.error_text import one_line, unwrapped
+from ipfsfuse.cli.log_format import escape_the_log
+from ipfsfuse.cli.mounting import ALLOW_OTHER
 from ipfsfuse.cli.units import human
 from ipfsfuse.config import MountConfig
 
@@ -44,16 +47,20 @@ WATCH_MS = 500
 def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
     """Mounts and serves until the mount is gone. Raises what prevents it."""
     log_to = _Log()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[log_to])
+    logging.basicConfig(level=logging.INFO, handlers=[log_to])
+    escape_the_log()
     starter = None if ready_fd is None else _Starter(ready_fd)
 
     def ready(control: Path) -> None:
-        answer = json.dumps({"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()})
+        answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
         if starter is not None:
             log_to.move(control.parent / LOG, min(LOG_BYTES, asked.budget // LOG_PART))
-            starter.tell(f"ok {answer}")
+        if asked.allow_other:
+            log.info("%s", ALLOW_OTHER)
+        if starter is not None:
+            starter.tell(f"ok {json.dumps(answer)}")
         elif as_json:
-            print(answer, flush=True)
+            console.values(answer, indent=None)
 
     try:
         mount.run(asked, ready, _Indexing(starter), None if starter is None and _has_terminal() else log_to.reopen)

@@ -1,7 +1,6 @@
 """`ipfsfuse doctor`: what a mount needs of this machine, each with what to do where it is missing."""
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cache.store.space import FreeSpace, disk_usage
-from ipfsfuse.cli import folders, units
+from ipfsfuse.cli import console, folders, units
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
@@ -37,10 +36,12 @@ class Finding(NamedTuple):
 def run(arguments: argparse.Namespace) -> int:
     findings = list(_everything(arguments))
     if arguments.json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+        console.values([finding._asdict() for finding in findings])
     else:
         for finding in findings:
-            print(f"{finding.state:5}{finding.about}: {finding.found}" + (f"\n     to do: {finding.todo}" if finding.todo else ""))
+            console.line(f"{finding.state:5}{finding.about}: {finding.found}")
+            if finding.todo:
+                console.line(f"     to do: {finding.todo}")
     return 1 if any(finding.state == BAD for finding in findings) else 0
 
 

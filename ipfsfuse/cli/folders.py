@@ -1,10 +1,14 @@
-"""Where things lie: the cache folder, the library, the mountpoint, the control socket."""
+"""Where things lie: the cache folder, the library, the mountpoint, and the daemon that serves it."""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
+
+if TYPE_CHECKING:
+    from ipfsfuse.control.live_mounts import LiveMount
 
 
 def cache_dir(given: str | None) -> Path:
@@ -32,15 +36,45 @@ def _absolute(path: str | Path) -> Path:
 
 
 def mountpoint(given: str) -> Path:
-    """Absolute, symlinks resolved. Asks nothing of the mount itself but its type."""
+    """Absolute, symlinks resolved. Asks nothing of a mount that is there already: its daemon may hang."""
+    from ipfsfuse.fuse import mountpoint as mountpoints
+
+    folder, name = os.path.split(given.rstrip("/"))
+    if name not in ("", ".", ".."):
+        point = os.path.join(os.path.realpath(folder or "."), name)
+        if any(mounted.mountpoint == point for mounted in mountpoints.table()):
+            return Path(point)
     return _absolute(given)
 
 
-def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
-    """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is another."""
+def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":
+    """The daemon that serves `point`. None where that is not known, or another daemon uses the cache folder that was
+    given."""
+    from ipfsfuse.control import live_mounts
+
+    found = live_mounts.find(point)
+    if found is not None and (given_cache_dir is None or found.control == cache_folder.socket_path(cache_dir(given_cache_dir))):
+        return found
     folder = cache_dir(given_cache_dir)
-    if mounted_at is not None:
-        point, holder = mountpoint(mounted_at), cache_folder.announced(folder)
-        if holder is None or Path(holder[1]) != point:
-            raise errors.DaemonFailed(f"the mount of {folder} is not at {point}: name its cache folder with --cache-dir")
-    return cache_folder.socket_path(folder)
+    announced = cache_folder.announced(folder)
+    if announced is not None and Path(announced[1]) == point:
+        return live_mounts.LiveMount(point, announced[0], cache_folder.socket_path(folder))
+    return None
+
+
+def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
+    """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is not one that
+    can be asked."""
+    if mounted_at is None:
+        return cache_folder.socket_path(cache_dir(given_cache_dir))
+    from ipfsfuse.fuse import mountpoint as mountpoints
+
+    point = mountpoint(mounted_at)
+    found = live_mount(point, given_cache_dir)
+    if found is not None:
+        return found.control
+    if mountpoints.ours_at(point) is None:
+        raise errors.DaemonFailed(f"{point} is not a mount of ipfsfuse")
+    if given_cache_dir is not None:
+        raise errors.DaemonFailed(f"the mount of {cache_dir(given_cache_dir)} is not at {point}: leave out --cache-dir")
+    raise errors.DaemonFailed(f"which daemon serves {point} is not known: name its cache folder with --cache-dir")

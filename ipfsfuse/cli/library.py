@@ -2,8 +2,9 @@
 
 import argparse
 import base64
-import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +14,21 @@ import trio
 
 from ipfsfuse import importer
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import folders, units
+from ipfsfuse.cli import console, folders, units
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import DaemonFailed, Unavailable
+from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.files.library import Library
 from ipfsfuse.sources.opening import opened as opened_sources
 from ipfsfuse.sources.parse import OpenSettings
 from ipfsfuse.sources.pool.pool import SourcePool
 
+STANDARD_OUTPUT = "-"
 BLOCK_DEADLINE = 30.0
 """Seconds for one block of an export."""
 
@@ -50,7 +52,7 @@ def add(arguments: argparse.Namespace) -> int:
             if not arguments.quieter:
                 progress.line(f"added {cids.text(last.cid)} {last.name}".rstrip())
     if arguments.quieter and last is not None:
-        print(cids.text(last.cid))
+        console.line(cids.text(last.cid))
     return 0
 
 
@@ -79,11 +81,11 @@ def show(arguments: argparse.Namespace) -> int:
         entries = library.entries()
     if arguments.json:
         rows = [{"cid": cids.text(each.cid), "name": each.name, "size": each.size, "added": each.added} for each in entries]
-        print(json.dumps(rows, indent=2))
+        console.values(rows)
         return 0
     for each in entries:
         added = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.added))
-        print(f"{cids.text(each.cid)}  {units.human(each.size):>10}  {added}  {each.name}")
+        console.line(f"{cids.text(each.cid)}  {units.human(each.size):>10}  {added}  {each.name}")
     return 0
 
 
@@ -91,7 +93,7 @@ def remove(arguments: argparse.Namespace) -> int:
     cid = cid_alone(arguments.cid)
     with opened_library(arguments) as library:
         entry = library.remove(cid)
-    print(f"removed {cids.text(entry.cid)} {entry.name}")
+    console.line(f"removed {cids.text(entry.cid)} {entry.name}")
     return 0
 
 
@@ -103,14 +105,35 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
-    cid, file = cid_alone(arguments.cid), Path(arguments.file)
+    cid, to_stdout = cid_alone(arguments.cid), arguments.file == STANDARD_OUTPUT
+    if to_stdout:
+        _check_standard_output(arguments.v2)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
         settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
         async with opened_sources(arguments.sources or ["library"], settings) as sources:
             get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
-            size = await importer.export(cid, get, file, arguments.v2, lambda _blocks, written: progress({"done": written}))
-    print(f"exported {cids.text(cid)} to {file}, {units.human(size)}")
+
+            def show(_blocks: int, written: int) -> None:
+                progress({"done": written})
+
+            if to_stdout:
+                for number in (signal.SIGINT, signal.SIGTERM):  # a write that waits for a slow reader can't be cancelled,
+                    signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
+                await importer.export_to_stream(cid, get, sys.stdout.fileno(), show)
+            else:
+                size = await importer.export(cid, get, Path(arguments.file), arguments.v2, show)
+                console.line(f"exported {cids.text(cid)} to {arguments.file}, {units.human(size)}")
     return 0
+
+
+def _check_standard_output(v2: bool) -> None:
+    """Raises UsageError where no CAR can go there."""
+    if v2:
+        raise UsageError("--v2 needs a file: the place of its index is known only at the end")
+    if sys.stdout is None:
+        raise UsageError("standard output is closed: name a FILE")
+    if sys.stdout.isatty():
+        raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
 
 
 def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:

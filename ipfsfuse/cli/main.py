@@ -4,19 +4,20 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
-from ipfsfuse.cli import parser
-from ipfsfuse.cli.reasons import one_line, unwrapped
+from ipfsfuse.cli import console, parser
+from ipfsfuse.cli.error_text import one_line, unwrapped
 from ipfsfuse.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is printed as its bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the locale's encoding lacks is no reason to fail
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:
         if "IPFSFUSE_TRACEBACK" in os.environ:
-            raise
+            _show_traceback(exc)
         return _ended_by(exc)
 
 
@@ -48,5 +49,10 @@ def _ended_by(exc: BaseException) -> int:
     if isinstance(exc, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint from the interpreter's last flush
         return 128 + signal.SIGPIPE
-    print("ipfsfuse:", one_line(exc), file=sys.stderr)
+    console.note(f"ipfsfuse: {one_line(exc)}")
     return 2 if isinstance(exc, UsageError) else 1
+
+
+def _show_traceback(exc: BaseException) -> None:
+    for line in "".join(traceback.format_exception(exc)).splitlines():
+        console.note(line)

@@ -11,20 +11,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ipfsfuse
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import cidargs, folders
+from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.config import MountConfig
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 
 END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
+
+ALLOW_OTHER = (
+    "--allow-other: every user of this machine can read what this mount shows: the whole library, what is pinned, "
+    "what was read, and any CID that its sources have"
+)
 
 PROGRESS = "progress "
 """What a line of the daemon's begins with that tells how far it is (see `daemon`)."""
@@ -41,7 +50,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         budget=arguments.budget,
         reserve=arguments.reserve,
         deadline=arguments.deadline,
-        allow=None if arguments.allow is None else cidargs.many(arguments.allow, "--allow"),
+        allow=None if arguments.allow is None else _allowed(arguments.allow),
         record=None if arguments.record is None else Path(arguments.record).absolute(),
         allow_other=arguments.allow_other,
         isolated=arguments.isolated,
@@ -49,6 +58,30 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         pins=arguments.pins,
         headers=None if arguments.header_file is None else Path(arguments.header_file).absolute(),
     )
+
+
+def _allowed(texts: Iterable[str]) -> frozenset[Cid]:
+    """The canonical CIDs of `texts`: each is a CID, or a file that lists some, one a line, # before comments."""
+    return frozenset(cids.canonical(each) for text in texts for each in _listed(text))
+
+
+def _listed(text: str) -> Iterator[Cid]:
+    try:
+        yield cid_alone(text)
+        return
+    except UsageError as exc:
+        if not Path(text).is_file():
+            raise UsageError(f"--allow {text!r} is neither a CID nor a file that lists some") from exc
+    try:
+        lines = Path(text).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"--allow {text}: can't be read: {exc}") from exc
+    for number, line in enumerate(lines, 1):
+        if entry := line.partition("#")[0].strip():
+            try:
+                yield cid_alone(entry)
+            except UsageError as exc:
+                raise UsageError(f"--allow {text}, line {number}: {exc}") from exc
 
 
 def _source(text: str) -> str:
@@ -70,10 +103,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
-        print(f"ipfsfuse: {shortened}", file=sys.stderr)
+        console.note(f"ipfsfuse: {shortened}")
     told = _start_daemon(arguments.argv)
+    if asked.allow_other:
+        console.note(f"ipfsfuse: {ALLOW_OTHER}")
     if arguments.json:
-        print(json.dumps(told))
+        console.values(told, indent=None)
     return 0
 
 

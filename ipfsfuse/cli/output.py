@@ -4,7 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ipfsfuse.cli import console
 from ipfsfuse.cli.units import human
+from ipfsfuse.text import printable
 
 SIZES = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
 
@@ -14,28 +16,28 @@ def show(values: Mapping[str, Any], indent: str = "") -> None:
     for key, inner in values.items():
         label = f"{indent}{_label(key)}:"
         if isinstance(inner, dict):
-            print(label)
+            console.line(label)
             show(inner, indent + "  ")
         elif isinstance(inner, list):
-            print(label, *([] if inner else ["none"]))
+            console.line(label if inner else f"{label} none")
             for item in inner:
-                print(f"{indent}  {said('', item)}")
+                console.line(f"{indent}  {said('', item)}")
         else:
-            print(label, said(key, inner))
+            console.line(f"{label} {said(key, inner)}")
 
 
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of the same keys, one line each below a line of the keys; numbers to the right."""
     if not rows:
-        print(f"{name}: none")
+        console.line(f"{name}: none")
         return
-    print(f"{name}:")
-    cells = [[_label(key) for key in rows[0]], *([said(key, value) for key, value in row.items()] for row in rows)]
+    console.line(f"{name}:")
+    cells = [[_label(key) for key in rows[0]], *([printable(said(key, value)) for key, value in row.items()] for row in rows)]
     right = [isinstance(value, int | float | None) for value in rows[0].values()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         padded = [cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(line, widths, right, strict=True)]
-        print(f"  {'  '.join(padded)}".rstrip())
+        console.line(f"  {'  '.join(padded)}".rstrip())
 
 
 def status(answer: Mapping[str, Any]) -> None:
@@ -51,10 +53,10 @@ def ls(answer: Mapping[str, Any]) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each["last_used"]))
         whole = "whole" if each["complete"] else f"{human(each['staged'])} of"
         marks = f"pinned:{each['pinned']}" if each["pinned"] else ""
-        print(f"{each['cid']}  {whole:>12} {human(each['size']):>10}  {used}  {each['source']:10} {marks}".rstrip())
+        console.line(f"{each['cid']}  {whole:>12} {human(each['size']):>10}  {used}  {each['source']:10} {marks}".rstrip())
     small = answer["small"]
     if small["bytes"]:
-        print(f"and {small['blocks']} small blocks (files up to 64 KiB, directories, links): {human(small['bytes'])}")
+        console.line(f"and {small['blocks']} small blocks (files up to 64 KiB, directories, links): {human(small['bytes'])}")
 
 
 def said(key: str, value: object) -> str:

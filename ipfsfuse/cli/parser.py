@@ -82,7 +82,7 @@ def _library(commands: Any) -> None:
     export = _command(commands, "export", "library:export", "write a CID with all below it to a CAR file, verified")
     for parser in (remove, export):
         parser.add_argument("cid", metavar="CID")
-    export.add_argument("file", metavar="FILE.car", type=_PATH)
+    export.add_argument("file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output")
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     library.add_argument("--json", action="store_true")
@@ -108,7 +108,7 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a read fails after this long without a block (30s)")
     mount.add_argument("--allow", action="append", metavar="CID|FILE", help="these CIDs and what they hold, nothing else; a file lists one a line")
     mount.add_argument("--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used")
-    mount.add_argument("--allow-other", action="store_true", help="let other users in")
+    mount.add_argument("--allow-other", action="store_true", help="let other users in: they can read all that the mount shows, the whole library too")
     mount.add_argument("--isolated", action="store_true", help="a cache folder of its own, gone with the mount")
     mount.add_argument("--while-held", action="store_true", help="end with the last connection that holds the mount, and remove MOUNTPOINT")
     mount.add_argument(
@@ -152,5 +152,5 @@ def _remote(commands: Any) -> None:
             parser.add_argument("cid", metavar="CID", nargs="?")
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
         parser.add_argument("--json", action="store_true")
-        parser.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount to ask (else that of the cache folder)")
+        parser.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount to ask; without it, that of the cache folder")
         _folders(parser, library=False)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from ipfsfuse.cli import console
 from ipfsfuse.cli.units import human
+from ipfsfuse.text import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -36,7 +38,7 @@ class Progress:
             self._show_bar(done, total, unit, values.get("what"))
         elif time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()
-            print(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""), file=sys.stderr)
+            console.note(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""))
 
     def of_file(self, name: str, done: int, total: int) -> None:
         """As when called: `done` of `total` bytes of the file `name`."""
@@ -46,10 +48,10 @@ class Progress:
         """Prints a line of the command's own output, not through the bar."""
         if self._bar is not None:
             self._bar.clear()
-        print(text)
+        console.line(text)
 
     def _show_bar(self, done: int, total: int | None, unit: str, detail: str | None) -> None:
-        detail = detail and detail[:40]
+        detail = detail and printable(detail)[:40]
         if self._bar is None:
             from tqdm import tqdm  # 30 ms to import, and only a terminal needs it
 

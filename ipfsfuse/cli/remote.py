@@ -1,13 +1,11 @@
 """The commands that a running mount answers: each one call through its control socket, shown to people or as JSON."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ipfsfuse.cli import folders, output
+from ipfsfuse.cli import console, folders, output
 from ipfsfuse.cli.progress import Progress
 from ipfsfuse.control import client
 from ipfsfuse.errors import UsageError
@@ -62,7 +60,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     lost = answer["wrong"] - answer["mended"]
     if lost:
         named = ", ".join(answer["lost"][:NAMED]) + (", ..." if lost > NAMED else "")
-        print(f"ipfsfuse: wrong, removed, and not to be had from any source: {lost} ({named})", file=sys.stderr)
+        console.note(f"ipfsfuse: wrong, removed, and not to be had from any source: {lost} ({named})")
     return 1 if lost else 0
 
 
@@ -86,7 +84,7 @@ def _cid(text: str) -> str:
 
 def _told(arguments: argparse.Namespace, answer: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:
     if arguments.json:
-        print(json.dumps(answer, indent=2))
+        console.values(answer)
     else:
         show(answer)
     return 0

@@ -35,7 +35,7 @@ class WholeBlocks:
         return block
 
     async def _staged(self, file: FileRef, leaf: Leaf) -> bytes | None:
-        """The block of a leaf, by its content; None where it is no leaf, or one of a form that can't be made again."""
+        """The block of a leaf, by its content; None where it is not a leaf, or one of a form that can't be made again."""
         try:
             content = await self._cache.leaf(file, leaf)
         except IpfsFuseError:
@@ -53,7 +53,7 @@ class WholeBlocks:
 
 
 def _parsed(cid: Cid, block: bytes) -> Node | None:
-    """What `block` is; None for no UnixFS, which has no leaves."""
+    """What `block` is; None where it is not UnixFS, which then has no leaves."""
     try:
         return nodes.parse(cid, block)
     except (Malformed, Unsupported):

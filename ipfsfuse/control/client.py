@@ -63,7 +63,7 @@ def _lines(connection: socket.socket) -> Iterator[Answer]:
         while line := stream.readline(MAX_ANSWER):
             reply = json.loads(line)
             if not isinstance(reply, dict):
-                raise ValueError("the answer is no JSON object")
+                raise ValueError("the answer is not a JSON object")
             yield reply
 
 

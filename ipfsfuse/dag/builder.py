@@ -50,7 +50,7 @@ PROFILES = {profile.name: profile for profile in (UNIXFS_V1_2025, UNIXFS_V0_2015
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The attributes to store with a file, directory or symlink; None (0 for the mode too, as Kubo has it) for none."""
+    """The attributes to store with a file, directory or symlink; None for none."""
 
     mode: int | None = None
     """The low 12 bits of st_mode."""
@@ -58,7 +58,9 @@ class Stored:
     """Nanoseconds since 1970."""
 
     def on(self, message: UnixFS) -> UnixFS:
-        return replace(message, mode=self.mode or None, mtime=self.mtime) if self.mode or self.mtime is not None else message
+        """`message` with the attributes. Kubo stores mode 0 of a directory, and leaves out that of a file."""
+        mode = None if self.mode == 0 and message.type is Type.FILE else self.mode
+        return message if mode is None and self.mtime is None else replace(message, mode=mode, mtime=self.mtime)
 
 
 NOTHING = Stored()

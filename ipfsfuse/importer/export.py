@@ -36,13 +36,29 @@ async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, pr
     Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known, StoreFailed.
     """
     with _appearing(file) as fd:
-        writer = CarWriter(fd, file.parent, [root], indexed)
-        try:
-            await _write(root, get, writer, progress)
-            await threads.run_sync(writer.finish)
-        except BaseException:
-            writer.abandon()
-            raise
+        return await _fill(CarWriter(fd, file.parent, [root], indexed), root, get, progress)
+
+
+async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: ExportProgress | None = None) -> int:
+    """As `export`, to a descriptor that may be a pipe: a CARv1. Whoever reads it must look at how this process ends,
+    because a CAR that ends early can be a valid CAR.
+
+    Raises BrokenPipeError where nobody reads any more, and what `export` raises."""
+    try:
+        return await _fill(CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise StoreFailed(f"standard output: {exc.strerror}") from exc
+
+
+async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: ExportProgress | None) -> int:
+    try:
+        await _write(root, get, writer, progress)
+        await threads.run_sync(writer.finish)
+    except BaseException:
+        writer.abandon()
+        raise
     return writer.size
 
 

@@ -139,7 +139,7 @@ def test_a_pin_larger_than_the_budget_is_refused_naming_sizes_and_keeps_nothing(
         chain = Chain()
         large = tree(chain, 20, seed=100)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            with pytest.raises(StoreFailed, match=f"can't be pinned: of the budget of {BUDGET} bytes .* raise --budget"):
+            with pytest.raises(StoreFailed, match=f"can't be pinned: of the budget of {BUDGET} bytes 0 are pinned already, .* raise --budget"):
                 await read_all(cache, large, pin=True)
             assert cache.statistics().pinned == 0
             assert cache.statistics().used <= BUDGET

@@ -34,7 +34,8 @@ def home(user: Home, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home folder of `user` as this process's own, and no variable that names other places."""
     for variable in ({*os.environ} - {*user.env}) | {"IPFSFUSE_CACHE_DIR", "IPFSFUSE_LIBRARY"}:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", user.env["HOME"])
+    for variable in ("HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, user.env[variable])
     return user.folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -152,6 +153,19 @@ def test_status(user: Home, mounted: Mounted, cid: str) -> None:
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="/etc/fuse.conf may not let ordinary users use --allow-other")
+def test_who_lets_others_in_is_told_what_they_see(user: Home, cid: str) -> None:
+    assert user.run("mount", user.mountpoint).stderr == ""
+    user.run("unmount", user.mountpoint)
+    ran = user.run("mount", "--allow-other", "--json", user.mountpoint)
+    told = json.loads(ran.stdout)
+    mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), user)
+    assert ran.stderr.startswith("ipfsfuse: --allow-other: every user of this machine can read ")
+    assert ran.stderr.count("\n") == 1
+    assert "the whole library" in mount.log()
+    user.unmount(mount)
+
+
 def test_add_and_rm_are_seen_at_once(user: Home, mounted: Mounted, cid: str) -> None:
     (user.folder / "more").write_text("more\n")
     more = user.add(user.folder / "more")
@@ -208,3 +222,44 @@ def test_doctor_says_what_the_disk_makes_of_the_budget(user: Home) -> None:
         line = next(line for line in ran.stdout.splitlines() if "space: " in line)
         assert re.match(r"note space: the budget of 10.0 GiB is cut to (19|20)\.\d MiB: [23]\d\.\d MiB free there, 10\.0 MiB of it", line)
         assert "ok   space: a budget of 1.0 MiB fits: " in user.run("doctor", "--budget", "1MiB").stdout
+# -- export to standard output -----------------------------------------------------------------------------------
+
+
+def test_export_to_standard_output(user: Home, cid: str, car: Path) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", "export", cid, "-"]
+    piped = subprocess.run(command, env=user.env, capture_output=True, timeout=60, cwd=user.folder)
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    assert piped.stdout == car.read_bytes()
+    with open(user.folder / "y.car", "wb") as out:
+        assert subprocess.run(command, env=user.env, stdout=out, timeout=60, cwd=user.folder).returncode == 0
+    assert (user.folder / "y.car").read_bytes() == car.read_bytes()
+    assert not (user.folder / "-").exists()
+    user.refused("export", cid, "-", "--v2", names="--v2 needs a file", code=2)
+
+
+def test_no_car_goes_to_a_terminal(user: Home, cid: str) -> None:
+    leader, follower = pty.openpty()
+    try:
+        command = [sys.executable, "-m", "ipfsfuse", "export", cid, "-"]
+        ran = subprocess.run(command, env=user.env, stdout=follower, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(follower)
+        os.close(leader)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "not for a terminal" in ran.stderr
+
+
+def test_an_export_whose_reader_goes_or_waits_ends(user: Home) -> None:
+    (user.folder / "large").write_bytes(os.urandom(5_000_000))
+    command = [sys.executable, "-m", "ipfsfuse", "export", user.add(user.folder / "large"), "-"]
+    for number, code in ((None, 141), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)):
+        with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as export:
+            assert export.stdout is not None
+            assert export.stderr is not None
+            assert len(export.stdout.read(10)) == 10
+            if number is None:
+                export.stdout.close()
+            else:
+                export.send_signal(number)
+            assert export.wait(60) == code
+            assert export.stderr.read() == b""

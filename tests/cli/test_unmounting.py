@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cli import holders
+from ipfsfuse.cli.unmounting import holders
 from tests.cli.conftest import Ipfsfuse
 
 HOLDING = {
@@ -39,7 +39,7 @@ def holder(request: pytest.FixtureRequest, folder: Path) -> Iterator[subprocess.
 
 
 def test_each_way_of_holding_is_found(holder: subprocess.Popen[bytes], folder: Path) -> None:
-    found = {each.pid: each for each in holders.of(folder)}
+    found = {each.pid: each for each in holders(folder)}
     assert holder.pid in found
     assert found[holder.pid].uses.startswith(str(folder))
     assert found[holder.pid].command.startswith(sys.executable)
@@ -51,8 +51,8 @@ def test_a_longer_name_beside_it_is_no_use(folder: Path, tmp_path: Path) -> None
     with subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], cwd=beside, stdin=-1, stdout=-1) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert [each.pid for each in holders.of(beside)] == [process.pid]
-        assert not list(holders.of(folder))
+        assert [each.pid for each in holders(beside)] == [process.pid]
+        assert not list(holders(folder))
         process.kill()
 
 

@@ -55,6 +55,8 @@ class Case:
     options: tuple[str, ...] = ()
     large: bool = False
     """Too much to lie on a disk in every run of the tests: only the pure importer gets it."""
+    only_root: bool = False
+    """Only root can read the files."""
 
 
 def write(entry: Entry, path: Path) -> None:
@@ -167,6 +169,9 @@ def _options(profile: Profile) -> Iterator[Case]:
         yield Case(f"kept {' '.join(options)}", profile, {"tree": Dir(kept, 0o750, NEW_YEAR)}, options)
     wide = {f"{index:0100}": Bytes(0, 1, 0o644, NEW_YEAR) for index in range(2000)}
     yield Case("kept, sharded", profile, {"wide": Dir(wide, 0o711, NEW_YEAR)}, (mode, mtime))
+    closed = Dir({"file": Bytes(7, 1, 0o000, NEW_YEAR), "empty": Dir({}, 0, NEW_YEAR), "wide": Dir(wide, 0, NEW_YEAR)}, 0, NEW_YEAR)
+    for options in ((mode,), (mode, mtime)):
+        yield Case(f"mode 0 {' '.join(options)}", profile, {"closed": closed}, options, only_root=True)
 
 
 CASES = {

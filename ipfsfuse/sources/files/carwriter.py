@@ -4,6 +4,7 @@ Blocking; for one thread at a time. Memory is flat: blocks are written through, 
 """
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +19,14 @@ _SEND_EVERY = 32 << 20
 
 
 class CarWriter:
-    """Fills the empty file `fd`, which stays the caller's. The file is no CAR before `finish`. All methods raise OSError."""
+    """Fills the empty file `fd`, which stays the caller's: not a CAR before `finish`. All methods raise OSError.
+
+    `fd` may be a pipe, too, where `indexed` is false."""
 
     def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
         """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if `indexed`, else 1."""
         self._out = open(fd, "wb", buffering=_BUFFER, closefd=False)  # noqa: SIM115 - closed by finish and abandon
+        self._on_disk = stat.S_ISREG(os.fstat(fd).st_mode)
         self._sorter = RecordSorter(scratch)
         self._indexed = indexed
         header = car.encode_header(roots)
@@ -44,7 +48,7 @@ class CarWriter:
             self._sorter.add(cids.multihash(cid), self._end)
         self._end += len(head) + len(block)
         self.blocks += 1
-        if self._end - self._sent >= _SEND_EVERY:
+        if self._on_disk and self._end - self._sent >= _SEND_EVERY:
             self._send()
 
     def _send(self) -> None:
@@ -63,7 +67,8 @@ class CarWriter:
                 self._out.seek(0)
                 self._out.write(car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end)))
             self._out.flush()
-            os.fsync(self._out.fileno())
+            if self._on_disk:
+                os.fsync(self._out.fileno())
 
     def abandon(self) -> None:
         """Lets go without completing."""
