@@ -30,10 +30,10 @@ from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.record import Record
 from ipfsfuse.sources.chain.chain import Chain
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.vfs.roots import Named, Roots
 from ipfsfuse.vfs.tree import Tree
 
@@ -131,7 +131,8 @@ async def _main(config: MountConfig, folder: Path, ready: Ready, indexing: Index
 @asynccontextmanager
 async def _serving(config: MountConfig, folder: Path, indexing: Indexing | None) -> AsyncIterator[tuple[Operations, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
-    settings = OpenSettings(config.library, folder / "indexes", with_headers(HttpSettings(), config.headers), config.offline, indexing)
+    http = with_headers(HttpSettings(), config.header_files, config.sources)
+    settings = OpenSettings(config.library, folder / "indexes", http, config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         chain = Chain(sources, offline=config.offline)

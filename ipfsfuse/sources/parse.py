@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.origin import Origin, parse_origin
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.origin import Origin, parse_origin, unix_origin
+from ipfsfuse.sources.secrets import bind_headers
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
@@ -71,7 +72,7 @@ def _parse_url(text: str, scheme: str, rest: str) -> Spec:
     if scheme == "kubo+unix":
         if not rest.startswith("/"):
             raise UsageError(f"{text}: a socket's absolute path is missing; write kubo+unix:///run/ipfs.sock")
-        return Spec(KUBO, text, origin=Origin("http", "localhost", 80, unix=rest))
+        return Spec(KUBO, text, origin=unix_origin(rest))
     raise UsageError(f"{text}: {scheme}:// is not known; use https://, http://, kubo+http://, kubo+https:// or kubo+unix://")
 
 
@@ -114,8 +115,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
         return _open_kubo(spec, settings)
-    from ipfsfuse.sources.web.gateway import Gateway
-    from ipfsfuse.sources.web.http import Http
+    from ipfsfuse.sources.http.client import Http
+    from ipfsfuse.sources.http.gateway import Gateway
 
     assert spec.origin is not None
     if settings.offline and not spec.origin.is_local:
@@ -125,8 +126,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.files import flatfs
-    from ipfsfuse.sources.web.kubo import Kubo, repository
-    from ipfsfuse.sources.web.localkubo import LocalKubo
+    from ipfsfuse.sources.http.kubo import Kubo, repository
+    from ipfsfuse.sources.localkubo import LocalKubo
 
     place = repository()
     blocks = flatfs.find(place) if spec.origin is None else None
@@ -136,28 +137,9 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     return LocalKubo(spec.name, settings.http, blocks, offline=settings.offline)
 
 
-def read_headers(path: Path) -> tuple[tuple[str, str], ...]:
-    """The headers in a file, one `Name: value` a line; empty lines and lines that begin with # are left out.
-
-    Raises UsageError, which names the line and never shows a value: it may be a secret."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"the headers file {path} can't be read: {exc}") from exc
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, separator, value = line.partition(":")
-        if not separator or not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
-            raise UsageError(f"{path}, line {number}: not a header; write Name: value")
-        if not value.strip().isascii() or not value.strip().isprintable():
-            raise UsageError(f"{path}, line {number}: the value has characters that a header can't have")
-        if name.lower() in ("host", "accept-encoding", "content-length", "transfer-encoding", "connection"):
-            raise UsageError(f"{path}, line {number}: {name} is not yours to set")
-        found.append((name, value.strip()))
-    return tuple(found)
-
-
-def with_headers(settings: HttpSettings, path: Path | None) -> HttpSettings:
-    return settings if path is None else replace(settings, headers=read_headers(path))
+def with_headers(settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]) -> HttpSettings:
+    """`settings` with the headers of `header_files`, each bound to the origin of one of `sources`. Raises UsageError."""
+    specs = parse_sources(sources)
+    origins = {spec.origin: spec.name for spec in specs if spec.origin is not None}
+    with_node = any(spec.kind == KUBO and spec.origin is None for spec in specs)
+    return replace(settings, headers=bind_headers(header_files, origins, with_node=with_node))

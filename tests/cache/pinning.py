@@ -13,9 +13,9 @@ from ipfsfuse.cache.pins.kubopins import KuboPins
 from ipfsfuse.cache.pins.nodefiles import NodeFiles
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.web.http import Http, HttpSettings
-from ipfsfuse.sources.web.origin import parse_origin
-from ipfsfuse.sources.web.rpc import Rpc
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.rpc import Rpc
+from ipfsfuse.sources.origin import parse_origin
 from tests.kubo.node import Node
 
 PATIENCE = 60.0

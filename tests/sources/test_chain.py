@@ -10,9 +10,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed, Unavailable, Unsupported, WrongBlock
 from ipfsfuse.sources.chain import member
 from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http
-from ipfsfuse.sources.web.origin import parse_origin
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.origin import parse_origin
 from tests.sources.servers import Ask, Server, answer_well
 from tests.sources.timed import BLOCK, BLOCKS, CID, InPlace, Timed, after, chain_of, fails, never, run
 

@@ -10,9 +10,9 @@ from ipfsfuse.sources.base import Fetched, Subtree
 from ipfsfuse.sources.chain.chain import Chain
 from ipfsfuse.sources.chain.gathering import FIRST, STALL
 from ipfsfuse.sources.chain.member import SLOW_FAR
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http
-from ipfsfuse.sources.web.origin import parse_origin
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.origin import parse_origin
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
 from tests.sources.timed import InPlace, Takes, Timed, chain_of, fails, never, run

@@ -8,8 +8,9 @@ import trio
 
 from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo, unix_origin
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import unix_origin
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources import evil

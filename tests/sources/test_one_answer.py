@@ -14,10 +14,11 @@ from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Run, Subtree
 from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http, HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.sources.web.origin import parse_origin
+from ipfsfuse.sources.http import client
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import parse_origin
 from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
@@ -26,6 +27,12 @@ from tests.sources.timed import Takes
 FILE, OTHER = sample(31), sample(32)
 TREE = trees()["nested"]
 SUBTREE = Subtree(TREE.root, True, 1 << 20)
+
+
+@pytest.fixture(autouse=True, params=["own", "httpx"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for our own transport and for httpx's."""
+    monkeypatch.setattr(client, "OWN_TRANSPORT", request.param == "own")
 
 
 def with_gateway(server: Server, main: Callable[[Gateway], Awaitable[None]], *, local: bool = False, settings: HttpSettings | None = None) -> None:
@@ -218,11 +225,11 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
                     nursery.start_soon(gateway.stream, FILE.run, deliver)
                     await all_busy.wait()
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.room.used in (sum(delivering), sum(delivering) + meanwhile), "and what is read meanwhile"
+                    assert settings.in_flight.used in (sum(delivering), sum(delivering) + meanwhile), "and what is read meanwhile"
                     nursery.cancel_scope.cancel()
-                assert settings.room.used == 0
+                assert settings.in_flight.used == 0
             assert await streamed(gateway) == FILE.expected
-            assert settings.room.used == 0
+            assert settings.in_flight.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
 
@@ -238,6 +245,6 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
 
             with pytest.raises(SourceFailed, match="no room"):
                 await gateway.stream(FILE.run, deliver)
-            assert settings.room.used == 0
+            assert settings.in_flight.used == 0
 
         with_gateway(server, main, local=True, settings=settings)

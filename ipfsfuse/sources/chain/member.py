@@ -16,8 +16,8 @@ from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.chain.checking import check
 from ipfsfuse.sources.chain.health import Health, Statistics
 from ipfsfuse.sources.chain.slots import Slots
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.kubo import Kubo
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
 
 log = logging.getLogger(__name__)
 

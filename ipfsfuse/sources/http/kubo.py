@@ -2,76 +2,35 @@
 
 Where the node listens stands in its repository ($IPFS_PATH, else ~/.ipfs): `api`, a multiaddr, and `gateway`, a URL,
 each written when its daemon starts. They are read again when the node does not answer: it may have been restarted on
-other ports.
-
-Concurrency: as every source. Nothing is verified here.
+other ports. Concurrency: as every source. Nothing is verified here.
 """
 
 import os
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotHere, SourceFailed, UsageError
+from ipfsfuse.errors import IpfsFuseError, SourceFailed, UsageError
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
-from ipfsfuse.sources.web.failures import CONNECT, PAGE, PROTOCOL, REFUSED
-from ipfsfuse.sources.web.gateway import MAX_BLOCK, Gateway
-from ipfsfuse.sources.web.http import Http, HttpSettings
-from ipfsfuse.sources.web.origin import Origin, parse_origin
-from ipfsfuse.sources.web.rpc import Rpc
+from ipfsfuse.sources.http.client import CONNECT, PAGE, PROTOCOL, REFUSED, Http, HttpSettings
+from ipfsfuse.sources.http.gateway import MAX_BLOCK, Gateway
+from ipfsfuse.sources.http.rpc import Rpc
+from ipfsfuse.sources.origin import Origin, parse_multiaddr, parse_origin
+from ipfsfuse.sources.secrets import BoundHeaders, is_trusted, kubo_authorization
 
-CONNECTIONS = 2
+CONNECTIONS: Final = 2
 """Requests of one run side by side: on 2 cores a second one gained 5 to 25 % on runs of over 64 MiB, a third nothing."""
-
-NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
+NO_GATEWAY: Final = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
 """Failures that tell of the gateway port (off, guarded, something else's), not of the block: RPC may have it."""
+SET_A_TOKEN: Final = "set IPFSFUSE_KUBO_AUTH_FILE to a file with bearer:TOKEN or basic:USER:PASSWORD"
 
 
 def repository() -> Path:
     return Path(os.environ.get("IPFS_PATH") or Path.home() / ".ipfs")
-
-
-def parse_multiaddr(text: str) -> Origin:
-    """/ip4|ip6|dns.../HOST/tcp/PORT[/http|/https] or /unix/PATH. Raises UsageError."""
-    parts = text.strip().split("/")
-    if len(parts) > 2 and parts[1] == "unix":
-        return unix_origin("/" + "/".join(parts[2:]).lstrip("/"))
-    if len(parts) < 5 or parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6") or parts[3] != "tcp" or not parts[4].isdigit():
-        raise UsageError(f"{text.strip()[:200]!r} is no address of a node: /ip4/HOST/tcp/PORT or /unix/PATH was expected")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts[2], parts[2])
-    scheme = "https" if "https" in parts[5:] else "http"
-    return parse_origin(f"{scheme}://[{host}]:{parts[4]}" if ":" in host else f"{scheme}://{host}:{parts[4]}")
-
-
-def unix_origin(path: str) -> Origin:
-    return Origin("http", "localhost", 80, unix=path)
-
-
-def authorization() -> tuple[str, str]:
-    """The Authorization header's value and where it came from; ("", "") where none is set. Raises UsageError.
-
-    From $IPFSFUSE_KUBO_AUTH or the file that $IPFSFUSE_KUBO_AUTH_FILE names: `bearer:TOKEN` or `basic:USER:PASSWORD`,
-    as Kubo itself writes them in API.Authorizations."""
-    secret, where = os.environ.get("IPFSFUSE_KUBO_AUTH", ""), "IPFSFUSE_KUBO_AUTH"
-    path = os.environ.get("IPFSFUSE_KUBO_AUTH_FILE")
-    if not secret and path:
-        where = path
-        try:
-            secret = Path(path).read_text().strip()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise UsageError(f"IPFSFUSE_KUBO_AUTH_FILE: {path} can't be read: {exc}") from exc
-    if not secret:
-        return "", ""
-    kind, _, value = secret.partition(":")
-    if kind == "bearer" and value and value.isascii() and value.isprintable():
-        return f"Bearer {value}", where
-    if kind == "basic" and ":" in value:
-        return "Basic " + b64encode(value.encode()).decode(), where
-    raise UsageError(f"{where} holds neither bearer:TOKEN nor basic:USER:PASSWORD")
 
 
 class Kubo:
@@ -85,7 +44,7 @@ class Kubo:
         self._named = api
         self._offline = offline
         self._repository = repository()
-        self._auth, self._auth_from = authorization()
+        self._token, self._token_from = kubo_authorization()
         self._rpc: Rpc | None = None
         self._gateway: Gateway | None = None
         self._asked_for_gateway = False
@@ -134,16 +93,29 @@ class Kubo:
         """The node's RPC API, for its pins too. Raises SourceFailed where no node is running."""
         if self._rpc is None:
             origin = self._named or self._read("api")
-            headers = [*self._settings.headers, *([("Authorization", self._auth)] if self._auth else [])]
-            self._rpc = Rpc(Http(origin, replace(self._settings, headers=headers)), self.name, self._auth_from)
+            token, advice = self._token, f"look at the token in {self._token_from}" if self._token else SET_A_TOKEN
+            if token and self._named is None and not is_trusted(self._repository / "api"):
+                token = ""
+                advice = f"it was not sent the token in {self._token_from}, because {self._repository} belongs to another user"
+            settings = self._settings_for(origin, "api")
+            headers = [*settings.headers.of(origin), *([("Authorization", token)] if token else [])]
+            self._rpc = Rpc(Http(origin, replace(settings, headers=BoundHeaders({replace(origin, base=""): headers}))), self.name, advice)
         return self._rpc
+
+    def _settings_for(self, origin: Origin, file: str) -> HttpSettings:
+        """With the headers that are for the one node found here, if the user's own repository says where it is."""
+        headers = self._settings.headers.for_node
+        may = self._named is None and is_trusted(self._repository / file) and (origin.scheme == "https" or origin.is_local)
+        if not headers or not may:
+            return self._settings
+        return replace(self._settings, headers=BoundHeaders({replace(origin, base=""): headers}))
 
     async def _find_gateway(self) -> Gateway | None:
         if not self._asked_for_gateway:
             origin = await self._gateway_of_named() if self._named else self._read_gateway()
             self._asked_for_gateway = True
             if origin is not None:
-                http = Http(origin, self._settings)
+                http = Http(origin, self._settings_for(origin, "gateway"))
                 self._gateway = Gateway(http, self.name, local=True, only_cached=self._offline, connections=CONNECTIONS)
         return self._gateway
 
@@ -161,7 +133,7 @@ class Kubo:
         try:
             answer = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
             found = parse_multiaddr(answer.decode().partition('"Value":"')[2].partition('"')[0])
-        except (NotHere, SourceFailed, UsageError, UnicodeDecodeError):
+        except (IpfsFuseError, ValueError):
             return None
         return found if found.is_local else None
 

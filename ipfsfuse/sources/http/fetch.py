@@ -1,0 +1,122 @@
+"""Ways to fetch over HTTP: a file's leaves by a range of its own bytes or by a CAR, a directory's blocks by a CAR.
+
+Each delivers what it gets, unverified, and says by that how far it came; the caller picks what is faster for its
+server. Concurrency: each call runs its own few requests; a slow `deliver` slows them down.
+"""
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.carstream import Parser
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources import runs
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
+from ipfsfuse.sources.http.client import ERROR_BODY, LONG, NOT_SUPPORTED, STATUS, Http, Response
+
+CAR_TYPE = "application/vnd.ipld.car"
+RANGE_PART = 16 << 20
+"""A range is cut into requests of at least so many bytes."""
+
+Take = Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[bool]]
+
+
+class NotOffered(SourceFailed):
+    """The server does not do it this way: another way may work, so nothing is wrong with its health."""
+
+
+async def by_range(http: Http, run: Run, deliver: Deliver, connections: int) -> None:
+    """The file's own bytes by HTTP ranges, cut where its leaves end (`runs.can_range` must hold).
+
+    Raises NotOffered if the server gives no ranges of files, SourceFailed if it breaks off."""
+    count, size = len(run.leaves), sum(leaf.size for leaf in run.leaves)
+    parts = max(1, min(connections, size // RANGE_PART))
+    bounds = [count * part // parts for part in range(parts + 1)]
+
+    async def fetch(start: int, end: int) -> None:
+        """The leaves from `start` to before `end`, by one request."""
+        leaves = run.leaves[start:end]
+        first, last = leaves[0].offset, leaves[-1].offset + leaves[-1].size - 1
+        async with http.ask("GET", f"/ipfs/{cids.text(run.file)}", [("Range", f"bytes={first}-{last}")]) as response:
+            if response.status == 206 and not response.headers.get("content-range", "").startswith(f"bytes {first}-"):
+                raise NotOffered(f"{http.origin.text} gives another range than was asked for", STATUS)
+            if response.status != 206:
+                raise await _not_offered(http, response, run.file, "ranges of files")
+
+            async def read(some: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
+                return await response.receive_into([leaf.size for leaf in some]), response.detach()
+
+            async def give(index: int, blocks: Sequence[Block]) -> None:
+                await deliver(start + index, blocks)
+
+            await runs.in_stretches(leaves, read, give)
+
+    await runs.all_of([lambda bound=bound: fetch(*bound) for bound in itertools.pairwise(bounds)])  # type: ignore[misc]
+
+
+async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
+    """A CAR of the range. Blocks that were not asked for are dropped; that some are missing is not an error here.
+
+    Raises NotOffered, NotHere, SourceFailed."""
+    first, last = run.leaves[0], run.leaves[-1]
+    scope = f"dag-scope=entity&entity-bytes={first.offset}:{max(first.offset, last.offset + last.size - 1)}"
+    wanted: dict[bytes, list[int]] = {}
+    for index, leaf in enumerate(run.leaves):
+        wanted.setdefault(cids.multihash(leaf.cid), []).append(index)
+
+    async def take(blocks: Sequence[tuple[Cid, bytes]]) -> bool:
+        for cid, block in blocks:
+            for index in wanted.pop(cids.multihash(cid), ()):
+                await deliver(index, [block])
+        return bool(wanted)
+
+    limit = 2 * sum(leaf.size for leaf in run.leaves) + (8 << 20)
+    if await _car(http, run.file, scope, limit, take):
+        raise SourceFailed(f"{http.origin.text} sent far more than the blocks that were asked for", LONG)
+
+
+async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    """A CAR of a directory, up to its limit of bytes; where it is cut short, that is not an error here.
+
+    Raises NotOffered, NotHere, SourceFailed."""
+
+    async def take(blocks: Sequence[tuple[Cid, bytes]]) -> bool:
+        await deliver(blocks)
+        return True
+
+    await _car(http, subtree.root, f"dag-scope={'all' if subtree.whole else 'entity'}", subtree.limit, take)
+
+
+async def _car(http: Http, root: Cid, scope: str, limit: int, take: Take) -> bool:
+    """Gives the blocks that each piece completes to `take`, until that returns False or the CAR ends.
+
+    True where it was longer than `limit` bytes."""
+    name, parser = http.origin.text, Parser()
+    accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
+    async with http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
+        if response.status != 200 or response.content_type != CAR_TYPE:
+            raise await _not_offered(http, response, root, "CARs")
+        while piece := await response.receive():
+            limit -= len(piece)
+            try:
+                blocks = list(parser.feed(piece))
+            except Exception as exc:
+                raise SourceFailed(f"{name} sent a broken CAR: {exc}", "car") from exc
+            if blocks and not await take(blocks):
+                return False
+            if limit < 0:
+                return True
+    return False
+
+
+async def _not_offered(http: Http, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
+    """What a response that holds no `what` means."""
+    name = http.origin.text
+    if response.status == 200:
+        return NotOffered(f"{name} gives no {what}: {response.content_type[:80] or 'no type'}", STATUS)
+    if response.status in NOT_SUPPORTED:
+        await response.read(ERROR_BODY)
+        return NotOffered(f"{name} gives no {what}: status {response.status}", STATUS)
+    return await response.declined(name, cids.text(root))

@@ -1,0 +1,60 @@
+"""A Kubo node's RPC API: POST /api/v0/<command>, arguments in the query.
+
+Concurrency: any number of tasks; cancelling a call closes its connection, which ends the command at the node.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import urlencode
+
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.http.client import ERROR_BODY, REFUSED, Http, refusal, translated
+from ipfsfuse.sources.secrets import Headers
+
+_ABSENT: Final = ("not found", "could not find", "no link named", "block was not found locally")
+_REPEATABLE: Final = frozenset(
+    ("block/get", "block/put", "block/stat", "config", "files/read", "files/rm", "files/stat", "id", "ls", "version")
+)
+"""Commands that do the same when they are done twice."""
+
+
+class Rpc:
+    """Commands of one node. `advice` says what to do where it refuses us."""
+
+    def __init__(self, http: Http, name: str, advice: str = "look at its API.Authorizations") -> None:
+        self.http = http
+        self.name = name
+        self._advice = advice
+
+    async def call(
+        self,
+        command: str,
+        arguments: Sequence[tuple[str, str]] = (),
+        limit: int = ERROR_BODY,
+        body: bytes = b"",
+        headers: Headers = (),
+    ) -> bytes:
+        """The response's body, of at most `limit` bytes. Raises NotHere where the node says that it can't find
+        something, SourceFailed otherwise; a stream that broke off is one too."""
+        target = f"/api/v0/{command}" + (f"?{urlencode(arguments)}" if arguments else "")
+        async with self.http.ask("POST", target, headers, body, repeatable=command in _REPEATABLE) as response:
+            if response.status == 200:
+                return await response.read(limit)
+            text = (await response.read(ERROR_BODY)).decode(errors="replace").strip()
+            if response.status in (401, 403):
+                raise SourceFailed(f"{self.name} refused us: {self._advice}", REFUSED)
+            if response.status == 500:
+                self._raise_message(command, text)
+            with translated(self.name):
+                raise refusal(self.name, response, text)
+
+    def _raise_message(self, command: str, text: str) -> None:
+        """Raises what a 500 with a JSON Message says; returns if there is none."""
+        try:
+            message = str(json.loads(text)["Message"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        if any(absent in message for absent in _ABSENT):
+            raise NotHere(f"{self.name}: {message}")
+        raise SourceFailed(f"{self.name} {command}: {message}", "node")
