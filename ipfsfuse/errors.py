@@ -75,6 +75,12 @@ class Interrupted(IpfsFuseError):
     """The caller was interrupted while it waited."""
 
 
+class BlockTooLarge(IpfsFuseError):
+    """One source has the block, of more bytes than a block may have. Nobody needs to ask that source for it again.
+
+    Sources make it with `sources.base.too_large`, whose message names the source, the CID and the size."""
+
+
 # -- sources -----------------------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,8 @@ from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.pages import Pages
 from ipfsfuse.record import Record
 from ipfsfuse.sources.chain.chain import Chain
-from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.http_settings import HttpSettings
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
 from ipfsfuse.vfs.roots import Named, Roots

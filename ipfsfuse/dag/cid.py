@@ -23,6 +23,10 @@ MAX_CID_BYTES = 512
 """No allowed hash makes a longer one. Only a link may hold a longer one (of identity): it can't be followed, and its
 directory can be listed nevertheless."""
 
+MAX_BLOCK = 2 << 20
+"""Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
+Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
+
 _V0_PREFIX = b"\x12\x20"
 _BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
 _AS_INT = str.maketrans(_BASE32.decode(), "0123456789abcdefghijklmnopqrstuv")

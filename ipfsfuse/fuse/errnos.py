@@ -21,6 +21,7 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
     errors.ReadOnly: errno.EPERM,
     errors.WrongBlock: errno.EIO,
     errors.Malformed: errno.EIO,
+    errors.BlockTooLarge: errno.EIO,
     errors.Unsupported: errno.ENOTSUP,
     errors.Unavailable: errno.ETIMEDOUT,
     errors.Interrupted: errno.EINTR,

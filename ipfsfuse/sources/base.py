@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import BlockTooLarge
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,12 @@ class Run:
     file_size: int
     """Content bytes of the whole file."""
     leaves: Sequence[Leaf]
+
+
+def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
+    """What the source `name` raises for a block of over `cids.MAX_BLOCK` bytes, before it reads it; `size` where it is known."""
+    what = f"a block of {size:,} bytes" if size is not None else "a larger block"
+    return BlockTooLarge(f"{name} has {cids.text(cid)} as {what}: blocks of over {cids.MAX_BLOCK:,} bytes are not read")
 
 
 Block = bytes | memoryview
@@ -58,7 +66,7 @@ class Source(Protocol):
         ...
 
     async def get(self, cid: Cid) -> bytes:
-        """The block of `cid`, unverified. Raises NotHere, or SourceFailed with its kind."""
+        """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `too_large`), or SourceFailed with its kind."""
         ...
 
     async def stream(self, run: Run, deliver: Deliver) -> None:

@@ -7,6 +7,7 @@ import functools
 import ipaddress
 import urllib.request
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from ipfsfuse.errors import UsageError
@@ -106,6 +107,12 @@ def parse_multiaddr(text: str) -> Origin:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts[2], parts[2])
     scheme = "https" if "https" in parts[5:] else "http"
     return parse_origin(f"{scheme}://[{host}]:{parts[4]}" if ":" in host else f"{scheme}://{host}:{parts[4]}")
+
+
+def read_origin(path: Path) -> Origin:
+    """What a node wrote into its repository: a multiaddr or a URL. Raises OSError, UnicodeDecodeError, UsageError."""
+    text = path.read_text().strip()
+    return parse_multiaddr(text) if text.startswith("/") else parse_origin(text)
 
 
 def unix_origin(path: str) -> Origin:

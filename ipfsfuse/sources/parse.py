@@ -5,15 +5,16 @@ Concurrency: parsing is pure; opening blocks (a CAR without an index is read thr
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.http.client import HttpSettings
-from ipfsfuse.sources.origin import Origin, parse_origin, unix_origin
-from ipfsfuse.sources.secrets import bind_headers
+from ipfsfuse.sources.http_settings import HttpSettings
+from ipfsfuse.sources.origin import Origin, parse_origin, read_origin, unix_origin
+from ipfsfuse.sources.secrets import bind_headers, is_ours
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
@@ -139,7 +140,19 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
 
 def with_headers(settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]) -> HttpSettings:
     """`settings` with the headers of `header_files`, each bound to the origin of one of `sources`. Raises UsageError."""
-    specs = parse_sources(sources)
-    origins = {spec.origin: spec.name for spec in specs if spec.origin is not None}
-    with_node = any(spec.kind == KUBO and spec.origin is None for spec in specs)
-    return replace(settings, headers=bind_headers(header_files, origins, with_node=with_node))
+    origins = {spec.origin: spec.name for spec in parse_sources(sources) if spec.origin is not None}
+    if header_files and any(spec.kind == KUBO and spec.origin is None for spec in parse_sources(sources)):
+        origins |= dict.fromkeys(_addresses_of_node(), KUBO)
+    return replace(settings, headers=bind_headers(header_files, origins))
+
+
+def _addresses_of_node() -> Sequence[Origin]:
+    """Where the node listens whose repository is on this machine, if the files that say so are the user's own."""
+    from ipfsfuse.sources.http.kubo import repository
+
+    found = []
+    for path in (repository() / "api", repository() / "gateway"):
+        if is_ours(path):
+            with suppress(OSError, UnicodeDecodeError, UsageError):
+                found.append(read_origin(path))
+    return found

@@ -24,40 +24,36 @@ class BoundHeaders:
     """Headers by the origin that they go to, and to no other."""
 
     by_origin: Mapping[Origin, Headers] = field(default_factory=dict, repr=False)
-    for_node: Headers = field(default=(), repr=False)
-    """For the node whose repository is found here, where that is the only network source."""
 
     def of(self, origin: Origin) -> Headers:
         return self.by_origin.get(replace(origin, base=""), ())
 
+    def with_token(self, origin: Origin, token: str) -> "BoundHeaders":
+        """With `token`, where there is one, as the Authorization of `origin`."""
+        more = [*self.of(origin), ("Authorization", token)] if token else self.of(origin)
+        return BoundHeaders({**self.by_origin, replace(origin, base=""): more})
 
-def bind_headers(files: Sequence[tuple[str, Path]], origins: Mapping[Origin, str], *, with_node: bool) -> BoundHeaders:
+
+def bind_headers(files: Sequence[tuple[str, Path]], sources: Mapping[Origin, str]) -> BoundHeaders:
     """What stands in `files`: each has the URL of the source that it is for, "" where there is but one network source.
 
-    `origins` are those of the network sources, with the SOURCE that each came from; `with_node` says that `kubo` is one
-    of them too, whose address is found in its repository. Raises UsageError."""
-    named = {replace(origin, base=""): source for origin, source in origins.items()}
+    `sources` are the network sources by origin. Raises UsageError."""
+    origins = {replace(origin, base=""): source for origin, source in sources.items()}
     bound: dict[Origin, Headers] = {}
-    for_node: Headers = ()
     for url, path in files:
-        if url:
-            origin = replace(_origin(url), base="")
-            if origin not in named and not (with_node and origin.is_local):
-                raise UsageError(f"--header-file {url}=…: no source is there; --from names " + (", ".join(named.values()) or "none"))
-        elif len(named) + with_node != 1:
-            example = next((source for source in named.values() if source.startswith("https")), "https://gateway.example")
+        targets = [replace(_origin(url), base="")] if url else list(origins)
+        if url and targets[0] not in origins:
+            raise UsageError(f"--header-file {url}=...: no source is there; there are {', '.join(origins.values()) or 'none'}")
+        if len({origins[origin] for origin in targets}) != 1:
+            example = next((source for source in origins.values() if source.startswith("http")), "https://gateway.example")
             raise UsageError(f"--header-file {path}: say which source it is for: --header-file {example}={path}")
-        elif with_node:
-            for_node = read_headers(path)
-            continue
-        else:
-            origin = next(iter(named))
-        if origin.scheme != "https" and not origin.is_local:
-            raise UsageError(f"--header-file {path}: {origin.text} would get it over plain HTTP, which others can read; use https://")
-        if origin in bound:
-            raise UsageError(f"--header-file is given twice for {origin.text}")
-        bound[origin] = read_headers(path)
-    return BoundHeaders(bound, for_node)
+        for origin in targets:
+            if origin.scheme != "https" and not origin.is_local:
+                raise UsageError(f"--header-file {path}: {origin.text} would get it over plain HTTP, which others can read; use https://")
+            if origin in bound:
+                raise UsageError(f"--header-file is given twice for {origin.text}")
+            bound[origin] = read_headers(path)
+    return BoundHeaders(bound)
 
 
 def _origin(url: str) -> Origin:
@@ -122,9 +118,23 @@ def kubo_authorization() -> tuple[str, str]:
     raise UsageError(f"{where} holds neither bearer:TOKEN nor basic:USER:PASSWORD")
 
 
-def is_trusted(path: Path) -> bool:
-    """Whether `path` and the folder that it lies in belong to this user or to root, so that it may say where a secret goes."""
+def kubo_token(api: Path | None) -> tuple[str, str]:
+    """The token to send to a node, "" for none, and what to do where the node refuses us.
+
+    `api` is the file that says where the node is; None where the user said it. A file that another user may have written
+    must not say where a secret goes."""
+    token, where = kubo_authorization()
+    if not token:
+        return "", "set IPFSFUSE_KUBO_AUTH_FILE to a file with bearer:TOKEN or basic:USER:PASSWORD"
+    if api is not None and not is_ours(api):
+        return "", f"it was not sent the token in {where}, because {api} belongs to another user; name the node by its address"
+    return token, f"look at the token in {where}"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `path` and its folder belong to this user or to root, and nobody else may write there."""
     try:
-        return all(found.stat().st_uid in (os.geteuid(), 0) for found in (path, path.parent))
+        found = [each.stat() for each in (path, path.parent)]
     except OSError:
         return False
+    return all(each.st_uid in (os.geteuid(), 0) and not each.st_mode & 0o002 for each in found)

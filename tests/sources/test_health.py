@@ -6,9 +6,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from ipfsfuse.sources.body_budget import BodyBudget, BodyShare
 from ipfsfuse.sources.chain.health import LONGEST_REST, Health, HedgeBudget
 from ipfsfuse.sources.chain.slots import Slots
-from ipfsfuse.sources.in_flight import InFlight, InFlightShare
 
 
 def health(may_aside: bool = True) -> Health:
@@ -82,11 +82,11 @@ def test_hedges_are_one_request_in_twenty() -> None:
 
 
 def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InFlightShare, "GUARANTEED", 0)
+    monkeypatch.setattr(BodyShare, "GUARANTEED", 0)
 
     async def main() -> None:
-        room = InFlight(100)
-        share = InFlightShare(room)
+        room = BodyBudget(100)
+        share = BodyShare(room)
         most = 0
 
         async def read(size: int) -> None:
@@ -106,11 +106,11 @@ def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_al
 
 
 def test_one_room_bounds_all_sources_and_none_takes_the_share_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InFlightShare, "GUARANTEED", 20)
+    monkeypatch.setattr(BodyShare, "GUARANTEED", 20)
 
     async def main() -> None:
-        room = InFlight(100)
-        dripping, well = InFlightShare(room), InFlightShare(room)
+        room = BodyBudget(100)
+        dripping, well = BodyShare(room), BodyShare(room)
         async with trio.open_nursery() as nursery:
             for _ in range(30):  # never given back
                 nursery.start_soon(dripping.take, 10)

@@ -225,11 +225,11 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
                     nursery.start_soon(gateway.stream, FILE.run, deliver)
                     await all_busy.wait()
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.in_flight.used in (sum(delivering), sum(delivering) + meanwhile), "and what is read meanwhile"
+                    assert settings.room.used in (sum(delivering), sum(delivering) + meanwhile), "and what is read meanwhile"
                     nursery.cancel_scope.cancel()
-                assert settings.in_flight.used == 0
+                assert settings.room.used == 0
             assert await streamed(gateway) == FILE.expected
-            assert settings.in_flight.used == 0
+            assert settings.room.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
 
@@ -245,6 +245,6 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
 
             with pytest.raises(SourceFailed, match="no room"):
                 await gateway.stream(FILE.run, deliver)
-            assert settings.in_flight.used == 0
+            assert settings.room.used == 0
 
         with_gateway(server, main, local=True, settings=settings)

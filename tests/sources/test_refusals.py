@@ -1,6 +1,6 @@
 """What answers mean that are not what was asked for."""
 
-from ipfsfuse.sources.http.client import retry_after
+from ipfsfuse.sources.failures import retry_after
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:

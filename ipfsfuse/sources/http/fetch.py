@@ -1,11 +1,13 @@
 """Ways to fetch over HTTP: a file's leaves by a range of its own bytes or by a CAR, a directory's blocks by a CAR.
 
-Each delivers what it gets, unverified, and says by that how far it came; the caller picks what is faster for its
-server. Concurrency: each call runs its own few requests; a slow `deliver` slows them down.
+Each delivers what it gets, unverified; the caller picks what is faster for its server. Concurrency: each call runs its
+own few requests; a slow `deliver` slows them down.
 """
 
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.carstream import Parser
@@ -14,9 +16,12 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
-from ipfsfuse.sources.http.client import ERROR_BODY, LONG, NOT_SUPPORTED, STATUS, Http, Response
+from ipfsfuse.sources.failures import CAR, LONG, NOT_SUPPORTED, STATUS
+from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response
 
 CAR_TYPE = "application/vnd.ipld.car"
+SECTIONS = 1000
+"""Sections of a CAR that are parsed and handed on in one step of the event loop."""
 RANGE_PART = 16 << 20
 """A range is cut into requests of at least so many bytes."""
 
@@ -36,10 +41,10 @@ async def by_range(http: Http, run: Run, deliver: Deliver, connections: int) -> 
     bounds = [count * part // parts for part in range(parts + 1)]
 
     async def fetch(start: int, end: int) -> None:
-        """The leaves from `start` to before `end`, by one request."""
         leaves = run.leaves[start:end]
         first, last = leaves[0].offset, leaves[-1].offset + leaves[-1].size - 1
-        async with http.ask("GET", f"/ipfs/{cids.text(run.file)}", [("Range", f"bytes={first}-{last}")]) as response:
+        target, header = f"/ipfs/{cids.text(run.file)}", ("Range", f"bytes={first}-{last}")
+        async with http.ask("GET", target, [header]) as response:
             if response.status == 206 and not response.headers.get("content-range", "").startswith(f"bytes {first}-"):
                 raise NotOffered(f"{http.origin.text} gives another range than was asked for", STATUS)
             if response.status != 206:
@@ -53,7 +58,7 @@ async def by_range(http: Http, run: Run, deliver: Deliver, connections: int) -> 
 
             await runs.in_stretches(leaves, read, give)
 
-    await runs.all_of([lambda bound=bound: fetch(*bound) for bound in itertools.pairwise(bounds)])  # type: ignore[misc]
+    await runs.all_of([lambda part=part: fetch(*part) for part in itertools.pairwise(bounds)])  # type: ignore[misc]
 
 
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
@@ -78,7 +83,7 @@ async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
 
 
 async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlocks) -> None:
-    """A CAR of a directory, up to its limit of bytes; where it is cut short, that is not an error here.
+    """A CAR of a directory, up to its limit of bytes; that it is cut short is not an error here.
 
     Raises NotOffered, NotHere, SourceFailed."""
 
@@ -90,33 +95,32 @@ async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlocks) -> No
 
 
 async def _car(http: Http, root: Cid, scope: str, limit: int, take: Take) -> bool:
-    """Gives the blocks that each piece completes to `take`, until that returns False or the CAR ends.
-
-    True where it was longer than `limit` bytes."""
-    name, parser = http.origin.text, Parser()
-    accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
+    """Gives the blocks of a CAR to `take` until that returns False. True where the CAR is longer than `limit` bytes."""
+    parser, accept = Parser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
     async with http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
         if response.status != 200 or response.content_type != CAR_TYPE:
             raise await _not_offered(http, response, root, "CARs")
-        while piece := await response.receive():
+        while limit >= 0 and (piece := await response.receive()):
             limit -= len(piece)
-            try:
-                blocks = list(parser.feed(piece))
-            except Exception as exc:
-                raise SourceFailed(f"{name} sent a broken CAR: {exc}", "car") from exc
-            if blocks and not await take(blocks):
-                return False
-            if limit < 0:
-                return True
-    return False
+            found = parser.feed(piece)
+            while blocks := _some(found, http.origin.text):
+                if not await take(blocks):
+                    return False
+                await trio.lowlevel.checkpoint()
+    return limit < 0
+
+
+def _some(found: Iterator[tuple[Cid, bytes]], name: str) -> Sequence[tuple[Cid, bytes]]:
+    try:
+        return list(itertools.islice(found, SECTIONS))
+    except Exception as exc:
+        raise SourceFailed(f"{name} sent a broken CAR: {exc}", CAR) from exc
 
 
 async def _not_offered(http: Http, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
     """What a response that holds no `what` means."""
-    name = http.origin.text
-    if response.status == 200:
-        return NotOffered(f"{name} gives no {what}: {response.content_type[:80] or 'no type'}", STATUS)
-    if response.status in NOT_SUPPORTED:
+    if response.status != 200 and response.status not in NOT_SUPPORTED:
+        return await response.declined(http.origin.text, cids.text(root))
+    if response.status != 200:
         await response.read(ERROR_BODY)
-        return NotOffered(f"{name} gives no {what}: status {response.status}", STATUS)
-    return await response.declined(name, cids.text(root))
+    return NotOffered(f"{http.origin.text} gives no {what} (status {response.status})", STATUS)

@@ -9,30 +9,29 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
+from ipfsfuse.sources.failures import PAGE
 from ipfsfuse.sources.http import fetch
-from ipfsfuse.sources.http.client import PAGE, Http
+from ipfsfuse.sources.http.client import Http
 
-MAX_BLOCK = (2 << 20) + 1024
-"""No block is larger than 2 MiB by the network's own rule; the rest is slack for what wraps it."""
+BELIEVED = 1 << 30
+"""A server that offers more bytes than that for a block does not have a large block: it lies."""
 FEW = 3
 """Runs of so few leaves are quicker block by block."""
 
 
 class Gateway:
-    """`local` for a node's own gateway port on this machine or one that is ours: its fastest way for a run is a range
-    of the file. For a remote one it is a CAR, one request whatever the distance."""
+    """`local` for a node's own gateway port on this machine: its fastest way for a run is a range of the file. For a
+    remote gateway it is a CAR, one request whatever the distance."""
 
     in_place = False
 
     def __init__(
         self, http: Http, name: str, *, local: bool = False, only_cached: bool = False, connections: int = 4
     ) -> None:
-        self.name = name
-        self._http = http
-        self.local = local
+        self.name, self.local = name, local
+        self._http, self._connections = http, connections
         self._headers = [("Accept", "application/vnd.ipld.raw")] + [("Cache-Control", "only-if-cached")] * only_cached
-        self._connections = connections
         self._ranges = local and not only_cached  # a node looks for the rest of a file on the network
         self._cars = not only_cached
 
@@ -42,7 +41,9 @@ class Gateway:
                 raise await response.declined(self.name, cids.text(cid))
             if response.content_type in ("text/html", "application/json"):
                 raise SourceFailed(f"{self.name} sent a page ({response.content_type}) instead of a block", PAGE)
-            return await response.read(MAX_BLOCK)
+            if cids.MAX_BLOCK < (response.left or 0) <= BELIEVED:
+                raise too_large(self.name, cid, response.left)
+            return await response.read(cids.MAX_BLOCK)
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         if len(run.leaves) > FEW:

@@ -9,7 +9,8 @@ from typing import Final
 from urllib.parse import urlencode
 
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.http.client import ERROR_BODY, REFUSED, Http, refusal, translated
+from ipfsfuse.sources.failures import REFUSED, one_line, refused
+from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.secrets import Headers
 
 _ABSENT: Final = ("not found", "could not find", "no link named", "block was not found locally")
@@ -41,18 +42,17 @@ class Rpc:
         async with self.http.ask("POST", target, headers, body, repeatable=command in _REPEATABLE) as response:
             if response.status == 200:
                 return await response.read(limit)
-            text = (await response.read(ERROR_BODY)).decode(errors="replace").strip()
+            said = await response.read(ERROR_BODY)
             if response.status in (401, 403):
                 raise SourceFailed(f"{self.name} refused us: {self._advice}", REFUSED)
             if response.status == 500:
-                self._raise_message(command, text)
-            with translated(self.name):
-                raise refusal(self.name, response, text)
+                self._raise_message(command, said)
+            raise refused(self.name, response.status, response.headers.get("retry-after", ""), said)
 
-    def _raise_message(self, command: str, text: str) -> None:
+    def _raise_message(self, command: str, said: bytes) -> None:
         """Raises what a 500 with a JSON Message says; returns if there is none."""
         try:
-            message = str(json.loads(text)["Message"])
+            message = one_line(str(json.loads(said)["Message"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             return
         if any(absent in message for absent in _ABSENT):

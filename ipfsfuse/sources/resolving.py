@@ -1,0 +1,31 @@
+"""Where a redirect may lead: addresses of names, checked before anybody connects. Concurrency: any number of tasks."""
+
+import socket
+
+import trio
+
+from ipfsfuse.errors import SourceFailed
+from ipfsfuse.sources.addresses import special_purpose
+from ipfsfuse.sources.failures import REDIRECT
+from ipfsfuse.sources.origin import Origin, proxy_for
+
+
+async def public_host(origin: Origin) -> str:
+    """What to connect to where a redirect leads to `origin`: an address, so that a second answer of the resolver can't
+    lead elsewhere. All addresses that the name has must be public ones.
+
+    For a proxy, which resolves the name itself, the name; one that can't be resolved here is for the proxy to judge.
+    Raises SourceFailed, socket.gaierror."""
+    proxied = proxy_for(origin) is not None
+    try:
+        found = await trio.socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        if not proxied:
+            raise
+        found = []
+    addresses = [str(address[4][0]) for address in found]
+    for address in addresses:
+        purpose = special_purpose(address)
+        if purpose:
+            raise SourceFailed(f"a redirect to {origin.text} was not followed: {address} is for {purpose}", REDIRECT)
+    return origin.host if proxied else addresses[0]
