@@ -66,6 +66,8 @@ def _parse_url(text: str, scheme: str, rest: str) -> Spec:
         origin = parse_origin(text)
         if origin.base.endswith("/ipfs"):
             raise UsageError(f"{text}: leave out the /ipfs at the end")
+        if any(part in f"{origin.base}/" for part in ("/ipfs/", "/ipns/")):
+            raise UsageError(f"{text}: a gateway's address ends before /ipfs and /ipns; names are looked up in the mount")
         return Spec(GATEWAY, origin.text, origin=origin)
     if scheme in ("kubo+http", "kubo+https"):
         origin = parse_origin(f"{scheme.removeprefix('kubo+')}://{rest}")
@@ -82,6 +84,8 @@ def _parse_path(text: str) -> Spec:
     if path.exists():
         return Spec(CAR, path.name, path=path.absolute())
     head = text.partition("/")[0]
+    if text.startswith(("/ipns/", "/ipfs/")):
+        raise UsageError(f"{text}: content is not a source; mount `kubo` or a gateway, and name it below the mountpoint")
     if text.startswith(("http:", "https:", "kubo+", "kubo:")):
         raise UsageError(f"{text}: a typing error? An address is written with ://, as in https://host or kubo+http://host:port")
     if "/" not in text and text.lower() in (LIBRARY, KUBO):

@@ -39,6 +39,8 @@ BAD = {
     "https://me:secret@gateway.example": "no passwords in URLs",
     "https://gateway.example/?x=1": "no query",
     "https://gateway.example/ipfs": "leave out the /ipfs",
+    "https://gateway.example/ipns/docs.ipfs.tech": "ends before /ipfs and /ipns",
+    "/ipns/docs.ipfs.tech": "content is not a source",
     "kubo+unix://run/ipfs.sock": "absolute path",
     "Library": "write library",
     "/no/such/file.car": "no such file",
