@@ -68,8 +68,6 @@ def _header_file(text: str) -> tuple[str, Path]:
 
 def run(arguments: argparse.Namespace) -> int:
     asked = config(arguments)
-    if arguments.ready_fd is None and any(not url for url, _path in asked.header_files):
-        print("ipfsfuse: --header-file FILE is the old spelling and will go: write --header-file URL=FILE", file=sys.stderr)
     _refuse_below(asked)
     if not asked.isolated:
         _await_ending(asked.cache_dir)
@@ -79,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         daemon.serve(asked, arguments.ready_fd, arguments.json)
         return 0
     told = _start_daemon(arguments.argv)
+    if any(not url for url, _path in asked.header_files):
+        print("ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE", file=sys.stderr)
     if arguments.json:
         print(json.dumps(told))
     return 0

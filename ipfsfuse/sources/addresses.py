@@ -1,7 +1,7 @@
-"""Which IP addresses a stranger must not send us to: those of this machine, of private networks, of special purposes.
+"""Which IP addresses a stranger must not send us to: this machine's, private ones, special ones.
 
-Pure. By the IANA registries of special-purpose addresses (iana-ipv4-special-registry and iana-ipv6-special-registry,
-RFC 6890), not by what this Python's `ipaddress` knows of them, which differs between its releases.
+Pure. By the IANA registries (iana-ipv4-special-registry and iana-ipv6-special-registry, RFC 6890), not by
+what this Python's `ipaddress` knows of them: that differs between its releases.
 """
 
 import ipaddress
@@ -30,7 +30,7 @@ _SPECIAL: Final = {
     "203.0.113.0/24": "documentation",
     "224.0.0.0/4": "multicast",
     "240.0.0.0/4": "reserved use",
-    # IPv6. All that is not in 2000::/3 is special but for 64:ff9b::/96, whose last 32 bits are an IPv4 address.
+    # IPv6. All that is not in 2000::/3 is special, but for addresses that hold an IPv4 one.
     "::1/128": "loopback",
     "64:ff9b:1::/48": "a local NAT64",
     "100::/64": "discarding",
@@ -46,14 +46,16 @@ _SPECIAL: Final = {
     "fec0::/10": "site-local use",
     "ff00::/8": "multicast",
 }
-_NETWORKS: Final[Sequence[tuple[Network, str]]] = [(ipaddress.ip_network(text), purpose) for text, purpose in _SPECIAL.items()]
+_NETWORKS: Final[Sequence[tuple[Network, str]]] = [
+    (ipaddress.ip_network(text), purpose) for text, purpose in _SPECIAL.items()
+]
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 _EMBEDDING: Final = [ipaddress.IPv6Network(text) for text in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
 """IPv4-mapped, IPv4-compatible, and NAT64: whoever connects to one connects to the IPv4 address in it."""
 
 
 def special_purpose(address: str) -> str:
-    """What `address` is set aside for, "" for a public one. Raises ValueError for what is not an IP address."""
+    """What `address` is set aside for, "" for a public one. Raises ValueError for what is not one."""
     value = ipaddress.ip_address(address.partition("%")[0])
     for network, purpose in _NETWORKS:
         if value.version == network.version and value in network:

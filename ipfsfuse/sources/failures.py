@@ -1,4 +1,4 @@
-"""How a request to a network source can fail, in the words of docs/SOURCES.md, and what HTTP statuses mean. Pure."""
+"""How a request to a network source can fail, as docs/SOURCES.md has it, and what statuses mean. Pure."""
 
 from email.utils import parsedate_to_datetime
 from time import time
@@ -11,7 +11,7 @@ SHORT, LONG, STATUS, BUSY, REFUSED = "short", "long", "status", "busy", "refused
 PAGE, ENCODING, REDIRECT, CAR, FAILED = "page", "encoding", "redirect", "car", "failed"
 
 ABSENT: Final = frozenset((404, 410, 412, 451, 504))
-"""Not found, gone, not cached (only-if-cached), withheld, and nobody had it in time: no word about other sources."""
+"""Not found, gone, not cached, withheld, nobody had it in time: no word about other sources."""
 NOT_SUPPORTED: Final = frozenset((400, 405, 406, 415, 416, 501))
 """The server does not answer such a request at all."""
 
@@ -28,14 +28,15 @@ def refused(name: str, status: int, retry: str, body: bytes) -> SourceFailed:
     lines = body.decode(errors="replace").strip().splitlines()
     said = f"status {status}" + (f": {one_line(lines[0])[:120]}" if lines else "")
     if status in (401, 403):
-        return SourceFailed(f"{name} refused us ({said}): look at the file given with --header-file for it", REFUSED)
+        advice = "look at the Authorization line in the file given with --header-file"
+        return SourceFailed(f"{name} refused us ({said}): {advice}", REFUSED)
     if status in (429, 503):
         return SourceFailed(f"{name} is busy ({said})", BUSY, retry_after(retry))
     return SourceFailed(f"{name} failed ({said})", STATUS)
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds from a Retry-After header, a number of them or a date (RFC 9110, 10.2.3); None for what is neither."""
+    """Seconds from a Retry-After header, a number or a date (RFC 9110, 10.2.3); None for what is neither."""
     if value.isascii() and value.isdigit():
         return float(value[:10])
     try:

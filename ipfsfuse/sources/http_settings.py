@@ -1,5 +1,7 @@
-"""What all requests of a mount have in common. Apart from the client, so that parsing arguments needs no httpx."""
+"""What all requests of a mount have in common. Apart from the client: parsing arguments needs no httpx."""
 
+import functools
+import ssl
 from dataclasses import dataclass, field
 
 from ipfsfuse.sources.body_budget import BodyBudget
@@ -19,6 +21,14 @@ class HttpSettings:
     total: float = 60.0
     """Seconds for a head, and for a body that is read whole: bytes that drip are no answer."""
     room: BodyBudget = field(default_factory=lambda: BodyBudget(BYTES_IN_FLIGHT), repr=False, compare=False)
-    """For bodies that are being read, small ones aside: one for all that are made with these settings or a copy."""
+    """For large bodies that are being read: one for all requests with these settings or a copy of them."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """This system's authorities (SSL_CERT_FILE and SSL_CERT_DIR are heeded), names checked, TLS from 1.2."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context

@@ -1,8 +1,10 @@
 """Plain HTTP/1.1 to a node on this machine, where the CPU is the limit and not the network.
 
-httptools parses heads and chunked bodies. A body of known length goes around it, straight into the caller's buffers,
-received by a worker thread where it comes fast. docs/adr/0001-http-client.md has the measurements. `client` mounts it
-into httpx. Concurrency: one task uses a connection; after a failed or cancelled request it can only be closed.
+httptools parses heads and chunked bodies. A body of known length goes around it, straight into the caller's
+buffers, received by a worker thread where it comes fast. `http.client` mounts this into httpx as a transport;
+docs/adr/0001-http-client.md has the measurements.
+
+Concurrency: one task uses a connection; after a failed or cancelled request it can only be closed.
 """
 
 import contextlib
@@ -24,13 +26,14 @@ PIECE: Final = 64 * 1024
 FAST: Final = 32 * 1024
 """A receive that gives so much, with more than PIECE still to come, sends the rest to a thread."""
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
-"""20 ms: how long a thread waits for bytes before the event loop does: a server that drips holds no thread."""
+"""20 ms: so long a thread waits for bytes, then the event loop does: a server that drips holds no thread."""
 MAX_THREADS: Final = 16
 MAX_FRAMING: Final = 80 * 1024
 """Bytes of a head, or of sizes, extensions and trailers between two pieces of a body."""
-WANTED: Final = frozenset(
-    b"content-encoding content-length content-range content-type location retry-after transfer-encoding x-stream-error".split()
-)
+WANTED: Final = {
+    *(b"content-encoding", b"content-length", b"content-range", b"content-type"),
+    *(b"location", b"retry-after", b"transfer-encoding", b"x-stream-error"),
+}
 """Headers that somebody reads. A Kubo node sends 27: to decode them all costs as much as to parse them."""
 
 
@@ -40,7 +43,7 @@ class Connection:
     def __init__(self, stream: trio.SocketStream, idle: float, threads: trio.CapacityLimiter) -> None:
         """`idle`: seconds to wait for the next byte."""
         self._stream, self._idle, self._threads = stream, idle, threads
-        self._raw = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for system calls that trio does not have
+        self._raw = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for calls that trio does not have
         self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, THREAD_WAIT)
         self.idle_since = 0.0
         self._fast = False
@@ -70,10 +73,11 @@ class Connection:
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if not self._surplus and status >= 200:  # else 100 Continue or its like: the response is still to come
+        if not self._surplus and status >= 200:  # else 100 Continue or its like: more is to come
             self.status, self._keep = status, self._parser.should_keep_alive()
-            if "transfer-encoding" not in self.headers and "content-length" in self.headers and status not in (204, 304):
-                self._left = int(self.headers["content-length"])
+            length = self.headers.get("content-length")
+            if length is not None and "transfer-encoding" not in self.headers and status not in (204, 304):
+                self._left = int(length)
 
     def on_body(self, piece: bytes) -> None:
         if not self._surplus:
@@ -88,7 +92,7 @@ class Connection:
     async def request(self, data: bytes, end: float) -> None:
         """Sends a request's bytes and receives the response's head by the time `end`."""
         self._begin()
-        with contextlib.suppress(BlockingIOError):  # nearly always it goes whole, and 10 us cheaper than by trio
+        with contextlib.suppress(BlockingIOError):  # nearly always it goes whole, 10 us cheaper than by trio
             data = data[self._raw.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
         if data:
             with trio.fail_after(self._idle):
@@ -137,7 +141,7 @@ class Connection:
                 return piece
             if piece:
                 self._feed(piece)
-            elif self._left is None and "transfer-encoding" not in self.headers:  # only the connection's end tells
+            elif self._left is None and "transfer-encoding" not in self.headers:  # the connection's end tells
                 self._complete = True
             else:
                 raise SourceFailed("the body was cut short", SHORT)
@@ -173,7 +177,7 @@ class Connection:
                 return self._raw.recv(count, socket.MSG_DONTWAIT)
 
     def _receive_blocking(self, left: list[memoryview]) -> int:
-        """Fills `left` by one system call, as far as bytes come without a stop of THREAD_WAIT; in a worker thread."""
+        """Fills `left` by one system call, as far as bytes come within THREAD_WAIT; in a thread."""
         os.set_blocking(self._raw.fileno(), True)
         try:
             return self._raw.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
@@ -184,7 +188,7 @@ class Connection:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether an idle connection still stands: the server neither closed it nor sent what nobody asked for."""
+        """Whether an idle connection still stands: the server did not close it, nor send anything unasked."""
         try:
             self._raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as exc:
@@ -211,8 +215,8 @@ class ConnectionPool:
         """None once the pool is closed."""
 
     async def request(self, data: bytes, keep: float) -> Connection:
-        """A connection that received the head of the response to `data`; it goes to `release` at last. One that has
-        waited for longer than `keep` seconds is not used."""
+        """A connection that received the head of the response to `data`; it goes to `release` then. One that
+        has waited for longer than `keep` seconds is not used."""
         while self._waiting:
             connection = self._waiting.pop()
             if trio.current_time() - connection.idle_since < keep and connection.is_fresh:

@@ -85,7 +85,7 @@ def is_address(host: str) -> bool:
 
 
 def redirected(origin: Origin, path: str, location: str) -> tuple[Origin, str]:
-    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError where the rules forbid it."""
+    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError where it may not."""
     try:
         url = quote(urljoin(f"{origin.scheme}://{origin.authority}{path}", location), safe=_URL_CHARACTERS)
         bare, _, query = url.partition("#")[0].partition("?")
@@ -103,14 +103,15 @@ def parse_multiaddr(text: str) -> Origin:
     if len(parts) > 2 and parts[1] == "unix":
         return unix_origin("/" + "/".join(parts[2:]).lstrip("/"))
     if len(parts) < 5 or parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6") or parts[3] != "tcp" or not parts[4].isdigit():
-        raise UsageError(f"{text.strip()[:200]!r} is not an address of a node: /ip4/HOST/tcp/PORT or /unix/PATH was expected")
+        expected = "/ip4/HOST/tcp/PORT or /unix/PATH was expected"
+        raise UsageError(f"{text.strip()[:200]!r} is not an address of a node: {expected}")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts[2], parts[2])
     scheme = "https" if "https" in parts[5:] else "http"
     return parse_origin(f"{scheme}://[{host}]:{parts[4]}" if ":" in host else f"{scheme}://{host}:{parts[4]}")
 
 
 def read_origin(path: Path) -> Origin:
-    """What a node wrote into its repository: a multiaddr or a URL. Raises OSError, UnicodeDecodeError, UsageError."""
+    """What a node wrote into its repository, a multiaddr or a URL. Raises OSError, ValueError, UsageError."""
     text = path.read_text().strip()
     return parse_multiaddr(text) if text.startswith("/") else parse_origin(text)
 

@@ -67,7 +67,7 @@ def _parse_url(text: str, scheme: str, rest: str) -> Spec:
         if origin.base.endswith("/ipfs"):
             raise UsageError(f"{text}: leave out the /ipfs at the end")
         if any(part in f"{origin.base}/" for part in ("/ipfs/", "/ipns/")):
-            raise UsageError(f"{text}: a gateway's address ends before /ipfs and /ipns; names are looked up in the mount")
+            raise UsageError(f"{text}: a gateway's address ends before /ipfs and /ipns")
         return Spec(GATEWAY, origin.text, origin=origin)
     if scheme in ("kubo+http", "kubo+https"):
         origin = parse_origin(f"{scheme.removeprefix('kubo+')}://{rest}")
@@ -85,7 +85,7 @@ def _parse_path(text: str) -> Spec:
         return Spec(CAR, path.name, path=path.absolute())
     head = text.partition("/")[0]
     if text.startswith(("/ipns/", "/ipfs/")):
-        raise UsageError(f"{text}: content is not a source; mount `kubo` or a gateway, and name it below the mountpoint")
+        raise UsageError(f"{text}: content is not a source; mount `kubo` or a gateway, and name it in the mount")
     if text.startswith(("http:", "https:", "kubo+", "kubo:")):
         raise UsageError(f"{text}: a typing error? An address is written with ://, as in https://host or kubo+http://host:port")
     if "/" not in text and text.lower() in (LIBRARY, KUBO):
@@ -142,8 +142,10 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     return LocalKubo(spec.name, settings.http, blocks, offline=settings.offline)
 
 
-def with_headers(settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]) -> HttpSettings:
-    """`settings` with the headers of `header_files`, each bound to the origin of one of `sources`. Raises UsageError."""
+def with_headers(
+    settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]
+) -> HttpSettings:
+    """`settings` with the headers of `header_files`, each bound to the origin of a source. Raises UsageError."""
     origins = {spec.origin: spec.name for spec in parse_sources(sources) if spec.origin is not None}
     if header_files and any(spec.kind == KUBO and spec.origin is None for spec in parse_sources(sources)):
         origins |= dict.fromkeys(_addresses_of_node(), KUBO)
@@ -151,7 +153,7 @@ def with_headers(settings: HttpSettings, header_files: Sequence[tuple[str, Path]
 
 
 def _addresses_of_node() -> Sequence[Origin]:
-    """Where the node listens whose repository is on this machine, if the files that say so are the user's own."""
+    """Where the node listens whose repository is on this machine, if the files that say so are our own."""
     from ipfsfuse.sources.http.kubo import repository
 
     found = []

@@ -1,4 +1,7 @@
-"""Where a redirect may lead: addresses of names, checked before anybody connects. Concurrency: any number of tasks."""
+"""Where a redirect may lead: addresses of names, checked before anybody connects.
+
+Concurrency: any number of tasks.
+"""
 
 import socket
 from collections.abc import Sequence
@@ -12,17 +15,18 @@ from ipfsfuse.sources.origin import Origin, is_address, proxy_for
 
 
 async def public_host(origin: Origin) -> str:
-    """What to connect to where a redirect leads to `origin`: an address, so that a second answer of the resolver can't
-    lead elsewhere. All addresses that the name has must be public ones.
+    """What to connect to where a redirect leads to `origin`: an address, so that a second answer of the resolver
+    can't lead elsewhere. All addresses that the name has must be public ones.
 
-    For a proxy, which resolves the name itself, the name; one that can't be resolved here is for the proxy to judge.
-    Raises SourceFailed, socket.gaierror."""
+    For a proxy, which resolves names itself, the name; one that can't be resolved here is the proxy's to
+    judge. Raises SourceFailed, socket.gaierror."""
     proxied = proxy_for(origin) is not None
     addresses = await _addresses(origin.host, origin.port, may_lack=proxied)
     for address in addresses:
         purpose = special_purpose(address)
         if purpose:
-            raise SourceFailed(f"a redirect to {origin.text} was not followed: {address} is for {purpose}", REDIRECT)
+            why = f"{address} is for {purpose}"
+            raise SourceFailed(f"a redirect to {origin.text} was not followed: {why}", REDIRECT)
     return origin.host if proxied else addresses[0]
 
 

@@ -35,7 +35,8 @@ class BoundHeaders:
 
 
 def bind_headers(files: Sequence[tuple[str, Path]], sources: Mapping[Origin, str]) -> BoundHeaders:
-    """What stands in `files`: each has the URL of the source that it is for, "" where there is but one network source.
+    """What stands in `files`. Each has the URL of the source that it is for, "" where there is only one
+    network source.
 
     `sources` are the network sources by origin. Raises UsageError."""
     origins = {replace(origin, base=""): source for origin, source in sources.items()}
@@ -43,13 +44,16 @@ def bind_headers(files: Sequence[tuple[str, Path]], sources: Mapping[Origin, str
     for url, path in files:
         targets = [replace(_origin(url), base="")] if url else list(origins)
         if url and targets[0] not in origins:
-            raise UsageError(f"--header-file {url}=...: no source is there; there are {', '.join(origins.values()) or 'none'}")
+            there = ", ".join(origins.values()) or "none"
+            raise UsageError(f"--header-file {url}=...: no source is there; there are {there}")
         if len({origins[origin] for origin in targets}) != 1:
-            example = next((source for source in origins.values() if source.startswith("http")), "https://gateway.example")
-            raise UsageError(f"--header-file {path}: say which source it is for: --header-file {example}={path}")
+            https = (source for source in origins.values() if source.startswith("http"))
+            example = f"--header-file {next(https, 'https://gateway.example')}={path}"
+            raise UsageError(f"--header-file {path}: say which source it is for: {example}")
         for origin in targets:
             if origin.scheme != "https" and not origin.is_local:
-                raise UsageError(f"--header-file {path}: {origin.text} would get it over plain HTTP, which others can read; use https://")
+                why = "would get it over plain HTTP, which others can read; use https://"
+                raise UsageError(f"--header-file {path}: {origin.text} {why}")
             if origin in bound:
                 raise UsageError(f"--header-file is given twice for {origin.text}")
             bound[origin] = read_headers(path)
@@ -66,8 +70,8 @@ def _origin(url: str) -> Origin:
 
 
 def read_headers(path: Path) -> Headers:
-    """The headers in a file that is ours alone, one `Name: value` a line; empty lines and those that begin with # are
-    left out.
+    """The headers in a file that is ours alone, one `Name: value` a line; empty lines and those with #
+    at their beginning are left out.
 
     Raises UsageError, which names the line and never shows a value: it may be a secret."""
     try:
@@ -98,8 +102,8 @@ def read_headers(path: Path) -> Headers:
 def kubo_authorization() -> tuple[str, str]:
     """The Authorization header's value and where it came from; ("", "") where none is set. Raises UsageError.
 
-    From $IPFSFUSE_KUBO_AUTH or the file that $IPFSFUSE_KUBO_AUTH_FILE names: `bearer:TOKEN` or `basic:USER:PASSWORD`,
-    as Kubo itself writes them in API.Authorizations."""
+    From $IPFSFUSE_KUBO_AUTH or the file that $IPFSFUSE_KUBO_AUTH_FILE names: `bearer:TOKEN` or
+    `basic:USER:PASSWORD`, as Kubo itself writes them in API.Authorizations."""
     secret, where = os.environ.get("IPFSFUSE_KUBO_AUTH", ""), "IPFSFUSE_KUBO_AUTH"
     path = os.environ.get("IPFSFUSE_KUBO_AUTH_FILE")
     if not secret and path:
@@ -121,13 +125,14 @@ def kubo_authorization() -> tuple[str, str]:
 def kubo_token(api: Path | None) -> tuple[str, str]:
     """The token to send to a node, "" for none, and what to do where the node refuses us.
 
-    `api` is the file that says where the node is; None where the user said it. A file that another user may have written
-    must not say where a secret goes."""
+    `api` is the file that says where the node is; None where the user said it. A file that another user may
+    have written must not say where a secret goes."""
     token, where = kubo_authorization()
     if not token:
         return "", "set IPFSFUSE_KUBO_AUTH_FILE to a file with bearer:TOKEN or basic:USER:PASSWORD"
     if api is not None and not is_ours(api):
-        return "", f"it was not sent the token in {where}, because {api} belongs to another user; name the node by its address"
+        why = f"because {api} belongs to another user; name the node by its address"
+        return "", f"it was not sent the token in {where}, {why}"
     return token, f"look at the token in {where}"
 
 

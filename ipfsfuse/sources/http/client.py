@@ -2,8 +2,8 @@
 
 No other module imports httpx, and here whatever a request may raise becomes SourceFailed.
 
-Concurrency: any number of tasks; how many requests run at a time is for the callers to say. Cancelling a request
-closes its connection, or gives up its HTTP/2 stream.
+Concurrency: any number of tasks; how many requests run at a time is for the callers to say. A request that is
+cancelled closes its connection.
 """
 
 import contextlib
@@ -15,50 +15,40 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import trio
 from httptools import HttpParserError
 
 import ipfsfuse
-from ipfsfuse.errors import NotHere, SourceFailed, UsageError
+from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import buffers
 from ipfsfuse.sources import failures
 from ipfsfuse.sources.body_budget import BodyShare
 from ipfsfuse.sources.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
-from ipfsfuse.sources.http_settings import HttpSettings
+from ipfsfuse.sources.http_settings import HttpSettings, tls_context
 from ipfsfuse.sources.loopback import Connection, ConnectionPool
 from ipfsfuse.sources.origin import Origin, Proxy, proxy_for, redirected
 from ipfsfuse.sources.resolving import public_host
 from ipfsfuse.sources.secrets import Headers
 
 OWN_TRANSPORT = True
-"""Whether plain HTTP to this machine goes by `loopback` instead of httpcore: False to test and measure that."""
+"""Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
 USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS: Final = 5
-TARGET: Final = re.compile(r"[!-~]+")
-"""What may stand in a request line (RFC 9112, 3.2): no space, no control character."""
+TARGET: Final = re.compile(r"[!-~]+")  # no space, no control character: RFC 9112, 3.2
 ERROR_BODY: Final = 64 * 1024
 PIECE: Final = 256 * 1024
 SMALL: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
-END_SECONDS: Final = 1.0
-"""For the end of a body all of whose bytes have come."""
-STREAMS: Final = 32
-"""Requests at a time over one client, so over one HTTP/2 connection: its server takes about 100, and those that
-stall must not stop the others."""
-GIVEN_UP_STREAMS: Final = 32
-GIVEN_UP_BYTES: Final = 8 << 20
-"""httpcore neither resets an HTTP/2 stream that is given up nor acknowledges what still comes for it: after so much
-of that, a connection gets no more requests."""
+END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-
-DEAD: Final = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, EOFError, ConnectionError, trio.BrokenResourceError)
+DEAD: Final = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, EOFError, ConnectionError)
 """What a request over a kept connection raises that the server has closed meanwhile."""
 BROKEN: Final = "it broke the connection off"
 FAILURES: Final = (
@@ -71,12 +61,13 @@ FAILURES: Final = (
     ((httpx.ProtocolError, HttpParserError), PROTOCOL, "it does not speak HTTP as it should: {0}"),
     ((ConnectionError, EOFError, trio.BrokenResourceError, httpx.NetworkError), RESET, BROKEN),
     (OSError, CONNECT, "{0}"),
+    (Malformed, failures.CAR, "it sent a broken CAR: {0}"),
 )
 """Types, kind of failure, what to say: the first row that fits the exception, or one that it came from."""
 
 
 class translated:  # noqa: N801  # a context manager that costs a fourth of contextlib's
-    """Turns whatever a request to the server called `name` raises into SourceFailed: its failure, and no more."""
+    """Turns whatever a request to the server called `name` raises into SourceFailed: its failure, no more."""
 
     __slots__ = ("_name",)
 
@@ -116,19 +107,17 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-# -- responses ---------------------------------------------------------------------------------------------------
+# -- responses -----------------------------------------------------------------------------------------------
 
 
 class _HttpcoreBody:
     """The body of a response that came by httpcore, read as that of a `loopback.Connection` is."""
 
+    buffered = 0
+
     def __init__(self, response: httpx.Response) -> None:
         self._pieces = response.aiter_raw()
         self._rest = b""
-
-    @property
-    def buffered(self) -> int:
-        return len(self._rest)
 
     async def receive(self, most: int) -> bytes:
         piece = self._rest or await anext(self._pieces, b"")
@@ -136,7 +125,7 @@ class _HttpcoreBody:
         return piece[:most]
 
     async def close(self, *, whole: bool) -> None:
-        """Ends the generators of httpx and httpcore, of which trio warns otherwise: a cancelled wait ends them all.
+        """Ends the generators of httpx and httpcore, of which trio would warn: a cancelled wait ends all.
         Behind a body that is `whole` its end is read, so that the connection can be used again."""
         deadline = trio.current_time() + END_SECONDS if whole else 0.0
         with trio.CancelScope(shield=True, deadline=deadline), suppress(Exception):
@@ -156,7 +145,8 @@ class Response:
         self._response, self._name, self._total, self._share = response, name, total, share
         self._held = 0
         length = self.headers.get("content-length", "")
-        self.left = int(length[:18]) if length.isdecimal() and "transfer-encoding" not in self.headers else None
+        known = length.isdecimal() and "transfer-encoding" not in self.headers
+        self.left = int(length[:18]) if known else None
         """Bytes of the body still to come; None where only its end tells."""
         if self.status in (204, 304):
             self.left = 0
@@ -170,7 +160,7 @@ class Response:
         """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset."""
         if self.left is not None:
             if self.left > limit:
-                raise SourceFailed(f"{self._name} offered {self.left} bytes, and at most {limit} can be right", LONG)
+                raise SourceFailed(f"{self._name} offered {self.left} bytes: {limit} are the most", LONG)
             await self._hold(self.left)
             if self.left <= self._body.buffered:
                 return await self.receive()
@@ -183,7 +173,7 @@ class Response:
                 pieces.append(piece)
                 size += len(piece)
                 if size > limit:
-                    raise SourceFailed(f"{self._name} sent more than the {limit} bytes that can be right", LONG)
+                    raise SourceFailed(f"{self._name} sent more than {limit} bytes", LONG)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def receive(self) -> bytes:
@@ -231,7 +221,7 @@ class Response:
             self._held = count
 
     def detach(self) -> Callable[[], None]:
-        """What was read last stays counted until the function returned is called, however much is read meanwhile."""
+        """What was read last stays counted until the function returned is called, whatever is read then."""
         held, self._held = self._held, 0
         return functools.partial(self._share.give, held) if held else lambda: None
 
@@ -240,19 +230,17 @@ class Response:
         retry_after = self.headers.get("retry-after", "")
         return failures.declined(name, self.status, retry_after, await self.read(ERROR_BODY), what)
 
-    async def aclose(self) -> int:
-        """The bytes that may still come for it over an HTTP/2 connection: 0 where its body was read to the end."""
+    async def aclose(self) -> bool:
+        """Whether the body was read to its end, so that the connection may be used again."""
         self.detach()()
         if isinstance(self._body, _HttpcoreBody):
             await self._body.close(whole=self._ended)
         with suppress(Exception):
             await self._response.aclose()
-        if self._ended or self._response.extensions.get("http_version") != b"HTTP/2":
-            return 0
-        return GIVEN_UP_BYTES if self.left is None else self.left
+        return self._ended
 
 
-# -- transports and clients --------------------------------------------------------------------------------------
+# -- transports and clients ----------------------------------------------------------------------------------
 
 
 class OwnTransport(httpx.AsyncBaseTransport):
@@ -269,10 +257,8 @@ class OwnTransport(httpx.AsyncBaseTransport):
         lines += [b"%s: %s" % header for header in request.headers.raw]
         data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
         own = await self._pool.request(data, self._settings.idle_seconds)
-        return httpx.Response(own.status, stream=_Released(self, own), extensions={"connection": own})
-
-    def release(self, connection: Connection) -> None:
-        self._pool.release(connection, self._settings.idle_connections)
+        release = functools.partial(self._pool.release, own, self._settings.idle_connections)
+        return httpx.Response(own.status, stream=_Released(release), extensions={"connection": own})
 
     async def aclose(self) -> None:
         self._pool.close()
@@ -281,11 +267,11 @@ class OwnTransport(httpx.AsyncBaseTransport):
 class _Released(httpx.AsyncByteStream):
     """Gives a connection back when its response is closed."""
 
-    def __init__(self, transport: OwnTransport, connection: Connection) -> None:
-        self._transport, self._connection = transport, connection
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
 
     async def aclose(self) -> None:
-        self._transport.release(self._connection)
+        self._release()
 
 
 class _NoCookies(httpx.Cookies):
@@ -294,33 +280,21 @@ class _NoCookies(httpx.Cookies):
 
 
 class _Client(httpx.AsyncClient):
-    """A client, and the requests that were sent over it."""
+    """With httpcore, of one request at a time, and connection: HTTP/2 can't be shared there. Two streams
+    that stall hold up a third, one that is given up is not reset, one cancelled at its start breaks all."""
 
     cookies = _NoCookies()  # type: ignore[override]  # a property there
 
-    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
+    def __init__(self, transport: httpx.AsyncBaseTransport, *, keep: bool) -> None:
         super().__init__(transport=transport, trust_env=False)
+        self.keep = keep
         self.is_own = isinstance(transport, OwnTransport)
-        """Then the transport bounds the time for a head itself, and is told the path apart from the URL."""
-        self.active = self.given_up = self.given_up_bytes = 0
-        """Requests that are under way, those that were given up, and what the server may have sent for these."""
-
-    @property
-    def is_used_up(self) -> bool:
-        return self.given_up >= GIVEN_UP_STREAMS or self.given_up_bytes >= GIVEN_UP_BYTES
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """This system's authorities (SSL_CERT_FILE and SSL_CERT_DIR are heeded), names checked, nothing old."""
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
+        """Then it has many connections, bounds the time for heads itself, and has the path beside the URL."""
 
 
 @functools.lru_cache(maxsize=64)
 def _url(origin: Origin) -> httpx.URL:
-    """Without a path, for `OwnTransport`: to parse a URL takes httpx 100 us, as all else for a small block."""
+    """Without a path, for `OwnTransport`: to parse a URL takes 100 us, as all else for a small block."""
     return httpx.URL(scheme=origin.scheme, host=origin.host, port=origin.port)
 
 
@@ -331,40 +305,45 @@ class Http:
         self.origin = origin
         self.settings = s = settings or HttpSettings()
         self._share = BodyShare(s.room)
+        self._closed = False
         self._named = replace(origin, base="")
         self._host = origin.authority
         """The Host header for the origin itself."""
-        self._clients: dict[tuple[Proxy | None, bool], list[_Client]] = {}
-        """By proxy, and whether they are for the origin itself."""
+        own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http"
+        self._own = _Client(OwnTransport(origin, s), keep=True) if own else None
+        self._idle: list[tuple[float, _Client]] = []
+        """Clients with a kept connection to the origin itself, and since when."""
         self._timeout = {"connect": s.connect, "read": s.idle, "write": s.idle, "pool": None}
-        self._headers = functools.lru_cache(64)(self._make_headers)  # to make them costs half of a small block
+        self._headers = functools.lru_cache(64)(self._make_headers)  # costs as much as half of a small block
 
     async def aclose(self) -> None:
-        clients, self._clients = [client for some in self._clients.values() for client in some], {}
-        for client in clients:
-            await client.aclose()
+        self._closed = True
+        while self._idle:
+            await self._idle.pop()[1].aclose()
+        if self._own is not None:
+            await self._own.aclose()
         await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
     async def ask(
         self, method: str, target: str, headers: Headers = (), body: bytes = b"", *, repeatable: bool = True
     ) -> AsyncIterator[Response]:
-        """One request for `target`, a path and query below the origin's base. Redirects are followed where the rules
-        let. One that is `repeatable` is sent again where a kept connection turns out dead. Raises SourceFailed."""
+        """One request for `target`, a path and query below the origin's base. Redirects are followed as the rules
+        let. A `repeatable` one is sent again where a kept connection is dead. Raises SourceFailed."""
         origin, path = self._named, self.origin.base + target
         for _ in range(MAX_REDIRECTS + 1):
             client, response = await self._send(origin, method, path, headers, body, repeatable)
             try:
                 if response.status not in REDIRECTS or "location" not in response.headers:
                     if response.headers.get("content-encoding", "identity").lower() != "identity":
-                        raise SourceFailed(f"{self.origin.text} compressed its answer, unasked", failures.ENCODING)
+                        raise SourceFailed(f"{self.origin.text} compressed its answer", failures.ENCODING)
                     yield response
                     return
                 with translated(self.origin.text):
                     origin, path = self._follow(origin, path, method, response.headers["location"])
                     await response.read(ERROR_BODY)
             finally:
-                await self._close(client, response)
+                await self._release(client, response)
         raise SourceFailed(f"{self.origin.text} redirects in a circle", REDIRECT)
 
     def _follow(self, origin: Origin, path: str, method: str, location: str) -> tuple[Origin, str]:
@@ -376,12 +355,12 @@ class Http:
             return self._named, target_path
         subdomain = target.host.endswith(".localhost") and target.port == origin.port
         if subdomain and origin == self._named and origin.is_local:
-            # A node sends browsers to a host name for each CID. Asked by this name, it answers at the path itself.
+            # A node sends browsers to a name for each CID. Asked by this other name, it answers at the path.
             self._host = f"127.0.0.1:{origin.port}"
             self._headers.cache_clear()
             return origin, path
         if method != "GET":
-            raise SourceFailed(f"{self.origin.text} redirects {method} to {target.text}: not followed", REDIRECT)
+            raise SourceFailed(f"{self.origin.text} redirects {method} to {target.text}: refused", REDIRECT)
         return target, target_path
 
     async def _send(
@@ -402,18 +381,26 @@ class Http:
     async def _send_once(
         self, origin: Origin, method: str, path: str, headers: httpx.Headers, body: bytes
     ) -> tuple[_Client, Response]:
-        client = self._client(proxy_for(origin), origin == self._named)
-        extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host}
+        named, opening = origin == self._named, list[Any]()
+        host = origin.host if named else await public_host(origin)
+        client = await self._client(named, proxy_for(origin))
+
+        async def trace(event: str, info: dict[str, Any]) -> None:
+            """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
+            if event.endswith("connect_tcp.complete"):
+                opening.append(info["return_value"])
+            elif event.endswith("start_tls.complete"):
+                opening.clear()
+
+        extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host, "trace": trace}
         limit: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if client.is_own:
             url = _url(origin)
         else:
-            host = origin.host if origin == self._named else await public_host(origin)
             url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path.encode())
             limit = trio.fail_after(2 * self.settings.connect + self.settings.total)
         stream = httpx.ByteStream(body)
         request = httpx.Request(method, url, headers=headers, stream=stream, extensions=extensions)
-        client.active += 1
         response: Response | None = None
         try:
             with limit:
@@ -422,43 +409,39 @@ class Http:
             return client, response
         finally:
             if response is None:
-                client.given_up += origin.scheme == "https"
-                await self._close(client, None)
+                with trio.CancelScope(shield=True):
+                    for stream in opening:
+                        await stream.aclose()
+                await self._release(client, None)
 
     def _make_headers(self, origin: Origin, method: str, headers: Headers, length: int) -> httpx.Headers:
-        every = [("Host", self._host if origin == self._named else origin.authority), ("User-Agent", USER_AGENT)]
-        every += [("Accept-Encoding", "identity"), *headers]
+        host = self._host if origin == self._named else origin.authority
+        every = [("Host", host), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *headers]
         every += self.settings.headers.of(origin) if origin == self._named else ()
         return httpx.Headers(every + [("Content-Length", str(length))] * (length > 0 or method == "POST"))
 
-    def _client(self, proxy: Proxy | None, named: bool) -> _Client:
-        """One that takes another request. Connections to where a redirect leads are not kept: they were made for a
-        name, and httpx knows them by the address."""
-        clients = self._clients.setdefault((proxy, named), [])
-        for client in clients:
-            if client.active < STREAMS and not client.is_used_up:
+    async def _client(self, named: bool, proxy: Proxy | None) -> _Client:
+        if named and self._own is not None:
+            return self._own
+        while named and self._idle:
+            since, client = self._idle.pop()
+            if trio.current_time() - since < self.settings.idle_seconds:
                 return client
-        s = self.settings
-        transport: httpx.AsyncBaseTransport
-        if named and OWN_TRANSPORT and proxy is None and self.origin.is_local and self.origin.scheme == "http":
-            transport = OwnTransport(self.origin, s)
-        else:
-            kept = s.idle_connections if named else 0
-            limits = httpx.Limits(max_keepalive_connections=kept, keepalive_expiry=s.idle_seconds)
-            way = {"proxy": httpx.Proxy(proxy.origin.text, auth=proxy.auth)} if proxy else {"uds": self.origin.unix if named else None}
-            transport = httpx.AsyncHTTPTransport(tls_context(), trust_env=False, http2=named, limits=limits, **way)
-        clients.append(_Client(transport))
-        return clients[-1]
+            await client.aclose()
+        unix = self.origin.unix if named else None
+        via = httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None
+        transport = httpx.AsyncHTTPTransport(tls_context(), trust_env=False, http2=True, proxy=via, uds=unix)
+        return _Client(transport, keep=named)
 
-    async def _close(self, client: _Client, response: Response | None) -> None:
-        """After each request. A client that is used up is closed with its last one."""
-        if response is not None:
-            given_up = await response.aclose()
-            client.given_up += given_up > 0
-            client.given_up_bytes += given_up
-        client.active -= 1
-        if not client.active and client.is_used_up:
-            for clients in self._clients.values():
-                clients[:] = [each for each in clients if each is not client]
-            with trio.CancelScope(shield=True):
+    async def _release(self, client: _Client, response: Response | None) -> None:
+        if client.is_own:
+            if response is not None:
+                await response.aclose()
+            return
+        with trio.CancelScope(shield=True):
+            whole = response is not None and await response.aclose()
+            full = len(self._idle) >= self.settings.idle_connections
+            if whole and client.keep and not self._closed and not full:
+                self._idle.append((trio.current_time(), client))
+            else:
                 await client.aclose()

@@ -1,11 +1,12 @@
-"""Ways to fetch over HTTP: a file's leaves by a range of its own bytes or by a CAR, a directory's blocks by a CAR.
+"""Ways to fetch over HTTP: leaves by a range of their file or by a CAR, a directory's blocks by a CAR.
 
-Each delivers what it gets, unverified; the caller picks what is faster for its server. Concurrency: each call runs its
-own few requests; a slow `deliver` slows them down.
+Each delivers what it gets, unverified; the caller picks what is faster for its server. Concurrency: each call
+runs its own few requests; a slow `deliver` slows them down.
 """
 
+import functools
 import itertools
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -16,8 +17,8 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
-from ipfsfuse.sources.failures import CAR, LONG, NOT_SUPPORTED, STATUS
-from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response
+from ipfsfuse.sources.failures import LONG, NOT_SUPPORTED, STATUS
+from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response, translated
 
 CAR_TYPE = "application/vnd.ipld.car"
 SECTIONS = 1000
@@ -45,7 +46,8 @@ async def by_range(http: Http, run: Run, deliver: Deliver, connections: int) -> 
         first, last = leaves[0].offset, leaves[-1].offset + leaves[-1].size - 1
         target, header = f"/ipfs/{cids.text(run.file)}", ("Range", f"bytes={first}-{last}")
         async with http.ask("GET", target, [header]) as response:
-            if response.status == 206 and not response.headers.get("content-range", "").startswith(f"bytes {first}-"):
+            given = response.headers.get("content-range", "")
+            if response.status == 206 and not given.startswith(f"bytes {first}-"):
                 raise NotOffered(f"{http.origin.text} gives another range than was asked for", STATUS)
             if response.status != 206:
                 raise await _not_offered(http, response, run.file, "ranges of files")
@@ -58,11 +60,11 @@ async def by_range(http: Http, run: Run, deliver: Deliver, connections: int) -> 
 
             await runs.in_stretches(leaves, read, give)
 
-    await runs.all_of([lambda part=part: fetch(*part) for part in itertools.pairwise(bounds)])  # type: ignore[misc]
+    await runs.all_of([functools.partial(fetch, *part) for part in itertools.pairwise(bounds)])
 
 
 async def by_car(http: Http, run: Run, deliver: Deliver) -> None:
-    """A CAR of the range. Blocks that were not asked for are dropped; that some are missing is not an error here.
+    """A CAR of the range. Blocks that were not asked for are dropped; missing ones are not an error here.
 
     Raises NotOffered, NotHere, SourceFailed."""
     first, last = run.leaves[0], run.leaves[-1]
@@ -95,7 +97,7 @@ async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlocks) -> No
 
 
 async def _car(http: Http, root: Cid, scope: str, limit: int, take: Take) -> bool:
-    """Gives the blocks of a CAR to `take` until that returns False. True where the CAR is longer than `limit` bytes."""
+    """Gives the blocks of a CAR to `take` until that returns False. True where it exceeds `limit` bytes."""
     parser, accept = Parser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
     async with http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
         if response.status != 200 or response.content_type != CAR_TYPE:
@@ -103,18 +105,15 @@ async def _car(http: Http, root: Cid, scope: str, limit: int, take: Take) -> boo
         while limit >= 0 and (piece := await response.receive()):
             limit -= len(piece)
             found = parser.feed(piece)
-            while blocks := _some(found, http.origin.text):
+            while True:
+                with translated(http.origin.text):
+                    blocks = list(itertools.islice(found, SECTIONS))
+                if not blocks:
+                    break
                 if not await take(blocks):
                     return False
                 await trio.lowlevel.checkpoint()
     return limit < 0
-
-
-def _some(found: Iterator[tuple[Cid, bytes]], name: str) -> Sequence[tuple[Cid, bytes]]:
-    try:
-        return list(itertools.islice(found, SECTIONS))
-    except Exception as exc:
-        raise SourceFailed(f"{name} sent a broken CAR: {exc}", CAR) from exc
 
 
 async def _not_offered(http: Http, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:

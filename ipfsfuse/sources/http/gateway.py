@@ -21,8 +21,8 @@ FEW = 3
 
 
 class Gateway:
-    """`local` for a node's own gateway port on this machine: its fastest way for a run is a range of the file. For a
-    remote gateway it is a CAR, one request whatever the distance."""
+    """`local` for a node's own gateway port on this machine: there a run is fastest as a range of the file.
+    From a remote gateway it comes as a CAR, one request whatever the distance."""
 
     in_place = False
 
@@ -31,7 +31,8 @@ class Gateway:
     ) -> None:
         self.name, self.local = name, local
         self._http, self._connections = http, connections
-        self._headers = [("Accept", "application/vnd.ipld.raw")] + [("Cache-Control", "only-if-cached")] * only_cached
+        self._headers = [("Accept", "application/vnd.ipld.raw")]
+        self._headers += [("Cache-Control", "only-if-cached")] * only_cached
         self._ranges = local and not only_cached  # a node looks for the rest of a file on the network
         self._cars = not only_cached
 
@@ -40,7 +41,7 @@ class Gateway:
             if response.status != 200:
                 raise await response.declined(self.name, cids.text(cid))
             if response.content_type in ("text/html", "application/json"):
-                raise SourceFailed(f"{self.name} sent a page ({response.content_type}) instead of a block", PAGE)
+                raise SourceFailed(f"{self.name} sent a page, {response.content_type}, not a block", PAGE)
             if cids.MAX_BLOCK < (response.left or 0) <= BELIEVED:
                 raise too_large(self.name, cid, response.left)
             return await response.read(cids.MAX_BLOCK)

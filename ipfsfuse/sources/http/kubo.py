@@ -1,8 +1,7 @@
 """A Kubo node: blocks from its gateway port where it has one (three times as fast), else over its RPC API.
 
-Where the node listens stands in its repository ($IPFS_PATH, else ~/.ipfs): `api`, a multiaddr, and `gateway`, a URL.
-Its daemon writes them when it starts. They are read again when the node does not answer: it may have been restarted on
-other ports. Concurrency: as every source. Nothing is verified here.
+Where the node listens stands in its repository ($IPFS_PATH, else ~/.ipfs), in `api` and `gateway`, read
+again when the node does not answer: it may have been restarted on other ports. Concurrency: as every source.
 """
 
 import os
@@ -24,9 +23,9 @@ from ipfsfuse.sources.origin import Origin, parse_multiaddr, read_origin
 from ipfsfuse.sources.secrets import kubo_authorization, kubo_token
 
 CONNECTIONS = 2
-"""Requests of one run at a time: on 2 cores a second one gained 5 to 25 % on runs of over 64 MiB, a third nothing."""
+"""Requests of one run at a time: on 2 cores a second gained 5 to 25 % over 64 MiB, a third nothing."""
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
-"""Failures that tell of the gateway port (off, guarded, something else's), not of the block: RPC may have it."""
+"""Failures that tell of the gateway port (off, guarded, another's), not of the block: RPC may have it."""
 
 
 def repository() -> Path:
@@ -38,7 +37,9 @@ class Kubo:
 
     in_place = False
 
-    def __init__(self, name: str, settings: HttpSettings, api: Origin | None = None, *, offline: bool = False) -> None:
+    def __init__(
+        self, name: str, settings: HttpSettings, api: Origin | None = None, *, offline: bool = False
+    ) -> None:
         kubo_authorization()  # a secret that can't be used is told at once
         self.name = name
         self._settings, self._named, self._offline = settings, api, offline
@@ -100,26 +101,21 @@ class Kubo:
 
     async def _find_gateway(self) -> Gateway | None:
         if not self._asked_for_gateway:
-            origin = await self._gateway_of_named() if self._named else self._read_gateway()
+            origin = await self._gateway_of()
             self._asked_for_gateway = True
             if origin is not None:
                 http = Http(origin, self._settings)
-                self._gateway = Gateway(
-                    http, self.name, local=True, only_cached=self._offline, connections=CONNECTIONS
-                )
+                ways = {"local": True, "only_cached": self._offline}
+                self._gateway = Gateway(http, self.name, **ways, connections=CONNECTIONS)
         return self._gateway
 
-    def _read_gateway(self) -> Origin | None:
+    async def _gateway_of(self) -> Origin | None:
+        """What a node on this machine says about its gateway port; never a port of another host."""
         try:
-            return self._read("gateway")
-        except SourceFailed:
-            return None
-
-    async def _gateway_of_named(self) -> Origin | None:
-        """What a node on this machine says about its gateway port; never a port of another host than its own."""
-        if self._named is None or not self._named.is_local:
-            return None
-        try:
+            if self._named is None:
+                return self._read("gateway")
+            if not self._named.is_local:
+                return None
             said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
             found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
         except (IpfsFuseError, ValueError):

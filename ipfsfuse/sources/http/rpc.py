@@ -4,18 +4,17 @@ Concurrency: any number of tasks; cancelling a call closes its connection, which
 """
 
 import json
-from collections.abc import Sequence
 from typing import Final
 from urllib.parse import urlencode
 
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.failures import REFUSED, one_line, refused
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
-from ipfsfuse.sources.secrets import Headers
+from ipfsfuse.sources.secrets import Headers as Pairs
 
 _ABSENT: Final = ("not found", "could not find", "no link named", "block was not found locally")
 _REPEATABLE: Final = frozenset(
-    ("block/get", "block/put", "block/stat", "config", "files/read", "files/rm", "files/stat", "id", "ls", "version")
+    ["block/get", "block/put", "block/stat", "config", "files/read", "files/rm", "files/stat", "ls"]
 )
 """Commands that do the same when they are done twice."""
 
@@ -29,17 +28,13 @@ class Rpc:
         self._advice = advice
 
     async def call(
-        self,
-        command: str,
-        arguments: Sequence[tuple[str, str]] = (),
-        limit: int = ERROR_BODY,
-        body: bytes = b"",
-        headers: Headers = (),
+        self, command: str, arguments: Pairs = (), limit: int = 65536, body: bytes = b"", headers: Pairs = ()
     ) -> bytes:
-        """The response's body, of at most `limit` bytes. Raises NotHere where the node says that it can't find
+        """The response's body, of at most `limit` bytes. Raises NotHere where the node can't find
         something, SourceFailed otherwise; a stream that broke off is one too."""
+        repeatable = command in _REPEATABLE
         target = f"/api/v0/{command}" + (f"?{urlencode(arguments)}" if arguments else "")
-        async with self.http.ask("POST", target, headers, body, repeatable=command in _REPEATABLE) as response:
+        async with self.http.ask("POST", target, headers, body, repeatable=repeatable) as response:
             if response.status == 200:
                 return await response.read(limit)
             said = await response.read(ERROR_BODY)
