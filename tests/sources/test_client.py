@@ -76,7 +76,7 @@ def test_blocks_come_by_http2_where_it_is_offered(tmp_path: Path, monkeypatch: p
 
 
 def test_streams_that_stall_stop_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """httpcore can't share an HTTP/2 connection: two streams that stall hold up a third. So nobody shares one."""
+    """httpcore can't share an HTTP/2 connection: three streams that stall hold up a fourth. So nobody shares one."""
 
     async def main(gateway: Gateway, server: Http2Server) -> None:
         async with trio.open_nursery() as nursery:

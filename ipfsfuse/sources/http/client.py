@@ -280,8 +280,8 @@ class _NoCookies(httpx.Cookies):
 
 
 class _Client(httpx.AsyncClient):
-    """With httpcore, of one request at a time, and connection: HTTP/2 can't be shared there. Two streams
-    that stall hold up a third, one that is given up is not reset, one cancelled at its start breaks all."""
+    """With httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three streams that
+    stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks all."""
 
     cookies = _NoCookies()  # type: ignore[override]  # a property there
 
