@@ -91,6 +91,14 @@ def test_private_addresses_are_not_followed_to(location: str, proxied: bool, mon
         assert len(proxy.heads) == int(proxied)
 
 
+@pytest.mark.parametrize("location", ["http://[::1/x", "http://a:99999/", "http://a:b/", "http://%00/", "http://a..b/", "http://u:p@a.test/"])
+def test_a_redirect_to_what_is_not_an_address_is_told_as_one(location: str) -> None:
+    with Server(BLOCKS, to(location)) as server:
+        failed = failure(server.url)
+        assert failed.kind == "redirect"
+        assert "redirects to what is not an address" in str(failed)
+
+
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "proxied"])
 def test_a_name_with_one_private_address_among_public_ones_is_not_followed(proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(BLOCKS, to("http://mixed.test{path}")) as server, Proxy({"gateway.test": server.port}) as proxy:
