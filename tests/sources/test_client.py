@@ -183,6 +183,23 @@ def test_a_cancelled_request_leaves_the_client_usable() -> None:
 
 @both
 @pytest.mark.usefixtures("transport")
+def test_who_asks_a_client_that_was_closed_meanwhile_is_answered() -> None:
+    """As a node's is when another request finds it gone: it is looked for anew."""
+
+    async def main() -> None:
+        cid, block = next(iter(BLOCKS.items()))
+        with Server(BLOCKS) as server:
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+            assert await gateway.get(cid) == block
+            await gateway.aclose()
+            assert await gateway.get(cid) == block
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+@both
+@pytest.mark.usefixtures("transport")
 def test_a_block_that_is_too_large_is_named_with_its_size() -> None:
     big = raw_blocks(94, 1, size=3 << 20)
     (cid,) = big

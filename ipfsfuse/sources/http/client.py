@@ -6,14 +6,13 @@ Concurrency: any number of tasks; how many requests run at a time is for the cal
 cancelled closes its connection.
 """
 
-import contextlib
 import functools
 import logging
 import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -320,8 +319,9 @@ class Http:
         self._closed = True
         while self._idle:
             await self._idle.pop()[1].aclose()
-        if self._own is not None:
-            await self._own.aclose()
+        own, self._own = self._own, None  # who still asks gets a connection that is not kept
+        if own is not None:
+            await own.aclose()
         await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
@@ -393,7 +393,7 @@ class Http:
                 opening.clear()
 
         extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host, "trace": trace}
-        limit: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        limit: AbstractContextManager[object] = nullcontext()
         if client.is_own:
             url = _url(origin)
         else:
