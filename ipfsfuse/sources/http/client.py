@@ -310,15 +310,15 @@ class Http:
         """The Host header for the origin itself."""
         own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http"
         self._own = _Client(OwnTransport(origin, s), keep=True) if own else None
-        self._idle: list[tuple[float, _Client]] = []
-        """Clients with a kept connection to the origin itself, and since when."""
+        self._idle: list[_Client] = []
+        """Clients with a kept connection to the origin itself."""
         self._timeout = {"connect": s.connect, "read": s.idle, "write": s.idle, "pool": None}
         self._headers = functools.lru_cache(64)(self._make_headers)  # costs as much as half of a small block
 
     async def aclose(self) -> None:
         self._closed = True
         while self._idle:
-            await self._idle.pop()[1].aclose()
+            await self._idle.pop().aclose()
         own, self._own = self._own, None  # who still asks gets a connection that is not kept
         if own is not None:
             await own.aclose()
@@ -383,7 +383,7 @@ class Http:
     ) -> tuple[_Client, Response]:
         named, opening = origin == self._named, list[Any]()
         host = origin.host if named else await public_host(origin)
-        client = await self._client(named, proxy_for(origin))
+        client = self._client(named, proxy_for(origin))
 
         async def trace(event: str, info: dict[str, Any]) -> None:
             """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
@@ -420,17 +420,17 @@ class Http:
         every += self.settings.headers.of(origin) if origin == self._named else ()
         return httpx.Headers(every + [("Content-Length", str(length))] * (length > 0 or method == "POST"))
 
-    async def _client(self, named: bool, proxy: Proxy | None) -> _Client:
+    def _client(self, named: bool, proxy: Proxy | None) -> _Client:
         if named and self._own is not None:
             return self._own
-        while named and self._idle:
-            since, client = self._idle.pop()
-            if trio.current_time() - since < self.settings.idle_seconds:
-                return client
-            await client.aclose()
+        if named and self._idle:
+            return self._idle.pop()
         unix = self.origin.unix if named else None
         via = httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None
-        transport = httpx.AsyncHTTPTransport(tls_context(), trust_env=False, http2=True, proxy=via, uds=unix)
+        limits = httpx.Limits(keepalive_expiry=self.settings.idle_seconds)
+        transport = httpx.AsyncHTTPTransport(
+            tls_context(), trust_env=False, http2=True, limits=limits, proxy=via, uds=unix
+        )
         return _Client(transport, keep=named)
 
     async def _release(self, client: _Client, response: Response | None) -> None:
@@ -442,6 +442,6 @@ class Http:
             whole = response is not None and await response.aclose()
             full = len(self._idle) >= self.settings.idle_connections
             if whole and client.keep and not self._closed and not full:
-                self._idle.append((trio.current_time(), client))
+                self._idle.append(client)
             else:
                 await client.aclose()
