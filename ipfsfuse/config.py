@@ -38,5 +38,5 @@ class MountConfig:
     """End when the last control connection that holds the mount is gone."""
     pins: str = "kubo"
     """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
-    headers: Path | None = None
-    """A file of HTTP headers for the network sources, one `Name: value` a line."""
+    header_files: Sequence[tuple[str, Path]] = ()
+    """(URL of a source, the file of HTTP headers for it); "" for the only network source."""

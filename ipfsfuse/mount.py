@@ -32,11 +32,11 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.http_settings import HttpSettings
 from ipfsfuse.sources.opening import opened
 from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 
@@ -153,7 +153,8 @@ async def _serving(
     config: MountConfig, folder: CacheFolder, indexing: Indexing | None
 ) -> AsyncIterator[tuple[Operations, Commands, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
-    settings = OpenSettings(config.library, folder.indexes, with_headers(HttpSettings(), config.headers), config.offline, indexing)
+    http = with_headers(HttpSettings(), config.header_files, config.sources)
+    settings = OpenSettings(config.library, folder.indexes, http, config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)

@@ -56,7 +56,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         isolated=arguments.isolated,
         while_held=arguments.while_held,
         pins=arguments.pins,
-        headers=None if arguments.header_file is None else Path(arguments.header_file).absolute(),
+        header_files=tuple(_header_file(text) for text in arguments.header_files or ()),
     )
 
 
@@ -91,6 +91,16 @@ def _source(text: str) -> str:
     return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
 
 
+def _header_file(text: str) -> tuple[str, Path]:
+    """The URL in URL=FILE, "" where there is none, and the file. Raises UsageError."""
+    url, separator, path = text.partition("=")
+    if "://" not in url:
+        return "", Path(text).absolute()
+    if not separator or not path:
+        raise UsageError(f"--header-file {text}: the file is missing; write {url}=FILE")
+    return url, Path(path).absolute()
+
+
 def run(arguments: argparse.Namespace) -> int:
     asked = config(arguments)
     _refuse_below(asked)
@@ -107,6 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     told = _start_daemon(arguments.argv)
     if asked.allow_other:
         console.note(f"ipfsfuse: {ALLOW_OTHER}")
+    if any(not url for url, _path in asked.header_files):
+        console.note("ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE")
     if arguments.json:
         console.values(told, indent=None)
     return 0
@@ -114,7 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _refuse_below(asked: MountConfig) -> None:
     """Raises UsageError where the daemon would have to read or write below its own mount: it would wait for itself."""
-    own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record, "the headers": asked.headers}
+    own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
+    own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
     for what, path in own.items():
         if path is not None and Path(os.path.realpath(path)).is_relative_to(asked.mountpoint):

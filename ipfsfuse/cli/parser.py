@@ -114,7 +114,10 @@ def _mounts(commands: Any) -> None:
     mount.add_argument(
         "--pins", choices=["kubo", "none"], default="kubo", help="kubo (the default): hold what is staged at the Kubo nodes among the sources"
     )
-    mount.add_argument("--header-file", metavar="FILE", type=_PATH, help="HTTP headers for the network sources, one `Name: value` a line")
+    mount.add_argument(
+        "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
+        help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
+    )  # fmt: skip
     mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
     mount.add_argument("--json", action="store_true", help="print where it is mounted, the control socket and the pid")
     mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)

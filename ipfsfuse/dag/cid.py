@@ -27,6 +27,10 @@ MAX_BLOCK = 2 << 20
 """Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
 Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
 
+MAX_BLOCK = 2 << 20
+"""Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
+Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
+
 _V0_PREFIX = b"\x12\x20"
 _BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
 _AS_INT = str.maketrans(_BASE32.decode(), "0123456789abcdefghijklmnopqrstuv")

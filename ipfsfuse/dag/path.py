@@ -3,6 +3,7 @@
 `parse` checks a text once, where it enters. Its result needs no further checks. Pure functions.
 """
 
+import re
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
@@ -10,6 +11,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NameTooLong, NotACid, UsageError
 
+_IPNS = re.compile("(?i:ipns://)|/+ipns/|ipns/")
 MAX_NAME = 255
 """The longest name, in bytes, that a Linux file system holds."""
 
@@ -46,6 +48,7 @@ def parse(text: str) -> IpfsPath:
 
 def cid_alone(text: str) -> Cid:
     """The CID that `text` spells, as CID, /ipfs/CID or ipfs://CID. Raises UsageError, for a path below one too."""
+    _refuse_ipns(text)
     bare = text.removeprefix("ipfs://") if text.startswith("ipfs://") else text.removeprefix("/ipfs/")
     try:
         return cids.parse(bare.rstrip("/"))
@@ -57,6 +60,7 @@ def cid_alone(text: str) -> Cid:
 
 def _below_ipfs(text: str) -> tuple[str, bool]:
     """The text after `/ipfs/` or `ipfs://`, and whether it is percent-encoded."""
+    _refuse_ipns(text)
     scheme, colon, rest = text.partition("://")
     if colon and "/" not in scheme:
         if scheme.lower() != "ipfs":
@@ -67,11 +71,17 @@ def _below_ipfs(text: str) -> tuple[str, bool]:
     if not text.startswith("/"):
         return text, False
     top, _, rest = text.lstrip("/").partition("/")
-    if top == "ipns":
-        raise UsageError(f"{_shown(text)}: IPNS names are not resolved here; ask `ipfs resolve` for the CID")
     if top != "ipfs":
         raise UsageError(f"{_shown(text)}: not a path below /ipfs")
     return rest.lstrip("/"), False
+
+
+def _refuse_ipns(text: str) -> None:
+    """Raises UsageError for an IPNS name or path, in either spelling."""
+    found = _IPNS.match(text)
+    if found is not None:
+        name = _shown(text[found.end() :])
+        raise UsageError(f"{_shown(text)}: IPNS names are not resolved here; ask `ipfs resolve -r /ipns/...` for the CID of {name}")
 
 
 def _name(part: str, quoted: bool, text: str) -> bytes:

@@ -75,3 +75,21 @@ def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
         end = max(end, start + 1)
         yield start, sizes[start:end]
         start, most = end, min(2 * most, MOST_TOGETHER)
+
+
+def fill(left: list[memoryview], piece: bytes) -> None:
+    """Copies `piece` into the buffers that are `left`, which must have room for it, and leaves those that are still to fill."""
+    view = memoryview(piece)
+    while view:
+        part = view[: len(left[0])]
+        left[0][: len(part)] = part
+        view = view[len(part) :]
+        advance(left, len(part))
+
+
+def advance(left: list[memoryview], count: int) -> None:
+    """`count` more bytes of `left` are filled."""
+    while left and count >= len(left[0]):
+        count -= len(left.pop(0))
+    if count:
+        left[0] = left[0][count:]

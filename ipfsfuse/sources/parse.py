@@ -6,14 +6,16 @@ Concurrency: parsing is pure; opening blocks (a CAR without an index is read thr
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import SourceFailed, UsageError
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.origin import Origin, parse_origin
+from ipfsfuse.sources.http_settings import HttpSettings
+from ipfsfuse.sources.origin import Origin, parse_origin, read_origin, unix_origin
+from ipfsfuse.sources.secrets import bind_headers, is_ours
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
@@ -65,6 +67,8 @@ def _parse_url(text: str, scheme: str, rest: str) -> Spec:
         origin = parse_origin(text)
         if origin.base.endswith("/ipfs"):
             raise UsageError(f"{text}: leave out the /ipfs at the end")
+        if any(part in f"{origin.base}/" for part in ("/ipfs/", "/ipns/")):
+            raise UsageError(f"{text}: a gateway's address ends before /ipfs and /ipns")
         return Spec(GATEWAY, origin.text, origin=origin)
     if scheme in ("kubo+http", "kubo+https"):
         origin = parse_origin(f"{scheme.removeprefix('kubo+')}://{rest}")
@@ -72,7 +76,7 @@ def _parse_url(text: str, scheme: str, rest: str) -> Spec:
     if scheme == "kubo+unix":
         if not rest.startswith("/"):
             raise UsageError(f"{text}: a socket's absolute path is missing; write kubo+unix:///run/ipfs.sock")
-        return Spec(KUBO, text, origin=Origin("http", "localhost", 80, unix=rest))
+        return Spec(KUBO, text, origin=unix_origin(rest))
     raise UsageError(f"{text}: {scheme}:// is not known; use https://, http://, kubo+http://, kubo+https:// or kubo+unix://")
 
 
@@ -81,6 +85,8 @@ def _parse_path(text: str) -> Spec:
     if path.exists():
         return Spec(CAR, path.name, path=path.absolute())
     head = text.partition("/")[0]
+    if text.startswith(("/ipns/", "/ipfs/")):
+        raise UsageError(f"{text}: content is not a source; mount `kubo` or a gateway, and name it in the mount")
     if text.startswith(("http:", "https:", "kubo+", "kubo:")):
         raise UsageError(f"{text}: a typing error? An address is written with ://, as in https://host or kubo+http://host:port")
     if "/" not in text and text.lower() in (LIBRARY, KUBO):
@@ -115,8 +121,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
         return _open_kubo(spec, settings)
-    from ipfsfuse.sources.web.gateway import Gateway
-    from ipfsfuse.sources.web.http import Http
+    from ipfsfuse.sources.http.client import Http
+    from ipfsfuse.sources.http.gateway import Gateway
 
     assert spec.origin is not None
     if settings.offline and not spec.origin.is_local:
@@ -126,8 +132,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.files import flatfs
-    from ipfsfuse.sources.web.kubo import Kubo, repository
-    from ipfsfuse.sources.web.localkubo import LocalKubo
+    from ipfsfuse.sources.http.kubo import Kubo, repository
+    from ipfsfuse.sources.localkubo import LocalKubo
 
     place = repository()
     if spec.origin is None and not _is_repository(place):
@@ -154,28 +160,23 @@ def _is_repository(place: Path) -> bool:
     return not {"api", "config", "datastore_spec"}.isdisjoint(names)
 
 
-def read_headers(path: Path) -> tuple[tuple[str, str], ...]:
-    """The headers in a file, one `Name: value` a line; empty lines and lines that begin with # are left out.
+def with_headers(
+    settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]
+) -> HttpSettings:
+    """`settings` with the headers of `header_files`, each bound to the origin of a source. Raises UsageError."""
+    origins = {spec.origin: spec.name for spec in parse_sources(sources) if spec.origin is not None}
+    if header_files and any(spec.kind == KUBO and spec.origin is None for spec in parse_sources(sources)):
+        origins |= dict.fromkeys(_addresses_of_node(), KUBO)
+    return replace(settings, headers=bind_headers(header_files, origins))
 
-    Raises UsageError, which names the line and never shows a value: it may be a secret."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"the headers file {path} can't be read: {exc}") from exc
+
+def _addresses_of_node() -> Sequence[Origin]:
+    """Where the node listens whose repository is on this machine, if the files that say so are our own."""
+    from ipfsfuse.sources.http.kubo import repository
+
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, separator, value = line.partition(":")
-        if not separator or not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
-            raise UsageError(f"{path}, line {number}: not a header; write Name: value")
-        if not value.strip().isascii() or not value.strip().isprintable():
-            raise UsageError(f"{path}, line {number}: the value has characters that a header can't have")
-        if name.lower() in ("host", "accept-encoding", "content-length", "transfer-encoding", "connection"):
-            raise UsageError(f"{path}, line {number}: {name} is not yours to set")
-        found.append((name, value.strip()))
-    return tuple(found)
-
-
-def with_headers(settings: HttpSettings, path: Path | None) -> HttpSettings:
-    return settings if path is None else replace(settings, headers=read_headers(path))
+    for path in (repository() / "api", repository() / "gateway"):
+        if is_ours(path):
+            with suppress(OSError, UnicodeDecodeError, UsageError):
+                found.append(read_origin(path))
+    return found

@@ -15,9 +15,9 @@ from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.cache.store.folder import locked
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.web.http import Http, HttpSettings
-from ipfsfuse.sources.web.origin import parse_origin
-from ipfsfuse.sources.web.rpc import Rpc
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.rpc import Rpc
+from ipfsfuse.sources.origin import parse_origin
 from tests.kubo.node import Node
 
 PATIENCE = 60.0

@@ -149,7 +149,7 @@ def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     made = config(
         *["m", "--from", "x.car", "--from", "kubo", "--from", "https://a.example", "--offline", "--cache-dir=c", "--library=l", "--budget=1MiB"],
         *["--deadline", "5s", "--allow", CID, "--allow", V0, "--record", "r", "--allow-other", "--isolated", "--while-held", "--pins", "none"],
-        *["--header-file", "h", "--reserve", "0"],
+        *["--header-file", "h", "--header-file", "https://a.example=g", "--reserve", "0"],
     )
     assert made == MountConfig(
         mountpoint=tmp_path / "m",
@@ -166,7 +166,7 @@ def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
         isolated=True,
         while_held=True,
         pins="none",
-        headers=tmp_path / "h",
+        header_files=(("", tmp_path / "h"), ("https://a.example", tmp_path / "g")),
     )
 
 

@@ -48,6 +48,7 @@ REFUSED = [
     ("ipfs://", UsageError, "no CID"),
     ("/home/x", UsageError, "below /ipfs"),
     ("/ipns/k51/x", UsageError, "IPNS"),
+    ("ipns://docs.ipfs.tech/x", UsageError, "IPNS"),
     ("https://ipfs.io/ipfs/" + ROOT, UsageError, "only ipfs://"),
     (f"ipfs://{ROOT}/a?x=1", UsageError, "query"),
     (f"ipfs://{ROOT}/a#x", UsageError, "fragment"),
@@ -70,6 +71,13 @@ def test_what_is_no_path_is_refused_in_one_line(text: str, error: type[IpfsFuseE
     with pytest.raises(error, match=words) as refused:
         path.parse(text)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["/ipns/docs.ipfs.tech", "ipns://docs.ipfs.tech", "ipns/k51", "//ipns/k51/a"])
+def test_an_ipns_name_in_place_of_a_cid_is_called_one(text: str) -> None:
+    for read in (path.parse, path.cid_alone):
+        with pytest.raises(UsageError, match="IPNS names are not resolved here; ask `ipfs resolve"):
+            read(text)
 
 
 @given(

@@ -15,11 +15,12 @@ from ipfsfuse.sources.files import flatfs
 from ipfsfuse.sources.files.car import CarSource
 from ipfsfuse.sources.files.library import Library, LibrarySource
 from ipfsfuse.sources.files.librarywriter import NewRoot
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http, HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.sources.web.localkubo import LocalKubo
-from ipfsfuse.sources.web.origin import parse_origin
+from ipfsfuse.sources.http import client
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.localkubo import LocalKubo
+from ipfsfuse.sources.origin import parse_origin
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 from tests.sources.servers import Ask, Server, answer_well
@@ -61,8 +62,9 @@ def blocks_only(ask: Ask) -> None:
         ask.send(501, b"", "text/plain")
 
 
-KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "kubo-gateway", "kubo-rpc", "kubo-repository", "kubo"]
-IN_ONE_ANSWER = {"gateway", "gateway-near", "gateway-trustless", "kubo"}
+KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "gateway-httpx"]
+KINDS += ["kubo-gateway", "kubo-rpc", "kubo-repository", "kubo"]
+IN_ONE_ANSWER = {"gateway", "gateway-httpx", "gateway-near", "gateway-trustless", "kubo"}
 """Those that send a directory in one answer: none in place, and no node that must not look on the network for it."""
 READ_IN_PLACE = "kubo-repository"
 """Offline, so that what it gives it has read itself: all below a directory but the empty block, in an order of its own, and no
@@ -96,6 +98,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             rpc_only = Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=True)
             rpc_only._asked_for_gateway = True  # as for a node on another host
             return rpc_only
+        monkeypatch.setattr(client, "OWN_TRANSPORT", kind != "gateway-httpx")
         behave = {"gateway-trustless": trustless_only, "gateway-blocks": blocks_only}.get(kind, answer_well)
         server = stack.enter_context(Server({}, behave, files=FILES, trees=tuple(TREES.values())))
         return Gateway(Http(parse_origin(server.url)), server.url, local=kind == "gateway-near")

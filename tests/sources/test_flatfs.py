@@ -19,11 +19,11 @@ from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Block, Subtree
 from ipfsfuse.sources.files import flatfs
 from ipfsfuse.sources.files.flatfs import Flatfs
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.localkubo import LocalKubo
 from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.sources.web.localkubo import LocalKubo
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees

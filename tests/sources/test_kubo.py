@@ -11,10 +11,10 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
 from ipfsfuse.sources.base import Block, Subtree
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.sources.web.origin import parse_origin
 from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, tree

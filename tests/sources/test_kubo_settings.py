@@ -7,9 +7,10 @@ import pytest
 import trio
 
 from ipfsfuse.sources.base import Block, Source
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import unix_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo, unix_origin
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources import evil

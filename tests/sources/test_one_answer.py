@@ -16,11 +16,12 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Run, Subtree
+from ipfsfuse.sources.http import client
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http, HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
@@ -29,6 +30,12 @@ from tests.sources.timed import Takes
 FILE, OTHER = sample(31), sample(32)
 TREE = trees()["nested"]
 SUBTREE = Subtree(TREE.root, True, 1 << 20)
+
+
+@pytest.fixture(autouse=True, params=["own", "httpx"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for our own transport and for httpx's."""
+    monkeypatch.setattr(client, "OWN_TRANSPORT", request.param == "own")
 
 
 def with_gateway(server: Server, main: Callable[[Gateway], Awaitable[None]], *, local: bool = False, settings: HttpSettings | None = None) -> None:

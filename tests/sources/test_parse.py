@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.parse import parse_source, parse_sources, read_headers
-from ipfsfuse.sources.web.kubo import authorization, parse_multiaddr
-from ipfsfuse.sources.web.origin import is_private, parse_origin, proxy_for
+from ipfsfuse.sources.origin import parse_multiaddr, parse_origin, proxy_for
+from ipfsfuse.sources.parse import parse_source, parse_sources
+from ipfsfuse.sources.secrets import kubo_authorization, read_headers
 
 GOOD = {
     "library": ("library", "library", None),
@@ -39,6 +39,8 @@ BAD = {
     "https://me:secret@gateway.example": "no passwords in URLs",
     "https://gateway.example/?x=1": "no query",
     "https://gateway.example/ipfs": "leave out the /ipfs",
+    "https://gateway.example/ipns/docs.ipfs.tech": "ends before /ipfs and /ipns",
+    "/ipns/docs.ipfs.tech": "content is not a source",
     "kubo+unix://run/ipfs.sock": "absolute path",
     "Library": "write library",
     "/no/such/file.car": "no such file",
@@ -74,6 +76,7 @@ def test_given_twice(tmp_path: Path) -> None:
 
 def test_headers_file(tmp_path: Path) -> None:
     path = tmp_path / "headers"
+    path.touch(0o600)
     path.write_text("# mine\nAuthorization: Bearer s3cret\n\nX-Thing:  yes \n")
     assert read_headers(path) == (("Authorization", "Bearer s3cret"), ("X-Thing", "yes"))
     for text in ("Authorization Bearer s3cret", "Bad name: s3cret", "X: s3cret\x7f", "Host: s3cret", ": s3cret"):
@@ -99,25 +102,16 @@ def test_multiaddrs() -> None:
 def test_authorization_comes_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IPFSFUSE_KUBO_AUTH", raising=False)
     monkeypatch.delenv("IPFSFUSE_KUBO_AUTH_FILE", raising=False)
-    assert authorization() == ("", "")
+    assert kubo_authorization() == ("", "")
     path = tmp_path / "token"
     path.write_text("basic:me:pass\n")
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH_FILE", str(path))
-    assert authorization() == ("Basic bWU6cGFzcw==", str(path))
+    assert kubo_authorization() == ("Basic bWU6cGFzcw==", str(path))
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH", "bearer:tok")
-    assert authorization() == ("Bearer tok", "IPFSFUSE_KUBO_AUTH")
+    assert kubo_authorization() == ("Bearer tok", "IPFSFUSE_KUBO_AUTH")
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH", "tok")
     with pytest.raises(UsageError, match="IPFSFUSE_KUBO_AUTH holds neither"):
-        authorization()
-
-
-PRIVATE = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1"]
-
-
-@pytest.mark.parametrize("address", PRIVATE)
-def test_private_addresses(address: str) -> None:
-    assert is_private(address)
-    assert not is_private("93.184.216.34")
+        kubo_authorization()
 
 
 def test_proxies_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +120,7 @@ def test_proxies_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy_for.cache_clear()
     found = proxy_for(parse_origin("https://gateway.example"))
     assert found is not None
-    assert (found.origin.text, found.authorization) == ("http://proxy.example:3128", "Basic dXNlcjpwQHNz")
+    assert (found.origin.text, found.auth) == ("http://proxy.example:3128", ("user", "p@ss"))
     assert proxy_for(parse_origin("https://inside.example")) is None
     assert proxy_for(parse_origin("https://127.0.0.1")) is None
     proxy_for.cache_clear()

@@ -9,11 +9,11 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, Unavailable, Unsupported, WrongBlock
 from ipfsfuse.sources.base import too_large
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.origin import parse_origin
 from ipfsfuse.sources.pool import managed_source
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http
-from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.servers import Ask, Server, answer_well
 from tests.sources.timed import BLOCK, BLOCKS, CID, Answer, InPlace, Timed, after, fails, never, pool_of, run
 

@@ -10,11 +10,11 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed, StoreFailed, Unavailable
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import FAULT, LOG_EVERY
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http
-from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Server
 from tests.sources.timed import BLOCKS, CID, Answer, InPlace, Takes, Timed, pool_of, run

@@ -7,12 +7,12 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import Fetched, Subtree
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import SLOW_FAR
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.pool.subtree_fetch import FIRST, STALL
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.http import Http
-from ipfsfuse.sources.web.origin import parse_origin
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
 from tests.sources.timed import InPlace, Takes, Timed, fails, never, pool_of, run

@@ -1,6 +1,18 @@
-"""What answers mean that are not what was asked for."""
+"""What answers mean that are not what was asked for, and that whatever a request raises is its source's failure."""
 
-from ipfsfuse.sources.web.refusals import retry_after
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.sources.failures import one_line, retry_after
+from ipfsfuse.sources.http.client import Http, translated
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.pool.pool import SourcePool
+from tests.sources.content import raw_blocks
+from tests.sources.servers import Server
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
@@ -8,3 +20,62 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert retry_after("soon") is None
     assert retry_after("") is None
+
+
+@pytest.mark.parametrize("value", ["Fri, 31 Dec 99999 23:59:59 GMT", "\u0663", "1e309", "-1", "9" * 400])
+def test_an_absurd_retry_after_is_none_or_far_away(value: str) -> None:
+    found = retry_after(value)
+    assert found is None or found > 1e8
+
+
+@given(st.text())
+def test_any_retry_after_is_seconds_or_nothing(value: str) -> None:
+    found = retry_after(value)
+    assert found is None or found >= 0
+
+
+RAISED = [ValueError("x\n\x1b[31my"), RuntimeError(), KeyError("k"), AssertionError(), RecursionError(), ExceptionGroup("g", [OSError("x")])]
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_whatever_a_request_raises_is_that_sources_failure_in_one_line(raised: Exception) -> None:
+    with pytest.raises(SourceFailed) as caught, translated("https://a.example"):
+        raise raised
+    assert str(caught.value).startswith("https://a.example: ")
+    assert str(caught.value).isprintable()
+    assert caught.value.__cause__ is raised
+
+
+def test_what_says_what_it_means_passes() -> None:
+    for raised in (NotHere("x"), SourceFailed("x", "busy", 7), trio.EndOfChannel):
+        with pytest.raises((NotHere, SourceFailed)), translated("a"):
+            raise raised
+
+
+def test_a_servers_words_are_one_printable_line() -> None:
+    assert one_line("a\nb\x1b[31mc\u202e") == "a b [31mc "
+    assert len(one_line("x" * 10_000)) == 300
+
+
+HEADS = {
+    "location": "302 Found\r\nLocation: http://[::1/x",
+    "retry-after": "503 Later\r\nRetry-After: Fri, 31 Dec 99999 23:59:59 GMT",
+    "length": "200 OK\r\nContent-Length: 99999999999999999999999",
+    "status": "99999 OK",
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_one_header_line_of_one_gateway_spoils_no_read_of_a_good_one(head: str) -> None:
+    blocks = raw_blocks(84, 100, size=500)
+
+    async def main() -> None:
+        lines = f"HTTP/1.1 {head}\r\n\r\n".encode()
+        with Server(blocks, lambda ask: (ask.connection.sendall(lines), ask.hang_up())[0]) as bad, Server(blocks) as good:
+            chain = SourcePool([Gateway(Http(parse_origin(server.url)), server.url, local=True) for server in (bad, good)])
+            for cid, block in blocks.items():
+                assert (await chain.get(cid)).block == block
+            assert chain.statistics()[0].state in ("resting", "trial")
+            await chain.aclose()
+
+    trio.run(main)

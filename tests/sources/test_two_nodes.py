@@ -10,10 +10,10 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unavailable
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
-from ipfsfuse.sources.web.origin import parse_origin
 from tests.kubo.node import Node
 
 PATIENCE = 60.0

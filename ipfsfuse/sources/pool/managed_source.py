@@ -14,11 +14,11 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
 from ipfsfuse.sources.pool.verification import check
-from ipfsfuse.sources.web.gateway import Gateway
-from ipfsfuse.sources.web.kubo import Kubo
 
 log = logging.getLogger(__name__)
 

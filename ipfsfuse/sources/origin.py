@@ -1,4 +1,4 @@
-"""Where HTTP goes: origins as frozen values, the addresses that are nobody else's business, and proxies.
+"""Where HTTP goes: origins as frozen values, the rules of redirects, and proxies.
 
 Pure but for what the environment says about proxies. Concurrency: none.
 """
@@ -6,12 +6,13 @@ Pure but for what the environment says about proxies. Concurrency: none.
 import functools
 import ipaddress
 import urllib.request
-from base64 import b64encode
-from dataclasses import dataclass
-from urllib.parse import SplitResult, unquote, urlsplit
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from ipfsfuse.errors import UsageError
 
+_URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -83,20 +84,48 @@ def is_address(host: str) -> bool:
     return True
 
 
-def is_private(address: str) -> bool:
-    """True for addresses that a stranger must not send us to: loopback, private, link-local, multicast, unspecified."""
-    value = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(value, ipaddress.IPv6Address) and value.ipv4_mapped:
-        value = value.ipv4_mapped
-    return not value.is_global or value.is_multicast
+def redirected(origin: Origin, path: str, location: str) -> tuple[Origin, str]:
+    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError where it may not."""
+    try:
+        url = quote(urljoin(f"{origin.scheme}://{origin.authority}{path}", location), safe=_URL_CHARACTERS)
+        bare, _, query = url.partition("#")[0].partition("?")
+        target = parse_origin(bare)
+    except (UsageError, ValueError) as exc:
+        raise UsageError(f"redirects to what is not an address: {exc}") from exc
+    if target.scheme != origin.scheme:
+        raise UsageError(f"redirects to {target.scheme}://{target.authority}; if that is right, name it")
+    return replace(target, base=""), (urlsplit(bare).path or "/") + (f"?{query}" if query else "")
+
+
+def parse_multiaddr(text: str) -> Origin:
+    """/ip4|ip6|dns.../HOST/tcp/PORT[/http|/https] or /unix/PATH. Raises UsageError."""
+    parts = text.strip().split("/")
+    if len(parts) > 2 and parts[1] == "unix":
+        return unix_origin("/" + "/".join(parts[2:]).lstrip("/"))
+    if len(parts) < 5 or parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6") or parts[3] != "tcp" or not parts[4].isdigit():
+        expected = "/ip4/HOST/tcp/PORT or /unix/PATH was expected"
+        raise UsageError(f"{text.strip()[:200]!r} is not an address of a node: {expected}")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts[2], parts[2])
+    scheme = "https" if "https" in parts[5:] else "http"
+    return parse_origin(f"{scheme}://[{host}]:{parts[4]}" if ":" in host else f"{scheme}://{host}:{parts[4]}")
+
+
+def read_origin(path: Path) -> Origin:
+    """What a node wrote into its repository, a multiaddr or a URL. Raises OSError, ValueError, UsageError."""
+    text = path.read_text().strip()
+    return parse_multiaddr(text) if text.startswith("/") else parse_origin(text)
+
+
+def unix_origin(path: str) -> Origin:
+    return Origin("http", "localhost", 80, unix=path)
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy; `authorization` is the value of its header, "" for none."""
+    """An HTTP proxy. `auth` is (user, password) where it asks for them."""
 
     origin: Origin
-    authorization: str = ""
+    auth: tuple[str, str] | None = field(default=None, repr=False)
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,8 +140,5 @@ def proxy_for(origin: Origin) -> Proxy | None:
     parts = _split(url if "://" in url else f"http://{url}")
     if parts.scheme != "http" or not parts.hostname:
         raise UsageError(f"the proxy {parts.scheme}://{parts.hostname} for {origin.text} is not an http:// one; set no_proxy or another")
-    authorization = ""
-    if parts.username is not None:
-        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        authorization = "Basic " + b64encode(secret.encode()).decode()
-    return Proxy(Origin("http", parts.hostname, parts.port or 3128), authorization)
+    auth = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
+    return Proxy(Origin("http", parts.hostname, parts.port or 3128), auth)

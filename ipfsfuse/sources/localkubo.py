@@ -15,8 +15,8 @@ from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
 from ipfsfuse.sources.files.descent import Descent
 from ipfsfuse.sources.files.flatfs import Flatfs
-from ipfsfuse.sources.web.http import HttpSettings
-from ipfsfuse.sources.web.kubo import Kubo
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.http_settings import HttpSettings
 
 STRETCHES = 8
 """Of leaves that may be in memory at a time, for all readers: of 4 MiB each."""

@@ -1,0 +1,447 @@
+"""The one HTTP client: `httpx.AsyncClient` on trio, with our rules about redirects, addresses, sizes, times.
+
+No other module imports httpx, and here whatever a request may raise becomes SourceFailed.
+
+Concurrency: any number of tasks; how many requests run at a time is for the callers to say. A request that is
+cancelled closes its connection.
+"""
+
+import functools
+import logging
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
+from typing import Any, Final
+
+import httpx
+import trio
+from httptools import HttpParserError
+
+import ipfsfuse
+from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
+from ipfsfuse.fileio import buffers
+from ipfsfuse.sources import failures
+from ipfsfuse.sources.body_budget import BodyShare
+from ipfsfuse.sources.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
+from ipfsfuse.sources.http_settings import HttpSettings, tls_context
+from ipfsfuse.sources.loopback import Connection, ConnectionPool
+from ipfsfuse.sources.origin import Origin, Proxy, proxy_for, redirected
+from ipfsfuse.sources.resolving import public_host
+from ipfsfuse.sources.secrets import Headers
+
+OWN_TRANSPORT = True
+"""Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
+USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
+REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
+MAX_REDIRECTS: Final = 5
+TARGET: Final = re.compile(r"[!-~]+")  # no space, no control character: RFC 9112, 3.2
+ERROR_BODY: Final = 64 * 1024
+PIECE: Final = 256 * 1024
+SMALL: Final = 64 * 1024
+"""Bodies of so many bytes are not counted among those that are on their way."""
+END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
+
+for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+DEAD: Final = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, EOFError, ConnectionError)
+"""What a request over a kept connection raises that the server has closed meanwhile."""
+BROKEN: Final = "it broke the connection off"
+FAILURES: Final = (
+    (ssl.SSLCertVerificationError, failures.TLS, "its certificate is not trusted: {0.verify_message}"),
+    (ssl.SSLError, failures.TLS, "TLS failed: {0.reason}"),
+    (socket.gaierror, HOST, "no such host: {0.strerror}"),
+    ((ConnectionRefusedError, FileNotFoundError), CONNECT, "it takes no connections: is it running there?"),
+    ((httpx.TimeoutException, trio.TooSlowError), failures.TIMEOUT, "it sent nothing for too long"),
+    (httpx.ProxyError, CONNECT, "the proxy for it refused the way there: {0}"),
+    ((httpx.ProtocolError, HttpParserError), PROTOCOL, "it does not speak HTTP as it should: {0}"),
+    ((ConnectionError, EOFError, trio.BrokenResourceError, httpx.NetworkError), RESET, BROKEN),
+    (OSError, CONNECT, "{0}"),
+    (Malformed, failures.CAR, "it sent a broken CAR: {0}"),
+)
+"""Types, kind of failure, what to say: the first row that fits the exception, or one that it came from."""
+
+
+class translated:  # noqa: N801  # a context manager that costs a fourth of contextlib's
+    """Turns whatever a request to the server called `name` raises into SourceFailed: its failure, no more."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, exc: BaseException | None, _trace: object) -> None:
+        if isinstance(exc, Exception) and not isinstance(exc, SourceFailed | NotHere):
+            kind, message = _explain(exc)
+            raise SourceFailed(f"{self._name}: {one_line(message)}", kind) from exc
+
+
+def _explain(exc: Exception) -> tuple[str, str]:
+    """The kind of failure, and what to say of it."""
+    if isinstance(exc, httpx.RemoteProtocolError) and "disconnected" in str(exc):
+        return RESET, BROKEN
+    if isinstance(exc, httpx.RemoteProtocolError) and "without sending complete" in str(exc):
+        return SHORT, "its body was cut short"
+    for types, kind, message in FAILURES:
+        for cause in _causes(exc):
+            if isinstance(cause, types):
+                return kind, message.format(cause)
+    return failures.FAILED, f"{type(exc).__name__}: {exc}"
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """`exc` and what it came from. httpcore clears __cause__ on the way, and keeps __context__."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        yield seen
+        if isinstance(seen, BaseExceptionGroup):  # several addresses were tried
+            for each in seen.exceptions:
+                yield from _causes(each)
+        seen = seen.__cause__ or seen.__context__
+
+
+# -- responses -----------------------------------------------------------------------------------------------
+
+
+class _HttpcoreBody:
+    """The body of a response that came by httpcore, read as that of a `loopback.Connection` is."""
+
+    buffered = 0
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._pieces = response.aiter_raw()
+        self._rest = b""
+
+    async def receive(self, most: int) -> bytes:
+        piece = self._rest or await anext(self._pieces, b"")
+        self._rest = piece[most:]
+        return piece[:most]
+
+    async def close(self, *, whole: bool) -> None:
+        """Ends the generators of httpx and httpcore, of which trio would warn: a cancelled wait ends all.
+        Behind a body that is `whole` its end is read, so that the connection can be used again."""
+        deadline = trio.current_time() + END_SECONDS if whole else 0.0
+        with trio.CancelScope(shield=True, deadline=deadline), suppress(Exception):
+            async for _ in self._pieces:
+                pass
+
+
+class Response:
+    """A response's head, and its body to be read once, by one task."""
+
+    def __init__(self, response: httpx.Response, name: str, total: float, share: BodyShare) -> None:
+        own: Connection | None = response.extensions.get("connection")
+        self.status = response.status_code
+        self.headers: dict[str, str] = dict(response.headers) if own is None else own.headers
+        """By names in lower case."""
+        self._body = own or _HttpcoreBody(response)
+        self._response, self._name, self._total, self._share = response, name, total, share
+        self._held = 0
+        length = self.headers.get("content-length", "")
+        known = length.isdecimal() and "transfer-encoding" not in self.headers
+        self.left = int(length[:18]) if known else None
+        """Bytes of the body still to come; None where only its end tells."""
+        if self.status in (204, 304):
+            self.left = 0
+        self._ended = self.left == 0
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset."""
+        if self.left is not None:
+            if self.left > limit:
+                raise SourceFailed(f"{self._name} offered {self.left} bytes: {limit} are the most", LONG)
+            await self._hold(self.left)
+            if self.left <= self._body.buffered:
+                return await self.receive()
+        pieces, size = list[bytes](), 0
+        with translated(self._name), trio.fail_after(self._total):
+            if self.left is not None and self.left > SMALL:
+                pieces, self.left = [bytes(each) for each in await self._receive_into([self.left])], 0
+                self._ended = True
+            while piece := await self.receive():
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    raise SourceFailed(f"{self._name} sent more than {limit} bytes", LONG)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def receive(self) -> bytes:
+        """The next piece of the body, b"" at its end."""
+        if self.left == 0:
+            return b""
+        with translated(self._name):
+            piece = await self._body.receive(min(self.left or PIECE, PIECE))
+        if self.left is not None:
+            self.left -= len(piece)
+            if not piece:
+                raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
+        self._ended = not piece or self.left == 0
+        return piece
+
+    async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`."""
+        count = sum(sizes)
+        if self.left is None or self.left < count:
+            raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
+        await self._hold(count)
+        with translated(self._name):
+            filled = await self._receive_into(sizes)
+        self.left -= count
+        self._ended = self.left == 0
+        return filled
+
+    async def _receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        if isinstance(self._body, Connection):
+            return await self._body.receive_into(sizes)
+        filled = [buffers.lend(size) for size in sizes]
+        left = [*filled]
+        while left:
+            piece = await self._body.receive(sum(map(len, left)))
+            if not piece:
+                raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
+            buffers.fill(left, piece)
+        return filled
+
+    async def _hold(self, count: int) -> None:
+        """Large bodies wait until there is room for them; what was read before is the reader's own by now."""
+        self.detach()()
+        if count > SMALL:
+            await self._share.take(count)
+            self._held = count
+
+    def detach(self) -> Callable[[], None]:
+        """What was read last stays counted until the function returned is called, whatever is read then."""
+        held, self._held = self._held, 0
+        return functools.partial(self._share.give, held) if held else lambda: None
+
+    async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
+        """What this response to a request for `what` means where it is no success."""
+        retry_after = self.headers.get("retry-after", "")
+        return failures.declined(name, self.status, retry_after, await self.read(ERROR_BODY), what)
+
+    async def aclose(self) -> bool:
+        """Whether the body was read to its end, so that the connection may be used again."""
+        self.detach()()
+        if isinstance(self._body, _HttpcoreBody):
+            await self._body.close(whole=self._ended)
+        with suppress(Exception):
+            await self._response.aclose()
+        return self._ended
+
+
+# -- transports and clients ----------------------------------------------------------------------------------
+
+
+class OwnTransport(httpx.AsyncBaseTransport):
+    """Plain HTTP/1.1 to one origin on this machine by `loopback`.
+
+    The response's extension `connection` has its headers and its body; httpx is not told them."""
+
+    def __init__(self, origin: Origin, settings: HttpSettings) -> None:
+        self._pool = ConnectionPool(origin, settings.connect, settings.idle, settings.total)
+        self._settings = settings
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
+        lines += [b"%s: %s" % header for header in request.headers.raw]
+        data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
+        own = await self._pool.request(data, self._settings.idle_seconds)
+        release = functools.partial(self._pool.release, own, self._settings.idle_connections)
+        return httpx.Response(own.status, stream=_Released(release), extensions={"connection": own})
+
+    async def aclose(self) -> None:
+        self._pool.close()
+
+
+class _Released(httpx.AsyncByteStream):
+    """Gives a connection back when its response is closed."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+
+    async def aclose(self) -> None:
+        self._release()
+
+
+class _NoCookies(httpx.Cookies):
+    def extract_cookies(self, response: httpx.Response) -> None:
+        """Blocks need no cookies, and a cookie would tell servers who asks."""
+
+
+class _Client(httpx.AsyncClient):
+    """With httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three streams that
+    stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks all."""
+
+    cookies = _NoCookies()  # type: ignore[override]  # a property there
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, *, keep: bool) -> None:
+        super().__init__(transport=transport, trust_env=False)
+        self.keep = keep
+        self.is_own = isinstance(transport, OwnTransport)
+        """Then it has many connections, bounds the time for heads itself, and has the path beside the URL."""
+
+
+@functools.lru_cache(maxsize=64)
+def _url(origin: Origin) -> httpx.URL:
+    """Without a path, for `OwnTransport`: to parse a URL takes 100 us, as all else for a small block."""
+    return httpx.URL(scheme=origin.scheme, host=origin.host, port=origin.port)
+
+
+class Http:
+    """Requests to one origin."""
+
+    def __init__(self, origin: Origin, settings: HttpSettings | None = None) -> None:
+        self.origin = origin
+        self.settings = s = settings or HttpSettings()
+        self._share = BodyShare(s.room)
+        self._closed = False
+        self._named = replace(origin, base="")
+        self._host = origin.authority
+        """The Host header for the origin itself."""
+        own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http"
+        self._own = _Client(OwnTransport(origin, s), keep=True) if own else None
+        self._idle: list[_Client] = []
+        """Clients with a kept connection to the origin itself."""
+        self._timeout = {"connect": s.connect, "read": s.idle, "write": s.idle, "pool": None}
+        self._headers = functools.lru_cache(64)(self._make_headers)  # costs as much as half of a small block
+
+    async def aclose(self) -> None:
+        self._closed = True
+        while self._idle:
+            await self._idle.pop().aclose()
+        own, self._own = self._own, None  # who still asks gets a connection that is not kept
+        if own is not None:
+            await own.aclose()
+        await trio.lowlevel.checkpoint()
+
+    @asynccontextmanager
+    async def ask(
+        self, method: str, target: str, headers: Headers = (), body: bytes = b"", *, repeatable: bool = True
+    ) -> AsyncIterator[Response]:
+        """One request for `target`, a path and query below the origin's base. Redirects are followed as the rules
+        let. A `repeatable` one is sent again where a kept connection is dead. Raises SourceFailed."""
+        origin, path = self._named, self.origin.base + target
+        for _ in range(MAX_REDIRECTS + 1):
+            client, response = await self._send(origin, method, path, headers, body, repeatable)
+            try:
+                if response.status not in REDIRECTS or "location" not in response.headers:
+                    if response.headers.get("content-encoding", "identity").lower() != "identity":
+                        raise SourceFailed(f"{self.origin.text} compressed its answer", failures.ENCODING)
+                    yield response
+                    return
+                with translated(self.origin.text):
+                    origin, path = self._follow(origin, path, method, response.headers["location"])
+                    await response.read(ERROR_BODY)
+            finally:
+                await self._release(client, response)
+        raise SourceFailed(f"{self.origin.text} redirects in a circle", REDIRECT)
+
+    def _follow(self, origin: Origin, path: str, method: str, location: str) -> tuple[Origin, str]:
+        try:
+            target, target_path = redirected(origin, path, location)
+        except UsageError as exc:
+            raise SourceFailed(f"{self.origin.text} {one_line(str(exc))}", REDIRECT) from exc
+        if target.authority == self._named.authority:
+            return self._named, target_path
+        subdomain = target.host.endswith(".localhost") and target.port == origin.port
+        if subdomain and origin == self._named and origin.is_local:
+            # A node sends browsers to a name for each CID. Asked by this other name, it answers at the path.
+            self._host = f"127.0.0.1:{origin.port}"
+            self._headers.cache_clear()
+            return origin, path
+        if method != "GET":
+            raise SourceFailed(f"{self.origin.text} redirects {method} to {target.text}: refused", REDIRECT)
+        return target, target_path
+
+    async def _send(
+        self, origin: Origin, method: str, path: str, headers: Headers, body: bytes, repeatable: bool
+    ) -> tuple[_Client, Response]:
+        """The response's head; at the second try where a kept connection turned out dead."""
+        if not TARGET.fullmatch(path):
+            raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
+        every = self._headers(origin, method, tuple(headers), len(body))
+        with translated(origin.text):
+            try:
+                return await self._send_once(origin, method, path, every, body)
+            except DEAD:
+                if not repeatable:
+                    raise
+            return await self._send_once(origin, method, path, every, body)
+
+    async def _send_once(
+        self, origin: Origin, method: str, path: str, headers: httpx.Headers, body: bytes
+    ) -> tuple[_Client, Response]:
+        named, opening = origin == self._named, list[Any]()
+        host = origin.host if named else await public_host(origin)
+        client = self._client(named, proxy_for(origin))
+
+        async def trace(event: str, info: dict[str, Any]) -> None:
+            """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
+            if event.endswith("connect_tcp.complete"):
+                opening.append(info["return_value"])
+            elif event.endswith("start_tls.complete"):
+                opening.clear()
+
+        extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host, "trace": trace}
+        limit: AbstractContextManager[object] = nullcontext()
+        if client.is_own:
+            url = _url(origin)
+        else:
+            url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path.encode())
+            limit = trio.fail_after(2 * self.settings.connect + self.settings.total)
+        stream = httpx.ByteStream(body)
+        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=extensions)
+        response: Response | None = None
+        try:
+            with limit:
+                sent = await client.send(request, stream=True)
+            response = Response(sent, self.origin.text, self.settings.total, self._share)
+            return client, response
+        finally:
+            if response is None:
+                with trio.CancelScope(shield=True):
+                    for stream in opening:
+                        await stream.aclose()
+                await self._release(client, None)
+
+    def _make_headers(self, origin: Origin, method: str, headers: Headers, length: int) -> httpx.Headers:
+        host = self._host if origin == self._named else origin.authority
+        every = [("Host", host), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *headers]
+        every += self.settings.headers.of(origin) if origin == self._named else ()
+        return httpx.Headers(every + [("Content-Length", str(length))] * (length > 0 or method == "POST"))
+
+    def _client(self, named: bool, proxy: Proxy | None) -> _Client:
+        if named and self._own is not None:
+            return self._own
+        if named and self._idle:
+            return self._idle.pop()
+        unix = self.origin.unix if named else None
+        via = httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None
+        limits = httpx.Limits(keepalive_expiry=self.settings.idle_seconds)
+        transport = httpx.AsyncHTTPTransport(
+            tls_context(), trust_env=False, http2=True, limits=limits, proxy=via, uds=unix
+        )
+        return _Client(transport, keep=named)
+
+    async def _release(self, client: _Client, response: Response | None) -> None:
+        if client.is_own:
+            if response is not None:
+                await response.aclose()
+            return
+        with trio.CancelScope(shield=True):
+            whole = response is not None and await response.aclose()
+            full = len(self._idle) >= self.settings.idle_connections
+            if whole and client.keep and not self._closed and not full:
+                self._idle.append(client)
+            else:
+                await client.aclose()

@@ -1,0 +1,45 @@
+"""`mount --header-file`: what a user sees of it."""
+
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from tests.mounting import Home
+from tests.sources.content import raw_blocks
+from tests.sources.servers import Server
+
+pytestmark = pytest.mark.fuse
+BLOCKS = raw_blocks(72, 1)
+CID, BLOCK = next(iter(BLOCKS.items()))
+
+
+@pytest.fixture
+def file(user: Home) -> Path:
+    path = user.folder / "headers"
+    path.touch(0o600)
+    path.write_text("Authorization: Bearer s3cret\n")
+    return path
+
+
+@pytest.mark.parametrize("spelling", ["new", "old"])
+def test_the_source_gets_its_headers_and_the_old_spelling_is_told(user: Home, file: Path, spelling: str) -> None:
+    with Server(BLOCKS) as server:
+        option = f"{server.url}={file}" if spelling == "new" else str(file)
+        ran = user.run("mount", "--from", server.url, "--header-file", option, user.mountpoint)
+        try:
+            assert ("old spelling" in ran.stderr and "write --header-file URL=FILE" in ran.stderr) == (spelling == "old")
+            assert (user.mountpoint / cids.text(CID)).read_bytes() == BLOCK
+            assert {ask.headers.get("authorization") for ask in server.asked} == {"Bearer s3cret"}
+        finally:
+            user.run("unmount", user.mountpoint)
+
+
+def test_what_can_not_be_used_is_refused_in_one_line(user: Home, file: Path) -> None:
+    mount = ("mount", "--from", "https://a.example", "--from", "https://b.example", "--header-file")
+    user.refused(*mount, file, user.mountpoint, names=f"--header-file https://a.example={file}", code=2)
+    user.refused(*mount, f"https://c.example={file}", user.mountpoint, names="no source is there", code=2)
+    user.refused(*mount, "https://a.example=", user.mountpoint, names="write https://a.example=FILE", code=2)
+    user.refused("mount", "--from", "http://a.example", "--header-file", file, user.mountpoint, names="use https://", code=2)
+    file.chmod(0o644)
+    user.refused(*mount, f"https://a.example={file}", user.mountpoint, names=f"chmod 600 {file}", code=2)

@@ -1,0 +1,229 @@
+"""The HTTP client itself: HTTP/2, kept connections that died, what is repeated, and large blocks."""
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import BlockTooLarge, SourceFailed
+from ipfsfuse.sources.http import client
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.http.rpc import Rpc
+from ipfsfuse.sources.origin import parse_origin
+from tests.kubo.node import Node
+from tests.sources.authority import Authority
+from tests.sources.content import raw_blocks
+from tests.sources.http2 import MAX_STREAMS, Http2Server
+from tests.sources.servers import Ask, Server, answer_well
+
+BLOCKS = raw_blocks(91, 40, size=5000) | raw_blocks(92, 4, size=1 << 20)
+STALLED = [*raw_blocks(93, 2 * MAX_STREAMS)]
+
+
+@pytest.fixture
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "OWN_TRANSPORT", request.param == "own")
+
+
+both = pytest.mark.parametrize("transport", ["own", "httpx"], indirect=True)
+
+
+def with_http2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[Gateway, Http2Server], Awaitable[None]]) -> None:
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+    client.tls_context.cache_clear()
+    with Http2Server(BLOCKS, authority.vouch("IP:127.0.0.1")) as server:
+
+        async def opened() -> None:
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+            try:
+                with trio.fail_after(60):
+                    await main(gateway, server)
+            finally:
+                await gateway.aclose()
+
+        trio.run(opened)
+    client.tls_context.cache_clear()
+
+
+async def all_blocks(gateway: Gateway) -> None:
+    got: dict[Cid, bytes] = {}
+
+    async def get(cid: Cid) -> None:
+        got[cid] = await gateway.get(cid)
+
+    async with trio.open_nursery() as nursery:
+        for cid in BLOCKS:
+            nursery.start_soon(get, cid)
+    assert got == BLOCKS
+
+
+def test_blocks_come_by_http2_where_it_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(gateway: Gateway, server: Http2Server) -> None:
+        await all_blocks(gateway)
+        await all_blocks(gateway)
+        kept = HttpSettings().idle_connections
+        assert server.connections <= 2 * len(BLOCKS) - kept, "kept ones are used again"
+        assert sum(server.asked) == 2 * len(BLOCKS)
+
+    with_http2(tmp_path, monkeypatch, main)
+
+
+def test_streams_that_stall_stop_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpcore can't share an HTTP/2 connection: three streams that stall hold up a fourth. So nobody shares one."""
+
+    async def main(gateway: Gateway, server: Http2Server) -> None:
+        async with trio.open_nursery() as nursery:
+            for cid in STALLED:
+                nursery.start_soon(gateway.get, cid)
+            with trio.move_on_after(30):
+                while sum(server.asked) < len(STALLED):  # noqa: ASYNC110  # in another thread
+                    await trio.sleep(0.05)
+            with trio.fail_after(10):
+                await all_blocks(gateway)
+            nursery.cancel_scope.cancel()
+
+    with_http2(tmp_path, monkeypatch, main)
+
+
+def test_streams_that_are_given_up_use_no_connection_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpcore does not tell the server that a stream was given up: such a connection is closed."""
+
+    async def main(gateway: Gateway, server: Http2Server) -> None:
+        large = [cid for cid, block in BLOCKS.items() if len(block) == 1 << 20]
+        http = gateway._http
+        for turn in range(60):  # their bodies are more than a connection's window in all
+            async with http.ask("GET", f"/ipfs/{cids.text(large[turn % 4])}?format=raw") as response:
+                assert response.status == 200
+        for cid in STALLED[: 2 * MAX_STREAMS]:
+            with trio.move_on_after(0.01):
+                await gateway.get(cid)
+        with trio.fail_after(10):
+            await all_blocks(gateway)
+
+    with_http2(tmp_path, monkeypatch, main)
+
+
+@both
+@pytest.mark.parametrize("command", ["block/get", "files/cp"])
+@pytest.mark.usefixtures("transport")
+def test_what_is_safe_is_sent_again_where_a_kept_connection_is_dead(command: str) -> None:
+    """The server takes the second request over a connection, and closes that without a word."""
+    seen: list[int] = []
+
+    def closes(ask: Ask) -> None:
+        seen.append(id(ask.connection))
+        if seen.count(id(ask.connection)) == 2:
+            ask.hang_up()
+        else:
+            ask.send(200, b"well", "text/plain")
+
+    async def main() -> None:
+        with Server({}, closes) as server:
+            rpc = Rpc(Http(parse_origin(server.url)), "node")
+            assert await rpc.call(command) == b"well"
+            if command == "block/get":
+                assert await rpc.call(command) == b"well"
+                assert len(server.asked) == 3
+            else:
+                with pytest.raises(SourceFailed) as caught:
+                    await rpc.call(command)
+                assert caught.value.kind == "reset"
+                assert len(server.asked) == 2
+            await rpc.http.aclose()
+
+    trio.run(main)
+
+
+@both
+@pytest.mark.usefixtures("transport")
+def test_idle_connections_that_the_server_closed_are_not_used() -> None:
+    async def main() -> None:
+        cid, block = next(iter(BLOCKS.items()))
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server(BLOCKS, lambda ask: (answer_well(ask), ask.hang_up())[0]))
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+            for _ in range(20):
+                assert await gateway.get(cid) == block
+                await trio.sleep(0.01)
+            assert len(server.asked) == 20
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+@both
+@pytest.mark.usefixtures("transport")
+def test_a_cancelled_request_leaves_the_client_usable() -> None:
+    stalled = STALLED[0]
+
+    def behave(ask: Ask) -> None:
+        if ask.cid == stalled:
+            ask.stall()
+        else:
+            answer_well(ask)
+
+    async def main() -> None:
+        with Server(BLOCKS, behave) as server:
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+            for _ in range(50):
+                with trio.move_on_after(0.01):
+                    await gateway.get(stalled)
+            await all_blocks(gateway)
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+@both
+@pytest.mark.usefixtures("transport")
+def test_who_asks_a_client_that_was_closed_meanwhile_is_answered() -> None:
+    """As a node's is when another request finds it gone: it is looked for anew."""
+
+    async def main() -> None:
+        cid, block = next(iter(BLOCKS.items()))
+        with Server(BLOCKS) as server:
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+            assert await gateway.get(cid) == block
+            await gateway.aclose()
+            assert await gateway.get(cid) == block
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+@both
+@pytest.mark.usefixtures("transport")
+def test_a_block_that_is_too_large_is_named_with_its_size() -> None:
+    big = raw_blocks(94, 1, size=3 << 20)
+    (cid,) = big
+
+    async def main() -> None:
+        with Server(big) as server:
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+            with pytest.raises(BlockTooLarge, match="as a block of 3,145,728 bytes: blocks of over 2,097,152 bytes are not read"):
+                await gateway.get(cid)
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("by", ["gateway", "rpc"])
+def test_a_large_block_of_a_real_node(kubo_node: Node, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    data = bytes(range(256)) * (3 << 12)
+    name = kubo_node.cmd("block", "put", "--allow-big-block", "--cid-codec=raw", stdin=data)
+
+    async def main() -> None:
+        source = Kubo("kubo", HttpSettings(), parse_origin(kubo_node.api_url))
+        source._asked_for_gateway = by == "rpc"
+        with pytest.raises(BlockTooLarge, match="3,145,728 bytes" if by == "gateway" else "a larger block"):
+            await source.get(cids.parse(name))
+        await source.aclose()
+
+    trio.run(main)

@@ -1,0 +1,198 @@
+"""Our transport reads heads, known lengths and chunks as h11 does, however they are cut into pieces; all else is refused."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import h11
+import pytest
+import trio
+from httptools import HttpParserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipfsfuse.errors import SourceFailed
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.loopback import MAX_FRAMING, Connection
+from ipfsfuse.sources.origin import parse_origin
+from tests.sources.content import raw_blocks
+from tests.sources.servers import Ask, Server
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+SIZES = [b"%x", b"%X", b"000%x", b"%x;a", b"%x;a=b;c", b'%x;a="b;c"']
+TRAILERS = [b"X-Other: \t a: b\t", b"X-Empty:", b"X-Long: " + b"y" * 300]
+KUBO = (
+    b"HTTP/1.1 200 OK\r\nAccept-Ranges: bytes\r\nAccess-Control-Allow-Headers: Content-Type\r\nAccess-Control-Allow-Headers: Range\r\n"
+    b"Access-Control-Allow-Origin: *\r\nCache-Control: public, max-age=29030400, immutable\r\n"
+    b"Content-Disposition: attachment; filename=\"b.bin\"; filename*=UTF-8''b.bin\r\nContent-Length: 5\r\n"
+    b"Content-Type: application/vnd.ipld.raw\r\nX-Empty:\r\nX-Ipfs-Path:\t/ipfs/b \t\r\nDate: Tue, 24 Nov 2026 10:08:21 GMT\r\n\r\n"
+)
+LINES = [
+    *(b"Content-Length: 5", b"content-length:7", b"Content-Length: 5, 5", b"Content-Length: +5", b"Content-Length: ", b"Content-Length: 5\x0b"),
+    *(b"Transfer-Encoding: chunked", b"Connection: close", b"X: a", b"x: b", b"X : a", b"X:", b" folded", b"\tfolded", b": none", b"no colon"),
+    *(b"X: \xff", b"X: \x00", b"X: a\x1fb", b"X: a\rb", b"X: a\nY: b", b"X\x00: a", b"X: \x7f", b"X:  \t a b\t ", b"(X): a"),
+]
+STARTS = [b"HTTP/1.1 200 OK", b"HTTP/1.1 206 Partial Content", b"HTTP/1.1 200 ", b"HTTP/1.0 200 OK", b"HTTP/1.1 204 No Content"]
+STARTS += [b"HTTP/1.1 404 Not Found", b"HTTP/2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1  200 OK", b"HTTP/1.1 200 \xe9", b""]
+
+piece_sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+bodies = st.lists(st.tuples(st.binary(min_size=1, max_size=40), st.sampled_from(SIZES)), max_size=6)
+trailers = st.lists(st.sampled_from(TRAILERS), max_size=3)
+few = settings(max_examples=60, deadline=None)
+
+
+class Read(NamedTuple):
+    """What a reader made of some bytes; a body that had not ended is None."""
+
+    status: int
+    body: bytes | None
+
+
+def encode(chunks: Iterable[tuple[bytes, bytes]], ends: Sequence[bytes] = ()) -> bytes:
+    """(content, how its size is spelled) of each chunk, and the trailers."""
+    body = b"".join(size % len(content) + b"\r\n" + content + b"\r\n" for content, size in chunks)
+    return body + b"0\r\n" + b"".join(line + b"\r\n" for line in ends) + b"\r\n"
+
+
+def by_h11(data: bytes) -> Read | None:
+    """None for what it refuses. The connection ends behind `data`."""
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    connection.send(h11.EndOfMessage())
+    connection.receive_data(data)
+    connection.receive_data(b"")
+    status, body = 0, b""
+    try:
+        while True:
+            event = connection.next_event()
+            if isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                return Read(status, body)
+            elif event is h11.NEED_DATA or isinstance(event, h11.ConnectionClosed):
+                return None
+    except h11.RemoteProtocolError:
+        return None
+
+
+def by_us(data: bytes, sizes: Sequence[int] = (1 << 20,)) -> Read | None:
+    """As `by_h11`, of pieces of `sizes` by turns."""
+
+    async def main() -> Read | None:
+        here, there = trio.socket.socketpair()
+        connection = Connection(trio.SocketStream(here), 5.0, trio.CapacityLimiter(1))
+        answered = Read(0, None)
+
+        async def send() -> None:
+            at = turn = 0
+            try:
+                while at < len(data):
+                    piece = data[at : at + sizes[turn % len(sizes)]]
+                    await there.send(piece)
+                    at, turn = at + len(piece), turn + 1
+                    await trio.lowlevel.checkpoint()
+            except OSError:
+                pass
+            there.shutdown(trio.socket.SHUT_WR)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                try:
+                    await connection.request(b"x", trio.current_time() + 5)
+                    body = bytearray()
+                    while piece := await connection.receive(1 << 20):
+                        body += piece
+                    answered = Read(connection.status, bytes(body))
+                except (HttpParserError, SourceFailed, EOFError):
+                    return None
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            connection.close()
+            there.close()
+        return answered
+
+    return trio.run(main)
+
+
+@few
+@given(bodies, trailers, st.binary(max_size=20), piece_sizes)
+def test_any_body_in_any_chunks_and_pieces_is_read_as_h11_reads_it(
+    chunks: list[tuple[bytes, bytes]], ends: list[bytes], surplus: bytes, sizes: list[int]
+) -> None:
+    data = HEAD + encode(chunks, ends) + surplus
+    assert by_us(data, sizes) == by_h11(data) == Read(200, b"".join(content for content, _size in chunks))
+
+
+@settings(max_examples=150, deadline=None)
+@given(bodies, trailers, st.data(), st.sampled_from([b"", b"\r", b"\n", b"\r\n", b"0", b"f", b";", b"-", b"\x00", b" ", b"\xff"]), piece_sizes)
+def test_damaged_framing_never_gives_other_bytes_than_h11(
+    chunks: list[tuple[bytes, bytes]], ends: list[bytes], draw: st.DataObject, put: bytes, sizes: list[int]
+) -> None:
+    whole = encode(chunks, ends)
+    at, removed = draw.draw(st.integers(0, len(whole) - 1)), draw.draw(st.integers(0, 3))
+    data = HEAD + whole[:at] + put + whole[at + removed :]
+    ours, theirs = by_us(data, sizes), by_h11(data)
+    assert ours is None or theirs is None or ours == theirs
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(STARTS), st.lists(st.sampled_from(LINES), max_size=5), st.sampled_from([b"\r\n", b"\n"]), st.binary(max_size=9))
+def test_what_is_read_of_a_head_is_what_h11_reads(start: bytes, lines: list[bytes], end: bytes, body: bytes) -> None:
+    data = end.join([start, *lines, b"", b""]) + body
+    ours, theirs = by_us(data), by_h11(data)
+    assert ours is None or theirs is None or ours == theirs
+
+
+@few
+@given(st.integers(0, len(KUBO) - 1), st.integers(0, 255))
+def test_one_byte_changed_in_a_nodes_head_is_read_as_h11_reads_it(at: int, byte: int) -> None:
+    assert by_us(KUBO + b"hello") == by_h11(KUBO + b"hello") == Read(200, b"hello")
+    data = KUBO[:at] + bytes([byte]) + KUBO[at + 1 :] + b"hello"
+    ours, theirs = by_us(data), by_h11(data)
+    assert ours is None or theirs is None or ours == theirs
+
+
+@pytest.mark.parametrize("whole", [HEAD + encode([(b"hello", b"%x")], [TRAILERS[0]]), KUBO + b"hello"], ids=["chunked", "known"])
+def test_a_response_that_is_cut_short_is_refused(whole: bytes) -> None:
+    for cut in range(len(whole)):
+        assert by_us(whole[:cut]) is None
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_heads_and_trailers_without_end_are_refused(size: int) -> None:
+    filler = b"X: y\r\n" * (MAX_FRAMING // 3)
+    assert by_us(b"HTTP/1.1 200 OK\r\n" + filler, [size]) is None
+    assert by_us(HEAD + b"0\r\n" + filler, [size]) is None
+    assert by_us(HEAD + b"5;" + b"x" * 2 * MAX_FRAMING, [size]) is None
+
+
+@pytest.mark.parametrize("size", [b"-5", b"+5", b"0x5", b"", b"5 5", b"1" * 17, b"five", b"5\r"])
+def test_a_size_that_is_none_is_refused(size: bytes) -> None:
+    assert by_us(HEAD + size + b"\r\nhello\r\n0\r\n\r\n") is None
+
+
+def test_bytes_behind_the_end_make_the_connection_unusable() -> None:
+    blocks = raw_blocks(41, 3)
+    (first, body), *others = blocks.items()
+
+    def behave(ask: Ask) -> None:
+        surplus = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil" if ask.cid == first else b""
+        ask.connection.sendall(HEAD + encode([(ask.block or b"", b"%x")]) + surplus)
+
+    async def main() -> None:
+        with Server(blocks, behave) as server:
+            source = Gateway(Http(parse_origin(server.url)), server.url)
+            try:
+                assert await source.get(first) == body
+                for cid, block in others:
+                    assert await source.get(cid) == block
+            finally:
+                await source.aclose()
+            assert server.asked[1].connection is not server.asked[0].connection
+            assert server.asked[2].connection is server.asked[1].connection
+
+    trio.run(main)

@@ -1,0 +1,200 @@
+"""Secrets go to one origin, from a file that nobody else may read, and are never shown or logged."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.errors import SourceFailed, UsageError
+from ipfsfuse.sources.http import client
+from ipfsfuse.sources.http.client import Http, HttpSettings
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.parse import with_headers
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.secrets import BoundHeaders
+from tests.mounting import NOBODY
+from tests.sources.authority import Authority
+from tests.sources.content import raw_blocks
+from tests.sources.servers import Ask, Server, answer_well
+
+BLOCKS = raw_blocks(71, 2)
+CID, BLOCK = next(iter(BLOCKS.items()))
+SECRET = "s3cret-value"
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "headers"
+    path.touch(0o600)
+    path.write_text(f"Authorization: Bearer {SECRET}\n")
+    return path
+
+
+def bound(files: Sequence[tuple[str, Path]], *sources: str) -> BoundHeaders:
+    return with_headers(HttpSettings(), files, sources).headers
+
+
+def test_a_header_goes_to_the_origin_it_is_bound_to_and_to_no_other(file: Path) -> None:
+    with Server({}) as first, Server(BLOCKS) as other:
+        settings = with_headers(HttpSettings(), [(first.url, file)], [first.url, other.url])
+
+        async def main() -> None:
+            chain = SourcePool([Gateway(Http(parse_origin(server.url), settings), server.url) for server in (first, other)])
+            assert (await chain.get(CID)).block == BLOCK
+            await chain.aclose()
+
+        trio.run(main)
+        assert {ask.headers.get("authorization") for ask in first.asked} == {f"Bearer {SECRET}"}
+        assert {ask.headers.get("authorization") for ask in other.asked} == {None}
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o644, 0o604, 0o620, 0o602])
+def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) -> None:
+    file.chmod(mode)
+    with pytest.raises(UsageError, match=f"run: chmod 600 {file}"):
+        bound([("https://a.example", file)], "https://a.example")
+
+
+@as_root
+def test_a_file_of_another_user_is_refused(file: Path) -> None:
+    os.chown(file, NOBODY, NOBODY)
+    with pytest.raises(UsageError, match="belongs to another user"):
+        bound([("https://a.example", file)], "https://a.example")
+
+
+def test_a_secret_goes_over_https_or_to_this_machine(file: Path) -> None:
+    with pytest.raises(UsageError, match="over plain HTTP, which others can read; use https://"):
+        bound([("http://a.example", file)], "http://a.example")
+    for url in ("https://a.example", "http://127.0.0.1:8080", "http://localhost:8080", "http://[::1]:8080", "kubo+http://127.0.0.1:5001"):
+        found = bound([(url, file)], url, "https://b.example")
+        assert list(found.by_origin.values()) == [(("Authorization", f"Bearer {SECRET}"),)]
+        assert found.of(parse_origin(url.removeprefix("kubo+"))) == (("Authorization", f"Bearer {SECRET}"),)
+        assert found.of(parse_origin("https://b.example")) == ()
+
+
+def test_the_old_spelling_is_for_exactly_one_network_source(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
+    assert bound([("", file)], "library", "https://a.example").of(parse_origin("https://a.example"))
+    with pytest.raises(UsageError, match=f"say which source it is for: --header-file https://a.example={file}"):
+        bound([("", file)], "https://a.example", "https://b.example")
+    for sources in (("library",), ("kubo",)):  # no network source; one whose node does not run
+        with pytest.raises(UsageError, match=r"--header-file https://gateway\.example="):
+            bound([("", file)], *sources)
+
+
+def test_the_old_spelling_with_a_node_is_for_its_ports(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPFS_PATH", str(tmp_path))
+    (tmp_path / "api").write_text("/ip4/127.0.0.1/tcp/5001")
+    (tmp_path / "gateway").write_text("http://127.0.0.1:8080")
+    found = bound([("", file)], "kubo")
+    assert {origin.text for origin in found.by_origin} == {"http://127.0.0.1:5001", "http://127.0.0.1:8080"}
+    with pytest.raises(UsageError, match="say which source"):
+        bound([("", file)], "kubo", "https://a.example")
+
+
+def test_a_header_for_no_source_or_twice_is_an_error(file: Path) -> None:
+    with pytest.raises(UsageError, match=r"no source is there; there are https://b\.example"):
+        bound([("https://a.example", file)], "https://b.example")
+    with pytest.raises(UsageError, match=r"given twice for https://a\.example"):
+        bound([("https://a.example", file), ("https://A.example:443", file)], "https://a.example")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IPFS_PATH", str(tmp_path / "repo"))
+    monkeypatch.setenv("IPFSFUSE_KUBO_AUTH", f"bearer:{SECRET}")
+    (tmp_path / "repo").mkdir()
+    return tmp_path / "repo"
+
+
+def guarded(ask: Ask) -> None:
+    if ask.headers.get("authorization") == f"Bearer {SECRET}":
+        answer_well(ask)
+    else:
+        ask.send(403, b"Forbidden", "text/plain")
+
+
+def get_from_node(source: Kubo) -> bytes:
+    async def main() -> bytes:
+        try:
+            return await source.get(CID)
+        finally:
+            await source.aclose()
+
+    return trio.run(main)
+
+
+def test_the_token_goes_to_the_node_of_a_repository_of_ones_own(repository: Path) -> None:
+    with Server(BLOCKS, guarded) as server:
+        (repository / "api").write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
+        assert get_from_node(Kubo("kubo", HttpSettings())) == BLOCK
+
+
+@as_root
+@pytest.mark.parametrize("planted", ["api", "repository", "writable"])
+def test_the_token_does_not_go_where_another_users_repository_says(repository: Path, planted: str) -> None:
+    with Server(BLOCKS, guarded) as server:
+        api = repository / "api"
+        api.write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
+        if planted == "writable":
+            repository.chmod(0o777)
+        else:
+            os.chown(api if planted == "api" else repository, NOBODY, NOBODY)
+        with pytest.raises(SourceFailed, match=r"was not sent the token in IPFSFUSE_KUBO_AUTH, because .* another user"):
+            get_from_node(Kubo("kubo", HttpSettings()))
+        assert {ask.headers.get("authorization") for ask in server.asked} == {None}
+        assert get_from_node(Kubo("kubo", HttpSettings(), parse_origin(server.url))) == BLOCK, "named by the user, it gets it"
+
+
+def test_a_node_that_asks_for_a_token_where_there_is_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IPFSFUSE_KUBO_AUTH")
+    with Server(BLOCKS, guarded) as server:
+        (repository / "api").write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
+        with pytest.raises(SourceFailed, match="kubo refused us: set IPFSFUSE_KUBO_AUTH_FILE to a file with"):
+            get_from_node(Kubo("kubo", HttpSettings()))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "httpx"])
+def test_secrets_are_never_logged(own: bool, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "OWN_TRANSPORT", own)
+    caplog.set_level(logging.DEBUG)
+    with Server(BLOCKS) as server:
+        settings = with_headers(HttpSettings(), [(server.url, file)], [server.url])
+        assert SECRET not in repr(settings)
+
+        async def main() -> None:
+            source = Gateway(Http(parse_origin(server.url), settings), server.url)
+            assert await source.get(CID) == BLOCK
+            await source.aclose()
+
+        trio.run(main)
+        assert server.asked[0].headers["authorization"] == f"Bearer {SECRET}"
+    assert SECRET not in caplog.text
+    assert not [record for record in caplog.records if record.name.partition(".")[0] in ("httpx", "httpcore", "hpack", "h2")]
+
+
+def test_cookies_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+    client.tls_context.cache_clear()
+
+    def bakes(ask: Ask) -> None:
+        ask.send(200, ask.block or b"", Set_Cookie="who=you; Path=/")
+
+    with Server(BLOCKS, bakes, tls=authority.vouch("IP:127.0.0.1")) as server:
+
+        async def main() -> None:
+            source = Gateway(Http(parse_origin(server.url)), server.url)
+            for cid, block in BLOCKS.items():
+                assert await source.get(cid) == block
+            await source.aclose()
+
+        trio.run(main)
+        assert [ask.headers.get("cookie") for ask in server.asked] == [None, None]
+    client.tls_context.cache_clear()
