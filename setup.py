@@ -20,8 +20,10 @@ class BuildExt(build_ext):
             super().build_extensions()
         except Exception as exc:
             raise SystemExit(
-                "ipfsfuse can't be installed: its parts in C did not compile (the compiler's messages are above). They need a C "
-                "compiler and the headers of Python and libfuse 3; Debian: gcc libc6-dev python3-dev libfuse3-dev pkg-config"
+                "ipfsfuse can't be installed: its parts in C did not compile (the compiler's "
+                "messages are above). They need a C "
+                "compiler and the headers of Python and libfuse 3; Debian: gcc libc6-dev "
+                "python3-dev libfuse3-dev pkg-config"
             ) from exc
 
 

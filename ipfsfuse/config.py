@@ -1,4 +1,5 @@
-"""What a mount is asked to be: parsed once by the command line into frozen values, then never checked again."""
+"""What a mount is asked to be: parsed once by the command line into frozen values, then never checked
+again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class MountConfig:
     allow: frozenset[Cid] | None = None
     """Canonical CIDs that may be named in the root; None for all."""
     record: Path | None = None
-    """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the page cache."""
+    """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the
+    page cache."""
     allow_other: bool = False
     isolated: bool = False
     """A cache folder of its own, made for this mount and gone with it."""

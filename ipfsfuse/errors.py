@@ -1,7 +1,7 @@
 """The domain's exceptions, and nothing else: no errno, no I/O.
 
-Every layer raises these; `fuse.errnos` alone translates them for the kernel and `cli` for people. A message is one
-line that names the thing and, where there is something to do, says what.
+Every layer raises these; `fuse.errnos` alone translates them for the kernel and `cli` for people. A message
+is one line that names the thing and, where there is something to do, says what.
 """
 
 
@@ -13,7 +13,7 @@ class UsageError(IpfsFuseError):
     """An argument or a setting that can't be used: exit code 2."""
 
 
-# -- names and paths ---------------------------------------------------------------------------------------------
+# -- names and paths -----------------------------------------------------------------------------------------
 
 
 class NotACid(IpfsFuseError):
@@ -48,7 +48,7 @@ class ReadOnly(IpfsFuseError):
     """A call that would change something."""
 
 
-# -- blocks ------------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------------------
 
 
 class WrongBlock(IpfsFuseError):
@@ -60,7 +60,8 @@ class Malformed(IpfsFuseError):
 
 
 class NotALeaf(Malformed):
-    """An interior file node that was taken for a leaf, of the right size: the walk must be made again, opening every node."""
+    """An interior file node that was taken for a leaf, of the right size: the walk must be made again,
+    opening every node."""
 
 
 class Unsupported(IpfsFuseError):
@@ -76,12 +77,13 @@ class Interrupted(IpfsFuseError):
 
 
 class BlockTooLarge(IpfsFuseError):
-    """One source has the block, of more bytes than a block may have. Nobody needs to ask that source for it again.
+    """One source has the block, of more bytes than a block may have. Nobody needs to ask that source for it
+    again.
 
     Sources make it with `sources.base.too_large`, whose message names the source, the CID and the size."""
 
 
-# -- sources -----------------------------------------------------------------------------------------------------
+# -- sources -------------------------------------------------------------------------------------------------
 
 
 class NotHere(IpfsFuseError):
@@ -89,7 +91,8 @@ class NotHere(IpfsFuseError):
 
 
 class SourceFailed(IpfsFuseError):
-    """One source could not answer. `kind` is a short word for counting: connect, timeout, status, short, tls, ..."""
+    """One source could not answer. `kind` is a short word for counting: connect, timeout, status, short, tls,
+    ..."""
 
     def __init__(self, message: str, kind: str = "failed", retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -98,7 +101,7 @@ class SourceFailed(IpfsFuseError):
         """Seconds the source asked us to stay away, where it did."""
 
 
-# -- the local machine -------------------------------------------------------------------------------------------
+# -- the local machine ---------------------------------------------------------------------------------------
 
 
 class StoreFailed(IpfsFuseError):
@@ -106,7 +109,8 @@ class StoreFailed(IpfsFuseError):
 
 
 class AddFailed(IpfsFuseError):
-    """A file or folder that can't be added: not there, not readable, of another kind, or changed while it was read."""
+    """A file or folder that can't be added: not there, not readable, of another kind, or changed while it was
+    read."""
 
 
 class MountFailed(IpfsFuseError):

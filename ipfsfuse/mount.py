@@ -1,4 +1,5 @@
-"""The composition root: builds one mount from its configuration. `_serving` shows every lifetime, innermost last.
+"""The composition root: builds one mount from its configuration. `_serving` shows every lifetime, innermost
+last.
 
 Concurrency: everything runs in one trio loop; file bytes are read, hashed and written in its worker threads.
 """
@@ -68,7 +69,8 @@ def run(
     indexing: Indexing | None = None,
     hangup: Hangup | None = None,
 ) -> None:
-    """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that prevents it.
+    """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that
+    prevents it.
 
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
@@ -91,15 +93,17 @@ def run(
 
 
 def _raise_descriptors() -> None:
-    """As many open files as this user may have: late requests hold up to 144 connections, two descriptors each, at each source."""
+    """As many open files as this user may have: late requests hold up to 144 connections, two descriptors
+    each, at each source."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reuse_memory() -> None:
-    """Leaves of 1 MiB come and go: glibc shall not give each back to the kernel, which clears its pages for the next one. A
-    tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such call."""
+    """Leaves of 1 MiB come and go: glibc shall not give each back to the kernel, which clears its pages for
+    the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such
+    call."""
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
@@ -108,7 +112,8 @@ def _reuse_memory() -> None:
 
 
 def _touch_memory() -> None:
-    """Has the kernel clear now, and not while the first reader waits, what its leaf needs: 1 ms, a page at a time."""
+    """Has the kernel clear now, and not while the first reader waits, what its leaf needs: 1 ms, a page at a
+    time."""
     _ = b"\1" * TOUCHED
 
 
@@ -158,11 +163,17 @@ async def _serving(
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
-        nodes = {node.name: node.rpc for node in sources if isinstance(node, Kubo)} if config.pins == "kubo" and not config.offline else {}
+        nodes = (
+            {node.name: node.rpc for node in sources if isinstance(node, Kubo)}
+            if config.pins == "kubo" and not config.offline
+            else {}
+        )
         mount_id = await threads.run_sync(MountId.open, folder.path)
         pins = await stack.enter_async_context(NodePins.open(nodes, mount_id, isolated=config.isolated))
         cache = await stack.enter_async_context(
-            PinsetCache.open(folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve)
+            PinsetCache.open(
+                folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
+            )
         )
         pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
@@ -175,7 +186,9 @@ async def _serving(
         commands = Commands(config, cache, pool, pins, tree)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
-        operations = Operations(tree, roots, interrupts, inodes, config.budget, config.deadline, push=record is None)
+        operations = Operations(
+            tree, roots, interrupts, inodes, config.budget, config.deadline, push=record is None
+        )
         yield operations, commands, nursery, server
 
 
@@ -183,7 +196,13 @@ def _ignore_signals(also_hangup: bool) -> None:
     """No stray signal ends a mount: whoever reads in it would be cut off. (What tells of a bug, such as
     SIGSEGV, does.)"""
     for_users, timers = (signal.SIGUSR1, signal.SIGUSR2), (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
-    for number in (*for_users, *timers, signal.SIGIO, signal.SIGPWR, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)):
+    for number in (
+        *for_users,
+        *timers,
+        signal.SIGIO,
+        signal.SIGPWR,
+        *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+    ):
         signal.signal(number, signal.SIG_IGN)
     if also_hangup:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -198,7 +217,8 @@ async def _heed_signals(
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
     for each in heeded:
-        signal.signal(each, signal.SIG_IGN)  # what the receiver leaves behind: a second one must not end the cleanup
+        # what the receiver leaves behind: a second one must not end the cleanup
+        signal.signal(each, signal.SIG_IGN)
     with trio.open_signal_receiver(*heeded) as signals:
         async for number in signals:
             if number == signal.SIGUSR1:

@@ -1,8 +1,8 @@
 """A recorded run as one CAR: written, and read back with every block checked against its CID.
 
-The root is a UnixFS folder, so that `ipfsfuse mount --from run.car` shows the run: receipt.json, guest.wasm, stdin,
-ipfs/CID for each root that was used, dir/N for each folder that was given. A CAR is written whole or not at all.
-Blocking; one at a time.
+The root is a UnixFS folder, so that `ipfsfuse mount --from run.car` shows the run: receipt.json, guest.wasm,
+stdin, ipfs/CID for each root that was used, dir/N for each folder that was given. A CAR is written whole or
+not at all. Blocking; one at a time.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ MAX_BLOCK = 2 << 20
 _MAX_HEADER = 64 << 10
 _LEAF_BYTES = 64 << 10
 _SPARE = 64
-"""What `Writer` makes has leaves of 1 MiB. A file with more than _SPARE nodes and leaves beside one for each _LEAF_BYTES was
-made to take long."""
+"""What `Writer` makes has leaves of 1 MiB. A file with more than _SPARE nodes and leaves beside one for each
+_LEAF_BYTES was made to take long."""
 
 
-# -- writing -----------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 class Writer:
@@ -61,17 +61,25 @@ class Writer:
         return file_builder.finish(stored)
 
     def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = builder.NOTHING) -> Built:
-        return builder.directory(_PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put)
+        return builder.directory(
+            _PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put
+        )
 
     def add_tree(self, folder: Path) -> Built:
-        """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed, UsageError."""
+        """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed,
+        UsageError."""
         children: list[tuple[str, Built]] = []
         try:
             for entry in sorted(os.scandir(folder), key=lambda each: each.name):
                 path, found = Path(entry.path), entry.stat(follow_symlinks=False)
                 stored = Stored(found.st_mode & 0o7777, found.st_mtime_ns)
                 if entry.is_symlink():
-                    children.append((entry.name, builder.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put)))
+                    children.append(
+                        (
+                            entry.name,
+                            builder.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put),
+                        )
+                    )
                 elif entry.is_dir():
                     children.append((entry.name, self.add_tree(path)))
                 elif entry.is_file():
@@ -95,8 +103,8 @@ _NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well: only its owner can read it, for a record holds what was
-    in variables, in arguments and on standard input. Raises StoreFailed."""
+    """A file that takes the place of `path` when the block ends well: only its owner can read it, for a
+    record holds what was in variables, in arguments and on standard input. Raises StoreFailed."""
     part = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
     try:
         file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -125,7 +133,7 @@ def links(cid: Cid, block: bytes) -> Iterable[Cid]:
     return ()
 
 
-# -- reading -----------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
@@ -134,8 +142,8 @@ class Place(NamedTuple):
 
 
 class Bundle:
-    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not blocks, and looks
-    again whenever it gives one: the file may have been changed since."""
+    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not
+    blocks, and looks again whenever it gives one: the file may have been changed since."""
 
     def __init__(self, path: Path) -> None:
         """Raises ReceiptRefused."""
@@ -227,8 +235,8 @@ class Bundle:
         return node
 
     def content(self, cid: Cid, most: int) -> Iterator[bytes]:
-        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused, for a file of more than `most` bytes too: its size is what
-        its blocks say, and a few of them can say anything."""
+        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused, for a file of more than `most` bytes
+        too: its size is what its blocks say, and a few of them can say anything."""
         file, offset = self.file(cid), 0
         if file.size > most:
             raise ReceiptRefused(f"{self.path}: a file in it has {file.size} bytes: {most} are the most")
@@ -238,7 +246,9 @@ class Bundle:
                 found, opened = self._leaves(file, offset, left)
                 left -= opened + len(found)
                 if left < 0 or not found:
-                    raise Malformed(f"{cids.brief(cid)}: it is cut into more pieces than a record's files are")
+                    raise Malformed(
+                        f"{cids.brief(cid)}: it is cut into more pieces than a record's files are"
+                    )
                 for leaf in found:
                     yield bytes(leaves.of(leaf, self.block(leaf.cid)))
                     offset = leaf.offset + leaf.size
@@ -246,7 +256,8 @@ class Bundle:
                 raise ReceiptRefused(f"{self.path}: {exc}") from exc
 
     def _leaves(self, file: File, offset: int, most: int) -> tuple[list[Leaf], int]:
-        """The next leaves from `offset` on, and how many nodes were opened for them: little more than `most`."""
+        """The next leaves from `offset` on, and how many nodes were opened for them: little more than
+        `most`."""
         walk, opened = file_layout.leaves(file, offset, file.size - offset, sure=True), 0
         try:
             wanted = next(walk)

@@ -1,7 +1,8 @@
-"""The guest's own process: from the fork to its end. It tells its parent how it goes, as JSON lines in a pipe.
+"""The guest's own process: from the fork to its end. It tells its parent how it goes, as JSON lines in a
+pipe.
 
-It ends with its parent, whatever happens to that one. SIGINT and SIGTERM have their default effect here, so that the
-kernel ends the guest in whatever it is doing; wasmtime needs no part in it.
+It ends with its parent, whatever happens to that one. SIGINT and SIGTERM have their default effect here, so
+that the kernel ends the guest in whatever it is doing; wasmtime needs no part in it.
 """
 
 import io
@@ -59,7 +60,8 @@ class Reports:
 
 
 def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
-    """Never returns: ends the process, by the guest's exit code, 134 where it trapped, 125 where it can't run, 2 for usage."""
+    """Never returns: ends the process, by the guest's exit code, 134 where it trapped, 125 where it can't
+    run, 2 for usage."""
     code = COULD_NOT_RUN
     try:
         signals.default()
@@ -80,12 +82,19 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
 def _run(plan: Plan, reports: Reports) -> int:
     wasi = sandbox.wasi_config(plan.box)
     given = plan.box.limits
-    ready = _ready(plan, guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic), reports)
+    ready = _ready(
+        plan, guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic), reports
+    )
     grown = _growth(plan.box)
     sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
     begun = {"started": True, "kind": ready.kind, "growth": grown}
-    end = _in_thread(given.max_wasm_stack, lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.tell(begun)))
-    reports.tell({"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]})
+    end = _in_thread(
+        given.max_wasm_stack,
+        lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.tell(begun)),
+    )
+    reports.tell(
+        {"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]}
+    )
     return end.code
 
 
@@ -105,7 +114,9 @@ def _in_thread(max_wasm_stack: int | None, run: Callable[[], guest.End]) -> gues
     try:
         thread.start()
     except RuntimeError as exc:
-        raise GuestRefused(f"the system refuses a thread with a stack of {size} bytes: give a smaller -W max-wasm-stack") from exc
+        raise GuestRefused(
+            f"the system refuses a thread with a stack of {size} bytes: give a smaller -W max-wasm-stack"
+        ) from exc
     thread.join()
     if isinstance(result[0], BaseException):
         raise result[0]
@@ -121,7 +132,10 @@ def _growth(box: Sandbox) -> Growth | None:
     try:
         return Growth(folders, growth.measure(folders), bound)
     except growth.TooDeep as exc:
-        raise GuestRefused("a writable folder holds others nested so deeply that they can't be measured: give it as read-only") from exc
+        raise GuestRefused(
+            "a writable folder holds others nested so deeply that they can't be measured: give it as "
+            "read-only"
+        ) from exc
 
 
 def _ready(plan: Plan, settings: guest.Settings, reports: Reports) -> Guest:
@@ -151,7 +165,11 @@ def _opened(plan: Plan) -> io.BufferedReader | io.BytesIO:
     if plan.guest == "-":
         return io.BytesIO(sys.stdin.buffer.read(guest.MAX_BYTES + 1))
     named, in_mount = plan.guest, plan.guest.startswith(IPFS + "/")
-    place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id) if in_mount else nullcontext(named)
+    place = (
+        sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)
+        if in_mount
+        else nullcontext(named)
+    )
     try:
         with place as path:
             return open(path, "rb")

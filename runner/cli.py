@@ -12,7 +12,8 @@ from runner.errors import COULD_NOT_RUN
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The entry point. Leaves by the guest's exit code, 125 where it could not be run, 2 for usage; by a signal where one ended it."""
+    """The entry point. Leaves by the guest's exit code, 125 where it could not be run, 2 for usage; by a
+    signal where one ended it."""
     signals.raise_ended()
     given = sys.argv[1:] if argv is None else argv
     try:
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _main(argv: Sequence[str]) -> int:
-    """An exit code, or a signal's number below 0. What takes long to import is imported for whom it serves."""
+    """An exit code, or a signal's number below 0. What takes long to import is imported for whom it
+    serves."""
     if argv and argv[0] == "inspect":
         from runner import inspecting
 

@@ -1,9 +1,10 @@
 """Compiled guests, kept by what they were made from: the module's bytes, wasmtime's version and settings.
 
-Loading compiled code runs whatever it says, so it is loaded from one place only: a folder of the user's own cache with
-mode 0700, through a descriptor of the very file that was checked. Any number of processes may use the folder at once.
-An entry `KEY` is compiled into the file `KEY.part`, which is locked meanwhile, so that of several processes one
-compiles and the others wait; it appears whole, by rename. Names that are not the cache's own are left alone.
+Loading compiled code runs whatever it says, so it is loaded from one place only: a folder of the user's own
+cache with mode 0700, through a descriptor of the very file that was checked. Any number of processes may use
+the folder at once. An entry `KEY` is compiled into the file `KEY.part`, which is locked meanwhile, so that of
+several processes one compiles and the others wait; it appears whole, by rename. Names that are not the
+cache's own are left alone.
 """
 
 import contextlib
@@ -62,9 +63,11 @@ class CodeCache:
         except StoreFailed:
             return cls(None)
 
-    def kept(self, engine: wasmtime.Engine, file: io.BufferedReader | io.BytesIO, name: str, settings: Settings) -> Guest | None:
-        """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms. Leaves the file at its
-        start; one that has none, a pipe, is not looked at. Raises OSError."""
+    def kept(
+        self, engine: wasmtime.Engine, file: io.BufferedReader | io.BytesIO, name: str, settings: Settings
+    ) -> Guest | None:
+        """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
+        Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
         if not file.seekable():
             return None
         kind = guest.kind_of(file.read(guest.HEAD_BYTES))
@@ -86,12 +89,14 @@ class CodeCache:
         if found is not None:
             return found
         if made.code is None:
-            raise GuestRefused(f"{name} was compiled, and its code is gone from {self.folder} again: run it once more")
+            raise GuestRefused(
+                f"{name} was compiled, and its code is gone from {self.folder} again: run it once more"
+            )
         return Guest(name, engine, guest.form_of(kind).deserialize(engine, made.code))
 
     def _compile(self, engine: wasmtime.Engine, kind: str, code: bytes, name: str, key: str) -> bytes | None:
-        """In the compiling process: makes the entry `key`, unless another process made it meanwhile. Gives the code where it
-        could not be kept: a full disk costs speed. Raises GuestRefused."""
+        """In the compiling process: makes the entry `key`, unless another process made it meanwhile. Gives
+        the code where it could not be kept: a full disk costs speed. Raises GuestRefused."""
         path = None if self.folder is None else self.folder / f"{key}{_PART}"
         part = None if path is None else self._locked(path)
         if path is None or part is None:
@@ -107,7 +112,9 @@ class CodeCache:
         """The file `part`, locked for us alone and made where it is missing; None where it can't be ours."""
         with contextlib.suppress(OSError):
             while True:
-                file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+                file = os.open(
+                    part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+                )
                 if not _is_ours(os.fstat(file)):
                     os.close(file)
                     return None
@@ -138,7 +145,9 @@ class CodeCache:
         found = self._get(engine, kind, key)
         return None if found is None else Guest(name, engine, found)
 
-    def _get(self, engine: wasmtime.Engine, kind: str, key: str) -> "wasmtime.Module | component.Component | None":
+    def _get(
+        self, engine: wasmtime.Engine, kind: str, key: str
+    ) -> "wasmtime.Module | component.Component | None":
         if self.folder is None:
             return None
         try:
@@ -157,8 +166,15 @@ class CodeCache:
 
     def _trim(self, folder: Path, made: str) -> None:
         with os.scandir(folder) as entries:
-            own = [each for each in entries if _ENTRY.fullmatch(each.name) and each.is_file(follow_symlinks=False)]
-        found = sorted(((each.stat(follow_symlinks=False), each.path) for each in own), key=lambda pair: pair[0].st_mtime_ns)
+            own = [
+                each
+                for each in entries
+                if _ENTRY.fullmatch(each.name) and each.is_file(follow_symlinks=False)
+            ]
+        found = sorted(
+            ((each.stat(follow_symlinks=False), each.path) for each in own),
+            key=lambda pair: pair[0].st_mtime_ns,
+        )
         total = sum(info.st_size for info, _path in found)
         for info, path in found:
             if total <= self.bound:
@@ -169,7 +185,12 @@ class CodeCache:
 
 
 def _is_ours(found: os.stat_result) -> bool:
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022 and found.st_nlink == 1
+    return (
+        stat.S_ISREG(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and not found.st_mode & 0o022
+        and found.st_nlink == 1
+    )
 
 
 def _is_unlocked(path: str) -> bool:
@@ -194,18 +215,19 @@ def _used_now(file: int) -> None:
 
 
 def _key(digest: str, kind: str, settings: Settings) -> str:
-    # the library's size and time stand for wasmtime's version, which takes 20 ms to ask for; wasmtime checks that itself too
+    # the library's size and time stand for wasmtime's version, which takes 20 ms to ask for; wasmtime checks
+    # that itself too
     library = os.stat(_ffi.dll._name)
     parts = (str(library.st_size), str(library.st_mtime_ns), platform.machine(), kind, *map(str, settings))
     return f"{digest}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
-# -- the compiling process ---------------------------------------------------------------------------------------
+# -- the compiling process -----------------------------------------------------------------------------------
 
 
 def _in_own_process(make: Callable[[], bytes | None], name: str) -> Compiled:
-    """Runs `make` in a forked process, which ends with this one: whoever kills this one for taking too long ends the
-    compilation. Raises GuestRefused as `make` does, and where the process ended otherwise."""
+    """Runs `make` in a forked process, which ends with this one: whoever kills this one for taking too long
+    ends the compilation. Raises GuestRefused as `make` does, and where the process ended otherwise."""
     spare = os.memfd_create("code", os.MFD_CLOEXEC)
     told, teller = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()

@@ -23,14 +23,17 @@ class Control:
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(_ANSWER_S)
-            self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")  # a socket's address ends after 108 bytes
+            # a socket's address ends after 108 bytes
+            self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")
             user = _listener(self._socket)
         except OSError as exc:
             self._socket.close()
             raise DaemonFailed(f"no mount answers at {path}: {exc.strerror or exc}") from exc
         if user != os.geteuid():
             self._socket.close()
-            raise MountFailed(f"user {user} listens at {path}, not you: give --cache-dir a folder of your own")
+            raise MountFailed(
+                f"user {user} listens at {path}, not you: give --cache-dir a folder of your own"
+            )
         self._lines = self._socket.makefile("rb")
         self._hold()
 
@@ -41,7 +44,8 @@ class Control:
         return self._socket.fileno()
 
     def ask(self, command: str, **arguments: str) -> dict[str, Any]:
-        """Raises Unavailable where the mount has tried and no source had it, DaemonFailed for any other refusal and for no answer."""
+        """Raises Unavailable where the mount has tried and no source had it, DaemonFailed for any other
+        refusal and for no answer."""
         try:
             self._socket.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             answer: dict[str, Any] = json.loads(self._lines.readline() or b"{}")

@@ -1,9 +1,10 @@
 """Clock and random that are the same in every run, in place of the host's: what --deterministic changes.
 
-Both are functions of the calls before: a clock moves on by a millisecond each time it is read (a guest that waits for
-a time to pass would spin for ever on one that stands still), random is SHAKE-256 of a counter. The monotonic clock
-begins at 0 as wasmtime's own does, because a guest may wait for an instant of it, and waiting goes by the host's.
-Concurrency: one guest a process, on one thread; the state lives in the object that is made for it.
+Both are functions of the calls before: a clock moves on by a millisecond each time it is read (a guest that
+waits for a time to pass would spin for ever on one that stands still), random is SHAKE-256 of a counter. The
+monotonic clock begins at 0 as wasmtime's own does, because a guest may wait for an instant of it, and waiting
+goes by the host's. Concurrency: one guest a process, on one thread; the state lives in the object that is
+made for it.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ class DeterministicHost:
         return int.from_bytes(self.random(8), "little")
 
 
-# -- preview 1 ---------------------------------------------------------------------------------------------------
+# -- preview 1 -----------------------------------------------------------------------------------------------
 
 
 def fix_module(linker: wasmtime.Linker, modules: Sequence[str]) -> None:
@@ -73,9 +74,23 @@ def fix_module(linker: wasmtime.Linker, modules: Sequence[str]) -> None:
 
     i32, i64 = wasmtime.ValType.i32, wasmtime.ValType.i64
     for name in modules:
-        linker.define_func(name, "clock_time_get", wasmtime.FuncType([i32(), i64(), i32()], [i32()]), clock_time_get, access_caller=True)
-        linker.define_func(name, "clock_res_get", wasmtime.FuncType([i32(), i32()], [i32()]), clock_res_get, access_caller=True)
-        linker.define_func(name, "random_get", wasmtime.FuncType([i32(), i32()], [i32()]), random_get, access_caller=True)
+        linker.define_func(
+            name,
+            "clock_time_get",
+            wasmtime.FuncType([i32(), i64(), i32()], [i32()]),
+            clock_time_get,
+            access_caller=True,
+        )
+        linker.define_func(
+            name,
+            "clock_res_get",
+            wasmtime.FuncType([i32(), i32()], [i32()]),
+            clock_res_get,
+            access_caller=True,
+        )
+        linker.define_func(
+            name, "random_get", wasmtime.FuncType([i32(), i32()], [i32()]), random_get, access_caller=True
+        )
 
 
 def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes]) -> int:
@@ -88,14 +103,14 @@ def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes
     return _OK
 
 
-# -- preview 2 ---------------------------------------------------------------------------------------------------
+# -- preview 2 -----------------------------------------------------------------------------------------------
 
 
 def fix_component(linker: component.Linker) -> None:
     """Replaces the clock and random functions of preview 2, in a linker that allows shadowing.
 
-    Raises GuestRefused where this wasmtime names them in a way that can't be found: a run that only seems to be
-    deterministic is worse than none."""
+    Raises GuestRefused where this wasmtime names them in a way that can't be found: a run that only seems to
+    be deterministic is worse than none."""
     host = DeterministicHost()
     version = _host_version(linker.engine)
     with linker.root() as root:
@@ -114,8 +129,14 @@ def _replacements(host: DeterministicHost) -> dict[str, dict[str, Callable[..., 
 
     return {
         "wasi:clocks/monotonic-clock": {"now": lambda _s: host.monotonic(), "resolution": lambda _s: STEP_NS},
-        "wasi:clocks/wall-clock": {"now": lambda _s: datetime(host.wall()), "resolution": lambda _s: datetime(STEP_NS)},
-        "wasi:random/random": {"get-random-bytes": lambda _s, n: host.random(n), "get-random-u64": lambda _s: host.random_u64()},
+        "wasi:clocks/wall-clock": {
+            "now": lambda _s: datetime(host.wall()),
+            "resolution": lambda _s: datetime(STEP_NS),
+        },
+        "wasi:random/random": {
+            "get-random-bytes": lambda _s, n: host.random(n),
+            "get-random-u64": lambda _s: host.random_u64(),
+        },
         "wasi:random/insecure": {
             "get-insecure-random-bytes": lambda _s, n: host.random(n),
             "get-insecure-random-u64": lambda _s: host.random_u64(),
@@ -125,7 +146,8 @@ def _replacements(host: DeterministicHost) -> dict[str, dict[str, Callable[..., 
 
 
 def _host_version(engine: wasmtime.Engine) -> str:
-    """The 0.2 that wasmtime's own definitions bear: only under that very name do ours take the place of single functions.
+    """The 0.2 that wasmtime's own definitions bear: only under that very name do ours take the place of
+    single functions.
 
     A linker that allows no shadowing tells, by refusing to define one of them again."""
     for minor in _VERSIONS:
@@ -136,4 +158,7 @@ def _host_version(engine: wasmtime.Engine) -> str:
                 instance.add_func("now", lambda _s: 0)
             except wasmtime.WasmtimeError:
                 return f"0.2.{minor}"
-    raise GuestRefused("--deterministic knows no way to replace this wasmtime's clock: use the version that the receipt names")
+    raise GuestRefused(
+        "--deterministic knows no way to replace this wasmtime's clock: use the version that the "
+        "receipt names"
+    )

@@ -1,4 +1,5 @@
-"""What a guest can tell others by what it reads: a mount asks its sources for the CIDs that its readers name."""
+"""What a guest can tell others by what it reads: a mount asks its sources for the CIDs that its readers
+name."""
 
 import os
 import stat
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def warn(options: Options, mount: "Mount") -> None:
-    """Says in one line which sources can learn what this guest was given, where it was given anything and nothing prevents it."""
+    """Says in one line which sources can learn what this guest was given, where it was given anything and
+    nothing prevents it."""
     given = _given(options)
     if not given or options.allow or "--offline" in options.mount_options:
         return
@@ -21,28 +23,39 @@ def warn(options: Options, mount: "Mount") -> None:
     if sources:
         more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
         messages.say(
-            f"this guest can tell {sources[0]}{more} what it reads in {given}, by the CIDs that it asks /ipfs for: "
+            f"this guest can tell {sources[0]}{more} what it reads in {given}, by the CIDs that it "
+            "asks /ipfs for: "
             "--allow CID or --offline prevents that"
         )
 
 
 def _given(options: Options) -> str:
     """What of this run may hold secrets, in words."""
-    parts = ["--dir"] * bool(options.dirs) + ["--env"] * bool(options.env) + ["standard input"] * (options.guest != "-" and _has_input())
+    parts = (
+        ["--dir"] * bool(options.dirs)
+        + ["--env"] * bool(options.env)
+        + ["standard input"] * (options.guest != "-" and _has_input())
+    )
     return ", ".join(parts)
 
 
 def _has_input() -> bool:
-    """Whether standard input is a pipe, a socket or a file with anything in it: a terminal is its user's own doing."""
+    """Whether standard input is a pipe, a socket or a file with anything in it: a terminal is its user's own
+    doing."""
     try:
         info = os.fstat(0)
     except OSError:
         return False
-    return stat.S_ISFIFO(info.st_mode) or stat.S_ISSOCK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_size > 0)
+    return (
+        stat.S_ISFIFO(info.st_mode)
+        or stat.S_ISSOCK(info.st_mode)
+        or (stat.S_ISREG(info.st_mode) and info.st_size > 0)
+    )
 
 
 def _network_sources(mount: "Mount") -> list[str]:
-    """The sources of the mount that lead beyond this machine's disks. A mount that does not tell is taken to have some."""
+    """The sources of the mount that lead beyond this machine's disks. A mount that does not tell is taken to
+    have some."""
     try:
         told = mount.control.ask("status")
         if told["offline"] or told.get("allow"):

@@ -1,4 +1,5 @@
-"""What a run can be refused for, beside the domain's own exceptions: a message is one line that names the thing."""
+"""What a run can be refused for, beside the domain's own exceptions: a message is one line that names the
+thing."""
 
 from ipfsfuse.errors import IpfsFuseError
 
@@ -7,7 +8,8 @@ COULD_NOT_RUN = 125
 
 
 class GuestRefused(IpfsFuseError):
-    """A guest that can't be run: no such file, not WebAssembly, no entry point, an import that nobody offers."""
+    """A guest that can't be run: no such file, not WebAssembly, no entry point, an import that nobody
+    offers."""
 
 
 class ReceiptRefused(IpfsFuseError):

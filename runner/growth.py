@@ -1,7 +1,8 @@
 """How much the folders that a guest may write to have grown, and the process that watches it.
 
-Measuring looks at every file below the folders, which may lie on a file system that answers slowly or not at all: the
-guest's process measures before the run, a process of its own during the run, the runner's process never.
+Measuring looks at every file below the folders, which may lie on a file system that answers slowly or not at
+all: the guest's process measures before the run, a process of its own during the run, the runner's process
+never.
 """
 
 import errno
@@ -48,7 +49,8 @@ class TooDeep(Exception):
 
 
 def measure(folders: Sequence[str]) -> Usage:
-    """Follows no symlink; what this user can't read counts as nothing, for the guest can't write there either.
+    """Follows no symlink; what this user can't read counts as nothing, for the guest can't write there
+    either.
 
     Raises TooDeep."""
     total = largest = 0
@@ -90,7 +92,8 @@ def measure(folders: Sequence[str]) -> Usage:
 
 
 def watch(growth: Growth, guest: int) -> tuple[int, int]:
-    """Forks the watching process: it ends when the process of the pidfd `guest` has ended and was looked after once more.
+    """Forks the watching process: it ends when the process of the pidfd `guest` has ended and was looked
+    after once more.
 
     Gives its pid, and a pipe that tells why the run must end, where it must."""
     told, teller = os.pipe2(os.O_CLOEXEC)
@@ -135,7 +138,8 @@ def _look(growth: Growth, guest: int, teller: int) -> None:
 
 
 def _let_go_of_all_but(*kept: int) -> None:
-    """A copy of a pipe's reading end would keep the guest's writes from failing, and the control socket's the mount alive."""
+    """A copy of a pipe's reading end would keep the guest's writes from failing, and the control socket's the
+    mount alive."""
     null = os.open(os.devnull, os.O_RDWR)
     for own in (0, 1, 2):
         os.dup2(null, own)

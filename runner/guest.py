@@ -1,4 +1,5 @@
-"""One guest in wasmtime: what its bytes are, how they are compiled, linked and called, and what its end means.
+"""One guest in wasmtime: what its bytes are, how they are compiled, linked and called, and what its end
+means.
 
 Owns nothing beyond the call; runs in the guest's own process, on any one thread.
 """
@@ -85,8 +86,11 @@ def make_engine(settings: Settings) -> wasmtime.Engine:
     config.consume_fuel = settings.fuel
     if settings.max_wasm_stack is not None:
         config.max_wasm_stack = settings.max_wasm_stack
-        # wasmtime aborts the process where its fibers' stacks (2 MiB) are smaller; its Python package has no name for them
-        _ffi.dll.wasmtime_config_async_stack_size_set(config.ptr(), ctypes.c_size_t(settings.max_wasm_stack + _FIBER_SPARE))
+        # wasmtime aborts the process where its fibers' stacks (2 MiB) are smaller; its Python package has no
+        # name for them
+        _ffi.dll.wasmtime_config_async_stack_size_set(
+            config.ptr(), ctypes.c_size_t(settings.max_wasm_stack + _FIBER_SPARE)
+        )
     if settings.deterministic:
         config.cranelift_nan_canonicalization = True
         config.wasm_relaxed_simd_deterministic = True
@@ -132,7 +136,9 @@ def _preview_3(name: str, wanted: str) -> str:
     return f"{name} asks for {wanted}: WASI preview 3 is not offered, build it for preview 2"
 
 
-def run(guest: Guest, wasi: wasmtime.WasiConfig, limits: Limits, deterministic: bool, begin: Callable[[], None]) -> End:
+def run(
+    guest: Guest, wasi: wasmtime.WasiConfig, limits: Limits, deterministic: bool, begin: Callable[[], None]
+) -> End:
     """Runs the guest to its end, calling `begin` right before its first instruction. Raises GuestRefused."""
     store = wasmtime.Store(guest.engine)
     store.set_wasi(wasi)  # before anything else: a store without it aborts the process
@@ -157,7 +163,13 @@ def run(guest: Guest, wasi: wasmtime.WasiConfig, limits: Limits, deterministic: 
 def _apply(limits: Limits, store: wasmtime.Store) -> None:
     if limits.fuel is not None:
         store.set_fuel(limits.fuel)
-    wanted = (limits.max_memory_size, limits.max_table_elements, limits.max_instances, limits.max_tables, limits.max_memories)
+    wanted = (
+        limits.max_memory_size,
+        limits.max_table_elements,
+        limits.max_instances,
+        limits.max_tables,
+        limits.max_memories,
+    )
     store.set_limits(*(-1 if each is None else each for each in wanted))
 
 
@@ -166,7 +178,13 @@ def _exit_code(code: int) -> int:
     return code & 0xFF or (1 if code else 0)
 
 
-def _run_module(guest: Guest, module: wasmtime.Module, store: wasmtime.Store, deterministic: bool, begin: Callable[[], None]) -> int:
+def _run_module(
+    guest: Guest,
+    module: wasmtime.Module,
+    store: wasmtime.Store,
+    deterministic: bool,
+    begin: Callable[[], None],
+) -> int:
     names = [each.name for each in module.exports]
     if "_start" not in names:
         raise GuestRefused(f"{guest.name} is a library, not a command: it exports no _start")
@@ -174,7 +192,9 @@ def _run_module(guest: Guest, module: wasmtime.Module, store: wasmtime.Store, de
     linker.allow_shadowing = True
     linker.define_wasi()
     for module_name in WASI_P1:
-        linker.define_func(module_name, "proc_exit", wasmtime.FuncType([wasmtime.ValType.i32()], []), _proc_exit)
+        linker.define_func(
+            module_name, "proc_exit", wasmtime.FuncType([wasmtime.ValType.i32()], []), _proc_exit
+        )
     if deterministic:
         from runner import determinism
 
@@ -195,7 +215,13 @@ def _proc_exit(code: int) -> None:
     raise _Exit(code)
 
 
-def _run_component(guest: Guest, parts: "component.Component", store: wasmtime.Store, deterministic: bool, begin: Callable[[], None]) -> int:
+def _run_component(
+    guest: Guest,
+    parts: "component.Component",
+    store: wasmtime.Store,
+    deterministic: bool,
+    begin: Callable[[], None],
+) -> int:
     from wasmtime import component
 
     name = _entry(guest, parts)

@@ -34,7 +34,9 @@ class Row(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """`inspect RUN.car [--json]`. Raises UsageError, ReceiptRefused."""
-    parser = options.Parser(prog="ipfsfuse-run inspect", allow_abbrev=False, description="What a recorded run read, by path.")
+    parser = options.Parser(
+        prog="ipfsfuse-run inspect", allow_abbrev=False, description="What a recorded run read, by path."
+    )
     parser.add_argument("record", metavar="RUN.car")
     parser.add_argument("--json", action="store_true")
     asked: argparse.Namespace = parser.parse_args(list(argv))
@@ -44,11 +46,19 @@ def main(argv: Sequence[str]) -> int:
         walk = Walk(record, receipt)
         found = list(walk.rows())
     if asked.json:
-        shown = {"guest": receipt.name, "argv": list(receipt.argv), "exit_code": receipt.exit_code, "read": [each._asdict() for each in found]}
+        shown = {
+            "guest": receipt.name,
+            "argv": list(receipt.argv),
+            "exit_code": receipt.exit_code,
+            "read": [each._asdict() for each in found],
+        }
         print(json.dumps(shown, indent=1))
     else:
         print(printable(" ".join(receipt.argv)))
-        print(f"  {printable(receipt.name)} ended with {receipt.exit_code} at {printable(receipt.started)}, {receipt.seconds} s")
+        print(
+            f"  {printable(receipt.name)} ended with {receipt.exit_code} at "
+            f"{printable(receipt.started)}, {receipt.seconds} s"
+        )
         print(f"{'TYPE':<10} {'SIZE':>14} {'READ':>14}  PATH")
         for each in found:
             print(f"{each.type:<10} {each.size:>14,} {each.read:>14,}  {printable(each.path)}")
@@ -68,8 +78,8 @@ class _Node(NamedTuple):
 
 
 class Walk:
-    """Every path to what was read. A few blocks can make up a tree of any number of paths, so each block is looked at once,
-    and the paths are bounded by the number of blocks."""
+    """Every path to what was read. A few blocks can make up a tree of any number of paths, so each block is
+    looked at once, and the paths are bounded by the number of blocks."""
 
     def __init__(self, record: Bundle, receipt: Receipt) -> None:
         self._record = record
@@ -86,11 +96,14 @@ class Walk:
         try:
             yield from self._rows()
         except (RecursionError, Malformed) as exc:
-            raise ReceiptRefused(f"{self._record.path}: a file or sharded folder in it is made as none can be: {exc}") from exc
+            raise ReceiptRefused(
+                f"{self._record.path}: a file or sharded folder in it is made as none can be: {exc}"
+            ) from exc
 
     def _rows(self) -> Iterator[Row]:
         place = self._record.find(bundle.IPFS)
-        stack = [] if place is None else [(place, f"/{bundle.IPFS}")]  # a tree may be far deeper than Python's calls
+        # a tree may be far deeper than Python's calls
+        stack = [] if place is None else [(place, f"/{bundle.IPFS}")]
         top = True
         while stack:
             cid, path = stack.pop()
@@ -121,12 +134,19 @@ class Walk:
             elif isinstance(node, Symlink):
                 self._nodes[cid] = _Node("symlink", len(node.target), len(node.target), ())
             else:
-                entries = [each for each in self._entries(node, hamt.TOP, set()) if all_entries or self._was_read(each[0])]
+                entries = [
+                    each
+                    for each in self._entries(node, hamt.TOP, set())
+                    if all_entries or self._was_read(each[0])
+                ]
                 self._nodes[cid] = _Node("directory", 0, 0, entries)
         return self._nodes[cid]
 
-    def _entries(self, node: Directory | Shard, spot: hamt.Spot, seen: set[Cid]) -> Iterator[tuple[Cid, bytes]]:
-        """Of a sharded folder, what stands where its name belongs: so no node of it can stand there twice. Raises Malformed."""
+    def _entries(
+        self, node: Directory | Shard, spot: hamt.Spot, seen: set[Cid]
+    ) -> Iterator[tuple[Cid, bytes]]:
+        """Of a sharded folder, what stands where its name belongs: so no node of it can stand there twice.
+        Raises Malformed."""
         if isinstance(node, Directory):
             yield from ((link.cid, link.name) for link in node.links)
             return
@@ -150,7 +170,9 @@ class Walk:
                     below = self._counted.get(child.cid)
                     if below is None:
                         opened = self._record.node(child.cid)
-                        below = self._counted[child.cid] = self._bytes_read(opened) if isinstance(opened, File) else 0
+                        below = self._counted[child.cid] = (
+                            self._bytes_read(opened) if isinstance(opened, File) else 0
+                        )
                     total += below
             self._counted[node.cid] = total
         return self._counted[node.cid]

@@ -1,4 +1,5 @@
-"""What a guest may use at most: `-W name=value,...` in wasmtime's manner, parsed once into frozen numbers. Pure.
+"""What a guest may use at most: `-W name=value,...` in wasmtime's manner, parsed once into frozen numbers.
+Pure.
 
 A receipt's limits come through the same check as the command line's."""
 
@@ -71,7 +72,10 @@ def parse(given: Sequence[str]) -> Limits:
         name, _, text = item.partition("=")
         field = name.replace("-", "_")
         if field not in Limits._fields:
-            raise UsageError(f"-W {item[:80] or given[0]} is not a limit; there are {', '.join(map(option, Limits._fields))}")
+            raise UsageError(
+                f"-W {item[:80] or given[0]} is not a limit; there are "
+                f"{', '.join(map(option, Limits._fields))}"
+            )
         if field in DURATIONS:
             found[field] = units.duration(name, text)
         elif field in SIZES:
@@ -82,7 +86,8 @@ def parse(given: Sequence[str]) -> Limits:
 
 
 def checked(numbers: Mapping[str, object]) -> Limits:
-    """The limits that these numbers are, by the names of the fields. Raises UsageError for what can't be a limit."""
+    """The limits that these numbers are, by the names of the fields. Raises UsageError for what can't be a
+    limit."""
     for name, value in numbers.items():
         if name not in Limits._fields:
             raise UsageError(f"{name[:80]} is not a limit")
@@ -91,7 +96,10 @@ def checked(numbers: Mapping[str, object]) -> Limits:
             raise UsageError(f"{option(name)}={value!s:.80} is not a number that can be a limit")
         low, high = _RANGES.get(name, _ANY)
         if not low <= value <= high:
-            raise UsageError(f"{option(name)}={value_text(name, value)} is not between {value_text(name, low)} and {value_text(name, high)}")
+            raise UsageError(
+                f"{option(name)}={value_text(name, value)} is not between {value_text(name, low)} and "
+                f"{value_text(name, high)}"
+            )
     return Limits(**numbers)  # type: ignore[arg-type] # checked above
 
 

@@ -1,7 +1,8 @@
 """The mount of a run that was given none: the live one of the cache folder, or one made for this run.
 
-A mount that the runner uses is held by an open connection to its control socket. The daemon it starts ends with the
-last such connection, so that a runner that is killed leaves nothing. Nothing here touches the mount itself.
+A mount that the runner uses is held by an open connection to its control socket. The daemon it starts ends
+with the last such connection, so that a runner that is killed leaves nothing. Nothing here touches the mount
+itself.
 """
 
 import contextlib
@@ -52,7 +53,8 @@ def mounted(options: Options) -> Iterator[Mount]:
 
 
 def _wait_until_gone(daemon: int) -> None:
-    """So that nothing of the run is left when the runner is gone: the daemon unmounts, and removes its folders."""
+    """So that nothing of the run is left when the runner is gone: the daemon unmounts, and removes its
+    folders."""
     with contextlib.suppress(ProcessLookupError):
         process = os.pidfd_open(daemon)
         select.select([process], [], [], _GONE_S)
@@ -74,7 +76,7 @@ def _shared(options: Options) -> Mount:
         time.sleep(0.05)
 
 
-# -- the cache folder of a mount that lives ----------------------------------------------------------------------
+# -- the cache folder of a mount that lives ------------------------------------------------------------------
 
 _DAEMON, _LOCK, _CONTROL = "daemon.json", "lock", "control"
 _MAX_DAEMON = 64 << 10
@@ -82,28 +84,33 @@ _MAX_DAEMON = 64 << 10
 
 
 def _daemon_folder(options: Options) -> Path:
-    """Where the daemon of the cache folder has its lock, its socket, and the file that says where it is mounted."""
+    """Where the daemon of the cache folder has its lock, its socket, and the file that says where it is
+    mounted."""
     default = os.path.join(paths.cache_home(), "ipfsfuse")
     return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default, "ipfsfuse-cache")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
-    """The folder `path` as a descriptor; None where there is none. What lies in it is trusted to be the user's own: so a folder
-    that `ipfsfuse mount` refuses is refused here, too. Raises StoreFailed."""
+    """The folder `path` as a descriptor; None where there is none. What lies in it is trusted to be the
+    user's own: so a folder that `ipfsfuse mount` refuses is refused here, too. Raises StoreFailed."""
     try:
         folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         folder = None
     except OSError as exc:
-        raise StoreFailed(f"the cache folder {path} can't be used: it is not a folder, or a symlink ({exc.strerror})") from exc
+        raise StoreFailed(
+            f"the cache folder {path} can't be used: it is not a folder, or a symlink ({exc.strerror})"
+        ) from exc
     if folder is None:
         yield None
         return
     try:
         found = os.fstat(folder)
         if found.st_uid != os.geteuid():
-            raise StoreFailed(f"the cache folder {path} belongs to another user: give --cache-dir a folder of your own")
+            raise StoreFailed(
+                f"the cache folder {path} belongs to another user: give --cache-dir a folder of your own"
+            )
         if found.st_mode & 0o022:
             raise StoreFailed(f"the cache folder {path} may be written by others: run chmod 700 {path}")
         yield folder
@@ -112,7 +119,8 @@ def _opened(path: Path) -> Iterator[int | None]:
 
 
 def _read(folder: int, name: str) -> int:
-    """A descriptor of the file `name` in `folder`: no symlink is followed, no pipe waited for. Raises OSError."""
+    """A descriptor of the file `name` in `folder`: no symlink is followed, no pipe waited for. Raises
+    OSError."""
     return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
 
 
@@ -132,7 +140,8 @@ def _is_held(options: Options) -> bool:
 
 
 def _live(options: Options) -> Mount | None:
-    """Raises StoreFailed, MountFailed where what is there is not this user's, UsageError where it can't serve this run."""
+    """Raises StoreFailed, MountFailed where what is there is not this user's, UsageError where it can't serve
+    this run."""
     path = _daemon_folder(options)
     with _opened(path) as folder:
         if folder is None:
@@ -147,7 +156,10 @@ def _live(options: Options) -> Mount | None:
         mount_id = _mount_id(mountpoint)
         if mount_id is not None and options.mount_options:
             name = options.mount_options[0].partition("=")[0]
-            raise UsageError(f"{name}: a mount of this cache folder runs without it; add --isolated, or end it by ipfsfuse unmount {mountpoint}")
+            raise UsageError(
+                f"{name}: a mount of this cache folder runs without it; add --isolated, or end it by "
+                f"ipfsfuse unmount {mountpoint}"
+            )
     except BaseException:
         control.release()
         raise
@@ -160,8 +172,9 @@ def _live(options: Options) -> Mount | None:
 def _mount_id(mountpoint: str) -> int | None:
     """The kernel's number of the mount at `mountpoint`; None where there is none.
 
-    Raises MountFailed where it is not a mount that ipfsfuse made for this user. Asks the kernel's table alone: a mount whose
-    daemon is gone would not answer. Source: proc_pid_mountinfo(5); user_id is the owner that fusermount3 or root gave."""
+    Raises MountFailed where it is not a mount that ipfsfuse made for this user. Asks the kernel's table
+    alone: a mount whose daemon is gone would not answer. Source: proc_pid_mountinfo(5); user_id is the owner
+    that fusermount3 or root gave."""
     top: list[str] | None = None
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
@@ -172,7 +185,10 @@ def _mount_id(mountpoint: str) -> int | None:
         return None
     kind, options = top[top.index("-") + 1], top[-1].split(",")
     if kind != _TYPE or f"user_id={os.geteuid()}" not in options:
-        raise MountFailed(f"{mountpoint} is not a mount of yours by ipfsfuse, but of the type {kind}: run ipfsfuse mounts, or give --isolated")
+        raise MountFailed(
+            f"{mountpoint} is not a mount of yours by ipfsfuse, but of the type {kind}: run ipfsfuse "
+            "mounts, or give --isolated"
+        )
     return int(top[0])
 
 
@@ -185,14 +201,24 @@ def _unescaped(text: str) -> str:
     return text
 
 
-# -- a mount of this run's own -----------------------------------------------------------------------------------
+# -- a mount of this run's own -------------------------------------------------------------------------------
 
 
 def _start(options: Options, isolated: bool) -> Mount:
     """A daemon that ends with its last user. Raises MountFailed or UsageError, in the daemon's own words."""
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
     # -P: a folder named ipfsfuse where the user stands is none of ours
-    command = [sys.executable, "-P", "-m", "ipfsfuse", "mount", "--json", "--while-held", *_mount_options(options, isolated), mountpoint]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "ipfsfuse",
+        "mount",
+        "--json",
+        "--while-held",
+        *_mount_options(options, isolated),
+        mountpoint,
+    ]
     try:
         path, daemon = _parse(_ask_for_mount(command))
         with _opened(path.parent) as folder:
@@ -211,9 +237,15 @@ def _start(options: Options, isolated: bool) -> Mount:
 
 
 def _ask_for_mount(command: Sequence[str]) -> str:
-    """What `ipfsfuse mount` prints, once it is mounted. Told to end while it waits, it ends the daemon it has begun."""
+    """What `ipfsfuse mount` prints, once it is mounted. Told to end while it waits, it ends the daemon it has
+    begun."""
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
     ) as starter:
         try:
             out, err = starter.communicate()
@@ -222,7 +254,9 @@ def _ask_for_mount(command: Sequence[str]) -> str:
             raise
     if starter.returncode != 0:
         reason = f"\n{err.strip()}".rpartition("\nipfsfuse: ")[2]
-        raise (UsageError if starter.returncode == 2 else MountFailed)(reason or f"ipfsfuse mount failed with exit code {starter.returncode}")
+        raise (UsageError if starter.returncode == 2 else MountFailed)(
+            reason or f"ipfsfuse mount failed with exit code {starter.returncode}"
+        )
     return out
 
 

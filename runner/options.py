@@ -1,4 +1,5 @@
-"""The command line of a run, parsed once into frozen values. Options stand before GUEST, all behind it is the guest's.
+"""The command line of a run, parsed once into frozen values. Options stand before GUEST, all behind it is the
+guest's.
 
 Pure but for `--env NAME`, which reads that variable.
 """
@@ -46,7 +47,12 @@ class Options(NamedTuple):
     def own_mount(self) -> bool:
         """Whether no mount that lives already can serve this run."""
         own = {"--from", "--budget"}
-        return self.isolated or bool(self.allow) or self.record is not None or any(each.partition("=")[0] in own for each in self.mount_options)
+        return (
+            self.isolated
+            or bool(self.allow)
+            or self.record is not None
+            or any(each.partition("=")[0] in own for each in self.mount_options)
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +60,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
-            message = f"{message.removeprefix('unrecognized arguments: ')} is not an option of ipfsfuse-run; the guest's own options go behind GUEST"
+            message = (
+                f"{message.removeprefix('unrecognized arguments: ')} is not an option of ipfsfuse-run; "
+                "the guest's own options go behind GUEST"
+            )
         raise UsageError(message)
 
 
@@ -68,7 +77,10 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _parser() -> Parser:
-    usage = "ipfsfuse-run [OPTION]... GUEST [ARG]...\n       ipfsfuse-run --replay RUN.car\n       ipfsfuse-run inspect RUN.car [--json]"
+    usage = (
+        "ipfsfuse-run [OPTION]... GUEST [ARG]...\n       ipfsfuse-run --replay RUN.car\n       "
+        "ipfsfuse-run inspect RUN.car [--json]"
+    )
     parser = Parser(
         prog="ipfsfuse-run",
         usage=usage,
@@ -76,7 +88,8 @@ def _parser() -> Parser:
         formatter_class=_Formatter,
         description="Run a WASI command (core module or component, binary or text) with IPFS at /ipfs. "
         "GUEST is a file, /ipfs/CID/path, or - for standard input.",
-        epilog="Exit codes: the guest's own; 2 usage; 124 ran out of time; 125 it could not be run; 134 trapped; 137 killed. "
+        epilog="Exit codes: the guest's own; 2 usage; 124 ran out of time; 125 it could not be run; 134 "
+        "trapped; 137 killed. "
         "Of --replay: 0 the same, 3 different, 125 it could not be repeated.",
     )
     _guest_options(parser.add_argument_group("the guest"))
@@ -86,11 +99,31 @@ def _parser() -> Parser:
 
 
 def _guest_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--env", action="append", default=[], metavar="K[=V]", help="set a variable, or pass on the runner's own")
-    group.add_argument("--dir", action="append", default=[], metavar="HOST[::GUEST[::ro]]", help="a folder of the host, to write too but for ::ro")
+    group.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="K[=V]",
+        help="set a variable, or pass on the runner's own",
+    )
+    group.add_argument(
+        "--dir",
+        action="append",
+        default=[],
+        metavar="HOST[::GUEST[::ro]]",
+        help="a folder of the host, to write too but for ::ro",
+    )
     group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
-    group.add_argument("-W", "--wasm", action="append", default=[], dest="limits", metavar="LIMIT=N[,...]", help=_limits_help())
+    group.add_argument(
+        "-W",
+        "--wasm",
+        action="append",
+        default=[],
+        dest="limits",
+        metavar="LIMIT=N[,...]",
+        help=_limits_help(),
+    )
 
 
 def _limits_help() -> str:
@@ -98,9 +131,19 @@ def _limits_help() -> str:
 
 
 def _mount_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--mount", metavar="DIR", help="use this mount instead of the cache folder's or one of its own")
-    group.add_argument("--isolated", action="store_true", help="a mount, staging and page cache for this run alone")
-    group.add_argument("--allow", action="append", default=[], metavar="CID|FILE", help="only these CIDs, and what they hold (implies --isolated)")
+    group.add_argument(
+        "--mount", metavar="DIR", help="use this mount instead of the cache folder's or one of its own"
+    )
+    group.add_argument(
+        "--isolated", action="store_true", help="a mount, staging and page cache for this run alone"
+    )
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="CID|FILE",
+        help="only these CIDs, and what they hold (implies --isolated)",
+    )
     for name in PASSED_ON:
         group.add_argument(name, action="append", default=[], metavar=name[2:].upper().replace("-", "_"))
     group.add_argument("--cache-dir", metavar="DIR")
@@ -112,9 +155,19 @@ PASSED_ON = ("--from", "--budget", "--reserve", "--deadline", "--library")
 
 
 def _receipt_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--record", metavar="RUN.json|RUN.car", help="write a receipt of the run (implies --isolated)")
-    group.add_argument("--deterministic", action="store_true", help="with --record: clock, random and NaN bits are the same in every run")
-    group.add_argument("--replay", metavar="RUN.car", help="run a recorded run again, offline, and say whether it gives the same")
+    group.add_argument(
+        "--record", metavar="RUN.json|RUN.car", help="write a receipt of the run (implies --isolated)"
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="with --record: clock, random and NaN bits are the same in every run",
+    )
+    group.add_argument(
+        "--replay",
+        metavar="RUN.car",
+        help="run a recorded run again, offline, and say whether it gives the same",
+    )
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -176,11 +229,21 @@ def _check(options: Options) -> None:
     if not options.guest:
         raise UsageError("no GUEST given: ipfsfuse-run [OPTION]... GUEST [ARG]...")
     if options.mount is not None:
-        given = {"--isolated": options.isolated, "--allow": options.allow, "--record": options.record, "--cache-dir": options.cache_dir}
-        for name in [*(each for each, value in given.items() if value), *(each.partition("=")[0] for each in options.mount_options)]:
+        given = {
+            "--isolated": options.isolated,
+            "--allow": options.allow,
+            "--record": options.record,
+            "--cache-dir": options.cache_dir,
+        }
+        for name in [
+            *(each for each, value in given.items() if value),
+            *(each.partition("=")[0] for each in options.mount_options),
+        ]:
             raise UsageError(f"--mount uses that mount as it is: {name} can't go with it")
     if options.limits.max_stdin is not None and options.record is None:
-        raise UsageError("-W max-stdin goes with --record or --replay: another run's standard input is the guest's own")
+        raise UsageError(
+            "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"
+        )
     if options.deterministic and options.record is None:
         raise UsageError("--deterministic goes with --record")
     if options.cwd is not None and not options.cwd.startswith("/"):

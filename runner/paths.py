@@ -11,7 +11,8 @@ _CLOSED = 2
 
 
 def cache_home() -> str:
-    """The user's cache folder. A relative XDG_CACHE_HOME is ignored, as the XDG specification has it, and as the mount does."""
+    """The user's cache folder. A relative XDG_CACHE_HOME is ignored, as the XDG specification has it, and as
+    the mount does."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), ".cache")
 
@@ -39,6 +40,14 @@ def private(*parts: str) -> Path:
 
 
 def check(found: os.stat_result, path: Path, closed: int) -> None:
-    """Raises StoreFailed if what `found` describes is not a folder, if others own it, or if it has any of the modes `closed`."""
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & closed:
-        raise StoreFailed(f"{path} must be a folder of yours alone (mode 0700): remove it, or set XDG_CACHE_HOME to another folder")
+    """Raises StoreFailed if what `found` describes is not a folder, if others own it, or if it has any of the
+    modes `closed`."""
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.geteuid()
+        or stat.S_IMODE(found.st_mode) & closed
+    ):
+        raise StoreFailed(
+            f"{path} must be a folder of yours alone (mode 0700): remove it, or set XDG_CACHE_HOME to "
+            "another folder"
+        )

@@ -1,8 +1,8 @@
 """The receipt of a run: what went in, what was read, what came out; as values and as JSON. Pure.
 
-Format 1 is one JSON object; docs/RUNNING.md names its fields. The reader is strict, because a receipt may come from
-anyone: each field has its type and its bounds, no key stands there twice, numbers are finite, and the limits pass the
-same check as the command line's. What is newer is refused.
+Format 1 is one JSON object; docs/RUNNING.md names its fields. The reader is strict, because a receipt may
+come from anyone: each field has its type and its bounds, no key stands there twice, numbers are finite, and
+the limits pass the same check as the command line's. What is newer is refused.
 """
 
 import datetime
@@ -28,7 +28,8 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 MAX_BYTES = 64 << 20
 """Of the largest receipt: it names a million blocks."""
 MAX_ARGUMENTS = 2 << 20
-"""Bytes of all arguments and variables, each with ARGUMENT_BYTES more: what Linux passes to a program (execve(2))."""
+"""Bytes of all arguments and variables, each with ARGUMENT_BYTES more: what Linux passes to a program
+(execve(2))."""
 ARGUMENT_BYTES = 9
 """A pointer and a zero byte."""
 MAX_TEXT = 64 << 10
@@ -36,8 +37,8 @@ MAX_DIRS = 1000
 _MAX_CID = 400
 _MAX_SECONDS = 1e9
 _MAX_ITEMS = MAX_ARGUMENTS + 500_000
-"""Commas and brackets that a receipt may hold whatever its length; beside that, one for each CID. `[],` takes 3 bytes in JSON
-and 64 in memory."""
+"""Commas and brackets that a receipt may hold whatever its length; beside that, one for each CID. `[],` takes
+3 bytes in JSON and 64 in memory."""
 _CID_BYTES = 40
 
 NOT_RECORDED = frozenset({"compile_timeout", "max_stdin"})
@@ -91,9 +92,19 @@ def encode(receipt: Receipt) -> bytes:
     fields = receipt._asdict() | {
         "guest": {"cid": cids.text(receipt.guest), "name": receipt.name},
         "env": [list(each) for each in receipt.env],
-        "limits": {name: value for name, value in receipt.limits._asdict().items() if value is not None and name not in NOT_RECORDED},
-        "dirs": [each._asdict() | {"cid": None if each.cid is None else cids.text(each.cid)} for each in receipt.dirs],
-        **{name: [cids.text(each) for each in getattr(receipt, name)] for name in ("read", "missing", "ahead")},
+        "limits": {
+            name: value
+            for name, value in receipt.limits._asdict().items()
+            if value is not None and name not in NOT_RECORDED
+        },
+        "dirs": [
+            each._asdict() | {"cid": None if each.cid is None else cids.text(each.cid)}
+            for each in receipt.dirs
+        ],
+        **{
+            name: [cids.text(each) for each in getattr(receipt, name)]
+            for name in ("read", "missing", "ahead")
+        },
         **{name: getattr(receipt, name)._asdict() for name in ("stdin", "stdout", "stderr")},
     }
     del fields["name"]
@@ -103,7 +114,10 @@ def encode(receipt: Receipt) -> bytes:
 
 def decode(data: bytes) -> Receipt:
     """Raises ReceiptRefused for what is not a receipt, cut short, of a newer format, or out of bounds."""
-    if len(data) > MAX_BYTES or sum(map(data.count, (b",", b"[", b"{"))) > _MAX_ITEMS + len(data) // _CID_BYTES:
+    if (
+        len(data) > MAX_BYTES
+        or sum(map(data.count, (b",", b"[", b"{"))) > _MAX_ITEMS + len(data) // _CID_BYTES
+    ):
         raise ReceiptRefused(f"the receipt is larger than any can be ({len(data)} bytes)")
     try:
         fields = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_number)
@@ -112,7 +126,10 @@ def decode(data: bytes) -> Receipt:
     if not isinstance(fields, dict) or fields.get("kind") != _KIND:
         raise ReceiptRefused("this JSON is not a receipt of ipfsfuse-run")
     if fields.get("format") != FORMAT or type(fields.get("format")) is not int:
-        raise ReceiptRefused(f"the receipt has format {fields.get('format')!r:.40}; this version reads format {FORMAT}: use a newer ipfsfuse")
+        raise ReceiptRefused(
+            f"the receipt has format {fields.get('format')!r:.40}; this version reads format {FORMAT}: "
+            "use a newer ipfsfuse"
+        )
     try:
         return _receipt(fields)
     except NotACid as exc:
@@ -166,7 +183,10 @@ def _receipt(fields: Mapping[str, Any]) -> Receipt:
         limits=limits.checked(_record(fields["limits"], "limits")),
         dirs=[_dir(each) for each in _list(fields["dirs"], "dirs", MAX_DIRS)],
         deterministic=_flag(fields["deterministic"], "deterministic"),
-        versions={_text(name, "versions"): _text(value, "versions") for name, value in _record(fields["versions"], "versions").items()},
+        versions={
+            _text(name, "versions"): _text(value, "versions")
+            for name, value in _record(fields["versions"], "versions").items()
+        },
         read=[_cid(each, "read") for each in _list(fields["read"], "read")],
         missing=[_cid(each, "missing") for each in _list(fields["missing"], "missing")],
         ahead=[_cid(each, "ahead") for each in _list(fields["ahead"], "ahead")],

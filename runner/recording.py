@@ -51,15 +51,22 @@ class _Run(NamedTuple):
 
 
 def record(options: Options) -> Outcome:
-    """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves none."""
+    """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves
+    none."""
     target = _target(options)
-    with tempfile.TemporaryFile() as used, tempfile.TemporaryFile() as guest, streams.spooled_stdin(options.limits.max_stdin) as stdin:
+    with (
+        tempfile.TemporaryFile() as used,
+        tempfile.TemporaryFile() as guest,
+        streams.spooled_stdin(options.limits.max_stdin) as stdin,
+    ):
         # the daemon opens the file through this process, which outlives it
         told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
         with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
             disclosure.warn(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
-            plan = Plan(options.guest, mount.mountpoint, box, mount.mount_id, options.deterministic, guest.fileno())
+            plan = Plan(
+                options.guest, mount.mountpoint, box, mount.mount_id, options.deterministic, guest.fileno()
+            )
             run = _run(plan, stdin, mount.control)
             if run.outcome.refused is None and run.outcome.signal is None:
                 _write(target, options, box, run, _Material(used, guest, stdin, mount.control))
@@ -70,11 +77,21 @@ def _target(options: Options) -> Path:
     assert options.record is not None
     target = Path(options.record)
     if target.suffix not in (".json", ".car"):
-        raise UsageError(f"--record {target}: name it .json for the receipt alone, .car for the receipt with all blocks")
+        raise UsageError(
+            f"--record {target}: name it .json for the receipt alone, .car for the receipt with all blocks"
+        )
     if target.suffix == ".car" and any(each.writable for each in options.dirs):
-        raise UsageError("--record to a CAR takes --dir read-only alone (HOST::GUEST::ro): a folder that changes can't be repeated")
-    if receipts.arguments_size((options.argv0 or options.guest, *options.args), options.env) > receipts.MAX_ARGUMENTS:
-        raise UsageError(f"--record: arguments and variables of more than {receipts.MAX_ARGUMENTS} bytes can't be recorded")
+        raise UsageError(
+            "--record to a CAR takes --dir read-only alone (HOST::GUEST::ro): a folder that changes "
+            "can't be repeated"
+        )
+    if (
+        receipts.arguments_size((options.argv0 or options.guest, *options.args), options.env)
+        > receipts.MAX_ARGUMENTS
+    ):
+        raise UsageError(
+            f"--record: arguments and variables of more than {receipts.MAX_ARGUMENTS} bytes can't be recorded"
+        )
     return target
 
 
@@ -86,7 +103,13 @@ def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
     outcome = supervise.run(plan, Streams(stdin.fileno(), *sinks), close=[control.fileno()])
     if outcome.trap is not None:
         err(messages.trap_text(plan.name, outcome.trap).encode())
-    return _Run(outcome, out.digest(), err.digest(), started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
+    return _Run(
+        outcome,
+        out.digest(),
+        err.digest(),
+        started.isoformat(timespec="milliseconds"),
+        round(time.monotonic() - begin, 3),
+    )
 
 
 def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _Material) -> None:
@@ -113,7 +136,11 @@ def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> 
         limits=box.limits,
         dirs=[GivenDir(each.guest, each.writable, None) for each in options.dirs],
         deterministic=options.deterministic,
-        versions={"ipfsfuse": ipfsfuse.__version__, "wasmtime": importlib.metadata.version("wasmtime"), "machine": platform.machine()},
+        versions={
+            "ipfsfuse": ipfsfuse.__version__,
+            "wasmtime": importlib.metadata.version("wasmtime"),
+            "machine": platform.machine(),
+        },
         read=read,
         missing=(),
         ahead=ahead,
@@ -130,7 +157,10 @@ def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> 
 def _encoded(receipt: Receipt) -> bytes:
     data = receipts.encode(receipt)
     if len(data) > receipts.MAX_BYTES:
-        raise StoreFailed(f"the receipt names so many blocks that it has {len(data)} bytes: more than {receipts.MAX_BYTES} can't be read again")
+        raise StoreFailed(
+            f"the receipt names so many blocks that it has {len(data)} bytes: more than "
+            f"{receipts.MAX_BYTES} can't be read again"
+        )
     return data
 
 
@@ -157,13 +187,15 @@ def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Ma
         (bundle.IPFS, writer.add_folder([(cids.text(cid), built) for cid, built in roots.items()])),
     ]
     if dirs:
-        children.append((bundle.DIRS, writer.add_folder([(str(number), built) for number, built in enumerate(dirs)])))
+        children.append(
+            (bundle.DIRS, writer.add_folder([(str(number), built) for number, built in enumerate(dirs)]))
+        )
     writer.close(writer.add_folder(children))
 
 
 def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Receipt, dict[Cid, Built]]:
-    """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the roots that were
-    used: the blocks that no block read before them links to."""
+    """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the
+    roots that were used: the blocks that no block read before them links to."""
     roots: dict[Cid, Built] = {}
     below: set[bytes] = set()
     missing = []
@@ -180,7 +212,9 @@ def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Re
             roots[cid] = Built(cid, 0, len(block))
         below.update(cids.multihash(each) for each in bundle.links(cid, block))
     lacking = set(missing)
-    return receipt._replace(read=[each for each in receipt.read if each not in lacking], missing=missing), roots
+    return receipt._replace(
+        read=[each for each in receipt.read if each not in lacking], missing=missing
+    ), roots
 
 
 def _ask(control: Control, cid: Cid) -> bytes:
@@ -189,5 +223,7 @@ def _ask(control: Control, cid: Cid) -> bytes:
         block = base64.b64decode(control.ask("block", cid=cids.text(cid))["data"], validate=True)
         cids.verify(cid, block)
     except (KeyError, TypeError, ValueError, WrongBlock) as exc:
-        raise DaemonFailed(f"the mount's daemon did not give the block {cids.text(cid)} for the record") from exc
+        raise DaemonFailed(
+            f"the mount's daemon did not give the block {cids.text(cid)} for the record"
+        ) from exc
     return block

@@ -35,9 +35,15 @@ class Verdict(NamedTuple):
 
 
 REPLAY_LIMITS = Limits(
-    timeout=600.0, max_memory_size=1 << 30, max_wasm_stack=8 << 20, max_stdout=64 << 20, max_out=1 << 30, max_stdin=64 << 20
+    timeout=600.0,
+    max_memory_size=1 << 30,
+    max_wasm_stack=8 << 20,
+    max_stdout=64 << 20,
+    max_out=1 << 30,
+    max_stdin=64 << 20,
 )
-"""What a replay may use at most without a `-W`. A recording may come from anyone: what it says never loosens these."""
+"""What a replay may use at most without a `-W`. A recording may come from anyone: what it says never loosens
+these."""
 
 _DATA_SPARE = 512 << 20
 """Bytes that a replay's process may use beside the guest's memory."""
@@ -62,17 +68,24 @@ def _check_parts(record: Bundle, receipt: Receipt) -> None:
         raise ReceiptRefused(f"{record.path}: its guest is not the one that its receipt names")
     for cid in receipt.read:
         if cid not in record:
-            raise ReceiptRefused(f"{record.path} is cut short: it lacks the block {cids.text(cid)} that the run read")
+            raise ReceiptRefused(
+                f"{record.path} is cut short: it lacks the block {cids.text(cid)} that the run read"
+            )
     place = record.find(bundle.DIRS)
     node = None if place is None else record.node(place)
     held = {link.name: link.cid for link in node.links} if isinstance(node, Directory) else {}
     for number, each in enumerate(receipt.dirs):
         if held.get(b"%d" % number) != each.cid:
-            raise ReceiptRefused(f"{record.path}: its folder {each.guest} is not the one that its receipt names")
+            raise ReceiptRefused(
+                f"{record.path}: its folder {each.guest} is not the one that its receipt names"
+            )
 
 
-def check_stdin(record: Bundle, receipt: Receipt, out: BinaryIO | None = None, most: int | None = None) -> None:
-    """Writes the recorded standard input to `out`. Raises ReceiptRefused unless it is the one that the receipt names.
+def check_stdin(
+    record: Bundle, receipt: Receipt, out: BinaryIO | None = None, most: int | None = None
+) -> None:
+    """Writes the recorded standard input to `out`. Raises ReceiptRefused unless it is the one that the
+    receipt names.
 
     `most` bytes are looked at, by default as many as the CAR file can hold and 64 MiB more."""
     given = streams.HashingSink(None if out is None else _into(out))
@@ -92,8 +105,8 @@ def _into(out: BinaryIO) -> Sink:
 
 
 def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
-    """Those of `given`, then the recorded ones, then REPLAY_LIMITS. Raises ReceiptRefused, naming the -W to give, where the
-    recording needs more than that."""
+    """Those of `given`, then the recorded ones, then REPLAY_LIMITS. Raises ReceiptRefused, naming the -W to
+    give, where the recording needs more than that."""
     shown = {
         "timeout": receipt.seconds,
         "max_stdout": max(receipt.stdout.size, 0 if receipt.trapped else receipt.stderr.size),
@@ -108,20 +121,24 @@ def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
             if needed > most:
                 text = limits.value_text(name, math.ceil(needed))
                 raise ReceiptRefused(
-                    f"{path} needs more than a replay gives ({limits.option(name)}={limits.value_text(name, most)}): "
+                    f"{path} needs more than a replay gives "
+                    f"({limits.option(name)}={limits.value_text(name, most)}): "
                     f"if you trust it, give -W {limits.option(name)}={text}"
                 )
             if getattr(chosen, name) is None and name != "max_wasm_stack":  # wasmtime's own is smaller
                 chosen = chosen._replace(**{name: most})
     if chosen.max_stdin is not None and receipt.stdin.size > chosen.max_stdin:
-        raise ReceiptRefused(f"{path} has {receipt.stdin.size} bytes of standard input: more than the given max-stdin")
+        raise ReceiptRefused(
+            f"{path} has {receipt.stdin.size} bytes of standard input: more than the given max-stdin"
+        )
     return chosen
 
 
 def replay(path: Path, given: Limits = NO_LIMITS) -> int:
     """Says what is the same and what is not; 0 if all is, else 3. A signal's number below 0 if one ended it.
 
-    Raises ReceiptRefused where the run could not be repeated. `given` limits go before those of the receipt."""
+    Raises ReceiptRefused where the run could not be repeated. `given` limits go before those of the
+    receipt."""
     with tempfile.TemporaryFile() as guest, tempfile.TemporaryFile() as stdin:
         with opened(path) as (record, receipt):
             chosen = limits_for(path, receipt, given)
@@ -134,12 +151,23 @@ def replay(path: Path, given: Limits = NO_LIMITS) -> int:
     if outcome.refused is not None:
         raise ReceiptRefused(f"the recorded run can't be repeated here: {outcome.refused}")
     known = given.over(receipt.limits)._asdict()
-    ours = {limits.option(name): limits.value_text(name, most) for name, most in chosen._asdict().items() if most is not None and known[name] is None}
+    ours = {
+        limits.option(name): limits.value_text(name, most)
+        for name, most in chosen._asdict().items()
+        if most is not None and known[name] is None
+    }
     name = limits.option(outcome.limit or "")
     if name in ours:
-        raise ReceiptRefused(f"{path} needs more than a replay gives ({name}={ours[name]}): if you trust it, give a larger -W {name}")
+        raise ReceiptRefused(
+            f"{path} needs more than a replay gives ({name}={ours[name]}): if you trust it, give a "
+            f"larger -W {name}"
+        )
     for each in verdicts:
-        print(f"{each.what}: the same" if each.same else f"{each.what}: DIFFERENT, recorded {each.recorded}, now {each.now}")
+        print(
+            f"{each.what}: the same"
+            if each.same
+            else f"{each.what}: DIFFERENT, recorded {each.recorded}, now {each.now}"
+        )
     if all(each.same for each in verdicts):
         return 0
     print(f"not fixed in this record: {', '.join(receipt.differs)}")
@@ -160,7 +188,9 @@ def _copy_guest(record: Bundle, out: BinaryIO) -> None:
     out.seek(0)
 
 
-def _run(path: Path, receipt: Receipt, chosen: Limits, guest: BinaryIO, stdin: BinaryIO) -> tuple[Outcome, Sequence[Verdict]]:
+def _run(
+    path: Path, receipt: Receipt, chosen: Limits, guest: BinaryIO, stdin: BinaryIO
+) -> tuple[Outcome, Sequence[Verdict]]:
     out, err = streams.HashingSink(None), streams.HashingSink(None)
     options = Options(
         guest=f"/proc/self/fd/{guest.fileno()}",
@@ -173,10 +203,27 @@ def _run(path: Path, receipt: Receipt, chosen: Limits, guest: BinaryIO, stdin: B
         mount_options=(f"--from={os.path.abspath(path)}", "--offline"),
     )
     with mounts.mounted(options) as mount:
-        box = sandbox.build(options._replace(dirs=_dirs(receipt, mount.mountpoint)), mount.mountpoint, mount.mount_id)
-        data = None if chosen.max_memory_size is None else chosen.max_memory_size + 2 * (chosen.max_wasm_stack or 0) + _DATA_SPARE
-        plan = Plan(options.guest, mount.mountpoint, box, mount.mount_id, receipt.deterministic, shown_as=receipt.name, max_data=data)
-        sinks = streams.bounded(out, chosen.max_stdout, "standard output"), streams.bounded(err, chosen.max_stdout, "standard error")
+        box = sandbox.build(
+            options._replace(dirs=_dirs(receipt, mount.mountpoint)), mount.mountpoint, mount.mount_id
+        )
+        data = (
+            None
+            if chosen.max_memory_size is None
+            else chosen.max_memory_size + 2 * (chosen.max_wasm_stack or 0) + _DATA_SPARE
+        )
+        plan = Plan(
+            options.guest,
+            mount.mountpoint,
+            box,
+            mount.mount_id,
+            receipt.deterministic,
+            shown_as=receipt.name,
+            max_data=data,
+        )
+        sinks = (
+            streams.bounded(out, chosen.max_stdout, "standard output"),
+            streams.bounded(err, chosen.max_stdout, "standard error"),
+        )
         outcome = supervise.run(plan, Streams(stdin.fileno(), *sinks), close=[mount.control.fileno()])
         if outcome.trap is not None:
             err(messages.trap_text(plan.name, outcome.trap).encode())

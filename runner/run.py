@@ -1,6 +1,7 @@
 """One run from its options: the mount, the sandbox, the guest's process, and what is said about its end.
 
-What takes long to import is imported for whom it serves: a guest in a mount that is there waits for none of it.
+What takes long to import is imported for whom it serves: a guest in a mount that is there waits for none of
+it.
 """
 
 import os
@@ -38,7 +39,9 @@ def _plainly(options: Options) -> Outcome:
 
 def _in(mountpoint: str, options: Options, mount_id: int | None = None, held: Sequence[int] = ()) -> Outcome:
     plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint, mount_id), mount_id)
-    outcome = supervise.run(plan, streams.of_guest(options.limits, any(each.writable for each in options.dirs)), close=held)
+    outcome = supervise.run(
+        plan, streams.of_guest(options.limits, any(each.writable for each in options.dirs)), close=held
+    )
     if outcome.trap is not None:
         sys.stderr.write(messages.trap_text(plan.name, outcome.trap))
     return outcome

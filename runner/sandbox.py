@@ -1,7 +1,9 @@
-"""What a guest can reach: `/`, `/ipfs`, the folders given with --dir; no socket, and no variable of the host's.
+"""What a guest can reach: `/`, `/ipfs`, the folders given with --dir; no socket, and no variable of the
+host's.
 
-`/` is a folder that holds the other names and can't be written, so that programs which walk from the root find their
-way. It is named after what it holds and stays in the runner's cache folder: nothing is left to remove after a kill.
+`/` is a folder that holds the other names and can't be written, so that programs which walk from the root
+find their way. It is named after what it holds and stays in the runner's cache folder: nothing is left to
+remove after a kill.
 """
 
 import contextlib
@@ -51,18 +53,23 @@ def build(options: Options, mountpoint: str, mount_id: int | None = None) -> San
     names = [options.cwd or "", *(each.guest for each in options.dirs)]
     for text in (*argv, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)
-    return Sandbox(argv, options.env, preopens(mountpoint, options.dirs, mount_id), options.cwd, options.limits)
+    return Sandbox(
+        argv, options.env, preopens(mountpoint, options.dirs, mount_id), options.cwd, options.limits
+    )
 
 
 def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise UsageError(f"{text!r} is not UTF-8: WASI knows no other arguments, variables and names") from exc
+        raise UsageError(
+            f"{text!r} is not UTF-8: WASI knows no other arguments, variables and names"
+        ) from exc
 
 
 def preopens(mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None) -> list[Preopen]:
-    """`/`, `/ipfs` and `dirs`, in this order; nothing is opened. Raises UsageError for a guest's name that can't be."""
+    """`/`, `/ipfs` and `dirs`, in this order; nothing is opened. Raises UsageError for a guest's name that
+    can't be."""
     found = [Preopen(mountpoint, IPFS, writable=False, mount_id=mount_id)]
     for each in dirs:
         guest = posixpath.normpath(each.guest)
@@ -86,7 +93,8 @@ def _root(names: Sequence[str]) -> Path:
 
 
 def wasi_config(box: Sandbox) -> wasmtime.WasiConfig:
-    """For the guest's own process: the folders may be in the mount, and are opened here. Raises GuestRefused."""
+    """For the guest's own process: the folders may be in the mount, and are opened here. Raises
+    GuestRefused."""
     wasi = wasmtime.WasiConfig()
     wasi.argv = list(box.argv)
     env = dict(box.env)
@@ -130,7 +138,8 @@ def _folder(each: Preopen) -> Iterator[str]:
 
 
 def _check_mount(file: int, mount_id: int | None, path: str) -> None:
-    """Raises GuestRefused unless the open `file` is in the mount of that number: the kernel knows, without asking its daemon."""
+    """Raises GuestRefused unless the open `file` is in the mount of that number: the kernel knows, without
+    asking its daemon."""
     if mount_id is None:
         return
     with open(f"/proc/self/fdinfo/{file}", encoding="ascii") as lines:
@@ -140,15 +149,18 @@ def _check_mount(file: int, mount_id: int | None, path: str) -> None:
 
 
 def _path(file: int) -> str:
-    """A name of an open file which is that very file's, whatever becomes of the name that it was opened by."""
+    """A name of an open file which is that very file's, whatever becomes of the name that it was opened
+    by."""
     return f"/proc/self/fd/{file}"
 
 
 def _working_folder(cwd: str, given: Sequence[Preopen]) -> tuple[Preopen, str]:
-    """`cwd` as a folder that was given and a name below it. It becomes the folder `.`: WASI has no working directory, and its
-    C library resolves relative names by that name."""
+    """`cwd` as a folder that was given and a name below it. It becomes the folder `.`: WASI has no working
+    directory, and its C library resolves relative names by that name."""
     wanted = posixpath.normpath(cwd)
-    base = max((each for each in given if _below(wanted, each.guest)), key=lambda each: len(each.guest), default=None)
+    base = max(
+        (each for each in given if _below(wanted, each.guest)), key=lambda each: len(each.guest), default=None
+    )
     if base is None:
         raise GuestRefused(f"--cwd {cwd} is in no folder that the guest has")
     return base, wanted[len(base.guest.rstrip("/")) :].lstrip("/")
@@ -160,11 +172,15 @@ def _below(path: str, folder: str) -> bool:
 
 @contextlib.contextmanager
 def inside(base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None) -> Iterator[str]:
-    """A path of the file that `rest` leads to below `base`, out of which no symlink can lead. Raises GuestRefused.
+    """A path of the file that `rest` leads to below `base`, out of which no symlink can lead. Raises
+    GuestRefused.
 
-    What is opened is looked at only then: whoever may write below `base` could put a symlink behind any look before."""
+    What is opened is looked at only then: whoever may write below `base` could put a symlink behind any look
+    before."""
     with contextlib.ExitStack() as stack:
-        top, file = (_opened(path, name, more, stack) for path, more in ((base, 0), (os.path.join(base, rest), flags)))
+        top, file = (
+            _opened(path, name, more, stack) for path, more in ((base, 0), (os.path.join(base, rest), flags))
+        )
         for each in (top, file):
             _check_mount(each, mount_id, base)
         if not _below(os.readlink(_path(file)), os.readlink(_path(top))):
@@ -182,8 +198,9 @@ def _opened(path: str, name: str, flags: int, stack: contextlib.ExitStack) -> in
 
 
 def limit_process(limits: Limits, file_size: int | None = None, data: int | None = None) -> None:
-    """What wasmtime can't limit: this process, which is the guest's alone. A write beyond `file_size` bytes in a file kills it
-    by SIGXFSZ, which Python ignores; memory beyond `data` bytes is refused to all memories together."""
+    """What wasmtime can't limit: this process, which is the guest's alone. A write beyond `file_size` bytes
+    in a file kills it by SIGXFSZ, which Python ignores; memory beyond `data` bytes is refused to all memories
+    together."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.max_open_files is not None:
         _lower(resource.RLIMIT_NOFILE, limits.max_open_files)

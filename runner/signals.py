@@ -12,7 +12,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Ended(BaseException):
-    """One of these came while no guest ran. BaseException, as KeyboardInterrupt is: only `cli.main` may catch it."""
+    """One of these came while no guest ran. BaseException, as KeyboardInterrupt is: only `cli.main` may catch
+    it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,14 +39,16 @@ def default() -> None:
 
 
 def die_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent, the process `parent`, is gone; ends it where that is so already."""
+    """Has the kernel kill this process when its parent, the process `parent`, is gone; ends it where that is
+    so already."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
 
 
 def leave_by(number: int) -> NoReturn:
-    """Ends this process by the signal that it was sent, as shells and scripts expect; by 128 + its number if it is blocked."""
+    """Ends this process by the signal that it was sent, as shells and scripts expect; by 128 + its number if
+    it is blocked."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     sys.exit(128 + number)

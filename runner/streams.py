@@ -39,7 +39,8 @@ def carried(file: int) -> Sink:
 
 
 def bounded(through: Sink, bound: int | None, what: str) -> Sink:
-    """Passes `bound` bytes on to `through`, None for all; raises LimitReached behind them. `what` names the stream."""
+    """Passes `bound` bytes on to `through`, None for all; raises LimitReached behind them. `what` names the
+    stream."""
     if bound is None:
         return through
     left = bound
@@ -102,7 +103,9 @@ def spooled_stdin(bound: int | None) -> BinaryIO:
     if sys.stdin is not None and not sys.stdin.isatty():
         while data := os.read(0, _CHUNK):
             if left is not None and len(data) > left:
-                raise GuestRefused(f"standard input has more than max-stdin={limits.value_text('max_stdin', bound or 0)}")
+                raise GuestRefused(
+                    f"standard input has more than max-stdin={limits.value_text('max_stdin', bound or 0)}"
+                )
             left = None if left is None else left - len(data)
             spool.write(data)
     spool.seek(0)

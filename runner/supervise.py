@@ -1,8 +1,9 @@
-"""The runner's side of a run: forks the guest's process, passes on signals, keeps time, and carries its output.
+"""The runner's side of a run: forks the guest's process, passes on signals, keeps time, and carries its
+output.
 
-Single-threaded: one selector waits for the signals, the child, its reports and its output. It never touches the mount
-and never waits for whoever reads the output, so that it ends when it must even while the guest's process hangs in a read
-that no signal can end, or nobody takes what the guest wrote.
+Single-threaded: one selector waits for the signals, the child, its reports and its output. It never touches
+the mount and never waits for whoever reads the output, so that it ends when it must even while the guest's
+process hangs in a read that no signal can end, or nobody takes what the guest wrote.
 """
 
 import json
@@ -24,7 +25,8 @@ from runner.guest import TRAPPED
 
 OUT_OF_TIME = 124
 GRACE = 0.4
-"""Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon answers."""
+"""Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon
+answers."""
 
 LAST_LOOK = 10.0
 """Seconds that the watching process gets to measure the writable folders when the guest has ended."""
@@ -118,7 +120,11 @@ class _Supervisor:
 
     def _fork(self, streams: Streams, close: Sequence[int]) -> None:
         reports, told = os.pipe2(os.O_CLOEXEC)
-        pumped = [(sink, target, os.pipe2(os.O_CLOEXEC)) for sink, target in ((streams.stdout, 1), (streams.stderr, 2)) if sink is not None]
+        pumped = [
+            (sink, target, os.pipe2(os.O_CLOEXEC))
+            for sink, target in ((streams.stdout, 1), (streams.stderr, 2))
+            if sink is not None
+        ]
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -185,7 +191,9 @@ class _Supervisor:
                 self._started(message)
             else:
                 self._outcome = self._outcome._replace(
-                    refused=message.get("refused"), trapped=message.get("trapped", False), trap=message.get("trap")
+                    refused=message.get("refused"),
+                    trapped=message.get("trapped", False),
+                    trap=message.get("trap"),
                 )
 
     def _compile_timeout(self) -> float:
@@ -232,7 +240,10 @@ class _Supervisor:
         self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
         if code == -signal.SIGXFSZ and self._growth is not None:
             bound = self._growth.bound
-            self._end(Outcome(TRAPPED, limit="max_out"), f"{self._plan.name} wrote more than max-out={bound} bytes to one file")
+            self._end(
+                Outcome(TRAPPED, limit="max_out"),
+                f"{self._plan.name} wrote more than max-out={bound} bytes to one file",
+            )
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
         """Ends the guest for a reason of ours."""
@@ -245,7 +256,8 @@ class _Supervisor:
             messages.say(why)
 
     def _late(self) -> bool:
-        """Whether to leave now: at the deadline a running guest is killed, one that was killed is left behind."""
+        """Whether to leave now: at the deadline a running guest is killed, one that was killed is left
+        behind."""
         if self._deadline is None or time.monotonic() < self._deadline:
             return False
         if self._final:
@@ -259,14 +271,18 @@ class _Supervisor:
             self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
         else:
             timeout = f"{self._plan.box.limits.timeout:g} s"
-            self._end(Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}")
+            self._end(
+                Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}"
+            )
         return False
 
     def watch(self) -> Outcome:
         """Until the guest is gone and its output is carried."""
         with self._selector:
             while len(self._selector.get_map()) > 1 or not self._dead:  # the signals' pipe is always there
-                wait = None if self._deadline is None else min(max(0.0, self._deadline - time.monotonic()), _DAY)
+                wait = (
+                    None if self._deadline is None else min(max(0.0, self._deadline - time.monotonic()), _DAY)
+                )
                 for key, _events in self._selector.select(wait):
                     key.data()
                 if self._late():
@@ -277,7 +293,8 @@ class _Supervisor:
 
 
 def _takes(file: int, seconds: float = 0) -> bool:
-    """Whether a write to the descriptor `file` would not wait, at the latest after `seconds`; one that fails does not."""
+    """Whether a write to the descriptor `file` would not wait, at the latest after `seconds`; one that fails
+    does not."""
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return bool(poll.poll(1000 * seconds))

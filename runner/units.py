@@ -13,7 +13,8 @@ _DIGITS = 20
 
 
 def size(name: str, text: str) -> int:
-    """Bytes: `65536`, `64KiB`, `64K` (both 65,536) or `64kB` (64,000). Raises UsageError, naming the option."""
+    """Bytes: `65536`, `64KiB`, `64K` (both 65,536) or `64kB` (64,000). Raises UsageError, naming the
+    option."""
     match = _SIZE.fullmatch(text)
     if match is None or len(match[1]) > _DIGITS:
         raise UsageError(f"{name}={text[:80]} is not a number of bytes (such as 65536 or 64MiB)")

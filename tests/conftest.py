@@ -1,4 +1,5 @@
-"""Rules for all tests: what to do where there is no FUSE, and that no test leaves a warning in the log unexplained."""
+"""Rules for all tests: what to do where there is no FUSE, and that no test leaves a warning in the log
+unexplained."""
 
 import functools
 import importlib.util
@@ -18,7 +19,9 @@ import pytest
 
 import ipfsfuse.fuse as _before_pyfuse3  # noqa: F401  # our C stands in front of libfuse's calls only if it is loaded first
 
-hypothesis.settings.register_profile("shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("shared-machine")
 
 pytest_plugins = ["tests.kubo.fixtures"] if importlib.util.find_spec("tests.kubo.fixtures") else []
@@ -37,7 +40,13 @@ def why_no_fuse() -> str | None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
-            made = subprocess.run(["fusermount3", "--", folder], pass_fds=[theirs.fileno()], capture_output=True, text=True, env=environment)
+            made = subprocess.run(
+                ["fusermount3", "--", folder],
+                pass_fds=[theirs.fileno()],
+                capture_output=True,
+                text=True,
+                env=environment,
+            )
             if made.returncode:
                 return made.stderr.strip() or "fusermount3 fails"
             _data, files, _flags, _address = socket.recv_fds(ours, 1, 1)
@@ -48,7 +57,8 @@ def why_no_fuse() -> str | None:
 
 
 def pytest_configure() -> None:
-    """A suite started in the background may have been told to ignore Ctrl-C; what its tests start must not inherit that."""
+    """A suite started in the background may have been told to ignore Ctrl-C; what its tests start must not
+    inherit that."""
     for number in (signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -91,7 +101,8 @@ class _Collected(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def expected_logs_only(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test after which the log holds a line of WARNING or above that its `logs` marker does not name."""
+    """Fails a test after which the log holds a line of WARNING or above that its `logs` marker does not
+    name."""
     collected = _Collected()
     loggers = [logging.getLogger("ipfsfuse"), logging.getLogger("runner")]
     for logger in loggers:
@@ -100,14 +111,17 @@ def expected_logs_only(request: pytest.FixtureRequest) -> Iterator[None]:
     for logger in loggers:
         logger.removeHandler(collected)
     patterns = [str(pattern) for marker in request.node.iter_markers("logs") for pattern in marker.args]
-    unexpected = [line for line in collected.lines if not any(re.search(pattern, line) for pattern in patterns)]
+    unexpected = [
+        line for line in collected.lines if not any(re.search(pattern, line) for pattern in patterns)
+    ]
     if unexpected:
         pytest.fail("unexpected log lines:\n" + "\n".join(unexpected), pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def conformance() -> Path:
-    """The folder of published conformance fixtures beside the checkout; its tests skip where it is not there."""
+    """The folder of published conformance fixtures beside the checkout; its tests skip where it is not
+    there."""
     folder = Path(__file__).parents[2] / "shared" / "fixtures"
     if not folder.is_dir():
         pytest.skip(f"the conformance fixtures are not at {folder}")

@@ -51,7 +51,9 @@ def counted(home: Home, source: str, fault: str = "", pins: str = "none") -> Ite
     with told.open("w") as out:
         daemon = subprocess.Popen(command, env={**home.env, "COUNTED": str(path)}, stdout=out, stderr=out)
         try:
-            wait_until(lambda: '"mountpoint"' in told.read_text() or daemon.poll() is not None, "it is mounted")
+            wait_until(
+                lambda: '"mountpoint"' in told.read_text() or daemon.poll() is not None, "it is mounted"
+            )
             assert daemon.poll() is None, told.read_text()
             yield Counted(path)
         finally:

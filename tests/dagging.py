@@ -27,7 +27,9 @@ class Dag:
 
     def directory(self, entries: dict[bytes, tuple[Cid, int]]) -> Cid:
         """`entries`: name to (CID, claimed size)."""
-        return self.node([Link(cid, name, size) for name, (cid, size) in entries.items()], UnixFS(type=Type.DIRECTORY))
+        return self.node(
+            [Link(cid, name, size) for name, (cid, size) in entries.items()], UnixFS(type=Type.DIRECTORY)
+        )
 
     def file(self, leaves: Sequence[bytes]) -> Cid:
         sizes = [len(leaf) for leaf in leaves]
@@ -36,7 +38,10 @@ class Dag:
 
     def car(self, path: Path, roots: Sequence[Cid] = ()) -> Path:
         """Writes all blocks to a CARv1 file."""
-        sections = [car.section_head(cids.make(cids.RAW, key), len(block)) + block for key, block in self.blocks.items()]
+        sections = [
+            car.section_head(cids.make(cids.RAW, key), len(block)) + block
+            for key, block in self.blocks.items()
+        ]
         path.write_bytes(b"".join([car.encode_header(list(roots)), *sections]))
         return path
 

@@ -1,4 +1,5 @@
-"""Real mounts for tests: a home of its own, the commands as a user runs them, and mounts that are gone afterwards."""
+"""Real mounts for tests: a home of its own, the commands as a user runs them, and mounts that are gone
+afterwards."""
 
 import json
 import os
@@ -59,21 +60,32 @@ class Home:
             "PYTHONPATH": os.getcwd(),
         }
 
-    def run(self, *args: str | Path, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *args: str | Path, check: bool = True, **options: Any
+    ) -> "subprocess.CompletedProcess[str]":
         """`ipfsfuse ARGS`; its output as text. That a mount is degraded is no failure of `status`."""
         command = [sys.executable, "-m", "ipfsfuse", *map(str, args)]
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False, **options)
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
+        )
         if check and done.returncode and (args[0], done.returncode) != ("status", 3):
-            raise AssertionError(f"ipfsfuse {' '.join(map(str, args))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"ipfsfuse {' '.join(map(str, args))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done
 
-    def refused(self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()) -> str:
-        """Runs `ipfsfuse ARGS`, which must say why not in one line that holds `names`, and leave no mount; that line."""
+    def refused(
+        self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()
+    ) -> str:
+        """Runs `ipfsfuse ARGS`, which must say why not in one line that holds `names`, and leave no mount;
+        that line."""
         said = self.refused_while_mounted(*args, names=names, code=code, wrapper=wrapper)
         assert not fuse_mounts(self.folder)
         return said
 
-    def refused_while_mounted(self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()) -> str:
+    def refused_while_mounted(
+        self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()
+    ) -> str:
         """As `refused`, of a command that has nothing to do with the mounts there are."""
         command = [*wrapper, sys.executable, "-m", "ipfsfuse", *map(str, args)]
         ran = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
@@ -108,7 +120,8 @@ class Home:
         """Unmounts, by force of ending the daemon if need be, and waits until it is gone."""
         subprocess.run(["fusermount3", "-u", "-q", str(mount.path)], check=False, capture_output=True)
         if alive(mount.pid):
-            os.kill(mount.pid, signal.SIGTERM)  # a copy of the mount in another mount namespace would keep it alive
+            # a copy of the mount in another mount namespace would keep it alive
+            os.kill(mount.pid, signal.SIGTERM)
         wait_until(lambda: not alive(mount.pid), "the daemon ended")
 
 
@@ -138,4 +151,8 @@ def wait_until(condition: Any, what: str, seconds: float = PATIENCE) -> None:
 def fuse_mounts(below: Path) -> list[str]:
     """What is mounted by ipfsfuse below a folder, from the kernel's table."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line.split()[4] for line in lines if "fuse.ipfsfuse" in line and line.split()[4].startswith(str(below))]
+    return [
+        line.split()[4]
+        for line in lines
+        if "fuse.ipfsfuse" in line and line.split()[4].startswith(str(below))
+    ]

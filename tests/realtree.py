@@ -11,5 +11,9 @@ LEAVE_OUT = ("__pycache__", "site-packages", "dist-packages", "*.so", "*.a")
 def copy_of_the_standard_library(copy: Path) -> Path:
     """Without what is compiled or installed beside it; symlinks are followed."""
     without = [f"--exclude={name}" for name in LEAVE_OUT]
-    subprocess.run(f"mkdir {copy} && tar -C {STDLIB} {' '.join(without)} -chf - . | tar -C {copy} -xf -", shell=True, check=True)
+    subprocess.run(
+        f"mkdir {copy} && tar -C {STDLIB} {' '.join(without)} -chf - . | tar -C {copy} -xf -",
+        shell=True,
+        check=True,
+    )
     return copy

@@ -11,7 +11,9 @@ def statements() -> list[str]:
     """The bullets, and the rows of the table of errors."""
     lines = PAGE.splitlines()
     errors = PAGE[PAGE.index("## Errors") : PAGE.index("## Answers in C")].splitlines()
-    return [line for line in lines if line.startswith("- ")] + [line for line in errors if line.startswith("| E")]
+    return [line for line in lines if line.startswith("- ")] + [
+        line for line in errors if line.startswith("| E")
+    ]
 
 
 def test_every_statement_names_its_test() -> None:

@@ -1,7 +1,7 @@
 """What the layers above ask of a cache.
 
-Concurrency: every method may be called by many tasks at once. A fetch belongs to no caller: a cancelled caller leaves,
-the fetch goes on while anyone waits.
+Concurrency: every method may be called by many tasks at once. A fetch belongs to no caller: a cancelled
+caller leaves, the fetch goes on while anyone waits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,8 @@ class FileRef(NamedTuple):
 
 Content = bytes | memoryview
 Seen = Callable[[Cid, bytes], Iterable[Cid]]
-"""Called (on the event loop, must not block) with each verified block as it comes; says which others are wanted for it."""
+"""Called (on the event loop, must not block) with each verified block as it comes; says which others are
+wanted for it."""
 Arrived = Callable[[Leaf, Content], None]
 """Called (on the event loop, must not block) with each leaf's verified content as it comes."""
 
@@ -59,33 +60,36 @@ class SmallBlocks(NamedTuple):
 
 class Cache(Protocol):
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
-        """From now on `call` is called whenever blocks leave the cache: who remembers what they said must ask anew, so that it
-        passes the source again, which may have lost them too."""
+        """From now on `call` is called whenever blocks leave the cache: who remembers what they said must ask
+        anew, so that it passes the source again, which may have lost them too."""
         ...
 
     async def block(self, cid: Cid) -> bytes:
-        """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw file.
+        """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw
+        file.
 
         Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
         ...
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
-        """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged now.
+        """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged
+        now.
 
         `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
         ...
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
-        """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way, unless
-        `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never raises for a
-        block that can't be had: who reads it will hear."""
+        """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way,
+        unless `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never
+        raises for a block that can't be had: who reads it will hear."""
         ...
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
-        """Begins to bring in `wanted`, blocks of `subtree`, by one answer where a source can, and what `seen` wants besides.
+        """Begins to bring in `wanted`, blocks of `subtree`, by one answer where a source can, and what `seen`
+        wants besides.
 
-        From now on who asks for one of them waits for that answer instead of asking for it alone. The event is set when
-        it has ended; what did not come is asked for when it is used."""
+        From now on who asks for one of them waits for that answer instead of asking for it alone. The event
+        is set when it has ended; what did not come is asked for when it is used."""
         ...
 
     def opened(self, file: FileRef) -> None:
@@ -108,7 +112,8 @@ class Cache(Protocol):
 
 
 class Pins(Protocol):
-    """Pins content at the node it came from while it is staged here. Every method returns at once and does no I/O."""
+    """Pins content at the node it came from while it is staged here. Every method returns at once and does no
+    I/O."""
 
     @property
     def anywhere(self) -> bool:
@@ -124,7 +129,8 @@ class Pins(Protocol):
         ...
 
     def state(self, cid: Cid) -> str:
-        """One of "" (not pinned), "queued" (soon, or not known yet), "cache" (while it is staged), "user" (until unpinned)."""
+        """One of "" (not pinned), "queued" (soon, or not known yet), "cache" (while it is staged), "user"
+        (until unpinned)."""
         ...
 
 
@@ -158,8 +164,8 @@ class Copies(Protocol):
         ...
 
     async def copy(self, cid: Cid, node: str) -> Copy | None:
-        """A verified block that packs hold, or (of a large file's root) that is to be had; None for any other, and for
-        what came from elsewhere than `node`. Raises what reading meets."""
+        """A verified block that packs hold, or (of a large file's root) that is to be had; None for any
+        other, and for what came from elsewhere than `node`. Raises what reading meets."""
         ...
 
 

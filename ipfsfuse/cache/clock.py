@@ -2,7 +2,7 @@
 
 In memory a time is the machine's: seconds since it was started, sleep included (CLOCK_BOOTTIME). People and
 disks are told the wall clock's time of it, as that clock stands when they are told. So a wall clock that is
-set, forwards or backwards, changes no order and makes no duration negative. """
+set, forwards or backwards, changes no order and makes no duration negative."""
 
 import time
 from collections.abc import Sequence

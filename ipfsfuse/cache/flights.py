@@ -64,7 +64,9 @@ class Flights(Generic[K, V]):
         both are raised at once to who asks again within the next seconds."""
         return await self.join_early(key, lambda _land: fetch())
 
-    async def join_early(self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False) -> V:
+    async def join_early(
+        self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False
+    ) -> V:
         """As `join`, of a fetch that may land its value before it ends: from then on it serves who comes, and
         is cancelled with nobody. With `ended`, returns when it has ended."""
         self._raise_remembered(key)
@@ -90,9 +92,11 @@ class Flights(Generic[K, V]):
             self._note_failure(key, late)
         raise late
 
-    def launch(self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]], more: bool = False) -> "Ride[K, V]":
-        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and may expect more. It
-        is not started where there are none, unless it has `more` to expect.
+    def launch(
+        self, keys: Iterable[K], fetch: Callable[["Ride[K, V]"], Awaitable[None]], more: bool = False
+    ) -> "Ride[K, V]":
+        """Starts one `fetch(ride)` for those of `keys` that are not under way; it lands each as it comes, and
+        may expect more. It is not started where there are none, unless it has `more` to expect.
 
         What has not landed when it ends is left to who waits for it: they ask for it alone. It raises
         nothing. The caller counts as one who waits, until it leaves."""
@@ -124,10 +128,13 @@ class Flights(Generic[K, V]):
             with ride.scope:
                 try:
                     await fetch(ride)
-                except IpfsFuseError:  # whoever waits asks for its block alone, and hears what is wrong with that one
+                except IpfsFuseError:
+                    # whoever waits asks for its block alone, and hears what is wrong with that one
                     pass
                 except Exception:
-                    log.exception("a fetch of several blocks ended by what no one foresaw; each is asked for alone")
+                    log.exception(
+                        "a fetch of several blocks ended by what no one foresaw; each is asked for alone"
+                    )
         finally:
             ride.end()
 
@@ -144,7 +151,9 @@ class Flights(Generic[K, V]):
         self._nursery.start_soon(self._fly, key, flight, fetch)
         return flight
 
-    async def _fly(self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]) -> None:
+    async def _fly(
+        self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]
+    ) -> None:
         def land(value: V) -> None:
             flight.fetch.interest += 1  # its own
             self._land(key, flight, value)

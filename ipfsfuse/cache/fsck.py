@@ -108,16 +108,23 @@ async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, r
     return False
 
 
-async def _check_by_index(store: Store, reading: Reading, pack: int, named: set[Place], report: FsckReport) -> None:
+async def _check_by_index(
+    store: Store, reading: Reading, pack: int, named: set[Place], report: FsckReport
+) -> None:
     """What no intact head leads to. `named` grows by it."""
     for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unindexed_in(pack)]):
         place = store.place(cids.make(cids.RAW, key))
         if place is None or place.pack != pack or place in named:
             continue
         named.add(place)
-        with contextlib.suppress(OSError):  # evicted meanwhile; or the disk does not give it, and a read fetches it again
+        # evicted meanwhile; or the disk does not give it, and a read fetches it again
+        with contextlib.suppress(OSError):
             cid, intact = await threads.run_sync(head_before, store.packs, key, place)
-            if await _check_block(store, reading, cid, place, report) and not intact and pack in store.packs.sizes:
+            if (
+                await _check_block(store, reading, cid, place, report)
+                and not intact
+                and pack in store.packs.sizes
+            ):
                 await threads.run_sync(rewrite_head, store.packs, cid, place)
                 report.heads += 1
 
@@ -127,7 +134,11 @@ async def _find_unnamed(store: Store, pack: int, named: set[Place], report: Fsck
 
     def unnamed() -> list[tuple[Cid, Place]]:
         starts = sorted({0, *(place.at + place.size for place in named)})
-        return [found for start in starts for found in takewhile(lambda found: found[1] not in named, store.packs.sections(pack, start))]
+        return [
+            found
+            for start in starts
+            for found in takewhile(lambda found: found[1] not in named, store.packs.sections(pack, start))
+        ]
 
     for cid, place in await threads.run_sync(unnamed):
         if store.place(cid) is None and await store.take_back(cid, place):
@@ -144,7 +155,11 @@ async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, 
     report.bytes += leaf.size
     if await store.leaf(file, leaf) is None and not entry.dead:
         report.wrong += 1
-        await _mend(reading.leaf(file, leaf), f"{cids.text(leaf.cid)} at {leaf.offset} in {cids.text(entry.cid)}", report)
+        await _mend(
+            reading.leaf(file, leaf),
+            f"{cids.text(leaf.cid)} at {leaf.offset} in {cids.text(entry.cid)}",
+            report,
+        )
 
 
 async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None:

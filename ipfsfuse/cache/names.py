@@ -1,7 +1,7 @@
 """Names in the mount's root: what was opened there by name, as first spelled.
 
-A name is listed while its own block or file is staged, or kept for good: whoever goes below it reads that block, so
-it leaves after what is only below it. Concurrency: the event loop's; rows are written behind.
+A name is listed while its own block or file is staged, or kept for good: whoever goes below it reads that
+block, so it leaves after what is only below it. Concurrency: the event loop's; rows are written behind.
 """
 
 from collections import deque
@@ -16,14 +16,17 @@ from ipfsfuse.errors import StoreFailed
 MAX_NAMES = 10_000
 """Names kept; beyond them, those that are staged no more are looked for."""
 LOOK_AT = 4
-"""Names that are looked at when one more is noted: together with the noting it takes no longer for many than for few."""
+"""Names that are looked at when one more is noted: together with the noting it takes no longer for many than
+for few."""
 
 
 class Names:
     def __init__(self, store: Store) -> None:
         self._store = store
         try:
-            rows = store.index.rows("SELECT cid, spelling FROM roots ORDER BY at", lambda cid, name: (cids.decode(cid), str(name)))
+            rows = store.index.rows(
+                "SELECT cid, spelling FROM roots ORDER BY at", lambda cid, name: (cids.decode(cid), str(name))
+            )
             self._names: dict[Cid, str] = dict(rows)
         except (StoreFailed, Damaged):
             self._names = {}

@@ -261,8 +261,8 @@ class PinnedDags:
                     packs.pending[cids.multihash(cid)] = place
 
     def _release(self, keys: Iterable[Key]) -> None:
-        """Lets go of what no other pin holds, finished or under way. While it is not known what one of them holds,
-        `recover` will do it."""
+        """Lets go of what no other pin holds, finished or under way. While it is not known what one of them
+        holds, `recover` will do it."""
         held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
         for key in keys:
             self._store.budget.refused.discard(key)

@@ -107,7 +107,8 @@ class PinsetCache(Reading):
 
     def opened(self, file: FileRef) -> None:
         """As `Cache.opened`."""
-        pins = self.store.pins  # first what costs least: a small file is opened in as much time as the index takes to answer
+        # first what costs least: a small file is opened in as much time as the index takes to answer
+        pins = self.store.pins
         if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
             pins.add(file.cid)
         self.store.note_use(file)
@@ -150,8 +151,8 @@ class PinsetCache(Reading):
         budget, space = self.store.budget, self.store.space
         held = {str(owner): size for owner, size in budget.arc.held_by().items()}
         return Statistics(
-            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes, self._pinned.lost,
-            self.hits, self.misses, budget.evictions, self.trouble,
+            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes,
+            self._pinned.lost, self.hits, self.misses, budget.evictions, self.trouble,
             budget.arc.capacity // arc.SHARE, held,
         )  # fmt: skip
 
@@ -191,7 +192,9 @@ class PinsetCache(Reading):
     async def copy(self, cid: Cid, node: str) -> Copy | None:
         """As `Copies.copy`."""
         entry = self.store.staging.entries.get(cids.canonical(cid))
-        if self.store.place(cid) is None and (entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW):
+        if self.store.place(cid) is None and (
+            entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW
+        ):
             return None
         block = await self.block(cid)
         if cids.codec(cid) == cids.RAW:

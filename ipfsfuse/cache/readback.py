@@ -19,7 +19,9 @@ SIDE_BY_SIDE = 2
 """Errands: one reads while the other hashes."""
 
 
-async def read_back(store: Store, flights: Flights[bytes, Arrival], file: FileRef, leaves: Sequence[Leaf], arrived: Arrived) -> set[Leaf]:
+async def read_back(
+    store: Store, flights: Flights[bytes, Arrival], file: FileRef, leaves: Sequence[Leaf], arrived: Arrived
+) -> set[Leaf]:
     """Hands over those of `leaves`, which seem to be staged, that are right, and returns them."""
     came: set[Leaf] = set()
     listening = True

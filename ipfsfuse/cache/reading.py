@@ -1,7 +1,7 @@
 """Reading through the cache: from the disk, from a fetch under way, or from the sources.
 
-Concurrency: every method may be called by many tasks at once. Of all who want one block one fetch serves all, and
-belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
+Concurrency: every method may be called by many tasks at once. Of all who want one block one fetch serves all,
+and belongs to none of them (see `flights`). A fetch ends when its block is staged, or was found not to be.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -25,9 +25,11 @@ from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
 FEW = 4
 """So many blocks that are asked for one by one cost less than one answer with all of a directory's."""
 PATIENCE = 1 / 3
-"""Part of the deadline that one such answer may take: who waits for a block of it has the rest to get that elsewhere."""
+"""Part of the deadline that one such answer may take: who waits for a block of it has the rest to get that
+elsewhere."""
 OF_BUDGET = 4
-"""The largest part of the budget, as a divisor, that one answer may fill: what comes must not push itself out."""
+"""The largest part of the budget, as a divisor, that one answer may fill: what comes must not push itself
+out."""
 AT_ONCE = 2000
 """Blocks of one answer that are registered in one step of the event loop: some 10 ms."""
 SIDE_BY_SIDE = 4
@@ -44,7 +46,9 @@ class WriteBehind:
     def __init__(self) -> None:
         self._bytes = 0
 
-    async def keep(self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]) -> None:
+    async def keep(
+        self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]
+    ) -> None:
         """Awaits `keep()`, of `size` bytes. Before, where the bound allows, it calls `give`, if that is asked
         for. Then nothing cancels the keeping any more: what was read is kept, even if the mount ends
         meanwhile."""
@@ -99,16 +103,24 @@ class Reading:
         return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
 
     async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, Arrival]:
-        """Blocks that came together, staged: a large raw one as a file, those that packs hold by few writes."""
+        """Blocks that came together, staged: a large raw one as a file, those that packs hold by few
+        writes."""
         self.misses += len(blocks)
         to_stage = {cid: of for cid, of in blocks.items() if not of.source.in_place}
-        files = {cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL}
+        files = {
+            cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL
+        }
         if len(to_stage) > len(files):
             await self.store.keep_blocks((cid, of.block) for cid, of in to_stage.items() if cid not in files)
         for cid, of in files.items():
             size = len(of.block)
-            await self.store.keep_leaf(FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), of.block, of.source.name)
-        return {cid: Arrival(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW) for cid, of in blocks.items()}
+            await self.store.keep_leaf(
+                FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), of.block, of.source.name
+            )
+        return {
+            cid: Arrival(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW)
+            for cid, of in blocks.items()
+        }
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         """As `Cache.gather`."""
@@ -128,7 +140,11 @@ class Reading:
 
     def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        return [block_key(cid) for cid in wanted if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)]
+        return [
+            block_key(cid)
+            for cid in wanted
+            if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)
+        ]
 
     def _is_staged_file(self, cid: Cid) -> bool:
         """Whether it is a raw file, and whole, as far as is known without looking at the disk."""
@@ -146,11 +162,17 @@ class Reading:
             if block is not None:
                 self.hits += 1
                 return await content_of(leaf, block)
-        arrival = await self._flights.join_early(leaf_key(leaf), lambda land: self._bring_leaf(file, leaf, land if early else None), ended=not early)
-        if len(arrival.content) != leaf.size:  # no failure to remember: another file may tell the truth about this leaf
+        arrival = await self._flights.join_early(
+            leaf_key(leaf),
+            lambda land: self._bring_leaf(file, leaf, land if early else None),
+            ended=not early,
+        )
+        # no failure to remember: another file may tell the truth about this leaf
+        if len(arrival.content) != leaf.size:
             return await content_of(leaf, await self.block(leaf.cid))
         if arrival.stage and arrival.home != (file.cid, leaf.offset) and not await self._has(file, leaf):
-            await self._keep(file, leaf, arrival)  # another file's leaf, or another place in this one, of the same bytes
+            # another file's leaf, or another place in this one, of the same bytes
+            await self._keep(file, leaf, arrival)
         return arrival.content
 
     async def _bring_leaf(self, file: FileRef, leaf: Leaf, land: Callable[[Arrival], None] | None) -> Arrival:
@@ -161,7 +183,9 @@ class Reading:
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         arrival = await of_leaf(file, leaf, fetched.block, fetched.source)
-        await self._behind.keep(leaf.size, land and (lambda: land(arrival)), lambda: self._stage(file, leaf, arrival))
+        await self._behind.keep(
+            leaf.size, land and (lambda: land(arrival)), lambda: self._stage(file, leaf, arrival)
+        )
         return arrival
 
     async def _stage(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
@@ -182,7 +206,8 @@ class Reading:
             await self._stage(file, leaf, arrival)
 
     async def _keep(self, file: FileRef, leaf: Leaf, arrival: Arrival) -> None:
-        if len(arrival.content) == leaf.size and arrival.source is not None:  # else its parent lied: not for a file to hold
+        # else its parent lied: not for a file to hold
+        if len(arrival.content) == leaf.size and arrival.source is not None:
             await self.store.keep_leaf(file, leaf, arrival.content, arrival.source.name)
 
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
@@ -212,7 +237,9 @@ class Reading:
         if missing:
             came |= await self._run(file, missing, arrived)
         if arrived is not None:
-            await self._hand_over(file, [leaf for leaf in (*staged, *rest, *missing) if leaf not in came], arrived)
+            await self._hand_over(
+                file, [leaf for leaf in (*staged, *rest, *missing) if leaf not in came], arrived
+            )
 
     async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
         """One run from the sources; returns what came and was handed over."""
@@ -233,7 +260,12 @@ class Reading:
                     ride.land(key, arrival)  # a reader need not wait until it is written
                     came_now.append((by_key[key][0], arrival))
                     for leaf in by_key[key]:
-                        if listening and arrived is not None and leaf not in came and len(arrival.content) == leaf.size:
+                        if (
+                            listening
+                            and arrived is not None
+                            and leaf not in came
+                            and len(arrival.content) == leaf.size
+                        ):
                             came.add(leaf)
                             arrived(leaf, arrival.content)
                 await self._stage_all(file, came_now)

@@ -1,4 +1,5 @@
-"""Blocks of one answer on their way into the cache: who waits for one has it as soon as it is kept, with those that came with it.
+"""Blocks of one answer on their way into the cache: who waits for one has it as soon as it is kept, with
+those that came with it.
 
 Concurrency: the event loop's; one task takes.
 """

@@ -1,7 +1,8 @@
-"""All that the commands print. What is printed for people is escaped here, so that no command has to think of it.
+"""All that the commands print. What is printed for people is escaped here, so that no command has to think of
+it.
 
-Names of files, messages of gateways and nodes, and arguments can hold escape codes, which a terminal would obey, and
-line ends, which would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
+Names of files, messages of gateways and nodes, and arguments can hold escape codes, which a terminal would
+obey, and line ends, which would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
 """
 
 import json
@@ -21,5 +22,6 @@ def note(text: str) -> None:
 
 
 def values(value: object, indent: int | None = 2) -> None:
-    """Output for programs: JSON in ASCII, so that every control character in it is escaped by JSON's own rules."""
+    """Output for programs: JSON in ASCII, so that every control character in it is escaped by JSON's own
+    rules."""
     print(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"), flush=True)

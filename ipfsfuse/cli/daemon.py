@@ -63,7 +63,9 @@ def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
             console.values(answer, indent=None)
 
     try:
-        mount.run(asked, ready, _Indexing(starter), None if starter is None and _has_terminal() else log_to.reopen)
+        mount.run(
+            asked, ready, _Indexing(starter), None if starter is None and _has_terminal() else log_to.reopen
+        )
     except BaseException as exc:
         if starter is not None:
             starter.tell(f"error {one_line(unwrapped(exc))}")
@@ -71,7 +73,8 @@ def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
 
 
 class _Indexing:
-    """Passes on how far an index is: to the starter each time, to the log now and then. Called in one thread at a time."""
+    """Passes on how far an index is: to the starter each time, to the log now and then. Called in one thread
+    at a time."""
 
     def __init__(self, starter: "_Starter | None") -> None:
         self._starter = starter

@@ -73,9 +73,20 @@ def _device() -> Finding:
         os.close(os.open(FUSE, os.O_RDWR | os.O_CLOEXEC))
         return Finding(OK, str(FUSE), "there, and may be opened")
     except FileNotFoundError:
-        return Finding(BAD, str(FUSE), "missing", "load the kernel's module (modprobe fuse); in a container: --device /dev/fuse --cap-add SYS_ADMIN")
+        return Finding(
+            BAD,
+            str(FUSE),
+            "missing",
+            "load the kernel's module (modprobe fuse); in a container: --device /dev/fuse --cap-add "
+            "SYS_ADMIN",
+        )
     except OSError as exc:
-        return Finding(BAD, str(FUSE), f"can't be opened: {exc.strerror}", "chmod 666 /dev/fuse; a container must be given the device")
+        return Finding(
+            BAD,
+            str(FUSE),
+            f"can't be opened: {exc.strerror}",
+            "chmod 666 /dev/fuse; a container must be given the device",
+        )
 
 
 def _helper() -> Iterator[Finding]:
@@ -85,7 +96,12 @@ def _helper() -> Iterator[Finding]:
         return
     said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
     if os.geteuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
-        yield Finding(BAD, "fusermount3", f"{said}; not setuid root, so only root can mount", f"as root: chmod u+s {found}")
+        yield Finding(
+            BAD,
+            "fusermount3",
+            f"{said}; not setuid root, so only root can mount",
+            f"as root: chmod u+s {found}",
+        )
     else:
         yield Finding(OK, "fusermount3", said)
 
@@ -97,14 +113,24 @@ def _allow_other() -> Finding:
         set_there = False
     if set_there or os.geteuid() == 0:
         return Finding(OK, "--allow-other", "may be used")
-    return Finding(NOTE, "--allow-other", "may not be used by ordinary users", f"as root, if it is wanted: echo user_allow_other >> {FUSE_CONF}")
+    return Finding(
+        NOTE,
+        "--allow-other",
+        "may not be used by ordinary users",
+        f"as root, if it is wanted: echo user_allow_other >> {FUSE_CONF}",
+    )
 
 
 def _kernel() -> Finding:
     release = os.uname().release
     numbers = tuple(int(number) for number in release.split("-")[0].split(".")[:2] if number.isdigit())
     if numbers < (4, 20):
-        return Finding(NOTE, "kernel", f"{release}: no cached symlinks, perhaps no parallel lookups", "a kernel from 4.20 on is quicker")
+        return Finding(
+            NOTE,
+            "kernel",
+            f"{release}: no cached symlinks, perhaps no parallel lookups",
+            "a kernel from 4.20 on is quicker",
+        )
     return Finding(OK, "kernel", release)
 
 
@@ -114,7 +140,12 @@ def _user_requests() -> Iterator[Finding]:
     except (OSError, ValueError):
         return
     if os.geteuid() != 0 and allowed < 256:
-        yield Finding(NOTE, "requests in flight", f"the kernel allows ordinary users {allowed}", f"as root: echo 4096 > {USER_REQUESTS}")
+        yield Finding(
+            NOTE,
+            "requests in flight",
+            f"the kernel allows ordinary users {allowed}",
+            f"as root: echo 4096 > {USER_REQUESTS}",
+        )
 
 
 def _request_timeout(deadline: float) -> Iterator[Finding]:
@@ -128,9 +159,13 @@ def _request_timeout(deadline: float) -> Iterator[Finding]:
         yield Finding(BAD, "request timeout", str(exc), f"as root: echo 0 > {timeout.set_by}")
         return
     if shortened:
-        yield Finding(NOTE, "request timeout", shortened, f"as root, if that is too short: echo 0 > {timeout.set_by}")
+        yield Finding(
+            NOTE, "request timeout", shortened, f"as root, if that is too short: echo 0 > {timeout.set_by}"
+        )
     else:
-        yield Finding(OK, "request timeout", f"{timeout.set_by} is {timeout.seconds} s, longer than the deadline")
+        yield Finding(
+            OK, "request timeout", f"{timeout.set_by} is {timeout.seconds} s, longer than the deadline"
+        )
 
 
 def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
@@ -139,11 +174,17 @@ def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
     try:
         space = FreeSpace(existing, reserve)
     except OSError as exc:
-        yield Finding(BAD, "space", f"{existing} can't be looked at: {exc.strerror}", "name another with --cache-dir")
+        yield Finding(
+            BAD, "space", f"{existing} can't be looked at: {exc.strerror}", "name another with --cache-dir"
+        )
         return
     spare = space.spare()
     if spare is None:
-        yield Finding(NOTE, "space", "the file system does not tell how much it has: the budget is not checked against it")
+        yield Finding(
+            NOTE,
+            "space",
+            "the file system does not tell how much it has: the budget is not checked against it",
+        )
         return
     effective = max(0, min(budget, spare + (disk_usage(folder) if folder.exists() else 0)))
     there = f"{units.human(space.free)} free there, {units.human(space.reserve)} of it stay reserved"
@@ -159,7 +200,9 @@ def _cache_folder(folder: Path) -> Finding:
     if existing != folder:
         if os.access(existing, os.W_OK | os.X_OK):
             return Finding(OK, "cache folder", f"{folder} will be made")
-        return Finding(BAD, "cache folder", f"{folder} can't be made in {existing}", "name another with --cache-dir")
+        return Finding(
+            BAD, "cache folder", f"{folder} can't be made in {existing}", "name another with --cache-dir"
+        )
     try:
         cache_folder.examine(folder)
     except IpfsFuseError as exc:
@@ -182,8 +225,17 @@ def _library(folder: Path) -> Finding:
 def _mount_of(cache_dir: Path) -> Finding:
     said = cache_folder.announced(cache_dir)
     if cache_folder.is_free(cache_dir):
-        dead = [mounted.mountpoint for mounted in mountpoints.table() if said and mounted.type == mountpoints.TYPE and mounted.mountpoint == said[1]]
+        dead = [
+            mounted.mountpoint
+            for mounted in mountpoints.table()
+            if said and mounted.type == mountpoints.TYPE and mounted.mountpoint == said[1]
+        ]
         if dead:
-            return Finding(NOTE, "mount", f"{dead[0]} is left from a daemon that has ended", f"ipfsfuse mount {dead[0]} takes its place")
+            return Finding(
+                NOTE,
+                "mount",
+                f"{dead[0]} is left from a daemon that has ended",
+                f"ipfsfuse mount {dead[0]} takes its place",
+            )
         return Finding(OK, "mount", "none uses the cache folder now")
     return Finding(OK, "mount", f"process {said[0]} serves {said[1]}" if said else "a daemon is starting")

@@ -18,5 +18,8 @@ def one_line(exc: BaseException) -> str:
     elif isinstance(exc, OSError):
         said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else str(exc)
     else:
-        said = f"an error that nobody foresaw, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"
+        said = (
+            f"an error that nobody foresaw, {type(exc).__name__}: {str(exc).strip()} "
+            "(IPFSFUSE_TRACEBACK=1 shows where)"
+        )
     return printable(said.strip())

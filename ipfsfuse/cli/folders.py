@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 
 def cache_dir(given: str | None) -> Path:
     """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
-    return _absolute(given or os.environ.get("IPFSFUSE_CACHE_DIR") or _xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse")
+    return _absolute(
+        given or os.environ.get("IPFSFUSE_CACHE_DIR") or _xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
+    )
 
 
 def library(given: str | None) -> Path:
     """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
-    return _absolute(given or os.environ.get("IPFSFUSE_LIBRARY") or _xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library")
+    return _absolute(
+        given
+        or os.environ.get("IPFSFUSE_LIBRARY")
+        or _xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
+    )
 
 
 def _xdg(variable: str, fallback: str) -> Path:
@@ -48,12 +54,14 @@ def mountpoint(given: str) -> Path:
 
 
 def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":
-    """The daemon that serves `point`. None where that is not known, or another daemon uses the cache folder that was
-    given."""
+    """The daemon that serves `point`. None where that is not known, or another daemon uses the cache folder
+    that was given."""
     from ipfsfuse.control import live_mounts
 
     found = live_mounts.find(point)
-    if found is not None and (given_cache_dir is None or found.control == cache_folder.socket_path(cache_dir(given_cache_dir))):
+    if found is not None and (
+        given_cache_dir is None or found.control == cache_folder.socket_path(cache_dir(given_cache_dir))
+    ):
         return found
     folder = cache_dir(given_cache_dir)
     announced = cache_folder.announced(folder)
@@ -63,8 +71,8 @@ def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":
 
 
 def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
-    """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is not one that
-    can be asked."""
+    """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is not
+    one that can be asked."""
     if mounted_at is None:
         return cache_folder.socket_path(cache_dir(given_cache_dir))
     from ipfsfuse.fuse import mountpoint as mountpoints
@@ -76,5 +84,9 @@ def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
     if mountpoints.ours_at(point) is None:
         raise errors.DaemonFailed(f"{point} is not a mount of ipfsfuse")
     if given_cache_dir is not None:
-        raise errors.DaemonFailed(f"the mount of {cache_dir(given_cache_dir)} is not at {point}: leave out --cache-dir")
-    raise errors.DaemonFailed(f"which daemon serves {point} is not known: name its cache folder with --cache-dir")
+        raise errors.DaemonFailed(
+            f"the mount of {cache_dir(given_cache_dir)} is not at {point}: leave out --cache-dir"
+        )
+    raise errors.DaemonFailed(
+        f"which daemon serves {point} is not known: name its cache folder with --cache-dir"
+    )

@@ -1,4 +1,5 @@
-"""`ipfsfuse add`, `library`, `rm` and `export`: what goes into the library, what is in it, and what comes out as CAR files."""
+"""`ipfsfuse add`, `library`, `rm` and `export`: what goes into the library, what is in it, and what comes out
+as CAR files."""
 
 import argparse
 import base64
@@ -80,7 +81,10 @@ def show(arguments: argparse.Namespace) -> int:
             library.compact()
         entries = library.entries()
     if arguments.json:
-        rows = [{"cid": cids.text(each.cid), "name": each.name, "size": each.size, "added": each.added} for each in entries]
+        rows = [
+            {"cid": cids.text(each.cid), "name": each.name, "size": each.size, "added": each.added}
+            for each in entries
+        ]
         console.values(rows)
         return 0
     for each in entries:
@@ -117,7 +121,8 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
                 progress({"done": written})
 
             if to_stdout:
-                for number in (signal.SIGINT, signal.SIGTERM):  # a write that waits for a slow reader can't be cancelled,
+                # a write that waits for a slow reader can't be cancelled,
+                for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
                 await importer.export_to_stream(cid, get, sys.stdout.fileno(), show)
             else:
@@ -146,7 +151,10 @@ def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:
         except (Unavailable, trio.TooSlowError) as exc:
             block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
             if block is None:
-                raise Unavailable(f"{cids.text(wanted)} is in no source and no running mount: name one that has it with --from") from exc
+                raise Unavailable(
+                    f"{cids.text(wanted)} is in no source and no running mount: name one that has it "
+                    "with --from"
+                ) from exc
             return block
 
     return get

@@ -9,7 +9,8 @@ from typing import Any
 from ipfsfuse.text import printable
 
 INDENT = "    "
-"""Before each line of a traceback: an exception's message may have several, and none of them looks like a message."""
+"""Before each line of a traceback: an exception's message may have several, and none of them looks like a
+message."""
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -35,8 +36,8 @@ def _indented(text: str) -> str:
 
 
 def escape_the_log() -> None:
-    """Lets every handler of the root logger escape, and logs what Python would print itself: warnings, and exceptions
-    that nothing caught in threads and in finalizers."""
+    """Lets every handler of the root logger escape, and logs what Python would print itself: warnings, and
+    exceptions that nothing caught in threads and in finalizers."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter(FORMAT))
     logging.captureWarnings(True)

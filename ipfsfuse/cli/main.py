@@ -15,9 +15,11 @@ from ipfsfuse.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody reads what it prints."""
+    """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody
+    reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what the locale's encoding lacks is no reason to fail
+        # what the locale's encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (A mount knows itself what to do.)"""
+    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (A mount knows itself what to
+    do.)"""
     before = signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     try:
         yield
@@ -47,7 +50,8 @@ def _ended_by(exc: BaseException) -> int:
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if isinstance(exc, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint from the interpreter's last flush
+        # no complaint from the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     console.note(f"ipfsfuse: {one_line(exc)}")
     return 2 if isinstance(exc, UsageError) else 1

@@ -1,4 +1,5 @@
-"""`ipfsfuse mount`: arguments to a MountConfig; in the foreground, or as a daemon that is waited for until it is mounted.
+"""`ipfsfuse mount`: arguments to a MountConfig; in the foreground, or as a daemon that is waited for until it
+is mounted.
 
 The daemon is this program started anew in a session of its own (`--foreground --ready-fd N`, see `daemon`).
 """
@@ -31,7 +32,8 @@ END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
 
 ALLOW_OTHER = (
-    "--allow-other: every user of this machine can read what this mount shows: the whole library, what is pinned, "
+    "--allow-other: every user of this machine can read what this mount shows: the whole library, "
+    "what is pinned, "
     "what was read, and any CID that its sources have"
 )
 
@@ -61,7 +63,8 @@ def config(arguments: argparse.Namespace) -> MountConfig:
 
 
 def _allowed(texts: Iterable[str]) -> frozenset[Cid]:
-    """The canonical CIDs of `texts`: each is a CID, or a file that lists some, one a line, # before comments."""
+    """The canonical CIDs of `texts`: each is a CID, or a file that lists some, one a line, # before
+    comments."""
     return frozenset(cids.canonical(each) for text in texts for each in _listed(text))
 
 
@@ -107,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not asked.isolated:
         _await_ending(asked.cache_dir)
     if arguments.foreground:
-        from ipfsfuse.cli import daemon  # with trio and pyfuse3, 200 ms: only the process that serves needs them
+        # with trio and pyfuse3, 200 ms: only the process that serves needs them
+        from ipfsfuse.cli import daemon
 
         daemon.serve(asked, arguments.ready_fd, arguments.json)
         return 0
@@ -118,20 +122,25 @@ def run(arguments: argparse.Namespace) -> int:
     if asked.allow_other:
         console.note(f"ipfsfuse: {ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):
-        console.note("ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE")
+        console.note(
+            "ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE"
+        )
     if arguments.json:
         console.values(told, indent=None)
     return 0
 
 
 def _refuse_below(asked: MountConfig) -> None:
-    """Raises UsageError where the daemon would have to read or write below its own mount: it would wait for itself."""
+    """Raises UsageError where the daemon would have to read or write below its own mount: it would wait for
+    itself."""
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
     for what, path in own.items():
         if path is not None and Path(os.path.realpath(path)).is_relative_to(asked.mountpoint):
-            raise UsageError(f"{what} ({path}) lies below the mountpoint {asked.mountpoint}: choose another place")
+            raise UsageError(
+                f"{what} ({path}) lies below the mountpoint {asked.mountpoint}: choose another place"
+            )
 
 
 def _await_ending(cache_dir: Path) -> None:
@@ -149,10 +158,26 @@ def _start_daemon(argv: list[str]) -> dict[str, Any]:
     reading, writing = os.pipe()
     with tempfile.TemporaryFile() as said, open(reading, "rb") as line_from:
         at = argv.index("mount")
-        command = [sys.executable, "-P", "-m", "ipfsfuse", *argv[: at + 1], "--foreground", "--ready-fd", str(writing), *argv[at + 1 :]]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "ipfsfuse",
+            *argv[: at + 1],
+            "--foreground",
+            "--ready-fd",
+            str(writing),
+            *argv[at + 1 :],
+        ]
         try:
             daemon = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=[writing], start_new_session=True, env=_environment()
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=[writing],
+                start_new_session=True,
+                env=_environment(),
             )
         finally:
             os.close(writing)

@@ -32,11 +32,17 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         console.line(f"{name}: none")
         return
     console.line(f"{name}:")
-    cells = [[_label(key) for key in rows[0]], *([printable(said(key, value)) for key, value in row.items()] for row in rows)]
+    cells = [
+        [_label(key) for key in rows[0]],
+        *([printable(said(key, value)) for key, value in row.items()] for row in rows),
+    ]
     right = [isinstance(value, int | float | None) for value in rows[0].values()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        padded = [cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(line, widths, right, strict=True)]
+        padded = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        ]
         console.line(f"  {'  '.join(padded)}".rstrip())
 
 
@@ -44,7 +50,13 @@ def status(answer: Mapping[str, Any]) -> None:
     """What `status` says."""
     show({key: value for key, value in answer.items() if key not in ("pins", "sources")})
     table("pins", [{"node": name, **values} for name, values in answer["pins"].items()])
-    table("sources", [{**{key: value for key, value in source.items() if key != "why"}, "why": source["why"]} for source in answer["sources"]])
+    table(
+        "sources",
+        [
+            {**{key: value for key, value in source.items() if key != "why"}, "why": source["why"]}
+            for source in answer["sources"]
+        ],
+    )
 
 
 def ls(answer: Mapping[str, Any]) -> None:
@@ -53,10 +65,16 @@ def ls(answer: Mapping[str, Any]) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each["last_used"]))
         whole = "whole" if each["complete"] else f"{human(each['staged'])} of"
         marks = f"pinned:{each['pinned']}" if each["pinned"] else ""
-        console.line(f"{each['cid']}  {whole:>12} {human(each['size']):>10}  {used}  {each['source']:10} {marks}".rstrip())
+        console.line(
+            f"{each['cid']}  {whole:>12} {human(each['size']):>10}  {used}  {each['source']:10} "
+            f"{marks}".rstrip()
+        )
     small = answer["small"]
     if small["bytes"]:
-        console.line(f"and {small['blocks']} small blocks (files up to 64 KiB, directories, links): {human(small['bytes'])}")
+        console.line(
+            f"and {small['blocks']} small blocks (files up to 64 KiB, directories, links): "
+            f"{human(small['bytes'])}"
+        )
 
 
 def said(key: str, value: object) -> str:

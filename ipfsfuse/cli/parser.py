@@ -1,6 +1,8 @@
-"""The commands and their options, as one table for argparse. Imports nothing that takes long: `ipfsfuse --help` is quick.
+"""The commands and their options, as one table for argparse. Imports nothing that takes long: `ipfsfuse
+--help` is quick.
 
-Each command names the function that runs it as "module:function" below `ipfsfuse.cli`, imported when it is called.
+Each command names the function that runs it as "module:function" below `ipfsfuse.cli`, imported when it is
+called.
 """
 
 import argparse
@@ -12,7 +14,10 @@ from ipfsfuse import __version__
 from ipfsfuse.cli import units
 from ipfsfuse.errors import UsageError
 
-SOURCES_HELP = "SOURCE, in the order to ask: `library` (the default: what `add` put there), a CAR file, `kubo` or kubo+http://HOST:PORT, https://GATEWAY"
+SOURCES_HELP = (
+    "SOURCE, in the order to ask: `library` (the default: what `add` put there), a CAR file, `kubo` or "
+    "kubo+http://HOST:PORT, https://GATEWAY"
+)
 
 RESERVE_HELP = "what the cache leaves free of its disk (a twentieth, at most 2GiB; 0 for nothing)"
 
@@ -32,7 +37,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> Parser:
     codes = "Exit codes: 0; 1 it failed; 2 usage; of status also 3: degraded."
-    parser = Parser(prog="ipfsfuse", allow_abbrev=False, description="IPFS as a read-only directory.", epilog=codes)
+    parser = Parser(
+        prog="ipfsfuse", allow_abbrev=False, description="IPFS as a read-only directory.", epilog=codes
+    )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for build in (_library, _mounts, _remote):
@@ -62,72 +69,145 @@ _SIZE, _DURATION, _PATH = _type(units.size), _type(units.duration), _type(_folde
 
 
 def _command(commands: Any, name: str, run: str, about: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
+    )
     parser.set_defaults(run=run)
     return parser
 
 
 def _library(commands: Any) -> None:
-    add = _command(commands, "add", "library:add", "import files and folders into the library; prints their CIDs")
-    add.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder, a symlink; - for standard input")
+    add = _command(
+        commands, "add", "library:add", "import files and folders into the library; prints their CIDs"
+    )
+    add.add_argument(
+        "paths", nargs="+", metavar="PATH", help="a file, a folder, a symlink; - for standard input"
+    )
     add.add_argument("-Q", "--quieter", action="store_true", help="print the last CID alone")
-    add.add_argument("--profile", default="unixfs-v1-2025", choices=["unixfs-v1-2025", "unixfs-v0-2015"], help="the rules that give the CID")
-    add.add_argument("-w", "--wrap-with-directory", action="store_true", help="put the PATHs into a folder of their own")
+    add.add_argument(
+        "--profile",
+        default="unixfs-v1-2025",
+        choices=["unixfs-v1-2025", "unixfs-v0-2015"],
+        help="the rules that give the CID",
+    )
+    add.add_argument(
+        "-w", "--wrap-with-directory", action="store_true", help="put the PATHs into a folder of their own"
+    )
     add.add_argument("-H", "--hidden", action="store_true", help="take names that begin with a dot too")
     add.add_argument("--only-hash", "-n", action="store_true", help="print the CIDs and keep nothing")
     add.add_argument("--preserve-mode", action="store_true", help="store permissions")
     add.add_argument("--preserve-mtime", action="store_true", help="store modification times")
     library = _command(commands, "library", "library:show", "list what `add` put into the library")
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
-    export = _command(commands, "export", "library:export", "write a CID with all below it to a CAR file, verified")
+    export = _command(
+        commands, "export", "library:export", "write a CID with all below it to a CAR file, verified"
+    )
     for parser in (remove, export):
         parser.add_argument("cid", metavar="CID")
-    export.add_argument("file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output")
+    export.add_argument(
+        "file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output"
+    )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     library.add_argument("--json", action="store_true")
-    library.add_argument("--compact", action="store_true", help="give back the space of what was removed, first")
+    library.add_argument(
+        "--compact", action="store_true", help="give back the space of what was removed, first"
+    )
     for parser in (add, library, remove, export):
         _folders(parser)
 
 
 def _folders(parser: argparse.ArgumentParser, library: bool = True) -> None:
-    parser.add_argument("--cache-dir", metavar="DIR", type=_PATH, help="the cache folder (IPFSFUSE_CACHE_DIR, else ~/.cache/ipfsfuse)")
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        type=_PATH,
+        help="the cache folder (IPFSFUSE_CACHE_DIR, else ~/.cache/ipfsfuse)",
+    )
     if library:
-        parser.add_argument("--library", metavar="DIR", type=_PATH, help="the library (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)")
+        parser.add_argument(
+            "--library",
+            metavar="DIR",
+            type=_PATH,
+            help="the library (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
+        )
 
 
 def _mounts(commands: Any) -> None:
-    mount = _command(commands, "mount", "mounting:run", "mount IPFS at an empty folder; returns when it is mounted")
+    mount = _command(
+        commands, "mount", "mounting:run", "mount IPFS at an empty folder; returns when it is mounted"
+    )
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     mount.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    mount.add_argument("--offline", action="store_true", help="show what is here, fail at once for anything else")
-    _folders(mount)
-    mount.add_argument("--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="bytes that the cache may take on disk (10GiB)")
-    mount.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
-    mount.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="a read fails after this long without a block (30s)")
-    mount.add_argument("--allow", action="append", metavar="CID|FILE", help="these CIDs and what they hold, nothing else; a file lists one a line")
-    mount.add_argument("--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used")
-    mount.add_argument("--allow-other", action="store_true", help="let other users in: they can read all that the mount shows, the whole library too")
-    mount.add_argument("--isolated", action="store_true", help="a cache folder of its own, gone with the mount")
-    mount.add_argument("--while-held", action="store_true", help="end with the last connection that holds the mount, and remove MOUNTPOINT")
     mount.add_argument(
-        "--pins", choices=["kubo", "none"], default="kubo", help="kubo (the default): hold what is staged at the Kubo nodes among the sources"
+        "--offline", action="store_true", help="show what is here, fail at once for anything else"
+    )
+    _folders(mount)
+    mount.add_argument(
+        "--budget",
+        type=_SIZE,
+        default=units.size("10GiB"),
+        metavar="SIZE",
+        help="bytes that the cache may take on disk (10GiB)",
+    )
+    mount.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
+    mount.add_argument(
+        "--deadline",
+        type=_DURATION,
+        default=30.0,
+        metavar="TIME",
+        help="a read fails after this long without a block (30s)",
+    )
+    mount.add_argument(
+        "--allow",
+        action="append",
+        metavar="CID|FILE",
+        help="these CIDs and what they hold, nothing else; a file lists one a line",
+    )
+    mount.add_argument(
+        "--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used"
+    )
+    mount.add_argument(
+        "--allow-other",
+        action="store_true",
+        help="let other users in: they can read all that the mount shows, the whole library too",
+    )
+    mount.add_argument(
+        "--isolated", action="store_true", help="a cache folder of its own, gone with the mount"
+    )
+    mount.add_argument(
+        "--while-held",
+        action="store_true",
+        help="end with the last connection that holds the mount, and remove MOUNTPOINT",
+    )
+    mount.add_argument(
+        "--pins",
+        choices=["kubo", "none"],
+        default="kubo",
+        help="kubo (the default): hold what is staged at the Kubo nodes among the sources",
     )
     mount.add_argument(
         "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
         help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
     )  # fmt: skip
     mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
-    mount.add_argument("--json", action="store_true", help="print where it is mounted, the control socket and the pid")
+    mount.add_argument(
+        "--json", action="store_true", help="print where it is mounted, the control socket and the pid"
+    )
     mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
-    unmount = _command(commands, "unmount", "unmounting:run", "end a mount; names who holds it where it is busy")
+    unmount = _command(
+        commands, "unmount", "unmounting:run", "end a mount; names who holds it where it is busy"
+    )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
     _folders(unmount, library=False)
-    doctor = _command(commands, "doctor", "doctor:run", "check this machine for what a mount needs, and say what to do")
+    doctor = _command(
+        commands, "doctor", "doctor:run", "check this machine for what a mount needs, and say what to do"
+    )
     doctor.add_argument("--json", action="store_true")
-    doctor.add_argument("--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)")
+    doctor.add_argument(
+        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)"
+    )
     doctor.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
@@ -150,10 +230,17 @@ def _remote(commands: Any) -> None:
         if name in ("pin", "unpin", "prefetch"):
             parser.add_argument("cid", metavar="CID", help="a CID, or /ipfs/CID")
         if name == "prefetch":
-            parser.add_argument("--depth", type=_type(units.count), metavar="N", help="levels of folders to go down (all)")
+            parser.add_argument(
+                "--depth", type=_type(units.count), metavar="N", help="levels of folders to go down (all)"
+            )
         if name == "evict":
             parser.add_argument("cid", metavar="CID", nargs="?")
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
         parser.add_argument("--json", action="store_true")
-        parser.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount to ask; without it, that of the cache folder")
+        parser.add_argument(
+            "--mount",
+            metavar="MOUNTPOINT",
+            type=_PATH,
+            help="the mount to ask; without it, that of the cache folder",
+        )
         _folders(parser, library=False)

@@ -28,7 +28,9 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -38,7 +40,9 @@ class Progress:
             self._show_bar(done, total, unit, values.get("what"))
         elif time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()
-            console.note(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""))
+            console.note(
+                f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else "")
+            )
 
     def of_file(self, name: str, done: int, total: int) -> None:
         """As when called: `done` of `total` bytes of the file `name`."""

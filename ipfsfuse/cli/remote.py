@@ -1,4 +1,5 @@
-"""The commands that a running mount answers: each one call through its control socket, shown to people or as JSON."""
+"""The commands that a running mount answers: each one call through its control socket, shown to people or as
+JSON."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -68,7 +69,12 @@ def _work(arguments: argparse.Namespace, command: str, **sent: object) -> int:
     return _told(arguments, _call(arguments, command, sent), output.show)
 
 
-def _call(arguments: argparse.Namespace, command: str, sent: Mapping[str, object] = NOTHING, timeout: float | None = None) -> dict[str, Any]:
+def _call(
+    arguments: argparse.Namespace,
+    command: str,
+    sent: Mapping[str, object] = NOTHING,
+    timeout: float | None = None,
+) -> dict[str, Any]:
     path = folders.control(arguments.cache_dir, arguments.mount)
     with Progress(command) as progress:
         return client.call(path, command, progress, timeout=timeout, **sent)
@@ -82,7 +88,9 @@ def _cid(text: str) -> str:
     return cids.text(cid_alone(text))
 
 
-def _told(arguments: argparse.Namespace, answer: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:
+def _told(
+    arguments: argparse.Namespace, answer: dict[str, Any], show: Callable[[dict[str, Any]], None]
+) -> int:
     if arguments.json:
         console.values(answer)
     else:

@@ -5,7 +5,9 @@ import re
 from ipfsfuse.errors import UsageError
 
 _UNITS = {"": 1, "b": 1} | {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)}
-_UNITS |= {f"{prefix}{ending}": 1024**power for power, prefix in enumerate("kmgtp", 1) for ending in ("ib", "i", "")}
+_UNITS |= {
+    f"{prefix}{ending}": 1024**power for power, prefix in enumerate("kmgtp", 1) for ending in ("ib", "i", "")
+}
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 

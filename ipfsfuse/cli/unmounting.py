@@ -41,14 +41,19 @@ def _must_be_ours(point: Path) -> None:
 def take_away(point: Path, lazy: bool) -> None:
     """Unmounts. Raises MountFailed that names who holds it."""
     command = [mountpoints.fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode == 0:
         return
     said = done.stderr.strip().rpartition(": ")[2] or "fusermount3 gave no reason"
     if "busy" not in said:
         raise MountFailed(f"{point} can't be unmounted: {said}")
     users = [f"{user.pid} ({user.command}) uses {user.uses}" for user in holders(point)]
-    who = "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "") or "a process that this user can't see"
+    who = (
+        "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "")
+        or "a process that this user can't see"
+    )
     raise MountFailed(f"{point} is busy: {who}. End that first, or take it away with --lazy")
 
 
@@ -66,7 +71,7 @@ def _opened(served_by: LiveMount | None) -> Iterator[int | None]:
             os.close(daemon)
 
 
-# -- who uses a mount: read from /proc alone, so that a mount which does not answer holds nothing up ----------------
+# -- who uses a mount: read from /proc alone, so that a mount which does not answer holds nothing up ---------
 
 
 class Holder(NamedTuple):
@@ -77,8 +82,8 @@ class Holder(NamedTuple):
 
 
 def holders(point: Path) -> Iterator[Holder]:
-    """The processes that use something at or below `point`, as far as this user may know. Only links are read: nothing
-    below the mountpoint is asked for."""
+    """The processes that use something at or below `point`, as far as this user may know. Only links are
+    read: nothing below the mountpoint is asked for."""
     for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         for target in _uses(f"/proc/{entry}"):
             if target == str(point) or target.startswith(f"{point}/"):
@@ -94,7 +99,8 @@ def _uses(process: str) -> Iterator[str]:
             yield from _link(f"{process}/fd/{number}")
         with open(f"{process}/maps", errors="surrogateescape") as maps:
             for line in maps:
-                for path in line.rstrip("\n").split(maxsplit=5)[5:]:  # there where a file is mapped (proc_pid_maps(5))
+                # there where a file is mapped (proc_pid_maps(5))
+                for path in line.rstrip("\n").split(maxsplit=5)[5:]:
                     yield path.replace("\\012", "\n")
     except OSError:
         return  # ended meanwhile, or another user's

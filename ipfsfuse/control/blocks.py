@@ -1,9 +1,10 @@
-"""Whole blocks, for a runner that writes a receipt and for `ipfsfuse export`: those too of which only the content is kept.
+"""Whole blocks, for a runner that writes a receipt and for `ipfsfuse export`: those too of which only the
+content is kept.
 
-A staging file holds a file's content, and no list of its leaves. But whoever asks for a leaf has asked for its parents
-before: what those say of their children tells where the leaf lies. Concurrency: any number of tasks.
+A staging file holds a file's content, and no list of its leaves. But whoever asks for a leaf has asked for
+its parents before: what those say of their children tells where the leaf lies. Concurrency: any number of
+tasks.
 """
-
 
 from ipfsfuse.cache.base import Cache, FileRef
 from ipfsfuse.dag import cid as cids
@@ -35,7 +36,8 @@ class WholeBlocks:
         return block
 
     async def _staged(self, file: FileRef, leaf: Leaf) -> bytes | None:
-        """The block of a leaf, by its content; None where it is not a leaf, or one of a form that can't be made again."""
+        """The block of a leaf, by its content; None where it is not a leaf, or one of a form that can't be
+        made again."""
         try:
             content = await self._cache.leaf(file, leaf)
         except IpfsFuseError:
@@ -47,7 +49,9 @@ class WholeBlocks:
         own = cids.canonical(node.cid)
         file, at = self._places.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
         for child in node.children:
-            self._places.setdefault(cids.canonical(child.cid), (file, Leaf(child.cid, at.offset + child.offset, child.size)))
+            self._places.setdefault(
+                cids.canonical(child.cid), (file, Leaf(child.cid, at.offset + child.offset, child.size))
+            )
         while len(self._places) > REMEMBERED:
             del self._places[next(iter(self._places))]
 

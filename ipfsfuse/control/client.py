@@ -1,4 +1,5 @@
-"""Asking a running mount, from another process. Blocking; no trio, so that `ipfsfuse status` starts quickly."""
+"""Asking a running mount, from another process. Blocking; no trio, so that `ipfsfuse status` starts
+quickly."""
 
 import json
 import socket
@@ -14,8 +15,16 @@ OnProgress = Callable[[dict[str, Any]], None]
 Answer = dict[str, Any]
 
 
-def call(socket_path: Path, command: str, on_progress: OnProgress | None = None, *, timeout: float | None = None, **arguments: object) -> Answer:
-    """The answer to one command. Raises the domain error that the mount names, and DaemonFailed where nothing answers.
+def call(
+    socket_path: Path,
+    command: str,
+    on_progress: OnProgress | None = None,
+    *,
+    timeout: float | None = None,
+    **arguments: object,
+) -> Answer:
+    """The answer to one command. Raises the domain error that the mount names, and DaemonFailed where nothing
+    answers.
 
     `timeout` is in seconds between two lines of the answer."""
     with connected(socket_path) as connection:
@@ -30,14 +39,23 @@ def connected(socket_path: Path) -> Iterator[socket.socket]:
             with short_address(socket_path) as address:
                 connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError) as exc:
-            raise errors.DaemonFailed(f"no mount uses {socket_path.parent}: mount one first (ipfsfuse mount MOUNTPOINT)") from exc
+            raise errors.DaemonFailed(
+                f"no mount uses {socket_path.parent}: mount one first (ipfsfuse mount MOUNTPOINT)"
+            ) from exc
         except OSError as exc:
-            raise errors.DaemonFailed(f"the mount of {socket_path.parent} can't be asked: {exc.strerror}") from exc
+            raise errors.DaemonFailed(
+                f"the mount of {socket_path.parent} can't be asked: {exc.strerror}"
+            ) from exc
         yield connection
 
 
 def ask(
-    connection: socket.socket, command: str, on_progress: OnProgress | None = None, *, timeout: float | None = None, **arguments: object
+    connection: socket.socket,
+    command: str,
+    on_progress: OnProgress | None = None,
+    *,
+    timeout: float | None = None,
+    **arguments: object,
 ) -> Answer:
     """As `call`, on a connection of the caller's."""
     connection.settimeout(timeout)

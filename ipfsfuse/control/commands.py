@@ -1,4 +1,5 @@
-"""What a running mount answers on its control socket: a table of commands over the cache, the sources and the tree."""
+"""What a running mount answers on its control socket: a table of commands over the cache, the sources and the
+tree."""
 
 import base64
 import os
@@ -31,7 +32,9 @@ Answer = Mapping[str, Any]
 
 
 class Commands:
-    def __init__(self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree) -> None:
+    def __init__(
+        self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree
+    ) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._blocks = WholeBlocks(cache)
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
@@ -67,7 +70,9 @@ class Commands:
 
     def _degraded(self) -> list[str]:
         """What keeps this mount from doing all it should."""
-        sources = [each for each in self._pool.statistics() if each.state not in ("good", "untried") or each.why]
+        sources = [
+            each for each in self._pool.statistics() if each.state not in ("good", "untried") or each.why
+        ]
         nodes = self._pins.status().items()
         return [
             *([self._cache.trouble] if self._cache.trouble else []),
@@ -78,10 +83,14 @@ class Commands:
     def in_one_line(self) -> str:
         """The state of the mount, for the log."""
         cache = self._cache.statistics()
-        sources = "; ".join(f"{each.name} {each.state}, {each.blocks} blocks" for each in self._pool.statistics())
+        sources = "; ".join(
+            f"{each.name} {each.state}, {each.blocks} blocks" for each in self._pool.statistics()
+        )
         return (
-            f"status: up {self._uptime():.0f} s; {cache.used} of {cache.effective_budget} bytes used, {cache.hits} hits, "
-            f"{cache.misses} misses, {cache.evictions} evictions; {cache.trouble or 'no trouble'}; {sources or 'no source'}"
+            f"status: up {self._uptime():.0f} s; {cache.used} of {cache.effective_budget} bytes "
+            f"used, {cache.hits} hits, "
+            f"{cache.misses} misses, {cache.evictions} evictions; {cache.trouble or 'no trouble'}; "
+            f"{sources or 'no source'}"
         )
 
     def _uptime(self) -> float:
@@ -104,7 +113,12 @@ class Commands:
         async with self._cache.pinning(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _Teller(progress), pinning.file)
         self._pins.pin(cid)
-        return {"pinned": cids.text(cid), "files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
+        return {
+            "pinned": cids.text(cid),
+            "files": totals.files,
+            "directories": totals.directories,
+            "bytes": totals.bytes,
+        }
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = _cid(arguments)
@@ -148,4 +162,6 @@ class _Teller:
         now = time.monotonic()
         if now - self._last >= TELL_SECONDS:
             self._last = now
-            await self._progress({"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files})
+            await self._progress(
+                {"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files}
+            )

@@ -1,13 +1,14 @@
-"""Which daemon serves which live mount, and where it is asked: one small file for each mount, in a folder of its user.
+"""Which daemon serves which live mount, and where it is asked: one small file for each mount, in a folder of
+its user.
 
-The kernel's table tells what is mounted where. It tells no program which socket belongs to a mount, and to ask the
-mount itself would wait for a daemon that hangs. So each daemon writes a file while it serves, named by the mount's
-device number (`0:53`), which only one living file system has at a time: what a killed daemon left is either found to
-be without a mount, or replaced by the next daemon whose mount gets that number.
+The kernel's table tells what is mounted where. It tells no program which socket belongs to a mount, and to
+ask the mount itself would wait for a daemon that hangs. So each daemon writes a file while it serves, named
+by the mount's device number (`0:53`), which only one living file system has at a time: what a killed daemon
+left is either found to be without a mount, or replaced by the next daemon whose mount gets that number.
 
 The folder is `ipfsfuse` in $XDG_RUNTIME_DIR, else in /run/user/UID, else /run/ipfsfuse for root, else
-/tmp/ipfsfuse-UID; the first that is this user's alone. Commands look in all of them, because a daemon that was started
-at boot has other variables than a login. Blocking, a few system calls.
+/tmp/ipfsfuse-UID; the first that is this user's alone. Commands look in all of them, because a daemon that
+was started at boot has other variables than a login. Blocking, a few system calls.
 """
 
 import json
@@ -37,12 +38,14 @@ class LiveMount(NamedTuple):
 
 @contextmanager
 def registered(mountpoint: Path, control: Path) -> Iterator[None]:
-    """`mountpoint`, which this process has just mounted, can be found while the block lasts. Where no folder can be
-    used, the log says so, and all else goes on."""
+    """`mountpoint`, which this process has just mounted, can be found while the block lasts. Where no folder
+    can be used, the log says so, and all else goes on."""
     mounted = mountpoints.ours_at(mountpoint)
     folder = None if mounted is None else _open_folder()
     if mounted is None or folder is None:
-        log.warning("commands can't find this mount by --mount: no folder of this user's own for it (docs/CACHE.md)")
+        log.warning(
+            "commands can't find this mount by --mount: no folder of this user's own for it (docs/CACHE.md)"
+        )
         yield
         return
     try:
@@ -58,8 +61,8 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
 
 
 def find(mountpoint: Path) -> LiveMount | None:
-    """The mount of this user's at `mountpoint`, or of which something is bind-mounted there. None where there is none,
-    or it is not known."""
+    """The mount of this user's at `mountpoint`, or of which something is bind-mounted there. None where there
+    is none, or it is not known."""
     mounted = mountpoints.ours_at(mountpoint)
     if mounted is None:
         return None
@@ -111,7 +114,9 @@ def _opened(path: Path) -> int | None:
 
 def _write(folder: int, name: str, data: bytes) -> None:
     fresh = f"{name}.{os.getpid()}.new"
-    file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    file = os.open(
+        fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+    )
     try:
         os.write(file, data)
     finally:

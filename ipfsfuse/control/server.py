@@ -1,7 +1,8 @@
 """The mount's half of the control socket.
 
-Concurrency: one task a connection, on the mount's own event loop; the commands of one connection run one after the
-other, those of several side by side. A connection that its peer closes cancels the command it was waiting for.
+Concurrency: one task a connection, on the mount's own event loop; the commands of one connection run one
+after the other, those of several side by side. A connection that its peer closes cancels the command it was
+waiting for.
 """
 
 import errno
@@ -36,8 +37,8 @@ Arguments = Mapping[str, Any]
 """What stands beside `command` in the request: whatever the client sent, unchecked."""
 Progress = Callable[[Mapping[str, Any]], Awaitable[None]]
 Handler = Callable[[Arguments, Progress], Awaitable[Mapping[str, Any]]]
-"""One command: its arguments and a way to tell progress in, the values of its answer out. It raises domain errors;
-UsageError for arguments that can't be used."""
+"""One command: its arguments and a way to tell progress in, the values of its answer out. It raises domain
+errors; UsageError for arguments that can't be used."""
 
 
 class ControlServer:
@@ -85,10 +86,14 @@ class ControlServer:
                     _remove_own(path, inode)
                 listener, inode = await _listen_again(path, remake)
 
-    async def _listen_while_there(self, path: Path, listener: trio.socket.SocketType, connections: trio.Nursery) -> None:
+    async def _listen_while_there(
+        self, path: Path, listener: trio.socket.SocketType, connections: trio.Nursery
+    ) -> None:
         async with trio.open_nursery() as nursery:
             listeners = [trio.SocketListener(listener)]
-            nursery.start_soon(partial(trio.serve_listeners, self._connection, listeners, handler_nursery=connections))
+            nursery.start_soon(
+                partial(trio.serve_listeners, self._connection, listeners, handler_nursery=connections)
+            )
             there = True
             while there:
                 await trio.sleep(LOOK_SECONDS)
@@ -109,7 +114,14 @@ class ControlServer:
                 if uid in self._allowed:
                     await self._conversation(stream)
                 else:
-                    await _send(stream, _refusal(NotAllowed(f"this mount answers user {os.getuid()} and root alone, not user {uid}")))
+                    await _send(
+                        stream,
+                        _refusal(
+                            NotAllowed(
+                                f"this mount answers user {os.getuid()} and root alone, not user {uid}"
+                            )
+                        ),
+                    )
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer has gone; nobody is left to tell
         except* Exception:  # one connection's trouble never ends the mount
@@ -174,11 +186,18 @@ def _refusal(exc: BaseException) -> Mapping[str, Any]:
     if isinstance(exc, IpfsFuseError):
         return {"ok": False, "error": str(exc), "kind": type(exc).__name__}
     log.error("a command of the control socket failed", exc_info=exc)
-    return {"ok": False, "error": f"the mount met something unforeseen ({type(exc).__name__}): its log says more", "kind": "DaemonFailed"}
+    return {
+        "ok": False,
+        "error": f"the mount met something unforeseen ({type(exc).__name__}): its log says more",
+        "kind": "DaemonFailed",
+    }
 
 
-async def _pump(stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], connection: trio.CancelScope) -> None:
-    """Hands on the lines of `stream`; at its end, or at a line too long, ends the connection and what it waits for."""
+async def _pump(
+    stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], connection: trio.CancelScope
+) -> None:
+    """Hands on the lines of `stream`; at its end, or at a line too long, ends the connection and what it
+    waits for."""
     buffered = bytearray()
     with send:
         async for data in stream:
@@ -203,8 +222,12 @@ def _encoded(value: object) -> str:
 
 
 def _encoded_by_items(values: Mapping[str, Any]) -> str:
-    """In a thread: the encoder holds Python's lock from its begin to its end, so lists are encoded item by item."""
-    members = ((key, f"[{','.join(map(_encoded, value))}]" if isinstance(value, list) else _encoded(value)) for key, value in values.items())
+    """In a thread: the encoder holds Python's lock from its begin to its end, so lists are encoded item by
+    item."""
+    members = (
+        (key, f"[{','.join(map(_encoded, value))}]" if isinstance(value, list) else _encoded(value))
+        for key, value in values.items()
+    )
     return "{" + ",".join(f"{_encoded(key)}:{member}" for key, member in members) + "}"
 
 
@@ -216,7 +239,8 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
             if not stat.S_ISSOCK(path.lstat().st_mode):
                 raise StoreFailed(f"{path} is not a socket: move it elsewhere, or give another --cache-dir")
             path.unlink()
-        os.fchmod(listener.fileno(), 0o600)  # the file that bind makes gets the socket's own mode: never open to others
+        # the file that bind makes gets the socket's own mode: never open to others
+        os.fchmod(listener.fileno(), 0o600)
         with short_address(path) as address:
             listener.bind(address)
         listener.listen(128)

@@ -1,4 +1,5 @@
-"""The multibase `base256emoji` (https://github.com/multiformats/multibase/blob/master/rfcs/Base256Emoji.md): each byte is an emoji.
+"""The multibase `base256emoji` (https://github.com/multiformats/multibase/blob/master/rfcs/Base256Emoji.md):
+each byte is an emoji.
 
 It is here because the multiformats package lists it but can't decode it. Pure functions.
 """

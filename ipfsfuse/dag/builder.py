@@ -1,8 +1,8 @@
 """Builds blocks from files, directories and symlinks, with the CIDs that Kubo 0.43 gives them.
 
-Pure. Chunks and names come in. Every block goes to a sink as (cid, block), children before parents, and `Built`
-describes the result. Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. Memory holds the links of one node for each
-level of a file, and a directory as a whole.
+Pure. Chunks and names come in. Every block goes to a sink as (cid, block), children before parents, and
+`Built` describes the result. Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. Memory holds the links of
+one node for each level of a file, and a directory as a whole.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ class Profile:
     hamt_width: int = 256
 
     def with_metadata(self) -> "Profile":
-        """The variant for files with a mode or time, which raw leaves can't carry: Kubo then makes none at all."""
+        """The variant for files with a mode or time, which raw leaves can't carry: Kubo then makes none at
+        all."""
         return replace(self, raw_leaves=False)
 
 
@@ -60,7 +61,9 @@ class Stored:
     def on(self, message: UnixFS) -> UnixFS:
         """`message` with the attributes. Kubo stores mode 0 of a directory, and leaves out that of a file."""
         mode = None if self.mode == 0 and message.type is Type.FILE else self.mode
-        return message if mode is None and self.mtime is None else replace(message, mode=mode, mtime=self.mtime)
+        return (
+            message if mode is None and self.mtime is None else replace(message, mode=mode, mtime=self.mtime)
+        )
 
 
 NOTHING = Stored()
@@ -87,7 +90,9 @@ def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
     """A dag-pb node around `message`."""
     block = dagpb.encode(links, unixfs.encode(message))
     size = message.filesize or 0
-    return Block(Built(_dag_pb_cid(profile, block), size, len(block) + sum(link.tsize for link in links)), block)
+    return Block(
+        Built(_dag_pb_cid(profile, block), size, len(block) + sum(link.tsize for link in links)), block
+    )
 
 
 def _dag_pb_cid(profile: Profile, block: bytes) -> Cid:
@@ -95,7 +100,7 @@ def _dag_pb_cid(profile: Profile, block: bytes) -> Cid:
     return Cid(multihash) if profile.cid_version == 0 else Cid(b"\x01\x70" + multihash)
 
 
-# -- files -------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def leaf(profile: Profile, chunk: bytes, stored: Stored = NOTHING) -> Block:
@@ -116,7 +121,8 @@ class FileBuilder:
         """The nodes that have no parent yet: leaves, then nodes of height 1, and so on."""
 
     def add(self, leaf: Built) -> None:
-        """The next leaf. The caller gives its block to the sink: only the caller knows whether it is the file's only leaf."""
+        """The next leaf. The caller gives its block to the sink: only the caller knows whether it is the
+        file's only leaf."""
         self._push(0, leaf)
 
     def _push(self, level: int, child: Built) -> None:
@@ -139,7 +145,8 @@ class FileBuilder:
         return node(self._profile, [Link(child.cid, b"", child.tsize) for child in children], message)
 
     def finish(self, stored: Stored = NOTHING) -> Built:
-        """The root of a file of two leaves or more. (A file of one leaf is that leaf, which holds the attributes itself.)"""
+        """The root of a file of two leaves or more. (A file of one leaf is that leaf, which holds the
+        attributes itself.)"""
         level = 0
         while level + 1 < len(self._levels):
             self._close(level)
@@ -149,7 +156,7 @@ class FileBuilder:
         return root.built
 
 
-# -- directories and symlinks ------------------------------------------------------------------------------------
+# -- directories and symlinks --------------------------------------------------------------------------------
 
 
 def directory(profile: Profile, children: Sequence[tuple[bytes, Built]], stored: Stored, sink: Sink) -> Built:
@@ -157,7 +164,9 @@ def directory(profile: Profile, children: Sequence[tuple[bytes, Built]], stored:
 
     Raises Unsupported for more than a few names whose hashes are equal in 64 bits.
     """
-    links = sorted((Link(built.cid, name, built.tsize) for name, built in children), key=lambda link: link.name)
+    links = sorted(
+        (Link(built.cid, name, built.tsize) for name, built in children), key=lambda link: link.name
+    )
     message = stored.on(UnixFS(Type.DIRECTORY))
     basic = node(profile, links, message)
     if _size(profile, links, basic) <= profile.shard_threshold:
@@ -175,8 +184,9 @@ def _size(profile: Profile, links: Sequence[Link], basic: Block) -> int:
 def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink) -> Built:
     """A HAMT (https://specs.ipfs.tech/unixfs/#dag-pb-hamtdirectory).
 
-    Its shape is a function of the names alone: a trie over the bits of their hashes. So it is built from all links at
-    once, and need not grow by insertion as Kubo's does. Raises Unsupported if hashes can't tell two names apart.
+    Its shape is a function of the names alone: a trie over the bits of their hashes. So it is built from all
+    links at once, and need not grow by insertion as Kubo's does. Raises Unsupported if hashes can't tell two
+    names apart.
     """
     width = profile.hamt_width
     bits = width.bit_length() - 1

@@ -1,7 +1,7 @@
 """CAR files as bytes: headers, sections, the version 2 frame, both ways, strictly.
 
-Pure: what reads files and streams is in `sources`. Sources: https://ipld.io/specs/transport/car/carv1/ and carv2/; the
-bound of a section is go-car's. All errors are Malformed and say where.
+Pure: what reads files and streams is in `sources`. Sources: https://ipld.io/specs/transport/car/carv1/ and
+carv2/; the bound of a section is go-car's. All errors are Malformed and say where.
 """
 
 import struct
@@ -17,7 +17,8 @@ from ipfsfuse.errors import Malformed, NotACid
 MAX_HEADER = 8 << 20
 """Bytes of the largest header of a file: 200,000 roots. It takes a second to parse: in a worker thread."""
 MAX_STREAM_HEADER = 64 << 10
-"""Bytes of the largest header of a stream, which is parsed where it is read: an answer to one question has one root."""
+"""Bytes of the largest header of a stream, which is parsed where it is read: an answer to one question has
+one root."""
 MAX_SECTION = 8 << 20
 
 HEAD_BYTES = 9 + cids.MAX_CID_BYTES
@@ -33,7 +34,8 @@ _V2 = struct.Struct("<QQQQQ")
 
 
 class Section(NamedTuple):
-    """One section's place, in bytes from where its CAR data begins (the index's offsets): the varint's, the block's, its end's."""
+    """One section's place, in bytes from where its CAR data begins (the index's offsets): the varint's, the
+    block's, its end's."""
 
     cid: Cid
     start: int
@@ -43,7 +45,8 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class V2Header:
-    """Where a version 2 file keeps its parts, in bytes from its start; `index_offset` is 0 where it has no index."""
+    """Where a version 2 file keeps its parts, in bytes from its start; `index_offset` is 0 where it has no
+    index."""
 
     data_offset: int
     data_size: int
@@ -51,7 +54,7 @@ class V2Header:
     characteristics: bytes = bytes(16)
 
 
-# -- the header --------------------------------------------------------------------------------------------------
+# -- the header ----------------------------------------------------------------------------------------------
 
 
 def header_length(data: bytes, most: int = MAX_HEADER) -> int:
@@ -78,7 +81,8 @@ def decode_header(data: bytes) -> tuple[Cid, ...]:
 
 
 def is_v2(data: bytes) -> bool:
-    """Whether a file that begins with `data` is of version 2. Raises Malformed for versions that nobody knows."""
+    """Whether a file that begins with `data` is of version 2. Raises Malformed for versions that nobody
+    knows."""
     if data.startswith(PRAGMA):
         return True
     length = header_length(data)
@@ -111,25 +115,33 @@ def decode_v2(data: bytes) -> V2Header:
 
 def encode_v2(header: V2Header) -> bytes:
     """Pragma and header: V2_BYTES."""
-    return PRAGMA + header.characteristics + struct.pack("<QQQ", header.data_offset, header.data_size, header.index_offset)
+    return (
+        PRAGMA
+        + header.characteristics
+        + struct.pack("<QQQ", header.data_offset, header.data_size, header.index_offset)
+    )
 
 
-# -- sections ----------------------------------------------------------------------------------------------------
+# -- sections ------------------------------------------------------------------------------------------------
 
 
 def section_length(data: bytes | memoryview, at: int = 0, base: int = 0) -> int:
-    """How many bytes the section that begins at `at` has in all, from its first 9. `base` as for `section`. Raises Malformed."""
+    """How many bytes the section that begins at `at` has in all, from its first 9. `base` as for `section`.
+    Raises Malformed."""
     try:
         length, head = varint.get(data, at)
     except Malformed as exc:
         raise Malformed(f"the CAR section at {base + at}: {exc}") from exc
     if not 0 < length <= MAX_SECTION:
-        raise Malformed(f"the CAR section at {base + at} would have {length} bytes: 1 to {MAX_SECTION} are allowed")
+        raise Malformed(
+            f"the CAR section at {base + at} would have {length} bytes: 1 to {MAX_SECTION} are allowed"
+        )
     return head - at + length
 
 
 def section(data: bytes | memoryview, at: int, base: int = 0) -> Section:
-    """The section that begins at index `at` of `data`, of which its first HEAD_BYTES need to be there, no more.
+    """The section that begins at index `at` of `data`, of which its first HEAD_BYTES need to be there, no
+    more.
 
     `base` is added to the places that come back. Raises Malformed.
     """
@@ -147,7 +159,7 @@ def section_head(cid: Cid, size: int) -> bytes:
     return varint.put(len(cid) + size) + cid
 
 
-# -- the header's dag-cbor ---------------------------------------------------------------------------------------
+# -- the header's dag-cbor -----------------------------------------------------------------------------------
 
 
 def _header_map(data: bytes, length: int) -> tuple[int, tuple[Cid, ...] | None]:
@@ -166,7 +178,11 @@ def _header_map(data: bytes, length: int) -> tuple[int, tuple[Cid, ...] | None]:
         else:
             raise Malformed(f"the CAR's header has a key {key[:20]!r} that does not belong there")
     if version is None or at != length:
-        raise Malformed("not a CAR: its header has no version" if version is None else "the CAR's header has bytes behind its end")
+        raise Malformed(
+            "not a CAR: its header has no version"
+            if version is None
+            else "the CAR's header has bytes behind its end"
+        )
     return version, roots
 
 
@@ -193,7 +209,8 @@ def _cbor_bytes(data: bytes, at: int, major: int, what: str) -> tuple[bytes, int
 
 
 def _cbor_expect(data: bytes, at: int, major: int, what: str) -> tuple[int, int]:
-    """(value, index behind) of one dag-cbor head of the kind `major` (RFC 8949 section 3, shortest form only)."""
+    """(value, index behind) of one dag-cbor head of the kind `major` (RFC 8949 section 3, shortest form
+    only)."""
     if at >= len(data) or data[at] >> 5 != major or data[at] & 31 > 27:
         raise Malformed(f"not a CAR: its header has no {what} where one belongs")
     small = data[at] & 31

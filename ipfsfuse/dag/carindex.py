@@ -3,8 +3,8 @@
 Formats (https://ipld.io/specs/transport/car/carv2/): 0x0400 IndexSorted, buckets by digest length; 0x0401
 MultihashIndexSorted, the same for each hash function. All numbers but the format's varint are little-endian.
 
-Pure: what needs bytes yields `Want`s, (offset in the index, length), and is sent that many bytes. Fewer mean that the
-index ends there. An index is a claim: what it says of a place has to be checked at that place.
+Pure: what needs bytes yields `Want`s, (offset in the index, length), and is sent that many bytes. Fewer mean
+that the index ends there. An index is a claim: what it says of a place has to be checked at that place.
 """
 
 import struct
@@ -34,7 +34,8 @@ _BUCKET = struct.Struct("<IQ")
 
 
 class Bucket(NamedTuple):
-    """Records of one digest length, sorted: `records` times `width` bytes (a digest, then 8 for the offset) at `start` of the index."""
+    """Records of one digest length, sorted: `records` times `width` bytes (a digest, then 8 for the offset)
+    at `start` of the index."""
 
     code: int | None
     """The hash function; None in IndexSorted, which does not say."""
@@ -54,7 +55,7 @@ def run(steps: Steps[T], read: Callable[[int, int], bytes]) -> T:
         return result
 
 
-# -- reading -----------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 def buckets() -> Steps[tuple[Bucket, ...]]:
@@ -105,7 +106,8 @@ def _check_count(count: int) -> None:
 
 
 def find(index: Sequence[Bucket], multihash: bytes) -> Steps[list[int]]:
-    """The offsets of the sections that the index claims for `multihash`, none where it has none. Raises Malformed."""
+    """The offsets of the sections that the index claims for `multihash`, none where it has none. Raises
+    Malformed."""
     code, digest = hashes.split(multihash)
     found: list[int] = []
     for bucket in index:
@@ -115,12 +117,17 @@ def find(index: Sequence[Bucket], multihash: bytes) -> Steps[list[int]]:
 
 
 def _search(bucket: Bucket, digest: bytes, found: list[int]) -> Steps[None]:
-    """Appends what one bucket has. Digests are spread evenly, so that a guess by value takes 2 reads where halving takes 10."""
+    """Appends what one bucket has. Digests are spread evenly, so that a guess by value takes 2 reads where
+    halving takes 10."""
     width, span = bucket.width, _WINDOW // bucket.width
     low, high, below, above = 0, bucket.records, 0, 1 << 64
     key, guesses = _key(digest), 4
     while low < high:
-        share = (high - low) * (key - below) // (above - below) if guesses and below <= key < above else (high - low) // 2
+        share = (
+            (high - low) * (key - below) // (above - below)
+            if guesses and below <= key < above
+            else (high - low) // 2
+        )
         guesses -= 1 if guesses else 0
         first = max(low, min(low + share - span // 2, high - span))
         count = min(span, high - first)
@@ -139,7 +146,9 @@ def _search(bucket: Bucket, digest: bytes, found: list[int]) -> Steps[None]:
 def _in_window(window: bytes, width: int, digest: bytes) -> list[int]:
     places = range(0, len(window), width)
     first = bisect_left(places, digest, key=lambda at: window[at : at + width - 8])
-    matching = takewhile(lambda at: window[at : at + width - 8] == digest, places[first : first + _MAX_PLACES])
+    matching = takewhile(
+        lambda at: window[at : at + width - 8] == digest, places[first : first + _MAX_PLACES]
+    )
     return [int.from_bytes(window[at + width - 8 : at + width], "little") for at in matching]
 
 
@@ -147,7 +156,7 @@ def _key(digest: bytes) -> int:
     return int.from_bytes(digest[:8])
 
 
-# -- writing -----------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 def encode_record(digest: bytes, offset: int) -> bytes:
@@ -161,7 +170,8 @@ def head(codes: int) -> bytes:
 
 
 def code_head(code: int, widths: int) -> bytes:
-    """What stands before the `widths` buckets of one hash function; functions ascend by code, buckets by width."""
+    """What stands before the `widths` buckets of one hash function; functions ascend by code, buckets by
+    width."""
     return _CODE.pack(code) + _COUNT.pack(widths)
 
 

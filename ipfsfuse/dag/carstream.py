@@ -1,6 +1,7 @@
 """A CAR stream, version 1 or 2, taken apart as it comes.
 
-Pure: who reads the stream feeds it. Not for several tasks at once. Holds at most one section and what was fed last.
+Pure: who reads the stream feeds it. Not for several tasks at once. Holds at most one section and what was fed
+last.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ _MIN_HEADER = len(car.encode_header(()))
 
 
 class Parser:
-    """`feed` it bytes and take the blocks that they complete; `finish` tells whether the stream ended where it may."""
+    """`feed` it bytes and take the blocks that they complete; `finish` tells whether the stream ended where
+    it may."""
 
     def __init__(self) -> None:
         self.roots: tuple[Cid, ...] | None = None
@@ -25,10 +27,12 @@ class Parser:
         """Whether the zeros have begun that may stand behind the last section."""
         self._skip = 0
         self._left: int | None = None
-        """Bytes of CAR data still to come; known for version 2 alone, where what is behind them is ignored."""
+        """Bytes of CAR data still to come; known for version 2 alone, where what is behind them is
+        ignored."""
 
     def feed(self, data: bytes) -> Iterator[tuple[Cid, bytes]]:
-        """The blocks that `data` completes, unverified. To be consumed before the next is fed. Raises Malformed."""
+        """The blocks that `data` completes, unverified. To be consumed before the next is fed. Raises
+        Malformed."""
         self._buffer += data
         while len(self._buffer) >= self._need:
             if self._skip:
@@ -56,7 +60,8 @@ class Parser:
         self._need = 1 if self._skip else _MIN_HEADER
 
     def _drop_zeros(self) -> None:
-        """A section of no bytes ends the CAR: what is behind it is padding. Source: go-car's ZeroLengthSectionAsEOF."""
+        """A section of no bytes ends the CAR: what is behind it is padding. Source: go-car's
+        ZeroLengthSectionAsEOF."""
         count = len(self._buffer) if self._left is None else min(self._left, len(self._buffer))
         if self._buffer.count(0, 0, count) != count:
             raise Malformed("the CAR has something behind the zeros that end it")
@@ -77,7 +82,8 @@ class Parser:
     def _section(self) -> tuple[Cid, bytes] | None:
         head = bytes(self._buffer[: car.HEAD_BYTES])
         if len(head) < car.HEAD_BYTES and not self._has(_announced(head)):
-            return None  # a head that is cut short looks like a broken one: wait for the whole section, it is short too
+            # a head that is cut short looks like a broken one: wait for the whole section, it is short too
+            return None
         found = car.section(head, 0)
         if not self._has(found.end):
             return None
@@ -99,7 +105,8 @@ class Parser:
 
 
 def _announced(head: bytes) -> int:
-    """How many bytes the section that `head` begins has, or one more than there are where its length is not whole."""
+    """How many bytes the section that `head` begins has, or one more than there are where its length is not
+    whole."""
     if len(head) < 9 and all(byte & 0x80 for byte in head):
         return len(head) + 1
     return car.section_length(head)

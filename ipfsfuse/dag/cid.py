@@ -1,7 +1,8 @@
 """CIDs as bytes.
 
-A `Cid` is the binary form of a CID (https://github.com/multiformats/cid), checked once where it enters: hashable,
-comparable and free to copy. Text is for people: it is parsed at the edges by `parse` and made by `text`.
+A `Cid` is the binary form of a CID (https://github.com/multiformats/cid), checked once where it enters:
+hashable, comparable and free to copy. Text is for people: it is parsed at the edges by `parse` and made by
+`text`.
 """
 
 import base64
@@ -14,14 +15,15 @@ from ipfsfuse.dag import base256emoji, hashes, varint
 from ipfsfuse.errors import Malformed, NotACid
 
 Cid = NewType("Cid", bytes)
-"""A checked binary CID: version 0 is 34 bytes `12 20 <digest>`; version 1 is varints version, codec, then a multihash."""
+"""A checked binary CID: version 0 is 34 bytes `12 20 <digest>`; version 1 is varints version, codec, then a
+multihash."""
 
 RAW = 0x55
 DAG_PB = 0x70
 
 MAX_CID_BYTES = 512
-"""No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be followed, but
-its directory can be listed."""
+"""No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be
+followed, but its directory can be listed."""
 
 MAX_BLOCK = 2 << 20
 """Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
@@ -35,7 +37,16 @@ _V0_PREFIX = b"\x12\x20"
 _BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
 _AS_INT = str.maketrans(_BASE32.decode(), "0123456789abcdefghijklmnopqrstuv")
 _COMMON_V1 = (b"\x01\x70\x12\x20", b"\x01\x55\x12\x20")
-_CODEC_NAMES = {RAW: "raw", DAG_PB: "dag-pb", 0x51: "cbor", 0x71: "dag-cbor", 0x72: "libp2p-key", 0x78: "git-raw", 0x0129: "dag-json", 0x0200: "json"}
+_CODEC_NAMES = {
+    RAW: "raw",
+    DAG_PB: "dag-pb",
+    0x51: "cbor",
+    0x71: "dag-cbor",
+    0x72: "libp2p-key",
+    0x78: "git-raw",
+    0x0129: "dag-json",
+    0x0200: "json",
+}
 CODECS = tuple(_CODEC_NAMES)
 """Those that have a name here, the usual ones first."""
 
@@ -67,7 +78,14 @@ def decode_prefix(data: bytes | memoryview, start: int = 0) -> tuple[Cid, int]:
 
 def _check(data: bytes) -> int:
     """The index behind the version 1 CID at the start of `data`."""
-    if len(data) >= 4 and data[0] == 1 and data[1] < 0x80 and data[2] < 0x80 and data[3] < 0x80 and len(data) >= 4 + data[3]:
+    if (
+        len(data) >= 4
+        and data[0] == 1
+        and data[1] < 0x80
+        and data[2] < 0x80
+        and data[3] < 0x80
+        and len(data) >= 4 + data[3]
+    ):
         return 4 + data[3]  # all varints of one byte, 1 us less
     try:
         version, at = varint.get(data, 0)
@@ -92,7 +110,8 @@ def parse(text_form: str) -> Cid:
         if data[:2] == _V0_PREFIX and not text_form.startswith("Qm"):
             raise NotACid("version 0 has no multibase prefix")
         return decode(data)
-    except Exception as exc:  # multiformats raises KeyError, ValueError and errors of its own, whatever it meets first
+    except Exception as exc:
+        # multiformats raises KeyError, ValueError and errors of its own, whatever it meets first
         why = f" ({exc})" if isinstance(exc, NotACid) else ""
         raise NotACid(f"{text_form[:80]!r} is not a CID{why}") from exc
 
@@ -184,7 +203,8 @@ EMPTY = make(RAW, b"\x12\x20" + hashlib.sha256(b"").digest())
 def known(cid: Cid) -> bytes | None:
     """The block that is known without a source: `inline`, or the empty block. None for every other CID.
 
-    The empty block is the content of an empty file. No node sends it: Bitswap can't tell it from a missing one."""
+    The empty block is the content of an empty file. No node sends it: Bitswap can't tell it from a missing
+    one."""
     return b"" if cid == EMPTY else inline(cid)
 
 

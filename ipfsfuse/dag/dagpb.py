@@ -1,8 +1,9 @@
 """The dag-pb codec: one block <-> its links and data.
 
-Strict as the specification (https://ipld.io/specs/codecs/dag-pb/spec/) and go-codec-dagpb are: unknown fields, wrong
-wire types, fields out of order or twice, and links without a valid CID are refused. Data may stand before the links
-or behind them, as old blocks have it. `encode` writes the canonical form: links as the caller orders them, then data.
+Strict as the specification (https://ipld.io/specs/codecs/dag-pb/spec/) and go-codec-dagpb are: unknown
+fields, wrong wire types, fields out of order or twice, and links without a valid CID are refused. Data may
+stand before the links or behind them, as old blocks have it. `encode` writes the canonical form: links as the
+caller orders them, then data.
 
 Pure functions; a block of 2 MiB can take some 100 ms, so large ones belong in a worker thread.
 """
@@ -20,7 +21,8 @@ NO_TSIZE = 2
 
 
 class Link(NamedTuple):
-    """One link of a dag-pb node. `name` is b"" if the link has none. `tsize` is the publisher's claim, in bytes."""
+    """One link of a dag-pb node. `name` is b"" if the link has none. `tsize` is the publisher's claim, in
+    bytes."""
 
     cid: Cid
     name: bytes
@@ -30,8 +32,9 @@ class Link(NamedTuple):
 class PBNode(NamedTuple):
     """A decoded block. `data` is None where the field is absent.
 
-    `absent` has one byte for each link, NO_NAME | NO_TSIZE bits for the fields that it leaves out (`links` then has
-    b"" and 0): without it a block could not be written again as it was. It is b"" where every link has both.
+    `absent` has one byte for each link, NO_NAME | NO_TSIZE bits for the fields that it leaves out (`links`
+    then has b"" and 0): without it a block could not be written again as it was. It is b"" where every link
+    has both.
     """
 
     links: list[Link]
@@ -176,7 +179,8 @@ def _refusal(tag: int, have_data: bool) -> str:
 
 
 def encode(links: Sequence[Link], data: bytes | None, absent: bytes = b"") -> bytes:
-    """The canonical block: `links` in the order given, each with Name and Tsize (but for `absent`), then the data."""
+    """The canonical block: `links` in the order given, each with Name and Tsize (but for `absent`), then the
+    data."""
     parts: list[bytes] = []
     for index, link in enumerate(links):
         missing = absent[index] if absent else 0

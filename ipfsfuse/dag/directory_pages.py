@@ -1,7 +1,8 @@
 """What a directory lists, page by page.
 
-The `place` of an entry depends only on its position (in a basic directory its index, in a HAMT its hash). So a reader
-resumes exactly where it stopped, also after a restart. Pure. A page is bounded whatever the blocks say.
+The `place` of an entry depends only on its position (in a basic directory its index, in a HAMT its hash). So
+a reader resumes exactly where it stopped, also after a restart. Pure. A page is bounded whatever the blocks
+say.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,8 @@ from ipfsfuse.dag.path import can_hold
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
 
 PAGE = 2000
-"""Entries after which a page is full. A page of a HAMT may have some more, because a step's result is not cut."""
+"""Entries after which a page is full. A page of a HAMT may have some more, because a step's result is not
+cut."""
 MOST_TOGETHER = 32
 """HAMT nodes that are fetched side by side."""
 FIRST = 4
@@ -24,7 +26,8 @@ MAX_FRONTIER = 4 * PAGE
 
 
 class Entry(NamedTuple):
-    """One name. `tsize` is its publisher's claim. 0 < `place` < 2**63, greater than that of every entry before it."""
+    """One name. `tsize` is its publisher's claim. 0 < `place` < 2**63, greater than that of every entry
+    before it."""
 
     name: bytes
     cid: Cid
@@ -35,8 +38,8 @@ class Entry(NamedTuple):
 class Page(NamedTuple):
     """Entries in the directory's own order. Only the last page (`end`) may be empty.
 
-    `skipped` counts the entries left out before the last entry: names that no file system can hold, and second
-    entries of one name.
+    `skipped` counts the entries left out before the last entry: names that no file system can hold, and
+    second entries of one name.
     """
 
     entries: list[Entry]
@@ -65,7 +68,8 @@ def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
 
 
 def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
-    """Entries in the order stored. The second entry of a name gets an empty name, which no file system can hold."""
+    """Entries in the order stored. The second entry of a name gets an empty name, which no file system can
+    hold."""
     links, first = directory.links, directory.by_name
     stop = min(after + PAGE, len(links))
     found: list[Entry] = []
@@ -110,9 +114,11 @@ def _slots(shard: Shard, spot: Spot, after: int) -> _Frontier:
 
 
 def _distinct(found: list[Entry]) -> list[Entry]:
-    """The same entries, but an entry whose hash agrees with the previous one in 63 bits loses its name: both have one place.
+    """The same entries, but an entry whose hash agrees with the previous one in 63 bits loses its name: both
+    have one place.
 
-    By chance, one directory in ten million with a million entries has such a pair. Each can still be looked up.
+    By chance, one directory in ten million with a million entries has such a pair. Each can still be looked
+    up.
     """
     for index in range(1, len(found)):
         if found[index].place == found[index - 1].place:

@@ -1,17 +1,20 @@
 """Which leaves hold a range of a file.
 
-Only its block shows whether a dag-pb child is a leaf or an interior node. Fetching a leaf's block here would fetch it
-twice, because the reader fetches it again, into staging. So the size that the parent states for the child decides:
+Only its block shows whether a dag-pb child is a leaf or an interior node. Fetching a leaf's block here would
+fetch it twice, because the reader fetches it again, into staging. So the size that the parent states for the
+child decides:
 
-- A child of 2 MiB or more is interior. No block is larger, and a dag-pb block needs some bytes beside the content.
-- Any other child is what its parent's first child is by that rule. Importers make balanced trees, in which all
-  children of a node have the same height. So a short last subtree is recognised by its long siblings.
+- A child of 2 MiB or more is interior. No block is larger, and a dag-pb block needs some bytes beside the
+  content.
+- Any other child is what its parent's first child is by that rule. Importers make balanced trees, in which
+  all children of a node have the same height. So a short last subtree is recognised by its long siblings.
 
-Trees of tiny chunks and the tail of a trickle tree break this assumption. Then `leaves.of` raises NotALeaf for an
-interior node that was taken for a leaf, and the caller walks again with `sure=True`, which expands every dag-pb child
-and is right for every tree.
+Trees of tiny chunks and the tail of a trickle tree break this assumption. Then `leaves.of` raises NotALeaf
+for an interior node that was taken for a leaf, and the caller walks again with `sure=True`, which expands
+every dag-pb child and is right for every tree.
 
-Pure. The work is bounded whatever the blocks say: one call returns at most LIMIT leaves and expands about BUDGET nodes.
+Pure. The work is bounded whatever the blocks say: one call returns at most LIMIT leaves and expands about
+BUDGET nodes.
 """
 
 from bisect import bisect_right
@@ -29,9 +32,11 @@ BUDGET = 512
 FIRST, MOST_TOGETHER = 4, 32
 """Nodes that are fetched side by side: at first, and at most."""
 MAX_CHILDREN = 1 << 16
-"""Children that the nodes fetched side by side may have together, estimated by the nodes before them: 15 MB of memory."""
+"""Children that the nodes fetched side by side may have together, estimated by the nodes before them: 15 MB
+of memory."""
 MAX_HEIGHT = 128
-"""Levels below a root. A tree with two links in each node and 2**63 leaves has 63; a higher one is an attack."""
+"""Levels below a root. A tree with two links in each node and 2**63 leaves has 63; a higher one is an
+attack."""
 
 
 class _Subtree(NamedTuple):
@@ -48,8 +53,8 @@ _Frontier = Frontier[Leaf, _Subtree]
 def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[Leaf]]:
     """The leaves that overlap `size` bytes at `offset`, in order. At least the first one, if there is any.
 
-    If the list ends before the range does, ask again from the end of its last leaf. Raises Malformed if a node is not
-    a file node, or if its size differs from what its parent states.
+    If the list ends before the range does, ask again from the end of its last leaf. Raises Malformed if a
+    node is not a file node, or if its size differs from what its parent states.
     """
     start, stop = max(offset, 0), min(offset + size, file.size)
     if start >= stop:

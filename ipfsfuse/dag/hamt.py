@@ -1,9 +1,9 @@
 """HAMT directories: where in the trie a name belongs.
 
-A name's place is its hash, read from the most significant bit in pieces of log2(width) bits, one for each level
-(https://specs.ipfs.tech/unixfs/). A `Spot` is a place in the trie: the bits consumed so far. Every entry that is read
-is checked against its spot. So no block can be at two places, and a trie that repeats one block ends at the first
-entry. Pure functions.
+A name's place is its hash, read from the most significant bit in pieces of log2(width) bits, one for each
+level (https://specs.ipfs.tech/unixfs/). A `Spot` is a place in the trie: the bits consumed so far. Every
+entry that is read is checked against its spot. So no block can be at two places, and a trie that repeats one
+block ends at the first entry. Pure functions.
 """
 
 from bisect import bisect_left
@@ -34,7 +34,8 @@ def hash64(name: bytes) -> int:
 
 
 def below(spot: Spot, shard: Shard, index: int) -> Spot:
-    """The spot of slot `index` in `shard`, a node at `spot`. Raises Malformed where the hash has no bits left."""
+    """The spot of slot `index` in `shard`, a node at `spot`. Raises Malformed where the hash has no bits
+    left."""
     level = shard.width.bit_length() - 1
     if spot.bits + level > HASH_BITS:
         raise Malformed(f"{cids.brief(shard.cid)}: a HAMT node deeper than its hash has bits")
@@ -64,12 +65,18 @@ def placed(name: bytes, spot: Spot, shard: Shard) -> int:
     """The hash of `name`, an entry of `shard`. Raises Malformed unless it belongs at `spot`."""
     key = hash64(name)
     if key >> (HASH_BITS - spot.bits) != spot.prefix:
-        raise Malformed(f"{cids.brief(shard.cid)}: a HAMT node holds {name[:80]!r} at a place that does not fit its hash")
+        raise Malformed(
+            f"{cids.brief(shard.cid)}: a HAMT node holds {name[:80]!r} at a place that does not fit its hash"
+        )
     return key
 
 
 def subshard(node: Node) -> Shard:
-    """`node`, found in a HAMT below its root. Raises Malformed if it is not a HAMT node, or if it is empty (an endless trie)."""
+    """`node`, found in a HAMT below its root. Raises Malformed if it is not a HAMT node, or if it is empty
+    (an endless trie)."""
     if not isinstance(node, Shard) or not node.slots:
-        raise Malformed(f"{cids.brief(node.cid)}: is linked in a HAMT directory, but is not a HAMT node, or is an empty one")
+        raise Malformed(
+            f"{cids.brief(node.cid)}: is linked in a HAMT directory, but is not a HAMT node, or is an "
+            "empty one"
+        )
     return node

@@ -1,7 +1,7 @@
 """Multihashes: which functions are allowed, and whether bytes match one.
 
-The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at most 128);
-a digest shorter than its function's counts as cut off, as in go-multihash. Pure functions.
+The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at most
+128); a digest shorter than its function's counts as cut off, as in go-multihash. Pure functions.
 """
 
 import hashlib
@@ -86,7 +86,8 @@ def split(multihash: bytes) -> tuple[int, bytes]:
 
 
 def inline(multihash: bytes) -> bytes | None:
-    """The bytes that an identity multihash carries, None for any other. Raises Unsupported for more than 128 bytes."""
+    """The bytes that an identity multihash carries, None for any other. Raises Unsupported for more than 128
+    bytes."""
     if multihash[:1] != b"\x00":
         return None
     check_allowed(multihash)
@@ -103,18 +104,23 @@ def check_allowed(multihash: bytes) -> None:
     if code not in _FUNCTIONS:
         raise Unsupported(f"hash function 0x{code:x} is not allowed")
     if not MIN_DIGEST <= len(digest) <= MAX_DIGEST:
-        raise Unsupported(f"a {_FUNCTIONS[code][0]} digest of {len(digest)} bytes: {MIN_DIGEST} to {MAX_DIGEST} are allowed")
+        raise Unsupported(
+            f"a {_FUNCTIONS[code][0]} digest of {len(digest)} bytes: {MIN_DIGEST} to {MAX_DIGEST} are allowed"
+        )
 
 
 def verify(multihash: bytes, block: Buffer, name: str) -> None:
-    """Raises WrongBlock, naming `name`, unless `block` hashes to `multihash`; Unsupported if the hash is not allowed."""
+    """Raises WrongBlock, naming `name`, unless `block` hashes to `multihash`; Unsupported if the hash is not
+    allowed."""
     if not matches(multihash, (block,)):
         raise WrongBlock(f"{name}: the block's bytes do not match its CID")
 
 
 def matches(multihash: bytes, parts: Sequence[Buffer]) -> bool:
-    """Whether the bytes of `parts`, one after the other, hash to `multihash`. Raises Unsupported if the hash is not allowed."""
-    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:  # all but a few: nothing is copied
+    """Whether the bytes of `parts`, one after the other, hash to `multihash`. Raises Unsupported if the hash
+    is not allowed."""
+    # all but a few: nothing is copied
+    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
         hasher = hashlib.sha256()
         for part in parts:
             hasher.update(part)

@@ -1,8 +1,8 @@
 """Leaves: the content that a block holds, and the proof of that content without its block.
 
-A staging file holds only a file's content. The content of a raw leaf is its block. A dag-pb leaf wraps the content in
-an envelope of a few bytes, in one of the few forms that importers write. So staged content can be verified against
-its CID again: by its own hash, or by the hash of one of those envelopes around it.
+A staging file holds only a file's content. The content of a raw leaf is its block. A dag-pb leaf wraps the
+content in an envelope of a few bytes, in one of the few forms that importers write. So staged content can be
+verified against its CID again: by its own hash, or by the hash of one of those envelopes around it.
 
 Pure functions; hashing lets other threads run.
 """
@@ -22,8 +22,9 @@ Buffer = bytes | bytearray | memoryview
 def of(leaf: Leaf, block: bytes) -> memoryview:
     """The content of `leaf`, `leaf.size` bytes, from its verified block.
 
-    Raises NotALeaf for an interior node that was taken for a leaf (`file_layout.leaves(..., sure=True)` tells them apart),
-    Malformed for a block whose number of bytes differs from what its parent states, and what `content` raises.
+    Raises NotALeaf for an interior node that was taken for a leaf (`file_layout.leaves(..., sure=True)` tells
+    them apart), Malformed for a block whose number of bytes differs from what its parent states, and what
+    `content` raises.
     """
     data = content(leaf.cid, block)
     if len(data) == leaf.size:
@@ -36,10 +37,11 @@ def of(leaf: Leaf, block: bytes) -> memoryview:
 
 
 def content(cid: Cid, block: Buffer) -> memoryview:
-    """The content bytes that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file node.
+    """The content bytes that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file
+    node.
 
-    A view of `block`, except for a dag-pb block in a form that no importer writes. Raises Malformed for a block that
-    is not a file, Unsupported for another codec.
+    A view of `block`, except for a dag-pb block in a form that no importer writes. Raises Malformed for a
+    block that is not a file, Unsupported for another codec.
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
@@ -58,16 +60,18 @@ def content(cid: Cid, block: Buffer) -> memoryview:
 
 
 def is_canonical(cid: Cid, block: Buffer) -> bool:
-    """Whether `proves(cid, content(cid, block))` will hold: what must be kept whole, if at all, is every other block."""
+    """Whether `proves(cid, content(cid, block))` will hold: what must be kept whole, if at all, is every
+    other block."""
     codec = cids.codec(cid)
     return codec == cids.RAW or (codec == cids.DAG_PB and _canonical_span(bytes(block)) is not None)
 
 
 def proves(cid: Cid, data: Buffer) -> bool:
-    """Whether `data` is the content of the leaf `cid`: its hash, or that of a canonical envelope around it, matches.
+    """Whether `data` is the content of the leaf `cid`: its hash, or that of a canonical envelope around it,
+    matches.
 
-    Raises Unsupported for a hash that is not allowed. Costs one hash for a raw leaf, up to `len(_FORMS)` for a dag-pb
-    leaf that does not match, and one or two for one that does.
+    Raises Unsupported for a hash that is not allowed. Costs one hash for a raw leaf, up to `len(_FORMS)` for
+    a dag-pb leaf that does not match, and one or two for one that does.
     """
     return _around(cid, data) is not None
 
@@ -79,7 +83,8 @@ def block(cid: Cid, data: Buffer) -> bytes | None:
 
 
 def _around(cid: Cid, data: Buffer) -> tuple[bytes, bytes] | None:
-    """What stands before and behind `data` in the block of `cid`; None where it is not that block's content."""
+    """What stands before and behind `data` in the block of `cid`; None where it is not that block's
+    content."""
     multihash = cids.multihash(cid)
     forms = iter(((b"", b""),)) if cids.codec(cid) == cids.RAW else _envelopes(len(data))
     return next(((head, tail) for head, tail in forms if hashes.matches(multihash, (head, data, tail))), None)

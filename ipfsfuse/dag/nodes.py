@@ -1,9 +1,11 @@
 """What blocks mean: a verified block in, a file, directory, shard or symlink out.
 
-The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes. `parse` is
-strict where the format has rules (https://specs.ipfs.tech/unixfs/): a block that breaks one raises Malformed.
+The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes.
+`parse` is strict where the format has rules (https://specs.ipfs.tech/unixfs/): a block that breaks one raises
+Malformed.
 
-Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread (MAX_PARSED_ON_LOOP).
+Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread
+(MAX_PARSED_ON_LOOP).
 """
 
 from collections.abc import Sequence
@@ -31,7 +33,8 @@ MURMUR3 = 0x22
 class Leaf(NamedTuple):
     """A piece of a file whose bytes one block holds: `size` content bytes at `offset` of the file.
 
-    `cid` names the block: a raw block, a dag-pb leaf, or an interior node with inline data (whose content is that data).
+    `cid` names the block: a raw block, a dag-pb leaf, or an interior node with inline data (whose content is
+    that data).
     """
 
     cid: Cid
@@ -49,7 +52,8 @@ class Child(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Stored attributes. `mode` is masked to 0o7777, None where none is stored; `mtime` in nanoseconds since 1970."""
+    """Stored attributes. `mode` is masked to 0o7777, None where none is stored; `mtime` in nanoseconds since
+    1970."""
 
     mode: int | None = None
     mtime: int | None = None
@@ -60,7 +64,8 @@ NO_META = Meta()
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file's root (or an interior node of one): its content is `inline` bytes, then the children in order."""
+    """A file's root (or an interior node of one): its content is `inline` bytes, then the children in
+    order."""
 
     cid: Cid
     size: int
@@ -82,7 +87,8 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One node of a HAMT directory. `slots` are (bit index, link) in bit order; a link's name is prefix + entry name."""
+    """One node of a HAMT directory. `slots` are (bit index, link) in bit order; a link's name is prefix +
+    entry name."""
 
     cid: Cid
     width: int
@@ -110,7 +116,9 @@ def parse(cid: Cid, block: bytes) -> Node:
     if codec == cids.RAW:
         return File(cid, len(block), len(block), ())
     if codec != cids.DAG_PB:
-        raise Unsupported(f"{cids.brief(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS and raw ones")
+        raise Unsupported(
+            f"{cids.brief(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS and raw ones"
+        )
     try:
         node = dagpb.decode(block)
         if node.data is None:
@@ -142,7 +150,8 @@ def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
         return _shard(cid, links, message, meta)
     if kind is Type.SYMLINK:
         return _symlink(cid, message, meta)
-    raise Unsupported(f"{cids.brief(cid)}: UnixFS Metadata nodes are not shown")  # nor by Kubo's mount and gateway
+    # nor by Kubo's mount and gateway
+    raise Unsupported(f"{cids.brief(cid)}: UnixFS Metadata nodes are not shown")
 
 
 def _file(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> File:
@@ -197,5 +206,6 @@ def _shard(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> Shard:
 
 @cache
 def prefix_length(width: int) -> int:
-    """How many hexadecimal digits stand before each name in a HAMT node of this width, one of a few powers of two."""
+    """How many hexadecimal digits stand before each name in a HAMT node of this width, one of a few powers of
+    two."""
     return len(f"{width - 1:X}")

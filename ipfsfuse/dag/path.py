@@ -18,13 +18,16 @@ MAX_NAME = 255
 
 @dataclass(frozen=True, slots=True)
 class IpfsPath:
-    """A place below a CID. No name is empty, `.` or `..`, none holds `/` or NUL, or is over 255 bytes long."""
+    """A place below a CID. No name is empty, `.` or `..`, none holds `/` or NUL, or is over 255 bytes
+    long."""
 
     root: Cid
     names: tuple[bytes, ...] = ()
 
     def __str__(self) -> str:
-        return "/".join(("/ipfs", cids.text(self.root), *(name.decode("utf-8", "replace") for name in self.names)))
+        return "/".join(
+            ("/ipfs", cids.text(self.root), *(name.decode("utf-8", "replace") for name in self.names))
+        )
 
 
 def can_hold(name: bytes) -> bool:
@@ -35,8 +38,8 @@ def can_hold(name: bytes) -> bool:
 def parse(text: str) -> IpfsPath:
     """The path that `text`, a command line's argument, spells. Repeated slashes and `.` are ignored.
 
-    In the form of a URL, names are percent-encoded. Raises NotACid, NameTooLong, or UsageError for `..`, NUL, a query
-    or fragment, and for anything that is not a path below a CID.
+    In the form of a URL, names are percent-encoded. Raises NotACid, NameTooLong, or UsageError for `..`, NUL,
+    a query or fragment, and for anything that is not a path below a CID.
     """
     rest, quoted = _below_ipfs(text)
     root, _, tail = rest.partition("/")
@@ -47,7 +50,8 @@ def parse(text: str) -> IpfsPath:
 
 
 def cid_alone(text: str) -> Cid:
-    """The CID that `text` spells, as CID, /ipfs/CID or ipfs://CID. Raises UsageError, for a path below one too."""
+    """The CID that `text` spells, as CID, /ipfs/CID or ipfs://CID. Raises UsageError, for a path below one
+    too."""
     _refuse_ipns(text)
     bare = text.removeprefix("ipfs://") if text.startswith("ipfs://") else text.removeprefix("/ipfs/")
     try:
@@ -66,7 +70,10 @@ def _below_ipfs(text: str) -> tuple[str, bool]:
         if scheme.lower() != "ipfs":
             raise UsageError(f"{_shown(text)}: only ipfs:// is read here; write /ipfs/CID/PATH")
         if "?" in rest or "#" in rest:
-            raise UsageError(f"{_shown(text)}: a query or fragment is not part of a path; write %3F or %23 where a name has ? or #")
+            raise UsageError(
+                f"{_shown(text)}: a query or fragment is not part of a path; write %3F or %23 where a "
+                "name has ? or #"
+            )
         return rest, True
     if not text.startswith("/"):
         return text, False
@@ -81,7 +88,10 @@ def _refuse_ipns(text: str) -> None:
     found = _IPNS.match(text)
     if found is not None:
         name = _shown(text[found.end() :])
-        raise UsageError(f"{_shown(text)}: IPNS names are not resolved here; ask `ipfs resolve -r /ipns/...` for the CID of {name}")
+        raise UsageError(
+            f"{_shown(text)}: IPNS names are not resolved here; ask `ipfs resolve -r /ipns/...` for "
+            f"the CID of {name}"
+        )
 
 
 def _name(part: str, quoted: bool, text: str) -> bytes:

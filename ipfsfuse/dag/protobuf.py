@@ -1,7 +1,8 @@
-"""The three things of the protobuf wire format that dag-pb and UnixFS need (https://protobuf.dev/programming-guides/encoding/).
+"""The three things of the protobuf wire format that dag-pb and UnixFS need
+(https://protobuf.dev/programming-guides/encoding/).
 
-All take a buffer and the half-open range they may read, and raise Malformed. Protobuf's own varints need not be in
-their shortest form and go up to 10 bytes, unlike those of multiformats (`dag.varint`).
+All take a buffer and the half-open range they may read, and raise Malformed. Protobuf's own varints need not
+be in their shortest form and go up to 10 bytes, unlike those of multiformats (`dag.varint`).
 """
 
 from ipfsfuse.errors import Malformed

@@ -1,13 +1,14 @@
 """Traversals of a DAG without I/O.
 
-A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to be fetched side by side, and must be
-sent those nodes in the same order. It returns its result. The CIDs that it yields are distinct, and none of them is an
-identity CID. A walk that computes for long yields an empty sequence, so that other tasks can run. A walk keeps no
-state between calls, so it can be dropped at any yield. Because it does no I/O, a test
-without a network covers it, and each caller drives it in its own way (`vfs.tree.Tree.drive`, `cache.fsck`).
+A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to be fetched side by side, and
+must be sent those nodes in the same order. It returns its result. The CIDs that it yields are distinct, and
+none of them is an identity CID. A walk that computes for long yields an empty sequence, so that other tasks
+can run. A walk keeps no state between calls, so it can be dropped at any yield. Because it does no I/O, a
+test without a network covers it, and each caller drives it in its own way (`vfs.tree.Tree.drive`,
+`cache.fsck`).
 
-`child` and `resolve` go down by name. `directory_pages.entries` lists a directory, and `file_layout.leaves` finds the
-leaves that hold a range of a file; both expand a `Frontier`.
+`child` and `resolve` go down by name. `directory_pages.entries` lists a directory, and `file_layout.leaves`
+finds the leaves that hold a range of a file; both expand a `Frontier`.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -47,14 +48,14 @@ def node(cid: Cid) -> Walk[Node]:
     return (yield from nodes([cid]))[0]
 
 
-# -- by name -----------------------------------------------------------------------------------------------------
+# -- by name -------------------------------------------------------------------------------------------------
 
 
 def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
     """The entry `name` of a directory, as a link whose name is `name`. None if it is proved absent.
 
-    In a HAMT only the nodes on the way to the name are read. If a directory has two entries of one name, the first
-    counts, as in Kubo. A name that no file system can hold is in no directory.
+    In a HAMT only the nodes on the way to the name are read. If a directory has two entries of one name, the
+    first counts, as in Kubo. A name that no file system can hold is in no directory.
     """
     if not can_hold(name):
         return None
@@ -73,7 +74,8 @@ def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
 
 
 def resolve(path: IpfsPath) -> Walk[Node]:
-    """The node at `path`. A symlink is not followed. Raises NotFound or NotADirectory, which name the part of the path."""
+    """The node at `path`. A symlink is not followed. Raises NotFound or NotADirectory, which name the part of
+    the path."""
     here: Node = yield from node(path.root)
     for depth, name in enumerate(path.names):
         if not isinstance(here, Directory | Shard):
@@ -85,7 +87,7 @@ def resolve(path: IpfsPath) -> Walk[Node]:
     return here
 
 
-# -- in order ----------------------------------------------------------------------------------------------------
+# -- in order ------------------------------------------------------------------------------------------------
 
 
 MAX_PARTS_AT_A_TIME = 4000

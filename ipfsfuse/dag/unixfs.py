@@ -1,7 +1,7 @@
 """The UnixFS message that dag-pb nodes carry in their data (https://specs.ipfs.tech/unixfs/).
 
-Read as protobuf demands, as Kubo does: fields in any order, of two the last counts, unknown ones are skipped, and
-`blocksizes` may be packed. `encode` writes fields in ascending order, which every importer does.
+Read as protobuf demands, as Kubo does: fields in any order, of two the last counts, unknown ones are skipped,
+and `blocksizes` may be packed. `encode` writes fields in ascending order, which every importer does.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ _SECOND = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class UnixFS:
-    """One message; None stands for an absent field. `mtime` is in nanoseconds since 1970, `mode` as it is stored."""
+    """One message; None stands for an absent field. `mtime` is in nanoseconds since 1970, `mode` as it is
+    stored."""
 
     type: Type
     data: bytes | memoryview | None = None
@@ -53,7 +54,8 @@ class UnixFS:
 
 
 def decode(message: bytes | memoryview) -> UnixFS:
-    """What `message` says; its `data` is a slice of it, so that of a memoryview is not copied. Raises Malformed."""
+    """What `message` says; its `data` is a slice of it, so that of a memoryview is not copied. Raises
+    Malformed."""
     kind: Type | None = None
     data: bytes | memoryview | None = None
     mtime: int | None = None
@@ -109,9 +111,11 @@ def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int
 
 
 def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
-    """The nanoseconds since 1970 of an IPFSTimestamp: required int64 seconds = 1, optional fixed32 nanos = 2."""
+    """The nanoseconds since 1970 of an IPFSTimestamp: required int64 seconds = 1, optional fixed32 nanos =
+    2."""
     seconds: int | None = None
-    nanos = 0  # the specification allows 1 to 999,999,999; ipfs-unixfs (JavaScript) writes 0 for a whole second
+    # the specification allows 1 to 999,999,999; ipfs-unixfs (JavaScript) writes 0 for a whole second
+    nanos = 0
     if end - at > MAX_STAMP:
         raise Malformed(f"UnixFS: an mtime of {end - at} bytes")
     while at < end:

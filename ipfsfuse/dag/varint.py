@@ -1,4 +1,5 @@
-"""Unsigned varints (https://github.com/multiformats/unsigned-varint): at most 9 bytes, in the shortest form."""
+"""Unsigned varints (https://github.com/multiformats/unsigned-varint): at most 9 bytes, in the shortest
+form."""
 
 from ipfsfuse.errors import Malformed
 

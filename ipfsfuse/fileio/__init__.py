@@ -1,1 +1,2 @@
-"""Files of this machine, by system calls: what sources and the cache need of them. Knows nothing of blocks."""
+"""Files of this machine, by system calls: what sources and the cache need of them. Knows nothing of
+blocks."""

@@ -1,9 +1,12 @@
-"""Buffers for what comes in large: leaves of a run. Each begins on a page, as direct writes want it, and is used again.
+"""Buffers for what comes in large: leaves of a run. Each begins on a page, as direct writes want it, and is
+used again.
 
-A new block of memory costs more than what is then done with it: the kernel clears each page when it is first touched
-(70 us of CPU for 1 MiB where pages are at hand, several times that where a virtual machine must be given them first).
+A new block of memory costs more than what is then done with it: the kernel clears each page when it is first
+touched (70 us of CPU for 1 MiB where pages are at hand, several times that where a virtual machine must be
+given them first).
 
-Concurrency: any thread. A buffer comes back by itself when nobody looks at it any more, whoever that was last.
+Concurrency: any thread. A buffer comes back by itself when nobody looks at it any more, whoever that was
+last.
 """
 
 import ctypes
@@ -21,7 +24,8 @@ class _Pool:
     def __init__(self) -> None:
         self.waiting: dict[int, list[mmap.mmap]] = {size: [] for size in SIZES}
         self.size = 0
-        """Bytes that wait. Threads may get it a little wrong at a time: nothing but how many are kept depends on it."""
+        """Bytes that wait. Threads may get it a little wrong at a time: nothing but how many are kept depends
+        on it."""
 
     def take(self, size: int) -> mmap.mmap:
         try:
@@ -51,7 +55,8 @@ def lend(size: int) -> memoryview:
 
 
 def is_aligned(data: memoryview, to: int) -> bool:
-    """Whether `data` begins at an address and has a length that `to` divides; False where it can't be told."""
+    """Whether `data` begins at an address and has a length that `to` divides; False where it can't be
+    told."""
     if data.readonly or not data.contiguous or len(data) % to or not data:
         return False
     return ctypes.addressof(ctypes.c_char.from_buffer(data)) % to == 0
@@ -78,7 +83,8 @@ def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
 
 
 def fill(left: list[memoryview], piece: bytes) -> None:
-    """Copies `piece` into the buffers that are `left`, which must have room for it, and leaves those that are still to fill."""
+    """Copies `piece` into the buffers that are `left`, which must have room for it, and leaves those that are
+    still to fill."""
     view = memoryview(piece)
     while view:
         part = view[: len(left[0])]

@@ -1,4 +1,5 @@
-"""Calls on open files that the standard library leaves to us. Concurrency: they block, and belong in a thread."""
+"""Calls on open files that the standard library leaves to us. Concurrency: they block, and belong in a
+thread."""
 
 import ctypes
 import errno
@@ -29,7 +30,8 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def punch_hole(file: int, start: int, size: int) -> None:
-    """fallocate(2), which the standard library does not offer with a mode. Where the file system can't, zeros are written."""
+    """fallocate(2), which the standard library does not offer with a mode. Where the file system can't, zeros
+    are written."""
     if _libc.fallocate(file, _KEEP_SIZE_PUNCH_HOLE, start, size) == 0:
         return
     number = ctypes.get_errno()

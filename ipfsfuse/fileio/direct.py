@@ -1,11 +1,12 @@
 """Whether what is staged is written past the page cache (O_DIRECT), and read back so.
 
-Through it, 1 MiB costs 0.2 ms of CPU where the machine has free pages at hand and up to 2 ms where a virtual machine
-must be given them first, and then writing back; past it 0.08 ms. The mount's own page cache has the bytes anyway. But
-a write past it lasts until the disk has them: where that takes long, the page cache is used, so that a slow disk
-slows no reader down before that is full, and keeps what it holds.
+Through it, 1 MiB costs 0.2 ms of CPU where the machine has free pages at hand and up to 2 ms where a virtual
+machine must be given them first, and then writing back; past it 0.08 ms. The mount's own page cache has the
+bytes anyway. But a write past it lasts until the disk has them: where that takes long, the page cache is
+used, so that a slow disk slows no reader down before that is full, and keeps what it holds.
 
-Concurrency: worker threads. Two at a time may miscount the calls that are left to wait, which costs nothing but speed.
+Concurrency: worker threads. Two at a time may miscount the calls that are left to wait, which costs nothing
+but speed.
 """
 
 import errno
@@ -20,7 +21,8 @@ from ipfsfuse.fileio.calls import write_parts
 ALIGNED = 4096
 """What addresses, offsets and sizes must be multiples of, for any disk."""
 SLOW = 5e-9
-"""Seconds for a byte, of the last calls on average: of a single one the wait for a processor may be most. 200 MB/s."""
+"""Seconds for a byte, of the last calls on average: of a single one the wait for a processor may be most. 200
+MB/s."""
 TURN = 0.005
 """Seconds that do not count: so long a thread may wait for Python's lock after a call."""
 WEIGHT = 1 / 8
@@ -46,7 +48,9 @@ class Direct:
         if not self._past(os.preadv, file, parts, offset):
             os.preadv(file, parts, offset)
 
-    def _past(self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int) -> bool:
+    def _past(
+        self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
+    ) -> bool:
         """Whether `call` did its work past the page cache."""
         if not self._offered or not _fits(parts, offset):
             return False
@@ -72,4 +76,6 @@ class Direct:
 
 
 def _fits(parts: Sequence[bytes | memoryview], offset: int) -> bool:
-    return offset % ALIGNED == 0 and all(isinstance(part, memoryview) and is_aligned(part, ALIGNED) for part in parts)
+    return offset % ALIGNED == 0 and all(
+        isinstance(part, memoryview) and is_aligned(part, ALIGNED) for part in parts
+    )

@@ -1,7 +1,7 @@
 """Blocking work in a worker thread, or without one where none can be started.
 
 A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, by others too. Then the
-work is done on the event loop: everything else waits for it, but nothing fails. """
+work is done on the event loop: everything else waits for it, but nothing fails."""
 
 import logging
 from collections.abc import Callable
@@ -49,5 +49,6 @@ def _note() -> None:
     if now - _logged >= LOG_SECONDS:
         _logged = now
         log.warning(
-            "no more threads can be started (a limit on processes?): the work of one stops all others meanwhile"
+            "no more threads can be started (a limit on processes?): the work of one stops all "
+            "others meanwhile"
         )

@@ -1,7 +1,7 @@
 """Whole small files, many at once.
 
-Each by itself would take and give back Python's lock four times: where another thread wants it, that costs more than the
-reading. `whole.c` takes it once. Concurrency: any thread's; it blocks.
+Each by itself would take and give back Python's lock four times: where another thread wants it, that costs
+more than the reading. `whole.c` takes it once. Concurrency: any thread's; it blocks.
 """
 
 import ctypes
@@ -15,17 +15,25 @@ from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.native import load
 
 _LIBRARY = load("ipfsfuse.fileio._native")
-_LIBRARY.whole_files.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+_LIBRARY.whole_files.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+)
 _LIBRARY.whole_files.restype = ctypes.c_int
 
 
 def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
-    """What regular files hold, of the first of `paths` and as many behind it as together have `most` bytes; None of those that are
-    not there, can't be read, or are larger than that alone. Links are not followed."""
+    """What regular files hold, of the first of `paths` and as many behind it as together have `most` bytes;
+    None of those that are not there, can't be read, or are larger than that alone. Links are not followed."""
     names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
     lengths = (ctypes.c_int64 * len(paths))()
     room = lend(most)
-    seen = _LIBRARY.whole_files(names, len(paths), ctypes.addressof(ctypes.c_char.from_buffer(room)), most, lengths)
+    seen = _LIBRARY.whole_files(
+        names, len(paths), ctypes.addressof(ctypes.c_char.from_buffer(room)), most, lengths
+    )
     found: list[bytes | None] = []
     at = 0
     for length in lengths[:seen]:
@@ -46,8 +54,8 @@ def read_file(path: str, most: int) -> bytes | None:
 
 @contextmanager
 def regular(path: str, most: int) -> Iterator[tuple[int, int]]:
-    """A regular file of at most `most` bytes, open for reading, and its size. Raises FileNotFoundError for anything else, without
-    waiting for a pipe, and OSError."""
+    """A regular file of at most `most` bytes, open for reading, and its size. Raises FileNotFoundError for
+    anything else, without waiting for a pipe, and OSError."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         info = os.fstat(file)

@@ -18,8 +18,8 @@ LONGEST = 2000
 """Characters of one line."""
 
 ORDINARY = (
-    errors.NotFound, errors.NotACid, errors.NotADirectory, errors.IsADirectory, errors.NotALink, errors.NameTooLong,
-    errors.ReadOnly, errors.Interrupted,
+    errors.NotFound, errors.NotACid, errors.NotADirectory, errors.IsADirectory, errors.NotALink,
+    errors.NameTooLong, errors.ReadOnly, errors.Interrupted,
 )  # fmt: skip
 """What callers do every day and nobody need look into."""
 

@@ -63,5 +63,7 @@ def extend_reply(reply: bytes, offered: int, readahead: bool) -> bytes:
     if not readahead:
         struct.pack_into("<I", out, _READAHEAD_AT, 0)
     struct.pack_into("<HH", out, _BACKGROUND_AT, MAX_BACKGROUND, CONGESTION)
-    struct.pack_into("<I", out, _MAX_WRITE_AT, min(struct.unpack_from("<I", out, _MAX_WRITE_AT)[0], MAX_WRITE))
+    struct.pack_into(
+        "<I", out, _MAX_WRITE_AT, min(struct.unpack_from("<I", out, _MAX_WRITE_AT)[0], MAX_WRITE)
+    )
     return bytes(out)

@@ -9,13 +9,14 @@ A number is a keyed hash (RFC 7693) of the CID, or for a directory of its path. 
 the cache folder: numbers are the same after a restart, and nobody can make content whose numbers collide on
 purpose. If something else holds the number, the hash is taken again with a counter in it.
 
-Reference counts: the kernel counts one reference for each answer that gives it a node id (LOOKUP, and each entry of
-READDIRPLUS but "." and ".."), and gives references back by FORGET. `refer` must be called exactly once for each such
-answer, and not for an answer that is an error, nor for an entry that did not fit into the reply. A caller who is killed
-changes nothing: once the kernel has handed a request to us, it waits for the answer and counts it
-(fs/fuse/dev.c, request_wait_answer). The kernel never forgets an inode that it has open, since it holds the inode until
-RELEASE is answered (fs/fuse/file.c, fuse_file_release). Generation numbers stay 0: a number is only given to something
-else after the kernel has forgotten it. After an unmount no FORGET comes; the table goes with the mount.
+Reference counts: the kernel counts one reference for each answer that gives it a node id (LOOKUP, and each
+entry of READDIRPLUS but "." and ".."), and gives references back by FORGET. `refer` must be called exactly
+once for each such answer, and not for an answer that is an error, nor for an entry that did not fit into the
+reply. A caller who is killed changes nothing: once the kernel has handed a request to us, it waits for the
+answer and counts it (fs/fuse/dev.c, request_wait_answer). The kernel never forgets an inode that it has open,
+since it holds the inode until RELEASE is answered (fs/fuse/file.c, fuse_file_release). Generation numbers
+stay 0: a number is only given to something else after the kernel has forgotten it. After an unmount no FORGET
+comes; the table goes with the mount.
 """
 
 import hashlib

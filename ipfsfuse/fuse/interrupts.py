@@ -1,7 +1,8 @@
 """Callers that were interrupted while a handler waits for them.
 
-libfuse's interrupt flag is not exposed by pyfuse3, but a signal that waits for a process stands in /proc/<pid>/status.
-One task looks at the callers that wait, five times a second, and cancels the handlers of those that have one pending.
+libfuse's interrupt flag is not exposed by pyfuse3, but a signal that waits for a process stands in
+/proc/<pid>/status. One task looks at the callers that wait, five times a second, and cancels the handlers of
+those that have one pending.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def watch(self, pid: int) -> Iterator[None]:
-        """Raises Interrupted within the block's wait if `pid` (a thread's id; 0 if unknown) has a signal pending."""
+        """Raises Interrupted within the block's wait if `pid` (a thread's id; 0 if unknown) has a signal
+        pending."""
         if pid <= 0:
             yield
             return
@@ -65,7 +67,11 @@ def signal_pending(pid: int) -> bool:
     """True if the thread `pid` has a signal pending that it does not block. False if it can't be told."""
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-            masks = {key: int(value, 16) for key, _, value in (line.partition(":") for line in status) if key in _MASKS}
+            masks = {
+                key: int(value, 16)
+                for key, _, value in (line.partition(":") for line in status)
+                if key in _MASKS
+            }
     except (OSError, ValueError):
         return False
     return bool((masks.get("SigPnd", 0) | masks.get("ShdPnd", 0)) & ~masks.get("SigBlk", 0))

@@ -156,6 +156,7 @@ class RootListing:
             raise
 
     def _page(self, listed: Sequence[Listed], first: int) -> Sequence[Entry]:
-        """The entries of `listed`, which begins at index `first`, without names that no file system can hold."""
+        """The entries of `listed`, which begins at index `first`, without names that no file system can
+        hold."""
         named = [(place, item[0], name_of(item)) for place, item in enumerate(listed, first + 1)]
         return [Entry(name, cid, -1, place) for place, cid, name in named if len(name) <= NAME_MAX]

@@ -1,5 +1,6 @@
-"""Mountpoints: what is mounted where, and whether a folder can take a mount. Touches no live mount: the kernel's own
-table tells, and a mount whose daemon may be gone is tried by a child process that can be left behind."""
+"""Mountpoints: what is mounted where, and whether a folder can take a mount. Touches no live mount: the
+kernel's own table tells, and a mount whose daemon may be gone is tried by a child process that can be left
+behind."""
 
 import os
 import shutil
@@ -56,7 +57,9 @@ def prepare(mountpoint: Path) -> None:
     if ours_at(mountpoint) is not None:
         if _answers(mountpoint):
             raise MountFailed(f"{mountpoint} is mounted already: ipfsfuse unmount {mountpoint} first")
-        subprocess.run([fusermount(), "-u", "-z", "-q", "--", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [fusermount(), "-u", "-z", "-q", "--", str(mountpoint)], check=False, stderr=subprocess.DEVNULL
+        )
     try:
         names = os.listdir(mountpoint)
     except FileNotFoundError as exc:
@@ -133,7 +136,12 @@ def fusermount() -> str:
 def _answers(mountpoint: Path) -> bool:
     """True unless the mount's daemon is gone; one that does not answer in time counts as alive."""
     try:
-        done = subprocess.run(["stat", "--", str(mountpoint)], env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"}, capture_output=True, timeout=TRY_SECONDS)
+        done = subprocess.run(
+            ["stat", "--", str(mountpoint)],
+            env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            timeout=TRY_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return True
     return not any(gone in done.stderr for gone in (b"not connected", b"connection abort"))
@@ -143,5 +151,8 @@ def raise_readahead(mountpoint: Path, kib: int) -> None:
     """Lets the kernel read ahead further than its 128 KiB, where we may: as root."""
     mounted = ours_at(mountpoint)
     if mounted is not None:
-        with suppress(OSError), open(f"/sys/class/bdi/{mounted.device}/read_ahead_kb", "w", encoding="ascii") as setting:
+        with (
+            suppress(OSError),
+            open(f"/sys/class/bdi/{mounted.device}/read_ahead_kb", "w", encoding="ascii") as setting,
+        ):
             setting.write(str(kib))

@@ -73,7 +73,7 @@ class OpenFiles:
             await trio.sleep(DRAIN_SECONDS)
             self.drain()
 
-    # -- what the kernel asks ------------------------------------------------------------------------------------
+    # -- what the kernel asks --------------------------------------------------------------------------------
 
     async def open(self, inode: Inode, pid: int) -> int:
         """A handle for reading `inode`. Raises what the walk of its blocks raises."""
@@ -153,7 +153,7 @@ class OpenFiles:
             self._pusher.remove(number)
             device.revoke(number)
 
-    # -- what the kernel is given unasked ------------------------------------------------------------------------
+    # -- what the kernel is given unasked --------------------------------------------------------------------
 
     def drain(self) -> None:
         """Takes note of what was opened in C, and of what the kernel took into its page cache."""

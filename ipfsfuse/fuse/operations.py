@@ -1,8 +1,8 @@
 """pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in
 `errnos`.
 
-Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is touched
-only between two awaits.
+Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is
+touched only between two awaits.
 """
 
 import errno
@@ -13,7 +13,17 @@ from types import TracebackType
 
 import pyfuse3
 import trio
-from pyfuse3 import FileHandleT, FileInfo, FileNameT, FlagT, InodeT, ModeT, ReaddirToken, RequestContext, XAttrNameT
+from pyfuse3 import (
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    XAttrNameT,
+)
 
 from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
@@ -44,7 +54,9 @@ class Translated:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(exc, Exception):
             raise fuse_error(exc) from exc
 
@@ -70,7 +82,13 @@ class Operations(ReadOnlyOperations):
         it did not ask for, and asks for everything: a recording mount."""
         super().__init__()
         self._deadline = deadline
-        self._tree, self._roots, self._interrupts, self._inodes, self._budget = tree, roots, interrupts, inodes, budget
+        self._tree, self._roots, self._interrupts, self._inodes, self._budget = (
+            tree,
+            roots,
+            interrupts,
+            inodes,
+            budget,
+        )
         self._replies = replies.Replies()
         self._files = OpenFiles(tree, inodes, interrupts, push)
         self._listings: dict[int, Listing | RootListing] = {}
@@ -98,14 +116,20 @@ class Operations(ReadOnlyOperations):
             if scope.cancelled_caught:
                 raise errors.Unavailable(f"not answered within {self._deadline:g} s")
 
-    # -- names ---------------------------------------------------------------------------------------------------
+    # -- names -----------------------------------------------------------------------------------------------
 
-    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
         with self._call(ctx.uid):
             if len(name) > NAME_MAX:
                 raise errors.NameTooLong(f"a name of {len(name)} bytes")
             try:
-                cid = self._roots.parse(name) if parent_inode == ROOT else await self._child(parent_inode, name, ctx)
+                cid = (
+                    self._roots.parse(name)
+                    if parent_inode == ROOT
+                    else await self._child(parent_inode, name, ctx)
+                )
             except errors.NotFound:
                 return self._replies.absent()
             found = self._tree.known(cid)
@@ -152,7 +176,7 @@ class Operations(ReadOnlyOperations):
             held = self._inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
-    # -- files ---------------------------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         with self._call(ctx.uid):
@@ -177,7 +201,7 @@ class Operations(ReadOnlyOperations):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         return None
 
-    # -- directories ---------------------------------------------------------------------------------------------
+    # -- directories -----------------------------------------------------------------------------------------
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         with self._call(ctx.uid):
@@ -207,7 +231,7 @@ class Operations(ReadOnlyOperations):
         self._handles += 1
         return self._handles
 
-    # -- the rest ------------------------------------------------------------------------------------------------
+    # -- the rest --------------------------------------------------------------------------------------------
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         with translated:

@@ -14,10 +14,14 @@ def _refuse() -> Never:
 class ReadOnlyOperations(pyfuse3.Operations):
     """The mutating half of the operations."""
 
-    async def setattr(self, inode: InodeT, attr: object, fields: object, fh: object, ctx: RequestContext) -> Never:
+    async def setattr(
+        self, inode: InodeT, attr: object, fields: object, fh: object, ctx: RequestContext
+    ) -> Never:
         _refuse()
 
-    async def mknod(self, parent_inode: InodeT, name: FileNameT, mode: int, rdev: int, ctx: RequestContext) -> Never:
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, rdev: int, ctx: RequestContext
+    ) -> Never:
         _refuse()
 
     async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: int, ctx: RequestContext) -> Never:
@@ -29,18 +33,30 @@ class ReadOnlyOperations(pyfuse3.Operations):
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> Never:
         _refuse()
 
-    async def symlink(self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext) -> Never:
-        _refuse()
-
-    async def rename(
-        self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT, name_new: FileNameT, flags: int, ctx: RequestContext
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> Never:
         _refuse()
 
-    async def link(self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext) -> Never:
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: int,
+        ctx: RequestContext,
+    ) -> Never:
         _refuse()
 
-    async def create(self, parent_inode: InodeT, name: FileNameT, mode: int, flags: int, ctx: RequestContext) -> Never:
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> Never:
+        _refuse()
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, flags: int, ctx: RequestContext
+    ) -> Never:
         _refuse()
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> Never:

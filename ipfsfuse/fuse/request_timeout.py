@@ -4,7 +4,7 @@ that.
 Linux, Documentation/admin-guide/sysctl/fs.rst: `default_request_timeout` holds for servers that ask for none
 in INIT, as we don't; `max_request_timeout` bounds every server's; 0 is none. Both are in seconds, and read by
 the kernel when a mount begins. The kernel looks every 15 s (FUSE_TIMEOUT_TIMER_FREQ), and takes smaller
-numbers for 15. That is no part of what it documents, so nothing here rests on it. """
+numbers for 15. That is no part of what it documents, so nothing here rests on it."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,8 +1,9 @@
 """The FUSE session: mounting, the INIT exchange, serving, unmounting.
 
-pyfuse3 holds one session per process in module globals, so this module serves one mount per process. It stands between
-the kernel and libfuse for one message: libfuse is given one end of a socket pair as its device, the INIT request is
-passed through, its reply is extended (`init_patch`), and then the real device is put in the socket's place.
+pyfuse3 holds one session per process in module globals, so this module serves one mount per process. It
+stands between the kernel and libfuse for one message: libfuse is given one end of a socket pair as its
+device, the INIT request is passed through, its reply is extended (`init_patch`), and then the real device is
+put in the socket's place.
 """
 
 import contextlib
@@ -71,7 +72,9 @@ def open_device(mountpoint: Path, allow_other: bool) -> Device:
 
 def _mount(mountpoint: Path, allow_other: bool) -> Device:
     if not os.path.exists("/dev/fuse"):
-        raise MountFailed("/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the device")
+        raise MountFailed(
+            "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the device"
+        )
     options = OPTIONS + ",auto_unmount" + (",allow_other" if allow_other else "")
     ours, theirs = socket.socketpair()
     with theirs:
@@ -94,7 +97,10 @@ def _mount(mountpoint: Path, allow_other: bool) -> Device:
 def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
     line = said.strip().rpartition("fusermount3: ")[2].strip() or "fusermount3 gave no reason"
     if allow_other and "user_allow_other" in line:
-        return "--allow-other needs the line user_allow_other in /etc/fuse.conf (as root: echo user_allow_other >> /etc/fuse.conf)"
+        return (
+            "--allow-other needs the line user_allow_other in /etc/fuse.conf (as root: echo "
+            "user_allow_other >> /etc/fuse.conf)"
+        )
     if "no write access" in line:
         return f"{mountpoint} can't be mounted: this user may not write to it: make a folder of your own"
     return f"{mountpoint} can't be mounted: {line}"
@@ -119,7 +125,10 @@ def init(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) ->
         ours.close()
         os.close(number)
         _close_device(device)
-        raise MountFailed(f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.3 or newer is needed") from exc
+        raise MountFailed(
+            f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.3 or "
+            "newer is needed"
+        ) from exc
     return Session(device, reader, ours, number)
 
 
@@ -143,7 +152,9 @@ async def exchange(session: Session, readahead: bool) -> None:
     except OSError as exc:
         raise MountFailed(f"{session.device.mountpoint} can't be served: {exc.strerror}") from exc
     if not session.extended:
-        log.warning("this kernel offers no parallel directory operations: a stalled lookup holds up its directory")
+        log.warning(
+            "this kernel offers no parallel directory operations: a stalled lookup holds up its directory"
+        )
 
 
 @contextlib.contextmanager
@@ -192,7 +203,9 @@ def _close_device(device: Device) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> AsyncIterator[Session]:
+async def opened(
+    operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool
+) -> AsyncIterator[Session]:
     """A session for the length of the block; the mount is gone afterwards."""
     session = init(operations, mountpoint, allow_other)
     try:

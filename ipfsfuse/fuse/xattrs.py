@@ -24,9 +24,11 @@ def names() -> list[bytes]:
 
 
 def value(name: bytes, cid: Cid, find: Find) -> bytes:
-    """The value of `name`. Raises FUSEError: ENODATA for an attribute that is not there (the mount's root, whose CID is
-    empty, has none), ENOTSUP for namespaces that are not kept at all, so that `ls -l` asks for access lists once and not
-    for each file."""
+    """The value of `name`. Raises FUSEError: ENODATA for an attribute that is not there (the mount's root,
+    whose CID is empty, has none), ENOTSUP for namespaces that are not kept at all, so that `ls -l` asks for
+    access lists once and not for each file."""
     if not cid or name not in _NAMES:
-        raise pyfuse3.FUSEError(errno.ENOTSUP if name.startswith((b"system.", b"security.")) else pyfuse3.ENOATTR)
+        raise pyfuse3.FUSEError(
+            errno.ENOTSUP if name.startswith((b"system.", b"security.")) else pyfuse3.ENOATTR
+        )
     return _NAMES[name](cid, find).encode()

@@ -1,7 +1,7 @@
 """`ipfsfuse add`: imports local files and folders into the library, with the CIDs that `ipfs add` gives.
 
-Blocking, for one thread. Several adds at once, in any number of processes, are safe. The library changes only when
-everything has been added: an add that ends early leaves nothing behind.
+Blocking, for one thread. Several adds at once, in any number of processes, are safe. The library changes only
+when everything has been added: an add that ends early leaves nothing behind.
 """
 
 import os
@@ -57,7 +57,8 @@ class AddOptions:
 
 
 class Added(NamedTuple):
-    """One file, symlink or directory that was added; `name` as `ipfs add` shows it, relative, "" for a wrapping directory."""
+    """One file, symlink or directory that was added; `name` as `ipfs add` shows it, relative, "" for a
+    wrapping directory."""
 
     cid: Cid
     name: str
@@ -72,11 +73,14 @@ AddProgress = Callable[[int, int | None, str], None]
 """Called with (bytes read, bytes in all or None where that is not known, the path that is being read)."""
 
 
-def add(paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None) -> Generator[Added, None, None]:
-    """Adds all `paths` ("-" is standard input). Yields each thing when it is done, and each root after all below it.
+def add(
+    paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None
+) -> Generator[Added, None, None]:
+    """Adds all `paths` ("-" is standard input). Yields each thing when it is done, and each root after all
+    below it.
 
-    The roots are in the library when the iterator has ended. Closing it earlier leaves the library as it was. Raises
-    UsageError, AddFailed, StoreFailed.
+    The roots are in the library when the iterator has ended. Closing it earlier leaves the library as it was.
+    Raises UsageError, AddFailed, StoreFailed.
     """
     _check(paths, options)
     with ExitStack() as exits:
@@ -112,10 +116,21 @@ def _name(path: str) -> str:
 class _Job:
     """One add while it runs."""
 
-    def __init__(self, options: AddOptions, sink: Sink, progress: AddProgress | None, paths: Sequence[str], exits: ExitStack) -> None:
+    def __init__(
+        self,
+        options: AddOptions,
+        sink: Sink,
+        progress: AddProgress | None,
+        paths: Sequence[str],
+        exits: ExitStack,
+    ) -> None:
         self._options = options
         self._sink = sink
-        self._profile = options.profile.with_metadata() if options.preserve_mode or options.preserve_mtime else options.profile
+        self._profile = (
+            options.profile.with_metadata()
+            if options.preserve_mode or options.preserve_mtime
+            else options.profile
+        )
         self._paths = paths
         self._progress = progress
         self._total = self._count() if progress else None
@@ -140,7 +155,11 @@ class _Job:
     def run(self) -> Iterator[Added]:
         top: list[tuple[bytes, Built]] = []
         for path in self._paths:
-            name, built = (yield from self._standard_input()) if path == STANDARD_INPUT else (yield from self._tree(path))
+            name, built = (
+                (yield from self._standard_input())
+                if path == STANDARD_INPUT
+                else (yield from self._tree(path))
+            )
             top.append((name.encode(), built))
             if not self._options.wrap:
                 self.roots.append(NewRoot(built.cid, name, built.tsize))
@@ -224,11 +243,21 @@ class FileImporter:
         self._exit.close()
 
     def regular(self, fd: int, status: os.stat_result, path: str, stored: Stored) -> Built:
-        """An open file whose status was `status` before. Raises AddFailed if it has changed when all of it was read."""
+        """An open file whose status was `status` before. Raises AddFailed if it has changed when all of it
+        was read."""
         built = self._file(self._sized(fd, path, status.st_size), stored)
         after = os.fstat(fd)
-        if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-            change = "grew" if after.st_size > status.st_size else "shrank" if after.st_size < status.st_size else "changed"
+        if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (
+            status.st_size,
+            status.st_mtime_ns,
+        ):
+            change = (
+                "grew"
+                if after.st_size > status.st_size
+                else "shrank"
+                if after.st_size < status.st_size
+                else "changed"
+            )
             raise AddFailed(f"{path} {change} while it was read: add it again when nobody writes to it")
         return built
 
@@ -256,9 +285,12 @@ class FileImporter:
         return block.built
 
     def _sized(self, fd: int, path: str, size: int) -> Iterator[bytes]:
-        """`size` bytes in chunks of the profile, fewer if the file ends earlier. Its end costs no extra read."""
+        """`size` bytes in chunks of the profile, fewer if the file ends earlier. Its end costs no extra
+        read."""
         if size == 0 and self._chunk(fd, path, 1):
-            raise AddFailed(f"{path} has content but says it is empty, as files of /proc do: add a copy, or pipe it in")
+            raise AddFailed(
+                f"{path} has content but says it is empty, as files of /proc do: add a copy, or pipe it in"
+            )
         while size and (chunk := self._chunk(fd, path, min(self._profile.chunk_size, size))):
             size -= len(chunk)
             yield chunk

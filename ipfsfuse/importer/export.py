@@ -1,7 +1,7 @@
 """`ipfsfuse export`: writes a DAG to a CAR file. Every block is verified.
 
-Concurrency: one task per export. Some blocks are fetched ahead, side by side, and all are written in one order. The
-file appears at the end, complete.
+Concurrency: one task per export. Some blocks are fetched ahead, side by side, and all are written in one
+order. The file appears at the end, complete.
 """
 
 import os
@@ -27,25 +27,30 @@ ExportProgress = Callable[[int, int], None]
 """Called with (blocks, bytes) written so far."""
 
 
-async def export(root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: ExportProgress | None = None) -> int:
+async def export(
+    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: ExportProgress | None = None
+) -> int:
     """Writes everything below `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
 
-    Each block is written once, parents first, and links in their order, as `ipfs dag export` does. Returns the bytes
-    of CAR data.
+    Each block is written once, parents first, and links in their order, as `ipfs dag export` does. Returns
+    the bytes of CAR data.
 
-    Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known, StoreFailed.
+    Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known,
+    StoreFailed.
     """
     with _appearing(file) as fd:
         return await _fill(CarWriter(fd, file.parent, [root], indexed), root, get, progress)
 
 
 async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: ExportProgress | None = None) -> int:
-    """As `export`, to a descriptor that may be a pipe: a CARv1. Whoever reads it must look at how this process ends,
-    because a CAR that ends early can be a valid CAR.
+    """As `export`, to a descriptor that may be a pipe: a CARv1. Whoever reads it must look at how this
+    process ends, because a CAR that ends early can be a valid CAR.
 
     Raises BrokenPipeError where nobody reads any more, and what `export` raises."""
     try:
-        return await _fill(CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress)
+        return await _fill(
+            CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress
+        )
     except BrokenPipeError:
         raise
     except OSError as exc:
@@ -95,7 +100,11 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
         if _is_done(cid, seen):
             continue
         if cid not in fetched:
-            await _fetch([cid, *(ahead for ahead in waiting[: -_FETCHED_AHEAD : -1] if not _is_done(ahead, seen))], get, fetched)
+            await _fetch(
+                [cid, *(ahead for ahead in waiting[:-_FETCHED_AHEAD:-1] if not _is_done(ahead, seen))],
+                get,
+                fetched,
+            )
         block = fetched.pop(cid)
         seen.add(cids.multihash(cid))
         await threads.run_sync(writer.add, cid, block)
@@ -105,7 +114,9 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
 
 
 def _is_done(cid: Cid, seen: set[bytes]) -> bool:
-    return cids.multihash(cid) in seen or (cids.inline(cid) is not None and not _links(cid, cids.inline(cid) or b""))
+    return cids.multihash(cid) in seen or (
+        cids.inline(cid) is not None and not _links(cid, cids.inline(cid) or b"")
+    )
 
 
 def _links(cid: Cid, block: bytes) -> list[Cid]:
@@ -118,7 +129,8 @@ def _links(cid: Cid, block: bytes) -> list[Cid]:
 
 
 async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:
-    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first: the others are fetched again when it is their turn."""
+    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first: the others are fetched
+    again when it is their turn."""
     failure: list[IpfsFuseError] = []
 
     async def one(cid: Cid) -> None:

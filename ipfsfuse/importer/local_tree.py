@@ -1,7 +1,7 @@
 """Walks the local files and folders that are to be added. It follows no symlink, and any depth works.
 
-Blocking; each walk is for one thread. Every name is opened relative to its parent's descriptor. So paths of any length
-work, and a directory that is moved meanwhile can't lead to another place.
+Blocking; each walk is for one thread. Every name is opened relative to its parent's descriptor. So paths of
+any length work, and a directory that is moved meanwhile can't lead to another place.
 """
 
 import os
@@ -16,7 +16,12 @@ from ipfsfuse.errors import AddFailed
 _MAX_OPEN = 128
 """Directories held open at once. Those above them are opened again by `..`."""
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
 
 
 class Enter(NamedTuple):
@@ -97,7 +102,9 @@ def walk(path: str, name: str, how: Walk) -> Iterator[Event]:
                 os.close(opened.fd)
 
 
-def _visit(path: str, at: str, name: str, parent: int | None, how: Walk, stack: list[_Open]) -> Iterator[Event]:
+def _visit(
+    path: str, at: str, name: str, parent: int | None, how: Walk, stack: list[_Open]
+) -> Iterator[Event]:
     """The event of one name, `at` below the descriptor `parent`. A directory is pushed onto the stack."""
     encoded = _encoded(path, name)
     with naming(path):
@@ -148,7 +155,9 @@ def _open_directory(path: str, at: str, parent: int | None, hidden: bool) -> _Op
     with naming(path):
         fd = os.open(at, _FLAGS | os.O_DIRECTORY, dir_fd=parent)
         try:
-            names = sorted((name for name in os.listdir(fd) if hidden or not name.startswith(".")), key=os.fsencode)
+            names = sorted(
+                (name for name in os.listdir(fd) if hidden or not name.startswith(".")), key=os.fsencode
+            )
             status = os.fstat(fd)
         except BaseException:
             os.close(fd)

@@ -1,1 +1,2 @@
-"""Where blocks come from. Only this package knows files of blocks, URLs and nodes; nothing above it trusts a byte."""
+"""Where blocks come from. Only this package knows files of blocks, URLs and nodes; nothing above it trusts a
+byte."""

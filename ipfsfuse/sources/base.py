@@ -96,23 +96,28 @@ class Run:
 
 
 ENVELOPE = 64
-"""Bytes that a dag-pb leaf may have beside its content: 14 as importers write it, some 30 with a mode and a time."""
+"""Bytes that a dag-pb leaf may have beside its content: 14 as importers write it, some 30 with a mode and a
+time."""
 
 
 def fits(leaf: Leaf, size: int) -> bool:
     """Whether a block of `size` bytes can be the block of `leaf`.
 
-    A source that knows the sizes of its blocks leaves the others out of a run, unread: then a run takes as much memory
-    as its leaves say, whatever stands behind them. What is left out is asked for alone, where it has its error."""
+    A source that knows the sizes of its blocks leaves the others out of a run, unread: then a run takes as
+    much memory as its leaves say, whatever stands behind them. What is left out is asked for alone, where it
+    has its error."""
     if cids.codec(leaf.cid) == cids.RAW:
         return size == leaf.size <= cids.MAX_BLOCK
     return leaf.size <= size <= min(leaf.size + ENVELOPE, cids.MAX_BLOCK)
 
 
 def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
-    """What the source `name` raises for a block of over `cids.MAX_BLOCK` bytes, before it reads it; `size` where it is known."""
+    """What the source `name` raises for a block of over `cids.MAX_BLOCK` bytes, before it reads it; `size`
+    where it is known."""
     what = f"a block of {size:,} bytes" if size is not None else "a larger block"
-    return BlockTooLarge(f"{name} has {cids.text(cid)} as {what}: blocks of over {cids.MAX_BLOCK:,} bytes are not read")
+    return BlockTooLarge(
+        f"{name} has {cids.text(cid)} as {what}: blocks of over {cids.MAX_BLOCK:,} bytes are not read"
+    )
 
 
 Block = bytes | memoryview
@@ -152,7 +157,8 @@ class Source(Protocol):
         ...
 
     async def get(self, cid: Cid) -> bytes:
-        """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `too_large`), or SourceFailed with its kind."""
+        """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `too_large`), or SourceFailed
+        with its kind."""
         ...
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
@@ -169,8 +175,8 @@ class Source(Protocol):
         ...
 
     def roots(self) -> Sequence[Cid]:
-        """What this source would list in the mount's root: a library's or a CAR's roots; nothing for the network. It may block
-        (a library's roots are files), so it is called in a worker thread."""
+        """What this source would list in the mount's root: a library's or a CAR's roots; nothing for the
+        network. It may block (a library's roots are files), so it is called in a worker thread."""
         ...
 
     async def aclose(self) -> None:
@@ -212,13 +218,15 @@ class Blocks(Protocol):
     async def get(self, cid: Cid) -> Fetched:
         """The verified block. Keeps trying while some source may still give it: the caller sets the deadline.
 
-        Raises Unavailable when no source can (offline, or all said no for good), WrongBlock when the last source that
-        has it sent wrong bytes, BlockTooLarge when it is too large, Unsupported for a hash that is not allowed."""
+        Raises Unavailable when no source can (offline, or all said no for good), WrongBlock when the last
+        source that has it sent wrong bytes, BlockTooLarge when it is too large, Unsupported for a hash that
+        is not allowed."""
         ...
 
     async def stream(self, run: Run, deliver: DeliverFetched) -> None:
-        """Delivers every block of `run`, verified, in any order. Raises as `get` does for the first that can't be had, and
-        Malformed for the first that does not fit its leaf: a file that lies shall not have its blocks read for nothing."""
+        """Delivers every block of `run`, verified, in any order. Raises as `get` does for the first that
+        can't be had, and Malformed for the first that does not fit its leaf: a file that lies shall not have
+        its blocks read for nothing."""
         ...
 
     async def subtree(self, subtree: Subtree, taker: Taker) -> None:

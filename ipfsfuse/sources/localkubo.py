@@ -1,7 +1,9 @@
-"""A Kubo node whose repository is on this machine: what that holds is read there, the rest is the node's to find.
+"""A Kubo node whose repository is on this machine: what that holds is read there, the rest is the node's to
+find.
 
-A block costs 0.1 ms so, and the node nothing; over its gateway port 1 ms of its time and ours. The node still keeps it: what is read
-is pinned as if it had sent it. Concurrency: as every source; files are read in worker threads.
+A block costs 0.1 ms so, and the node nothing; over its gateway port 1 ms of its time and ours. The node still
+keeps it: what is read is pinned as if it had sent it. Concurrency: as every source; files are read in worker
+threads.
 """
 
 from collections.abc import Callable, Sequence

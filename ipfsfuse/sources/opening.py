@@ -1,6 +1,7 @@
 """All SOURCEs of a command, open for the length of a block.
 
-Concurrency: each is opened in a worker thread, one after the other; `OpenSettings.progress` is called from there.
+Concurrency: each is opened in a worker thread, one after the other; `OpenSettings.progress` is called from
+there.
 """
 
 import logging
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list[Source]]:
-    """The sources in their order, without those that an offline mount does not use. Raises UsageError, SourceFailed."""
+    """The sources in their order, without those that an offline mount does not use. Raises UsageError,
+    SourceFailed."""
     async with AsyncExitStack() as stack:
         sources: list[Source] = []
         for spec in parse_sources(texts):
@@ -27,5 +29,9 @@ async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[
             stack.push_async_callback(source.aclose)
             sources.append(source)
             if isinstance(source, CarSource) and not source.whole:
-                log.warning("%s is damaged or cut short: what stands before the damage is used, the rest is not there", source.path)
+                log.warning(
+                    "%s is damaged or cut short: what stands before the damage is used, the rest is "
+                    "not there",
+                    source.path,
+                )
         yield sources

@@ -18,7 +18,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A server. `base` is a path before all others, "" or "/like/this"; `unix` a socket's path instead of an address."""
+    """A server. `base` is a path before all others, "" or "/like/this"; `unix` a socket's path instead of an
+    address."""
 
     scheme: str
     host: str
@@ -35,23 +36,33 @@ class Origin:
     @property
     def text(self) -> str:
         """For people."""
-        return f"unix://{self.unix}{self.base}" if self.unix else f"{self.scheme}://{self.authority}{self.base}"
+        return (
+            f"unix://{self.unix}{self.base}" if self.unix else f"{self.scheme}://{self.authority}{self.base}"
+        )
 
     @property
     def is_local(self) -> bool:
         """Written as this machine's own loopback or a socket file, without asking a resolver."""
-        return self.unix is not None or self.host == "localhost" or (is_address(self.host) and ipaddress.ip_address(self.host).is_loopback)
+        return (
+            self.unix is not None
+            or self.host == "localhost"
+            or (is_address(self.host) and ipaddress.ip_address(self.host).is_loopback)
+        )
 
 
 def parse_origin(url: str) -> Origin:
-    """The origin of an http or https URL; its path becomes `base`. Raises UsageError, one line which says what is wrong."""
+    """The origin of an http or https URL; its path becomes `base`. Raises UsageError, one line which says
+    what is wrong."""
     parts = _split(url)
     if parts.scheme not in DEFAULT_PORTS:
         raise UsageError(f"{url}: only http:// and https:// are spoken")
     if not parts.hostname:
         raise UsageError(f"{url}: there is no host in it; write {parts.scheme}://host[:port]")
     if parts.username is not None or parts.password is not None:
-        raise UsageError(f"{parts.scheme}://{parts.hostname}: no passwords in URLs; put an Authorization line into a file for --header-file")
+        raise UsageError(
+            f"{parts.scheme}://{parts.hostname}: no passwords in URLs; put an Authorization line into "
+            "a file for --header-file"
+        )
     if parts.query or parts.fragment:
         raise UsageError(f"{url}: a source has no query and no fragment; end it before the ? or #")
     host = parts.hostname
@@ -60,7 +71,10 @@ def parse_origin(url: str) -> Origin:
             host = host.encode("idna").decode() if not host.isascii() else host
         except UnicodeError as exc:
             raise UsageError(f"{url}: {host} is no host name") from exc
-        if not all(part and len(part) <= 63 and all(c.isalnum() or c in "-_" for c in part) for part in host.rstrip(".").split(".")):
+        if not all(
+            part and len(part) <= 63 and all(c.isalnum() or c in "-_" for c in part)
+            for part in host.rstrip(".").split(".")
+        ):
             raise UsageError(f"{url}: {host} is no host name")
     return Origin(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme], parts.path.rstrip("/"))
 
@@ -85,7 +99,8 @@ def is_address(host: str) -> bool:
 
 
 def redirected(origin: Origin, path: str, location: str) -> tuple[Origin, str]:
-    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError where it may not."""
+    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError where it may
+    not."""
     try:
         url = quote(urljoin(f"{origin.scheme}://{origin.authority}{path}", location), safe=_URL_CHARACTERS)
         bare, _, query = url.partition("#")[0].partition("?")
@@ -102,7 +117,12 @@ def parse_multiaddr(text: str) -> Origin:
     parts = text.strip().split("/")
     if len(parts) > 2 and parts[1] == "unix":
         return unix_origin("/" + "/".join(parts[2:]).lstrip("/"))
-    if len(parts) < 5 or parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6") or parts[3] != "tcp" or not parts[4].isdigit():
+    if (
+        len(parts) < 5
+        or parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6")
+        or parts[3] != "tcp"
+        or not parts[4].isdigit()
+    ):
         expected = "/ip4/HOST/tcp/PORT or /unix/PATH was expected"
         raise UsageError(f"{text.strip()[:200]!r} is not an address of a node: {expected}")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts[2], parts[2])
@@ -130,7 +150,8 @@ class Proxy:
 
 @functools.lru_cache(maxsize=256)
 def proxy_for(origin: Origin) -> Proxy | None:
-    """What http_proxy, https_proxy, all_proxy and no_proxy say about `origin`. Raises UsageError for a proxy we can't use."""
+    """What http_proxy, https_proxy, all_proxy and no_proxy say about `origin`. Raises UsageError for a proxy
+    we can't use."""
     if origin.unix is not None or urllib.request.proxy_bypass(origin.host):
         return None
     found = urllib.request.getproxies()
@@ -139,6 +160,9 @@ def proxy_for(origin: Origin) -> Proxy | None:
         return None
     parts = _split(url if "://" in url else f"http://{url}")
     if parts.scheme != "http" or not parts.hostname:
-        raise UsageError(f"the proxy {parts.scheme}://{parts.hostname} for {origin.text} is not an http:// one; set no_proxy or another")
+        raise UsageError(
+            f"the proxy {parts.scheme}://{parts.hostname} for {origin.text} is not an http:// one; set "
+            "no_proxy or another"
+        )
     auth = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
     return Proxy(Origin("http", parts.hostname, parts.port or 3128), auth)

@@ -1,6 +1,7 @@
 """SOURCE texts of the command line, parsed once into frozen specs, and specs opened as sources.
 
-Concurrency: parsing is pure; opening blocks (a CAR without an index is read through) and belongs in a worker thread.
+Concurrency: parsing is pure; opening blocks (a CAR without an index is read through) and belongs in a worker
+thread.
 """
 
 import logging
@@ -58,7 +59,9 @@ def parse_source(text: str) -> Spec:
     if separator:
         return _parse_url(text, scheme.lower(), rest)
     if not text or "\0" in text:
-        raise UsageError("an empty --from; give a CAR file, library, kubo, kubo+http://host:port or https://gateway")
+        raise UsageError(
+            "an empty --from; give a CAR file, library, kubo, kubo+http://host:port or https://gateway"
+        )
     return _parse_path(text)
 
 
@@ -77,7 +80,10 @@ def _parse_url(text: str, scheme: str, rest: str) -> Spec:
         if not rest.startswith("/"):
             raise UsageError(f"{text}: a socket's absolute path is missing; write kubo+unix:///run/ipfs.sock")
         return Spec(KUBO, text, origin=unix_origin(rest))
-    raise UsageError(f"{text}: {scheme}:// is not known; use https://, http://, kubo+http://, kubo+https:// or kubo+unix://")
+    raise UsageError(
+        f"{text}: {scheme}:// is not known; use https://, http://, kubo+http://, kubo+https:// or "
+        "kubo+unix://"
+    )
 
 
 def _parse_path(text: str) -> Spec:
@@ -86,14 +92,26 @@ def _parse_path(text: str) -> Spec:
         return Spec(CAR, path.name, path=path.absolute())
     head = text.partition("/")[0]
     if text.startswith(("/ipns/", "/ipfs/")):
-        raise UsageError(f"{text}: content is not a source; mount `kubo` or a gateway, and name it in the mount")
+        raise UsageError(
+            f"{text}: content is not a source; mount `kubo` or a gateway, and name it in the mount"
+        )
     if text.startswith(("http:", "https:", "kubo+", "kubo:")):
-        raise UsageError(f"{text}: a typing error? An address is written with ://, as in https://host or kubo+http://host:port")
+        raise UsageError(
+            f"{text}: a typing error? An address is written with ://, as in https://host or "
+            "kubo+http://host:port"
+        )
     if "/" not in text and text.lower() in (LIBRARY, KUBO):
         raise UsageError(f"{text}: write {text.lower()}")
-    if not text.startswith(("/", ".")) and not text.endswith(".car") and ("." in head or ":" in head or head == "localhost"):
+    if (
+        not text.startswith(("/", "."))
+        and not text.endswith(".car")
+        and ("." in head or ":" in head or head == "localhost")
+    ):
         raise UsageError(f"{text}: no such file; if it is a gateway, write https://{text}")
-    raise UsageError(f"{text}: no such file; a source is a CAR file, library, kubo, kubo+http://host:port or https://gateway")
+    raise UsageError(
+        f"{text}: no such file; a source is a CAR file, library, kubo, kubo+http://host:port or "
+        "https://gateway"
+    )
 
 
 def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
@@ -103,7 +121,9 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
     for spec, text in zip(specs, texts, strict=True):
         what = (spec.kind, spec.path.resolve() if spec.path else None, spec.origin)
         if what in seen:
-            raise UsageError(f"--from {text} is given twice" + (f" (as {seen[what]} before)" if seen[what] != text else ""))
+            raise UsageError(
+                f"--from {text} is given twice" + (f" (as {seen[what]} before)" if seen[what] != text else "")
+            )
         seen[what] = text
     return tuple(specs)
 
@@ -114,7 +134,9 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
         from ipfsfuse.sources.files.car import CarSource
 
         assert spec.path is not None
-        return CarSource.open(spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None)
+        return CarSource.open(
+            spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None
+        )
     if spec.kind == LIBRARY:
         from ipfsfuse.sources.files.library import Library, LibrarySource
 
@@ -127,7 +149,9 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     assert spec.origin is not None
     if settings.offline and not spec.origin.is_local:
         return None
-    return Gateway(Http(spec.origin, settings.http), spec.name, local=spec.origin.is_local, only_cached=settings.offline)
+    return Gateway(
+        Http(spec.origin, settings.http), spec.name, local=spec.origin.is_local, only_cached=settings.offline
+    )
 
 
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
@@ -138,7 +162,8 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     place = repository()
     if spec.origin is None and not _is_repository(place):
         raise SourceFailed(
-            f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's repository, or name the node "
+            f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's "
+            "repository, or name the node "
             "by its address, as in kubo+http://127.0.0.1:5001",
             "missing",
         )
@@ -150,7 +175,8 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
 
 
 def _is_repository(place: Path) -> bool:
-    """Whether a node keeps its repository there, or an `api` file says where one is; True where that can't be told."""
+    """Whether a node keeps its repository there, or an `api` file says where one is; True where that can't be
+    told."""
     try:
         names = os.listdir(place)
     except (FileNotFoundError, NotADirectoryError):
@@ -163,7 +189,8 @@ def _is_repository(place: Path) -> bool:
 def with_headers(
     settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]
 ) -> HttpSettings:
-    """`settings` with the headers of `header_files`, each bound to the origin of a source. Raises UsageError."""
+    """`settings` with the headers of `header_files`, each bound to the origin of a source. Raises
+    UsageError."""
     origins = {spec.origin: spec.name for spec in parse_sources(sources) if spec.origin is not None}
     if header_files and any(spec.kind == KUBO and spec.origin is None for spec in parse_sources(sources)):
         origins |= dict.fromkeys(_addresses_of_node(), KUBO)

@@ -15,8 +15,8 @@ from ipfsfuse.sources.origin import Origin, is_address, proxy_for
 
 
 async def public_host(origin: Origin) -> str:
-    """What to connect to where a redirect leads to `origin`: an address, so that a second answer of the resolver
-    can't lead elsewhere. All addresses that the name has must be public ones.
+    """What to connect to where a redirect leads to `origin`: an address, so that a second answer of the
+    resolver can't lead elsewhere. All addresses that the name has must be public ones.
 
     For a proxy, which resolves names itself, the name; one that can't be resolved here is the proxy's to
     judge. Raises SourceFailed, socket.gaierror."""

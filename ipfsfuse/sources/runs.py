@@ -19,9 +19,11 @@ DELIVERED_AT_ONCE = 2
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:
-    """Whether the leaves' contents are their blocks (raw) and follow each other, so that bytes can be cut into blocks.
+    """Whether the leaves' contents are their blocks (raw) and follow each other, so that bytes can be cut
+    into blocks.
 
-    Not of leaves that claim no bytes: no range has none, and a server's word about such a one would be no word about ranges."""
+    Not of leaves that claim no bytes: no range has none, and a server's word about such a one would be no
+    word about ranges."""
     end = leaves[0].offset
     for leaf in leaves:
         if leaf.offset != end or not leaf.size or cids.codec(leaf.cid) != cids.RAW:
@@ -31,11 +33,13 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
 
 
 Read = Callable[[Sequence[Leaf]], Awaitable[tuple[Sequence[Block], Callable[[], None]]]]
-"""Gives the blocks of leaves, or of the first of them, and what is to be called once nobody needs them any more."""
+"""Gives the blocks of leaves, or of the first of them, and what is to be called once nobody needs them any
+more."""
 
 
 async def in_stretches(leaves: Sequence[Leaf], read: Read, deliver: Deliver) -> None:
-    """Reads some leaves, while the ones before are delivered: proved and written in worker threads. Raises what they raise."""
+    """Reads some leaves, while the ones before are delivered: proved and written in worker threads. Raises
+    what they raise."""
     free, failed = trio.Semaphore(DELIVERED_AT_ONCE), list[Exception]()
 
     async def give(index: int, blocks: Sequence[Block], let_go: Callable[[], None]) -> None:
@@ -64,7 +68,9 @@ async def in_stretches(leaves: Sequence[Leaf], read: Read, deliver: Deliver) -> 
         raise failed[0]
 
 
-async def by_blocks(get: Callable[[Cid], Awaitable[bytes]], run: Run, deliver: Deliver, connections: int) -> None:
+async def by_blocks(
+    get: Callable[[Cid], Awaitable[bytes]], run: Run, deliver: Deliver, connections: int
+) -> None:
     """One request per block, `connections` at a time. Blocks that are not there are left out."""
     left = iter(range(len(run.leaves)))
 

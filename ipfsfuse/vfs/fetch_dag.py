@@ -1,7 +1,8 @@
-"""Fetches a whole DAG, for `ipfsfuse prefetch` and `ipfsfuse pin`. What is staged is not fetched again, so it can be resumed.
+"""Fetches a whole DAG, for `ipfsfuse prefetch` and `ipfsfuse pin`. What is staged is not fetched again, so it
+can be resumed.
 
-Concurrency: some files side by side. Memory holds the CID of everything that was seen, and the children that are still
-to come of each directory on the way down.
+Concurrency: some files side by side. Memory holds the CID of everything that was seen, and the children that
+are still to come of each directory on the way down.
 """
 
 from collections.abc import Awaitable, Callable
@@ -38,10 +39,13 @@ OnProgress = Callable[[Totals], Awaitable[None]]
 OnFile = Callable[[FileRef], Awaitable[None]]
 
 
-async def fetch_all(tree: Tree, root: Cid, depth: int | None, on_progress: OnProgress, on_file: OnFile | None = None) -> Totals:
+async def fetch_all(
+    tree: Tree, root: Cid, depth: int | None, on_progress: OnProgress, on_file: OnFile | None = None
+) -> Totals:
     """Fetches `root` and everything below it, `depth` levels of directories down (None: all).
 
-    `on_file` is awaited for each file before its leaves are fetched. Raises the first error that any block meets."""
+    `on_file` is awaited for each file before its leaves are fetched. Raises the first error that any block
+    meets."""
     job = _Job(tree, on_progress, on_file)
     node = await tree.node(root)
     job.totals.expected = node.size if isinstance(node, File) else _claimed(node)

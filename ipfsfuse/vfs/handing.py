@@ -1,7 +1,7 @@
 """Small files on their way to the kernel: they came with their directory, and their reader is not there yet.
 
-In flight, not cached: each is given away once, to the page cache when the reader comes near or to who opens it, and the
-oldest are dropped where there are too many. Concurrency: the event loop's.
+In flight, not cached: each is given away once, to the page cache when the reader comes near or to who opens
+it, and the oldest are dropped where there are too many. Concurrency: the event loop's.
 """
 
 from collections import OrderedDict

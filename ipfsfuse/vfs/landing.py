@@ -1,7 +1,8 @@
 """Leaves on their way from a source to the kernel: fetched ahead, verified, and not read yet.
 
-They are in flight, not cached: each is dropped when its last byte was read here, when the reader has left it behind or
-reached the file's end, or when there is no room: one bound holds for all open files together. Concurrency: the event loop's.
+They are in flight, not cached: each is dropped when its last byte was read here, when the reader has left it
+behind or reached the file's end, or when there is no room: one bound holds for all open files together.
+Concurrency: the event loop's.
 """
 
 from collections import OrderedDict
@@ -15,7 +16,8 @@ BEHIND = 4 << 20
 """How far behind a reader a leaf may lie: the kernel asks a little out of order."""
 
 STEP = 256 << 10
-"""Bytes between two looks for what lies behind: a look takes time for each leaf, and a file may have some for each KiB."""
+"""Bytes between two looks for what lies behind: a look takes time for each leaf, and a file may have some for
+each KiB."""
 
 TOLD = 4 << 20
 """Bytes that a reader may take without being heard of: so late what comes next may be begun."""
@@ -72,7 +74,9 @@ class Landing:
         if abs(offset - self._passed) < STEP:
             return
         self._passed = offset
-        for start in [start for start, content in self._leaves.items() if start + len(content) <= offset - BEHIND]:
+        for start in [
+            start for start, content in self._leaves.items() if start + len(content) <= offset - BEHIND
+        ]:
             self.drop(start)
 
     def drop(self, offset: int) -> None:

@@ -22,8 +22,8 @@ from ipfsfuse.vfs.tree import Tree
 RECENT = 64
 """Leaves that are remembered as asked for."""
 STRETCHES = 4
-"""Walks whose leaves are remembered. With the last alone a reader and its read-ahead took turns in walking anew: 12 % of
-the CPU of a cold read."""
+"""Walks whose leaves are remembered. With the last alone a reader and its read-ahead took turns in walking
+anew: 12 % of the CPU of a cold read."""
 
 
 class OpenFile:
@@ -86,8 +86,8 @@ class OpenFile:
         return landed if landed is not None else await self._tree.cache.leaf(self._ref, leaf, early=True)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
-        """The part of a leaf that was asked for. What is left of it a sequential reader finds in the landing, so that its
-        hash pays once."""
+        """The part of a leaf that was asked for. What is left of it a sequential reader finds in the landing,
+        so that its hash pays once."""
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
         if self._ahead.sequential and leaf.offset + last == self._file.size:
             self._landing.clear()  # what was read from the windows is still there
@@ -99,7 +99,8 @@ class OpenFile:
         return memoryview(data)[first:last]
 
     async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
-        """The leaves from `offset` on, as far as they are known together: from those found last, or walked for."""
+        """The leaves from `offset` on, as far as they are known together: from those found last, or walked
+        for."""
         for leaves in self._stretches:
             found = _overlapping(leaves, offset, size)
             if found:
@@ -132,7 +133,8 @@ class OpenFile:
 
 
 def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf]:
-    """The run of `leaves`, which are consecutive, that covers the range from its beginning; empty where none does."""
+    """The run of `leaves`, which are consecutive, that covers the range from its beginning; empty where none
+    does."""
     if not leaves or not leaves[0].offset <= offset < leaves[-1].offset + leaves[-1].size:
         return ()
     first = bisect_right(leaves, offset, key=lambda leaf: leaf.offset) - 1

@@ -1,12 +1,13 @@
 """Prefetch in directories.
 
-If a program lists a directory and then uses its children in that order, the next children are fetched ahead. If it
-does so with several directories, the directories after them are fetched ahead too, with all that they hold. A listing
-alone fetches nothing, and neither does a program that picks single files.
+If a program lists a directory and then uses its children in that order, the next children are fetched ahead.
+If it does so with several directories, the directories after them are fetched ahead too, with all that they
+hold. A listing alone fetches nothing, and neither does a program that picks single files.
 
-- `ScanTracker` is pure policy: it is told which children of one listed page were used, and says which to fetch.
-- `SubtreePrefetcher` decides which directories are worth one request for all their blocks (a CAR) instead of one request
-  for each block.
+- `ScanTracker` is pure policy: it is told which children of one listed page were used, and says which to
+  fetch.
+- `SubtreePrefetcher` decides which directories are worth one request for all their blocks (a CAR) instead of
+  one request for each block.
 - `DirectoryPrefetcher` carries both out.
 
 Concurrency: the event loop's. At most FETCHED_TOGETHER blocks of one page are on their way at a time.
@@ -28,7 +29,8 @@ from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.lru import Lru
 
 SMALL_FILE = 64 << 10
-"""Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of their own."""
+"""Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of
+their own."""
 
 # Scans
 STEPS_TO_SCAN = 2
@@ -114,7 +116,8 @@ class SubtreePrefetcher:
     """Fetches the blocks of a directory by one request, where a request for each block would cost more."""
 
     def __init__(self, cache: Cache, remember: Callable[[Node, int], None], small_files: Handing) -> None:
-        """`remember` is called with each node that arrives and the size of its block; `small_files` gets small files."""
+        """`remember` is called with each node that arrives and the size of its block; `small_files` gets
+        small files."""
         self._cache = cache
         self._remember = remember
         self._small_files = small_files
@@ -195,7 +198,8 @@ class DirectoryPrefetcher:
         self._places: dict[Cid, tuple[ScanTracker, int]] = {}
 
     def listed(self, directory: Cid, after: int, children: Sequence[tuple[Cid, int]]) -> None:
-        """A page of `directory` was listed from place `after`, with these (CID, claimed size) as its entries."""
+        """A page of `directory` was listed from place `after`, with these (CID, claimed size) as its
+        entries."""
         key = (directory, after)
         if key in self._pages:
             self._pages.move_to_end(key)

@@ -1,9 +1,10 @@
 """When to fetch ahead of a reader, and how far. Pure: it is told of reads and returns what to bring in.
 
-A reader is sequential once two reads follow each other; the kernel's own read-ahead may swap neighbours, so "follow"
-allows for SLACK. The window doubles with each step from MIN to MAX and the next one is begun while half is unread, so
-that a reader of one byte costs its leaf and a reader of a whole file waits for the first leaves only. It may be told of a part of the
-reads alone: of what was fetched ahead not each one (`landing.TOLD`).
+A reader is sequential once two reads follow each other; the kernel's own read-ahead may swap neighbours, so
+"follow" allows for SLACK. The window doubles with each step from MIN to MAX and the next one is begun while
+half is unread, so that a reader of one byte costs its leaf and a reader of a whole file waits for the first
+leaves only. It may be told of a part of the reads alone: of what was fetched ahead not each one
+(`landing.TOLD`).
 """
 
 from typing import NamedTuple

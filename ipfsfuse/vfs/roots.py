@@ -1,6 +1,7 @@
 """The mount's root: which names it has, and which it lists.
 
-A name is a CID in any spelling that fits a file name; a name that is none is proved absent without asking anyone.
+A name is a CID in any spelling that fits a file name; a name that is none is proved absent without asking
+anyone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +14,8 @@ from ipfsfuse.fileio import threads
 Named = tuple[Cid, str]
 """A CID and how it is spelled."""
 Listed = tuple[Cid, str | Cid]
-"""A canonical CID and its name: as it is spelled, or a CID whose usual spelling it is. `name_of` gives it: a text for each
-of 200,000 roots would take more memory and time than the rest."""
+"""A canonical CID and its name: as it is spelled, or a CID whose usual spelling it is. `name_of` gives it: a
+text for each of 200,000 roots would take more memory and time than the rest."""
 
 
 def name_of(listed: Listed) -> bytes:
@@ -24,8 +25,8 @@ def name_of(listed: Listed) -> bytes:
 
 
 class Roots:
-    """`of_sources` gives the roots of all sources, and is called in a worker thread: a library's are files. `named` gives what
-    else is listed, on the event loop. `opened` is told of each CID used by name."""
+    """`of_sources` gives the roots of all sources, and is called in a worker thread: a library's are files.
+    `named` gives what else is listed, on the event loop. `opened` is told of each CID used by name."""
 
     def __init__(
         self,

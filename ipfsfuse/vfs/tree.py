@@ -1,7 +1,8 @@
 """Nodes by CID, walked lazily: the blocks a walk wants are asked of the cache and sent back to it.
 
-Concurrency: every method may be called by many tasks at once; work that outlives its call (fetching ahead) runs in the
-nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size of their blocks; file bytes never are.
+Concurrency: every method may be called by many tasks at once; work that outlives its call (fetching ahead)
+runs in the nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size of their blocks;
+file bytes never are.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,7 +40,9 @@ class Use(Protocol):
 
 
 class Tree:
-    def __init__(self, cache: Cache, nursery: trio.Nursery, use: Use | None = None, known: int = KNOWN) -> None:
+    def __init__(
+        self, cache: Cache, nursery: trio.Nursery, use: Use | None = None, known: int = KNOWN
+    ) -> None:
         """Remembers the attributes of `known` CIDs."""
         self.cache = cache
         self.nursery = nursery
@@ -51,13 +54,15 @@ class Tree:
         """By canonical CID: what was seen by one spelling is known by the others."""
         self._subtrees = SubtreePrefetcher(cache, self._remember, self.handing) if use is None else None
         self._prefetcher = (
-            DirectoryPrefetcher(nursery, self._found, self.known, self._subtrees.contents_of) if self._subtrees else None
+            DirectoryPrefetcher(nursery, self._found, self.known, self._subtrees.contents_of)
+            if self._subtrees
+            else None
         )
         cache.when_blocks_leave(self._nodes.clear)
         if self._subtrees is not None:
             cache.when_blocks_leave(self._subtrees.forget)
 
-    # -- nodes -------------------------------------------------------------------------------------------------
+    # -- nodes -----------------------------------------------------------------------------------------------
 
     async def node(self, cid: Cid) -> Node:
         """What `cid` names. Raises what the cache and the parser raise."""
@@ -147,7 +152,7 @@ class Tree:
                 raise failed[0]
         return [found[cid] for cid in wanted]
 
-    # -- directories -------------------------------------------------------------------------------------------
+    # -- directories -----------------------------------------------------------------------------------------
 
     async def directory(self, cid: Cid) -> Directory | Shard:
         """Raises NotADirectory."""
@@ -157,7 +162,8 @@ class Tree:
         return node
 
     async def child(self, parent: Cid, name: bytes) -> Link:
-        """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no such name."""
+        """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no
+        such name."""
         link = await self.drive(traversal.child(await self.directory(parent), name))
         if link is None:
             raise NotFound(f"{name!r} is not in {cids.text(parent)}")
@@ -169,7 +175,8 @@ class Tree:
         if self._subtrees is not None and not after:
             self._subtrees.nodes_of(directory)
         page = await self.drive(directory_pages.entries(directory, after))
-        await trio.lowlevel.checkpoint()  # a page has some thousand entries: they are not handled in one step of the loop
+        # a page has some thousand entries: they are not handled in one step of the loop
+        await trio.lowlevel.checkpoint()
         if self._prefetcher is not None:  # else every block that is used must be told of
             self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return page
@@ -182,7 +189,7 @@ class Tree:
             return known
         return attributes.claimed(tsize) if tsize >= 0 and cids.codec(cid) == cids.RAW else None
 
-    # -- files and links ---------------------------------------------------------------------------------------
+    # -- files and links -------------------------------------------------------------------------------------
 
     async def file(self, cid: Cid) -> File:
         """Raises IsADirectory, or NotFound for a symlink (the kernel never opens one)."""
@@ -203,13 +210,15 @@ class Tree:
         return found
 
     def used(self, cid: Cid, size: int) -> None:
-        """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it already."""
+        """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it
+        already."""
         self.cache.opened(FileRef(cids.canonical(cid), size))
         if self._prefetcher is not None:
             self._prefetcher.used(cid)
 
     def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
-        """The contents of the files behind `cid` in its directory, as far as they have come and its reader will want them."""
+        """The contents of the files behind `cid` in its directory, as far as they have come and its reader
+        will want them."""
         return self.handing.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
 
     def enter(self, directory: Cid) -> None:
@@ -236,4 +245,6 @@ def _carried(cid: Cid) -> Attributes | None:
 
 def _refuse_unshown(cid: Cid) -> None:
     if cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
-        raise Unsupported(f"{cids.text(cid)} is {cids.codec_name(cid)}: only UnixFS (dag-pb) and raw blocks are shown")
+        raise Unsupported(
+            f"{cids.text(cid)} is {cids.codec_name(cid)}: only UnixFS (dag-pb) and raw blocks are shown"
+        )

@@ -1,4 +1,5 @@
-"""The files that mounts are measured on: made once, the same on every machine, in a folder of the user's cache."""
+"""The files that mounts are measured on: made once, the same on every machine, in a folder of the user's
+cache."""
 
 import os
 import random

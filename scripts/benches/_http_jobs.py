@@ -1,4 +1,5 @@
-"""One HTTP job of `scripts/bench http`, in a process of its own: prints seconds and CPU seconds of the client, as JSON.
+"""One HTTP job of `scripts/bench http`, in a process of its own: prints seconds and CPU seconds of the
+client, as JSON.
 
     python _http_jobs.py JOB URL PLAN.json
 
@@ -50,7 +51,9 @@ async def ranges(gateway: Gateway, plan: dict[str, Any]) -> None:
         await trio.lowlevel.checkpoint()
 
     for start in range(0, len(leaves), RANGE):
-        await gateway.stream(Run(cids.parse(plan["file"]), len(leaves) << 20, leaves[start : start + RANGE]), deliver)
+        await gateway.stream(
+            Run(cids.parse(plan["file"]), len(leaves) << 20, leaves[start : start + RANGE]), deliver
+        )
 
 
 async def directory(gateway: Gateway, plan: dict[str, Any]) -> None:

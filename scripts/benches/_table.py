@@ -30,18 +30,30 @@ class Result:
 
     def as_json(self) -> dict[str, object]:
         ways = {
-            way: {"seconds": self.median(way), "cpu": statistics.median(self.cpu[way]), "runs": runs, "ratio": self.times_as_fast(way)}
+            way: {
+                "seconds": self.median(way),
+                "cpu": statistics.median(self.cpu[way]),
+                "runs": runs,
+                "ratio": self.times_as_fast(way),
+            }
             for way, runs in self.seconds.items()
         }
         return {"row": self.name, "against": self.against, "target": self.target, "ways": ways}
 
 
 def text(results: list[Result], ways: list[str]) -> str:
-    """Two tables in Markdown: how many times as fast as the way compared with, then seconds and CPU seconds."""
+    """Two tables in Markdown: how many times as fast as the way compared with, then seconds and CPU
+    seconds."""
     head = ["row", "against", "at least", *ways]
-    ratios = [[one.name, one.against, one.target, *(_number(one.times_as_fast(way), "x") for way in ways)] for one in results]
+    ratios = [
+        [one.name, one.against, one.target, *(_number(one.times_as_fast(way), "x") for way in ways)]
+        for one in results
+    ]
     plain = [[one.name, *(_seconds(one, way) for way in ways)] for one in results]
-    return f"{_markdown(head, ratios)}\n\nseconds (CPU seconds of the process that answers)\n\n{_markdown(['row', *ways], plain)}"
+    return (
+        f"{_markdown(head, ratios)}\n\nseconds (CPU seconds of the process that "
+        f"answers)\n\n{_markdown(['row', *ways], plain)}"
+    )
 
 
 def _number(value: float | None, unit: str) -> str:
@@ -58,4 +70,7 @@ def _seconds(one: Result, way: str) -> str:
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )

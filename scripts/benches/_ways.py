@@ -1,4 +1,5 @@
-"""The ways to read the same data: a folder, this mount as root and as a user, Kubo's own mount, rclone on its gateway.
+"""The ways to read the same data: a folder, this mount as root and as a user, Kubo's own mount, rclone on its
+gateway.
 
 A way is made cold anew before each cold run: mounted with nothing cached, the page cache dropped.
 """
@@ -57,9 +58,18 @@ class Way:
 
 
 class Ours(Way):
-    """A mount of ours, from one source; `user` for the mount of someone who is not root (whose node it is all the same)."""
+    """A mount of ours, from one source; `user` for the mount of someone who is not root (whose node it is all
+    the same)."""
 
-    def __init__(self, name: str, source: str, folder: Path, cids: dict[str, str], places: dict[str, str], user: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        folder: Path,
+        cids: dict[str, str],
+        places: dict[str, str],
+        user: bool = False,
+    ) -> None:
         """`places`: what its environment says about the library and the node's repository."""
         super().__init__(name, {})
         self._source, self._cids = source, cids
@@ -79,12 +89,34 @@ class Ours(Way):
         shutil.rmtree(self._home.cache, ignore_errors=True)
         self.mount = self._mounted()
         self.pid = self.mount.pid
-        subprocess.run([*self.prefix, "stat", str(self._home.mountpoint / EMPTY)], check=False, capture_output=True)  # connects to the node
+        # connects to the node
+        subprocess.run(
+            [*self.prefix, "stat", str(self._home.mountpoint / EMPTY)], check=False, capture_output=True
+        )
         drop_caches()
 
     def _mounted(self) -> Mounted:
-        command = [*self.prefix, sys.executable, "-m", "ipfsfuse", "mount", "--json", "--from", self._source, "--budget", "20GiB", "--pins", "none"]
-        told = subprocess.run([*command, str(self._home.mountpoint)], env=self._home.env, check=True, capture_output=True, text=True).stdout
+        command = [
+            *self.prefix,
+            sys.executable,
+            "-m",
+            "ipfsfuse",
+            "mount",
+            "--json",
+            "--from",
+            self._source,
+            "--budget",
+            "20GiB",
+            "--pins",
+            "none",
+        ]
+        told = subprocess.run(
+            [*command, str(self._home.mountpoint)],
+            env=self._home.env,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         return _mount_of(told, self._home)
 
     def close(self) -> None:
@@ -133,7 +165,17 @@ class Rclone(Way):
         if data != self._data:
             self.close()
             url = f"{self._node.gateway_url}/ipfs/{self._cids[data]}/"
-            command = ["rclone", "mount", ":http:", str(self._point), "--http-url", url, "--read-only", "--config", "/dev/null"]
+            command = [
+                "rclone",
+                "mount",
+                ":http:",
+                str(self._point),
+                "--http-url",
+                url,
+                "--read-only",
+                "--config",
+                "/dev/null",
+            ]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
             self._data, self.pid = data, self._process.pid
             wait_until(self._point.is_mount, "rclone mounted")

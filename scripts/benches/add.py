@@ -1,8 +1,8 @@
 """`ipfsfuse add` beside `ipfs add` on the same input, ratios first: 1 GiB in one file, 10,000 small files.
 
 Both as a user runs them, start-up included, into a fresh library and a fresh repository under the profile
-unixfs-v1-2025; without a daemon, flatfs (Kubo's default) for `ipfs`. `ipfs` is $IPFSFUSE_IPFS, or the one on PATH, or
-the tests' own; without one its column is empty.
+unixfs-v1-2025; without a daemon, flatfs (Kubo's default) for `ipfs`. `ipfs` is $IPFSFUSE_IPFS, or the one on
+PATH, or the tests' own; without one its column is empty.
 """
 
 import os
@@ -35,7 +35,9 @@ def _compare(title: str, source: Path, top: Path, ipfs: str | None) -> None:
     ours, theirs, memory, cids = [], [], 0, set[str]()
     for _ in range(ROUNDS):  # in turns, so that a busy machine is busy for both
         with _fresh(top / "library") as library:
-            seconds, cid, peak = _run([sys.executable, "-m", "ipfsfuse", "add", "-Q", "--library", str(library), str(source)], {})
+            seconds, cid, peak = _run(
+                [sys.executable, "-m", "ipfsfuse", "add", "-Q", "--library", str(library), str(source)], {}
+            )
             ours.append(seconds)
             cids.add(cid)
             memory = max(memory, peak)
@@ -44,9 +46,16 @@ def _compare(title: str, source: Path, top: Path, ipfs: str | None) -> None:
                 seconds, cid, _peak = _run([ipfs, "add", "-r", "-Q", "--pin=true", str(source)], environment)
                 theirs.append(seconds)
                 cids.add(cid)
-    ratio = f"{statistics.median(theirs) / statistics.median(ours):.2f} times as fast as ipfs" if theirs else "no ipfs to compare"
+    ratio = (
+        f"{statistics.median(theirs) / statistics.median(ours):.2f} times as fast as ipfs"
+        if theirs
+        else "no ipfs to compare"
+    )
     equal = "same CID" if len(cids) == 1 else f"DIFFERENT CIDS {cids}"
-    print(f"{title}: {ratio}; ours {_shown(ours)}, ipfs {_shown(theirs)}; {memory // MIB} MiB at most; {equal}", flush=True)
+    print(
+        f"{title}: {ratio}; ours {_shown(ours)}, ipfs {_shown(theirs)}; {memory // MIB} MiB at most; {equal}",
+        flush=True,
+    )
 
 
 def _shown(seconds: list[float]) -> str:
@@ -57,7 +66,9 @@ def _run(command: list[str], environment: dict[str, str]) -> tuple[float, str, i
     """(seconds, last line, peak memory in bytes)."""
     os.sync()
     started = time.perf_counter()
-    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         printed = process.stdout.read()
         _pid, status, usage = os.wait4(process.pid, 0)
@@ -86,7 +97,12 @@ def _repo(ipfs: str, folder: Path) -> Iterator[dict[str, str]]:
 
     with _fresh(folder):
         run("init", "--empty-repo")
-        for key, value in (("AutoConf.Enabled", "false"), ("Bootstrap", "[]"), ("Routing.Type", '"none"'), ("Discovery.MDNS.Enabled", "false")):
+        for key, value in (
+            ("AutoConf.Enabled", "false"),
+            ("Bootstrap", "[]"),
+            ("Routing.Type", '"none"'),
+            ("Discovery.MDNS.Enabled", "false"),
+        ):
             run("config", "--json", key, value)
         run("config", "profile", "apply", "unixfs-v1-2025")
         yield environment

@@ -2,8 +2,9 @@
 
     python scripts/benches/arc.py [--trace FILE]
 
-FILE holds a trace as `trace` records it. Without one: traces that are made up, in a cache of 1 GiB, then data/workday.trace
-(see data/workday.sh), in caches of some share of what it opens. Pure computation: the same figures on every machine.
+FILE holds a trace as `trace` records it. Without one: traces that are made up, in a cache of 1 GiB, then
+data/workday.trace (see data/workday.sh), in caches of some share of what it opens. Pure computation: the same
+figures on every machine.
 """
 
 import argparse
@@ -90,7 +91,10 @@ def scan(number: int) -> list[str]:
 
 def interleaved(runs: int, *traces: list[str]) -> list[str]:
     """The traces in turn, each cut into `runs` pieces."""
-    pieces = [[trace[len(trace) * run // runs : len(trace) * (run + 1) // runs] for trace in traces] for run in range(runs)]
+    pieces = [
+        [trace[len(trace) * run // runs : len(trace) * (run + 1) // runs] for trace in traces]
+        for run in range(runs)
+    ]
     return [key for turn in pieces for piece in turn for key in piece]
 
 
@@ -104,7 +108,9 @@ def traces(n: int = REQUESTS) -> dict[str, list[Request]]:
         "zipf 0.7": list(keyed(zipf(2000, n, 4, 0.7), 4)),
         "zipf with scans": list(keyed(interleaved(60, zipf(1000, n // 2, 5), scan(n // 2)), 5)),
         "zipf with loops": list(keyed(interleaved(60, zipf(1000, n // 2, 6), loop(300, n // 2)), 6)),
-        "popularity that moves": list(keyed([f"{era} {key}" for era in range(6) for key in zipf(1000, n // 6, 7 + era)], 7)),
+        "popularity that moves": list(
+            keyed([f"{era} {key}" for era in range(6) for key in zipf(1000, n // 6, 7 + era)], 7)
+        ),
     }
 
 
@@ -130,13 +136,21 @@ def recorded(path: Path) -> list[Request]:
 
 def show(name: str, trace: list[Request], capacity: int) -> None:
     arc, lru = rates(ArcPolicy(capacity), trace), rates(Lru(capacity), trace)
-    print(f"{name:40} " + " ".join(f"{100 * by_requests:6.1f} {100 * by_bytes:6.1f}" for by_requests, by_bytes in (arc, lru)))
+    print(
+        f"{name:40} "
+        + " ".join(f"{100 * by_requests:6.1f} {100 * by_bytes:6.1f}" for by_requests, by_bytes in (arc, lru))
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="hit rates of ARC by bytes beside LRU")
     parser.add_argument("--trace", type=Path, default=WORKDAY, help="a recorded trace (see trace.py)")
-    parser.add_argument("--capacity", type=int, default=CAPACITY, help="bytes, for the traces that are made up (default: 1 GiB)")
+    parser.add_argument(
+        "--capacity",
+        type=int,
+        default=CAPACITY,
+        help="bytes, for the traces that are made up (default: 1 GiB)",
+    )
     arguments = parser.parse_args(argv)
     print(f"{'hit rate in %, by requests and by bytes':40} {'ARC':>13} {'LRU':>13}")
     if arguments.trace == WORKDAY:
@@ -144,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
             show(name, trace, arguments.capacity)
     opened = recorded(arguments.trace)
     distinct = sum(dict(opened).values())
-    print(f"{arguments.trace.name}: {len(opened)} opens of {len(dict(opened))} files, {distinct / MIB:.0f} MiB")
+    print(
+        f"{arguments.trace.name}: {len(opened)} opens of {len(dict(opened))} files, {distinct / MIB:.0f} MiB"
+    )
     for share in SHARES:
         show(f"  a cache of {share:.0%} of that", opened, int(distinct * share))
     return 0

@@ -91,7 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         (data := Path(folder) / "data").write_bytes(os.urandom(SIZE))
         cid = node.cmd("add", "-Q", "--raw-leaves", "--cid-version=1", "--chunker=size-1048576", data)
         home, out = Home(Path(folder) / "home"), Path(folder) / "calls.json"
-        code = "import sys; from scripts.benches.calls import daemon; sys.exit(daemon(sys.argv[1], sys.argv[2:]))"
+        code = (
+            "import sys; from scripts.benches.calls import daemon; sys.exit(daemon(sys.argv[1], "
+            "sys.argv[2:]))"
+        )
         mount = ["mount", "--foreground", "--from", node.gateway_url, str(home.mountpoint)]
         process = subprocess.Popen([sys.executable, "-c", code, str(out), *mount], env=home.env)
         try:
@@ -110,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({**counts, "cold_functions": cold["all"]}, indent=2))
         return 0
-    print(f"a cold READ from a gateway enters {counts['cold']} functions, one fetched ahead {counts['fetched_ahead']}")
+    print(
+        f"a cold READ from a gateway enters {counts['cold']} functions, one fetched ahead "
+        f"{counts['fetched_ahead']}"
+    )
     if arguments.names:
         print("\n".join(map(str, cold["all"])))
     return 0

@@ -1,4 +1,5 @@
-"""How fast directory and file blocks decode, strictly, beside Google's protobuf (upb, not strict) on the same bytes."""
+"""How fast directory and file blocks decode, strictly, beside Google's protobuf (upb, not strict) on the same
+bytes."""
 
 import hashlib
 import statistics

@@ -1,10 +1,12 @@
-"""HTTP to a node on this machine: httpx alone, httpx with our transport, and the client of our own that came before.
+"""HTTP to a node on this machine: httpx alone, httpx with our transport, and the client of our own that came
+before.
 
     scripts/bench http [--runs 5] [--small] [--json] [ROW ...]      without ROW, all of them
 
 The last of the three is read from git, at the last commit that had it. The rows `get-8KiB`, `range-16MiB` and
-`car-directory` ask the node's gateway port from a process that does nothing else; the others are a mount by port.
-Medians of runs that take turns, so that what else the machine does meets all of them. As root: page caches are dropped.
+`car-directory` ask the node's gateway port from a process that does nothing else; the others are a mount by
+port. Medians of runs that take turns, so that what else the machine does meets all of them. As root: page
+caches are dropped.
 """
 
 import argparse
@@ -66,7 +68,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench http")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="small data sets, for a look whether all of it works")
+    parser.add_argument(
+        "--small", action="store_true", help="small data sets, for a look whether all of it works"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", action="append", choices=WAYS, help="measure this way alone; repeatable")
     rows = [*JOBS, *MOUNTED]
@@ -114,20 +118,34 @@ def _bench(scale: _datasets.Scale) -> Iterator[Bench]:
     data = _datasets.make(scale)
     here = Path(__file__).parents[2]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipfsfuse-bench-", ignore_cleanup_errors=True)))
+        folder = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="ipfsfuse-bench-", ignore_cleanup_errors=True)
+            )
+        )
         before = _checked_out(here, folder / "before")
         (folder / "alone").mkdir()
         (folder / "alone" / "sitecustomize.py").write_text(HTTPX_ALONE)
         paths = {BEFORE: str(before), HTTPX: f"{folder / 'alone'}:{here}", OWN: str(here)}
         node = stack.enter_context(Node())
         named = {
-            name: node.cmd("add", "-Q", "-r", "--cid-version=1", "--chunker=size-1048576", "--raw-leaves", "--pin=false", data / name)
+            name: node.cmd(
+                "add",
+                "-Q",
+                "-r",
+                "--cid-version=1",
+                "--chunker=size-1048576",
+                "--raw-leaves",
+                "--pin=false",
+                data / name,
+            )
             for name in ("big", "tree")
         }
         plan = folder / "plan.json"
         plan.write_text(json.dumps(_plan(node, data, named)))
         mounts = {
-            way: Ours(way, f"kubo+{node.api_url}", folder / way, named, {"PYTHONPATH": path}) for way, path in paths.items()
+            way: Ours(way, f"kubo+{node.api_url}", folder / way, named, {"PYTHONPATH": path})
+            for way, path in paths.items()
         }
         for mount in mounts.values():
             stack.callback(mount.close)
@@ -137,10 +155,20 @@ def _bench(scale: _datasets.Scale) -> Iterator[Bench]:
 def _checked_out(here: Path, where: Path) -> Path:
     """The tree with the client that came before httpx, installed, so that its C parts are built."""
     where.mkdir()
-    archive = subprocess.run(["git", "-C", str(here), "archive", BEFORE_COMMIT], check=True, stdout=subprocess.PIPE).stdout
+    archive = subprocess.run(
+        ["git", "-C", str(here), "archive", BEFORE_COMMIT], check=True, stdout=subprocess.PIPE
+    ).stdout
     subprocess.run(["tar", "-x", "-C", str(where)], input=archive, check=True)
     installed = where.with_name("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--root-user-action=ignore",
+    ]
     subprocess.run([*pip, "--no-deps", "--target", str(installed), str(where)], check=True)
     return installed
 
@@ -148,9 +176,16 @@ def _checked_out(here: Path, where: Path) -> Path:
 def _plan(node: Node, data: Path, named: dict[str, str]) -> dict[str, object]:
     """What the jobs ask for: 4,000 blocks of 8 KiB, 256 MiB of a file, a directory."""
     content = (data / "big" / "large").read_bytes()[: 256 << 20]
-    small, large = content[: 4_000 * 8192], [content[at : at + (1 << 20)] for at in range(0, len(content), 1 << 20)]
-    node.cmd("add", "-Q", "--cid-version=1", "--chunker=size-8192", "--raw-leaves", "--pin=false", stdin=small)
-    file = node.cmd("add", "-Q", "--cid-version=1", "--chunker=size-1048576", "--raw-leaves", "--pin=false", stdin=content)
+    small, large = (
+        content[: 4_000 * 8192],
+        [content[at : at + (1 << 20)] for at in range(0, len(content), 1 << 20)],
+    )
+    node.cmd(
+        "add", "-Q", "--cid-version=1", "--chunker=size-8192", "--raw-leaves", "--pin=false", stdin=small
+    )
+    file = node.cmd(
+        "add", "-Q", "--cid-version=1", "--chunker=size-1048576", "--raw-leaves", "--pin=false", stdin=content
+    )
     return {
         "blocks": [_raw(small[at : at + 8192]) for at in range(0, len(small), 8192)],
         "file": file,

@@ -1,10 +1,11 @@
-"""This mount beside a folder, Kubo's own mount and rclone's: 1 GiB, listings, find, tar, random reads, memory.
+"""This mount beside a folder, Kubo's own mount and rclone's: 1 GiB, listings, find, tar, random reads,
+memory.
 
     scripts/bench mount [--runs 5] [--small] [--json] [ROW ...]      without ROW, all of them
 
-As root (page caches are dropped between cold runs), with Kubo (see tests/kubo/node.py) and, if it is there, rclone. The
-mount is measured twice: as root, who lets the kernel read far ahead, and as a user, who may not. Medians, side by side
-within one run: what else the machine does meanwhile meets all of them.
+As root (page caches are dropped between cold runs), with Kubo (see tests/kubo/node.py) and, if it is there,
+rclone. The mount is measured twice: as root, who lets the kernel read far ahead, and as a user, who may not.
+Medians, side by side within one run: what else the machine does meanwhile meets all of them.
 """
 
 import argparse
@@ -24,7 +25,15 @@ from scripts.benches._datasets import Scale
 from scripts.benches._ways import KuboMount, Ours, Rclone, Way, cpu_seconds, drop_caches
 from tests.kubo.node import Node
 
-NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY = "native", "root", "user", "http", "kubo", "rclone", "library"
+NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY = (
+    "native",
+    "root",
+    "user",
+    "http",
+    "kubo",
+    "rclone",
+    "library",
+)
 """`http`: as root, from the node's ports alone."""
 ALL = (NATIVE, ROOT, USER, KUBO)
 WITH_HTTP = (*ALL, HTTP)
@@ -36,19 +45,23 @@ class Row(NamedTuple):
     data: str
     below: str
     state: str
-    """cold: nothing is cached anywhere; again: right after the same (some machines reclaim page cache within seconds);
-    staged: page cache dropped after a first run."""
+    """cold: nothing is cached anywhere; again: right after the same (some machines reclaim page cache within
+    seconds); staged: page cache dropped after a first run."""
     ways: tuple[str, ...]
     against: str
     target: str
 
 
 ROWS = {
-    "read-cold": Row(_jobs.read, "big", "large", "cold", WITH_RCLONE, KUBO, "5 times, and faster than rclone"),
+    "read-cold": Row(
+        _jobs.read, "big", "large", "cold", WITH_RCLONE, KUBO, "5 times, and faster than rclone"
+    ),
     "read-cold-library": Row(_jobs.read, "big", "large", "cold", (NATIVE, LIBRARY), NATIVE, "0.5 GB/s"),
     "read-warm": Row(_jobs.read, "big", "large", "again", WITH_RCLONE, NATIVE, "0.95"),
     "read-staged": Row(_jobs.read, "big", "large", "staged", (NATIVE, ROOT, USER), NATIVE, "0.5"),
-    "first-byte-large": Row(_jobs.first_byte, "big", "large", "cold", WITH_HTTP, KUBO, "1, and 1.2 of first-byte-1MiB at most"),
+    "first-byte-large": Row(
+        _jobs.first_byte, "big", "large", "cold", WITH_HTTP, KUBO, "1, and 1.2 of first-byte-1MiB at most"
+    ),
     "first-byte-1MiB": Row(_jobs.first_byte, "big", "1MiB", "cold", WITH_HTTP, KUBO, ""),
     "ls-cold": Row(_jobs.ls, "names", "", "cold", ALL, KUBO, "4"),
     "ls-again": Row(_jobs.ls, "names", "", "again", ALL, KUBO, "15"),
@@ -67,7 +80,9 @@ MEMORY = "memory"
 def main() -> int:
     options = _options()
     if os.getuid() != 0:
-        print("scripts/bench mount: run it as root: page caches must be dropped between runs", file=sys.stderr)
+        print(
+            "scripts/bench mount: run it as root: page caches must be dropped between runs", file=sys.stderr
+        )
         return 1
     scale = _datasets.SMALL if options.small else _datasets.FULL
     with _ways(scale, options.only or [*WITH_RCLONE, LIBRARY]) as ways:
@@ -85,9 +100,17 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench mount")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="small data sets, for a look whether all of it works")
+    parser.add_argument(
+        "--small", action="store_true", help="small data sets, for a look whether all of it works"
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", action="append", metavar="WAY", choices=[*WITH_RCLONE, LIBRARY], help="measure this way alone; repeatable")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="WAY",
+        choices=[*WITH_RCLONE, LIBRARY],
+        help="measure this way alone; repeatable",
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*ROWS, MEMORY])}")
     options = parser.parse_args()
     unknown = set(options.rows) - {*ROWS, MEMORY}
@@ -102,7 +125,11 @@ def _ways(scale: Scale, wanted: list[str]) -> Iterator[dict[str, Way]]:
     """All ways that this machine has, their data in place."""
     data = _datasets.make(scale)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipfsfuse-bench-", ignore_cleanup_errors=True)))
+        folder = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="ipfsfuse-bench-", ignore_cleanup_errors=True)
+            )
+        )
         folder.chmod(0o711)  # the user's mount lies in it
         node = stack.enter_context(Node())
         cids = _add_to(node, data)
@@ -117,7 +144,9 @@ def _ways(scale: Scale, wanted: list[str]) -> Iterator[dict[str, Way]]:
             HTTP: lambda: Ours(HTTP, f"kubo+{node.api_url}", folder / HTTP, cids, {}),
             KUBO: lambda: KuboMount(KUBO, node, cids, folder / KUBO),
             RCLONE: lambda: Rclone(RCLONE, node, cids, folder / RCLONE),
-            LIBRARY: lambda: Ours(LIBRARY, "library", folder / LIBRARY, in_library, {"IPFSFUSE_LIBRARY": str(library)}),
+            LIBRARY: lambda: Ours(
+                LIBRARY, "library", folder / LIBRARY, in_library, {"IPFSFUSE_LIBRARY": str(library)}
+            ),
         }
         if shutil.which("rclone") is None:
             del makers[RCLONE]
@@ -132,13 +161,21 @@ def _add_to(node: Node, data: Path) -> dict[str, str]:
     for name in ("big", "names", "nodes", "tree"):
         print(f"adding {name} to Kubo", file=sys.stderr, flush=True)
         raw = "--raw-leaves=false" if name == "nodes" else "--raw-leaves"
-        cids[name] = node.cmd("add", "-Q", "-r", "--cid-version=1", "--chunker=size-1048576", raw, "--pin=false", data / name)
+        cids[name] = node.cmd(
+            "add", "-Q", "-r", "--cid-version=1", "--chunker=size-1048576", raw, "--pin=false", data / name
+        )
     return cids
 
 
 def _add_to_library(library: Path, tree: Path) -> str:
     env = os.environ | {"IPFSFUSE_LIBRARY": str(library)}
-    done = subprocess.run([sys.executable, "-m", "ipfsfuse", "add", "-Q", str(tree)], env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ipfsfuse", "add", "-Q", str(tree)],
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.split()[-1]
 
 
@@ -174,7 +211,8 @@ def _run(row: Row, way: Way, result: _table.Result) -> None:
 
 
 def _memory(way: Way, scale: Scale) -> dict[str, int]:
-    """Resident bytes of a mount that did all of it, then of one whose kernel saw and forgot `scale.forgotten` inodes."""
+    """Resident bytes of a mount that did all of it, then of one whose kernel saw and forgot `scale.forgotten`
+    inodes."""
     way.cold()
     sizes = {"at the start": _resident(way.pid)}
     for row in ROWS.values():

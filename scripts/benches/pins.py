@@ -2,9 +2,9 @@
 
     python -m scripts.benches.pins       ROUNDS=9 for more pairs
 
-Each run is cold: a new cache folder and a new mount of the same node; the order within a pair changes with each pair.
-The ratio is the median of the pairs' own: what else the machine does meets both runs of a pair alike.
-Beside it the processor's seconds of daemon and node together, which depend less on what else runs.
+Each run is cold: a new cache folder and a new mount of the same node; the order within a pair changes with
+each pair. The ratio is the median of the pairs' own: what else the machine does meets both runs of a pair
+alike. Beside it the processor's seconds of daemon and node together, which depend less on what else runs.
 """
 
 import os
@@ -32,11 +32,18 @@ def main() -> int:
         home = Home(Path(folder) / "home")
         times, work = [], []
         for number in range(ROUNDS):
-            took = {way: _tar(home, node, root, way) for way in (("kubo", "none") if number % 2 else ("none", "kubo"))}
+            took = {
+                way: _tar(home, node, root, way)
+                for way in (("kubo", "none") if number % 2 else ("none", "kubo"))
+            }
             pinned, plain = took["kubo"], took["none"]
             times.append(pinned[0] / plain[0])
             work.append(pinned[1] / plain[1])
-            print(f"pinned {pinned[0]:.2f} s ({pinned[1]:.2f} s of CPU), not pinned {plain[0]:.2f} s ({plain[1]:.2f})", flush=True)
+            print(
+                f"pinned {pinned[0]:.2f} s ({pinned[1]:.2f} s of CPU), not pinned {plain[0]:.2f} s "
+                f"({plain[1]:.2f})",
+                flush=True,
+            )
     print(f"pins cost {_shown(times)} times the time (at most {MOST:.2f}), {_shown(work)} times the CPU")
     return int(statistics.median(times) > MOST)
 

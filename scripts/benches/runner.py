@@ -1,10 +1,12 @@
-"""What the mount costs a guest that reads 1 GiB, opens 10,000 files, or lists 1,000 names; and how soon a guest of 25 MB starts.
+"""What the mount costs a guest that reads 1 GiB, opens 10,000 files, or lists 1,000 names; and how soon a
+guest of 25 MB starts.
 
-A guest's figures are medians of rounds in which a native folder, a warm mount and an empty folder take turns, all in the same
-runner; what the round's run on the empty folder took (the runner's own start) is taken off. Warm is what was read twice: behind
-the first read of a file the kernel asks for its attributes once more. CPU time is the guest's, the runner's and the daemon's
-together: on a machine that others use it says more than the clock. With TMPDIR=/dev/shm the folder is one of 4-KiB pages, as the
-mount's are. A start is the time from the moment before fork and exec to the byte that the guest writes first.
+A guest's figures are medians of rounds in which a native folder, a warm mount and an empty folder take turns,
+all in the same runner; what the round's run on the empty folder took (the runner's own start) is taken off.
+Warm is what was read twice: behind the first read of a file the kernel asks for its attributes once more. CPU
+time is the guest's, the runner's and the daemon's together: on a machine that others use it says more than
+the clock. With TMPDIR=/dev/shm the folder is one of 4-KiB pages, as the mount's are. A start is the time from
+the moment before fork and exec to the byte that the guest writes first.
 """
 
 import json
@@ -129,7 +131,20 @@ def _until_its_first_byte(command: list[str], folder: Path) -> float:
 def _guest(folder: Path) -> Path:
     (folder / "guest.c").write_text(GUEST)
     made = folder / "guest.wasm"
-    subprocess.run([sys.executable, "-m", "ziglang", "cc", "--target=wasm32-wasi", "-O2", "-o", str(made), str(folder / "guest.c")], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "cc",
+            "--target=wasm32-wasi",
+            "-O2",
+            "-o",
+            str(made),
+            str(folder / "guest.c"),
+        ],
+        check=True,
+    )
     return made
 
 
@@ -149,15 +164,29 @@ def _many(tree: Path, files: int) -> Path:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # what is installed is compiled
-    return {**env, "IPFSFUSE_CACHE_DIR": str(folder / "cache"), "IPFSFUSE_LIBRARY": str(folder / "library"), "XDG_CACHE_HOME": str(folder)}
+    # what is installed is compiled
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {
+        **env,
+        "IPFSFUSE_CACHE_DIR": str(folder / "cache"),
+        "IPFSFUSE_LIBRARY": str(folder / "library"),
+        "XDG_CACHE_HOME": str(folder),
+    }
 
 
 def _ipfsfuse(folder: Path, *args: str) -> str:
-    return subprocess.run([sys.executable, "-m", "ipfsfuse", *args], env=_environment(folder), check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-m", "ipfsfuse", *args],
+        env=_environment(folder),
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
 
-def _compared(guest: Path, folder: Path, trees: tuple[Path, Path], daemon: int, files: int) -> tuple[Cost, Cost]:
+def _compared(
+    guest: Path, folder: Path, trees: tuple[Path, Path], daemon: int, files: int
+) -> tuple[Cost, Cost]:
     """(in the folder, in the mount), the two `trees`."""
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
@@ -166,13 +195,27 @@ def _compared(guest: Path, folder: Path, trees: tuple[Path, Path], daemon: int, 
         order = trees if number % 2 else trees[::-1]
         nothing = _run(guest, folder, empty, daemon, 0)
         costs = {tree: _run(guest, folder, tree, daemon, files) for tree in order}
-        rounds.append({tree: Cost(cost.clock - nothing.clock, cost.cpu - nothing.cpu) for tree, cost in costs.items()})
-    one, other = (Cost(*map(statistics.median, zip(*(each[tree] for each in rounds[WARM_UP:]), strict=True))) for tree in trees)
+        rounds.append(
+            {tree: Cost(cost.clock - nothing.clock, cost.cpu - nothing.cpu) for tree, cost in costs.items()}
+        )
+    one, other = (
+        Cost(*map(statistics.median, zip(*(each[tree] for each in rounds[WARM_UP:]), strict=True)))
+        for tree in trees
+    )
     return one, other
 
 
 def _run(guest: Path, folder: Path, tree: Path, daemon: int, files: int) -> Cost:
-    command = [sys.executable, "-m", "runner", "--mount", str(tree.parent), str(guest), f"/ipfs/{tree.name}", str(files)]
+    command = [
+        sys.executable,
+        "-m",
+        "runner",
+        "--mount",
+        str(tree.parent),
+        str(guest),
+        f"/ipfs/{tree.name}",
+        str(files),
+    ]
     begin, cpu = time.perf_counter(), _cpu(daemon)
     subprocess.run(command, env=_environment(folder), check=True, capture_output=True)
     return Cost(time.perf_counter() - begin, _cpu(daemon) - cpu)

@@ -2,7 +2,8 @@
 
     python scripts/benches/trace.py FOLDER OUT COMMAND...
 
-Needs strace. OUT holds one open a line, in order: a number for the file and, where it comes first, its size in bytes.
+Needs strace. OUT holds one open a line, in order: a number for the file and, where it comes first, its size
+in bytes.
 """
 
 import argparse
@@ -19,8 +20,12 @@ OPEN = re.compile(r'open(?:at)?\((?:[^,"]+, )?"[^"]*", [^)]*\) = \d+<(?P<path>[^
 def opens(folder: Path, command: list[str]) -> list[Path]:
     """Each open of a regular file that succeeded."""
     with tempfile.NamedTemporaryFile() as log:
-        subprocess.run(["strace", "-f", "-qq", "-y", "-e", "trace=open,openat", "-o", log.name, *command], check=True)
-        found = (OPEN.search(line) for line in Path(log.name).read_text(errors="surrogateescape").splitlines())
+        subprocess.run(
+            ["strace", "-f", "-qq", "-y", "-e", "trace=open,openat", "-o", log.name, *command], check=True
+        )
+        found = (
+            OPEN.search(line) for line in Path(log.name).read_text(errors="surrogateescape").splitlines()
+        )
     paths = (Path(match["path"]) for match in found if match)
     return [path for path in paths if path.is_relative_to(folder) and stat.S_ISREG(os.stat(path).st_mode)]
 

@@ -48,7 +48,8 @@ class Chain:
         self.delay = 0.0
         self.cancelled: list[Cid] = []
         self.sends: list[Cid | trio.Event] = []
-        """What one answer with a directory's blocks holds; before what is behind an event it waits for that."""
+        """What one answer with a directory's blocks holds; before what is behind an event it waits for
+        that."""
         self.subtrees: list[Subtree] = []
         self.sent: list[Cid] = []
         """Blocks of such answers that were wanted."""
@@ -140,8 +141,11 @@ def random_bytes(size: int, seed: int) -> bytes:
     return hashlib.shake_128(seed.to_bytes(8, "big")).digest(size)
 
 
-def make_file(chain: Chain, size: int, chunk: int = 1 << 16, seed: int = 0, dag_pb: bool = False) -> tuple[FileRef, list[Leaf], bytes]:
-    """A file of random bytes in `chain`: (its reference, its leaves, its content). Its root block is opaque."""
+def make_file(
+    chain: Chain, size: int, chunk: int = 1 << 16, seed: int = 0, dag_pb: bool = False
+) -> tuple[FileRef, list[Leaf], bytes]:
+    """A file of random bytes in `chain`: (its reference, its leaves, its content). Its root block is
+    opaque."""
     content = random_bytes(size, seed)
     made: list[Leaf] = []
     for offset in range(0, size, chunk):

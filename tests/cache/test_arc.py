@@ -23,7 +23,9 @@ class Model:
         self.b1: list[tuple[str, int]] = []
         self.b2: list[tuple[str, int]] = []
 
-    def find(self, key: str, *lists: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], tuple[str, int]] | None:
+    def find(
+        self, key: str, *lists: list[tuple[str, int]]
+    ) -> tuple[list[tuple[str, int]], tuple[str, int]] | None:
         return next(((part, item) for part in lists for item in part if item[0] == key), None)
 
     def use(self, key: str) -> None:
@@ -114,7 +116,11 @@ def test_it_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> 
             getattr(arc, verb)(key)
             getattr(model, verb)(key)
         assert list(arc) == [name for name, _size in model.t1 + model.t2]
-        assert (arc.target, arc.bytes, arc.ghosts) == (model.p, total(model.t1) + total(model.t2), len(model.b1) + len(model.b2))
+        assert (arc.target, arc.bytes, arc.ghosts) == (
+            model.p,
+            total(model.t1) + total(model.t2),
+            len(model.b1) + len(model.b2),
+        )
 
 
 owners = st.sampled_from([NOBODY, "alice", "bob"])
@@ -284,7 +290,13 @@ def test_a_file_of_one_caller_that_grows_beyond_its_share_pushes_out_itself_and_
 
 def test_a_thing_that_several_bring_in_is_whose_most_of_it_is() -> None:
     arc: Arc[str] = Arc(1000)
-    steps = [("bob", 10, "bob"), ("alice", 5, "bob"), ("alice", 6, "alice"), ("bob", 3, "bob"), ("bob", 9, "bob")]
+    steps = [
+        ("bob", 10, "bob"),
+        ("alice", 5, "bob"),
+        ("alice", 6, "alice"),
+        ("bob", 3, "bob"),
+        ("bob", 9, "bob"),
+    ]
     for owner, size, winner in steps:
         arc.admit("pack", size, owner)
         assert arc.owner("pack") == winner

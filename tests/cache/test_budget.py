@@ -30,7 +30,11 @@ def own_filesystem(folder: Path, size: int) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("a file system of its own needs root")
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "ipfsfuse-test", str(folder)], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "ipfsfuse-test", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if made.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.strip()}")
     try:
@@ -67,7 +71,10 @@ def taken(folder: Path) -> int:
 
 def a_load(chain: Chain) -> tuple[list[tuple[FileRef, list[Leaf], bytes]], list[FileRef]]:
     """About 4 times the budget: files of many sizes, and small ones."""
-    shapes = [(size, chunk, number) for number, (size, chunk) in enumerate([(3 * MIB, 1 << 18), (MIB, 1 << 16), (700_001, 50_003)] * 8)]
+    shapes = [
+        (size, chunk, number)
+        for number, (size, chunk) in enumerate([(3 * MIB, 1 << 18), (MIB, 1 << 16), (700_001, 50_003)] * 8)
+    ]
     files = [make_file(chain, size, chunk, seed) for size, chunk, seed in shapes]
     small = [FileRef(chain.add(random_bytes(20_000, 1000 + number)), 20_000) for number in range(300)]
     return files, small

@@ -1,4 +1,5 @@
-"""Callers that are cancelled in the middle: a client that goes away, a reader that is interrupted, a mount that ends."""
+"""Callers that are cancelled in the middle: a client that goes away, a reader that is interrupted, a mount
+that ends."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_what_the_index_shall_be_told_outlives_a_cancelled_caller(tmp_path: Path
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, kept, pin=True)
             cache.note_root(kept, "as-spelled")
-            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), lambda: recovery.flush(cache.store))
+            await cancelled_waiting_for(
+                trio.to_thread.current_default_thread_limiter(), lambda: recovery.flush(cache.store)
+            )
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert (kept, "as-spelled") in list(cache.named_roots())
 
@@ -73,7 +76,9 @@ def test_a_cancelled_unpin_is_done_or_can_be_asked_again(tmp_path: Path) -> None
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, shared, pin=True)
             await read_all(cache, other, pin=True)
-            await cancelled_waiting_for(trio.to_thread.current_default_thread_limiter(), lambda: cache.unpin(shared))
+            await cancelled_waiting_for(
+                trio.to_thread.current_default_thread_limiter(), lambda: cache.unpin(shared)
+            )
             if cids.canonical(shared) in [cid for cid, _spelling in cache.named_roots()]:
                 await cache.unpin(shared)
             await cache.unpin(other)
@@ -89,7 +94,9 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
         chain = Chain()
         shared = file_node(chain, 2 * MIB, seed=100)
         whole = directory(chain, {"shared": shared})
-        lacking = directory(chain, {"missing": cids.make(cids.RAW, b"\x12\x20" + bytes(32)), "shared": shared})
+        lacking = directory(
+            chain, {"missing": cids.make(cids.RAW, b"\x12\x20" + bytes(32)), "shared": shared}
+        )
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             async with cache.pinning(whole) as pinning:
                 await read_all(cache, whole)

@@ -1,4 +1,5 @@
-"""`kill -9` at any moment: a process that reads through a cache is killed again and again, and the next one goes on."""
+"""`kill -9` at any moment: a process that reads through a cache is killed again and again, and the next one
+goes on."""
 
 import json
 import os
@@ -112,14 +113,25 @@ def test_fifty_kills(tmp_path: Path) -> None:
         assert int(str(opened["disk"])) <= int(str(opened["used"])) <= budget
         there = set(cast(list[str], opened["complete"]))
         assert there <= set(known)
-        assert there == set(known) or int(str(opened["used"])) + FILE > budget, "only what had no room beside the index is gone"
+        assert there == set(known) or int(str(opened["used"])) + FILE > budget, (
+            "only what had no room beside the index is gone"
+        )
         assert run.all("wrong") == run.all("over") == []
         for one in run.all("again"):
             assert one == {"right": True, "asked": 0}
             again += 1
         known = whole(folder / "ipfsfuse-cache")
         names = {path.name for path in (folder / "ipfsfuse-cache").iterdir()}
-        assert names <= {"format", "CACHEDIR.TAG", "pinned", "staging", "packs", "lock", "index.sqlite", "index.sqlite-wal"}
+        assert names <= {
+            "format",
+            "CACHEDIR.TAG",
+            "pinned",
+            "staging",
+            "packs",
+            "lock",
+            "index.sqlite",
+            "index.sqlite-wal",
+        }
     assert again > 50
 
 
@@ -143,7 +155,11 @@ trio.run(main)
 
 def test_small_blocks_written_in_the_last_moment_are_there(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(root)}, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
     assert ended.returncode == -signal.SIGKILL
 
     async def main() -> None:
@@ -172,7 +188,10 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             assert not part.exists()
             await cache.leaf(other, others[0])
-            assert {kept.cid: (kept.size, kept.complete) for kept in cache.kept()} == {file.cid: (file.size, True), other.cid: (other.size, False)}
+            assert {kept.cid: (kept.size, kept.complete) for kept in cache.kept()} == {
+                file.cid: (file.size, True),
+                other.cid: (other.size, False),
+            }
 
     trio.run(main)
 
@@ -196,7 +215,9 @@ def test_a_part_that_only_seems_whole_gets_its_name_when_each_leaf_was_proved(tm
         for some in (leaves[:1], leaves):
             async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
                 for leaf in some:
-                    assert bytes(await cache.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+                    assert (
+                        bytes(await cache.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+                    )
             assert (whole.exists(), part.exists()) == (some == leaves, some != leaves)
         assert chain.asked == [leaves[4].cid]
 

@@ -99,7 +99,11 @@ def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
         chain = Chain()
         file, leaves, _content = make_file(chain, MAX_BEHIND + 2 * MIB, MIB)
         got: list[Leaf] = []
-        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, trio.open_nursery() as nursery, nothing_written(cache):
+        async with (
+            PinsetCache.open(tmp_path, chain, BUDGET) as cache,
+            trio.open_nursery() as nursery,
+            nothing_written(cache),
+        ):
             nursery.start_soon(read_early, cache, file, leaves, got)
             await wait_all_tasks_blocked()
             assert got == list(leaves[: MAX_BEHIND // MIB])
@@ -109,7 +113,9 @@ def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("what no one foresaw")
-def test_what_fails_behind_a_value_that_landed_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_behind_a_value_that_landed_is_told_to_the_log_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: Flights[str, str] = Flights(nursery)

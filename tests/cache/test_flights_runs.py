@@ -34,7 +34,9 @@ def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
             async with trio.open_nursery() as readers:
                 readers.start_soon(flights.run, ["a", "b", "c"], run)
                 await wait_all_tasks_blocked()
-                assert await flights.join("a", alone) == "by run", "until it is kept, what landed serves who comes"
+                assert await flights.join("a", alone) == "by run", (
+                    "until it is kept, what landed serves who comes"
+                )
                 assert alone.calls == 0
                 first.set()
                 await wait_all_tasks_blocked()

@@ -28,7 +28,9 @@ DAMAGE = {
 
 def make(chain: Chain) -> list[Cid]:
     """Blocks of both codecs."""
-    return [chain.add(random_bytes(3000, number), [cids.RAW, cids.DAG_PB][number % 2]) for number in range(COUNT)]
+    return [
+        chain.add(random_bytes(3000, number), [cids.RAW, cids.DAG_PB][number % 2]) for number in range(COUNT)
+    ]
 
 
 async def fill(folder: Path, chain: Chain, blocks: Sequence[Cid]) -> list[Place]:
@@ -53,7 +55,9 @@ def damage_head(folder: Path, place: Place, how: str) -> None:
 
 @pytest.mark.logs("wrong bytes in the cache")
 @pytest.mark.parametrize("how", DAMAGE)
-def test_blocks_behind_a_damaged_head_are_checked_and_the_head_is_written_anew(tmp_path: Path, how: str) -> None:
+def test_blocks_behind_a_damaged_head_are_checked_and_the_head_is_written_anew(
+    tmp_path: Path, how: str
+) -> None:
     async def main() -> None:
         chain = Chain()
         blocks = make(chain)
@@ -64,7 +68,13 @@ def test_blocks_behind_a_damaged_head_are_checked_and_the_head_is_written_anew(t
             flip(tmp_path / "packs" / "1.pack", places[number].at + 77)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             report = await cache.fsck()
-            assert (report.blocks, report.wrong, report.mended, report.heads, report.found) == (COUNT, 3, 3, 3, 0)
+            assert (report.blocks, report.wrong, report.mended, report.heads, report.found) == (
+                COUNT,
+                3,
+                3,
+                3,
+                0,
+            )
             assert chain.asked == [blocks[number] for number in (3, 20, 50)]
             chain.asked.clear()
             report = await cache.fsck()
@@ -94,7 +104,12 @@ def test_right_blocks_that_the_index_lost_are_found_again(tmp_path: Path) -> Non
         places = await fill(tmp_path, chain, blocks)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
             for number in (0, 11, 12, 59):
-                assert database.execute("DELETE FROM blocks WHERE key = ?", (cids.multihash(blocks[number]),)).rowcount == 1
+                assert (
+                    database.execute(
+                        "DELETE FROM blocks WHERE key = ?", (cids.multihash(blocks[number]),)
+                    ).rowcount
+                    == 1
+                )
         damage_head(tmp_path, places[5], "all")
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             report = await cache.fsck()

@@ -1,4 +1,5 @@
-"""A directory's blocks by one answer, through the cache: who waits for it, what is asked for besides, what is not again."""
+"""A directory's blocks by one answer, through the cache: who waits for it, what is asked for besides, what is
+not again."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -34,7 +35,9 @@ def none_besides(_cid: Cid, _block: bytes) -> Sequence[Cid]:
     return ()
 
 
-def with_cache(folder: Path, chain: Chain, main: Callable[[PinsetCache], Awaitable[None]], clock: MockClock | None = None) -> None:
+def with_cache(
+    folder: Path, chain: Chain, main: Callable[[PinsetCache], Awaitable[None]], clock: MockClock | None = None
+) -> None:
     async def opened() -> None:
         async with PinsetCache.open(folder, chain, BUDGET, deadline=DEADLINE) as cache:
             await main(cache)
@@ -120,7 +123,12 @@ def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> Non
 
 def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Path) -> None:
     chain = Chain()
-    wanted = [*small(chain, FEW), chain.add(random_bytes(200_000, 1)), chain.add(random_bytes(200_000, 2)), chain.add(b"here", cids.DAG_PB)]
+    wanted = [
+        *small(chain, FEW),
+        chain.add(random_bytes(200_000, 1)),
+        chain.add(random_bytes(200_000, 2)),
+        chain.add(b"here", cids.DAG_PB),
+    ]
     large, as_leaf, node = wanted[FEW:]
     under_way = chain.add(b"under way")
     inline = cids.make(cids.RAW, b"\x00\x02hi")

@@ -37,7 +37,11 @@ def tree(chain: Chain, files: int, seed: int, size: int = MIB) -> Cid:
     """A directory of `files` files, a small one and a directory below."""
     small = chain.add(random_bytes(5000, seed))
     below = directory(chain, {"small": small})
-    return directory(chain, {"below": below} | {f"file {number}": file_node(chain, size, seed + number) for number in range(files)})
+    return directory(
+        chain,
+        {"below": below}
+        | {f"file {number}": file_node(chain, size, seed + number) for number in range(files)},
+    )
 
 
 async def drive(cache: PinsetCache, walk: Walk[list[Leaf]]) -> list[Leaf]:
@@ -139,7 +143,11 @@ def test_a_pin_larger_than_the_budget_is_refused_naming_sizes_and_keeps_nothing(
         chain = Chain()
         large = tree(chain, 20, seed=100)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            with pytest.raises(StoreFailed, match=f"can't be pinned: of the budget of {BUDGET} bytes 0 are pinned already, .* raise --budget"):
+            with pytest.raises(
+                StoreFailed,
+                match=f"can't be pinned: of the budget of {BUDGET} bytes 0 are pinned already, .* raise "
+                "--budget",
+            ):
                 await read_all(cache, large, pin=True)
             assert cache.statistics().pinned == 0
             assert cache.statistics().used <= BUDGET

@@ -20,7 +20,9 @@ BUDGET = 64 << 20
 SMALL_BLOCKS = int(os.environ.get("IPFSFUSE_SMALL_BLOCKS", "100000"))
 
 
-def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(names, "MAX_NAMES", 100)
 
     async def main() -> None:
@@ -70,7 +72,9 @@ def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -
     trio.run(main)
 
 
-def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """IPFSFUSE_SMALL_BLOCKS says how many, of 1 to 4,096 bytes."""
 
     async def main() -> int:
@@ -99,8 +103,14 @@ def test_blocks_that_come_together_fill_pack_after_pack(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
             packs = cache.store.packs
-            together = [[random_bytes(10_000, 100 * answer + number) for number in range(70)] for answer in range(12)]
-            kept = [(cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest()), block) for blocks in together for block in blocks]
+            together = [
+                [random_bytes(10_000, 100 * answer + number) for number in range(70)] for answer in range(12)
+            ]
+            kept = [
+                (cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest()), block)
+                for blocks in together
+                for block in blocks
+            ]
             for answer in range(12):
                 await cache.store.keep_blocks(kept[70 * answer : 70 * answer + 70])
             *filled, _last = sorted(packs.sizes)

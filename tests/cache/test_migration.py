@@ -220,10 +220,12 @@ else:
 
 
 def killed_starts(cache_dir: Path, *after: int) -> None:
-    """Starts that are killed after so many changes each; without `after`, of copies `cache_dir.0`, `.1` ... of
-    the folder, one after each number of changes, until one gets through."""
+    """Starts that are killed after so many changes each; without `after`, of copies `cache_dir.0`, `.1` ...
+    of the folder, one after each number of changes, until one gets through."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", KILLED, str(cache_dir), *map(str, after)], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", KILLED, str(cache_dir), *map(str, after)], env=environment, check=True
+    )
 
 
 def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(used: Used) -> None:
@@ -245,7 +247,10 @@ def test_a_kill_in_the_middle_of_two_migrations_in_a_row(used: Used) -> None:
 
 def test_the_older_layout_is_not_moved_while_its_daemon_lives(used: Used) -> None:
     used.as_layout_2()
-    script = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
+    script = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(flush=True); "
+        "sys.stdin.read()"
+    )
     old = subprocess.Popen(
         [sys.executable, "-c", script, str(used.cache_dir / "lock")],
         stdin=subprocess.PIPE,

@@ -17,7 +17,8 @@ def cid(index: int) -> Cid:
 
 
 class Shelf(RuleBasedStateMachine):
-    """Random wishes between and inside rounds; some rounds fail with any part of them done, some nodes forget."""
+    """Random wishes between and inside rounds; some rounds fail with any part of them done, some nodes
+    forget."""
 
     LIMIT = 8
     MOST = 2
@@ -69,7 +70,8 @@ class Shelf(RuleBasedStateMachine):
     @precondition(lambda self: self.round_open)
     @rule(done=st.integers(0, 3), lost=st.sets(st.integers(0, 60)))
     def fail(self, done: int, lost: set[int]) -> None:
-        """The node did some of it, then failed; when it came back some batches were gone. Then we ask what it has."""
+        """The node did some of it, then failed; when it came back some batches were gone. Then we ask what it
+        has."""
         self.shelf.abandon()
         self.round_open = False
         for batch in self.round.writes[:done]:
@@ -96,7 +98,9 @@ class Shelf(RuleBasedStateMachine):
     @rule(index=st.integers(0, 40), count=st.integers(1, 8))
     def edit(self, index: int, count: int) -> None:
         """Somebody puts a batch of his own among ours, and we find it."""
-        batch = Batch(max(self.node, default=0) + 5, tuple(cid(number) for number in range(index, index + count)))
+        batch = Batch(
+            max(self.node, default=0) + 5, tuple(cid(number) for number in range(index, index + count))
+        )
         self.node[batch.number] = batch.members
         self.shelf.adopt(batch)
         self.twice = True
@@ -177,7 +181,8 @@ def test_a_pin_after_an_eviction_needs_no_write() -> None:
 
 
 def test_a_round_that_broke_off_before_its_drops_is_not_written_again() -> None:
-    """A kill after the write: the node has the new batch and the old one, in which a third was still desired."""
+    """A kill after the write: the node has the new batch and the old one, in which a third was still
+    desired."""
     shelf = Batches()
     for index in range(4, 12):
         shelf.add(cid(index))

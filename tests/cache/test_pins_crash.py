@@ -48,7 +48,12 @@ def test_what_a_node_that_was_down_could_not_be_told_before_a_kill_is_told_by_th
     node = own_node
     settle_once(node, tmp_path, map(made_up, range(6)))
     node.stop()
-    changes = ["pins.remove(made_up(0))", "pins.remove(made_up(1))", "pins.add(made_up(9))", "print('told', flush=True)"]
+    changes = [
+        "pins.remove(made_up(0))",
+        "pins.remove(made_up(1))",
+        "pins.add(made_up(9))",
+        "print('told', flush=True)",
+    ]
     process = child(node, tmp_path, MADE_UP, *changes)
     try:
         heard(process, "told")
@@ -65,8 +70,17 @@ def test_what_a_node_that_was_down_could_not_be_told_before_a_kill_is_told_by_th
 def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
     """Whatever was done and said, the next start holds exactly what is staged, each once."""
     chance = random.Random(7)
-    body = [MADE_UP, "import random", "print('running', flush=True)", "while True:", "    index = random.randrange(400)"]
-    body += ["    (pins.add if random.random() < 0.6 else pins.remove)(made_up(index))", "    await trio.sleep(0.0005)"]
+    body = [
+        MADE_UP,
+        "import random",
+        "print('running', flush=True)",
+        "while True:",
+        "    index = random.randrange(400)",
+    ]
+    body += [
+        "    (pins.add if random.random() < 0.6 else pins.remove)(made_up(index))",
+        "    await trio.sleep(0.0005)",
+    ]
     staged = {made_up(index) for index in range(0, 400, 3)}
     for _ in range(8):
         process = child(own_node, tmp_path, *body)
@@ -127,14 +141,24 @@ def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, t
 
 
 def hold_and_die(node: Node, folder: Path) -> None:
-    process = child(node, folder, MADE_UP, "pins.add(made_up(1))", "pins.pin(made_up(2))", "await pins.settled()", "print('held', flush=True)")
+    process = child(
+        node,
+        folder,
+        MADE_UP,
+        "pins.add(made_up(1))",
+        "pins.pin(made_up(2))",
+        "await pins.settled()",
+        "print('held', flush=True)",
+    )
     try:
         heard(process, "held")
     finally:
         end(process)
 
 
-def test_a_killed_mount_keeps_what_it_pinned_while_its_cache_folder_stands(own_node: Node, tmp_path: Path) -> None:
+def test_a_killed_mount_keeps_what_it_pinned_while_its_cache_folder_stands(
+    own_node: Node, tmp_path: Path
+) -> None:
     hold_and_die(own_node, tmp_path / "dead")
     (dead,) = mounts(own_node)
     assert set(folder_of(own_node, dead)) == {"staged-1", "pinned-1"}
@@ -145,7 +169,9 @@ def test_a_killed_mount_keeps_what_it_pinned_while_its_cache_folder_stands(own_n
     assert dead not in mounts(own_node)
 
 
-def test_a_killed_mounts_next_start_brings_its_folder_to_what_is_staged_then(own_node: Node, tmp_path: Path) -> None:
+def test_a_killed_mounts_next_start_brings_its_folder_to_what_is_staged_then(
+    own_node: Node, tmp_path: Path
+) -> None:
     hold_and_die(own_node, tmp_path / "dead")
     settle_once(own_node, tmp_path / "dead", [made_up(1), made_up(7)], [made_up(2)])
     (dead,) = mounts(own_node)
@@ -163,9 +189,12 @@ def test_mounts_that_live_or_rest_and_strangers_are_left_alone(own_node: Node, t
         async with pinning(node, tmp_path / "living") as living:
             living.add(made_up(2))
             await settled(living)
-            resting, alive = (mounts(node)[0], mounts(node)[1]) if folder_of(node, mounts(node)[0]) else mounts(node)
+            resting, alive = (
+                (mounts(node)[0], mounts(node)[1]) if folder_of(node, mounts(node)[0]) else mounts(node)
+            )
             host = resting.rpartition("-")[0]
-            node.rpc("files/mkdir", arg=f"/ipfsfuse/{host}-0123456789abcdef", parents=True)  # no record: nothing is proved
+            # no record: nothing is proved
+            node.rpc("files/mkdir", arg=f"/ipfsfuse/{host}-0123456789abcdef", parents=True)
             node.rpc("files/mkdir", arg="/ipfsfuse/elsewhere-0123456789abcdef")
             before = {name: folder_of(node, name) for name in mounts(node)}
             async with pinning(node, tmp_path / "next") as pins:
@@ -178,7 +207,14 @@ def test_mounts_that_live_or_rest_and_strangers_are_left_alone(own_node: Node, t
 
 
 def test_two_lives_of_one_copied_folder_get_a_name_each(own_node: Node, tmp_path: Path) -> None:
-    process = child(own_node, tmp_path / "first", MADE_UP, "pins.add(made_up(1))", "await pins.settled()", "print('held', flush=True)")
+    process = child(
+        own_node,
+        tmp_path / "first",
+        MADE_UP,
+        "pins.add(made_up(1))",
+        "await pins.settled()",
+        "print('held', flush=True)",
+    )
     try:
         heard(process, "held")
         shutil.copytree(tmp_path / "first", tmp_path / "copy")

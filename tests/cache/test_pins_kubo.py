@@ -100,7 +100,8 @@ def test_reading_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: 
             await settled(pins)
             with collecting_garbage(node) as collected:
                 for index, (cid, content) in enumerate(contents.items()):
-                    pins.add(made_up(index))  # however often the new batch's block is collected before it is linked
+                    # however often the new batch's block is collected before it is linked
+                    pins.add(made_up(index))
                     await settled(pins)
                     collected.clear()
                     await trio.to_thread.run_sync(collected.wait, 60)
@@ -168,7 +169,8 @@ def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) 
 
 
 def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    """Content that only another node has: held at once, fetched by nobody, protected where parts of it come later."""
+    """Content that only another node has: held at once, fetched by nobody, protected where parts of it come
+    later."""
     node, other = two_nodes
     whole = add(other, os.urandom(1 << 20), "--chunker=size-65536")
     leaves = other.cmd("refs", cids.text(whole)).split()
@@ -181,7 +183,9 @@ def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -
             for wanted in (cids.text(whole), leaves[0]):
                 node.cmd("block", "get", wanted, text=False)
             node.gc()
-            assert [node.has(cid) for cid in (cids.text(whole), *leaves)] == [True, True] + [False] * (len(leaves) - 1)
+            assert [node.has(cid) for cid in (cids.text(whole), *leaves)] == [True, True] + [False] * (
+                len(leaves) - 1
+            )
             other.stop()
             pins.add(cids.parse(leaves[-1]))  # nobody has it any more
             await settled(pins)
@@ -190,7 +194,9 @@ def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -
     trio.run(main)
 
 
-def test_ten_thousand_pins_cost_two_requests_a_thousand(own_node: Node, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_ten_thousand_pins_cost_two_requests_a_thousand(
+    own_node: Node, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     async def main() -> None:
         async with pinning(own_node, tmp_path) as pins:
             await settled(pins)

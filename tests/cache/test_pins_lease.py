@@ -335,7 +335,8 @@ def test_a_mount_whose_folder_another_one_took_leaves_it_and_takes_a_new_name(
 
 
 def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    """Where another mount uses its name at one node, it takes a new name at each, and leaves nothing behind."""
+    """Where another mount uses its name at one node, it takes a new name at each, and leaves nothing
+    behind."""
     near, far = two_nodes
     for node in two_nodes:
         settle_once(node, tmp_path, [made_up(1)])
@@ -346,7 +347,10 @@ def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp
     async def main() -> None:
         mount_id = MountId.open(tmp_path)
         async with rpc_of(near) as one, rpc_of(far) as other:
-            pins = [KuboPins("near", Mfs(lambda: one), mount_id), KuboPins("far", Mfs(lambda: other), mount_id)]
+            pins = [
+                KuboPins("near", Mfs(lambda: one), mount_id),
+                KuboPins("far", Mfs(lambda: other), mount_id),
+            ]
             async with trio.open_nursery() as nursery:
                 for node_pins in pins:
                     node_pins.reconcile([made_up(1)], [])

@@ -54,7 +54,9 @@ def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_pa
     async def main() -> None:
         async with pinning(node, tmp_path) as pins:
             pins.add(cid)
-            await trio.to_thread.run_sync(until, lambda: pins.status().failing != "", "the node's absence is seen")
+            await trio.to_thread.run_sync(
+                until, lambda: pins.status().failing != "", "the node's absence is seen"
+            )
             assert pins.state(cid) == "queued"
             await trio.to_thread.run_sync(node.start)
             await settled(pins)
@@ -119,7 +121,9 @@ def refusing(node: Node, refused: set[str]) -> Iterator[tuple[str, Counter[str]]
             else:
                 headers = {"Content-Type": self.headers.get("Content-Type") or "application/octet-stream"}
                 try:
-                    with urllib.request.urlopen(urllib.request.Request(node.api_url + self.path, body, headers, method="POST")) as given:
+                    with urllib.request.urlopen(
+                        urllib.request.Request(node.api_url + self.path, body, headers, method="POST")
+                    ) as given:
                         status, answer = given.status, given.read()
                 except urllib.error.HTTPError as exc:
                     status, answer = exc.code, exc.read()
@@ -154,7 +158,9 @@ def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start
             pins.add(cid)
             await settled(pins)
             pins.remove(cid)
-            await trio.to_thread.run_sync(until, lambda: "not now" in pins.status().failing, "the node refused it")
+            await trio.to_thread.run_sync(
+                until, lambda: "not now" in pins.status().failing, "the node refused it"
+            )
             assert asked["staged-1"] == 3
             assert pins.state(cid) == ""
 
@@ -174,7 +180,7 @@ def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start
     assert not has(node, cid)
 
 
-# -- what is read back ---------------------------------------------------------------------------------------------
+# -- what is read back ---------------------------------------------------------------------------------------
 
 
 def test_a_node_that_lost_everything_while_we_were_away_is_told_again(own_node: Node, tmp_path: Path) -> None:
@@ -229,7 +235,9 @@ def test_small_blocks_that_are_staged_stay_pinned_over_a_restart(own_node: Node,
             await settled(pins)
 
     async def second() -> None:
-        async with pinning(own_node, tmp_path, [made_up(1)], is_staged=lambda cid: cid < made_up(202)) as pins:
+        async with pinning(
+            own_node, tmp_path, [made_up(1)], is_staged=lambda cid: cid < made_up(202)
+        ) as pins:
             await settled(pins)
             assert pins.status().held == 201
             assert [pins.state(made_up(index)) for index in (1, 201, 202)] == ["cache", "cache", ""]
@@ -293,7 +301,9 @@ def test_an_edit_is_mended_while_the_mount_lives(
             await settled(pins)
             (mount,) = mounts(node)
             node.rpc("files/rm", arg=f"/ipfsfuse/{mount}/staged-1", force=True)
-            await trio.to_thread.run_sync(until, lambda: held(node, mount) == [made_up(1)], "it is pinned again")
+            await trio.to_thread.run_sync(
+                until, lambda: held(node, mount) == [made_up(1)], "it is pinned again"
+            )
 
     trio.run(main)
 
@@ -329,7 +339,9 @@ def test_a_file_in_the_place_of_our_folder_is_left_alone_and_named_once(
         async with pinning(node, tmp_path / "cache", [made_up(1)]) as pins:
             await trio.to_thread.run_sync(until, lambda: pins.status().failing != "", "it is seen")
             requests = pins.status().requests
-            await trio.to_thread.run_sync(until, lambda: pins.status().requests > requests + 1, "it is tried again")
+            await trio.to_thread.run_sync(
+                until, lambda: pins.status().requests > requests + 1, "it is tried again"
+            )
             assert "move it away" in pins.status().failing
             node.rpc("files/rm", arg=path, force=True)
             await settled(pins)

@@ -25,7 +25,9 @@ async def read(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> byt
 
 @pytest.mark.parametrize("dag_pb", [False, True])
 @pytest.mark.parametrize("chunk", [64 * KIB, 70_001])
-def test_what_was_read_once_is_read_from_the_disk_across_a_restart(tmp_path: Path, dag_pb: bool, chunk: int) -> None:
+def test_what_was_read_once_is_read_from_the_disk_across_a_restart(
+    tmp_path: Path, dag_pb: bool, chunk: int
+) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 3 * MIB + 5, chunk, dag_pb=dag_pb)
 
@@ -166,7 +168,10 @@ def test_a_stalled_leaf_fails_at_its_deadline_and_delays_no_other(tmp_path: Path
     chain.stalled.add(leaves[1].cid)
 
     async def main() -> None:
-        async with PinsetCache.open(tmp_path, chain, BUDGET, deadline=7) as cache, trio.open_nursery() as nursery:
+        async with (
+            PinsetCache.open(tmp_path, chain, BUDGET, deadline=7) as cache,
+            trio.open_nursery() as nursery,
+        ):
             ended: list[str] = []
 
             async def stalled() -> None:

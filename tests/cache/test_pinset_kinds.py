@@ -104,7 +104,10 @@ def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for cid in small:
-                assert await cache.leaf(FileRef(cid, 2000), Leaf(cid, 0, 2000)) == chain.blocks[cids.multihash(cid)]
+                assert (
+                    await cache.leaf(FileRef(cid, 2000), Leaf(cid, 0, 2000))
+                    == chain.blocks[cids.multihash(cid)]
+                )
             assert await cache.block(inline) == b"hello"
             assert await cache.leaf(FileRef(inline, 5), Leaf(inline, 0, 5)) == b"hello"
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -117,7 +120,10 @@ def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
     assert not list((tmp_path / "staging").iterdir())
     packs = list((tmp_path / "packs").iterdir())
     assert len(packs) <= 3
-    assert sum(pack.stat().st_blocks * 512 for pack in packs) + os.stat(tmp_path / "index.sqlite").st_size < 1.3 * 500 * 2000
+    assert (
+        sum(pack.stat().st_blocks * 512 for pack in packs) + os.stat(tmp_path / "index.sqlite").st_size
+        < 1.3 * 500 * 2000
+    )
 
 
 def test_a_raw_block_of_a_mebibyte_is_staged_once_as_the_file_it_is(tmp_path: Path) -> None:

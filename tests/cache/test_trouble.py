@@ -124,7 +124,9 @@ def test_the_folder_is_deleted_under_us(tmp_path: Path) -> None:
     trio.run(main)
 
 
-@pytest.mark.logs("can't be made: No such file", "can't be opened: No such file", "reads go on without the cache")
+@pytest.mark.logs(
+    "can't be made: No such file", "can't be opened: No such file", "reads go on without the cache"
+)
 def test_without_a_folder_reads_go_on_and_nothing_is_made(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
@@ -167,7 +169,9 @@ def test_a_damaged_index_is_set_aside_and_filled_from_the_packs(tmp_path: Path, 
 
 @pytest.mark.logs("reads go on without the cache")
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTDIR])
-def test_an_index_that_can_not_be_looked_at_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_an_index_that_can_not_be_looked_at_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """Only a fake can cause EIO and ESTALE here."""
     real, failed = os.lstat, 0
 
@@ -244,7 +248,9 @@ def test_a_pack_number_that_the_index_still_knows_is_not_used_again(tmp_path: Pa
         "UPDATE blocks SET size = 1152921504606846976",
     ],
 )
-def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(tmp_path: Path, turned: str) -> None:
+def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(
+    tmp_path: Path, turned: str
+) -> None:
     async def main() -> None:
         chain = Chain()
         (one,) = blocks(chain, 1)
@@ -256,7 +262,9 @@ def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(tmp_pa
             assert database.execute(turned).rowcount or "uses" in turned
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert len(await cache.block(one.cid)) == one.size
-            assert (cache.statistics().pinned > 0) == (one.cid in [cid for cid, _spelling in cache.named_roots()])
+            assert (cache.statistics().pinned > 0) == (
+                one.cid in [cid for cid, _spelling in cache.named_roots()]
+            )
             await cache.fsck()
 
     trio.run(main)
@@ -276,7 +284,10 @@ def damage(path: Path, how: str) -> None:
 def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
-        files = [make_file(chain, MIB, chunk, seed, dag_pb) for seed, (chunk, dag_pb) in enumerate([(1 << 16, False), (30_011, True)] * 4)]
+        files = [
+            make_file(chain, MIB, chunk, seed, dag_pb)
+            for seed, (chunk, dag_pb) in enumerate([(1 << 16, False), (30_011, True)] * 4)
+        ]
         small = blocks(chain, 100)
         dice = random.Random(1)
         flips = 0

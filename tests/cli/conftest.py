@@ -57,7 +57,9 @@ def on_terminal(user: Home, *arguments: str | Path) -> str:
     termios.tcsetwinsize(follower, (24, 120))
     try:
         command = [sys.executable, "-m", "ipfsfuse", *map(str, arguments)]
-        subprocess.run(command, env=user.env, stdout=subprocess.DEVNULL, stderr=follower, timeout=PATIENCE, check=True)
+        subprocess.run(
+            command, env=user.env, stdout=subprocess.DEVNULL, stderr=follower, timeout=PATIENCE, check=True
+        )
         os.write(follower, b"\n")  # so that there is something to read in any case
         return os.read(leader, 1 << 16).decode()
     finally:

@@ -18,7 +18,22 @@ from tests.cli.conftest import Ipfsfuse
 
 CID = "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
 V0 = "QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n"
-COMMANDS = ["add", "library", "rm", "export", "mount", "unmount", "doctor", "status", "ls", "pin", "unpin", "prefetch", "evict", "fsck"]
+COMMANDS = [
+    "add",
+    "library",
+    "rm",
+    "export",
+    "mount",
+    "unmount",
+    "doctor",
+    "status",
+    "ls",
+    "pin",
+    "unpin",
+    "prefetch",
+    "evict",
+    "fsck",
+]
 
 SIZES = {
     "1": 1, "10GiB": 10 << 30, "500MB": 500_000_000, "64K": 65536, "64k": 65536, "64Ki": 65536, "64kb": 64000, "1.5 MiB": 3 << 19,
@@ -37,7 +52,26 @@ def test_durations(text: str, seconds: float) -> None:
     assert units.duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "0", "1e9", "1_000", "10 GiBs", "٣", "9" * 16, "1P" * 2, "5EiB", "nan", "inf", "1,5M", "99999P"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "-1",
+        "0",
+        "1e9",
+        "1_000",
+        "10 GiBs",
+        "٣",
+        "9" * 16,
+        "1P" * 2,
+        "5EiB",
+        "nan",
+        "inf",
+        "1,5M",
+        "99999P",
+    ],
+)
 def test_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"not a size|too small a size|too large a size"):
         units.size(text)
@@ -63,11 +97,13 @@ def test_a_shown_size_can_be_typed_again(count: int) -> None:
     assert units.size(units.human(count)) == pytest.approx(count, rel=0.06)
 
 
-# -- the whole line ----------------------------------------------------------------------------------------------
+# -- the whole line ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(ipfsfuse: Ipfsfuse, capfd: pytest.CaptureFixture[str], command: str) -> None:
+def test_every_command_explains_itself(
+    ipfsfuse: Ipfsfuse, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         ipfsfuse(command, "--help")
     assert f"usage: ipfsfuse {command}" in capfd.readouterr().out
@@ -100,8 +136,12 @@ USAGE = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "named"), USAGE, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
-def test_usage_errors_are_one_line_and_exit_code_2(ipfsfuse: Ipfsfuse, home: Path, arguments: list[str], named: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"), USAGE, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
+)
+def test_usage_errors_are_one_line_and_exit_code_2(
+    ipfsfuse: Ipfsfuse, home: Path, arguments: list[str], named: str
+) -> None:
     ran = ipfsfuse(*arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("ipfsfuse: ")
@@ -111,13 +151,20 @@ def test_usage_errors_are_one_line_and_exit_code_2(ipfsfuse: Ipfsfuse, home: Pat
 
 
 def test_python_dash_m(home: Path) -> None:
-    ran = subprocess.run([sys.executable, "-m", "ipfsfuse", "--version"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "ipfsfuse", "--version"], capture_output=True, text=True, check=True
+    )
     assert ran.stdout.startswith("ipfsfuse 0.")
 
 
 def test_help_and_status_load_nothing_big() -> None:
-    script = "import sys; from ipfsfuse.cli.main import main; code = main(['status', '--cache-dir', '/nonexistent']); print(code, *sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    script = (
+        "import sys; from ipfsfuse.cli.main import main; code = main(['status', '--cache-dir', "
+        "'/nonexistent']); print(code, *sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert loaded[0] == "1"
     assert not {"trio", "pyfuse3", "httpx", "wasmtime", "multiformats", "tqdm", "sqlite3"} & set(loaded)
 
@@ -125,12 +172,14 @@ def test_help_and_status_load_nothing_big() -> None:
 def test_nobody_reads_the_output(home: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    ran = subprocess.run([sys.executable, "-m", "ipfsfuse", "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "ipfsfuse", "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-# -- configuration -----------------------------------------------------------------------------------------------
+# -- configuration -------------------------------------------------------------------------------------------
 
 
 def config(*arguments: str) -> MountConfig:
@@ -139,7 +188,9 @@ def config(*arguments: str) -> MountConfig:
 
 def test_mount_config_by_default(home: Path, tmp_path: Path) -> None:
     made = config(str(tmp_path / "m"))
-    assert made == MountConfig(tmp_path / "m", home / ".cache/ipfsfuse", home / ".local/share/ipfsfuse/library")
+    assert made == MountConfig(
+        tmp_path / "m", home / ".cache/ipfsfuse", home / ".local/share/ipfsfuse/library"
+    )
     assert (made.sources, made.budget, made.deadline) == (("library",), 10 << 30, 30.0)
 
 
@@ -147,8 +198,34 @@ def test_mount_config_in_full(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.car").touch()
     made = config(
-        *["m", "--from", "x.car", "--from", "kubo", "--from", "https://a.example", "--offline", "--cache-dir=c", "--library=l", "--budget=1MiB"],
-        *["--deadline", "5s", "--allow", CID, "--allow", V0, "--record", "r", "--allow-other", "--isolated", "--while-held", "--pins", "none"],
+        *[
+            "m",
+            "--from",
+            "x.car",
+            "--from",
+            "kubo",
+            "--from",
+            "https://a.example",
+            "--offline",
+            "--cache-dir=c",
+            "--library=l",
+            "--budget=1MiB",
+        ],
+        *[
+            "--deadline",
+            "5s",
+            "--allow",
+            CID,
+            "--allow",
+            V0,
+            "--record",
+            "r",
+            "--allow-other",
+            "--isolated",
+            "--while-held",
+            "--pins",
+            "none",
+        ],
         *["--header-file", "h", "--header-file", "https://a.example=g", "--reserve", "0"],
     )
     assert made == MountConfig(
@@ -187,13 +264,21 @@ def test_spellings_of_a_cid(spelling: str) -> None:
     assert cids.text(cid_alone(spelling)) == CID
 
 
-def test_folders_by_flag_variable_and_xdg(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_by_flag_variable_and_xdg(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xc"))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xd"))
-    assert (folders.cache_dir(None), folders.library(None)) == (tmp_path / "xc/ipfsfuse", tmp_path / "xd/ipfsfuse/library")
+    assert (folders.cache_dir(None), folders.library(None)) == (
+        tmp_path / "xc/ipfsfuse",
+        tmp_path / "xd/ipfsfuse/library",
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
     assert folders.cache_dir(None) == home / ".cache/ipfsfuse"
     monkeypatch.setenv("IPFSFUSE_CACHE_DIR", str(tmp_path / "ec"))
     monkeypatch.setenv("IPFSFUSE_LIBRARY", str(tmp_path / "el"))
     assert (folders.cache_dir(None), folders.library(None)) == (tmp_path / "ec", tmp_path / "el")
-    assert (folders.cache_dir(str(tmp_path / "f")), folders.library(str(tmp_path / "g"))) == (tmp_path / "f", tmp_path / "g")
+    assert (folders.cache_dir(str(tmp_path / "f")), folders.library(str(tmp_path / "g"))) == (
+        tmp_path / "f",
+        tmp_path / "g",
+    )

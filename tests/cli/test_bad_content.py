@@ -1,4 +1,5 @@
-"""Sources and files that can't be used, and commands with nothing to work on: one line that names the thing, nothing left behind."""
+"""Sources and files that can't be used, and commands with nothing to work on: one line that names the thing,
+nothing left behind."""
 
 import os
 import shutil
@@ -16,7 +17,7 @@ from tests.mounting import Home
 pytestmark = pytest.mark.fuse
 
 
-# -- sources -----------------------------------------------------------------------------------------------------
+# -- sources -------------------------------------------------------------------------------------------------
 
 
 CARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -44,7 +45,14 @@ def test_a_source_that_is_no_car(user: Home, car: bytes, kind: str) -> None:
 
 
 def test_a_source_that_is_missing(user: Home) -> None:
-    user.refused("mount", "--from", user.folder / "none.car", user.mountpoint, names=f"{user.folder / 'none.car'}: no such file", code=2)
+    user.refused(
+        "mount",
+        "--from",
+        user.folder / "none.car",
+        user.mountpoint,
+        names=f"{user.folder / 'none.car'}: no such file",
+        code=2,
+    )
 
 
 @pytest.mark.parametrize("text", ["htps://gateway.example", "kubo+ftp://127.0.0.1", "http://"])
@@ -57,7 +65,7 @@ def test_a_source_given_twice(user: Home, car: bytes) -> None:
     user.refused("mount", "--from", file, "--from", file, user.mountpoint, names="given twice", code=2)
 
 
-# -- add ---------------------------------------------------------------------------------------------------------
+# -- add -----------------------------------------------------------------------------------------------------
 
 
 def make_fifo(path: Path) -> None:
@@ -97,7 +105,9 @@ def test_add_of_a_file_that_this_user_may_not_read() -> None:
         file.chmod(0o600)
         for path in (user.folder, user.mountpoint):
             os.chown(path, 65534, 65534)
-        ran = subprocess.run([sys.executable, "-c", AS_OTHER, file], env=user.env, capture_output=True, text=True)
+        ran = subprocess.run(
+            [sys.executable, "-c", AS_OTHER, file], env=user.env, capture_output=True, text=True
+        )
         assert (ran.returncode, ran.stderr) == (1, f"ipfsfuse: {file}: Permission denied\n")
         assert not list(user.library.glob("roots/*"))
 
@@ -130,10 +140,13 @@ def test_add_of_a_tree_1000_deep(user: Home) -> None:
     shutil.rmtree(top) if sys.version_info >= (3, 13) else subprocess.run(["rm", "-rf", top], check=True)
 
 
-# -- commands without a mount ------------------------------------------------------------------------------------
+# -- commands without a mount --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [("status",), ("ls",), ("fsck",), ("evict", "--all"), ("pin", "bafkqaaa"), ("status", "--json")])
+@pytest.mark.parametrize(
+    "command",
+    [("status",), ("ls",), ("fsck",), ("evict", "--all"), ("pin", "bafkqaaa"), ("status", "--json")],
+)
 def test_commands_where_nothing_is_mounted(user: Home, command: tuple[str, ...]) -> None:
     user.refused(*command, names=f"no mount uses {user.cache}")
 

@@ -1,4 +1,5 @@
-"""Mounts that can't be: one line that names the thing, exit code 1 or 2, no traceback, nothing left behind."""
+"""Mounts that can't be: one line that names the thing, exit code 1 or 2, no traceback, nothing left
+behind."""
 
 import os
 import shutil
@@ -73,7 +74,9 @@ def machine(script: str) -> tuple[str, ...]:
 def test_no_dev_fuse(user: Home) -> None:
     hidden = machine("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3")
     user.refused("mount", user.mountpoint, names="/dev/fuse is missing", wrapper=hidden)
-    doctor = subprocess.run([*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True)
+    doctor = subprocess.run(
+        [*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True
+    )
     assert doctor.returncode == 1
     assert "bad  /dev/fuse: missing\n     to do: load the kernel's module" in doctor.stdout
 
@@ -84,7 +87,9 @@ def test_no_fusermount3(user: Home) -> None:
     empty.touch(0o644)
     hidden = machine(f"mount --bind {empty} $(readlink -f $(command -v fusermount3))")
     user.refused("mount", user.mountpoint, names="install the package fuse3", wrapper=hidden)
-    doctor = subprocess.run([*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True)
+    doctor = subprocess.run(
+        [*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True
+    )
     assert (doctor.returncode, "install the package fuse3" in doctor.stdout) == (1, True)
 
 
@@ -94,7 +99,7 @@ def test_kubo_without_a_repository(user: Home) -> None:
     assert "kubo+http://" in told
 
 
-# -- the cache folder --------------------------------------------------------------------------------------------
+# -- the cache folder ----------------------------------------------------------------------------------------
 
 
 def test_a_cache_folder_that_another_daemon_holds(user: Home) -> None:
@@ -144,7 +149,9 @@ def test_nothing_of_the_daemon_below_its_own_mount(user: Home, option: str) -> N
 
 def test_a_car_below_its_own_mount(user: Home) -> None:
     (user.mountpoint / "x.car").touch()
-    user.refused("mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2)
+    user.refused(
+        "mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2
+    )
 
 
 # -- a path that changes while it is mounted -----------------------------------------------------------------
@@ -165,7 +172,9 @@ def test_a_parent_that_is_replaced_while_root_mounts_leads_nowhere(user: Home, s
     for each in (parent / "ipfs", victim / "ipfs", tools):
         each.mkdir(parents=True)
     (victim / "ipfs" / "precious").write_text("precious")
-    script = SWAPPING.format(real=shutil.which("fusermount3"), parent=parent, swap=swap.format(victim=victim, parent=parent))
+    script = SWAPPING.format(
+        real=shutil.which("fusermount3"), parent=parent, swap=swap.format(victim=victim, parent=parent)
+    )
     (tools / "fusermount3").write_text(script)
     (tools / "fusermount3").chmod(0o755)
     user.env["PATH"] = f"{tools}:{os.environ['PATH']}"
@@ -185,7 +194,7 @@ def test_root_mounts_nothing_where_anyone_may_replace_the_path(user: Home) -> No
         pass
 
 
-# -- doctor says of a folder what mount does ------------------------------------------------------------------------
+# -- doctor says of a folder what mount does -----------------------------------------------------------------
 
 
 def test_doctor_refuses_the_folders_that_a_mount_refuses(user: Home) -> None:

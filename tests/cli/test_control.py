@@ -40,7 +40,13 @@ async def long(arguments: server.Arguments, progress: server.Progress) -> Mappin
     return {"entries": ["x" * 250] * 40_000}
 
 
-COMMANDS: dict[str, server.Handler] = {"long": long, "echo": echo, "refuse": refuse, "refuse_in_nursery": refuse_in_nursery, "break_down": break_down}
+COMMANDS: dict[str, server.Handler] = {
+    "long": long,
+    "echo": echo,
+    "refuse": refuse,
+    "refuse_in_nursery": refuse_in_nursery,
+    "break_down": break_down,
+}
 
 
 class Running:
@@ -79,7 +85,9 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 def test_answer_and_progress_come_back(running: Running) -> None:
     seen: list[dict[str, Any]] = []
-    assert client.call(running.path, "echo", seen.append, cid="bafy", depth=2) == {"got": {"cid": "bafy", "depth": 2}}
+    assert client.call(running.path, "echo", seen.append, cid="bafy", depth=2) == {
+        "got": {"cid": "bafy", "depth": 2}
+    }
     assert seen == [{"done": 0, "total": 3}, {"done": 1, "total": 3}, {"done": 2, "total": 3}]
 
 
@@ -163,7 +171,9 @@ def test_only_the_owner_finds_it_open(running: Running) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_other_users_are_refused_whatever_the_folder_allows(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_users_are_refused_whatever_the_folder_allows(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running.path.chmod(0o666)
     tmp_path.chmod(0o755)
     monkeypatch.chdir(tmp_path)  # the folders above stay closed
@@ -174,7 +184,11 @@ def test_other_users_are_refused_whatever_the_folder_allows(running: Running, tm
             reply = json.loads(connection.makefile("rb").readline())
         finally:
             os.seteuid(0)
-    assert reply == {"ok": False, "error": "this mount answers user 0 and root alone, not user 65534", "kind": "NotAllowed"}
+    assert reply == {
+        "ok": False,
+        "error": "this mount answers user 0 and root alone, not user 65534",
+        "kind": "NotAllowed",
+    }
 
 
 def test_a_deep_folder_is_no_obstacle(tmp_path: Path) -> None:

@@ -23,12 +23,16 @@ def file(user: Home) -> Path:
 
 
 @pytest.mark.parametrize("spelling", ["new", "old"])
-def test_the_source_gets_its_headers_and_the_old_spelling_is_told(user: Home, file: Path, spelling: str) -> None:
+def test_the_source_gets_its_headers_and_the_old_spelling_is_told(
+    user: Home, file: Path, spelling: str
+) -> None:
     with Server(BLOCKS) as server:
         option = f"{server.url}={file}" if spelling == "new" else str(file)
         ran = user.run("mount", "--from", server.url, "--header-file", option, user.mountpoint)
         try:
-            assert ("old spelling" in ran.stderr and "write --header-file URL=FILE" in ran.stderr) == (spelling == "old")
+            assert ("old spelling" in ran.stderr and "write --header-file URL=FILE" in ran.stderr) == (
+                spelling == "old"
+            )
             assert (user.mountpoint / cids.text(CID)).read_bytes() == BLOCK
             assert {ask.headers.get("authorization") for ask in server.asked} == {"Bearer s3cret"}
         finally:
@@ -40,6 +44,15 @@ def test_what_can_not_be_used_is_refused_in_one_line(user: Home, file: Path) -> 
     user.refused(*mount, file, user.mountpoint, names=f"--header-file https://a.example={file}", code=2)
     user.refused(*mount, f"https://c.example={file}", user.mountpoint, names="no source is there", code=2)
     user.refused(*mount, "https://a.example=", user.mountpoint, names="write https://a.example=FILE", code=2)
-    user.refused("mount", "--from", "http://a.example", "--header-file", file, user.mountpoint, names="use https://", code=2)
+    user.refused(
+        "mount",
+        "--from",
+        "http://a.example",
+        "--header-file",
+        file,
+        user.mountpoint,
+        names="use https://",
+        code=2,
+    )
     file.chmod(0o644)
     user.refused(*mount, f"https://a.example={file}", user.mountpoint, names=f"chmod 600 {file}", code=2)

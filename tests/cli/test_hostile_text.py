@@ -1,5 +1,5 @@
-"""Names and messages that came from outside, through the real output of each command and a real daemon's log: nothing
-that a terminal obeys, and no line that was forged."""
+"""Names and messages that came from outside, through the real output of each command and a real daemon's log:
+nothing that a terminal obeys, and no line that was forged."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def check(text: str, lines: int | None = None) -> None:
         assert text.count("\n") == lines, ascii(text)
 
 
-# -- the function ------------------------------------------------------------------------------------------------
+# -- the function --------------------------------------------------------------------------------------------
 
 
 def test_printable_escapes_what_a_terminal_obeys_and_nothing_else() -> None:
@@ -57,7 +57,7 @@ def test_what_is_printable_is_one_line_stays_as_it_is_and_can_be_encoded(text: s
     once.encode()
 
 
-# -- commands ----------------------------------------------------------------------------------------------------
+# -- commands ------------------------------------------------------------------------------------------------
 
 
 def test_file_names_in_add_library_and_rm(user: Home) -> None:
@@ -69,7 +69,9 @@ def test_file_names_in_add_library_and_rm(user: Home) -> None:
     check(added.stdout + added.stderr, len(NAMES) + 1)
     assert all(line.startswith("added ") for line in added.stdout.splitlines())
     assert f"tree/{printable(NAMES[0])}\n" in added.stdout
-    roots = [line.split()[1] for line in user.run("add", *(tree / name for name in NAMES)).stdout.splitlines()]
+    roots = [
+        line.split()[1] for line in user.run("add", *(tree / name for name in NAMES)).stdout.splitlines()
+    ]
     check(user.run("library").stdout, len(NAMES) + 1)
     raw = user.run("library", "--json").stdout
     check(raw)
@@ -107,7 +109,9 @@ COMMANDS: list[list[str]] = [
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_arguments_in_reasons(ipfsfuse: Ipfsfuse, home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_in_reasons(
+    ipfsfuse: Ipfsfuse, home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(home)
     ran = ipfsfuse(*(word.replace("{}", "".join(NAMES)) for word in command))
     assert ran.code in (1, 2), ran
@@ -125,7 +129,11 @@ def test_a_traceback_that_was_asked_for(user: Home) -> None:
     assert ran.returncode == 1
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}], ids=["ASCII", "UTF-8"])
+@pytest.mark.parametrize(
+    "locale",
+    [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}],
+    ids=["ASCII", "UTF-8"],
+)
 def test_names_that_cannot_be_encoded_break_nothing(user: Home, locale: dict[str, str]) -> None:
     user.env |= locale
     file = os.fsencode(user.folder) + b"/caf\xe9"
@@ -137,7 +145,12 @@ def test_names_that_cannot_be_encoded_break_nothing(user: Home, locale: dict[str
     (user.folder / "tree").mkdir()
     cid = user.add(user.folder / "tree")
     out = os.fsencode(user.folder) + b"/\xff\xc3\xbc\xf0\x9f\xa6\x8a.car"
-    ran = subprocess.run([sys.executable, "-m", "ipfsfuse", "export", cid, out], env=user.env, capture_output=True, timeout=PATIENCE)
+    ran = subprocess.run(
+        [sys.executable, "-m", "ipfsfuse", "export", cid, out],
+        env=user.env,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert b"\\xff" in ran.stdout
     assert os.path.exists(out)
@@ -153,7 +166,7 @@ def test_a_name_in_the_bar_of_a_terminal(user: Home, monkeypatch: pytest.MonkeyP
     assert "\x07" not in shown
 
 
-# -- a daemon, its sources and its log ---------------------------------------------------------------------------
+# -- a daemon, its sources and its log -----------------------------------------------------------------------
 
 
 SAID = f"no\n{FORGED}\r\x1b[31m\x9b2J\u202e\u2028 {'y' * 10}"
@@ -161,19 +174,28 @@ PAGE_TYPE = b"text/html; \x9b31m"
 
 
 class _Hostile(BaseHTTPRequestHandler):
-    """As an RPC API it fails with a message, as a gateway it sends a page whose type holds a control character."""
+    """As an RPC API it fails with a message, as a gateway it sends a page whose type holds a control
+    character."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        self._send(b"500 no", b"application/json", json.dumps({"Message": SAID, "Code": 0}, ensure_ascii=False).encode())
+        self._send(
+            b"500 no",
+            b"application/json",
+            json.dumps({"Message": SAID, "Code": 0}, ensure_ascii=False).encode(),
+        )
 
     def do_GET(self) -> None:
         self._send(b"200 OK", PAGE_TYPE, SAID.encode())
 
     def _send(self, status: bytes, kind: bytes, body: bytes) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        head = b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, kind, len(body))
+        head = b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (
+            status,
+            kind,
+            len(body),
+        )
         self.wfile.write(head + body)
         self.close_connection = True
 
@@ -206,13 +228,19 @@ def test_what_sources_say_in_status_in_doctor_and_in_the_log(user: Home) -> None
     missing = user.add(user.folder / "large")
     user.run("export", root, car)
     car.write_bytes(car.read_bytes() + b"\x99damage")
-    with hostile_server() as url, user.mounted("--from", car, "--from", url, "--from", f"kubo+{url}", "--deadline", "1s") as mount:
+    with (
+        hostile_server() as url,
+        user.mounted("--from", car, "--from", url, "--from", f"kubo+{url}", "--deadline", "1s") as mount,
+    ):
         assert set(os.listdir(mount.path / root)) == set(NAMES)  # who reads gets them as they are
         for path in (root, *NAMES), (missing,):
             with pytest.raises(OSError):
                 mount.path.joinpath(*path).read_bytes()
         check(user.run("ls").stdout)
-        wait_until(lambda: "forged" in json.dumps(user.json("status", "--json")["pins"]), "the node's message is shown")
+        wait_until(
+            lambda: "forged" in json.dumps(user.json("status", "--json")["pins"]),
+            "the node's message is shown",
+        )
         shown = user.run("status", check=False).stdout
         check(shown)
         assert "\\n2026" in shown
@@ -262,7 +290,9 @@ warnings.warn(said)
 
 
 def test_what_python_itself_would_print_goes_through_the_log() -> None:
-    ran = subprocess.run([sys.executable, "-c", HOOKS, SAID], capture_output=True, text=True, timeout=PATIENCE)
+    ran = subprocess.run(
+        [sys.executable, "-c", HOOKS, SAID], capture_output=True, text=True, timeout=PATIENCE
+    )
     check(ran.stderr)
     assert ran.stderr.count("ValueError: no") == 2
     assert "UserWarning: no\\n2026" in ran.stderr

@@ -38,8 +38,20 @@ def test_a_terminal_shows_the_index_being_built_once(user: Home, car: Path) -> N
 
 
 def test_the_foreground_logs_it(user: Home, car: Path) -> None:
-    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", "--from", str(car), str(user.mountpoint)]
-    with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
+    command = [
+        sys.executable,
+        "-m",
+        "ipfsfuse",
+        "mount",
+        "--foreground",
+        "--json",
+        "--from",
+        str(car),
+        str(user.mountpoint),
+    ]
+    with subprocess.Popen(
+        command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as daemon:
         assert daemon.stdout
         assert daemon.stdout.readline().startswith("{")
         daemon.terminate()

@@ -19,10 +19,14 @@ def everything(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def ended(user: Home, arguments: Sequence[str | Path], begun: str, number: signal.Signals, fed: bytes = b"") -> None:
+def ended(
+    user: Home, arguments: Sequence[str | Path], begun: str, number: signal.Signals, fed: bytes = b""
+) -> None:
     """Runs `ipfsfuse ARGUMENTS`, feeds it, and ends it once a file of the pattern `begun` is there."""
     command = [sys.executable, "-m", "ipfsfuse", *map(str, arguments)]
-    with subprocess.Popen(command, env=user.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, env=user.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdin
         process.stdin.write(fed)
         process.stdin.flush()
@@ -49,5 +53,16 @@ def test_an_export_that_is_ended_leaves_no_file(user: Home, number: signal.Signa
         deaf.listen()
         gateway = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         made = user.folder / "made.car"
-        ended(user, ["export", "--from", gateway, "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy", made], ".made.car.*", number)
+        ended(
+            user,
+            [
+                "export",
+                "--from",
+                gateway,
+                "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy",
+                made,
+            ],
+            ".made.car.*",
+            number,
+        )
     assert not everything(user.folder)

@@ -1,4 +1,5 @@
-"""`--mount` finds any live mount of this user's, whatever its cache folder, and `unmount` waits for its daemon."""
+"""`--mount` finds any live mount of this user's, whatever its cache folder, and `unmount` waits for its
+daemon."""
 
 import json
 import os
@@ -32,7 +33,14 @@ def test_a_second_and_an_isolated_mount_are_found(user: Home) -> None:
         assert pid_at(user, isolated) == alone.pid
         assert user.json("ls", "--json", "--mount", isolated)["entries"] == []
         assert pid_at(user, second, "--cache-dir", user.folder / "c2") == other.pid
-        user.refused_while_mounted("status", "--mount", second, "--cache-dir", user.cache, names=f"is not at {second}: leave out --cache-dir")
+        user.refused_while_mounted(
+            "status",
+            "--mount",
+            second,
+            "--cache-dir",
+            user.cache,
+            names=f"is not at {second}: leave out --cache-dir",
+        )
         user.run("unmount", isolated)
         assert not alive(alone.pid)
         assert len(os.listdir(user.runtime / "ipfsfuse")) == 2
@@ -59,7 +67,10 @@ def test_what_a_killed_daemon_left_is_not_believed(user: Home) -> None:
         assert pid_at(user, user.mountpoint) == mount.pid
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"mountpoint": 1, "pid": "x", "control": []}', b"9" * 100_000, None])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"\xff", b'{"mountpoint": 1, "pid": "x", "control": []}', b"9" * 100_000, None],
+)
 def test_a_damaged_entry_is_no_entry(user: Home, content: bytes | None) -> None:
     with user.mounted() as mount:
         (entry,) = (user.runtime / "ipfsfuse").iterdir()
@@ -95,7 +106,9 @@ def test_a_mount_whose_daemon_stands_still_is_found_without_asking_it(user: Home
         os.kill(mount.pid, signal.SIGSTOP)
         try:
             Path("/proc/sys/vm/drop_caches").write_text("2") if os.geteuid() == 0 else None
-            done = subprocess.run([sys.executable, "-c", script], env=user.env, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                [sys.executable, "-c", script], env=user.env, capture_output=True, text=True, timeout=20
+            )
         finally:
             os.kill(mount.pid, signal.SIGCONT)
         assert done.stdout == f"{mount.control}\n", done.stderr

@@ -91,7 +91,9 @@ def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU])
 def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
-    with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
+    with subprocess.Popen(
+        command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as daemon:
         assert daemon.stdout is not None
         assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
         assert os.listdir(user.mountpoint) == [cid]
@@ -124,7 +126,9 @@ def _children(pid: int) -> list[int]:
 def test_a_busy_mount_names_who_holds_it(user: Home, mounted: Mounted, cid: str) -> None:
     file = mounted.path / cid / "hello.txt"
     script = "import sys; held = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", script, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
         ran = user.run("unmount", mounted.path, check=False)
@@ -184,7 +188,19 @@ def test_doctor_asks_the_sources_it_is_given(user: Home, car: Path) -> None:
     with socket.socket() as taken:  # a port of ours that nobody listens at
         taken.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        ran = user.run("doctor", "--json", "--from", car, "--from", "library", "--from", nobody, "--from", "x://y", check=False)
+        ran = user.run(
+            "doctor",
+            "--json",
+            "--from",
+            car,
+            "--from",
+            "library",
+            "--from",
+            nobody,
+            "--from",
+            "x://y",
+            check=False,
+        )
     states = {finding["about"]: finding["state"] for finding in json.loads(ran.stdout)}
     asked = user.run("doctor", "--from", "https://me:secret@127.0.0.1:1/", check=False)
     assert "https://127.0.0.1:1/: " in asked.stdout
@@ -220,9 +236,15 @@ def test_doctor_says_what_the_disk_makes_of_the_budget(user: Home) -> None:
         folder.chmod(0o700)
         ran = user.run("doctor", "--reserve", "10MiB")
         line = next(line for line in ran.stdout.splitlines() if "space: " in line)
-        assert re.match(r"note space: the budget of 10.0 GiB is cut to (19|20)\.\d MiB: [23]\d\.\d MiB free there, 10\.0 MiB of it", line)
+        assert re.match(
+            r"note space: the budget of 10.0 GiB is cut to (19|20)\.\d MiB: [23]\d\.\d MiB free there, "
+            r"10\.0 MiB of it",
+            line,
+        )
         assert "ok   space: a budget of 1.0 MiB fits: " in user.run("doctor", "--budget", "1MiB").stdout
-# -- export to standard output -----------------------------------------------------------------------------------
+
+
+# -- export to standard output -------------------------------------------------------------------------------
 
 
 def test_export_to_standard_output(user: Home, cid: str, car: Path) -> None:
@@ -241,7 +263,9 @@ def test_no_car_goes_to_a_terminal(user: Home, cid: str) -> None:
     leader, follower = pty.openpty()
     try:
         command = [sys.executable, "-m", "ipfsfuse", "export", cid, "-"]
-        ran = subprocess.run(command, env=user.env, stdout=follower, stderr=subprocess.PIPE, text=True, timeout=60)
+        ran = subprocess.run(
+            command, env=user.env, stdout=follower, stderr=subprocess.PIPE, text=True, timeout=60
+        )
     finally:
         os.close(follower)
         os.close(leader)
@@ -253,7 +277,9 @@ def test_an_export_whose_reader_goes_or_waits_ends(user: Home) -> None:
     (user.folder / "large").write_bytes(os.urandom(5_000_000))
     command = [sys.executable, "-m", "ipfsfuse", "export", user.add(user.folder / "large"), "-"]
     for number, code in ((None, 141), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)):
-        with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as export:
+        with subprocess.Popen(
+            command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as export:
             assert export.stdout is not None
             assert export.stderr is not None
             assert len(export.stdout.read(10)) == 10

@@ -32,7 +32,11 @@ def test_a_node_and_its_pins_in_a_table(user: Home, kubo_node: Node) -> None:
         asked = user.json("ls", "--json")
     heads, values = r"held  queued  batches  requests  folder +failing", r"\d+ .* /ipfsfuse/\S+ +-"
     assert re.search(rf"(?m)^pins:\n  node +{heads}\n  {re.escape(name)} +{values}$", shown)
-    assert re.search(rf"(?m)^sources:\n  name +state  requests  blocks .* why\n  {re.escape(name)} +good +\d+ .* -\n  library +good .* -$", shown)
+    assert re.search(
+        rf"(?m)^sources:\n  name +state  requests  blocks .* why\n  {re.escape(name)} +good +\d+ .* "
+        r"-\n  library +good .* -$",
+        shown,
+    )
     (large,) = asked["entries"]
     assert listed[0].startswith(f"{large['cid']}         whole    2.9 MiB")
     assert re.fullmatch(r"and \d+ small blocks \(files up to 64 KiB, directories, links\): \d+ B", listed[1])
@@ -48,7 +52,9 @@ def test_small_blocks_are_counted(user: Home, kubo_node: Node) -> None:
 
 
 @pytest.mark.parametrize("options", [("--cid-version=1", "--chunker=size-1048576"), ("--cid-version=0",)])
-def test_a_mount_exports_what_it_has_when_its_node_is_gone(user: Home, own_node: Node, options: tuple[str, ...]) -> None:
+def test_a_mount_exports_what_it_has_when_its_node_is_gone(
+    user: Home, own_node: Node, options: tuple[str, ...]
+) -> None:
     add_tree(own_node, user.folder / "tree")
     cid = own_node.cmd("add", "-Q", "-r", *options, user.folder / "tree").strip()
     name, first, second = f"kubo+{own_node.api_url}", user.folder / "first.car", user.folder / "second.car"
@@ -63,4 +69,8 @@ def test_a_mount_exports_what_it_has_when_its_node_is_gone(user: Home, own_node:
 def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
     output.status({"uptime": 2.5, "cache": {"budget": 1 << 30, "trouble": ""}, "pins": {}, "sources": []})
     output.ls({"entries": [], "small": {"blocks": 0, "bytes": 0}})
-    assert capsys.readouterr().out == "uptime: 2.5\ncache:\n  budget: 1.0 GiB\n  trouble: -\npins: none\nsources: none\n"
+    assert (
+        capsys.readouterr().out
+        == "uptime: 2.5\ncache:\n  budget: 1.0 GiB\n  trouble: -\npins: none\nsources: "
+        "none\n"
+    )

@@ -16,7 +16,9 @@ HOLDING = {
     "working directory": "import os, sys; os.chdir(sys.argv[1])",
     "open file": "import sys; held = open(sys.argv[1] + '/file')",
     "open folder": "import os, sys; held = os.open(sys.argv[1], os.O_RDONLY)",
-    "mapped file": "import mmap, os, sys; fd = os.open(sys.argv[1] + '/file', os.O_RDONLY); held = mmap.mmap(fd, 0, prot=1); os.closerange(3, 99)",
+    "mapped file": "import mmap, os, sys; fd = os.open(sys.argv[1] + '/file', os.O_RDONLY); held = "
+    "mmap.mmap(fd, "
+    "0, prot=1); os.closerange(3, 99)",
 }
 
 
@@ -31,7 +33,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(params=HOLDING)
 def holder(request: pytest.FixtureRequest, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     script = HOLDING[request.param] + "; print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         yield process
@@ -48,7 +52,12 @@ def test_each_way_of_holding_is_found(holder: subprocess.Popen[bytes], folder: P
 def test_a_longer_name_beside_it_is_no_use(folder: Path, tmp_path: Path) -> None:
     beside = tmp_path / (folder.name + "er")
     beside.mkdir()
-    with subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], cwd=beside, stdin=-1, stdout=-1) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"],
+        cwd=beside,
+        stdin=-1,
+        stdout=-1,
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert [each.pid for each in holders(beside)] == [process.pid]
@@ -58,7 +67,14 @@ def test_a_longer_name_beside_it_is_no_use(folder: Path, tmp_path: Path) -> None
 
 def test_what_is_no_mount_is_refused_by_name(ipfsfuse: Ipfsfuse, tmp_path: Path) -> None:
     assert ipfsfuse("unmount", tmp_path) == (1, "", f"ipfsfuse: nothing is mounted at {tmp_path}\n")
-    assert ipfsfuse("unmount", tmp_path / "none") == (1, "", f"ipfsfuse: nothing is mounted at {tmp_path / 'none'}\n")
+    assert ipfsfuse("unmount", tmp_path / "none") == (
+        1,
+        "",
+        f"ipfsfuse: nothing is mounted at {tmp_path / 'none'}\n",
+    )
     ran = ipfsfuse("unmount", "/proc")
-    assert (ran.code, ran.err) == (1, "ipfsfuse: /proc is not a mount of ipfsfuse but of type proc: use umount\n")
+    assert (ran.code, ran.err) == (
+        1,
+        "ipfsfuse: /proc is not a mount of ipfsfuse but of type proc: use umount\n",
+    )
     assert os.path.exists("/proc/self")

@@ -81,16 +81,26 @@ class Blocks:
             order.append(cid)
         return order
 
-    # -- builders --------------------------------------------------------------------------------------------------
+    # -- builders --------------------------------------------------------------------------------------------
 
     def leaf(self, data: bytes, raw: bool = True) -> Cid:
-        return self.put(data, RAW) if raw else self.put(dagpb.encode([], unixfs.encode(UnixFS(Type.FILE, data, len(data)))))
+        return (
+            self.put(data, RAW)
+            if raw
+            else self.put(dagpb.encode([], unixfs.encode(UnixFS(Type.FILE, data, len(data)))))
+        )
 
-    def file_node(self, children: Sequence[tuple[Cid, int]], inline: bytes = b"", total: int | None = None) -> Cid:
+    def file_node(
+        self, children: Sequence[tuple[Cid, int]], inline: bytes = b"", total: int | None = None
+    ) -> Cid:
         """An interior node over (CID, content size) pairs, which says `total` bytes."""
         sizes = [size for _, size in children]
-        message = UnixFS(Type.FILE, inline or None, sum(sizes) + len(inline) if total is None else total, sizes)
-        return self.put(dagpb.encode([Link(cid, b"", size) for cid, size in children], unixfs.encode(message)))
+        message = UnixFS(
+            Type.FILE, inline or None, sum(sizes) + len(inline) if total is None else total, sizes
+        )
+        return self.put(
+            dagpb.encode([Link(cid, b"", size) for cid, size in children], unixfs.encode(message))
+        )
 
     def balanced(self, chunks: Sequence[bytes], width: int, raw: bool) -> Cid:
         """A file as importers make it: all leaves at one height."""
@@ -127,7 +137,9 @@ def shard(width: int, indexes: Sequence[int], links: Sequence[Link], hash_type: 
     """One HAMT node's block."""
     bits = sum(1 << index for index in indexes)
     field = bits.to_bytes((bits.bit_length() + 7) // 8, "big")
-    return dagpb.encode(links, unixfs.encode(UnixFS(Type.HAMT_SHARD, field, hash_type=hash_type, fanout=width)))
+    return dagpb.encode(
+        links, unixfs.encode(UnixFS(Type.HAMT_SHARD, field, hash_type=hash_type, fanout=width))
+    )
 
 
 def chunks_of(data: bytes, size: int) -> list[bytes]:

@@ -8,16 +8,27 @@ _OPTIONAL, _REQUIRED, _REPEATED = 1, 2, 3
 
 def _message(name: str, *fields: tuple[str, int, int, int, str]) -> descriptor_pb2.DescriptorProto:
     made = [
-        descriptor_pb2.FieldDescriptorProto(name=label, number=number, label=rule, type=kind, type_name=of or None)  # type: ignore[arg-type]  # ints are enums
+        descriptor_pb2.FieldDescriptorProto(
+            name=label, number=number, label=rule, type=kind, type_name=of or None
+        )  # type: ignore[arg-type]  # ints are enums
         for label, number, rule, kind, of in fields
     ]
     return descriptor_pb2.DescriptorProto(name=name, field=made)
 
 
 def _pool() -> descriptor_pool.DescriptorPool:
-    link = _message("PBLink", ("Hash", 1, _OPTIONAL, _BYTES, ""), ("Name", 2, _OPTIONAL, _BYTES, ""), ("Tsize", 3, _OPTIONAL, _UINT64, ""))
-    node = _message("PBNode", ("Links", 2, _REPEATED, _MESSAGE, ".dag.PBLink"), ("Data", 1, _OPTIONAL, _BYTES, ""))
-    stamp = _message("IPFSTimestamp", ("seconds", 1, _REQUIRED, _INT64, ""), ("nanos", 2, _OPTIONAL, _FIXED32, ""))
+    link = _message(
+        "PBLink",
+        ("Hash", 1, _OPTIONAL, _BYTES, ""),
+        ("Name", 2, _OPTIONAL, _BYTES, ""),
+        ("Tsize", 3, _OPTIONAL, _UINT64, ""),
+    )
+    node = _message(
+        "PBNode", ("Links", 2, _REPEATED, _MESSAGE, ".dag.PBLink"), ("Data", 1, _OPTIONAL, _BYTES, "")
+    )
+    stamp = _message(
+        "IPFSTimestamp", ("seconds", 1, _REQUIRED, _INT64, ""), ("nanos", 2, _OPTIONAL, _FIXED32, "")
+    )
     data = _message(
         "Data",
         ("Type", 1, _REQUIRED, _ENUM, ".dag.DataType"),
@@ -30,10 +41,16 @@ def _pool() -> descriptor_pool.DescriptorPool:
         ("mtime", 8, _OPTIONAL, _MESSAGE, ".dag.IPFSTimestamp"),
     )
     names = ("Raw", "Directory", "File", "Metadata", "Symlink", "HAMTShard")
-    values = [descriptor_pb2.EnumValueDescriptorProto(name=name, number=number) for number, name in enumerate(names)]
+    values = [
+        descriptor_pb2.EnumValueDescriptorProto(name=name, number=number) for number, name in enumerate(names)
+    ]
     kinds = descriptor_pb2.EnumDescriptorProto(name="DataType", value=values)
     file = descriptor_pb2.FileDescriptorProto(
-        name="dag.proto", package="dag", syntax="proto2", message_type=[link, node, stamp, data], enum_type=[kinds]
+        name="dag.proto",
+        package="dag",
+        syntax="proto2",
+        message_type=[link, node, stamp, data],
+        enum_type=[kinds],
     )
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)

@@ -15,11 +15,22 @@ def _valid() -> dict[str, bytes]:
     root = heap.trie([b"n%d" % number for number in range(40)], 8)
     sizes = [262144] * 12
     v0 = Cid(B[2:])
-    links = [Link(A, b"one", 5), Link(v0, "zwei ü".encode(), 300), Link(identity(b"inline"), b"three", 2**33), Link(B, b"n" * 200, 0)]
+    links = [
+        Link(A, b"one", 5),
+        Link(v0, "zwei ü".encode(), 300),
+        Link(identity(b"inline"), b"three", 2**33),
+        Link(B, b"n" * 200, 0),
+    ]
     return {
-        "directory": dagpb.encode(links, unixfs.encode(UnixFS(Type.DIRECTORY, mode=0o755, mtime=1_700_000_000_123_456_789))),
-        "file": dagpb.encode([Link(A, b"", 262144)] * 12, unixfs.encode(UnixFS(Type.FILE, None, sum(sizes), sizes))),
-        "file with inline data": dagpb.encode([Link(A, b"", 9)], unixfs.encode(UnixFS(Type.FILE, b"inline", 14, [8]))),
+        "directory": dagpb.encode(
+            links, unixfs.encode(UnixFS(Type.DIRECTORY, mode=0o755, mtime=1_700_000_000_123_456_789))
+        ),
+        "file": dagpb.encode(
+            [Link(A, b"", 262144)] * 12, unixfs.encode(UnixFS(Type.FILE, None, sum(sizes), sizes))
+        ),
+        "file with inline data": dagpb.encode(
+            [Link(A, b"", 9)], unixfs.encode(UnixFS(Type.FILE, b"inline", 14, [8]))
+        ),
         "leaf": dagpb.encode([], unixfs.encode(UnixFS(Type.FILE, pseudo_random(200), 200))),
         "raw type": dagpb.encode([], unixfs.encode(UnixFS(Type.RAW, pseudo_random(130), 130))),
         "trie": heap.block(root),

@@ -1,4 +1,5 @@
-"""What the importer builds, the reader reads: contents, shapes, names. (That the CIDs are Kubo's: tests/adding.)"""
+"""What the importer builds, the reader reads: contents, shapes, names. (That the CIDs are Kubo's:
+tests/adding.)"""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -17,7 +18,11 @@ from ipfsfuse.errors import Unsupported
 
 T = TypeVar("T")
 SMALL = replace(UNIXFS_V1_2025, chunk_size=3, file_links=3, shard_threshold=500, hamt_width=8)
-PROFILES = [SMALL, SMALL.with_metadata(), replace(UNIXFS_V0_2015, chunk_size=3, file_links=3, shard_threshold=300, hamt_width=8)]
+PROFILES = [
+    SMALL,
+    SMALL.with_metadata(),
+    replace(UNIXFS_V0_2015, chunk_size=3, file_links=3, shard_threshold=300, hamt_width=8),
+]
 
 
 class Store:
@@ -47,7 +52,9 @@ class Store:
             return found
 
     def file(self, profile: Profile, data: bytes, stored: Stored = NOTHING) -> Built:
-        chunks = [data[at : at + profile.chunk_size] for at in range(0, len(data), profile.chunk_size)] or [b""]
+        chunks = [data[at : at + profile.chunk_size] for at in range(0, len(data), profile.chunk_size)] or [
+            b""
+        ]
         if len(chunks) == 1:
             block = builder.leaf(profile, data, stored)
             self.put(block.built.cid, block.block)
@@ -60,12 +67,19 @@ class Store:
         return file_builder.finish(stored)
 
     def content(self, cid: Cid, links: int) -> tuple[bytes, int]:
-        """(content, height) of a file whose leaves all lie at one depth, below nodes of at most `links` children."""
+        """(content, height) of a file whose leaves all lie at one depth, below nodes of at most `links`
+        children."""
         node = self.node(cid)
         assert isinstance(node, File)
         if not node.children:
             block = self.get(cid)
-            data = block if cids.codec(cid) == cids.RAW else block[block.index(b"\x12") + 2 :][: node.inline] if node.inline else b""
+            data = (
+                block
+                if cids.codec(cid) == cids.RAW
+                else block[block.index(b"\x12") + 2 :][: node.inline]
+                if node.inline
+                else b""
+            )
             assert len(data) == node.size
             return data, 0
         assert len(node.children) <= links
@@ -94,11 +108,15 @@ def test_files_are_balanced_and_read_back(profile: Profile, data: bytes) -> None
     assert profile.file_links ** (height - 1) < chunks <= profile.file_links**height
 
 
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30).map(str.encode)
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30).map(
+    str.encode
+)
 
 
 @settings(max_examples=30)
-@given(st.dictionaries(NAMES.filter(lambda name: name not in (b".", b"..")), st.binary(max_size=10), max_size=60))
+@given(
+    st.dictionaries(NAMES.filter(lambda name: name not in (b".", b"..")), st.binary(max_size=10), max_size=60)
+)
 def test_every_name_is_found_and_no_other(files: dict[bytes, bytes]) -> None:
     for profile in PROFILES:
         store = Store()
@@ -110,7 +128,14 @@ def test_every_name_is_found_and_no_other(files: dict[bytes, bytes]) -> None:
             link = store.run(traversal.child(root, name))
             assert link is not None
             assert (link.cid, link.tsize) == (child.cid, child.tsize)
-        assert store.run(traversal.child(root, b"no such name, nor ever will be, for it is too long for the texts above")) is None
+        assert (
+            store.run(
+                traversal.child(
+                    root, b"no such name, nor ever will be, for it is too long for the texts above"
+                )
+            )
+            is None
+        )
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -129,7 +154,9 @@ def test_order_of_names_does_not_matter() -> None:
     store = Store()
     leaf = store.file(SMALL, b"x")
     children = [(str(number).encode(), leaf) for number in range(500)]
-    assert builder.directory(SMALL, children, NOTHING, store.put) == builder.directory(SMALL, children[::-1], NOTHING, store.put)
+    assert builder.directory(SMALL, children, NOTHING, store.put) == builder.directory(
+        SMALL, children[::-1], NOTHING, store.put
+    )
 
 
 @pytest.mark.parametrize("mode", [None, 0o640, 0o777])
@@ -157,4 +184,6 @@ def test_names_that_can_not_be_told_apart_are_refused(monkeypatch: pytest.Monkey
     store = Store()
     leaf = store.file(SMALL, b"x")
     with pytest.raises(Unsupported, match="have the same hash"):
-        builder.directory(SMALL, [(bytes([65 + number]) * 20, leaf) for number in range(20)], NOTHING, store.put)
+        builder.directory(
+            SMALL, [(bytes([65 + number]) * 20, leaf) for number in range(20)], NOTHING, store.put
+        )

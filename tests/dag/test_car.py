@@ -1,4 +1,5 @@
-"""CAR framing: every fixture is read as its name promises; what is written is read back; nothing else is believed."""
+"""CAR framing: every fixture is read as its name promises; what is written is read back; nothing else is
+believed."""
 
 import hashlib
 import random
@@ -28,7 +29,9 @@ INVALID = {
     "badsectionlength": "the CAR section at 0 would have 216830324832 bytes",
     "sample-corrupt-pragma": "cut short",
 }
-need_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project")
+need_fixtures = pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project"
+)
 
 Blocks = list[tuple[Cid, bytes]]
 
@@ -51,11 +54,15 @@ def raw(data: bytes) -> Cid:
 
 
 def write(roots: list[Cid], blocks: list[bytes]) -> bytes:
-    return car.encode_header(roots) + b"".join(car.section_head(raw(block), len(block)) + block for block in blocks)
+    return car.encode_header(roots) + b"".join(
+        car.section_head(raw(block), len(block)) + block for block in blocks
+    )
 
 
 def frame(data: bytes, before: int = 0, behind: bytes = b"") -> bytes:
-    header = car.V2Header(car.V2_BYTES + before, len(data), car.V2_BYTES + before + len(data) if behind else 0)
+    header = car.V2Header(
+        car.V2_BYTES + before, len(data), car.V2_BYTES + before + len(data) if behind else 0
+    )
     return car.encode_v2(header) + bytes(before) + data + behind
 
 
@@ -90,14 +97,19 @@ def test_what_is_written_is_read_back(blocks: list[bytes], roots: list[bytes], s
 
 
 @given(st.lists(st.binary(max_size=300)), st.integers(0, 200), st.binary(max_size=60), st.integers(1, 50))
-def test_version_2_with_padding_is_read_back(blocks: list[bytes], before: int, behind: bytes, step: int) -> None:
+def test_version_2_with_padding_is_read_back(
+    blocks: list[bytes], before: int, behind: bytes, step: int
+) -> None:
     roots, found = read(frame(write([], blocks), before, behind), step)
     assert roots == ()
     assert found == [(raw(block), block) for block in blocks]
 
 
 def test_headers_of_many_roots_and_all_kinds_of_cids() -> None:
-    roots = [raw(bytes([n % 256, n // 256])) for n in range(300)] + [Cid(b"\x12\x20" + bytes(32)), cids.make(0x71, b"\x00\x80\x01" + bytes(128))]
+    roots = [raw(bytes([n % 256, n // 256])) for n in range(300)] + [
+        Cid(b"\x12\x20" + bytes(32)),
+        cids.make(0x71, b"\x00\x80\x01" + bytes(128)),
+    ]
     header = car.encode_header(roots)
     assert car.header_length(header) == len(header)
     assert car.decode_header(header) == tuple(roots)
@@ -191,7 +203,10 @@ def test_a_stream_that_ends_in_zeros_is_whole(padding: int, step: int) -> None:
 
 
 def test_the_header_of_a_stream_is_bounded() -> None:
-    few, many = [raw(b"%d" % number) for number in range(1500)], [raw(b"%d" % number) for number in range(1700)]
+    few, many = (
+        [raw(b"%d" % number) for number in range(1500)],
+        [raw(b"%d" % number) for number in range(1700)],
+    )
     assert len(car.encode_header(few)) < car.MAX_STREAM_HEADER < len(car.encode_header(many))
     assert read(write(few, [b"one"]))[0] == tuple(few)
     with pytest.raises(Malformed, match="its header would have"):

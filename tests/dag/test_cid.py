@@ -53,7 +53,9 @@ def test_version_1_is_read_in_every_multibase(base: str) -> None:
 
 @pytest.mark.parametrize("base", SAMPLES)
 def test_the_multibases_spell_as_those_of_go_do(base: str) -> None:
-    assert (base256emoji.decode(SAMPLES[base]) if base == "base256emoji" else multibase.decode(SAMPLES[base])) == SAMPLE
+    assert (
+        base256emoji.decode(SAMPLES[base]) if base == "base256emoji" else multibase.decode(SAMPLES[base])
+    ) == SAMPLE
     assert spell(SAMPLE, base) == SAMPLES[base]
 
 
@@ -120,7 +122,10 @@ def test_what_is_no_cid_is_refused_in_one_line_that_names_it(text: str) -> None:
     assert len(message) < 400
 
 
-@given(st.text(max_size=80) | st.builds(str.__add__, st.sampled_from("01789fFbBcCvVtThkKzZmMuUp🚀R\0"), st.text(max_size=120)))
+@given(
+    st.text(max_size=80)
+    | st.builds(str.__add__, st.sampled_from("01789fFbBcCvVtThkKzZmMuUp🚀R\0"), st.text(max_size=120))
+)
 def test_any_text_is_a_cid_or_none(text: str) -> None:
     try:
         assert cids.decode(cids.parse(text)) == cids.parse(text)
@@ -138,7 +143,9 @@ def test_any_bytes_are_a_cid_or_none_and_a_prefix_reads_as_the_whole(data: bytes
     assert cids.parse(cids.text(cid)) == cid
 
 
-@pytest.mark.parametrize("data", [b"\x12\x20" + bytes(31), b"\x01\x55\x12\x20" + bytes(31), b"\x01", b"\x01\x55\x80", b""])
+@pytest.mark.parametrize(
+    "data", [b"\x12\x20" + bytes(31), b"\x01\x55\x12\x20" + bytes(31), b"\x01", b"\x01\x55\x80", b""]
+)
 def test_a_prefix_that_is_cut_short_is_refused(data: bytes) -> None:
     with pytest.raises(NotACid):
         cids.decode_prefix(data)

@@ -81,7 +81,9 @@ def test_what_breaks_a_rule_is_refused(block: bytes) -> None:
 
 
 def test_data_may_stand_first_and_lengths_may_be_padded_as_go_codec_dagpb_has_it() -> None:
-    assert dagpb.decode(field(1, b"d") + field(2, HASH + NAME + TSIZE)) == PBNode([Link(CID, b"name", 7)], b"d")
+    assert dagpb.decode(field(1, b"d") + field(2, HASH + NAME + TSIZE)) == PBNode(
+        [Link(CID, b"name", 7)], b"d"
+    )
     padded = b"\x12" + bytes([0x80 | len(HASH + NAME + TSIZE), 0x00]) + HASH + NAME + TSIZE
     assert dagpb.decode(padded).links == [Link(CID, b"name", 7)]
     assert dagpb.decode(field(2, HASH + NAME + b"\x18\x87\x00")).links == [Link(CID, b"name", 7)]
@@ -108,8 +110,16 @@ CIDS = st.one_of(
     st.binary(min_size=64, max_size=64).map(lambda digest: Cid(b"\x01\xa9\x02\x13\x40" + digest)),
     st.binary(max_size=200).map(identity),
 )
-SIZES = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 127, 128, 2**14 - 1, 2**14, 2**21 - 1, 2**21, 2**28 - 1, 2**28, 2**63]))
-LINKS = st.builds(Link, CIDS, st.one_of(st.binary(max_size=300), st.just(b""), st.just(b"n" * 127), st.just(b"n" * 128)), SIZES)
+SIZES = st.one_of(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([0, 127, 128, 2**14 - 1, 2**14, 2**21 - 1, 2**21, 2**28 - 1, 2**28, 2**63]),
+)
+LINKS = st.builds(
+    Link,
+    CIDS,
+    st.one_of(st.binary(max_size=300), st.just(b""), st.just(b"n" * 127), st.just(b"n" * 128)),
+    SIZES,
+)
 
 
 @given(st.lists(LINKS, max_size=12), st.none() | st.binary(max_size=300), st.data())
@@ -117,7 +127,9 @@ def test_encode_and_decode_are_inverse(links: list[Link], data: bytes | None, mo
     flags = bytes(more.draw(st.lists(st.integers(0, 3), min_size=len(links), max_size=len(links))))
     absent = flags if any(flags) else b""
     links = [
-        link._replace(name=b"" if flag & dagpb.NO_NAME else link.name, tsize=0 if flag & dagpb.NO_TSIZE else link.tsize)
+        link._replace(
+            name=b"" if flag & dagpb.NO_NAME else link.name, tsize=0 if flag & dagpb.NO_TSIZE else link.tsize
+        )
         for link, flag in zip(links, flags, strict=True)
     ]
     assert dagpb.decode(dagpb.encode(links, data, absent)) == PBNode(links, data, absent)

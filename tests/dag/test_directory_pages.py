@@ -17,7 +17,9 @@ A, B = cid_of(b"a", RAW), cid_of(b"b", RAW)
 def test_a_basic_directory_is_listed_in_the_order_stored() -> None:
     heap = Blocks()
     here = directory(heap, heap.directory([Link(A, b"z", 1), Link(B, b"a", 2**64 - 1)]))
-    assert heap.drive(directory_pages.entries(here, 0)) == Page([Entry(b"z", A, 1, 1), Entry(b"a", B, 2**64 - 1, 2)], True)
+    assert heap.drive(directory_pages.entries(here, 0)) == Page(
+        [Entry(b"z", A, 1, 1), Entry(b"a", B, 2**64 - 1, 2)], True
+    )
     assert heap.drive(directory_pages.entries(here, 1)) == Page([Entry(b"a", B, 2**64 - 1, 2)], True)
     for after in (2, 3, 2**63 - 1):
         assert heap.drive(directory_pages.entries(here, after)) == Page([], True)
@@ -33,7 +35,17 @@ def test_an_empty_directory_is_one_empty_page() -> None:
 def test_what_no_file_system_holds_is_counted_and_left_out_and_a_page_is_never_empty() -> None:
     heap = Blocks()
     bad = [b"", b".", b"..", b"a/b", b"a\0", b"x" * 256]
-    links = [Link(A, name, 1) for name in [b"first", *bad, b"first", *(b".." for _ in range(2 * directory_pages.PAGE)), b"last", b""]]
+    links = [
+        Link(A, name, 1)
+        for name in [
+            b"first",
+            *bad,
+            b"first",
+            *(b".." for _ in range(2 * directory_pages.PAGE)),
+            b"last",
+            b"",
+        ]
+    ]
     found = pages(heap, directory(heap, heap.directory(links)))
     assert names(found) == [b"first", b"last"]
     assert sum(page.skipped for page in found) == len(links) - 2
@@ -64,7 +76,11 @@ def test_a_hamt_is_listed_in_trie_order_and_resumes_at_every_place(width: int) -
     assert pages(heap, here, 2**63 - 1)[0].entries == []
 
 
-@given(st.lists(st.binary(min_size=1, max_size=6), max_size=80, unique=True), st.sampled_from([8, 32, 256]), st.integers(0, 2**63 - 1))
+@given(
+    st.lists(st.binary(min_size=1, max_size=6), max_size=80, unique=True),
+    st.sampled_from([8, 32, 256]),
+    st.integers(0, 2**63 - 1),
+)
 def test_a_hamt_lists_each_name_once_from_any_place(wanted: list[bytes], width: int, after: int) -> None:
     heap = Blocks()
     here = directory(heap, heap.trie(wanted, width))

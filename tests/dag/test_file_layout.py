@@ -68,7 +68,11 @@ def test_any_tree_reads_right_in_any_range(tree: st.DataObject) -> None:
     content = bytearray()
 
     def grow(height: int) -> tuple[Cid, int]:
-        shape = tree.draw(st.sampled_from(["raw", "pb", "identity", "inner", "inner"] if height else ["raw", "pb", "identity"]))
+        shape = tree.draw(
+            st.sampled_from(
+                ["raw", "pb", "identity", "inner", "inner"] if height else ["raw", "pb", "identity"]
+            )
+        )
         if shape == "inner":
             inline = pseudo_random(tree.draw(st.integers(0, 3)))
             content.extend(inline)
@@ -166,7 +170,12 @@ def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
 def test_children_of_no_bytes_are_never_asked_for() -> None:
     heap = Blocks()
     nowhere = cid_of(b"nowhere")
-    root = file(heap, heap.file_node([(nowhere, 0), (heap.leaf(b"ab"), 2), (nowhere, 0), (heap.leaf(b"c"), 1), (nowhere, 0)]))
+    root = file(
+        heap,
+        heap.file_node(
+            [(nowhere, 0), (heap.leaf(b"ab"), 2), (nowhere, 0), (heap.leaf(b"c"), 1), (nowhere, 0)]
+        ),
+    )
     assert read(heap, root, 0, 3) == b"abc"
     assert nowhere not in heap.fetched
 
@@ -184,7 +193,10 @@ def test_a_trickle_tree_reads_right() -> None:
     pieces = chunks_of(data, MIB // 2)
 
     def branch(depth: int) -> tuple[Cid, int]:
-        children = [(heap.leaf(piece, False), len(piece)) for piece in [pieces.pop(0) for _ in range(min(3, len(pieces)))]]
+        children = [
+            (heap.leaf(piece, False), len(piece))
+            for piece in [pieces.pop(0) for _ in range(min(3, len(pieces)))]
+        ]
         for level in range(depth):
             children.extend(branch(level) for _ in range(2) if pieces)
         return heap.file_node(children), sum(size for _, size in children)

@@ -1,7 +1,8 @@
-"""Blocks of 2 MiB made to cost time or memory: what refusing or reading one may cost, and tries made to have no end.
+"""Blocks of 2 MiB made to cost time or memory: what refusing or reading one may cost, and tries made to have
+no end.
 
-Time is counted in executed lines, so that the machine's speed plays no part: at about 40 ns a line, LINES is 480 ms.
-Counting is slow, so it is done on a model: blocks and limits a SCALE smaller.
+Time is counted in executed lines, so that the machine's speed plays no part: at about 40 ns a line, LINES is
+480 ms. Counting is slow, so it is done on a model: blocks and limits a SCALE smaller.
 """
 
 import sys
@@ -41,27 +42,44 @@ def message(size: int, piece: bytes) -> bytes:
 
 
 def named(size: int) -> bytes:
-    return b"".join(field(2, TINY + field(2, number.to_bytes(3, "big")) + field(3, 0)) for number in range(size // 17)) + NO_HASH
+    return (
+        b"".join(
+            field(2, TINY + field(2, number.to_bytes(3, "big")) + field(3, 0)) for number in range(size // 17)
+        )
+        + NO_HASH
+    )
 
 
 def shard_of(size: int) -> bytes:
-    return field(1, unixfs.encode(UnixFS(Type.HAMT_SHARD, b"\xff" * (size - 30), hash_type=0x22, fanout=1024)))
+    return field(
+        1, unixfs.encode(UnixFS(Type.HAMT_SHARD, b"\xff" * (size - 30), hash_type=0x22, fanout=1024))
+    )
 
 
 HOSTILE: dict[str, Callable[[int], bytes]] = {
     "tiny links": lambda size: filled(size, field(2, TINY), DIRECTORY),
     "tiny links and a bad one": lambda size: filled(size, field(2, TINY), NO_HASH),
     "tiny links of a file": lambda size: filled(size, field(2, TINY), field(1, FILE)),
-    "tiny links with long sizes": lambda size: filled(size, field(2, TINY + b"\x18" + b"\xff" * 9 + b"\x01"), NO_HASH),
+    "tiny links with long sizes": lambda size: filled(
+        size, field(2, TINY + b"\x18" + b"\xff" * 9 + b"\x01"), NO_HASH
+    ),
     "tiny links with names": lambda size: filled(size, field(2, TINY + field(2, b"") + field(3, 0)), NO_HASH),
     "links of distinct names": named,
-    "CIDs of long varints": lambda size: filled(size, field(2, field(1, b"\x01" + (b"\xff" * 8 + b"\x01") * 2 + b"\x00")), NO_HASH),
-    "usual links and a bad one": lambda size: filled(size, field(2, SHA + field(2, b"") + field(3, 0)), NO_HASH),
+    "CIDs of long varints": lambda size: filled(
+        size, field(2, field(1, b"\x01" + (b"\xff" * 8 + b"\x01") * 2 + b"\x00")), NO_HASH
+    ),
+    "usual links and a bad one": lambda size: filled(
+        size, field(2, SHA + field(2, b"") + field(3, 0)), NO_HASH
+    ),
     "links with padded lengths": lambda size: filled(size, b"\x12\xa8\x00" + SHA + field(3, 0), NO_HASH),
-    "one link with a long name": lambda size: field(2, SHA + field(2, b"n" * (size - 100)) + field(3, 0)) + NO_HASH,
+    "one link with a long name": lambda size: (
+        field(2, SHA + field(2, b"n" * (size - 100)) + field(3, 0)) + NO_HASH
+    ),
     "empty data fields": lambda size: message(size, field(2, b"")),
     "unknown fields": lambda size: message(size, field(15, 0)),
-    "distinct unknown fields": lambda size: field(1, FILE + b"".join(field(number, 0) for number in range(1000, 1000 + size // 5))),
+    "distinct unknown fields": lambda size: field(
+        1, FILE + b"".join(field(number, 0) for number in range(1000, 1000 + size // 5))
+    ),
     "block sizes": lambda size: message(size, field(4, 1)),
     "block sizes of ten bytes": lambda size: message(size, b"\x20" + b"\xff" * 9 + b"\x01"),
     "packed block sizes": lambda size: field(1, FILE + field(4, filled(size - 20, b"\x80\x02"))),
@@ -154,7 +172,8 @@ def test_a_trie_without_entries_ends_where_its_hash_does(levels: int) -> None:
 
 
 def test_a_page_is_bounded_where_every_entry_is_true() -> None:
-    """Nodes 1024 wide that are full: what is opened ahead of a page is cut off, and comes with the next one."""
+    """Nodes 1024 wide that are full: what is opened ahead of a page is cut off, and comes with the next
+    one."""
     heap = Blocks()
     names: dict[int, list[bytes]] = {}
     for number in range(150_000):

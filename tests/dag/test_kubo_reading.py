@@ -84,7 +84,9 @@ def test_a_hamt_directory(kubo_node: Kubo, tmp_path: Path, width: int) -> None:
     tree.mkdir()
     for name in wanted:
         (tree / os.fsdecode(name)).touch()
-    root = kubo_node.cmd("add", "-rQ", f"--max-hamt-fanout={width}", "--max-directory-links=100", tree).strip()
+    root = kubo_node.cmd(
+        "add", "-rQ", f"--max-hamt-fanout={width}", "--max-directory-links=100", tree
+    ).strip()
     heap = fetched(kubo_node, root, tmp_path)
     top = heap.drive(traversal.node(cids.parse(root)))
     assert isinstance(top, Shard)

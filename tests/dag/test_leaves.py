@@ -15,14 +15,23 @@ from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 from tests.dag.blocks import Blocks, cid_of, field, identity, pseudo_random
 
-FORMS = [(kind, sized, bool(size), size) for kind in (Type.FILE, Type.RAW) for sized in (True, False) for size in (0, 1, 120, 127, 128, 300, 262144)]
+FORMS = [
+    (kind, sized, bool(size), size)
+    for kind in (Type.FILE, Type.RAW)
+    for sized in (True, False)
+    for size in (0, 1, 120, 127, 128, 300, 262144)
+]
 FORMS += [(kind, sized, True, 0) for kind in (Type.FILE, Type.RAW) for sized in (True, False)]
 
 
 @pytest.mark.parametrize(("kind", "sized", "with_data", "size"), FORMS)
-def test_each_form_that_importers_write_is_proved_by_its_content_alone(kind: Type, sized: bool, with_data: bool, size: int) -> None:
+def test_each_form_that_importers_write_is_proved_by_its_content_alone(
+    kind: Type, sized: bool, with_data: bool, size: int
+) -> None:
     data = pseudo_random(size)
-    block = dagpb.encode([], unixfs.encode(UnixFS(kind, data if with_data else None, size if sized else None)))
+    block = dagpb.encode(
+        [], unixfs.encode(UnixFS(kind, data if with_data else None, size if sized else None))
+    )
     for cid in (cid_of(block), Cid(cid_of(block)[2:])):
         view = leaves.content(cid, block)
         assert view == data

@@ -59,7 +59,15 @@ def damage(block: bytes, chance: random.Random) -> bytes:
                 out[at:at] = out[at : at + size]
             case 3:
                 out[at : at + size] = chance.choice(
-                    (b"\xff" * 9 + b"\x01", b"\x80" * 11, b"\x00", b"\x12\x00", b"\x0a\x00", b"\xff\xff\xff\xff\x0f", chance.randbytes(size))
+                    (
+                        b"\xff" * 9 + b"\x01",
+                        b"\x80" * 11,
+                        b"\x00",
+                        b"\x12\x00",
+                        b"\x0a\x00",
+                        b"\xff\xff\xff\xff\x0f",
+                        chance.randbytes(size),
+                    )
                 )
             case 4:
                 other = chance.choice(list(VALID.values()))

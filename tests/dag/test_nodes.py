@@ -50,7 +50,9 @@ def test_of_two_entries_with_one_name_the_first_counts() -> None:
 
 
 def test_a_symlink_is_its_target() -> None:
-    assert parse(block(UnixFS(Type.SYMLINK, b"../\xff"))) == Symlink(cid_of(block(UnixFS(Type.SYMLINK, b"../\xff"))), b"../\xff")
+    assert parse(block(UnixFS(Type.SYMLINK, b"../\xff"))) == Symlink(
+        cid_of(block(UnixFS(Type.SYMLINK, b"../\xff"))), b"../\xff"
+    )
 
 
 def test_a_shard_has_its_slots_in_bit_order() -> None:
@@ -61,7 +63,9 @@ def test_a_shard_has_its_slots_in_bit_order() -> None:
     assert found.width == 256
 
 
-@pytest.mark.parametrize(("width", "prefix"), [(8, b"7"), (16, b"7"), (32, b"07"), (256, b"07"), (512, b"007"), (1024, b"007")])
+@pytest.mark.parametrize(
+    ("width", "prefix"), [(8, b"7"), (16, b"7"), (32, b"07"), (256, b"07"), (512, b"007"), (1024, b"007")]
+)
 def test_every_width_has_its_prefix(width: int, prefix: bytes) -> None:
     found = parse(shard(width, [7], [Link(A, prefix + b"n", 1)]))
     assert isinstance(found, Shard)
@@ -85,7 +89,9 @@ MALFORMED = {
     "a filesize too large": block(UnixFS(Type.FILE, b"xy", 3)),
     "a filesize that forgets the inline bytes": block(UnixFS(Type.FILE, b"xy", 1, [1]), Link(A, b"", 1)),
     "a file of 2**63 bytes": block(UnixFS(Type.FILE, None, 1 << 63, [1 << 63]), Link(A, b"", 1)),
-    "sizes that overflow 64 bits": block(UnixFS(Type.FILE, None, 0, [1 << 63, 1 << 63]), Link(A, b"", 1), Link(A, b"", 1)),
+    "sizes that overflow 64 bits": block(
+        UnixFS(Type.FILE, None, 0, [1 << 63, 1 << 63]), Link(A, b"", 1), Link(A, b"", 1)
+    ),
     "a symlink to nothing": block(UnixFS(Type.SYMLINK, b"")),
     "a symlink without data": block(UnixFS(Type.SYMLINK)),
     "a symlink with NUL": block(UnixFS(Type.SYMLINK, b"a\0b")),
@@ -100,7 +106,9 @@ MALFORMED = {
     "a bit for no link": shard(256, [3, 4], [Link(A, b"03n", 1)]),
     "a link for no bit": shard(256, [3], [Link(A, b"03n", 1), Link(A, b"04n", 1)]),
     "a bit beyond the width": shard(8, [9], [Link(A, b"9n", 1)]),
-    "a bit field longer than the width": block(UnixFS(Type.HAMT_SHARD, bytes(32) + b"\x08", hash_type=0x22, fanout=256), Link(A, b"03n", 1)),
+    "a bit field longer than the width": block(
+        UnixFS(Type.HAMT_SHARD, bytes(32) + b"\x08", hash_type=0x22, fanout=256), Link(A, b"03n", 1)
+    ),
     "links out of bit order": shard(256, [3, 4], [Link(A, b"04n", 1), Link(A, b"03n", 1)]),
     "a prefix in lower case": shard(256, [10], [Link(A, b"0an", 1)]),
     "a prefix of another width": shard(256, [3], [Link(A, b"3n", 1)]),
@@ -115,7 +123,15 @@ def test_what_breaks_a_rule_is_refused_by_name(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "name"), [(0x71, "dag-cbor"), (0x0129, "dag-json"), (0x51, "cbor"), (0x0200, "json"), (0x72, "libp2p-key"), (0x99, "0x99")]
+    ("codec", "name"),
+    [
+        (0x71, "dag-cbor"),
+        (0x0129, "dag-json"),
+        (0x51, "cbor"),
+        (0x0200, "json"),
+        (0x72, "libp2p-key"),
+        (0x99, "0x99"),
+    ],
 )
 def test_other_codecs_are_named(codec: int, name: str) -> None:
     with pytest.raises(Unsupported, match=name):
@@ -148,7 +164,11 @@ def test_every_block_of_the_gateway_fixtures_is_what_it_should_be() -> None:
     assert kinds["path_gateway_unixfs_symlink.car"] == {Directory, Symlink, File}
     assert kinds["trustless_gateway_car_single-layer-hamt-with-multi-block-files.car"] == {Shard, File}
     assert kinds["path_gateway_dag_plain-cbor.car"] == {Unsupported}
-    assert all(found <= {Directory, File, Symlink} for name, found in kinds.items() if "hamt" not in name and "cbor" not in name)
+    assert all(
+        found <= {Directory, File, Symlink}
+        for name, found in kinds.items()
+        if "hamt" not in name and "cbor" not in name
+    )
 
 
 def test_a_cid_of_version_0_is_dag_pb() -> None:

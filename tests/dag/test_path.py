@@ -15,7 +15,16 @@ AB = IpfsPath(CID, (b"a", b"b c"))
 
 
 @pytest.mark.parametrize(
-    "text", ["/ipfs/{}/a/b c", "{}/a/b c", "ipfs://{}/a/b%20c", "IPFS://{}/a/b c", "/ipfs/{}//a/./b c/", "//ipfs//{}/a/b c", "{}/a//b c///"]
+    "text",
+    [
+        "/ipfs/{}/a/b c",
+        "{}/a/b c",
+        "ipfs://{}/a/b%20c",
+        "IPFS://{}/a/b c",
+        "/ipfs/{}//a/./b c/",
+        "//ipfs//{}/a/b c",
+        "{}/a//b c///",
+    ],
 )
 def test_all_forms_of_one_path_are_equal(text: str) -> None:
     assert path.parse(text.format(ROOT)) == AB
@@ -32,7 +41,9 @@ def test_names_are_bytes() -> None:
     assert path.parse(f"ipfs://{ROOT}/%FF%25").names == (b"\xff%",)
     assert path.parse(ROOT + "/%41").names == (b"%41",)
     assert path.parse(ROOT + "/a:b?c#d").names == (b"a:b?c#d",)
-    assert path.parse("QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n/x").root == cids.parse("QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n")
+    assert path.parse("QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n/x").root == cids.parse(
+        "QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n"
+    )
 
 
 def test_it_prints_as_it_is_read() -> None:
@@ -73,7 +84,9 @@ def test_what_is_no_path_is_refused_in_one_line(text: str, error: type[IpfsFuseE
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["/ipns/docs.ipfs.tech", "ipns://docs.ipfs.tech", "ipns/k51", "//ipns/k51/a"])
+@pytest.mark.parametrize(
+    "text", ["/ipns/docs.ipfs.tech", "ipns://docs.ipfs.tech", "ipns/k51", "//ipns/k51/a"]
+)
 def test_an_ipns_name_in_place_of_a_cid_is_called_one(text: str) -> None:
     for read in (path.parse, path.cid_alone):
         with pytest.raises(UsageError, match="IPNS names are not resolved here; ask `ipfs resolve"):

@@ -20,7 +20,17 @@ A, B = cid_of(b"a", RAW), cid_of(b"b", RAW)
 def test_a_basic_directory_answers_from_its_own_block() -> None:
     heap = Blocks()
     here = directory(
-        heap, heap.directory([Link(A, b"n", 1), Link(B, b"n", 2), Link(B, b"..", 3), Link(B, b"", 4), Link(B, b"x/y", 5), Link(B, b"m" * 256, 6)])
+        heap,
+        heap.directory(
+            [
+                Link(A, b"n", 1),
+                Link(B, b"n", 2),
+                Link(B, b"..", 3),
+                Link(B, b"", 4),
+                Link(B, b"x/y", 5),
+                Link(B, b"m" * 256, 6),
+            ]
+        ),
     )
     assert heap.drive(traversal.child(here, b"n")) == Link(A, b"n", 1)
     for name in (b"", b".", b"..", b"x/y", b"N", b"n\0", b"m" * 256):
@@ -59,7 +69,8 @@ def test_a_hamt_holds_the_names_put_in_and_no_other(names: list[bytes], width: i
 
 
 def test_the_hash_is_that_of_go() -> None:
-    """A real directory of go-unixfs, names found where it put them, tells that hash and bit order are right."""
+    """A real directory of go-unixfs, names found where it put them, tells that hash and bit order are
+    right."""
     (path,) = fixtures("gateway-conformance/*hamt*.car")
     heap = Blocks()
     root = heap.load_car(path)[0]
@@ -120,7 +131,8 @@ def test_what_stands_in_a_hamt_and_is_no_part_of_one_is_malformed() -> None:
     assert heap.drive(traversal.child(here, b"name")) is None
     with pytest.raises(Malformed, match="at a place"):
         heap.drive(directory_pages.entries(here, 0))
-    below = heap.put(shard(256, [index], [Link(A, prefix + b"name", 1)]))  # right for the root, wrong below it
+    # right for the root, wrong below it
+    below = heap.put(shard(256, [index], [Link(A, prefix + b"name", 1)]))
     here = directory(heap, heap.put(shard(256, [index], [Link(below, prefix, 1)])))
     second = hamt.hash64(b"name") >> 48 & 255
     if second != index:
@@ -133,7 +145,9 @@ def test_a_path_is_resolved_block_by_block() -> None:
     heap = Blocks()
     leaf = heap.leaf(b"hello")
     link = heap.put(dagpb.encode([], unixfs.encode(UnixFS(Type.SYMLINK, b"there"))))
-    inner = heap.directory([Link(leaf, b"f", 5), Link(link, b"l", 5), Link(identity(b"in the CID"), b"i", 10)])
+    inner = heap.directory(
+        [Link(leaf, b"f", 5), Link(link, b"l", 5), Link(identity(b"in the CID"), b"i", 10)]
+    )
     root = heap.directory([Link(inner, b"d", 5)])
     assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"f")))) == File(leaf, 5, 5, ())
     assert heap.fetched == [root, inner, leaf]
@@ -142,7 +156,9 @@ def test_a_path_is_resolved_block_by_block() -> None:
     heap.asked.clear()
     assert heap.drive(traversal.resolve(IpfsPath(identity(b"x")))) == File(identity(b"x"), 1, 1, ())
     assert heap.asked == []
-    assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"i")))) == File(identity(b"in the CID"), 10, 10, ())
+    assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"i")))) == File(
+        identity(b"in the CID"), 10, 10, ()
+    )
     with pytest.raises(NotFound, match="/d/x: no such entry"):
         heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"x", b"y"))))
     with pytest.raises(NotADirectory, match="/d/f is not a directory"):
@@ -154,7 +170,9 @@ def test_a_path_is_resolved_block_by_block() -> None:
 def test_an_identity_cid_that_is_too_long_is_refused_where_it_is_followed() -> None:
     heap = Blocks()
     root = heap.directory([Link(identity(b"x" * 129), b"long", 1)])
-    assert [entry.name for entry in heap.drive(directory_pages.entries(directory(heap, root), 0)).entries] == [b"long"]
+    assert [
+        entry.name for entry in heap.drive(directory_pages.entries(directory(heap, root), 0)).entries
+    ] == [b"long"]
     with pytest.raises(Unsupported, match="129 bytes"):
         heap.drive(traversal.resolve(IpfsPath(root, (b"long",))))
 

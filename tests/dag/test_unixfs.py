@@ -66,7 +66,8 @@ def stamp(seconds: int, nanos: int | None) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "nanos", "total"), [(0, None, 0), (1, 1, 10**9 + 1), (-1, 999_999_999, -1), (MIN_SECONDS, None, MIN_SECONDS * 10**9)]
+    ("seconds", "nanos", "total"),
+    [(0, None, 0), (1, 1, 10**9 + 1), (-1, 999_999_999, -1), (MIN_SECONDS, None, MIN_SECONDS * 10**9)],
 )
 def test_times_are_nanoseconds_that_count_forward(seconds: int, nanos: int | None, total: int) -> None:
     assert unixfs.decode(stamp(seconds, nanos)).mtime == total
@@ -105,7 +106,9 @@ def test_what_breaks_a_rule_is_refused(message: bytes) -> None:
 
 
 @given(MESSAGES, st.data())
-def test_reads_what_googles_protobuf_reads_from_damaged_messages(message: UnixFS, more: st.DataObject) -> None:
+def test_reads_what_googles_protobuf_reads_from_damaged_messages(
+    message: UnixFS, more: st.DataObject
+) -> None:
     wire = bytearray(unixfs.encode(message))
     for _ in range(more.draw(st.integers(0, 2))):
         wire[more.draw(st.integers(0, len(wire) - 1))] = more.draw(st.integers(0, 255))
@@ -116,7 +119,13 @@ def test_reads_what_googles_protobuf_reads_from_damaged_messages(message: UnixFS
     other = message_class("Data")()
     other.ParseFromString(bytes(wire))
     assert found.type == other.Type  # type: ignore[attr-defined]  # the class is made at run time
-    for ours, theirs in (("data", "Data"), ("filesize", "filesize"), ("hash_type", "hashType"), ("fanout", "fanout"), ("mode", "mode")):
+    for ours, theirs in (
+        ("data", "Data"),
+        ("filesize", "filesize"),
+        ("hash_type", "hashType"),
+        ("fanout", "fanout"),
+        ("mode", "mode"),
+    ):
         assert getattr(found, ours) == (getattr(other, theirs) if other.HasField(theirs) else None)
     assert list(found.blocksizes) == list(other.blocksizes)  # type: ignore[attr-defined]  # the class is made at run time
     assert (found.mtime is None) == (not other.HasField("mtime"))

@@ -34,13 +34,19 @@ class Stalled(NamedTuple):
 def stalling(home: Home, deadline: int) -> Iterator[Stalled]:
     """A mount whose requests fail after `deadline` seconds."""
     dag = Dag()
-    entries = {b"good": (dag.block(b"good\n"), 5), b"other": (dag.block(b"other\n"), 6), b"stalled": (dag.block(b"stalled\n"), 8)}
+    entries = {
+        b"good": (dag.block(b"good\n"), 5),
+        b"other": (dag.block(b"other\n"), 6),
+        b"stalled": (dag.block(b"stalled\n"), 8),
+    }
     entries |= {b"s%03d" % n: (dag.block(b"s%03d" % n), 4) for n in range(600)}
     leaves = [bytes([n]) * (1 << 20) for n in range(8)]
     entries[b"long"] = (dag.file(leaves), 8 << 20)
     root = dag.directory(entries)
     gateway = Gateway(dag.blocks)
-    gateway.stalled = {cids.text(cid) for name, (cid, _) in entries.items() if name.startswith(b"s")} | {cids.text(dag.block(leaves[5]))}
+    gateway.stalled = {cids.text(cid) for name, (cid, _) in entries.items() if name.startswith(b"s")} | {
+        cids.text(dag.block(leaves[5]))
+    }
     with gateway.serving(), home.mounted("--from", gateway.url, "--deadline", f"{deadline}s") as mount:
         yield Stalled(gateway, home, mount, mount.path / cids.text(root))
 
@@ -59,7 +65,9 @@ def patient(home: Home) -> Iterator[Stalled]:
 
 
 def ask(*command: str | Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def spent(started: float) -> float:
@@ -70,7 +78,9 @@ def test_cat_fails_with_etimedout_at_its_deadline(stalled: Stalled) -> None:
     started = time.monotonic()
     done = subprocess.run(["cat", stalled.root / "stalled"], capture_output=True, text=True)
     assert "Connection timed out" in done.stderr
-    assert DEADLINE - 0.5 < spent(started) < DEADLINE + 30, "a shared machine is slow, but two deadlines on end would be a fault"
+    assert DEADLINE - 0.5 < spent(started) < DEADLINE + 30, (
+        "a shared machine is slow, but two deadlines on end would be a fault"
+    )
 
 
 def test_a_read_of_a_stalled_leaf_fails_once_although_the_kernel_asks_twice(stalled: Stalled) -> None:
@@ -96,20 +106,29 @@ def test_three_stats_of_one_name_end_together(stalled: Stalled) -> None:
 
 def test_ctrl_c_frees_a_process_that_waits_in_a_lookup(patient: Stalled) -> None:
     process = ask("stat", patient.root / "stalled")
-    wait_until(lambda: any(patient.gateway.asked[name] for name in patient.gateway.stalled), "the lookup waits for its block")
+    wait_until(
+        lambda: any(patient.gateway.asked[name] for name in patient.gateway.stalled),
+        "the lookup waits for its block",
+    )
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) != 0
 
 
 def test_ctrl_c_frees_a_cat_that_waits_in_a_read(patient: Stalled) -> None:
     process = ask("cat", patient.root / "long")
-    wait_until(lambda: any(patient.gateway.asked[name] for name in patient.gateway.stalled), "the read waits for its leaf")
+    wait_until(
+        lambda: any(patient.gateway.asked[name] for name in patient.gateway.stalled),
+        "the read waits for its leaf",
+    )
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == -signal.SIGINT
 
 
 def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(patient: Stalled) -> None:
-    script = "import os, sys, threading\n[threading.Thread(target=os.path.exists, args=(f'{sys.argv[1]}/s{n:03}',)).start() for n in range(500)]"
+    script = (
+        "import os, sys, threading\n[threading.Thread(target=os.path.exists, "
+        "args=(f'{sys.argv[1]}/s{n:03}',)).start() for n in range(500)]"
+    )
     waiting = ask(sys.executable, "-c", script, patient.root)
     wait_until(lambda: len(patient.gateway.asked) > 20, "many lookups wait")
     assert (patient.root / "good").read_text() == "good\n"

@@ -16,7 +16,12 @@ from tests.sources.servers import Server
 def folder_of(heap: Blocks, name: str, count: int, claimed: int = 0) -> Cid:
     """A directory of `count` small files, each of which is claimed to be so large (0: the truth)."""
     contents = [f"{name} {number}".encode() for number in range(count)]
-    return heap.directory([Link(heap.leaf(content), b"%03d" % number, claimed or len(content)) for number, content in enumerate(contents)])
+    return heap.directory(
+        [
+            Link(heap.leaf(content), b"%03d" % number, claimed or len(content))
+            for number, content in enumerate(contents)
+        ]
+    )
 
 
 def asked_for(server: Server, scope: str) -> list[Cid]:
@@ -39,13 +44,17 @@ def test_a_directory_of_nothing_but_names_is_fetched_without_its_childrens_conte
     sample = tree(heap, heap.trie(names))
     content = heap.leaf(b"")
     with Server({}, trees=(sample,)) as server, home.mounted("--from", server.url) as mount:
-        assert sorted(os.listdir(mount.path / cids.text(sample.root))) == sorted(name.decode() for name in names)
+        assert sorted(os.listdir(mount.path / cids.text(sample.root))) == sorted(
+            name.decode() for name in names
+        )
         assert (asked_for(server, "entity"), asked_for(server, "all")) == ([sample.root], [])
         assert asked_alone(server) <= sample.entity.keys()
         assert content not in asked_alone(server)
 
 
-def test_who_goes_through_a_directory_gets_the_rest_of_it_and_four_directories_ahead_and_no_more(home: Home) -> None:
+def test_who_goes_through_a_directory_gets_the_rest_of_it_and_four_directories_ahead_and_no_more(
+    home: Home,
+) -> None:
     heap = Blocks()
     below = [folder_of(heap, f"in {place}", 12) for place in range(12)]
     root = heap.directory([Link(cid, b"%03d" % place, 200) for place, cid in enumerate(below)])
@@ -55,10 +64,17 @@ def test_who_goes_through_a_directory_gets_the_rest_of_it_and_four_directories_a
         os.listdir(top)
         for place in range(3):
             read_all(top / f"{place:03}", f"in {place}", 12)
-        wait_until(lambda: below[2 + DIRECTORIES_AHEAD] in asked_for(server, "all"), "the directories ahead were asked for")
+        wait_until(
+            lambda: below[2 + DIRECTORIES_AHEAD] in asked_for(server, "all"),
+            "the directories ahead were asked for",
+        )
         assert set(asked_for(server, "all")) <= set(below[: 3 + DIRECTORIES_AHEAD])
-        beyond = [cid for sample in samples[4 + DIRECTORIES_AHEAD :] for cid in sample.blocks if cid != sample.root]
-        assert not asked_alone(server) & set(beyond), "what they hold is not fetched before someone comes near"
+        beyond = [
+            cid for sample in samples[4 + DIRECTORIES_AHEAD :] for cid in sample.blocks if cid != sample.root
+        ]
+        assert not asked_alone(server) & set(beyond), (
+            "what they hold is not fetched before someone comes near"
+        )
         for place in range(3, 12):
             read_all(top / f"{place:03}", f"in {place}", 12)
         assert max(map(asked_for(server, "all").count, below)) == 1
@@ -68,7 +84,10 @@ def test_a_directory_of_more_than_16_mib_by_its_links_word_is_not_fetched_at_onc
     heap = Blocks()
     count = 20
     much, little = folder_of(heap, "much", count, MAX_CONTENTS // count + 1), folder_of(heap, "little", count)
-    with Server({}, trees=(tree(heap, much), tree(heap, little))) as server, home.mounted("--from", server.url) as mount:
+    with (
+        Server({}, trees=(tree(heap, much), tree(heap, little))) as server,
+        home.mounted("--from", server.url) as mount,
+    ):
         read_all(mount.path / cids.text(much), "much", count)
         read_all(mount.path / cids.text(little), "little", count)
         assert asked_for(server, "all") == [little]

@@ -80,7 +80,10 @@ def test_a_disk_that_others_have_filled(home: Home, content: Content) -> None:
             for _ in range(2):
                 content.read(mount)
             full = r"\S+: (No space left on device|database or disk is full)"
-            assert re.fullmatch(rf"{home.cache}({full}|: the disk is too full to cache anything: .* reserved)", trouble(mount))
+            assert re.fullmatch(
+                rf"{home.cache}({full}|: the disk is too full to cache anything: .* reserved)",
+                trouble(mount),
+            )
             (folder / "of-another-program").unlink()
             said_no_more(lambda: content.read(mount), mount)
 
@@ -112,7 +115,9 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.parametrize("before", ["nothing", "the folder", "a cache that was used"])
-def test_a_start_on_a_full_disk_serves_uncached_and_says_so(home: Home, content: Content, before: str) -> None:
+def test_a_start_on_a_full_disk_serves_uncached_and_says_so(
+    home: Home, content: Content, before: str
+) -> None:
     with own_filesystem(home.folder / "disk", 4 * MIB) as disk:
         options = ["--cache-dir", str(disk / "cache"), "--budget", "64MiB"]
         if before == "the folder":
@@ -152,7 +157,10 @@ def test_a_start_on_a_disk_that_takes_not_even_a_folder(home: Home, content: Con
 def read_until_cached(content: Content, mount: Mounted) -> None:
     """Reads until what was read is kept again."""
     staging = mount.control.parent / "staging"
-    wait_until(lambda: content.read(mount) or (staging.is_dir() and any(staging.iterdir())), "the cache is written again")
+    wait_until(
+        lambda: content.read(mount) or (staging.is_dir() and any(staging.iterdir())),
+        "the cache is written again",
+    )
 
 
 def said_no_more(read: Callable[[], None], mount: Mounted) -> None:
@@ -203,7 +211,10 @@ def test_the_cache_folder_becomes_something_else(home: Home, content: Content, b
 def test_truncating_any_file_of_the_index_ends_no_mount(home: Home, content: Content) -> None:
     with mounted(home, content.dag) as (_gateway, mount):
         content.read(mount)
-        assert {path.name for path in home.store.glob("index.sqlite*")} <= {"index.sqlite", "index.sqlite-wal"}
+        assert {path.name for path in home.store.glob("index.sqlite*")} <= {
+            "index.sqlite",
+            "index.sqlite-wal",
+        }
         for path in home.store.glob("index.sqlite*"):
             os.truncate(path, 0)
         content.read(mount)

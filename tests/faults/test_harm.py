@@ -50,7 +50,11 @@ def shards(dag: Dag, leaf: Cid, names: list[bytes]) -> Cid:
             bits |= 1 << index
             prefix = b"%02X" % index
             inside = slots[index]
-            links.append(Link(leaf, prefix + inside[0][1], 1) if len(inside) == 1 else Link(build(inside, depth + 1), prefix, len(inside)))
+            links.append(
+                Link(leaf, prefix + inside[0][1], 1)
+                if len(inside) == 1
+                else Link(build(inside, depth + 1), prefix, len(inside))
+            )
         field = bits.to_bytes(32, "big").lstrip(b"\0")
         return dag.node(links, UnixFS(type=Type.HAMT_SHARD, data=field, hash_type=MURMUR3, fanout=256))
 
@@ -65,7 +69,9 @@ def test_a_directory_of_a_million_entries_is_listed_and_looked_up(home: Home) ->
     with home.mounted("--from", dag.car(home.folder / "million.car")) as mount:
         folder = mount.path / cids.text(root)
         assert (folder / "entry-0999999").read_bytes() == b"x"
-        listed = subprocess.run(["sh", "-c", f"ls -f '{folder}' | grep -c entry-"], capture_output=True, text=True, timeout=600)
+        listed = subprocess.run(
+            ["sh", "-c", f"ls -f '{folder}' | grep -c entry-"], capture_output=True, text=True, timeout=600
+        )
         assert listed.stdout.strip() == "1000000"
         assert (mount.path / cids.text(leaf)).read_bytes() == b"x"
         assert mount.peak_memory() < MEMORY
@@ -75,9 +81,13 @@ def test_a_zip_bomb_costs_what_is_read(home: Home) -> None:
     dag = Dag()
     leaf = dag.block(bytes(1 << 20))
     here, size = leaf, 1 << 20
-    for _ in range(6):  # 1,000 links a level: a block that stands there 10^18 times, cut off where a file system ends
+    # 1,000 links a level: a block that stands there 10^18 times, cut off where a file system ends
+    for _ in range(6):
         width = min(1000, ((1 << 63) - 1) // size)
-        here = dag.node([Link(here, b"", size)] * width, UnixFS(type=Type.FILE, filesize=size * width, blocksizes=[size] * width))
+        here = dag.node(
+            [Link(here, b"", size)] * width,
+            UnixFS(type=Type.FILE, filesize=size * width, blocksizes=[size] * width),
+        )
         size *= width
     with home.mounted("--from", dag.car(home.folder / "bomb.car")) as mount:
         file = mount.path / cids.text(here)
@@ -92,7 +102,8 @@ def test_a_zip_bomb_costs_what_is_read(home: Home) -> None:
 
 
 def test_a_hamt_that_never_ends_is_eio_and_others_go_on(home: Home) -> None:
-    """A node can't hold its own hash: so one whose every slot leads to one and the same deeper node, all the way down."""
+    """A node can't hold its own hash: so one whose every slot leads to one and the same deeper node, all the
+    way down."""
     dag = Dag()
     good = dag.directory({b"file": (dag.block(b"good"), 4)})
     here = dag.node([], UnixFS(type=Type.HAMT_SHARD, data=b"", hash_type=MURMUR3, fanout=256))
@@ -140,8 +151,9 @@ def test_a_hostile_block_of_two_mebibytes_is_eio(home: Home, name: str) -> None:
 
 
 def nested(dag: Dag, count: int, smallest: int) -> tuple[list[Cid], bytes, dict[bytes, int]]:
-    """`count` blocks of `smallest` bytes or a little more, each of which holds the CAR section of the one before, whole: the
-    blocks, one CAR section that has them all, and where in it each one's section begins, by digest."""
+    """`count` blocks of `smallest` bytes or a little more, each of which holds the CAR section of the one
+    before, whole: the blocks, one CAR section that has them all, and where in it each one's section begins,
+    by digest."""
     block = os.urandom(smallest)
     found, lengths = [], []
     for _ in range(count):
@@ -150,7 +162,11 @@ def nested(dag: Dag, count: int, smallest: int) -> tuple[list[Cid], bytes, dict[
         block = car.section_head(cid, len(block)) + block
         found.append(cid)
         lengths.append(len(block))
-    return found, block, {cids.multihash(cid)[2:]: len(block) - length for cid, length in zip(found, lengths, strict=True)}
+    return (
+        found,
+        block,
+        {cids.multihash(cid)[2:]: len(block) - length for cid, length in zip(found, lengths, strict=True)},
+    )
 
 
 def overlapping(dag: Dag, section: bytes, offsets: dict[bytes, int]) -> bytes:
@@ -167,9 +183,14 @@ def overlapping(dag: Dag, section: bytes, offsets: dict[bytes, int]) -> bytes:
 CLAIM = 4096
 
 
-@pytest.mark.parametrize(("size", "count"), [((2 << 20) - 50_000, 500), ((8 << 20) - 50_000, 100)], ids=["2 MiB", "8 MiB"])
-def test_a_car_whose_sections_overlap_takes_no_more_memory_than_another(home: Home, size: int, count: int) -> None:
-    """Its blocks are right, and together many times as large as the file, whose links say that they are small."""
+@pytest.mark.parametrize(
+    ("size", "count"), [((2 << 20) - 50_000, 500), ((8 << 20) - 50_000, 100)], ids=["2 MiB", "8 MiB"]
+)
+def test_a_car_whose_sections_overlap_takes_no_more_memory_than_another(
+    home: Home, size: int, count: int
+) -> None:
+    """Its blocks are right, and together many times as large as the file, whose links say that they are
+    small."""
     dag = Dag()
     leaves, section, offsets = nested(dag, count, size)
     liar = lying(dag, leaves)
@@ -185,9 +206,14 @@ def test_a_car_whose_sections_overlap_takes_no_more_memory_than_another(home: Ho
 
 
 @pytest.mark.parametrize("over", [0, 1], ids=["blocks of 2 MiB", "larger blocks"])
-def test_a_repository_whose_blocks_are_larger_than_its_links_say_takes_no_more_memory(home: Home, over: int) -> None:
+def test_a_repository_whose_blocks_are_larger_than_its_links_say_takes_no_more_memory(
+    home: Home, over: int
+) -> None:
     dag = Dag()
-    blocks = {dag.block(block): block for block in (number.to_bytes(8) + bytes(LARGEST + over - 8) for number in range(300))}
+    blocks = {
+        dag.block(block): block
+        for block in (number.to_bytes(8) + bytes(LARGEST + over - 8) for number in range(300))
+    }
     leaves = list(blocks)
     liar, good = lying(dag, leaves), dag.block(b"good")
     repository(home.folder / "repository", dag)
@@ -209,7 +235,8 @@ def lying(dag: Dag, leaves: list[Cid]) -> Cid:
 
 
 def reads_of_all_are_eio(mount: Mounted, file: Cid) -> None:
-    """A reader who goes through the file gets EIO everywhere, and what was fetched ahead of it did no harm."""
+    """A reader who goes through the file gets EIO everywhere, and what was fetched ahead of it did no
+    harm."""
     with (mount.path / cids.text(file)).open("rb", buffering=0) as opened:
         for place in range(0, 10 * CLAIM, CLAIM):
             with pytest.raises(OSError) as raised:
@@ -220,7 +247,12 @@ def reads_of_all_are_eio(mount: Mounted, file: Cid) -> None:
 
 def repository(folder: Path, dag: Dag) -> None:
     """A Kubo repository that holds the blocks of `dag`, and whose node does not run."""
-    mount = {"mountpoint": "/blocks", "path": "blocks", "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2", "type": "flatfs"}
+    mount = {
+        "mountpoint": "/blocks",
+        "path": "blocks",
+        "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2",
+        "type": "flatfs",
+    }
     (folder / "blocks").mkdir(parents=True)
     (folder / "blocks" / "SHARDING").write_text(mount["shardFunc"] + "\n")
     (folder / "datastore_spec").write_text(json.dumps({"mounts": [mount], "type": "mount"}))
@@ -239,7 +271,9 @@ def test_a_car_of_100000_roots_is_listed_and_holds_nobody_up(home: Home) -> None
     path = home.folder / "roots.car"
     path.write_bytes(car.encode_header(roots) + car.section_head(good, 4) + b"good")
     with home.mounted("--from", path) as mount:
-        listed = subprocess.run(["sh", "-c", f"ls -f '{mount.path}' | grep -c bafk"], capture_output=True, text=True, timeout=600)
+        listed = subprocess.run(
+            ["sh", "-c", f"ls -f '{mount.path}' | grep -c bafk"], capture_output=True, text=True, timeout=600
+        )
         assert listed.stdout.strip() == "100000"
         assert (mount.path / cids.text(good)).read_bytes() == b"good"
         assert mount.peak_memory() < MEMORY
@@ -256,10 +290,17 @@ def test_a_file_whose_nodes_have_40000_links_each_is_read(home: Home) -> None:
     dag = Dag()
     leaf, count = dag.block(b"x" * 64), 43_000
     size = 64 * count + 1
-    message = [UnixFS(type=Type.FILE, data=b"%c" % n, filesize=size, blocksizes=[64] * count) for n in range(40)]
+    message = [
+        UnixFS(type=Type.FILE, data=b"%c" % n, filesize=size, blocksizes=[64] * count) for n in range(40)
+    ]
     nodes = [dag.node([Link(leaf, b"", 64)] * count, each) for each in message]
-    small = dag.node([Link(node, b"", 2) for node in nodes], UnixFS(type=Type.FILE, filesize=80, blocksizes=[2] * 40))
-    large = dag.node([Link(node, b"", size) for node in nodes], UnixFS(type=Type.FILE, filesize=40 * size, blocksizes=[size] * 40))
+    small = dag.node(
+        [Link(node, b"", 2) for node in nodes], UnixFS(type=Type.FILE, filesize=80, blocksizes=[2] * 40)
+    )
+    large = dag.node(
+        [Link(node, b"", size) for node in nodes],
+        UnixFS(type=Type.FILE, filesize=40 * size, blocksizes=[size] * 40),
+    )
     with home.mounted("--from", dag.car(home.folder / "wide.car")) as mount:
         assert errno_of(mount.path / cids.text(small)) == "EIO"
         with (mount.path / cids.text(large)).open("rb", buffering=0) as file:

@@ -12,9 +12,13 @@ from tests.network.nodes import drop_pages
 
 
 def test_nothing_of_one_guests_reads_is_seen_by_another_not_even_in_timing(home: Home) -> None:
-    """Timing tells only what was asked of the sources, and that is counted: every mount asks for all of it, once."""
+    """Timing tells only what was asked of the sources, and that is counted: every mount asks for all of it,
+    once."""
     dice, dag = random.Random(9), Dag()
-    files = {b"large": [dice.randbytes(1 << 18) for _ in range(4)], b"other": [dice.randbytes(1 << 18) for _ in range(2)]}
+    files = {
+        b"large": [dice.randbytes(1 << 18) for _ in range(4)],
+        b"other": [dice.randbytes(1 << 18) for _ in range(2)],
+    }
     entries = {name: (dag.file(leaves), sum(map(len, leaves))) for name, leaves in files.items()}
     small = dice.randbytes(10_000)
     root = cids.text(dag.directory(entries | {b"small": (dag.block(small), len(small))}))
@@ -31,7 +35,12 @@ def test_nothing_of_one_guests_reads_is_seen_by_another_not_even_in_timing(home:
     def mounted(name: str, *options: str) -> AbstractContextManager[Mounted]:
         return home.mounted("--from", gateway.url, *options, at=home.folder / name)
 
-    with gateway.serving(), mounted("shared") as shared, mounted("one", "--isolated") as one, mounted("two", "--isolated") as two:
+    with (
+        gateway.serving(),
+        mounted("shared") as shared,
+        mounted("one", "--isolated") as one,
+        mounted("two", "--isolated") as two,
+    ):
         for times, mount in enumerate((shared, one, two), 1):
             read(mount)
             assert asked() == {times}
@@ -43,4 +52,6 @@ def test_nothing_of_one_guests_reads_is_seen_by_another_not_even_in_timing(home:
         folders = {mount.control.parent for mount in (shared, one, two)}
         assert len(folders) == 3
         assert os.listdir(one.path) == os.listdir(two.path) == [root]
-    assert [folder.exists() for folder in sorted(folders)] == [folder == home.store for folder in sorted(folders)]
+    assert [folder.exists() for folder in sorted(folders)] == [
+        folder == home.store for folder in sorted(folders)
+    ]

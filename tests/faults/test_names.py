@@ -16,7 +16,18 @@ from tests.mounting import Home, wait_until
 def test_names_that_no_file_system_can_hold_are_not_shown(home: Home) -> None:
     dag = Dag()
     leaf = dag.block(b"x")
-    names = [b"", b".", b"..", b"a/b", b"../../etc", b"nul\0", b"n" * 256, b"fine", b"\xff\xfe raw bytes", b"n" * 255]
+    names = [
+        b"",
+        b".",
+        b"..",
+        b"a/b",
+        b"../../etc",
+        b"nul\0",
+        b"n" * 256,
+        b"fine",
+        b"\xff\xfe raw bytes",
+        b"n" * 255,
+    ]
     root = dag.node([Link(leaf, name, 1) for name in names], UnixFS(type=Type.DIRECTORY))
     with mounted(home, dag) as (_, mount):
         folder = os.fsencode(mount.path / cids.text(root))
@@ -34,7 +45,12 @@ def test_identity_cids_are_files_directories_and_links_without_asking(home: Home
     folder_cid = scratch.directory({b"file": (raw, 6)})
     folder = identity(scratch.blocks[cids.multihash(folder_cid)], cids.DAG_PB)
     link_cid = scratch.symlink(b"file")
-    outer = dag.directory({b"folder": (folder, 1), b"link": (identity(scratch.blocks[cids.multihash(link_cid)], cids.DAG_PB), 1)})
+    outer = dag.directory(
+        {
+            b"folder": (folder, 1),
+            b"link": (identity(scratch.blocks[cids.multihash(link_cid)], cids.DAG_PB), 1),
+        }
+    )
     with mounted(home, dag) as (gateway, mount):
         assert (mount.path / cids.text(raw)).read_bytes() == b"inline"
         assert (mount.path / cids.text(outer) / "folder" / "file").read_bytes() == b"inline"
@@ -72,7 +88,9 @@ def test_outside_the_allow_list_is_eacces_and_asks_nobody(home: Home) -> None:
     with mounted(home, dag, "--allow", cids.text(root)) as (gateway, mount):
         assert (mount.path / cids.text(root) / "file").read_bytes() == b"inside"
         assert errno_of(mount.path / cids.text(other)) == "EACCES"
-        assert errno_of(mount.path / cids.text(inside)) == "EACCES", "only names that were allowed, and what is below them"
+        assert errno_of(mount.path / cids.text(inside)) == "EACCES", (
+            "only names that were allowed, and what is below them"
+        )
         assert set(gateway.asked) == {cids.text(root), cids.text(inside)}
 
 
@@ -83,7 +101,18 @@ def test_all_spellings_of_a_file_are_one_inode(home: Home) -> None:
     leaves = [b"l" * 1000, b"m" * 1000]
     v1 = dag.file(leaves)
     v0 = Cid(cids.multihash(v1))
-    bases = ["base16", "base16upper", "base32", "base32upper", "base32hex", "base36", "base58btc", "base58flickr", "base64url", "base32z"]
+    bases = [
+        "base16",
+        "base16upper",
+        "base32",
+        "base32upper",
+        "base32hex",
+        "base36",
+        "base58btc",
+        "base58flickr",
+        "base64url",
+        "base32z",
+    ]
     spellings = [multibase.encode(v1, base) for base in bases] + [cids.text(v0)]
     with mounted(home, dag) as (gateway, mount):
         assert len({os.stat(mount.path / name).st_ino for name in spellings}) == 1

@@ -47,8 +47,13 @@ def tree() -> Tree:
     return Tree()
 
 
-@pytest.mark.parametrize(("depth", "files", "directories"), [("0", set(), 1), ("1", {"f"}, 2), ("2", {"f", "g"}, 3), (None, {"f", "g", "h"}, 3)])
-def test_so_deep_and_no_deeper(home: Home, tree: Tree, depth: str | None, files: set[str], directories: int) -> None:
+@pytest.mark.parametrize(
+    ("depth", "files", "directories"),
+    [("0", set(), 1), ("1", {"f"}, 2), ("2", {"f", "g"}, 3), (None, {"f", "g", "h"}, 3)],
+)
+def test_so_deep_and_no_deeper(
+    home: Home, tree: Tree, depth: str | None, files: set[str], directories: int
+) -> None:
     with mounted(home, tree.dag) as (gateway, _mount):
         told = home.json("prefetch", "--json", *(["--depth", depth] if depth else []), tree.root)
         assert {name[0] for name in tree.came(gateway)} == files
@@ -76,7 +81,9 @@ def test_it_goes_on_where_it_was_killed(home: Home, tree: Tree, victim: str) -> 
     with gateway.serving():
         options = ("--from", gateway.url, "--deadline", "60s")
         pid = home.json("mount", "--json", *options, home.mountpoint)["pid"]
-        command = subprocess.Popen([sys.executable, "-m", "ipfsfuse", "prefetch", tree.root], env=home.env, stderr=subprocess.DEVNULL)
+        command = subprocess.Popen(
+            [sys.executable, "-m", "ipfsfuse", "prefetch", tree.root], env=home.env, stderr=subprocess.DEVNULL
+        )
         whole = [f"f{number}" for number in range(FILES)]
         wait_until(lambda: gateway.asked[stuck] and staged(home) >= FILES, "all but what is stuck has come")
         os.kill(command.pid if victim == "command" else pid, signal.SIGKILL)
@@ -109,13 +116,26 @@ def test_ls_tells_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -
         (mount.path / tree.root / "zbelow" / "g").read_bytes()
         pinned = os.getxattr(mount.path / tree.root / "zbelow" / "deep", "ipfs.cid").decode()
         home.run("pin", pinned)
-        cid = {name: os.getxattr(mount.path / tree.root / path, "ipfs.cid").decode() for name, path in PATHS.items()}
+        cid = {
+            name: os.getxattr(mount.path / tree.root / path, "ipfs.cid").decode()
+            for name, path in PATHS.items()
+        }
         told = {entry["cid"]: entry for entry in home.json("ls", "--json")["entries"]}
         assert set(told) == set(cid.values())
-        shown = {name: (told[cid[name]]["complete"], told[cid[name]]["pinned"], told[cid[name]]["size"]) for name in PATHS}
-        assert shown == {"f0": (False, "", 3 * LEAF), "g": (True, "", 3 * LEAF), "h": (True, "user", 3 * LEAF)}
+        shown = {
+            name: (told[cid[name]]["complete"], told[cid[name]]["pinned"], told[cid[name]]["size"])
+            for name in PATHS
+        }
+        assert shown == {
+            "f0": (False, "", 3 * LEAF),
+            "g": (True, "", 3 * LEAF),
+            "h": (True, "user", 3 * LEAF),
+        }
         assert LEAF <= told[cid["f0"]]["staged"] <= LEAF + (1 << 16)
-        assert all(before - 1 <= entry["last_used"] <= time.time() + 1 and entry["source"] == gateway.url for entry in told.values())
+        assert all(
+            before - 1 <= entry["last_used"] <= time.time() + 1 and entry["source"] == gateway.url
+            for entry in told.values()
+        )
         lines = {line.split()[0]: line for line in home.run("ls").stdout.splitlines()}
         assert "256.0 KiB of  768.0 KiB" in lines[cid["f0"]]
         assert "whole  768.0 KiB" in lines[cid["g"]]

@@ -46,7 +46,9 @@ def test_codecs_that_are_not_shown_are_enotsup(home: Home) -> None:
     with mounted(home, dag) as (gateway, mount):
         for codec in (0x71, 0x0129, 0x0200, 0x72):
             assert errno_of(mount.path / cids.text(make(codec, b"\x12\x20" + bytes(32)))) == "ENOTSUP"
-        assert errno_of(mount.path / cids.text(make(cids.RAW, b"\xd5\x01\x10" + bytes(16)))) == "ENOTSUP", "md5 is not allowed"
+        assert errno_of(mount.path / cids.text(make(cids.RAW, b"\xd5\x01\x10" + bytes(16)))) == "ENOTSUP", (
+            "md5 is not allowed"
+        )
         assert not gateway.asked
 
 
@@ -56,18 +58,27 @@ def test_malformed_blocks_are_eio(home: Home) -> None:
     cases = {
         "no protobuf": dag.block(b"\xff" * 20, cids.DAG_PB),
         "sizes missing": dag.node([Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=100)),
-        "filesize lies": dag.node([Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=1 << 62, blocksizes=[100])),
-        "named link in a file": dag.node([Link(leaf, b"n", 100)], UnixFS(type=Type.FILE, filesize=100, blocksizes=[100])),
+        "filesize lies": dag.node(
+            [Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=1 << 62, blocksizes=[100])
+        ),
+        "named link in a file": dag.node(
+            [Link(leaf, b"n", 100)], UnixFS(type=Type.FILE, filesize=100, blocksizes=[100])
+        ),
     }
     with mounted(home, dag) as (_, mount):
-        assert {name: errno_of(mount.path / cids.text(cid)) for name, cid in cases.items()} == dict.fromkeys(cases, "EIO")
+        assert {name: errno_of(mount.path / cids.text(cid)) for name, cid in cases.items()} == dict.fromkeys(
+            cases, "EIO"
+        )
 
 
 def test_a_child_that_lies_about_its_size_is_eio_where_the_lie_shows(home: Home) -> None:
     dag = Dag()
     short = dag.block(b"s" * 1000)
     honest = dag.block(b"h" * 100_000)
-    file = dag.node([Link(honest, b"", 100_000), Link(short, b"", 1000)], UnixFS(type=Type.FILE, filesize=102_000, blocksizes=[100_000, 2000]))
+    file = dag.node(
+        [Link(honest, b"", 100_000), Link(short, b"", 1000)],
+        UnixFS(type=Type.FILE, filesize=102_000, blocksizes=[100_000, 2000]),
+    )
     with mounted(home, dag) as (_, mount), (mount.path / cids.text(file)).open("rb", buffering=0) as opened:
         assert os.pread(opened.fileno(), 10, 0) == b"h" * 10
         with pytest.raises(OSError) as raised:
@@ -94,7 +105,9 @@ def test_a_file_of_2_to_the_62_bytes_opens_and_reads_what_is_there(home: Home) -
     leaf = dag.block(b"z" * (1 << 20))
     inner, size = leaf, 1 << 20
     while size < 1 << 62:
-        inner = dag.node([Link(inner, b"", size)] * 4, UnixFS(type=Type.FILE, filesize=4 * size, blocksizes=[size] * 4))
+        inner = dag.node(
+            [Link(inner, b"", size)] * 4, UnixFS(type=Type.FILE, filesize=4 * size, blocksizes=[size] * 4)
+        )
         size *= 4
     with mounted(home, dag) as (gateway, mount):
         file = mount.path / cids.text(inner)
@@ -128,7 +141,9 @@ def test_a_hundred_readers_of_one_cold_file_cause_one_request_a_block(home: Home
     dag = Dag()
     file = dag.file([bytes([n]) * (1 << 20) for n in range(4)])
     with mounted(home, dag) as (gateway, mount):
-        script = f"import sys; assert len(open({str(mount.path / cids.text(file))!r}, 'rb').read()) == 4 << 20"
+        script = (
+            f"import sys; assert len(open({str(mount.path / cids.text(file))!r}, 'rb').read()) == 4 << 20"
+        )
         readers = [subprocess.Popen([sys.executable, "-S", "-c", script]) for _ in range(100)]
         assert [reader.wait(120) for reader in readers] == [0] * 100
         assert set(gateway.asked.values()) == {1}
@@ -151,8 +166,13 @@ def test_a_read_that_fails_under_mmap_is_sigbus(home: Home) -> None:
     file = dag.file(leaves)
     with mounted(home, dag) as (gateway, mount):
         gateway.lying.add(cids.text(dag.block(leaves[2])))
-        script = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1); print(m[0], flush=True); m[5 << 19]"
-        done = subprocess.run([sys.executable, "-S", "-c", script, mount.path / cids.text(file)], capture_output=True, text=True)
+        script = (
+            "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1); "
+            "print(m[0], flush=True); m[5 << 19]"
+        )
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", script, mount.path / cids.text(file)], capture_output=True, text=True
+        )
         assert (done.stdout, done.returncode) == ("97\n", -signal.SIGBUS)
 
 
@@ -161,4 +181,7 @@ def test_a_file_of_stored_mode_0_reads(home: Home) -> None:
     file = dag.node([], UnixFS(type=Type.FILE, data=b"secret?", filesize=7, mode=0))
     with mounted(home, dag) as (_, mount):
         assert os.stat(mount.path / cids.text(file)).st_mode & 0o777 == 0
-        assert subprocess.run(["cat", mount.path / cids.text(file)], capture_output=True, check=True).stdout == b"secret?"
+        assert (
+            subprocess.run(["cat", mount.path / cids.text(file)], capture_output=True, check=True).stdout
+            == b"secret?"
+        )

@@ -33,7 +33,11 @@ def test_so_many_wait_and_no_more() -> None:
     lent = [buffers.lend(1 << 20) for _ in range(64)]
     lent.clear()
     waiting = buffers._POOL
-    assert waiting.size == sum(size * len(pages) for size, pages in waiting.waiting.items()) <= buffers.KEPT + (1 << 20)
+    assert (
+        waiting.size
+        == sum(size * len(pages) for size, pages in waiting.waiting.items())
+        <= buffers.KEPT + (1 << 20)
+    )
 
 
 def test_what_can_not_be_written_to_or_begins_elsewhere_is_not_aligned() -> None:

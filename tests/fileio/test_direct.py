@@ -61,7 +61,9 @@ def test_leaves_are_written_past_the_page_cache_and_anything_else_through_it(fil
     assert not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
 
 
-def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(
+    file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not takes_direct(file):
         pytest.skip("this file system keeps everything in memory")
     writer, seconds = Direct(), iter(range(1000))
@@ -90,7 +92,9 @@ def test_leaves_are_read_past_the_page_cache_to_the_end_of_the_file(file: int) -
 
 
 @pytest.mark.parametrize("refuses", ["flag", "write"])
-def test_a_file_system_that_takes_none_is_asked_once(file: int, monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+def test_a_file_system_that_takes_none_is_asked_once(
+    file: int, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
     """No file system at hand refuses: so one is made up."""
     asked = 0
     real = fcntl.fcntl, os.pwritev

@@ -2,8 +2,8 @@
 and speaks FUSE messages (linux/fuse.h, protocol 7.31) over a socket. It checks each answer against what it
 knows of the content.
 
-`serving` starts the real thing behind the socket, from the device thread up to the tree. Only the cache is a fake: blocks
-in memory.
+`serving` starts the real thing behind the socket, from the device thread up to the tree. Only the cache is a
+fake: blocks in memory.
 """
 
 import errno
@@ -81,7 +81,7 @@ class Kernel:
     _opening: dict[int, OpenFile] = field(default_factory=dict)
     """Files that are open as soon as the answer comes."""
 
-    # -- messages ------------------------------------------------------------------------------------------------
+    # -- messages --------------------------------------------------------------------------------------------
 
     def send(self, opcode: int, nodeid: int, body: bytes) -> int:
         self._unique += 2
@@ -123,7 +123,7 @@ class Kernel:
         else:
             assert code == NOTIFY_INVAL_INODE
 
-    # -- names ---------------------------------------------------------------------------------------------------
+    # -- names -----------------------------------------------------------------------------------------------
 
     def thing(self, path: Path) -> Thing:
         if not path:
@@ -197,7 +197,7 @@ class Kernel:
         error, body = self.ask(LOOKUP, self.dentries[folder], b"absent\0")
         assert error == errno.ENOENT or ENTRY.unpack_from(body)[0] == 0
 
-    # -- files ---------------------------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------------------
 
     def open(self, path: Path) -> OpenFile:
         file, unique = self.ask_to_open(path)
@@ -243,7 +243,7 @@ class Kernel:
             self.read(file, 0, len(thing.content) + 10)
             self.close(file)
 
-    # -- listings ------------------------------------------------------------------------------------------------
+    # -- listings --------------------------------------------------------------------------------------------
 
     def open_folder(self, path: Path) -> OpenFile | None:
         nodeid = self.walk(path) if path else ROOT
@@ -308,7 +308,7 @@ class Kernel:
         assert self.ask(RELEASEDIR, folder.nodeid, struct.pack("<QIIQ", folder.handle, 0, 0, 0)) == (0, b"")
         self.folders.remove(folder)
 
-    # -- memory --------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
     def droppable(self) -> list[Path]:
         """Dentries without children that nothing open stands on."""

@@ -1,5 +1,5 @@
-"""The test in the kernel's place: libfuse, pyfuse3 and the device thread are real. Their device is one end of a socket
-pair, as it is while a session begins.
+"""The test in the kernel's place: libfuse, pyfuse3 and the device thread are real. Their device is one end of
+a socket pair, as it is while a session begins.
 """
 
 import os
@@ -83,7 +83,9 @@ class Kernel:
     def send(self, opcode: int, inode: int, body: bytes) -> None:
         """A request whose answer nobody waits for."""
         self._unique += 2
-        self._ours.send(struct.pack("<IIQQIIII", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0) + body)
+        self._ours.send(
+            struct.pack("<IIQQIIII", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0) + body
+        )
 
 
 @asynccontextmanager

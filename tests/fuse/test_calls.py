@@ -1,4 +1,5 @@
-"""What surrounds each call of the kernel: who made it, until when it is answered, and what it may fail with."""
+"""What surrounds each call of the kernel: who made it, until when it is answered, and what it may fail
+with."""
 
 import errno
 

@@ -16,7 +16,9 @@ from tests.mounting import wait_until
 
 
 def forgets(first: int) -> bytes:
-    return struct.pack("<II", 1_000, 0) + b"".join(struct.pack("<QQ", inode, inode) for inode in range(first, first + 1_000))
+    return struct.pack("<II", 1_000, 0) + b"".join(
+        struct.pack("<QQ", inode, inode) for inode in range(first, first + 1_000)
+    )
 
 
 def test_more_than_may_wait_for_python_comes_in_the_end() -> None:

@@ -12,7 +12,8 @@ from tests.fuse.kernel_side import ANSWERED_HERE, ASKED, Kernel, kernel
 
 
 def neighbours(count: int) -> list[int]:
-    """Inodes whose places in the table lie side by side, over its end too: any of them may stand in another's way."""
+    """Inodes whose places in the table lie side by side, over its end too: any of them may stand in another's
+    way."""
     found: list[int] = []
     inode = 1
     while len(found) < count:
@@ -58,7 +59,9 @@ class Model:
             self._undrained.append(inode)
 
     async def open_for_writing(self, inode: int) -> None:
-        _handle, asked = await self._asking.open(inode, self._dice.choice([os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC]))
+        _handle, asked = await self._asking.open(
+            inode, self._dice.choice([os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC])
+        )
         assert asked
 
     async def release(self, inode: int) -> None:
@@ -119,7 +122,9 @@ def test_every_33rd_open_in_a_row_comes_to_python() -> None:
 async def _every_33rd_open_in_a_row_comes_to_python() -> None:
     async with kernel() as asking:
         device.allow(9)
-        assert [(await asking.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, "until it has drained"
+        assert [(await asking.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, (
+            "until it has drained"
+        )
         assert list(device.drain()) == [9] * 32
         assert not (await asking.open(9))[1]
         assert device.revoke(9) == 33

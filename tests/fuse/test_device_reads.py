@@ -28,12 +28,16 @@ async def _reads_of_what_is_added(dice: random.Random) -> None:
                 if added.pop((handle, start), None) is None:
                     content = added[handle, start] = dice.randbytes(dice.choice([0, 1, 500, 1_000]))
                     told[handle, start] = dice.random() < 0.5
-                    windows.add(start, dice.choice([bytes, bytearray, memoryview])(content), told[handle, start])
+                    windows.add(
+                        start, dice.choice([bytes, bytearray, memoryview])(content), told[handle, start]
+                    )
                 else:
                     windows.remove(start)
                 continue
             offset, size = start + dice.randrange(1_000), dice.choice([1, 100, 500, 1_000])
-            inside = offset + size < start + len(added.get((handle, start), b"")) + (not told.get((handle, start)))
+            inside = offset + size < start + len(added.get((handle, start), b"")) + (
+                not told.get((handle, start))
+            )
             got, asked = await asking.read(handle, offset, size)
             assert asked != inside
             assert got == (ASKED_FOR if asked else added[handle, start][offset - start :][:size])

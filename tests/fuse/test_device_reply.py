@@ -1,4 +1,5 @@
-"""What the device thread does when a reply can't be written: one row for each errno that the kernel may give."""
+"""What the device thread does when a reply can't be written: one row for each errno that the kernel may
+give."""
 
 import errno
 import os

@@ -46,13 +46,17 @@ def test_what_no_one_foresaw_is_eio_and_logged_with_its_traceback(caplog: pytest
 
 def test_every_error_of_ours_that_a_request_can_meet_has_its_row() -> None:
     elsewhere = {"UsageError", "MountFailed", "DaemonFailed", "AddFailed"}
-    all_of_them = {kind for name, kind in inspect.getmembers(errors, inspect.isclass) if name not in elsewhere}
+    all_of_them = {
+        kind for name, kind in inspect.getmembers(errors, inspect.isclass) if name not in elsewhere
+    }
     rows = {kind for kind in all_of_them if set(kind.__mro__) & set(errnos.TABLE)}
     assert all_of_them - rows == {errors.IpfsFuseError}
 
 
 @pytest.mark.logs("a call was answered")
-def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     now = 0.0
     log = FailureLog(lambda: now)
     for number in range(1000):
@@ -70,7 +74,9 @@ def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_o
 
 
 @pytest.mark.logs("a call was answered")
-def test_what_no_one_foresaw_leaves_one_traceback_however_often_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_no_one_foresaw_leaves_one_traceback_however_often_it_comes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     now = 0.0
     log = FailureLog(lambda: now)
     for _ in range(100):

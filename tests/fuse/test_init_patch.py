@@ -11,11 +11,19 @@ OFFERED = init_patch.PARALLEL_DIROPS | init_patch.CACHE_SYMLINKS | 1
 
 
 def request(opcode: int = init_patch.FUSE_INIT) -> bytes:
-    return struct.pack("<IIQQIIIHH", 104, opcode, 2, 0, 0, 0, 0, 0, 0) + struct.pack("<IIII", 7, 45, 131072, OFFERED) + bytes(48)
+    return (
+        struct.pack("<IIQQIIIHH", 104, opcode, 2, 0, 0, 0, 0, 0, 0)
+        + struct.pack("<IIII", 7, 45, 131072, OFFERED)
+        + bytes(48)
+    )
 
 
 def reply(error: int = 0, max_write: int = 1 << 20) -> bytes:
-    return struct.pack("<IiQ", 80, error, 2) + struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 0x40, 0, 0, max_write, 1, 256, 0, 0, 0) + bytes(24)
+    return (
+        struct.pack("<IiQ", 80, error, 2)
+        + struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 0x40, 0, 0, max_write, 1, 256, 0, 0, 0)
+        + bytes(24)
+    )
 
 
 def test_the_kernels_offer_is_read() -> None:
@@ -24,14 +32,18 @@ def test_the_kernels_offer_is_read() -> None:
 
 def test_a_reply_gains_what_was_offered_and_room_for_thousands_of_requests() -> None:
     out = init_patch.extend_reply(reply(), OFFERED, readahead=True)
-    major, minor, readahead, flags, background, congestion, max_write = struct.unpack_from("<IIIIHHI", out, 16)
+    major, minor, readahead, flags, background, congestion, max_write = struct.unpack_from(
+        "<IIIIHHI", out, 16
+    )
     assert (major, minor, readahead, max_write) == (7, 31, 131072, 1 << 20)
     assert flags == 0x40 | init_patch.PARALLEL_DIROPS | init_patch.CACHE_SYMLINKS
     assert (background, congestion) == (init_patch.MAX_BACKGROUND, init_patch.CONGESTION)
     assert len(out) == len(reply())
 
 
-@pytest.mark.parametrize(("libfuses", "ours"), [(128 << 10, 128 << 10), (1 << 20, 1 << 20), (16 << 20, 1 << 20)])
+@pytest.mark.parametrize(
+    ("libfuses", "ours"), [(128 << 10, 128 << 10), (1 << 20, 1 << 20), (16 << 20, 1 << 20)]
+)
 def test_no_request_is_larger_than_who_reads_the_device_has_room_for(libfuses: int, ours: int) -> None:
     out = init_patch.extend_reply(reply(max_write=libfuses), OFFERED, readahead=True)
     assert struct.unpack_from("<I", out, 36)[0] == ours

@@ -21,8 +21,12 @@ def test_a_file_has_one_inode_for_all_spellings_and_its_number_comes_from_the_ci
     table, again = Inodes(KEY), Inodes(KEY)
     v0 = Cid(b"\x12\x20" + hashlib.sha256(b"x").digest())
     assert table.file(v0, FILE) is table.file(canonical(v0), FILE)
-    assert table.file(v0, FILE).number == again.file(canonical(v0), FILE).number == again.likely(ROOT, b"x", v0)
-    assert Inodes(bytes(32)).file(v0, FILE).number != table.file(v0, FILE).number, "another key, other numbers"
+    assert (
+        table.file(v0, FILE).number == again.file(canonical(v0), FILE).number == again.likely(ROOT, b"x", v0)
+    )
+    assert Inodes(bytes(32)).file(v0, FILE).number != table.file(v0, FILE).number, (
+        "another key, other numbers"
+    )
 
 
 def test_a_raw_view_of_a_dag_pb_block_is_another_file() -> None:
@@ -51,7 +55,11 @@ def test_a_number_that_is_held_is_never_given_to_another_cid() -> None:
     held = {}
     for number in range(400):
         cid = cid_of(str(number), DAG_PB if number % 3 else RAW)
-        inode = table.directory(ROOT, str(number).encode(), cid, DIRECTORY) if number % 3 == 1 else table.file(cid, FILE)
+        inode = (
+            table.directory(ROOT, str(number).encode(), cid, DIRECTORY)
+            if number % 3 == 1
+            else table.file(cid, FILE)
+        )
         table.refer(inode)
         assert ROOT < inode.number < 1 << 9
         assert inode.number not in held

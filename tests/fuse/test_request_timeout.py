@@ -44,7 +44,8 @@ def test_the_deadline_ends_before_the_kernel_would(tmp_path: Path, limit: int, d
     assert found == deadline
     assert (why == "") == (deadline == 30.0)
     assert not why or why == (
-        f"the deadline is {deadline:g} s, not 30 s: {tmp_path}/max_request_timeout has the kernel end a mount that does not "
+        f"the deadline is {deadline:g} s, not 30 s: {tmp_path}/max_request_timeout has the kernel "
+        "end a mount that does not "
         f"answer within {limit} s"
     )
 
@@ -63,7 +64,10 @@ def test_mount_and_doctor_say_what_the_kernel_was_set_to(tmp_path: Path) -> None
     if not os.access(sysctl, os.W_OK) or request_timeout() is not None:
         pytest.skip("needs root, and a kernel that has max_request_timeout (Linux 6.15)")
     home = Home(tmp_path)
-    line = f"the deadline is 23 s, not 30 s: {sysctl} has the kernel end a mount that does not answer within 25 s"
+    line = (
+        f"the deadline is 23 s, not 30 s: {sysctl} has the kernel end a mount that does not answer "
+        "within 25 s"
+    )
     sysctl.write_text("25")
     try:
         doctor, mount = home.run("doctor"), home.run("mount", home.mountpoint)

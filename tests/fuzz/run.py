@@ -1,4 +1,5 @@
-"""Runs one target under atheris: `python -m tests.fuzz.run TARGET FOLDER [libFuzzer options]`; `scripts/fuzz` calls it."""
+"""Runs one target under atheris: `python -m tests.fuzz.run TARGET FOLDER [libFuzzer options]`; `scripts/fuzz`
+calls it."""
 
 import hashlib
 import sys

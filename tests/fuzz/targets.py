@@ -1,4 +1,5 @@
-"""What the fuzzer feeds: each target takes any bytes and must end in a value or in one of the domain's errors.
+"""What the fuzzer feeds: each target takes any bytes and must end in a value or in one of the domain's
+errors.
 
 A value must hold what its decoder promises: it encodes to bytes that decode to it again.
 """
@@ -6,7 +7,19 @@ A value must hold what its decoder promises: it encodes to bytes that decode to 
 import hashlib
 from collections.abc import Callable
 
-from ipfsfuse.dag import car, carindex, carstream, dagpb, directory_pages, file_layout, leaves, nodes, path, traversal, unixfs
+from ipfsfuse.dag import (
+    car,
+    carindex,
+    carstream,
+    dagpb,
+    directory_pages,
+    file_layout,
+    leaves,
+    nodes,
+    path,
+    traversal,
+    unixfs,
+)
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import DAG_PB
 from ipfsfuse.dag.nodes import Directory, File, Shard
@@ -33,7 +46,9 @@ def read_node(data: bytes) -> None:
     if isinstance(node, File):
         held = leaves.content(PARENT, data)
         assert len(held) == node.inline
-        assert leaves.is_canonical(PARENT, data) == leaves.proves(cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held)
+        assert leaves.is_canonical(PARENT, data) == leaves.proves(
+            cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held
+        )
         _drive(file_layout.leaves(node, node.size // 3, node.size, sure=True), data)
 
 
@@ -70,7 +85,9 @@ def read_car(data: bytes) -> None:
             pass
     try:
         found = carindex.run(carindex.buckets(), lambda at, size: data[at : at + size])
-        carindex.run(carindex.find(found, b"\x12\x20" + data[:32].ljust(32)), lambda at, size: data[at : at + size])
+        carindex.run(
+            carindex.find(found, b"\x12\x20" + data[:32].ljust(32)), lambda at, size: data[at : at + size]
+        )
     except IpfsFuseError:
         pass
     parser = carstream.Parser()

@@ -30,12 +30,22 @@ def content(library: Library, cid: Cid) -> object:
         return block
     node = dagpb.decode(block)
     if node.links and not node.links[0].name:
-        return b"".join(bytes(child) for link in node.links if isinstance(child := content(library, link.cid), bytes))
-    return {link.name.decode(): content(library, link.cid) for link in node.links} if node.data == b"\x08\x01" else node.data
+        return b"".join(
+            bytes(child) for link in node.links if isinstance(child := content(library, link.cid), bytes)
+        )
+    return (
+        {link.name.decode(): content(library, link.cid) for link in node.links}
+        if node.data == b"\x08\x01"
+        else node.data
+    )
 
 
 def snapshot(library: Library) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in library.folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {
+        str(path): path.read_bytes()
+        for path in library.folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def refuse(library: Library, path: Path, message: str, options: AddOptions = PLAIN) -> None:

@@ -18,5 +18,15 @@ def library(tmp_path: Path) -> Library:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     path = tmp_path / "tree"
-    write(Dir({"a": Bytes(10), "b": Dir({"c": Bytes(3 * MIB + 1, 2), ".h": Bytes(1)}), "l": To("b/c"), "z": Dir()}), path)
+    write(
+        Dir(
+            {
+                "a": Bytes(10),
+                "b": Dir({"c": Bytes(3 * MIB + 1, 2), ".h": Bytes(1)}),
+                "l": To("b/c"),
+                "z": Dir(),
+            }
+        ),
+        path,
+    )
     return path

@@ -23,7 +23,9 @@ def build(case: Case) -> Cid:
     hidden = "-H" in case.options
 
     def stored(entry: Entry) -> Stored:
-        mode = None if isinstance(entry, To) or entry.mode is None or not kept_mode else stat.S_IMODE(entry.mode)
+        mode = (
+            None if isinstance(entry, To) or entry.mode is None or not kept_mode else stat.S_IMODE(entry.mode)
+        )
         return Stored(mode, entry.mtime if kept_mtime else None)
 
     def one(entry: Entry) -> Built:
@@ -31,7 +33,11 @@ def build(case: Case) -> Cid:
             return symlink(profile, entry.target.encode(), stored(entry), drop)
         if isinstance(entry, Bytes):
             return file(profile, entry, stored(entry))
-        children = [(name.encode(), one(child)) for name, child in entry.entries.items() if hidden or not name.startswith(".")]
+        children = [
+            (name.encode(), one(child))
+            for name, child in entry.entries.items()
+            if hidden or not name.startswith(".")
+        ]
         return directory(profile, children, stored(entry), drop)
 
     top = [(name.encode(), one(entry)) for name, entry in case.top.items()]
@@ -45,5 +51,9 @@ def file(profile: Profile, entry: Bytes, stored: Stored) -> Built:
     data = b"" if entry.seed is None else entry.read()
     for start in range(0, entry.size, profile.chunk_size):
         length = min(profile.chunk_size, entry.size - start)
-        builder.add(zeros(profile, length) if entry.seed is None else leaf(profile, data[start : start + length]).built)
+        builder.add(
+            zeros(profile, length)
+            if entry.seed is None
+            else leaf(profile, data[start : start + length]).built
+        )
     return builder.finish(stored)

@@ -1,4 +1,5 @@
-"""Writes data/kubo-cids.json: what a real Kubo says to each of the cases. `python -m tests.importer.record`, some minutes."""
+"""Writes data/kubo-cids.json: what a real Kubo says to each of the cases. `python -m tests.importer.record`,
+some minutes."""
 
 import json
 import tempfile
@@ -16,7 +17,8 @@ def ask(repo: Repo, case: Case, folder: Path) -> str:
     for name, entry in case.top.items():
         write(entry, folder / name)
     kept = any(option.startswith("--preserve") for option in case.options)
-    # Kubo demands the first where its profile says raw leaves, and fails at --only-hash for directories with a mode
+    # Kubo demands the first where its profile says raw leaves, and fails at --only-hash for directories with
+    # a mode
     how = ["--raw-leaves=false", "--pin=false"] if kept else ["--only-hash"]
     return repo.run("add", "-r", "-Q", *how, *case.options, *(folder / name for name in case.top)).strip()
 

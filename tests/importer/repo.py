@@ -30,5 +30,7 @@ class Repo:
     def run_raw(self, *args: str | Path) -> bytes:
         done = subprocess.run([self._program, *args], env=self._environment, capture_output=True, timeout=600)
         if done.returncode:
-            raise RuntimeError(f"ipfs {' '.join(map(str, args))}: {done.stderr.decode(errors='replace').strip()}")
+            raise RuntimeError(
+                f"ipfs {' '.join(map(str, args))}: {done.stderr.decode(errors='replace').strip()}"
+            )
         return done.stdout

@@ -1,4 +1,5 @@
-"""`add`: what it tells, what it stores, what it refuses; whatever ends it early leaves the library as it was."""
+"""`add`: what it tells, what it stores, what it refuses; whatever ends it early leaves the library as it
+was."""
 
 import os
 import subprocess
@@ -50,16 +51,23 @@ def test_wrapped_paths_are_one_root(tree: Path, library: Library) -> None:
     found = list(add([str(tree / "a"), str(tree / "b")], replace(PLAIN, wrap=True), library))
     assert told(found) == ["a", "b/c", "b", ""]
     assert list(library.roots()) == [found[-1].cid]
-    assert content(library, found[-1].cid) == {"a": (tree / "a").read_bytes(), "b": {"c": (tree / "b" / "c").read_bytes()}}
+    assert content(library, found[-1].cid) == {
+        "a": (tree / "a").read_bytes(),
+        "b": {"c": (tree / "b" / "c").read_bytes()},
+    }
 
 
 def test_only_hash_needs_no_library_and_gives_the_same(tree: Path, library: Library) -> None:
-    assert list(add([str(tree)], replace(PLAIN, only_hash=True), None)) == list(add([str(tree)], PLAIN, library))
+    assert list(add([str(tree)], replace(PLAIN, only_hash=True), None)) == list(
+        add([str(tree)], PLAIN, library)
+    )
     with pytest.raises(UsageError):
         list(add([str(tree)], PLAIN, None))
 
 
-def test_names_given_as_people_give_them(tree: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_given_as_people_give_them(
+    tree: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tree / "b")
     for path in (".", "../b/", "../b/.", "../../tree/b"):
         assert told(list(add([path], PLAIN, library)))[-1] == "b"
@@ -83,7 +91,9 @@ def test_progress_reaches_the_total(tree: Path, library: Library) -> None:
 def test_standard_input_in_pieces_is_one_file(tmp_path: Path, library: Library) -> None:
     data = Bytes(2 * MIB + 77).read()
     (tmp_path / "file").write_bytes(data)
-    with subprocess.Popen([sys.executable, "-c", ADD_STDIN, library.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", ADD_STDIN, library.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin
         assert process.stdout
         for start in range(0, len(data), 99_991):

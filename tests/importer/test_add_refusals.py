@@ -19,7 +19,9 @@ from tests.importer.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapsh
 def test_an_add_that_is_killed_leaves_the_library_as_it_was(library: Library, tree: Path) -> None:
     list(add([str(tree)], PLAIN, library))
     before = snapshot(library)
-    with subprocess.Popen([sys.executable, "-c", ADD_STDIN, library.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", ADD_STDIN, library.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin
         process.stdin.write(bytes(5 * MIB))
         process.stdin.flush()
@@ -29,7 +31,9 @@ def test_an_add_that_is_killed_leaves_the_library_as_it_was(library: Library, tr
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, OSError])
-def test_an_interrupted_add_leaves_the_library_as_it_was(interruption: type[BaseException], library: Library, tree: Path) -> None:
+def test_an_interrupted_add_leaves_the_library_as_it_was(
+    interruption: type[BaseException], library: Library, tree: Path
+) -> None:
     list(add([str(tree / "a")], PLAIN, library))
     before = snapshot(library)
 
@@ -92,7 +96,9 @@ def test_an_unreadable_file_is_named() -> None:
         file = Path(folder) / "file"
         file.write_bytes(b"x")
         file.chmod(0)
-        done = subprocess.run([sys.executable, "-c", AS_OTHER, folder], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", AS_OTHER, folder], capture_output=True, text=True, check=False
+        )
         assert f"AddFailed: {file}: Permission denied" in done.stderr
 
 

@@ -24,9 +24,18 @@ MIB = 1 << 20
 
 
 def some_tree(folder: Path) -> Path:
-    files = {"small": Bytes(10), "empty": Bytes(0), "large": Bytes(3 * MIB + 5, 3), "same": Bytes(10), "ünï 🦊": Bytes(77, 4)}
+    files = {
+        "small": Bytes(10),
+        "empty": Bytes(0),
+        "large": Bytes(3 * MIB + 5, 3),
+        "same": Bytes(10),
+        "ünï 🦊": Bytes(77, 4),
+    }
     wide = at_threshold(PROFILES["unixfs-v1-2025"], 1)
-    write(Dir({**files, "sub": Dir({"more": Dir(files), "nothing": Dir(), "links": Dir(LINKS)}), "wide": wide}), folder / "tree")
+    write(
+        Dir({**files, "sub": Dir({"more": Dir(files), "nothing": Dir(), "links": Dir(LINKS)}), "wide": wide}),
+        folder / "tree",
+    )
     return folder / "tree"
 
 
@@ -117,7 +126,10 @@ def test_what_can_not_be_written_or_walked_is_named(tmp_path: Path, library: Lib
     async def get(_cid: Cid) -> bytes:
         return b"\xa0"
 
-    cbor = cids.decode(bytes.fromhex("01711220") + bytes.fromhex("c19a797fa1fd590cd2e5b42d1cf5f246e29b91684e2f87404b81dc345c7a56a0"))
+    cbor = cids.decode(
+        bytes.fromhex("01711220")
+        + bytes.fromhex("c19a797fa1fd590cd2e5b42d1cf5f246e29b91684e2f87404b81dc345c7a56a0")
+    )
     with pytest.raises(Unsupported, match="cbor"):
         trio.run(export, cbor, get, tmp_path / "out.car")
 
@@ -135,7 +147,12 @@ def test_kubo_takes_our_cars_and_gives_the_tree_back(profile: str, tmp_path: Pat
     for pack in library.folder.glob("*.car"):
         repo.run("dag", "import", "--pin-roots=false", pack)
     repo.run("get", "--offline", "-o", tmp_path / "back", cids.text(root))
-    assert subprocess.run(["diff", "-r", "--no-dereference", tree, tmp_path / "back"], capture_output=True, check=False).stdout == b""
+    assert (
+        subprocess.run(
+            ["diff", "-r", "--no-dereference", tree, tmp_path / "back"], capture_output=True, check=False
+        ).stdout
+        == b""
+    )
     with open(tmp_path / "kubo.car", "wb") as out:
         out.write(repo.run_raw("dag", "export", "--offline", cids.text(root)))
     assert (tmp_path / "kubo.car").read_bytes() == (tmp_path / "False.car").read_bytes()

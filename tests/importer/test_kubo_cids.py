@@ -1,4 +1,5 @@
-"""Each tree gets the CID that Kubo gave it: by the pure importer, by `add` from a disk, and by a Kubo here and now."""
+"""Each tree gets the CID that Kubo gave it: by the pure importer, by `add` from a disk, and by a Kubo here
+and now."""
 
 import json
 import os
@@ -17,7 +18,9 @@ from tests.kubo.fixtures import need_kubo
 
 KNOWN: dict[str, dict[str, str]] = json.loads(DATA.read_text())
 ALL = [pytest.param(case, id=f"{profile}-{name}") for (profile, name), case in CASES.items()]
-ON_DISK = [pytest.param(case, id=f"{profile}-{name}") for (profile, name), case in CASES.items() if not case.large]
+ON_DISK = [
+    pytest.param(case, id=f"{profile}-{name}") for (profile, name), case in CASES.items() if not case.large
+]
 
 
 def test_every_case_is_known() -> None:

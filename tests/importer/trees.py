@@ -1,7 +1,8 @@
 """Trees to add, made from nothing but their description: the same bytes on every machine.
 
 A tree is a dict of names to entries. `CASES` are those whose CIDs Kubo gave (data/kubo-cids.json, written by
-`python -m tests.importer.record`): sizes around each chunk and fan-out boundary, directories around the threshold, names.
+`python -m tests.importer.record`): sizes around each chunk and fan-out boundary, directories around the
+threshold, names.
 """
 
 import os
@@ -93,7 +94,8 @@ def many(count: int, template: str = "entry {}") -> Dir:
 
 def at_threshold(profile: Profile, over: int) -> Dir:
     """A directory of empty files whose size, as the profile tells it, is the threshold and `over` bytes."""
-    if profile.estimate == "block":  # 4 bytes of data; 145 for each link whose name has 100, 125 for one whose name has 81
+    # 4 bytes of data; 145 for each link whose name has 100, 125 for one whose name has 81
+    if profile.estimate == "block":
         count, last = 1807, 81
     else:  # name and CID: 134 bytes each, then 34 + 6
         count, last = 1956, 6
@@ -119,32 +121,71 @@ LINKS: dict[str, Entry] = {
     "sub": Dir({"back": To("../file"), "to dir": To("."), "deeper": Dir({"far": To("../../sub/back")})}),
 }
 
-HIDDEN = Dir({".hidden": Bytes(3), "seen": Bytes(4), "sub": Dir({".also": Dir({"in it": EMPTY}), "x": EMPTY}), "only hidden": Dir({".a": EMPTY})})
+HIDDEN = Dir(
+    {
+        ".hidden": Bytes(3),
+        "seen": Bytes(4),
+        "sub": Dir({".also": Dir({"in it": EMPTY}), "x": EMPTY}),
+        "only hidden": Dir({".a": EMPTY}),
+    }
+)
 
 
 def _files(profile: Profile) -> Iterator[Case]:
     chunk, links = profile.chunk_size, profile.file_links
     for size in (0, 1, 100, chunk - 1, chunk, chunk + 1, 2 * chunk, 3 * chunk + 5):
         yield Case(f"file of {size}", profile, {"file": Bytes(size)})
-    for count, more in ((1, 0), (links - 1, 1), (links, 0), (links, 1), (links + 1, 0), (2 * links, 0), (2 * links, 1)):
-        yield Case(f"zeros, {count} chunks and {more}", profile, {"zeros": Bytes(count * chunk + more, None)}, large=count > 1)
+    for count, more in (
+        (1, 0),
+        (links - 1, 1),
+        (links, 0),
+        (links, 1),
+        (links + 1, 0),
+        (2 * links, 0),
+        (2 * links, 1),
+    ):
+        yield Case(
+            f"zeros, {count} chunks and {more}",
+            profile,
+            {"zeros": Bytes(count * chunk + more, None)},
+            large=count > 1,
+        )
     if links == 174:
         for more in (0, 1):
-            yield Case(f"zeros, 174 x 174 chunks and {more}", profile, {"zeros": Bytes(links * links * chunk + more, None)}, large=True)
+            yield Case(
+                f"zeros, 174 x 174 chunks and {more}",
+                profile,
+                {"zeros": Bytes(links * links * chunk + more, None)},
+                large=True,
+            )
 
 
 def _directories(profile: Profile) -> Iterator[Case]:
     yield Case("empty directory", profile, {"empty": Dir()})
     yield Case("empty directories", profile, {"outer": Dir({"a": Dir(), "b": Dir({"c": Dir()})})})
-    yield Case("names", profile, {"names": Dir({name: Bytes(index) for index, name in enumerate(NAMES)})}, ("-H",))
+    yield Case(
+        "names", profile, {"names": Dir({name: Bytes(index) for index, name in enumerate(NAMES)})}, ("-H",)
+    )
     yield Case("links", profile, {"links": Dir(LINKS)})
     yield Case("a link alone", profile, {"link": To("no/such/thing")})
     yield Case("deep", profile, {"deep": deep(60)})
-    yield Case("large and small", profile, {"mixed": Dir({"large": Bytes(3 * profile.chunk_size + 1), "small": Bytes(10), "same": Bytes(10)})})
+    yield Case(
+        "large and small",
+        profile,
+        {"mixed": Dir({"large": Bytes(3 * profile.chunk_size + 1), "small": Bytes(10), "same": Bytes(10)})},
+    )
     for over in (-1, 0, 1):
         yield Case(f"threshold {over:+}", profile, {"wide": at_threshold(profile, over)}, large=over < 0)
-    yield Case("sharded, names of all lengths", profile, {"wide": Dir({"x" * (1 + index % 200) + str(index): EMPTY for index in range(3000)})})
-    yield Case("sharded, with directories", profile, {"wide": Dir({f"directory {i:0150}": Dir({"x": Bytes(i)}) for i in range(1500)})})
+    yield Case(
+        "sharded, names of all lengths",
+        profile,
+        {"wide": Dir({"x" * (1 + index % 200) + str(index): EMPTY for index in range(3000)})},
+    )
+    yield Case(
+        "sharded, with directories",
+        profile,
+        {"wide": Dir({f"directory {i:0150}": Dir({"x": Bytes(i)}) for i in range(1500)})},
+    )
     yield Case("50,000 entries", profile, {"wide": many(50_000)}, large=True)
 
 
@@ -169,11 +210,18 @@ def _options(profile: Profile) -> Iterator[Case]:
         yield Case(f"kept {' '.join(options)}", profile, {"tree": Dir(kept, 0o750, NEW_YEAR)}, options)
     wide = {f"{index:0100}": Bytes(0, 1, 0o644, NEW_YEAR) for index in range(2000)}
     yield Case("kept, sharded", profile, {"wide": Dir(wide, 0o711, NEW_YEAR)}, (mode, mtime))
-    closed = Dir({"file": Bytes(7, 1, 0o000, NEW_YEAR), "empty": Dir({}, 0, NEW_YEAR), "wide": Dir(wide, 0, NEW_YEAR)}, 0, NEW_YEAR)
+    closed = Dir(
+        {"file": Bytes(7, 1, 0o000, NEW_YEAR), "empty": Dir({}, 0, NEW_YEAR), "wide": Dir(wide, 0, NEW_YEAR)},
+        0,
+        NEW_YEAR,
+    )
     for options in ((mode,), (mode, mtime)):
         yield Case(f"mode 0 {' '.join(options)}", profile, {"closed": closed}, options, only_root=True)
 
 
 CASES = {
-    (profile.name, case.name): case for profile in PROFILES.values() for make in (_files, _directories, _options) for case in make(profile)
+    (profile.name, case.name): case
+    for profile in PROFILES.values()
+    for make in (_files, _directories, _options)
+    for case in make(profile)
 }

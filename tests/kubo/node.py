@@ -10,11 +10,13 @@
         with Node() as other:
             node.connect(other)                 # two of them are a network
 
-In pytest ask for the fixtures `kubo_node` (one for the whole session: leave nothing pinned behind, and do not stop it),
-`own_node` (of the test's own: to stop, to collect garbage in) or `two_nodes` (of its own, joined). They skip where there
-is no `ipfs` on PATH, in $IPFSFUSE_IPFS or built by `tests/kubo/build`; with IPFSFUSE_REQUIRE_KUBO=1 they fail instead.
+In pytest ask for the fixtures `kubo_node` (one for the whole session: leave nothing pinned behind, and do not
+stop it), `own_node` (of the test's own: to stop, to collect garbage in) or `two_nodes` (of its own, joined).
+They skip where there is no `ipfs` on PATH, in $IPFSFUSE_IPFS or built by `tests/kubo/build`; with
+IPFSFUSE_REQUIRE_KUBO=1 they fail instead.
 
-A node is ready after about 0.1 s. Do not `add` while garbage is collected in a loop: Kubo 0.43 then locks itself up.
+A node is ready after about 0.1 s. Do not `add` while garbage is collected in a loop: Kubo 0.43 then locks
+itself up.
 
 Concurrency: blocking, from any thread but no event loop. A node is ended by its process id.
 """
@@ -38,7 +40,8 @@ from typing import Any, Literal, Self, overload
 VERSION = "v0.43.0"
 READY = "Daemon is ready"
 PATIENCE = 60.0
-"""Seconds for a daemon to be ready or to end: far more than it takes, so that a busy machine fails nothing."""
+"""Seconds for a daemon to be ready or to end: far more than it takes, so that a busy machine fails
+nothing."""
 
 
 def cache_folder() -> Path:
@@ -48,7 +51,8 @@ def cache_folder() -> Path:
 
 
 def find_ipfs() -> Path | None:
-    """The program: $IPFSFUSE_IPFS, else `ipfs` on PATH, else what `tests/kubo/build` made. None where there is none."""
+    """The program: $IPFSFUSE_IPFS, else `ipfs` on PATH, else what `tests/kubo/build` made. None where there
+    is none."""
     named = os.environ.get("IPFSFUSE_IPFS")
     if named:
         return Path(named)
@@ -75,7 +79,11 @@ def keep_on_loopback(config: dict[str, Any], swarm: int, api: int, gateway: int)
     config["Discovery"] = {"MDNS": {"Enabled": False}}
     config["Ipns"]["DelegatedPublishers"] = []
     config["Routing"] = {"Type": "none", "DelegatedRouters": []}
-    config["Swarm"] |= {"DisableNatPortMap": True, "RelayClient": {"Enabled": False}, "RelayService": {"Enabled": False}}
+    config["Swarm"] |= {
+        "DisableNatPortMap": True,
+        "RelayClient": {"Enabled": False},
+        "RelayService": {"Enabled": False},
+    }
     config["Version"] = {"SwarmCheckEnabled": False}
     config["Plugins"] = {"Plugins": {"telemetry": {"Config": {"Mode": "off"}}}}
     config["Addresses"] = {
@@ -89,9 +97,12 @@ def keep_on_loopback(config: dict[str, Any], swarm: int, api: int, gateway: int)
 
 
 class Node:
-    """One node. `settings` are laid over its configuration, one level deep: `{"Mounts": {"IPFS": "/..."}}`."""
+    """One node. `settings` are laid over its configuration, one level deep: `{"Mounts": {"IPFS":
+    "/..."}}`."""
 
-    def __init__(self, program: Path | None = None, *, settings: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, program: Path | None = None, *, settings: dict[str, dict[str, Any]] | None = None
+    ) -> None:
         found = program or find_ipfs()
         if found is None:
             raise FileNotFoundError("no ipfs program: run tests/kubo/build")
@@ -106,7 +117,11 @@ class Node:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipfsfuse-kubo-", ignore_cleanup_errors=True)))
+            self.folder = Path(
+                stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="ipfsfuse-kubo-", ignore_cleanup_errors=True)
+                )
+            )
             self.repo = self.folder / "repo"
             self.init()
             self.start()
@@ -114,7 +129,9 @@ class Node:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def init(self) -> None:
@@ -145,7 +162,13 @@ class Node:
         with (self.folder / "log").open("wb") as log:
             command = [str(self.program), "daemon"]
             self.process = subprocess.Popen(
-                command, env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         deadline = time.monotonic() + PATIENCE
         while READY not in self.log:
@@ -169,7 +192,8 @@ class Node:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            (self.repo / "api").unlink(missing_ok=True)  # what a crash leaves would make the next command ask a dead port
+            # what a crash leaves would make the next command ask a dead port
+            (self.repo / "api").unlink(missing_ok=True)
         self.process = None
 
     def restart(self) -> None:
@@ -199,14 +223,27 @@ class Node:
 
         Raises RuntimeError with what it said on standard error."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        done = subprocess.run([self.program, *args], env=self.environment, cwd=self.folder, input=data, capture_output=True, timeout=600)
+        done = subprocess.run(
+            [self.program, *args],
+            env=self.environment,
+            cwd=self.folder,
+            input=data,
+            capture_output=True,
+            timeout=600,
+        )
         if done.returncode != 0:
-            raise RuntimeError(f"ipfs {' '.join(map(str, args))}: {done.stderr.decode(errors='replace').strip()}")
+            raise RuntimeError(
+                f"ipfs {' '.join(map(str, args))}: {done.stderr.decode(errors='replace').strip()}"
+            )
         return done.stdout.decode().rstrip("\n") if text else done.stdout
 
     def rpc(self, path: str, timeout: float = 60.0, **args: str | int | bool) -> Any:
-        """POSTs to the RPC API; the answer's JSON, or its text where it is none. Raises RuntimeError as the node says."""
-        texts = {key.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value for key, value in args.items()}
+        """POSTs to the RPC API; the answer's JSON, or its text where it is none. Raises RuntimeError as the
+        node says."""
+        texts = {
+            key.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value
+            for key, value in args.items()
+        }
         query = urllib.parse.urlencode(texts)
         request = urllib.request.Request(f"{self.api_url}/api/v0/{path}?{query}", method="POST")
         try:

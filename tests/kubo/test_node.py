@@ -10,7 +10,8 @@ UDP_OPEN = "07"
 
 
 def listening_addresses(pid: int) -> set[str]:
-    """The addresses (hexadecimal, as the kernel writes them) on which a process takes connections or datagrams."""
+    """The addresses (hexadecimal, as the kernel writes them) on which a process takes connections or
+    datagrams."""
     inodes = set()
     for file in os.listdir(f"/proc/{pid}/fd"):
         try:

@@ -1,9 +1,10 @@
-"""Loaded by a daemon whose PYTHONPATH begins with this folder: notes how long one step of its event loop took at most.
+"""Loaded by a daemon whose PYTHONPATH begins with this folder: notes how long one step of its event loop took
+at most.
 
-A step is what one task does between two checkpoints: meanwhile nobody else is answered. Its time is counted in CPU time of
-the loop's thread, so that a busy machine makes no step longer. What Python's cycle collector takes within a step is left out and
-noted by itself: it grows with the number of objects alive, whatever the step does. `tests.looptime.steps` starts such daemons and
-reads what they note.
+A step is what one task does between two checkpoints: meanwhile nobody else is answered. Its time is counted
+in CPU time of the loop's thread, so that a busy machine makes no step longer. What Python's cycle collector
+takes within a step is left out and noted by itself: it grows with the number of objects alive, whatever the
+step does. `tests.looptime.steps` starts such daemons and reads what they note.
 """
 
 import gc
@@ -17,8 +18,8 @@ from typing import Any
 import trio
 
 FILE = os.environ.get("IPFSFUSE_TEST_STEPS", "")
-"""Each step that was longer than all before it, and than NOTED, gets a line here: seconds, task, and where it was, if that was seen.
-So does each pass of the collector."""
+"""Each step that was longer than all before it, and than NOTED, gets a line here: seconds, task, and where it
+was, if that was seen. So does each pass of the collector."""
 NOTED = 0.02
 
 
@@ -65,9 +66,15 @@ class LongestStep(trio.abc.Instrument):
         before = 0.0
         while True:
             time.sleep(0.01)
-            if self._last and self._last == before and (frame := sys._current_frames().get(self._thread)) is not None:
+            if (
+                self._last
+                and self._last == before
+                and (frame := sys._current_frames().get(self._thread)) is not None
+            ):
                 places = reversed(traceback.extract_stack(frame)[-12:])
-                self._seen = " < ".join(f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}" for place in places)
+                self._seen = " < ".join(
+                    f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}" for place in places
+                )
             before = self._last
 
 

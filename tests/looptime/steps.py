@@ -15,7 +15,10 @@ LONGEST = 0.05
 def none_is_long(home: Home) -> Iterator[None]:
     """No event loop of what `home` starts within the block has a step of over LONGEST."""
     notes = home.folder / "steps"
-    here = {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{home.env['PYTHONPATH']}", "IPFSFUSE_TEST_STEPS": str(notes)}
+    here = {
+        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{home.env['PYTHONPATH']}",
+        "IPFSFUSE_TEST_STEPS": str(notes),
+    }
     before = {name: home.env.get(name) for name in here}
     home.env |= here
     try:

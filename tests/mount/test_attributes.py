@@ -48,7 +48,11 @@ def test_with_allow_other_another_user_reads(sample: Sample, name: str) -> None:
 
 def test_what_is_not_stored_has_modes_0444_and_0555_and_time_0(sample: Sample) -> None:
     file, folder, link = (os.lstat(sample.root / name) for name in ("hello.txt", "dir", "link"))
-    assert [stat.filemode(s.st_mode) for s in (file, folder, link)] == ["-r--r--r--", "dr-xr-xr-x", "lrwxrwxrwx"]
+    assert [stat.filemode(s.st_mode) for s in (file, folder, link)] == [
+        "-r--r--r--",
+        "dr-xr-xr-x",
+        "lrwxrwxrwx",
+    ]
     for shown in (file, folder, link):
         assert shown.st_mtime == shown.st_ctime == shown.st_atime == 0
         assert (shown.st_nlink, shown.st_uid, shown.st_gid) == (1, os.getuid(), os.getgid())
@@ -65,14 +69,22 @@ def test_stored_modes_and_times_are_shown(home: Home) -> None:
         shown = os.stat(mount.path / cid)
         assert stat.S_IMODE(shown.st_mode) == 0o7751
         assert shown.st_mtime_ns == shown.st_ctime_ns == shown.st_atime_ns == 1_600_000_000_123_456_789
-        assert subprocess.run([mount.path / cid], capture_output=True, text=True, check=True).stdout == "ran\n"
+        assert (
+            subprocess.run([mount.path / cid], capture_output=True, text=True, check=True).stdout == "ran\n"
+        )
 
 
 def test_times_that_the_kernel_can_not_be_told_are_shown_as_the_nearest_one(home: Home) -> None:
     dag = Dag()
-    seconds = {"0001": -62_135_596_800, "1677": -9_223_372_036, "2262": 9_223_372_036, "9999": 253_402_300_799}
+    seconds = {
+        "0001": -62_135_596_800,
+        "1677": -9_223_372_036,
+        "2262": 9_223_372_036,
+        "9999": 253_402_300_799,
+    }
     files = {
-        year.encode(): (dag.node([], UnixFS(type=Type.FILE, data=b"x", filesize=1, mtime=stored * 10**9)), 1) for year, stored in seconds.items()
+        year.encode(): (dag.node([], UnixFS(type=Type.FILE, data=b"x", filesize=1, mtime=stored * 10**9)), 1)
+        for year, stored in seconds.items()
     }
     root = cids.text(dag.directory(files))
     with home.mounted("--from", dag.car(home.folder / "content.car")) as mount:
@@ -83,16 +95,34 @@ def test_times_that_the_kernel_can_not_be_told_are_shown_as_the_nearest_one(home
             "2262": 9_223_372_036 * 10**9,
             "9999": (1 << 63) - 1,
         }
-        assert len(subprocess.run(["ls", "-l", mount.path / root], capture_output=True, check=True).stdout.splitlines()) == 5
+        assert (
+            len(
+                subprocess.run(
+                    ["ls", "-l", mount.path / root], capture_output=True, check=True
+                ).stdout.splitlines()
+            )
+            == 5
+        )
 
 
 def test_blocks_come_from_the_size_so_that_tar_and_du_see_no_holes(sample: Sample) -> None:
     big = os.stat(sample.root / "big.bin")
     assert big.st_blocks == -(-big.st_size // 512)
-    archived = subprocess.run(["tar", "-S", "-cf", "-", "-C", sample.root, "big.bin"], capture_output=True, check=True).stdout
-    original = subprocess.run(["tar", "-S", "-cf", "-", "-C", sample.source, "big.bin"], capture_output=True, check=True).stdout
+    archived = subprocess.run(
+        ["tar", "-S", "-cf", "-", "-C", sample.root, "big.bin"], capture_output=True, check=True
+    ).stdout
+    original = subprocess.run(
+        ["tar", "-S", "-cf", "-", "-C", sample.source, "big.bin"], capture_output=True, check=True
+    ).stdout
     assert len(archived) == len(original)
-    assert int(subprocess.run(["du", "-B1", sample.root / "big.bin"], capture_output=True, text=True, check=True).stdout.split()[0]) >= big.st_size
+    assert (
+        int(
+            subprocess.run(
+                ["du", "-B1", sample.root / "big.bin"], capture_output=True, text=True, check=True
+            ).stdout.split()[0]
+        )
+        >= big.st_size
+    )
 
 
 def test_statfs_tells_the_budget_and_what_is_staged(home: Home) -> None:
@@ -113,7 +143,12 @@ def test_every_file_directory_and_symlink_tells_its_cid(sample: Sample) -> None:
     for name in ("hello.txt", "dir", "empty", "big.bin", "link"):
         shown = os.getxattr(sample.root / name, "ipfs.cid", follow_symlinks=False).decode()
         assert shown == sample.mount.home.add("--only-hash", sample.source / name)
-    assert set(os.listxattr(sample.root / "hello.txt")) == {"ipfs.cid", "ipfsfuse.staged", "ipfsfuse.pinned", "ipfsfuse.source"}
+    assert set(os.listxattr(sample.root / "hello.txt")) == {
+        "ipfs.cid",
+        "ipfsfuse.staged",
+        "ipfsfuse.pinned",
+        "ipfsfuse.source",
+    }
 
 
 def test_the_root_has_no_cid(sample: Sample) -> None:
@@ -131,22 +166,43 @@ def test_the_mount_is_nosuid_nodev_and_rw_so_that_writes_are_eperm(sample: Sampl
 
 
 def test_what_several_tools_copy_is_what_was_added(sample: Sample, home: Home) -> None:
-    for number, command in enumerate(("cp -a {0}/. {1}", "rsync -a {0}/ {1}/", "tar -C {0} -cf - . | tar -C {1} -xf -")):
+    for number, command in enumerate(
+        ("cp -a {0}/. {1}", "rsync -a {0}/ {1}/", "tar -C {0} -cf - . | tar -C {1} -xf -")
+    ):
         copy = home.folder / f"copy{number}"
         copy.mkdir()
         subprocess.run(command.format(f"'{sample.root}'", copy), shell=True, check=True, capture_output=True)
-        assert subprocess.run(["diff", "-r", "--no-dereference", sample.source, copy], capture_output=True).returncode == 0
+        assert (
+            subprocess.run(
+                ["diff", "-r", "--no-dereference", sample.source, copy], capture_output=True
+            ).returncode
+            == 0
+        )
         subprocess.run(["chmod", "-R", "u+w", copy], check=True)
 
 
 def test_git_status_works_in_a_mounted_repository(home: Home) -> None:
     repository = home.folder / "repo"
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "safe.directory=*", "--no-optional-locks"]
+    git = [
+        "git",
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "safe.directory=*",
+        "--no-optional-locks",
+    ]
     subprocess.run([*git, "init", "-q", repository], check=True)
     (repository / "file").write_text("x\n")
     subprocess.run([*git, "-C", repository, "add", "file"], check=True)
     subprocess.run([*git, "-C", repository, "commit", "-qm", "first"], check=True)
     cid = home.add("-H", "--preserve-mode", "--preserve-mtime", repository)
     with home.mounted() as mount:
-        done = subprocess.run([*git, "-C", mount.path / cid, "status", "--porcelain"], capture_output=True, text=True, env=home.env)
+        done = subprocess.run(
+            [*git, "-C", mount.path / cid, "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            env=home.env,
+        )
         assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -1,5 +1,5 @@
-"""Faults that can't be caused from outside, put into a real daemon: a libfuse that takes no device, a compiled part that is
-gone, a bug in a handler."""
+"""Faults that can't be caused from outside, put into a real daemon: a libfuse that takes no device, a
+compiled part that is gone, a bug in a handler."""
 
 import errno
 import os
@@ -45,9 +45,13 @@ def daemon(home: Home, fault: str) -> Iterator[Path]:
     """A daemon in the foreground with `fault` in it; yields its log."""
     log = home.folder / "log"
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", fault + RUN, str(home.mountpoint)], env=home.env, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-c", fault + RUN, str(home.mountpoint)], env=home.env, stdout=out, stderr=out
+        )
         try:
-            wait_until(lambda: '"mountpoint"' in log.read_text() or process.poll() is not None, "it is mounted")
+            wait_until(
+                lambda: '"mountpoint"' in log.read_text() or process.poll() is not None, "it is mounted"
+            )
             assert process.poll() is None, log.read_text()
             yield log
         finally:
@@ -68,7 +72,9 @@ def test_where_libfuse_takes_no_device_the_mount_is_refused_in_one_line(home: Ho
     command = [sys.executable, "-c", NO_DEVICE + RUN, str(home.mountpoint)]
     done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"ipfsfuse: {home.mountpoint} can't be served: this libfuse takes no device from outside")
+    assert done.stderr.startswith(
+        f"ipfsfuse: {home.mountpoint} can't be served: this libfuse takes no device from outside"
+    )
     assert done.stderr.count("\n") == 1
     assert fuse_mounts(home.folder) == []
 
@@ -77,7 +83,9 @@ def test_without_its_compiled_part_a_mount_is_refused_in_one_line(home: Home) ->
     command = [sys.executable, "-c", GONE + RUN, str(home.mountpoint)]
     done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith("ipfsfuse: the compiled part ipfsfuse.fuse._native is missing: install ipfsfuse again")
+    assert done.stderr.startswith(
+        "ipfsfuse: the compiled part ipfsfuse.fuse._native is missing: install ipfsfuse again"
+    )
     assert done.stderr.count("\n") == 1
 
 

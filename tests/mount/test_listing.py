@@ -12,7 +12,9 @@ def test_the_root_lists_what_was_added(sample: Sample) -> None:
 
 
 def test_ls_a_shows_dot_and_dot_dot(sample: Sample) -> None:
-    names = subprocess.run(["ls", "-a", sample.root], capture_output=True, text=True, check=True).stdout.split("\n")
+    names = subprocess.run(
+        ["ls", "-a", sample.root], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     assert names[:2] == [".", ".."]
 
 
@@ -67,7 +69,9 @@ for index in (3001, 17, 2999, 0, 1500, 2, 1):
     assert name() == names[index], index
 print("resumed")
 """
-        done = subprocess.run(["python3", "-c", script, str(mount.path / cid)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["python3", "-c", script, str(mount.path / cid)], capture_output=True, text=True
+        )
         assert done.stdout == "resumed\n", done.stderr
         assert sorted(os.listdir(mount.path / cid)) == sorted(os.listdir(folder))
 

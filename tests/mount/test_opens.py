@@ -1,4 +1,5 @@
-"""Opens of small files, and reads of large ones, that Python is not asked about: what they may do, and what becomes of them."""
+"""Opens of small files, and reads of large ones, that Python is not asked about: what they may do, and what
+becomes of them."""
 
 import errno
 import os
@@ -45,7 +46,9 @@ def read_all(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: (root / name).read_bytes() for name in names}
 
 
-def test_who_opened_a_small_file_once_is_not_asked_again(kernel: Counted, root: Path, small: dict[str, bytes]) -> None:
+def test_who_opened_a_small_file_once_is_not_asked_again(
+    kernel: Counted, root: Path, small: dict[str, bytes]
+) -> None:
     assert read_all(root, small) == small
     before = kernel.now()
     assert read_all(root, small) == small
@@ -53,7 +56,10 @@ def test_who_opened_a_small_file_once_is_not_asked_again(kernel: Counted, root: 
     assert asked["open"] <= FEW + asked["lookup"], "but for those that the kernel has forgotten"
 
 
-@pytest.mark.parametrize("how", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_CREAT])
+@pytest.mark.parametrize(
+    "how",
+    [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_CREAT],
+)
 def test_nobody_gets_past_for_writing(kernel: Counted, root: Path, small: dict[str, bytes], how: int) -> None:
     names = list(small)[:3]
     for _ in range(2):
@@ -64,7 +70,9 @@ def test_nobody_gets_past_for_writing(kernel: Counted, root: Path, small: dict[s
         assert refused.value.errno == errno.EPERM
 
 
-def test_what_the_kernel_has_dropped_is_read_through_such_an_open(kernel: Counted, root: Path, small: dict[str, bytes]) -> None:
+def test_what_the_kernel_has_dropped_is_read_through_such_an_open(
+    kernel: Counted, root: Path, small: dict[str, bytes]
+) -> None:
     names = list(small)[:20]
     read_all(root, names)
     for _ in range(3):
@@ -79,7 +87,9 @@ def test_what_the_kernel_has_dropped_is_read_through_such_an_open(kernel: Counte
             os.close(file)
 
 
-def test_many_who_open_read_and_close_in_any_order(kernel: Counted, root: Path, small: dict[str, bytes]) -> None:
+def test_many_who_open_read_and_close_in_any_order(
+    kernel: Counted, root: Path, small: dict[str, bytes]
+) -> None:
     names = list(small)[:30]
     read_all(root, names)
 
@@ -119,7 +129,8 @@ def test_of_what_was_read_ahead_python_is_asked_for_a_part(home: Home) -> None:
         for patience in (0, 0.01, 0.05, 0.2, 1):
             file = os.open(path, os.O_RDONLY)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads nothing ahead: it asks for each piece when that is read
+            # the kernel reads nothing ahead: it asks for each piece when that is read
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
             before = kernel.now()
             for at in range(0, LARGE, 128 << 10):
                 assert os.pread(file, 128 << 10, at) == content[at : at + (128 << 10)]

@@ -63,8 +63,12 @@ def test_empty_files_and_symlinks(sample: Sample) -> None:
 def test_a_file_open_in_100_processes(big: tuple[Path, bytes]) -> None:
     path, data = big
     script = "import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest())"
+
+    def run(_number: int) -> str:
+        command = [sys.executable, "-S", "-c", script, path]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     with ThreadPoolExecutor(100) as pool:
-        run = lambda _: subprocess.run([sys.executable, "-S", "-c", script, path], capture_output=True, text=True).stdout.strip()  # noqa: E731
         assert set(pool.map(run, range(100))) == {hashlib.sha256(data).hexdigest()}
 
 
@@ -76,7 +80,9 @@ def test_the_first_byte_of_a_large_file_costs_the_path_and_one_leaf(home: Home) 
     cid = home.add(large)
     record = home.folder / "record"
     with home.mounted("--record", record) as mount:
-        assert subprocess.run(["head", "-c1", mount.path / cid], capture_output=True, check=True).stdout == b"\0"
+        assert (
+            subprocess.run(["head", "-c1", mount.path / cid], capture_output=True, check=True).stdout == b"\0"
+        )
         used = record.read_text().splitlines()
     assert len(used) == 2, used
 
@@ -85,4 +91,9 @@ def test_the_same_tree_again_offline_after_unmount(home: Home, sample: Sample) -
     cid = home.add(sample.source)
     for options in ([], ["--offline"]):
         with home.mounted(*options) as mount:
-            assert subprocess.run(["diff", "-r", "--no-dereference", sample.source, mount.path / cid], capture_output=True).returncode == 0
+            assert (
+                subprocess.run(
+                    ["diff", "-r", "--no-dereference", sample.source, mount.path / cid], capture_output=True
+                ).returncode
+                == 0
+            )

@@ -24,17 +24,23 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sample]:
 
 def test_the_standard_library_comes_out_as_it_went_in(library: Sample) -> None:
     assert sum(len(files) for _, _, files in os.walk(library.source)) > 500
-    done = subprocess.run(["diff", "-r", "--no-dereference", library.source, library.root], capture_output=True, text=True)
+    done = subprocess.run(
+        ["diff", "-r", "--no-dereference", library.source, library.root], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_find_and_du_see_the_same_tree(library: Sample) -> None:
     def found(folder: Path) -> list[str]:
-        shown = subprocess.run(["find", ".", "-printf", "%P %y\n"], cwd=folder, capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            ["find", ".", "-printf", "%P %y\n"], cwd=folder, capture_output=True, text=True, check=True
+        )
         return sorted(shown.stdout.splitlines())
 
     assert found(library.root) == found(library.source)
-    apparent = subprocess.run(["du", "-sb", "--apparent-size", "."], cwd=library.root, capture_output=True, text=True, check=True)
+    apparent = subprocess.run(
+        ["du", "-sb", "--apparent-size", "."], cwd=library.root, capture_output=True, text=True, check=True
+    )
     files = sum(path.stat().st_size for path in library.source.rglob("*") if path.is_file())
     assert int(apparent.stdout.split()[0]) == files
 

@@ -93,7 +93,7 @@ def dagpb_files(dag: Dag, count: int) -> dict[bytes, tuple[Cid, int]]:
     }
 
 
-# -- a listing must not take references away --------------------------------------------------------------------------
+# -- a listing must not take references away -----------------------------------------------------------------
 
 
 def test_a_file_of_cid_version_0_reads_after_the_root_was_listed(home: Home) -> None:
@@ -145,7 +145,7 @@ def test_files_read_after_their_directory_was_listed_by_another_path_and_their_a
             assert len(os.listdir(mount / root / "two")) == 200
 
 
-# -- numbers can't be chosen ------------------------------------------------------------------------------------------
+# -- numbers can't be chosen ---------------------------------------------------------------------------------
 
 
 def test_content_made_for_a_trusted_files_inode_number_does_not_take_it_over(home: Home) -> None:
@@ -184,7 +184,8 @@ def test_content_made_for_a_trusted_files_inode_number_does_not_take_it_over(hom
 
 
 def test_20000_cids_that_end_alike_cost_no_more_than_others(home: Home) -> None:
-    """They once had one number, and each lookup counted up from there: 70 s, and other lookups waited 44 s."""
+    """They once had one number, and each lookup counted up from there: 70 s, and other lookups waited 44
+    s."""
     dag = Dag()
     tail = b"\x00" * 7 + b"\x07"
     alike = [identity(cids.RAW, number.to_bytes(8, "big") + tail) for number in range(20_000)]
@@ -216,7 +217,7 @@ def test_20000_cids_that_end_alike_cost_no_more_than_others(home: Home) -> None:
         assert max(waited) < 5, "1 s where the machine has nothing else to do"
 
 
-# -- any sequence -----------------------------------------------------------------------------------------------------
+# -- any sequence --------------------------------------------------------------------------------------------
 
 
 class Walker:
@@ -270,7 +271,11 @@ class Walker:
                     other, _thing = self.path(FILE, DIRECTORY)
                     os.stat(other)
                     inside = path / self._dice.choice(names)
-                    if self._dice.random() < 0.3 and inside.name not in ("bad", "unshown") and inside.is_file():
+                    if (
+                        self._dice.random() < 0.3
+                        and inside.name not in ("bad", "unshown")
+                        and inside.is_file()
+                    ):
                         inside.read_bytes()
             case 7:
                 drop_caches()

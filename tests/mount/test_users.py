@@ -18,7 +18,8 @@ as_user = pytest.mark.skipif(
     or not os.path.exists("/etc/mtab")
     or not os.path.exists("/dev/fuse")
     or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
-    reason="needs root, to become somebody else, setpriv, /etc/mtab (which fusermount3 reads for users), and udev's /dev/fuse, open to all",
+    reason="needs root, to become somebody else, setpriv, /etc/mtab (which fusermount3 reads for users), "
+    "and udev's /dev/fuse, open to all",
 )
 
 
@@ -47,8 +48,13 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(users_home: Home) -> None:
     cid = run("add", "-Q", str(home.folder / "data")).strip()
     run("mount", str(home.mountpoint))
     try:
-        script = f"import hashlib; print(hashlib.sha256(open({str(home.mountpoint / cid)!r}, 'rb').read()).hexdigest())"
-        read = subprocess.run([*command_of(NOBODY), "/usr/bin/python3", "-c", script], capture_output=True, text=True)
+        script = (
+            f"import hashlib; print(hashlib.sha256(open({str(home.mountpoint / cid)!r}, "
+            "'rb').read()).hexdigest())"
+        )
+        read = subprocess.run(
+            [*command_of(NOBODY), "/usr/bin/python3", "-c", script], capture_output=True, text=True
+        )
         assert read.stdout.strip() == hashlib.sha256(data).hexdigest(), read.stderr
         with pytest.raises(PermissionError):
             os.listdir(home.mountpoint)  # root itself may not enter without allow_other
@@ -61,7 +67,12 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(users_home: Home) -> None:
 def test_a_mountpoint_of_another_user_is_refused(users_home: Home) -> None:
     others = users_home.folder / "others"
     others.mkdir(mode=0o755)
-    users_home.refused("mount", others, names=f"{others} can't be mounted: this user may not write to it", wrapper=command_of(NOBODY))
+    users_home.refused(
+        "mount",
+        others,
+        names=f"{others} can't be mounted: this user may not write to it",
+        wrapper=command_of(NOBODY),
+    )
 
 
 def lets_others_in() -> bool:
@@ -70,10 +81,18 @@ def lets_others_in() -> bool:
 
 
 @as_user
-@pytest.mark.skipif(lets_others_in(), reason="this machine's /etc/fuse.conf allows --allow-other to everybody")
+@pytest.mark.skipif(
+    lets_others_in(), reason="this machine's /etc/fuse.conf allows --allow-other to everybody"
+)
 def test_allow_other_is_for_the_administrator_to_allow(users_home: Home) -> None:
     home = users_home
-    home.refused("mount", "--allow-other", home.mountpoint, names="needs the line user_allow_other in /etc/fuse.conf", wrapper=command_of(NOBODY))
+    home.refused(
+        "mount",
+        "--allow-other",
+        home.mountpoint,
+        names="needs the line user_allow_other in /etc/fuse.conf",
+        wrapper=command_of(NOBODY),
+    )
 
 
 def test_an_isolated_mount_leaves_nothing_and_shares_nothing(home: Home, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Nothing can be changed: every mutating call that reaches the mount is EPERM, whoever makes it, and nothing changes."""
+"""Nothing can be changed: every mutating call that reaches the mount is EPERM, whoever makes it, and nothing
+changes."""
 
 import os
 import subprocess
@@ -13,10 +14,41 @@ SCRIPT = Path(__file__).with_name("syscalls.py")
 NOBODY = 65534
 
 EPERM = [
-    "open-wronly", "open-rdwr", "open-append", "open-trunc", "open-rdonly-trunc", "open-creat-existing", "create", "create-root", "create-excl",
-    "mkdir", "mkdir-root", "mknod", "mkfifo", "symlink", "link", "unlink", "unlink-symlink", "rmdir", "rmdir-root", "rename", "rename-over",
-    "rename-dir", "chmod", "chmod-dir", "fchmod", "chown", "lchown", "utimensat", "utimensat-symlink", "futimens", "truncate", "truncate-same",
-    "setxattr", "setxattr-own", "removexattr",
+    "open-wronly",
+    "open-rdwr",
+    "open-append",
+    "open-trunc",
+    "open-rdonly-trunc",
+    "open-creat-existing",
+    "create",
+    "create-root",
+    "create-excl",
+    "mkdir",
+    "mkdir-root",
+    "mknod",
+    "mkfifo",
+    "symlink",
+    "link",
+    "unlink",
+    "unlink-symlink",
+    "rmdir",
+    "rmdir-root",
+    "rename",
+    "rename-over",
+    "rename-dir",
+    "chmod",
+    "chmod-dir",
+    "fchmod",
+    "chown",
+    "lchown",
+    "utimensat",
+    "utimensat-symlink",
+    "futimens",
+    "truncate",
+    "truncate-same",
+    "setxattr",
+    "setxattr-own",
+    "removexattr",
 ]
 
 KERNEL_ANSWERS = {
@@ -43,9 +75,17 @@ KERNEL_ANSWERS = {
 def call(name: str, folder: Path, user: int | None = None) -> str:
     """What the call answers when another process makes it."""
     options = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-    python = sys.executable if user is None else "/usr/bin/python3"  # another user may not enter the tests' environment
+    # another user may not enter the tests' environment
+    python = sys.executable if user is None else "/usr/bin/python3"
     script = SCRIPT.read_text()
-    done = subprocess.run([python, "-c", script, name, str(folder)], capture_output=True, text=True, timeout=60, cwd="/", **options)
+    done = subprocess.run(
+        [python, "-c", script, name, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        **options,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -76,4 +116,9 @@ def test_where_the_kernel_answers_first_its_errno_stands(sample: Sample, name: s
 
 
 def test_after_all_of_that_the_tree_is_the_one_that_was_added(sample: Sample) -> None:
-    assert subprocess.run(["diff", "-r", "--no-dereference", sample.source, sample.root], capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            ["diff", "-r", "--no-dereference", sample.source, sample.root], capture_output=True
+        ).returncode
+        == 0
+    )

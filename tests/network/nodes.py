@@ -23,14 +23,19 @@ def source(node: Node) -> str:
 
 
 @contextmanager
-def mounted(home: Home, *nodes: Node, options: Sequence[str | Path] = (), at: Path | None = None) -> Iterator[Mounted]:
+def mounted(
+    home: Home, *nodes: Node, options: Sequence[str | Path] = (), at: Path | None = None
+) -> Iterator[Mounted]:
     """A mount that asks `nodes`."""
-    with home.mounted(*(word for node in nodes for word in ("--from", source(node))), *options, at=at) as mount:
+    with home.mounted(
+        *(word for node in nodes for word in ("--from", source(node))), *options, at=at
+    ) as mount:
         yield mount
 
 
 def write_tree(folder: Path, *, many: int = 250) -> Path:
-    """Files around the chunk sizes, nested folders, symlinks, odd names, and a folder of `many` entries for a HAMT."""
+    """Files around the chunk sizes, nested folders, symlinks, odd names, and a folder of `many` entries for a
+    HAMT."""
     dice = random.Random(SEED)
     tree = folder / "tree"
     (tree / "deep" / "deeper").mkdir(parents=True)
@@ -44,7 +49,9 @@ def write_tree(folder: Path, *, many: int = 250) -> Path:
     crowd = tree / "many"
     crowd.mkdir()
     for number in range(many):
-        (crowd / f"{number:04} of many, whose names are long enough to make the folder a HAMT").write_bytes(dice.randbytes(dice.randrange(100)))
+        (crowd / f"{number:04} of many, whose names are long enough to make the folder a HAMT").write_bytes(
+            dice.randbytes(dice.randrange(100))
+        )
     return tree
 
 
@@ -53,7 +60,11 @@ def dated(tree: Path) -> Path:
     dice = random.Random(SEED)
     for path in sorted(tree.rglob("*"), reverse=True):
         if not path.is_symlink():
-            path.chmod(dice.choice((0o755, 0o700, 0o511)) if path.is_dir() else dice.choice((0o644, 0o600, 0o755, 0o444, 0o421)))
+            path.chmod(
+                dice.choice((0o755, 0o700, 0o511))
+                if path.is_dir()
+                else dice.choice((0o644, 0o600, 0o755, 0o444, 0o421))
+            )
         os.utime(path, ns=(0, dice.randrange(1, 2_000_000_000 * 10**9)), follow_symlinks=False)
     return tree
 

@@ -1,4 +1,5 @@
-"""Whole directories from a real node: what a reader who goes through them costs, and what reaches the kernel unasked."""
+"""Whole directories from a real node: what a reader who goes through them costs, and what reaches the kernel
+unasked."""
 
 import json
 import os
@@ -27,9 +28,16 @@ def folders(folder: Path, count: int, files: int) -> dict[str, bytes]:
 
 
 def read_in_order(root: Path, names: list[str]) -> dict[str, bytes]:
-    script = "import sys, json; [sys.stdout.write(json.dumps(open(name, 'rb').read().hex()) + '\\n') for name in sys.argv[1:]]"
-    read = subprocess.run([sys.executable, "-c", script, *names], cwd=root, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(zip(names, (bytes.fromhex(json.loads(line)) for line in read.stdout.splitlines()), strict=True))
+    script = (
+        "import sys, json; [sys.stdout.write(json.dumps(open(name, 'rb').read().hex()) + '\\n') for "
+        "name in sys.argv[1:]]"
+    )
+    read = subprocess.run(
+        [sys.executable, "-c", script, *names], cwd=root, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return dict(
+        zip(names, (bytes.fromhex(json.loads(line)) for line in read.stdout.splitlines()), strict=True)
+    )
 
 
 def requests(home: Home) -> int:
@@ -37,37 +45,58 @@ def requests(home: Home) -> int:
 
 
 @pytest.mark.parametrize("crowd", [1, 4])
-def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(kubo_node: Node, home: Home, crowd: int) -> None:
+def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(
+    kubo_node: Node, home: Home, crowd: int
+) -> None:
     contents = folders(home.folder / "tree", 8, 30)
-    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    root = home.mountpoint / kubo_node.cmd(
+        "add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree"
+    )
     with counted(home, f"kubo+{kubo_node.api_url}") as kernel:
         for number in range(8):
             names = [name for name in contents if name.startswith(f"{number:02}/")]
             subprocess.run(["ls", root / f"{number:02}"], check=True, stdout=subprocess.DEVNULL)
-            readers = [subprocess.Popen(["cat", *names], cwd=root, stdout=subprocess.PIPE) for _ in range(crowd - 1)]
+            readers = [
+                subprocess.Popen(["cat", *names], cwd=root, stdout=subprocess.PIPE) for _ in range(crowd - 1)
+            ]
             assert read_in_order(root, names) == {name: contents[name] for name in names}
             for reader in readers:
                 assert reader.communicate()[0] == b"".join(contents[name] for name in names)
         assert requests(home) < len(contents) // 4, "one answer for many files"
         if crowd == 1:
-            assert kernel.now()["read"] < len(contents) // 2, "most were in the page cache when they were opened"
+            assert kernel.now()["read"] < len(contents) // 2, (
+                "most were in the page cache when they were opened"
+            )
 
 
 def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: Node, home: Home) -> None:
     folders(home.folder / "tree", 1, 30)
-    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    root = home.mountpoint / kubo_node.cmd(
+        "add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree"
+    )
     with counted(home, f"kubo+{kubo_node.api_url}") as kernel:
-        listed = [subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout for _ in range(2)]
+        listed = [
+            subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout
+            for _ in range(2)
+        ]
         before = kernel.now()
-        listed += [subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout]
+        listed += [
+            subprocess.run(["ls", "-a", root / "00"], check=True, capture_output=True, text=True).stdout
+        ]
         assert listed[0].split() == [".", "..", *(f"{number:02}" for number in range(30))]
         assert listed[0] == listed[1] == listed[2]
         assert kernel.since(before)["opendir"] == 1
         assert kernel.since(before)["readdir"] == 0
-        assert subprocess.run(["ls", home.mountpoint], check=True, capture_output=True, text=True).stdout.split() == [root.name]
-        other = kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree" / "00")
+        assert subprocess.run(
+            ["ls", home.mountpoint], check=True, capture_output=True, text=True
+        ).stdout.split() == [root.name]
+        other = kubo_node.cmd(
+            "add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree" / "00"
+        )
         subprocess.run(["ls", home.mountpoint / other], check=True, stdout=subprocess.DEVNULL)
-        named = subprocess.run(["ls", home.mountpoint], check=True, capture_output=True, text=True).stdout.split()
+        named = subprocess.run(
+            ["ls", home.mountpoint], check=True, capture_output=True, text=True
+        ).stdout.split()
         assert sorted(named) == sorted([root.name, other]), "names may appear in the root at any time"
 
 
@@ -79,15 +108,21 @@ def test_a_large_listing_is_one_answer_and_no_childs_content(kubo_node: Node, ho
     cid = kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", tree)
     with counted(home, f"kubo+{kubo_node.api_url}") as kernel:
         before = requests(home)
-        listed = subprocess.run(["ls", "-l", home.mountpoint / cid], check=True, capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["ls", "-l", home.mountpoint / cid], check=True, capture_output=True, text=True
+        ).stdout
         assert len(listed.splitlines()) == 3001
         assert requests(home) - before < 20, "a HAMT of hundreds of nodes"
         assert kernel.now()["getattr"] < 100, "sizes come with the names"
 
 
-def test_what_was_let_in_unasked_is_pinned_all_the_same_and_staged_again_after_an_eviction(kubo_node: Node, home: Home) -> None:
+def test_what_was_let_in_unasked_is_pinned_all_the_same_and_staged_again_after_an_eviction(
+    kubo_node: Node, home: Home
+) -> None:
     contents = folders(home.folder / "tree", 3, 30)
-    root = home.mountpoint / kubo_node.cmd("add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree")
+    root = home.mountpoint / kubo_node.cmd(
+        "add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree"
+    )
     with counted(home, f"kubo+{kubo_node.api_url}", pins="kubo") as kernel:
         for _ in range(2):
             for number in range(3):
@@ -95,8 +130,15 @@ def test_what_was_let_in_unasked_is_pinned_all_the_same_and_staged_again_after_a
             assert read_in_order(root, list(contents)) == contents
         asked = kernel.now()
         assert asked["open"] < len(contents) + asked["lookup"], "some were let in"
-        wait_until(lambda: all(os.getxattr(root / name, "ipfsfuse.pinned") == b"cache" for name in contents), "all are pinned")
+        wait_until(
+            lambda: all(os.getxattr(root / name, "ipfsfuse.pinned") == b"cache" for name in contents),
+            "all are pinned",
+        )
         home.run("evict", "--all")
-        wait_until(lambda: home.json("ls", "--json")["small"]["blocks"] == 0, "nothing is staged")  # told as of a second ago
+        # told as of a second ago
+        wait_until(lambda: home.json("ls", "--json")["small"]["blocks"] == 0, "nothing is staged")
         assert read_in_order(root, list(contents)) == contents
-        wait_until(lambda: all(os.getxattr(root / name, "ipfsfuse.staged") != b"0" for name in contents), "all are staged again")
+        wait_until(
+            lambda: all(os.getxattr(root / name, "ipfsfuse.staged") != b"0" for name in contents),
+            "all are staged again",
+        )

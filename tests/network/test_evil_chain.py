@@ -1,4 +1,5 @@
-"""One good gateway among many bad ones, through a real mount: every read is right, and `status` names the bad ones."""
+"""One good gateway among many bad ones, through a real mount: every read is right, and `status` names the bad
+ones."""
 
 import random
 from contextlib import ExitStack
@@ -30,7 +31,10 @@ def test_hundreds_of_reads_through_everything_bad_and_one_good_source(home: Home
         blocks[cid] = dag.blocks[cids.multihash(cid)]
     with ExitStack() as stack:
         bad = {stack.enter_context(Server(blocks, behave)).url: behave for behave in LIARS + FAILING}
-        doubtful, good = stack.enter_context(Server(blocks, evil.one_in_three_fails())), stack.enter_context(Server(blocks))
+        doubtful, good = (
+            stack.enter_context(Server(blocks, evil.one_in_three_fails())),
+            stack.enter_context(Server(blocks)),
+        )
         options = [word for url in (*bad, doubtful.url, good.url) for word in ("--from", url)]
         mount = stack.enter_context(home.mounted(*options))
         for name in sorted(contents, key=lambda _name: dice.random()):

@@ -1,4 +1,5 @@
-"""A mount that asks one node for what only another one has, over loopback; the other one ends and comes back."""
+"""A mount that asks one node for what only another one has, over loopback; the other one ends and comes
+back."""
 
 import errno
 import random
@@ -33,7 +34,9 @@ def test_a_tree_that_only_the_other_node_has(two_nodes: tuple[Node, Node], home:
         same(tree, mount.path / root)
 
 
-def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(two_nodes: tuple[Node, Node], home: Home) -> None:
+def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(
+    two_nodes: tuple[Node, Node], home: Home
+) -> None:
     near, far = two_nodes
     content, unread = random.Random(1).randbytes(64 * MIB), random.Random(2).randbytes(3 * MIB)
     large, other = (far.add(data, "--cid-version=1", "--chunker=size-1048576") for data in (content, unread))

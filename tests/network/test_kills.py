@@ -1,4 +1,5 @@
-"""The daemon is killed with readers running, again and again: it mounts again, and nothing is wrong, lost or left over.
+"""The daemon is killed with readers running, again and again: it mounts again, and nothing is wrong, lost or
+left over.
 
 IPFSFUSE_KILLS says how often (30), half of them under a budget that has no room for all.
 """
@@ -56,9 +57,14 @@ class Kills:
         """By CID of a large file: its name, its leaves."""
         entries = {}
         for number in range(8):
-            leaves = [self.dice.randbytes(MIB) for _ in range(self.dice.randrange(1, 4))] + [self.dice.randbytes(1000)]
+            leaves = [self.dice.randbytes(MIB) for _ in range(self.dice.randrange(1, 4))] + [
+                self.dice.randbytes(1000)
+            ]
             cid = self.dag.file(leaves)
-            self.leaves[cids.text(cid)] = f"large{number}", [cids.text(self.dag.block(leaf)) for leaf in leaves]
+            self.leaves[cids.text(cid)] = (
+                f"large{number}",
+                [cids.text(self.dag.block(leaf)) for leaf in leaves],
+            )
             entries[b"large%d" % number] = cid, sum(map(len, leaves))
             (self.truth / f"large{number}").write_bytes(b"".join(leaves))
         for number in range(60):
@@ -75,7 +81,9 @@ class Kills:
         return self.home.mountpoint / self.root
 
     def mount(self) -> int:
-        told: dict[str, Any] = self.home.json("mount", "--json", "--from", self.gateway.url, "--budget", str(self.budget), self.home.mountpoint)
+        told: dict[str, Any] = self.home.json(
+            "mount", "--json", "--from", self.gateway.url, "--budget", str(self.budget), self.home.mountpoint
+        )
         return int(told["pid"])
 
     def one(self, seed: int) -> None:
@@ -86,7 +94,10 @@ class Kills:
             self.no_orphans()
             self.nothing_complete_again(complete)
             command = [sys.executable, "-S", "-c", READER, str(self.folder), str(self.truth)]
-            readers = [subprocess.Popen([*command, str(READERS * seed + n)], stderr=subprocess.PIPE, text=True) for n in range(READERS)]
+            readers = [
+                subprocess.Popen([*command, str(READERS * seed + n)], stderr=subprocess.PIPE, text=True)
+                for n in range(READERS)
+            ]
             time.sleep(self.dice.uniform(0.0, 0.6))  # any moment will do
         finally:
             os.kill(pid, signal.SIGKILL)
@@ -100,7 +111,8 @@ class Kills:
             return reader.communicate(timeout=PATIENCE)[1]
         except subprocess.TimeoutExpired:
             where = Path(f"/proc/{reader.pid}/stack").read_text() if os.geteuid() == 0 else ""
-            subprocess.run(["umount", "-f", self.home.mountpoint], check=False, capture_output=True)  # what nothing but this ends
+            # what nothing but this ends
+            subprocess.run(["umount", "-f", self.home.mountpoint], check=False, capture_output=True)
             return f"it hung in a mount whose daemon was killed:\n{where}"
 
     def nothing_complete_again(self, complete: list[str]) -> None:
@@ -109,11 +121,14 @@ class Kills:
             before, evictions = [self.gateway.asked[leaf] for leaf in leaves], self.evictions()
             assert (self.folder / name).read_bytes() == (self.truth / name).read_bytes()
             if evictions == self.evictions() == 0:
-                assert [self.gateway.asked[leaf] for leaf in leaves] == before, f"{name} was complete, and fetched again"
+                assert [self.gateway.asked[leaf] for leaf in leaves] == before, (
+                    f"{name} was complete, and fetched again"
+                )
                 self.again += 1
 
     def evictions(self) -> int:
-        """Since this mount began: a small block that a crash took needs room again, and may push a file out."""
+        """Since this mount began: a small block that a crash took needs room again, and may push a file
+        out."""
         count = int(self.home.json("status", "--json")["cache"]["evictions"])
         assert count == 0 or self.budget == TIGHT
         return count
@@ -130,13 +145,24 @@ class Kills:
 
     def on_disk(self) -> int:
         """What the cache takes of the disk (the log and the lock aside)."""
-        counted = [self.home.store / "staging", self.home.store / "packs", *self.home.store.glob("index.sqlite*")]
-        return sum(path.lstat().st_blocks * 512 for top in counted for path in (top, *top.rglob("*")) if path.exists())
+        counted = [
+            self.home.store / "staging",
+            self.home.store / "packs",
+            *self.home.store.glob("index.sqlite*"),
+        ]
+        return sum(
+            path.lstat().st_blocks * 512
+            for top in counted
+            for path in (top, *top.rglob("*"))
+            if path.exists()
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [TIGHT, AMPLE])
-def test_killed_at_any_moment_it_mounts_again_with_no_wrong_byte_and_nothing_lost(home: Home, budget: int) -> None:
+def test_killed_at_any_moment_it_mounts_again_with_no_wrong_byte_and_nothing_lost(
+    home: Home, budget: int
+) -> None:
     kills = Kills(home, budget)
     with kills.gateway.serving():
         try:

@@ -44,13 +44,21 @@ def test_what_is_cached_is_served_all_the_time(own_node: Node, home: Home) -> No
             node.pause()
             once_more(done)
             node.resume()
-        assert errno_of(mount.path / node.cmd("add", "-Q", "--only-hash", "--cid-version=1", stdin=b"never there")) == "ETIMEDOUT"
+        assert (
+            errno_of(
+                mount.path / node.cmd("add", "-Q", "--only-hash", "--cid-version=1", stdin=b"never there")
+            )
+            == "ETIMEDOUT"
+        )
         new = node.add(b"added since", "--cid-version=1")
         assert (mount.path / new).read_bytes() == b"added since"
 
 
 def test_the_node_restarted_between_cold_reads(own_node: Node, home: Home) -> None:
-    contents = {own_node.add(data, "--cid-version=1"): data for data in (random.Random(n).randbytes(600_000) for n in range(6))}
+    contents = {
+        own_node.add(data, "--cid-version=1"): data
+        for data in (random.Random(n).randbytes(600_000) for n in range(6))
+    }
     with mounted(home, own_node) as mount:
         for number, (cid, content) in enumerate(contents.items()):
             assert (mount.path / cid).read_bytes() == content

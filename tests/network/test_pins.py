@@ -32,9 +32,14 @@ def add(node: Node, seed: int, size: int = 300_000, *options: str) -> tuple[str,
     return node.add(content, "--pin=false", "--cid-version=1", *options), content
 
 
-def test_garbage_is_collected_in_a_loop_while_files_are_read(two_nodes: tuple[Node, Node], home: Home) -> None:
+def test_garbage_is_collected_in_a_loop_while_files_are_read(
+    two_nodes: tuple[Node, Node], home: Home
+) -> None:
     near, far = two_nodes
-    contents = {far.add(data, "--cid-version=1"): data for data in (random.Random(n).randbytes(100_000 + 70_000 * n) for n in range(20))}
+    contents = {
+        far.add(data, "--cid-version=1"): data
+        for data in (random.Random(n).randbytes(100_000 + 70_000 * n) for n in range(20))
+    }
     with mounted(home, near) as mount, again_and_again(near.gc) as collected:
         for cid, content in contents.items():
             collected.clear()
@@ -48,7 +53,10 @@ def test_garbage_is_collected_in_a_loop_while_files_are_read(two_nodes: tuple[No
 
 def test_what_is_staged_stays_at_the_node(two_nodes: tuple[Node, Node], home: Home) -> None:
     near, far = two_nodes
-    contents = {far.add(data, "--cid-version=1"): data for data in (random.Random(n).randbytes(100_000 + 300_000 * n) for n in range(6))}
+    contents = {
+        far.add(data, "--cid-version=1"): data
+        for data in (random.Random(n).randbytes(100_000 + 300_000 * n) for n in range(6))
+    }
     with mounted(home, near) as mount:
         for cid, content in contents.items():
             assert (mount.path / cid).read_bytes() == content
@@ -59,8 +67,11 @@ def test_what_is_staged_stays_at_the_node(two_nodes: tuple[Node, Node], home: Ho
 
 
 @pytest.mark.parametrize("evicted", ["the file", "all"])
-def test_what_is_read_again_stays_at_a_node_that_had_lost_it(two_nodes: tuple[Node, Node], home: Home, evicted: str) -> None:
-    """The mount has the blocks above the leaves yet, in packs or in memory: the node is asked for the leaves alone."""
+def test_what_is_read_again_stays_at_a_node_that_had_lost_it(
+    two_nodes: tuple[Node, Node], home: Home, evicted: str
+) -> None:
+    """The mount has the blocks above the leaves yet, in packs or in memory: the node is asked for the leaves
+    alone."""
     near, far = two_nodes
     size = 65_536
     content = random.Random(3).randbytes(200 * size)
@@ -74,7 +85,10 @@ def test_what_is_read_again_stays_at_a_node_that_had_lost_it(two_nodes: tuple[No
             drop_pages(mount.path / root)
             with (mount.path / root).open("rb", buffering=0) as file:
                 for number in (150, 20, 90):
-                    assert os.pread(file.fileno(), size, number * size) == content[number * size : (number + 1) * size]
+                    assert (
+                        os.pread(file.fileno(), size, number * size)
+                        == content[number * size : (number + 1) * size]
+                    )
             held(mount, near, 1)
 
         read_some()
@@ -222,10 +236,14 @@ def test_a_killed_mount_keeps_what_it_pinned_and_its_next_start_goes_on(own_node
         assert folder_of(node, folder) == before
         node.gc()
         assert all(node.has(cid) for cid in contents)
-    assert sorted(path.name for path in home.cache.rglob("*") if "pin" in path.name or "mount" in path.name) == ["mount-id"]
+    assert sorted(
+        path.name for path in home.cache.rglob("*") if "pin" in path.name or "mount" in path.name
+    ) == ["mount-id"]
 
 
-def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(own_node: Node, home: Home) -> None:
+def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(
+    own_node: Node, home: Home
+) -> None:
     node = own_node
     home.env["TMPDIR"] = str(home.folder)
     cid, _content = add(node, 1)

@@ -17,7 +17,12 @@ from tests.network.nodes import dated, kubos_own_mount, mounted, same, write_tre
 
 WAYS = {
     "unixfs-v1-2025": ("--cid-version=1", "--raw-leaves", "--chunker=size-1048576", "--max-file-links=1024"),
-    "unixfs-v0-2015": ("--cid-version=0", "--raw-leaves=false", "--chunker=size-262144", "--max-file-links=174"),
+    "unixfs-v0-2015": (
+        "--cid-version=0",
+        "--raw-leaves=false",
+        "--chunker=size-262144",
+        "--max-file-links=174",
+    ),
     "modes and times": ("--cid-version=1", "--raw-leaves=false", "--preserve-mode", "--preserve-mtime"),
     "modes and times, v0": ("--cid-version=0", "--preserve-mode", "--preserve-mtime"),
 }
@@ -47,9 +52,12 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
 
 
 def listing(folder: Path) -> list[str]:
-    """`ls -lR` but for two columns of Kubo's: link counts, which it shows as 0, and the totals, where it counts folders as 512 bytes."""
+    """`ls -lR` but for two columns of Kubo's: link counts, which it shows as 0, and the totals, where it
+    counts folders as 512 bytes."""
     command = ["ls", "-lR", "--time-style=+%s.%N"]
-    lines = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return [re.sub(r"^(\S{10}) +\d+ ", r"\1 ", line) for line in lines if not line.startswith("total ")]
 
 
@@ -97,7 +105,9 @@ def test_stat_and_xattr_are_the_same_as_in_kubos_own_mount(shown: Shown, way: st
             assert (ours / path).is_dir() or mine.st_blocks == theirs.st_blocks, path
             assert cid_of(ours / path) == cid_of(kubos / path), path
         assert cid_of(ours) == shown.roots[way]
-        assert cids.multihash(cids.parse(cid_of(kubos))) == cids.multihash(cids.parse(shown.roots[way])), "Kubo shows it as version 0"
+        assert cids.multihash(cids.parse(cid_of(kubos))) == cids.multihash(cids.parse(shown.roots[way])), (
+            "Kubo shows it as version 0"
+        )
 
 
 def cid_of(path: Path) -> str:

@@ -1,5 +1,6 @@
-"""Components of preview 2 that no one wrote by hand, by the tools that people make them with: componentize-py from PyPI, and the parts
-of jco from npm. A test that needs one skips, saying so, where they can't be had (registries.py)."""
+"""Components of preview 2 that no one wrote by hand, by the tools that people make them with: componentize-py
+from PyPI, and the parts of jco from npm. A test that needs one skips, saying so, where they can't be had
+(registries.py)."""
 
 import os
 import shutil
@@ -41,11 +42,20 @@ class Jco:
         if not scope.exists():
             scope.mkdir(parents=True)
             for name, version in _JCO_PARTS.items():
-                (scope / name).symlink_to(from_npm(f"@bytecodealliance/{name}@{version}", self._folder / name))
+                (scope / name).symlink_to(
+                    from_npm(f"@bytecodealliance/{name}@{version}", self._folder / name)
+                )
         script, made = self._folder / "new.mjs", module.with_name(f"{module.stem}-p2.wasm")
         script.write_text(_NEW)
         # without --preserve-symlinks a package would look for the others where it lies itself
-        command = ["node", "--preserve-symlinks", script, module, self._own / "wasi_snapshot_preview1.command.wasm", made]
+        command = [
+            "node",
+            "--preserve-symlinks",
+            script,
+            module,
+            self._own / "wasi_snapshot_preview1.command.wasm",
+            made,
+        ]
         subprocess.run(command, check=True, cwd=self._folder)
         return made
 
@@ -53,11 +63,27 @@ class Jco:
 def componentized(source: Path, wit: Path, folder: Path) -> Path:
     """A component of the Python module `source`, which implements the world wasi:cli/command."""
     tool = from_pypi(f"componentize-py=={COMPONENTIZE_PY}", folder)
-    worlds = [f"--wit-path={wit}/wasi-{name}" for name in ("io", "clocks", "random", "filesystem", "sockets", "cli")]
+    worlds = [
+        f"--wit-path={wit}/wasi-{name}" for name in ("io", "clocks", "random", "filesystem", "sockets", "cli")
+    ]
     app, made = folder / "app", folder / f"{source.stem}.wasm"
     app.mkdir()
     shutil.copy(source, app)
-    command = [sys.executable, "-c", "from componentize_py import script; script()", "--quiet", *worlds, f"--world=wasi:cli/command@{WIT}"]
-    env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | {"PYTHONPATH": str(tool)}
-    subprocess.run([*command, "componentize", source.stem, f"--python-path={app}", f"--output={made}"], check=True, env=env, cwd=folder)
+    command = [
+        sys.executable,
+        "-c",
+        "from componentize_py import script; script()",
+        "--quiet",
+        *worlds,
+        f"--world=wasi:cli/command@{WIT}",
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | {
+        "PYTHONPATH": str(tool)
+    }
+    subprocess.run(
+        [*command, "componentize", source.stem, f"--python-path={app}", f"--output={made}"],
+        check=True,
+        env=env,
+        cwd=folder,
+    )
     return made

@@ -1,4 +1,5 @@
-"""Guests built from C for these tests, a folder that stands where a mount would, and the command as a user runs it."""
+"""Guests built from C for these tests, a folder that stands where a mount would, and the command as a user
+runs it."""
 
 import os
 import subprocess
@@ -29,10 +30,25 @@ class Runner:
         return [sys.executable, "-m", "runner", *given, *map(str, args)]
 
     def __call__(self, *args: str | Path, stdin: bytes = b"") -> Done:
-        return subprocess.run(self.command(*args), env=self.env, cwd=TOP, input=stdin, capture_output=True, timeout=PATIENCE, check=False)
+        return subprocess.run(
+            self.command(*args),
+            env=self.env,
+            cwd=TOP,
+            input=stdin,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
 
     def start(self, *args: str | Path, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(self.command(*args), env=self.env, cwd=TOP, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            self.command(*args),
+            env=self.env,
+            cwd=TOP,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +60,10 @@ def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         made = folder / f"{name}.wasm"
         if not made.exists():
             flags = ["--target=wasm32-wasi", "-Os", "-Wall", "-Werror", "-Wno-infinite-recursion"]
-            subprocess.run([sys.executable, "-m", "ziglang", "cc", *flags, "-o", str(made), str(GUESTS / f"{name}.c")], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "ziglang", "cc", *flags, "-o", str(made), str(GUESTS / f"{name}.c")],
+                check=True,
+            )
         return made
 
     return build

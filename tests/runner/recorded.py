@@ -1,4 +1,5 @@
-"""Recorded runs made by hand: a CAR whose blocks are right, and whose receipt and files are what a test wants."""
+"""Recorded runs made by hand: a CAR whose blocks are right, and whose receipt and files are what a test
+wants."""
 
 import hashlib
 import io
@@ -74,7 +75,9 @@ class Blocks:
         """A file of these children, each with the size that its parent claims."""
         sizes = [size for _cid, size in children]
         links = [Link(cid, b"", size) for cid, size in children]
-        data = dagpb.encode(links, unixfs.encode(UnixFS(type=Type.FILE, filesize=sum(sizes), blocksizes=sizes)))
+        data = dagpb.encode(
+            links, unixfs.encode(UnixFS(type=Type.FILE, filesize=sum(sizes), blocksizes=sizes))
+        )
         return self.put(data, cids.DAG_PB)._replace(size=sum(sizes))
 
     def folder(self, children: Sequence[tuple[bytes, Cid]]) -> Built:
@@ -89,12 +92,19 @@ class Blocks:
         return held
 
 
-def write(target: Path, told: bytes | Built | Mapping[str, Any], blocks: Blocks | None = None, **files: bytes | Built) -> Path:
+def write(
+    target: Path,
+    told: bytes | Built | Mapping[str, Any],
+    blocks: Blocks | None = None,
+    **files: bytes | Built,
+) -> Path:
     """A record of `files`, named without their extension: `guest`, `stdin`, `ipfs`, `dir`."""
     named = {"guest": "guest.wasm"}
     with target.open("w+b") as out:
         writer = Writer(out)
-        children = [("receipt.json", _built(writer, json.dumps(told).encode() if isinstance(told, Mapping) else told))]
+        children = [
+            ("receipt.json", _built(writer, json.dumps(told).encode() if isinstance(told, Mapping) else told))
+        ]
         children += [(named.get(name, name), _built(writer, held)) for name, held in files.items()]
         for cid, block in (blocks or Blocks()).all.items():
             writer.put(cid, block)

@@ -1,5 +1,5 @@
-"""Programs that no one here wrote, by the registries' own clients (which keep what they fetched). A test that needs one skips,
-saying so, where the client or the package can't be had."""
+"""Programs that no one here wrote, by the registries' own clients (which keep what they fetched). A test that
+needs one skips, saying so, where the client or the package can't be had."""
 
 import shutil
 import subprocess
@@ -15,7 +15,12 @@ _PATIENCE_S = 300
 
 def from_pypi(package: str, folder: Path) -> Path:
     """A wheel's files, below `folder`. `package` is NAME==VERSION."""
-    _fetch(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", ".", package], sys.executable, package, folder)
+    _fetch(
+        ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", ".", package],
+        sys.executable,
+        package,
+        folder,
+    )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)

@@ -63,7 +63,9 @@ def test_the_second_start_compiles_nothing(folder: Path, compiled: Compiled) -> 
     assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
 
 
-def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(folder: Path, compiled: Compiled) -> None:
+def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(
+    folder: Path, compiled: Compiled
+) -> None:
     cache, file = CodeCache(folder), io.BytesIO(CODE)
     assert kept(cache, file) is None
     assert file.read() == CODE
@@ -79,13 +81,20 @@ def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(folder: Pa
 
 def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: Compiled) -> None:
     other = bytes(wasmtime.wat2wasm('(module (func (export "_start") nop))'))
-    for code, settings in [(CODE, PLAIN), (other, PLAIN), (CODE, PLAIN._replace(fuel=True)), (CODE, PLAIN._replace(deterministic=True))]:
+    for code, settings in [
+        (CODE, PLAIN),
+        (other, PLAIN),
+        (CODE, PLAIN._replace(fuel=True)),
+        (CODE, PLAIN._replace(deterministic=True)),
+    ]:
         load(CodeCache(folder), code, settings)
     assert len(compiled) == 4
 
 
 @pytest.mark.parametrize("spoil", ["cut short", "writable by others", "a link"])
-def test_what_is_not_ours_or_not_whole_is_compiled_anew(folder: Path, compiled: Compiled, spoil: str, tmp_path: Path) -> None:
+def test_what_is_not_ours_or_not_whole_is_compiled_anew(
+    folder: Path, compiled: Compiled, spoil: str, tmp_path: Path
+) -> None:
     load(CodeCache(folder), CODE)
     (kept,) = folder.iterdir()
     if spoil == "cut short":
@@ -102,7 +111,10 @@ def test_what_is_not_ours_or_not_whole_is_compiled_anew(folder: Path, compiled: 
 
 
 def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: Compiled) -> None:
-    codes = [bytes(wasmtime.wat2wasm(f'(module (func (export "_start")) (func (export "f{number}")))')) for number in range(3)]
+    codes = [
+        bytes(wasmtime.wat2wasm(f'(module (func (export "_start")) (func (export "f{number}")))'))
+        for number in range(3)
+    ]
     load(CodeCache(folder), codes[0])
     (size,) = (path.stat().st_size for path in folder.iterdir())
     bound = int(size * 2.5)

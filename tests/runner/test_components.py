@@ -1,5 +1,6 @@
-"""Components that real tools made: a Python program by componentize-py, and preview 1 commands by jco's adapter. They read what is
-there, change nothing, end as they say, and their runs are repeated from a record."""
+"""Components that real tools made: a Python program by componentize-py, and preview 1 commands by jco's
+adapter. They read what is there, change nothing, end as they say, and their runs are repeated from a
+record."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ ENTRIES = ["dir", "file", "other"]
 
 
 class World(NamedTuple):
-    """A mounted folder, and runners: on that mount, for records with a mount of their own, and of someone who has no part of it."""
+    """A mounted folder, and runners: on that mount, for records with a mount of their own, and of someone who
+    has no part of it."""
 
     run: Runner
     recording: Runner
@@ -68,9 +70,17 @@ def test_a_program_in_python_reads_and_lists(world: World, python: Path) -> None
     assert seen == {"content": "content of file\n", "size": 16, "names": ENTRIES, "root": ["ipfs"]}
 
 
-@pytest.mark.parametrize(("kind", "refusal", "calls"), [("python", PERM, 13), ("descriptors", "NOT_PERMITTED", 15)])
-def test_a_program_in_python_changes_nothing(world: World, python: Path, kind: str, refusal: object, calls: int) -> None:
-    said = {each["call"]: each["came"] for each in told(world.run, python, "try", world.path, "file") if each["kind"] == kind}
+@pytest.mark.parametrize(
+    ("kind", "refusal", "calls"), [("python", PERM, 13), ("descriptors", "NOT_PERMITTED", 15)]
+)
+def test_a_program_in_python_changes_nothing(
+    world: World, python: Path, kind: str, refusal: object, calls: int
+) -> None:
+    said = {
+        each["call"]: each["came"]
+        for each in told(world.run, python, "try", world.path, "file")
+        if each["kind"] == kind
+    }
     assert said == dict.fromkeys(said, refusal)
     assert len(said) == calls
 
@@ -100,10 +110,15 @@ def replayed(world: World, target: Path) -> tuple[int, Sequence[str]]:
     return again.returncode, lines(again.stdout)
 
 
-def test_chance_is_fixed_for_the_interfaces_that_the_tool_takes(world: World, python: Path, tmp_path: Path) -> None:
+def test_chance_is_fixed_for_the_interfaces_that_the_tool_takes(
+    world: World, python: Path, tmp_path: Path
+) -> None:
     """They bear another version than wasmtime's own."""
     first, second, free = (tmp_path / f"{name}.car" for name in ("first", "second", "free"))
-    said = [world.recording("--record", target, "--deterministic", python, "chance").stdout for target in (first, second)]
+    said = [
+        world.recording("--record", target, "--deterministic", python, "chance").stdout
+        for target in (first, second)
+    ]
     assert said[0] == said[1]
     assert datetime.fromtimestamp(json.loads(said[0])["wall"] // 10**9, UTC).date() == date(2000, 1, 1)
     assert replayed(world, first)[0] == 0
@@ -111,7 +126,9 @@ def test_chance_is_fixed_for_the_interfaces_that_the_tool_takes(world: World, py
     assert replayed(world, free)[0] == 3
 
 
-def test_an_adapted_command_changes_nothing(world: World, jco: Jco, build_guest: Callable[[str], Path]) -> None:
+def test_an_adapted_command_changes_nothing(
+    world: World, jco: Jco, build_guest: Callable[[str], Path]
+) -> None:
     below = world.path.removeprefix("/ipfs/")
     done = world.run(jco.component(build_guest("writes")), f"{below}/file", f"{below}/dir")
     said = {name: int(errno) for name, errno in map(str.split, lines(done.stdout))}
@@ -121,7 +138,9 @@ def test_an_adapted_command_changes_nothing(world: World, jco: Jco, build_guest:
 
 
 @pytest.mark.parametrize(("given", "code"), [("0", 0), ("3", 1)])
-def test_an_adapted_command_ends_as_it_says(world: World, jco: Jco, habits: Path, given: str, code: int) -> None:
+def test_an_adapted_command_ends_as_it_says(
+    world: World, jco: Jco, habits: Path, given: str, code: int
+) -> None:
     """The adapter calls wasi:cli/exit, which tells success from failure alone."""
     assert world.run(jco.component(habits), "exit", given).returncode == code
 

@@ -80,10 +80,16 @@ def test_a_guest_tells_a_gateway_what_it_was_given_and_the_runner_says_that_it_c
         assert warnings(done.stderr) == []
 
 
-def test_it_is_said_for_whatever_can_hold_a_secret_and_a_source_that_is_asked(run: Runner, gateway: Gateway, habits: Path, tmp_path: Path) -> None:
+def test_it_is_said_for_whatever_can_hold_a_secret_and_a_source_that_is_asked(
+    run: Runner, gateway: Gateway, habits: Path, tmp_path: Path
+) -> None:
     far = ["--from", gateway.url]
     with open(os.devnull, "rb") as nothing:
-        for options, given in (([], None), (["--env", "TOKEN=x"], "--env"), (["--record", tmp_path / "run.json", "--env", "TOKEN=x"], "--env")):
+        for options, given in (
+            ([], None),
+            (["--env", "TOKEN=x"], "--env"),
+            (["--record", tmp_path / "run.json", "--env", "TOKEN=x"], "--env"),
+        ):
             with run.start(*far, *options, habits, "args", stdin=nothing.fileno()) as process:
                 _out, err = process.communicate()
             assert [given in each for each in warnings(err) if given] == ([True] if given else []), err
@@ -92,7 +98,9 @@ def test_it_is_said_for_whatever_can_hold_a_secret_and_a_source_that_is_asked(ru
     assert warnings(run("--from", "library", "--env", "TOKEN=x", habits, "cat", stdin=b"secret").stderr) == []
 
 
-def test_a_mount_that_is_used_as_it_is_tells_of_its_sources(run: Runner, home: Home, gateway: Gateway, habits: Path) -> None:
+def test_a_mount_that_is_used_as_it_is_tells_of_its_sources(
+    run: Runner, home: Home, gateway: Gateway, habits: Path
+) -> None:
     with home.mounted("--from", gateway.url):
         assert len(warnings(run("--env", "TOKEN=x", habits, "args").stderr)) == 1
     with home.mounted("--from", gateway.url, "--offline"):

@@ -35,7 +35,10 @@ def test_streams_pass_through(run: Runner, habits: Path) -> None:
     assert (done.stdout, done.stderr) == (b"", b"to stderr\n")
 
 
-@pytest.mark.parametrize(("given", "code"), [(0, 0), (1, 1), (3, 3), (125, 125), (126, 126), (134, 134), (200, 200), (255, 255), (256, 1)])
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [(0, 0), (1, 1), (3, 3), (125, 125), (126, 126), (134, 134), (200, 200), (255, 255), (256, 1)],
+)
 def test_exit_codes_of_preview_1(run: Runner, habits: Path, given: int, code: int) -> None:
     done = run(habits, "exit", str(given))
     assert (done.returncode, done.stderr) == (code, b"")
@@ -52,11 +55,14 @@ def test_a_trap_is_134_with_the_back_trace(run: Runner, habits: Path) -> None:
     assert b"unreachable" in done.stderr
 
 
-def test_a_guest_from_standard_input_from_the_mount_and_as_text(run: Runner, habits: Path, tree: Path) -> None:
+def test_a_guest_from_standard_input_from_the_mount_and_as_text(
+    run: Runner, habits: Path, tree: Path
+) -> None:
     (tree / "root" / "guest.wasm").write_bytes(habits.read_bytes())
     assert lines(run("/ipfs/root/guest.wasm", "args").stdout) == ["guest.wasm", "args"]
     assert lines(run("-", "args", stdin=habits.read_bytes()).stdout) == ["-", "args"]
-    assert lines(run("/dev/stdin", "args", stdin=habits.read_bytes()).stdout) == ["stdin", "args"]  # a pipe has no start to go back to
+    # a pipe has no start to go back to
+    assert lines(run("/dev/stdin", "args", stdin=habits.read_bytes()).stdout) == ["stdin", "args"]
     assert run("-", stdin=b';; text\n(module (func (export "_start")))').returncode == 0
     assert len(run(GUESTS / "chance-p2.wat").stdout) == 72
 
@@ -104,7 +110,9 @@ def test_the_working_directory(run: Runner, habits: Path) -> None:
 
 def test_a_run_that_its_terminal_shall_not_end_goes_on(run: Runner, habits: Path) -> None:
     command = ["nohup", *run.command("-W", "timeout=1s", habits, "spin")]
-    with subprocess.Popen(command, env=run.env, cwd=TOP, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=run.env, cwd=TOP, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"spinning\n"
         os.killpg(process.pid, signal.SIGHUP)
@@ -128,7 +136,12 @@ def test_a_signal_ends_what_the_runner_does_behind_the_guest(run: Runner, tmp_pa
         except signals.Ended as exc:
             os._exit(exc.number)
         """
-    assert subprocess.run([sys.executable, "-c", code], env=run.env, cwd=TOP, timeout=PATIENCE, check=False).returncode == signal.SIGTERM
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=run.env, cwd=TOP, timeout=PATIENCE, check=False
+        ).returncode
+        == signal.SIGTERM
+    )
 
 
 def test_a_guest_killed_from_outside_is_137(run: Runner, habits: Path) -> None:

@@ -1,5 +1,5 @@
-"""Recorded runs that were changed, or made to do harm: `inspect` and `--replay` end soon, use little, print nothing that a terminal
-acts on, and never say "the same" for what is not.
+"""Recorded runs that were changed, or made to do harm: `inspect` and `--replay` end soon, use little, print
+nothing that a terminal acts on, and never say "the same" for what is not.
 
 IPFSFUSE_MUTATIONS is how many changed records are tried (400 by default)."""
 
@@ -53,8 +53,8 @@ MEASURE = """if True:
     with open(sys.argv[1], "w") as out:
         json.dump([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10], out)
     """
-"""Runs a command and tells its end and its cost. Linux counts a process's memory before `exec` too, so a command that pytest
-itself started would have pytest's."""
+"""Runs a command and tells its end and its cost. Linux counts a process's memory before `exec` too, so a
+command that pytest itself started would have pytest's."""
 
 
 class Ended:
@@ -63,7 +63,15 @@ class Ended:
     def __init__(self, run: Runner, *args: str | Path) -> None:
         with tempfile.NamedTemporaryFile() as told:
             command = [sys.executable, "-c", MEASURE, told.name, *run.command(*args)]
-            done = subprocess.run(command, env=run.env, cwd=TOP, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True)
+            done = subprocess.run(
+                command,
+                env=run.env,
+                cwd=TOP,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=120,
+                check=True,
+            )
             self.code, self.seconds, self.memory = json.loads(told.read())
         self.out, self.err = done.stdout.decode(), done.stderr.decode()
 
@@ -84,11 +92,37 @@ class Ended:
         return self.err
 
 
-# -- many changes, in one process --------------------------------------------------------------------------------
+# -- many changes, in one process ----------------------------------------------------------------------------
 
 NASTY: list[Any] = [
-    *(float("inf"), float("nan"), -1, 0.7, 1e300, 1 << 31, 1 << 50, 1 << 63, 1 << 64, 10**400, True, False, None),
-    *("", "x", "\x1b[2J", "a\nstdout: the same", "\ud800", "\0", "../..", "/ipfs", "x" * 100_000, "bafy?", "1e400"),
+    *(
+        float("inf"),
+        float("nan"),
+        -1,
+        0.7,
+        1e300,
+        1 << 31,
+        1 << 50,
+        1 << 63,
+        1 << 64,
+        10**400,
+        True,
+        False,
+        None,
+    ),
+    *(
+        "",
+        "x",
+        "\x1b[2J",
+        "a\nstdout: the same",
+        "\ud800",
+        "\0",
+        "../..",
+        "/ipfs",
+        "x" * 100_000,
+        "bafy?",
+        "1e400",
+    ),
     *([], {}, [[]], [{}] * 1000, {"size": 1 << 50}, ["a"] * 100_000),
 ]
 
@@ -168,7 +202,9 @@ def test_many_changed_records_in_one_process(tmp_path: Path) -> None:
             if told is not None:  # then nothing in it was taken for something else
                 taken += 1
                 again = json.loads(receipts.encode(told))
-                assert _exact(again) == _exact(json.loads(data) | {"differs": again["differs"]}), f"seed {seed}"
+                assert _exact(again) == _exact(json.loads(data) | {"differs": again["differs"]}), (
+                    f"seed {seed}"
+                )
         else:
             recorded.write(target, WHOLE, blocks, guest=GUEST, stdin=STDIN, ipfs=tree)
             target.write_bytes(damaged(rng, target.read_bytes()))
@@ -184,14 +220,18 @@ def _exact(value: Any) -> Any:
         return {name: _exact(each) for name, each in value.items() if value is not None}
     if isinstance(value, list):
         return [_exact(each) for each in value]
-    return (type(value).__name__, value) if not isinstance(value, int | float) or isinstance(value, bool) else ("number", value)
+    return (
+        (type(value).__name__, value)
+        if not isinstance(value, int | float) or isinstance(value, bool)
+        else ("number", value)
+    )
 
 
 def _tree(blocks: Blocks) -> Built:
     return blocks.folder([(b"a", blocks.folder([(b"file", blocks.put(b"content").cid)]).cid)])
 
 
-# -- some, by the command ----------------------------------------------------------------------------------------
+# -- some, by the command ------------------------------------------------------------------------------------
 
 
 @pytest.mark.fuse
@@ -228,7 +268,10 @@ UNFIT: dict[str, tuple[bytes, str]] = {
     "an exit code of 256": (text(exit_code=256), "exit_code"),
     "an infinite exit code": (text(exit_code=float("inf")), "Infinity"),
     "an infinite size": (text(stdout=digest(STDIN) | {"size": float("inf")}), "Infinity"),
-    "a size that JSON reads as infinite": (text().replace(b'"seconds": 0.25', b'"seconds": 1e999'), "seconds"),
+    "a size that JSON reads as infinite": (
+        text().replace(b'"seconds": 0.25', b'"seconds": 1e999'),
+        "seconds",
+    ),
     "a key twice": (text().replace(b'"exit_code": 0', b'"exit_code": 1, "exit_code": 0'), "twice"),
     "a timeout of 1e300": (text(limits={"timeout": 1e300}), "timeout"),
     "no time": (text(limits={"timeout": 0}), "timeout"),
@@ -248,7 +291,14 @@ UNFIT: dict[str, tuple[bytes, str]] = {
 }
 
 
-BY_COMMAND = ("an exit code of 0.7", "an infinite exit code", "a key twice", "a timeout of 1e300", "no such limit", "arguments of 15 MB")
+BY_COMMAND = (
+    "an exit code of 0.7",
+    "an infinite exit code",
+    "a key twice",
+    "a timeout of 1e300",
+    "no such limit",
+    "arguments of 15 MB",
+)
 
 
 @pytest.mark.parametrize("what", UNFIT)
@@ -263,7 +313,9 @@ def test_a_receipt_that_no_run_can_have_is_refused(run: Runner, tmp_path: Path, 
 
 @pytest.mark.fuse
 def test_a_working_folder_with_escape_codes_forges_no_line(run: Runner, tmp_path: Path) -> None:
-    target = recorded.write(tmp_path / "run.car", WHOLE | {"cwd": "/ipfs/\x1b[2K\nstdout: the same"}, guest=GUEST, stdin=STDIN)
+    target = recorded.write(
+        tmp_path / "run.car", WHOLE | {"cwd": "/ipfs/\x1b[2K\nstdout: the same"}, guest=GUEST, stdin=STDIN
+    )
     said = Ended(run, "--replay", target).refused("\\x1b[2K\\nstdout")
     assert "\nstdout" not in said
 
@@ -319,10 +371,14 @@ MADE: dict[Callable[[Blocks], dict[str, Any]], str] = {
 
 
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
-def test_a_record_that_claims_more_than_it_holds_is_refused(run: Runner, tmp_path: Path, make: Callable[[Blocks], dict[str, Any]]) -> None:
+def test_a_record_that_claims_more_than_it_holds_is_refused(
+    run: Runner, tmp_path: Path, make: Callable[[Blocks], dict[str, Any]]
+) -> None:
     blocks = Blocks()
     made = make(blocks)
-    target = recorded.write(tmp_path / "run.car", made.pop("told"), blocks, **{"guest": GUEST, "stdin": STDIN} | made)
+    target = recorded.write(
+        tmp_path / "run.car", made.pop("told"), blocks, **{"guest": GUEST, "stdin": STDIN} | made
+    )
     assert target.stat().st_size < 5 << 20
     if make is bomb_of_stdin:
         Ended(run, "inspect", target).refused("bytes")
@@ -365,7 +421,9 @@ TREES = (paths_without_end, names_without_end, one_block_under_many_names, shard
 
 
 @pytest.mark.parametrize("make", TREES, ids=lambda make: make.__name__)
-def test_inspect_of_a_tree_with_paths_without_end(run: Runner, tmp_path: Path, make: Callable[[Blocks], Built]) -> None:
+def test_inspect_of_a_tree_with_paths_without_end(
+    run: Runner, tmp_path: Path, make: Callable[[Blocks], Built]
+) -> None:
     blocks = Blocks()
     root = make(blocks)
     told = WHOLE | {"read": [cids.text(cid) for cid in blocks.all]}
@@ -379,7 +437,7 @@ def test_inspect_of_a_tree_with_paths_without_end(run: Runner, tmp_path: Path, m
         assert ended.out.count("\n") > 30
 
 
-# -- what a replay may use ---------------------------------------------------------------------------------------
+# -- what a replay may use -----------------------------------------------------------------------------------
 
 NEEDY: dict[str, tuple[dict[str, Any], str]] = {
     "memory": ({"limits": {"max_memory_size": 2 << 30}}, "-W max-memory-size=2GiB"),
@@ -414,7 +472,9 @@ FLOOD = bytes(
 
 @pytest.mark.fuse
 def test_a_replay_has_limits_that_the_recording_did_not_have(run: Runner, tmp_path: Path) -> None:
-    target = recorded.write(tmp_path / "run.car", recorded.receipt(FLOOD, limits={}), guest=FLOOD, stdin=STDIN)
+    target = recorded.write(
+        tmp_path / "run.car", recorded.receipt(FLOOD, limits={}), guest=FLOOD, stdin=STDIN
+    )
     done = run("--replay", target, "-W", "max-stdout=1MiB")
     assert done.returncode == 3  # what was asked for here is not what the recording lacks
     done = run("--replay", target)

@@ -49,7 +49,9 @@ def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
     )
     held = writer.add_file(io.BytesIO(receipt.encode(told)))
     below = writer.add_folder([(cids.text(root.cid), root)])
-    writer.close(writer.add_folder([("receipt.json", held), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", below)]))
+    writer.close(
+        writer.add_folder([("receipt.json", held), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", below)])
+    )
 
 
 def inspected(target: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ GROW = b'(module (memory 1) (func (export "_start") (if (i32.eq (memory.grow (i3
 
 
 def test_parse() -> None:
-    assert limits.parse(["timeout=1.5s,fuel=10", "max-memory-size=64MiB", "fuel=11"]) == Limits(timeout=1.5, fuel=11, max_memory_size=64 << 20)
+    assert limits.parse(["timeout=1.5s,fuel=10", "max-memory-size=64MiB", "fuel=11"]) == Limits(
+        timeout=1.5, fuel=11, max_memory_size=64 << 20
+    )
     assert limits.parse(["timeout=2m,max-stdout=10kB"]) == Limits(timeout=120, max_stdout=10_000)
 
 
@@ -54,7 +56,13 @@ def test_the_smallest_and_the_largest_limits_are_no_fault(run: Runner) -> None:
 
 def test_a_system_without_memory_is_one_line(run: Runner, habits: Path) -> None:
     for most in (200_000, 1_000_000):
-        command = ["bash", "-c", f'ulimit -v {most}; exec "$@"', "bash", *run.command("-W", "max-wasm-stack=1GiB", habits, "args")]
+        command = [
+            "bash",
+            "-c",
+            f'ulimit -v {most}; exec "$@"',
+            "bash",
+            *run.command("-W", "max-wasm-stack=1GiB", habits, "args"),
+        ]
         done = subprocess.run(command, env=run.env, cwd=TOP, stdin=DEVNULL, capture_output=True, check=False)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (125, b"", 1), done
         assert b"memory" in done.stderr or b"give a smaller -W max-wasm-stack" in done.stderr
@@ -109,7 +117,9 @@ def test_stderr_is_bounded_as_stdout_is(run: Runner, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (134, b"")
     assert len(done.stderr) < 1200
     assert done.stderr.startswith(b"x" * 1000)
-    assert done.stderr.endswith(b"ipfsfuse-run: the guest wrote more than max-stdout=1000 to standard error\n")
+    assert done.stderr.endswith(
+        b"ipfsfuse-run: the guest wrote more than max-stdout=1000 to standard error\n"
+    )
 
 
 FLOOD = """(module (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
@@ -121,7 +131,8 @@ FLOOD = """(module (import "wasi_snapshot_preview1" "fd_write" (func $write (par
 
 
 def test_a_trap_is_told_beside_a_full_stderr(run: Runner, tmp_path: Path) -> None:
-    """The back-trace is the runner's to print: it counts for no limit, and its names can't act on a terminal."""
+    """The back-trace is the runner's to print: it counts for no limit, and its names can't act on a
+    terminal."""
     guest = tmp_path / "trap.wat"
     guest.write_text('(module (func $"\\1b[31mred\\n" unreachable) (func (export "_start") (call 0)))')
     done = run("-W", "max-stdout=0", guest)
@@ -141,7 +152,9 @@ def given(tmp_path: Path) -> Path:
 def test_one_file_in_a_writable_folder(run: Runner, habits: Path, given: Path) -> None:
     done = run("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "fill", "/data/one", "2000000")
     assert (done.returncode, done.stdout) == (134, b"")
-    assert done.stderr.decode() == f"ipfsfuse-run: {habits} wrote more than max-out=1048576 bytes to one file\n"
+    assert (
+        done.stderr.decode() == f"ipfsfuse-run: {habits} wrote more than max-out=1048576 bytes to one file\n"
+    )
     assert (given / "one").stat().st_size == 1 << 20
 
 
@@ -168,11 +181,15 @@ def test_what_was_there_before_does_not_count(run: Runner, habits: Path, given: 
 
 
 def test_growth_is_seen_of_a_guest_that_ends_at_once(run: Runner, given: Path, habits: Path) -> None:
-    done = run("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "twice", "/data/a", "/data/b", "700000")
+    done = run(
+        "-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "twice", "/data/a", "/data/b", "700000"
+    )
     assert done.returncode == 134, done
 
 
-def test_output_to_a_file_is_not_what_a_folder_may_hold(run: Runner, habits: Path, given: Path, tmp_path: Path) -> None:
+def test_output_to_a_file_is_not_what_a_folder_may_hold(
+    run: Runner, habits: Path, given: Path, tmp_path: Path
+) -> None:
     with (tmp_path / "out").open("wb") as out:
         command = run.command("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "flood", "3000000")
         assert subprocess.run(command, env=run.env, cwd=TOP, stdout=out, check=False).returncode == 0
@@ -185,7 +202,9 @@ def test_a_compilation_that_takes_too_long_could_not_be_run(run: Runner, tmp_pat
     done = run("-W", "compile-timeout=300ms", guest)
     assert (done.returncode, len(done.stderr.splitlines())) == (125, 1), done
     assert b"was not compiled within 0.3s: give -W compile-timeout=TIME" in done.stderr
-    assert not [each for each in (tmp_path / "xdg" / "ipfsfuse-run" / "code").iterdir() if each.suffix != ".part"]
+    assert not [
+        each for each in (tmp_path / "xdg" / "ipfsfuse-run" / "code").iterdir() if each.suffix != ".part"
+    ]
     done = run("-W", "timeout=1ms", slow(tmp_path, 200))
     assert done.returncode in (0, 124), done  # and never because of the compilation, which takes far longer
     assert b"compile" not in done.stderr
@@ -211,7 +230,9 @@ def test_two_cold_starts_compile_once(run: Runner, tmp_path: Path) -> None:
 def slow(folder: Path, functions: int) -> Path:
     """A guest that is quick to run and slow to compile."""
     body = "(local.set 0 (i32.add (local.get 0) (i32.mul (local.get 0) (i32.const {0}))))" * 60
-    text = "".join(f"(func (param i32) (result i32) {body.format(number)} (local.get 0))" for number in range(functions))
+    text = "".join(
+        f"(func (param i32) (result i32) {body.format(number)} (local.get 0))" for number in range(functions)
+    )
     guest = folder / f"slow{functions}.wasm"
     guest.write_bytes(bytes(wasmtime.wat2wasm(f'(module {text} (func (export "_start")))')))
     return guest

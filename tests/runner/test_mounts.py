@@ -69,7 +69,9 @@ def test_two_at_once_share_one_mount(run: Runner, cid: str, habits: Path, home: 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["spin", "sleep"])
-def test_a_signal_ends_the_guest_and_the_mount(run: Runner, habits: Path, number: signal.Signals, what: str) -> None:
+def test_a_signal_ends_the_guest_and_the_mount(
+    run: Runner, habits: Path, number: signal.Signals, what: str
+) -> None:
     with run.start(habits, what) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -90,7 +92,9 @@ def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path, options:
     wait_until(lambda: nothing_is_left(run), "nothing is left")
 
 
-def test_kill_9_of_an_isolated_guest_leaves_nothing(run: Runner, home: Home, habits: Path, own_node: Node) -> None:
+def test_kill_9_of_an_isolated_guest_leaves_nothing(
+    run: Runner, home: Home, habits: Path, own_node: Node
+) -> None:
     """No mount, no staging, no folder; and what it read is held at the node no more."""
     cid = own_node.add(b"content\n" * 100_000, "--pin=false", "--cid-version=1")
     with run.start("--isolated", "--from", source(own_node), habits, "spin", f"/ipfs/{cid}") as process:
@@ -100,7 +104,9 @@ def test_kill_9_of_an_isolated_guest_leaves_nothing(run: Runner, home: Home, hab
         (folder,) = Path(run.env["TMPDIR"]).glob("ipfsfuse-isolated-*")
         assert list((folder / "ipfsfuse-cache" / "staging").iterdir())
         asked = ["status", "--json", "--cache-dir", folder]
-        wait_until(lambda: home.json(*asked)["pins"][source(own_node)]["held"], "the node holds what was staged")
+        wait_until(
+            lambda: home.json(*asked)["pins"][source(own_node)]["held"], "the node holds what was staged"
+        )
         own_node.gc()
         assert own_node.has(cid)
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -144,7 +150,10 @@ def test_a_guest_of_which_a_part_is_missing_is_one_line(run: Runner, tmp_path: P
     cid, missing = cids.text(dag.file([code[:9000], code[9000:]])), dag.block(code[9000:])
     del dag.blocks[cids.multihash(missing)]
     done = run("--from", dag.car(tmp_path / "part.car"), "--offline", f"/ipfs/{cid}")
-    assert (done.returncode, lines(done.stderr)) == (125, [f"ipfsfuse-run: /ipfs/{cid} can't be read: Connection timed out"])
+    assert (done.returncode, lines(done.stderr)) == (
+        125,
+        [f"ipfsfuse-run: /ipfs/{cid} can't be read: Connection timed out"],
+    )
 
 
 def test_what_the_mount_refuses_is_one_line(run: Runner) -> None:

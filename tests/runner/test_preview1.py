@@ -1,4 +1,5 @@
-"""The cases of preview 1's test suite that a read-only folder allows, by its own calls, in the mount and in a folder of the host."""
+"""The cases of preview 1's test suite that a read-only folder allows, by its own calls, in the mount and in a
+folder of the host."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ DIRECTORY, REGULAR, SYMLINK = 3, 4, 7
 GROUPS: dict[str, dict[int, str]] = {
     "prestat": {1: "found", NAMETOOLONG: "name-too-short", BADF: "of-a-stream of-nothing"},
     "open": {
-        0: "file folder folder-with-slash dot there-and-back link link-to-folder folder-link-itself-on-the-way",
+        0: "file folder folder-with-slash dot there-and-back link link-to-folder "
+        "folder-link-itself-on-the-way",
         NOTDIR: "file-as-folder below-a-file file-with-slash at-a-file",
         NOENT: "missing empty-name dangling",
         LOOP: "link-itself dangling-itself loop loop-of-two loop-on-the-way",
@@ -29,7 +31,11 @@ GROUPS: dict[str, dict[int, str]] = {
         10: "less-than-a-head-used",
         BADF: "of-a-file of-nothing",
     },
-    "read": {0: "into-two past-the-end past-the-end-count nothing nothing-count", 1: "into-two-right", BADF: "of-a-folder of-nothing closed"},
+    "read": {
+        0: "into-two past-the-end past-the-end-count nothing nothing-count",
+        1: "into-two-right",
+        BADF: "of-a-folder of-nothing closed",
+    },
     "pread": {0: "moves-nothing past-the-end past-the-end-count", 4: "count", 1: "right"},
     "seek": {
         0: "back from-the-end past-the-end",
@@ -68,7 +74,10 @@ GROUPS: dict[str, dict[int, str]] = {
     "poll": {1: "count", 7: "userdata", 0: "error type", INVAL: "nothing"},
     "renumber": {BADF: "gone nothing", 0: "there"},
 }
-ALONE = "advise args clock close datasync environ fdstat filestat poll pread random readlink renumber sync tell yield"
+ALONE = (
+    "advise args clock close datasync environ fdstat filestat poll pread random readlink renumber sync "
+    "tell yield"
+)
 """Calls that succeed; each stands under its own name."""
 
 
@@ -82,14 +91,25 @@ def tree(folder: Path) -> Path:
     (folder / "empty").touch()
     for number in range(50):
         (folder / "dir" / f"e{number:02}").touch()
-    links = {"link": "file", "dirlink": "dir", "dangling": "nowhere", "loop": "loop", "one": "two", "two": "one"}
+    links = {
+        "link": "file",
+        "dirlink": "dir",
+        "dangling": "nowhere",
+        "loop": "loop",
+        "one": "two",
+        "two": "one",
+    }
     for name, target in (links | {"outside": "../etc", "absolute": "/etc/hostname"}).items():
         (folder / name).symlink_to(target)
     return folder
 
 
 @pytest.fixture(scope="module", params=["mount", "folder"])
-def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, build_guest: Callable[[str], Path]) -> dict[str, int]:
+def said(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    build_guest: Callable[[str], Path],
+) -> dict[str, int]:
     """What the guest found, by case."""
     folder = tmp_path_factory.mktemp("preview1")
     source = tree(folder / "source")
@@ -98,7 +118,9 @@ def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with home.mounted() as mount:
         run = Runner({**home.env, "XDG_CACHE_HOME": str(folder / "xdg")}, mount.path)
         given = mount.path / cid if request.param == "mount" else source
-        done = run("--argv0", "guest", "--env", "A=1", "--dir", f"{given}::/w::ro", build_guest("preview1"), "/w")
+        done = run(
+            "--argv0", "guest", "--env", "A=1", "--dir", f"{given}::/w::ro", build_guest("preview1"), "/w"
+        )
     assert done.returncode == 0, done
     return {name: int(value) for name, value in map(str.split, lines(done.stdout))}
 

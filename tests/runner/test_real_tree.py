@@ -1,4 +1,5 @@
-"""A guest walks a real tree that no one here wrote, and digests all of it: as the tree's own digest, taken outside."""
+"""A guest walks a real tree that no one here wrote, and digests all of it: as the tree's own digest, taken
+outside."""
 
 import hashlib
 import os
@@ -36,7 +37,9 @@ def digest(top: Path) -> tuple[str, int]:
     return whole.hexdigest(), count
 
 
-def test_a_guest_walks_the_standard_library(home: Home, tmp_path: Path, build_guest: Callable[[str], Path]) -> None:
+def test_a_guest_walks_the_standard_library(
+    home: Home, tmp_path: Path, build_guest: Callable[[str], Path]
+) -> None:
     tree = copy_of_the_standard_library(tmp_path / "python")
     (tree / "link").symlink_to("os.py")
     cid = home.add(tree)

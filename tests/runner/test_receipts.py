@@ -51,13 +51,19 @@ def record(run: Runner, target: Path, *args: str | Path, stdin: bytes = b"") -> 
 def inspected(run: Runner, target: Path) -> dict[str, Any]:
     shown: dict[str, Any] = json.loads(
         subprocess.run(
-            [*run.command("inspect", target, "--json")], env=run.env, capture_output=True, check=True, cwd=Path(__file__).parents[2]
+            [*run.command("inspect", target, "--json")],
+            env=run.env,
+            capture_output=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
         ).stdout
     )
     return shown
 
 
-def test_a_recorded_run_is_repeated_elsewhere(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
+def test_a_recorded_run_is_repeated_elsewhere(
+    run: Runner, elsewhere: Runner, cid: str, tmp_path: Path
+) -> None:
     target = tmp_path / "run.car"
     done = record(run, target, READER, f"/ipfs/{cid}/dir/file")
     assert lines(done.stdout)[0] == "content"
@@ -69,7 +75,9 @@ def test_a_recorded_run_is_repeated_elsewhere(run: Runner, elsewhere: Runner, ci
 def test_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
     target = tmp_path / "run.car"
     record(run, target, habits, "cat", f"/ipfs/{cid}/dir/file")
-    rows = [(each["path"], each["type"], each["size"], each["read"]) for each in inspected(run, target)["read"]]
+    rows = [
+        (each["path"], each["type"], each["size"], each["read"]) for each in inspected(run, target)["read"]
+    ]
     assert rows == [
         (f"/ipfs/{cid}", "directory", 0, 0),
         (f"/ipfs/{cid}/dir", "directory", 0, 0),
@@ -87,20 +95,27 @@ def test_the_receipt_alone(run: Runner, cid: str, tmp_path: Path, habits: Path) 
     assert told["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
     assert (told["env"], told["limits"], told["exit_code"]) == ([["A", "1"]], {"fuel": 100000000}, 0)
     assert told["read"][0] == cid
-    assert len(told["read"]) == 1 + 1 + 2  # the folder, the file's root, its leaves: the first two are one block
+    # the folder, the file's root, its leaves: the first two are one block
+    assert len(told["read"]) == 1 + 1 + 2
     assert (told["stdout"]["size"], told["stdin"]["size"]) == (256 * 12_000, 0)
     assert "clocks" in told["differs"]
 
 
-def test_standard_input_arguments_environment_and_exit_code_are_recorded(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
-    for number, (args, stdin) in enumerate([(["cat"], b"some input"), (["exit", "7"], b""), (["env"], b""), (["abort"], b"")]):
+def test_standard_input_arguments_environment_and_exit_code_are_recorded(
+    run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path
+) -> None:
+    for number, (args, stdin) in enumerate(
+        [(["cat"], b"some input"), (["exit", "7"], b""), (["env"], b""), (["abort"], b"")]
+    ):
         target = tmp_path / f"run{number}.car"
         done = record(run, target, "--env", "A=1", "--argv0", "me", habits, *args, stdin=stdin)
         assert done.stdout == {"cat": stdin, "env": b"A=1\n"}.get(args[0], b"")
         assert elsewhere("--replay", target).returncode == 0
 
 
-def test_a_guest_from_standard_input_or_the_mount(run: Runner, elsewhere: Runner, home: Home, tmp_path: Path, habits: Path) -> None:
+def test_a_guest_from_standard_input_or_the_mount(
+    run: Runner, elsewhere: Runner, home: Home, tmp_path: Path, habits: Path
+) -> None:
     guest = home.add(habits)
     record(run, tmp_path / "a.car", "-", "args", stdin=habits.read_bytes())
     record(run, tmp_path / "b.car", f"/ipfs/{guest}", "args")
@@ -109,7 +124,9 @@ def test_a_guest_from_standard_input_or_the_mount(run: Runner, elsewhere: Runner
 
 
 @pytest.mark.parametrize("kind", ["p1", "p2"])
-def test_chance_is_fixed_where_it_is_asked_for(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path, kind: str) -> None:
+def test_chance_is_fixed_where_it_is_asked_for(
+    run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path, kind: str
+) -> None:
     guest = [habits, "chance"] if kind == "p1" else [GUESTS / "chance-p2.wat"]
     first = record(run, tmp_path / "a.car", "--deterministic", *guest).stdout
     assert record(run, tmp_path / "b.car", "--deterministic", *guest).stdout == first
@@ -129,10 +146,15 @@ def test_more_random_numbers_than_wasmtime_gives_are_a_trap(run: Runner, tmp_pat
     )
     for options in ([], ["--deterministic"]):
         done = record(run, tmp_path / "run.json", *options, guest)
-        assert (done.returncode, b"requested len 104857600 exceeds limit 67108864" in done.stderr) == (134, True), done
+        assert (done.returncode, b"requested len 104857600 exceeds limit 67108864" in done.stderr) == (
+            134,
+            True,
+        ), done
 
 
-def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
+def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(
+    run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path
+) -> None:
     given = tmp_path / "given"
     given.mkdir()
     (given / "file").write_text("from the host\n")
@@ -177,10 +199,19 @@ def with_receipt(target: Path, data: bytes, **files: bytes) -> None:
     """A record whose blocks are all right, and whose receipt is `data`."""
     with target.open("w+b") as out:
         writer = Writer(out)
-        writer.close(writer.add_folder([(name, writer.add_file(io.BytesIO(held))) for name, held in {"receipt.json": data, **files}.items()]))
+        writer.close(
+            writer.add_folder(
+                [
+                    (name, writer.add_file(io.BytesIO(held)))
+                    for name, held in {"receipt.json": data, **files}.items()
+                ]
+            )
+        )
 
 
-def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(
+    run: Runner, tmp_path: Path, habits: Path
+) -> None:
     record(run, tmp_path / "run.json", habits, "cat", stdin=b"input")
     told = json.loads((tmp_path / "run.json").read_text())
     guest, folder = habits.read_bytes(), [{"guest": "/data", "writable": False, "cid": told["guest"]["cid"]}]
@@ -199,7 +230,9 @@ def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(run: R
     assert run("--replay", tmp_path / "run.car").returncode == 0
 
 
-def test_limits_of_a_record_hold_again_and_others_can_be_given(run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path) -> None:
+def test_limits_of_a_record_hold_again_and_others_can_be_given(
+    run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path
+) -> None:
     target = tmp_path / "run.car"
     done = record(run, target, "-W", "max-stdout=4500", habits, "flood", "1000000")
     assert (done.returncode, len(done.stdout)) == (134, 4500)
@@ -221,17 +254,26 @@ BAD_RECEIPTS = {
     "of no format": (b'{"kind": "ipfsfuse-run receipt"}', "format None"),
     "without its fields": (RECEIPT_HEAD + b"1}", "no usable field"),
     "with fields of a wrong kind": (RECEIPT_HEAD + b'1, "guest": 7}', "no usable field"),
-    "with what is no CID": (json.dumps(recorded.receipt(b"") | {"guest": {"cid": "bafy?", "name": "x"}}).encode(), "not a CID"),
+    "with what is no CID": (
+        json.dumps(recorded.receipt(b"") | {"guest": {"cid": "bafy?", "name": "x"}}).encode(),
+        "not a CID",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BAD_RECEIPTS)
 @pytest.mark.parametrize("command", ["--replay", "inspect"])
-def test_a_receipt_that_can_not_be_read_is_one_line(run: Runner, tmp_path: Path, what: str, command: str) -> None:
+def test_a_receipt_that_can_not_be_read_is_one_line(
+    run: Runner, tmp_path: Path, what: str, command: str
+) -> None:
     data, named = BAD_RECEIPTS[what]
     with_receipt(tmp_path / "run.car", data)
     done = run(command, tmp_path / "run.car")
-    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125 if command == "--replay" else 1, b"", 1), done
+    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (
+        125 if command == "--replay" else 1,
+        b"",
+        1,
+    ), done
     assert named in done.stderr.decode()
 
 
@@ -240,7 +282,13 @@ def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path
     whole = json.loads((tmp_path / "run.json").read_text())
     receipt.decode(json.dumps(whole).encode())
     limits: list[object] = [{"fuel": "much"}, {"fuel": -1}, {"time": 1}, []]
-    wrong: dict[str, list[object]] = {"argv": [[], "cat"], "env": [[["A"]]], "limits": limits, "read": [7], "stdin": [{"size": 1}]}
+    wrong: dict[str, list[object]] = {
+        "argv": [[], "cat"],
+        "env": [[["A"]]],
+        "limits": limits,
+        "read": [7],
+        "stdin": [{"size": 1}],
+    }
     for field, values in wrong.items():
         for value in values:
             with pytest.raises(ReceiptRefused):
@@ -264,7 +312,10 @@ def test_standard_input_of_a_record_can_be_bounded(run: Runner, tmp_path: Path, 
     assert (done.returncode, len(lines(done.stderr))) == (125, 1)
     assert b"max-stdin=10" in done.stderr
     assert not list(tmp_path.glob("*run.car*"))
-    assert run("--record", tmp_path / "run.car", "-W", "max-stdin=10", habits, "cat", stdin=b"x" * 10).returncode == 0
+    assert (
+        run("--record", tmp_path / "run.car", "-W", "max-stdin=10", habits, "cat", stdin=b"x" * 10).returncode
+        == 0
+    )
     assert run("-W", "max-stdin=10", habits, "cat").returncode == 2
 
 

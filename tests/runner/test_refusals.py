@@ -1,4 +1,5 @@
-"""Bad input: each is one line on standard error that names the thing, exit code 125 or 2, and no traceback."""
+"""Bad input: each is one line on standard error that names the thing, exit code 125 or 2, and no
+traceback."""
 
 import os
 import subprocess
@@ -32,16 +33,28 @@ BAD_GUESTS = {
     "it is a library": (b'(module (func (export "add")))', "exports no _start"),
     "it has nothing": (b"(module)", "exports no _start"),
     "its start is no function": (b'(module (global (export "_start") i32 (i32.const 0)))', "no function"),
-    "an import that nobody offers": (b'(module (import "env" "magic" (func)) (func (export "_start")))', "env::magic"),
-    "a WASI import of a wrong type": (b'(module (import "wasi_snapshot_preview1" "fd_close" (func)) (func (export "_start")))', "fd_close"),
+    "an import that nobody offers": (
+        b'(module (import "env" "magic" (func)) (func (export "_start")))',
+        "env::magic",
+    ),
+    "a WASI import of a wrong type": (
+        b'(module (import "wasi_snapshot_preview1" "fd_close" (func)) (func (export "_start")))',
+        "fd_close",
+    ),
     "a component without exports": (b"(component)", "exports nothing"),
-    "a component that serves": (b'(component (instance $i) (export "wasi:http/incoming-handler@0.2.0" (instance $i)))', "incoming-handler"),
+    "a component that serves": (
+        b'(component (instance $i) (export "wasi:http/incoming-handler@0.2.0" (instance $i)))',
+        "incoming-handler",
+    ),
     "a component that needs what nobody offers": (
         b'(component (import "acme:db/store@1.0.0" (instance (export "f" (func)))) (instance $i) (export "wasi:cli/run@0.2.0" (instance $i)))',
         "acme:db/store",
     ),
     "preview 3": (b'(component (import "wasi:cli/stdout@0.3.0" (instance)))', "preview 3"),
-    "preview 3's run": (b'(component (instance $i) (export "wasi:cli/run@0.3.0-rc-2025-09-16" (instance $i)))', "preview 3"),
+    "preview 3's run": (
+        b'(component (instance $i) (export "wasi:cli/run@0.3.0-rc-2025-09-16" (instance $i)))',
+        "preview 3",
+    ),
 }
 
 
@@ -126,10 +139,14 @@ def test_what_comes_from_outside_can_not_act_on_a_terminal(run: Runner, tree: Pa
     run.mount = None
     said.append(refusal(run, 1, "inspect", tmp_path / f"{evil}.car"))
     said.append(refusal(run, 2, "--from", f"/nowhere/{evil}.car", "-", stdin=GUEST))
-    assert all("\\x1b" in each and not any(ord(char) < 32 or char == "\u202e" for char in each) for each in said), said
+    assert all(
+        "\\x1b" in each and not any(ord(char) < 32 or char == "\u202e" for char in each) for each in said
+    ), said
 
 
 def test_help_names_every_limit() -> None:
     env = {**os.environ, "PYTHONPATH": str(TOP)}
-    done = subprocess.run([sys.executable, "-m", "runner", "--help"], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "--help"], env=env, capture_output=True, text=True, check=True
+    )
     assert all(name in done.stdout for name in ("max-memory-size", "--allow", "--replay", "inspect"))

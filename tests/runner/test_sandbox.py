@@ -1,4 +1,5 @@
-"""What a guest can't do: change anything below /ipfs, or leave it. One test a call, by preview 1 and by preview 2."""
+"""What a guest can't do: change anything below /ipfs, or leave it. One test a call, by preview 1 and by
+preview 2."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,9 +17,31 @@ NOTSUP, BADF, PERM = 58, 8, 63
 P1_ELSE = {"fd_write": BADF, "fd_pwrite": BADF, "fd_allocate": NOTSUP}
 """Where wasmtime answers before it looks at the folder's permissions."""
 P1_CALLS = [
-    *("open-write", "open-read-write", "open-append", "open-create", "open-create-write", "open-exclusive", "open-truncate"),
-    *("path_create_directory", "path_remove_directory", "path_unlink_file", "path_rename", "path_link", "path_symlink"),
-    *("path_filestat_set_times", "fd_filestat_set_size", "fd_filestat_set_times", "fd_write", "fd_pwrite", "fd_allocate"),
+    *(
+        "open-write",
+        "open-read-write",
+        "open-append",
+        "open-create",
+        "open-create-write",
+        "open-exclusive",
+        "open-truncate",
+    ),
+    *(
+        "path_create_directory",
+        "path_remove_directory",
+        "path_unlink_file",
+        "path_rename",
+        "path_link",
+        "path_symlink",
+    ),
+    *(
+        "path_filestat_set_times",
+        "fd_filestat_set_size",
+        "fd_filestat_set_times",
+        "fd_write",
+        "fd_pwrite",
+        "fd_allocate",
+    ),
 ]
 
 
@@ -85,7 +108,13 @@ def test_the_demo_guests_read_and_are_refused(world: World, guest: str) -> None:
 def test_a_guest_can_not_leave(world: World, build_guest: Callable[[str], Path]) -> None:
     base = f"/ipfs/{world.cid}"
     inside = [f"{base}/file", f"{base}/right", f"{base}/dir/../file"]
-    ways = [f"{base}/absolute", f"{base}/inside/{world.cid}/file", f"{base}/upward", "/ipfs/../etc/hostname", f"{base}/../../../../etc/hostname"]
+    ways = [
+        f"{base}/absolute",
+        f"{base}/inside/{world.cid}/file",
+        f"{base}/upward",
+        "/ipfs/../etc/hostname",
+        f"{base}/../../../../etc/hostname",
+    ]
     said = lines(world.run(build_guest("reach"), *inside, *ways, "/etc/hostname", "../etc/hostname").stdout)
     said = [line for line in said if line]
     assert said[:3] == [f"{each}: content" for each in inside]
@@ -102,11 +131,16 @@ def test_a_folder_that_was_looked_at_is_the_one_that_is_given(tmp_path: Path) ->
         work.rename(tmp_path / "given" / "moved")
         work.symlink_to(tmp_path / "elsewhere")
         assert os.listdir(path) == ["right"]
-    with pytest.raises(GuestRefused, match="leads out"), inside(str(tmp_path / "given"), "work", "--cwd /given/work"):
+    with (
+        pytest.raises(GuestRefused, match="leads out"),
+        inside(str(tmp_path / "given"), "work", "--cwd /given/work"),
+    ):
         pass
 
 
 @pytest.mark.fuse
 def test_a_name_with_a_slash_is_no_name(world: World, build_guest: Callable[[str], Path]) -> None:
-    said = world.run(build_guest("reach"), f"/ipfs/{world.cid}%2Ffile", f"/ipfs/{world.cid}\\file").stdout.decode()
+    said = world.run(
+        build_guest("reach"), f"/ipfs/{world.cid}%2Ffile", f"/ipfs/{world.cid}\\file"
+    ).stdout.decode()
     assert said.count("errno 44") == 2

@@ -1,4 +1,5 @@
-"""What a receipt tells of a run beside its input and output: what was only read ahead, what was missing, and whether NaNs were fixed."""
+"""What a receipt tells of a run beside its input and output: what was only read ahead, what was missing, and
+whether NaNs were fixed."""
 
 import json
 import os
@@ -32,12 +33,16 @@ def receipt(target: Path) -> dict[str, Any]:
     return whole
 
 
-def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(
+    run: Runner, tmp_path: Path, habits: Path
+) -> None:
     dag = Dag()
     file = dag.file(LEAVES)
     leaves = [cids.text(dag.block(leaf)) for leaf in LEAVES]
     source, target = dag.car(tmp_path / "source.car"), tmp_path / "run.json"
-    done = run("--from", source, "--record", target, habits, "cat", f"/ipfs/{cids.text(file)}", str(16 * LEAF))
+    done = run(
+        "--from", source, "--record", target, habits, "cat", f"/ipfs/{cids.text(file)}", str(16 * LEAF)
+    )
     assert done.stdout == b"".join(LEAVES[:16])
     seen = receipt(target)
     assert seen["read"] == [cids.text(file), *leaves[:16]]
@@ -48,7 +53,9 @@ def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(run: Runner, t
 
 
 @pytest.mark.parametrize("form", ["json", "car"])
-def test_what_no_source_had_is_told_and_is_missing_again(run: Runner, tmp_path: Path, habits: Path, form: str) -> None:
+def test_what_no_source_had_is_told_and_is_missing_again(
+    run: Runner, tmp_path: Path, habits: Path, form: str
+) -> None:
     dag = Dag()
     file = dag.file(LEAVES[:3])
     first, second = (dag.block(leaf) for leaf in LEAVES[:2])
@@ -68,7 +75,9 @@ def test_a_guest_whose_name_is_no_text(run: Runner, tmp_path: Path, habits: Path
     guest = tmp_path / os.fsdecode(b"\xff.wasm")
     guest.write_bytes(habits.read_bytes())
     for form in ("json", "car"):
-        assert run("--record", tmp_path / f"run.{form}", "--argv0", "me", guest, "args").stdout == b"me\nargs\n"
+        assert (
+            run("--record", tmp_path / f"run.{form}", "--argv0", "me", guest, "args").stdout == b"me\nargs\n"
+        )
     assert receipt(tmp_path / "run.json")["guest"]["name"] == f"{tmp_path}/\ufffd.wasm"
     assert run("--replay", tmp_path / "run.car").returncode == 0
 
@@ -80,16 +89,26 @@ def test_a_receipt_with_half_a_surrogate_pair_is_refused(run: Runner, tmp_path: 
     told.decode(json.dumps(whole).encode())
     folder = {"guest": half, "writable": False, "cid": None}
     guest = whole["guest"] | {"name": half}
-    for field, value in {"argv": [half], "env": [["A", half]], "cwd": half, "dirs": [folder], "guest": guest, "started": half}.items():
+    for field, value in {
+        "argv": [half],
+        "env": [["A", half]],
+        "cwd": half,
+        "dirs": [folder],
+        "guest": guest,
+        "started": half,
+    }.items():
         with pytest.raises(ReceiptRefused, match="UTF-8"):
             told.decode(json.dumps(whole | {field: value}).encode())
 
 
-CANONICAL = struct.pack("<IQQIQQ", 0x7FC0_0000, 0x7FF8 << 48, 0x7FF8 << 48, 0x7FC0_0000, *[0x7FC0_0000_7FC0_0000] * 2)
+CANONICAL = struct.pack(
+    "<IQQIQQ", 0x7FC0_0000, 0x7FF8 << 48, 0x7FF8 << 48, 0x7FC0_0000, *[0x7FC0_0000_7FC0_0000] * 2
+)
 
 
 def test_the_bits_of_a_nan_are_fixed_where_it_is_asked_for(run: Runner, tmp_path: Path) -> None:
-    """nans.wat makes each in a way in which processors differ, or which hands on the bits of what it was given."""
+    """nans.wat makes each in a way in which processors differ, or which hands on the bits of what it was
+    given."""
     fixed, free = tmp_path / "fixed.json", tmp_path / "free.json"
     assert run("--record", fixed, "--deterministic", GUESTS / "nans.wat").stdout == CANONICAL
     assert "NaN bits" not in receipt(fixed)["differs"]

@@ -1,4 +1,5 @@
-"""Whom the runner trusts: a cache folder, a daemon and a mount of this very user's; and its own folder, name by name."""
+"""Whom the runner trusts: a cache folder, a daemon and a mount of this very user's; and its own folder, name
+by name."""
 
 import ctypes
 import json
@@ -87,7 +88,8 @@ def refused(done: Done, *names: str) -> None:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Path]:
-    """A mount of this user's own, of another cache folder: by nothing else than its daemon's folder can it be told apart."""
+    """A mount of this user's own, of another cache folder: by nothing else than its daemon's folder can it be
+    told apart."""
     with Home(tmp_path / "second").mounted() as mount:
         yield mount.path
 
@@ -110,7 +112,9 @@ def test_a_cache_folder_that_others_may_write_is_refused(run: Runner, home: Home
 
 
 @pytest.mark.fuse
-def test_a_cache_folder_that_is_a_symlink_is_refused(run: Runner, home: Home, real: Path, tmp_path: Path) -> None:
+def test_a_cache_folder_that_is_a_symlink_is_refused(
+    run: Runner, home: Home, real: Path, tmp_path: Path
+) -> None:
     folder = daemon_folder(home)
     with fake(folder, real, os.geteuid()):
         folder.rename(tmp_path / "moved")
@@ -134,14 +138,18 @@ def test_what_is_mounted_there_must_be_a_mount_of_ours(run: Runner, home: Home) 
 @pytest.mark.fuse
 @AS_ROOT
 @pytest.mark.parametrize(("kind", "user"), [("fuse.ipfsfuse", NOBODY), ("fuse.other", 0)])
-def test_another_users_mount_is_refused(run: Runner, home: Home, tmp_path: Path, kind: str, user: int) -> None:
+def test_another_users_mount_is_refused(
+    run: Runner, home: Home, tmp_path: Path, kind: str, user: int
+) -> None:
     """Its type says nothing: any user may mount by fusermount3 under that name."""
     point = tmp_path / "theirs"
     point.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id={user},group_id={user}".encode()
-    assert libc.mount(b"ipfsfuse", bytes(point), kind.encode(), 0, options) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"ipfsfuse", bytes(point), kind.encode(), 0, options) == 0, os.strerror(
+        ctypes.get_errno()
+    )
     try:
         with fake(daemon_folder(home), point, os.geteuid()):
             refused(run(READER, "/ipfs/x"), str(point), "not a mount of yours")
@@ -151,7 +159,9 @@ def test_another_users_mount_is_refused(run: Runner, home: Home, tmp_path: Path,
 
 
 @pytest.mark.fuse
-def test_a_folder_that_is_not_mounted_is_never_given_to_a_guest(run: Runner, home: Home, evil: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_mounted_is_never_given_to_a_guest(
+    run: Runner, home: Home, evil: Path, tmp_path: Path
+) -> None:
     """A daemon that is ending, or one that lies: the runner makes a mount of its own."""
     (tmp_path / "source").write_text("content\n")
     cid = home.add(tmp_path / "source")
@@ -162,16 +172,36 @@ def test_a_folder_that_is_not_mounted_is_never_given_to_a_guest(run: Runner, hom
 
 
 def test_a_mount_that_was_replaced_meanwhile_is_not_given(tmp_path: Path) -> None:
-    """Who may rename above the mountpoint could put another folder there between the runner's look and the guest's start."""
+    """Who may rename above the mountpoint could put another folder there between the runner's look and the
+    guest's start."""
     (tmp_path / "root").mkdir()
-    numbers = {fields[4]: int(fields[0]) for fields in map(str.split, Path("/proc/self/mountinfo").read_text().splitlines())}
+    numbers = {
+        fields[4]: int(fields[0])
+        for fields in map(str.split, Path("/proc/self/mountinfo").read_text().splitlines())
+    }
     host = str(tmp_path / "root")
     with pytest.raises(GuestRefused, match="not the mount any more"):
-        wasi_config(Sandbox(["guest"], [], [Preopen(host, IPFS, writable=False, mount_id=numbers["/proc"])], None, NO_LIMITS))
-    wasi_config(Sandbox(["guest"], [], [Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])], None, NO_LIMITS))
+        wasi_config(
+            Sandbox(
+                ["guest"],
+                [],
+                [Preopen(host, IPFS, writable=False, mount_id=numbers["/proc"])],
+                None,
+                NO_LIMITS,
+            )
+        )
+    wasi_config(
+        Sandbox(
+            ["guest"],
+            [],
+            [Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])],
+            None,
+            NO_LIMITS,
+        )
+    )
 
 
-# -- the runner's own folder -------------------------------------------------------------------------------------
+# -- the runner's own folder ---------------------------------------------------------------------------------
 
 
 def a_symlink(path: Path, outside: Path) -> None:
@@ -211,8 +241,11 @@ PLANTED = (a_symlink, a_file, a_pipe, a_socket, a_full_folder, an_open_folder, a
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_what_is_planted_in_the_runners_folder(tmp_path: Path, tree: Path, habits: Path, plant: Callable[[Path, Path], None]) -> None:
-    """Under each name that the runner uses there: the run is right, or refused in a line, and nothing outside is changed."""
+def test_what_is_planted_in_the_runners_folder(
+    tmp_path: Path, tree: Path, habits: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    """Under each name that the runner uses there: the run is right, or refused in a line, and nothing outside
+    is changed."""
     if plant is another_users and os.geteuid() != 0:
         pytest.skip("another user's files can be made by root alone")
     xdg, outside = tmp_path / "xdg", tmp_path / "outside-of-it"
@@ -222,7 +255,12 @@ def test_what_is_planted_in_the_runners_folder(tmp_path: Path, tree: Path, habit
     assert run(habits, "args").returncode == 0
     top = xdg / "ipfsfuse-run"
     (code,) = (top / "code").iterdir()
-    names = [top, *(each for each in top.rglob("*")), code.with_name(f"{code.name}.part"), top / "code" / "stray"]
+    names = [
+        top,
+        *(each for each in top.rglob("*")),
+        code.with_name(f"{code.name}.part"),
+        top / "code" / "stray",
+    ]
     shutil.move(xdg, tmp_path / "good")
     before = snapshot(outside)
     for name in names:
@@ -252,7 +290,10 @@ def test_what_an_earlier_version_made_is_used(tmp_path: Path, run: Runner, tree:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(each): (each.lstat().st_mode, each.read_bytes() if each.is_file() else b"") for each in sorted(folder.rglob("*"))}
+    return {
+        str(each): (each.lstat().st_mode, each.read_bytes() if each.is_file() else b"")
+        for each in sorted(folder.rglob("*"))
+    }
 
 
 def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
@@ -269,5 +310,3 @@ def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: P
     assert {"notes.txt", "a" * 64} < left
     assert f"{'b' * 64}-{'c' * 16}" not in left
     assert len(left) == 3
-
-

@@ -1,4 +1,5 @@
-"""A guest that waits for a block which never comes: whatever ends the run ends it, long before the mount's deadline."""
+"""A guest that waits for a block which never comes: whatever ends the run ends it, long before the mount's
+deadline."""
 
 import os
 import signal
@@ -50,7 +51,9 @@ def test_a_signal(run: Runner, silence: socket.socket, number: signal.Signals) -
 
 
 def test_out_of_time(run: Runner, silence: socket.socket) -> None:
-    with run.start(*waiting(silence), "-W", "timeout=1s", DEMO / "reader-p2.wat", f"/ipfs/{NEVER}") as process:
+    with run.start(
+        *waiting(silence), "-W", "timeout=1s", DEMO / "reader-p2.wat", f"/ipfs/{NEVER}"
+    ) as process:
         assert process.wait(timeout=60) == 124
     wait_until(lambda: nothing_is_mounted(run), "the mount is gone")
 

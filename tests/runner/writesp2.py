@@ -1,4 +1,5 @@
-"""A component in text form that tries every mutating call of wasi:filesystem, and prints one byte for each: its error code."""
+"""A component in text form that tries every mutating call of wasi:filesystem, and prints one byte for each:
+its error code."""
 
 from pathlib import Path
 
@@ -12,14 +13,22 @@ _BORROW = '(param "self" (borrow $descriptor))'
 _PATH = '(param "path" string)'
 _TIMES = '(param "atim" $new-timestamp) (param "mtim" $new-timestamp)'
 _OTHER = '(param "old" string) (param "to" (borrow $descriptor)) (param "new" string)'
-_OPEN = '(param "path-flags" $path-flags) (param "path" string) (param "open-flags" $open-flags) (param "flags" $flags)'
+_OPEN = (
+    '(param "path-flags" $path-flags) (param "path" string) (param "open-flags" $open-flags) (param '
+    '"flags" $flags)'
+)
 
 # name: (its WIT parameters behind self, its result, core parameters, where the error code lies)
 _METHODS = {
     "open-at": (_OPEN, "(own $descriptor)", "i32 i32 i32 i32 i32", 4),
     "set-size": ('(param "size" u64)', "", "i64", 1),
     "set-times": (_TIMES, "", "i32 i64 i32 i32 i64 i32", 1),
-    "set-times-at": (f'(param "path-flags" $path-flags) {_PATH} {_TIMES}', "", "i32 i32 i32 i32 i64 i32 i32 i64 i32", 1),
+    "set-times-at": (
+        f'(param "path-flags" $path-flags) {_PATH} {_TIMES}',
+        "",
+        "i32 i32 i32 i32 i64 i32 i32 i64 i32",
+        1,
+    ),
     "write": ('(param "buffer" (list u8)) (param "offset" u64)', "u64", "i32 i32 i64", 8),
     "write-via-stream": ('(param "offset" u64)', "(own $stream)", "i64", 4),
     "append-via-stream": ("", "(own $stream)", "", 4),
@@ -31,7 +40,11 @@ _METHODS = {
     "symlink-at": ('(param "old" string) (param "new" string)', "", "i32 i32 i32 i32", 1),
 }
 
-_FILE, _DIR, _NEW = "(i32.const 256) (global.get $file-size)", "(i32.const 512) (global.get $dir-size)", "(i32.const 768) (global.get $new-size)"
+_FILE, _DIR, _NEW = (
+    "(i32.const 256) (global.get $file-size)",
+    "(i32.const 512) (global.get $dir-size)",
+    "(i32.const 768) (global.get $new-size)",
+)
 _NAME = "(i32.add (i32.const 769) (global.get $dir-size)) (i32.const 3)"
 _NOW = "(i32.const 1) (i64.const 0) (i32.const 0)"
 
@@ -61,7 +74,8 @@ _TRIES = {
     "write-via-stream": ("write-via-stream", "(global.get $fd) (i64.const 0)"),
     "append-via-stream": ("append-via-stream", "(global.get $fd)"),
     "open a directory to change it": _opening(_DIR, 2, 33),
-    "create in that directory": ("create-directory-at", f"(i32.load (i32.const 4)) {_NAME}"),  # which is where the call before put it
+    # which is where the call before put it
+    "create in that directory": ("create-directory-at", f"(i32.load (i32.const 4)) {_NAME}"),
 }
 
 TRIES = list(_TRIES)
@@ -86,7 +100,8 @@ def _types_between(reader: str) -> str:
     (export "output-stream" (type $stream (eq $stream-outer)))
 """
     methods = "\n".join(
-        f'    (export "[method]descriptor.{name}" (func {_BORROW} {params} (result (result {result} (error $code)))))'
+        f'    (export "[method]descriptor.{name}" (func {_BORROW} {params} (result (result '
+        f"{result} (error $code)))))"
         for name, (params, result, _core, _at) in _METHODS.items()
     )
     imports, _, _code = tail.partition("  ;; The memory")
@@ -151,12 +166,19 @@ def component(file: str, folder: str) -> str:
         f"  (core func ${name} (canon lower (func ${name}-at-host) (memory $mem)))"
         for name in _METHODS
     )
-    wanted = "\n".join(f'    (import "wasi" "{name}" (func ${name} {_core_type(core)}))' for name, (_p, _r, core, _at) in _METHODS.items())
+    wanted = "\n".join(
+        f'    (import "wasi" "{name}" (func ${name} {_core_type(core)}))'
+        for name, (_p, _r, core, _at) in _METHODS.items()
+    )
     tries = "\n".join(
-        f"      (call ${method} {arguments} (i32.const 0)) (call $note (i32.const {number}) (i32.const {_METHODS[method][3]}))"
+        f"      (call ${method} {arguments} (i32.const 0)) (call $note (i32.const {number}) "
+        f"(i32.const {_METHODS[method][3]}))"
         for number, (method, arguments) in enumerate(_TRIES.values())
     )
-    given = " ".join(f'(export "{name}" (func ${name}))' for name in [*_METHODS, "write-out", "get-stdout", "get-directories"])
+    given = " ".join(
+        f'(export "{name}" (func ${name}))'
+        for name in [*_METHODS, "write-out", "get-stdout", "get-directories"]
+    )
     return f"""{_types_between(READER.read_text())}
 {_WORLD}{lowered}
 {_main(wanted, tries, file, folder)}  (core instance $main (instantiate $Main (with "memory" (instance $memory)) (with "wasi" (instance {given}))))

@@ -15,7 +15,8 @@ def _openssl(*args: str | Path) -> None:
 
 
 def _in_the_past() -> list[str]:
-    """How this openssl is told to make a certificate that expired: from 3.4 on by dates, before that by negative days."""
+    """How this openssl is told to make a certificate that expired: from 3.4 on by dates, before that by
+    negative days."""
     said = subprocess.run(["openssl", "x509", "-help"], check=True, capture_output=True, text=True)
     dated = "-not_after" in said.stdout + said.stderr
     return ["-not_before", "20200101000000Z", "-not_after", "20200102000000Z"] if dated else ["-days", "-1"]
@@ -27,12 +28,29 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key, self.certificate = folder / "ca.key", folder / "ca.pem"
-        may = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # demanded since OpenSSL 3.5 and Python 3.13
-        _openssl("req", "-x509", *EC, "-days", "2", "-subj", "/CN=test authority", *may, "-keyout", self._key, "-out", self.certificate)
+        # demanded since OpenSSL 3.5 and Python 3.13
+        may = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+        _openssl(
+            "req",
+            "-x509",
+            *EC,
+            "-days",
+            "2",
+            "-subj",
+            "/CN=test authority",
+            *may,
+            "-keyout",
+            self._key,
+            "-out",
+            self.certificate,
+        )
 
     def vouch(self, name: str, days: int = 2) -> ssl.SSLContext:
-        """The context of a server that is called `name` (`DNS:host` or `IP:address`); of negative `days`, one that expired."""
-        key, request, certificate, names = (self._folder / f"server.{end}" for end in ("key", "csr", "pem", "ext"))
+        """The context of a server that is called `name` (`DNS:host` or `IP:address`); of negative `days`, one
+        that expired."""
+        key, request, certificate, names = (
+            self._folder / f"server.{end}" for end in ("key", "csr", "pem", "ext")
+        )
         names.write_text(f"subjectAltName={name}\n")
         _openssl("req", *EC, "-subj", "/CN=server", "-keyout", key, "-out", request)
         by = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial")

@@ -15,7 +15,9 @@ from ipfsfuse.sources.files.car import CarSource
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 
 
-need_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project")
+need_fixtures = pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project"
+)
 
 
 Pairs = list[tuple[Cid, bytes]]
@@ -28,7 +30,9 @@ def pairs(count: int, size: int = 1000, seed: int = 1) -> Pairs:
 
 
 def sections(blocks: Pairs, roots: list[Cid] | None = None) -> bytes:
-    return car.encode_header(roots or []) + b"".join(car.section_head(cid, len(block)) + block for cid, block in blocks)
+    return car.encode_header(roots or []) + b"".join(
+        car.section_head(cid, len(block)) + block for cid, block in blocks
+    )
 
 
 def offsets(blocks: Pairs) -> dict[bytes, int]:

@@ -32,12 +32,17 @@ class SampleFile:
         return encode_car(self.root, list(self.blocks.items()))
 
 
-def sample(seed: int, count: int = 8, size: int = 70_000, *, raw: bool = True, repeat: bool = False) -> SampleFile:
-    """A file of `count` leaves of `size` bytes, the last one shorter; with `repeat` all but the last are the same."""
+def sample(
+    seed: int, count: int = 8, size: int = 70_000, *, raw: bool = True, repeat: bool = False
+) -> SampleFile:
+    """A file of `count` leaves of `size` bytes, the last one shorter; with `repeat` all but the last are the
+    same."""
     profile = replace(builder.UNIXFS_V1_2025, chunk_size=size, raw_leaves=raw)
     chance = random.Random(seed)
     same = chance.randbytes(size)
-    chunks = [same if repeat else chance.randbytes(size) for _ in range(count - 1)] + [chance.randbytes(size // 3 + 1)]
+    chunks = [same if repeat else chance.randbytes(size) for _ in range(count - 1)] + [
+        chance.randbytes(size // 3 + 1)
+    ]
     blocks: dict[Cid, bytes] = {}
     leaves: list[Leaf] = []
     file_builder = builder.FileBuilder(profile, blocks.__setitem__)
@@ -60,7 +65,9 @@ def raw_blocks(seed: int, count: int, size: int = 500) -> dict[Cid, bytes]:
 
 
 def encode_car(root: Cid, blocks: Sequence[tuple[Cid, bytes]]) -> bytes:
-    return car.encode_header([root]) + b"".join(car.section_head(cid, len(block)) + block for cid, block in blocks)
+    return car.encode_header([root]) + b"".join(
+        car.section_head(cid, len(block)) + block for cid, block in blocks
+    )
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,12 @@ def trees() -> dict[str, SampleTree]:
     leaves = [Link(heap.leaf(b"file %d" % number), b"file %d" % number, 7) for number in range(20)]
     large = heap.balanced([b"%d" % number * 70_000 for number in range(4)], 8, True)
     basic = heap.directory([Link(large, b"large", 280_000), *leaves])
-    nested = heap.directory([Link(basic, b"basic", 280_200), Link(heap.directory(leaves[:3]), b"nested", 21), Link(leaves[4].cid, b"top", 7)])
+    nested = heap.directory(
+        [
+            Link(basic, b"basic", 280_200),
+            Link(heap.directory(leaves[:3]), b"nested", 21),
+            Link(leaves[4].cid, b"top", 7),
+        ]
+    )
     hamt = heap.trie([b"name %d" % number for number in range(2000)])
     return {"basic": tree(heap, basic), "nested": tree(heap, nested), "hamt": tree(heap, hamt)}

@@ -46,7 +46,9 @@ class Http2Server:
         self._accepting.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stopping.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in [self._accepting, *self._threads]:
@@ -87,21 +89,29 @@ class Http2Server:
         except (OSError, h2.exceptions.ProtocolError):
             pass
 
-    def _answer(self, state: h2.connection.H2Connection, event: h2.events.RequestReceived, unsent: dict[int, bytes]) -> None:
+    def _answer(
+        self, state: h2.connection.H2Connection, event: h2.events.RequestReceived, unsent: dict[int, bytes]
+    ) -> None:
         path = dict(event.headers)[b":path"].decode()
         try:
             block = self._blocks.get(cids.parse(path.partition("?")[0].rpartition("/")[2]))
         except NotACid:
             block = None
         if block is not None:  # the others stall
-            headers = [(":status", "200"), ("content-type", "application/vnd.ipld.raw"), ("content-length", str(len(block)))]
+            headers = [
+                (":status", "200"),
+                ("content-type", "application/vnd.ipld.raw"),
+                ("content-length", str(len(block))),
+            ]
             state.send_headers(event.stream_id, headers)
             unsent[event.stream_id] = block
 
     def _send(self, state: h2.connection.H2Connection, stream: int, unsent: dict[int, bytes]) -> None:
         """As much as flow control lets."""
         while True:
-            size = min(state.local_flow_control_window(stream), state.max_outbound_frame_size, len(unsent[stream]))
+            size = min(
+                state.local_flow_control_window(stream), state.max_outbound_frame_size, len(unsent[stream])
+            )
             if size <= 0 and unsent[stream]:
                 return
             piece, unsent[stream] = unsent[stream][:size], unsent[stream][size:]

@@ -23,7 +23,10 @@ def raw(seed: int, size: int = 1000) -> tuple[Cid, bytes]:
 
 
 def parent(children: Pairs) -> tuple[Cid, bytes]:
-    block = dagpb.encode([Link(cid, str(index).encode(), len(block)) for index, (cid, block) in enumerate(children)], b"\x08\x01")
+    block = dagpb.encode(
+        [Link(cid, str(index).encode(), len(block)) for index, (cid, block) in enumerate(children)],
+        b"\x08\x01",
+    )
     return cids.make(cids.DAG_PB, multihash(block)), block
 
 
@@ -42,4 +45,6 @@ def add(library: Library, blocks: Pairs, name: str = "thing") -> int:
 
 
 def packs(library: Library) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in library.folder.iterdir() if path.suffix in (".car", ".tmp")}
+    return {
+        path.name: path.stat().st_size for path in library.folder.iterdir() if path.suffix in (".car", ".tmp")
+    }

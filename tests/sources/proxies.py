@@ -1,4 +1,5 @@
-"""An HTTP proxy on 127.0.0.1: CONNECT and absolute-form requests, to whichever server stands for a host's name.
+"""An HTTP proxy on 127.0.0.1: CONNECT and absolute-form requests, to whichever server stands for a host's
+name.
 
 Concurrency: a thread per connection, all ended with the proxy.
 """
@@ -11,7 +12,8 @@ from typing import Self
 
 
 class Proxy:
-    """`ports`: where each host's server really listens, on 127.0.0.1. `heads` are the first request's head of each connection."""
+    """`ports`: where each host's server really listens, on 127.0.0.1. `heads` are the first request's head of
+    each connection."""
 
     def __init__(self, ports: dict[str, int]) -> None:
         self.ports = ports
@@ -26,7 +28,9 @@ class Proxy:
         self._accepting.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stopping.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in [self._accepting, *self._threads]:

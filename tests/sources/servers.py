@@ -1,4 +1,5 @@
-"""An HTTP server of our own on 127.0.0.1, over raw sockets, that answers as each test wants: well, or as badly as it can.
+"""An HTTP server of our own on 127.0.0.1, over raw sockets, that answers as each test wants: well, or as
+badly as it can.
 
     with Server(blocks) as server: ...              a trustless gateway that has `blocks`
     with Server(blocks, evil.wrong_bytes) as ...    one that misbehaves
@@ -58,14 +59,22 @@ class Ask:
     def block(self) -> bytes | None:
         return self.server.blocks.get(self.cid) if self.cid is not None else None
 
-    def send(self, status: int, body: bytes = b"", type_: str = RAW, length: int | None = None, **headers: str) -> None:
+    def send(
+        self, status: int, body: bytes = b"", type_: str = RAW, length: int | None = None, **headers: str
+    ) -> None:
         """A whole answer; `length` lies about its body's."""
-        lines = [f"HTTP/1.1 {status} Whatever", f"Content-Type: {type_}", f"Content-Length: {len(body) if length is None else length}"]
+        lines = [
+            f"HTTP/1.1 {status} Whatever",
+            f"Content-Type: {type_}",
+            f"Content-Length: {len(body) if length is None else length}",
+        ]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
 
     def send_chunked(self, pieces: list[bytes], type_: str = CAR, end: bool = True) -> None:
-        self.connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: {type_}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        self.connection.sendall(
+            f"HTTP/1.1 200 OK\r\nContent-Type: {type_}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
         for piece in pieces:
             self.connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
         if end:
@@ -76,7 +85,9 @@ class Ask:
     def stall(self) -> None:
         """Nothing more until the client or the server goes away."""
         while not self.server.stopping.is_set():
-            if select.select([self.connection], [], [], 0.05)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+            if select.select([self.connection], [], [], 0.05)[0] and not self.connection.recv(
+                1, socket.MSG_PEEK
+            ):
                 break
         self.hang_up()
 
@@ -92,7 +103,8 @@ Behaviour = Callable[[Ask], None]
 
 
 class Server:
-    """`files` can be had whole, as ranges and as CARs too, `trees` as CARs. `asked` are all requests so far."""
+    """`files` can be had whole, as ranges and as CARs too, `trees` as CARs. `asked` are all requests so
+    far."""
 
     def __init__(
         self,
@@ -127,7 +139,9 @@ class Server:
         self._accepting.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stopping.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join()
@@ -199,7 +213,12 @@ def answer_well(ask: Ask) -> None:
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", ask.headers["range"])
         assert found
         first, last = int(found[1]), int(found[2])
-        ask.send(206, file.data[first : last + 1], "application/octet-stream", Content_Range=f"bytes {first}-{last}/{len(file.data)}")
+        ask.send(
+            206,
+            file.data[first : last + 1],
+            "application/octet-stream",
+            Content_Range=f"bytes {first}-{last}/{len(file.data)}",
+        )
     elif ask.block is None:
         ask.send(404, b"no such block\n", "text/plain")
     else:
@@ -212,7 +231,19 @@ def self_signed(folder: os.PathLike[str]) -> ssl.SSLContext:
 
     key, certificate = os.path.join(folder, "key.pem"), os.path.join(folder, "cert.pem")
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", *subject]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        *subject,
+    ]
     subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)

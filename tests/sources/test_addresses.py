@@ -1,4 +1,5 @@
-"""Which addresses count as public: every block of the IANA registries of special-purpose addresses, and its edges."""
+"""Which addresses count as public: every block of the IANA registries of special-purpose addresses, and its
+edges."""
 
 import ipaddress
 

@@ -1,4 +1,5 @@
-"""CAR files that are none, that are damaged, that lie, and that change: what is whole still reads, the rest has its error."""
+"""CAR files that are none, that are damaged, that lie, and that change: what is whole still reads, the rest
+has its error."""
 
 import os
 from pathlib import Path
@@ -100,8 +101,14 @@ def test_an_index_that_can_not_be_read_is_replaced(behind: bytes, tmp_path: Path
         (b"\x7fELF" + bytes(100), "not a CAR"),
         (car.PRAGMA, "cut short in its header"),
         (car.encode_v2(car.V2Header(51, 100, 0)), "would begin behind the file's end"),
-        (car.encode_v2(car.V2Header(60, 5, 0)) + bytes(9) + car.encode_header([]), "crosses the end of its data"),
-        (car.encode_v2(car.V2Header(51, 51, 0)) + car.encode_v2(car.V2Header(51, 51, 0)), "version 2 where version 1 belongs"),
+        (
+            car.encode_v2(car.V2Header(60, 5, 0)) + bytes(9) + car.encode_header([]),
+            "crosses the end of its data",
+        ),
+        (
+            car.encode_v2(car.V2Header(51, 51, 0)) + car.encode_v2(car.V2Header(51, 51, 0)),
+            "version 2 where version 1 belongs",
+        ),
     ],
 )
 def test_what_is_no_car_is_refused_by_name(data: bytes, message: str, tmp_path: Path) -> None:

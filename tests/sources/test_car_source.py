@@ -20,7 +20,9 @@ from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, 
 
 
 @need_fixtures
-@pytest.mark.parametrize("path", sorted(FIXTURES.glob("gateway-conformance/*.car")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(FIXTURES.glob("gateway-conformance/*.car")), ids=lambda path: path.stem
+)
 def test_every_block_of_the_conformance_files_is_found(path: Path, tmp_path: Path) -> None:
     from tests.dag.test_car import read
 
@@ -123,7 +125,9 @@ def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> No
 
     async def main() -> None:
         with pytest.raises(LookupError):
-            await opened.open().stream(Run(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver)
+            await opened.open().stream(
+                Run(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver
+            )
 
     trio.run(main)
 
@@ -172,7 +176,9 @@ def test_100_gib_open_without_being_read_through(indexed: bool, tmp_path: Path) 
 
 def test_records_are_sorted_in_pieces_as_in_one(tmp_path: Path) -> None:
     blocks = pairs(1000, 10)
-    hashes = [cids.multihash(cid) for cid, _block in blocks] + [b"\x11\x14" + bytes([n]) * 20 for n in range(50)]
+    hashes = [cids.multihash(cid) for cid, _block in blocks] + [
+        b"\x11\x14" + bytes([n]) * 20 for n in range(50)
+    ]
     written = []
     for held in (7, 100, 10_000):
         out = tmp_path / str(held)

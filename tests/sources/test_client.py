@@ -34,7 +34,9 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 both = pytest.mark.parametrize("transport", ["own", "httpx"], indirect=True)
 
 
-def with_http2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[Gateway, Http2Server], Awaitable[None]]) -> None:
+def with_http2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[Gateway, Http2Server], Awaitable[None]]
+) -> None:
     authority = Authority(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     client.tls_context.cache_clear()
@@ -76,7 +78,8 @@ def test_blocks_come_by_http2_where_it_is_offered(tmp_path: Path, monkeypatch: p
 
 
 def test_streams_that_stall_stop_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """httpcore can't share an HTTP/2 connection: three streams that stall hold up a fourth. So nobody shares one."""
+    """httpcore can't share an HTTP/2 connection: three streams that stall hold up a fourth. So nobody shares
+    one."""
 
     async def main(gateway: Gateway, server: Http2Server) -> None:
         async with trio.open_nursery() as nursery:
@@ -92,7 +95,9 @@ def test_streams_that_stall_stop_no_other_one(tmp_path: Path, monkeypatch: pytes
     with_http2(tmp_path, monkeypatch, main)
 
 
-def test_streams_that_are_given_up_use_no_connection_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_are_given_up_use_no_connection_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """httpcore does not tell the server that a stream was given up: such a connection is closed."""
 
     async def main(gateway: Gateway, server: Http2Server) -> None:
@@ -207,7 +212,10 @@ def test_a_block_that_is_too_large_is_named_with_its_size() -> None:
     async def main() -> None:
         with Server(big) as server:
             gateway = Gateway(Http(parse_origin(server.url)), server.url)
-            with pytest.raises(BlockTooLarge, match="as a block of 3,145,728 bytes: blocks of over 2,097,152 bytes are not read"):
+            with pytest.raises(
+                BlockTooLarge,
+                match="as a block of 3,145,728 bytes: blocks of over 2,097,152 bytes are not read",
+            ):
                 await gateway.get(cid)
             await gateway.aclose()
 

@@ -1,4 +1,5 @@
-"""What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node in three ways."""
+"""What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node in three
+ways."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -25,7 +26,13 @@ from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 from tests.sources.servers import Ask, Server, answer_well
 
-FILES = (sample(1), sample(2, raw=False), sample(3, count=5, size=1 << 20), sample(4, repeat=True), sample(5, count=14, size=1 << 20))
+FILES = (
+    sample(1),
+    sample(2, raw=False),
+    sample(3, count=5, size=1 << 20),
+    sample(4, repeat=True),
+    sample(5, count=14, size=1 << 20),
+)
 TREES = trees()
 ABSENT = next(iter(raw_blocks(99, 1)))
 Open = Callable[[], AbstractAsyncContextManager[Source]]
@@ -43,7 +50,11 @@ def library_source(folder: Path) -> Source:
 
 def car_source(folder: Path) -> Source:
     path = folder / "all.car"
-    path.write_bytes(encode_car(FILES[0].root, [pair for each in (*FILES, *TREES.values()) for pair in each.blocks.items()]))
+    path.write_bytes(
+        encode_car(
+            FILES[0].root, [pair for each in (*FILES, *TREES.values()) for pair in each.blocks.items()]
+        )
+    )
     return CarSource.open(path, folder / "indexes")
 
 
@@ -65,14 +76,17 @@ def blocks_only(ask: Ask) -> None:
 KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "gateway-httpx"]
 KINDS += ["kubo-gateway", "kubo-rpc", "kubo-repository", "kubo"]
 IN_ONE_ANSWER = {"gateway", "gateway-httpx", "gateway-near", "gateway-trustless", "kubo"}
-"""Those that send a directory in one answer: none in place, and no node that must not look on the network for it."""
+"""Those that send a directory in one answer: none in place, and no node that must not look on the network for
+it."""
 READ_IN_PLACE = "kubo-repository"
-"""Offline, so that what it gives it has read itself: all below a directory but the empty block, in an order of its own, and no
-listing's nodes."""
+"""Offline, so that what it gives it has read itself: all below a directory but the empty block, in an order
+of its own, and no listing's nodes."""
 
 
 @pytest.fixture(params=KINDS)
-def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Open"]:
+def source(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator["Open"]:
     kind: str = request.param
     stack = ExitStack()
     if kind.startswith("kubo"):
@@ -125,7 +139,8 @@ def test_each_block_comes_as_it_is(source: Open) -> None:
     trio.run(main)
 
 
-@pytest.mark.parametrize("source", KINDS[:-1], indirect=True)  # a node that may look on the network takes 30 s to say so
+# a node that may look on the network takes 30 s to say so
+@pytest.mark.parametrize("source", KINDS[:-1], indirect=True)
 def test_what_it_lacks_is_not_here(source: Open) -> None:
     async def main() -> None:
         async with source() as opened:
@@ -189,7 +204,9 @@ def test_a_cancelled_run_leaves_the_source_usable(source: Open) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "entity"])
-def test_a_directory_comes_in_one_answer_or_not_at_all(source: Open, request: pytest.FixtureRequest, name: str, whole: bool) -> None:
+def test_a_directory_comes_in_one_answer_or_not_at_all(
+    source: Open, request: pytest.FixtureRequest, name: str, whole: bool
+) -> None:
     tree = TREES[name]
     wanted = tree.blocks if whole else tree.entity
 
@@ -204,7 +221,11 @@ def test_a_directory_comes_in_one_answer_or_not_at_all(source: Open, request: py
                 await opened.subtree(Subtree(tree.root, whole, 1 << 30), deliver)
         kind = request.node.callspec.params["source"]
         given = kind in IN_ONE_ANSWER or (kind == READ_IN_PLACE and whole)
-        each = [item for item in wanted.items() if kind != READ_IN_PLACE or item[0] != cids.EMPTY] if given else []
+        each = (
+            [item for item in wanted.items() if kind != READ_IN_PLACE or item[0] != cids.EMPTY]
+            if given
+            else []
+        )
         order = sorted if kind == READ_IN_PLACE else list
         assert order(got) == order(each * 2)
 
@@ -212,7 +233,9 @@ def test_a_directory_comes_in_one_answer_or_not_at_all(source: Open, request: py
 
 
 @pytest.mark.parametrize("source", ["gateway", "kubo"], indirect=True)
-def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(source: Open, request: pytest.FixtureRequest) -> None:
+def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(
+    source: Open, request: pytest.FixtureRequest
+) -> None:
     tree = TREES["hamt"]
 
     async def main() -> None:
@@ -222,7 +245,8 @@ def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(source: O
             got.update(blocks)
 
         async with source() as opened:
-            if request.node.callspec.params["source"] == "gateway":  # a node looks for it on the network first
+            # a node looks for it on the network first
+            if request.node.callspec.params["source"] == "gateway":
                 with pytest.raises(NotHere):
                     await opened.subtree(Subtree(ABSENT, True, 1 << 20), deliver)
             await opened.subtree(Subtree(tree.root, True, 1), deliver)

@@ -12,7 +12,10 @@ from ipfsfuse.sources.files import descent as descents
 from ipfsfuse.sources.files.descent import AT_ONCE, TOGETHER, Descent
 from tests.sources.content import raw_blocks, trees
 
-TREES = {name: (tree.root, {cid: block for cid, block in tree.blocks.items() if cids.known(cid) is None}) for name, tree in trees().items()}
+TREES = {
+    name: (tree.root, {cid: block for cid, block in tree.blocks.items() if cids.known(cid) is None})
+    for name, tree in trees().items()
+}
 """Without the empty block, which nobody needs to be asked for."""
 
 
@@ -52,14 +55,20 @@ def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
 def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
     root, blocks = TREES[name]
     gone = list(blocks)[-1]
-    descent = Descent(Shelf({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find, root, 1 << 30)
+    descent = Descent(
+        Shelf({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find,
+        root,
+        1 << 30,
+    )
     assert sorted(all_of(descent)) == sorted(item for item in blocks.items() if item[0] != gone)
     assert descent.lacking
 
 
 def test_the_limit_ends_it_and_one_call_gives_some() -> None:
     large = raw_blocks(5, 40, size=200_000)
-    root_block = dagpb.encode([dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(large)], b"\x08\x01")
+    root_block = dagpb.encode(
+        [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(large)], b"\x08\x01"
+    )
     (some,) = raw_blocks(6, 1)
     root = cids.make(cids.DAG_PB, cids.multihash(some))
     shelf = {root: root_block, **large}
@@ -79,7 +88,12 @@ def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: py
     leaves = raw_blocks(8, 500, size=10)
     (some,) = raw_blocks(9, 1)
     root = cids.make(cids.DAG_PB, cids.multihash(some))
-    shelf = {root: dagpb.encode([dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(leaves)], b"\x08\x01"), **leaves}
+    shelf = {
+        root: dagpb.encode(
+            [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(leaves)], b"\x08\x01"
+        ),
+        **leaves,
+    }
     now = 0.0
     each = 0.01
     looked_up: list[int] = []

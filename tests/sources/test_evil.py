@@ -65,7 +65,8 @@ def test_wrong_bytes_from_the_only_source_are_that_blocks_error(behave: Behaviou
     async def main() -> None:
         with Server(BLOCKS, behave) as server:
             pool = SourcePool([gateway(server)])
-            for _ in range(2):  # the last source left is not set aside: it is asked again, and loses that block alone
+            # the last source left is not set aside: it is asked again, and loses that block alone
+            for _ in range(2):
                 with pytest.raises(WrongBlock):
                     await pool.get(CID)
             assert pool.statistics()[0].wrong == 2
@@ -115,13 +116,23 @@ def test_tls_to_a_port_that_speaks_none_fails_as_tls() -> None:
     trio.run(main)
 
 
-STATUSES = [(404, NotHere), (410, NotHere), (412, NotHere), (504, NotHere), (429, SourceFailed), (502, SourceFailed), (403, SourceFailed)]
+STATUSES = [
+    (404, NotHere),
+    (410, NotHere),
+    (412, NotHere),
+    (504, NotHere),
+    (429, SourceFailed),
+    (502, SourceFailed),
+    (403, SourceFailed),
+]
 
 
 @pytest.mark.parametrize(("status", "error"), STATUSES)
 def test_statuses(status: int, error: type[Exception]) -> None:
     async def main() -> None:
-        with Server(BLOCKS, lambda ask: ask.send(status, b"said so", "text/plain", Retry_After="7")) as server:
+        with Server(
+            BLOCKS, lambda ask: ask.send(status, b"said so", "text/plain", Retry_After="7")
+        ) as server:
             source = gateway(server)
             with pytest.raises(error) as caught:
                 await source.get(CID)
@@ -137,7 +148,9 @@ def test_statuses(status: int, error: type[Exception]) -> None:
 
 
 def redirects_to(location: Callable[[Ask], str]) -> Behaviour:
-    return lambda ask: ask.send(301, b"", Location=location(ask)) if "moved" not in ask.target else answer_well(ask)
+    return lambda ask: (
+        ask.send(301, b"", Location=location(ask)) if "moved" not in ask.target else answer_well(ask)
+    )
 
 
 def test_redirects_within_the_origin_are_followed() -> None:
@@ -154,7 +167,12 @@ def test_redirects_to_another_scheme_or_a_private_address_are_not() -> None:
     async def main() -> None:
         with Server(BLOCKS) as inner:
             here = f"127.0.0.1:{inner.port}"
-            for location in (f"http://localhost:{inner.port}/ipfs/x?moved=1", f"http://{here}/", f"https://{here}/", "ftp://x/"):
+            for location in (
+                f"http://localhost:{inner.port}/ipfs/x?moved=1",
+                f"http://{here}/",
+                f"https://{here}/",
+                "ftp://x/",
+            ):
                 with Server(BLOCKS, redirects_to(partial(str.format, location))) as server:
                     source = gateway(server)
                     with pytest.raises(SourceFailed) as caught:
@@ -186,8 +204,14 @@ CARS = {
     "cut-at-a-block": car_with(lambda blocks: blocks[:4]),
     "empty": car_with(lambda blocks: []),
     "wrong-bytes": car_with(lambda blocks: [(cid, b"x" + block[1:]) for cid, block in blocks]),
-    "rubbish": lambda ask: ask.send_chunked([b"\xff" * 1000]) if ask.query.get("format") == "car" else answer_well(ask),
-    "cut-inside": lambda ask: ask.send_chunked([sample(1).car()[:200_000]], end=False) if ask.query.get("format") == "car" else answer_well(ask),
+    "rubbish": lambda ask: (
+        ask.send_chunked([b"\xff" * 1000]) if ask.query.get("format") == "car" else answer_well(ask)
+    ),
+    "cut-inside": lambda ask: (
+        ask.send_chunked([sample(1).car()[:200_000]], end=False)
+        if ask.query.get("format") == "car"
+        else answer_well(ask)
+    ),
 }
 
 
@@ -218,7 +242,8 @@ ALL_BAD: Sequence[Behaviour] = (evil.wrong_bytes, evil.another_block, *KINDS)
 @pytest.mark.slow
 @pytest.mark.logs("sent wrong bytes for .* and is not asked for 10 minutes", "has wrong bytes for")
 def test_ten_thousand_reads_through_everything_bad_and_one_good_source() -> None:
-    """Each bad gateway stands before the good one. Every read is right, and the statistics name who was bad, and how."""
+    """Each bad gateway stands before the good one. Every read is right, and the statistics name who was bad,
+    and how."""
     blocks = raw_blocks(1, 2000, size=900)
     wanted = [*blocks] * 5
     random.Random(1).shuffle(wanted)
@@ -247,8 +272,13 @@ def test_ten_thousand_reads_through_everything_bad_and_one_good_source() -> None
                 if behave in (evil.wrong_bytes, evil.another_block):
                     assert (statistics.state, statistics.wrong > 0) == ("quarantined", True), behave.__name__
                 else:
-                    assert statistics.failures.get(KINDS[behave], 0) + statistics.failures.get("reset", 0) > 0, behave.__name__
-                    assert (statistics.state in ("open", "half_open"), statistics.why != "") == (True, True), behave.__name__
+                    assert (
+                        statistics.failures.get(KINDS[behave], 0) + statistics.failures.get("reset", 0) > 0
+                    ), behave.__name__
+                    assert (statistics.state in ("open", "half_open"), statistics.why != "") == (
+                        True,
+                        True,
+                    ), behave.__name__
             answered = sum(statistics.blocks for statistics in pool.statistics())
             assert len(wanted) <= answered <= 1.05 * len(wanted) + 5  # two may answer where one was slow
             await pool.aclose()

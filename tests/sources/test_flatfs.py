@@ -29,14 +29,21 @@ from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 
 FILE = sample(31, count=9)
-MOUNT = {"mountpoint": "/blocks", "path": "blocks", "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2", "type": "flatfs"}
+MOUNT = {
+    "mountpoint": "/blocks",
+    "path": "blocks",
+    "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2",
+    "type": "flatfs",
+}
 
 
 def made(folder: Path, spec: object = None, sharding: str = MOUNT["shardFunc"]) -> Path:
     """A repository by hand."""
     (folder / "blocks").mkdir(parents=True)
     (folder / "blocks" / "SHARDING").write_text(sharding + "\n")
-    (folder / "datastore_spec").write_text(json.dumps(spec or {"mounts": [MOUNT, {"mountpoint": "/", "type": "levelds"}], "type": "mount"}))
+    (folder / "datastore_spec").write_text(
+        json.dumps(spec or {"mounts": [MOUNT, {"mountpoint": "/", "type": "levelds"}], "type": "mount"})
+    )
     return folder
 
 
@@ -54,7 +61,11 @@ def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) ->
     path.write_bytes(b"\x0a\x02\x08\x01")
     blocks = flatfs.find(repository)
     assert blocks is not None
-    for spelled in (empty, cids.parse("QmUNLLsPACCz1vLxQVkXqqLX5R1X345qqfHbsf67hvA3Nn"), Cid(b"\x01\x55" + cids.multihash(empty))):
+    for spelled in (
+        empty,
+        cids.parse("QmUNLLsPACCz1vLxQVkXqqLX5R1X345qqfHbsf67hvA3Nn"),
+        Cid(b"\x01\x55" + cids.multihash(empty)),
+    ):
         assert blocks.read(spelled) == b"\x0a\x02\x08\x01"
         assert blocks.have([spelled])
     assert blocks.read(next(iter(raw_blocks(97, 1)))) is None
@@ -65,7 +76,10 @@ def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) ->
     [
         ({"type": "badgerds", "path": "badgerds"}, MOUNT["shardFunc"]),
         ({"mounts": [MOUNT | {"type": "pebbleds"}], "type": "mount"}, MOUNT["shardFunc"]),
-        ({"mounts": [MOUNT | {"shardFunc": "/repo/flatfs/shard/v1/prefix/2"}], "type": "mount"}, "/repo/flatfs/shard/v1/prefix/2"),
+        (
+            {"mounts": [MOUNT | {"shardFunc": "/repo/flatfs/shard/v1/prefix/2"}], "type": "mount"},
+            "/repo/flatfs/shard/v1/prefix/2",
+        ),
         ({"mounts": [MOUNT], "type": "mount"}, "/repo/flatfs/shard/v1/next-to-last/3"),
         ({"type": "mount"}, MOUNT["shardFunc"]),
         ({"mounts": [None, 5, {}], "type": "mount"}, MOUNT["shardFunc"]),
@@ -83,7 +97,18 @@ def test_where_there_is_no_repository(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        *("{", "[1]", '"x"', "null", '{"mounts": null}', '{"mounts": "x"}', '{"mounts": {"a": 1}}', "[" * 100_000, "\xff", ""),
+        *(
+            "{",
+            "[1]",
+            '"x"',
+            "null",
+            '{"mounts": null}',
+            '{"mounts": "x"}',
+            '{"mounts": {"a": 1}}',
+            "[" * 100_000,
+            "\xff",
+            "",
+        ),
         json.dumps({"mounts": [MOUNT | {"path": "a\0b"}]}),
         json.dumps({"mounts": [MOUNT | {"shardFunc": flatfs.SHARDING + "9" * 5000}]}),
     ],
@@ -108,7 +133,12 @@ def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
     path = Path(blocks._path(cid))
     path.parent.mkdir()
     path.write_bytes(block)
-    assert (blocks.read(cid), blocks.read_some([cid]), bytes(blocks.read_each([leaf])[0]), blocks.have([cid])) == (block, [block], block, True)
+    assert (
+        blocks.read(cid),
+        blocks.read_some([cid]),
+        bytes(blocks.read_each([leaf])[0]),
+        blocks.have([cid]),
+    ) == (block, [block], block, True)
     (repository / "denylists").mkdir()
     (repository / "denylists" / "mine.deny").touch()
     wait_until(lambda: blocks.read(cid) is None, "the list is seen", 5)
@@ -118,7 +148,9 @@ def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("content is blocked")
-def test_the_denylists_of_the_nodes_own_user_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_denylists_of_the_nodes_own_user_count_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one fact that can't be caused here: where the home of the repository's owner is."""
     repository = made(tmp_path / "repo")
     home = tmp_path / "home of ipfs"
@@ -185,7 +217,9 @@ async def streamed(source: LocalKubo, file: SampleFile) -> dict[int, bytes]:
     return got
 
 
-def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(
+    own_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
     blocks = put(own_node, FILE)
 
@@ -203,7 +237,9 @@ def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(own_node: Node
         own_node.resume()
 
 
-def test_what_the_repository_lacks_is_the_nodes_to_find(two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_repository_lacks_is_the_nodes_to_find(
+    two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     near, far = two_nodes
     monkeypatch.setenv("IPFS_PATH", str(near.repo))
     put(far, FILE)
@@ -221,13 +257,20 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(two_nodes: tuple[Node, N
     trio.run(main)
 
 
-def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
+    two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     near, far = two_nodes
     monkeypatch.setenv("IPFS_PATH", str(near.repo))
     tree = trees()["nested"]
     *_but_for, missing = (cid for cid in tree.blocks if cids.known(cid) is None)
     far.cmd("dag", "import", "--pin-roots=false", stdin=tree.car())
-    near.cmd("dag", "import", "--pin-roots=false", stdin=encode_car(tree.root, [item for item in tree.blocks.items() if item[0] != missing]))
+    near.cmd(
+        "dag",
+        "import",
+        "--pin-roots=false",
+        stdin=encode_car(tree.root, [item for item in tree.blocks.items() if item[0] != missing]),
+    )
     blocks = flatfs.find(near.repo)
     assert blocks is not None
     got: dict[Cid, bytes] = {}
@@ -247,7 +290,9 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(two_no
 
 
 @pytest.mark.logs("wrong")
-def test_a_block_that_is_collected_meanwhile_or_damaged(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_is_collected_meanwhile_or_damaged(
+    own_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
     blocks = put(own_node, FILE)
     damaged = FILE.run.leaves[5].cid
@@ -270,12 +315,16 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(own_node: Node, monkeypa
 def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPFS_PATH", str(made(tmp_path / "repo")))
     settings = OpenSettings(tmp_path / "library", tmp_path / "indexes", HttpSettings(), False)
-    own, named = (open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"]))
+    own, named = (
+        open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"])
+    )
     assert isinstance(own, LocalKubo)
     assert type(named) is Kubo
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     (other,) = parse_sources(["kubo"])
-    with pytest.raises(SourceFailed, match=r"no repository of a Kubo node at .*/none: set IPFS_PATH .* kubo\+http://"):
+    with pytest.raises(
+        SourceFailed, match=r"no repository of a Kubo node at .*/none: set IPFS_PATH .* kubo\+http://"
+    ):
         open_source(other, settings)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "api").write_text("/ip4/127.0.0.1/tcp/5001")
@@ -293,14 +342,27 @@ def test_a_mount_of_it_reads_and_stages_with_the_node_standing_still(own_node: N
         try:
             assert (mount.path / cid).read_bytes() == content
             assert os.getxattr(mount.path / cid, "ipfsfuse.source") == b"kubo"
-            wait_until(lambda: int(os.getxattr(mount.path / cid, "ipfsfuse.staged")) >= len(content), "it is staged")
+            wait_until(
+                lambda: int(os.getxattr(mount.path / cid, "ipfsfuse.staged")) >= len(content), "it is staged"
+            )
         finally:
             own_node.resume()
 
 
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to become who may read everything, and setpriv")
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None,
+    reason="needs root, to become who may read everything, and setpriv",
+)
 def test_who_may_read_everything_may_read_a_repository_of_others(tmp_path: Path) -> None:
     repository = made(tmp_path / "repo")
     repository.chmod(0o700)
-    look = "import sys, pathlib; from ipfsfuse.sources.files import flatfs; sys.exit(flatfs.find(pathlib.Path(sys.argv[1])) is None)"
-    assert subprocess.run([*command_of(NOBODY), sys.executable, "-c", look, str(repository)], check=False).returncode == 0
+    look = (
+        "import sys, pathlib; from ipfsfuse.sources.files import flatfs; "
+        "sys.exit(flatfs.find(pathlib.Path(sys.argv[1])) is None)"
+    )
+    assert (
+        subprocess.run(
+            [*command_of(NOBODY), sys.executable, "-c", look, str(repository)], check=False
+        ).returncode
+        == 0
+    )

@@ -8,7 +8,13 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.sources.body_budget import BodyBudget, BodyShare
-from ipfsfuse.sources.pool.health import LONGEST_PAUSE, LONGEST_PROBE, LONGEST_RETRY_AFTER, Health, HedgeBudget
+from ipfsfuse.sources.pool.health import (
+    LONGEST_PAUSE,
+    LONGEST_PROBE,
+    LONGEST_RETRY_AFTER,
+    Health,
+    HedgeBudget,
+)
 
 
 def health(may_quarantine: bool = True) -> Health:
@@ -108,7 +114,9 @@ def test_hedges_are_one_request_in_twenty() -> None:
     assert spent <= 51
 
 
-def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(BodyShare, "GUARANTEED", 0)
 
     async def main() -> None:
@@ -132,7 +140,9 @@ def test_room_is_never_over_its_limit_and_a_body_larger_than_all_of_it_passes_al
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-def test_one_room_bounds_all_sources_and_none_takes_the_share_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_room_bounds_all_sources_and_none_takes_the_share_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(BodyShare, "GUARANTEED", 20)
 
     async def main() -> None:

@@ -1,7 +1,8 @@
-"""One gateway answers with damaged heads, bodies, redirects, CARs and trailers; beside a good one, every read is right.
+"""One gateway answers with damaged heads, bodies, redirects, CARs and trailers; beside a good one, every read
+is right.
 
-The cases are numbered: each can be run again alone. IPFSFUSE_HTTP_CASES says how many there are (100,000 take some
-minutes), IPFSFUSE_HTTP_FIRST the number of the first.
+The cases are numbered: each can be run again alone. IPFSFUSE_HTTP_CASES says how many there are (100,000 take
+some minutes), IPFSFUSE_HTTP_FIRST the number of the first.
 """
 
 import os
@@ -34,10 +35,34 @@ FILE_CAR, TREE_CAR = FILE.car(), TREE.car()
 BLOCKS_LIST = [*BLOCKS.items()]
 HASTY = HttpSettings(connect=1.0, idle=0.1, total=0.2)
 
-STATUSES = ["200 OK"] * 12 + ["206 Partial Content"] * 4 + ["302 Found"] * 6 + ["301", "303 See", "307 T", "308 P", "404 Not", "429 Busy"]
-STATUSES += ["503 Later", "504 G", "403 No", "401 Who", "500 Oops", "204 None", "304 Same", "100 Continue", "101 Switch"]
+STATUSES = (
+    ["200 OK"] * 12
+    + ["206 Partial Content"] * 4
+    + ["302 Found"] * 6
+    + ["301", "303 See", "307 T", "308 P", "404 Not", "429 Busy"]
+)
+STATUSES += [
+    "503 Later",
+    "504 G",
+    "403 No",
+    "401 Who",
+    "500 Oops",
+    "204 None",
+    "304 Same",
+    "100 Continue",
+    "101 Switch",
+]
 STATUSES += ["999 X", "99999 X", "-1 X", "2 0", ""]
-VERSIONS = ["HTTP/1.1"] * 30 + ["HTTP/1.0", "HTTP/2.0", "HTTP/0.9", "HTTP/1.", "http/1.1", "ICY", "HTTP/99999.1", "\x00"]
+VERSIONS = ["HTTP/1.1"] * 30 + [
+    "HTTP/1.0",
+    "HTTP/2.0",
+    "HTTP/0.9",
+    "HTTP/1.",
+    "http/1.1",
+    "ICY",
+    "HTTP/99999.1",
+    "\x00",
+]
 LOCATIONS = [
     "http://[::1/x", "http://[::1]/x", "http://", "//", "/", "", "?", "#", "http://a:99999/", "http://a:b/", "http://a:-1/", "http://a:/",
     "http://user:pw@h.test/", "http://127.0.0.1/", "http://169.254.169.254/", "http://[fe80::1%25eth0]/", "http://[::ffff:127.0.0.1]/",
@@ -51,7 +76,21 @@ RETRIES = [
     "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 +2359", "Wed, 21 Oct 2015 07:28:00 +99999999999", "0 0 0 0 0", ",", "\xff",
     "Fri, 99 Foo 2020 99:99:99 GMT", "1 Jan 10000",
 ]  # fmt: skip
-LENGTHS = ["-1", "0", "1e3", "9" * 30, "9" * 19, "\u0663", "5, 5", "0x10", "+5", "", "5 5", "18446744073709551616", "1099511627776"]
+LENGTHS = [
+    "-1",
+    "0",
+    "1e3",
+    "9" * 30,
+    "9" * 19,
+    "\u0663",
+    "5, 5",
+    "0x10",
+    "+5",
+    "",
+    "5 5",
+    "18446744073709551616",
+    "1099511627776",
+]
 NASTY = [
     "Content-Encoding: gzip", "Content-Encoding: br", "Content-Encoding: \x01", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked",
     "Transfer-Encoding: identity", "Transfer-Encoding: chunked, chunked", "Transfer-Encoding:\tchunked", "Connection: close", "Connection: upgrade",
@@ -60,7 +99,14 @@ NASTY = [
     "X-Stream-Error: broke", "Trailer: X-Stream-Error", "Link: <" + ">" * 100, "Content-Length: 3", "Keep-Alive: timeout=-1",
     "Content-Type: application/json; charset=\x1b[31m",
 ]  # fmt: skip
-TRAILERS = ["X-Stream-Error: it broke\r\n", "X: " + "y" * 30_000 + "\r\n", "no colon\r\n", "\x00\r\n", "Content-Length: 5\r\n", "A: b\r\n" * 3000]
+TRAILERS = [
+    "X-Stream-Error: it broke\r\n",
+    "X: " + "y" * 30_000 + "\r\n",
+    "no colon\r\n",
+    "\x00\r\n",
+    "Content-Length: 5\r\n",
+    "A: b\r\n" * 3000,
+]
 
 
 class Case:
@@ -102,7 +148,10 @@ class Case:
             body = self._chunked(body)
         elif chance.random() < 0.9:
             wrong = chance.random() < 0.15
-            lines.append(f"Content-Length: {chance.choice([*LENGTHS, str(len(body) + 1), str(max(0, len(body) - 1))]) if wrong else len(body)}")
+            lines.append(
+                "Content-Length: "
+                f"{chance.choice([*LENGTHS, str(len(body) + 1), str(max(0, len(body) - 1))]) if wrong else len(body)}"
+            )
         if chance.random() < 0.4 or lines[0][9:12] in ("301", "302", "303", "307", "308"):
             lines.append(f"Location: {chance.choice(LOCATIONS)}")
         if chance.random() < 0.2:
@@ -135,7 +184,9 @@ class Case:
             piece = body[at : at + size]
             said: Any = f"{len(piece):x}"
             if chance.random() < 0.02:
-                said = chance.choice(["", "-1", "zz", "f" * 20, said + ";x=" + "y" * 20_000, " " + said, "0x1"])
+                said = chance.choice(
+                    ["", "-1", "zz", "f" * 20, said + ";x=" + "y" * 20_000, " " + said, "0x1"]
+                )
             parts.append(f"{said}\r\n".encode() + piece + b"\r\n")
             at += size
             if len(parts) > 300:
@@ -211,7 +262,9 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
     numbers = iter(range(FIRST + int(own), FIRST + CASES, 2))  # half of the cases for each transport
 
     async def worker(name: str, bad: str, good: str) -> None:
-        near = [Gateway(Http(parse_origin(f"{bad}/{name}"), HASTY), "bad", local=local) for local in (True, False)]
+        near = [
+            Gateway(Http(parse_origin(f"{bad}/{name}"), HASTY), "bad", local=local) for local in (True, False)
+        ]
         beside = Gateway(Http(parse_origin(good)), "good", local=True)
         for number in numbers:
             cases[name] = case = Case(number)
@@ -219,7 +272,9 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
             first._ranges, first._cars = first.local, True  # what was not offered once may be again
             with trio.fail_after(30):
                 try:
-                    await READS[number // 4 % len(READS)](SourcePool([first, beside], chance=random.Random(1)), case.chance)
+                    await READS[number // 4 % len(READS)](
+                        SourcePool([first, beside], chance=random.Random(1)), case.chance
+                    )
                 except BaseException as exc:
                     exc.add_note(f"IPFSFUSE_HTTP_FIRST={number}")
                     raise
@@ -236,6 +291,3 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
 
     trio.run(main)
     assert asked > CASES * 0.4, "each case asks the bad gateway"
-
-
-

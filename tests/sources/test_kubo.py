@@ -1,4 +1,5 @@
-"""A real Kubo node as a source: found, lost and found again, asked without looking on the network; and two of them."""
+"""A real Kubo node as a source: found, lost and found again, asked without looking on the network; and two of
+them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,11 @@ def put(node: Node, file: SampleFile) -> None:
 
 
 @pytest.mark.parametrize("by", ["gateway", "rpc"])
-def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch, by: str) -> None:
-    """The other node has the block and is connected: asked in the usual way it comes from there, offline it does not."""
+def test_offline_never_makes_the_node_look_on_the_network(
+    two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """The other node has the block and is connected: asked in the usual way it comes from there, offline it
+    does not."""
     asked, other = two_nodes
     file = sample(20)
     put(other, file)
@@ -38,7 +42,9 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
 
     async def main() -> None:
         for offline in (True, False):
-            source = Kubo("kubo", HttpSettings(), parse_origin(asked.api_url) if by == "rpc" else None, offline=offline)
+            source = Kubo(
+                "kubo", HttpSettings(), parse_origin(asked.api_url) if by == "rpc" else None, offline=offline
+            )
             source._asked_for_gateway = by == "rpc"
             if offline:
                 pool = SourcePool([source], offline=True)
@@ -66,7 +72,9 @@ def test_offline_never_makes_the_node_look_on_the_network(two_nodes: tuple[Node,
     trio.run(main)
 
 
-def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node_no_blame(kubo_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node_no_blame(
+    kubo_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heap = Blocks()
     leaves = [heap.leaf(b"of this test alone %d " % number * 100) for number in range(100)]
     sent = tree(heap, heap.directory([Link(cid, b"%d" % number, 1) for number, cid in enumerate(leaves)]))
@@ -119,7 +127,9 @@ def test_content_at_another_node_is_fetched_through_ours_also_after_that_one_was
     trio.run(main)
 
 
-def test_a_node_that_restarts_is_found_again_where_it_is(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_restarts_is_found_again_where_it_is(
+    own_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = sample(23)
     put(own_node, file)
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
@@ -154,7 +164,9 @@ def test_no_node_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("token", "right"), [("bearer:right", True), ("bearer:wrong", False)])
-def test_a_node_that_asks_for_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, right: bool) -> None:
+def test_a_node_that_asks_for_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, right: bool
+) -> None:
     """A refused token's message says which file it came from."""
     file = sample(24)
     path = tmp_path / "token"
@@ -167,7 +179,11 @@ def test_a_node_that_asks_for_a_token(tmp_path: Path, monkeypatch: pytest.Monkey
         elif ask.path == "/api/v0/block/get" and ask.method == "POST" and ask.block is not None:
             ask.send(200, ask.block)
         else:
-            ask.send(500, b'{"Message":"block was not found locally (offline): ipld: could not find it","Code":0}', "application/json")
+            ask.send(
+                500,
+                b'{"Message":"block was not found locally (offline): ipld: could not find it","Code":0}',
+                "application/json",
+            )
 
     async def main() -> None:
         with Server(file.blocks, guarded) as server:
@@ -223,7 +239,11 @@ def test_a_unix_socket(tmp_path: Path) -> None:
             async with trio.open_nursery() as nursery:
 
                 async def serve(client: trio.SocketStream) -> None:
-                    async with client, await trio.open_tcp_stream("127.0.0.1", server.port) as inner, trio.open_nursery() as both:
+                    async with (
+                        client,
+                        await trio.open_tcp_stream("127.0.0.1", server.port) as inner,
+                        trio.open_nursery() as both,
+                    ):
                         both.start_soon(relay, client, inner)
                         both.start_soon(relay, inner, client)
 

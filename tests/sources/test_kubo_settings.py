@@ -1,4 +1,5 @@
-"""A real Kubo node set up otherwise than usual: a socket file, a gateway port that gives no files, one that refuses."""
+"""A real Kubo node set up otherwise than usual: a socket file, a gateway port that gives no files, one that
+refuses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ async def all_blocks(source: Source, file: SampleFile) -> None:
 def test_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
     need_kubo()
     node, path = Node(), tmp_path / "api.sock"
-    node.settings = {"Addresses": {"API": [f"/ip4/127.0.0.1/tcp/{node.api_url.rpartition(':')[2]}", f"/unix{path}"]}}
+    node.settings = {
+        "Addresses": {"API": [f"/ip4/127.0.0.1/tcp/{node.api_url.rpartition(':')[2]}", f"/unix{path}"]}
+    }
     file = sample(20)
 
     async def main() -> None:
@@ -74,7 +77,9 @@ def refuses(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("behave", [refuses, evil.html_page, evil.not_http])
-def test_where_the_gateway_port_is_of_no_use_blocks_come_over_rpc(own_node: Node, monkeypatch: pytest.MonkeyPatch, behave: Behaviour) -> None:
+def test_where_the_gateway_port_is_of_no_use_blocks_come_over_rpc(
+    own_node: Node, monkeypatch: pytest.MonkeyPatch, behave: Behaviour
+) -> None:
     file = sample(20)
     put(own_node, file)
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))

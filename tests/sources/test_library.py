@@ -125,7 +125,10 @@ def test_the_source_gets_and_streams(library: Library) -> None:
     small, large = dag(range(300)), dag([1000, 1001, 1002], 1 << 20)
     add(library, small)
     add(library, large)
-    leaves = [Leaf(cid, index, len(block)) for index, (cid, block) in enumerate([*small[:-1], raw(9999), *large[:-1]])]
+    leaves = [
+        Leaf(cid, index, len(block))
+        for index, (cid, block) in enumerate([*small[:-1], raw(9999), *large[:-1]])
+    ]
     got: dict[int, Block] = {}
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
@@ -179,7 +182,11 @@ def test_a_damaged_pack_is_one_line(library: Library) -> None:
 def test_a_block_that_is_too_large_is_named_and_left_out_of_runs(library: Library) -> None:
     large, small = raw(7, cids.MAX_BLOCK + 1), raw(8, cids.MAX_BLOCK)
     add(library, [large, small])
-    leaves = [Leaf(large[0], 0, cids.MAX_BLOCK), Leaf(small[0], cids.MAX_BLOCK, cids.MAX_BLOCK), Leaf(small[0], 2 * cids.MAX_BLOCK, 1)]
+    leaves = [
+        Leaf(large[0], 0, cids.MAX_BLOCK),
+        Leaf(small[0], cids.MAX_BLOCK, cids.MAX_BLOCK),
+        Leaf(small[0], 2 * cids.MAX_BLOCK, 1),
+    ]
     got: list[int] = []
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
@@ -187,7 +194,9 @@ def test_a_block_that_is_too_large_is_named_and_left_out_of_runs(library: Librar
 
     async def main() -> None:
         source = LibrarySource(library)
-        with pytest.raises(BlockTooLarge, match=f"library has {cids.text(large[0])} as a block of 2,097,153 bytes"):
+        with pytest.raises(
+            BlockTooLarge, match=f"library has {cids.text(large[0])} as a block of 2,097,153 bytes"
+        ):
             await source.get(large[0])
         assert await source.get(small[0]) == small[1]
         await source.stream(Run(large[0], 3 * cids.MAX_BLOCK, leaves), deliver)

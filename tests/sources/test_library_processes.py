@@ -72,7 +72,9 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(library: Library) -> Non
     living.put(*raw(5))
     assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1
     add(library, dag(range(3)))
-    assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1, "a living writer's file was swept"
+    assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1, (
+        "a living writer's file was swept"
+    )
     living.commit([NewRoot(raw(5)[0], "five", 1000)])
     assert len(library.roots()) == 2
 
@@ -96,9 +98,14 @@ for number in range(9):
 
 def test_several_processes_add_and_remove_at_once(library: Library) -> None:
     project = Path(__file__).parents[2]
-    running = [subprocess.Popen([sys.executable, "-c", WRITER, str(library.folder), str(1000 + n)], cwd=project) for n in range(4)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(library.folder), str(1000 + n)], cwd=project)
+        for n in range(4)
+    ]
     assert [process.wait(timeout=120) for process in running] == [0] * 4
-    kept = {dag([*range(number, number + 10), 1000 + n])[-1][0] for number in range(0, 9, 3) for n in range(4)}
+    kept = {
+        dag([*range(number, number + 10), 1000 + n])[-1][0] for number in range(0, 9, 3) for n in range(4)
+    }
     assert set(library.roots()) == kept
     library.compact()
     for number in range(0, 9, 3):

@@ -1,4 +1,5 @@
-"""Our transport reads heads, known lengths and chunks as h11 does, however they are cut into pieces; all else is refused."""
+"""Our transport reads heads, known lengths and chunks as h11 does, however they are cut into pieces; all else
+is refused."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -28,12 +29,53 @@ KUBO = (
     b"Content-Type: application/vnd.ipld.raw\r\nX-Empty:\r\nX-Ipfs-Path:\t/ipfs/b \t\r\nDate: Tue, 24 Nov 2026 10:08:21 GMT\r\n\r\n"
 )
 LINES = [
-    *(b"Content-Length: 5", b"content-length:7", b"Content-Length: 5, 5", b"Content-Length: +5", b"Content-Length: ", b"Content-Length: 5\x0b"),
-    *(b"Transfer-Encoding: chunked", b"Connection: close", b"X: a", b"x: b", b"X : a", b"X:", b" folded", b"\tfolded", b": none", b"no colon"),
-    *(b"X: \xff", b"X: \x00", b"X: a\x1fb", b"X: a\rb", b"X: a\nY: b", b"X\x00: a", b"X: \x7f", b"X:  \t a b\t ", b"(X): a"),
+    *(
+        b"Content-Length: 5",
+        b"content-length:7",
+        b"Content-Length: 5, 5",
+        b"Content-Length: +5",
+        b"Content-Length: ",
+        b"Content-Length: 5\x0b",
+    ),
+    *(
+        b"Transfer-Encoding: chunked",
+        b"Connection: close",
+        b"X: a",
+        b"x: b",
+        b"X : a",
+        b"X:",
+        b" folded",
+        b"\tfolded",
+        b": none",
+        b"no colon",
+    ),
+    *(
+        b"X: \xff",
+        b"X: \x00",
+        b"X: a\x1fb",
+        b"X: a\rb",
+        b"X: a\nY: b",
+        b"X\x00: a",
+        b"X: \x7f",
+        b"X:  \t a b\t ",
+        b"(X): a",
+    ),
 ]
-STARTS = [b"HTTP/1.1 200 OK", b"HTTP/1.1 206 Partial Content", b"HTTP/1.1 200 ", b"HTTP/1.0 200 OK", b"HTTP/1.1 204 No Content"]
-STARTS += [b"HTTP/1.1 404 Not Found", b"HTTP/2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1  200 OK", b"HTTP/1.1 200 \xe9", b""]
+STARTS = [
+    b"HTTP/1.1 200 OK",
+    b"HTTP/1.1 206 Partial Content",
+    b"HTTP/1.1 200 ",
+    b"HTTP/1.0 200 OK",
+    b"HTTP/1.1 204 No Content",
+]
+STARTS += [
+    b"HTTP/1.1 404 Not Found",
+    b"HTTP/2 200 OK",
+    b"http/1.1 200 OK",
+    b"HTTP/1.1  200 OK",
+    b"HTTP/1.1 200 \xe9",
+    b"",
+]
 
 piece_sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 bodies = st.lists(st.tuples(st.binary(min_size=1, max_size=40), st.sampled_from(SIZES)), max_size=6)
@@ -128,7 +170,13 @@ def test_any_body_in_any_chunks_and_pieces_is_read_as_h11_reads_it(
 
 
 @settings(max_examples=150, deadline=None)
-@given(bodies, trailers, st.data(), st.sampled_from([b"", b"\r", b"\n", b"\r\n", b"0", b"f", b";", b"-", b"\x00", b" ", b"\xff"]), piece_sizes)
+@given(
+    bodies,
+    trailers,
+    st.data(),
+    st.sampled_from([b"", b"\r", b"\n", b"\r\n", b"0", b"f", b";", b"-", b"\x00", b" ", b"\xff"]),
+    piece_sizes,
+)
 def test_damaged_framing_never_gives_other_bytes_than_h11(
     chunks: list[tuple[bytes, bytes]], ends: list[bytes], draw: st.DataObject, put: bytes, sizes: list[int]
 ) -> None:
@@ -140,8 +188,15 @@ def test_damaged_framing_never_gives_other_bytes_than_h11(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(STARTS), st.lists(st.sampled_from(LINES), max_size=5), st.sampled_from([b"\r\n", b"\n"]), st.binary(max_size=9))
-def test_what_is_read_of_a_head_is_what_h11_reads(start: bytes, lines: list[bytes], end: bytes, body: bytes) -> None:
+@given(
+    st.sampled_from(STARTS),
+    st.lists(st.sampled_from(LINES), max_size=5),
+    st.sampled_from([b"\r\n", b"\n"]),
+    st.binary(max_size=9),
+)
+def test_what_is_read_of_a_head_is_what_h11_reads(
+    start: bytes, lines: list[bytes], end: bytes, body: bytes
+) -> None:
     data = end.join([start, *lines, b"", b""]) + body
     ours, theirs = by_us(data), by_h11(data)
     assert ours is None or theirs is None or ours == theirs
@@ -156,7 +211,9 @@ def test_one_byte_changed_in_a_nodes_head_is_read_as_h11_reads_it(at: int, byte:
     assert ours is None or theirs is None or ours == theirs
 
 
-@pytest.mark.parametrize("whole", [HEAD + encode([(b"hello", b"%x")], [TRAILERS[0]]), KUBO + b"hello"], ids=["chunked", "known"])
+@pytest.mark.parametrize(
+    "whole", [HEAD + encode([(b"hello", b"%x")], [TRAILERS[0]]), KUBO + b"hello"], ids=["chunked", "known"]
+)
 def test_a_response_that_is_cut_short_is_refused(whole: bytes) -> None:
     for cut in range(len(whole)):
         assert by_us(whole[:cut]) is None

@@ -1,5 +1,5 @@
-"""Many blocks by one answer: what a server that can't, one that lacks something and one that breaks off come to; and
-what is counted as on its way meanwhile."""
+"""Many blocks by one answer: what a server that can't, one that lacks something and one that breaks off come
+to; and what is counted as on its way meanwhile."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -38,7 +38,13 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(client, "OWN_TRANSPORT", request.param == "own")
 
 
-def with_gateway(server: Server, main: Callable[[Gateway], Awaitable[None]], *, local: bool = False, settings: HttpSettings | None = None) -> None:
+def with_gateway(
+    server: Server,
+    main: Callable[[Gateway], Awaitable[None]],
+    *,
+    local: bool = False,
+    settings: HttpSettings | None = None,
+) -> None:
     async def opened() -> None:
         gateway = Gateway(Http(parse_origin(server.url), settings), server.url, local=local)
         try:
@@ -84,7 +90,12 @@ def cars_asked(server: Server) -> int:
 
 
 @pytest.mark.parametrize(
-    ("status", "type_"), [(200, "text/html"), (200, "application/vnd.ipld.raw"), *((status, "text/plain") for status in (400, 405, 406, 415, 501))]
+    ("status", "type_"),
+    [
+        (200, "text/html"),
+        (200, "application/vnd.ipld.raw"),
+        *((status, "text/plain") for status in (400, 405, 406, 415, 501)),
+    ],
 )
 def test_a_gateway_that_makes_no_cars_is_asked_for_one_once(status: int, type_: str) -> None:
     with Server({}, instead_of_cars(status, type_), files=(FILE,), trees=(TREE,)) as server:
@@ -98,7 +109,9 @@ def test_a_gateway_that_makes_no_cars_is_asked_for_one_once(status: int, type_: 
         assert cars_asked(server) == 1
 
 
-@pytest.mark.parametrize(("status", "error"), [(404, NotHere), (504, NotHere), (500, SourceFailed), (503, SourceFailed)])
+@pytest.mark.parametrize(
+    ("status", "error"), [(404, NotHere), (504, NotHere), (500, SourceFailed), (503, SourceFailed)]
+)
 def test_one_answer_that_is_not_had_does_not_end_cars(status: int, error: type[Exception]) -> None:
     refused = instead_of_cars(status)
 
@@ -165,7 +178,9 @@ def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_i
     monkeypatch.setenv("IPFS_PATH", str(tmp_path))
     with Server({}, guarded, trees=(TREE,)) as server:
         (tmp_path / "api").write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
-        (tmp_path / "gateway").write_text(server.url if gateway == "guarded" else f"http://127.0.0.1:{free_port()}")
+        (tmp_path / "gateway").write_text(
+            server.url if gateway == "guarded" else f"http://127.0.0.1:{free_port()}"
+        )
 
         async def main() -> None:
             pool = SourcePool([Kubo("kubo", HttpSettings())])
@@ -218,7 +233,12 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
             for _ in range(3):
                 delivering, all_busy = list[int](), trio.Event()
 
-                async def deliver(_index: int, blocks: Sequence[Block], delivering: list[int] = delivering, all_busy: trio.Event = all_busy) -> None:
+                async def deliver(
+                    _index: int,
+                    blocks: Sequence[Block],
+                    delivering: list[int] = delivering,
+                    all_busy: trio.Event = all_busy,
+                ) -> None:
                     delivering.append(sum(map(len, blocks)))
                     if len(delivering) == runs.DELIVERED_AT_ONCE:
                         all_busy.set()
@@ -228,7 +248,9 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
                     nursery.start_soon(gateway.stream, FILE.run, deliver)
                     await all_busy.wait()
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.room.used in (sum(delivering), sum(delivering) + meanwhile), "and what is read meanwhile"
+                    assert settings.room.used in (sum(delivering), sum(delivering) + meanwhile), (
+                        "and what is read meanwhile"
+                    )
                     nursery.cancel_scope.cancel()
                 assert settings.room.used == 0
             assert await streamed(gateway) == FILE.expected

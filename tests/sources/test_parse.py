@@ -79,7 +79,13 @@ def test_headers_file(tmp_path: Path) -> None:
     path.touch(0o600)
     path.write_text("# mine\nAuthorization: Bearer s3cret\n\nX-Thing:  yes \n")
     assert read_headers(path) == (("Authorization", "Bearer s3cret"), ("X-Thing", "yes"))
-    for text in ("Authorization Bearer s3cret", "Bad name: s3cret", "X: s3cret\x7f", "Host: s3cret", ": s3cret"):
+    for text in (
+        "Authorization Bearer s3cret",
+        "Bad name: s3cret",
+        "X: s3cret\x7f",
+        "Host: s3cret",
+        ": s3cret",
+    ):
         path.write_text("A: b\n" + text)
         with pytest.raises(UsageError, match="line 2") as caught:
             read_headers(path)
@@ -99,7 +105,9 @@ def test_multiaddrs() -> None:
             parse_multiaddr(text)
 
 
-def test_authorization_comes_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_authorization_comes_from_the_environment_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("IPFSFUSE_KUBO_AUTH", raising=False)
     monkeypatch.delenv("IPFSFUSE_KUBO_AUTH_FILE", raising=False)
     assert kubo_authorization() == ("", "")

@@ -29,7 +29,9 @@ def test_sources_in_place_are_asked_before_the_network() -> None:
 
 def test_not_found_in_one_is_no_answer_from_all() -> None:
     async def main() -> None:
-        assert (await pool_of(InPlace("a", blocks={}), Timed("b", blocks={}), Timed("c")).get(CID)).source.name == "c"
+        assert (
+            await pool_of(InPlace("a", blocks={}), Timed("b", blocks={}), Timed("c")).get(CID)
+        ).source.name == "c"
 
     run(main)
 
@@ -37,7 +39,11 @@ def test_not_found_in_one_is_no_answer_from_all() -> None:
 def test_what_is_nowhere_in_place_is_unavailable_at_once() -> None:
     async def main() -> None:
         start = trio.current_time()
-        for pool in (pool_of(InPlace("a", blocks={})), pool_of(InPlace("a", blocks={}), Timed("node", blocks={}), offline=True), pool_of()):
+        for pool in (
+            pool_of(InPlace("a", blocks={})),
+            pool_of(InPlace("a", blocks={}), Timed("node", blocks={}), offline=True),
+            pool_of(),
+        ):
             with pytest.raises(Unavailable, match="no source has"):
                 await pool.get(CID)
             assert trio.current_time() == start
@@ -84,7 +90,8 @@ def test_a_dead_source_rests_and_is_tried_again() -> None:
         assert (state.state, state.why, state.failures) == ("open", "it is down", {"connect": 3})
         await trio.sleep(1)
         assert (await pool.get(CID)).source is good
-        assert (len(dead.asked), pool.statistics()[0].state) == (4, "open")  # one request found out, and it rests longer
+        # one request found out, and it rests longer
+        assert (len(dead.asked), pool.statistics()[0].state) == (4, "open")
         dead.answer = None
         await trio.sleep(2)
         assert (await pool.get(CID)).source is dead
@@ -98,7 +105,9 @@ async def refuses(cid: Cid) -> bytes:
 
 
 @pytest.mark.logs("as a block of 3,145,728 bytes")
-def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def main() -> None:
         for sources in (
             [InPlace("a", refuses)],
@@ -115,7 +124,9 @@ def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(caplog: pyt
                     await pool.get(CID)
             assert trio.current_time() - start < 2
             assert len(caplog.records) == 1
-            assert all(told.state in ("untried", "good", "open") and not told.wrong for told in pool.statistics())
+            assert all(
+                told.state in ("untried", "good", "open") and not told.wrong for told in pool.statistics()
+            )
 
     run(main)
 
@@ -124,11 +135,15 @@ def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(caplog: pyt
 def test_who_says_that_a_block_is_too_large_spoils_no_other_source() -> None:
     async def main() -> None:
         assert (await pool_of(InPlace("a", refuses), Timed("good")).get(CID)).block == BLOCK
-        assert (await pool_of(Timed("a", refuses), Timed("b", blocks={}), Timed("good", after(2.0))).get(CID)).block == BLOCK
+        assert (
+            await pool_of(Timed("a", refuses), Timed("b", blocks={}), Timed("good", after(2.0))).get(CID)
+        ).block == BLOCK
         start = trio.current_time()
         with pytest.raises(BlockTooLarge):
             await pool_of(Timed("a", refuses), Timed("stalls", never)).get(CID)
-        assert trio.current_time() - start == pool_of(Timed("a"), Timed("b")).patience, "a source that stalls has so long to show that it was a lie"
+        assert trio.current_time() - start == pool_of(Timed("a"), Timed("b")).patience, (
+            "a source that stalls has so long to show that it was a lie"
+        )
 
     run(main)
 
@@ -137,6 +152,8 @@ def test_retry_after_is_heeded() -> None:
     async def main() -> None:
         async def busy(_cid: Cid) -> bytes:
             raise SourceFailed("busy", "busy", retry_after=100)
+
+
 def busy_for(seconds: float) -> Answer:
     async def answer(_cid: Cid) -> bytes:
         raise SourceFailed("busy", "busy", retry_after=seconds)
@@ -230,14 +247,21 @@ def test_five_thousand_stalled_calls_delay_no_other_by_ten_milliseconds() -> Non
                 start = trio.current_time()
                 assert (await pool.get(cid)).block == BLOCKS[cid]
                 assert trio.current_time() - start <= 0.0101
-            assert len(source.asked) - len(BLOCKS) - source.cancelled <= managed_source.RUNNING + managed_source.LATE
+            assert (
+                len(source.asked) - len(BLOCKS) - source.cancelled
+                <= managed_source.RUNNING + managed_source.LATE
+            )
             assert source.cancelled > 1000  # the others had their turns
             nursery.cancel_scope.cancel()
 
     run(main)
 
 
-@pytest.mark.logs("gateway-0 sent wrong bytes for .* and is not asked for 10 minutes", "and is not asked for 20 minutes", "has wrong bytes for")
+@pytest.mark.logs(
+    "gateway-0 sent wrong bytes for .* and is not asked for 10 minutes",
+    "and is not asked for 20 minutes",
+    "has wrong bytes for",
+)
 def test_a_wrong_block_sets_a_remote_gateway_aside_while_another_is_left() -> None:
     lying = [True]
 
@@ -246,7 +270,10 @@ def test_a_wrong_block_sets_a_remote_gateway_aside_while_another_is_left() -> No
 
     async def main() -> None:
         with Server(BLOCKS, lie) as bad, Server(BLOCKS) as good:
-            sources = [Gateway(Http(parse_origin(server.url)), f"gateway-{index}") for index, server in enumerate([bad, good])]
+            sources = [
+                Gateway(Http(parse_origin(server.url)), f"gateway-{index}")
+                for index, server in enumerate([bad, good])
+            ]
             pool = SourcePool(sources)
             for cid in [*BLOCKS][:5]:
                 assert (await pool.get(cid)).source is sources[1]

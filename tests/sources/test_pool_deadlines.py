@@ -113,7 +113,7 @@ def test_a_block_that_appears_at_the_only_source_late_in_the_deadline_is_found(d
     run(main)
 
 
-# -- a source that is busy ------------------------------------------------------------------------------------------
+# -- a source that is busy -----------------------------------------------------------------------------------
 
 
 class OneAtATime(Timed):
@@ -177,7 +177,7 @@ def test_a_run_that_asks_for_too_much_at_a_time_is_taken_leaf_by_leaf() -> None:
     run(main)
 
 
-# -- a machine that slept ------------------------------------------------------------------------------------------
+# -- a machine that slept ------------------------------------------------------------------------------------
 
 
 def test_while_a_machine_sleeps_no_caller_runs_out_of_time_and_no_source_stays_aside_for_it() -> None:

@@ -25,7 +25,9 @@ def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
         one, two = Timed("gateway", blocks=some), Timed("two", blocks=file.blocks)
         got = await collect(pool_of(one, two), file)
         assert {index: block for index, (block, _source) in got.items()} == file.expected
-        assert {index for index, (_block, source) in got.items() if source is one} == ({1, 2} if wrong else {0, 1, 2})
+        assert {index for index, (_block, source) in got.items() if source is one} == (
+            {1, 2} if wrong else {0, 1, 2}
+        )
 
     run(main)
 

@@ -1,4 +1,5 @@
-"""A directory in one answer, through the pool: verified, from the first source that may be asked, given up where it stops."""
+"""A directory in one answer, through the pool: verified, from the first source that may be asked, given up
+where it stops."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -28,7 +29,9 @@ def everything(_cid: Cid) -> bool:
     return True
 
 
-async def gathered(pool: SourcePool, wants: Callable[[Cid], bool] = everything, subtree: Subtree = SUBTREE) -> dict[Cid, Fetched]:
+async def gathered(
+    pool: SourcePool, wants: Callable[[Cid], bool] = everything, subtree: Subtree = SUBTREE
+) -> dict[Cid, Fetched]:
     takes = Takes(wants)
     await pool.subtree(subtree, takes)
     return takes.got
@@ -64,7 +67,10 @@ def test_what_nobody_wants_is_dropped_unverified_and_held_against_nobody() -> No
 
 def test_a_source_in_place_that_has_the_root_leaves_the_network_unasked() -> None:
     async def main() -> None:
-        near, far = InPlace("near", blocks={TREE.root: TREE.blocks[TREE.root]}), Timed("far", blocks=TREE.blocks)
+        near, far = (
+            InPlace("near", blocks={TREE.root: TREE.blocks[TREE.root]}),
+            Timed("far", blocks=TREE.blocks),
+        )
         assert await gathered(pool_of(near, far)) == {}
         assert (near.subtrees, far.subtrees, far.asked) == ([], [], [])
         elsewhere = InPlace("elsewhere", blocks={})
@@ -161,13 +167,17 @@ def test_the_takers_own_trouble_is_not_held_against_the_source() -> None:
     run(main)
 
 
-def serving(tree: SampleTree, damaged: Cid | None = None, stops_before: Cid | None = None) -> Callable[[Ask], None]:
+def serving(
+    tree: SampleTree, damaged: Cid | None = None, stops_before: Cid | None = None
+) -> Callable[[Ask], None]:
     def behave(ask: Ask) -> None:
         pairs = [(cid, block + b"!" if cid == damaged else block) for cid, block in tree.blocks.items()]
         places = [place for place, (cid, _block) in enumerate(pairs) if cid == stops_before]
         body = encode_car(tree.root, pairs[: places[0]] if places else pairs)
         if places:
-            ask.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n" % CAR.encode())
+            ask.connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n" % CAR.encode()
+            )
             ask.connection.sendall(b"%x\r\n%s" % (len(body) + 1, body))
             ask.stall()
         else:

@@ -1,4 +1,5 @@
-"""Redirects: never to a private address, whatever a name resolves to when, with a proxy or without; and a node's own."""
+"""Redirects: never to a private address, whatever a name resolves to when, with a proxy or without; and a
+node's own."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -61,7 +62,9 @@ class Resolver(trio.abc.HostnameResolver):
         self.answers = answers
         self.asked: list[str] = []
 
-    async def getaddrinfo(self, host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0) -> Any:
+    async def getaddrinfo(
+        self, host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
+    ) -> Any:
         name = host.decode() if isinstance(host, bytes) else host
         self.asked.append(name)
         answers = self.answers.get(name)
@@ -81,7 +84,9 @@ PRIVATE = ["http://127.0.0.1:1/", "http://169.254.169.254/latest", "http://[::1]
 
 @pytest.mark.parametrize("location", PRIVATE)
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "proxied"])
-def test_private_addresses_are_not_followed_to(location: str, proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_addresses_are_not_followed_to(
+    location: str, proxied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Server(BLOCKS, to(location)) as server, Proxy({"gateway.test": server.port}) as proxy:
         if proxied:
             monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
@@ -91,7 +96,10 @@ def test_private_addresses_are_not_followed_to(location: str, proxied: bool, mon
         assert len(proxy.heads) == int(proxied)
 
 
-@pytest.mark.parametrize("location", ["http://[::1/x", "http://a:99999/", "http://a:b/", "http://%00/", "http://a..b/", "http://u:p@a.test/"])
+@pytest.mark.parametrize(
+    "location",
+    ["http://[::1/x", "http://a:99999/", "http://a:b/", "http://%00/", "http://a..b/", "http://u:p@a.test/"],
+)
 def test_a_redirect_to_what_is_not_an_address_is_told_as_one(location: str) -> None:
     with Server(BLOCKS, to(location)) as server:
         failed = failure(server.url)
@@ -100,8 +108,13 @@ def test_a_redirect_to_what_is_not_an_address_is_told_as_one(location: str) -> N
 
 
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "proxied"])
-def test_a_name_with_one_private_address_among_public_ones_is_not_followed(proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Server(BLOCKS, to("http://mixed.test{path}")) as server, Proxy({"gateway.test": server.port}) as proxy:
+def test_a_name_with_one_private_address_among_public_ones_is_not_followed(
+    proxied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        Server(BLOCKS, to("http://mixed.test{path}")) as server,
+        Proxy({"gateway.test": server.port}) as proxy,
+    ):
         if proxied:
             monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
 
@@ -152,7 +165,10 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest
 
 
 def test_a_command_is_not_redirected_to_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Server(BLOCKS, to("http://other.test{path}")) as server, Proxy({"node.test": server.port, "other.test": server.port}) as proxy:
+    with (
+        Server(BLOCKS, to("http://other.test{path}")) as server,
+        Proxy({"node.test": server.port, "other.test": server.port}) as proxy,
+    ):
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
 
         async def main() -> None:
@@ -175,7 +191,9 @@ def subdomains(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "httpx"])
-def test_a_redirect_to_a_name_below_localhost_stays_where_it_was_named(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_to_a_name_below_localhost_stays_where_it_was_named(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client, "OWN_TRANSPORT", own)
     with Server(BLOCKS, subdomains) as server:
 
@@ -193,7 +211,10 @@ def test_a_redirect_to_a_name_below_localhost_stays_where_it_was_named(own: bool
 
 
 def test_a_gateway_elsewhere_can_not_send_us_to_localhost_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Server(BLOCKS, to("http://x.localhost{path}")) as server, Proxy({"gateway.test": server.port}) as proxy:
+    with (
+        Server(BLOCKS, to("http://x.localhost{path}")) as server,
+        Proxy({"gateway.test": server.port}) as proxy,
+    ):
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
 
         async def main() -> None:
@@ -206,7 +227,9 @@ def test_a_gateway_elsewhere_can_not_send_us_to_localhost_names(monkeypatch: pyt
         trio.run(main)
 
 
-@pytest.mark.parametrize("get", [lambda port: f"http://localhost:{port}", lambda port: f"http://127.0.0.1:{port}"])
+@pytest.mark.parametrize(
+    "get", [lambda port: f"http://localhost:{port}", lambda port: f"http://127.0.0.1:{port}"]
+)
 def test_a_default_kubo_by_its_name_localhost(kubo_node: Node, get: Callable[[str], str]) -> None:
     file = sample(61)
     kubo_node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())

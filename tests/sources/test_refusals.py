@@ -1,4 +1,5 @@
-"""What answers mean that are not what was asked for, and that whatever a request raises is its source's failure."""
+"""What answers mean that are not what was asked for, and that whatever a request raises is its source's
+failure."""
 
 import pytest
 import trio
@@ -34,7 +35,14 @@ def test_any_retry_after_is_seconds_or_nothing(value: str) -> None:
     assert found is None or found >= 0
 
 
-RAISED = [ValueError("x\n\x1b[31my"), RuntimeError(), KeyError("k"), AssertionError(), RecursionError(), ExceptionGroup("g", [OSError("x")])]
+RAISED = [
+    ValueError("x\n\x1b[31my"),
+    RuntimeError(),
+    KeyError("k"),
+    AssertionError(),
+    RecursionError(),
+    ExceptionGroup("g", [OSError("x")]),
+]
 
 
 @pytest.mark.parametrize("raised", RAISED)
@@ -71,8 +79,13 @@ def test_one_header_line_of_one_gateway_spoils_no_read_of_a_good_one(head: str) 
 
     async def main() -> None:
         lines = f"HTTP/1.1 {head}\r\n\r\n".encode()
-        with Server(blocks, lambda ask: (ask.connection.sendall(lines), ask.hang_up())[0]) as bad, Server(blocks) as good:
-            chain = SourcePool([Gateway(Http(parse_origin(server.url)), server.url, local=True) for server in (bad, good)])
+        with (
+            Server(blocks, lambda ask: (ask.connection.sendall(lines), ask.hang_up())[0]) as bad,
+            Server(blocks) as good,
+        ):
+            chain = SourcePool(
+                [Gateway(Http(parse_origin(server.url)), server.url, local=True) for server in (bad, good)]
+            )
             for cid, block in blocks.items():
                 assert (await chain.get(cid)).block == block
             assert chain.statistics()[0].state in ("open", "half_open")

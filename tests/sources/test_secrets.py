@@ -45,7 +45,9 @@ def test_a_header_goes_to_the_origin_it_is_bound_to_and_to_no_other(file: Path) 
         settings = with_headers(HttpSettings(), [(first.url, file)], [first.url, other.url])
 
         async def main() -> None:
-            chain = SourcePool([Gateway(Http(parse_origin(server.url), settings), server.url) for server in (first, other)])
+            chain = SourcePool(
+                [Gateway(Http(parse_origin(server.url), settings), server.url) for server in (first, other)]
+            )
             assert (await chain.get(CID)).block == BLOCK
             await chain.aclose()
 
@@ -71,24 +73,36 @@ def test_a_file_of_another_user_is_refused(file: Path) -> None:
 def test_a_secret_goes_over_https_or_to_this_machine(file: Path) -> None:
     with pytest.raises(UsageError, match="over plain HTTP, which others can read; use https://"):
         bound([("http://a.example", file)], "http://a.example")
-    for url in ("https://a.example", "http://127.0.0.1:8080", "http://localhost:8080", "http://[::1]:8080", "kubo+http://127.0.0.1:5001"):
+    for url in (
+        "https://a.example",
+        "http://127.0.0.1:8080",
+        "http://localhost:8080",
+        "http://[::1]:8080",
+        "kubo+http://127.0.0.1:5001",
+    ):
         found = bound([(url, file)], url, "https://b.example")
         assert list(found.by_origin.values()) == [(("Authorization", f"Bearer {SECRET}"),)]
         assert found.of(parse_origin(url.removeprefix("kubo+"))) == (("Authorization", f"Bearer {SECRET}"),)
         assert found.of(parse_origin("https://b.example")) == ()
 
 
-def test_the_old_spelling_is_for_exactly_one_network_source(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_spelling_is_for_exactly_one_network_source(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     assert bound([("", file)], "library", "https://a.example").of(parse_origin("https://a.example"))
-    with pytest.raises(UsageError, match=f"say which source it is for: --header-file https://a.example={file}"):
+    with pytest.raises(
+        UsageError, match=f"say which source it is for: --header-file https://a.example={file}"
+    ):
         bound([("", file)], "https://a.example", "https://b.example")
     for sources in (("library",), ("kubo",)):  # no network source; one whose node does not run
         with pytest.raises(UsageError, match=r"--header-file https://gateway\.example="):
             bound([("", file)], *sources)
 
 
-def test_the_old_spelling_with_a_node_is_for_its_ports(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_spelling_with_a_node_is_for_its_ports(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPFS_PATH", str(tmp_path))
     (tmp_path / "api").write_text("/ip4/127.0.0.1/tcp/5001")
     (tmp_path / "gateway").write_text("http://127.0.0.1:8080")
@@ -146,13 +160,19 @@ def test_the_token_does_not_go_where_another_users_repository_says(repository: P
             repository.chmod(0o777)
         else:
             os.chown(api if planted == "api" else repository, NOBODY, NOBODY)
-        with pytest.raises(SourceFailed, match=r"was not sent the token in IPFSFUSE_KUBO_AUTH, because .* another user"):
+        with pytest.raises(
+            SourceFailed, match=r"was not sent the token in IPFSFUSE_KUBO_AUTH, because .* another user"
+        ):
             get_from_node(Kubo("kubo", HttpSettings()))
         assert {ask.headers.get("authorization") for ask in server.asked} == {None}
-        assert get_from_node(Kubo("kubo", HttpSettings(), parse_origin(server.url))) == BLOCK, "named by the user, it gets it"
+        assert get_from_node(Kubo("kubo", HttpSettings(), parse_origin(server.url))) == BLOCK, (
+            "named by the user, it gets it"
+        )
 
 
-def test_a_node_that_asks_for_a_token_where_there_is_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_asks_for_a_token_where_there_is_none(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("IPFSFUSE_KUBO_AUTH")
     with Server(BLOCKS, guarded) as server:
         (repository / "api").write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
@@ -161,7 +181,9 @@ def test_a_node_that_asks_for_a_token_where_there_is_none(repository: Path, monk
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "httpx"])
-def test_secrets_are_never_logged(own: bool, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_never_logged(
+    own: bool, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client, "OWN_TRANSPORT", own)
     caplog.set_level(logging.DEBUG)
     with Server(BLOCKS) as server:
@@ -176,7 +198,11 @@ def test_secrets_are_never_logged(own: bool, file: Path, caplog: pytest.LogCaptu
         trio.run(main)
         assert server.asked[0].headers["authorization"] == f"Bearer {SECRET}"
     assert SECRET not in caplog.text
-    assert not [record for record in caplog.records if record.name.partition(".")[0] in ("httpx", "httpcore", "hpack", "h2")]
+    assert not [
+        record
+        for record in caplog.records
+        if record.name.partition(".")[0] in ("httpx", "httpcore", "hpack", "h2")
+    ]
 
 
 def test_cookies_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

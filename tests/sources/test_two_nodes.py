@@ -23,7 +23,9 @@ PATIENCE = 60.0
 @asynccontextmanager
 async def asking(node: Node, *, offline: bool = False) -> AsyncIterator[SourcePool]:
     """A pool of one source: this node."""
-    pool = SourcePool([Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=offline)], offline=offline)
+    pool = SourcePool(
+        [Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=offline)], offline=offline
+    )
     try:
         yield pool
     finally:

@@ -62,8 +62,13 @@ def test_tls_by_a_trusted_authority(authority: Authority) -> None:
         assert get(server.url) == BLOCK
 
 
-@pytest.mark.parametrize(("name", "days", "why"), [("DNS:other.test", 2, "mismatch|not valid for"), ("IP:127.0.0.1", -1, "expired")])
-def test_tls_of_another_host_or_expired_is_refused(authority: Authority, name: str, days: int, why: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "days", "why"),
+    [("DNS:other.test", 2, "mismatch|not valid for"), ("IP:127.0.0.1", -1, "expired")],
+)
+def test_tls_of_another_host_or_expired_is_refused(
+    authority: Authority, name: str, days: int, why: str
+) -> None:
     with Server(BLOCKS, tls=authority.vouch(name, days)) as server:
         with pytest.raises(SourceFailed, match=why) as caught:
             get(server.url)
@@ -79,8 +84,13 @@ def test_a_proxy_passes_plain_requests_on(monkeypatch: pytest.MonkeyPatch) -> No
         assert "Proxy-Authorization: Basic dXNlcjpwQHNz\r\n" in proxy.heads[0]
 
 
-def test_tls_goes_through_a_proxys_tunnel_to_the_named_host(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Server(BLOCKS, tls=authority.vouch("DNS:gateway.test")) as server, Proxy({"gateway.test": server.port, "other.test": server.port}) as proxy:
+def test_tls_goes_through_a_proxys_tunnel_to_the_named_host(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        Server(BLOCKS, tls=authority.vouch("DNS:gateway.test")) as server,
+        Proxy({"gateway.test": server.port, "other.test": server.port}) as proxy,
+    ):
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
         assert get("https://gateway.test", (("Authorization", "Bearer secret"),)) == BLOCK
         assert server.asked[0].headers["authorization"] == "Bearer secret"
@@ -109,7 +119,11 @@ def test_a_redirect_to_another_host_is_followed_without_our_headers(monkeypatch:
     def elsewhere(ask: Ask) -> None:
         ask.send(302, Location=f"http://other.test{ask.path}?format=raw")
 
-    with Server(BLOCKS, elsewhere) as first, Server(BLOCKS) as other, Proxy({"gateway.test": first.port, "other.test": other.port}) as proxy:
+    with (
+        Server(BLOCKS, elsewhere) as first,
+        Server(BLOCKS) as other,
+        Proxy({"gateway.test": first.port, "other.test": other.port}) as proxy,
+    ):
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
         assert get("http://gateway.test", (("Authorization", "Bearer secret"),)) == BLOCK
         assert first.asked[0].headers["authorization"] == "Bearer secret"

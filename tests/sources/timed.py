@@ -23,7 +23,9 @@ class Timed:
 
     in_place = False
 
-    def __init__(self, name: str, answer: Answer | None = None, blocks: dict[Cid, bytes] | None = None) -> None:
+    def __init__(
+        self, name: str, answer: Answer | None = None, blocks: dict[Cid, bytes] | None = None
+    ) -> None:
         self.name = name
         self.blocks = BLOCKS if blocks is None else blocks
         self.answer = answer

@@ -44,7 +44,11 @@ def test_what_waits_is_added_and_removed_with_it() -> None:
 def test_one_leaf_in_some_and_the_last_are_told_of() -> None:
     size = 2 * TOLD + LEAF + 100
     _landing, windows = landed(size, Room())
-    assert {offset for offset, (_size, told) in windows.held.items() if told} == {TOLD - LEAF, 2 * TOLD - LEAF, 2 * TOLD + LEAF}
+    assert {offset for offset, (_size, told) in windows.held.items() if told} == {
+        TOLD - LEAF,
+        2 * TOLD - LEAF,
+        2 * TOLD + LEAF,
+    }
 
 
 def test_what_finds_no_room_is_added_nowhere() -> None:

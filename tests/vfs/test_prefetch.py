@@ -1,4 +1,5 @@
-"""Fetching ahead in directories: what a trail says should be brought in, and that listings and pickers bring nothing."""
+"""Fetching ahead in directories: what a trail says should be brought in, and that listings and pickers bring
+nothing."""
 
 from collections.abc import Sequence
 
@@ -9,7 +10,15 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node
 from ipfsfuse.errors import Unavailable
-from ipfsfuse.vfs.prefetch import DIRECTORIES_AHEAD, FETCHED_TOGETHER, MAX_TRACKED, SMALL_FILE, WINDOW, DirectoryPrefetcher, ScanTracker
+from ipfsfuse.vfs.prefetch import (
+    DIRECTORIES_AHEAD,
+    FETCHED_TOGETHER,
+    MAX_TRACKED,
+    SMALL_FILE,
+    WINDOW,
+    DirectoryPrefetcher,
+    ScanTracker,
+)
 
 DIRECTORY = cids.make(cids.DAG_PB, b"\x12\x20" + bytes(32))
 
@@ -125,7 +134,10 @@ def test_of_many_pages_the_last_are_remembered() -> None:
 
         async with trio.open_nursery() as nursery:
             ahead = DirectoryPrefetcher(nursery, bring, lambda _cid: None, nothing)
-            pages = [[child(1 + page * MAX_TRACKED // 2 + place) for place in range(MAX_TRACKED // 2)] for page in range(3)]
+            pages = [
+                [child(1 + page * MAX_TRACKED // 2 + place) for place in range(MAX_TRACKED // 2)]
+                for page in range(3)
+            ]
             for place, page in enumerate(pages):
                 ahead.listed(DIRECTORY, place, [(cid, 1) for cid in page])
             for page in pages:

@@ -48,7 +48,9 @@ def test_windows_lie_within_the_file_and_are_bounded(size: int, reads: list[tupl
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40))))
-def test_the_bounded_dictionary_never_holds_more_than_its_limit_and_drops_the_least_used(steps: list[tuple[int, int]]) -> None:
+def test_the_bounded_dictionary_never_holds_more_than_its_limit_and_drops_the_least_used(
+    steps: list[tuple[int, int]],
+) -> None:
     lru: Lru[int, int] = Lru(100)
     model: dict[int, int] = {}
     for key, weight in steps:

@@ -40,7 +40,9 @@ class Directories(Blocks):
         self.cache = Cache()
         self.handing = Handing()
         self.remembered: list[Cid] = []
-        self.gatherer = SubtreePrefetcher(self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing)
+        self.gatherer = SubtreePrefetcher(
+            self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing
+        )
 
     def node(self, cid: Cid) -> Node:
         return nodes.parse(cid, self.block(cid))
@@ -54,7 +56,9 @@ class Directories(Blocks):
 
     def of_sizes(self, *sizes: int) -> Cid:
         """A directory whose links claim `sizes`."""
-        return self.directory([Link(self.leaf(b"%d" % place), b"%d" % place, size) for place, size in enumerate(sizes)])
+        return self.directory(
+            [Link(self.leaf(b"%d" % place), b"%d" % place, size) for place, size in enumerate(sizes)]
+        )
 
 
 def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> None:
@@ -79,9 +83,22 @@ def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> N
         ([1, 1 << 62], False),
         ([], False),
     ],
-    ids=["as much as may be", "more", "mostly one", "small", "mostly large", "half large", "large", "nothing claimed", "absurd", "empty"],
+    ids=[
+        "as much as may be",
+        "more",
+        "mostly one",
+        "small",
+        "mostly large",
+        "half large",
+        "large",
+        "nothing claimed",
+        "absurd",
+        "empty",
+    ],
 )
-def test_it_is_worth_it_where_small_files_are_most_and_all_of_it_is_not_too_much(sizes: list[int], worth: bool) -> None:
+def test_it_is_worth_it_where_small_files_are_most_and_all_of_it_is_not_too_much(
+    sizes: list[int], worth: bool
+) -> None:
     made = Directories()
     assert made.contents_of(made.of_sizes(*sizes)) == worth
     assert len(made.cache.subtrees) == worth
@@ -104,7 +121,11 @@ def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_a
     file = made.balanced([b"one", b"two"], 4, True)
     below = made.directory([Link(raw, b"raw", 5), Link(file, b"file", 6)])
     hamt = made.trie([b"%d" % number for number in range(300)])
-    assert made.contents_of(made.directory([Link(cid, b"%d" % place, 9) for place, cid in enumerate((raw, large, file, below, hamt))]))
+    assert made.contents_of(
+        made.directory(
+            [Link(cid, b"%d" % place, 9) for place, cid in enumerate((raw, large, file, below, hamt))]
+        )
+    )
     assert [made.come(cid) for cid in (raw, large, file)] == [[], [], []]
     assert made.come(below) == [raw, file]
     deeper = made.node(hamt)
@@ -126,7 +147,12 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
     bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
     for cid in bad:
         assert made.come(cid) == []
-    heavy = made.directory([Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1) for number in range(nodes.MAX_PARSED_ON_LOOP // 200)])
+    heavy = made.directory(
+        [
+            Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1)
+            for number in range(nodes.MAX_PARSED_ON_LOOP // 200)
+        ]
+    )
     assert len(made.block(heavy)) > nodes.MAX_PARSED_ON_LOOP
     assert made.come(heavy) == []
     assert made.remembered == []
@@ -142,7 +168,10 @@ def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
     while wanted:
         reached.add(cid := wanted.pop())
         wanted += made.come(cid)
-    assert {cids.multihash(cid) for cid in reached} == {*made.by_hash} - {cids.multihash(hamt), cids.multihash(made.leaf(b""))}
+    assert {cids.multihash(cid) for cid in reached} == {*made.by_hash} - {
+        cids.multihash(hamt),
+        cids.multihash(made.leaf(b"")),
+    }
     assert made.handing.take(made.leaf(b"")) is None
 
 

@@ -185,7 +185,8 @@ def _new_name() -> str:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether no living process uses the cache folder `folder`: ours in a `--cache-dir`, or one of an older layout."""
+    """Whether no living process uses the cache folder `folder`: ours in a `--cache-dir`, or one of an older
+    layout."""
     return cache_folder.is_free(folder.parent if folder.name == cache_folder.NAME else folder)
 
 
@@ -195,7 +196,10 @@ def _has_name(folder: Path, name: str) -> bool:
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
-        return name in (_read_name(folder / cache_folder.MOUNT_ID), *_old_names(folder).values()) or not _is_free(folder)
+        return name in (
+            _read_name(folder / cache_folder.MOUNT_ID),
+            *_old_names(folder).values(),
+        ) or not _is_free(folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:

@@ -80,7 +80,9 @@ class BlockStore(Disk):
             place = self.place(cid)
             if place is not None and (pack_set is None or place.pack in pack_set.packs):
                 return True
-            return await self._repaired(made, pack_set) or await self._append(pack_set or self.pack_set, [made])
+            return await self._repaired(made, pack_set) or await self._append(
+                pack_set or self.pack_set, [made]
+            )
 
     async def keep_blocks(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
         """As `keep_block` for several that were not kept when they were asked for, in few writes: opening a
@@ -107,7 +109,8 @@ class BlockStore(Disk):
         if self.appending.locked():
             await self.appending.acquire()
         else:
-            self.appending.acquire_nowait()  # without a turn of the event loop, which costs as much as the writing
+            # without a turn of the event loop, which costs as much as the writing
+            self.appending.acquire_nowait()
         try:
             yield
         finally:
@@ -145,7 +148,8 @@ class BlockStore(Disk):
             if self.packs.sizes.get(pack, 0) == held:
                 return pack, cost
             self.budget.settle(cost)
-            self.budget.adjust(pack, -cost)  # it had to leave, to make room for itself: its number is not used again
+            # it had to leave, to make room for itself: its number is not used again
+            self.budget.adjust(pack, -cost)
 
     async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
         """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is

@@ -72,7 +72,12 @@ class WriteBackoff:
 
 class Disk:
     def __init__(
-        self, folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None = None, reserve: int | None = None
+        self,
+        folder: Path,
+        budget: int,
+        nursery: trio.Nursery,
+        pins: Pins | None = None,
+        reserve: int | None = None,
     ) -> None:
         """`budget` and `reserve` in bytes; see `FreeSpace`. Raises StoreFailed or OSError where the folder
         can't be used at all."""
@@ -160,7 +165,9 @@ class Disk:
 
     def _told(self, entry: Entry) -> Kept:
         used = clock.to_wall(entry.last_used)
-        return Kept(entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source)
+        return Kept(
+            entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
+        )
 
     def _pin_state(self, cid: Cid) -> str:
         if self.budget.kept(cid):
@@ -194,13 +201,15 @@ class Disk:
         unindexed = self.packs.unindexed_in(pack)
         self.packs.close_pack(pack)
         held, end = await threads.run_sync(self.packs.remove, pack, limiter=self.upkeep)
-        if end < size:  # a damaged head hides what lies behind it: the index knows that, if not by which codec
+        # a damaged head hides what lies behind it: the index knows that, if not by which codec
+        if end < size:
             keys = [*unindexed, *await self.keys_in(pack)]
             held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
         self.packs.forget_all(pack, held)
         self.tell_index()
         for cid in held:
-            if not self.holds(cid):  # else it came back meanwhile, and may have been pinned anew; or its file is staged
+            # else it came back meanwhile, and may have been pinned anew; or its file is staged
+            if not self.holds(cid):
                 self.pins.remove(cid)
 
     async def keys_in(self, pack: int) -> list[bytes]:
@@ -214,7 +223,10 @@ class Disk:
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""
         if cid is None:
-            return sum([await self.budget.evict(key) for key in list(self.budget.arc) if key in self.budget.arc])  # else pinned meanwhile
+            # else pinned meanwhile
+            return sum(
+                [await self.budget.evict(key) for key in list(self.budget.arc) if key in self.budget.arc]
+            )
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
             place = self.place(cid)
@@ -241,7 +253,10 @@ class Disk:
             return ""
         if budget.limit < budget.configured:
             free, reserve = (f"{count / (1 << 20):.1f} MiB" for count in (space.free, space.reserve))
-            return f"{self.folder}: the disk is too full to cache anything: {free} are free, {reserve} stay reserved"
+            return (
+                f"{self.folder}: the disk is too full to cache anything: {free} are free, {reserve} "
+                "stay reserved"
+            )
         return f"{self.folder}: what is pinned, the index and the log leave nothing of the budget"
 
     def note_room(self) -> None:

@@ -325,7 +325,8 @@ class CacheFolder:
 
 
 def is_mount_id(name: str) -> bool:
-    """Whether `name` is `<host>-<16 hexadecimal digits>`. Nothing else ever becomes part of a path at a node."""
+    """Whether `name` is `<host>-<16 hexadecimal digits>`. Nothing else ever becomes part of a path at a
+    node."""
     return _MOUNT_ID.fullmatch(name) is not None
 
 
@@ -667,7 +668,8 @@ def tag(path: Path) -> None:
 
 _MOVED = {
     "files": STAGING, "packs": PACKS, "indexes": INDEXES, "pins": PINS,
-    INDEX: INDEX, f"{INDEX}-wal": f"{INDEX}-wal", DAMAGED_INDEX: DAMAGED_INDEX, "daemon.log": LOG, "daemon.log.1": OLD_LOG, "lock": LOCK,
+    INDEX: INDEX, f"{INDEX}-wal": f"{INDEX}-wal", DAMAGED_INDEX: DAMAGED_INDEX,
+    "daemon.log": LOG, "daemon.log.1": OLD_LOG, "lock": LOCK,
 }  # fmt: skip
 """Its names, and what they are called now. `lock` is moved last."""
 _DROPPED = ("daemon.json", "daemon.new", "control", f"{INDEX}-shm")

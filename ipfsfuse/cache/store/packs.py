@@ -285,7 +285,8 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
     intact = [cid for cid, turned in found.items() if not turned]
     if intact:
         return intact[0], True
-    return min(list(found)[:2], key=found.__getitem__), False  # raw or dag-pb: hardly anything else is asked for
+    # raw or dag-pb: hardly anything else is asked for
+    return min(list(found)[:2], key=found.__getitem__), False
 
 
 def rewrite_head(packs: Packs, cid: Cid, place: Place) -> None:

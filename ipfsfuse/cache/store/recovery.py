@@ -59,7 +59,10 @@ async def open_store(
     await measure(store)
     if store.budget.limit < budget:
         said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
-        log.info("the budget is %.0f MiB, not %.0f MiB: %.0f MiB are free on this disk, %.0f of them reserved", *said)
+        log.info(
+            "the budget is %.0f MiB, not %.0f MiB: %.0f MiB are free on this disk, %.0f of them reserved",
+            *said,
+        )
     return store
 
 
@@ -79,7 +82,13 @@ def _no_collections() -> Iterator[None]:
 def recover(store: Store) -> None:
     """Finds what lies in the folder, last used last, so that what ARC gives back first is what it would
     have."""
-    recency = dict(_rows(store, "SELECT key, last, frequent FROM uses", lambda key, last, frequent: (key, (float(last), bool(frequent)))))
+    recency = dict(
+        _rows(
+            store,
+            "SELECT key, last, frequent FROM uses",
+            lambda key, last, frequent: (key, (float(last), bool(frequent))),
+        )
+    )
     in_order = recency.pop(IN_ORDER, None) is not None
 
     def used(key: Key, changed: float) -> tuple[float, bool]:
@@ -100,7 +109,9 @@ def recover(store: Store) -> None:
         last, frequent = used(pack, info.st_mtime)
         found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
     found.sort(key=lambda item: item[0])
-    for (_last, frequent, key, size), moment in zip(found, clock.from_wall([last for last, *_ in found]), strict=True):
+    for (_last, frequent, key, size), moment in zip(
+        found, clock.from_wall([last for last, *_ in found]), strict=True
+    ):
         store.budget.arc.restore(key, size, frequent)
         if not isinstance(key, int):
             store.staging.entries[key].last_used = moment
@@ -246,7 +257,8 @@ def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
         entry = None if isinstance(key, int) else store.staging.entries.get(key)
         if frequent != was_frequent:  # the second list begins
             last, was_frequent = 0.0, frequent
-        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)  # of a pack only its place is known
+        # of a pack only its place is known
+        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)
         out.append((key, last, frequent))
     return out
 
@@ -257,7 +269,10 @@ async def close(store: Store) -> None:
         if entry.all_proved():
             await store.finish(entry)
     await flush(store)
-    statements: Statements = [("DELETE FROM uses", [()]), ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store))]
+    statements: Statements = [
+        ("DELETE FROM uses", [()]),
+        ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store)),
+    ]
     try:
         await threads.run_sync(store.index.write, statements)
     except (StoreFailed, Damaged) as exc:
@@ -267,6 +282,7 @@ async def close(store: Store) -> None:
 
 
 def close_folders(store: Store) -> None:
-    """After the last task of the store: a descriptor that is closed too early may be another file's by then."""
+    """After the last task of the store: a descriptor that is closed too early may be another file's by
+    then."""
     for each in (store.packs, store.staging, store.pin_records):
         each.folder.close()

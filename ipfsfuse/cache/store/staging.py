@@ -238,7 +238,9 @@ class Staging:
         found = [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
-    def write(self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]) -> tuple[int, OSError | None]:
+    def write(
+        self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]
+    ) -> tuple[int, OSError | None]:
         """By how many bytes it grew on disk, and why no more of `parts` could be written from `offset` on.
         Raises Removed."""
         with entry.lock:
@@ -336,7 +338,9 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
     except NotACid:
         return None
     disk = info.st_blocks * 512
-    return Entry(cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime)
+    return Entry(
+        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime
+    )
 
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:

@@ -34,7 +34,11 @@ class Store(BlockStore):
     async def has_leaf(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be there: only its hash will tell."""
         entry = await self._entry(file.cid)
-        return entry is not None and entry.extents is not None and entry.extents.covers(leaf.offset, leaf.offset + leaf.size)
+        return (
+            entry is not None
+            and entry.extents is not None
+            and entry.extents.covers(leaf.offset, leaf.offset + leaf.size)
+        )
 
     async def leaf(self, file: FileRef, leaf: Leaf) -> bytes | None:
         """The leaf's content, hashed after it was read; None where it is not there or not right (then it is
@@ -54,7 +58,11 @@ class Store(BlockStore):
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
         """As `leaf`, of leaves that lie one behind the other, at least one."""
         entry = await self._entry(file.cid)
-        if entry is None or entry.extents is None or not entry.extents.covers(leaves[0].offset, leaves[-1].offset + leaves[-1].size):
+        if (
+            entry is None
+            or entry.extents is None
+            or not entry.extents.covers(leaves[0].offset, leaves[-1].offset + leaves[-1].size)
+        ):
             return [None] * len(leaves)
         try:
             found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
@@ -96,7 +104,9 @@ class Store(BlockStore):
             entry.proved.remove(leaf.offset, leaf.offset + leaf.size)
         try:
             end = leaf.offset + leaf.size
-            entry.disk += await threads.run_sync(self.staging.punch, entry, leaf.offset, end, limiter=self.writing)
+            entry.disk += await threads.run_sync(
+                self.staging.punch, entry, leaf.offset, end, limiter=self.writing
+            )
         except OSError as exc:
             self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
@@ -111,7 +121,9 @@ class Store(BlockStore):
         """Whether it is kept now."""
         return await self.keep_leaves(file, [leaf], [content], source)
 
-    async def keep_leaves(self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str) -> bool:
+    async def keep_leaves(
+        self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
+    ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
         if self.backoff.waiting:
             return False
@@ -126,7 +138,9 @@ class Store(BlockStore):
         entry.charged += cost
         entry.source = source
         try:
-            grown, error = await threads.run_sync(self.staging.write, entry, start, contents, limiter=self.writing)
+            grown, error = await threads.run_sync(
+                self.staging.write, entry, start, contents, limiter=self.writing
+            )
         except Removed:
             return False
         else:

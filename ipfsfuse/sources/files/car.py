@@ -1,7 +1,7 @@
 """A CAR file as a source: read where it lies, by multihash, never staged again.
 
-Concurrency: as every source. Blocks that the page cache holds come at once on the event loop (10 us; a worker thread
-costs 80); everything else is read in worker threads.
+Concurrency: as every source. Blocks that the page cache holds come at once on the event loop (10 us; a worker
+thread costs 80); everything else is read in worker threads.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,11 @@ class CarSource:
 
     @classmethod
     def open(cls, path: Path, indexes: Path, progress: IndexProgress | None = None) -> "CarSource":
-        """Opens the CAR file at `path`. Blocks while an index is built, which then stays in the folder `indexes`.
+        """Opens the CAR file at `path`. Blocks while an index is built, which then stays in the folder
+        `indexes`.
 
-        Raises SourceFailed: no such file, empty, not a CAR, a header that lies, an index that can't be written.
+        Raises SourceFailed: no such file, empty, not a CAR, a header that lies, an index that can't be
+        written.
         """
         file = CarFile(path)
         try:

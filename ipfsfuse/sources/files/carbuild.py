@@ -1,7 +1,9 @@
-"""Indexes for CAR files that bring none: built once by walking the sections, kept in a folder by the file's identity.
+"""Indexes for CAR files that bring none: built once by walking the sections, kept in a folder by the file's
+identity.
 
-Blocking. Several processes may build the same index at once: each writes its own temporary file and renames it. Only
-the sections' heads are read where blocks are large, and memory is bounded (`carsort`) for a file of any size.
+Blocking. Several processes may build the same index at once: each writes its own temporary file and renames
+it. Only the sections' heads are read where blocks are large, and memory is bounded (`carsort`) for a file of
+any size.
 """
 
 import errno
@@ -29,7 +31,8 @@ _DAMAGED = b"ipfsfuse-index-1-damaged\n"
 
 
 def sections(file: CarFile) -> Iterator[Section]:
-    """Every whole section, with places in the file. Raises Malformed where it can't go on, behind the last whole one."""
+    """Every whole section, with places in the file. Raises Malformed where it can't go on, behind the last
+    whole one."""
     end = min(file.data_end, file.identity.size)
     at = file.sections_offset
     window, start = b"", at
@@ -37,7 +40,8 @@ def sections(file: CarFile) -> Iterator[Section]:
         if at + car.HEAD_BYTES > start + len(window) and start + len(window) < end:
             size = _SMALL_WINDOW if at >= start + len(window) + _SMALL_WINDOW else _LARGE_WINDOW
             window, start = read_disk(file.fd, at, min(size, end - at)), at
-        if window[at - start] == 0:  # a section of no bytes ends a CAR. Source: go-car's ZeroLengthSectionAsEOF
+        # a section of no bytes ends a CAR. Source: go-car's ZeroLengthSectionAsEOF
+        if window[at - start] == 0:
             if not _only_zeros(file.fd, at, end):
                 raise Malformed(f"the CAR has no section at {at}, and something behind that")
             break

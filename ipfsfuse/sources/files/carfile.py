@@ -1,7 +1,8 @@
 """One CAR file on disk: its roots, and its blocks by multihash.
 
-Blocking, for any number of threads at once: every read is a pread. Nothing here is verified but that a section is the
-one that was looked for; the blocks' bytes are checked by who asks. Everything fails as SourceFailed.
+Blocking, for any number of threads at once: every read is a pread. Nothing here is verified but that a
+section is the one that was looked for; the blocks' bytes are checked by who asks. Everything fails as
+SourceFailed.
 """
 
 import os
@@ -43,7 +44,8 @@ def read_disk(fd: int, offset: int, length: int) -> bytes:
 
 
 def read_cached(fd: int, offset: int, length: int) -> bytes:
-    """A `Read` from the page cache alone. Raises BlockingIOError where that does not have it all, or can't tell."""
+    """A `Read` from the page cache alone. Raises BlockingIOError where that does not have it all, or can't
+    tell."""
     buffer = bytearray(length)
     try:
         got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
@@ -62,16 +64,20 @@ def disk_errors(name: str) -> Iterator[None]:
     except BlockingIOError:
         raise
     except OSError as exc:
-        raise SourceFailed(f"{name}: {exc.strerror}", kind="missing" if isinstance(exc, FileNotFoundError) else "disk") from exc
+        raise SourceFailed(
+            f"{name}: {exc.strerror}", kind="missing" if isinstance(exc, FileNotFoundError) else "disk"
+        ) from exc
     except (Malformed, NotACid) as exc:
         raise SourceFailed(f"{name}: {exc}", kind="malformed") from exc
 
 
 class CarFile:
-    """An open file. It can be asked for blocks once it has an index: its own, or one that was built (`carbuild`)."""
+    """An open file. It can be asked for blocks once it has an index: its own, or one that was built
+    (`carbuild`)."""
 
     def __init__(self, path: Path) -> None:
-        """Opens it and reads its header. Raises SourceFailed: no such file, empty, not a CAR, a header that lies."""
+        """Opens it and reads its header. Raises SourceFailed: no such file, empty, not a CAR, a header that
+        lies."""
         self.path = path
         self.name = path.name
         with disk_errors(str(path)):
@@ -96,21 +102,25 @@ class CarFile:
             self.data_offset, self.data_end = header.data_offset, header.data_offset + header.data_size
             self._index_offset = header.index_offset
             if self.data_offset >= status.st_size:
-                raise Malformed("the CAR is cut short, or its header lies: its data would begin behind the file's end")
+                raise Malformed(
+                    "the CAR is cut short, or its header lies: its data would begin behind the file's end"
+                )
         length = car.header_length(read_disk(self.fd, self.data_offset, 9))
         self.roots = car.decode_header(read_disk(self.fd, self.data_offset, length))
         self.sections_offset = self.data_offset + length
         if self.sections_offset > self.data_end:
             raise Malformed("the CAR's header crosses the end of its data")
 
-    # -- the index -----------------------------------------------------------------------------------------------
+    # -- the index -------------------------------------------------------------------------------------------
 
     def use_own_index(self) -> bool:
         """Takes the index that the file brings. False where it has none that can be read whole."""
         if not 0 < self._index_offset < self.identity.size:
             return False
         try:
-            self._buckets = carindex.run(carindex.buckets(), lambda at, length: read_disk(self.fd, self._index_offset + at, length))
+            self._buckets = carindex.run(
+                carindex.buckets(), lambda at, length: read_disk(self.fd, self._index_offset + at, length)
+            )
         except Malformed:
             return False
         last = max((bucket.start + bucket.width * bucket.records for bucket in self._buckets), default=0)
@@ -120,15 +130,19 @@ class CarFile:
         """Takes the index at `offset` of another file, which is closed with this one. Raises SourceFailed."""
         self._index_fd, self._index_offset = fd, offset
         with disk_errors(f"the index of {self.path}"):
-            self._buckets = carindex.run(carindex.buckets(), lambda at, length: read_disk(fd, offset + at, length))
+            self._buckets = carindex.run(
+                carindex.buckets(), lambda at, length: read_disk(fd, offset + at, length)
+            )
 
-    # -- blocks --------------------------------------------------------------------------------------------------
+    # -- blocks ----------------------------------------------------------------------------------------------
 
     def find(self, multihash: bytes, read: Read = read_disk) -> Place | None:
         """Where the block of `multihash` lies, by the index and by what stands there. Raises SourceFailed."""
         with disk_errors(str(self.path)):
             steps = carindex.find(self._buckets, multihash)
-            offsets = carindex.run(steps, lambda at, length: read(self._index_fd, self._index_offset + at, length))
+            offsets = carindex.run(
+                steps, lambda at, length: read(self._index_fd, self._index_offset + at, length)
+            )
             for offset in offsets:
                 place = self._section_of(multihash, self.data_offset + offset, read)
                 if place is not None:

@@ -21,7 +21,8 @@ Key = tuple[int, int]
 
 
 class RecordSorter:
-    """Collects (multihash, offset) and writes them as a MultihashIndexSorted. A context manager: its file goes with it."""
+    """Collects (multihash, offset) and writes them as a MultihashIndexSorted. A context manager: its file
+    goes with it."""
 
     def __init__(self, folder: Path, max_held: int = _MAX_HELD) -> None:
         """`folder` is where what does not fit into memory (`max_held` records) goes."""
@@ -37,7 +38,9 @@ class RecordSorter:
     def __enter__(self) -> "RecordSorter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

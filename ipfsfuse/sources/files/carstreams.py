@@ -1,7 +1,8 @@
-"""Long reads from CAR files: blocks that lie side by side come by one read, the next read runs while one is delivered.
+"""Long reads from CAR files: blocks that lie side by side come by one read, the next read runs while one is
+delivered.
 
-Only blocks that fit their leaves are read, so that the leaves' sizes, which are claims, bound what a group takes.
-Concurrency: one call per run; files are read in worker threads. All calls together hold GROUPS groups.
+Only blocks that fit their leaves are read, so that the leaves' sizes, which are claims, bound what a group
+takes. Concurrency: one call per run; files are read in worker threads. All calls together hold GROUPS groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,8 @@ def _room_of_run() -> trio.Semaphore:
 
 
 async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
-    """Delivers the blocks of `run` that `find` finds and that fit, in the run's order. Raises SourceFailed."""
+    """Delivers the blocks of `run` that `find` finds and that fit, in the run's order. Raises
+    SourceFailed."""
     send, receive = trio.open_memory_channel[Outcome[Blocks]](0)
     room = _room_of_run()
     failure: Exception | None = None
@@ -135,4 +137,6 @@ def _read_together(near: list[tuple[int, Found]]) -> Blocks:
         return [(near[0][0], file.read(first))]
     last = near[-1][1].place
     data = memoryview(file.read(Place(first.offset, last.offset + last.size - first.offset)))
-    return [(index, bytes(data[place.offset - first.offset :][: place.size])) for index, (_file, place) in near]
+    return [
+        (index, bytes(data[place.offset - first.offset :][: place.size])) for index, (_file, place) in near
+    ]

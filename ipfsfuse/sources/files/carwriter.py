@@ -1,6 +1,8 @@
-"""Writing a CAR file: header and sections as they come; for version 2 an index behind them and the frame before them.
+"""Writing a CAR file: header and sections as they come; for version 2 an index behind them and the frame
+before them.
 
-Blocking; for one thread at a time. Memory is flat: blocks are written through, the index is sorted in bounded memory.
+Blocking; for one thread at a time. Memory is flat: blocks are written through, the index is sorted in bounded
+memory.
 """
 
 import os
@@ -19,12 +21,14 @@ _SEND_EVERY = 32 << 20
 
 
 class CarWriter:
-    """Fills the empty file `fd`, which stays the caller's: not a CAR before `finish`. All methods raise OSError.
+    """Fills the empty file `fd`, which stays the caller's: not a CAR before `finish`. All methods raise
+    OSError.
 
     `fd` may be a pipe, too, where `indexed` is false."""
 
     def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
-        """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if `indexed`, else 1."""
+        """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if
+        `indexed`, else 1."""
         self._out = open(fd, "wb", buffering=_BUFFER, closefd=False)  # noqa: SIM115 - closed by finish and abandon
         self._on_disk = stat.S_ISREG(os.fstat(fd).st_mode)
         self._sorter = RecordSorter(scratch)
@@ -52,7 +56,8 @@ class CarWriter:
             self._send()
 
     def _send(self) -> None:
-        """Lets the kernel begin to write to the disk what came since the last time, so that `finish` waits for little.
+        """Lets the kernel begin to write to the disk what came since the last time, so that `finish` waits
+        for little.
 
         (That is what this advice does with pages not written yet; it drops none of them.)
         """
@@ -65,7 +70,9 @@ class CarWriter:
             if self._indexed:
                 self._sorter.write(self._out)
                 self._out.seek(0)
-                self._out.write(car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end)))
+                self._out.write(
+                    car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end))
+                )
             self._out.flush()
             if self._on_disk:
                 os.fsync(self._out.fileno())

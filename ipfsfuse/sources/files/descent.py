@@ -1,4 +1,5 @@
-"""All blocks below a directory from where each is looked up by its CID: some at a time, parents before children.
+"""All blocks below a directory from where each is looked up by its CID: some at a time, parents before
+children.
 
 Nothing is verified: who takes a block does that. One that lies about its links costs some reads.
 """
@@ -58,6 +59,10 @@ class Descent:
             children = nodes.children(nodes.parse(cid, block))
         except IpfsFuseError:  # who reads it will hear
             return ()
-        new = [child for child in dict.fromkeys(children) if child not in self._seen and cids.known(child) is None]
+        new = [
+            child
+            for child in dict.fromkeys(children)
+            if child not in self._seen and cids.known(child) is None
+        ]
         self._seen.update(new)
         return new

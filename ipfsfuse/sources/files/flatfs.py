@@ -1,8 +1,10 @@
-"""The blocks of a Kubo repository on this machine, read where they lie: without a request to the node, and without its work.
+"""The blocks of a Kubo repository on this machine, read where they lie: without a request to the node, and
+without its work.
 
-A repository keeps them in flatfs unless it was told otherwise: one file for each block, named by the base32 of its multihash, in
-folders by some of its last characters. A block is written under another name and then renamed: what is there is whole, until
-the node deletes it. Source: Kubo's docs/datastores.md, go-ds-flatfs. Nothing is ever written here, nothing is verified.
+A repository keeps them in flatfs unless it was told otherwise: one file for each block, named by the base32
+of its multihash, in folders by some of its last characters. A block is written under another name and then
+renamed: what is there is whole, until the node deletes it. Source: Kubo's docs/datastores.md, go-ds-flatfs.
+Nothing is ever written here, nothing is verified.
 
 Concurrency: worker threads.
 """
@@ -38,16 +40,21 @@ LOOK_SECONDS = 1.0
 
 
 class Denylists:
-    """Whether the owner of a repository, or its machine, blocks content: what the node would refuse is not for us to give.
+    """Whether the owner of a repository, or its machine, blocks content: what the node would refuse is not
+    for us to give.
 
-    Looked up in the folders where the node looks, at most once a second: as cheap as any memory of what was there.
-    Source: Kubo's docs/content-blocking.md."""
+    Looked up in the folders where the node looks, at most once a second: as cheap as any memory of what was
+    there. Source: Kubo's docs/content-blocking.md."""
 
     def __init__(self, repository: Path) -> None:
         homes = [Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")]
         with suppress(OSError, KeyError):  # this process may be root's, and the node another user's
             homes.append(Path(pwd.getpwuid(repository.stat().st_uid).pw_dir) / ".config")
-        self._folders = [repository / "denylists", *(home / "ipfs" / "denylists" for home in homes), Path("/etc/ipfs/denylists")]
+        self._folders = [
+            repository / "denylists",
+            *(home / "ipfs" / "denylists" for home in homes),
+            Path("/etc/ipfs/denylists"),
+        ]
         self._repository = repository
         self._looked = float("-inf")
         self._found = False
@@ -58,14 +65,19 @@ class Denylists:
             self._looked = now
             where = next((folder for folder in self._folders if _has_denylist(folder)), None)
             if where is not None and not self._found:
-                log.warning("%s: content is blocked by a list in %s: the node is asked for every block", self._repository, where)
+                log.warning(
+                    "%s: content is blocked by a list in %s: the node is asked for every block",
+                    self._repository,
+                    where,
+                )
             self._found = where is not None
         return self._found
 
 
 class Flatfs:
     def __init__(self, folder: Path, characters: int, denylists: Denylists | None = None) -> None:
-        """`characters`: how long the names of its folders are. While there are `denylists`, nothing is there."""
+        """`characters`: how long the names of its folders are. While there are `denylists`, nothing is
+        there."""
         self._folder = os.fspath(folder)
         self._characters = characters
         self._denylists = denylists
@@ -76,7 +88,9 @@ class Flatfs:
 
     def have(self, wanted: Iterable[Cid]) -> bool:
         """Whether there is a file of each block that may be read."""
-        return not self._is_blocked() and all(os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted)
+        return not self._is_blocked() and all(
+            os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted
+        )
 
     def read(self, cid: Cid) -> bytes | None:
         """What is kept as the block; None where it is not there, or can't be read: then the node has its say.
@@ -91,8 +105,8 @@ class Flatfs:
         return block
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small blocks. One that is too
-        large is None."""
+        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small
+        blocks. One that is too large is None."""
         if self._is_blocked():
             return [None] * len(wanted)
         return read_whole([self._path(cid) for cid in wanted], cids.MAX_BLOCK)
@@ -128,7 +142,8 @@ class Flatfs:
 
 
 def find(repository: Path) -> Flatfs | None:
-    """The blocks of `repository`; None where they are kept in another way or can't be read, and where content is blocked."""
+    """The blocks of `repository`; None where they are kept in another way or can't be read, and where content
+    is blocked."""
     denylists = Denylists(repository)
     if denylists.any():
         return None
@@ -137,12 +152,19 @@ def find(repository: Path) -> Flatfs | None:
         if kept is None:
             return None
         folder = repository / kept[0]
-        if _config(folder / "SHARDING").strip() != f"{SHARDING}{kept[1]}" or not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+        if _config(folder / "SHARDING").strip() != f"{SHARDING}{kept[1]}" or not os.access(
+            folder, os.R_OK | os.X_OK, effective_ids=True
+        ):
             return None
     except OSError:
         return None
     except (ValueError, RecursionError) as exc:
-        log.warning("%s is left alone, the node is asked for every block: its datastore_spec is not what Kubo writes: %s", repository, exc)
+        log.warning(
+            "%s is left alone, the node is asked for every block: its datastore_spec is not what Kubo "
+            "writes: %s",
+            repository,
+            exc,
+        )
         return None
     return Flatfs(folder, kept[1], denylists)
 
@@ -153,7 +175,8 @@ def _config(path: Path) -> str:
 
 
 def _flatfs_of(spec: Any) -> tuple[str, int] | None:
-    """Where, below the repository, blocks are kept, and the length of the folders' names. Raises ValueError."""
+    """Where, below the repository, blocks are kept, and the length of the folders' names. Raises
+    ValueError."""
     if not isinstance(spec, dict):
         raise ValueError("not a JSON object")
     mounts = spec.get("mounts", [])

@@ -1,7 +1,8 @@
-"""The embedded library: what `ipfsfuse add` put on this machine, as a source and as a thing to list, add to and clear.
+"""The embedded library: what `ipfsfuse add` put on this machine, as a source and as a thing to list, add to
+and clear.
 
-`Library` blocks and may be used by any number of threads and processes at once. `LibrarySource` is a source as every
-other: it sees what another process adds or removes with the next call. Layout: `libraryfolder`.
+`Library` blocks and may be used by any number of threads and processes at once. `LibrarySource` is a source
+as every other: it sees what another process adds or removes with the next call. Layout: `libraryfolder`.
 """
 
 import logging
@@ -61,8 +62,8 @@ class Library:
         return LibraryWriter(self.folder, self.packs)
 
     def remove(self, cid: Cid) -> Entry:
-        """Removes a root, then gives back what no other root needs, unless something is just being added: the next
-        removal does it then. Raises NotFound, StoreFailed."""
+        """Removes a root, then gives back what no other root needs, unless something is just being added: the
+        next removal does it then. Raises NotFound, StoreFailed."""
         path = libraryfolder.root_path(self.folder, cid)
         entry = libraryfolder.read_root(path)
         if entry is None:
@@ -74,9 +75,12 @@ class Library:
         return entry
 
     def compact(self, wait: bool = True, only: Sequence[str] | None = None) -> bool:
-        """Gives back the space of what no root reaches, in the packs `only` or in all, and brings small packs together.
-        False if the library was busy and `wait` is False. Raises StoreFailed."""
-        with store_errors(f"the library {self.folder}"), libraryfolder.lock(self.folder, exclusive=True, wait=wait) as held:
+        """Gives back the space of what no root reaches, in the packs `only` or in all, and brings small packs
+        together. False if the library was busy and `wait` is False. Raises StoreFailed."""
+        with (
+            store_errors(f"the library {self.folder}"),
+            libraryfolder.lock(self.folder, exclusive=True, wait=wait) as held,
+        ):
             if not held:
                 return False
             libraryfolder.sweep(self.folder)
@@ -89,8 +93,8 @@ class Library:
         return True
 
     def tidy(self, packs: Sequence[str] = ()) -> None:
-        """Gives back what nobody needs, in the packs named and in what earlier removals had to leave, if that can be done
-        now. After an add or a removal, which it can't fail."""
+        """Gives back what nobody needs, in the packs named and in what earlier removals had to leave, if that
+        can be done now. After an add or a removal, which it can't fail."""
         try:
             self.compact(wait=False, only=packs)
         except StoreFailed as exc:

@@ -1,5 +1,6 @@
-"""Keeping the library small: packs that no root needs go, packs that are partly unneeded are written anew, and many
-small packs become one, since a look-up asks one pack after the other (3 us each) and each costs a descriptor.
+"""Keeping the library small: packs that no root needs go, packs that are partly unneeded are written anew,
+and many small packs become one, since a look-up asks one pack after the other (3 us each) and each costs a
+descriptor.
 
 Blocking. All of it under the library's exclusive lock, so never while anything is added.
 """
@@ -40,7 +41,8 @@ def drop_unneeded(folder: Path, entries: Iterable[Entry]) -> set[str]:
 
 
 def rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterable[str]) -> None:
-    """Writes the packs `names` anew without the blocks that no root reaches, each under its own name, where worthwhile.
+    """Writes the packs `names` anew without the blocks that no root reaches, each under its own name, where
+    worthwhile.
 
     Changes nothing at all if a root can't be walked to its end. Raises StoreFailed.
     """
@@ -59,8 +61,11 @@ def _rewrite_one(folder: Path, path: Path, live: set[bytes]) -> None:
 
 
 def merge_small(folder: Path, entries: Iterable[Entry]) -> None:
-    """Makes one pack of all small ones if those are many. Raises OSError, SourceFailed; the library is whole at any moment."""
-    paths = [path for name in libraryfolder.pack_names(folder) if (path := folder / name).stat().st_size < SMALL]
+    """Makes one pack of all small ones if those are many. Raises OSError, SourceFailed; the library is whole
+    at any moment."""
+    paths = [
+        path for name in libraryfolder.pack_names(folder) if (path := folder / name).stat().st_size < SMALL
+    ]
     if len(paths) < MANY:
         return
     packs = [CarFile(path) for path in paths]
@@ -68,13 +73,18 @@ def merge_small(folder: Path, entries: Iterable[Entry]) -> None:
     old = {pack.name for pack in packs}
     for entry in entries:
         if not old.isdisjoint(entry.packs):
-            libraryfolder.write_root(folder, replace(entry, packs=tuple(sorted({*entry.packs, merged} - old))))
+            libraryfolder.write_root(
+                folder, replace(entry, packs=tuple(sorted({*entry.packs, merged} - old)))
+            )
     for path in paths:
         path.unlink()
 
 
-def _write(folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], name: str | None = None) -> str:
-    """A new pack of those sections in the place of the pack `name`, or under a name of its own, which is returned."""
+def _write(
+    folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], name: str | None = None
+) -> str:
+    """A new pack of those sections in the place of the pack `name`, or under a name of its own, which is
+    returned."""
     temporary, fd = libraryfolder.new_temporary(folder)
     path = temporary.with_suffix(libraryfolder.PACK) if name is None else folder / name
     try:
@@ -92,7 +102,8 @@ def _write(folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], 
 
 
 def _reachable(entries: Iterable[Entry], packs: Packs) -> set[bytes]:
-    """The multihashes of all blocks below the roots. Raises StoreFailed where one is missing or can't be read."""
+    """The multihashes of all blocks below the roots. Raises StoreFailed where one is missing or can't be
+    read."""
     live: set[bytes] = set()
     for entry in entries:
         waiting = [entry.cid]

@@ -101,7 +101,9 @@ def examine(folder: Path) -> bool:
         return False
     name, _space, number = content.decode("ascii", "replace").strip().rpartition(" ")
     if name != MARKER or not number.isdecimal():
-        raise StoreFailed(f"{folder / FORMAT} is not the marker of a library: give --library a folder of its own")
+        raise StoreFailed(
+            f"{folder / FORMAT} is not the marker of a library: give --library a folder of its own"
+        )
     if int(number) != VERSION:
         raise StoreFailed(
             f"the library {folder} has format {number}, and ipfsfuse {__version__} knows format {VERSION}: "
@@ -121,7 +123,9 @@ def _check(path: Path, kind: int) -> None:
     if status.st_uid != os.geteuid():
         raise StoreFailed(f"{path} belongs to another user: give another --library")
     if stat.S_IMODE(status.st_mode) & 0o022:
-        raise StoreFailed(f"{path} may be written by others: run chmod go-w {path}, or give another --library")
+        raise StoreFailed(
+            f"{path} may be written by others: run chmod go-w {path}, or give another --library"
+        )
 
 
 def _mark(folder: Path) -> None:
@@ -229,7 +233,13 @@ def read_root(path: Path) -> Entry | None:
     """None where the file is gone or none of ours."""
     try:
         fields = json.loads(_read(path, MAX_ROOT) or b"")
-        return Entry(cids.parse(fields["cid"]), str(fields["name"]), int(fields["size"]), float(fields["added"]), tuple(map(str, fields["packs"])))
+        return Entry(
+            cids.parse(fields["cid"]),
+            str(fields["name"]),
+            int(fields["size"]),
+            float(fields["added"]),
+            tuple(map(str, fields["packs"])),
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError, NotACid):
         return None
 

@@ -1,7 +1,8 @@
-"""One `add` into the library: blocks that it does not have yet go into one new pack, then the roots become known.
+"""One `add` into the library: blocks that it does not have yet go into one new pack, then the roots become
+known.
 
-Blocking; a writer is for one thread at a time, several writers and processes at once are safe. It holds the library's
-lock shared from its first to its last moment, so that no pack whose blocks it counts on can go.
+Blocking; a writer is for one thread at a time, several writers and processes at once are safe. It holds the
+library's lock shared from its first to its last moment, so that no pack whose blocks it counts on can go.
 """
 
 import os
@@ -20,7 +21,8 @@ from ipfsfuse.sources.files.libraryfolder import Entry, store_errors
 from ipfsfuse.sources.files.packs import Packs
 
 _MAX_REMEMBERED = 200_000
-"""Blocks of this add that are known not to be needed again: 20 MB. Forgetting one costs its space, no more."""
+"""Blocks of this add that are known not to be needed again: 20 MB. Forgetting one costs its space, no
+more."""
 
 
 class NewRoot(NamedTuple):
@@ -74,7 +76,8 @@ class LibraryWriter:
         return self._pack
 
     def commit(self, roots: Sequence[NewRoot]) -> None:
-        """Makes all of it seen by every reader: the pack first, then the roots. Raises StoreFailed, leaving nothing new."""
+        """Makes all of it seen by every reader: the pack first, then the roots. Raises StoreFailed, leaving
+        nothing new."""
         with store_errors(f"the library {self._folder}"):
             if self._pack is not None:
                 self._pack.finish()

@@ -1,7 +1,7 @@
 """The packs of a library, kept up with what other processes add and remove.
 
-Blocking, for any number of threads at once. Each look-up asks the folder's modification time, one stat (2 us), whether
-something has come or gone.
+Blocking, for any number of threads at once. Each look-up asks the folder's modification time, one stat (2
+us), whether something has come or gone.
 """
 
 import os
@@ -43,10 +43,12 @@ class Packs:
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], CarFile] = {}
         self._order: list[CarFile] = []
-        """The pack that had the last block first: its neighbour is probably there too. Replaced, never changed."""
+        """The pack that had the last block first: its neighbour is probably there too. Replaced, never
+        changed."""
 
     def find(self, multihash: bytes, read: Read = read_disk) -> Found | None:
-        """Where the block is. Raises SourceFailed if the one pack that should have it is broken, BlockingIOError by `read`."""
+        """Where the block is. Raises SourceFailed if the one pack that should have it is broken,
+        BlockingIOError by `read`."""
         self.refresh()
         broken: SourceFailed | None = None
         order = self._order
@@ -74,16 +76,23 @@ class Packs:
                 names = set()
             found = {key: path for name in names if (key := _key(path := self._folder / name))}
             gone = [key for key in self._open if key not in found]
-            new = [pack for key, path in found.items() if key not in self._open and (pack := self._take(key, path))]
+            new = [
+                pack
+                for key, path in found.items()
+                if key not in self._open and (pack := self._take(key, path))
+            ]
             for key in gone:
                 del self._open[key]  # closed when the last reader lets go of it
-            self._order = new + [pack for pack in self._order if any(pack is other for other in self._open.values())]
+            self._order = new + [
+                pack for pack in self._order if any(pack is other for other in self._open.values())
+            ]
 
     def _take(self, key: tuple[str, int], path: Path) -> CarFile | None:
         try:
             pack = CarFile(path)
         except SourceFailed:
-            return None  # gone meanwhile, or damaged: who asks for its blocks will hear that they are not there
+            # gone meanwhile, or damaged: who asks for its blocks will hear that they are not there
+            return None
         if not pack.use_own_index():
             pack.close()
             return None

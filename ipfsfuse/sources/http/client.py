@@ -279,8 +279,8 @@ class _NoCookies(httpx.Cookies):
 
 
 class _Client(httpx.AsyncClient):
-    """With httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three streams that
-    stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks all."""
+    """With httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three streams
+    that stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks all."""
 
     cookies = _NoCookies()  # type: ignore[override]  # a property there
 
@@ -328,8 +328,8 @@ class Http:
     async def ask(
         self, method: str, target: str, headers: Headers = (), body: bytes = b"", *, repeatable: bool = True
     ) -> AsyncIterator[Response]:
-        """One request for `target`, a path and query below the origin's base. Redirects are followed as the rules
-        let. A `repeatable` one is sent again where a kept connection is dead. Raises SourceFailed."""
+        """One request for `target`, a path and query below the origin's base. Redirects are followed as the
+        rules let. A `repeatable` one is sent again where a kept connection is dead. Raises SourceFailed."""
         origin, path = self._named, self.origin.base + target
         for _ in range(MAX_REDIRECTS + 1):
             client, response = await self._send(origin, method, path, headers, body, repeatable)

@@ -65,8 +65,8 @@ class HedgedFetch:
         self._cid = cid
         self._wrong: WrongBlock | None = None
         self._too_large: BlockTooLarge | None = None
-        """Set once a source says that the block is too large. That may be a lie, so each other source is asked
-        once, and has `patience` seconds to answer."""
+        """Set once a source says that the block is too large. That may be a lie, so each other source is
+        asked once, and has `patience` seconds to answer."""
         self._no_more_tries = trio.Event()
         self._network_scope = trio.CancelScope()
         self._found: Fetched | None = None
@@ -135,7 +135,9 @@ class HedgedFetch:
                 if isinstance(block, bytes):
                     self._found = Fetched(block, managed.source)
                     return
-                if isinstance(block, WrongBlock | BlockTooLarge) or (self._pool.offline and isinstance(block, NotHere)):
+                if isinstance(block, WrongBlock | BlockTooLarge) or (
+                    self._pool.offline and isinstance(block, NotHere)
+                ):
                     return
                 wait = min(pause, longest) * self._pool.chance.uniform(0.5, 1.0)
                 pause *= 2

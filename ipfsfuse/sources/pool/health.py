@@ -34,8 +34,8 @@ class Statistics:
 
     name: str
     state: str
-    """untried (has not answered yet), good, open (failed: not asked for a while), half_open (one request finds out whether it is back),
-    quarantined (sent wrong bytes)."""
+    """untried (has not answered yet), good, open (failed: not asked for a while), half_open (one request
+    finds out whether it is back), quarantined (sent wrong bytes)."""
     why: str
     """The last failure's line while the state is not good."""
     requests: int
@@ -64,10 +64,12 @@ class Statistics:
 
 class Health:
     """`may_quarantine` for a source that is quarantined for wrong bytes (a remote gateway); `slow` is what
-    its 95th percentile is taken for, in seconds, before there is one. `answered` for a source that was seen to
-    be well when it was opened."""
+    its 95th percentile is taken for, in seconds, before there is one. `answered` for a source that was seen
+    to be well when it was opened."""
 
-    def __init__(self, chance: random.Random, *, may_quarantine: bool, slow: float, answered: bool = False) -> None:
+    def __init__(
+        self, chance: random.Random, *, may_quarantine: bool, slow: float, answered: bool = False
+    ) -> None:
         self._chance = chance
         self._may_quarantine = may_quarantine
         self._slow = slow
@@ -82,7 +84,7 @@ class Health:
         self.requests = self.blocks = self.bytes = self.absent = self.wrong_blocks = self.hedges = 0
         self.failures: Counter[str] = Counter()
 
-    # -- what happened ------------------------------------------------------------------------------------------
+    # -- what happened ---------------------------------------------------------------------------------------
 
     def asked(self, now: float, *, hedge: bool = False) -> None:
         self.requests += 1
@@ -162,7 +164,7 @@ class Health:
         self._quarantined_until -= seconds
         self._probed_at -= seconds
 
-    # -- what follows ------------------------------------------------------------------------------------------
+    # -- what follows ----------------------------------------------------------------------------------------
 
     def is_quarantined(self, now: float) -> bool:
         return now < self._quarantined_until

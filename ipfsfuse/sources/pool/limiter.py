@@ -173,7 +173,7 @@ class ConcurrencyLimiter:
             self._lowered_at = trio.current_time()
         return True
 
-    # -- whose turn it is -----------------------------------------------------------------------------------------
+    # -- whose turn it is ------------------------------------------------------------------------------------
 
     async def wait(self, place: Place) -> None:
         """Until there is room for `place`, which is then in flight."""

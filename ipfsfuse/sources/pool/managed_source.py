@@ -85,7 +85,8 @@ class ManagedSource:
             raise
         except WrongBlock:
             raise  # the pool knows what follows: whether another source is left
-        except BaseException:  # also BlockTooLarge, which says nothing about the source: it may be true or a lie
+        except BaseException:
+            # also BlockTooLarge, which says nothing about the source: it may be true or a lie
             self.health.record_cancelled()
             raise
         self._answered = trio.current_time()
@@ -135,7 +136,7 @@ class ManagedSource:
         except SourceFailed as exc:
             log.debug("%s", exc)
 
-    # -- what it said ------------------------------------------------------------------------------------------
+    # -- what it said ----------------------------------------------------------------------------------------
 
     @contextmanager
     def as_its_failure(self) -> Iterator[None]:

@@ -119,7 +119,8 @@ class SourcePool:
                 fetched = await self.get(leaf.cid)
                 if not fits(leaf, len(fetched.block)):
                     raise Malformed(
-                        f"{cids.text(leaf.cid)}: a block of {len(fetched.block)} bytes, but its file states {leaf.size}"
+                        f"{cids.text(leaf.cid)}: a block of {len(fetched.block)} bytes, but its "
+                        f"file states {leaf.size}"
                     )
                 await deliver(index, [fetched.block], fetched.source)
 
@@ -128,7 +129,7 @@ class SourcePool:
     async def subtree(self, subtree: Subtree, taker: Taker) -> None:
         await SubtreeFetch(self, subtree, taker).run()
 
-    # -- for those who ask on its behalf ------------------------------------------------------------------------
+    # -- for those who ask on its behalf ---------------------------------------------------------------------
 
     @property
     def patience(self) -> float:

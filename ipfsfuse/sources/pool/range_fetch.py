@@ -54,7 +54,7 @@ class RangeFetch:
             async with managed.limiter.enter() as deliveries.place:
                 await _RangeAttempt(self, managed, deliveries).run(patience)
 
-    # -- for the attempt ----------------------------------------------------------------------------------------
+    # -- for the attempt -------------------------------------------------------------------------------------
 
     def part(self) -> tuple[Sequence[int], Run]:
         """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""

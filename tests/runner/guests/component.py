@@ -1,7 +1,9 @@
-"""What componentize-py makes a component of: reads, lists, and tries every call that would change something, by Python's own
-functions and by the descriptors of wasi:filesystem. Says what came of it as one JSON object a line.
+"""What componentize-py makes a component of: reads, lists, and tries every call that would change something,
+by Python's own functions and by the descriptors of wasi:filesystem. Says what came of it as one JSON object a
+line.
 
-Usage: component look DIR FILE | try DIR FILE | chance | exit CODE | fail; DIR is below /ipfs, FILE in DIR, which also holds `dir` and `other`.
+Usage: component look DIR FILE | try DIR FILE | chance | exit CODE | fail; DIR is below /ipfs, FILE in DIR,
+which also holds `dir` and `other`.
 """
 
 import json
@@ -26,7 +28,12 @@ def told(**found):
 def look(folder, file):
     with open(os.path.join(folder, file), encoding="utf-8") as opened:
         content = opened.read()
-    told(content=content, size=os.stat(os.path.join(folder, file)).st_size, names=sorted(os.listdir(folder)), root=sorted(os.listdir("/")))
+    told(
+        content=content,
+        size=os.stat(os.path.join(folder, file)).st_size,
+        names=sorted(os.listdir(folder)),
+        root=sorted(os.listdir("/")),
+    )
 
 
 def attempt(kind, calls):
@@ -43,7 +50,10 @@ def attempt(kind, calls):
 
 def by_python(folder, file):
     path, new, below = os.path.join(folder, file), os.path.join(folder, "new"), os.path.join(folder, "dir")
-    modes = {f"open {mode}": lambda mode=mode, at=at: open(at, mode).close() for mode, at in (("w", path), ("a", path), ("r+", path), ("x", new))}
+    modes = {
+        f"open {mode}": lambda mode=mode, at=at: open(at, mode).close()
+        for mode, at in (("w", path), ("a", path), ("r+", path), ("x", new))
+    }
     attempt(
         "python",
         modes
