@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store.packs import Place, head_before, rewrite_head
 from ipfsfuse.cache.store.staging import Entry
 from ipfsfuse.cache.store.store import Store
@@ -57,18 +57,18 @@ class FsckReport:
     each of their leaves is proved whenever it is read."""
 
 
-async def fsck(store: Store, reading: Reading, told: Told | None = None) -> FsckReport:
+async def fsck(store: Store, reader: Reader, told: Told | None = None) -> FsckReport:
     report = FsckReport()
     entries = list(store.staging.entries.values())
     total = sum(entry.disk for entry in entries) + sum(store.packs.sizes.values())
     for pack in list(store.packs.sizes):
-        await _check_pack(store, reading, pack, report)
+        await _check_pack(store, reader, pack, report)
         await _tell(told, report, total)
     for entry in entries:
         report.files += 1
         try:
-            async for leaf in _leaves(reading, entry):
-                await _check_leaf(store, reading, entry, leaf, report)
+            async for leaf in _leaves(reader, entry):
+                await _check_leaf(store, reader, entry, leaf, report)
                 await _tell(told, report, total)
         except IpfsFuseError:
             report.unproved += 1
@@ -80,7 +80,7 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
         await told(min(report.bytes, total), total)
 
 
-async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckReport) -> None:
+async def _check_pack(store: Store, reader: Reader, pack: int, report: FsckReport) -> None:
     """Blocks that can be found by the heads before them; then those that the index alone knows; then those
     that it does not."""
     size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
@@ -90,13 +90,13 @@ async def _check_pack(store: Store, reading: Reading, pack: int, report: FsckRep
             lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
             continue
         named.add(place)
-        await _check_block(store, reading, cid, place, report)
+        await _check_block(store, reader, cid, place, report)
     if lost or end < size:
-        await _check_by_index(store, reading, pack, named, report)
+        await _check_by_index(store, reader, pack, named, report)
         await _find_unnamed(store, pack, named, report)
 
 
-async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, report: FsckReport) -> bool:
+async def _check_block(store: Store, reader: Reader, cid: Cid, place: Place, report: FsckReport) -> bool:
     """Whether the block that the index has at `place` is right, or is again."""
     report.blocks += 1
     report.bytes += place.size
@@ -104,12 +104,12 @@ async def _check_block(store: Store, reading: Reading, cid: Cid, place: Place, r
         return True
     if place.pack in store.packs.sizes:  # else it was evicted meanwhile
         report.wrong += 1
-        await _mend(reading.block(cid), cids.text(cid), report)
+        await _mend(reader.block(cid), cids.text(cid), report)
     return False
 
 
 async def _check_by_index(
-    store: Store, reading: Reading, pack: int, named: set[Place], report: FsckReport
+    store: Store, reader: Reader, pack: int, named: set[Place], report: FsckReport
 ) -> None:
     """What no intact head leads to. `named` grows by it."""
     for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unindexed_in(pack)]):
@@ -121,7 +121,7 @@ async def _check_by_index(
         with contextlib.suppress(OSError):
             cid, intact = await threads.run_sync(head_before, store.packs, key, place)
             if (
-                await _check_block(store, reading, cid, place, report)
+                await _check_block(store, reader, cid, place, report)
                 and not intact
                 and pack in store.packs.sizes
             ):
@@ -147,7 +147,7 @@ async def _find_unnamed(store: Store, pack: int, named: set[Place], report: Fsck
             report.found += 1
 
 
-async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, report: FsckReport) -> None:
+async def _check_leaf(store: Store, reader: Reader, entry: Entry, leaf: Leaf, report: FsckReport) -> None:
     file = FileRef(entry.cid, entry.size)
     if entry.dead or not await store.has_leaf(file, leaf):
         return
@@ -156,7 +156,7 @@ async def _check_leaf(store: Store, reading: Reading, entry: Entry, leaf: Leaf, 
     if await store.leaf(file, leaf) is None and not entry.dead:
         report.wrong += 1
         await _mend(
-            reading.leaf(file, leaf),
+            reader.leaf(file, leaf),
             f"{cids.text(leaf.cid)} at {leaf.offset} in {cids.text(entry.cid)}",
             report,
         )
@@ -172,25 +172,25 @@ async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None
         report.mended += 1
 
 
-async def _leaves(reading: Reading, entry: Entry) -> AsyncIterator[Leaf]:
+async def _leaves(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
     """The leaves of a staging file, by its root's word. Raises what its blocks meet."""
     if cids.codec(entry.cid) == cids.RAW:
         yield Leaf(entry.cid, 0, entry.size)
         return
-    root = await _drive(reading, node(entry.cid))
+    root = await _drive(reader, node(entry.cid))
     at = 0
     while isinstance(root, File) and at < root.size:
-        found = await _drive(reading, file_layout.leaves(root, at, WINDOW))
+        found = await _drive(reader, file_layout.leaves(root, at, WINDOW))
         for leaf in found:
             yield leaf
         at = found[-1].offset + found[-1].size
 
 
-async def _drive(reading: Reading, walk: Walk[T]) -> T:
+async def _drive(reader: Reader, walk: Walk[T]) -> T:
     try:
         wanted = next(walk)
         while True:
-            wanted = walk.send([parse(cid, await reading.block(cid)) for cid in wanted])
+            wanted = walk.send([parse(cid, await reader.block(cid)) for cid in wanted])
     except StopIteration as end:
         result: T = end.value
         return result

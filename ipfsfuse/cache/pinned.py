@@ -13,7 +13,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
-from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store.disk import SMALL
 from ipfsfuse.cache.store.packs import PackSet
 from ipfsfuse.cache.store.store import Store
@@ -66,7 +66,7 @@ class Pinning:
         if self._store.backoff.reason:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
 
-    async def keep_structure(self, reading: Reading) -> None:
+    async def keep_structure(self, reader: Reader) -> None:
         """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small
         files."""
         seen: set[Cid] = set()
@@ -75,7 +75,7 @@ class Pinning:
             cid, in_file = stack.pop()
             if cid not in seen and cids.inline(cid) is None:
                 seen.add(cid)
-                block = await reading.block(cid)
+                block = await reader.block(cid)
                 if self._store.place(cid) is not None:  # else it is staged as a file, or read in place
                     await self._store.keep_block(cid, block, self._pack_set)
                 stack += _below(self._store, nodes.parse(cid, block), in_file)
@@ -98,9 +98,9 @@ def _below(store: Store, node: Node, in_file: bool) -> list[tuple[Cid, bool]]:
 class PinnedDags:
     """All that is kept for good."""
 
-    def __init__(self, store: Store, reading: Reading) -> None:
+    def __init__(self, store: Store, reader: Reader) -> None:
         self._store = store
-        self._reading = reading
+        self._reader = reader
         self._pins: dict[Cid, int] = {pin: record.size for pin, record in store.pinned.items()}
         self._keys: dict[Cid, set[Key]] = {
             pin: set(record.keys or ()) for pin, record in store.pinned.items()
@@ -195,7 +195,7 @@ class PinnedDags:
             job = self._jobs[root] = Pinning(self._store, root)
             try:
                 yield job
-                await job.keep_structure(self._reading)
+                await job.keep_structure(self._reader)
             except BaseException:
                 del self._jobs[root]
                 self._release(job.keys)

@@ -16,7 +16,7 @@ from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
 from ipfsfuse.cache.fsck import FsckReport, Told, fsck
 from ipfsfuse.cache.names import Names
 from ipfsfuse.cache.pinned import PinnedDags, Pinning
-from ipfsfuse.cache.reading import Reading
+from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store import recovery
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
@@ -59,7 +59,7 @@ class Statistics:
     """Bytes by who had them fetched since the mount began: user ids, and `all` for what several use."""
 
 
-class PinsetCache(Reading):
+class PinsetCache(Reader):
     """The shared cache of one folder. Made by `open`."""
 
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:

@@ -14,7 +14,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reading import OF_BUDGET
+from ipfsfuse.cache.reader import OF_BUDGET
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, random_bytes, staged_bytes

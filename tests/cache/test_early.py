@@ -9,9 +9,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.flights import Flights
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reading import MAX_BEHIND
+from ipfsfuse.cache.reader import MAX_BEHIND
+from ipfsfuse.cache.single_flight import SingleFlight
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, staged
 
@@ -118,7 +118,7 @@ def test_what_fails_behind_a_value_that_landed_is_told_to_the_log_alone(
 ) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
 
             async def fetch(land: Callable[[str], None]) -> str:
                 land("value")

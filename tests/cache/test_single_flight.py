@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.cache.flights import Flights
+from ipfsfuse.cache.single_flight import SingleFlight
 from ipfsfuse.errors import Malformed, Unavailable
 from ipfsfuse.sources.base import Request, current_request, request_of
 
@@ -40,7 +40,7 @@ class Fetcher:
 def test_all_who_wait_share_one_fetch() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             fetch, got = Fetcher(), list[str]()
 
             async def reader() -> None:
@@ -62,7 +62,7 @@ def test_all_who_wait_share_one_fetch() -> None:
 def test_a_cancelled_caller_leaves_and_the_fetch_goes_on() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             fetch, got = Fetcher(), list[str]()
             first = trio.CancelScope()
 
@@ -90,7 +90,7 @@ def test_a_cancelled_caller_leaves_and_the_fetch_goes_on() -> None:
 def test_the_last_waiter_cancels_the_fetch_which_holds_its_slot_until_it_has_rolled_back() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             rolled_back, order = trio.Event(), list[str]()
 
             async def slow_to_roll_back() -> str:
@@ -126,7 +126,7 @@ def test_the_last_waiter_cancels_the_fetch_which_holds_its_slot_until_it_has_rol
 def test_a_waiter_gives_up_at_its_deadline_and_the_failure_is_remembered() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery, deadline=30, remember=5)
+            flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30, remember=5)
             fetch = Fetcher()
             with pytest.raises(Unavailable, match="'k': no source gave it within 30 s"):
                 await flights.join("k", fetch)
@@ -147,7 +147,7 @@ def test_a_waiter_gives_up_at_its_deadline_and_the_failure_is_remembered() -> No
 def test_a_call_waits_for_several_keys_no_longer_than_its_own_deadline() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery, deadline=30, remember=5)
+            flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30, remember=5)
             fetch = Fetcher()
             with request_of(1000, deadline=30):
                 await trio.sleep(20)
@@ -169,7 +169,7 @@ def test_a_call_waits_for_several_keys_no_longer_than_its_own_deadline() -> None
 def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_deadlines() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery, deadline=30)
+            flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30)
             seen: list[Request] = []
 
             async def fetch() -> str:
@@ -194,7 +194,7 @@ def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_dea
 def test_each_waiter_has_its_own_deadline_and_a_value_that_lands_ends_the_memory() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery, deadline=30, remember=100)
+            flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30, remember=100)
             fetch, ends = Fetcher(), list[float]()
 
             async def late() -> None:
@@ -221,7 +221,7 @@ def test_each_waiter_has_its_own_deadline_and_a_value_that_lands_ends_the_memory
 def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery, remember=5)
+            flights: SingleFlight[str, str] = SingleFlight(nursery, remember=5)
             fetch, heard = Fetcher(error=Malformed("bad block")), list[str]()
 
             async def reader() -> None:
@@ -245,7 +245,7 @@ def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() 
 def test_a_bug_in_a_fetch_reaches_its_waiters_and_no_one_later() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             fetch = Fetcher(error=ZeroDivisionError())
             fetch.gate.set()
             with pytest.raises(ZeroDivisionError):

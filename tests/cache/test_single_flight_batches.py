@@ -7,32 +7,32 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.cache.flights import Flights, Ride
+from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.errors import Unavailable
-from tests.cache.test_flights import Fetcher
+from tests.cache.test_single_flight import Fetcher
 
 
 def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             first, second, alone, got = trio.Event(), trio.Event(), Fetcher("alone"), dict[str, str]()
             alone.gate.set()
 
-            async def run(ride: Ride[str, str]) -> None:
-                assert ride.keys == ["a", "b", "c"]
-                ride.land("a", "by run")
+            async def run(batch: Batch[str, str]) -> None:
+                assert batch.keys == ["a", "b", "c"]
+                batch.resolve("a", "by run")
                 await first.wait()
-                ride.kept("a")
+                batch.staged("a")
                 await second.wait()
-                ride.land("b", "by run")
+                batch.resolve("b", "by run")
                 raise Unavailable("c is not to be had")
 
             async def reader(key: str) -> None:
                 got[key] = await flights.join(key, alone)
 
             async with trio.open_nursery() as readers:
-                readers.start_soon(flights.run, ["a", "b", "c"], run)
+                readers.start_soon(flights.run_batch, ["a", "b", "c"], run)
                 await wait_all_tasks_blocked()
                 assert await flights.join("a", alone) == "by run", (
                     "until it is kept, what landed serves who comes"
@@ -55,13 +55,13 @@ def test_a_run_lands_keys_one_by_one_and_leaves_the_rest_to_who_waits() -> None:
 def test_a_run_goes_on_without_its_caller_while_anyone_waits_and_no_longer() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             gate, ended, got = trio.Event(), list[str](), list[str]()
 
-            async def run(ride: Ride[str, str]) -> None:
+            async def run(batch: Batch[str, str]) -> None:
                 try:
                     await gate.wait()
-                    ride.land("a", "value")
+                    batch.resolve("a", "value")
                     await trio.sleep_forever()
                 finally:
                     ended.append("run")
@@ -73,7 +73,7 @@ def test_a_run_goes_on_without_its_caller_while_anyone_waits_and_no_longer() -> 
 
             async def ahead() -> None:
                 with caller:
-                    await flights.run(["a", "b"], run)
+                    await flights.run_batch(["a", "b"], run)
 
             async with trio.open_nursery() as readers:
                 readers.start_soon(ahead)
@@ -93,15 +93,15 @@ def test_a_run_goes_on_without_its_caller_while_anyone_waits_and_no_longer() -> 
 def test_a_run_in_which_nothing_lands_for_a_deadline_is_given_up() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery, deadline=10)
+            flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=10)
 
-            async def run(ride: Ride[str, str]) -> None:
+            async def run(batch: Batch[str, str]) -> None:
                 for key in "ab":
                     await trio.sleep(8)
-                    ride.land(key, "value")
+                    batch.resolve(key, "value")
                 await trio.sleep_forever()
 
-            await flights.run("abc", run)
+            await flights.run_batch("abc", run)
             assert trio.current_time() == pytest.approx(26)
             await wait_all_tasks_blocked()
             assert len(flights) == 0
@@ -112,19 +112,19 @@ def test_a_run_in_which_nothing_lands_for_a_deadline_is_given_up() -> None:
 def test_a_launched_run_may_expect_more_and_is_joined_by_who_wants_one_of_them() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, str] = Flights(nursery)
+            flights: SingleFlight[str, str] = SingleFlight(nursery)
             gate, alone, got = trio.Event(), Fetcher("alone"), dict[str, str]()
             alone.gate.set()
 
-            async def run(ride: Ride[str, str]) -> None:
-                ride.expect(["b", "taken", "never"])
-                ride.land("a", "by run")
-                ride.expect(["a"])
-                assert (list(ride.keys), "a" in ride, "b" in ride) == (["b", "never"], False, True)
+            async def run(batch: Batch[str, str]) -> None:
+                batch.expect(["b", "taken", "never"])
+                batch.resolve("a", "by run")
+                batch.expect(["a"])
+                assert (list(batch.keys), "a" in batch, "b" in batch) == (["b", "never"], False, True)
                 await gate.wait()
-                ride.land("b", "by run")
-                ride.land("b", "again")
-                ride.land("nobody's", "by run")
+                batch.resolve("b", "by run")
+                batch.resolve("b", "again")
+                batch.resolve("nobody's", "by run")
 
             async def reader(key: str) -> None:
                 got[key] = await flights.join(key, alone)
@@ -133,17 +133,17 @@ def test_a_launched_run_may_expect_more_and_is_joined_by_who_wants_one_of_them()
                 taken = Fetcher("by its own")
                 readers.start_soon(flights.join, "taken", taken)
                 await wait_all_tasks_blocked()
-                ride = flights.launch(["a"], run)
+                batch = flights.start_batch(["a"], run)
                 await wait_all_tasks_blocked()
                 for key in ("b", "never"):
                     readers.start_soon(reader, key)
                 await wait_all_tasks_blocked()
-                assert (got, alone.calls, ride.ended.is_set()) == ({}, 0, False)
+                assert (got, alone.calls, batch.ended.is_set()) == ({}, 0, False)
                 gate.set()
                 taken.gate.set()
             assert got == {"b": "by run", "never": "alone"}
-            assert (ride.ended.is_set(), len(flights)) == (True, 0)
-            assert flights.launch([], run).ended.is_set()
+            assert (batch.ended.is_set(), len(flights)) == (True, 0)
+            assert flights.start_batch([], run).ended.is_set()
 
     trio.run(main)
 
@@ -154,23 +154,23 @@ def test_what_is_kept_is_held_by_nobody_while_the_run_goes_on() -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            flights: Flights[str, Value] = Flights(nursery)
+            flights: SingleFlight[str, Value] = SingleFlight(nursery)
             landed: list[weakref.ref[Value]] = []
 
-            async def run(ride: Ride[str, Value]) -> None:
+            async def run(batch: Batch[str, Value]) -> None:
                 for key in "ab":
                     value = Value()
                     landed.append(weakref.ref(value))
-                    ride.land(key, value)
-                    ride.kept(key)
+                    batch.resolve(key, value)
+                    batch.staged(key)
                 del value
                 await trio.sleep_forever()
 
-            ride = flights.launch("abc", run)
+            batch = flights.start_batch("abc", run)
             await wait_all_tasks_blocked()
             gc.collect()
             assert [value() for value in landed] == [None, None]
-            assert not ride.ended.is_set()
+            assert not batch.ended.is_set()
             nursery.cancel_scope.cancel()
 
     trio.run(main)

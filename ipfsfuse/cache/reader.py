@@ -1,0 +1,447 @@
+"""Reading through the cache: from the disk, from a fetch under way, or from the sources.
+
+Concurrency: every method may be called by many tasks at once. One fetch serves all callers of a block, and
+belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import trio
+
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
+from ipfsfuse.cache.single_flight import Batch, SingleFlight
+from ipfsfuse.cache.store.disk import SMALL
+from ipfsfuse.cache.store.store import Store
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import leaves as dagleaves
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
+from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.buffers import together
+from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
+
+T = TypeVar("T")
+
+FEW = 4
+"""Up to so many blocks cost less one by one than by one answer with all blocks of a directory."""
+PATIENCE = 1 / 3
+"""The part of the deadline that one such answer may take. The rest is for getting its blocks elsewhere."""
+OF_BUDGET = 4
+"""The largest part of the budget, as a divisor, that one answer may fill: its blocks must not evict each
+other."""
+REGISTERED_AT_A_TIME = 2000
+"""Blocks of one answer that are registered in one step of the event loop: about 10 ms."""
+LEAVES_TOGETHER = 4
+"""Leaves that one `ahead` fetches one by one, side by side."""
+READ_TASKS = 2
+"""Tasks that read staged leaves ahead: one reads while the other hashes."""
+
+MAX_BEHIND = 4 << 20
+"""Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a
+slow disk."""
+
+
+# -- keys ---------------------------------------------------------------------------------------------------
+
+
+def block_key(cid: Cid) -> bytes:
+    """The key of a block, the same for all spellings of its CID. A raw block may be a file of its own; the
+    others are stored by their multihash."""
+    return cids.canonical(cid) if cids.codec(cid) == cids.RAW else cids.multihash(cid)
+
+
+def leaf_key(leaf: Leaf) -> bytes:
+    return cids.canonical(leaf.cid)
+
+
+def cid_of(key: bytes) -> Cid:
+    """The CID that a key stands for: itself, or that of a dag-pb block with this multihash."""
+    return Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key)
+
+
+def spelled(key: bytes) -> str:
+    """A key for messages."""
+    return cids.text(cid_of(key))
+
+
+# -- results ------------------------------------------------------------------------------------------------
+
+
+class FetchResult(NamedTuple):
+    """A block, or the content of a leaf, as all waiters get it. `source` is None if it was staged."""
+
+    content: Content
+    source: Source | None
+    stage: bool
+    """Whether the content goes into a staging file: it is not read in place, and it can be verified by
+    itself."""
+    block: Block = b""
+    """The block of a leaf, as it arrived."""
+    staged_for: tuple[Cid, int] | None = None
+    """The file, and the offset in it, for which it is being staged."""
+
+
+async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
+    """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
+    if len(block) <= MAX_PARSED_ON_LOOP or dagleaves.is_canonical(cid, block):
+        return parse()
+    return await threads.run_sync(parse)
+
+
+async def content_of(leaf: Leaf, block: Block) -> Content:
+    """The content of `leaf`, from its block. Raises what `dag.leaves.of` raises."""
+    return await _parsed(lambda: dagleaves.of(leaf, bytes(block)), leaf.cid, block)
+
+
+async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
+    """The content of a leaf of `file`, from its block."""
+    content = await _parsed(lambda: dagleaves.content(leaf.cid, block), leaf.cid, block)
+    if source.in_place:
+        return FetchResult(content, source, False)
+    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, block)
+    return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
+
+
+def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
+    """Whether all are to be staged, without gaps between them."""
+    ends = [leaf.offset + leaf.size for leaf, _of in arrived]
+    whole = all(result.stage and len(result.content) == leaf.size for leaf, result in arrived)
+    return whole and all(leaf.offset == end for (leaf, _result), end in zip(arrived[1:], ends, strict=False))
+
+
+Absent = Callable[[Iterable[Cid]], Iterable[bytes]]
+"""The keys of those blocks that are not staged."""
+Keep = Callable[[Mapping[Cid, Fetched]], Awaitable[Mapping[Cid, FetchResult]]]
+
+
+class SubtreeSink:
+    """Takes the blocks of one answer into the cache (`sources.base.Taker`): those that a batch expects."""
+
+    def __init__(self, batch: Batch[bytes, FetchResult], seen: Seen, absent: Absent, keep: Keep) -> None:
+        self._batch, self._seen, self._absent, self._keep = batch, seen, absent, keep
+
+    def wants(self, cid: Cid) -> bool:
+        return block_key(cid) in self._batch
+
+    def came(self, cid: Cid, block: bytes) -> None:
+        self._batch.expect(self._absent(self._seen(cid, block)))
+
+    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
+        for cid, result in (await self._keep(blocks)).items():
+            self._batch.resolve(block_key(cid), result)
+            self._batch.staged(block_key(cid))
+
+
+# -- the reader ---------------------------------------------------------------------------------------------
+
+
+class WriteBehind:
+    """Stages blocks after their readers have got them, within a bound."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    async def keep(
+        self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Awaits `keep()`, which stages `size` bytes. If the bound allows, it calls `give` first. Then `keep`
+        is not cancelled any more: what was read is staged, even if the mount ends meanwhile."""
+        if give is None or self._bytes + size > MAX_BEHIND:
+            await keep()
+            return
+        self._bytes += size
+        give()
+        try:
+            with trio.CancelScope(shield=True):
+                await keep()
+        finally:
+            self._bytes -= size
+
+
+class Reader:
+    """Reads blocks and leaves, as `cache.base.Cache` describes."""
+
+    def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
+        self.store = store
+        self.hits = 0
+        self.misses = 0
+        self._blocks = blocks
+        self._patience = deadline * PATIENCE
+        self._behind = WriteBehind()
+        self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
+            nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
+        )
+
+    # -- blocks ----------------------------------------------------------------------------------------------
+
+    async def block(self, cid: Cid) -> bytes:
+        """As `Cache.block`."""
+        carried = cids.known(cid)
+        if carried is not None:
+            return carried
+        kept = await self.store.block(cid)
+        if kept is not None:
+            self.hits += 1
+            return kept
+        result = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
+        return result.content if isinstance(result.content, bytes) else bytes(result.content)
+
+    async def _bring_block(self, cid: Cid) -> FetchResult:
+        """A block that is not in a pack: from the staging file of a raw file, or fetched."""
+        own = cids.canonical(cid)
+        if cids.codec(cid) == cids.RAW and (entry := self.store.staging.entries.get(own)) is not None:
+            content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
+            if content is not None:
+                self.hits += 1
+                return FetchResult(content, None, False)
+        return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
+
+    async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
+        """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
+        writes."""
+        self.misses += len(blocks)
+        to_stage = {cid: of for cid, of in blocks.items() if not of.source.in_place}
+        files = {
+            cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL
+        }
+        if len(to_stage) > len(files):
+            await self.store.keep_blocks((cid, of.block) for cid, of in to_stage.items() if cid not in files)
+        for cid, of in files.items():
+            size = len(of.block)
+            await self.store.keep_leaf(
+                FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), of.block, of.source.name
+            )
+        return {
+            cid: FetchResult(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW)
+            for cid, of in blocks.items()
+        }
+
+    def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
+        """As `Cache.gather`."""
+
+        some = list(wanted) if subtree.limit <= self.store.budget.limit // OF_BUDGET else []
+        rest = some[REGISTERED_AT_A_TIME:]
+
+        async def fetch(batch: Batch[bytes, FetchResult]) -> None:
+            for at in range(0, len(rest), REGISTERED_AT_A_TIME):
+                await trio.lowlevel.checkpoint()
+                batch.expect(self._absent(rest[at : at + REGISTERED_AT_A_TIME]))
+            if len(batch.keys) >= FEW:
+                with trio.move_on_after(self._patience):
+                    await self._blocks.subtree(subtree, SubtreeSink(batch, seen, self._absent, self._arrive))
+
+        return self._flights.start_batch(
+            self._absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
+        ).ended
+
+    def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
+        """The keys of those blocks that are not staged."""
+        return [
+            block_key(cid)
+            for cid in wanted
+            if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)
+        ]
+
+    def _is_staged_file(self, cid: Cid) -> bool:
+        """Whether it is a raw file that is complete, as far as is known without looking at the disk."""
+        entry = self.store.staging.entries.get(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
+        return entry is not None and entry.whole()
+
+    # -- leaves ----------------------------------------------------------------------------------------------
+
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
+        """As `Cache.leaf`."""
+        if file.size <= SMALL or cids.inline(leaf.cid) is not None:
+            return await content_of(leaf, await self.block(leaf.cid))
+        if cids.codec(leaf.cid) != cids.RAW:
+            block = await self.store.block(leaf.cid)
+            if block is not None:
+                self.hits += 1
+                return await content_of(leaf, block)
+        result = await self._flights.join_early(
+            leaf_key(leaf),
+            lambda resolve: self._bring_leaf(file, leaf, resolve if early else None),
+            ended=not early,
+        )
+        # not remembered as a failure: another file may state the right size of this leaf
+        if len(result.content) != leaf.size:
+            return await content_of(leaf, await self.block(leaf.cid))
+        if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
+            # another file's leaf, or another place in this one, of the same bytes
+            await self._keep(file, leaf, result)
+        return result.content
+
+    async def _bring_leaf(
+        self, file: FileRef, leaf: Leaf, resolve: Callable[[FetchResult], None] | None
+    ) -> FetchResult:
+        staged = await self.store.leaf(file, leaf)
+        if staged is not None:
+            self.hits += 1
+            return FetchResult(staged, None, False)
+        self.misses += 1
+        fetched = await self._blocks.get(leaf.cid)
+        result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
+        await self._behind.keep(
+            leaf.size, resolve and (lambda: resolve(result)), lambda: self._stage(file, leaf, result)
+        )
+        return result
+
+    async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
+        """Stages what arrived."""
+        if result.stage:
+            await self._keep(file, leaf, result)
+        elif result.source is not None and not result.source.in_place:
+            await self.store.keep_blocks([(leaf.cid, bytes(result.block))])
+
+    async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, FetchResult]]) -> None:
+        """Like `_stage`, by one write if they are adjacent in the file."""
+        first = came[0][1]
+        if len(came) > 1 and first.source is not None and are_adjacent(came):
+            leaves, contents = [leaf for leaf, _result in came], [result.content for _leaf, result in came]
+            if await self.store.keep_leaves(file, leaves, contents, first.source.name):
+                return
+        for leaf, result in came:
+            await self._stage(file, leaf, result)
+
+    async def _keep(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
+        # else its parent states a wrong size, and the leaf is not part of the file
+        if len(result.content) == leaf.size and result.source is not None:
+            await self.store.keep_leaf(file, leaf, result.content, result.source.name)
+
+    async def _has(self, file: FileRef, leaf: Leaf) -> bool:
+        """Whether it seems to be staged."""
+        if cids.inline(leaf.cid) is not None:
+            return True
+        in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
+        return (in_pack and self.store.place(leaf.cid) is not None) or await self.store.has_leaf(file, leaf)
+
+    # -- ahead -----------------------------------------------------------------------------------------------
+
+    async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
+        """As `Cache.ahead`."""
+        missing: list[Leaf] = []
+        staged: list[Leaf] = []
+        rest: list[Leaf] = []
+        for leaf in leaves:
+            flies = leaf_key(leaf) in self._flights
+            if not flies and file.size > SMALL and await self.store.has_leaf(file, leaf):
+                staged.append(leaf)
+            else:
+                (rest if flies or await self._has(file, leaf) else missing).append(leaf)
+        came: set[Leaf] = set()
+        if staged and arrived is not None:
+            came = await read_staged_ahead(self.store, self._flights, file, staged, arrived)
+            self.hits += len(came)
+        if missing:
+            came |= await self._run(file, missing, arrived)
+        if arrived is not None:
+            await self._hand_over(
+                file, [leaf for leaf in (*staged, *rest, *missing) if leaf not in came], arrived
+            )
+
+    async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
+        """Fetches leaves by one request. Returns those that arrived and were handed over."""
+        came: set[Leaf] = set()
+        listening = True
+        by_key: dict[bytes, list[Leaf]] = {}
+        for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
+            by_key.setdefault(leaf_key(leaf), []).append(leaf)
+
+        async def fetch(batch: Batch[bytes, FetchResult]) -> None:
+            keys = batch.keys
+
+            async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
+                self.misses += len(blocks)
+                came_now: list[tuple[Leaf, FetchResult]] = []
+                for key, block in zip(keys[index:], blocks, strict=False):
+                    result = await result_of_leaf(file, by_key[key][0], block, source)
+                    batch.resolve(key, result)  # a reader does not wait until it is written
+                    came_now.append((by_key[key][0], result))
+                    for leaf in by_key[key]:
+                        if (
+                            listening
+                            and arrived is not None
+                            and leaf not in came
+                            and len(result.content) == leaf.size
+                        ):
+                            came.add(leaf)
+                            arrived(leaf, result.content)
+                await self._stage_all(file, came_now)
+                for key, (_leaf, result) in zip(keys[index:], came_now, strict=False):
+                    for leaf in by_key[key][1:]:
+                        if result.stage and not await self._has(file, leaf):
+                            await self._keep(file, leaf, result)
+                    batch.staged(key)
+
+            await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
+
+        try:
+            await self._flights.run_batch(by_key, fetch)
+        finally:
+            listening = False
+        return came
+
+    async def _hand_over(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived) -> None:
+        """Hands over each of `leaves`, some at a time. Gives up at the first that can't be had."""
+        queue = iter(leaves)
+
+        async def work(scope: trio.CancelScope) -> None:
+            for leaf in queue:
+                try:
+                    arrived(leaf, await self.leaf(file, leaf))
+                except IpfsFuseError:
+                    scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(LEAVES_TOGETHER, len(leaves))):
+                nursery.start_soon(work, nursery.cancel_scope)
+
+
+async def read_staged_ahead(
+    store: Store,
+    flights: SingleFlight[bytes, FetchResult],
+    file: FileRef,
+    leaves: Sequence[Leaf],
+    arrived: Arrived,
+) -> set[Leaf]:
+    """Reads leaves that seem to be staged, several by one thread hop, ahead of their reader. Hands over those
+    that are right, and returns them. A caller that wants one of them meanwhile waits for this."""
+    came: set[Leaf] = set()
+    listening = True
+    by_key: dict[bytes, Leaf] = {leaf_key(leaf): leaf for leaf in leaves}
+
+    async def fetch(batch: Batch[bytes, FetchResult]) -> None:
+        queue = _stretches([by_key[key] for key in batch.keys])
+
+        async def work() -> None:
+            for stretch in queue:
+                for leaf, data in zip(stretch, await store.leaves(file, stretch), strict=True):
+                    if data is not None:
+                        key = leaf_key(leaf)
+                        batch.resolve(key, FetchResult(data, None, False))
+                        batch.staged(key)
+                        if listening:
+                            came.add(leaf)
+                            arrived(leaf, data)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(READ_TASKS):
+                nursery.start_soon(work)
+
+    try:
+        await flights.run_batch(by_key, fetch)
+    finally:
+        listening = False
+    return came
+
+
+def _stretches(leaves: Sequence[Leaf]) -> Iterator[Sequence[Leaf]]:
+    """`leaves`, cut where they are not adjacent, and into groups that are worth reading together."""
+    first = 0
+    for at in range(1, len(leaves) + 1):
+        if at == len(leaves) or leaves[at].offset != leaves[at - 1].offset + leaves[at - 1].size:
+            for start, sizes in together([leaf.size for leaf in leaves[first:at]]):
+                yield leaves[first + start : first + start + len(sizes)]
+            first = at

@@ -1,0 +1,309 @@
+"""Single flight: one fetch serves all callers that want the same key at the same time.
+
+Concurrency: everything runs on the event loop. A fetch runs in the nursery given at construction and belongs
+to no caller. A caller that is cancelled leaves, and the fetch is cancelled with its last waiter. A cancelled
+fetch keeps its key until it has rolled back; a caller that comes meanwhile waits for that, and then starts a
+new fetch. Once a value is resolved, only the waiters hold it.
+"""
+
+import copy
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import trio
+
+from ipfsfuse.errors import IpfsFuseError, Unavailable
+from ipfsfuse.sources.base import current_request, set_request
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+MAX_REMEMBERED = 10_000
+"""Failures that are remembered. One that is forgotten early only costs another fetch."""
+LONG_ENOUGH = 0.25
+"""The part of the deadline that a caller must have waited for a key before its failure is remembered. A call
+that spent its time on other keys says little about this one."""
+
+
+class Fetch:
+    """One running fetch, of one key or of a batch of them."""
+
+    __slots__ = ("abandoned", "interest", "request", "scope")
+
+    def __init__(self) -> None:
+        self.request = current_request().for_fetch()
+        """The request that it works for: that of the caller that began it, joined by those that wait for
+        it."""
+        self.interest = 0
+        self.abandoned = False
+        self.scope = trio.CancelScope()
+
+    def join(self, until: float = math.inf) -> None:
+        """One more caller waits for it, at most until `until`."""
+        self.interest += 1
+        self.request.join(current_request(), until)
+
+    def leave(self) -> None:
+        self.interest -= 1
+        if self.interest == 0:
+            self.abandoned = True
+            self.scope.cancel()
+
+
+class Flight(Generic[V]):
+    __slots__ = ("done", "ended", "error", "fetch", "resolved", "value")
+
+    def __init__(self, fetch: Fetch) -> None:
+        self.fetch = fetch
+        self.done = trio.Event()
+        """Set when there is a value or an error."""
+        self.ended = trio.Event()
+        """Set when the value is staged as well, or the fetch has ended."""
+        self.resolved = False
+        self.value: V | None = None
+        self.error: Exception | None = None
+
+
+class SingleFlight(Generic[K, V]):
+    """Fetches under way by key, and the failures of the last seconds."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        deadline: float = 30.0,
+        remember: float = 5.0,
+        name: Callable[[K], str] = repr,
+        cause: Callable[[K], str] = lambda _key: "",
+    ) -> None:
+        """`deadline` and `remember` are in seconds. `name` spells a key for messages. `cause` says why the
+        fetch of a key, which is still running, has not ended."""
+        self._nursery = nursery
+        self._deadline = deadline
+        self._remember = remember
+        self._name = name
+        self._cause = cause
+        self._flights: dict[K, Flight[V]] = {}
+        self._failed: OrderedDict[K, tuple[float, Exception]] = OrderedDict()
+
+    def __contains__(self, key: K) -> bool:
+        flight = self._flights.get(key)
+        return flight is not None and not flight.fetch.abandoned
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    async def join(self, key: K, fetch: Callable[[], Awaitable[V]]) -> V:
+        """The value of `key`, from the fetch under way or from a new `fetch()`.
+
+        Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
+        that this is for. A caller that asks again within the next seconds gets the same error at once."""
+        return await self.join_early(key, lambda _resolve: fetch())
+
+    async def join_early(
+        self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False
+    ) -> V:
+        """Like `join`, for a fetch that may resolve its value before it ends. From then on it serves all
+        callers, and is not cancelled when they leave. With `ended`, returns when the fetch has ended."""
+        self._raise_remembered(key)
+        began = trio.current_time()
+        until = min(began + self._deadline, current_request().deadline)
+        with trio.move_on_at(until):
+            while trio.current_time() < until:
+                flight = self._flights.get(key)
+                if flight is None:
+                    flight = self._start(key, fetch)
+                await self._wait(flight, until)
+                if flight.resolved:
+                    if ended and not flight.ended.is_set():
+                        await flight.ended.wait()
+                    return flight.value  # type: ignore[return-value]  # V itself may be Optional: `resolved` says it is set
+                if flight.error is not None:
+                    raise copy.copy(flight.error) from flight.error
+        cause = self._cause(key)
+        waited = trio.current_time() - began
+        said = f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s"
+        late = Unavailable(f"{said}: {cause}" if cause else said)
+        if waited >= self._deadline * LONG_ENOUGH:
+            self._note_failure(key, late)
+        raise late
+
+    def start_batch(
+        self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool = False
+    ) -> "Batch[K, V]":
+        """Starts one `fetch(batch)` for those of `keys` that are not under way. It resolves each when it
+        arrives, and may expect more. It is not started if there are none, unless it has `more` to expect.
+
+        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises nothing.
+        The caller counts as a waiter until it leaves."""
+        batch: Batch[K, V] = Batch(self)
+        batch.expect(keys)
+        batch.join()
+        if batch.keys or more:
+            self._nursery.start_soon(self._run_batch_fetch, batch, fetch)
+        else:
+            batch.end()
+        return batch
+
+    async def run_batch(self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]]) -> None:
+        """Like `start_batch`. Returns when it has ended, or when nothing was resolved for a whole
+        deadline."""
+        batch = self.start_batch(keys, fetch)
+        try:
+            while not batch.ended.is_set():
+                with trio.move_on_after(self._deadline) as patience:
+                    await batch.arrived.wait()
+                    batch.arrived = trio.Event()
+                if patience.cancelled_caught:
+                    return
+        finally:
+            batch.leave()
+
+    async def _run_batch_fetch(
+        self, batch: "Batch[K, V]", fetch: Callable[["Batch[K, V]"], Awaitable[None]]
+    ) -> None:
+        set_request(batch.request)
+        try:
+            with batch.scope:
+                try:
+                    await fetch(batch)
+                except IpfsFuseError:
+                    # each waiter fetches its block alone, and gets the error of that block
+                    pass
+                except Exception:
+                    log.exception(
+                        "a fetch of several blocks ended by what no one foresaw; each is fetched alone"
+                    )
+        finally:
+            batch.end()
+
+    def _register(self, key: K, fetch: Fetch) -> Flight[V] | None:
+        """Registers `fetch` as the one that brings `key`. None if another one is under way."""
+        if key in self._flights:
+            return None
+        flight = self._flights[key] = Flight[V](fetch)
+        return flight
+
+    def _start(self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]]) -> Flight[V]:
+        flight: Flight[V] = Flight(Fetch())
+        self._flights[key] = flight
+        self._nursery.start_soon(self._run_fetch, key, flight, fetch)
+        return flight
+
+    async def _run_fetch(
+        self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]
+    ) -> None:
+        def resolve(value: V) -> None:
+            flight.fetch.interest += 1  # the fetch itself waits
+            self._resolve(key, flight, value)
+
+        set_request(flight.fetch.request)
+        try:
+            with flight.fetch.scope:
+                try:
+                    value = await fetch(resolve)
+                    if not flight.resolved:
+                        self._resolve(key, flight, value)
+                except Exception as exc:
+                    if flight.resolved:
+                        log.exception("a fetch whose value was resolved ended by what no one foresaw")
+                    elif not flight.fetch.abandoned:
+                        flight.error = exc
+                        if isinstance(exc, IpfsFuseError):
+                            self._note_failure(key, exc)
+        finally:
+            if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
+                flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
+            self._end(key, flight)
+
+    async def _wait(self, flight: Flight[V], until: float) -> None:
+        if flight.fetch.abandoned:
+            await flight.done.wait()
+            return
+        flight.fetch.join(until)
+        try:
+            await flight.done.wait()
+        finally:
+            flight.fetch.leave()
+
+    def _resolve(self, key: K, flight: Flight[V], value: V) -> None:
+        flight.value, flight.resolved = value, True
+        self._failed.pop(key, None)
+        flight.done.set()
+
+    def _end(self, key: K, flight: Flight[V]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        flight.done.set()
+        flight.ended.set()
+
+    def _note_failure(self, key: K, error: Exception) -> None:
+        self._failed.pop(key, None)
+        self._failed[key] = (trio.current_time() + self._remember, error)
+        if len(self._failed) > MAX_REMEMBERED:
+            self._failed.popitem(last=False)
+
+    def _raise_remembered(self, key: K) -> None:
+        known = self._failed.get(key)
+        if known is None:
+            return
+        if trio.current_time() < known[0]:
+            raise copy.copy(known[1]) from known[1]
+        del self._failed[key]
+
+
+class Batch(Fetch, Generic[K, V]):
+    """A fetch of several keys: what the fetch itself uses."""
+
+    __slots__ = ("_flights", "_resolved", "_waiting", "arrived", "ended")
+
+    def __init__(self, flights: SingleFlight[K, V]) -> None:
+        super().__init__()
+        self.ended = trio.Event()
+        self.arrived = trio.Event()
+        """Set when a key is resolved, and at the end."""
+        self._flights = flights
+        self._waiting: dict[K, Flight[V]] = {}
+        self._resolved: dict[K, Flight[V] | None] = {}
+        """None once it is staged."""
+
+    @property
+    def keys(self) -> Sequence[K]:
+        """The keys that have not arrived yet."""
+        return list(self._waiting)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._waiting
+
+    def expect(self, keys: Iterable[K]) -> None:
+        """This fetch brings `keys` too. Callers wait for it, unless another fetch of the key is under way."""
+        for key in keys:
+            if key not in self._resolved and (flight := self._flights._register(key, self)) is not None:
+                self._waiting[key] = flight
+
+    def resolve(self, key: K, value: V) -> None:
+        """`key` has arrived. Its value serves all callers until it is `staged`."""
+        flight = self._waiting.pop(key, None)
+        if flight is not None:
+            self._resolved[key] = flight
+            self._flights._resolve(key, flight, value)
+            self.arrived.set()
+
+    def staged(self, key: K) -> None:
+        """The value of `key` is on the disk now, or will not be: later callers look there."""
+        flight = self._resolved.get(key)
+        if flight is not None:
+            self._resolved[key] = None
+            self._flights._end(key, flight)
+
+    def end(self) -> None:
+        """Nothing more arrives."""
+        for key, flight in [*self._waiting.items(), *self._resolved.items()]:
+            if flight is not None:
+                self._flights._end(key, flight)
+        self.ended.set()
+        self.arrived.set()
