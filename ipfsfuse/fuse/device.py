@@ -73,7 +73,8 @@ class DeviceReader:
 
 
 class ReadWindows:
-    """Verified bytes of one open file that the thread may give to its reader: a `vfs.landing.ReadWindows`."""
+    """Verified bytes of one open file that the thread may give to its reader: a
+    `vfs.prefetch_buffer.ReadWindows`."""
 
     __slots__ = ("_handle",)
 

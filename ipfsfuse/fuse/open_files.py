@@ -27,7 +27,7 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.page_cache_pusher import PageCachePusher
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.openfile import OpenFile
+from ipfsfuse.vfs.open_file import OpenFile
 from ipfsfuse.vfs.tree import Tree
 
 DRAIN_SECONDS = 1.0

@@ -25,8 +25,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request, set_request
-from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.lru import Lru
+from ipfsfuse.vfs.prefetch_buffer import SmallFileBuffer
 
 SMALL_FILE = 64 << 10
 """Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of
@@ -115,7 +115,9 @@ class ScanTracker:
 class SubtreePrefetcher:
     """Fetches the blocks of a directory by one request, where a request for each block would cost more."""
 
-    def __init__(self, cache: Cache, remember: Callable[[Node, int], None], small_files: Handing) -> None:
+    def __init__(
+        self, cache: Cache, remember: Callable[[Node, int], None], small_files: SmallFileBuffer
+    ) -> None:
         """`remember` is called with each node that arrives and the size of its block; `small_files` gets
         small files."""
         self._cache = cache

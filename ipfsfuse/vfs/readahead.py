@@ -4,7 +4,7 @@ A reader is sequential once two reads follow each other; the kernel's own read-a
 "follow" allows for SLACK. The window doubles with each step from MIN to MAX and the next one is begun while
 half is unread, so that a reader of one byte costs its leaf and a reader of a whole file waits for the first
 leaves only. It may be told of a part of the reads alone: of what was fetched ahead not each one
-(`landing.TOLD`).
+(`prefetch_buffer.UNSEEN`).
 """
 
 from typing import NamedTuple

@@ -20,10 +20,9 @@ from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, No
 from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.handing import Handing
-from ipfsfuse.vfs.landing import Room
 from ipfsfuse.vfs.lru import Lru
 from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
+from ipfsfuse.vfs.prefetch_buffer import BufferBudget, SmallFileBuffer
 
 T = TypeVar("T")
 
@@ -47,12 +46,12 @@ class Tree:
         self.cache = cache
         self.nursery = nursery
         self.use = use
-        self.room = Room()
-        self.handing = Handing()
+        self.buffer_budget = BufferBudget()
+        self.small_files = SmallFileBuffer()
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._known: Lru[Cid, Attributes] = Lru(known)
         """By canonical CID: what was seen by one spelling is known by the others."""
-        self._subtrees = SubtreePrefetcher(cache, self._remember, self.handing) if use is None else None
+        self._subtrees = SubtreePrefetcher(cache, self._remember, self.small_files) if use is None else None
         self._prefetcher = (
             DirectoryPrefetcher(nursery, self._found, self.known, self._subtrees.contents_of)
             if self._subtrees
@@ -219,7 +218,9 @@ class Tree:
     def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
         """The contents of the files behind `cid` in its directory, as far as they have come and its reader
         will want them."""
-        return self.handing.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
+        return (
+            self.small_files.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
+        )
 
     def enter(self, directory: Cid) -> None:
         """Someone opened `directory`: its listing the kernel may have already."""

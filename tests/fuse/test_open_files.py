@@ -17,8 +17,7 @@ from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.handing import Handing
-from ipfsfuse.vfs.landing import Room
+from ipfsfuse.vfs.prefetch_buffer import BufferBudget, SmallFileBuffer
 from ipfsfuse.vfs.tree import Tree
 from tests.sources.content import raw_blocks
 
@@ -42,7 +41,7 @@ class SmallTree:
     use = None
 
     def __init__(self) -> None:
-        self.cache, self.room, self.handing = Cache(), Room(), Handing()
+        self.cache, self.buffer_budget, self.small_files = Cache(), BufferBudget(), SmallFileBuffer()
 
     async def file(self, cid: Cid) -> File:
         return File(cid, len(CONTENT), len(CONTENT), ())

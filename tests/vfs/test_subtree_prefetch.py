@@ -12,8 +12,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.sources.base import Subtree
-from ipfsfuse.vfs.handing import Handing
 from ipfsfuse.vfs.prefetch import FEW_NODES, MAX_CONTENTS, MAX_NODES, SLACK, SMALL_FILE, SubtreePrefetcher
+from ipfsfuse.vfs.prefetch_buffer import SmallFileBuffer
 from tests.dag.blocks import Blocks, shard
 
 
@@ -38,10 +38,10 @@ class Directories(Blocks):
     def __init__(self) -> None:
         super().__init__()
         self.cache = Cache()
-        self.handing = Handing()
+        self.small_files = SmallFileBuffer()
         self.remembered: list[Cid] = []
         self.gatherer = SubtreePrefetcher(
-            self.cache, lambda node, _size: self.remembered.append(node.cid), self.handing
+            self.cache, lambda node, _size: self.remembered.append(node.cid), self.small_files
         )
 
     def node(self, cid: Cid) -> Node:
@@ -132,7 +132,7 @@ def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_a
     assert isinstance(deeper, nodes.Shard)
     assert made.come(hamt) == [link.cid for _index, link in deeper.slots]
     assert made.remembered == [raw, large, file, below, hamt]
-    assert (made.handing.take(raw), made.handing.take(large)) == (b"small", None)
+    assert (made.small_files.take(raw), made.small_files.take(large)) == (b"small", None)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -172,7 +172,7 @@ def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
         cids.multihash(hamt),
         cids.multihash(made.leaf(b"")),
     }
-    assert made.handing.take(made.leaf(b"")) is None
+    assert made.small_files.take(made.leaf(b"")) is None
 
 
 @pytest.mark.parametrize("count", [FEW_NODES - 1, FEW_NODES])

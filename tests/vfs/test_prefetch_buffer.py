@@ -1,7 +1,7 @@
 """What waits for a reader: how long, and what he may take unasked."""
 
 from ipfsfuse.cache.base import Content
-from ipfsfuse.vfs.landing import BEHIND, TOLD, Landing, Room
+from ipfsfuse.vfs.prefetch_buffer import BEHIND, UNSEEN, BufferBudget, PrefetchBuffer
 
 LEAF = 1 << 20
 
@@ -20,48 +20,48 @@ class Windows:
         del self.held[offset]
 
 
-def landed(size: int, room: Room) -> tuple[Landing, Windows]:
-    """A file of `size` bytes, all of which has landed."""
+def filled(size: int, budget: BufferBudget) -> tuple[PrefetchBuffer, Windows]:
+    """A file of `size` bytes, all of which has filled."""
     windows = Windows()
-    landing = Landing(room, size, windows)
+    buffer = PrefetchBuffer(budget, size, windows)
     for offset in range(0, size, LEAF):
-        landing.put(offset, bytes(min(LEAF, size - offset)))
-    return landing, windows
+        buffer.put(offset, bytes(min(LEAF, size - offset)))
+    return buffer, windows
 
 
 def test_what_waits_is_added_and_removed_with_it() -> None:
-    landing, windows = landed(3 * LEAF, Room())
-    landing.put(0, bytes(LEAF))
+    buffer, windows = filled(3 * LEAF, BufferBudget())
+    buffer.put(0, bytes(LEAF))
     assert list(windows.held) == [0, LEAF, 2 * LEAF]
-    landing.drop(LEAF)
+    buffer.drop(LEAF)
     assert list(windows.held) == [0, 2 * LEAF]
-    landing.passed(LEAF + BEHIND)
+    buffer.passed(LEAF + BEHIND)
     assert list(windows.held) == [2 * LEAF]
-    landing.close()
+    buffer.close()
     assert not windows.held
 
 
 def test_one_leaf_in_some_and_the_last_are_told_of() -> None:
-    size = 2 * TOLD + LEAF + 100
-    _landing, windows = landed(size, Room())
+    size = 2 * UNSEEN + LEAF + 100
+    _buffer, windows = filled(size, BufferBudget())
     assert {offset for offset, (_size, told) in windows.held.items() if told} == {
-        TOLD - LEAF,
-        2 * TOLD - LEAF,
-        2 * TOLD + LEAF,
+        UNSEEN - LEAF,
+        2 * UNSEEN - LEAF,
+        2 * UNSEEN + LEAF,
     }
 
 
 def test_what_finds_no_room_is_added_nowhere() -> None:
-    room = Room(2 * LEAF)
-    landing, windows = landed(3 * LEAF, room)
-    assert len(landing) == len(windows.held) == 2
-    landing.clear()
-    assert room.left == 2 * LEAF
+    budget = BufferBudget(2 * LEAF)
+    buffer, windows = filled(3 * LEAF, budget)
+    assert len(buffer) == len(windows.held) == 2
+    buffer.clear()
+    assert budget.left == 2 * LEAF
 
 
 def test_what_comes_after_the_end_is_not_kept() -> None:
-    landing, windows = landed(LEAF, Room())
-    landing.close()
-    landing.put(0, bytes(LEAF))
-    assert not len(landing)
+    buffer, windows = filled(LEAF, BufferBudget())
+    buffer.close()
+    buffer.put(0, bytes(LEAF))
+    assert not len(buffer)
     assert not windows.held

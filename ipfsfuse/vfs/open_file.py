@@ -15,7 +15,7 @@ from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request, set_request
-from ipfsfuse.vfs.landing import Landing, ReadWindows
+from ipfsfuse.vfs.prefetch_buffer import PrefetchBuffer, ReadWindows
 from ipfsfuse.vfs.readahead import ReadAhead, Window
 from ipfsfuse.vfs.tree import Tree
 
@@ -33,13 +33,13 @@ class OpenFile:
         self._file = file
         self._ref = FileRef(cids.canonical(file.cid), file.size)
         self._ahead = ReadAhead(file.size)
-        self._landing = Landing(tree.room, file.size, windows)
+        self._buffer = PrefetchBuffer(tree.buffer_budget, file.size, windows)
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
         """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
         if file.inline == file.size:
             self._stretches.append((Leaf(file.cid, 0, file.size),))
-            if (come := tree.handing.take(file.cid)) is not None:
-                self._landing.put(0, come)
+            if (come := tree.small_files.take(file.cid)) is not None:
+                self._buffer.put(0, come)
         self._asked: deque[int] = deque(maxlen=RECENT)
         """Offsets of the leaves asked for last: on their way already, not to be fetched ahead."""
         self._sure = False
@@ -51,7 +51,7 @@ class OpenFile:
         """Ends what is still being fetched ahead."""
         for scope in self._scopes:
             scope.cancel()
-        self._landing.close()
+        self._buffer.close()
         self._tree.cache.closed(self._ref)
 
     async def read(self, offset: int, size: int) -> Content:
@@ -82,20 +82,20 @@ class OpenFile:
         if self._tree.use is not None:
             self._tree.use(leaf.cid, ahead=False)
         self._asked.append(leaf.offset)
-        landed = self._landing.get(leaf.offset)
-        return landed if landed is not None else await self._tree.cache.leaf(self._ref, leaf, early=True)
+        buffered = self._buffer.get(leaf.offset)
+        return buffered if buffered is not None else await self._tree.cache.leaf(self._ref, leaf, early=True)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
-        """The part of a leaf that was asked for. What is left of it a sequential reader finds in the landing,
+        """The part of a leaf that was asked for. What is left of it a sequential reader finds in the buffer,
         so that its hash pays once."""
         first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
         if self._ahead.sequential and leaf.offset + last == self._file.size:
-            self._landing.clear()  # what was read from the windows is still there
+            self._buffer.clear()  # what was read from the windows is still there
         elif last == leaf.size:
-            self._landing.drop(leaf.offset)
+            self._buffer.drop(leaf.offset)
         elif self._ahead.sequential:
-            self._landing.put(leaf.offset, data)
-        self._landing.passed(leaf.offset)
+            self._buffer.put(leaf.offset, data)
+        self._buffer.passed(leaf.offset)
         return memoryview(data)[first:last]
 
     async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
@@ -129,7 +129,7 @@ class OpenFile:
                 self._scopes.discard(scope)
 
     def _arrived(self, leaf: Leaf, data: Content) -> None:
-        self._landing.put(leaf.offset, data)
+        self._buffer.put(leaf.offset, data)
 
 
 def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf]:
