@@ -14,7 +14,7 @@ import trio
 from ipfsfuse.cache import arc
 from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
 from ipfsfuse.cache.fsck import FsckReport, Told, fsck
-from ipfsfuse.cache.names import Names
+from ipfsfuse.cache.root_names import RootNames
 from ipfsfuse.cache.pinned import PinnedDags, Pinning
 from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store import recovery
@@ -64,7 +64,7 @@ class PinsetCache(Reader):
 
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         super().__init__(store, blocks, nursery, deadline)
-        self._names = Names(store)
+        self._names = RootNames(store)
         self._pinned = PinnedDags(store, self)
 
     @classmethod

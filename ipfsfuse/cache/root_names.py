@@ -20,7 +20,7 @@ LOOK_AT = 4
 for few."""
 
 
-class Names:
+class RootNames:
     def __init__(self, store: Store) -> None:
         self._store = store
         try:
