@@ -14,9 +14,9 @@ import trio
 from ipfsfuse.cache import arc
 from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
 from ipfsfuse.cache.fsck import FsckReport, Told, fsck
-from ipfsfuse.cache.root_names import RootNames
 from ipfsfuse.cache.pinned import PinnedDags, Pinning
 from ipfsfuse.cache.reader import Reader
+from ipfsfuse.cache.root_names import RootNames
 from ipfsfuse.cache.store import recovery
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
