@@ -20,7 +20,7 @@ def held(mount: Mounted, node: Node, files: int) -> None:
     """Waits until the node is told of all that is staged, which is `files` files at least."""
 
     def settled() -> bool:
-        pins = mount.home.json("status", "--json", "--cache-dir", mount.control.parent)["pins"][source(node)]
+        pins = mount.home.json("status", "--json", "--cache-dir", mount.control.parent.parent)["pins"][source(node)]
         return bool(pins["queued"] == 0 and pins["held"] >= files and not pins["failing"])
 
     wait_until(settled, "the node holds what is staged")
@@ -238,7 +238,7 @@ def test_a_killed_mount_keeps_what_it_pinned_and_its_next_start_goes_on(own_node
         assert all(node.has(cid) for cid in contents)
     assert sorted(
         path.name for path in home.cache.rglob("*") if "pin" in path.name or "mount" in path.name
-    ) == ["mount-id"]
+    ) == ["mount-id", "pinned"]
 
 
 def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(
