@@ -129,7 +129,9 @@ def test_a_start_on_a_full_disk_serves_uncached_and_says_so(
         with mounted(home, content.dag, *options) as (_gateway, mount):
             content.read(mount)
             status = home.json("status", "--json", "--cache-dir", disk / "cache")
-            assert re.search("No space left|disk is full|disk is too full", status["cache"]["trouble"]), status["cache"]
+            assert re.search("No space left|disk is full|disk is too full", status["cache"]["trouble"]), (
+                status["cache"]
+            )
             assert (disk / "cache" / "ipfsfuse-cache" / "control").exists()
             filler.unlink()
             read_until_cached(content, mount)

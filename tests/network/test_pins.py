@@ -20,7 +20,9 @@ def held(mount: Mounted, node: Node, files: int) -> None:
     """Waits until the node is told of all that is staged, which is `files` files at least."""
 
     def settled() -> bool:
-        pins = mount.home.json("status", "--json", "--cache-dir", mount.control.parent.parent)["pins"][source(node)]
+        pins = mount.home.json("status", "--json", "--cache-dir", mount.control.parent.parent)["pins"][
+            source(node)
+        ]
         return bool(pins["queued"] == 0 and pins["held"] >= files and not pins["failing"])
 
     wait_until(settled, "the node holds what is staged")
