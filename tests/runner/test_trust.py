@@ -30,7 +30,7 @@ import json, os, socket, sys
 path, user = sys.argv[1], int(sys.argv[2])
 with socket.socket(socket.AF_UNIX) as server:
     server.bind(path)
-    os.chmod(path, 0o666)
+    os.chmod(path, 0o600)
     os.setuid(user)
     server.listen()  # whose process calls this is whom SO_PEERCRED names
     print("listening", flush=True)
