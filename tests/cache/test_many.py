@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache import names
+from ipfsfuse.cache import root_names
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -23,7 +23,7 @@ SMALL_BLOCKS = int(os.environ.get("IPFSFUSE_SMALL_BLOCKS", "100000"))
 def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "MAX_NAMES", 100)
+    monkeypatch.setattr(root_names, "MAX_NAMES", 100)
 
     async def main() -> None:
         chain = Chain()
@@ -38,7 +38,7 @@ def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_ti
                 for cid in (one, other):
                     before = len(looked)
                     cache.note_root(cid, cids.text(cid))
-                    assert len(looked) - before <= names.LOOK_AT
+                    assert len(looked) - before <= root_names.LOOK_AT
             assert {cid for cid, _spelling in cache.named_roots()} == set(staged)
             assert len(cache._names._names) < 150 + 100
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:

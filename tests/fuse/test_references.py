@@ -16,6 +16,7 @@ from tests.dag.blocks import Blocks
 from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Thing, forest
 from tests.fuse.kernel_model import Kernel, Served, serving
 
+pytestmark = pytest.mark.logs("a call was answered")
 EXAMPLES = int(os.environ.get("IPFSFUSE_FUZZ_EXAMPLES", "40"))
 FOREST = forest()
 FILES, FOLDERS, ALL = FOREST.of_kind(FILE), [(), *FOREST.of_kind(DIRECTORY)], list(FOREST.things)

@@ -10,13 +10,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.carstream import Parser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Run, Subtree
-from ipfsfuse.sources.http import client
+from ipfsfuse.sources.http import client, fetch
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
@@ -280,6 +279,23 @@ def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
     section = car.section_head(cids.make(cids.RAW, b"\0\0"), 0)
     stream = car.encode_header([]) + section * 40_000
     assert len(stream) < 256 << 10
-    assert {len(blocks) for blocks in runs._parsed(Parser(), stream, "it")} == {runs.SECTIONS}
-    with pytest.raises(SourceFailed, match="it sent a broken CAR"):
-        list(runs._parsed(Parser(), stream + b"\1\1", "it"))
+
+    def deliveries(body: bytes, most: list[int]) -> None:
+        def behave(ask: Ask) -> None:
+            ask.send(200, body, "application/vnd.ipld.car")
+
+        async def main(gateway: Gateway) -> None:
+            async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+                most.append(len(blocks))
+
+            await gateway.subtree(SUBTREE, deliver)
+
+        with Server({}, behave) as server:
+            with_gateway(server, main)
+
+    counts: list[int] = []
+    deliveries(stream, counts)
+    assert sum(counts) == 40_000
+    assert max(counts) <= fetch.SECTIONS
+    with pytest.raises(SourceFailed, match="broken CAR"):
+        deliveries(stream + b"\1\1", counts)
