@@ -17,7 +17,7 @@ class UsageError(IpfsFuseError):
 
 
 class NotACid(IpfsFuseError):
-    """A text or byte string that is no CID. A name in the mount's root that is none is proved absent."""
+    """A text or byte string that is not a CID. Such a name in the mount's root does not exist."""
 
 
 class NotFound(IpfsFuseError):

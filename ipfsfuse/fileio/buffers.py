@@ -63,7 +63,7 @@ def is_aligned(data: memoryview, to: int) -> bool:
 
 
 TOGETHER = 4 << 20
-"""Bytes of leaves that are read, proved and written together: a thread's errand costs 60 us of CPU."""
+"""Bytes of leaves that are read, verified and written together: a call in a thread costs 60 us of CPU."""
 MOST_TOGETHER = 64
 """Leaves, however small."""
 

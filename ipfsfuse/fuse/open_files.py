@@ -46,7 +46,7 @@ class _Handle:
 
 class OpenFiles:
     def __init__(self, tree: Tree, inodes: Inodes, interrupts: Interrupts, push: bool) -> None:
-        """Without `push` nothing reaches the kernel unasked, and Python is asked for each open and read."""
+        """Without `push` no data is pushed to the kernel, and Python answers each open and read."""
         self._tree, self._inodes, self._interrupts, self._push = tree, inodes, interrupts, push
         self._pusher = PageCachePusher()
         self._handles: dict[int, _Handle] = {}
@@ -153,7 +153,7 @@ class OpenFiles:
             self._pusher.remove(number)
             device.revoke(number)
 
-    # -- what the kernel is given unasked --------------------------------------------------------------------
+    # -- data pushed to the kernel ---------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Takes note of what was opened in C, and of what the kernel took into its page cache."""

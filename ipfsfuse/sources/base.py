@@ -124,7 +124,7 @@ Block = bytes | memoryview
 Deliver = Callable[[int, Sequence[Block]], Awaitable[None]]
 """Awaited with (index in `Run.leaves`, the block of that leaf and of those behind it that came with it), in
 any order; it may wait, to slow the source down. What comes together is verified and written together: a
-thread's errand costs 60 us."""
+call in a thread costs 60 us."""
 
 
 @dataclass(frozen=True, slots=True)

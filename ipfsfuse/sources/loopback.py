@@ -188,7 +188,7 @@ class Connection:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether an idle connection still stands: the server did not close it, nor send anything unasked."""
+        """Whether an idle connection is usable: the server neither closed it nor sent anything."""
         try:
             self._raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as exc:

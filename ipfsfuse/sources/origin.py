@@ -82,7 +82,7 @@ def parse_origin(url: str) -> Origin:
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises for a port that is no number
+        _ = parts.port  # raises for a port that is not a number
     except ValueError as exc:
         raise UsageError(f"{url}: not a URL: {exc}") from exc
     if any(c.isspace() or not c.isprintable() for c in url):
