@@ -6,10 +6,8 @@ Concurrency: a thread per connection, all ended with the server.
 import select
 import socket
 import ssl
-import threading
+from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import h2.config
 import h2.connection
@@ -20,50 +18,29 @@ import h2.settings
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid
+from tests.sources.listening import Listening
 
 MAX_STREAMS = 100
 
 
-class Http2Server:
+class Http2Server(Listening):
     """`connections` counts those so far, `asked` the requests of each."""
 
     def __init__(self, blocks: Mapping[Cid, bytes], tls: ssl.SSLContext) -> None:
+        super().__init__(backlog=128)
         self._blocks = blocks
         self._tls = tls
         tls.set_alpn_protocols(["h2", "http/1.1"])
-        self.asked: list[int] = []
-        self._stopping = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._threads: list[threading.Thread] = []
+        self._asked: Counter[int] = Counter()
+        self.url = f"https://127.0.0.1:{self.port}"
 
     @property
     def connections(self) -> int:
-        return len(self.asked)
+        return len(self._threads)
 
-    def __enter__(self) -> Self:
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        for thread in [self._accepting, *self._threads]:
-            thread.join()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _address = self._listener.accept()
-            except OSError:
-                return
-            self.asked.append(0)
-            self._threads.append(threading.Thread(target=self._serve, args=(connection, len(self.asked) - 1)))
-            self._threads[-1].start()
+    @property
+    def asked(self) -> list[int]:
+        return [self._asked[number] for number in range(len(self._threads))]
 
     def _serve(self, plain: socket.socket, number: int) -> None:
         try:
@@ -82,7 +59,7 @@ class Http2Server:
                         return
                     for event in state.receive_data(data):
                         if isinstance(event, h2.events.RequestReceived):
-                            self.asked[number] += 1
+                            self._asked[number] += 1
                             self._answer(state, event, unsent)
                     for stream in list(unsent):
                         self._send(state, stream, unsent)

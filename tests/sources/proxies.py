@@ -6,47 +6,20 @@ Concurrency: a thread per connection, all ended with the proxy.
 
 import select
 import socket
-import threading
-from types import TracebackType
-from typing import Self
+
+from tests.sources.listening import Listening
 
 
-class Proxy:
+class Proxy(Listening):
     """`ports`: where each host's server really listens, on 127.0.0.1. `heads` are the first request's head of
     each connection."""
 
     def __init__(self, ports: dict[str, int]) -> None:
+        super().__init__()
         self.ports = ports
         self.heads: list[str] = []
-        self._stopping = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Self:
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        for thread in [self._accepting, *self._threads]:
-            thread.join()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _address = self._listener.accept()
-            except OSError:
-                return
-            self._threads.append(threading.Thread(target=self._serve, args=(connection,)))
-            self._threads[-1].start()
-
-    def _serve(self, client: socket.socket) -> None:
+    def _serve(self, client: socket.socket, number: int) -> None:
         with client:
             head = b""
             while b"\r\n\r\n" not in head:
