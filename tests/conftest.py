@@ -104,7 +104,7 @@ def expected_logs_only(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test after which the log holds a line of WARNING or above that its `logs` marker does not
     name."""
     collected = _Collected()
-    loggers = [logging.getLogger("ipfsfuse"), logging.getLogger("runner")]
+    loggers = [logging.getLogger("ipfsfuse"), logging.getLogger("ipfsfuse_run")]
     for logger in loggers:
         logger.addHandler(collected)
     yield

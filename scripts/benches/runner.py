@@ -111,7 +111,7 @@ def _show_start(folder: Path) -> None:
     cid = _ipfsfuse(folder, "add", "-Q", str(module)).strip()
     _ipfsfuse(folder, "mount", str(mount))
     try:
-        command = [sys.executable, "-m", "runner", "--mount", str(mount), f"/ipfs/{cid}"]
+        command = [sys.executable, "-m", "ipfsfuse_run", "--mount", str(mount), f"/ipfs/{cid}"]
         _first, *took = [_until_its_first_byte(command, folder) for _ in range(1 + STARTS)]
     finally:
         _ipfsfuse(folder, "unmount", str(mount))
@@ -209,7 +209,7 @@ def _run(guest: Path, folder: Path, tree: Path, daemon: int, files: int) -> Cost
     command = [
         sys.executable,
         "-m",
-        "runner",
+        "ipfsfuse_run",
         "--mount",
         str(tree.parent),
         str(guest),

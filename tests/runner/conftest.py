@@ -27,7 +27,7 @@ class Runner:
 
     def command(self, *args: str | Path) -> list[str]:
         given = [] if self.mount is None else ["--mount", str(self.mount)]
-        return [sys.executable, "-m", "runner", *given, *map(str, args)]
+        return [sys.executable, "-m", "ipfsfuse_run", *given, *map(str, args)]
 
     def __call__(self, *args: str | Path, stdin: bytes = b"") -> Done:
         return subprocess.run(
@@ -89,7 +89,9 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(tree: Path, tmp_path: Path) -> Runner:
     """A runner on the folder `tree`, with a cache of its own."""
-    return Runner({**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PYTHONPATH": str(TOP)}, tree)
+    return Runner(
+        {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"}, tree
+    )
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import wasmtime
 
-from runner import guest
-from runner.codecache import CodeCache
-from runner.guest import MODULE, Settings
+from ipfsfuse_run import guest
+from ipfsfuse_run.codecache import CodeCache
+from ipfsfuse_run.guest import MODULE, Settings
 from tests.runner.conftest import TOP, Runner
 
 PLAIN = Settings(fuel=False, max_wasm_stack=None, deterministic=False)

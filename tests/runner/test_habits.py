@@ -125,10 +125,10 @@ def test_a_signal_ends_what_the_runner_does_behind_the_guest(run: Runner, tmp_pa
     guest.write_text('(module (func (export "_start")))')
     code = f"""if True:
         import os, signal
-        from runner import signals, supervise
-        from runner.child import Plan
-        from runner.limits import NO_LIMITS
-        from runner.sandbox import Sandbox
+        from ipfsfuse_run import signals, supervise
+        from ipfsfuse_run.child import Plan
+        from ipfsfuse_run.limits import NO_LIMITS
+        from ipfsfuse_run.sandbox import Sandbox
         signals.raise_ended()
         assert supervise.run(Plan({str(guest)!r}, "/", Sandbox(["guest"], [], [], None, NO_LIMITS))).code == 0
         try:

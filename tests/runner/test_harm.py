@@ -23,11 +23,11 @@ from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from runner import receipt as receipts
-from runner.errors import ReceiptRefused
-from runner.inspecting import Walk
-from runner.limits import NO_LIMITS
-from runner.replay import check_stdin, limits_for, opened
+from ipfsfuse_run import receipt as receipts
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.inspecting import Walk
+from ipfsfuse_run.limits import NO_LIMITS
+from ipfsfuse_run.replay import check_stdin, limits_for, opened
 from tests.mounting import Home, wait_until
 from tests.runner import recorded
 from tests.runner.conftest import TOP, Runner

@@ -11,7 +11,7 @@ FOR_OTHERS = {"subprocess", "tempfile", "socket", "wasmtime.component", "inspect
 
 
 def test_a_plain_run_imports_no_codec_and_no_mount() -> None:
-    code = "import sys, runner.cli, runner.run; print(*sys.modules)"
+    code = "import sys, ipfsfuse_run.cli, ipfsfuse_run.run; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -12,11 +12,11 @@ import pytest
 from ipfsfuse.dag import builder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
-from runner import receipt, streams
-from runner.bundle import Bundle, Writer
-from runner.errors import ReceiptRefused
-from runner.limits import NO_LIMITS
-from runner.receipt import Receipt
+from ipfsfuse_run import receipt, streams
+from ipfsfuse_run.bundle import Bundle, Writer
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.limits import NO_LIMITS
+from ipfsfuse_run.receipt import Receipt
 from tests.runner.conftest import TOP, Runner
 
 GUEST = b"any guest"

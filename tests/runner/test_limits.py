@@ -9,8 +9,8 @@ import pytest
 import wasmtime
 
 from ipfsfuse.errors import UsageError
-from runner import limits
-from runner.limits import Limits
+from ipfsfuse_run import limits
+from ipfsfuse_run.limits import Limits
 from tests.mounting import PATIENCE
 from tests.runner.conftest import DEMO, TOP, Runner
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from runner import receipt
-from runner.bundle import Writer
-from runner.errors import ReceiptRefused
+from ipfsfuse_run import receipt
+from ipfsfuse_run.bundle import Writer
+from ipfsfuse_run.errors import ReceiptRefused
 from tests.mounting import Home
 from tests.runner import recorded
 from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines

@@ -147,6 +147,6 @@ def test_what_comes_from_outside_can_not_act_on_a_terminal(run: Runner, tree: Pa
 def test_help_names_every_limit() -> None:
     env = {**os.environ, "PYTHONPATH": str(TOP)}
     done = subprocess.run(
-        [sys.executable, "-m", "runner", "--help"], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "ipfsfuse_run", "--help"], env=env, capture_output=True, text=True, check=True
     )
     assert all(name in done.stdout for name in ("max-memory-size", "--allow", "--replay", "inspect"))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ipfsfuse.dag import cid as cids
-from runner import receipt as told
-from runner.errors import ReceiptRefused
+from ipfsfuse_run import receipt as told
+from ipfsfuse_run.errors import ReceiptRefused
 from tests.dagging import Dag
 from tests.mounting import Home
 from tests.runner.conftest import GUESTS, Runner, lines

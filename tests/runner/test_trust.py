@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import GuestRefused
-from runner.limits import NO_LIMITS
-from runner.sandbox import IPFS, Preopen, Sandbox, wasi_config
+from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.limits import NO_LIMITS
+from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, wasi_config
 from tests.mounting import NOBODY, Home
 from tests.runner.conftest import DEMO, TOP, Done, Runner, lines
 
@@ -297,8 +297,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
-    from runner.codecache import CodeCache
-    from runner.guest import MODULE, Settings, make_engine
+    from ipfsfuse_run.codecache import CodeCache
+    from ipfsfuse_run.guest import MODULE, Settings, make_engine
 
     folder = tmp_path / "code"
     folder.mkdir(mode=0o700)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, UsageError
-from runner import limits
-from runner.errors import ReceiptRefused
-from runner.guest import TRAPPED
-from runner.limits import Limits
-from runner.streams import Digest
+from ipfsfuse_run import limits
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.guest import TRAPPED
+from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.streams import Digest
 
 FORMAT = 1
 _KIND = "ipfsfuse-run receipt"

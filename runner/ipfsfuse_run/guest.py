@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import wasmtime
 from wasmtime import _ffi
 
-from runner.errors import GuestRefused
-from runner.limits import Limits
+from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.limits import Limits
 
 if TYPE_CHECKING:  # 13 ms that a module need not wait for
     from wasmtime import component
@@ -196,7 +196,7 @@ def _run_module(
             module_name, "proc_exit", wasmtime.FuncType([wasmtime.ValType.i32()], []), _proc_exit
         )
     if deterministic:
-        from runner import determinism
+        from ipfsfuse_run import determinism
 
         determinism.fix_module(linker, WASI_P1)
     begin()
@@ -229,7 +229,7 @@ def _run_component(
     linker.allow_shadowing = True
     linker.add_wasip2()
     if deterministic:
-        from runner import determinism
+        from ipfsfuse_run import determinism
 
         determinism.fix_component(linker)
     begin()

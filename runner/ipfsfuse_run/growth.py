@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from runner import signals
+from ipfsfuse_run import signals
 
 INTERVAL = 0.1
 """Seconds between two looks, and at least twice what the last look took."""

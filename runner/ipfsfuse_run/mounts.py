@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import ipfsfuse
 from ipfsfuse.errors import DaemonFailed, MountFailed, StoreFailed, UsageError
-from runner import paths
-from runner.control import Control
-from runner.options import Options
+from ipfsfuse_run import paths
+from ipfsfuse_run.control import Control
+from ipfsfuse_run.options import Options
 
 _RACE_S = 30.0
 _GONE_S = 2.0

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from runner import messages, signals
-from runner import options as parsing
-from runner.errors import COULD_NOT_RUN
+from ipfsfuse_run import messages, signals
+from ipfsfuse_run import options as parsing
+from ipfsfuse_run.errors import COULD_NOT_RUN
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -32,14 +32,14 @@ def _main(argv: Sequence[str]) -> int:
     """An exit code, or a signal's number below 0. What takes long to import is imported for whom it
     serves."""
     if argv and argv[0] == "inspect":
-        from runner import inspecting
+        from ipfsfuse_run import inspecting
 
         return inspecting.main(argv[1:])
     options = parsing.parse(argv)
     if options.replay is not None:
-        from runner import replay
+        from ipfsfuse_run import replay
 
         return replay.replay(Path(options.replay), options.limits)
-    from runner import run
+    from ipfsfuse_run import run
 
     return run.run(options)

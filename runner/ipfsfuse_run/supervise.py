@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
-from runner import child, growth, limits, messages, signals
-from runner.child import Plan, Reports
-from runner.errors import COULD_NOT_RUN
-from runner.growth import Growth
-from runner.guest import TRAPPED
+from ipfsfuse_run import child, growth, limits, messages, signals
+from ipfsfuse_run.child import Plan, Reports
+from ipfsfuse_run.errors import COULD_NOT_RUN
+from ipfsfuse_run.growth import Growth
+from ipfsfuse_run.guest import TRAPPED
 
 OUT_OF_TIME = 124
 GRACE = 0.4

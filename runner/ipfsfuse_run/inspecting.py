@@ -13,11 +13,11 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
 from ipfsfuse.errors import Malformed
 from ipfsfuse.text import printable
-from runner import bundle, messages, options
-from runner.bundle import Bundle
-from runner.errors import ReceiptRefused
-from runner.receipt import Receipt
-from runner.replay import check_stdin, opened
+from ipfsfuse_run import bundle, messages, options
+from ipfsfuse_run.bundle import Bundle
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.receipt import Receipt
+from ipfsfuse_run.replay import check_stdin, opened
 
 
 class Row(NamedTuple):

@@ -9,10 +9,10 @@ import stat
 import sys
 from typing import BinaryIO, NamedTuple
 
-from runner import limits, units
-from runner.errors import GuestRefused
-from runner.limits import Limits
-from runner.supervise import LimitReached, Sink, Streams
+from ipfsfuse_run import limits, units
+from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.supervise import LimitReached, Sink, Streams
 
 _CHUNK = 1 << 20
 

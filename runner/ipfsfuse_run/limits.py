@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ipfsfuse.errors import UsageError
-from runner import units
+from ipfsfuse_run import units
 
 
 class Limits(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from ipfsfuse.errors import UsageError
-from runner import limits as limiting
-from runner.limits import NO_LIMITS, Limits
+from ipfsfuse_run import limits as limiting
+from ipfsfuse_run.limits import NO_LIMITS, Limits
 
 
 class Dir(NamedTuple):

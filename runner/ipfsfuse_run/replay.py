@@ -10,16 +10,16 @@ from typing import BinaryIO, NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Directory
-from runner import bundle, limits, messages, mounts, sandbox, streams, supervise
-from runner import receipt as receipts
-from runner.bundle import Bundle
-from runner.child import Plan
-from runner.errors import ReceiptRefused
-from runner.guest import MAX_BYTES as MAX_GUEST
-from runner.limits import NO_LIMITS, Limits
-from runner.options import Dir, Options
-from runner.receipt import Receipt
-from runner.supervise import Outcome, Sink, Streams
+from ipfsfuse_run import bundle, limits, messages, mounts, sandbox, streams, supervise
+from ipfsfuse_run import receipt as receipts
+from ipfsfuse_run.bundle import Bundle
+from ipfsfuse_run.child import Plan
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.guest import MAX_BYTES as MAX_GUEST
+from ipfsfuse_run.limits import NO_LIMITS, Limits
+from ipfsfuse_run.options import Dir, Options
+from ipfsfuse_run.receipt import Receipt
+from ipfsfuse_run.supervise import Outcome, Sink, Streams
 
 
 class Verdict(NamedTuple):

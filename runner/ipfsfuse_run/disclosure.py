@@ -6,11 +6,11 @@ import stat
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import DaemonFailed, Unavailable
-from runner import messages
-from runner.options import Options
+from ipfsfuse_run import messages
+from ipfsfuse_run.options import Options
 
 if TYPE_CHECKING:
-    from runner.mounts import Mount
+    from ipfsfuse_run.mounts import Mount
 
 
 def warn(options: Options, mount: "Mount") -> None:

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from runner import messages, sandbox, streams, supervise
-from runner.child import Plan
-from runner.options import Options
-from runner.supervise import Outcome
+from ipfsfuse_run import messages, sandbox, streams, supervise
+from ipfsfuse_run.child import Plan
+from ipfsfuse_run.options import Options
+from ipfsfuse_run.supervise import Outcome
 
 
 def run(options: Options) -> int:
@@ -19,7 +19,7 @@ def run(options: Options) -> int:
     if options.record is None:
         outcome = _plainly(options)
     else:
-        from runner import recording  # with the codecs, 100 ms
+        from ipfsfuse_run import recording  # with the codecs, 100 ms
 
         outcome = recording.record(options)
     if outcome.refused is not None:
@@ -30,7 +30,7 @@ def run(options: Options) -> int:
 def _plainly(options: Options) -> Outcome:
     if options.mount is not None:
         return _in(os.path.abspath(options.mount), options)
-    from runner import disclosure, mounts  # with what starts a daemon, 10 ms
+    from ipfsfuse_run import disclosure, mounts  # with what starts a daemon, 10 ms
 
     with mounts.mounted(options) as mount:
         disclosure.warn(options, mount)

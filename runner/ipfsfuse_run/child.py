@@ -15,12 +15,12 @@ from contextlib import nullcontext
 from typing import NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from runner import growth, guest, limits, sandbox, signals
-from runner.codecache import CodeCache
-from runner.errors import COULD_NOT_RUN, GuestRefused
-from runner.growth import Growth
-from runner.guest import Guest
-from runner.sandbox import IPFS, Sandbox
+from ipfsfuse_run import growth, guest, limits, sandbox, signals
+from ipfsfuse_run.codecache import CodeCache
+from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
+from ipfsfuse_run.growth import Growth
+from ipfsfuse_run.guest import Guest
+from ipfsfuse_run.sandbox import IPFS, Sandbox
 
 _STACK_SPARE = 4 << 20
 _MAX_TRAP = 64 << 10

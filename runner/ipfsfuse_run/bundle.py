@@ -17,8 +17,8 @@ from ipfsfuse.dag.builder import Built, Stored
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, parse
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
-from runner import receipt
-from runner.errors import ReceiptRefused
+from ipfsfuse_run import receipt
+from ipfsfuse_run.errors import ReceiptRefused
 
 RECEIPT, GUEST, STDIN, IPFS, DIRS = "receipt.json", "guest.wasm", "stdin", "ipfs", "dir"
 _PROFILE = builder.UNIXFS_V1_2025

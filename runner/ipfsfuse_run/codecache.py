@@ -27,9 +27,9 @@ import wasmtime
 from wasmtime import _ffi
 
 from ipfsfuse.errors import StoreFailed
-from runner import guest, paths, signals
-from runner.errors import GuestRefused
-from runner.guest import Guest, Settings
+from ipfsfuse_run import guest, paths, signals
+from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.guest import Guest, Settings
 
 if TYPE_CHECKING:
     from wasmtime import component

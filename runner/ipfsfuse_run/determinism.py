@@ -14,7 +14,7 @@ from typing import Any
 import wasmtime
 from wasmtime import component
 
-from runner.errors import GuestRefused
+from ipfsfuse_run.errors import GuestRefused
 
 START_NS = 946_684_800_000_000_000
 """2000-01-01T00:00:00Z, in nanoseconds since 1970."""

@@ -20,16 +20,16 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError, WrongBlock
-from runner import bundle, disclosure, messages, mounts, sandbox, streams, supervise
-from runner import receipt as receipts
-from runner.bundle import Writer
-from runner.child import Plan
-from runner.control import Control
-from runner.options import Options
-from runner.receipt import GivenDir, Receipt
-from runner.sandbox import Sandbox
-from runner.streams import Digest
-from runner.supervise import Outcome, Streams
+from ipfsfuse_run import bundle, disclosure, messages, mounts, sandbox, streams, supervise
+from ipfsfuse_run import receipt as receipts
+from ipfsfuse_run.bundle import Writer
+from ipfsfuse_run.child import Plan
+from ipfsfuse_run.control import Control
+from ipfsfuse_run.options import Options
+from ipfsfuse_run.receipt import GivenDir, Receipt
+from ipfsfuse_run.sandbox import Sandbox
+from ipfsfuse_run.streams import Digest
+from ipfsfuse_run.supervise import Outcome, Streams
 
 
 class _Material(NamedTuple):

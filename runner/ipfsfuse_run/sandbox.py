@@ -19,10 +19,10 @@ from typing import NamedTuple
 import wasmtime
 
 from ipfsfuse.errors import UsageError
-from runner import paths
-from runner.errors import GuestRefused
-from runner.limits import Limits
-from runner.options import Dir, Options
+from ipfsfuse_run import paths
+from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.options import Dir, Options
 
 IPFS = "/ipfs"
 
