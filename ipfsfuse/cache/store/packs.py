@@ -24,7 +24,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
-from ipfsfuse.fileio.calls import write_all
+from ipfsfuse.fileio.files import write_all
 
 PACK = ".pack"
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.pack")

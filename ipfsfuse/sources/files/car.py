@@ -14,7 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
 from ipfsfuse.sources.files.carbuild import IndexProgress, ensure_index
 from ipfsfuse.sources.files.carfile import CarFile, read_cached
 from ipfsfuse.sources.files.carstreams import Found, stream_places
@@ -64,7 +64,7 @@ class CarSource:
             return self._file.read_small(place)
         return await threads.run_sync(self._file.read, place)
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:

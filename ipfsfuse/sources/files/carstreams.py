@@ -15,7 +15,7 @@ from outcome import Outcome
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, Run, fits
+from ipfsfuse.sources.base import Deliver, LeafRange, fits
 from ipfsfuse.sources.files.carfile import CarFile, Place
 
 GROUP_BYTES = 8 << 20
@@ -53,7 +53,7 @@ def _room_of_run() -> trio.Semaphore:
         return room
 
 
-async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
+async def stream_places(run: LeafRange, find: Find, deliver: Deliver) -> None:
     """Delivers the blocks of `run` that `find` finds and that fit, in the run's order. Raises
     SourceFailed."""
     send, receive = trio.open_memory_channel[Outcome[Blocks]](0)

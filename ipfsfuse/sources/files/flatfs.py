@@ -23,8 +23,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.direct import Direct
-from ipfsfuse.fileio.whole import read_file, read_whole, regular, size_of
+from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
 from ipfsfuse.sources.base import Block, fits, too_large
 
 log = logging.getLogger("ipfsfuse.sources")

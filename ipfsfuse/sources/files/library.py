@@ -16,7 +16,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, NotHere, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
 from ipfsfuse.sources.files import librarycompact, libraryfolder
 from ipfsfuse.sources.files.carfile import read_cached, read_disk
 from ipfsfuse.sources.files.carstreams import Found, stream_places
@@ -137,7 +137,7 @@ class LibrarySource:
             return found.file.read_small(found.place)
         return await threads.run_sync(found.file.read, found.place)
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree
 
 
 class Inline:
@@ -23,7 +23,7 @@ class Inline:
             raise NotHere(f"{cids.text(cid)} holds no block of its own")
         return block
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         for index, leaf in enumerate(run.leaves):
             block = cids.inline(leaf.cid)
             if block is not None:

@@ -20,14 +20,14 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, Malformed
-from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source, Subtree, Taker, fits
+from ipfsfuse.sources.base import DeliverFetched, Fetched, LeafRange, Source, Subtree, Taker, fits
+from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.block_fetch import HedgedFetch
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.inline import INLINE
 from ipfsfuse.sources.pool.managed_source import ManagedSource
 from ipfsfuse.sources.pool.range_fetch import RangeFetch
 from ipfsfuse.sources.pool.subtree_fetch import SubtreeFetch
-from ipfsfuse.sources.runs import all_of
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class SourcePool:
         fetch = self._under_way.get(cids.multihash(cid))
         return "" if fetch is None else "; ".join(fetch.said.values())
 
-    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
         fetch = RangeFetch(self, run, deliver)
         await fetch.from_each()
         left = iter(fetch.missing)

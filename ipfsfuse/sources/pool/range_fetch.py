@@ -10,7 +10,7 @@ import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.base import Block, DeliverFetched, Run
+from ipfsfuse.sources.base import Block, DeliverFetched, LeafRange
 from ipfsfuse.sources.pool.block_fetch import Pool
 from ipfsfuse.sources.pool.inline import INLINE
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource
@@ -22,7 +22,7 @@ half of the deadline."""
 
 
 class RangeFetch:
-    def __init__(self, pool: Pool, run: Run, deliver: DeliverFetched) -> None:
+    def __init__(self, pool: Pool, run: LeafRange, deliver: DeliverFetched) -> None:
         self._pool = pool
         self._run = run
         self._deliver = deliver
@@ -56,10 +56,12 @@ class RangeFetch:
 
     # -- for the attempt -------------------------------------------------------------------------------------
 
-    def part(self) -> tuple[Sequence[int], Run]:
+    def part(self) -> tuple[Sequence[int], LeafRange]:
         """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
         places = self.missing
-        return places, Run(self._run.file, self._run.file_size, [self._run.leaves[place] for place in places])
+        return places, LeafRange(
+            self._run.file, self._run.file_size, [self._run.leaves[place] for place in places]
+        )
 
     async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
         """Verifies and delivers the blocks of leaves. False if one was wrong."""

@@ -10,10 +10,10 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unsupported, WrongBlock
 from ipfsfuse.sources.base import Fetched, Subtree, Taker
+from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.block_fetch import Pool
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource
 from ipfsfuse.sources.pool.verification import check
-from ipfsfuse.sources.runs import all_of
 
 STALL = 0.25
 """Seconds without a block after which the answer is given up: one block that the source lacks must not delay
