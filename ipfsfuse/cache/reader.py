@@ -14,7 +14,7 @@ from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.disk import SMALL
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves as dagleaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
@@ -85,22 +85,22 @@ class FetchResult(NamedTuple):
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
-    if len(block) <= MAX_PARSED_ON_LOOP or dagleaves.is_canonical(cid, block):
+    if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
     return await threads.run_sync(parse)
 
 
 async def content_of(leaf: Leaf, block: Block) -> Content:
-    """The content of `leaf`, from its block. Raises what `dag.leaves.of` raises."""
-    return await _parsed(lambda: dagleaves.of(leaf, bytes(block)), leaf.cid, block)
+    """The content of `leaf`, from its block. Raises what `dag.file_layout.leaf_content` raises."""
+    return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
-    content = await _parsed(lambda: dagleaves.content(leaf.cid, block), leaf.cid, block)
+    content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, block)
+    stage = file.size > SMALL and file_layout.is_canonical(leaf.cid, block)
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 

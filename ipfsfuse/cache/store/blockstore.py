@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from ipfsfuse.cache.store.disk import Disk
 from ipfsfuse.cache.store.packs import PackSet, Place, Section, rewrite_block, section
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
@@ -194,6 +194,6 @@ class BlockStore(Disk):
 
 def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
     block = read(place)
-    if not hashes.matches(cids.multihash(cid), (block,)):
+    if not multihashes.matches(cids.multihash(cid), (block,)):
         raise WrongBlock(cids.text(cid))
     return block

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, Malformed
 from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source, Subtree, Taker, fits
@@ -92,7 +92,7 @@ class SourcePool:
             await managed.aclose()
 
     async def get(self, cid: Cid) -> Fetched:
-        hashes.check_allowed(cids.multihash(cid))
+        multihashes.check_allowed(cids.multihash(cid))
         inline = cids.known(cid)
         if inline is not None:
             return Fetched(inline, INLINE)

@@ -6,7 +6,7 @@ Concurrency: small blocks are hashed on the event loop, larger ones in a worker 
 from collections.abc import Sequence
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import WrongBlock
 from ipfsfuse.fileio import threads
@@ -21,7 +21,7 @@ async def check(cid: Cid, block: bytes) -> None:
     """Raises WrongBlock unless `block` is what `cid` names, Unsupported for a hash that is not allowed."""
     if len(block) <= INLINE_BYTES:
         try:
-            hashes.verify(cids.multihash(cid), block, "")
+            multihashes.verify(cids.multihash(cid), block, "")
         except WrongBlock:
             cids.verify(cid, block)  # names the block, which takes as long as hashing it
         return
@@ -34,7 +34,8 @@ async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence
 
     def run() -> Sequence[bool]:
         return [
-            hashes.matches(cids.multihash(cid), (block,)) for cid, block in zip(wanted, blocks, strict=True)
+            multihashes.matches(cids.multihash(cid), (block,))
+            for cid, block in zip(wanted, blocks, strict=True)
         ]
 
     if sum(map(len, blocks)) <= INLINE_BYTES:
