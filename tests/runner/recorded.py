@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipfsfuse_run.bundle import Writer, cid_of
-
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
+from ipfsfuse_run.bundle import Writer, cid_of
 
 GUEST = b"""(module
   (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))

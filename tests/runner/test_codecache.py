@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import wasmtime
+
 from ipfsfuse_run import guest
 from ipfsfuse_run.codecache import CodeCache
 from ipfsfuse_run.guest import MODULE, Settings
-
 from tests.runner.conftest import TOP, Runner
 
 PLAIN = Settings(fuel=False, max_wasm_stack=None, deterministic=False)

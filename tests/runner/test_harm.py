@@ -17,17 +17,17 @@ from typing import Any
 
 import pytest
 import wasmtime
-from ipfsfuse_run import receipt as receipts
-from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.inspecting import Walk
-from ipfsfuse_run.limits import NO_LIMITS
-from ipfsfuse_run.replay import check_stdin, limits_for, opened
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
+from ipfsfuse_run import receipt as receipts
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.inspecting import Walk
+from ipfsfuse_run.limits import NO_LIMITS
+from ipfsfuse_run.replay import check_stdin, limits_for, opened
 from tests.mounting import Home, wait_until
 from tests.runner import recorded
 from tests.runner.conftest import TOP, Runner

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ipfsfuse.dag import builder
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.builder import Built
 from ipfsfuse_run import receipt, streams
 from ipfsfuse_run.bundle import Bundle, Writer
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.limits import NO_LIMITS
 from ipfsfuse_run.receipt import Receipt
-
-from ipfsfuse.dag import builder
-from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.builder import Built
 from tests.runner.conftest import TOP, Runner
 
 GUEST = b"any guest"

@@ -7,10 +7,10 @@ from subprocess import DEVNULL, PIPE
 
 import pytest
 import wasmtime
-from ipfsfuse_run import limits
-from ipfsfuse_run.limits import Limits
 
 from ipfsfuse.errors import UsageError
+from ipfsfuse_run import limits
+from ipfsfuse_run.limits import Limits
 from tests.mounting import PATIENCE
 from tests.runner.conftest import DEMO, TOP, Runner
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ipfsfuse_run import receipt
 from ipfsfuse_run.bundle import Writer
 from ipfsfuse_run.errors import ReceiptRefused
-
 from tests.mounting import Home
 from tests.runner import recorded
 from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines

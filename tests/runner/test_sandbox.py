@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.sandbox import inside
-
 from tests.mounting import Home
 from tests.runner.conftest import DEMO, Runner, lines
 from tests.runner.writesp2 import CALLS, NOT_PERMITTED, OPENED_TO_CHANGE, SUCCESS, TRIES, component

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipfsfuse_run import receipt as told
-from ipfsfuse_run.errors import ReceiptRefused
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse_run import receipt as told
+from ipfsfuse_run.errors import ReceiptRefused
 from tests.dagging import Dag
 from tests.mounting import Home
 from tests.runner.conftest import GUESTS, Runner, lines

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import NO_LIMITS
 from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, wasi_config
-
 from tests.mounting import NOBODY, Home
 from tests.runner.conftest import DEMO, TOP, Done, Runner, lines
 
