@@ -516,8 +516,8 @@ def _lock_file(folder: int, cache_dir: Path) -> int:
 
 
 def _open_locked(open_it: Callable[[], int], folder: int, name: str, cache_dir: Path) -> int:
-    """The descriptor that `open_it` gives of `name` in `folder`, locked. It is opened again where another thing
-    got that name before the lock was had."""
+    """The descriptor that `open_it` gives of `name` in `folder`, locked. It is opened again where something
+    else got that name before the lock was had."""
     while True:
         fd = open_it()
         try:
