@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cache.store.space import FreeSpace, disk_usage
 from ipfsfuse.cli import console, folders, units
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
