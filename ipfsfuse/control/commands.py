@@ -49,7 +49,7 @@ class Commands:
         """`resolver` is awaited when a name is first asked for."""
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._resolver = resolver
-        self._blocks = WholeBlocks(cache)
+        self._blocks = WholeBlocks(cache.reader)
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
@@ -111,8 +111,8 @@ class Commands:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = await threads.run_sync(_entries, await self._cache.listed())
-        return {"entries": entries, "small": (await self._cache.small())._asdict()}
+        entries = await threads.run_sync(_entries, await self._cache.store.listed())
+        return {"entries": entries, "small": (await self._cache.store.blocks.count())._asdict()}
 
     async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
         """The path that an IPNS name or a domain stands for now, and for how many seconds that holds."""
