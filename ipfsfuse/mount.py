@@ -19,8 +19,7 @@ import trio
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.folder import CacheFolder, locked
-from ipfsfuse.cache.store.isolated import isolated_folder
+from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
 from ipfsfuse.config import MountConfig
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
@@ -175,10 +174,10 @@ async def _serving(
                 folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
             )
         )
-        pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
+        pins.reconcile([kept.cid for kept in cache.store.kept()], cache.pinned(), cache.store.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
-        tree = Tree(cache, nursery, record)
+        tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)

@@ -8,7 +8,7 @@ tasks.
 
 from ipfsfuse.cache.base import Cache, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves, nodes
+from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
@@ -42,7 +42,7 @@ class WholeBlocks:
             content = await self._cache.leaf(file, leaf)
         except IpfsFuseError:
             return None
-        return await threads.run_sync(leaves.block, leaf.cid, content)
+        return await threads.run_sync(file_layout.leaf_block, leaf.cid, content)
 
     def _note(self, node: File) -> None:
         """Remembers where its children lie."""

@@ -36,7 +36,7 @@ class Commands:
         self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree
     ) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
-        self._blocks = WholeBlocks(cache)
+        self._blocks = WholeBlocks(cache.reader)
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
@@ -97,8 +97,8 @@ class Commands:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = await threads.run_sync(_entries, await self._cache.listed())
-        return {"entries": entries, "small": (await self._cache.small())._asdict()}
+        entries = await threads.run_sync(_entries, await self._cache.store.listed())
+        return {"entries": entries, "small": (await self._cache.store.blocks.count())._asdict()}
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
         depth = arguments.get("depth")

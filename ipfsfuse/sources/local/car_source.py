@@ -1,22 +1,29 @@
-"""Long reads from CAR files: blocks that lie side by side come by one read, the next read runs while one is
-delivered.
+"""A CAR file as a source: read in place, by multihash, never staged again.
 
-Only blocks that fit their leaves are read, so that the leaves' sizes, which are claims, bound what a group
-takes. Concurrency: one call per run; files are read in worker threads. All calls together hold GROUPS groups.
+Blocks that the page cache holds are read at once on the event loop (10 us; a worker thread costs 80).
+Everything else is read in worker threads. For long reads (`stream_places`), blocks that lie side by side are
+read together, and the next read runs while one is delivered. Only blocks that fit their leaves are read, so
+the leaves' sizes, which are claims, bound the memory of a group. All calls together hold GROUPS groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import outcome
 import trio
 from outcome import Outcome
 
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import NotHere
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, Run, fits
-from ipfsfuse.sources.files.carfile import CarFile, Place
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, fits, too_large
+from ipfsfuse.sources.local.car_file import CarFile, IndexProgress, Place, ensure_index, read_cached
+
+# -- long reads ----------------------------------------------------------------------------------------------
 
 GROUP_BYTES = 8 << 20
 GROUPS = 4
@@ -140,3 +147,67 @@ def _read_together(near: list[tuple[int, Found]]) -> Blocks:
     return [
         (index, bytes(data[place.offset - first.offset :][: place.size])) for index, (_file, place) in near
     ]
+
+
+# -- the source ----------------------------------------------------------------------------------------------
+
+
+class CarSource:
+    """One file. `whole` is False where it is damaged: what stands before the damage reads."""
+
+    in_place = True
+
+    def __init__(self, file: CarFile, whole: bool = True) -> None:
+        """`file` with an index; it is closed with the source. Most callers want `open`."""
+        self._file = file
+        self.name = file.name
+        self.path = file.path
+        self.whole = whole
+
+    @classmethod
+    def open(cls, path: Path, indexes: Path, progress: IndexProgress | None = None) -> "CarSource":
+        """Opens the CAR file at `path`. Blocks while an index is built, which then stays in the folder
+        `indexes`.
+
+        Raises SourceFailed: no such file, empty, not a CAR, a header that lies, an index that can't be
+        written.
+        """
+        file = CarFile(path)
+        try:
+            return cls(file, ensure_index(file, indexes, progress))
+        except BaseException:
+            file.close()
+            raise
+
+    async def get(self, cid: Cid) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if cids.inline(cid) is not None:
+            raise NotHere("an identity CID is no block of a source")
+        multihash = cids.multihash(cid)
+        try:
+            place = self._file.find(multihash, read_cached)
+        except BlockingIOError:
+            place = await threads.run_sync(self._file.find, multihash)
+        if place is None:
+            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
+        if place.size > cids.MAX_BLOCK:
+            raise too_large(self.name, cid, place.size)
+        with suppress(BlockingIOError):
+            return self._file.read_small(place)
+        return await threads.run_sync(self._file.read, place)
+
+    async def stream(self, run: Run, deliver: Deliver) -> None:
+        await stream_places(run, self._find, deliver)
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        """Nothing: each block is at hand."""
+
+    def _find(self, cid: Cid) -> Found | None:
+        place = self._file.find(cids.multihash(cid))
+        return Found(self._file, place) if place else None
+
+    def roots(self) -> Sequence[Cid]:
+        return self._file.roots
+
+    async def aclose(self) -> None:
+        await threads.run_sync(self._file.close)

@@ -1,12 +1,11 @@
-"""The blocks of a Kubo repository on this machine, read where they lie: without a request to the node, and
-without its work.
+"""The blocks of a Kubo repository on this machine, read in place: without a request to the node.
 
-A repository keeps them in flatfs unless it was told otherwise: one file for each block, named by the base32
-of its multihash, in folders by some of its last characters. A block is written under another name and then
-renamed: what is there is whole, until the node deletes it. Source: Kubo's docs/datastores.md, go-ds-flatfs.
-Nothing is ever written here, nothing is verified.
+A repository keeps its blocks in flatfs unless it was configured otherwise: one file for each block, named by
+the base32 of its multihash, in folders named by some of its last characters. A block is written under another
+name and then renamed, so a file is whole until the node deletes it. Source: Kubo's docs/datastores.md,
+go-ds-flatfs. Nothing is ever written here, and nothing is verified.
 
-Concurrency: worker threads.
+Blocking: for worker threads.
 """
 
 import json
@@ -14,14 +13,16 @@ import logging
 import os
 import pwd
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.direct import Direct
 from ipfsfuse.fileio.whole import read_file, read_whole, regular, size_of
@@ -141,7 +142,7 @@ class Flatfs:
         return f"{self._folder}/{name[-1 - self._characters : -1]}/{name}.data"
 
 
-def find(repository: Path) -> Flatfs | None:
+def open_flatfs(repository: Path) -> Flatfs | None:
     """The blocks of `repository`; None where they are kept in another way or can't be read, and where content
     is blocked."""
     denylists = Denylists(repository)
@@ -199,3 +200,61 @@ def _has_denylist(folder: Path) -> bool:
         return False
     except OSError:
         return True  # it may hold one
+
+
+# -- all blocks below a directory ----------------------------------------------------------------------------
+
+BATCH = 8
+"""Blocks that are looked up by one call: on a slow disk each takes 10 ms."""
+BATCH_SECONDS = 0.03
+"""Seconds after which what came is given, however little: who waits gives up after some more."""
+BATCH_BYTES = 1 << 20
+"""Bytes after which it is given too."""
+
+Find = Callable[[Sequence[Cid]], Sequence[bytes | None]]
+"""The blocks of some CIDs, or of the first of them; None for what is not there."""
+
+
+class RepoWalk:
+    def __init__(self, find: Find, root: Cid, limit: int) -> None:
+        """`limit`: bytes after which nothing more is looked up."""
+        self._find = find
+        self._left = limit
+        self._waiting = [root]
+        """Those that come next stand last."""
+        self._seen = {root}
+        self.incomplete = False
+        """Whether one was not there."""
+
+    def next_blocks(self) -> Sequence[tuple[Cid, bytes]]:
+        """The next few blocks; none where that was all."""
+        came: list[tuple[Cid, bytes]] = []
+        enough = max(self._left - BATCH_BYTES, 0)
+        until = time.monotonic() + BATCH_SECONDS
+        while self._waiting and self._left > enough and not (came and time.monotonic() >= until):
+            wanted = self._waiting[: -BATCH - 1 : -1]
+            blocks = self._find(wanted)
+            del self._waiting[-len(blocks) :]
+            found = [(cid, block) for cid, block in zip(wanted, blocks, strict=False) if block is not None]
+            self.incomplete = self.incomplete or len(found) < len(blocks)
+            self._left -= sum(len(block) for _cid, block in found)
+            for cid, block in reversed(found):
+                self._waiting += reversed(self._below(cid, block))
+            came += found
+        return came
+
+    def _below(self, cid: Cid, block: bytes) -> Sequence[Cid]:
+        """What it links, of what was not met before."""
+        if cids.codec(cid) != cids.DAG_PB:
+            return ()
+        try:
+            children = nodes.children(nodes.parse(cid, block))
+        except IpfsFuseError:  # who reads it will hear
+            return ()
+        new = [
+            child
+            for child in dict.fromkeys(children)
+            if child not in self._seen and cids.known(child) is None
+        ]
+        self._seen.update(new)
+        return new

@@ -8,8 +8,8 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.files import descent as descents
-from ipfsfuse.sources.files.descent import AT_ONCE, TOGETHER, Descent
+from ipfsfuse.sources.local import kubo_repo
+from ipfsfuse.sources.local.kubo_repo import BATCH, BATCH_BYTES, RepoWalk
 from tests.sources.content import raw_blocks, trees
 
 TREES = {
@@ -26,13 +26,13 @@ class Shelf:
         self._blocks, self._dice = blocks, dice
 
     def find(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        assert 0 < len(wanted) <= AT_ONCE
-        return [self._blocks.get(cid) for cid in wanted[: self._dice.randint(1, AT_ONCE)]]
+        assert 0 < len(wanted) <= BATCH
+        return [self._blocks.get(cid) for cid in wanted[: self._dice.randint(1, BATCH)]]
 
 
-def all_of(descent: Descent) -> list[tuple[Cid, bytes]]:
+def all_of(walk: RepoWalk) -> list[tuple[Cid, bytes]]:
     got: list[tuple[Cid, bytes]] = []
-    while some := descent.some():
+    while some := walk.next_blocks():
         got += some
     return got
 
@@ -41,10 +41,10 @@ def all_of(descent: Descent) -> list[tuple[Cid, bytes]]:
 @pytest.mark.parametrize("name", TREES)
 def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
     root, blocks = TREES[name]
-    descent = Descent(Shelf(blocks, random.Random(seed)).find, root, 1 << 30)
-    got = all_of(descent)
+    walk = RepoWalk(Shelf(blocks, random.Random(seed)).find, root, 1 << 30)
+    got = all_of(walk)
     assert sorted(got) == sorted(blocks.items())
-    assert not descent.lacking
+    assert not walk.incomplete
     met = {root}
     for cid, block in got:
         assert cid in met
@@ -55,13 +55,13 @@ def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
 def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
     root, blocks = TREES[name]
     gone = list(blocks)[-1]
-    descent = Descent(
+    walk = RepoWalk(
         Shelf({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find,
         root,
         1 << 30,
     )
-    assert sorted(all_of(descent)) == sorted(item for item in blocks.items() if item[0] != gone)
-    assert descent.lacking
+    assert sorted(all_of(walk)) == sorted(item for item in blocks.items() if item[0] != gone)
+    assert walk.incomplete
 
 
 def test_the_limit_ends_it_and_one_call_gives_some() -> None:
@@ -76,12 +76,12 @@ def test_the_limit_ends_it_and_one_call_gives_some() -> None:
     def find(wanted: Sequence[Cid]) -> Sequence[bytes | None]:
         return [shelf.get(cid) for cid in wanted[:5]]
 
-    descent = Descent(find, root, 5 * TOGETHER)
-    first = descent.some()
-    got = [*first, *all_of(descent)]
+    walk = RepoWalk(find, root, 5 * BATCH_BYTES)
+    first = walk.next_blocks()
+    got = [*first, *all_of(walk)]
     size = sum(len(block) for _cid, block in got)
-    assert 5 * TOGETHER <= size < 5 * TOGETHER + 5 * 200_000
-    assert TOGETHER <= sum(len(block) for _cid, block in first) < TOGETHER + 5 * 200_000
+    assert 5 * BATCH_BYTES <= size < 5 * BATCH_BYTES + 5 * 200_000
+    assert BATCH_BYTES <= sum(len(block) for _cid, block in first) < BATCH_BYTES + 5 * 200_000
 
 
 def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,13 +104,13 @@ def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: py
         looked_up.append(len(wanted))
         return [shelf.get(cid) for cid in wanted]
 
-    monkeypatch.setattr(descents.time, "monotonic", lambda: now)
-    slow = Descent(find, root, 1 << 30)
+    monkeypatch.setattr(kubo_repo.time, "monotonic", lambda: now)
+    slow = RepoWalk(find, root, 1 << 30)
     got = 0
     while True:
         begin = now
-        some_blocks = slow.some()
-        assert now - begin <= descents.SOON + AT_ONCE * each, "from the first call on"
+        some_blocks = slow.next_blocks()
+        assert now - begin <= kubo_repo.BATCH_SECONDS + BATCH * each, "from the first call on"
         if not some_blocks:
             break
         got += len(some_blocks)
@@ -118,8 +118,8 @@ def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: py
     assert max(looked_up[5:]) * each < 0.1
     looked_up.clear()
     each = 0.0
-    assert len(all_of(Descent(find, root, 1 << 30))) == 501
-    assert max(looked_up) == AT_ONCE
+    assert len(all_of(RepoWalk(find, root, 1 << 30))) == 501
+    assert max(looked_up) == BATCH
 
 
 def test_nobody_is_asked_for_what_everybody_knows() -> None:
@@ -127,14 +127,14 @@ def test_nobody_is_asked_for_what_everybody_knows() -> None:
     (some,) = raw_blocks(9, 1)
     root = cids.make(cids.DAG_PB, cids.multihash(some))
     shelf = {root: dagpb.encode([dagpb.Link(cids.EMPTY, b"empty", 0)], b"\x08\x01")}
-    descent = Descent(lambda wanted: [shelf.get(cid) for cid in wanted], root, 1 << 20)
-    assert all_of(descent) == list(shelf.items())
-    assert not descent.lacking
+    walk = RepoWalk(lambda wanted: [shelf.get(cid) for cid in wanted], root, 1 << 20)
+    assert all_of(walk) == list(shelf.items())
+    assert not walk.incomplete
 
 
 def test_a_block_that_is_no_node_leads_nowhere() -> None:
     (raw,) = raw_blocks(7, 1)
     broken = cids.make(cids.DAG_PB, cids.multihash(raw))
-    descent = Descent(lambda _wanted: [b"\xff\xff"], broken, 1 << 20)
-    assert all_of(descent) == [(broken, b"\xff\xff")]
-    assert not descent.lacking
+    walk = RepoWalk(lambda _wanted: [b"\xff\xff"], broken, 1 << 20)
+    assert all_of(walk) == [(broken, b"\xff\xff")]
+    assert not walk.incomplete
