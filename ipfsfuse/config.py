@@ -40,5 +40,9 @@ class MountConfig:
     """End when the last control connection that holds the mount is gone."""
     pins: str = "kubo"
     """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
+    ipns: Path | None = None
+    """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
+    dns: str = "system"
+    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""

@@ -58,6 +58,8 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         isolated=arguments.isolated,
         while_held=arguments.while_held,
         pins=arguments.pins,
+        ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
+        dns=arguments.dns,
         header_files=tuple(_header_file(text) for text in arguments.header_files or ()),
     )
 
@@ -136,11 +138,15 @@ def _refuse_below(asked: MountConfig) -> None:
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
+    points = [asked.mountpoint] if asked.ipns is None else [asked.mountpoint, asked.ipns]
+    if len(points) == 2 and (points[0].is_relative_to(points[1]) or points[1].is_relative_to(points[0])):
+        raise UsageError(
+            f"--ipns {points[1]}: give a folder that is neither {points[0]}, nor in it, nor around it"
+        )
     for what, path in own.items():
-        if path is not None and Path(os.path.realpath(path)).is_relative_to(asked.mountpoint):
-            raise UsageError(
-                f"{what} ({path}) lies below the mountpoint {asked.mountpoint}: choose another place"
-            )
+        for point in points:
+            if path is not None and Path(os.path.realpath(path)).is_relative_to(point):
+                raise UsageError(f"{what} ({path}) lies below the mountpoint {point}: choose another place")
 
 
 def _await_ending(cache_dir: Path) -> None:

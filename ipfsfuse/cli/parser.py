@@ -140,6 +140,18 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     mount.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     mount.add_argument(
+        "--ipns",
+        metavar="DIR",
+        type=_PATH,
+        help="show IPNS names and domains in this empty folder, as symlinks into MOUNTPOINT",
+    )
+    mount.add_argument(
+        "--dns",
+        default="system",
+        metavar="URL",
+        help="whom to ask for DNSLink: a DNS-over-HTTPS server (this system's resolver)",
+    )
+    mount.add_argument(
         "--offline", action="store_true", help="show what is here, fail at once for anything else"
     )
     _folders(mount)

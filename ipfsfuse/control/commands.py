@@ -4,9 +4,11 @@ tree."""
 import base64
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import trio
 
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import Kept
@@ -25,6 +27,9 @@ from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
+if TYPE_CHECKING:
+    from ipfsfuse.sources.names.resolver import Resolver
+
 TELL_SECONDS = 0.2
 """Seconds between two lines of progress."""
 
@@ -33,9 +38,17 @@ Answer = Mapping[str, Any]
 
 class Commands:
     def __init__(
-        self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree
+        self,
+        config: MountConfig,
+        cache: PinsetCache,
+        pool: SourcePool,
+        pins: NodePins,
+        tree: Tree,
+        resolver: "Callable[[], Awaitable[Resolver]]",
     ) -> None:
+        """`resolver` is awaited when a name is first asked for."""
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
+        self._resolver = resolver
         self._blocks = WholeBlocks(cache.reader)
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
@@ -50,6 +63,7 @@ class Commands:
             "evict": self.evict,
             "fsck": self.fsck,
             "block": self.block,
+            "resolve": self.resolve,
         }
 
     async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
@@ -99,6 +113,17 @@ class Commands:
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
         entries = await threads.run_sync(_entries, await self._cache.store.listed())
         return {"entries": entries, "small": (await self._cache.store.blocks.count())._asdict()}
+
+    async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """The path that an IPNS name or a domain stands for now, and for how many seconds that holds."""
+        name = arguments.get("name")
+        if not isinstance(name, str):
+            raise UsageError("resolve: name is a text")
+        found = await (await self._resolver()).resolve_text(name)
+        return {
+            "path": os.fsdecode(bytes(found.path)),
+            "seconds": max(0.0, found.until - trio.current_time()),
+        }
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
         depth = arguments.get("depth")

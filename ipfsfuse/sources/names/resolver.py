@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -22,6 +22,7 @@ from ipfsfuse.dag.path import IpfsPath
 from ipfsfuse.errors import (
     IpfsFuseError,
     Malformed,
+    NotFound,
     StoreFailed,
     Unavailable,
     WrongRecord,
@@ -96,6 +97,19 @@ class Resolver:
         self._sources, self._store, self._dns, self._seconds = sources, store, dns, seconds
         self._steps: OrderedDict[Name, _Step] = OrderedDict()
         self._locks: dict[Name, trio.Lock] = {}
+
+    def known(self) -> Sequence[str]:
+        """The names that were resolved of late, in their usual spelling."""
+        return sorted(
+            str(name) for name, step in self._steps.items() if not isinstance(step.value, Exception)
+        )
+
+    async def resolve_text(self, text: str) -> Resolved:
+        """As `resolve`; what is not a name at all is proved absent, and nobody is asked."""
+        name = records.parse_name(text)
+        if name is None:
+            raise NotFound(f"{text[:200]!r} is not a name")
+        return await self.resolve(name)
 
     async def resolve(self, name: Name) -> Resolved:
         """The path that `name` stands for. Raises NotFound where it is proved that there is none, Unavailable
@@ -262,6 +276,3 @@ def _parse_value(name: Name, value: str) -> IpfsPath | tuple[Name, tuple[bytes, 
     except IpfsFuseError as exc:
         raise Malformed(f"{name} leads to a path that can't be used: {exc}") from exc
     raise Malformed(f"{name} leads to {value[:200]!r}: only /ipfs/ and /ipns/ are followed")
-
-
-Resolve = Callable[[Name], Awaitable[Resolved]]
