@@ -1,13 +1,11 @@
 """What a mount is asked to be: parsed once by the command line into frozen values, then never checked
 again."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import UsageError
 
 GIB = 1 << 30
 
@@ -63,37 +61,3 @@ class ContentConfig:
     deadline: float = 30.0
     dns: str = "system"
     header_files: Sequence[tuple[str, Path]] = ()
-
-
-# -- where things lie ---------------------------------------------------------------------------------------
-
-
-def cache_dir_of(given: str | None) -> Path:
-    """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
-    return absolute(
-        given or os.environ.get("IPFSFUSE_CACHE_DIR") or _xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
-    )
-
-
-def library_of(given: str | None) -> Path:
-    """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
-    return absolute(
-        given
-        or os.environ.get("IPFSFUSE_LIBRARY")
-        or _xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
-    )
-
-
-def _xdg(variable: str, fallback: str) -> Path:
-    folder = os.environ.get(variable, "")
-    if os.path.isabs(folder):  # the XDG specification: a relative path is to be ignored
-        return Path(folder)
-    try:
-        return Path.home() / fallback
-    except RuntimeError as exc:
-        raise UsageError(f"there is no home folder to put things in: set HOME or {variable}") from exc
-
-
-def absolute(path: str | Path) -> Path:
-    """Symlinks resolved."""
-    return Path(os.path.realpath(path))

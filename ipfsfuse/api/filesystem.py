@@ -23,9 +23,9 @@ from typing import Literal, Self
 
 import trio
 
-from ipfsfuse import content
+from ipfsfuse import content, places
 from ipfsfuse.cache.store.folder import isolated_folder, locked
-from ipfsfuse.config import GIB, ContentConfig, cache_dir_of, library_of
+from ipfsfuse.config import GIB, ContentConfig
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import path as paths
 from ipfsfuse.dag import traversal
@@ -232,8 +232,8 @@ async def open_filesystem(
     seconds in which each call fails that gets no verified block. Raises StoreFailed where another process
     uses the cache folder, SourceFailed, UsageError."""
     config = ContentConfig(
-        cache_dir=cache_dir_of(None if cache_dir is None else str(cache_dir)),
-        library=library_of(None if library is None else str(library)),
+        cache_dir=places.cache_dir(None if cache_dir is None else str(cache_dir)),
+        library=places.library(None if library is None else str(library)),
         sources=tuple(sources),
         offline=offline,
         budget=budget,

@@ -21,10 +21,9 @@ from typing import Any, Protocol, TypeVar
 import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
 
-from ipfsfuse import errors
+from ipfsfuse import errors, places
 from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.config import cache_dir_of
 from ipfsfuse.control import client
 from ipfsfuse.dag.path import can_hold
 
@@ -225,7 +224,7 @@ def _backend(**options: Any) -> _Backend:
 
 def _opened(options: dict[str, Any]) -> _Backend:
     given = options.get("cache_dir")
-    cache_dir = cache_dir_of(None if given is None else str(given))
+    cache_dir = places.cache_dir(None if given is None else str(given))
     if options.get("isolated") or cache_folder.is_free(cache_dir):
         with suppress(errors.StoreFailed):  # another process was quicker
             return _OwnThread(options)

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.config import absolute as _absolute
-from ipfsfuse.config import cache_dir_of as cache_dir
-from ipfsfuse.config import library_of as library
+from ipfsfuse.places import absolute, cache_dir, library
 
 __all__ = ["cache_dir", "control", "library", "live_mount", "mountpoint"]
 
@@ -25,7 +23,7 @@ def mountpoint(given: str) -> Path:
         point = os.path.join(os.path.realpath(folder or "."), name)
         if any(mounted.mountpoint == point for mounted in mountpoints.table()):
             return Path(point)
-    return _absolute(given)
+    return absolute(given)
 
 
 def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":
