@@ -24,7 +24,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings
 from ipfsfuse.sources.spec import opened as opened_sources

@@ -133,14 +133,14 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
 def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     """The open source; None for a remote gateway of an offline mount. Raises SourceFailed, UsageError."""
     if spec.kind == CAR:
-        from ipfsfuse.sources.files.car import CarSource
+        from ipfsfuse.sources.local.car_source import CarSource
 
         assert spec.path is not None
         return CarSource.open(
             spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None
         )
     if spec.kind == LIBRARY:
-        from ipfsfuse.sources.files.library import Library, LibrarySource
+        from ipfsfuse.sources.local.library import Library, LibrarySource
 
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
@@ -157,8 +157,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 
 
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
-    from ipfsfuse.sources.files import flatfs
     from ipfsfuse.sources.http.kubo import Kubo, repository
+    from ipfsfuse.sources.local import kubo_repo
 
     place = repository()
     if spec.origin is None and not _is_repository(place):
@@ -167,7 +167,7 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
             "repository, or name the node by its address, as in kubo+http://127.0.0.1:5001",
             "missing",
         )
-    blocks = flatfs.find(place) if spec.origin is None else None
+    blocks = kubo_repo.open_flatfs(place) if spec.origin is None else None
     if blocks is not None:
         log.info("%s: blocks that the node has are read in its repository, %s", spec.name, place)
     return Kubo(spec.name, settings.http, spec.origin, blocks=blocks, offline=settings.offline)
@@ -189,7 +189,7 @@ def _is_repository(place: Path) -> bool:
 async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
     """The sources in their order, without those that an offline mount does not use; closed at the end. Raises
     UsageError, SourceFailed."""
-    from ipfsfuse.sources.files.car import CarSource
+    from ipfsfuse.sources.local.car_source import CarSource
 
     async with AsyncExitStack() as stack:
         sources: list[Source] = []

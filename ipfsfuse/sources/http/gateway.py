@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.carstream import Parser
+from ipfsfuse.dag.car import StreamParser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
@@ -19,11 +19,15 @@ from ipfsfuse.sources import leaf_ranges
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response, translated
 from ipfsfuse.sources.http.failures import LONG, NOT_SUPPORTED, PAGE, STATUS
+from ipfsfuse.sources.http.secrets import Headers
 
 BELIEVED = 1 << 30
 """A server that offers more bytes than that for a block does not have a large block: it lies."""
 FEW = 3
 """Ranges of so few leaves are faster block by block."""
+RECORD_TYPE = "application/vnd.ipfs.ipns-record"
+MAX_RECORD = 10 * 1024
+"""Bytes of an IPNS record (https://specs.ipfs.tech/ipns/ipns-record/#record-size-limit)."""
 CAR_TYPE = "application/vnd.ipld.car"
 SECTIONS = 1000
 """Sections of a CAR that are parsed and handed on in one step of the event loop."""
@@ -63,6 +67,11 @@ class Gateway:
             if cids.MAX_BLOCK < (response.left or 0) <= BELIEVED:
                 raise too_large(self.name, cid, response.left)
             return await response.read(cids.MAX_BLOCK)
+
+    async def ipns_record(self, name: str) -> bytes:
+        """The newest record it has of the IPNS name `name`, unverified. Raises NotHere, SourceFailed."""
+        target = f"/ipns/{name}?format=ipns-record"
+        return await ask_for_record(self._http, self.name, target, self._headers[1:])
 
     async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
         if len(wanted.leaves) > FEW:
@@ -153,7 +162,7 @@ class Gateway:
     async def _car(self, root: Cid, scope: str, limit: int, take: Take) -> bool:
         """Gives the blocks of a CAR to `take` until that returns False. True if the CAR exceeds `limit`
         bytes; one that ends early is not an error here. Raises NotOffered, NotHere, SourceFailed."""
-        parser, accept = Parser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
+        parser, accept = StreamParser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
         async with self._http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
             if response.status != 200 or response.content_type != CAR_TYPE:
                 raise await self._not_offered(response, root, "CARs")
@@ -177,3 +186,13 @@ class Gateway:
         if response.status != 200:
             await response.read(ERROR_BODY)
         return NotOffered(f"{self._http.origin.text} gives no {what} (status {response.status})", STATUS)
+
+
+async def ask_for_record(http: Http, name: str, target: str, headers: Headers = ()) -> bytes:
+    """The IPNS record at `target` of the server called `name`, unverified. Raises NotHere, SourceFailed."""
+    async with http.ask("GET", target, [("Accept", RECORD_TYPE), *headers]) as response:
+        if response.status != 200:
+            raise await response.declined(name, "that name's record")
+        if response.content_type != RECORD_TYPE:
+            raise NotHere(f"{name} sent no record, but {response.content_type or 'something'}")
+        return await response.read(MAX_RECORD)

@@ -5,6 +5,7 @@ three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where th
 `gateway`. These are read again when the node does not answer: it may have been restarted on other ports.
 """
 
+import base64
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -22,14 +23,13 @@ from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import leaf_ranges
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
-from ipfsfuse.sources.files.descent import Descent
-from ipfsfuse.sources.files.flatfs import Flatfs
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin
 from ipfsfuse.sources.http.secrets import Headers, kubo_authorization, kubo_token
 from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
 
 CONNECTIONS = 2
 """Requests of one range at a time: on 2 cores a second one gained 5 to 25 % over 64 MiB, a third nothing."""
@@ -103,6 +103,16 @@ class Kubo:
                 await self._forget()
             raise
 
+    async def ipns_record(self, name: str) -> bytes:
+        """The newest record the node finds of the IPNS name `name`, unverified. Raises NotHere,
+        SourceFailed."""
+        arguments = [("arg", f"/ipns/{name}")] + [("offline", "true")] * self._offline
+        said = await self.rpc().call("routing/get", arguments)
+        try:
+            return base64.b64decode(json.loads(said.splitlines()[-1])["Extra"], validate=True)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as exc:
+            raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
+
     async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
         blocks = [leaf.cid for leaf in wanted.leaves]
         if self._blocks is not None and await threads.run_sync(
@@ -128,10 +138,10 @@ class Kubo:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
         here."""
         if subtree.whole and self._blocks is not None:
-            descent = Descent(self._blocks.read_some, subtree.root, subtree.limit)
-            while blocks := await threads.run_sync(descent.some, limiter=self._threads):
+            walk = RepoWalk(self._blocks.read_some, subtree.root, subtree.limit)
+            while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
                 await deliver(blocks)
-            if not descent.lacking:
+            if not walk.incomplete:
                 return
         gateway = await self._find_gateway()
         if gateway is not None:
@@ -202,7 +212,17 @@ class Kubo:
 
 _ABSENT: Final = ("not found", "could not find", "no link named", "block was not found locally")
 _REPEATABLE: Final = frozenset(
-    ["block/get", "block/put", "block/stat", "config", "files/read", "files/rm", "files/stat", "ls"]
+    [
+        "block/get",
+        "block/put",
+        "block/stat",
+        "config",
+        "files/read",
+        "files/rm",
+        "files/stat",
+        "ls",
+        "routing/get",
+    ]
 )
 """Commands that have the same effect when they are repeated."""
 
