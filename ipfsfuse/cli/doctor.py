@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse import units
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cache.store.space import FreeSpace, disk_usage
-from ipfsfuse.cli import console, folders, units
+from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
