@@ -23,7 +23,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from ipfsfuse.sources.opening import opened as opened_sources
 from ipfsfuse.sources.parse import OpenSettings
 from ipfsfuse.sources.pool.pool import SourcePool

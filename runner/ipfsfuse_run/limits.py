@@ -3,7 +3,6 @@ Pure.
 
 A receipt's limits come through the same check as the command line's."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -93,7 +92,8 @@ def checked(numbers: Mapping[str, object]) -> Limits:
         if name not in Limits._fields:
             raise UsageError(f"{name[:80]} is not a limit")
         kinds = (int, float) if name in DURATIONS else (int,)
-        if type(value) not in kinds or not isinstance(value, int | float) or not math.isfinite(value):
+        # JSON's integers have any size: `math.isfinite` raises OverflowError for those that no float holds
+        if type(value) not in kinds or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise UsageError(f"{option(name)}={value!s:.80} is not a number that can be a limit")
         low, high = _RANGES.get(name, _ANY)
         if not low <= value <= high:
