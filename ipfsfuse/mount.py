@@ -22,8 +22,8 @@ from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
-from ipfsfuse.cache.store.name_records import NameRecords
 from ipfsfuse.config import MountConfig
+from ipfsfuse.content import Names
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
@@ -37,8 +37,6 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
-from ipfsfuse.sources.base import Source
-from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http_settings import HttpSettings
 from ipfsfuse.sources.opening import opened
@@ -48,7 +46,7 @@ from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 
 if TYPE_CHECKING:
-    from ipfsfuse.sources.names.resolver import Resolver
+    pass
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -170,7 +168,7 @@ async def _main(
 
 @asynccontextmanager
 async def _names_mounted(
-    config: MountConfig, mountpoint: Path, names: "Names", ended: Callable[[], Awaitable[None]]
+    config: MountConfig, mountpoint: Path, names: Names, ended: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[None]:
     """Names as symlinks into the mount, at a mountpoint of their own."""
 
@@ -188,40 +186,6 @@ async def _names_mounted(
     async with name_links.mounted(mountpoint, config.allow_other, target, listed, config.deadline, ended):
         log.info("names are at %s", mountpoint)
         yield
-
-
-class Names:
-    """The resolver of names, made when it is first used: what it imports takes 0.1 s."""
-
-    def __init__(
-        self,
-        config: MountConfig,
-        folder: Path,
-        sources: Sequence[Source],
-        http: HttpSettings,
-        stack: AsyncExitStack,
-    ) -> None:
-        self._config, self._folder, self._sources = config, folder, sources
-        self._http, self._stack = http, stack
-        self._resolver: Resolver | None = None
-
-    async def resolver(self) -> "Resolver":
-        """Raises StoreFailed, UsageError."""
-        if self._resolver is None:
-            from ipfsfuse.sources.names.dnslink import open_dns
-            from ipfsfuse.sources.names.resolver import Resolver
-
-            store = NameRecords(self._folder)
-            self._stack.callback(store.close)
-            dns = None if self._config.offline else open_dns(self._config.dns, self._http)
-            if dns is not None:
-                self._stack.push_async_callback(dns.aclose)
-            sources = [each for each in self._sources if isinstance(each, Gateway | Kubo)]
-            self._resolver = Resolver(sources, store, dns, seconds=self._config.deadline)
-        return self._resolver
-
-    def known(self) -> Sequence[str]:
-        return self._resolver.known() if self._resolver is not None else ()
 
 
 @asynccontextmanager
@@ -254,10 +218,10 @@ async def _serving(
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
-        names = Names(config, folder.path, sources, http, stack)
+        names = Names(folder.path, sources, http, config.dns, config.offline, config.deadline, stack)
         if config.ipns is not None:
             await names.resolver()  # what is wrong with its settings is told before anything is mounted
-        commands = Commands(config, cache, pool, pins, tree, names.resolver)
+        commands = Commands(config, cache, pool, pins, tree, names)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
         operations = Operations(

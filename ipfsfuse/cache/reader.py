@@ -209,14 +209,29 @@ class Reader:
         result = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
+    async def staged_block(self, cid: Cid) -> bytes | None:
+        """The verified block if it is staged as a block, or as a raw file; no source is asked."""
+        found: Content | None = cids.known(cid)
+        if found is None:
+            found = await self.store.blocks.get(cid)
+        if found is None:
+            found = await self._raw_file(cid)
+        return None if found is None else bytes(found)
+
+    async def _raw_file(self, cid: Cid) -> Content | None:
+        """The block that is the whole of a staged raw file."""
+        own = cids.canonical(cid)
+        entry = self.store.staging.entries.get(own) if cids.codec(cid) == cids.RAW else None
+        if entry is None:
+            return None
+        return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
+
     async def _bring_block(self, cid: Cid) -> FetchResult:
         """A block that is not in a pack: from the staging file of a raw file, or fetched."""
-        own = cids.canonical(cid)
-        if cids.codec(cid) == cids.RAW and (entry := self.store.staging.entries.get(own)) is not None:
-            content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
-            if content is not None:
-                self.hits += 1
-                return FetchResult(content, None, False)
+        content = await self._raw_file(cid)
+        if content is not None:
+            self.hits += 1
+            return FetchResult(content, None, False)
         return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
 
     async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:

@@ -47,7 +47,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         mountpoint=folders.mountpoint(arguments.mountpoint),
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
-        sources=tuple(_source(text) for text in arguments.sources or ["library"]),
+        sources=tuple(source(text) for text in arguments.sources or ["library"]),
         offline=arguments.offline,
         budget=arguments.budget,
         reserve=arguments.reserve,
@@ -60,7 +60,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         pins=arguments.pins,
         ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
         dns=arguments.dns,
-        header_files=tuple(_header_file(text) for text in arguments.header_files or ()),
+        header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
 
 
@@ -89,14 +89,14 @@ def _listed(text: str) -> Iterator[Cid]:
                 raise UsageError(f"--allow {text}, line {number}: {exc}") from exc
 
 
-def _source(text: str) -> str:
+def source(text: str) -> str:
     """SOURCE with a file's path made absolute: a daemon has no working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
     return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
 
 
-def _header_file(text: str) -> tuple[str, Path]:
+def header_file(text: str) -> tuple[str, Path]:
     """The URL in URL=FILE, "" where there is none, and the file. Raises UsageError."""
     url, separator, path = text.partition("=")
     if "://" not in url:
@@ -154,7 +154,8 @@ def _await_ending(cache_dir: Path) -> None:
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
-        if said is None or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
+        serving = said is not None and not os.path.isabs(said[1])  # `ipfsfuse serve`, which has no mount
+        if said is None or serving or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
             return
         time.sleep(0.05)
 

@@ -42,7 +42,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for build in (_library, _mounts, _remote):
+    for build in (_library, _mounts, _serving, _remote):
         build(commands)
     return parser
 
@@ -224,6 +224,35 @@ def _mounts(commands: Any) -> None:
     doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     _folders(doctor)
+
+
+def _serving(commands: Any) -> None:
+    serve = _command(
+        commands, "serve", "serving:run", "give out what is here as a trustless gateway, to other hosts too"
+    )
+    serve.add_argument(
+        "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"
+    )
+    serve.add_argument(
+        "--fetch", action="store_true", help="get what is not here from the sources, for whoever asks"
+    )
+    serve.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    serve.add_argument(
+        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount"
+    )
+    serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
+    serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
+    serve.add_argument("--dns", default="system", metavar="URL", help="as for mount")
+    serve.add_argument(
+        "--header-file",
+        dest="header_files",
+        action="append",
+        metavar="URL=FILE",
+        type=_PATH,
+        help="as for mount",
+    )
+    serve.add_argument("--json", action="store_true", help="print the addresses and the pid")
+    _folders(serve)
 
 
 def _remote(commands: Any) -> None:

@@ -4,9 +4,9 @@ tree."""
 import base64
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -15,6 +15,7 @@ from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
+from ipfsfuse.content import Names
 from ipfsfuse.control.blocks import WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
@@ -26,9 +27,6 @@ from ipfsfuse.sources.base import request_of
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
-
-if TYPE_CHECKING:
-    from ipfsfuse.sources.names.resolver import Resolver
 
 TELL_SECONDS = 0.2
 """Seconds between two lines of progress."""
@@ -44,12 +42,13 @@ class Commands:
         pool: SourcePool,
         pins: NodePins,
         tree: Tree,
-        resolver: "Callable[[], Awaitable[Resolver]]",
+        names: Names,
     ) -> None:
-        """`resolver` is awaited when a name is first asked for."""
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
-        self._resolver = resolver
-        self._blocks = WholeBlocks(cache.reader)
+        self._names = names
+        self._served = {"blocks": 0, "bytes": 0}
+        """What `ipfsfuse serve` got of this mount."""
+        self._blocks = WholeBlocks(cache.reader, pool)
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
@@ -64,6 +63,7 @@ class Commands:
             "fsck": self.fsck,
             "block": self.block,
             "resolve": self.resolve,
+            "record": self.record,
         }
 
     async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
@@ -80,6 +80,7 @@ class Commands:
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
             "sources": [asdict(source) for source in self._pool.statistics()],
+            "served": dict(self._served),
         }
 
     def _degraded(self) -> list[str]:
@@ -119,7 +120,7 @@ class Commands:
         name = arguments.get("name")
         if not isinstance(name, str):
             raise UsageError("resolve: name is a text")
-        found = await (await self._resolver()).resolve_text(name)
+        found = await (await self._names.resolver()).resolve_text(name)
         return {
             "path": os.fsdecode(bytes(found.path)),
             "seconds": max(0.0, found.until - trio.current_time()),
@@ -162,8 +163,22 @@ class Commands:
         return asdict(await self._cache.fsck(told))
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
-        """One verified block."""
-        return {"data": base64.b64encode(await self._blocks.get(_cid(arguments))).decode("ascii")}
+        """One verified block; with `fetch` false only if it is here. For `serve` it says `serving`."""
+        block = await self._blocks.get(_cid(arguments), fetch=arguments.get("fetch") is not False)
+        if arguments.get("serving") is True:
+            self._served["blocks"] += 1
+            self._served["bytes"] += len(block)
+        return {"data": base64.b64encode(block).decode("ascii")}
+
+    async def record(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """The newest IPNS record of a name; with `fetch` false the newest that was seen."""
+        from ipfsfuse.sources.names.record import KeyName, parse_name  # rare, and 50 ms
+
+        name = parse_name(str(arguments.get("name")))
+        if not isinstance(name, KeyName):
+            raise UsageError("record: name is the name of a key")
+        data = await self._names.record(name, fetch=arguments.get("fetch") is not False)
+        return {"data": base64.b64encode(data).decode("ascii")}
 
 
 def _entries(listed: Sequence[Kept]) -> list[dict[str, Any]]:

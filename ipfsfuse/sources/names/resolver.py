@@ -139,7 +139,8 @@ class Resolver:
                 return kept
             try:
                 if isinstance(name, KeyName):
-                    value, seconds = await self._of_key(name)
+                    record, seconds = await self.newest(name)
+                    value = record.value
                 else:
                     value, seconds = await self._of_domain(name)
                 step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
@@ -173,8 +174,9 @@ class Resolver:
 
     # -- IPNS ------------------------------------------------------------------------------------------------
 
-    async def _of_key(self, name: KeyName) -> tuple[str, float]:
-        """The value of the newest valid record, and for how many seconds it holds."""
+    async def newest(self, name: KeyName) -> tuple[Record, float]:
+        """The newest valid record, of those that the sources have now and the one that was seen before; and
+        for how many seconds it holds. Raises Unavailable."""
         stored = await self._stored(name)
         best, answered, said = stored, False, list[str]()
         async for source, answer in self._answers(name):
@@ -200,7 +202,7 @@ class Resolver:
             raise Unavailable(f"{name}: the newest record (sequence {best.sequence}) has expired; {why}")
         if not answered:
             log.warning("%s: the record of sequence %d is still used: %s", name, best.sequence, why)
-        return best.value, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
+        return best, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
 
     async def _answers(self, name: KeyName) -> AsyncIterator[tuple[str, Record | IpfsFuseError]]:
         """(Source, its verified record or why there is none), as they come. When a valid record has come, the

@@ -165,6 +165,12 @@ class SourcePool:
             if self._under_way.get(key) is fetch:
                 del self._under_way[key]
 
+    async def get_in_place(self, cid: Cid) -> bytes | None:
+        """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
+        multihashes.check_allowed(cids.multihash(cid))
+        found = await HedgedFetch(self, cid).in_place()
+        return None if found is None else found.block
+
     def said(self, cid: Cid) -> str:
         fetch = self._under_way.get(cids.multihash(cid))
         return "" if fetch is None else "; ".join(fetch.said.values())
@@ -279,10 +285,9 @@ class HedgedFetch:
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
-        for managed in self._pool.in_place():
-            block = await self._once(managed)
-            if isinstance(block, bytes):
-                return Fetched(block, managed.source)
+        found = await self.in_place()
+        if found is not None:
+            return found
         network = self._pool.network()
         self._pool.hedges.request()
         with self._network_scope:
@@ -296,6 +301,14 @@ class HedgedFetch:
         said = "".join(f"; {each}" for each in self.said.values())
         unavailable = Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
         raise self._too_large or self._wrong or unavailable
+
+    async def in_place(self) -> Fetched | None:
+        """The block, if a source in place has it."""
+        for managed in self._pool.in_place():
+            block = await self._once(managed)
+            if isinstance(block, bytes):
+                return Fetched(block, managed.source)
+        return None
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
