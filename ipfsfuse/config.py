@@ -46,6 +46,10 @@ class MountConfig:
     """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
+    routers: Sequence[str] = ()
+    """URLs of routers, which the source `network` asks for providers."""
+    allow_private_providers: bool = False
+    """Whether providers at loopback and private addresses are asked too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +65,5 @@ class ContentConfig:
     deadline: float = 30.0
     dns: str = "system"
     header_files: Sequence[tuple[str, Path]] = ()
+    routers: Sequence[str] = ()
+    allow_private_providers: bool = False

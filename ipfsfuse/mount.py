@@ -193,7 +193,15 @@ async def _serving(
 ) -> AsyncIterator[tuple[Operations, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
     http = with_headers(HttpSettings(), config.header_files, config.sources)
-    settings = OpenSettings(config.library, folder.indexes, http, config.offline, indexing)
+    settings = OpenSettings(
+        config.library,
+        folder.indexes,
+        http,
+        config.offline,
+        indexing,
+        config.routers,
+        config.allow_private_providers,
+    )
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)

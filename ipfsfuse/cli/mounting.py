@@ -27,6 +27,7 @@ from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline
+from ipfsfuse.sources import defaults
 
 END_SECONDS = 10.0
 """How long a daemon whose mount is gone may take to let go of its cache folder."""
@@ -47,7 +48,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         mountpoint=folders.mountpoint(arguments.mountpoint),
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
-        sources=tuple(source(text) for text in arguments.sources or ["library"]),
+        sources=tuple(source(text) for text in defaults.chosen(arguments.sources)),
         offline=arguments.offline,
         budget=arguments.budget,
         reserve=arguments.reserve,
@@ -61,6 +62,8 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
         dns=arguments.dns,
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
+        routers=tuple(arguments.routers or ()),
+        allow_private_providers=arguments.allow_private_providers,
     )
 
 
@@ -93,7 +96,8 @@ def source(text: str) -> str:
     """SOURCE with a file's path made absolute: a daemon has no working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
-    return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
+    named = text in (defaults.LIBRARY, defaults.KUBO, defaults.NETWORK)
+    return os.path.abspath(text) if not named and os.path.exists(text) else text
 
 
 def header_file(text: str) -> tuple[str, Path]:
@@ -120,6 +124,11 @@ def run(arguments: argparse.Namespace) -> int:
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
         console.note(f"ipfsfuse: {shortened}")
+    if not arguments.json:
+        by_default = not arguments.sources
+        console.note(
+            "ipfsfuse: " + defaults.described(asked.sources, by_default=by_default, offline=asked.offline)
+        )
     told = _start_daemon(arguments.argv)
     if asked.allow_other:
         console.note(f"ipfsfuse: {ALLOW_OTHER}")

@@ -14,8 +14,10 @@ from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
-    "SOURCE, in the order to ask: `library` (the default: what `add` put there), a CAR file, `kubo` or "
-    "kubo+http://HOST:PORT, https://GATEWAY"
+    "SOURCE, in the order to ask: `library` (what `add` put there), a CAR file, `kubo` or "
+    "kubo+http://HOST:PORT, https://GATEWAY, `gateway` (those that IPFS_GATEWAY or ~/.config/ipfs/gateway "
+    "name), `network` (with --router); by default the library, the Kubo node of this machine if it has one, "
+    "and `gateway`"
 )
 
 RESERVE_HELP = "what the cache leaves free of its disk (a twentieth, at most 2GiB; 0 for nothing)"
@@ -132,12 +134,28 @@ def _folders(parser: argparse.ArgumentParser, library: bool = True) -> None:
         )
 
 
+def _routing(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--router",
+        dest="routers",
+        action="append",
+        metavar="URL",
+        help="a router that `--from network` asks who has a block (delegated routing)",
+    )
+    command.add_argument(
+        "--allow-private-providers",
+        action="store_true",
+        help="ask providers at loopback and private addresses too: for private networks",
+    )
+
+
 def _mounts(commands: Any) -> None:
     mount = _command(
         commands, "mount", "mounting:run", "mount IPFS at an empty folder; returns when it is mounted"
     )
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     mount.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    _routing(mount)
     mount.add_argument(
         "--ipns",
         metavar="DIR",
@@ -236,6 +254,7 @@ def _serving(commands: Any) -> None:
         "--fetch", action="store_true", help="get what is not here from the sources, for whoever asks"
     )
     serve.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    _routing(serve)
     serve.add_argument(
         "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount"
     )

@@ -307,7 +307,7 @@ class Http:
         self._named = replace(origin, base="")
         self._host = origin.authority
         """The Host header for the origin itself."""
-        own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http"
+        own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http" and not s.public_only
         self._own = _Client(OwnTransport(origin, s), keep=True) if own else None
         self._idle: list[_Client] = []
         """Clients with a kept connection to the origin itself."""
@@ -381,7 +381,7 @@ class Http:
         self, origin: Origin, method: str, path: str, headers: httpx.Headers, body: bytes
     ) -> tuple[_Client, Response]:
         named, opening = origin == self._named, list[Any]()
-        host = origin.host if named else await public_host(origin)
+        host = origin.host if named and not self.settings.public_only else await public_host(origin)
         client = self._client(named, proxy_for(origin))
 
         async def trace(event: str, info: dict[str, Any]) -> None:
