@@ -17,6 +17,7 @@ from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
+from ipfsfuse.sources import defaults
 from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")
@@ -61,7 +62,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     if arguments.sources:
         from ipfsfuse.cli import probing  # with trio, and only where sources are named
 
-        for source, failure in probing.failures(arguments.sources, library, cache_dir):
+        for source, failure in probing.failures(defaults.chosen(arguments.sources), library, cache_dir):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
                 yield Finding(OK, shown, "answers")

@@ -124,12 +124,12 @@ def run(arguments: argparse.Namespace) -> int:
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
         console.note(f"ipfsfuse: {shortened}")
+    told = _start_daemon(arguments.argv)
     if not arguments.json:
         by_default = not arguments.sources
         console.note(
             "ipfsfuse: " + defaults.described(asked.sources, by_default=by_default, offline=asked.offline)
         )
-    told = _start_daemon(arguments.argv)
     if asked.allow_other:
         console.note(f"ipfsfuse: {ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):
