@@ -22,10 +22,9 @@ from typing import Any, Protocol, TypeVar
 import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
 
-from ipfsfuse import errors, places
+from ipfsfuse import client, errors, places
 from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.control import client
 from ipfsfuse.dag.path import can_hold
 
 T = TypeVar("T")

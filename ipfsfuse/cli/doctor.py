@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse import units
 from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders, units
+from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
@@ -186,7 +187,7 @@ def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
             "the file system does not tell how much it has: the budget is not checked against it",
         )
         return
-    effective = max(0, min(budget, spare + (disk_usage(folder) if folder.exists() else 0)))
+    effective = max(0, min(budget, spare + disk_usage(cache_folder.inside(folder))))
     there = f"{units.human(space.free)} free there, {units.human(space.reserve)} of it stay reserved"
     if effective < budget:
         found = f"the budget of {units.human(budget)} is cut to {units.human(effective)}: {there}"

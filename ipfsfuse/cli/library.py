@@ -13,11 +13,10 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse import importer
+from ipfsfuse import client, importer, units
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders, units
+from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.progress import Progress
-from ipfsfuse.control import client
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ipfsfuse import __version__
-from ipfsfuse.cli import units
+from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
