@@ -6,8 +6,8 @@ Concurrency: any number of tasks. Nothing is verified here.
 from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import ask_for_record
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.http.settings import HttpSettings
 
 API = "/routing/v1"
 
