@@ -19,10 +19,10 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.opening import opened as opened_sources
-from ipfsfuse.sources.parse import OpenSettings, with_headers
+from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings, with_headers
+from ipfsfuse.sources.spec import opened as opened_sources
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.names.record import KeyName

@@ -38,10 +38,9 @@ from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.opening import opened
-from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
+from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 

@@ -19,7 +19,7 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.base import Block, Blocks, Fetched, LeafRange, Source, Subtree
 
 T = TypeVar("T")
 
@@ -417,7 +417,9 @@ class Reader:
                             await self._keep(file, leaf, result)
                     batch.staged(key)
 
-            await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
+            await self._blocks.stream(
+                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
+            )
 
         try:
             await self._flights.run_batch(by_key, fetch)

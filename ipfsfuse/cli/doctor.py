@@ -253,8 +253,7 @@ def _source_failures(
     import trio  # 200 ms with what follows, and only where sources are named
 
     from ipfsfuse.dag import cid as cids
-    from ipfsfuse.sources.opening import opened
-    from ipfsfuse.sources.parse import OpenSettings
+    from ipfsfuse.sources.spec import OpenSettings, opened
 
     async def probe(text: str) -> None:
         async with opened([text], OpenSettings(library, cache_folder.indexes(cache_dir))) as opened_sources:

@@ -24,9 +24,9 @@ from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.local.library import Library
-from ipfsfuse.sources.opening import opened as opened_sources
-from ipfsfuse.sources.parse import OpenSettings
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings
+from ipfsfuse.sources.spec import opened as opened_sources
 
 STANDARD_OUTPUT = "-"
 BLOCK_DEADLINE = 30.0

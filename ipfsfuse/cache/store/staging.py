@@ -28,8 +28,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, Unsupported
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.calls import punch_hole
-from ipfsfuse.fileio.direct import ALIGNED, Direct
+from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
 
 PART = ".part"
 _NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")

@@ -34,15 +34,15 @@ from ipfsfuse.sources.base import (
     DeliverBlocks,
     DeliverFetched,
     Fetched,
-    Run,
+    LeafRange,
     Source,
     Subtree,
     Taker,
     fits,
 )
+from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
-from ipfsfuse.sources.runs import all_of
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Inline:
             raise NotHere(f"{cids.text(cid)} holds no block of its own")
         return block
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         for index, leaf in enumerate(run.leaves):
             block = cids.inline(leaf.cid)
             if block is not None:
@@ -175,7 +175,7 @@ class SourcePool:
         fetch = self._under_way.get(cids.multihash(cid))
         return "" if fetch is None else "; ".join(fetch.said.values())
 
-    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
         fetch = RangeFetch(self, run, deliver)
         await fetch.from_each()
         left = iter(fetch.missing)
@@ -398,7 +398,7 @@ class HedgedFetch:
 
 
 class RangeFetch:
-    def __init__(self, pool: SourcePool, run: Run, deliver: DeliverFetched) -> None:
+    def __init__(self, pool: SourcePool, run: LeafRange, deliver: DeliverFetched) -> None:
         self._pool = pool
         self._run = run
         self._deliver = deliver
@@ -432,10 +432,12 @@ class RangeFetch:
 
     # -- for the attempt -------------------------------------------------------------------------------------
 
-    def part(self) -> tuple[Sequence[int], Run]:
+    def part(self) -> tuple[Sequence[int], LeafRange]:
         """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
         places = self.missing
-        return places, Run(self._run.file, self._run.file_size, [self._run.leaves[place] for place in places])
+        return places, LeafRange(
+            self._run.file, self._run.file_size, [self._run.leaves[place] for place in places]
+        )
 
     async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
         """Verifies and delivers the blocks of leaves. False if one was wrong."""
