@@ -16,7 +16,7 @@ from tests.cache.standin import Chain, flip, make_file, staged
 
 FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
 BUDGET = 64 << 20
-LEAF = 4 * PIECE
+LEAF = 8 * PIECE
 
 
 async def read_whole(cache: PinsetCache, file: FileRef, leaves: list[Leaf]) -> None:
@@ -83,7 +83,7 @@ def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
 
 
 def test_the_memory_for_digests_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "MAX_DIGESTS", 3 * (4 * DIGEST + stores.DIGESTS_OVERHEAD))
+    monkeypatch.setattr(stores, "MAX_DIGESTS", 3 * (8 * DIGEST + stores.DIGESTS_OVERHEAD))
     chain = Chain()
     file, leaves, content = make_file(chain, 8 * LEAF, LEAF)
 

@@ -39,7 +39,9 @@ SMALL = 64 << 10
 NOTE_USE = 60.0
 """Seconds between two notes on disk of one file's use."""
 MAX_DIGESTS = 16 << 20
-"""Bytes of digests that are kept in memory: those of 20 GiB in leaves of 1 MiB."""
+"""Bytes of digests that are kept in memory: those of 7 GiB in leaves of 1 MiB."""
+LOOP_PIECES = 4
+"""Pieces that are read from the page cache and hashed on the event loop: some 15 us."""
 DIGESTS_OVERHEAD = 300
 """Bytes of memory that one leaf's digests take besides themselves."""
 TOLD_AT_ONCE = 500
@@ -119,7 +121,7 @@ class Store:
             return None
         data, arguments = None, (entry, leaf, start, stop, digests)
         try:
-            if stop - start <= PIECE:  # what is in the page cache costs less than a thread
+            if stop - start <= LOOP_PIECES * PIECE:  # what is in the page cache costs less than a thread
                 data = self.staging.read_pieces(*arguments, os.RWF_NOWAIT)
             if data is None:
                 data = await threads.run_sync(
