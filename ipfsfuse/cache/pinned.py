@@ -202,12 +202,12 @@ class PinnedDags:
             await self._complete(root, job)
 
     async def _complete(self, root: Cid, job: Pinning) -> None:
-        """The pin counts once it is written."""
+        """The pin counts once it is written. A file that is read in place is no part of it: it has no
+        entry, which would be taken for a lost one later."""
         before = self._pins.get(root), self._keys.get(root)
-        self._keys[root], self._pins[root] = (
-            set(job.keys),
-            sum(self._store.budget.size(key) for key in job.keys),
-        )
+        staged = self._store.staging.entries
+        keys = {key for key in job.keys if isinstance(key, int) or key in staged}
+        self._keys[root], self._pins[root] = keys, sum(map(self._store.budget.size, keys))
         try:
             await self._write(root)
         except StoreFailed:
@@ -220,7 +220,7 @@ class PinnedDags:
         del self._jobs[root]
         self._lost.pop(root, None)
         self._unknown.discard(root)
-        self._release(before[1] or ())
+        self._release([*job.keys, *(before[1] or ())])
 
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""

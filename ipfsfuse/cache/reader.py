@@ -13,13 +13,13 @@ from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves as dagleaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.base import Block, Blocks, Fetched, LeafRange, Source, Subtree
 
 T = TypeVar("T")
 
@@ -84,22 +84,22 @@ class FetchResult(NamedTuple):
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
-    if len(block) <= MAX_PARSED_ON_LOOP or dagleaves.is_canonical(cid, block):
+    if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
     return await threads.run_sync(parse)
 
 
 async def content_of(leaf: Leaf, block: Block) -> Content:
-    """The content of `leaf`, from its block. Raises what `dag.leaves.of` raises."""
-    return await _parsed(lambda: dagleaves.of(leaf, bytes(block)), leaf.cid, block)
+    """The content of `leaf`, from its block. Raises what `dag.file_layout.leaf_content` raises."""
+    return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
-    content = await _parsed(lambda: dagleaves.content(leaf.cid, block), leaf.cid, block)
+    content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, block)
+    stage = file.size > SMALL and file_layout.is_canonical(leaf.cid, block)
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
@@ -209,14 +209,29 @@ class Reader:
         result = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
+    async def staged_block(self, cid: Cid) -> bytes | None:
+        """The verified block if it is staged as a block, or as a raw file; no source is asked."""
+        found: Content | None = cids.known(cid)
+        if found is None:
+            found = await self.store.blocks.get(cid)
+        if found is None:
+            found = await self._raw_file(cid)
+        return None if found is None else bytes(found)
+
+    async def _raw_file(self, cid: Cid) -> Content | None:
+        """The block that is the whole of a staged raw file."""
+        own = cids.canonical(cid)
+        entry = self.store.staging.entries.get(own) if cids.codec(cid) == cids.RAW else None
+        if entry is None:
+            return None
+        return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
+
     async def _bring_block(self, cid: Cid) -> FetchResult:
         """A block that is not in a pack: from the staging file of a raw file, or fetched."""
-        own = cids.canonical(cid)
-        if cids.codec(cid) == cids.RAW and (entry := self.store.staging.entries.get(own)) is not None:
-            content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
-            if content is not None:
-                self.hits += 1
-                return FetchResult(content, None, False)
+        content = await self._raw_file(cid)
+        if content is not None:
+            self.hits += 1
+            return FetchResult(content, None, False)
         return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
 
     async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
@@ -410,7 +425,9 @@ class Reader:
                             await self._keep(file, leaf, result)
                     batch.staged(key)
 
-            await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
+            await self._blocks.stream(
+                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
+            )
 
         try:
             await self._flights.run_batch(by_key, fetch)

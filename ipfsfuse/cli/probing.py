@@ -9,8 +9,7 @@ import trio
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import IpfsFuseError, NotHere
-from ipfsfuse.sources.opening import opened
-from ipfsfuse.sources.parse import OpenSettings
+from ipfsfuse.sources.spec import OpenSettings, opened
 
 EMPTY_DIRECTORY = cids.parse("bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354")
 SECONDS = 10.0

@@ -52,6 +52,16 @@ def parse(text: str) -> IpfsPath:
     return IpfsPath(cids.parse(root), names(tail, quoted, text))
 
 
+def split_ipns(text: str) -> tuple[str, tuple[bytes, ...]] | None:
+    """The IPNS name, and the names below it, of a path that begins with one; None for any other text. Raises
+    as `parse` for names that can't be."""
+    found = _IPNS.match(text)
+    if found is None:
+        return None
+    name, _, tail = text[found.end() :].partition("/")
+    return name, names(tail, "://" in found.group(), text)
+
+
 def names(tail: str, quoted: bool = False, whole: str = "") -> tuple[bytes, ...]:
     """The names in `tail`, a path below a root; `whole` is what messages show. Raises NameTooLong,
     UsageError."""

@@ -27,11 +27,12 @@ from ipfsfuse.cache.budget import Budget, WriteBackoff, disk_cost
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes, varint
+from ipfsfuse.dag import multihash as multihashes
+from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.calls import write_all
+from ipfsfuse.fileio.files import write_all
 from ipfsfuse.sources.base import Caller, current_request
 
 log = logging.getLogger(__name__)
@@ -330,7 +331,7 @@ def _turned(one: bytes, other: bytes) -> int:
 
 def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
     block = read(place)
-    if not hashes.matches(cids.multihash(cid), (block,)):
+    if not multihashes.matches(cids.multihash(cid), (block,)):
         raise WrongBlock(cids.text(cid))
     return block
 

@@ -25,13 +25,12 @@ from blake3 import blake3
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, Unsupported
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.calls import punch_hole
-from ipfsfuse.fileio.direct import ALIGNED, Direct
+from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
 
 PART = ".part"
 PIECE = 16 << 10
@@ -373,7 +372,7 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
     try:
-        return leaves.proves(leaf.cid, data)
+        return file_layout.proves(leaf.cid, data)
     except Unsupported:
         return False
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from multiformats import multibase
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes as multihashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import protobuf
 from ipfsfuse.errors import Malformed, NotACid, WrongRecord
 

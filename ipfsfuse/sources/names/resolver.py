@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -22,6 +22,7 @@ from ipfsfuse.dag.path import IpfsPath
 from ipfsfuse.errors import (
     IpfsFuseError,
     Malformed,
+    NotFound,
     StoreFailed,
     Unavailable,
     WrongRecord,
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 MAX_DEPTH: Final = 32
 """Names that are followed to names, as in Kubo."""
+MAX_ASKED: Final = 256
+"""Names that are asked for at a time: each costs a connection to every source."""
 MAX_KEPT: Final = 1000
 """Names whose value, or failure, is kept in memory."""
 MIN_SECONDS: Final = 1.0
@@ -96,6 +99,20 @@ class Resolver:
         self._sources, self._store, self._dns, self._seconds = sources, store, dns, seconds
         self._steps: OrderedDict[Name, _Step] = OrderedDict()
         self._locks: dict[Name, trio.Lock] = {}
+        self._asking = trio.CapacityLimiter(MAX_ASKED)
+
+    def known(self) -> Sequence[str]:
+        """The names that were resolved of late, in their usual spelling."""
+        return sorted(
+            str(name) for name, step in self._steps.items() if not isinstance(step.value, Exception)
+        )
+
+    async def resolve_text(self, text: str) -> Resolved:
+        """As `resolve`; what is not a name at all is proved absent, and nobody is asked."""
+        name = records.parse_name(text)
+        if name is None:
+            raise NotFound(f"{text[:200]!r} is not a name")
+        return await self.resolve(name)
 
     async def resolve(self, name: Name) -> Resolved:
         """The path that `name` stands for. Raises NotFound where it is proved that there is none, Unavailable
@@ -124,10 +141,8 @@ class Resolver:
                 self._steps.move_to_end(name)
                 return kept
             try:
-                if isinstance(name, KeyName):
-                    value, seconds = await self._of_key(name)
-                else:
-                    value, seconds = await self._of_domain(name)
+                async with self._asking:
+                    value, seconds = await self._asked(name)
                 step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
             except IpfsFuseError as exc:
                 log.warning("%s", exc)
@@ -137,6 +152,13 @@ class Resolver:
             if len(self._steps) > MAX_KEPT:
                 self._steps.popitem(last=False)
             return step
+
+    async def _asked(self, name: Name) -> tuple[str, float]:
+        """What `name` leads to, as its owner wrote it, and for how many seconds that holds."""
+        if isinstance(name, DomainName):
+            return await self._of_domain(name)
+        record, seconds = await self.newest(name)
+        return record.value, seconds
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self, name: Name) -> AsyncIterator[None]:
@@ -159,8 +181,9 @@ class Resolver:
 
     # -- IPNS ------------------------------------------------------------------------------------------------
 
-    async def _of_key(self, name: KeyName) -> tuple[str, float]:
-        """The value of the newest valid record, and for how many seconds it holds."""
+    async def newest(self, name: KeyName) -> tuple[Record, float]:
+        """The newest valid record, of those that the sources have now and the one that was seen before; and
+        for how many seconds it holds. Raises Unavailable."""
         stored = await self._stored(name)
         best, answered, said = stored, False, list[str]()
         async for source, answer in self._answers(name):
@@ -186,7 +209,7 @@ class Resolver:
             raise Unavailable(f"{name}: the newest record (sequence {best.sequence}) has expired; {why}")
         if not answered:
             log.warning("%s: the record of sequence %d is still used: %s", name, best.sequence, why)
-        return best.value, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
+        return best, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
 
     async def _answers(self, name: KeyName) -> AsyncIterator[tuple[str, Record | IpfsFuseError]]:
         """(Source, its verified record or why there is none), as they come. When a valid record has come, the
@@ -262,6 +285,3 @@ def _parse_value(name: Name, value: str) -> IpfsPath | tuple[Name, tuple[bytes, 
     except IpfsFuseError as exc:
         raise Malformed(f"{name} leads to a path that can't be used: {exc}") from exc
     raise Malformed(f"{name} leads to {value[:200]!r}: only /ipfs/ and /ipns/ are followed")
-
-
-Resolve = Callable[[Name], Awaitable[Resolved]]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
@@ -54,7 +54,7 @@ async def check(cid: Cid, block: bytes) -> None:
     """Raises WrongBlock unless `block` is what `cid` names, Unsupported for a hash that is not allowed."""
     if len(block) <= INLINE_BYTES:
         try:
-            hashes.verify(cids.multihash(cid), block, "")
+            multihashes.verify(cids.multihash(cid), block, "")
         except WrongBlock:
             cids.verify(cid, block)  # names the block, which takes as long as hashing it
         return
@@ -67,7 +67,8 @@ async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence
 
     def run() -> Sequence[bool]:
         return [
-            hashes.matches(cids.multihash(cid), (block,)) for cid, block in zip(wanted, blocks, strict=True)
+            multihashes.matches(cids.multihash(cid), (block,))
+            for cid, block in zip(wanted, blocks, strict=True)
         ]
 
     if sum(map(len, blocks)) <= INLINE_BYTES:
