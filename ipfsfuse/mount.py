@@ -217,7 +217,7 @@ async def _serving(
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
-        names = Names(folder.path, sources, http, config.dns, config.offline, config.deadline, stack)
+        names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
             await names.resolver()  # what is wrong with its settings is told before anything is mounted
         commands = Commands(config, cache, pool, pins, tree, names)

@@ -64,6 +64,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         pins=arguments.pins,
         ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
         dns=arguments.dns,
+        routers=tuple(arguments.routers or ()),
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
 

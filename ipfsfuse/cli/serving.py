@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         reserve=arguments.reserve,
         deadline=arguments.deadline,
         dns=arguments.dns,
+        routers=tuple(arguments.routers or ()),
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
