@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from ipfsfuse.cli import console, parser
-from ipfsfuse.cli.error_text import one_line, unwrapped
+from ipfsfuse.cli.console import one_line, unwrapped
 from ipfsfuse.errors import UsageError
 
 

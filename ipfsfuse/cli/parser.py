@@ -214,7 +214,7 @@ def _mounts(commands: Any) -> None:
     )
     mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
     unmount = _command(
-        commands, "unmount", "unmounting:run", "end a mount; names who holds it where it is busy"
+        commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
