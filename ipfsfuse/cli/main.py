@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TextIO
 
 from ipfsfuse.cli import console, parser
-from ipfsfuse.cli.error_text import one_line, unwrapped
+from ipfsfuse.cli.console import one_line, unwrapped
 from ipfsfuse.errors import UsageError
 
 

@@ -5,7 +5,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from ipfsfuse.errors import DaemonFailed, Unavailable
+from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse_run import messages
 from ipfsfuse_run.options import Options
 
@@ -61,7 +61,7 @@ def _network_sources(mount: "Mount") -> list[str]:
         if told["offline"] or told.get("allow"):
             return []
         return [str(each["name"]) for each in told["sources"] if not _is_local(str(each["name"]))]
-    except (DaemonFailed, Unavailable, KeyError, TypeError):
+    except (IpfsFuseError, KeyError, TypeError):
         return ["its mount's sources"]
 
 

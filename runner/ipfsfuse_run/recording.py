@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import ipfsfuse
+from ipfsfuse.client import Connection
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
@@ -24,7 +25,6 @@ from ipfsfuse_run import bundle, disclosure, messages, mounts, sandbox, streams,
 from ipfsfuse_run import receipt as receipts
 from ipfsfuse_run.bundle import Writer
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.control import Control
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.receipt import GivenDir, Receipt
 from ipfsfuse_run.sandbox import Sandbox
@@ -39,7 +39,7 @@ class _Material(NamedTuple):
     """The daemon's record: JSON lines."""
     guest: BinaryIO
     stdin: BinaryIO
-    control: Control
+    control: Connection
 
 
 class _Run(NamedTuple):
@@ -95,7 +95,7 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
+def _run(plan: Plan, stdin: BinaryIO, control: Connection) -> _Run:
     out, err = streams.HashingSink(streams.carried(1)), streams.HashingSink(streams.carried(2))
     bound = plan.box.limits.max_stdout
     sinks = streams.bounded(out, bound, "standard output"), streams.bounded(err, bound, "standard error")
@@ -193,7 +193,7 @@ def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Ma
     writer.close(writer.add_folder(children))
 
 
-def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Receipt, dict[Cid, Built]]:
+def _with_blocks(writer: Writer, receipt: Receipt, control: Connection) -> tuple[Receipt, dict[Cid, Built]]:
     """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the
     roots that were used: the blocks that no block read before them links to."""
     roots: dict[Cid, Built] = {}
@@ -217,7 +217,7 @@ def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Re
     ), roots
 
 
-def _ask(control: Control, cid: Cid) -> bytes:
+def _ask(control: Connection, cid: Cid) -> bytes:
     """One block from the mount's daemon, which need not be trusted with it. Raises DaemonFailed."""
     try:
         block = base64.b64decode(control.ask("block", cid=cids.text(cid))["data"], validate=True)

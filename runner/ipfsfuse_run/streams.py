@@ -9,7 +9,8 @@ import stat
 import sys
 from typing import BinaryIO, NamedTuple
 
-from ipfsfuse_run import limits, units
+from ipfsfuse import units
+from ipfsfuse_run import limits
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.supervise import LimitReached, Sink, Streams

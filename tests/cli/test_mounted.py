@@ -252,6 +252,8 @@ def test_doctor_says_what_the_disk_makes_of_the_budget(user: Home) -> None:
             line,
         )
         assert "ok   space: a budget of 1.0 MiB fits: " in user.run("doctor", "--budget", "1MiB").stdout
+        (folder / "of somebody else").write_bytes(bytes(12 << 20))
+        assert re.search(r"is cut to [78]\.\d MiB: ", user.run("doctor", "--reserve", "10MiB").stdout)
 
 
 # -- export to standard output -------------------------------------------------------------------------------
