@@ -65,8 +65,8 @@ def _ended_by(exc: BaseException) -> int:
 
 
 def _discard_unwritable(stream: TextIO) -> None:
-    """Discards what `stream` still buffers if it can't be written: the terminal hung up, or the reader has gone.
-    The interpreter's last flush would fail on it, and make 120 of our exit code."""
+    """Discards what `stream` still buffers if it can't be written: the terminal hung up, or the reader
+    has gone. The interpreter's last flush would fail on it, and make 120 of our exit code."""
     try:
         stream.flush()
     except OSError:
