@@ -9,12 +9,11 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
-from ipfsfuse.cache.store.disk import SMALL
-from ipfsfuse.cache.store.store import Store
+from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves as dagleaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
@@ -85,22 +84,22 @@ class FetchResult(NamedTuple):
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
-    if len(block) <= MAX_PARSED_ON_LOOP or dagleaves.is_canonical(cid, block):
+    if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
     return await threads.run_sync(parse)
 
 
 async def content_of(leaf: Leaf, block: Block) -> Content:
-    """The content of `leaf`, from its block. Raises what `dag.leaves.of` raises."""
-    return await _parsed(lambda: dagleaves.of(leaf, bytes(block)), leaf.cid, block)
+    """The content of `leaf`, from its block. Raises what `dag.file_layout.leaf_content` raises."""
+    return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
-    content = await _parsed(lambda: dagleaves.content(leaf.cid, block), leaf.cid, block)
+    content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, block)
+    stage = file.size > SMALL and file_layout.is_canonical(leaf.cid, block)
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
@@ -174,6 +173,28 @@ class Reader:
             nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
         )
 
+    # -- uses ------------------------------------------------------------------------------------------------
+
+    def opened(self, file: FileRef) -> None:
+        """As `Cache.opened`."""
+        # first what costs least: a small file is opened in as much time as the index takes to answer
+        pins = self.store.pins
+        if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
+            pins.add(file.cid)
+        self.store.note_use(file)
+
+    def kept_of(self, cid: Cid) -> Kept | None:
+        """As `Cache.kept_of`."""
+        return self.store.kept_of(cid)
+
+    def used(self) -> int:
+        """As `Cache.used`."""
+        return self.store.budget.used
+
+    def when_blocks_leave(self, call: Callable[[], None]) -> None:
+        """As `Cache.when_blocks_leave`."""
+        self.store.blocks.when_blocks_leave.append(call)
+
     # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid) -> bytes:
@@ -181,21 +202,36 @@ class Reader:
         carried = cids.known(cid)
         if carried is not None:
             return carried
-        kept = await self.store.block(cid)
+        kept = await self.store.blocks.get(cid)
         if kept is not None:
             self.hits += 1
             return kept
         result = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
+    async def staged_block(self, cid: Cid) -> bytes | None:
+        """The verified block if it is staged as a block, or as a raw file; no source is asked."""
+        found: Content | None = cids.known(cid)
+        if found is None:
+            found = await self.store.blocks.get(cid)
+        if found is None:
+            found = await self._raw_file(cid)
+        return None if found is None else bytes(found)
+
+    async def _raw_file(self, cid: Cid) -> Content | None:
+        """The block that is the whole of a staged raw file."""
+        own = cids.canonical(cid)
+        entry = self.store.staging.entries.get(own) if cids.codec(cid) == cids.RAW else None
+        if entry is None:
+            return None
+        return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
+
     async def _bring_block(self, cid: Cid) -> FetchResult:
         """A block that is not in a pack: from the staging file of a raw file, or fetched."""
-        own = cids.canonical(cid)
-        if cids.codec(cid) == cids.RAW and (entry := self.store.staging.entries.get(own)) is not None:
-            content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
-            if content is not None:
-                self.hits += 1
-                return FetchResult(content, None, False)
+        content = await self._raw_file(cid)
+        if content is not None:
+            self.hits += 1
+            return FetchResult(content, None, False)
         return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
 
     async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
@@ -207,7 +243,9 @@ class Reader:
             cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL
         }
         if len(to_stage) > len(files):
-            await self.store.keep_blocks((cid, of.block) for cid, of in to_stage.items() if cid not in files)
+            await self.store.blocks.keep_many(
+                (cid, of.block) for cid, of in to_stage.items() if cid not in files
+            )
         for cid, of in files.items():
             size = len(of.block)
             await self.store.keep_leaf(
@@ -241,7 +279,9 @@ class Reader:
         return [
             block_key(cid)
             for cid in wanted
-            if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)
+            if cids.inline(cid) is None
+            and self.store.blocks.place(cid) is None
+            and not self._is_staged_file(cid)
         ]
 
     def _is_staged_file(self, cid: Cid) -> bool:
@@ -256,7 +296,7 @@ class Reader:
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
             return await content_of(leaf, await self.block(leaf.cid))
         if cids.codec(leaf.cid) != cids.RAW:
-            block = await self.store.block(leaf.cid)
+            block = await self.store.blocks.get(leaf.cid)
             if block is not None:
                 self.hits += 1
                 return await content_of(leaf, block)
@@ -293,7 +333,7 @@ class Reader:
         if result.stage:
             await self._keep(file, leaf, result)
         elif result.source is not None and not result.source.in_place:
-            await self.store.keep_blocks([(leaf.cid, bytes(result.block))])
+            await self.store.blocks.keep_many([(leaf.cid, bytes(result.block))])
 
     async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, FetchResult]]) -> None:
         """Like `_stage`, by one write if they are adjacent in the file."""
@@ -315,7 +355,9 @@ class Reader:
         if cids.inline(leaf.cid) is not None:
             return True
         in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
-        return (in_pack and self.store.place(leaf.cid) is not None) or await self.store.has_leaf(file, leaf)
+        return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(
+            file, leaf
+        )
 
     # -- ahead -----------------------------------------------------------------------------------------------
 

@@ -30,8 +30,8 @@ from ipfsfuse.cli import console
 from ipfsfuse.cli.error_text import one_line, unwrapped
 from ipfsfuse.cli.log_format import escape_the_log
 from ipfsfuse.cli.mounting import ALLOW_OTHER
-from ipfsfuse.cli.units import human
 from ipfsfuse.config import MountConfig
+from ipfsfuse.units import human
 
 log = logging.getLogger("ipfsfuse.mount")
 

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse import units
+from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cache.store.space import FreeSpace, disk_usage
-from ipfsfuse.cli import console, folders, units
+from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
-from ipfsfuse.sources.files import libraryfolder
+from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -186,7 +187,7 @@ def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
             "the file system does not tell how much it has: the budget is not checked against it",
         )
         return
-    effective = max(0, min(budget, spare + (disk_usage(folder) if folder.exists() else 0)))
+    effective = max(0, min(budget, spare + disk_usage(cache_folder.inside(folder))))
     there = f"{units.human(space.free)} free there, {units.human(space.reserve)} of it stay reserved"
     if effective < budget:
         found = f"the budget of {units.human(budget)} is cut to {units.human(effective)}: {there}"
@@ -214,7 +215,7 @@ def _library(folder: Path) -> Finding:
     if not folder.exists():
         return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
     try:
-        libraryfolder.examine(folder)
+        library_folder.examine(folder)
     except (IpfsFuseError, OSError) as exc:
         return Finding(BAD, "library", str(exc), "mend that, or name another with --library")
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):

@@ -6,39 +6,12 @@ from typing import TYPE_CHECKING
 
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
+from ipfsfuse.places import absolute, cache_dir, library
+
+__all__ = ["cache_dir", "control", "library", "live_mount", "mountpoint"]
 
 if TYPE_CHECKING:
     from ipfsfuse.control.live_mounts import LiveMount
-
-
-def cache_dir(given: str | None) -> Path:
-    """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
-    return _absolute(
-        given or os.environ.get("IPFSFUSE_CACHE_DIR") or _xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
-    )
-
-
-def library(given: str | None) -> Path:
-    """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
-    return _absolute(
-        given
-        or os.environ.get("IPFSFUSE_LIBRARY")
-        or _xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
-    )
-
-
-def _xdg(variable: str, fallback: str) -> Path:
-    folder = os.environ.get(variable, "")
-    if os.path.isabs(folder):  # the XDG specification: a relative path is to be ignored
-        return Path(folder)
-    try:
-        return Path.home() / fallback
-    except RuntimeError as exc:
-        raise errors.UsageError(f"there is no home folder to put things in: set HOME or {variable}") from exc
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.realpath(path))
 
 
 def mountpoint(given: str) -> Path:
@@ -50,7 +23,7 @@ def mountpoint(given: str) -> Path:
         point = os.path.join(os.path.realpath(folder or "."), name)
         if any(mounted.mountpoint == point for mounted in mountpoints.table()):
             return Path(point)
-    return _absolute(given)
+    return absolute(given)
 
 
 def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":

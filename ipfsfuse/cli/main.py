@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
-        with nullcontext() if arguments.command == "mount" else _terminated_as_interrupted():
+        with nullcontext() if arguments.command in ("mount", "serve") else _terminated_as_interrupted():
             code: int = getattr(import_module(f"ipfsfuse.cli.{module}"), function)(arguments)
         sys.stdout.flush()
         return code
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (A mount knows itself what to
-    do.)"""
+    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (`mount` and `serve`
+    know themselves what to do.)"""
     before = signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     try:
         yield

@@ -47,7 +47,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         mountpoint=folders.mountpoint(arguments.mountpoint),
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
-        sources=tuple(_source(text) for text in arguments.sources or ["library"]),
+        sources=tuple(source(text) for text in arguments.sources or ["library"]),
         offline=arguments.offline,
         budget=arguments.budget,
         reserve=arguments.reserve,
@@ -58,7 +58,9 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         isolated=arguments.isolated,
         while_held=arguments.while_held,
         pins=arguments.pins,
-        header_files=tuple(_header_file(text) for text in arguments.header_files or ()),
+        ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
+        dns=arguments.dns,
+        header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
 
 
@@ -87,14 +89,14 @@ def _listed(text: str) -> Iterator[Cid]:
                 raise UsageError(f"--allow {text}, line {number}: {exc}") from exc
 
 
-def _source(text: str) -> str:
+def source(text: str) -> str:
     """SOURCE with a file's path made absolute: a daemon has no working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
     return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
 
 
-def _header_file(text: str) -> tuple[str, Path]:
+def header_file(text: str) -> tuple[str, Path]:
     """The URL in URL=FILE, "" where there is none, and the file. Raises UsageError."""
     url, separator, path = text.partition("=")
     if "://" not in url:
@@ -136,11 +138,15 @@ def _refuse_below(asked: MountConfig) -> None:
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
+    points = [asked.mountpoint] if asked.ipns is None else [asked.mountpoint, asked.ipns]
+    if len(points) == 2 and (points[0].is_relative_to(points[1]) or points[1].is_relative_to(points[0])):
+        raise UsageError(
+            f"--ipns {points[1]}: give a folder that is neither {points[0]}, nor in it, nor around it"
+        )
     for what, path in own.items():
-        if path is not None and Path(os.path.realpath(path)).is_relative_to(asked.mountpoint):
-            raise UsageError(
-                f"{what} ({path}) lies below the mountpoint {asked.mountpoint}: choose another place"
-            )
+        for point in points:
+            if path is not None and Path(os.path.realpath(path)).is_relative_to(point):
+                raise UsageError(f"{what} ({path}) lies below the mountpoint {point}: choose another place")
 
 
 def _await_ending(cache_dir: Path) -> None:
@@ -148,7 +154,8 @@ def _await_ending(cache_dir: Path) -> None:
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
-        if said is None or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
+        serving = said is not None and not os.path.isabs(said[1])  # `ipfsfuse serve`, which has no mount
+        if said is None or serving or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
             return
         time.sleep(0.05)
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipfsfuse.cli import console
-from ipfsfuse.cli.units import human
 from ipfsfuse.text import printable
+from ipfsfuse.units import human
 
 SIZES = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
 

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ipfsfuse import __version__
-from ipfsfuse.cli import units
+from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
@@ -42,7 +41,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for build in (_library, _mounts, _remote):
+    for build in (_library, _mounts, _serving, _remote):
         build(commands)
     return parser
 
@@ -140,6 +139,18 @@ def _mounts(commands: Any) -> None:
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     mount.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     mount.add_argument(
+        "--ipns",
+        metavar="DIR",
+        type=_PATH,
+        help="show IPNS names and domains in this empty folder, as symlinks into MOUNTPOINT",
+    )
+    mount.add_argument(
+        "--dns",
+        default="system",
+        metavar="URL",
+        help="whom to ask for DNSLink: a DNS-over-HTTPS server (this system's resolver)",
+    )
+    mount.add_argument(
         "--offline", action="store_true", help="show what is here, fail at once for anything else"
     )
     _folders(mount)
@@ -212,6 +223,35 @@ def _mounts(commands: Any) -> None:
     doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     _folders(doctor)
+
+
+def _serving(commands: Any) -> None:
+    serve = _command(
+        commands, "serve", "serving:run", "give out what is here as a trustless gateway, to other hosts too"
+    )
+    serve.add_argument(
+        "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"
+    )
+    serve.add_argument(
+        "--fetch", action="store_true", help="get what is not here from the sources, for whoever asks"
+    )
+    serve.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    serve.add_argument(
+        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount"
+    )
+    serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
+    serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
+    serve.add_argument("--dns", default="system", metavar="URL", help="as for mount")
+    serve.add_argument(
+        "--header-file",
+        dest="header_files",
+        action="append",
+        metavar="URL=FILE",
+        type=_PATH,
+        help="as for mount",
+    )
+    serve.add_argument("--json", action="store_true", help="print the addresses and the pid")
+    _folders(serve)
 
 
 def _remote(commands: Any) -> None:

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ipfsfuse.cli import console
-from ipfsfuse.cli.units import human
 from ipfsfuse.text import printable
+from ipfsfuse.units import human
 
 if TYPE_CHECKING:
     from tqdm import tqdm

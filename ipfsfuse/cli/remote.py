@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ipfsfuse import client
 from ipfsfuse.cli import console, folders, output
 from ipfsfuse.cli.progress import Progress
-from ipfsfuse.control import client
 from ipfsfuse.errors import UsageError
 
 STATUS_SECONDS = 30.0

@@ -64,7 +64,7 @@ def open_device(mountpoint: Path, allow_other: bool) -> Device:
         try:
             place.check()
         except MountFailed:
-            _close_device(device)
+            close_device(device)
             place.clear()
             raise
         return device
@@ -114,7 +114,7 @@ def init(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) ->
     try:
         reader = DeviceReader()
     except OSError as exc:
-        _close_device(device)
+        close_device(device)
         raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     number = theirs.detach()
@@ -124,7 +124,7 @@ def init(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) ->
         reader.stop()
         ours.close()
         os.close(number)
-        _close_device(device)
+        close_device(device)
         raise MountFailed(
             f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.3 or "
             "newer is needed"
@@ -193,10 +193,10 @@ def close(session: Session) -> None:
     session.reader.stop()
     pyfuse3.close(unmount=False)
     session.ours.close()
-    _close_device(session.device)
+    close_device(session.device)
 
 
-def _close_device(device: Device) -> None:
+def close_device(device: Device) -> None:
     with contextlib.suppress(OSError):
         os.close(device.fd)
     device.helper.close()

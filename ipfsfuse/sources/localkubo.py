@@ -15,10 +15,9 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Run, Subtree
-from ipfsfuse.sources.files.descent import Descent
-from ipfsfuse.sources.files.flatfs import Flatfs
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http_settings import HttpSettings
+from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
 
 STRETCHES = 8
 """Of leaves that may be in memory at a time, for all readers: of 4 MiB each."""
@@ -50,10 +49,10 @@ class LocalKubo(Kubo):
 
     async def _all_below(self, subtree: Subtree, deliver: DeliverBlocks) -> bool:
         """Delivers what the repository has, as far as the limit goes. Whether that is all."""
-        descent = Descent(self._blocks.read_some, subtree.root, subtree.limit)
-        while blocks := await threads.run_sync(descent.some, limiter=self._threads):
+        walk = RepoWalk(self._blocks.read_some, subtree.root, subtree.limit)
+        while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
             await deliver(blocks)
-        return not descent.lacking
+        return not walk.incomplete
 
     async def _read_leaves(self, leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
         await self._room.acquire()

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Source
-from ipfsfuse.sources.files.car import CarSource
+from ipfsfuse.sources.local.car_source import CarSource
 from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
 
 log = logging.getLogger(__name__)

@@ -131,14 +131,14 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
 def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     """The source; None for a remote gateway of an offline mount. Blocks. Raises SourceFailed, UsageError."""
     if spec.kind == CAR:
-        from ipfsfuse.sources.files.car import CarSource
+        from ipfsfuse.sources.local.car_source import CarSource
 
         assert spec.path is not None
         return CarSource.open(
             spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None
         )
     if spec.kind == LIBRARY:
-        from ipfsfuse.sources.files.library import Library, LibrarySource
+        from ipfsfuse.sources.local.library import Library, LibrarySource
 
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
@@ -155,8 +155,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 
 
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
-    from ipfsfuse.sources.files import flatfs
     from ipfsfuse.sources.http.kubo import Kubo, repository
+    from ipfsfuse.sources.local import kubo_repo
     from ipfsfuse.sources.localkubo import LocalKubo
 
     place = repository()
@@ -167,7 +167,7 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
             "by its address, as in kubo+http://127.0.0.1:5001",
             "missing",
         )
-    blocks = flatfs.find(place) if spec.origin is None else None
+    blocks = kubo_repo.open_flatfs(place) if spec.origin is None else None
     if blocks is None:
         return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
     log.info("%s: what the node holds is read in its repository, %s", spec.name, place)

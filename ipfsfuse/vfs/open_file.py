@@ -6,6 +6,7 @@ Concurrency: reads of one open file may overlap. What is fetched ahead ends when
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -15,8 +16,7 @@ from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request, set_request
-from ipfsfuse.vfs.prefetch_buffer import PrefetchBuffer, ReadWindows
-from ipfsfuse.vfs.readahead import ReadAhead, Window
+from ipfsfuse.vfs.buffers import PrefetchBuffer, ReadWindows
 from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
@@ -24,6 +24,46 @@ RECENT = 64
 STRETCHES = 4
 """Walks whose leaves are remembered. With the last alone a reader and its read-ahead took turns in walking
 anew: 12 % of the CPU of a cold read."""
+
+MIN_WINDOW = 2 << 20
+MAX_WINDOW = 16 << 20
+SLACK = 2 << 20
+
+
+class Window(NamedTuple):
+    """Bytes to bring in: `size` from `start`."""
+
+    start: int
+    size: int
+
+
+class ReadAhead:
+    """The state of one open file."""
+
+    def __init__(self, file_size: int) -> None:
+        self._file_size = file_size
+        self._next = -1
+        self._until = 0
+        self._window = MIN_WINDOW
+        self.sequential = False
+        """Whether the last read followed the one before it."""
+
+    def note(self, offset: int, size: int) -> Window | None:
+        """A read of `size` bytes at `offset`; returns what should be fetched behind it, if anything."""
+        end = offset + size
+        follows = self._next - SLACK <= offset <= self._next + max(SLACK, self._window)
+        first, self._next = self._next < 0, max(end, self._next) if follows else end
+        self.sequential = follows and not first
+        if not self.sequential:
+            self._until, self._window = end, MIN_WINDOW
+            return None
+        if self._until - self._next > self._window // 2 or self._until >= self._file_size:
+            return None
+        start = max(self._until, end)
+        size = min(self._window, self._file_size - start)
+        self._until = start + max(size, 0)
+        self._window = min(2 * self._window, MAX_WINDOW)
+        return Window(start, size) if size > 0 else None
 
 
 class OpenFile:
@@ -52,7 +92,6 @@ class OpenFile:
         for scope in self._scopes:
             scope.cancel()
         self._buffer.close()
-        self._tree.cache.closed(self._ref)
 
     async def read(self, offset: int, size: int) -> Content:
         """`size` content bytes from `offset`, fewer only at the file's end."""

@@ -25,8 +25,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request, set_request
-from ipfsfuse.vfs.lru import Lru
-from ipfsfuse.vfs.prefetch_buffer import SmallFileBuffer
+from ipfsfuse.vfs.buffers import Lru, SmallFileBuffer
 
 SMALL_FILE = 64 << 10
 """Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of

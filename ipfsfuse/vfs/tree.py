@@ -20,9 +20,8 @@ from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, No
 from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.lru import Lru
+from ipfsfuse.vfs.buffers import BufferBudget, Lru, SmallFileBuffer
 from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
-from ipfsfuse.vfs.prefetch_buffer import BufferBudget, SmallFileBuffer
 
 T = TypeVar("T")
 

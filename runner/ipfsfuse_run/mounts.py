@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ipfsfuse
-from ipfsfuse.errors import DaemonFailed, MountFailed, StoreFailed, Unavailable, UsageError
-from ipfsfuse_run.control import Control
+from ipfsfuse.client import Connection
+from ipfsfuse.errors import DaemonFailed, IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run.errors import say
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.sandbox import cache_home
 
 _RACE_S = 30.0
+_ANSWER_S = 40.0
+"""Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
 _GONE_S = 2.0
 
 
@@ -37,7 +39,7 @@ class Mount(NamedTuple):
     mountpoint: str
     mount_id: int
     """The kernel's number of it."""
-    control: Control
+    control: Connection
     """The held connection to its daemon."""
     daemon: int | None = None
     """The process that serves it, where it was started for this run: it ends with the mount's last user."""
@@ -76,6 +78,17 @@ def _shared(options: Options) -> Mount:
             if not _is_held(options) or time.monotonic() > until:
                 raise
         time.sleep(0.05)
+
+
+def _held(path: Path, folder: int) -> Connection:
+    """A connection to the daemon at `path` that holds its mount. Raises DaemonFailed, MountFailed."""
+    connection = Connection(path, folder, _ANSWER_S)
+    try:
+        connection.hold()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 # -- the cache folder of a mount that lives ----------------------------------------------------------------
@@ -151,7 +164,7 @@ def _live(options: Options) -> Mount | None:
         try:
             with open(_read(folder, _DAEMON), "rb") as file:
                 mountpoint = str(json.loads(file.read(_MAX_DAEMON))["mountpoint"])
-            control = Control(folder, path / _CONTROL)
+            control = _held(path / _CONTROL, folder)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
             return None  # none, one that is starting, or what a killed one left
     try:
@@ -226,7 +239,7 @@ def _start(options: Options, isolated: bool) -> Mount:
         with _opened(path.parent) as folder:
             if folder is None:
                 raise MountFailed(f"the folder {path.parent} of the new mount's socket is gone")
-            control = Control(folder, path)
+            control = _held(path, folder)
         mount_id = _mount_id(mountpoint)
         if mount_id is None:
             control.release()
@@ -335,7 +348,7 @@ def _network_sources(mount: Mount) -> list[str]:
         if told["offline"] or told.get("allow"):
             return []
         return [str(each["name"]) for each in told["sources"] if not _is_local(str(each["name"]))]
-    except (DaemonFailed, Unavailable, KeyError, TypeError):
+    except (IpfsFuseError, KeyError, TypeError):
         return ["its mount's sources"]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ipfsfuse.dag import builder, car, dagpb, file_layout, leaves
+from ipfsfuse.dag import builder, car, dagpb, file_layout
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built, Stored
 from ipfsfuse.dag.cid import Cid
@@ -526,7 +526,7 @@ class Bundle:
                         f"{cids.brief(cid)}: it is cut into more pieces than a record's files are"
                     )
                 for leaf in found:
-                    yield bytes(leaves.of(leaf, self.block(leaf.cid)))
+                    yield bytes(file_layout.leaf_content(leaf, self.block(leaf.cid)))
                     offset = leaf.offset + leaf.size
             except (Malformed, Unsupported) as exc:
                 raise ReceiptRefused(f"{self.path}: {exc}") from exc

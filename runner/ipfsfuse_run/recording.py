@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import ipfsfuse
+from ipfsfuse.client import Connection
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError, WrongBlock
 from ipfsfuse_run import mounts, receipts, sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.control import Control
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.receipts import GivenDir, Receipt, Writer
 from ipfsfuse_run.sandbox import Sandbox
@@ -36,7 +36,7 @@ class _Material(NamedTuple):
     """The daemon's record: JSON lines."""
     guest: BinaryIO
     stdin: BinaryIO
-    control: Control
+    control: Connection
 
 
 class _Run(NamedTuple):
@@ -92,7 +92,7 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
+def _run(plan: Plan, stdin: BinaryIO, control: Connection) -> _Run:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
     through = supervisor.to_descriptor(1), supervisor.to_descriptor(2)
     outcome, out, err = supervisor.run_hashed(plan, stdin, through, close=[control.fileno()])
@@ -186,7 +186,7 @@ def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Ma
     writer.close(writer.add_folder(children))
 
 
-def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Receipt, dict[Cid, Built]]:
+def _with_blocks(writer: Writer, receipt: Receipt, control: Connection) -> tuple[Receipt, dict[Cid, Built]]:
     """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the
     roots that were used: the blocks that no block read before them links to."""
     roots: dict[Cid, Built] = {}
@@ -210,7 +210,7 @@ def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Re
     ), roots
 
 
-def _ask(control: Control, cid: Cid) -> bytes:
+def _ask(control: Connection, cid: Cid) -> bytes:
     """One block from the mount's daemon, which need not be trusted with it. Raises DaemonFailed."""
     try:
         block = base64.b64decode(control.ask("block", cid=cids.text(cid))["data"], validate=True)

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
-from ipfsfuse_run import child, growth, limits, signals, units
+from ipfsfuse import units
+from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
 from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_text
 from ipfsfuse_run.growth import Growth

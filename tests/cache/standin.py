@@ -133,7 +133,7 @@ def staged(folder: Path, kind: str) -> list[Path]:
 
 def staged_bytes(cache: PinsetCache, cid: Cid) -> int:
     """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
-    kept = cache.kept_of(cid)
+    kept = cache.store.kept_of(cid)
     return kept.staged if kept is not None else 0
 
 

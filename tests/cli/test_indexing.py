@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cli.units import human
+from ipfsfuse.units import human
 from tests.cli.conftest import on_terminal
 from tests.mounting import PATIENCE, Home
 

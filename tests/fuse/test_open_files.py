@@ -17,7 +17,7 @@ from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.prefetch_buffer import BufferBudget, SmallFileBuffer
+from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
 from ipfsfuse.vfs.tree import Tree
 from tests.sources.content import raw_blocks
 

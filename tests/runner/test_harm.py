@@ -274,6 +274,7 @@ UNFIT: dict[str, tuple[bytes, str]] = {
     ),
     "a key twice": (text().replace(b'"exit_code": 0', b'"exit_code": 1, "exit_code": 0'), "twice"),
     "a timeout of 1e300": (text(limits={"timeout": 1e300}), "timeout"),
+    "a timeout that no float can hold": (text(limits={"timeout": 10**400}), "timeout"),
     "no time": (text(limits={"timeout": 0}), "timeout"),
     "a limit that is a flag": (text(limits={"fuel": True}), "fuel"),
     "a limit beyond 64 bits": (text(limits={"max_table_elements": 1 << 63}), "max-table-elements"),
@@ -292,6 +293,7 @@ UNFIT: dict[str, tuple[bytes, str]] = {
 
 
 BY_COMMAND = (
+    "a timeout that no float can hold",
     "an exit code of 0.7",
     "an infinite exit code",
     "a key twice",

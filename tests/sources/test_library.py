@@ -13,8 +13,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import BlockTooLarge, NotFound, NotHere, StoreFailed
 from ipfsfuse.sources.base import Block, Run
-from ipfsfuse.sources.files import librarycompact
-from ipfsfuse.sources.files.library import Library, LibrarySource
+from ipfsfuse.sources.local import library as libraries
+from ipfsfuse.sources.local.library import Library, LibrarySource
 from tests.sources.libraries import add, dag, multihash, packs, raw
 
 
@@ -151,7 +151,7 @@ def test_the_source_gets_and_streams(library: Library) -> None:
 
 
 def test_many_small_packs_become_one(library: Library) -> None:
-    everything = [dag([10 * number, 10 * number + 1, 5]) for number in range(librarycompact.MANY + 3)]
+    everything = [dag([10 * number, 10 * number + 1, 5]) for number in range(libraries.MANY + 3)]
     reader = Library(library.folder)
     for blocks in everything:
         add(library, blocks)

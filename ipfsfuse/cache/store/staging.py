@@ -23,7 +23,7 @@ from pathlib import Path
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, Unsupported
@@ -345,7 +345,7 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
     try:
-        return leaves.proves(leaf.cid, data)
+        return file_layout.proves(leaf.cid, data)
     except Unsupported:
         return False
 

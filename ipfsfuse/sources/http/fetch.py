@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.carstream import Parser
+from ipfsfuse.dag.car import StreamParser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
@@ -98,7 +98,7 @@ async def by_subtree(http: Http, subtree: Subtree, deliver: DeliverBlocks) -> No
 
 async def _car(http: Http, root: Cid, scope: str, limit: int, take: Take) -> bool:
     """Gives the blocks of a CAR to `take` until that returns False. True where it exceeds `limit` bytes."""
-    parser, accept = Parser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
+    parser, accept = StreamParser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
     async with http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
         if response.status != 200 or response.content_type != CAR_TYPE:
             raise await _not_offered(http, response, root, "CARs")

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import SourceFailed
+from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import runs
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
 from ipfsfuse.sources.failures import PAGE
 from ipfsfuse.sources.http import fetch
 from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.secrets import Headers
 
 BELIEVED = 1 << 30
 """A server that offers more bytes than that for a block does not have a large block: it lies."""
+RECORD_TYPE = "application/vnd.ipfs.ipns-record"
+MAX_RECORD = 10 * 1024
+"""Bytes of an IPNS record (https://specs.ipfs.tech/ipns/ipns-record/#record-size-limit)."""
 FEW = 3
 """Runs of so few leaves are quicker block by block."""
 
@@ -46,6 +50,12 @@ class Gateway:
                 raise too_large(self.name, cid, response.left)
             return await response.read(cids.MAX_BLOCK)
 
+    async def ipns_record(self, name: str) -> bytes:
+        """The newest record it has of the IPNS name `name`, unverified. Raises NotHere, SourceFailed."""
+        return await ask_for_record(
+            self._http, self.name, f"/ipns/{name}?format=ipns-record", self._headers[1:]
+        )
+
     async def stream(self, run: Run, deliver: Deliver) -> None:
         if len(run.leaves) > FEW:
             if self._ranges and runs.can_range(run.leaves):
@@ -72,3 +82,13 @@ class Gateway:
 
     async def aclose(self) -> None:
         await self._http.aclose()
+
+
+async def ask_for_record(http: Http, name: str, target: str, headers: Headers = ()) -> bytes:
+    """The IPNS record at `target` of the server called `name`, unverified. Raises NotHere, SourceFailed."""
+    async with http.ask("GET", target, [("Accept", RECORD_TYPE), *headers]) as response:
+        if response.status != 200:
+            raise await response.declined(name, "that name's record")
+        if response.content_type != RECORD_TYPE:
+            raise NotHere(f"{name} sent no record, but {response.content_type or 'something'}")
+        return await response.read(MAX_RECORD)

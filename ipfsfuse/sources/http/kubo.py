@@ -4,6 +4,8 @@ Where the node listens stands in its repository ($IPFS_PATH, else ~/.ipfs), in `
 again when the node does not answer: it may have been restarted on other ports. Concurrency: as every source.
 """
 
+import base64
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,6 +76,16 @@ class Kubo:
             if exc.kind == CONNECT:
                 await self._forget()
             raise
+
+    async def ipns_record(self, name: str) -> bytes:
+        """The newest record the node finds of the IPNS name `name`, unverified. Raises NotHere,
+        SourceFailed."""
+        arguments = [("arg", f"/ipns/{name}")] + [("offline", "true")] * self._offline
+        said = await self.rpc().call("routing/get", arguments)
+        try:
+            return base64.b64decode(json.loads(said.splitlines()[-1])["Extra"], validate=True)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as exc:
+            raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
 
     async def stream(self, run: Run, deliver: Deliver) -> None:
         gateway = await self._find_gateway()

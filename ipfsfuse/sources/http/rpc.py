@@ -14,7 +14,17 @@ from ipfsfuse.sources.secrets import Headers as Pairs
 
 _ABSENT: Final = ("not found", "could not find", "no link named", "block was not found locally")
 _REPEATABLE: Final = frozenset(
-    ["block/get", "block/put", "block/stat", "config", "files/read", "files/rm", "files/stat", "ls"]
+    [
+        "block/get",
+        "block/put",
+        "block/stat",
+        "config",
+        "files/read",
+        "files/rm",
+        "files/stat",
+        "ls",
+        "routing/get",
+    ]
 )
 """Commands that do the same when they are done twice."""
 

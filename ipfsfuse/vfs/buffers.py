@@ -1,0 +1,170 @@
+"""Content on its way from a source to the kernel: fetched ahead, verified, and not read yet.
+
+It is in flight, not cached: each piece is given away once, and then dropped. `PrefetchBuffer` holds leaves of
+one open file, `SmallFileBuffer` whole small files that arrived with their directory.
+
+Concurrency: the event loop's.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+from ipfsfuse.cache.base import Content
+from ipfsfuse.dag.cid import Cid
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+MAX_LEAVES = 64 << 20
+"""Bytes of leaves that may be in flight, for all open files together."""
+BEHIND = 4 << 20
+"""Bytes that a leaf may be behind the reader before it is dropped: the kernel asks a little out of order."""
+STEP = 256 << 10
+"""Bytes between two looks for leaves that are behind. A look costs time for each leaf, and a file may have
+one for each KiB."""
+UNSEEN = 4 << 20
+"""Bytes that a reader may take in C without a call to Python. The next fetch may begin so much later."""
+MAX_SMALL_FILES = 16 << 20
+"""Bytes of small files that may be in flight."""
+
+
+class BufferBudget:
+    """The bytes that the prefetch buffers of all open files share."""
+
+    def __init__(self, limit: int = MAX_LEAVES) -> None:
+        self.left = limit
+
+
+class ReadWindows(Protocol):
+    """Bytes of one open file that its reader gets without a call to Python."""
+
+    def add(self, offset: int, content: Content, told: bool) -> None:
+        """With `told`, the read of the last byte still calls Python."""
+        ...
+
+    def remove(self, offset: int) -> None:
+        """Nobody reads what was added at `offset` once this has returned."""
+        ...
+
+
+class PrefetchBuffer:
+    """The leaves of one open file, by offset.
+
+    A leaf is dropped when its last byte was read, when the reader has left it behind or reached the file's
+    end, or when the file is closed. It is not taken in when the budget is used up."""
+
+    def __init__(self, budget: BufferBudget, size: int = 0, windows: ReadWindows | None = None) -> None:
+        """`size` is the file's. The read of its last byte always calls Python."""
+        self._budget = budget
+        self._size = size
+        self._windows = windows
+        self._closed = False
+        self._passed = 0
+        self._leaves: OrderedDict[int, Content] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def put(self, offset: int, content: Content) -> None:
+        """Keeps a leaf for the reader, if the budget allows."""
+        if len(content) <= self._budget.left and offset not in self._leaves and not self._closed:
+            self._leaves[offset] = content
+            self._budget.left -= len(content)
+            if self._windows is not None:
+                end = offset + len(content)
+                self._windows.add(offset, content, offset // UNSEEN != end // UNSEEN or end == self._size)
+
+    def get(self, offset: int) -> Content | None:
+        return self._leaves.get(offset)
+
+    def passed(self, offset: int) -> None:
+        """Everything before `offset` was read. Leaves well behind it are dropped, now or a little later."""
+        if abs(offset - self._passed) < STEP:
+            return
+        self._passed = offset
+        for start in [
+            start for start, content in self._leaves.items() if start + len(content) <= offset - BEHIND
+        ]:
+            self.drop(start)
+
+    def drop(self, offset: int) -> None:
+        content = self._leaves.pop(offset, None)
+        if content is not None:
+            self._budget.left += len(content)
+            if self._windows is not None:
+                self._windows.remove(offset)
+
+    def close(self) -> None:
+        """Nothing is taken in from now on."""
+        self._closed = True
+        self.clear()
+
+    def clear(self) -> None:
+        for offset in list(self._leaves):
+            self.drop(offset)
+
+
+class SmallFileBuffer:
+    """Small files that arrived with their directory, and whose reader is still to come.
+
+    Each is given away once: to the page cache when the reader comes near, or to the program that opens it. If
+    there are too many, the oldest are dropped."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Cid, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, cid: Cid, content: bytes) -> None:
+        """The verified content of a raw file that has just arrived."""
+        if cid not in self._files:
+            self._files[cid] = content
+            self._bytes += len(content)
+            while self._bytes > MAX_SMALL_FILES:
+                self._bytes -= len(self._files.popitem(last=False)[1])
+
+    def take(self, cid: Cid) -> bytes | None:
+        content = self._files.pop(cid, None)
+        if content is not None:
+            self._bytes -= len(content)
+        return content
+
+    def take_all(self, wanted: Iterable[Cid]) -> Iterator[tuple[Cid, bytes]]:
+        """Those of `wanted` that are here."""
+        for cid in wanted:
+            content = self.take(cid)
+            if content is not None:
+                yield cid, content
+
+
+class Lru(Generic[K, V]):
+    """At most `limit` of weight; one item heavier than that is not kept."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._weight = 0
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key: K) -> V | None:
+        found = self._items.get(key)
+        if found is None:
+            return None
+        self._items.move_to_end(key)
+        return found[0]
+
+    def clear(self) -> None:
+        self._items.clear()
+        self._weight = 0
+
+    def put(self, key: K, value: V, weight: int = 1) -> None:
+        old = self._items.pop(key, None)
+        self._weight -= old[1] if old else 0
+        if weight > self._limit:
+            return
+        self._items[key] = (value, weight)
+        self._weight += weight
+        while self._weight > self._limit:
+            self._weight -= self._items.popitem(last=False)[1][1]
