@@ -313,6 +313,14 @@ class Reader:
             await self._keep(file, leaf, result)
         return result.content
 
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
+        """As `Cache.part`."""
+        part = await self.store.part(file, leaf, start, stop)
+        if part is None:
+            return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
+        self.hits += 1
+        return part
+
     async def _bring_leaf(
         self, file: FileRef, leaf: Leaf, resolve: Callable[[FetchResult], None] | None
     ) -> FetchResult:
