@@ -44,6 +44,8 @@ class MountConfig:
     """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
     dns: str = "system"
     """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
+    routers: Sequence[str] = ()
+    """URLs of delegated routers, which are asked for IPNS records too."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
 
@@ -60,4 +62,5 @@ class ContentConfig:
     reserve: int | None = None
     deadline: float = 30.0
     dns: str = "system"
+    routers: Sequence[str] = ()
     header_files: Sequence[tuple[str, Path]] = ()

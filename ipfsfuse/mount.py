@@ -38,10 +38,9 @@ from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.opening import opened
-from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
+from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
 
@@ -218,7 +217,7 @@ async def _serving(
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
-        names = Names(folder.path, sources, http, config.dns, config.offline, config.deadline, stack)
+        names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
             await names.resolver()  # what is wrong with its settings is told before anything is mounted
         commands = Commands(config, cache, pool, pins, tree, names)

@@ -19,7 +19,7 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.base import Block, Blocks, Fetched, LeafRange, Source, Subtree
 
 T = TypeVar("T")
 
@@ -313,6 +313,14 @@ class Reader:
             await self._keep(file, leaf, result)
         return result.content
 
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
+        """As `Cache.part`."""
+        part = await self.store.part(file, leaf, start, stop)
+        if part is None:
+            return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
+        self.hits += 1
+        return part
+
     async def _bring_leaf(
         self, file: FileRef, leaf: Leaf, resolve: Callable[[FetchResult], None] | None
     ) -> FetchResult:
@@ -417,7 +425,9 @@ class Reader:
                             await self._keep(file, leaf, result)
                     batch.staged(key)
 
-            await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
+            await self._blocks.stream(
+                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
+            )
 
         try:
             await self._flights.run_batch(by_key, fetch)

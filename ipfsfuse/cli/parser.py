@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ipfsfuse import __version__
-from ipfsfuse.cli import units
+from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
@@ -152,6 +151,13 @@ def _mounts(commands: Any) -> None:
         help="whom to ask for DNSLink: a DNS-over-HTTPS server (this system's resolver)",
     )
     mount.add_argument(
+        "--router",
+        dest="routers",
+        action="append",
+        metavar="URL",
+        help="a delegated router, asked for IPNS records beside the sources",
+    )
+    mount.add_argument(
         "--offline", action="store_true", help="show what is here, fail at once for anything else"
     )
     _folders(mount)
@@ -208,7 +214,7 @@ def _mounts(commands: Any) -> None:
     )
     mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
     unmount = _command(
-        commands, "unmount", "unmounting:run", "end a mount; names who holds it where it is busy"
+        commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
@@ -243,6 +249,7 @@ def _serving(commands: Any) -> None:
     serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     serve.add_argument("--dns", default="system", metavar="URL", help="as for mount")
+    serve.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
     serve.add_argument(
         "--header-file",
         dest="header_files",

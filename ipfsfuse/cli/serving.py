@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.log_format import escape_the_log
+from ipfsfuse.cli.logs import escape_the_log
 from ipfsfuse.cli.mounting import header_file, source
 from ipfsfuse.config import ContentConfig
 
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         reserve=arguments.reserve,
         deadline=arguments.deadline,
         dns=arguments.dns,
+        routers=tuple(arguments.routers or ()),
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")

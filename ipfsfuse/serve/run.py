@@ -17,10 +17,9 @@ from typing import Any, Final
 
 import trio
 
-from ipfsfuse import __version__, content
+from ipfsfuse import __version__, client, content
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.config import ContentConfig
-from ipfsfuse.control import client
 from ipfsfuse.control.blocks import WholeBlocks
 from ipfsfuse.control.server import Arguments, ControlServer, Progress
 from ipfsfuse.dag import cid as cids

@@ -7,14 +7,11 @@ Concurrency: the event loop's.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 
 MAX_LEAVES = 64 << 20
 """Bytes of leaves that may be in flight, for all open files together."""
@@ -135,36 +132,3 @@ class SmallFileBuffer:
             content = self.take(cid)
             if content is not None:
                 yield cid, content
-
-
-class Lru(Generic[K, V]):
-    """At most `limit` of weight; one item heavier than that is not kept."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._weight = 0
-        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def get(self, key: K) -> V | None:
-        found = self._items.get(key)
-        if found is None:
-            return None
-        self._items.move_to_end(key)
-        return found[0]
-
-    def clear(self) -> None:
-        self._items.clear()
-        self._weight = 0
-
-    def put(self, key: K, value: V, weight: int = 1) -> None:
-        old = self._items.pop(key, None)
-        self._weight -= old[1] if old else 0
-        if weight > self._limit:
-            return
-        self._items[key] = (value, weight)
-        self._weight += weight
-        while self._weight > self._limit:
-            self._weight -= self._items.popitem(last=False)[1][1]

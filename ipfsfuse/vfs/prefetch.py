@@ -19,13 +19,14 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from ipfsfuse.cache.base import Cache
+from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request, set_request
-from ipfsfuse.vfs.buffers import Lru, SmallFileBuffer
+from ipfsfuse.vfs.buffers import SmallFileBuffer
 
 SMALL_FILE = 64 << 10
 """Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar, cast
 import trio
 
 from ipfsfuse.cache.base import Cache, FileRef
+from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
@@ -20,7 +21,7 @@ from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, No
 from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.buffers import BufferBudget, Lru, SmallFileBuffer
+from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
 from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
 
 T = TypeVar("T")

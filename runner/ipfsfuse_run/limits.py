@@ -6,8 +6,8 @@ A receipt's limits come through the same check as the command line's."""
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ipfsfuse import units
 from ipfsfuse.errors import UsageError
-from ipfsfuse_run import units
 
 
 class Limits(NamedTuple):
@@ -75,12 +75,13 @@ def parse(given: Sequence[str]) -> Limits:
                 f"-W {item[:80] or given[0]} is not a limit; there are "
                 f"{', '.join(map(option, Limits._fields))}"
             )
-        if field in DURATIONS:
-            found[field] = units.duration(name, text)
-        elif field in SIZES:
-            found[field] = units.size(name, text)
-        else:
-            found[field] = units.count(name, text)
+        convert = (
+            units.duration if field in DURATIONS else units.size_or_zero if field in SIZES else units.count
+        )
+        try:
+            found[field] = convert(text)
+        except UsageError as exc:
+            raise UsageError(f"-W {name}: {exc}") from exc
     return checked(found)
 
 

@@ -368,6 +368,9 @@ class Memory:
             return block
         return bytes(unixfs.decode(dagpb.decode(block).data or b"").data or b"")
 
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> bytes:
+        return (await self.leaf(file, leaf))[start:stop]
+
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         for leaf in leaves:
             if arrived is not None:

@@ -13,7 +13,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Block, Run
+from ipfsfuse.sources.base import Block, LeafRange
 from ipfsfuse.sources.local.car_source import CarSource
 from ipfsfuse.sources.local.car_writer import RecordSorter
 from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
@@ -109,7 +109,7 @@ def test_a_run_is_delivered_in_order_without_what_is_missing(tmp_path: Path) -> 
 
     async def main() -> None:
         source = opened.open()
-        await source.stream(Run(here[0][0], 1, leaves), deliver)
+        await source.stream(LeafRange(here[0][0], 1, leaves), deliver)
         await source.aclose()
 
     trio.run(main)
@@ -126,7 +126,7 @@ def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> No
     async def main() -> None:
         with pytest.raises(LookupError):
             await opened.open().stream(
-                Run(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver
+                LeafRange(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver
             )
 
     trio.run(main)

@@ -21,9 +21,8 @@ from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
-from ipfsfuse.sources.localkubo import LocalKubo
-from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings, open_source, parse_sources
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
@@ -207,7 +206,7 @@ def put(node: Node, file: SampleFile) -> Flatfs:
     return blocks
 
 
-async def streamed(source: LocalKubo, file: SampleFile) -> dict[int, bytes]:
+async def streamed(source: Kubo, file: SampleFile) -> dict[int, bytes]:
     got: dict[int, bytes] = {}
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
@@ -224,7 +223,7 @@ def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(
     blocks = put(own_node, FILE)
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(20):
             assert {cid: await source.get(cid) for cid in FILE.blocks} == FILE.blocks
             assert await streamed(source, FILE) == FILE.expected
@@ -247,7 +246,7 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(
     assert blocks is not None
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(60):
             assert await streamed(source, FILE) == FILE.expected, "from the other node, through this one"
             assert await source.get(FILE.root) == FILE.blocks[FILE.root]
@@ -279,7 +278,7 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
         got.update(some)
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(60):
             await source.subtree(Subtree(tree.root, True, 1 << 30), deliver)
         await source.aclose()
@@ -300,7 +299,7 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(
     Path(blocks._path(damaged)).write_bytes(b"?" * FILE.run.leaves[5].size)
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks, offline=True)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks, offline=True)
         monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # looked just before
         assert 2 not in await streamed(source, FILE), "left out: the pool asks for it alone"
         pool = SourcePool([source])
@@ -318,7 +317,7 @@ def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch
     own, named = (
         open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"])
     )
-    assert isinstance(own, LocalKubo)
+    assert isinstance(own, Kubo)
     assert type(named) is Kubo
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     (other,) = parse_sources(["kubo"])

@@ -10,7 +10,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import Fetched, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import SLOW_FAR
 from ipfsfuse.sources.pool.pool import FIRST_BLOCK, STALL, SourcePool
 from tests.sources.content import SampleTree, encode_car, trees

@@ -41,7 +41,7 @@ from pathlib import Path
 
 from ipfsfuse import __version__
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse.fileio.calls import write_all
+from ipfsfuse.fileio.files import write_all
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.calls import write_all
+from ipfsfuse.fileio.files import write_all
 from ipfsfuse.sources.base import Caller, current_request
 
 log = logging.getLogger(__name__)

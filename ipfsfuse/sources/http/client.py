@@ -23,14 +23,13 @@ from httptools import HttpParserError
 import ipfsfuse
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import buffers
-from ipfsfuse.sources import failures
-from ipfsfuse.sources.body_budget import BodyShare
-from ipfsfuse.sources.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
-from ipfsfuse.sources.http_settings import HttpSettings, tls_context
-from ipfsfuse.sources.loopback import Connection, ConnectionPool
-from ipfsfuse.sources.origin import Origin, Proxy, proxy_for, redirected
-from ipfsfuse.sources.resolving import public_host
-from ipfsfuse.sources.secrets import Headers
+from ipfsfuse.sources.http import failures
+from ipfsfuse.sources.http.addresses import public_host
+from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
+from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
+from ipfsfuse.sources.http.secrets import Headers
+from ipfsfuse.sources.http.settings import BodyShare, HttpSettings, tls_context
+from ipfsfuse.sources.http.transport import Connection, ConnectionPool
 
 OWN_TRANSPORT = True
 """Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
@@ -303,7 +302,7 @@ class Http:
     def __init__(self, origin: Origin, settings: HttpSettings | None = None) -> None:
         self.origin = origin
         self.settings = s = settings or HttpSettings()
-        self._share = BodyShare(s.room)
+        self._share = BodyShare(s.budget)
         self._closed = False
         self._named = replace(origin, base="")
         self._host = origin.authority

@@ -20,7 +20,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, fits, too_large
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, fits, too_large
 from ipfsfuse.sources.local.car_file import CarFile, IndexProgress, Place, ensure_index, read_cached
 
 # -- long reads ----------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def _room_of_run() -> trio.Semaphore:
         return room
 
 
-async def stream_places(run: Run, find: Find, deliver: Deliver) -> None:
+async def stream_places(run: LeafRange, find: Find, deliver: Deliver) -> None:
     """Delivers the blocks of `run` that `find` finds and that fit, in the run's order. Raises
     SourceFailed."""
     send, receive = trio.open_memory_channel[Outcome[Blocks]](0)
@@ -196,7 +196,7 @@ class CarSource:
             return self._file.read_small(place)
         return await threads.run_sync(self._file.read, place)
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:

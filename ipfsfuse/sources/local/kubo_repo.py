@@ -24,8 +24,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.direct import Direct
-from ipfsfuse.fileio.whole import read_file, read_whole, regular, size_of
+from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
 from ipfsfuse.sources.base import Block, fits, too_large
 
 log = logging.getLogger("ipfsfuse.sources")

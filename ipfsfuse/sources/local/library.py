@@ -22,7 +22,7 @@ from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, NotFound, NotHere, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Run, Subtree, too_large
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
 from ipfsfuse.sources.local import library_folder
 from ipfsfuse.sources.local.car_file import CarFile, Place, Read, read_cached, read_disk, sections
 from ipfsfuse.sources.local.car_source import Found, stream_places
@@ -462,7 +462,7 @@ class LibrarySource:
             return found.file.read_small(found.place)
         return await threads.run_sync(found.file.read, found.place)
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         await stream_places(run, self._find, deliver)
 
     async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:

@@ -30,7 +30,7 @@ from ipfsfuse import __version__
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, SourceFailed, StoreFailed
-from ipfsfuse.fileio.whole import regular
+from ipfsfuse.fileio.files import regular
 
 MARKER, VERSION = "ipfsfuse library", 1
 FORMAT, LOCK, ROOTS = "format", "lock", "roots"

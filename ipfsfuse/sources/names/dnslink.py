@@ -22,8 +22,8 @@ from dns.rdtypes.txtbase import TXTBase
 
 from ipfsfuse.errors import IpfsFuseError, NotFound, Unavailable, UsageError
 from ipfsfuse.sources.http.client import Http
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.http.settings import HttpSettings
 
 PREFIX: Final = "dnslink="
 MAX_ANSWER: Final = 65535

@@ -34,15 +34,15 @@ from ipfsfuse.sources.base import (
     DeliverBlocks,
     DeliverFetched,
     Fetched,
-    Run,
+    LeafRange,
     Source,
     Subtree,
     Taker,
     fits,
 )
+from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
-from ipfsfuse.sources.runs import all_of
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Inline:
             raise NotHere(f"{cids.text(cid)} holds no block of its own")
         return block
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         for index, leaf in enumerate(run.leaves):
             block = cids.inline(leaf.cid)
             if block is not None:
@@ -168,14 +168,18 @@ class SourcePool:
     async def get_in_place(self, cid: Cid) -> bytes | None:
         """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
         multihashes.check_allowed(cids.multihash(cid))
-        found = await HedgedFetch(self, cid).in_place()
-        return None if found is None else found.block
+        fetch = HedgedFetch(self, cid)
+        for managed in self._in_place:
+            block = await fetch.once(managed)
+            if isinstance(block, bytes):
+                return block
+        return None
 
     def said(self, cid: Cid) -> str:
         fetch = self._under_way.get(cids.multihash(cid))
         return "" if fetch is None else "; ".join(fetch.said.values())
 
-    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
         fetch = RangeFetch(self, run, deliver)
         await fetch.from_each()
         left = iter(fetch.missing)
@@ -285,9 +289,10 @@ class HedgedFetch:
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
-        found = await self.in_place()
-        if found is not None:
-            return found
+        for managed in self._pool.in_place():
+            block = await self.once(managed)
+            if isinstance(block, bytes):
+                return Fetched(block, managed.source)
         network = self._pool.network()
         self._pool.hedges.request()
         with self._network_scope:
@@ -301,14 +306,6 @@ class HedgedFetch:
         said = "".join(f"; {each}" for each in self.said.values())
         unavailable = Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
         raise self._too_large or self._wrong or unavailable
-
-    async def in_place(self) -> Fetched | None:
-        """The block, if a source in place has it."""
-        for managed in self._pool.in_place():
-            block = await self._once(managed)
-            if isinstance(block, bytes):
-                return Fetched(block, managed.source)
-        return None
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
@@ -348,7 +345,7 @@ class HedgedFetch:
         while self._found is None:
             wait = self._pool.wait(managed)
             if wait == 0:
-                block = await self._once(managed, hedge=hedge, retried=retried)
+                block = await self.once(managed, hedge=hedge, retried=retried)
                 if isinstance(block, bytes):
                     self._found = Fetched(block, managed.source)
                     return
@@ -366,7 +363,7 @@ class HedgedFetch:
                 await self._no_more_tries.wait()
                 return
 
-    async def _once(
+    async def once(
         self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
     ) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
         asked, name = trio.current_time(), managed.source.name
@@ -398,7 +395,7 @@ class HedgedFetch:
 
 
 class RangeFetch:
-    def __init__(self, pool: SourcePool, run: Run, deliver: DeliverFetched) -> None:
+    def __init__(self, pool: SourcePool, run: LeafRange, deliver: DeliverFetched) -> None:
         self._pool = pool
         self._run = run
         self._deliver = deliver
@@ -432,10 +429,12 @@ class RangeFetch:
 
     # -- for the attempt -------------------------------------------------------------------------------------
 
-    def part(self) -> tuple[Sequence[int], Run]:
+    def part(self) -> tuple[Sequence[int], LeafRange]:
         """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
         places = self.missing
-        return places, Run(self._run.file, self._run.file_size, [self._run.leaves[place] for place in places])
+        return places, LeafRange(
+            self._run.file, self._run.file_size, [self._run.leaves[place] for place in places]
+        )
 
     async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
         """Verifies and delivers the blocks of leaves. False if one was wrong."""

@@ -1,4 +1,6 @@
-"""Sizes and durations, as people write them. Raises UsageError with what would have been right."""
+"""Sizes, durations and numbers as people write them, for the command line and the runner. Pure.
+
+What can't be used raises UsageError, whose message says what could be."""
 
 import re
 
@@ -9,9 +11,9 @@ _UNITS |= {
     f"{prefix}{ending}": 1024**power for power, prefix in enumerate("kmgtp", 1) for ending in ("ib", "i", "")
 }
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
+_NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
-MAX_BYTES = 1 << 62
+MAX_BYTES = (1 << 63) - 1
 
 
 def size(text: str) -> int:
@@ -26,9 +28,9 @@ def size_or_zero(text: str) -> int:
     """As `size`; 0 is allowed."""
     value = _scaled(text, _UNITS)
     if value is None:
-        raise UsageError(f"{text!r} is not a size: write it as 10GiB, 500MB or a number of bytes")
+        raise UsageError(f"{text[:80]!r} is not a size: write it as 10GiB, 500MB or a number of bytes")
     if value > MAX_BYTES:
-        raise UsageError(f"{text!r} is too large a size: it must be at most 4 EiB")
+        raise UsageError(f"{text!r} is too large a size: it must be less than 8 EiB")
     return int(value)
 
 
@@ -36,16 +38,16 @@ def duration(text: str) -> float:
     """Seconds: `30s`, `5m`, `250ms`, `2h`, `30`."""
     value = _scaled(text, _SECONDS)
     if value is None:
-        raise UsageError(f"{text!r} is not a duration: write it as 30s, 5m or a number of seconds")
-    if not 0 < value <= 86400 * 365:
+        raise UsageError(f"{text[:80]!r} is not a duration: write it as 30s, 5m or a number of seconds")
+    if not 0 < value <= 86400 * 366:
         raise UsageError(f"{text!r} can't be used as a duration: it must be more than 0 and at most a year")
     return value
 
 
 def count(text: str) -> int:
     """A number of things: 0 or more."""
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise UsageError(f"{text!r} can't be used: it must be a whole number, 0 or more")
+    if not text.isascii() or not text.isdigit() or len(text) > 20:
+        raise UsageError(f"{text[:80]!r} is not a number: it must be a whole number, 0 or more")
     return int(text)
 
 
@@ -64,3 +66,16 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("the last unit always serves")
+
+
+def size_text(size: int) -> str:
+    """`size` so that `size_or_zero` gives it back: `64MiB`, or plain bytes where no unit fits."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size and size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)
+
+
+def duration_text(seconds: float) -> str:
+    """`seconds` so that `duration` gives it back."""
+    return f"{seconds:g}s" if seconds < 1e5 else f"{seconds:.0f}s"

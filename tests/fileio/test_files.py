@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.fileio.whole import read_file, read_whole
+from ipfsfuse.fileio.files import read_file, read_whole
 
 
 def read_all(paths: list[str], most: int) -> list[bytes | None]:

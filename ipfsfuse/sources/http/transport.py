@@ -19,8 +19,8 @@ from httptools import HttpParserError, HttpResponseParser
 
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.fileio import buffers, threads
-from ipfsfuse.sources.failures import SHORT, one_line
-from ipfsfuse.sources.origin import Origin
+from ipfsfuse.sources.http.failures import SHORT, one_line
+from ipfsfuse.sources.http.origin import Origin
 
 PIECE: Final = 64 * 1024
 FAST: Final = 32 * 1024

@@ -1,6 +1,6 @@
-"""Consecutive leaves of a file, read in stretches or block by block; and calls that run side by side.
+"""Ways to read consecutive leaves of a file: in stretches or block by block; and tasks that run side by side.
 
-Concurrency: each call runs its own few requests; a slow `deliver` slows them down.
+A slow `deliver` slows the requests down.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,18 +12,15 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Deliver, Run
+from ipfsfuse.sources.base import Block, Deliver, LeafRange
 
 DELIVERED_AT_ONCE = 2
-"""Stretches of one request that are being proved and written while the next one is read."""
+"""Stretches of one request that are verified and written while the next one is read."""
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:
-    """Whether the leaves' contents are their blocks (raw) and follow each other, so that bytes can be cut
-    into blocks.
-
-    Not of leaves that claim no bytes: no range has none, and a server's word about such a one would be no
-    word about ranges."""
+    """Whether the bytes of the file can be cut into the blocks of these leaves: the leaves are raw, follow
+    each other, and none is empty (there is no empty range in HTTP)."""
     end = leaves[0].offset
     for leaf in leaves:
         if leaf.offset != end or not leaf.size or cids.codec(leaf.cid) != cids.RAW:
@@ -33,35 +30,35 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
 
 
 Read = Callable[[Sequence[Leaf]], Awaitable[tuple[Sequence[Block], Callable[[], None]]]]
-"""Gives the blocks of leaves, or of the first of them, and what is to be called once nobody needs them any
-more."""
+"""Returns the blocks of leaves, or of the first of them, and a function to be called when they are not
+needed any more."""
 
 
 async def in_stretches(leaves: Sequence[Leaf], read: Read, deliver: Deliver) -> None:
-    """Reads some leaves, while the ones before are delivered: proved and written in worker threads. Raises
-    what they raise."""
+    """Reads the next stretch while those before are delivered (verified and written in worker threads).
+    Raises what `read` and `deliver` raise."""
     free, failed = trio.Semaphore(DELIVERED_AT_ONCE), list[Exception]()
 
-    async def give(index: int, blocks: Sequence[Block], let_go: Callable[[], None]) -> None:
+    async def give(index: int, blocks: Sequence[Block], release: Callable[[], None]) -> None:
         try:
             await deliver(index, blocks)
         except Exception as exc:
             failed.append(exc)
             nursery.cancel_scope.cancel()
         finally:
-            let_go()
+            release()
             free.release()
 
     async with trio.open_nursery() as nursery:
         try:
             for index, sizes in together([leaf.size for leaf in leaves]):
-                blocks, let_go = await read(leaves[index : index + len(sizes)])
+                blocks, release = await read(leaves[index : index + len(sizes)])
                 try:
                     await free.acquire()
                 except trio.Cancelled:
-                    let_go()
+                    release()
                     raise
-                nursery.start_soon(give, index, blocks, let_go)
+                nursery.start_soon(give, index, blocks, release)
         except SourceFailed as exc:
             failed.append(exc)
     if failed:
@@ -69,24 +66,25 @@ async def in_stretches(leaves: Sequence[Leaf], read: Read, deliver: Deliver) -> 
 
 
 async def by_blocks(
-    get: Callable[[Cid], Awaitable[bytes]], run: Run, deliver: Deliver, connections: int
+    get: Callable[[Cid], Awaitable[bytes]], wanted: LeafRange, deliver: Deliver, connections: int
 ) -> None:
-    """One request per block, `connections` at a time. Blocks that are not there are left out."""
-    left = iter(range(len(run.leaves)))
+    """One request per block, `connections` at a time. Blocks that the source lacks are left out."""
+    indexes = iter(range(len(wanted.leaves)))
 
     async def work() -> None:
-        for index in left:
+        for index in indexes:
             try:
-                block = await get(run.leaves[index].cid)
+                block = await get(wanted.leaves[index].cid)
             except NotHere:
                 continue
             await deliver(index, [block])
 
-    await all_of([work] * min(connections, len(run.leaves)))
+    await all_of([work] * min(connections, len(wanted.leaves)))
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Runs them side by side; the first failure cancels the others and is raised as it is, not in a group."""
+    """Runs `calls` side by side. The first failure cancels the others and is raised as it is, not in a
+    group."""
     failure: BaseException | None = None
 
     async def one(call: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:

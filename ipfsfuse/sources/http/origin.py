@@ -1,6 +1,6 @@
-"""Where HTTP goes: origins as frozen values, the rules of redirects, and proxies.
+"""Servers as frozen values, where a redirect may lead, and which proxy is used.
 
-Pure but for what the environment says about proxies. Concurrency: none.
+Pure, except that the environment names the proxies and a Kubo repository its node's addresses.
 """
 
 import functools
@@ -18,8 +18,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A server. `base` is a path before all others, "" or "/like/this"; `unix` a socket's path instead of an
-    address."""
+    """A server. `base` is the path before all others, "" or "/like/this". `unix` is the path of a socket
+    that is used instead of the address."""
 
     scheme: str
     host: str
@@ -29,20 +29,20 @@ class Origin:
 
     @property
     def authority(self) -> str:
-        """The Host header: without the scheme's own port, IPv6 addresses in brackets."""
+        """The Host header: without the scheme's default port, IPv6 addresses in brackets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     @property
     def text(self) -> str:
         """For people."""
-        return (
-            f"unix://{self.unix}{self.base}" if self.unix else f"{self.scheme}://{self.authority}{self.base}"
-        )
+        server = f"unix://{self.unix}" if self.unix else f"{self.scheme}://{self.authority}"
+        return server + self.base
 
     @property
     def is_local(self) -> bool:
-        """Written as this machine's own loopback or a socket file, without asking a resolver."""
+        """Whether it is a socket file or a loopback address of this machine, as written: no resolver is
+        asked."""
         return (
             self.unix is not None
             or self.host == "localhost"
@@ -51,11 +51,10 @@ class Origin:
 
 
 def parse_origin(url: str) -> Origin:
-    """The origin of an http or https URL; its path becomes `base`. Raises UsageError, one line which says
-    what is wrong."""
+    """The origin of an http or https URL; its path becomes `base`. Raises UsageError."""
     parts = _split(url)
     if parts.scheme not in DEFAULT_PORTS:
-        raise UsageError(f"{url}: only http:// and https:// are spoken")
+        raise UsageError(f"{url}: only http:// and https:// are supported")
     if not parts.hostname:
         raise UsageError(f"{url}: there is no host in it; write {parts.scheme}://host[:port]")
     if parts.username is not None or parts.password is not None:
@@ -70,12 +69,12 @@ def parse_origin(url: str) -> Origin:
         try:
             host = host.encode("idna").decode() if not host.isascii() else host
         except UnicodeError as exc:
-            raise UsageError(f"{url}: {host} is no host name") from exc
+            raise UsageError(f"{url}: {host} is not a host name") from exc
         if not all(
             part and len(part) <= 63 and all(c.isalnum() or c in "-_" for c in part)
             for part in host.rstrip(".").split(".")
         ):
-            raise UsageError(f"{url}: {host} is no host name")
+            raise UsageError(f"{url}: {host} is not a host name")
     return Origin(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme], parts.path.rstrip("/"))
 
 
@@ -99,8 +98,8 @@ def is_address(host: str) -> bool:
 
 
 def redirected(origin: Origin, path: str, location: str) -> tuple[Origin, str]:
-    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError where it may
-    not."""
+    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError if the rules
+    forbid it."""
     try:
         url = quote(urljoin(f"{origin.scheme}://{origin.authority}{path}", location), safe=_URL_CHARACTERS)
         bare, _, query = url.partition("#")[0].partition("?")
@@ -131,7 +130,8 @@ def parse_multiaddr(text: str) -> Origin:
 
 
 def read_origin(path: Path) -> Origin:
-    """What a node wrote into its repository, a multiaddr or a URL. Raises OSError, ValueError, UsageError."""
+    """The address that a node wrote into a file of its repository, a multiaddr or a URL. Raises OSError,
+    ValueError, UsageError."""
     text = path.read_text().strip()
     return parse_multiaddr(text) if text.startswith("/") else parse_origin(text)
 
@@ -142,7 +142,7 @@ def unix_origin(path: str) -> Origin:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy. `auth` is (user, password) where it asks for them."""
+    """An HTTP proxy. `auth` is (user, password) or None."""
 
     origin: Origin
     auth: tuple[str, str] | None = field(default=None, repr=False)
@@ -150,8 +150,8 @@ class Proxy:
 
 @functools.lru_cache(maxsize=256)
 def proxy_for(origin: Origin) -> Proxy | None:
-    """What http_proxy, https_proxy, all_proxy and no_proxy say about `origin`. Raises UsageError for a proxy
-    we can't use."""
+    """The proxy for `origin` by http_proxy, https_proxy, all_proxy and no_proxy. Raises UsageError for one of
+    another kind."""
     if origin.unix is not None or urllib.request.proxy_bypass(origin.host):
         return None
     found = urllib.request.getproxies()

@@ -1,58 +1,60 @@
-"""SOURCE texts of the command line, parsed once into frozen specs, and specs opened as sources.
+"""SOURCE texts of the command line: parsed once into frozen specs, and opened as sources.
 
-Concurrency: parsing is pure; opening blocks (a CAR without an index is read through) and belongs in a worker
-thread.
+Parsing is pure. Opening blocks (a CAR without an index is read through), so each source is opened in a
+worker thread.
 """
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import SourceFailed, UsageError
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.origin import Origin, parse_origin, read_origin, unix_origin
-from ipfsfuse.sources.secrets import bind_headers, is_ours
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, unix_origin
+from ipfsfuse.sources.http.secrets import BoundHeaders, Headers, is_ours, read_headers
+from ipfsfuse.sources.http.settings import HttpSettings
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
 
-log = logging.getLogger("ipfsfuse.sources")
+log = logging.getLogger(__name__)
 
 Indexing = Callable[[str, int, int], None]
-"""Called now and then with (name of the CAR file, bytes passed, bytes in all) while its index is built."""
+"""Called with (name of the CAR file, bytes done, bytes in all) while its index is built, in a worker
+thread."""
 
 LIBRARY, CAR, KUBO, GATEWAY = "library", "car", "kubo", "gateway"
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One SOURCE. `name` is how people know it."""
+    """One SOURCE. `name` is shown to people."""
 
     kind: str
     name: str
     path: Path | None = None
-    """CAR."""
+    """Of CAR."""
     origin: Origin | None = None
-    """GATEWAY; KUBO where an address was given."""
+    """Of GATEWAY, and of KUBO if an address was given."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSettings:
     library: Path
     indexes: Path
-    """The folder for indexes of CAR files that have none."""
+    """The folder for indexes of CAR files that contain none."""
     http: HttpSettings = field(default_factory=HttpSettings)
     offline: bool = False
     progress: Indexing | None = None
 
 
 def parse_source(text: str) -> Spec:
-    """What `text` asks for. Raises UsageError, one line that says what to write instead."""
+    """Raises UsageError, whose line says what to write instead."""
     if text in (LIBRARY, KUBO):
         return Spec(text, text)
     scheme, separator, rest = text.partition("://")
@@ -115,7 +117,7 @@ def _parse_path(text: str) -> Spec:
 
 
 def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
-    """All of them, in order. Raises UsageError, for one that is given twice too."""
+    """All of them, in order. Raises UsageError, also if one is given twice."""
     specs = [parse_source(text) for text in texts]
     seen: dict[object, str] = {}
     for spec, text in zip(specs, texts, strict=True):
@@ -129,7 +131,7 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
 
 
 def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
-    """The source; None for a remote gateway of an offline mount. Blocks. Raises SourceFailed, UsageError."""
+    """The open source; None for a remote gateway of an offline mount. Raises SourceFailed, UsageError."""
     if spec.kind == CAR:
         from ipfsfuse.sources.local.car_source import CarSource
 
@@ -157,26 +159,23 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.http.kubo import Kubo, repository
     from ipfsfuse.sources.local import kubo_repo
-    from ipfsfuse.sources.localkubo import LocalKubo
 
     place = repository()
     if spec.origin is None and not _is_repository(place):
         raise SourceFailed(
             f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's "
-            "repository, or name the node "
-            "by its address, as in kubo+http://127.0.0.1:5001",
+            "repository, or name the node by its address, as in kubo+http://127.0.0.1:5001",
             "missing",
         )
     blocks = kubo_repo.open_flatfs(place) if spec.origin is None else None
-    if blocks is None:
-        return Kubo(spec.name, settings.http, spec.origin, offline=settings.offline)
-    log.info("%s: what the node holds is read in its repository, %s", spec.name, place)
-    return LocalKubo(spec.name, settings.http, blocks, offline=settings.offline)
+    if blocks is not None:
+        log.info("%s: blocks that the node has are read in its repository, %s", spec.name, place)
+    return Kubo(spec.name, settings.http, spec.origin, blocks=blocks, offline=settings.offline)
 
 
 def _is_repository(place: Path) -> bool:
-    """Whether a node keeps its repository there, or an `api` file says where one is; True where that can't be
-    told."""
+    """Whether `place` is the repository of a node, or has an `api` file that names one; True if it can't be
+    read."""
     try:
         names = os.listdir(place)
     except (FileNotFoundError, NotADirectoryError):
@@ -186,24 +185,77 @@ def _is_repository(place: Path) -> bool:
     return not {"api", "config", "datastore_spec"}.isdisjoint(names)
 
 
+@asynccontextmanager
+async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
+    """The sources in their order, without those that an offline mount does not use; closed at the end. Raises
+    UsageError, SourceFailed."""
+    from ipfsfuse.sources.local.car_source import CarSource
+
+    async with AsyncExitStack() as stack:
+        sources: list[Source] = []
+        for spec in parse_sources(texts):
+            source = await threads.run_sync(open_source, spec, settings)
+            if source is None:
+                continue
+            stack.push_async_callback(source.aclose)
+            sources.append(source)
+            if isinstance(source, CarSource) and not source.whole:
+                log.warning(
+                    "%s is damaged or cut short: blocks before the damage are used, the others are missing",
+                    source.path,
+                )
+        yield sources
+
+
+# -- headers -------------------------------------------------------------------------------------------------
+
+
 def with_headers(
     settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]
 ) -> HttpSettings:
-    """`settings` with the headers of `header_files`, each bound to the origin of a source. Raises
-    UsageError."""
-    origins = {spec.origin: spec.name for spec in parse_sources(sources) if spec.origin is not None}
-    if header_files and any(spec.kind == KUBO and spec.origin is None for spec in parse_sources(sources)):
+    """`settings` with the headers of `header_files`, each bound to the origin of a source. A file comes with
+    the URL of its source, or with "" if there is only one network source. Raises UsageError."""
+    specs = parse_sources(sources)
+    origins = {replace(spec.origin, base=""): spec.name for spec in specs if spec.origin is not None}
+    if header_files and any(spec.kind == KUBO and spec.origin is None for spec in specs):
         origins |= dict.fromkeys(_addresses_of_node(), KUBO)
-    return replace(settings, headers=bind_headers(header_files, origins))
+    bound: dict[Origin, Headers] = {}
+    for url, path in header_files:
+        for origin in _targets(url, path, origins):
+            if origin.scheme != "https" and not origin.is_local:
+                why = "would get it over plain HTTP, which others can read; use https://"
+                raise UsageError(f"--header-file {path}: {origin.text} {why}")
+            if origin in bound:
+                raise UsageError(f"--header-file is given twice for {origin.text}")
+            bound[origin] = read_headers(path)
+    return replace(settings, headers=BoundHeaders(bound))
+
+
+def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origin]:
+    """The origins that the file `path` is for, of those of the sources."""
+    targets = [*origins]
+    if url:
+        origin = parse_source(url).origin
+        if origin is None:
+            raise UsageError(f"--header-file {url}=…: not the address of a source")
+        targets = [replace(origin, base="")]
+        if targets[0] not in origins:
+            there = ", ".join(origins.values()) or "none"
+            raise UsageError(f"--header-file {url}=...: no source is there; there are {there}")
+    if len({origins[origin] for origin in targets}) != 1:
+        https = (source for source in origins.values() if source.startswith("http"))
+        example = f"--header-file {next(https, 'https://gateway.example')}={path}"
+        raise UsageError(f"--header-file {path}: say which source it is for: {example}")
+    return targets
 
 
 def _addresses_of_node() -> Sequence[Origin]:
-    """Where the node listens whose repository is on this machine, if the files that say so are our own."""
+    """Where the node on this machine listens, if the files that say so are our own."""
     from ipfsfuse.sources.http.kubo import repository
 
     found = []
     for path in (repository() / "api", repository() / "gateway"):
         if is_ours(path):
             with suppress(OSError, UnicodeDecodeError, UsageError):
-                found.append(read_origin(path))
+                found.append(replace(read_origin(path), base=""))
     return found

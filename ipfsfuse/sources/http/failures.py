@@ -1,4 +1,4 @@
-"""How a request to a network source can fail, as docs/SOURCES.md has it, and what statuses mean. Pure."""
+"""The kinds of failure of an HTTP source (docs/SOURCES.md lists them), and what status codes mean. Pure."""
 
 from email.utils import parsedate_to_datetime
 from time import time
@@ -11,20 +11,20 @@ SHORT, LONG, STATUS, BUSY, REFUSED = "short", "long", "status", "busy", "refused
 PAGE, ENCODING, REDIRECT, CAR, FAILED = "page", "encoding", "redirect", "car", "failed"
 
 ABSENT: Final = frozenset((404, 410, 412, 451, 504))
-"""Not found, gone, not cached, withheld, nobody had it in time: no word about other sources."""
+"""Not found, gone, not cached, withheld, not found in time: another source may have the block."""
 NOT_SUPPORTED: Final = frozenset((400, 405, 406, 415, 416, 501))
-"""The server does not answer such a request at all."""
+"""The server does not support such a request."""
 
 
 def declined(name: str, status: int, retry: str, body: bytes, what: str) -> NotHere | SourceFailed:
-    """What a response to a request for `what` means where it is no success; `retry` is its Retry-After."""
+    """The error for a response without success to a request for `what`; `retry` is its Retry-After."""
     if status in ABSENT:
         return NotHere(f"{name} does not have {what} (status {status})")
     return refused(name, status, retry, body)
 
 
 def refused(name: str, status: int, retry: str, body: bytes) -> SourceFailed:
-    """What a response that is neither a success nor "not here" means for its server."""
+    """The error for a response that is neither a success nor "not here"."""
     lines = body.decode(errors="replace").strip().splitlines()
     said = f"status {status}" + (f": {one_line(lines[0])[:120]}" if lines else "")
     if status in (401, 403):
@@ -46,5 +46,6 @@ def retry_after(value: str) -> float | None:
 
 
 def one_line(text: str) -> str:
-    """`text` for a log or a terminal: what a server sent may hold line ends and escape codes."""
+    """`text` from a server for a log or a terminal, without line ends and escape codes, 300 characters at
+    most."""
     return "".join(c if c.isprintable() else " " for c in text)[:300]
