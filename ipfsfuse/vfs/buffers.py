@@ -58,6 +58,8 @@ class PrefetchBuffer:
         self._windows = windows
         self._closed = False
         self._passed = 0
+        self._current = 0
+        """Where the leaf begins that the reader is in."""
         self._leaves: OrderedDict[int, Content] = OrderedDict()
 
     def __len__(self) -> int:
@@ -74,6 +76,25 @@ class PrefetchBuffer:
 
     def get(self, offset: int) -> Content | None:
         return self._leaves.get(offset)
+
+    def read(self, offset: int, size: int) -> memoryview | None:
+        """What a sequential reader asks for, where it lies in the leaf that the reader is in, or in the next
+        one. None for anything else."""
+        start = self._current
+        content = self._leaves.get(start)
+        if content is None or offset >= start + len(content):
+            content = self._leaves.get(start := offset)
+        if content is None or offset < start or offset + size > start + len(content):
+            return None
+        self._current = start
+        if offset + size == self._size:
+            self.clear()  # leaves that were read in C are still there
+        elif offset + size == start + len(content):
+            self._current += len(content)
+            self.drop(start)
+        if abs(start - self._passed) >= STEP:
+            self.passed(start)
+        return memoryview(content)[offset - start : offset - start + size]
 
     def passed(self, offset: int) -> None:
         """Everything before `offset` was read. Leaves well behind it are dropped, now or a little later."""
