@@ -297,7 +297,9 @@ class Reader:
 
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
         """As `Cache.part`."""
-        part = await self.store.part(file, leaf, start, stop)
+        part = None
+        if file.cid in self.store.staging.entries:
+            part = await self.store.part(file, leaf, start, stop)
         if part is None:
             return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
         self.hits += 1
