@@ -169,8 +169,12 @@ class SourcePool:
     async def get_in_place(self, cid: Cid) -> bytes | None:
         """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
         multihashes.check_allowed(cids.multihash(cid))
-        found = await HedgedFetch(self, cid).in_place()
-        return None if found is None else found.block
+        fetch = HedgedFetch(self, cid)
+        for managed in self.in_place:
+            block = await fetch.once(managed)
+            if isinstance(block, bytes):
+                return block
+        return None
 
     def said(self, cid: Cid) -> str:
         fetch = self._under_way.get(cids.multihash(cid))
@@ -286,9 +290,10 @@ class HedgedFetch:
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
-        found = await self.in_place()
-        if found is not None:
-            return found
+        for managed in self._pool.in_place:
+            block = await self.once(managed)
+            if isinstance(block, bytes):
+                return Fetched(block, managed.source)
         network = self._pool.network()
         self._pool.hedges.request()
         with self._network_scope:
@@ -302,14 +307,6 @@ class HedgedFetch:
         said = "".join(f"; {each}" for each in self.said.values())
         unavailable = Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
         raise self._too_large or self._wrong or unavailable
-
-    async def in_place(self) -> Fetched | None:
-        """The block, if a source in place has it."""
-        for managed in self._pool.in_place:
-            block = await self._once(managed)
-            if isinstance(block, bytes):
-                return Fetched(block, managed.source)
-        return None
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
@@ -349,7 +346,7 @@ class HedgedFetch:
         while self._found is None:
             wait = self._pool.wait(managed)
             if wait == 0:
-                block = await self._once(managed, hedge=hedge, retried=retried)
+                block = await self.once(managed, hedge=hedge, retried=retried)
                 if isinstance(block, bytes):
                     self._found = Fetched(block, managed.source)
                     return
@@ -367,7 +364,7 @@ class HedgedFetch:
                 await self._no_more_tries.wait()
                 return
 
-    async def _once(
+    async def once(
         self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
     ) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
         asked, name = trio.current_time(), managed.source.name
