@@ -99,7 +99,7 @@ class ManagedSource:
         if self.source.in_place:
             return await self._ask(cid, hedge)
         while True:
-            async with self.limiter.enter(retried=retried):
+            async with Place(self.limiter, retried):
                 return await self._ask(cid, hedge)
             retried = True  # it was late, and its place went to another
 
