@@ -7,7 +7,7 @@ touched only between two awaits.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
@@ -74,9 +74,11 @@ class Operations(ReadOnlyOperations):
         roots: Roots,
         interrupts: Interrupts,
         inodes: Inodes,
-        budget: int,
+        budget: Callable[[], int],
         deadline: float,
         push: bool = True,
+        owner: tuple[int | None, int | None] = (None, None),
+        umask: int = 0,
     ) -> None:
         """`deadline`: seconds in which each call is answered. Without `push` the kernel is given nothing that
         it did not ask for, and asks for everything: a recording mount."""
@@ -89,7 +91,7 @@ class Operations(ReadOnlyOperations):
             inodes,
             budget,
         )
-        self._replies = replies.Replies()
+        self._replies = replies.Replies(owner, umask)
         self._files = OpenFiles(tree, inodes, interrupts, push)
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
@@ -239,7 +241,7 @@ class Operations(ReadOnlyOperations):
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         with translated:
-            return replies.statfs(self._budget, self._tree.cache.used())
+            return replies.statfs(self._budget(), self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         with translated:

@@ -149,7 +149,7 @@ def _children(visit: _Visit, block: bytes, scope: str, span: Span | None) -> lis
     if scope == "all":
         return [_Visit(cid) for cid in nodes.children(node)]
     if isinstance(node, Shard):
-        return [_Visit(link.cid) for _slot, link in node.slots if not hamt.entry_name(node, link)]
+        return [_Visit(link.cid) for link in node.links if not hamt.entry_name(node, link)]
     return []
 
 

@@ -100,7 +100,7 @@ class ManagedSource:
             return await self._ask(cid, hedge)
         again = False
         while True:
-            async with self.limiter.enter(retried=retried, again=again) as place:
+            async with Place(self.limiter, retried, again) as place:
                 return await self._ask(cid, hedge)
             again, retried = True, retried or not place.early  # its place went to another
 
