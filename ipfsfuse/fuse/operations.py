@@ -110,8 +110,12 @@ class Operations(ReadOnlyOperations):
 
     @contextmanager
     def _call(self, caller: Caller) -> Iterator[None]:
-        """A call of the user `caller`, answered soon after its deadline whatever it waits for."""
-        deadline = trio.current_time() + self._deadline
+        """A call of the user `caller`, answered soon after its deadline whatever it waits for.
+
+        The deadline is counted from when the request was read. It leaves at least half of the time, for what
+        could be answered from the cache."""
+        left = max(self._deadline - device.waited(), self._deadline / 2)
+        deadline = trio.current_time() + left
         with translated:
             with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:
                 yield
