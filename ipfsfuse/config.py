@@ -44,10 +44,17 @@ class MountConfig:
     """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
     dns: str = "system"
     """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
+    routers: Sequence[str] = ()
+    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
+    uid: int | None = None
+    """The owner that everything is shown with; None for the user who mounts."""
+    gid: int | None = None
+    umask: int = 0
+    """Permission bits that are taken from every file."""
+    bwlimit: int | None = None
+    """Bytes a second that are fetched, of all sources together."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
-    routers: Sequence[str] = ()
-    """URLs of routers, which the source `network` asks for providers."""
     allow_private_providers: bool = False
     """Whether providers at loopback and private addresses are asked too."""
 
@@ -64,6 +71,6 @@ class ContentConfig:
     reserve: int | None = None
     deadline: float = 30.0
     dns: str = "system"
-    header_files: Sequence[tuple[str, Path]] = ()
     routers: Sequence[str] = ()
+    header_files: Sequence[tuple[str, Path]] = ()
     allow_private_providers: bool = False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder
 from ipfsfuse.cache.store.name_records import NameRecords
-from ipfsfuse.config import ContentConfig
+from ipfsfuse.config import ContentConfig, MountConfig
 from ipfsfuse.errors import NotHere
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Source
@@ -59,7 +59,7 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
                 folder.path, pool, config.budget, deadline=config.deadline, reserve=config.reserve
             )
         )
-        names = Names(folder.path, sources, http, config.dns, config.offline, config.deadline, stack)
+        names = Names(folder.path, sources, http, config, stack)
         yield Content(cache, pool, names)
 
 
@@ -71,14 +71,12 @@ class Names:
         folder: Path,
         sources: Sequence[Source],
         http: HttpSettings,
-        dns: str,
-        offline: bool,
-        deadline: float,
+        config: ContentConfig | MountConfig,
         stack: AsyncExitStack,
     ) -> None:
         """`folder` is our cache folder. What is opened is closed with `stack`."""
         self._folder, self._sources, self._http = folder, sources, http
-        self._dns, self._offline, self._deadline, self._stack = dns, offline, deadline, stack
+        self._config, self._stack = config, stack
         self._store: NameRecords | None = None
         self._resolver: Resolver | None = None
 
@@ -87,12 +85,17 @@ class Names:
         if self._resolver is None:
             from ipfsfuse.sources.names.dnslink import open_dns
             from ipfsfuse.sources.names.resolver import Resolver
+            from ipfsfuse.sources.names.router import Router
 
-            dns = None if self._offline else open_dns(self._dns, self._http)
+            config = self._config
+            dns = None if config.offline else open_dns(config.dns, self._http)
             if dns is not None:
                 self._stack.push_async_callback(dns.aclose)
+            routers = [] if config.offline else [Router(url, self._http) for url in config.routers]
+            for router in routers:
+                self._stack.push_async_callback(router.aclose)
             sources = [each for each in self._sources if isinstance(each, Gateway | Kubo)]
-            self._resolver = Resolver(sources, self._records(), dns, seconds=self._deadline)
+            self._resolver = Resolver([*sources, *routers], self._records(), dns, seconds=config.deadline)
         return self._resolver
 
     def _records(self) -> NameRecords:

@@ -38,7 +38,7 @@ from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
 from ipfsfuse.vfs.roots import Roots
@@ -192,7 +192,8 @@ async def _serving(
     config: MountConfig, folder: CacheFolder, indexing: Indexing | None
 ) -> AsyncIterator[tuple[Operations, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
-    http = with_headers(HttpSettings(), config.header_files, config.sources)
+    rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
+    http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
     settings = OpenSettings(
         config.library,
         folder.indexes,
@@ -225,14 +226,22 @@ async def _serving(
         interrupts = Interrupts()
         nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
-        names = Names(folder.path, sources, http, config.dns, config.offline, config.deadline, stack)
+        names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
             await names.resolver()  # what is wrong with its settings is told before anything is mounted
         commands = Commands(config, cache, pool, pins, tree, names)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
         operations = Operations(
-            tree, roots, interrupts, inodes, config.budget, config.deadline, push=record is None
+            tree,
+            roots,
+            interrupts,
+            inodes,
+            lambda: cache.store.budget.configured,
+            config.deadline,
+            push=record is None,
+            owner=(config.uid, config.gid),
+            umask=config.umask,
         )
         yield operations, commands, names, nursery, server
 

@@ -225,6 +225,7 @@ async def open_filesystem(
     budget: int = 10 * GIB,
     deadline: float = 30.0,
     dns: str = "system",
+    routers: Sequence[str] = (),
 ) -> AsyncIterator[Filesystem]:
     """A file system for the length of the block.
 
@@ -240,6 +241,7 @@ async def open_filesystem(
         budget=budget,
         deadline=deadline,
         dns=dns,
+        routers=tuple(routers),
     )
     failure: Exception | None = None
     async with AsyncExitStack() as stack:

@@ -8,6 +8,7 @@ Concurrency: any thread, and no event loop of the caller's.
 """
 
 import atexit
+import inspect
 import os
 import stat as modes
 import threading
@@ -31,6 +32,7 @@ T = TypeVar("T")
 BLOCK_SIZE = 4 << 20
 """What a file's reader asks for at least: four leaves."""
 OPEN_SECONDS = 30.0
+OPTIONS = frozenset(inspect.signature(open_filesystem).parameters)
 OPEN_FILES = 32
 """Files that are kept open in the file system's own thread, for their readahead."""
 
@@ -76,11 +78,7 @@ class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
 
     def __init__(self, *args: object, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._options = {
-            key: value
-            for key, value in options.items()
-            if key in ("sources", "cache_dir", "library", "isolated", "offline", "budget", "deadline", "dns")
-        }
+        self._options = {key: value for key, value in options.items() if key in OPTIONS}
 
     @cached_property
     def _backend(self) -> _Backend:

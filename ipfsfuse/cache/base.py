@@ -78,6 +78,11 @@ class Cache(Protocol):
         `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
         ...
 
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
+        """The verified bytes [start, stop) of a leaf. What was verified before in this run of the daemon and
+        is staged costs their part of the leaf, anything else the whole leaf, as `leaf`."""
+        ...
+
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way,
         unless `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never

@@ -16,7 +16,7 @@ import trio
 from ipfsfuse import client, importer, units
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.progress import Progress
+from ipfsfuse.cli.console import Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid

@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from typing import TextIO
 
 from ipfsfuse.cli import console, parser
-from ipfsfuse.cli.error_text import one_line, unwrapped
+from ipfsfuse.cli.console import one_line, unwrapped
 from ipfsfuse.errors import UsageError
 
 
@@ -20,6 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # what the locale's encoding lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return _run(argv)
+    finally:
+        _discard_unwritable(sys.stderr)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
@@ -50,11 +58,19 @@ def _ended_by(exc: BaseException) -> int:
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if isinstance(exc, BrokenPipeError):
-        # no complaint from the interpreter's last flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritable(sys.stdout)
         return 128 + signal.SIGPIPE
     console.note(f"ipfsfuse: {one_line(exc)}")
     return 2 if isinstance(exc, UsageError) else 1
+
+
+def _discard_unwritable(stream: TextIO) -> None:
+    """Discards what `stream` still buffers if it can't be written: the terminal hung up, or the reader
+    has gone. The interpreter's last flush would fail on it, and make 120 of our exit code."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_traceback(exc: BaseException) -> None:

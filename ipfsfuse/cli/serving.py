@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.log_format import escape_the_log
+from ipfsfuse.cli.logs import escape_the_log
 from ipfsfuse.cli.mounting import header_file, source
 from ipfsfuse.config import ContentConfig
 from ipfsfuse.sources import defaults

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.errors import IpfsFuseError, MountFailed, NameTooLong, NotFound, ReadOnly, Unavailable
+from ipfsfuse.errors import MountFailed, NameTooLong, NotFound, ReadOnly, Unavailable
 from ipfsfuse.fuse import errnos
 from ipfsfuse.fuse.init_patch import CONGESTION, MAX_BACKGROUND, PARALLEL_DIROPS, read_init
 from ipfsfuse.fuse.session import INIT_SECONDS, Device, close_device, open_device, unmount
@@ -145,10 +145,10 @@ class NameLinks:
         else:
             try:
                 self._reply(unique, self._answer(opcode, node, body, request))
-            except (IpfsFuseError, KeyError) as exc:
-                self._refuse(unique, errnos.of(exc))
             except NotImplementedError:
                 self._refuse(unique, errno.ENOSYS)
+            except Exception as exc:  # whatever one request meets, the mount goes on
+                self._refuse(unique, errnos.of(exc))
 
     def _take_note(self, opcode: int, node: int, body: bytes) -> None:
         if opcode == Op.INTERRUPT:

@@ -7,7 +7,7 @@ touched only between two awaits.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
@@ -74,9 +74,11 @@ class Operations(ReadOnlyOperations):
         roots: Roots,
         interrupts: Interrupts,
         inodes: Inodes,
-        budget: int,
+        budget: Callable[[], int],
         deadline: float,
         push: bool = True,
+        owner: tuple[int | None, int | None] = (None, None),
+        umask: int = 0,
     ) -> None:
         """`deadline`: seconds in which each call is answered. Without `push` the kernel is given nothing that
         it did not ask for, and asks for everything: a recording mount."""
@@ -89,7 +91,7 @@ class Operations(ReadOnlyOperations):
             inodes,
             budget,
         )
-        self._replies = replies.Replies()
+        self._replies = replies.Replies(owner, umask)
         self._files = OpenFiles(tree, inodes, interrupts, push)
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
@@ -108,8 +110,12 @@ class Operations(ReadOnlyOperations):
 
     @contextmanager
     def _call(self, caller: Caller) -> Iterator[None]:
-        """A call of the user `caller`, answered soon after its deadline whatever it waits for."""
-        deadline = trio.current_time() + self._deadline
+        """A call of the user `caller`, answered soon after its deadline whatever it waits for.
+
+        The deadline is counted from when the request was read. It leaves at least half of the time, for what
+        could be answered from the cache."""
+        left = max(self._deadline - device.waited(), self._deadline / 2)
+        deadline = trio.current_time() + left
         with translated:
             with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:
                 yield
@@ -235,7 +241,7 @@ class Operations(ReadOnlyOperations):
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         with translated:
-            return replies.statfs(self._budget, self._tree.cache.used())
+            return replies.statfs(self._budget(), self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         with translated:

@@ -101,6 +101,10 @@ class OpenFile:
         window = self._ahead.note(offset, size)
         if window is not None:
             self._tree.nursery.start_soon(self._bring, window)
+        if self._ahead.sequential and self._tree.use is None:
+            buffered = self._buffer.read(offset, size)
+            if buffered is not None:
+                return buffered
         try:
             return await self._range(offset, size)
         except NotALeaf:
@@ -109,20 +113,26 @@ class OpenFile:
             return await self._range(offset, size)
 
     async def _range(self, offset: int, size: int) -> Content:
-        parts: list[memoryview] = []
+        parts: list[Content] = []
         end = offset + size
         while offset < end:
             for leaf in await self._under(offset, end - offset):
-                parts.append(self._cut(leaf, await self._leaf(leaf), offset, end - offset))
+                parts.append(await self._part(leaf, offset, end - offset))
                 offset = min(leaf.offset + leaf.size, end)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _leaf(self, leaf: Leaf) -> Content:
+    async def _part(self, leaf: Leaf, offset: int, size: int) -> Content:
+        """What lies in `leaf` of `size` bytes from `offset` of the file."""
         if self._tree.use is not None:
             self._tree.use(leaf.cid, ahead=False)
         self._asked.append(leaf.offset)
-        buffered = self._buffer.get(leaf.offset)
-        return buffered if buffered is not None else await self._tree.cache.leaf(self._ref, leaf, early=True)
+        data = self._buffer.get(leaf.offset)
+        if data is None:
+            first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
+            if last - first < leaf.size and not self._ahead.sequential:
+                return await self._tree.cache.part(self._ref, leaf, first, last)
+            data = await self._tree.cache.leaf(self._ref, leaf, early=True)
+        return self._cut(leaf, data, offset, size)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
         """The part of a leaf that was asked for. What is left of it a sequential reader finds in the buffer,

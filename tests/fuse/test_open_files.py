@@ -31,6 +31,9 @@ class Cache:
     def opened(self, file: FileRef) -> None:
         pass
 
+    async def part(self, file: FileRef, leaf: object, start: int, stop: int) -> bytes:
+        return (await self.leaf(file, leaf))[start:stop]
+
     async def leaf(self, file: FileRef, leaf: object, *, early: bool = False) -> bytes:
         return CONTENT
 

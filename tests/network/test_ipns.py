@@ -85,6 +85,26 @@ def test_names_of_a_real_node_are_links_to_what_it_published(home: Home) -> None
             wait_until(lambda: link.read_bytes() == b"newer", "the name leads to what was published last")
 
 
+@pytest.mark.kubo
+def test_a_router_gives_records_too(home: Home, server: NameServer) -> None:
+    need_kubo()
+    cid = added(home, "one")
+    server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}")
+    settings = {"Routing": {"Type": "dhtclient"}, "Gateway": {"ExposeRoutingAPI": True}}
+    with Node(settings=settings) as node:
+        name = node.cmd("key", "list", "-l").split()[0]
+        node.cmd("name", "publish", "--allow-offline", "--resolve=false", f"/ipfs/{cid}")
+        routers = "--router", node.gateway_url, "--router", f"{server.url}/routing/v1"
+        with both(home, *routers) as (mount, names):
+            for each in (name, NAMES[0]):
+                assert os.readlink(names / each) == f"{mount.path}/{cid}"
+        with both(home, *routers, "--offline") as (mount, names):
+            asked = server.asked[NAMES[0]]
+            assert os.readlink(names / NAMES[0]) == f"{mount.path}/{cid}"  # it was seen
+            assert error_of((names / NAMES[1]).lstat) == errno.ETIMEDOUT
+            assert server.asked[NAMES[0]] == asked
+
+
 def test_a_name_is_a_symlink_that_costs_no_block_and_is_kept_for_its_time_to_live(
     home: Home, server: NameServer
 ) -> None:

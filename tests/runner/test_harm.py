@@ -23,7 +23,7 @@ from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run import receipt as receipts
+from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.inspecting import Walk
 from ipfsfuse_run.limits import NO_LIMITS

@@ -7,6 +7,7 @@ threads.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +17,12 @@ import trio
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_cost, disk_usage
+from ipfsfuse.cache.lru import Lru
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
 from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
-from ipfsfuse.cache.store.staging import Entry, Extents, Removed, Staging
+from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -36,6 +38,12 @@ SMALL = 64 << 10
 """Files of up to so many bytes lie in packs."""
 NOTE_USE = 60.0
 """Seconds between two notes on disk of one file's use."""
+MAX_DIGESTS = 16 << 20
+"""Bytes of digests that are kept in memory: those of 7 GiB in leaves of 1 MiB."""
+LOOP_PIECES = 4
+"""Pieces that are read from the page cache and hashed on the event loop: some 15 us."""
+DIGESTS_OVERHEAD = 300
+"""Bytes of memory that one leaf's digests take besides themselves."""
 TOLD_AT_ONCE = 500
 """Staging files that are told of before other calls have their turn: some milliseconds."""
 
@@ -70,6 +78,8 @@ class Store:
         packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
+        self._digests: Lru[Cid, bytes] = Lru(MAX_DIGESTS)
+        """Those of the pieces of leaves that were verified, by the CIDs of the leaves."""
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
@@ -91,11 +101,37 @@ class Store:
         if entry is None:
             return None
         try:
-            data, right = await threads.run_sync(self.staging.read, entry, leaf, limiter=self.io.reading)
+            data, right, digests = await threads.run_sync(
+                self.staging.read, entry, leaf, limiter=self.io.reading
+            )
         except OSError as exc:
             await self._lost(entry, exc)
             return None
+        if right:
+            self._digests.put(leaf.cid, digests, len(digests) + DIGESTS_OVERHEAD)
         return await self._looked_at(entry, leaf, data, right)
+
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> memoryview | None:
+        """The bytes [start, stop) of the leaf, if they can be proved without the rest of it: it was verified
+        before. None where that is not so, or they are not right."""
+        entry, digests = self.staging.entries.get(file.cid), self._digests.get(leaf.cid)
+        if digests is None or entry is None or entry.dead or entry.extents is None:
+            return None
+        if not entry.extents.covers(leaf.offset, leaf.offset + leaf.size):
+            return None
+        data, arguments = None, (entry, leaf, start, stop, digests)
+        try:
+            if stop - start <= LOOP_PIECES * PIECE:  # what is in the page cache costs less than a thread
+                data = self.staging.read_pieces(*arguments, os.RWF_NOWAIT)
+            if data is None:
+                data = await threads.run_sync(
+                    self.staging.read_pieces, *arguments, 0, limiter=self.io.reading
+                )
+        except OSError:  # who reads the whole leaf will see it
+            return None
+        if data is not None:
+            self.budget.arc.refresh(entry.cid)
+        return data
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
         """As `leaf`, of leaves that lie one behind the other, at least one."""
@@ -159,15 +195,11 @@ class Store:
             self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
             await self.budget.evict(entry.cid)
 
-    async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
-        """Whether it is kept now."""
-        return await self.keep_leaves(file, [leaf], [content], source)
-
     async def keep_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.backoff.waiting:
+        if self.backoff.reason and self.backoff.waiting:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         cost = disk_cost(self.staging.unit, start, end)
@@ -183,27 +215,23 @@ class Store:
             grown, error = await threads.run_sync(
                 self.staging.write, entry, start, contents, limiter=self.io.writing
             )
+            entry.disk += grown
+            if error is not None:
+                self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
+                self.budget.look_soon()
+                return False
+            if self.backoff.reason:
+                self.backoff.succeeded()
+            if entry.extents is not None:
+                entry.extents.add(start, end)
+                self._proved(entry, start, end)
+            return True
         except Removed:
             return False
-        else:
-            entry.disk += grown
-            return self._kept(entry, start, end, error)
         finally:
             entry.reserved -= cost
             self.budget.settle(cost)
             self._settle(entry)
-
-    def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
-        """What a write came to."""
-        if error is not None:
-            self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
-            self.budget.look_soon()
-            return False
-        self.backoff.succeeded()
-        if entry.extents is not None:
-            entry.extents.add(start, end)
-            self._proved(entry, start, end)
-        return True
 
     def _proved(self, entry: Entry, start: int, end: int) -> None:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 MAX_DEPTH: Final = 32
 """Names that are followed to names, as in Kubo."""
+MAX_ASKED: Final = 256
+"""Names that are asked for at a time: each costs a connection to every source."""
 MAX_KEPT: Final = 1000
 """Names whose value, or failure, is kept in memory."""
 MIN_SECONDS: Final = 1.0
@@ -97,6 +99,7 @@ class Resolver:
         self._sources, self._store, self._dns, self._seconds = sources, store, dns, seconds
         self._steps: OrderedDict[Name, _Step] = OrderedDict()
         self._locks: dict[Name, trio.Lock] = {}
+        self._asking = trio.CapacityLimiter(MAX_ASKED)
 
     def known(self) -> Sequence[str]:
         """The names that were resolved of late, in their usual spelling."""
@@ -138,11 +141,8 @@ class Resolver:
                 self._steps.move_to_end(name)
                 return kept
             try:
-                if isinstance(name, KeyName):
-                    record, seconds = await self.newest(name)
-                    value = record.value
-                else:
-                    value, seconds = await self._of_domain(name)
+                async with self._asking:
+                    value, seconds = await self._asked(name)
                 step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
             except IpfsFuseError as exc:
                 log.warning("%s", exc)
@@ -152,6 +152,13 @@ class Resolver:
             if len(self._steps) > MAX_KEPT:
                 self._steps.popitem(last=False)
             return step
+
+    async def _asked(self, name: Name) -> tuple[str, float]:
+        """What `name` leads to, as its owner wrote it, and for how many seconds that holds."""
+        if isinstance(name, DomainName):
+            return await self._of_domain(name)
+        record, seconds = await self.newest(name)
+        return record.value, seconds
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self, name: Name) -> AsyncIterator[None]:

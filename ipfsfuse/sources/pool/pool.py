@@ -42,6 +42,7 @@ from ipfsfuse.sources.base import (
 )
 from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
+from ipfsfuse.sources.pool.limiter import Place
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ class SourcePool:
         self.hedges = HedgeBudget()
         self._share = share or max(1, sum(not source.in_place for source in sources))
         self._managed = [ManagedSource(source, self.chance, self._share) for source in sources]
-        self._in_place = [managed for managed in self._managed if managed.source.in_place]
+        self.in_place = [managed for managed in self._managed if managed.source.in_place]
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._known_wrong: set[tuple[str, Cid]] = set()
         self._known_large: set[Cid] = set()
@@ -192,13 +193,17 @@ class SourcePool:
     async def get_in_place(self, cid: Cid) -> bytes | None:
         """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
         multihashes.check_allowed(cids.multihash(cid))
-        found = await HedgedFetch(self, cid).in_place()
-        return None if found is None else found.block
+        fetch = HedgedFetch(self, cid)
+        for managed in self.in_place:
+            block = await fetch.once(managed)
+            if isinstance(block, bytes):
+                return block
+        return None
 
     def why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
         """The line for a block that no source gave; `said` is what each of them said last."""
         if not self._network and not self.offline:
-            here = ", ".join(each.source.name for each in self._in_place) or "nothing"
+            here = ", ".join(each.source.name for each in self.in_place) or "nothing"
             self.unasked = (
                 f"no source could be asked for a block that is not here: the sources are {here}; name others "
                 "with --from, such as kubo, https://GATEWAY or network"
@@ -240,10 +245,10 @@ class SourcePool:
         deadline, and the last one time to answer."""
         return min(PATIENCE, self.deadline / (len(self._network) + 1))
 
-    def in_place(self) -> Sequence[ManagedSource]:
-        return self._in_place
-
     def network(self) -> Sequence[ManagedSource]:
+        """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
+        if len(self._network) < 2:
+            return self._network
         self._note_sleep()
         now = trio.current_time()
         usable = [
@@ -280,7 +285,7 @@ class SourcePool:
         """Says once that `managed` sent wrong bytes, and quarantines a remote gateway."""
         now = trio.current_time()
         others = any(other is not managed and not other.health.is_quarantined(now) for other in self._network)
-        seconds = managed.health.record_wrong(now, others=others or bool(self._in_place))
+        seconds = managed.health.record_wrong(now, others=others or bool(self.in_place))
         name = managed.source.name
         if seconds == 0:
             return
@@ -321,9 +326,10 @@ class HedgedFetch:
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
-        found = await self.in_place()
-        if found is not None:
-            return found
+        for managed in self._pool.in_place:
+            block = await self.once(managed)
+            if isinstance(block, bytes):
+                return Fetched(block, managed.source)
         network = self._pool.network()
         self._pool.hedges.request()
         with self._network_scope:
@@ -334,14 +340,6 @@ class HedgedFetch:
         if self._found is not None:
             return self._found
         raise self._too_large or self._wrong or Unavailable(self._pool.why_not(self._cid, self.said))
-
-    async def in_place(self) -> Fetched | None:
-        """The block, if a source in place has it."""
-        for managed in self._pool.in_place():
-            block = await self._once(managed)
-            if isinstance(block, bytes):
-                return Fetched(block, managed.source)
-        return None
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
@@ -381,7 +379,7 @@ class HedgedFetch:
         while self._found is None:
             wait = self._pool.wait(managed)
             if wait == 0:
-                block = await self._once(managed, hedge=hedge, retried=retried)
+                block = await self.once(managed, hedge=hedge, retried=retried)
                 if isinstance(block, bytes):
                     self._found = Fetched(block, managed.source)
                     return
@@ -399,7 +397,7 @@ class HedgedFetch:
                 await self._no_more_tries.wait()
                 return
 
-    async def _once(
+    async def once(
         self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
     ) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
         asked, name = trio.current_time(), managed.source.name
@@ -447,7 +445,7 @@ class RangeFetch:
             if block is not None:
                 self._left.discard(place)
                 await self._deliver(place, [block], INLINE)
-        for managed in [*self._pool.in_place(), *self._pool.network()]:
+        for managed in [*self._pool.in_place, *self._pool.network()]:
             if not self._left:
                 return
             if managed.takes_many and self._pool.wait(managed) == 0:
@@ -460,7 +458,7 @@ class RangeFetch:
                 return
             alone = len(self._pool.network()) == 1
             patience = min(PATIENCE_ALONE, self._pool.deadline / 2) if alone else self._pool.patience
-            async with managed.limiter.enter() as deliveries.place:
+            async with Place(managed.limiter) as deliveries.place:
                 await _RangeAttempt(self, managed, deliveries).run(patience)
 
     # -- for the attempt -------------------------------------------------------------------------------------
@@ -555,7 +553,7 @@ class SubtreeFetch:
 
     async def _is_at_hand(self) -> bool:
         """Whether a source in place has it: then each block is read where it lies."""
-        for managed in self._pool.in_place():
+        for managed in self._pool.in_place:
             try:
                 with managed.as_its_failure():
                     await managed.source.get(self._subtree.root)
@@ -566,7 +564,7 @@ class SubtreeFetch:
 
     async def _from(self, managed: ManagedSource) -> None:
         with managed.asked_for_many() as deliveries:
-            async with managed.limiter.enter() as deliveries.place:
+            async with Place(managed.limiter) as deliveries.place:
                 slow = managed.health.slow_after()
                 self._stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
                 first = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)

@@ -27,7 +27,7 @@ import wasmtime
 from wasmtime import _ffi
 
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import guest, paths, signals
+from ipfsfuse_run import guest, sandbox, signals
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.guest import Guest, Settings
 
@@ -59,7 +59,7 @@ class CodeCache:
     @classmethod
     def of_user(cls) -> "CodeCache":
         try:
-            return cls(paths.private("code"))
+            return cls(sandbox.private_folder("code"))
         except StoreFailed:
             return cls(None)
 
@@ -222,7 +222,7 @@ def _key(digest: str, kind: str, settings: Settings) -> str:
     return f"{digest}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
-# -- the compiling process -----------------------------------------------------------------------------------
+# -- the compiling process ---------------------------------------------------------------------------------
 
 
 def _in_own_process(make: Callable[[], bytes | None], name: str) -> Compiled:

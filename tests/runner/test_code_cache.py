@@ -8,7 +8,7 @@ import pytest
 import wasmtime
 
 from ipfsfuse_run import guest
-from ipfsfuse_run.codecache import CodeCache
+from ipfsfuse_run.code_cache import CodeCache
 from ipfsfuse_run.guest import MODULE, Settings
 from tests.runner.conftest import TOP, Runner
 

@@ -1,40 +1,40 @@
-"""The runner's side of a run: forks the guest's process, passes on signals, keeps time, and carries its
-output.
+"""The runner's side of a run: starts the guest's process, keeps time, passes on signals and output.
 
-Single-threaded: one selector waits for the signals, the child, its reports and its output. It never touches
-the mount and never waits for whoever reads the output, so that it ends when it must even while the guest's
-process hangs in a read that no signal can end, or nobody takes what the guest wrote.
+One thread and one selector: they wait for signals, the guest's process, its reports and its output. The
+supervisor never touches the mount and never waits for whoever reads the output. So it ends in time even if
+the guest's process hangs in a read that no signal interrupts, or if nobody reads what the guest wrote.
 """
 
+import hashlib
 import json
 import os
 import select
 import selectors
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from ipfsfuse_run import child, growth, limits, messages, signals
+from ipfsfuse import units
+from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
-from ipfsfuse_run.errors import COULD_NOT_RUN
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_text
 from ipfsfuse_run.growth import Growth
-from ipfsfuse_run.guest import TRAPPED
+from ipfsfuse_run.limits import Limits
 
 OUT_OF_TIME = 124
 GRACE = 0.4
-"""Seconds that a killed guest gets to go. One that hangs in the mount goes with it, or when the daemon
-answers."""
-
+"""Seconds that a killed guest gets to end. One that hangs in the mount ends when the daemon answers."""
 LAST_LOOK = 10.0
-"""Seconds that the watching process gets to measure the writable folders when the guest has ended."""
+"""Seconds for the last measurement of the writable folders after the guest has ended."""
 
 _CHUNK = select.PIPE_BUF
-"""Bytes that a pipe which can be written takes without waiting."""
+"""Bytes that a pipe which polls as writable takes without waiting."""
 _DAY = 86400.0
-"""The longest wait at once: epoll takes no more than 24 of them."""
+"""The longest wait at once, in seconds: epoll takes at most 24 days."""
 
 Sink = Callable[[bytes], None]
 
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 
 
 class LimitReached(Exception):
-    """Raised by a sink: the guest wrote more than the field `limit` of its Limits allows."""
+    """Raised by a sink: the guest wrote more than the field `limit` of Limits allows."""
 
     def __init__(self, limit: str, message: str) -> None:
         super().__init__(message)
@@ -100,9 +100,9 @@ class _Supervisor:
         for each in signals.ENDING:
             if self._handlers[each] != signal.SIG_IGN:  # nohup
                 signal.signal(each, self._on_signal)
-        self._selector.register(wake, selectors.EVENT_READ, lambda: self._woken(wake))
+        self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_wakeup(wake))
 
-    def _leave_signals(self) -> None:
+    def _restore_signals(self) -> None:
         """One that comes from now on ends what the runner still does, such as writing a record."""
         signal.set_wakeup_fd(-1)
         for each, handler in self._handlers.items():
@@ -113,7 +113,7 @@ class _Supervisor:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)
 
-    def _woken(self, wake: int) -> None:
+    def _on_wakeup(self, wake: int) -> None:
         os.read(wake, 64)
         if self._signals and not self._final:
             self._end(Outcome(128 + self._signals[0], signal=self._signals[0]))
@@ -141,22 +141,22 @@ class _Supervisor:
                 os.close(each)
             child.main(self._plan, parent, Reports(told))
         os.close(told)
-        self._selector.register(reports, selectors.EVENT_READ, lambda: self._told(reports))
+        self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
         for sink, target, (end, write) in pumped:
             os.close(write)
             self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink, target))
         self._pidfd = os.pidfd_open(self._pid)
-        self._selector.register(self._pidfd, selectors.EVENT_READ, self._reap)
+        self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
 
     def _pump(self, end: int, sink: Sink, target: int) -> Callable[[], None]:
-        def go_on() -> None:
+        def resume() -> None:
             self._selector.unregister(target)
             self._selector.register(end, selectors.EVENT_READ, pump)
 
         def pump() -> None:
-            if not _takes(target):
+            if not _is_writable(target):
                 self._selector.unregister(end)
-                self._selector.register(target, selectors.EVENT_WRITE, go_on)
+                self._selector.register(target, selectors.EVENT_WRITE, resume)
                 return
             data = os.read(end, _CHUNK)
             try:
@@ -175,7 +175,7 @@ class _Supervisor:
         self._selector.unregister(file)
         os.close(file)
 
-    def _told(self, reports: int) -> None:
+    def _on_report(self, reports: int) -> None:
         data = os.read(reports, _CHUNK)
         if not data:
             self._drop(reports)
@@ -214,7 +214,7 @@ class _Supervisor:
     def _on_watched(self) -> None:
         assert self._watched is not None
         why = os.read(self._watched, _CHUNK)
-        self._end_watching()
+        self._stop_watcher()
         if self._final:
             return
         if self._dead:
@@ -222,14 +222,14 @@ class _Supervisor:
         if why:
             self._end(Outcome(TRAPPED, limit="max_out"), f"{self._plan.name} {why.decode()}")
 
-    def _end_watching(self) -> None:
+    def _stop_watcher(self) -> None:
         if self._watched is not None and self._watcher is not None:
             self._drop(self._watched)
             os.kill(self._watcher, signal.SIGKILL)
             os.waitpid(self._watcher, 0)
             self._watched = self._watcher = None
 
-    def _reap(self) -> None:
+    def _on_exit(self) -> None:
         self._drop(self._pidfd)
         self._dead = True
         _pid, status = os.waitpid(self._pid, 0)
@@ -251,11 +251,11 @@ class _Supervisor:
         self._deadline = time.monotonic() + GRACE
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
-        self._end_watching()
-        if why is not None and _takes(2, GRACE):
-            messages.say(why)
+        self._stop_watcher()
+        if why is not None and _is_writable(2, GRACE):
+            say(why)
 
-    def _late(self) -> bool:
+    def _past_deadline(self) -> bool:
         """Whether to leave now: at the deadline a running guest is killed, one that was killed is left
         behind."""
         if self._deadline is None or time.monotonic() < self._deadline:
@@ -264,7 +264,7 @@ class _Supervisor:
             return True
         if self._dead:  # the watching process hangs: in a file system that does not answer
             self._deadline = None
-            self._end_watching()
+            self._stop_watcher()
         elif self._compiling:
             given = limits.value_text("compile_timeout", self._compile_timeout())
             why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
@@ -285,16 +285,139 @@ class _Supervisor:
                 )
                 for key, _events in self._selector.select(wait):
                     key.data()
-                if self._late():
+                if self._past_deadline():
                     break
-            self._end_watching()
-        self._leave_signals()
+            self._stop_watcher()
+        self._restore_signals()
         return self._outcome
 
 
-def _takes(file: int, seconds: float = 0) -> bool:
+def _is_writable(file: int, seconds: float = 0) -> bool:
     """Whether a write to the descriptor `file` would not wait, at the latest after `seconds`; one that fails
     does not."""
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return bool(poll.poll(1000 * seconds))
+
+
+# -- the guest's streams -----------------------------------------------------------------------------------
+
+
+class Digest(NamedTuple):
+    """Of what passed through a stream."""
+
+    sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256} ({self.size} bytes)"
+
+
+class HashingSink:
+    """Hashes what it is given, and passes it on to `through` if there is one."""
+
+    def __init__(self, through: Sink | None) -> None:
+        self._through = through
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def __call__(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._size += len(data)
+        if self._through is not None:
+            self._through(data)
+
+    def digest(self) -> Digest:
+        return Digest(self._hash.hexdigest(), self._size)
+
+
+def to_descriptor(file: int) -> Sink:
+    """A sink that writes everything to the descriptor `file`."""
+
+    def sink(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(file, view) :]
+
+    return sink
+
+
+def bounded(through: Sink, bound: int | None, what: str) -> Sink:
+    """A sink that passes on `bound` bytes (None: all) and then raises LimitReached. `what` names the
+    stream."""
+    if bound is None:
+        return through
+    left = bound
+
+    def sink(data: bytes) -> None:
+        nonlocal left
+        through(data[:left])
+        if len(data) > left:
+            message = f"the guest wrote more than max-stdout={units.size_text(bound)} to {what}"
+            raise LimitReached("max_stdout", message)
+        left -= len(data)
+
+    return sink
+
+
+def run_hashed(
+    plan: Plan, stdin: BinaryIO, through: tuple[Sink | None, Sink | None], close: Sequence[int]
+) -> tuple[Outcome, Digest, Digest]:
+    """Runs the guest on `stdin`. Gives also the digests of its standard output and error, which pass on to
+    `through`; a trap's message counts as standard error."""
+    out, err = map(HashingSink, through)
+    bound = plan.box.limits.max_stdout
+    sinks = bounded(out, bound, "standard output"), bounded(err, bound, "standard error")
+    outcome = run(plan, Streams(stdin.fileno(), *sinks), close)
+    if outcome.trap is not None:
+        err(trap_text(plan.name, outcome.trap).encode())
+    return outcome, out.digest(), err.digest()
+
+
+def direct_streams(given: Limits, writes_files: bool) -> Streams:
+    """The streams of a run that keeps none of them: the guest writes to the runner's own.
+
+    The runner carries the output if it must be counted, or if it goes to a regular file and the guest's
+    process has a limit on the size of files."""
+    found: list[Sink | None] = []
+    for file, name in ((1, "standard output"), (2, "standard error")):
+        carry = given.max_stdout is not None or (writes_files and _is_file(file))
+        found.append(bounded(to_descriptor(file), given.max_stdout, name) if carry else None)
+    return Streams(None, *found)
+
+
+def _is_file(file: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(file).st_mode)
+    except OSError:
+        return False
+
+
+def spooled_stdin(bound: int | None) -> BinaryIO:
+    """All of standard input in an unnamed file, at its start. Nothing is read from a terminal.
+
+    Raises GuestRefused if there are more than `bound` bytes."""
+    import tempfile
+
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 # the caller closes it
+    left = bound
+    if sys.stdin is not None and not sys.stdin.isatty():
+        while data := os.read(0, 1 << 20):
+            if left is not None and len(data) > left:
+                raise GuestRefused(
+                    f"standard input has more than max-stdin={limits.value_text('max_stdin', bound or 0)}"
+                )
+            left = None if left is None else left - len(data)
+            spool.write(data)
+    spool.seek(0)
+    return spool
+
+
+def digest_of(file: BinaryIO) -> Digest:
+    """Of the whole file, which is left at its start."""
+    file.seek(0)
+    sink = HashingSink(None)
+    while data := file.read(1 << 20):
+        sink(data)
+    file.seek(0)
+    return sink.digest()
