@@ -29,9 +29,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http_settings import HttpSettings
@@ -76,7 +74,7 @@ def run(
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
     process began."""
     _ignore_signals(hangup is not None)
-    deadline, shortened = fitting_deadline(config.deadline)
+    deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:
         log.warning("%s", shortened)
         config = replace(config, deadline=deadline)
@@ -130,10 +128,7 @@ def _folder(config: MountConfig) -> Iterator[CacheFolder]:
 async def _main(
     config: MountConfig, folder: CacheFolder, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
 ) -> None:
-    async with (
-        _serving(config, folder, indexing) as (operations, commands, nursery, server),
-        sessions.opened(operations, config.mountpoint, config.allow_other) as session,
-    ):
+    async with _serving(config, folder, indexing) as (operations, commands, nursery, server):
         end = config.mountpoint, nursery.cancel_scope
         nursery.start_soon(_heed_signals, *end, hangup, commands.in_one_line)
         if config.while_held:
@@ -146,9 +141,15 @@ async def _main(
             log.info("mounted at %s", config.mountpoint)
             ready(folder.control)
 
-        nursery.start_soon(operations.run)
-        with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
-            await sessions.serve(session, answers, readahead=config.record is None)
+        with (
+            sessions.opened(
+                operations, config.mountpoint, config.allow_other, readahead=config.record is None
+            ) as session,
+            operations.pushing(),
+            live_mounts.registered(config.mountpoint, folder.control),
+        ):
+            nursery.start_soon(operations.run)
+            await sessions.serve(session, answers)
         log.info("unmounted")
         nursery.cancel_scope.cancel()
 
@@ -180,15 +181,11 @@ async def _serving(
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
-        interrupts = Interrupts()
-        nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
         commands = Commands(config, cache, pool, pins, tree)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
-        operations = Operations(
-            tree, roots, interrupts, inodes, config.budget, config.deadline, push=record is None
-        )
+        operations = Operations(tree, roots, inodes, config.budget, config.deadline, push=record is None)
         yield operations, commands, nursery, server
 
 

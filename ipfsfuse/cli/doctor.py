@@ -15,7 +15,7 @@ from ipfsfuse.cache.store.space import FreeSpace, disk_usage
 from ipfsfuse.cli import console, folders, units
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
+from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
 from ipfsfuse.sources.files import libraryfolder
 
 FUSE = Path("/dev/fuse")
