@@ -110,12 +110,16 @@ def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahea
             device = Device(readahead)
         except OSError as exc:
             raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
-        stack.callback(pyfuse3.close, unmount=False)
-        stack.callback(device.stop)
         try:
             pyfuse3.init(operations, f"/dev/fd/{mount.fd}", set())
         except RuntimeError as exc:
-            raise MountFailed(f"{mountpoint} can't be served: {exc}") from exc
+            device.stop()
+            raise MountFailed(
+                f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.14 or "
+                "newer is needed"
+            ) from exc
+        stack.callback(pyfuse3.close, unmount=False)
+        stack.callback(device.stop)
         yield Session(mount, device, operations)
 
 
