@@ -40,5 +40,34 @@ class MountConfig:
     """End when the last control connection that holds the mount is gone."""
     pins: str = "kubo"
     """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
+    ipns: Path | None = None
+    """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
+    dns: str = "system"
+    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
+    routers: Sequence[str] = ()
+    """URLs of delegated routers, which are asked for IPNS records too."""
+    uid: int | None = None
+    """The owner that everything is shown with; None for the user who mounts."""
+    gid: int | None = None
+    umask: int = 0
+    """Permission bits that are taken from every file."""
+    bwlimit: int | None = None
+    """Bytes a second that are fetched, of all sources together."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentConfig:
+    """A cache folder and sources without a mount, for `serve` and the Python interface. As in MountConfig."""
+
+    cache_dir: Path
+    library: Path
+    sources: Sequence[str] = ("library",)
+    offline: bool = False
+    budget: int = 10 * GIB
+    reserve: int | None = None
+    deadline: float = 30.0
+    dns: str = "system"
+    routers: Sequence[str] = ()
+    header_files: Sequence[tuple[str, Path]] = ()

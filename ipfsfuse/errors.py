@@ -48,6 +48,10 @@ class ReadOnly(IpfsFuseError):
     """A call that would change something."""
 
 
+class WrongRecord(IpfsFuseError):
+    """An IPNS record that the specification refuses: malformed, of another key, or wrongly signed."""
+
+
 # -- blocks --------------------------------------------------------------------------------------------------
 
 

@@ -9,35 +9,41 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.folder import CacheFolder, locked
-from ipfsfuse.cache.store.isolated import isolated_folder
+from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
 from ipfsfuse.config import MountConfig
+from ipfsfuse.content import Names
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
+from ipfsfuse.errors import NotFound
 from ipfsfuse.fileio import threads
 from ipfsfuse.fuse import mountpoint as mountpoints
+from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http_settings import HttpSettings
-from ipfsfuse.sources.opening import opened
-from ipfsfuse.sources.parse import Indexing, OpenSettings, with_headers
+from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
+
+if TYPE_CHECKING:
+    pass
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -81,6 +87,8 @@ def run(
     _raise_descriptors()
     _reuse_memory()
     mountpoints.prepare(config.mountpoint)
+    if config.ipns is not None:
+        mountpoints.prepare(config.ipns)
     try:
         with _folder(config) as folder:
             trio.run(_main, config, folder, ready, indexing, hangup)
@@ -128,8 +136,19 @@ def _folder(config: MountConfig) -> Iterator[CacheFolder]:
 async def _main(
     config: MountConfig, folder: CacheFolder, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
 ) -> None:
-    async with _serving(config, folder, indexing) as (operations, commands, nursery, server):
+    async with (
+        _serving(config, folder, indexing) as (operations, commands, names, nursery, server),
+        AsyncExitStack() as stack,
+    ):
+        session = stack.enter_context(
+            sessions.opened(
+                operations, config.mountpoint, config.allow_other, readahead=config.record is None
+            )
+        )
         end = config.mountpoint, nursery.cancel_scope
+        if config.ipns is not None:
+            await stack.enter_async_context(_names_mounted(config, config.ipns, names, partial(_end, *end)))
+            stack.enter_context(live_mounts.registered(config.ipns, folder.control))
         nursery.start_soon(_heed_signals, *end, hangup, commands.in_one_line)
         if config.while_held:
             nursery.start_soon(_end_when_let_go, server, *end)
@@ -141,13 +160,7 @@ async def _main(
             log.info("mounted at %s", config.mountpoint)
             ready(folder.control)
 
-        with (
-            sessions.opened(
-                operations, config.mountpoint, config.allow_other, readahead=config.record is None
-            ) as session,
-            operations.pushing(),
-            live_mounts.registered(config.mountpoint, folder.control),
-        ):
+        with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
             nursery.start_soon(operations.run)
             await sessions.serve(session, answers)
         log.info("unmounted")
@@ -155,11 +168,34 @@ async def _main(
 
 
 @asynccontextmanager
+async def _names_mounted(
+    config: MountConfig, mountpoint: Path, names: Names, ended: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Names as symlinks into the mount, at a mountpoint of their own."""
+
+    async def target(name: bytes) -> tuple[bytes, float]:
+        try:
+            text = name.decode()
+        except UnicodeDecodeError as exc:
+            raise NotFound(f"{name[:80]!r} is not a name") from exc
+        found = await (await names.resolver()).resolve_text(text)
+        return os.fsencode(config.mountpoint) + bytes(found.path).removeprefix(b"/ipfs"), found.until
+
+    def listed() -> Sequence[bytes]:
+        return [name.encode() for name in names.known()]
+
+    async with name_links.mounted(mountpoint, config.allow_other, target, listed, config.deadline, ended):
+        log.info("names are at %s", mountpoint)
+        yield
+
+
+@asynccontextmanager
 async def _serving(
     config: MountConfig, folder: CacheFolder, indexing: Indexing | None
-) -> AsyncIterator[tuple[Operations, Commands, trio.Nursery, ControlServer]]:
+) -> AsyncIterator[tuple[Operations, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
-    http = with_headers(HttpSettings(), config.header_files, config.sources)
+    rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
+    http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
     settings = OpenSettings(config.library, folder.indexes, http, config.offline, indexing)
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
@@ -176,17 +212,29 @@ async def _serving(
                 folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
             )
         )
-        pins.reconcile([kept.cid for kept in cache.kept()], cache.pinned(), cache.kept_of, cache)
+        pins.reconcile([kept.cid for kept in cache.store.kept()], cache.pinned(), cache.store.kept_of, cache)
         record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
-        tree = Tree(cache, nursery, record)
+        tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
-        commands = Commands(config, cache, pool, pins, tree)
+        names = Names(folder.path, sources, http, config, stack)
+        if config.ipns is not None:
+            await names.resolver()  # what is wrong with its settings is told before anything is mounted
+        commands = Commands(config, cache, pool, pins, tree, names)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
-        operations = Operations(tree, roots, inodes, config.budget, config.deadline, push=record is None)
-        yield operations, commands, nursery, server
+        operations = Operations(
+            tree,
+            roots,
+            inodes,
+            lambda: cache.store.budget.configured,
+            config.deadline,
+            push=record is None,
+            owner=(config.uid, config.gid),
+            umask=config.umask,
+        )
+        yield operations, commands, names, nursery, server
 
 
 def _ignore_signals(also_hangup: bool) -> None:

@@ -78,6 +78,11 @@ class Cache(Protocol):
         `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
         ...
 
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
+        """The verified bytes [start, stop) of a leaf. What was verified before in this run of the daemon and
+        is staged costs their part of the leaf, anything else the whole leaf, as `leaf`."""
+        ...
+
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way,
         unless `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never
@@ -94,12 +99,6 @@ class Cache(Protocol):
 
     def opened(self, file: FileRef) -> None:
         """Notes a use: takes the staging file, queues the pin. Does no I/O on the caller's time."""
-        ...
-
-    def closed(self, file: FileRef) -> None: ...
-
-    def kept(self) -> Sequence[Kept]:
-        """Everything that is staged, last used first."""
         ...
 
     def kept_of(self, cid: Cid) -> Kept | None:

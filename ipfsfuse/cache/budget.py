@@ -12,7 +12,11 @@ others. It follows the free space, which is asked for again after each `LOOK_BYT
 Concurrency: the event loop's; one reservation that must evict, or one removal, at a time.
 """
 
-from collections.abc import Awaitable, Callable
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
 
 import trio
 
@@ -20,11 +24,23 @@ from ipfsfuse.cache.arc import Arc
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import current_request
 
+log = logging.getLogger(__name__)
+
 Key = Cid | int
 """A staging file by its CID, a pack by its number."""
 
 LOOK_BYTES = 4 << 20
 """Bytes reserved between two looks at the free space. One look takes some microseconds."""
+RESERVE_PART, MAX_RESERVE = 20, 2 << 30
+"""By default a twentieth of the file system stays free, at most 2 GiB."""
+RETRY = 5.0
+"""Seconds after a failed write in which nothing is written."""
+
+
+def disk_cost(unit: int, start: int, end: int) -> int:
+    """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it
+    included. `unit`: bytes of its blocks."""
+    return (-(-end // unit) - start // unit + 1) * unit
 
 
 def _unknown() -> None:
@@ -154,6 +170,13 @@ class Budget:
             self._look()
             await self._leave(self._shrink())
 
+    async def resize(self, configured: int) -> None:
+        """Takes another budget. What is too much for it leaves before this returns."""
+        async with self._lock:
+            self.configured = self.limit = configured
+            self._look()
+            await self._leave(self._shrink())
+
     def look_soon(self) -> None:
         """The next reservation looks at the free space first: a write has just found the disk full."""
         self._unlooked = LOOK_BYTES
@@ -207,3 +230,75 @@ class Budget:
             for key in keys:
                 await self._evict(key)
                 self.evictions += 1
+
+
+class FreeSpace:
+    """How much more of its file system a cache folder may take, so that a reserve stays free for everybody
+    else."""
+
+    def __init__(self, folder: Path, reserve: int | None) -> None:
+        """`reserve` in bytes; None for the default."""
+        self._folder = folder
+        self._wanted = reserve
+        self.total = self.free = self.reserve = 0
+        """Bytes, as of the last look. `free` is what an ordinary user may take. All are 0 where the file
+        system, as some on the network, does not tell its size."""
+        with contextlib.suppress(OSError):  # the folder can't be made yet: it is looked at again later
+            self._look()
+
+    def _look(self) -> None:
+        info = os.statvfs(self._folder)
+        self.total, self.free = info.f_blocks * info.f_frsize, info.f_bavail * info.f_frsize
+        self.reserve = min(self.total // RESERVE_PART, MAX_RESERVE) if self._wanted is None else self._wanted
+
+    def spare(self) -> int | None:
+        """As `Budget` asks for it."""
+        try:
+            self._look()
+        except OSError:  # the folder is gone, or its disk: writing says so
+            return None
+        return self.free - self.reserve if self.total else None
+
+
+def disk_usage(folder: Path, but_in: Collection[Path] = ()) -> int:
+    """Bytes on disk of `folder` and all below it, but for what lies in `but_in`. What vanishes meanwhile, or
+    can't be looked at, counts nothing. No symlink is followed."""
+    total = 0
+    with contextlib.suppress(OSError):
+        total += folder.lstat().st_blocks * 512
+        if folder not in but_in:
+            with os.scandir(folder) as items:
+                for item in items:
+                    with contextlib.suppress(OSError):
+                        if item.is_dir(follow_symlinks=False):
+                            total += disk_usage(Path(item.path), but_in)
+                        else:
+                            total += item.stat(follow_symlinks=False).st_blocks * 512
+    return total
+
+
+class WriteBackoff:
+    """What is wrong with the disk just now. Reads go on uncached; `status` says why, and the log once."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        """What is wrong, "" where nothing is."""
+        self._until = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is too early to try again."""
+        return bool(self.reason) and trio.current_time() < self._until
+
+    def failed(self, what: str, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = reason if reason.startswith(what) else f"{what}: {reason}"
+        if not self.reason:
+            log.warning("%s; reads go on without the cache", text)
+        self.reason = text
+        self._until = trio.current_time() + RETRY
+
+    def succeeded(self) -> None:
+        if self.reason:
+            log.info("the cache can be written again")
+            self.reason = ""

@@ -60,8 +60,8 @@ class FsckReport:
 async def fsck(store: Store, reader: Reader, told: Told | None = None) -> FsckReport:
     report = FsckReport()
     entries = list(store.staging.entries.values())
-    total = sum(entry.disk for entry in entries) + sum(store.packs.sizes.values())
-    for pack in list(store.packs.sizes):
+    total = sum(entry.disk for entry in entries) + sum(store.blocks.packs.sizes.values())
+    for pack in list(store.blocks.packs.sizes):
         await _check_pack(store, reader, pack, report)
         await _tell(told, report, total)
     for entry in entries:
@@ -83,10 +83,10 @@ async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
 async def _check_pack(store: Store, reader: Reader, pack: int, report: FsckReport) -> None:
     """Blocks that can be found by the heads before them; then those that the index alone knows; then those
     that it does not."""
-    size, end, named, lost = store.packs.sizes.get(pack, 0), 0, set[Place](), False
-    for cid, place in await threads.run_sync(list, store.packs.sections(pack)):
+    size, end, named, lost = store.blocks.packs.sizes.get(pack, 0), 0, set[Place](), False
+    for cid, place in await threads.run_sync(list, store.blocks.packs.sections(pack)):
         end = place.at + place.size
-        if store.place(cid) != place:
+        if store.blocks.place(cid) != place:
             lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
             continue
         named.add(place)
@@ -100,9 +100,9 @@ async def _check_block(store: Store, reader: Reader, cid: Cid, place: Place, rep
     """Whether the block that the index has at `place` is right, or is again."""
     report.blocks += 1
     report.bytes += place.size
-    if await store.block(cid) is not None:
+    if await store.blocks.get(cid) is not None:
         return True
-    if place.pack in store.packs.sizes:  # else it was evicted meanwhile
+    if place.pack in store.blocks.packs.sizes:  # else it was evicted meanwhile
         report.wrong += 1
         await _mend(reader.block(cid), cids.text(cid), report)
     return False
@@ -112,20 +112,20 @@ async def _check_by_index(
     store: Store, reader: Reader, pack: int, named: set[Place], report: FsckReport
 ) -> None:
     """What no intact head leads to. `named` grows by it."""
-    for key in dict.fromkeys([*await store.keys_in(pack), *store.packs.unindexed_in(pack)]):
-        place = store.place(cids.make(cids.RAW, key))
+    for key in dict.fromkeys([*await store.blocks.keys_in(pack), *store.blocks.packs.unindexed_in(pack)]):
+        place = store.blocks.place(cids.make(cids.RAW, key))
         if place is None or place.pack != pack or place in named:
             continue
         named.add(place)
         # evicted meanwhile; or the disk does not give it, and a read fetches it again
         with contextlib.suppress(OSError):
-            cid, intact = await threads.run_sync(head_before, store.packs, key, place)
+            cid, intact = await threads.run_sync(head_before, store.blocks.packs, key, place)
             if (
                 await _check_block(store, reader, cid, place, report)
                 and not intact
-                and pack in store.packs.sizes
+                and pack in store.blocks.packs.sizes
             ):
-                await threads.run_sync(rewrite_head, store.packs, cid, place)
+                await threads.run_sync(rewrite_head, store.blocks.packs, cid, place)
                 report.heads += 1
 
 
@@ -137,11 +137,13 @@ async def _find_unnamed(store: Store, pack: int, named: set[Place], report: Fsck
         return [
             found
             for start in starts
-            for found in takewhile(lambda found: found[1] not in named, store.packs.sections(pack, start))
+            for found in takewhile(
+                lambda found: found[1] not in named, store.blocks.packs.sections(pack, start)
+            )
         ]
 
     for cid, place in await threads.run_sync(unnamed):
-        if store.place(cid) is None and await store.take_back(cid, place):
+        if store.blocks.place(cid) is None and await store.blocks.take_back(cid, place):
             report.blocks += 1
             report.bytes += place.size
             report.found += 1

@@ -14,9 +14,8 @@ import trio
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.reader import Reader
-from ipfsfuse.cache.store.disk import SMALL
 from ipfsfuse.cache.store.packs import PackSet
-from ipfsfuse.cache.store.store import Store
+from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
@@ -76,8 +75,8 @@ class Pinning:
             if cid not in seen and cids.inline(cid) is None:
                 seen.add(cid)
                 block = await reader.block(cid)
-                if self._store.place(cid) is not None:  # else it is staged as a file, or read in place
-                    await self._store.keep_block(cid, block, self._pack_set)
+                if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
+                    await self._store.blocks.keep(cid, block, self._pack_set)
                 stack += _below(self._store, nodes.parse(cid, block), in_file)
                 self.check()
 
@@ -89,7 +88,7 @@ def _below(store: Store, node: Node, in_file: bool) -> list[tuple[Cid, bool]]:
     def is_structure(child: Cid) -> bool:
         """Whether a part of a large file is a block in a pack: an interior node, or a leaf that content can't
         prove."""
-        return cids.codec(child) != cids.RAW and store.place(child) is not None
+        return cids.codec(child) != cids.RAW and store.blocks.place(child) is not None
 
     large = isinstance(node, File) and (in_file or node.size > SMALL)
     return [(child, large) for child in nodes.children(node) if not large or is_structure(child)]
@@ -125,7 +124,7 @@ class PinnedDags:
     def _count_lost(self, pin: Cid) -> int:
         store = self._store
         return sum(
-            key not in store.packs.sizes if isinstance(key, int) else key not in store.staging.entries
+            key not in store.blocks.packs.sizes if isinstance(key, int) else key not in store.staging.entries
             for key in self._keys[pin]
         )
 
@@ -136,7 +135,7 @@ class PinnedDags:
         not fetched: that is done when it is used."""
         if not self._unknown:
             return
-        await self._store.packs_indexed.wait()
+        await self._store.blocks.packs_indexed.wait()
         while self._unknown:
             pin = next(iter(self._unknown))
             found, missing = await self._walk(pin)
@@ -151,7 +150,7 @@ class PinnedDags:
                 await self._write(pin)
             except StoreFailed as exc:
                 log.warning("%s", exc)
-        self._release([*self._store.packs.sizes, *self._store.staging.entries])
+        self._release([*self._store.blocks.packs.sizes, *self._store.staging.entries])
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
         """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
@@ -165,11 +164,11 @@ class PinnedDags:
                 continue
             seen.add(cid)
             await trio.lowlevel.checkpoint()  # reading a small block is none
-            place, file = store.place(cid), cids.canonical(cid)
+            place, file = store.blocks.place(cid), cids.canonical(cid)
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
                 continue
-            block = await store.block(cid)
+            block = await store.blocks.get(cid)
             if block is None or place is None:
                 missing += 1
                 continue
@@ -203,12 +202,12 @@ class PinnedDags:
             await self._complete(root, job)
 
     async def _complete(self, root: Cid, job: Pinning) -> None:
-        """The pin counts once it is written."""
+        """The pin counts once it is written. A file that is read in place is no part of it: it has no
+        entry, which would be taken for a lost one later."""
         before = self._pins.get(root), self._keys.get(root)
-        self._keys[root], self._pins[root] = (
-            set(job.keys),
-            sum(self._store.budget.size(key) for key in job.keys),
-        )
+        staged = self._store.staging.entries
+        keys = {key for key in job.keys if isinstance(key, int) or key in staged}
+        self._keys[root], self._pins[root] = keys, sum(map(self._store.budget.size, keys))
         try:
             await self._write(root)
         except StoreFailed:
@@ -221,7 +220,7 @@ class PinnedDags:
         del self._jobs[root]
         self._lost.pop(root, None)
         self._unknown.discard(root)
-        self._release(before[1] or ())
+        self._release([*job.keys, *(before[1] or ())])
 
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""
@@ -253,10 +252,10 @@ class PinnedDags:
 
     async def _point_to(self, other: set[Key], leaving: set[Key]) -> None:
         """What `other` holds too is found in its own packs from now on."""
-        packs = self._store.packs
+        packs = self._store.blocks.packs
         for pack in [key for key in other if isinstance(key, int)]:
             for cid, place in await threads.run_sync(list, packs.sections(pack)):
-                found = self._store.place(cid)
+                found = self._store.blocks.place(cid)
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place
 

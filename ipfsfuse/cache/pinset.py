@@ -1,10 +1,11 @@
-"""The pinset cache: its lifetime, and what commands ask of it; reading is `reading`'s, the disk is `store`'s.
+"""The pinset cache: its lifetime, and what commands ask of it. `reader` reads, `store` is the disk.
 
 Concurrency: every method may be called by many tasks at once.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,25 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.cache import arc
-from ipfsfuse.cache.base import Copy, FileRef, Kept, Pins, SmallBlocks
+from ipfsfuse.cache.base import Copy, Pins
 from ipfsfuse.cache.fsck import FsckReport, Told, fsck
 from ipfsfuse.cache.pinned import PinnedDags, Pinning
 from ipfsfuse.cache.reader import Reader
-from ipfsfuse.cache.root_names import RootNames
 from ipfsfuse.cache.store import recovery
+from ipfsfuse.cache.store.index import Damaged
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Blocks
+
+MAX_NAMES = 10_000
+"""Names kept; beyond them, those that are staged no more are looked for."""
+LOOK_AT = 4
+"""Names that are looked at when one more is noted: together with the noting it takes no longer for many than
+for few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +67,64 @@ class Statistics:
     """Bytes by who had them fetched since the mount began: user ids, and `all` for what several use."""
 
 
-class PinsetCache(Reader):
+class RootNames:
+    """What was opened by name in the mount's root, as first spelled.
+
+    A name is listed while its own block or file is staged, or kept for good. Whoever goes below it reads that
+    block, so it leaves after what is only below it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        try:
+            rows = store.blocks.index.rows(
+                "SELECT cid, spelling FROM roots ORDER BY at", lambda cid, name: (cids.decode(cid), str(name))
+            )
+            self._names: dict[Cid, str] = dict(rows)
+        except (StoreFailed, Damaged):
+            self._names = {}
+        self._round = deque(self._names)
+        """All of them, the one that is to be looked at next first."""
+
+    def note(self, cid: Cid, spelling: str) -> None:
+        own = cids.canonical(cid)
+        if own in self._names:
+            return
+        if len(self._names) >= MAX_NAMES:
+            self._forget_some()
+        self._names[own] = spelling
+        self._round.append(own)
+        self._store.blocks.write_later(
+            "INSERT OR IGNORE INTO roots (cid, spelling) VALUES (?, ?)", (own, spelling)
+        )
+
+    def spelling(self, cid: Cid) -> str:
+        """As it was opened first, else as usual."""
+        return self._names.get(cids.canonical(cid)) or cids.text(cid)
+
+    def staged(self) -> Iterator[tuple[Cid, str]]:
+        for cid, spelling in list(self._names.items()):
+            if self._store.holds(cid):
+                yield cid, spelling
+
+    def _forget_some(self) -> None:
+        for _ in range(LOOK_AT):
+            cid = self._round.popleft()
+            if self._store.holds(cid):
+                self._round.append(cid)
+            else:
+                del self._names[cid]
+                self._store.blocks.write_later("DELETE FROM roots WHERE cid = ?", (cid,))
+
+
+class PinsetCache:
     """The shared cache of one folder. Made by `open`."""
 
-    def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
-        super().__init__(store, blocks, nursery, deadline)
+    def __init__(self, store: Store, reader: Reader) -> None:
+        self.store = store
+        self.reader = reader
+        """What reads through the cache."""
         self._names = RootNames(store)
-        self._pinned = PinnedDags(store, self)
+        self._pinned = PinnedDags(store, reader)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -89,7 +148,7 @@ class PinsetCache(Reader):
             async with trio.open_nursery() as nursery:
                 try:
                     async with _living(folder, budget, nursery, pins, reserve) as store:
-                        cache = cls(store, blocks, nursery, deadline)
+                        cache = cls(store, Reader(store, blocks, nursery, deadline))
                         nursery.start_soon(cache._pinned.recover)
                         yield cache
                 except BaseException as exc:
@@ -103,45 +162,6 @@ class PinsetCache(Reader):
             if store is not None:
                 recovery.close_folders(store)
 
-    # -- uses ------------------------------------------------------------------------------------------------
-
-    def opened(self, file: FileRef) -> None:
-        """As `Cache.opened`."""
-        # first what costs least: a small file is opened in as much time as the index takes to answer
-        pins = self.store.pins
-        if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
-            pins.add(file.cid)
-        self.store.note_use(file)
-
-    def closed(self, file: FileRef) -> None:
-        """As `Cache.closed`."""
-
-    def when_blocks_leave(self, call: Callable[[], None]) -> None:
-        """As `Cache.when_blocks_leave`."""
-        self.store.when_blocks_leave.append(call)
-
-    def kept(self) -> Sequence[Kept]:
-        """As `Cache.kept`."""
-        return self.store.kept()
-
-    async def listed(self) -> Sequence[Kept]:
-        """As `kept`, of any number without stopping other calls."""
-        return await self.store.listed()
-
-    async def small(self) -> SmallBlocks:
-        """What lies in packs, which `kept` does not list."""
-        return await self.store.small()
-
-    def kept_of(self, cid: Cid) -> Kept | None:
-        """As `Cache.kept_of`."""
-        return self.store.kept_of(cid)
-
-    def used(self) -> int:
-        """As `Cache.used`."""
-        return self.store.budget.used
-
-    # -- what commands ask -----------------------------------------------------------------------------------
-
     @property
     def trouble(self) -> str:
         """What is wrong with the disk just now, "" where nothing is."""
@@ -152,7 +172,7 @@ class PinsetCache(Reader):
         held = {str(owner): size for owner, size in budget.arc.held_by().items()}
         return Statistics(
             budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes,
-            self._pinned.lost, self.hits, self.misses, budget.evictions, self.trouble,
+            self._pinned.lost, self.reader.hits, self.reader.misses, budget.evictions, self.trouble,
             budget.arc.capacity // arc.SHARE, held,
         )  # fmt: skip
 
@@ -192,15 +212,15 @@ class PinsetCache(Reader):
     async def copy(self, cid: Cid, node: str) -> Copy | None:
         """As `Copies.copy`."""
         entry = self.store.staging.entries.get(cids.canonical(cid))
-        if self.store.place(cid) is None and (
+        if self.store.blocks.place(cid) is None and (
             entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW
         ):
             return None
-        block = await self.block(cid)
+        block = await self.reader.block(cid)
         if cids.codec(cid) == cids.RAW:
             return Copy(block, ())
         below = nodes.children(await threads.run_sync(nodes.parse, cid, block))
-        return Copy(block, [child for child in below if self.store.place(child) is not None])
+        return Copy(block, [child for child in below if self.store.blocks.place(child) is not None])
 
     async def unpin(self, cid: Cid) -> None:
         """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""
@@ -208,7 +228,7 @@ class PinsetCache(Reader):
 
     async def fsck(self, told: Told | None = None) -> FsckReport:
         """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
-        return await fsck(self.store, self, told)
+        return await fsck(self.store, self.reader, told)
 
 
 @contextlib.asynccontextmanager

@@ -9,18 +9,17 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Seen
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
-from ipfsfuse.cache.store.disk import SMALL
-from ipfsfuse.cache.store.store import Store
+from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves as dagleaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Blocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.base import Block, Blocks, Fetched, LeafRange, Source, Subtree
 
 T = TypeVar("T")
 
@@ -85,22 +84,26 @@ class FetchResult(NamedTuple):
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
-    if len(block) <= MAX_PARSED_ON_LOOP or dagleaves.is_canonical(cid, block):
+    if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
     return await threads.run_sync(parse)
 
 
 async def content_of(leaf: Leaf, block: Block) -> Content:
-    """The content of `leaf`, from its block. Raises what `dag.leaves.of` raises."""
-    return await _parsed(lambda: dagleaves.of(leaf, bytes(block)), leaf.cid, block)
+    """The content of `leaf`, from its block. Raises what `dag.file_layout.leaf_content` raises."""
+    return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
-    content = await _parsed(lambda: dagleaves.content(leaf.cid, block), leaf.cid, block)
+    raw = cids.codec(leaf.cid) == cids.RAW
+    if raw:
+        content = memoryview(block)
+    else:
+        content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and dagleaves.is_canonical(leaf.cid, block)
+    stage = file.size > SMALL and (raw or file_layout.is_canonical(leaf.cid, block))
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
@@ -137,29 +140,6 @@ class SubtreeSink:
 # -- the reader ---------------------------------------------------------------------------------------------
 
 
-class WriteBehind:
-    """Stages blocks after their readers have got them, within a bound."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-
-    async def keep(
-        self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Awaits `keep()`, which stages `size` bytes. If the bound allows, it calls `give` first. Then `keep`
-        is not cancelled any more: what was read is staged, even if the mount ends meanwhile."""
-        if give is None or self._bytes + size > MAX_BEHIND:
-            await keep()
-            return
-        self._bytes += size
-        give()
-        try:
-            with trio.CancelScope(shield=True):
-                await keep()
-        finally:
-            self._bytes -= size
-
-
 class Reader:
     """Reads blocks and leaves, as `cache.base.Cache` describes."""
 
@@ -169,10 +149,33 @@ class Reader:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * PATIENCE
-        self._behind = WriteBehind()
+        self._behind = 0
+        """Bytes that readers were given and that are not written yet."""
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
             nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
         )
+
+    # -- uses ------------------------------------------------------------------------------------------------
+
+    def opened(self, file: FileRef) -> None:
+        """As `Cache.opened`."""
+        # first what costs least: a small file is opened in as much time as the index takes to answer
+        pins = self.store.pins
+        if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
+            pins.add(file.cid)
+        self.store.note_use(file)
+
+    def kept_of(self, cid: Cid) -> Kept | None:
+        """As `Cache.kept_of`."""
+        return self.store.kept_of(cid)
+
+    def used(self) -> int:
+        """As `Cache.used`."""
+        return self.store.budget.used
+
+    def when_blocks_leave(self, call: Callable[[], None]) -> None:
+        """As `Cache.when_blocks_leave`."""
+        self.store.blocks.when_blocks_leave.append(call)
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
@@ -181,21 +184,36 @@ class Reader:
         carried = cids.known(cid)
         if carried is not None:
             return carried
-        kept = await self.store.block(cid)
+        kept = await self.store.blocks.get(cid)
         if kept is not None:
             self.hits += 1
             return kept
         result = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
+    async def staged_block(self, cid: Cid) -> bytes | None:
+        """The verified block if it is staged as a block, or as a raw file; no source is asked."""
+        found: Content | None = cids.known(cid)
+        if found is None:
+            found = await self.store.blocks.get(cid)
+        if found is None:
+            found = await self._raw_file(cid)
+        return None if found is None else bytes(found)
+
+    async def _raw_file(self, cid: Cid) -> Content | None:
+        """The block that is the whole of a staged raw file."""
+        own = cids.canonical(cid)
+        entry = self.store.staging.entries.get(own) if cids.codec(cid) == cids.RAW else None
+        if entry is None:
+            return None
+        return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
+
     async def _bring_block(self, cid: Cid) -> FetchResult:
         """A block that is not in a pack: from the staging file of a raw file, or fetched."""
-        own = cids.canonical(cid)
-        if cids.codec(cid) == cids.RAW and (entry := self.store.staging.entries.get(own)) is not None:
-            content = await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
-            if content is not None:
-                self.hits += 1
-                return FetchResult(content, None, False)
+        content = await self._raw_file(cid)
+        if content is not None:
+            self.hits += 1
+            return FetchResult(content, None, False)
         return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
 
     async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
@@ -207,11 +225,13 @@ class Reader:
             cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL
         }
         if len(to_stage) > len(files):
-            await self.store.keep_blocks((cid, of.block) for cid, of in to_stage.items() if cid not in files)
+            await self.store.blocks.keep_many(
+                (cid, of.block) for cid, of in to_stage.items() if cid not in files
+            )
         for cid, of in files.items():
             size = len(of.block)
-            await self.store.keep_leaf(
-                FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), of.block, of.source.name
+            await self.store.keep_leaves(
+                FileRef(cids.canonical(cid), size), [Leaf(cid, 0, size)], [of.block], of.source.name
             )
         return {
             cid: FetchResult(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW)
@@ -241,7 +261,9 @@ class Reader:
         return [
             block_key(cid)
             for cid in wanted
-            if cids.inline(cid) is None and self.store.place(cid) is None and not self._is_staged_file(cid)
+            if cids.inline(cid) is None
+            and self.store.blocks.place(cid) is None
+            and not self._is_staged_file(cid)
         ]
 
     def _is_staged_file(self, cid: Cid) -> bool:
@@ -256,7 +278,7 @@ class Reader:
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
             return await content_of(leaf, await self.block(leaf.cid))
         if cids.codec(leaf.cid) != cids.RAW:
-            block = await self.store.block(leaf.cid)
+            block = await self.store.blocks.get(leaf.cid)
             if block is not None:
                 self.hits += 1
                 return await content_of(leaf, block)
@@ -270,30 +292,52 @@ class Reader:
             return await content_of(leaf, await self.block(leaf.cid))
         if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
             # another file's leaf, or another place in this one, of the same bytes
-            await self._keep(file, leaf, result)
+            await self._stage(file, leaf, result)
         return result.content
+
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
+        """As `Cache.part`."""
+        part = None
+        if file.cid in self.store.staging.entries:
+            part = await self.store.part(file, leaf, start, stop)
+        if part is None:
+            return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
+        self.hits += 1
+        return part
 
     async def _bring_leaf(
         self, file: FileRef, leaf: Leaf, resolve: Callable[[FetchResult], None] | None
     ) -> FetchResult:
-        staged = await self.store.leaf(file, leaf)
-        if staged is not None:
-            self.hits += 1
-            return FetchResult(staged, None, False)
+        """A leaf from its staging file, or fetched and staged. With `resolve`, readers get what was fetched
+        before it is staged, if not too much waits for that."""
+        if file.cid in self.store.staging.entries:
+            staged = await self.store.leaf(file, leaf)
+            if staged is not None:
+                self.hits += 1
+                return FetchResult(staged, None, False)
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        await self._behind.keep(
-            leaf.size, resolve and (lambda: resolve(result)), lambda: self._stage(file, leaf, result)
-        )
+        if resolve is None or self._behind + leaf.size > MAX_BEHIND:
+            await self._stage(file, leaf, result)
+            return result
+        resolve(result)
+        self._behind += leaf.size
+        try:
+            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
+                await self._stage(file, leaf, result)
+        finally:
+            self._behind -= leaf.size
         return result
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""
-        if result.stage:
-            await self._keep(file, leaf, result)
-        elif result.source is not None and not result.source.in_place:
-            await self.store.keep_blocks([(leaf.cid, bytes(result.block))])
+        if result.source is None or result.source.in_place:
+            return
+        if not result.stage:
+            await self.store.blocks.keep_many([(leaf.cid, bytes(result.block))])
+        elif len(result.content) == leaf.size:  # else its parent states a wrong size: it is not of this file
+            await self.store.keep_leaves(file, [leaf], [result.content], result.source.name)
 
     async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, FetchResult]]) -> None:
         """Like `_stage`, by one write if they are adjacent in the file."""
@@ -305,17 +349,14 @@ class Reader:
         for leaf, result in came:
             await self._stage(file, leaf, result)
 
-    async def _keep(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
-        # else its parent states a wrong size, and the leaf is not part of the file
-        if len(result.content) == leaf.size and result.source is not None:
-            await self.store.keep_leaf(file, leaf, result.content, result.source.name)
-
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be staged."""
         if cids.inline(leaf.cid) is not None:
             return True
         in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
-        return (in_pack and self.store.place(leaf.cid) is not None) or await self.store.has_leaf(file, leaf)
+        return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(
+            file, leaf
+        )
 
     # -- ahead -----------------------------------------------------------------------------------------------
 
@@ -372,10 +413,12 @@ class Reader:
                 for key, (_leaf, result) in zip(keys[index:], came_now, strict=False):
                     for leaf in by_key[key][1:]:
                         if result.stage and not await self._has(file, leaf):
-                            await self._keep(file, leaf, result)
+                            await self._stage(file, leaf, result)
                     batch.staged(key)
 
-            await self._blocks.stream(Run(file.cid, file.size, [by_key[key][0] for key in keys]), deliver)
+            await self._blocks.stream(
+                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
+            )
 
         try:
             await self._flights.run_batch(by_key, fetch)

@@ -10,56 +10,54 @@ SIGHUP makes a daemon open its log anew. In the foreground of a terminal it says
 then the mount ends.
 """
 
+import argparse
 import json
 import logging
 import os
 import select
-import shutil
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 from ipfsfuse import mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
-from ipfsfuse.cli import console
-from ipfsfuse.cli.error_text import one_line, unwrapped
-from ipfsfuse.cli.log_format import escape_the_log
+from ipfsfuse.cli import console, logs
 from ipfsfuse.cli.mounting import ALLOW_OTHER
-from ipfsfuse.cli.units import human
 from ipfsfuse.config import MountConfig
+from ipfsfuse.units import human
 
 log = logging.getLogger("ipfsfuse.mount")
 
-LOG_BYTES = 1 << 20
-"""A longer log is put aside (`OLD_LOG`), in the place of the one before."""
-LOG_PART = 32
-"""The largest part of a small budget, as a divisor, that one of the two may take."""
 LOG_SECONDS = 5.0
 """Between two lines of the log that tell how far an index is."""
 WATCH_MS = 500
 
 
-def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
+def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
     """Mounts and serves until the mount is gone. Raises what prevents it."""
-    log_to = _Log()
+    log_to = logs.DaemonLog()
     logging.basicConfig(level=logging.INFO, handlers=[log_to])
-    escape_the_log()
+    logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
+    logs.escape_the_log(logs.FORMATS[arguments.log_format])
+    ready_fd = arguments.ready_fd
+    file = None if arguments.log_file is None else Path(arguments.log_file).absolute()
     starter = None if ready_fd is None else _Starter(ready_fd)
 
     def ready(control: Path) -> None:
         answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
-        if starter is not None:
-            log_to.move(control.parent / LOG, min(LOG_BYTES, asked.budget // LOG_PART))
+        if file is not None:
+            log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"))
+        elif starter is not None:
+            limit = min(logs.LOG_BYTES, asked.budget // logs.LOG_PART)
+            log_to.move(control.parent / LOG, limit, control.parent / OLD_LOG)
         if asked.allow_other:
             log.info("%s", ALLOW_OTHER)
         if starter is not None:
             starter.tell(f"ok {json.dumps(answer)}")
-        elif as_json:
+        elif arguments.json:
             console.values(answer, indent=None)
 
     try:
@@ -68,7 +66,7 @@ def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
         )
     except BaseException as exc:
         if starter is not None:
-            starter.tell(f"error {one_line(unwrapped(exc))}")
+            starter.tell(f"error {console.one_line(console.unwrapped(exc))}")
         raise
 
 
@@ -131,83 +129,3 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-class _Log(logging.StreamHandler[TextIO]):
-    """Writes to standard error, and from `move` on has that lead to a file, of which it keeps the last part.
-
-    Concurrency: any thread, as all handlers."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self._path: Path | None = None
-        self._limit = 0
-
-    def move(self, path: Path, limit: int) -> None:
-        """Puts standard output and error into the file `path`, what was said so far first. It takes at most
-        `limit` bytes and a line, and one older file beside it as many."""
-        with self._alone():
-            self._limit = limit
-            try:
-                if path.exists() and path.stat().st_size > limit:
-                    path.replace(_older(path))
-                target = _opened(path)
-            except OSError as exc:
-                log.warning("there will be no log: %s: %s", path, exc.strerror)
-                return
-            sys.stderr.flush()
-            try:
-                with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
-                    shutil.copyfileobj(so_far, out)
-            except OSError:
-                pass  # it went to a pipe or a terminal, which have had it
-            _lead_to(target)
-            self._path = path
-
-    def reopen(self) -> None:
-        """Opens the file anew, as the programs expect that have moved it away."""
-        with self._alone():
-            if self._path is not None:
-                try:
-                    _lead_to(_opened(self._path))
-                    log.info("this log was opened anew")
-                except OSError as exc:
-                    log.warning("the log can't be opened anew: %s: %s", self._path, exc.strerror)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
-        if self._path is not None and os.fstat(2).st_size > self._limit:
-            try:
-                self._path.replace(_older(self._path))
-                _lead_to(_opened(self._path))
-            except OSError:  # the folder is gone, or can't be written: then it begins again in the same file
-                with suppress(OSError):
-                    os.ftruncate(2, 0)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Of a full disk the log would be the wrong place to complain about."""
-        if self._path is None:
-            super().handleError(record)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self.acquire()  # a reentrant lock: what is logged within goes the same way
-        try:
-            yield
-        finally:
-            self.release()
-
-
-def _older(path: Path) -> Path:
-    return path.with_name(OLD_LOG)
-
-
-def _opened(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def _lead_to(target: int) -> None:
-    """Standard output and error lead to `target`, which is closed."""
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    os.close(target)

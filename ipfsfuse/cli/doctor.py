@@ -6,17 +6,19 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse import units
+from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cache.store.space import FreeSpace, disk_usage
-from ipfsfuse.cli import console, folders, units
-from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.cli import console, folders
+from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
-from ipfsfuse.sources.files import libraryfolder
+from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -58,9 +60,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _library(library)
     yield _mount_of(cache_dir)
     if arguments.sources:
-        from ipfsfuse.cli import probing  # with trio, and only where sources are named
-
-        for source, failure in probing.failures(arguments.sources, library, cache_dir):
+        for source, failure in _source_failures(arguments.sources, library, cache_dir):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
                 yield Finding(OK, shown, "answers")
@@ -186,7 +186,7 @@ def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
             "the file system does not tell how much it has: the budget is not checked against it",
         )
         return
-    effective = max(0, min(budget, spare + (disk_usage(folder) if folder.exists() else 0)))
+    effective = max(0, min(budget, spare + disk_usage(cache_folder.inside(folder))))
     there = f"{units.human(space.free)} free there, {units.human(space.reserve)} of it stay reserved"
     if effective < budget:
         found = f"the budget of {units.human(budget)} is cut to {units.human(effective)}: {there}"
@@ -214,7 +214,7 @@ def _library(folder: Path) -> Finding:
     if not folder.exists():
         return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
     try:
-        libraryfolder.examine(folder)
+        library_folder.examine(folder)
     except (IpfsFuseError, OSError) as exc:
         return Finding(BAD, "library", str(exc), "mend that, or name another with --library")
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
@@ -239,3 +239,33 @@ def _mount_of(cache_dir: Path) -> Finding:
             )
         return Finding(OK, "mount", "none uses the cache folder now")
     return Finding(OK, "mount", f"process {said[0]} serves {said[1]}" if said else "a daemon is starting")
+
+
+EMPTY_DIRECTORY = "bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354"
+"""Every IPFS node has this block."""
+PROBE_SECONDS = 10.0
+
+
+def _source_failures(
+    sources: Sequence[str], library: Path, cache_dir: Path
+) -> Iterator[tuple[str, str | None]]:
+    """(SOURCE, why it can't be used or None) for each: opened as a mount would, and asked for one block."""
+    import trio  # 200 ms with what follows, and only where sources are named
+
+    from ipfsfuse.dag import cid as cids
+    from ipfsfuse.sources.spec import OpenSettings, opened
+
+    async def probe(text: str) -> None:
+        async with opened([text], OpenSettings(library, cache_folder.indexes(cache_dir))) as opened_sources:
+            for source in opened_sources:
+                with suppress(NotHere), trio.fail_after(PROBE_SECONDS):  # an answer too
+                    await source.get(cids.parse(EMPTY_DIRECTORY))
+
+    for text in sources:
+        try:
+            trio.run(probe, text)
+            yield text, None
+        except IpfsFuseError as exc:
+            yield text, str(exc)
+        except trio.TooSlowError:
+            yield text, f"no answer within {PROBE_SECONDS:g} s"

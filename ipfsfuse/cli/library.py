@@ -13,21 +13,20 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse import importer
+from ipfsfuse import client, importer, units
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders, units
-from ipfsfuse.cli.progress import Progress
-from ipfsfuse.control import client
+from ipfsfuse.cli import console, folders
+from ipfsfuse.cli.console import Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.files.library import Library
-from ipfsfuse.sources.opening import opened as opened_sources
-from ipfsfuse.sources.parse import OpenSettings
+from ipfsfuse.sources.local.library import Library
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings
+from ipfsfuse.sources.spec import opened as opened_sources
 
 STANDARD_OUTPUT = "-"
 BLOCK_DEADLINE = 30.0

@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from typing import TextIO
 
 from ipfsfuse.cli import console, parser
-from ipfsfuse.cli.error_text import one_line, unwrapped
+from ipfsfuse.cli.console import one_line, unwrapped
 from ipfsfuse.errors import UsageError
 
 
@@ -21,9 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what the locale's encoding lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        return _run(argv)
+    finally:
+        _discard_unwritable(sys.stderr)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
-        with nullcontext() if arguments.command == "mount" else _terminated_as_interrupted():
+        with nullcontext() if arguments.command in ("mount", "serve") else _terminated_as_interrupted():
             code: int = getattr(import_module(f"ipfsfuse.cli.{module}"), function)(arguments)
         sys.stdout.flush()
         return code
@@ -35,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (A mount knows itself what to
-    do.)"""
+    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (`mount` and `serve`
+    know themselves what to do.)"""
     before = signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     try:
         yield
@@ -50,11 +58,19 @@ def _ended_by(exc: BaseException) -> int:
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if isinstance(exc, BrokenPipeError):
-        # no complaint from the interpreter's last flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritable(sys.stdout)
         return 128 + signal.SIGPIPE
     console.note(f"ipfsfuse: {one_line(exc)}")
     return 2 if isinstance(exc, UsageError) else 1
+
+
+def _discard_unwritable(stream: TextIO) -> None:
+    """Discards what `stream` still buffers if it can't be written: the terminal hung up, or the reader
+    has gone. The interpreter's last flush would fail on it, and make 120 of our exit code."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_traceback(exc: BaseException) -> None:

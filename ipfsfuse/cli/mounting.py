@@ -1,35 +1,43 @@
-"""`ipfsfuse mount`: arguments to a MountConfig; in the foreground, or as a daemon that is waited for until it
-is mounted.
+"""`ipfsfuse mount` and `ipfsfuse unmount`.
 
-The daemon is this program started anew in a session of its own (`--foreground --ready-fd N`, see `daemon`).
+`mount` makes a MountConfig of its arguments and serves it in the foreground, or starts a daemon and waits
+until it is mounted. The daemon is this program, started anew in a session of its own (`--foreground
+--ready-fd N`, see `daemon`). `unmount` waits until the daemon has gone, and names who stands in the way.
 """
 
 import argparse
 import json
 import os
+import pwd
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ipfsfuse
+from ipfsfuse import client
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.progress import Progress
+from ipfsfuse.cli import console, folders, settings
+from ipfsfuse.cli.console import Progress
 from ipfsfuse.config import MountConfig
+from ipfsfuse.control import live_mounts
+from ipfsfuse.control.live_mounts import LiveMount
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import MountFailed, UsageError
+from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 
 END_SECONDS = 10.0
-"""How long a daemon whose mount is gone may take to let go of its cache folder."""
+"""How long a daemon may take to end when its mount is gone."""
 
 ALLOW_OTHER = (
     "--allow-other: every user of this machine can read what this mount shows: the whole library, "
@@ -47,7 +55,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         mountpoint=folders.mountpoint(arguments.mountpoint),
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
-        sources=tuple(_source(text) for text in arguments.sources or ["library"]),
+        sources=tuple(source(text) for text in arguments.sources or ["library"]),
         offline=arguments.offline,
         budget=arguments.budget,
         reserve=arguments.reserve,
@@ -58,7 +66,14 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         isolated=arguments.isolated,
         while_held=arguments.while_held,
         pins=arguments.pins,
-        header_files=tuple(_header_file(text) for text in arguments.header_files or ()),
+        ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
+        dns=arguments.dns,
+        routers=tuple(arguments.routers or ()),
+        uid=arguments.uid,
+        gid=arguments.gid,
+        umask=arguments.umask,
+        bwlimit=arguments.bwlimit,
+        header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
 
 
@@ -87,14 +102,14 @@ def _listed(text: str) -> Iterator[Cid]:
                 raise UsageError(f"--allow {text}, line {number}: {exc}") from exc
 
 
-def _source(text: str) -> str:
+def source(text: str) -> str:
     """SOURCE with a file's path made absolute: a daemon has no working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
     return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
 
 
-def _header_file(text: str) -> tuple[str, Path]:
+def header_file(text: str) -> tuple[str, Path]:
     """The URL in URL=FILE, "" where there is none, and the file. Raises UsageError."""
     url, separator, path = text.partition("=")
     if "://" not in url:
@@ -105,6 +120,10 @@ def _header_file(text: str) -> tuple[str, Path]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.all == (arguments.mountpoint is not None):
+        raise UsageError("mount takes one MOUNTPOINT or NAME, or --all")
+    if arguments.all:
+        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], settings.mounts())
     asked = config(arguments)
     _refuse_below(asked)
     if not asked.isolated:
@@ -113,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         # with trio and pyfuse3, 200 ms: only the process that serves needs them
         from ipfsfuse.cli import daemon
 
-        daemon.serve(asked, arguments.ready_fd, arguments.json)
+        daemon.serve(asked, arguments)
         return 0
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
@@ -136,11 +155,15 @@ def _refuse_below(asked: MountConfig) -> None:
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
+    points = [asked.mountpoint] if asked.ipns is None else [asked.mountpoint, asked.ipns]
+    if len(points) == 2 and (points[0].is_relative_to(points[1]) or points[1].is_relative_to(points[0])):
+        raise UsageError(
+            f"--ipns {points[1]}: give a folder that is neither {points[0]}, nor in it, nor around it"
+        )
     for what, path in own.items():
-        if path is not None and Path(os.path.realpath(path)).is_relative_to(asked.mountpoint):
-            raise UsageError(
-                f"{what} ({path}) lies below the mountpoint {asked.mountpoint}: choose another place"
-            )
+        for point in points:
+            if path is not None and Path(os.path.realpath(path)).is_relative_to(point):
+                raise UsageError(f"{what} ({path}) lies below the mountpoint {point}: choose another place")
 
 
 def _await_ending(cache_dir: Path) -> None:
@@ -148,7 +171,8 @@ def _await_ending(cache_dir: Path) -> None:
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
-        if said is None or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
+        serving = said is not None and not os.path.isabs(said[1])  # `ipfsfuse serve`, which has no mount
+        if said is None or serving or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
             return
         time.sleep(0.05)
 
@@ -218,3 +242,181 @@ def _last_words(said: BinaryIO, code: int) -> str:
     lines = said.read().decode(errors="replace").strip().splitlines()
     ending = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return f"the mount {ending} before it was ready" + (f": {lines[-1]}" if lines else "")
+
+
+def unmount(arguments: argparse.Namespace) -> int:
+    if arguments.all == (arguments.mountpoint is not None):
+        raise UsageError("unmount takes one MOUNTPOINT or NAME, or --all")
+    if arguments.all:
+        words = ["unmount", *(each for each in arguments.argv[1:] if each != "--all")]
+        return _all(
+            words, {each["mountpoint"]: Path(each["mountpoint"]) for each in _mounts() if each["mine"]}
+        )
+    point = folders.mountpoint(settings.mountpoint_of(arguments.mountpoint))
+    _must_be_ours(point)
+    explicit = arguments.origins.get("cache-dir") == "argument"
+    served_by = folders.live_mount(point, arguments.cache_dir, must=explicit)
+    os.chdir("/")  # we may have been called from inside
+    with _opened(served_by) as daemon:
+        take_away(point, arguments.lazy)
+        if daemon is not None and not arguments.lazy:
+            select.select([daemon], [], [], END_SECONDS)
+    if arguments.json:
+        console.values({"unmounted": str(point)})
+    return 0
+
+
+def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
+    """Runs one command for each mount. 1 where one of them failed, and the others are done all the same."""
+    mounted = {each["mountpoint"] for each in _mounts() if each["answers"]}
+    code = 0
+    for name, point in mounts.items():
+        if words[0] == "mount" and str(point) in mounted:
+            console.note(f"ipfsfuse: {name} is mounted already at {point}")
+            continue
+        done = subprocess.run([sys.executable, "-P", "-m", "ipfsfuse", *words, name], env=_environment())
+        code = code or (1 if done.returncode else 0)
+    return code
+
+
+def show_mounts(arguments: argparse.Namespace) -> int:
+    """`ipfsfuse mounts`."""
+    found = _mounts()
+    if arguments.json:
+        console.values(found)
+    else:
+        shown = ("mountpoint", "user", "pid", "since", "answers")
+        console.table("mounts", [{key: each[key] for key in shown} for each in found])
+    return 0
+
+
+ANSWER_SECONDS = 2.0
+
+
+def _mounts() -> list[dict[str, Any]]:
+    """Every mount of ipfsfuse that this process sees."""
+    found = []
+    for mounted in mountpoints.table():
+        if mounted.type != mountpoints.TYPE:
+            continue
+        live = live_mounts.find(Path(mounted.mountpoint))
+        since, answers = None, False
+        if live is not None:
+            try:
+                uptime = client.call(live.control, "status", timeout=ANSWER_SECONDS)["uptime"]
+                since, answers = (
+                    datetime.fromtimestamp(time.time() - uptime, UTC).isoformat("T", "seconds"),
+                    True,
+                )
+            except (IpfsFuseError, KeyError, TypeError):
+                pass
+        found.append(
+            {
+                "mountpoint": mounted.mountpoint,
+                "user": _user_name(mounted.owner),
+                "pid": None if live is None else live.pid,
+                "since": since,
+                "answers": answers,
+                "control": None if live is None else str(live.control),
+                "mine": mounted.owner == os.geteuid(),
+            }
+        )
+    return found
+
+
+def _user_name(uid: int | None) -> str:
+    try:
+        return "?" if uid is None else pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _must_be_ours(point: Path) -> None:
+    kinds = [mounted.type for mounted in mountpoints.table() if mounted.mountpoint == str(point)]
+    if not kinds:
+        raise MountFailed(f"nothing is mounted at {point}")
+    if kinds[-1] != mountpoints.TYPE:
+        raise MountFailed(f"{point} is not a mount of ipfsfuse but of type {kinds[-1]}: use umount")
+
+
+def take_away(point: Path, lazy: bool) -> None:
+    """Unmounts. Raises MountFailed that names who holds it."""
+    command = [mountpoints.fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"}
+    )
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip().rpartition(": ")[2] or "fusermount3 gave no reason"
+    if "busy" not in said:
+        raise MountFailed(f"{point} can't be unmounted: {said}")
+    users = [f"{user.pid} ({user.command}) uses {user.uses}" for user in holders(point)]
+    who = (
+        "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "")
+        or "a process that this user can't see"
+    )
+    raise MountFailed(f"{point} is busy: {who}. End that first, or take it away with --lazy")
+
+
+@contextmanager
+def _opened(served_by: LiveMount | None) -> Iterator[int | None]:
+    """A pidfd of the daemon, where it is known and lives."""
+    try:
+        daemon = None if served_by is None else os.pidfd_open(served_by.pid)
+    except OSError:
+        daemon = None  # it has ended already
+    try:
+        yield daemon
+    finally:
+        if daemon is not None:
+            os.close(daemon)
+
+
+# -- who uses a mount: read from /proc alone, so that a mount which does not answer holds nothing up ---------
+
+
+class Holder(NamedTuple):
+    pid: int
+    command: str
+    uses: str
+    """One path below the mountpoint that it has open, or has as its working directory."""
+
+
+def holders(point: Path) -> Iterator[Holder]:
+    """The processes that use something at or below `point`, as far as this user may know. Only links are
+    read: nothing below the mountpoint is asked for."""
+    for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
+        for target in _uses(f"/proc/{entry}"):
+            if target == str(point) or target.startswith(f"{point}/"):
+                yield Holder(int(entry), _command(entry), target)
+                break
+
+
+def _uses(process: str) -> Iterator[str]:
+    for name in ("cwd", "root", "exe"):
+        yield from _link(f"{process}/{name}")
+    try:
+        for number in os.listdir(f"{process}/fd"):
+            yield from _link(f"{process}/fd/{number}")
+        with open(f"{process}/maps", errors="surrogateescape") as maps:
+            for line in maps:
+                # there where a file is mapped (proc_pid_maps(5))
+                for path in line.rstrip("\n").split(maxsplit=5)[5:]:
+                    yield path.replace("\\012", "\n")
+    except OSError:
+        return  # ended meanwhile, or another user's
+
+
+def _link(path: str) -> Iterator[str]:
+    try:
+        yield os.readlink(path)
+    except OSError:
+        return
+
+
+def _command(pid: str) -> str:
+    try:
+        said = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
+        return os.fsdecode(said)[:60] or Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "?"

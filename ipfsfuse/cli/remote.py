@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ipfsfuse.cli import console, folders, output
-from ipfsfuse.cli.progress import Progress
-from ipfsfuse.control import client
+from ipfsfuse import client
+from ipfsfuse.cli import console, folders
+from ipfsfuse.cli.console import Progress
 from ipfsfuse.errors import UsageError
 
 STATUS_SECONDS = 30.0
@@ -27,12 +27,12 @@ answer."""
 
 def status(arguments: argparse.Namespace) -> int:
     answer = _call(arguments, "status", timeout=STATUS_SECONDS)
-    _told(arguments, answer, output.status)
+    _told(arguments, answer, console.status)
     return 0 if answer["health"] == "healthy" else DEGRADED
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), output.ls)
+    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), console.ls)
 
 
 def pin(arguments: argparse.Namespace) -> int:
@@ -54,10 +54,14 @@ def evict(arguments: argparse.Namespace) -> int:
     return _work(arguments, "evict", **({"all": True} if arguments.all else {"cid": _cid(arguments.cid)}))
 
 
+def budget(arguments: argparse.Namespace) -> int:
+    return _work(arguments, "budget", size=arguments.size)
+
+
 def fsck(arguments: argparse.Namespace) -> int:
     """1 where something wrong could not be mended."""
     answer = _call(arguments, "fsck")
-    _told(arguments, answer, output.show)
+    _told(arguments, answer, console.show)
     lost = answer["wrong"] - answer["mended"]
     if lost:
         named = ", ".join(answer["lost"][:NAMED]) + (", ..." if lost > NAMED else "")
@@ -66,7 +70,7 @@ def fsck(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace, command: str, **sent: object) -> int:
-    return _told(arguments, _call(arguments, command, sent), output.show)
+    return _told(arguments, _call(arguments, command, sent), console.show)
 
 
 def _call(
@@ -75,7 +79,7 @@ def _call(
     sent: Mapping[str, object] = NOTHING,
     timeout: float | None = None,
 ) -> dict[str, Any]:
-    path = folders.control(arguments.cache_dir, arguments.mount)
+    path = folders.control_socket(arguments)
     with Progress(command) as progress:
         return client.call(path, command, progress, timeout=timeout, **sent)
 

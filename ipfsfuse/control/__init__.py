@@ -12,27 +12,8 @@ Commands on one connection are answered one after the other; closing the connect
 way. `{"command": "hold"}` is answered at once, and counts the connection as a holder of the mount until it is
 closed.
 
-`server` is the mount's half (trio), `client` the blocking half that the command line uses: importing one does
-not import the other.
+`server` is the mount's half (trio). `ipfsfuse.client` is the blocking half, for other processes.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import O_CLOEXEC, O_PATH, close
-from os import open as open_fd
-from pathlib import Path
 
 MAX_LINE = 1 << 20
 """Bytes in one line of a request; longer ones end the connection."""
-MAX_ANSWER = 1 << 30
-"""Bytes in one line of an answer: `ls` of some millions of files, 250 bytes each."""
-
-
-@contextmanager
-def short_address(path: Path) -> Iterator[str]:
-    """An address for `path` that fits the 108 bytes of a socket's address, however deep the folder lies."""
-    folder = open_fd(path.parent, O_PATH | O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        close(folder)

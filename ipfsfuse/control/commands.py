@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import trio
+
 from ipfsfuse import __version__
 from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
+from ipfsfuse.content import Names
 from ipfsfuse.control.blocks import WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
@@ -33,10 +36,19 @@ Answer = Mapping[str, Any]
 
 class Commands:
     def __init__(
-        self, config: MountConfig, cache: PinsetCache, pool: SourcePool, pins: NodePins, tree: Tree
+        self,
+        config: MountConfig,
+        cache: PinsetCache,
+        pool: SourcePool,
+        pins: NodePins,
+        tree: Tree,
+        names: Names,
     ) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
-        self._blocks = WholeBlocks(cache)
+        self._names = names
+        self._served = {"blocks": 0, "bytes": 0}
+        """What `ipfsfuse serve` got of this mount."""
+        self._blocks = WholeBlocks(cache.reader, pool)
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
@@ -48,8 +60,11 @@ class Commands:
             "unpin": self.unpin,
             "prefetch": self.prefetch,
             "evict": self.evict,
+            "budget": self.budget,
             "fsck": self.fsck,
             "block": self.block,
+            "resolve": self.resolve,
+            "record": self.record,
         }
 
     async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
@@ -66,6 +81,7 @@ class Commands:
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
             "sources": [asdict(source) for source in self._pool.statistics()],
+            "served": dict(self._served),
         }
 
     def _degraded(self) -> list[str]:
@@ -97,8 +113,19 @@ class Commands:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = await threads.run_sync(_entries, await self._cache.listed())
-        return {"entries": entries, "small": (await self._cache.small())._asdict()}
+        entries = await threads.run_sync(_entries, await self._cache.store.listed())
+        return {"entries": entries, "small": (await self._cache.store.blocks.count())._asdict()}
+
+    async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """The path that an IPNS name or a domain stands for now, and for how many seconds that holds."""
+        name = arguments.get("name")
+        if not isinstance(name, str):
+            raise UsageError("resolve: name is a text")
+        found = await (await self._names.resolver()).resolve_text(name)
+        return {
+            "path": os.fsdecode(bytes(found.path)),
+            "seconds": max(0.0, found.until - trio.current_time()),
+        }
 
     async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
         depth = arguments.get("depth")
@@ -130,6 +157,15 @@ class Commands:
         freed = await self._cache.evict(None if arguments.get("all") is True else _cid(arguments))
         return {"freed": freed}
 
+    async def budget(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """Changes the budget until this mount ends."""
+        size = arguments.get("size")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 63:
+            raise UsageError("budget: size is a number of bytes")
+        await self._cache.store.budget.resize(size)
+        told = self._cache.statistics()
+        return {"budget": told.budget, "effective_budget": told.effective_budget, "used": told.used}
+
     async def fsck(self, _arguments: Arguments, progress: Progress) -> Answer:
         async def told(done: int, total: int) -> None:
             await progress({"done": done, "total": total})
@@ -137,8 +173,22 @@ class Commands:
         return asdict(await self._cache.fsck(told))
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
-        """One verified block."""
-        return {"data": base64.b64encode(await self._blocks.get(_cid(arguments))).decode("ascii")}
+        """One verified block; with `fetch` false only if it is here. For `serve` it says `serving`."""
+        block = await self._blocks.get(_cid(arguments), fetch=arguments.get("fetch") is not False)
+        if arguments.get("serving") is True:
+            self._served["blocks"] += 1
+            self._served["bytes"] += len(block)
+        return {"data": base64.b64encode(block).decode("ascii")}
+
+    async def record(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """The newest IPNS record of a name; with `fetch` false the newest that was seen."""
+        from ipfsfuse.sources.names.record import KeyName, parse_name  # rare, and 50 ms
+
+        name = parse_name(str(arguments.get("name")))
+        if not isinstance(name, KeyName):
+            raise UsageError("record: name is the name of a key")
+        data = await self._names.record(name, fetch=arguments.get("fetch") is not False)
+        return {"data": base64.b64encode(data).decode("ascii")}
 
 
 def _entries(listed: Sequence[Kept]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 import stat
-import struct
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.control import MAX_LINE, short_address
+from ipfsfuse import client
+from ipfsfuse.control import MAX_LINE
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
 from ipfsfuse.fileio import threads
 
@@ -110,7 +110,7 @@ class ControlServer:
     async def _connection(self, stream: trio.SocketStream) -> None:
         try:
             async with stream:
-                uid = _peer_uid(stream.socket)
+                uid = client.peer_uid(stream.socket)
                 if uid in self._allowed:
                     await self._conversation(stream)
                 else:
@@ -241,8 +241,11 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
             path.unlink()
         # the file that bind makes gets the socket's own mode: never open to others
         os.fchmod(listener.fileno(), 0o600)
-        with short_address(path) as address:
-            listener.bind(address)
+        folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+        try:  # an address has at most 108 bytes, and the folder may lie deeper than that
+            listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.close(folder)
         listener.listen(128)
     except OSError as exc:
         listener.close()
@@ -286,8 +289,3 @@ def _remove_own(path: Path, inode: int) -> None:
             path.unlink()
     except OSError:
         pass  # gone with its folder
-
-
-def _peer_uid(connection: trio.socket.SocketType) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])

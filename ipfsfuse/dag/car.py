@@ -1,16 +1,21 @@
-"""CAR files as bytes: headers, sections, the version 2 frame, both ways, strictly.
+"""CAR files as bytes: headers, sections, the version 2 frame, indexes and streams, both ways, strictly.
 
-Pure: what reads files and streams is in `sources`. Sources: https://ipld.io/specs/transport/car/carv1/ and
-carv2/; the bound of a section is go-car's. All errors are Malformed and say where.
+Pure: `sources` reads the files and streams. Sources: https://ipld.io/specs/transport/car/carv1/ and carv2/.
+The bound of a section is go-car's. All errors are Malformed and say where.
+
+All numbers of an index but its format's varint are little-endian. An index is a claim: what it says of a
+place has to be checked at that place.
 """
 
 import struct
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import varint
+from ipfsfuse.dag import multihash, varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
 
@@ -232,3 +237,261 @@ def _cbor_head(major: int, value: int) -> bytes:
 
 def _cbor_link(cid: Cid) -> bytes:
     return _cbor_head(6, 42) + _cbor_head(2, len(cid) + 1) + b"\0" + cid
+
+
+# -- the index, read -----------------------------------------------------------------------------------------
+
+INDEX_SORTED = 0x0400
+"""Buckets by digest length, of whichever hash function."""
+MULTIHASH_INDEX_SORTED = 0x0401
+"""The same for each hash function."""
+
+ReadIndex = Callable[[int, int], bytes]
+"""(offset in the index, length) -> that many bytes, fewer if the index ends there."""
+
+_MAX_BUCKETS = 4096
+"""Far more than there are allowed hash functions and lengths."""
+_MAX_COPIES = 16
+"""Of so many copies of one block the first are enough."""
+_WINDOW = 4096
+_COUNT = struct.Struct("<i")
+_CODE = struct.Struct("<Q")
+_BUCKET = struct.Struct("<IQ")
+
+
+class IndexBucket(NamedTuple):
+    """`records` sorted records of one digest length, at `start` of the index. Each has `width` bytes: the
+    digest, then 8 bytes of offset."""
+
+    code: int | None
+    """The hash function; None in INDEX_SORTED, which does not say."""
+    width: int
+    start: int
+    records: int
+
+
+def index_buckets(read: ReadIndex) -> tuple[IndexBucket, ...]:
+    """The buckets of an index. Raises Malformed, also for formats other than the two."""
+    head = read(0, 13)
+    form, at = varint.get(head, 0)
+    if form not in (INDEX_SORTED, MULTIHASH_INDEX_SORTED):
+        raise Malformed(f"the CAR's index has the unknown format 0x{form:x}")
+    found: list[IndexBucket] = []
+    if form == INDEX_SORTED:
+        _buckets_of(read, at, None, found)
+        return tuple(found)
+    (codes,) = _numbers(read, at, _COUNT)
+    at += _COUNT.size
+    _check_count(codes)
+    for _ in range(codes):
+        (code,) = _numbers(read, at, _CODE)
+        at = _buckets_of(read, at + _CODE.size, code, found)
+        _check_count(len(found))
+    return tuple(found)
+
+
+def _buckets_of(read: ReadIndex, at: int, code: int | None, found: list[IndexBucket]) -> int:
+    """Appends the buckets of one hash function to `found`. Returns the offset behind them."""
+    (count,) = _numbers(read, at, _COUNT)
+    at += _COUNT.size
+    _check_count(count)
+    for _ in range(count):
+        width, length = _numbers(read, at, _BUCKET)
+        at += _BUCKET.size
+        if not 8 <= width <= 8 + 2 * multihash.MAX_DIGEST or length % width or length >= 1 << 62:
+            raise Malformed(f"the CAR's index has a bucket of {length} bytes for records of {width}")
+        found.append(IndexBucket(code, width, at, length // width))
+        at += length
+    return at
+
+
+def _numbers(read: ReadIndex, at: int, form: struct.Struct) -> tuple[int, ...]:
+    data = read(at, form.size)
+    if len(data) < form.size:
+        raise Malformed("the CAR's index is cut short")
+    return form.unpack_from(data)
+
+
+def _check_count(count: int) -> None:
+    if not 0 <= count <= _MAX_BUCKETS:
+        raise Malformed(f"the CAR's index would have {count} buckets")
+
+
+def index_find(buckets: Sequence[IndexBucket], wanted: bytes, read: ReadIndex) -> list[int]:
+    """The offsets of the sections that the index claims for the multihash `wanted`. Raises Malformed."""
+    code, digest = multihash.split(wanted)
+    found: list[int] = []
+    for bucket in buckets:
+        if bucket.width == len(digest) + 8 and bucket.code in (code, None):
+            found += _search(bucket, digest, read)
+    return found
+
+
+def _search(bucket: IndexBucket, digest: bytes, read: ReadIndex) -> list[int]:
+    """What one bucket has. Digests are spread evenly: interpolation takes 2 reads, bisection 10."""
+    width, span = bucket.width, _WINDOW // bucket.width
+    low, high, below, above = 0, bucket.records, 0, 1 << 64
+    key, guesses = _key(digest), 4
+    while low < high:
+        share = (
+            (high - low) * (key - below) // (above - below)
+            if guesses and below <= key < above
+            else (high - low) // 2
+        )
+        guesses -= 1 if guesses else 0
+        first = max(low, min(low + share - span // 2, high - span))
+        count = min(span, high - first)
+        window = read(bucket.start + first * width, count * width)
+        if len(window) < count * width:
+            raise Malformed("the CAR's index is cut short")
+        if digest < window[: width - 8]:
+            high, above = first, _key(window)
+        elif digest > window[-width:-8]:
+            low, below = first + count, _key(window[-width:])
+        else:
+            return _in_window(window, width, digest)
+    return []
+
+
+def _in_window(window: bytes, width: int, digest: bytes) -> list[int]:
+    places = range(0, len(window), width)
+    first = bisect_left(places, digest, key=lambda at: window[at : at + width - 8])
+    matching = takewhile(
+        lambda at: window[at : at + width - 8] == digest, places[first : first + _MAX_COPIES]
+    )
+    return [int.from_bytes(window[at + width - 8 : at + width], "little") for at in matching]
+
+
+def _key(digest: bytes) -> int:
+    return int.from_bytes(digest[:8])
+
+
+# -- the index, written --------------------------------------------------------------------------------------
+
+
+def index_record(digest: bytes, offset: int) -> bytes:
+    """Records of one digest length sort as bytes."""
+    return digest + offset.to_bytes(8, "little")
+
+
+def index_head(codes: int) -> bytes:
+    """What a MultihashIndexSorted of `codes` hash functions begins with."""
+    return varint.put(MULTIHASH_INDEX_SORTED) + _COUNT.pack(codes)
+
+
+def index_code_head(code: int, widths: int) -> bytes:
+    """What stands before the `widths` buckets of one hash function; functions ascend by code, buckets by
+    width."""
+    return _CODE.pack(code) + _COUNT.pack(widths)
+
+
+def index_bucket_head(width: int, count: int) -> bytes:
+    """What stands before the `count` records of `width` bytes of one bucket."""
+    return _BUCKET.pack(width, count * width)
+
+
+# -- a stream ------------------------------------------------------------------------------------------------
+
+_MIN_HEADER = len(encode_header(()))
+
+
+class StreamParser:
+    """Takes a CAR stream, version 1 or 2, apart as it comes.
+
+    `feed` returns the blocks that the bytes complete. `finish` checks that the stream ended where it may. It
+    holds at most one section and what was fed last. Not for several tasks at once.
+    """
+
+    def __init__(self) -> None:
+        self.roots: tuple[Cid, ...] | None = None
+        """None until the header has come."""
+        self._buffer = bytearray()
+        self._need = _MIN_HEADER
+        """Nothing can be done before the buffer holds so much."""
+        self._padded = False
+        """Whether the zeros have begun that may stand behind the last section."""
+        self._skip = 0
+        self._left: int | None = None
+        """Bytes of CAR data still to come; known for version 2 alone, where what is behind them is
+        ignored."""
+
+    def feed(self, data: bytes) -> Iterator[tuple[Cid, bytes]]:
+        """The blocks that `data` completes, unverified. To be consumed before the next is fed. Raises
+        Malformed."""
+        self._buffer += data
+        while len(self._buffer) >= self._need:
+            if self._skip:
+                self._drop_padding()
+            elif self.roots is None:
+                self._header()
+            elif self._left == 0:
+                self._buffer.clear()
+            elif self._padded or self._buffer[0] == 0:
+                self._drop_zeros()
+            else:
+                found = self._section()
+                if found is not None:
+                    yield found
+
+    def finish(self) -> None:
+        """The stream has ended. Raises Malformed if that was inside of something."""
+        if self.roots is None or (self._buffer and self._left != 0) or (self._left and not self._padded):
+            raise Malformed("the CAR stream is cut short")
+
+    def _drop_padding(self) -> None:
+        dropped = min(self._skip, len(self._buffer))
+        del self._buffer[:dropped]
+        self._skip -= dropped
+        self._need = 1 if self._skip else _MIN_HEADER
+
+    def _drop_zeros(self) -> None:
+        """A section of no bytes ends the CAR: what is behind it is padding. Source: go-car's
+        ZeroLengthSectionAsEOF."""
+        count = len(self._buffer) if self._left is None else min(self._left, len(self._buffer))
+        if self._buffer.count(0, 0, count) != count:
+            raise Malformed("the CAR has something behind the zeros that end it")
+        self._padded = True
+        self._take(count)
+
+    def _header(self) -> None:
+        if self._left is None and is_v2(bytes(self._buffer[: len(PRAGMA)])):
+            if not self._has(V2_BYTES):
+                return
+            frame = decode_v2(bytes(self._buffer[:V2_BYTES]))
+            self._skip, self._left = frame.data_offset, frame.data_size
+            return
+        length = header_length(bytes(self._buffer[:9]), MAX_STREAM_HEADER)
+        if self._has(length):
+            self.roots = decode_header(self._take(length))
+
+    def _section(self) -> tuple[Cid, bytes] | None:
+        head = bytes(self._buffer[:HEAD_BYTES])
+        if len(head) < HEAD_BYTES and not self._has(_announced(head)):
+            # a head that is cut short looks like a broken one: wait for the whole section, it is short too
+            return None
+        found = section(head, 0)
+        if not self._has(found.end):
+            return None
+        return found.cid, self._take(found.end)[found.block :]
+
+    def _has(self, need: int) -> bool:
+        self._need = need
+        return len(self._buffer) >= need
+
+    def _take(self, length: int) -> bytes:
+        if self._left is not None:
+            self._left -= length
+            if self._left < 0:
+                raise Malformed("the CAR's data ends inside a section")
+        taken = bytes(memoryview(self._buffer)[:length])
+        del self._buffer[:length]
+        self._need = 1
+        return taken
+
+
+def _announced(head: bytes) -> int:
+    """How many bytes the section that `head` begins has, or one more than there are where its length is not
+    whole."""
+    if len(head) < 9 and all(byte & 0x80 for byte in head):
+        return len(head) + 1
+    return section_length(head)

@@ -11,7 +11,8 @@ from typing import NewType
 
 from multiformats import multibase
 
-from ipfsfuse.dag import base256emoji, hashes, varint
+from ipfsfuse.dag import multihash as multihashes
+from ipfsfuse.dag import varint
 from ipfsfuse.errors import Malformed, NotACid
 
 Cid = NewType("Cid", bytes)
@@ -24,10 +25,6 @@ DAG_PB = 0x70
 MAX_CID_BYTES = 512
 """No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be
 followed, but its directory can be listed."""
-
-MAX_BLOCK = 2 << 20
-"""Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
-Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
 
 MAX_BLOCK = 2 << 20
 """Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
@@ -119,8 +116,8 @@ def parse(text_form: str) -> Cid:
 def _decode_text(text_form: str) -> bytes:
     if len(text_form) == 46 and text_form.startswith("Qm"):
         return multibase.decode("z" + text_form)
-    if text_form.startswith(base256emoji.PREFIX):
-        return base256emoji.decode(text_form)
+    if text_form.startswith(_EMOJI_PREFIX):
+        return decode_base256emoji(text_form)
     if not text_form.startswith("b"):
         return multibase.decode(text_form)
     return _from_base32(text_form[1:])
@@ -194,7 +191,7 @@ def canonical(cid: Cid) -> Cid:
 
 def inline(cid: Cid) -> bytes | None:
     """The block that an identity CID carries in itself; None for every other CID."""
-    return hashes.inline(multihash(cid))
+    return multihashes.inline(multihash(cid))
 
 
 EMPTY = make(RAW, b"\x12\x20" + hashlib.sha256(b"").digest())
@@ -213,4 +210,37 @@ def verify(cid: Cid, block: bytes | memoryview) -> None:
 
     Hashing lets other threads run; blocks of over some KiB belong in a worker thread.
     """
-    hashes.verify(multihash(cid), block, brief(cid))
+    multihashes.verify(multihash(cid), block, brief(cid))
+
+
+# -- base256emoji --------------------------------------------------------------------------------------------
+
+# The multiformats package lists this multibase but can't decode it: each byte is an emoji.
+# Source: https://github.com/multiformats/multibase/blob/master/rfcs/Base256Emoji.md
+_EMOJI_PREFIX = "🚀"
+_EMOJI = (
+    "🚀🪐☄🛰🌌🌑🌒🌓🌔🌕🌖🌗🌘🌍🌏🌎🐉☀💻🖥💾💿😂❤😍🤣😊🙏💕😭😘👍"
+    "😅👏😁🔥🥰💔💖💙😢🤔😆🙄💪😉☺👌🤗💜😔😎😇🌹🤦🎉💞✌✨🤷😱😌🌸🙌"
+    "😋💗💚😏💛🙂💓🤩😄😀🖤😃💯🙈👇🎶😒🤭❣😜💋👀😪😑💥🙋😞😩😡🤪👊🥳"
+    "😥🤤👉💃😳✋😚😝😴🌟😬🙃🍀🌷😻😓⭐✅🥺🌈😈🤘💦✔😣🏃💐☹🎊💘😠☝"
+    "😕🌺🎂🌻😐🖕💝🙊😹🗣💫💀👑🎵🤞😛🔴😤🌼😫⚽🤙☕🏆🤫👈😮🙆🍻🍃🐶💁"
+    "😲🌿🧡🎁⚡🌞🎈❌✊👋😰🤨😶🤝🚶💰🍓💢🤟🙁🚨💨🤬✈🎀🍺🤓😙💟🌱😖👶"
+    "🥴▶➡❓💎💸⬇😨🌚🦋😷🕺⚠🙅😟😵👎🤲🤠🤧📌🔵💅🧐🐾🍒😗🤑🌊🤯🐷☎"
+    "💧😯💆👆🎤🙇🍑❄🌴💣🐸💌📍🥀🤢👅💡💩👐📸👻🤐🤮🎼🥵🚩🍎🍊👼💍📣🥂"
+)
+_EMOJI_BYTES = {char: byte for byte, char in enumerate(_EMOJI)}
+
+
+def encode_base256emoji(data: bytes) -> str:
+    """`data` with the multibase's prefix."""
+    return _EMOJI_PREFIX + "".join(_EMOJI[byte] for byte in data)
+
+
+def decode_base256emoji(text: str) -> bytes:
+    """The bytes of `text`, prefix included. Raises ValueError, as the decoders of multiformats do."""
+    if not text.startswith(_EMOJI_PREFIX):
+        raise ValueError("not base256emoji: wrong prefix")
+    try:
+        return bytes(_EMOJI_BYTES[char] for char in text[1:])
+    except KeyError as exc:
+        raise ValueError(f"{exc.args[0]!r} is not in base256emoji") from exc

@@ -24,6 +24,10 @@ class IpfsPath:
     root: Cid
     names: tuple[bytes, ...] = ()
 
+    def __bytes__(self) -> bytes:
+        """`/ipfs/CID/a/b`, the names as they are stored."""
+        return b"/".join((b"/ipfs", cids.text(self.root).encode(), *self.names))
+
     def __str__(self) -> str:
         return "/".join(
             ("/ipfs", cids.text(self.root), *(name.decode("utf-8", "replace") for name in self.names))
@@ -45,8 +49,23 @@ def parse(text: str) -> IpfsPath:
     root, _, tail = rest.partition("/")
     if not root:
         raise UsageError(f"{_shown(text)} has no CID: write /ipfs/CID or /ipfs/CID/PATH")
-    names = tuple(_name(part, quoted, text) for part in tail.split("/") if part not in ("", "."))
-    return IpfsPath(cids.parse(root), names)
+    return IpfsPath(cids.parse(root), names(tail, quoted, text))
+
+
+def split_ipns(text: str) -> tuple[str, tuple[bytes, ...]] | None:
+    """The IPNS name, and the names below it, of a path that begins with one; None for any other text. Raises
+    as `parse` for names that can't be."""
+    found = _IPNS.match(text)
+    if found is None:
+        return None
+    name, _, tail = text[found.end() :].partition("/")
+    return name, names(tail, "://" in found.group(), text)
+
+
+def names(tail: str, quoted: bool = False, whole: str = "") -> tuple[bytes, ...]:
+    """The names in `tail`, a path below a root; `whole` is what messages show. Raises NameTooLong,
+    UsageError."""
+    return tuple(_name(part, quoted, whole or tail) for part in tail.split("/") if part not in ("", "."))
 
 
 def cid_alone(text: str) -> Cid:

@@ -60,7 +60,7 @@ def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
     if not can_hold(name):
         return None
     if isinstance(parent, Directory):
-        return parent.by_name.get(name)
+        return parent.find(name)
     key, spot, shard = hamt.hash64(name), hamt.TOP, parent
     while True:
         spot, link = hamt.slot(shard, spot, key)

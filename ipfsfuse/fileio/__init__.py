@@ -1,2 +1,1 @@
-"""Files of this machine, by system calls: what sources and the cache need of them. Knows nothing of
-blocks."""
+"""System calls on this machine's files, buffers and worker threads. Knows nothing of blocks."""

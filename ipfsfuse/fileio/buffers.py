@@ -1,12 +1,10 @@
-"""Buffers for what comes in large: leaves of a run. Each begins on a page, as direct writes want it, and is
-used again.
+"""Page-aligned buffers for large answers, used again and again.
 
-A new block of memory costs more than what is then done with it: the kernel clears each page when it is first
-touched (70 us of CPU for 1 MiB where pages are at hand, several times that where a virtual machine must be
-given them first).
+The kernel clears each page of new memory when it is first touched. That costs 70 us of CPU for 1 MiB where
+pages are at hand, and several times that where a virtual machine must be given them first: more than what is
+then done with it.
 
-Concurrency: any thread. A buffer comes back by itself when nobody looks at it any more, whoever that was
-last.
+Concurrency: any thread. A buffer returns by itself when its last view is gone.
 """
 
 import ctypes
@@ -15,21 +13,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 SIZES = tuple(1 << power for power in range(16, 22))
-"""Of buffers that are kept: 64 KiB to 2 MiB, the largest block."""
+"""Of buffers that are used again, in bytes: 64 KiB to 2 MiB, the largest block."""
 KEPT = 16 << 20
-"""Bytes of buffers that wait to be used again: what a run has in hand at a time."""
+"""Bytes of unused buffers that are kept: as much as one range of leaves needs at a time."""
 
 
 class _Pool:
     def __init__(self) -> None:
-        self.waiting: dict[int, list[mmap.mmap]] = {size: [] for size in SIZES}
+        self.unused: dict[int, list[mmap.mmap]] = {size: [] for size in SIZES}
         self.size = 0
-        """Bytes that wait. Threads may get it a little wrong at a time: nothing but how many are kept depends
-        on it."""
+        """Bytes of unused buffers. Threads may miscount it a little: only how many are kept depends on it."""
 
     def take(self, size: int) -> mmap.mmap:
         try:
-            pages = self.waiting[size].pop()
+            pages = self.unused[size].pop()
         except IndexError:
             return mmap.mmap(-1, size)
         self.size -= size
@@ -38,14 +35,14 @@ class _Pool:
     def put(self, pages: mmap.mmap, size: int) -> None:
         if self.size < KEPT:
             self.size += size
-            self.waiting[size].append(pages)
+            self.unused[size].append(pages)
 
 
 _POOL = _Pool()
 
 
 def lend(size: int) -> memoryview:
-    """`size` bytes to write into, at least one; what stands in them is anything."""
+    """A buffer of `size` bytes, at least one, with any content."""
     kept = next((each for each in SIZES if each >= size), 0)
     pages = _POOL.take(kept) if kept else mmap.mmap(-1, size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
@@ -55,23 +52,22 @@ def lend(size: int) -> memoryview:
 
 
 def is_aligned(data: memoryview, to: int) -> bool:
-    """Whether `data` begins at an address and has a length that `to` divides; False where it can't be
-    told."""
+    """Whether the address and the length of `data` are multiples of `to`; False where that can't be told."""
     if data.readonly or not data.contiguous or len(data) % to or not data:
         return False
     return ctypes.addressof(ctypes.c_char.from_buffer(data)) % to == 0
 
 
 TOGETHER = 4 << 20
-"""Bytes of leaves that are read, verified and written together: a call in a thread costs 60 us of CPU."""
+"""Bytes of leaves that are read, verified and written by one call: a call in a thread costs 60 us of CPU."""
 MOST_TOGETHER = 64
 """Leaves, however small."""
 
 
 def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-    """Where in `sizes` each stretch begins that is worth reading at once, and what it holds.
+    """Cuts `sizes` into stretches that are read by one call each: the index of the first, and their sizes.
 
-    The first is of one, the next of two: who waits for it need not wait for more."""
+    The first stretch has one leaf, the next two: a reader that waits for it need not wait for more."""
     start, most = 0, 1
     while start < len(sizes):
         end, left = start, TOGETHER
@@ -83,8 +79,7 @@ def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
 
 
 def fill(left: list[memoryview], piece: bytes) -> None:
-    """Copies `piece` into the buffers that are `left`, which must have room for it, and leaves those that are
-    still to fill."""
+    """Copies `piece` into the buffers `left`, which must have room for it, and removes what is full."""
     view = memoryview(piece)
     while view:
         part = view[: len(left[0])]
@@ -94,7 +89,7 @@ def fill(left: list[memoryview], piece: bytes) -> None:
 
 
 def advance(left: list[memoryview], count: int) -> None:
-    """`count` more bytes of `left` are filled."""
+    """Removes the first `count` bytes of the buffers `left`: they are filled."""
     while left and count >= len(left[0]):
         count -= len(left.pop(0))
     if count:

@@ -1,5 +1,4 @@
-"""Loads our compiled parts: each package that has C code comes with one library of it. Concurrency: none of
-its own."""
+"""Loads our compiled parts. Each package that has C code has one library of it."""
 
 import ctypes
 import importlib.util

@@ -1,7 +1,8 @@
 """Blocking work in a worker thread, or without one where none can be started.
 
 A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, by others too. Then the
-work is done on the event loop: everything else waits for it, but nothing fails."""
+work is done on the event loop: everything else waits meanwhile, but nothing fails.
+"""
 
 import logging
 from collections.abc import Callable
@@ -15,7 +16,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 LOG_SECONDS = 60.0
-"""Between two lines of the log that say so."""
+"""Seconds between two such lines in the log."""
 
 _logged = float("-inf")
 
@@ -26,7 +27,7 @@ async def run_sync(
     abandon_on_cancel: bool = False,
     limiter: trio.CapacityLimiter | None = None,
 ) -> T:
-    """As `trio.to_thread.run_sync`, but where no thread can be started: then `function` is called here."""
+    """`trio.to_thread.run_sync`; where no thread can be started, `function` is called on the event loop."""
     began = False
 
     def work() -> T:
@@ -49,6 +50,5 @@ def _note() -> None:
     if now - _logged >= LOG_SECONDS:
         _logged = now
         log.warning(
-            "no more threads can be started (a limit on processes?): the work of one stops all "
-            "others meanwhile"
+            "no more threads can be started (a limit on processes?): the work of one delays all others"
         )

@@ -92,7 +92,7 @@ def current_request_number() -> int:
 
 class ReadWindows:
     """Verified bytes of one open file that the thread may give to its reader: a
-    `vfs.prefetch_buffer.ReadWindows`."""
+    `vfs.buffers.ReadWindows`."""
 
     __slots__ = ("_handle",)
 

@@ -25,6 +25,8 @@ class Mounted(NamedTuple):
     """major:minor"""
     mountpoint: str
     type: str
+    owner: int | None = None
+    """The user who mounted it, if it is a FUSE mount."""
 
 
 def table() -> list[Mounted]:
@@ -34,7 +36,11 @@ def table() -> list[Mounted]:
         for line in lines:
             fields = line.split(" ")
             kind = fields[fields.index("-") + 1]
-            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind))
+            owner = next(
+                (each[8:] for each in fields[-1].strip().split(",") if each.startswith("user_id=")), None
+            )
+            uid = None if owner is None else int(owner)
+            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind, uid))
     return found
 
 

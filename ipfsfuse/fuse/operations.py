@@ -7,7 +7,7 @@ touched only between two awaits.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyfuse3
@@ -54,16 +54,18 @@ class Operations(ReadOnlyOperations):
         tree: Tree,
         roots: Roots,
         inodes: Inodes,
-        budget: int,
+        budget: Callable[[], int],
         deadline: float,
         push: bool = True,
+        owner: tuple[int | None, int | None] = (None, None),
+        umask: int = 0,
     ) -> None:
         """`deadline`: seconds in which each call is answered. Without `push` the kernel is given nothing that
         it did not ask for, and asks for everything: a recording mount."""
         super().__init__()
         self._deadline = deadline
         self._tree, self._roots, self._inodes, self._budget = tree, roots, inodes, budget
-        self._replies = replies.Replies()
+        self._replies = replies.Replies(owner, umask)
         self._files = OpenFiles(tree, inodes, push)
         self._calls: dict[int, trio.CancelScope] = {}
         """Those that wait, by the kernel's number."""
@@ -219,7 +221,7 @@ class Operations(ReadOnlyOperations):
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         with translated():
-            return replies.statfs(self._budget, self._tree.cache.used())
+            return replies.statfs(self._budget(), self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         with translated():

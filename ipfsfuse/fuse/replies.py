@@ -23,10 +23,14 @@ MIN_TIME, MAX_TIME = -(1 << 63), (1 << 63) - 1
 
 
 class Replies:
-    """Fills replies for one mount. The mounting user owns everything."""
+    """Fills replies for one mount."""
 
-    def __init__(self) -> None:
-        self._uid, self._gid = os.getuid(), os.getgid()
+    def __init__(self, owner: tuple[int | None, int | None] = (None, None), umask: int = 0) -> None:
+        """`owner`: the user and group that everything is shown with; None for those who mount. `umask`:
+        permission bits that nothing is shown with."""
+        uid, gid = owner
+        self._uid, self._gid = os.getuid() if uid is None else uid, os.getgid() if gid is None else gid
+        self._mask = ~(umask & 0o777)
         self._entry = self._fresh()
         self._name_only = self._fresh()
         self._name_only.generation = NAME_ONLY
@@ -48,7 +52,7 @@ class Replies:
         """A node id with its attributes: the reply to lookup and getattr, and a whole entry of a listing."""
         out, shown = self._entry, inode.attributes
         out.st_ino = pyfuse3.InodeT(inode.number)
-        out.st_mode = pyfuse3.ModeT(shown.mode)
+        out.st_mode = pyfuse3.ModeT(shown.mode & self._mask)
         out.st_size = shown.size
         out.st_blocks = (shown.size + 511) >> 9
         out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = min(max(shown.mtime, MIN_TIME), MAX_TIME)

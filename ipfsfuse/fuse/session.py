@@ -56,7 +56,7 @@ def open_mount(mountpoint: Path, allow_other: bool) -> Mount:
         try:
             place.check()
         except MountFailed:
-            _close(mount)
+            close_mount(mount)
             place.clear()
             raise
         return mount
@@ -105,7 +105,7 @@ def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahea
     Without `readahead` the kernel asks for nothing that was not read. Raises MountFailed."""
     with contextlib.ExitStack() as stack:
         mount = open_mount(mountpoint, allow_other)
-        stack.callback(_close, mount)
+        stack.callback(close_mount, mount)
         try:
             device = Device(readahead)
         except OSError as exc:
@@ -157,7 +157,7 @@ async def unmount(mountpoint: Path, lazy: bool) -> bool:
     return done.returncode == 0
 
 
-def _close(mount: Mount) -> None:
+def close_mount(mount: Mount) -> None:
     """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
     with contextlib.suppress(OSError):
         os.close(mount.fd)

@@ -17,7 +17,7 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unsupported
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.files.carwriter import CarWriter
+from ipfsfuse.sources.local.car_writer import CarWriter
 
 _FETCHED_AHEAD = 16
 """Blocks fetched side by side."""

@@ -54,9 +54,7 @@ async def fetch_all(
 
 
 def _claimed(node: Node) -> int:
-    if isinstance(node, Directory):
-        return sum(link.tsize for link in node.links)
-    return sum(link.tsize for _index, link in node.slots) if isinstance(node, Shard) else 0
+    return sum(link.tsize for link in node.links) if isinstance(node, Directory | Shard) else 0
 
 
 class _Job:

@@ -6,6 +6,7 @@ Concurrency: reads of one open file may overlap. What is fetched ahead ends when
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -15,8 +16,7 @@ from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request, set_request
-from ipfsfuse.vfs.prefetch_buffer import PrefetchBuffer, ReadWindows
-from ipfsfuse.vfs.readahead import ReadAhead, Window
+from ipfsfuse.vfs.buffers import PrefetchBuffer, ReadWindows
 from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
@@ -24,6 +24,46 @@ RECENT = 64
 STRETCHES = 4
 """Walks whose leaves are remembered. With the last alone a reader and its read-ahead took turns in walking
 anew: 12 % of the CPU of a cold read."""
+
+MIN_WINDOW = 2 << 20
+MAX_WINDOW = 16 << 20
+SLACK = 2 << 20
+
+
+class Window(NamedTuple):
+    """Bytes to bring in: `size` from `start`."""
+
+    start: int
+    size: int
+
+
+class ReadAhead:
+    """The state of one open file."""
+
+    def __init__(self, file_size: int) -> None:
+        self._file_size = file_size
+        self._next = -1
+        self._until = 0
+        self._window = MIN_WINDOW
+        self.sequential = False
+        """Whether the last read followed the one before it."""
+
+    def note(self, offset: int, size: int) -> Window | None:
+        """A read of `size` bytes at `offset`; returns what should be fetched behind it, if anything."""
+        end = offset + size
+        follows = self._next - SLACK <= offset <= self._next + max(SLACK, self._window)
+        first, self._next = self._next < 0, max(end, self._next) if follows else end
+        self.sequential = follows and not first
+        if not self.sequential:
+            self._until, self._window = end, MIN_WINDOW
+            return None
+        if self._until - self._next > self._window // 2 or self._until >= self._file_size:
+            return None
+        start = max(self._until, end)
+        size = min(self._window, self._file_size - start)
+        self._until = start + max(size, 0)
+        self._window = min(2 * self._window, MAX_WINDOW)
+        return Window(start, size) if size > 0 else None
 
 
 class OpenFile:
@@ -52,7 +92,6 @@ class OpenFile:
         for scope in self._scopes:
             scope.cancel()
         self._buffer.close()
-        self._tree.cache.closed(self._ref)
 
     async def read(self, offset: int, size: int) -> Content:
         """`size` content bytes from `offset`, fewer only at the file's end."""
@@ -62,6 +101,10 @@ class OpenFile:
         window = self._ahead.note(offset, size)
         if window is not None:
             self._tree.nursery.start_soon(self._bring, window)
+        if self._ahead.sequential and self._tree.use is None:
+            buffered = self._buffer.read(offset, size)
+            if buffered is not None:
+                return buffered
         try:
             return await self._range(offset, size)
         except NotALeaf:
@@ -70,20 +113,26 @@ class OpenFile:
             return await self._range(offset, size)
 
     async def _range(self, offset: int, size: int) -> Content:
-        parts: list[memoryview] = []
+        parts: list[Content] = []
         end = offset + size
         while offset < end:
             for leaf in await self._under(offset, end - offset):
-                parts.append(self._cut(leaf, await self._leaf(leaf), offset, end - offset))
+                parts.append(await self._part(leaf, offset, end - offset))
                 offset = min(leaf.offset + leaf.size, end)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _leaf(self, leaf: Leaf) -> Content:
+    async def _part(self, leaf: Leaf, offset: int, size: int) -> Content:
+        """What lies in `leaf` of `size` bytes from `offset` of the file."""
         if self._tree.use is not None:
             self._tree.use(leaf.cid, ahead=False)
         self._asked.append(leaf.offset)
-        buffered = self._buffer.get(leaf.offset)
-        return buffered if buffered is not None else await self._tree.cache.leaf(self._ref, leaf, early=True)
+        data = self._buffer.get(leaf.offset)
+        if data is None:
+            first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
+            if last - first < leaf.size and not self._ahead.sequential:
+                return await self._tree.cache.part(self._ref, leaf, first, last)
+            data = await self._tree.cache.leaf(self._ref, leaf, early=True)
+        return self._cut(leaf, data, offset, size)
 
     def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
         """The part of a leaf that was asked for. What is left of it a sequential reader finds in the buffer,

@@ -19,14 +19,14 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from ipfsfuse.cache.base import Cache
+from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request, set_request
-from ipfsfuse.vfs.lru import Lru
-from ipfsfuse.vfs.prefetch_buffer import SmallFileBuffer
+from ipfsfuse.vfs.buffers import SmallFileBuffer
 
 SMALL_FILE = 64 << 10
 """Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of
@@ -171,14 +171,12 @@ class SubtreePrefetcher:
 
 
 def _deeper(shard: Shard) -> list[Cid]:
-    return [link.cid for _index, link in shard.slots if not hamt.entry_name(shard, link)]
+    return [link.cid for link in shard.links if not hamt.entry_name(shard, link)]
 
 
 def _links(node: Node) -> Sequence[Link]:
     """The links of a directory, or of one node of a HAMT. Nothing for any other node."""
-    if isinstance(node, Directory):
-        return node.links
-    return [link for _index, link in node.slots] if isinstance(node, Shard) else ()
+    return node.links if isinstance(node, Directory | Shard) else ()
 
 
 Fetch = Callable[[Cid], Awaitable[Node]]

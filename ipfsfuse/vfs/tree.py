@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar, cast
 import trio
 
 from ipfsfuse.cache.base import Cache, FileRef
+from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
@@ -20,14 +21,13 @@ from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, No
 from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.lru import Lru
+from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
 from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
-from ipfsfuse.vfs.prefetch_buffer import BufferBudget, SmallFileBuffer
 
 T = TypeVar("T")
 
 NODES_WEIGHT = 8 << 20
-"""Bytes of blocks whose parsed form is kept: a parsed link takes about five times its bytes."""
+"""Bytes of blocks whose parsed form is kept: it takes about one and a half times its block."""
 KNOWN = 50_000
 """CIDs whose attributes are remembered after their node is not, for listings."""
 

@@ -1,8 +1,7 @@
-"""The guest's own process: from the fork to its end. It tells its parent how it goes, as JSON lines in a
-pipe.
+"""The guest's own process, from the fork to its end. It reports to its parent by JSON lines in a pipe.
 
-It ends with its parent, whatever happens to that one. SIGINT and SIGTERM have their default effect here, so
-that the kernel ends the guest in whatever it is doing; wasmtime needs no part in it.
+The kernel ends it with its parent. SIGINT and SIGTERM have their default effect here, so the kernel ends the
+guest whatever it does, without help from wasmtime.
 """
 
 import io
@@ -12,19 +11,22 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import growth, guest, limits, sandbox, signals
-from ipfsfuse_run.codecache import CodeCache
+from ipfsfuse_run import growth, limits, sandbox, signals
 from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
 from ipfsfuse_run.growth import Growth
-from ipfsfuse_run.guest import Guest
 from ipfsfuse_run.sandbox import IPFS, Sandbox
 
+if TYPE_CHECKING:  # wasmtime takes 40 ms to import
+    from ipfsfuse_run.guest import End, Guest, Settings
+
+MAX_GUEST = 256 << 20
+"""Bytes of the largest guest."""
 _STACK_SPARE = 4 << 20
 _MAX_TRAP = 64 << 10
-"""Characters of a back-trace that are passed on: function names in it are as long as the module likes."""
+"""Characters of a back-trace that are passed on: the module chose the function names in it."""
 
 
 class Plan(NamedTuple):
@@ -55,33 +57,35 @@ class Reports:
     def __init__(self, file: int) -> None:
         self._file = file
 
-    def tell(self, message: Mapping[str, object]) -> None:
+    def send(self, message: Mapping[str, object]) -> None:
         os.write(self._file, json.dumps(message).encode() + b"\n")
 
 
 def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
-    """Never returns: ends the process, by the guest's exit code, 134 where it trapped, 125 where it can't
-    run, 2 for usage."""
+    """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
-        signals.default()
+        signals.restore_defaults()
         signals.die_with(parent)
         code = _run(plan, reports)
     except IpfsFuseError as exc:
         code = 2 if isinstance(exc, UsageError) else COULD_NOT_RUN
-        reports.tell({"refused": str(exc)})
+        reports.send({"refused": str(exc)})
     except MemoryError:
-        reports.tell({"refused": f"{plan.name} can't be run: the system gives this process no more memory"})
+        reports.send({"refused": f"{plan.name} can't be run: the system gives this process no more memory"})
     except Exception as exc:  # else it would look like a guest that ended with 1
-        reports.tell({"refused": f"{plan.name} met a fault of the runner's: {exc!r}"})
+        reports.send({"refused": f"{plan.name} met a fault of the runner's: {exc!r}"})
     finally:
         sys.stderr.flush()
-        os._exit(code)  # wasmtime's own threads may still wait in a read: nothing is left to tidy up
+        os._exit(code)  # at once: wasmtime's threads may still wait in a read
 
 
 def _run(plan: Plan, reports: Reports) -> int:
-    wasi = sandbox.wasi_config(plan.box)
+    from ipfsfuse_run import guest
+
     given = plan.box.limits
+    with sandbox.opened_folders(plan.box) as folders:
+        wasi = guest.wasi_config(plan.box, folders)
     ready = _ready(
         plan, guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic), reports
     )
@@ -90,17 +94,17 @@ def _run(plan: Plan, reports: Reports) -> int:
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
-        lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.tell(begun)),
+        lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.send(begun)),
     )
-    reports.tell(
+    reports.send(
         {"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]}
     )
     return end.code
 
 
-def _in_thread(max_wasm_stack: int | None, run: Callable[[], guest.End]) -> guest.End:
-    """Runs the guest in a thread whose stack is as deep as it may need; whatever it raises is raised here."""
-    result: list[guest.End | BaseException] = []
+def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
+    """Runs the guest in a thread whose stack is deep enough, and raises what it raised."""
+    result: list[End | BaseException] = []
 
     def work() -> None:
         try:
@@ -138,32 +142,35 @@ def _growth(box: Sandbox) -> Growth | None:
         ) from exc
 
 
-def _ready(plan: Plan, settings: guest.Settings, reports: Reports) -> Guest:
-    """The guest, compiled before or now. Forks where it must be compiled: this process has no thread yet."""
+def _ready(plan: Plan, settings: "Settings", reports: Reports) -> "Guest":
+    """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
+    from ipfsfuse_run import guest
+    from ipfsfuse_run.code_cache import CodeCache
+
     cache, engine = CodeCache.of_user(), guest.make_engine(settings)
     with _opened(plan) as file:
         try:
             kept = cache.kept(engine, file, plan.name, settings) if plan.keep is None else None
             if kept is not None:
                 return kept
-            data = file.read(guest.MAX_BYTES + 1)
+            data = file.read(MAX_GUEST + 1)
         except OSError as exc:
             raise _unreadable(plan, exc) from exc
-    if len(data) > guest.MAX_BYTES:
-        raise GuestRefused(f"{plan.name} has more than {guest.MAX_BYTES} bytes: no larger guest is run")
-    reports.tell({"compiling": True})
+    if len(data) > MAX_GUEST:
+        raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")
+    reports.send({"compiling": True})
     kind, code = guest.binary(data, plan.name)
     if plan.keep is not None:
         with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)
     ready = cache.load(engine, kind, code, plan.name, settings)
-    reports.tell({"compiling": False})
+    reports.send({"compiling": False})
     return ready
 
 
 def _opened(plan: Plan) -> io.BufferedReader | io.BytesIO:
     if plan.guest == "-":
-        return io.BytesIO(sys.stdin.buffer.read(guest.MAX_BYTES + 1))
+        return io.BytesIO(sys.stdin.buffer.read(MAX_GUEST + 1))
     named, in_mount = plan.guest, plan.guest.startswith(IPFS + "/")
     place = (
         sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)

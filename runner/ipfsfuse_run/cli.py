@@ -1,4 +1,4 @@
-"""`ipfsfuse-run`: the command line to one run, and its end to an exit code."""
+"""`ipfsfuse-run`: the command line, and how a run's end becomes an exit code."""
 
 import sys
 from collections.abc import Sequence
@@ -6,31 +6,31 @@ from pathlib import Path
 from typing import NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import messages, signals
 from ipfsfuse_run import options as parsing
-from ipfsfuse_run.errors import COULD_NOT_RUN
+from ipfsfuse_run import signals
+from ipfsfuse_run.errors import COULD_NOT_RUN, say
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The entry point. Leaves by the guest's exit code, 125 where it could not be run, 2 for usage; by a
-    signal where one ended it."""
-    signals.raise_ended()
+    """Exits with the guest's code, 125 if the guest could not be run, 2 for a usage error, or by the signal
+    that ended the run."""
+    signals.raise_on_signals()
     given = sys.argv[1:] if argv is None else argv
     try:
         code = _main(given)
     except IpfsFuseError as exc:
-        messages.say(exc)
+        say(exc)
         code = 2 if isinstance(exc, UsageError) else 1 if given[:1] == ["inspect"] else COULD_NOT_RUN
-    except signals.Ended as exc:
+    except signals.Interrupted as exc:
         code = -exc.number
     if code < 0:
-        signals.leave_by(-code)
+        signals.exit_by_signal(-code)
     sys.exit(code)
 
 
 def _main(argv: Sequence[str]) -> int:
-    """An exit code, or a signal's number below 0. What takes long to import is imported for whom it
-    serves."""
+    """An exit code, or the number of a signal below 0. Modules that take long to import are imported where
+    they are used."""
     if argv and argv[0] == "inspect":
         from ipfsfuse_run import inspecting
 
@@ -40,6 +40,9 @@ def _main(argv: Sequence[str]) -> int:
         from ipfsfuse_run import replay
 
         return replay.replay(Path(options.replay), options.limits)
-    from ipfsfuse_run import run
+    from ipfsfuse_run.execute import execute
 
-    return run.run(options)
+    outcome = execute(options)
+    if outcome.refused is not None:
+        say(outcome.refused)
+    return outcome.code if outcome.signal is None else -outcome.signal

@@ -1,16 +1,33 @@
-"""What a run can be refused for, beside the domain's own exceptions: a message is one line that names the
-thing."""
+"""Why a run can be refused, beside the exceptions of ipfsfuse.errors, and what the runner says on standard
+error: one line each, which names the thing."""
+
+import sys
 
 from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.text import printable
 
 COULD_NOT_RUN = 125
-"""The exit code where no guest ran, as `env`, `timeout` and docker have it. 1 is a guest's own."""
+"""The exit code if no guest ran, as `env`, `timeout` and docker have it. 1 may be a guest's own."""
+TRAPPED = 134
+"""The exit code of a shell for SIGABRT, as `wasmtime run` gives."""
 
 
 class GuestRefused(IpfsFuseError):
-    """A guest that can't be run: no such file, not WebAssembly, no entry point, an import that nobody
-    offers."""
+    """The guest can't be run: no such file, not WebAssembly, no entry point, an unknown import."""
 
 
 class ReceiptRefused(IpfsFuseError):
-    """A receipt that can't be used: cut short, of a newer version, or not what its blocks say."""
+    """The receipt can't be used: cut short, of a newer format, or different from its blocks."""
+
+
+def say(message: object) -> None:
+    """Prints `ipfsfuse-run: MESSAGE` on one line: names, paths and a daemon's answers come from outside, and
+    none of them can forge a line."""
+    print(f"ipfsfuse-run: {printable(str(message))}", file=sys.stderr)
+
+
+def trap_text(name: str, trap: str) -> str:
+    """wasmtime's message and back-trace, several lines. The module chose the function names in it."""
+    first, *rest = trap.strip().splitlines() or [""]
+    lines = [f"ipfsfuse-run: {printable(name)} trapped: {printable(first)}", *map(printable, rest)]
+    return "\n".join(lines) + "\n"

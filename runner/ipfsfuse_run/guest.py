@@ -1,32 +1,48 @@
-"""One guest in wasmtime: what its bytes are, how they are compiled, linked and called, and what its end
-means.
+"""One guest in the wasmtime library: what its bytes are, how they are compiled, linked and called, and what
+its end means; and the clock and random numbers of --deterministic.
 
-Owns nothing beyond the call; runs in the guest's own process, on any one thread.
+Runs in the guest's own process, on any one thread; keeps no state of its own.
 """
 
 import ctypes
+import hashlib
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wasmtime
 from wasmtime import _ffi
 
-from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.errors import TRAPPED, GuestRefused
 from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # 13 ms that a module need not wait for
     from wasmtime import component
 
 MODULE, COMPONENT = "module", "component"
-TRAPPED = 134
-"""The exit code of a shell for SIGABRT, as `wasmtime run` gives."""
 
 _FIBER_SPARE = 2 << 20
 _MAGIC = b"\0asm"
 _KINDS = {b"\x01\0\0\0": MODULE, b"\x0d\0\x01\0": COMPONENT}
 _RUN = re.compile(r"wasi:cli/run@0\.2(\.\d+)?")
 _PREVIEW_3 = re.compile(rb"wasi:[a-z-]+/[a-z-]+@0\.3[0-9a-z.-]*")
+
+
+def wasi_config(box: Sandbox, folders: Sequence[OpenFolder]) -> wasmtime.WasiConfig:
+    """What the guest is given; `folders` are those of `box`, open. Raises GuestRefused."""
+    wasi = wasmtime.WasiConfig()
+    wasi.argv = list(box.argv)
+    wasi.env = list(box.variables.items())
+    wasi.inherit_stdin()
+    wasi.inherit_stdout()
+    wasi.inherit_stderr()
+    for each in folders:
+        try:
+            wasi.preopen_dir(each.path, each.guest, each.writable)
+        except wasmtime.WasmtimeError as exc:
+            raise GuestRefused(f"the folder {each.host} can't be read by the guest") from exc
+    return wasi
 
 
 class End(NamedTuple):
@@ -52,8 +68,6 @@ class Settings(NamedTuple):
 
 
 HEAD_BYTES = 8
-MAX_BYTES = 256 << 20
-"""Of the largest guest."""
 
 
 def kind_of(head: bytes) -> str | None:
@@ -196,9 +210,7 @@ def _run_module(
             module_name, "proc_exit", wasmtime.FuncType([wasmtime.ValType.i32()], []), _proc_exit
         )
     if deterministic:
-        from ipfsfuse_run import determinism
-
-        determinism.fix_module(linker, WASI_P1)
+        make_module_deterministic(linker)
     begin()
     start = linker.instantiate(store, module).exports(store)["_start"]
     if not isinstance(start, wasmtime.Func):
@@ -229,9 +241,7 @@ def _run_component(
     linker.allow_shadowing = True
     linker.add_wasip2()
     if deterministic:
-        from ipfsfuse_run import determinism
-
-        determinism.fix_component(linker)
+        make_component_deterministic(linker)
     begin()
     instance = linker.instantiate(store, parts)
     interface = instance.get_export_index(store, name)
@@ -255,3 +265,157 @@ def _entry(guest: Guest, parts: "component.Component") -> str:
             raise GuestRefused(_preview_3(guest.name, name))
     what = f"it exports {', '.join(exports[:3])}" if exports else "it exports nothing"
     raise GuestRefused(f"{guest.name} is no command: {what}, not wasi:cli/run@0.2")
+
+
+# -- a deterministic clock and random numbers --------------------------------------------------------------
+
+START_NS = 946_684_800_000_000_000
+"""2000-01-01T00:00:00Z, in nanoseconds since 1970."""
+STEP_NS = 1_000_000
+MAX_RANDOM = 64 << 20
+"""Bytes of random numbers that wasmtime gives at once."""
+
+_WALL_CLOCK = 0
+_OK, _FAULT = 0, 21
+"""WASI preview 1's errno."""
+_VERSIONS = range(100)
+
+
+class DeterministicHost:
+    """What a guest is told instead."""
+
+    def __init__(self) -> None:
+        self._reads = 0
+        self._draws = 0
+
+    def monotonic(self) -> int:
+        """Nanoseconds, from 0."""
+        self._reads += 1
+        return self._reads * STEP_NS
+
+    def wall(self) -> int:
+        """Nanoseconds since 1970."""
+        return START_NS + self.monotonic()
+
+    def random(self, length: int) -> bytes:
+        """Raises Trap, as wasmtime's own does, for more than it gives at once."""
+        if length > MAX_RANDOM:
+            raise wasmtime.Trap(f"requested len {length} exceeds limit {MAX_RANDOM}")
+        self._draws += 1
+        return hashlib.shake_256(b"ipfsfuse-run %d" % self._draws).digest(length)
+
+    def random_u64(self) -> int:
+        return int.from_bytes(self.random(8), "little")
+
+
+# -- preview 1 ---------------------------------------------------------------------------------------------
+
+
+def make_module_deterministic(linker: wasmtime.Linker) -> None:
+    """Replaces the clock and random functions of preview 1, in a linker that allows shadowing."""
+    host = DeterministicHost()
+
+    def clock_time_get(caller: wasmtime.Caller, clock: int, _precision: int, at: int) -> int:
+        now = host.wall() if clock == _WALL_CLOCK else host.monotonic()
+        return _put(caller, at, 8, lambda: now.to_bytes(8, "little"))
+
+    def clock_res_get(caller: wasmtime.Caller, _clock: int, at: int) -> int:
+        return _put(caller, at, 8, lambda: STEP_NS.to_bytes(8, "little"))
+
+    def random_get(caller: wasmtime.Caller, at: int, length: int) -> int:
+        return _put(caller, at, length & 0xFFFF_FFFF, lambda: host.random(length & 0xFFFF_FFFF))
+
+    i32, i64 = wasmtime.ValType.i32, wasmtime.ValType.i64
+    for name in WASI_P1:
+        linker.define_func(
+            name,
+            "clock_time_get",
+            wasmtime.FuncType([i32(), i64(), i32()], [i32()]),
+            clock_time_get,
+            access_caller=True,
+        )
+        linker.define_func(
+            name,
+            "clock_res_get",
+            wasmtime.FuncType([i32(), i32()], [i32()]),
+            clock_res_get,
+            access_caller=True,
+        )
+        linker.define_func(
+            name, "random_get", wasmtime.FuncType([i32(), i32()], [i32()]), random_get, access_caller=True
+        )
+
+
+def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes]) -> int:
+    """Writes `length` bytes, made once it is sure that they fit the guest's memory, at `at`."""
+    memory = caller.get("memory")
+    start = at & 0xFFFF_FFFF  # wasmtime hands an i32 over with its sign
+    if not isinstance(memory, wasmtime.Memory) or start + length > memory.data_len(caller):
+        return _FAULT
+    memory.write(caller, make(), start)
+    return _OK
+
+
+# -- preview 2 ---------------------------------------------------------------------------------------------
+
+
+def make_component_deterministic(linker: "component.Linker") -> None:
+    """Replaces the clock and random functions of preview 2, in a linker that allows shadowing.
+
+    Raises GuestRefused where this wasmtime names them in a way that can't be found: a run that only seems to
+    be deterministic is worse than none."""
+    host = DeterministicHost()
+    version = _host_version(linker.engine)
+    with linker.root() as root:
+        for interface, functions in _replacements(host).items():
+            with root.add_instance(f"{interface}@{version}") as instance:
+                for name, function in functions.items():
+                    instance.add_func(name, function)
+
+
+def _replacements(host: DeterministicHost) -> dict[str, dict[str, Callable[..., Any]]]:
+    from wasmtime import component
+
+    def datetime(nanoseconds: int) -> component.Record:
+        record = component.Record()
+        seconds, rest = divmod(nanoseconds, 1_000_000_000)
+        vars(record).update(seconds=seconds, nanoseconds=rest)
+        return record
+
+    return {
+        "wasi:clocks/monotonic-clock": {"now": lambda _s: host.monotonic(), "resolution": lambda _s: STEP_NS},
+        "wasi:clocks/wall-clock": {
+            "now": lambda _s: datetime(host.wall()),
+            "resolution": lambda _s: datetime(STEP_NS),
+        },
+        "wasi:random/random": {
+            "get-random-bytes": lambda _s, n: host.random(n),
+            "get-random-u64": lambda _s: host.random_u64(),
+        },
+        "wasi:random/insecure": {
+            "get-insecure-random-bytes": lambda _s, n: host.random(n),
+            "get-insecure-random-u64": lambda _s: host.random_u64(),
+        },
+        "wasi:random/insecure-seed": {"insecure-seed": lambda _s: (host.random_u64(), host.random_u64())},
+    }
+
+
+def _host_version(engine: wasmtime.Engine) -> str:
+    """The 0.2 that wasmtime's own definitions bear: only under that very name do ours take the place of
+    single functions.
+
+    A linker that allows no shadowing tells, by refusing to define one of them again."""
+    from wasmtime import component
+
+    for minor in _VERSIONS:
+        linker = component.Linker(engine)
+        linker.add_wasip2()
+        with linker.root() as root, root.add_instance(f"wasi:clocks/monotonic-clock@0.2.{minor}") as instance:
+            try:
+                instance.add_func("now", lambda _s: 0)
+            except wasmtime.WasmtimeError:
+                return f"0.2.{minor}"
+    raise GuestRefused(
+        "--deterministic knows no way to replace this wasmtime's clock: use the version that the "
+        "receipt names"
+    )

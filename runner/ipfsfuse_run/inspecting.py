@@ -13,10 +13,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
 from ipfsfuse.errors import Malformed
 from ipfsfuse.text import printable
-from ipfsfuse_run import bundle, messages, options
-from ipfsfuse_run.bundle import Bundle
-from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.receipt import Receipt
+from ipfsfuse_run import options, receipts
+from ipfsfuse_run.errors import ReceiptRefused, say
+from ipfsfuse_run.receipts import Bundle, Receipt
 from ipfsfuse_run.replay import check_stdin, opened
 
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         for each in found:
             print(f"{each.type:<10} {each.size:>14,} {each.read:>14,}  {printable(each.path)}")
     if walk.left_out:
-        messages.say(f"{path}: more paths than these lead to what was read; the rest is left out")
+        say(f"{path}: more paths than these lead to what was read; the rest is left out")
     return 0
 
 
@@ -101,9 +100,9 @@ class Walk:
             ) from exc
 
     def _rows(self) -> Iterator[Row]:
-        place = self._record.find(bundle.IPFS)
+        place = self._record.find(receipts.IPFS)
         # a tree may be far deeper than Python's calls
-        stack = [] if place is None else [(place, f"/{bundle.IPFS}")]
+        stack = [] if place is None else [(place, f"/{receipts.IPFS}")]
         top = True
         while stack:
             cid, path = stack.pop()
@@ -150,7 +149,7 @@ class Walk:
         if isinstance(node, Directory):
             yield from ((link.cid, link.name) for link in node.links)
             return
-        for index, link in node.slots:
+        for index, link in zip(node.indices, node.links, strict=True):
             below = hamt.below(spot, node, index)
             entry = hamt.entry_name(node, link)
             if entry:

@@ -3,12 +3,11 @@ Pure.
 
 A receipt's limits come through the same check as the command line's."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ipfsfuse import units
 from ipfsfuse.errors import UsageError
-from ipfsfuse_run import units
 
 
 class Limits(NamedTuple):
@@ -76,12 +75,13 @@ def parse(given: Sequence[str]) -> Limits:
                 f"-W {item[:80] or given[0]} is not a limit; there are "
                 f"{', '.join(map(option, Limits._fields))}"
             )
-        if field in DURATIONS:
-            found[field] = units.duration(name, text)
-        elif field in SIZES:
-            found[field] = units.size(name, text)
-        else:
-            found[field] = units.count(name, text)
+        convert = (
+            units.duration if field in DURATIONS else units.size_or_zero if field in SIZES else units.count
+        )
+        try:
+            found[field] = convert(text)
+        except UsageError as exc:
+            raise UsageError(f"-W {name}: {exc}") from exc
     return checked(found)
 
 
@@ -92,7 +92,8 @@ def checked(numbers: Mapping[str, object]) -> Limits:
         if name not in Limits._fields:
             raise UsageError(f"{name[:80]} is not a limit")
         kinds = (int, float) if name in DURATIONS else (int,)
-        if type(value) not in kinds or not isinstance(value, int | float) or not math.isfinite(value):
+        # JSON's integers have any size: `math.isfinite` raises OverflowError for those that no float holds
+        if type(value) not in kinds or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise UsageError(f"{option(name)}={value!s:.80} is not a number that can be a limit")
         low, high = _RANGES.get(name, _ANY)
         if not low <= value <= high:

@@ -11,6 +11,7 @@ import json
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ipfsfuse
-from ipfsfuse.errors import DaemonFailed, MountFailed, StoreFailed, UsageError
-from ipfsfuse_run import paths
-from ipfsfuse_run.control import Control
+from ipfsfuse.client import Connection
+from ipfsfuse.errors import DaemonFailed, IpfsFuseError, MountFailed, StoreFailed, UsageError
+from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.options import Options
+from ipfsfuse_run.sandbox import cache_home
 
 _RACE_S = 30.0
+_ANSWER_S = 40.0
+"""Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
 _GONE_S = 2.0
 
 
@@ -35,7 +39,7 @@ class Mount(NamedTuple):
     mountpoint: str
     mount_id: int
     """The kernel's number of it."""
-    control: Control
+    control: Connection
     """The held connection to its daemon."""
     daemon: int | None = None
     """The process that serves it, where it was started for this run: it ends with the mount's last user."""
@@ -76,7 +80,18 @@ def _shared(options: Options) -> Mount:
         time.sleep(0.05)
 
 
-# -- the cache folder of a mount that lives ------------------------------------------------------------------
+def _held(path: Path, folder: int) -> Connection:
+    """A connection to the daemon at `path` that holds its mount. Raises DaemonFailed, MountFailed."""
+    connection = Connection(path, folder, _ANSWER_S)
+    try:
+        connection.hold()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+# -- the cache folder of a mount that lives ----------------------------------------------------------------
 
 _DAEMON, _LOCK, _CONTROL = "daemon.json", "lock", "control"
 _MAX_DAEMON = 64 << 10
@@ -86,7 +101,7 @@ _MAX_DAEMON = 64 << 10
 def _daemon_folder(options: Options) -> Path:
     """Where the daemon of the cache folder has its lock, its socket, and the file that says where it is
     mounted."""
-    default = os.path.join(paths.cache_home(), "ipfsfuse")
+    default = os.path.join(cache_home(), "ipfsfuse")
     return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default, "ipfsfuse-cache")
 
 
@@ -149,7 +164,7 @@ def _live(options: Options) -> Mount | None:
         try:
             with open(_read(folder, _DAEMON), "rb") as file:
                 mountpoint = str(json.loads(file.read(_MAX_DAEMON))["mountpoint"])
-            control = Control(folder, path / _CONTROL)
+            control = _held(path / _CONTROL, folder)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
             return None  # none, one that is starting, or what a killed one left
     try:
@@ -201,7 +216,7 @@ def _unescaped(text: str) -> str:
     return text
 
 
-# -- a mount of this run's own -------------------------------------------------------------------------------
+# -- a mount of this run's own -----------------------------------------------------------------------------
 
 
 def _start(options: Options, isolated: bool) -> Mount:
@@ -224,7 +239,7 @@ def _start(options: Options, isolated: bool) -> Mount:
         with _opened(path.parent) as folder:
             if folder is None:
                 raise MountFailed(f"the folder {path.parent} of the new mount's socket is gone")
-            control = Control(folder, path)
+            control = _held(path, folder)
         mount_id = _mount_id(mountpoint)
         if mount_id is None:
             control.release()
@@ -280,3 +295,78 @@ def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
     if options.cache_dir is not None:
         passed.append(f"--cache-dir={options.cache_dir}")
     return [*passed, *["--isolated"] * isolated]
+
+
+# -- what a guest can tell others --------------------------------------------------------------------------
+
+
+def resolved(options: Options, mount: Mount) -> dict[str, str]:
+    """What each of the run's IPNS names stands for now: a path below the mountpoint. Raises GuestRefused,
+    UsageError."""
+    found: dict[str, str] = {}
+    for name in options.ipns:
+        if "/" in name or name in ("", ".", ".."):
+            raise UsageError(f"--ipns {name} is not a name: give the name alone, without /ipns/ and a path")
+        try:
+            path = str(mount.control.ask("resolve", name=name)["path"])
+        except IpfsFuseError as exc:
+            raise GuestRefused(f"--ipns {name}: {exc}") from exc
+        found[name] = path.removeprefix("/ipfs/")
+    return found
+
+
+def warn_of_disclosure(options: Options, mount: Mount) -> None:
+    """Says in one line which sources can learn what this guest was given, where it was given anything and
+    nothing prevents it."""
+    given = _given(options)
+    if not given or options.allow or "--offline" in options.mount_options:
+        return
+    sources = _network_sources(mount)
+    if sources:
+        more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+        say(
+            f"this guest can tell {sources[0]}{more} what it reads in {given}, by the CIDs that it "
+            "asks /ipfs for: "
+            "--allow CID or --offline prevents that"
+        )
+
+
+def _given(options: Options) -> str:
+    """What of this run may hold secrets, in words."""
+    parts = (
+        ["--dir"] * bool(options.dirs)
+        + ["--env"] * bool(options.env)
+        + ["standard input"] * (options.guest != "-" and _has_input())
+    )
+    return ", ".join(parts)
+
+
+def _has_input() -> bool:
+    """Whether standard input is a pipe, a socket or a file with anything in it: a terminal is its user's own
+    doing."""
+    try:
+        info = os.fstat(0)
+    except OSError:
+        return False
+    return (
+        stat.S_ISFIFO(info.st_mode)
+        or stat.S_ISSOCK(info.st_mode)
+        or (stat.S_ISREG(info.st_mode) and info.st_size > 0)
+    )
+
+
+def _network_sources(mount: Mount) -> list[str]:
+    """The sources of the mount that lead beyond this machine's disks. A mount that does not tell is taken to
+    have some."""
+    try:
+        told = mount.control.ask("status")
+        if told["offline"] or told.get("allow"):
+            return []
+        return [str(each["name"]) for each in told["sources"] if not _is_local(str(each["name"]))]
+    except (IpfsFuseError, KeyError, TypeError):
+        return ["its mount's sources"]
+
+
+def _is_local(source: str) -> bool:
+    """The library, and CAR files, are read in place."""
+    return source == "library" or os.path.isabs(source)

@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import ipfsfuse
+from ipfsfuse.client import Connection
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError, WrongBlock
-from ipfsfuse_run import bundle, disclosure, messages, mounts, sandbox, streams, supervise
-from ipfsfuse_run import receipt as receipts
-from ipfsfuse_run.bundle import Writer
+from ipfsfuse_run import mounts, receipts, sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.control import Control
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.receipt import GivenDir, Receipt
+from ipfsfuse_run.receipts import GivenDir, Receipt, Writer
 from ipfsfuse_run.sandbox import Sandbox
-from ipfsfuse_run.streams import Digest
-from ipfsfuse_run.supervise import Outcome, Streams
+from ipfsfuse_run.supervisor import Digest, Outcome
 
 
 class _Material(NamedTuple):
@@ -39,7 +36,7 @@ class _Material(NamedTuple):
     """The daemon's record: JSON lines."""
     guest: BinaryIO
     stdin: BinaryIO
-    control: Control
+    control: Connection
 
 
 class _Run(NamedTuple):
@@ -57,12 +54,12 @@ def record(options: Options) -> Outcome:
     with (
         tempfile.TemporaryFile() as used,
         tempfile.TemporaryFile() as guest,
-        streams.spooled_stdin(options.limits.max_stdin) as stdin,
+        supervisor.spooled_stdin(options.limits.max_stdin) as stdin,
     ):
         # the daemon opens the file through this process, which outlives it
         told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
         with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
-            disclosure.warn(options, mount)
+            mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
             plan = Plan(
                 options.guest, mount.mountpoint, box, mount.mount_id, options.deterministic, guest.fileno()
@@ -95,18 +92,14 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, stdin: BinaryIO, control: Control) -> _Run:
-    out, err = streams.HashingSink(streams.carried(1)), streams.HashingSink(streams.carried(2))
-    bound = plan.box.limits.max_stdout
-    sinks = streams.bounded(out, bound, "standard output"), streams.bounded(err, bound, "standard error")
+def _run(plan: Plan, stdin: BinaryIO, control: Connection) -> _Run:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    outcome = supervise.run(plan, Streams(stdin.fileno(), *sinks), close=[control.fileno()])
-    if outcome.trap is not None:
-        err(messages.trap_text(plan.name, outcome.trap).encode())
+    through = supervisor.to_descriptor(1), supervisor.to_descriptor(2)
+    outcome, out, err = supervisor.run_hashed(plan, stdin, through, close=[control.fileno()])
     return _Run(
         outcome,
-        out.digest(),
-        err.digest(),
+        out,
+        err,
         started.isoformat(timespec="milliseconds"),
         round(time.monotonic() - begin, 3),
     )
@@ -116,7 +109,7 @@ def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _M
     if options.guest == "-":  # standard input was the guest: none was left for it
         material.stdin.truncate(0)
     receipt = _receipt(options, box, run, material)
-    with bundle.written(target) as out:
+    with receipts.written(target) as out:
         if target.suffix == ".json":
             with open(os.devnull, "wb") as nowhere:
                 receipt, _roots = _with_blocks(Writer(nowhere), receipt, material.control)
@@ -128,7 +121,7 @@ def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _M
 def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> Receipt:
     read, ahead = _used(material.used)
     return Receipt(
-        guest=bundle.cid_of(material.guest),
+        guest=receipts.cid_of(material.guest),
         name=os.fsencode(options.guest).decode(errors="replace"),
         argv=box.argv,
         env=box.env,
@@ -144,7 +137,7 @@ def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> 
         read=read,
         missing=(),
         ahead=ahead,
-        stdin=streams.digest_of(material.stdin),
+        stdin=supervisor.digest_of(material.stdin),
         stdout=run.stdout,
         stderr=run.stderr,
         exit_code=run.outcome.code,
@@ -181,19 +174,19 @@ def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Ma
     given = [each._replace(cid=built.cid) for each, built in zip(receipt.dirs, dirs, strict=True)]
     material.guest.seek(0)
     children = [
-        (bundle.RECEIPT, writer.add_file(io.BytesIO(_encoded(receipt._replace(dirs=given))))),
-        (bundle.GUEST, writer.add_file(material.guest)),
-        (bundle.STDIN, writer.add_file(material.stdin)),
-        (bundle.IPFS, writer.add_folder([(cids.text(cid), built) for cid, built in roots.items()])),
+        (receipts.RECEIPT, writer.add_file(io.BytesIO(_encoded(receipt._replace(dirs=given))))),
+        (receipts.GUEST, writer.add_file(material.guest)),
+        (receipts.STDIN, writer.add_file(material.stdin)),
+        (receipts.IPFS, writer.add_folder([(cids.text(cid), built) for cid, built in roots.items()])),
     ]
     if dirs:
         children.append(
-            (bundle.DIRS, writer.add_folder([(str(number), built) for number, built in enumerate(dirs)]))
+            (receipts.DIRS, writer.add_folder([(str(number), built) for number, built in enumerate(dirs)]))
         )
     writer.close(writer.add_folder(children))
 
 
-def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Receipt, dict[Cid, Built]]:
+def _with_blocks(writer: Writer, receipt: Receipt, control: Connection) -> tuple[Receipt, dict[Cid, Built]]:
     """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the
     roots that were used: the blocks that no block read before them links to."""
     roots: dict[Cid, Built] = {}
@@ -210,14 +203,14 @@ def _with_blocks(writer: Writer, receipt: Receipt, control: Control) -> tuple[Re
             continue
         if cids.multihash(cid) not in below:
             roots[cid] = Built(cid, 0, len(block))
-        below.update(cids.multihash(each) for each in bundle.links(cid, block))
+        below.update(cids.multihash(each) for each in receipts.links(cid, block))
     lacking = set(missing)
     return receipt._replace(
         read=[each for each in receipt.read if each not in lacking], missing=missing
     ), roots
 
 
-def _ask(control: Control, cid: Cid) -> bytes:
+def _ask(control: Connection, cid: Cid) -> bytes:
     """One block from the mount's daemon, which need not be trusted with it. Raises DaemonFailed."""
     try:
         block = base64.b64decode(control.ask("block", cid=cids.text(cid))["data"], validate=True)

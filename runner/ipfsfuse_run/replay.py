@@ -10,16 +10,13 @@ from typing import BinaryIO, NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Directory
-from ipfsfuse_run import bundle, limits, messages, mounts, sandbox, streams, supervise
-from ipfsfuse_run import receipt as receipts
-from ipfsfuse_run.bundle import Bundle
-from ipfsfuse_run.child import Plan
+from ipfsfuse_run import limits, mounts, receipts, sandbox, supervisor
+from ipfsfuse_run.child import MAX_GUEST, Plan
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.guest import MAX_BYTES as MAX_GUEST
 from ipfsfuse_run.limits import NO_LIMITS, Limits
 from ipfsfuse_run.options import Dir, Options
-from ipfsfuse_run.receipt import Receipt
-from ipfsfuse_run.supervise import Outcome, Sink, Streams
+from ipfsfuse_run.receipts import Bundle, Receipt
+from ipfsfuse_run.supervisor import Outcome, Sink
 
 
 class Verdict(NamedTuple):
@@ -55,23 +52,23 @@ def opened(path: Path) -> Iterator[tuple[Bundle, Receipt]]:
 
     Its standard input is not looked at (`check_stdin`). Raises ReceiptRefused."""
     with closing(Bundle(path)) as record:
-        place = record.find(bundle.RECEIPT)
+        place = record.find(receipts.RECEIPT)
         if place is None:
-            raise ReceiptRefused(f"{path} holds no {bundle.RECEIPT}: it is not a record of a run")
+            raise ReceiptRefused(f"{path} holds no {receipts.RECEIPT}: it is not a record of a run")
         receipt = receipts.decode(record.receipt(place))
         _check_parts(record, receipt)
         yield record, receipt
 
 
 def _check_parts(record: Bundle, receipt: Receipt) -> None:
-    if record.find(bundle.GUEST) != receipt.guest:
+    if record.find(receipts.GUEST) != receipt.guest:
         raise ReceiptRefused(f"{record.path}: its guest is not the one that its receipt names")
     for cid in receipt.read:
         if cid not in record:
             raise ReceiptRefused(
                 f"{record.path} is cut short: it lacks the block {cids.text(cid)} that the run read"
             )
-    place = record.find(bundle.DIRS)
+    place = record.find(receipts.DIRS)
     node = None if place is None else record.node(place)
     held = {link.name: link.cid for link in node.links} if isinstance(node, Directory) else {}
     for number, each in enumerate(receipt.dirs):
@@ -88,8 +85,8 @@ def check_stdin(
     receipt names.
 
     `most` bytes are looked at, by default as many as the CAR file can hold and 64 MiB more."""
-    given = streams.HashingSink(None if out is None else _into(out))
-    place = record.find(bundle.STDIN)
+    given = supervisor.HashingSink(None if out is None else _into(out))
+    place = record.find(receipts.STDIN)
     if place is not None and record.file(place).size == receipt.stdin.size:
         for data in record.content(place, record.size + (64 << 20) if most is None else most):
             given(data)
@@ -181,9 +178,9 @@ DIFFERENT = 3
 
 
 def _copy_guest(record: Bundle, out: BinaryIO) -> None:
-    place = record.find(bundle.GUEST)
+    place = record.find(receipts.GUEST)
     if place is None:
-        raise ReceiptRefused(f"{record.path} holds no {bundle.GUEST}")
+        raise ReceiptRefused(f"{record.path} holds no {receipts.GUEST}")
     out.writelines(record.content(place, min(MAX_GUEST, max(64 << 20, 4 * record.size))))
     out.seek(0)
 
@@ -191,7 +188,6 @@ def _copy_guest(record: Bundle, out: BinaryIO) -> None:
 def _run(
     path: Path, receipt: Receipt, chosen: Limits, guest: BinaryIO, stdin: BinaryIO
 ) -> tuple[Outcome, Sequence[Verdict]]:
-    out, err = streams.HashingSink(None), streams.HashingSink(None)
     options = Options(
         guest=f"/proc/self/fd/{guest.fileno()}",
         args=tuple(receipt.argv[1:]),
@@ -220,16 +216,10 @@ def _run(
             shown_as=receipt.name,
             max_data=data,
         )
-        sinks = (
-            streams.bounded(out, chosen.max_stdout, "standard output"),
-            streams.bounded(err, chosen.max_stdout, "standard error"),
-        )
-        outcome = supervise.run(plan, Streams(stdin.fileno(), *sinks), close=[mount.control.fileno()])
-        if outcome.trap is not None:
-            err(messages.trap_text(plan.name, outcome.trap).encode())
+        outcome, out, err = supervisor.run_hashed(plan, stdin, (None, None), close=[mount.control.fileno()])
     return outcome, [
-        Verdict("stdout", receipt.stdout, out.digest()),
-        Verdict("stderr", receipt.stderr, err.digest()),
+        Verdict("stdout", receipt.stdout, out),
+        Verdict("stderr", receipt.stderr, err),
         Verdict("exit code", _end(receipt.exit_code, receipt.trapped), _end(outcome.code, outcome.trapped)),
     ]
 

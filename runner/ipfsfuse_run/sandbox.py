@@ -1,9 +1,8 @@
-"""What a guest can reach: `/`, `/ipfs`, the folders given with --dir; no socket, and no variable of the
-host's.
+"""What a guest can reach: `/`, `/ipfs` and the folders given with --dir. It gets no socket and none of the
+host's variables.
 
-`/` is a folder that holds the other names and can't be written, so that programs which walk from the root
-find their way. It is named after what it holds and stays in the runner's cache folder: nothing is left to
-remove after a kill.
+`/` is a read-only folder that holds the other names, for programs that walk from the root. It lies in the
+runner's cache folder, named after what it holds, so nothing is left to remove after a kill.
 """
 
 import contextlib
@@ -12,19 +11,21 @@ import os
 import posixpath
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-import wasmtime
-
-from ipfsfuse.errors import UsageError
-from ipfsfuse_run import paths
+from ipfsfuse.errors import StoreFailed, UsageError
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Dir, Options
 
-IPFS = "/ipfs"
+IPFS, IPNS = "/ipfs", "/ipns"
+
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class Preopen(NamedTuple):
@@ -34,7 +35,7 @@ class Preopen(NamedTuple):
     guest: str
     writable: bool
     mount_id: int | None = None
-    """The kernel's number of the mount that `host` must be the top of; None for any folder."""
+    """The kernel's number of the mount that `host` must be in; None for any folder."""
 
 
 class Sandbox(NamedTuple):
@@ -46,16 +47,23 @@ class Sandbox(NamedTuple):
     cwd: str | None
     limits: Limits
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """`env`, and PWD if there is a working directory."""
+        return ({} if self.cwd is None else {"PWD": self.cwd}) | dict(self.env)
 
-def build(options: Options, mountpoint: str, mount_id: int | None = None) -> Sandbox:
-    """Raises UsageError, StoreFailed."""
+
+def build(
+    options: Options, mountpoint: str, mount_id: int | None = None, names: Mapping[str, str] = NO_NAMES
+) -> Sandbox:
+    """`names`: what each IPNS name stands for, a path below the mountpoint. Raises UsageError,
+    StoreFailed."""
     argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
-    names = [options.cwd or "", *(each.guest for each in options.dirs)]
-    for text in (*argv, *names, *(part for variable in options.env for part in variable)):
+    guests = [options.cwd or "", *(each.guest for each in options.dirs)]
+    for text in (*argv, *guests, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)
-    return Sandbox(
-        argv, options.env, preopens(mountpoint, options.dirs, mount_id), options.cwd, options.limits
-    )
+    folders = preopens(mountpoint, options.dirs, mount_id, names)
+    return Sandbox(argv, options.env, folders, options.cwd, options.limits)
 
 
 def _check_text(text: str) -> None:
@@ -67,16 +75,24 @@ def _check_text(text: str) -> None:
         ) from exc
 
 
-def preopens(mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None) -> list[Preopen]:
-    """`/`, `/ipfs` and `dirs`, in this order; nothing is opened. Raises UsageError for a guest's name that
-    can't be."""
+def preopens(
+    mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None, names: Mapping[str, str] = NO_NAMES
+) -> list[Preopen]:
+    """`/`, `/ipfs`, what is below `/ipns`, and `dirs`, in this order. Nothing is opened. Raises UsageError
+    for a name that the guest can't have."""
     found = [Preopen(mountpoint, IPFS, writable=False, mount_id=mount_id)]
+    for name, path in names.items():
+        found.append(
+            Preopen(os.path.join(mountpoint, path), f"{IPNS}/{name}", writable=False, mount_id=mount_id)
+        )
     for each in dirs:
         guest = posixpath.normpath(each.guest)
         if guest == ".." or guest.startswith("../") or "\0" in guest:
             raise UsageError(f"--dir {each.host}::{each.guest}: the guest's name for it can't lead upward")
         if _below("/" + guest.lstrip("/"), IPFS):  # WASI's C library takes `ipfs` and `//ipfs` for it too
             raise UsageError(f"--dir {each.host}::{each.guest}: /ipfs is the mount's")
+        if names and _below("/" + guest.lstrip("/"), IPNS):
+            raise UsageError(f"--dir {each.host}::{each.guest}: /ipns has the names given with --ipns")
         found.append(Preopen(each.host, guest, each.writable))
     if not any(each.guest == "/" for each in found):
         found.insert(0, Preopen(str(_root([each.guest for each in found])), "/", writable=False))
@@ -86,60 +102,52 @@ def preopens(mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None) 
 def _root(names: Sequence[str]) -> Path:
     inside = sorted(each.strip("/") for each in names if each.startswith("/"))
     digest = hashlib.sha256("\0".join(inside).encode(errors="surrogateescape")).hexdigest()[:16]
-    root = paths.private("roots", digest)
+    root = private_folder("roots", digest)
     for each in inside:
-        paths.private("roots", digest, *filter(None, each.split("/")))
+        private_folder("roots", digest, *filter(None, each.split("/")))
     return root
-
-
-def wasi_config(box: Sandbox) -> wasmtime.WasiConfig:
-    """For the guest's own process: the folders may be in the mount, and are opened here. Raises
-    GuestRefused."""
-    wasi = wasmtime.WasiConfig()
-    wasi.argv = list(box.argv)
-    env = dict(box.env)
-    if box.cwd is not None:
-        env.setdefault("PWD", box.cwd)
-    wasi.env = list(env.items())
-    wasi.inherit_stdin()
-    wasi.inherit_stdout()
-    wasi.inherit_stderr()
-    for each in box.preopens:
-        with _folder(each) as path:
-            _preopen(wasi, path, each)
-    if box.cwd is not None:
-        base, rest = _working_folder(box.cwd, box.preopens)
-        with inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id) as path:
-            _preopen(wasi, path, Preopen(box.cwd, ".", base.writable))
-    return wasi
-
-
-def _preopen(wasi: wasmtime.WasiConfig, path: str, each: Preopen) -> None:
-    try:
-        wasi.preopen_dir(path, each.guest, each.writable)
-    except wasmtime.WasmtimeError as exc:
-        raise GuestRefused(f"the folder {each.host} can't be read by the guest") from exc
 
 
 _LOOK = os.O_PATH | os.O_CLOEXEC
 
 
+class OpenFolder(NamedTuple):
+    """A folder that was opened for the guest. `path` names this very folder, whatever becomes of the name
+    `host` that it was opened by."""
+
+    host: str
+    path: str
+    guest: str
+    writable: bool
+
+
 @contextlib.contextmanager
-def _folder(each: Preopen) -> Iterator[str]:
-    try:
-        folder = os.open(each.host, _LOOK | os.O_DIRECTORY)
-    except OSError as exc:
-        raise GuestRefused(f"the folder {each.host} can't be opened for the guest: {exc.strerror}") from exc
-    try:
-        _check_mount(folder, each.mount_id, each.host)
-        yield _path(folder)
-    finally:
-        os.close(folder)
+def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
+    """The preopens, and `.` for the working directory: WASI has none, and its C library resolves relative
+    names by that preopen. Only the guest's process opens them: they may be in the mount. Raises
+    GuestRefused."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for each in box.preopens:
+            try:
+                folder = os.open(each.host, _LOOK | os.O_DIRECTORY)
+            except OSError as exc:
+                raise GuestRefused(
+                    f"the folder {each.host} can't be opened for the guest: {exc.strerror}"
+                ) from exc
+            stack.callback(os.close, folder)
+            _check_mount(folder, each.mount_id, each.host)
+            found.append(OpenFolder(each.host, _path(folder), each.guest, each.writable))
+        if box.cwd is not None:
+            base, rest = _working_folder(box.cwd, box.preopens)
+            place = inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id)
+            found.append(OpenFolder(box.cwd, stack.enter_context(place), ".", base.writable))
+        yield found
 
 
 def _check_mount(file: int, mount_id: int | None, path: str) -> None:
-    """Raises GuestRefused unless the open `file` is in the mount of that number: the kernel knows, without
-    asking its daemon."""
+    """Raises GuestRefused unless the open `file` is in the mount of that number. Asks the kernel alone, not
+    the mount's daemon."""
     if mount_id is None:
         return
     with open(f"/proc/self/fdinfo/{file}", encoding="ascii") as lines:
@@ -149,14 +157,11 @@ def _check_mount(file: int, mount_id: int | None, path: str) -> None:
 
 
 def _path(file: int) -> str:
-    """A name of an open file which is that very file's, whatever becomes of the name that it was opened
-    by."""
     return f"/proc/self/fd/{file}"
 
 
 def _working_folder(cwd: str, given: Sequence[Preopen]) -> tuple[Preopen, str]:
-    """`cwd` as a folder that was given and a name below it. It becomes the folder `.`: WASI has no working
-    directory, and its C library resolves relative names by that name."""
+    """`cwd` as a folder that was given, and a name below it. Raises GuestRefused."""
     wanted = posixpath.normpath(cwd)
     base = max(
         (each for each in given if _below(wanted, each.guest)), key=lambda each: len(each.guest), default=None
@@ -172,11 +177,11 @@ def _below(path: str, folder: str) -> bool:
 
 @contextlib.contextmanager
 def inside(base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None) -> Iterator[str]:
-    """A path of the file that `rest` leads to below `base`, out of which no symlink can lead. Raises
-    GuestRefused.
+    """A path of the file that `rest` leads to below `base`. Raises GuestRefused if a symlink leads out of
+    `base`.
 
-    What is opened is looked at only then: whoever may write below `base` could put a symlink behind any look
-    before."""
+    The check comes after the opening: whoever may write below `base` could change it after an earlier
+    check."""
     with contextlib.ExitStack() as stack:
         top, file = (
             _opened(path, name, more, stack) for path, more in ((base, 0), (os.path.join(base, rest), flags))
@@ -198,9 +203,9 @@ def _opened(path: str, name: str, flags: int, stack: contextlib.ExitStack) -> in
 
 
 def limit_process(limits: Limits, file_size: int | None = None, data: int | None = None) -> None:
-    """What wasmtime can't limit: this process, which is the guest's alone. A write beyond `file_size` bytes
-    in a file kills it by SIGXFSZ, which Python ignores; memory beyond `data` bytes is refused to all memories
-    together."""
+    """Limits this process, which is the guest's alone, in what wasmtime can't limit. A write beyond
+    `file_size` bytes of a file kills it by SIGXFSZ (Python ignores that signal by default). `data` bytes
+    bound all its memory together."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.max_open_files is not None:
         _lower(resource.RLIMIT_NOFILE, limits.max_open_files)
@@ -215,3 +220,45 @@ def _lower(limit: int, wanted: int) -> None:
     _soft, hard = resource.getrlimit(limit)
     value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(limit, (value, value))
+
+
+# -- the runner's own folder -------------------------------------------------------------------------------
+
+
+def cache_home() -> str:
+    """The user's cache folder. As in the mount, a relative XDG_CACHE_HOME is ignored (XDG specification)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), ".cache")
+
+
+def private_folder(*parts: str) -> Path:
+    """`$XDG_CACHE_HOME/ipfsfuse-run/parts...`, made if it is missing.
+
+    Raises StoreFailed if a folder on the way can't be made, is a symlink, or is not this user's alone."""
+    path = Path(cache_home(), "ipfsfuse-run")
+    if not path.is_absolute():
+        raise StoreFailed("there is no home folder to put things in: set HOME or XDG_CACHE_HOME")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for depth, part in enumerate(("", *parts)):
+            path = path / part
+            try:
+                path.mkdir(mode=0o700)
+            except FileExistsError:
+                pass  # whatever it is: checked next, without following a symlink
+            # an earlier version made the deeper folders with mode 0755: nobody else can reach those
+            _check_private(path, 0o077 if depth < 2 else 0o022)
+    except OSError as exc:
+        raise StoreFailed(f"the folder {path} can't be used: {exc.strerror}") from exc
+    return path
+
+
+def _check_private(path: Path, forbidden: int) -> None:
+    """Raises StoreFailed unless `path` is a folder of this user's that has none of the modes `forbidden`."""
+    found = os.lstat(path)
+    mode = stat.S_IMODE(found.st_mode)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & forbidden:
+        raise StoreFailed(
+            f"{path} must be a folder of yours alone (mode 0700): remove it, or set XDG_CACHE_HOME to "
+            "another folder"
+        )

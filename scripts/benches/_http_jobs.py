@@ -16,16 +16,19 @@ import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.sources.base import Run, Subtree
 
 try:
+    from ipfsfuse.sources.base import LeafRange, Subtree
     from ipfsfuse.sources.http.client import Http
     from ipfsfuse.sources.http.gateway import Gateway
-    from ipfsfuse.sources.origin import parse_origin
+    from ipfsfuse.sources.http.origin import parse_origin
 except ImportError:  # before httpx
-    from ipfsfuse.sources.http.client import Http  # type: ignore[import-not-found,no-redef]
-    from ipfsfuse.sources.http.gateway import Gateway  # type: ignore[import-not-found,no-redef]
-    from ipfsfuse.sources.origin import parse_origin  # type: ignore[import-not-found,no-redef]
+    from ipfsfuse.sources.web.gateway import Gateway  # type: ignore[import-not-found,no-redef]
+    from ipfsfuse.sources.web.http import Http  # type: ignore[import-not-found,no-redef]
+    from ipfsfuse.sources.web.origin import parse_origin  # type: ignore[import-not-found,no-redef]
+
+    from ipfsfuse.sources.base import Run as LeafRange  # type: ignore[attr-defined,no-redef]
+    from ipfsfuse.sources.base import Subtree
 
 CALLERS = 16
 RANGE = 16
@@ -52,7 +55,7 @@ async def ranges(gateway: Gateway, plan: dict[str, Any]) -> None:
 
     for start in range(0, len(leaves), RANGE):
         await gateway.stream(
-            Run(cids.parse(plan["file"]), len(leaves) << 20, leaves[start : start + RANGE]), deliver
+            LeafRange(cids.parse(plan["file"]), len(leaves) << 20, leaves[start : start + RANGE]), deliver
         )
 
 

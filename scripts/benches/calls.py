@@ -15,7 +15,8 @@ from types import CodeType, FrameType
 from tests.kubo.node import Node
 from tests.mounting import Home, wait_until
 
-TOGGLE = signal.SIGRTMIN
+TOGGLE = signal.SIGWINCH
+"""The mount ignores the others that have no meaning of their own."""
 SIZE = 64 << 20
 """Bytes of the file that is read: large enough for read-ahead."""
 QUIET = 1.0

@@ -16,8 +16,8 @@ from ipfsfuse.cache.store.folder import locked
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.http.client import Http, HttpSettings
-from ipfsfuse.sources.http.rpc import Rpc
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.kubo import Rpc
+from ipfsfuse.sources.http.origin import parse_origin
 from tests.kubo.node import Node
 
 PATIENCE = 60.0

@@ -13,7 +13,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, Unavailable
-from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, Run, Subtree, Taker
+from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, LeafRange, Subtree, Taker
 
 
 class Place:
@@ -26,7 +26,7 @@ class Place:
     async def get(self, cid: Cid) -> bytes:
         raise NotHere(cids.text(cid))
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         pass
 
     def roots(self) -> Sequence[Cid]:
@@ -43,7 +43,7 @@ class Chain:
         self.source = Place("memory", in_place)
         self.blocks: dict[bytes, bytes] = {}
         self.asked: list[Cid] = []
-        self.runs: list[Run] = []
+        self.runs: list[LeafRange] = []
         self.stalled: set[Cid] = set()
         self.delay = 0.0
         self.cancelled: list[Cid] = []
@@ -72,7 +72,7 @@ class Chain:
             raise Unavailable(f"{cids.text(cid)}: nobody has it")
         return Fetched(self.blocks[cids.multihash(cid)], self.source)
 
-    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
         self.runs.append(run)
         for index, leaf in enumerate(run.leaves):
             fetched = await self.get(leaf.cid)
@@ -133,7 +133,7 @@ def staged(folder: Path, kind: str) -> list[Path]:
 
 def staged_bytes(cache: PinsetCache, cid: Cid) -> int:
     """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
-    kept = cache.kept_of(cid)
+    kept = cache.store.kept_of(cid)
     return kept.staged if kept is not None else 0
 
 

@@ -88,9 +88,11 @@ async def fifty_readers(cache: PinsetCache, chain: Chain, rounds: int) -> None:
         for _ in range(rounds):
             file, leaves, content = dice.choice(files)
             leaf = dice.choice(leaves)
-            assert bytes(await cache.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+            assert (
+                bytes(await cache.reader.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+            )
             for one in dice.sample(small, 3):
-                await cache.leaf(one, Leaf(one.cid, 0, one.size))
+                await cache.reader.leaf(one, Leaf(one.cid, 0, one.size))
             assert cache.statistics().used <= BUDGET
 
     async with trio.open_nursery() as nursery:
@@ -103,7 +105,7 @@ def test_never_over_at_any_moment_with_fifty_readers(tmp_path: Path) -> None:
 
         async def main() -> None:
             async with PinsetCache.open(folder, Chain(), BUDGET) as cache:
-                chain = cache._blocks
+                chain = cache.reader._blocks
                 assert isinstance(chain, Chain)
                 await fifty_readers(cache, chain, 40)
                 assert cache.statistics().evictions > 20
@@ -140,14 +142,13 @@ def test_a_file_larger_than_the_budget_reads_and_so_does_an_evicted_open_file(tm
         chain = Chain()
         file, leaves, content = make_file(chain, 2 * BUDGET, 1 << 20)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            cache.opened(file)
-            got = b"".join([bytes(await cache.leaf(file, leaf)) for leaf in leaves])
+            cache.reader.opened(file)
+            got = b"".join([bytes(await cache.reader.leaf(file, leaf)) for leaf in leaves])
             assert got == content
             assert 0 < staged_bytes(cache, file.cid) <= BUDGET
             await cache.evict(file.cid)
             assert staged_bytes(cache, file.cid) == 0
-            assert bytes(await cache.leaf(file, leaves[3])) == content[3 * MIB : 4 * MIB]
-            cache.closed(file)
+            assert bytes(await cache.reader.leaf(file, leaves[3])) == content[3 * MIB : 4 * MIB]
 
     trio.run(main)
 
@@ -162,16 +163,16 @@ def test_a_budget_of_a_few_blocks_works(tmp_path: Path, budget: int) -> None:
         async with PinsetCache.open(tmp_path, chain, budget) as cache:
             for _ in range(2):
                 for number, one in enumerate(small):
-                    await cache.block(one.cid)
+                    await cache.reader.block(one.cid)
                     if number % 20 == 0:
-                        await cache.leaf(file, leaves[number // 20])
-                        await cache.block(large[number // 40])
+                        await cache.reader.leaf(file, leaves[number // 20])
+                        await cache.reader.block(large[number // 40])
                         await trio.sleep(0.02)
                     assert cache.statistics().used <= budget
                 assert taken(tmp_path) <= budget
             assert cache.statistics().evictions > 10
             chain.asked.clear()
-            await cache.block(small[-1].cid)
+            await cache.reader.block(small[-1].cid)
             assert chain.asked == []
 
     trio.run(main)
@@ -183,16 +184,16 @@ def test_what_was_used_again_outlives_a_scan_and_a_restart(tmp_path: Path) -> No
         hot, hot_leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed=1)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for leaf in hot_leaves:
-                await cache.leaf(hot, leaf)
-            cache.opened(hot)
+                await cache.reader.leaf(hot, leaf)
+            cache.reader.opened(hot)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for seed in range(10, 30):
                 file, leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed=seed)
                 for leaf in leaves:
-                    await cache.leaf(file, leaf)
+                    await cache.reader.leaf(file, leaf)
             chain.asked.clear()
             for leaf in hot_leaves:
-                await cache.leaf(hot, leaf)
+                await cache.reader.leaf(hot, leaf)
             assert chain.asked == []
 
     trio.run(main)
@@ -206,11 +207,11 @@ def test_what_could_fill_much_of_the_budget_is_not_asked_for_at_once(tmp_path: P
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             whole = subtree(chain)
-            ended = cache.gather(replace(whole, limit=BUDGET // OF_BUDGET + 1), wanted, none_besides)
+            ended = cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET + 1), wanted, none_besides)
             assert ended.is_set()
-            await cache.block(wanted[0])
+            await cache.reader.block(wanted[0])
             assert (chain.asked, len(chain.subtrees)) == ([wanted[0]], 0)
-            await cache.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, none_besides).wait()
+            await cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, none_besides).wait()
             assert len(chain.subtrees) == 1
 
     trio.run(main)

@@ -44,8 +44,8 @@ def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
         file, leaves, _content = make_file(chain, MIB, 1 << 18)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for leaf in leaves:
-                await cache.leaf(file, leaf)
-            await cancelled_waiting_for(cache.store.upkeep, lambda: cache.evict(file.cid))
+                await cache.reader.leaf(file, leaf)
+            await cancelled_waiting_for(cache.store.io.upkeep, lambda: cache.evict(file.cid))
             on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "staging"))
             assert on_disk == staged_bytes(cache, file.cid)
 
@@ -100,11 +100,11 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             async with cache.pinning(whole) as pinning:
                 await read_all(cache, whole)
-                for kept in cache.kept():
+                for kept in cache.store.kept():
                     await pinning.file(FileRef(kept.cid, kept.size))
                 try:
                     async with cache.pinning(lacking) as failing:
-                        for kept in cache.kept():
+                        for kept in cache.store.kept():
                             await failing.file(FileRef(kept.cid, kept.size))
                         raise ZeroDivisionError
                 except ZeroDivisionError:

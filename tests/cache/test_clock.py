@@ -42,7 +42,7 @@ async def use_in_turn(cache: PinsetCache, chain: Chain, clock: Clock) -> list[in
     for seed, years in enumerate(jumps):
         clock.by = years * YEAR
         file, leaves, content = make_file(chain, MIB, seed=seed)
-        cache.opened(file)
+        cache.reader.opened(file)
         assert await read(cache, file, leaves) == content
         await trio.sleep(0.02)
     return jumps
@@ -50,7 +50,7 @@ async def use_in_turn(cache: PinsetCache, chain: Chain, clock: Clock) -> list[in
 
 def in_order_of_use(cache: PinsetCache, chain: Chain) -> list[int]:
     """The seeds, as `kept` lists their files; no time is negative or in the future."""
-    kept = cache.kept()
+    kept = cache.store.kept()
     times = [each.last_used for each in kept]
     assert times == pytest.approx(sorted(times, reverse=True), abs=0.01)
     assert all(0 <= each <= time.time() for each in times)
@@ -64,7 +64,9 @@ def test_the_order_of_use_survives_a_clock_that_jumps(tmp_path: Path, clock: Clo
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await use_in_turn(cache, chain, clock)
             assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
-            assert all(time.time() - each.last_used < 60 for each in cache.kept()), "as the clock stands now"
+            assert all(time.time() - each.last_used < 60 for each in cache.store.kept()), (
+                "as the clock stands now"
+            )
         clock.by = -30 * YEAR
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
@@ -83,7 +85,7 @@ def test_after_a_crash_no_time_lies_in_the_future(tmp_path: Path, clock: Clock) 
         async with PinsetCache.open(tmp_path / "crashed", chain, BUDGET) as cache:
             assert sorted(in_order_of_use(cache, chain)) == [0, 1, 2, 3, 4, 5]
             last, leaves, _content = make_file(chain, MIB, seed=3)
-            cache.opened(last)
+            cache.reader.opened(last)
             assert in_order_of_use(cache, chain)[0] == 3
             assert staged_bytes(cache, last.cid) >= MIB
             assert len(leaves) == 16
@@ -106,6 +108,6 @@ def test_a_use_is_written_to_the_disk_however_the_clock_was_set(
             with trio.fail_after(20):
                 while next((tmp_path / "staging").iterdir()).stat().st_mtime > time.time():
                     await trio.sleep(0.03)  # less than the time between two notes: frequent use is noted too
-                    cache.opened(file)
+                    cache.reader.opened(file)
 
     trio.run(main)

@@ -49,7 +49,7 @@ async def main():
                 file, leaves, content = next(item for item in files if cids.text(item[0].cid) == text)
                 chain.asked.clear()
                 if cache.store.staging.entries.get(file.cid):
-                    got = b"".join([bytes(await cache.leaf(file, leaf)) for leaf in leaves])
+                    got = b"".join([bytes(await cache.reader.leaf(file, leaf)) for leaf in leaves])
                     say("again", right=got == content, asked=len(chain.asked))
             dice = random.Random(seed)
             async def reader(number):
@@ -57,10 +57,10 @@ async def main():
                 while True:
                     file, leaves, content = dice.choice(files)
                     for leaf in dice.choice([leaves, leaves[:3]]):
-                        if bytes(await cache.leaf(file, leaf)) != content[leaf.offset : leaf.offset + leaf.size]:
+                        if bytes(await cache.reader.leaf(file, leaf)) != content[leaf.offset : leaf.offset + leaf.size]:
                             say("wrong")
                     one = dice.choice(small)
-                    await cache.leaf(one, Leaf(one.cid, 0, one.size))
+                    await cache.reader.leaf(one, Leaf(one.cid, 0, one.size))
                     if cache.statistics().used > budget:
                         say("over")
             async with trio.open_nursery() as nursery:
@@ -147,7 +147,7 @@ async def main():
     chain = Chain()
     async with PinsetCache.open(Path(sys.argv[1]), chain, 8 << 20) as cache:
         for number in range(100):
-            await cache.block(chain.add(random_bytes(3000, number)))
+            await cache.reader.block(chain.add(random_bytes(3000, number)))
         os.kill(os.getpid(), signal.SIGKILL)
 trio.run(main)
 """
@@ -167,7 +167,7 @@ def test_small_blocks_written_in_the_last_moment_are_there(tmp_path: Path) -> No
         async with PinsetCache.open(tmp_path, chain, 8 << 20) as cache:
             for number in range(100):
                 block = random_bytes(3000, number)
-                assert await cache.block(chain.add(block)) == block
+                assert await cache.reader.block(chain.add(block)) == block
             assert chain.asked == []
 
     trio.run(main)
@@ -180,15 +180,15 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
         other, others, _content = make_file(chain, 1 << 20, 1 << 18, seed=1)
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             for leaf in leaves:
-                await cache.leaf(file, leaf)
+                await cache.reader.leaf(file, leaf)
         whole = tmp_path / "staging" / cids.text(file.cid)
         part = whole.with_name(f"{whole.name}.part")
         part.write_bytes(random_bytes(1 << 19, 1))
         (tmp_path / "staging" / f"{cids.text(other.cid)}.part").touch()
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             assert not part.exists()
-            await cache.leaf(other, others[0])
-            assert {kept.cid: (kept.size, kept.complete) for kept in cache.kept()} == {
+            await cache.reader.leaf(other, others[0])
+            assert {kept.cid: (kept.size, kept.complete) for kept in cache.store.kept()} == {
                 file.cid: (file.size, True),
                 other.cid: (other.size, False),
             }
@@ -206,7 +206,7 @@ def test_a_part_that_only_seems_whole_gets_its_name_when_each_leaf_was_proved(tm
         part = whole.with_name(f"{whole.name}.part")
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             for leaf in leaves:
-                await cache.leaf(file, leaf)
+                await cache.reader.leaf(file, leaf)
         end = leaves[4].offset + leaves[4].size
         with whole.open("r+b") as disk:
             os.pwrite(disk.fileno(), bytes(end % 4096), end - end % 4096)
@@ -216,7 +216,8 @@ def test_a_part_that_only_seems_whole_gets_its_name_when_each_leaf_was_proved(tm
             async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
                 for leaf in some:
                     assert (
-                        bytes(await cache.leaf(file, leaf)) == content[leaf.offset : leaf.offset + leaf.size]
+                        bytes(await cache.reader.leaf(file, leaf))
+                        == content[leaf.offset : leaf.offset + leaf.size]
                     )
             assert (whole.exists(), part.exists()) == (some == leaves, some != leaves)
         assert chain.asked == [leaves[4].cid]

@@ -22,7 +22,7 @@ MIB = 1 << 20
 @asynccontextmanager
 async def nothing_written(cache: PinsetCache) -> AsyncIterator[None]:
     """Every thread that writes is taken for the length of the block."""
-    limiter = cache.store.writing
+    limiter = cache.store.io.writing
     takers = [object() for _ in range(int(limiter.total_tokens))]
     for taker in takers:
         await limiter.acquire_on_behalf_of(taker)
@@ -35,7 +35,7 @@ async def nothing_written(cache: PinsetCache) -> AsyncIterator[None]:
 
 async def read_early(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf], got: list[Leaf]) -> None:
     for leaf in leaves:
-        await cache.leaf(file, leaf, early=True)
+        await cache.reader.leaf(file, leaf, early=True)
         got.append(leaf)
 
 
@@ -46,21 +46,21 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
         waited: list[bytes] = []
 
         async def wants_it_staged() -> None:
-            waited.append(bytes(await cache.leaf(file, leaves[0])))
+            waited.append(bytes(await cache.reader.leaf(file, leaves[0])))
 
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, trio.open_nursery() as nursery:
             async with nothing_written(cache):
                 for _ in range(2):
-                    assert await cache.leaf(file, leaves[0], early=True) == content[:MIB]
+                    assert await cache.reader.leaf(file, leaves[0], early=True) == content[:MIB]
                 nursery.start_soon(wants_it_staged)
                 await wait_all_tasks_blocked()
                 assert not waited
                 assert not staged(tmp_path, "staging")
             await wait_all_tasks_blocked(0.01)
-            await cache.leaf(file, leaves[0])
+            await cache.reader.leaf(file, leaves[0])
             assert waited == [content[:MIB]]
             assert len(chain.asked) == 1
-            assert cache.kept()[0].staged >= MIB
+            assert cache.store.kept()[0].staged >= MIB
 
     trio.run(main)
 
@@ -84,11 +84,11 @@ def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(t
 
             async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
                 await nursery.start(hold, cache)
-                await cache.leaf(file, leaves[0], early=True)
+                await cache.reader.leaf(file, leaves[0], early=True)
                 assert not staged(tmp_path, "staging")
                 nursery.start_soon(let_go_later)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            assert await cache.leaf(file, leaves[0]) == content[:MIB]
+            assert await cache.reader.leaf(file, leaves[0]) == content[:MIB]
             assert len(chain.asked) == 1
 
     trio.run(main)

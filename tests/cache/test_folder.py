@@ -20,7 +20,7 @@ import trio
 from ipfsfuse import __version__
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store import folder, isolated
+from ipfsfuse.cache.store import folder
 from ipfsfuse.cache.store.folder import is_free, locked
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import StoreFailed
@@ -31,11 +31,11 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs
 
 HOLDER = """
 import contextlib, sys, pathlib
-from ipfsfuse.cache.store import folder, isolated
+from ipfsfuse.cache.store import folder
 with contextlib.ExitStack() as stack:
     where = pathlib.Path(sys.argv[2])
     if sys.argv[1] == "isolated":
-        where = stack.enter_context(isolated.isolated_folder(where))
+        where = stack.enter_context(folder.isolated_folder(where))
     held = stack.enter_context(folder.locked(where))
     if sys.argv[1] == "announced":
         held.announce(12345, "/mnt/there")
@@ -301,7 +301,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
         async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinning(file.cid) as pinning:
             await pinning.file(file)
             for leaf in leaves:
-                await cache.leaf(file, leaf)
+                await cache.reader.leaf(file, leaf)
             pinning.keep_structure = _nothing  # type: ignore[method-assign]
 
     with locked(where) as held:
@@ -485,7 +485,7 @@ def test_a_newer_index_is_refused_by_the_version_to_use_and_kept(cache_dir: Path
 
 
 def test_an_isolated_folder_is_private_and_gone_afterwards(tmp_path: Path) -> None:
-    with isolated.isolated_folder(tmp_path) as one, isolated.isolated_folder(tmp_path) as two:
+    with folder.isolated_folder(tmp_path) as one, folder.isolated_folder(tmp_path) as two:
         assert one != two
         assert one.stat().st_mode & 0o777 == 0o700
         assert one.name.startswith(f"ipfsfuse-isolated-{os.geteuid()}-")
@@ -500,7 +500,7 @@ def test_what_kill_9_left_of_an_isolated_folder_is_swept_by_the_next_start(tmp_p
     end(killed, signal.SIGKILL)
     assert Path(left).exists()
     try:
-        with isolated.isolated_folder(tmp_path):
+        with folder.isolated_folder(tmp_path):
             assert not Path(left).exists()
             assert Path(used).exists()
     finally:
@@ -520,14 +520,14 @@ def test_folders_that_are_not_exactly_ours_are_never_swept(tmp_path: Path, victi
     (temporary / f"{ours}openness").chmod(0o755)
     (temporary / f"{ours}fileonly").write_text("kept")
     before = contents(tmp_path)
-    with isolated.isolated_folder(temporary):
+    with folder.isolated_folder(temporary):
         pass
     assert contents(tmp_path) == before
 
 
 def _make_and_leave(where: str, times: int, failed: "multiprocessing.Queue[str]") -> None:
     for _ in range(times):
-        with isolated.isolated_folder(Path(where)) as made, locked(made) as held:
+        with folder.isolated_folder(Path(where)) as made, locked(made) as held:
             (held.path / "content").write_text("mine")
             if not (held.path / "content").exists() or not made.exists():
                 failed.put(str(made))

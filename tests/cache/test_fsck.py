@@ -37,8 +37,8 @@ async def fill(folder: Path, chain: Chain, blocks: Sequence[Cid]) -> list[Place]
     """Stages the blocks; where they lie, all in one pack."""
     async with PinsetCache.open(folder, chain, BUDGET << 3) as cache:
         for cid in blocks:
-            await cache.block(cid)
-        places = [cache.store.place(cid) for cid in blocks]
+            await cache.reader.block(cid)
+        places = [cache.store.blocks.place(cid) for cid in blocks]
     chain.asked.clear()
     assert {place.pack for place in places if place} == {1}
     return [place for place in places if place]
@@ -85,10 +85,10 @@ def test_blocks_behind_a_damaged_head_are_checked_and_the_head_is_written_anew(
         blocks = make(chain)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             with trio.fail_after(10):
-                while cache.store.index.anew:
+                while cache.store.blocks.index.anew:
                     await trio.lowlevel.checkpoint()
             for cid in blocks:
-                assert await cache.block(cid) == chain.blocks[cids.multihash(cid)]
+                assert await cache.reader.block(cid) == chain.blocks[cids.multihash(cid)]
         assert chain.asked == []
 
     trio.run(main)
@@ -115,7 +115,7 @@ def test_right_blocks_that_the_index_lost_are_found_again(tmp_path: Path) -> Non
             report = await cache.fsck()
             assert (report.blocks, report.wrong, report.heads, report.found) == (COUNT, 0, 1, 4)
             for cid in blocks:
-                await cache.block(cid)
+                await cache.reader.block(cid)
         assert chain.asked == []
 
     trio.run(main)
@@ -130,7 +130,7 @@ def test_a_wrong_block_of_what_is_pinned_is_mended_where_it_is_kept(tmp_path: Pa
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root, pin=True)
         for path in staged(tmp_path, "packs"):
-            for _cid, place in list(cache.store.packs.sections(int(path.stem))):
+            for _cid, place in list(cache.store.blocks.packs.sections(int(path.stem))):
                 flip(path, place.at + place.size // 2)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             if by == "fsck":
@@ -166,10 +166,10 @@ def test_a_file_is_held_yet_when_the_pack_with_its_root_leaves(tmp_path: Path) -
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             file = file_node(chain, 1 << 20, 5)
             await read_all(cache, file)
-            place = cache.store.place(file)
+            place = cache.store.blocks.place(file)
             assert place is not None
             await cache.store.budget.evict(place.pack)
-            assert cache.store.place(file) is None
+            assert cache.store.blocks.place(file) is None
             assert pins.asked == [("add", file)]
             await cache.evict(file)
             assert pins.asked == [("add", file), ("remove", file)]

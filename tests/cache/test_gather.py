@@ -49,7 +49,7 @@ async def read_all(cache: PinsetCache, wanted: Iterable[Cid]) -> list[bytes]:
     got: dict[Cid, bytes] = {}
 
     async def read(cid: Cid) -> None:
-        got[cid] = await cache.block(cid)
+        got[cid] = await cache.reader.block(cid)
 
     async with trio.open_nursery() as nursery:
         for cid in wanted:
@@ -63,7 +63,7 @@ def test_who_asks_for_what_is_expected_waits_for_it_and_makes_no_request(tmp_pat
     chain.sends = [gate, *wanted]
 
     async def main(cache: PinsetCache) -> None:
-        ended = cache.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(read_all, cache, wanted)
@@ -83,16 +83,16 @@ def test_what_does_not_come_is_asked_for_alone_by_who_waits_for_it_and_by_nobody
     chain.sends = [*wanted[:4], gate]
 
     async def main(cache: PinsetCache) -> None:
-        cache.gather(subtree(chain), [*wanted, absent], none_besides)
+        cache.reader.gather(subtree(chain), [*wanted, absent], none_besides)
         await wait_all_tasks_blocked()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(cache.block, wanted[4])
+            nursery.start_soon(cache.reader.block, wanted[4])
             await wait_all_tasks_blocked()
             assert chain.asked == []
             gate.set()
         assert chain.asked == [wanted[4]]
         with pytest.raises(Unavailable, match="nobody has it"):
-            await cache.block(absent)
+            await cache.reader.block(absent)
 
     with_cache(tmp_path, chain, main)
 
@@ -108,8 +108,8 @@ def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> Non
         return [*below, *first] if cid == first[-1] else ()
 
     async def main(cache: PinsetCache) -> None:
-        ended = cache.gather(subtree(chain), first, seen)
-        await cache.block(first[-1])
+        ended = cache.reader.gather(subtree(chain), first, seen)
+        await cache.reader.block(first[-1])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read_all, cache, below)
             await wait_all_tasks_blocked()
@@ -134,20 +134,20 @@ def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Pat
     inline = cids.make(cids.RAW, b"\x00\x02hi")
 
     async def main(cache: PinsetCache) -> None:
-        await cache.block(large)
-        await cache.leaf(FileRef(as_leaf, 200_000), Leaf(as_leaf, 0, 200_000))
-        await cache.block(node)
+        await cache.reader.block(large)
+        await cache.reader.leaf(FileRef(as_leaf, 200_000), Leaf(as_leaf, 0, 200_000))
+        await cache.reader.block(node)
         chain.stalled = {under_way}
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(cache.block, under_way)
+            nursery.start_soon(cache.reader.block, under_way)
             await wait_all_tasks_blocked()
             asked = len(chain.asked)
             chain.sends = [*wanted, under_way, inline]
-            await cache.gather(subtree(chain), [*wanted, under_way, inline], none_besides).wait()
+            await cache.reader.gather(subtree(chain), [*wanted, under_way, inline], none_besides).wait()
             assert (chain.sent, len(chain.asked)) == (wanted[:FEW], asked)
             nursery.cancel_scope.cancel()
         chain.sent = []
-        await cache.gather(subtree(chain), [*wanted, inline], none_besides).wait()
+        await cache.reader.gather(subtree(chain), [*wanted, inline], none_besides).wait()
         assert (chain.sent, len(chain.subtrees), len(chain.asked)) == ([], 1, asked)
 
     with_cache(tmp_path, chain, main)
@@ -160,11 +160,11 @@ def test_a_large_file_of_which_nothing_is_left_is_wanted_again(tmp_path: Path) -
     chain.sends = list(wanted)
 
     async def main(cache: PinsetCache) -> None:
-        await cache.gather(subtree(chain), wanted, none_besides).wait()
-        assert (chain.sent, cache.kept_of(wanted[-1]) is not None) == (wanted, True)
+        await cache.reader.gather(subtree(chain), wanted, none_besides).wait()
+        assert (chain.sent, cache.store.kept_of(wanted[-1]) is not None) == (wanted, True)
         await cache.evict(wanted[-1])
         chain.sent = []
-        await cache.gather(subtree(chain), [*wanted, *others], none_besides).wait()
+        await cache.reader.gather(subtree(chain), [*wanted, *others], none_besides).wait()
         assert chain.sent == [wanted[-1]]
 
     with_cache(tmp_path, chain, main)
@@ -176,8 +176,8 @@ def test_for_few_that_are_missing_there_is_no_such_answer(tmp_path: Path) -> Non
 
     async def main(cache: PinsetCache) -> None:
         for cid in wanted[:3]:
-            await cache.block(cid)
-        await cache.gather(subtree(chain), wanted, none_besides).wait()
+            await cache.reader.block(cid)
+        await cache.reader.gather(subtree(chain), wanted, none_besides).wait()
         assert chain.subtrees == []
         await read_all(cache, wanted)
         assert sorted(chain.asked) == sorted(wanted)
@@ -192,8 +192,8 @@ def test_an_answer_that_drips_keeps_nobody_from_asking_elsewhere_in_time(tmp_pat
 
     async def main(cache: PinsetCache) -> None:
         start = trio.current_time()
-        ended = cache.gather(subtree(chain), wanted, none_besides)
-        assert await cache.block(wanted[3]) == b"block 3"
+        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
+        assert await cache.reader.block(wanted[3]) == b"block 3"
         assert trio.current_time() - start < DEADLINE / 2
         assert chain.asked == [wanted[3]]
         await ended.wait()
@@ -207,9 +207,9 @@ def test_a_reader_that_leaves_leaves_the_others_and_the_answer_alone(tmp_path: P
     chain.sends = [gate, *wanted]
 
     async def main(cache: PinsetCache) -> None:
-        ended = cache.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
         with trio.move_on_after(0.01):
-            await cache.block(wanted[0])
+            await cache.reader.block(wanted[0])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read_all, cache, wanted)
             await wait_all_tasks_blocked()
@@ -227,8 +227,8 @@ def test_a_cache_that_is_closed_waits_for_no_answer(tmp_path: Path) -> None:
     ended: list[trio.Event] = []
 
     async def main(cache: PinsetCache) -> None:
-        ended.append(cache.gather(subtree(chain), wanted, none_besides))
-        await cache.block(wanted[1])
+        ended.append(cache.reader.gather(subtree(chain), wanted, none_besides))
+        await cache.reader.block(wanted[1])
 
     with_cache(tmp_path, chain, main)
     assert ended[0].is_set()
@@ -246,7 +246,7 @@ def test_trouble_of_who_is_told_what_comes_ends_the_answer_alone(tmp_path: Path)
         return ()
 
     async def main(cache: PinsetCache) -> None:
-        await cache.gather(subtree(chain), wanted, seen).wait()
+        await cache.reader.gather(subtree(chain), wanted, seen).wait()
         assert await read_all(cache, wanted) == [b"block %d" % number for number in range(6)]
         assert sorted(chain.asked) == sorted(wanted[2:]), "what came together with it, too"
 
@@ -260,7 +260,7 @@ def test_a_directory_of_40000_entries_is_registered_in_slices_and_all_of_it(tmp_
 
     async def main(cache: PinsetCache) -> None:
         before = time.thread_time()
-        ended = cache.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
         assert time.thread_time() - before < 0.05
         await wait_all_tasks_blocked()
         async with trio.open_nursery() as nursery:

@@ -48,7 +48,7 @@ async def drive(cache: PinsetCache, walk: Walk[list[Leaf]]) -> list[Leaf]:
     try:
         wanted = next(walk)
         while True:
-            wanted = walk.send([nodes.parse(cid, await cache.block(cid)) for cid in wanted])
+            wanted = walk.send([nodes.parse(cid, await cache.reader.block(cid)) for cid in wanted])
     except StopIteration as end:
         return list(end.value)
 
@@ -63,7 +63,7 @@ async def read_all(cache: PinsetCache, cid: Cid, pin: bool = False) -> None:
 
 
 async def _read(cache: PinsetCache, cid: Cid, each: object) -> None:
-    node = nodes.parse(cid, await cache.block(cid))
+    node = nodes.parse(cid, await cache.reader.block(cid))
     if isinstance(node, Directory):
         for link in node.links:
             await _read(cache, link.cid, each)
@@ -72,7 +72,7 @@ async def _read(cache: PinsetCache, cid: Cid, each: object) -> None:
         if callable(each):
             await each(ref)
         for leaf in await drive(cache, file_layout.leaves(node, 0, node.size)):
-            await cache.leaf(ref, leaf)
+            await cache.reader.leaf(ref, leaf)
 
 
 async def churn(cache: PinsetCache, chain: Chain) -> None:
@@ -80,9 +80,9 @@ async def churn(cache: PinsetCache, chain: Chain) -> None:
     for seed in range(500, 500 + 4 * BUDGET // (2 * MIB)):
         ref, leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed)
         for leaf in leaves:
-            await cache.leaf(ref, leaf)
+            await cache.reader.leaf(ref, leaf)
         for number in range(20):
-            await cache.block(chain.add(random_bytes(20_000, 10_000 + 100 * seed + number)))
+            await cache.reader.block(chain.add(random_bytes(20_000, 10_000 + 100 * seed + number)))
 
 
 async def fetches(cache: PinsetCache, chain: Chain, cid: Cid) -> int:
@@ -102,7 +102,7 @@ def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tm
             await churn(cache, chain)
             assert await fetches(cache, chain, kept) == 0
             assert cache.statistics().pinned > 3 * MIB
-            assert {one.pinned for one in cache.kept()} == {"user", ""}
+            assert {one.pinned for one in cache.store.kept()} == {"user", ""}
             await cache.evict()
             assert await fetches(cache, chain, kept) == 0
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -211,9 +211,11 @@ def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_pa
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root)
             ref = FileRef(lone, MIB)
-            for leaf in await drive(cache, file_layout.leaves(_file(lone, await cache.block(lone)), 0, MIB)):
-                await cache.leaf(ref, leaf)
-            place = cache.store.place(lone)
+            for leaf in await drive(
+                cache, file_layout.leaves(_file(lone, await cache.reader.block(lone)), 0, MIB)
+            ):
+                await cache.reader.leaf(ref, leaf)
+            place = cache.store.blocks.place(lone)
             assert place is not None
         flip(tmp_path / "packs" / f"{place.pack}.pack", place.at)
         flip(next(path for path in staged(tmp_path, "staging") if path.name != cids.text(lone)), 77)

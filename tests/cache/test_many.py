@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache import root_names
+from ipfsfuse.cache import pinset
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -23,7 +23,7 @@ SMALL_BLOCKS = int(os.environ.get("IPFSFUSE_SMALL_BLOCKS", "100000"))
 def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(root_names, "MAX_NAMES", 100)
+    monkeypatch.setattr(pinset, "MAX_NAMES", 100)
 
     async def main() -> None:
         chain = Chain()
@@ -34,11 +34,11 @@ def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_ti
             holds = cache.store.holds
             monkeypatch.setattr(cache.store, "holds", lambda cid: looked.append(cid) or holds(cid))
             for one, other in zip(staged, gone, strict=True):
-                await cache.block(one)
+                await cache.reader.block(one)
                 for cid in (one, other):
                     before = len(looked)
                     cache.note_root(cid, cids.text(cid))
-                    assert len(looked) - before <= root_names.LOOK_AT
+                    assert len(looked) - before <= pinset.LOOK_AT
             assert {cid for cid, _spelling in cache.named_roots()} == set(staged)
             assert len(cache._names._names) < 150 + 100
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -63,10 +63,10 @@ def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(count)
-                listed = await cache.listed()
+                listed = await cache.store.listed()
                 nursery.cancel_scope.cancel()
             assert turns >= 20_000 // 500
-            assert listed == cache.kept()
+            assert listed == cache.store.kept()
             assert len(listed) == 20_000
 
     trio.run(main)
@@ -83,11 +83,11 @@ def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(
             for number in range(SMALL_BLOCKS):
                 block = number.to_bytes(8, "big") + dice.randbytes(dice.randrange(4088))
                 cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest())
-                assert await cache.store.keep_block(cid, block)
+                assert await cache.store.blocks.keep(cid, block)
                 content += len(block)
         async with PinsetCache.open(tmp_path, chain, 64 << 30) as cache:
-            assert (await cache.small()).blocks == SMALL_BLOCKS
-            assert await cache.block(cid) == block
+            assert (await cache.store.blocks.count()).blocks == SMALL_BLOCKS
+            assert await cache.reader.block(cid) == block
             assert chain.asked == []
         return content
 
@@ -102,7 +102,7 @@ def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(
 def test_blocks_that_come_together_fill_pack_after_pack(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
-            packs = cache.store.packs
+            packs = cache.store.blocks.packs
             together = [
                 [random_bytes(10_000, 100 * answer + number) for number in range(70)] for answer in range(12)
             ]
@@ -112,11 +112,11 @@ def test_blocks_that_come_together_fill_pack_after_pack(tmp_path: Path) -> None:
                 for block in blocks
             ]
             for answer in range(12):
-                await cache.store.keep_blocks(kept[70 * answer : 70 * answer + 70])
+                await cache.store.blocks.keep_many(kept[70 * answer : 70 * answer + 70])
             *filled, _last = sorted(packs.sizes)
             assert len(filled) >= 7
             assert all(packs.limit - 10_100 <= packs.sizes[pack] <= packs.limit for pack in filled)
             for cid, block in kept:
-                assert await cache.store.block(cid) == block
+                assert await cache.store.blocks.get(cid) == block
 
     trio.run(main)

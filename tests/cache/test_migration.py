@@ -76,7 +76,7 @@ class Used:
 
         async def main(path: Path) -> None:
             async with PinsetCache.open(path, chain, BUDGET) as cache:
-                await cache.store.packs_indexed.wait()
+                await cache.store.blocks.packs_indexed.wait()
                 assert list(cache.pinned()) == [self.pinned]
                 assert cache.statistics().pinned > 2 << 20
                 assert cache.statistics().pinned_lost == 0
@@ -334,19 +334,19 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
     async def main(path: Path) -> None:
         async with PinsetCache.open(path, chain, 4 << 20) as cache:
             for seed in range(40):  # more than the budget, while what is pinned may not be known yet
-                await cache.block(chain.add(random_bytes(60_000, seed)))
+                await cache.reader.block(chain.add(random_bytes(60_000, seed)))
                 file = chain.add(random_bytes(200_000, 1000 + seed))
-                await cache.block(file)
+                await cache.reader.block(file)
             with trio.fail_after(20):
                 while b'"packs"' not in pin.read_bytes():  # noqa: ASYNC110
                     await trio.sleep(0.01)
-                await cache.store.packs_indexed.wait()
+                await cache.store.blocks.packs_indexed.wait()
             chain.asked.clear()
             await read_all(cache, used.pinned)
             assert chain.asked == []
             assert cache.statistics().pinned_lost == 0
             for seed in range(100):
-                await cache.block(chain.add(random_bytes(60_000, 5000 + seed)))
+                await cache.reader.block(chain.add(random_bytes(60_000, 5000 + seed)))
             chain.asked.clear()
             await read_all(cache, used.pinned)
             assert chain.asked == []
@@ -423,14 +423,14 @@ def test_a_lone_file_that_is_pinned_is_found_by_its_own_name(tmp_path: Path) -> 
     async def main(path: Path) -> None:
         async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinning(lone) as pinning:
             await pinning.file(FileRef(lone, 100_000))
-            await cache.block(lone)
+            await cache.reader.block(lone)
         (path / "index.sqlite").unlink()
         (path / "pinned" / cids.text(lone)).write_text("{}")
         chain.asked.clear()
         async with PinsetCache.open(path, chain, BUDGET) as cache:
-            await cache.store.packs_indexed.wait()
+            await cache.store.blocks.packs_indexed.wait()
             await cache.evict()
-            await cache.block(lone)
+            await cache.reader.block(lone)
             assert chain.asked == []
 
     (tmp_path / "cache").mkdir()

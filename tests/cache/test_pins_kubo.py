@@ -89,6 +89,7 @@ def test_a_sharded_directory_stays_whole(own_node: Node, tmp_path: Path) -> None
     assert blocks([root, *below]) <= blocks(own_node.cmd("refs", "local").split())
 
 
+@pytest.mark.logs(r"pins wait until kubo takes them: kubo: cp: .*not found locally")
 def test_reading_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: Path) -> None:
     node = own_node
     contents = {add(node, data, "--cid-version=1"): data for data in (os.urandom(2000) for _ in range(10))}

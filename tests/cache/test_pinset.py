@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 async def read(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> bytes:
-    return b"".join([bytes(await cache.leaf(file, leaf)) for leaf in leaves])
+    return b"".join([bytes(await cache.reader.leaf(file, leaf)) for leaf in leaves])
 
 
 @pytest.mark.parametrize("dag_pb", [False, True])
@@ -33,17 +33,17 @@ def test_what_was_read_once_is_read_from_the_disk_across_a_restart(
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            await cache.block(file.cid)
+            await cache.reader.block(file.cid)
             assert await read(cache, file, leaves) == content
             assert len(chain.asked) == len(leaves) + 1
             assert await read(cache, file, leaves) == content
-            await cache.block(file.cid)
+            await cache.reader.block(file.cid)
             assert len(chain.asked) == len(leaves) + 1
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert await read(cache, file, leaves) == content
-            await cache.block(file.cid)
+            await cache.reader.block(file.cid)
             assert len(chain.asked) == len(leaves) + 1
-            (kept,) = cache.kept()
+            (kept,) = cache.store.kept()
             assert (kept.cid, kept.size, kept.complete) == (file.cid, file.size, True)
             assert kept.staged == staged_bytes(cache, file.cid) >= file.size
 
@@ -57,11 +57,11 @@ def test_a_part_is_kept_as_a_part_and_goes_on_where_it_was(tmp_path: Path) -> No
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            await cache.leaf(file, leaves[3])
-            await cache.leaf(file, leaves[9])
+            await cache.reader.leaf(file, leaves[3])
+            await cache.reader.leaf(file, leaves[9])
         assert [item.name for item in (tmp_path / "staging").iterdir()] == [cids.text(file.cid) + ".part"]
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            assert not cache.kept()[0].complete
+            assert not cache.store.kept()[0].complete
             assert await read(cache, file, leaves) == content
             assert len(chain.asked) == len(leaves)
 
@@ -77,7 +77,7 @@ def test_a_hundred_readers_of_a_cold_file_ask_for_each_block_once(tmp_path: Path
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, trio.open_nursery() as nursery:
 
             async def reader() -> None:
-                await cache.block(file.cid)
+                await cache.reader.block(file.cid)
                 assert await read(cache, file, leaves) == content
 
             for _ in range(100):
@@ -94,12 +94,14 @@ def test_what_is_read_in_place_is_not_staged_again(tmp_path: Path) -> None:
     async def main() -> None:
         pins = Recorder()
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
-            await cache.block(file.cid)
+            await cache.reader.block(file.cid)
             assert await read(cache, file, leaves) == content
             got: dict[int, bytes] = {}
-            await cache.ahead(file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data)))
+            await cache.reader.ahead(
+                file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data))
+            )
             assert b"".join(got[leaf.offset] for leaf in leaves) == content
-            assert list(cache.kept()) == []
+            assert list(cache.store.kept()) == []
             assert staged_bytes(cache, file.cid) == 0
             assert pins.asked == []
 
@@ -114,13 +116,13 @@ def test_ahead_asks_for_one_run_of_what_is_missing_and_hands_over_all_of_it_once
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            await cache.leaf(file, leaves[5])
+            await cache.reader.leaf(file, leaves[5])
             got: list[tuple[Leaf, bytes]] = []
-            await cache.ahead(file, leaves, lambda leaf, data: got.append((leaf, bytes(data))))
+            await cache.reader.ahead(file, leaves, lambda leaf, data: got.append((leaf, bytes(data))))
             assert [run.leaves for run in chain.runs] == [[*leaves[:5], *leaves[6:]]]
             assert b"".join(data for _leaf, data in sorted(got, key=lambda item: item[0].offset)) == content
             asked = len(chain.asked)
-            await cache.ahead(file, leaves)
+            await cache.reader.ahead(file, leaves)
             assert await read(cache, file, leaves) == content
             assert (len(chain.runs), len(chain.asked)) == (1, asked)
 
@@ -136,7 +138,7 @@ def test_a_leaf_that_stands_many_times_in_a_file_is_asked_for_once(tmp_path: Pat
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             got: list[int] = []
-            await cache.ahead(file, leaves, lambda leaf, data: got.append(leaf.offset))
+            await cache.reader.ahead(file, leaves, lambda leaf, data: got.append(leaf.offset))
             assert sorted(got) == [leaf.offset for leaf in leaves]
             assert await read(cache, file, leaves) == bytes(MIB)
             assert chain.asked == [zeros]
@@ -152,12 +154,12 @@ def test_ahead_raises_nothing_and_who_reads_hears(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             got: list[Leaf] = []
-            await cache.ahead(file, leaves, lambda leaf, data: got.append(leaf))
+            await cache.reader.ahead(file, leaves, lambda leaf, data: got.append(leaf))
             assert leaves[0] in got
             assert leaves[2] not in got
             with pytest.raises(Unavailable):
-                await cache.leaf(file, leaves[2])
-            await cache.leaf(file, leaves[3])
+                await cache.reader.leaf(file, leaves[2])
+            await cache.reader.leaf(file, leaves[3])
 
     trio.run(main)
 
@@ -176,12 +178,12 @@ def test_a_stalled_leaf_fails_at_its_deadline_and_delays_no_other(tmp_path: Path
 
             async def stalled() -> None:
                 with pytest.raises(Unavailable):
-                    await cache.leaf(file, leaves[1])
+                    await cache.reader.leaf(file, leaves[1])
                 ended.append("stalled")
 
             nursery.start_soon(stalled)
             await wait_all_tasks_blocked()
-            await cache.leaf(file, leaves[0])
+            await cache.reader.leaf(file, leaves[0])
             clock.jump(6.9)
             await wait_all_tasks_blocked()
             assert ended == []
@@ -202,11 +204,11 @@ def test_the_last_cancelled_reader_cancels_its_request(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(cache.leaf, file, leaves[0])
+                nursery.start_soon(cache.reader.leaf, file, leaves[0])
                 await wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
             await wait_all_tasks_blocked()
             assert chain.cancelled == [leaves[0].cid]
-            assert list(cache.kept()) == []
+            assert list(cache.store.kept()) == []
 
     trio.run(main)

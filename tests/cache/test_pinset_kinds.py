@@ -28,14 +28,14 @@ def test_a_wrong_leaf_is_fetched_again_in_the_same_read(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            await cache.block(file.cid)
+            await cache.reader.block(file.cid)
             await read(cache, file, leaves)
         flip(tmp_path / "staging" / cids.text(file.cid), leaves[4].offset + 100)
         flip(next((tmp_path / "packs").iterdir()), 60)
         chain.asked.clear()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert await read(cache, file, leaves) == content
-            assert await cache.block(file.cid) == chain.blocks[cids.multihash(file.cid)]
+            assert await cache.reader.block(file.cid) == chain.blocks[cids.multihash(file.cid)]
             assert chain.asked == [leaves[4].cid, file.cid]
             assert await read(cache, file, leaves) == content
             assert len(chain.asked) == 2
@@ -55,8 +55,8 @@ def test_a_leaf_that_content_cannot_prove_is_kept_whole(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            assert bytes(await cache.leaf(file, leaf)) == data
-            assert bytes(await cache.leaf(file, leaf)) == data
+            assert bytes(await cache.reader.leaf(file, leaf)) == data
+            assert bytes(await cache.reader.leaf(file, leaf)) == data
             assert chain.asked == [leaf.cid]
             assert not list((tmp_path / "staging").iterdir())
 
@@ -72,7 +72,7 @@ def test_a_file_that_lies_about_a_leaf_spoils_no_other(tmp_path: Path) -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for _ in range(2):
                 with pytest.raises(Malformed, match="but its parent states 5"):
-                    await cache.leaf(liar, Leaf(leaves[0].cid, 0, 5))
+                    await cache.reader.leaf(liar, Leaf(leaves[0].cid, 0, 5))
             assert await read(cache, file, leaves) == content
             assert staged_bytes(cache, liar.cid) == 0
 
@@ -90,7 +90,7 @@ def test_an_interior_node_taken_for_a_leaf_is_told_apart(tmp_path: Path) -> None
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for _ in range(2):
                 with pytest.raises(NotALeaf):
-                    await cache.leaf(file, Leaf(node, 0, sum(sizes)))
+                    await cache.reader.leaf(file, Leaf(node, 0, sum(sizes)))
             assert chain.asked == [node]
 
     trio.run(main)
@@ -105,14 +105,14 @@ def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for cid in small:
                 assert (
-                    await cache.leaf(FileRef(cid, 2000), Leaf(cid, 0, 2000))
+                    await cache.reader.leaf(FileRef(cid, 2000), Leaf(cid, 0, 2000))
                     == chain.blocks[cids.multihash(cid)]
                 )
-            assert await cache.block(inline) == b"hello"
-            assert await cache.leaf(FileRef(inline, 5), Leaf(inline, 0, 5)) == b"hello"
+            assert await cache.reader.block(inline) == b"hello"
+            assert await cache.reader.leaf(FileRef(inline, 5), Leaf(inline, 0, 5)) == b"hello"
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for cid in small:
-                await cache.block(cid)
+                await cache.reader.block(cid)
             assert chain.asked == small
             assert staged_bytes(cache, small[0]) == 2000
 
@@ -133,9 +133,9 @@ def test_a_raw_block_of_a_mebibyte_is_staged_once_as_the_file_it_is(tmp_path: Pa
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            assert await cache.block(cid) == data
-            assert await cache.leaf(FileRef(cid, MIB), Leaf(cid, 0, MIB)) == data
-            assert await cache.block(cid) == data
+            assert await cache.reader.block(cid) == data
+            assert await cache.reader.leaf(FileRef(cid, MIB), Leaf(cid, 0, MIB)) == data
+            assert await cache.reader.block(cid) == data
             assert chain.asked == [cid]
             assert not list((tmp_path / "packs").iterdir())
 
@@ -150,10 +150,10 @@ def test_pins_are_asked_for_when_a_file_is_staged_and_let_go_when_it_leaves(tmp_
         pins = Recorder()
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             await read(cache, file, leaves)
-            cache.opened(file)
-            assert cache.kept()[0].pinned == "cache"
+            cache.reader.opened(file)
+            assert cache.store.kept()[0].pinned == "cache"
             assert await cache.evict(file.cid) >= MIB
-            await cache.leaf(file, leaves[0])
+            await cache.reader.leaf(file, leaves[0])
             assert [verb for verb, cid in pins.asked if cid == file.cid] == ["add", "remove", "add"]
 
     trio.run(main)
@@ -166,10 +166,10 @@ def test_small_files_are_pinned_when_opened_and_let_go_with_their_pack(tmp_path:
     async def main() -> None:
         pins = Recorder()
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
-            cache.opened(FileRef(cid, 3000))
+            cache.reader.opened(FileRef(cid, 3000))
             assert pins.asked == []  # nothing is known to have come from a node
-            await cache.block(cid)
-            cache.opened(FileRef(cid, 3000))
+            await cache.reader.block(cid)
+            cache.reader.opened(FileRef(cid, 3000))
             await cache.evict()
             assert pins.asked == [("add", cid), ("remove", cid)]
 
@@ -183,7 +183,7 @@ def test_names_in_the_root_are_listed_as_first_spelled_while_staged(tmp_path: Pa
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            await cache.block(block)
+            await cache.reader.block(block)
             cache.note_root(block, "first")
             cache.note_root(block, "second")
             cache.note_root(gone, "gone")

@@ -17,9 +17,11 @@ def test_a_staged_file_is_handed_over_whole_and_no_source_is_asked(tmp_path: Pat
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, 64 << 20) as cache:
-            await cache.ahead(file, leaves)
+            await cache.reader.ahead(file, leaves)
             asked = len(chain.asked)
-            await cache.ahead(file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data)))
+            await cache.reader.ahead(
+                file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data))
+            )
             assert len(chain.asked) == asked
 
     trio.run(main)
@@ -34,13 +36,15 @@ def test_a_wrong_leaf_among_them_is_fetched_again_and_the_others_are_not(tmp_pat
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, 64 << 20) as cache:
-            await cache.ahead(file, leaves)
+            await cache.reader.ahead(file, leaves)
             chain.asked.clear()
             flip(staged(tmp_path, "staging")[0], (4 << 16) + 5)
-            await cache.ahead(file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data)))
+            await cache.reader.ahead(
+                file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data))
+            )
             assert chain.asked == [leaves[4].cid]
             chain.asked.clear()
-            await cache.ahead(file, leaves, lambda leaf, data: None)
+            await cache.reader.ahead(file, leaves, lambda leaf, data: None)
             assert chain.asked == []
 
     trio.run(main)

@@ -9,10 +9,9 @@ import pytest
 import trio
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.budget import Budget, Key
+from ipfsfuse.cache.budget import MAX_RESERVE, Budget, FreeSpace, Key
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import recovery
-from ipfsfuse.cache.store.space import MAX_RESERVE, FreeSpace
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import StoreFailed
 from tests.cache.standin import Chain, make_file, staged_bytes
@@ -49,7 +48,7 @@ async def pin(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> None
     async with cache.pinning(file.cid) as pinning:
         await pinning.file(file)
         for leaf in leaves:
-            await cache.leaf(file, leaf)
+            await cache.reader.leaf(file, leaf)
         pinning.check()
 
 

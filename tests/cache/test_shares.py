@@ -22,7 +22,7 @@ def of_files(chain: Chain, cache: PinsetCache, seed: int, size: int) -> list[Rea
     reads: list[Read] = []
     for number in range(size // MIB):
         file, leaves, _content = make_file(chain, MIB, 1 << 18, seed=seed + number)
-        reads += [lambda file=file, leaf=leaf: cache.leaf(file, leaf) for leaf in leaves]  # type: ignore[misc]
+        reads += [lambda file=file, leaf=leaf: cache.reader.leaf(file, leaf) for leaf in leaves]  # type: ignore[misc]
     return reads
 
 
@@ -32,7 +32,7 @@ def of_small(chain: Chain, cache: PinsetCache, seed: int, size: int) -> list[Rea
         FileRef(chain.add(random_bytes(20_000, 10_000 * seed + number)), 20_000)
         for number in range(size // 20_000)
     ]
-    return [lambda ref=ref: cache.block(ref.cid) for ref in refs]  # type: ignore[misc]
+    return [lambda ref=ref: cache.reader.block(ref.cid) for ref in refs]  # type: ignore[misc]
 
 
 async def all_of(reads: list[Read], caller: int | None) -> None:

@@ -69,7 +69,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
                 for file, leaves, content in files:
                     assert await read(cache, file, leaves) == content
                 for small in blocks(chain, 20):
-                    await cache.leaf(small, Leaf(small.cid, 0, small.size))
+                    await cache.reader.leaf(small, Leaf(small.cid, 0, small.size))
                 assert "No space left on device" in cache.trouble
                 assert cache.statistics().trouble == cache.trouble
                 for file, leaves, content in files:
@@ -112,12 +112,12 @@ def test_the_folder_is_deleted_under_us(tmp_path: Path) -> None:
         file, leaves, content = make_file(chain, MIB, seed=1)
         async with PinsetCache.open(tmp_path / "cache", chain, BUDGET) as cache:
             assert await read(cache, file, leaves) == content
-            await cache.block(file.cid)
+            await cache.reader.block(file.cid)
             shutil.rmtree(tmp_path / "cache")
             assert await read(cache, file, leaves) == content
-            assert await cache.block(file.cid) == chain.blocks[cids.multihash(file.cid)]
+            assert await cache.reader.block(file.cid) == chain.blocks[cids.multihash(file.cid)]
             for small in blocks(chain, 3):
-                await cache.leaf(small, Leaf(small.cid, 0, small.size))
+                await cache.reader.leaf(small, Leaf(small.cid, 0, small.size))
             assert "No such file or directory" in cache.trouble
 
     (tmp_path / "cache").mkdir()
@@ -134,7 +134,7 @@ def test_without_a_folder_reads_go_on_and_nothing_is_made(tmp_path: Path) -> Non
         async with PinsetCache.open(tmp_path / "missing", chain, BUDGET) as cache:
             assert await read(cache, file, leaves) == content
             (small,) = blocks(chain, 1)
-            await cache.leaf(small, Leaf(small.cid, 0, small.size))
+            await cache.reader.leaf(small, Leaf(small.cid, 0, small.size))
             assert "No such file" in cache.trouble
         assert not (tmp_path / "missing").exists()
 
@@ -149,19 +149,19 @@ def test_a_damaged_index_is_set_aside_and_filled_from_the_packs(tmp_path: Path, 
         small = blocks(chain, 400)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for one in small:
-                await cache.block(one.cid)
+                await cache.reader.block(one.cid)
         damage(tmp_path / "index.sqlite", how)
         chain.asked.clear()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for one in small:
-                assert len(await cache.block(one.cid)) == one.size
+                assert len(await cache.reader.block(one.cid)) == one.size
             with trio.fail_after(10):
-                while not (tmp_path / "index.malformed").exists() or cache.store.index.anew:
+                while not (tmp_path / "index.malformed").exists() or cache.store.blocks.index.anew:
                     await trio.sleep(0.01)
-                    await cache.block(small[0].cid)
+                    await cache.reader.block(small[0].cid)
             chain.asked.clear()
             for one in small:
-                assert len(await cache.block(one.cid)) == one.size
+                assert len(await cache.reader.block(one.cid)) == one.size
             assert chain.asked == []
 
     trio.run(main)
@@ -190,7 +190,7 @@ def test_an_index_that_can_not_be_looked_at_ends_nothing(
             monkeypatch.setattr(os, "stat", lstat)
             assert await read(cache, file, leaves) == content
             for small in blocks(chain, 3):
-                await cache.block(small.cid)
+                await cache.reader.block(small.cid)
             with trio.fail_after(10):
                 while not failed:  # noqa: ASYNC110 - rows are written, and the index is measured, a second later
                     await trio.sleep(0.01)
@@ -205,14 +205,14 @@ def test_readers_of_the_index_never_wait_for_its_writer(tmp_path: Path) -> None:
         chain = Chain()
         (small,) = blocks(chain, 1)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            await cache.block(small.cid)
+            await cache.reader.block(small.cid)
             await recovery.flush(cache.store)
-            index = cache.store.index
+            index = cache.store.blocks.index
             index._writer.execute("BEGIN IMMEDIATE")
             index._writer.execute("DELETE FROM blocks")
             began = trio.current_time()
-            assert cache.store.place(small.cid) is not None
-            assert (await cache.small()).blocks == 1
+            assert cache.store.blocks.place(small.cid) is not None
+            assert (await cache.store.blocks.count()).blocks == 1
             assert trio.current_time() - began < 4  # its patience with a locked database is 5 seconds
             index._writer.execute("ROLLBACK")
             assert not (tmp_path / "index.sqlite-shm").exists()
@@ -229,7 +229,7 @@ def test_a_pack_number_that_the_index_still_knows_is_not_used_again(tmp_path: Pa
                 for one in small:
                     assert staged_bytes(cache, one.cid) == 0
                 for one in reversed(small):
-                    await cache.block(one.cid)
+                    await cache.reader.block(one.cid)
             for path in staged(tmp_path, "packs"):
                 path.unlink()
 
@@ -257,11 +257,11 @@ def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             cache.note_root(one.cid, "as-spelled")
             async with cache.pinning(one.cid):
-                await cache.block(one.cid)
+                await cache.reader.block(one.cid)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
             assert database.execute(turned).rowcount or "uses" in turned
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            assert len(await cache.block(one.cid)) == one.size
+            assert len(await cache.reader.block(one.cid)) == one.size
             assert (cache.statistics().pinned > 0) == (
                 one.cid in [cid for cid, _spelling in cache.named_roots()]
             )
@@ -298,7 +298,7 @@ def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp
                     for file, leaves, content in files:
                         assert await read(cache, file, leaves) == content
                     for one in small:
-                        assert await cache.block(one.cid) == chain.blocks[cids.multihash(one.cid)]
+                        assert await cache.reader.block(one.cid) == chain.blocks[cids.multihash(one.cid)]
                     asked.append(len(chain.asked))
                     chain.asked.clear()
                 assert asked[0] > 200 or not flips, "what was wrong was fetched again"

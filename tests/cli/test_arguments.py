@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cli import folders, mounting, parser, units
+from ipfsfuse import units
+from ipfsfuse.cli import folders, mounting, parser
 from ipfsfuse.config import MountConfig
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.path import cid_alone
@@ -33,6 +34,10 @@ COMMANDS = [
     "prefetch",
     "evict",
     "fsck",
+    "budget",
+    "mounts",
+    "config",
+    "logs",
 ]
 
 SIZES = {
@@ -63,7 +68,7 @@ def test_durations(text: str, seconds: float) -> None:
         "1_000",
         "10 GiBs",
         "٣",
-        "9" * 16,
+        "9" * 20,
         "1P" * 2,
         "5EiB",
         "nan",
@@ -126,7 +131,10 @@ USAGE = [
     (["pin", f"/ipfs/{CID}/a/b"], "a path below one"),
     (["pin", f"/ipfs/{CID}/.."], "a path below one"),
     (["prefetch", CID[:-1] + "1"], "is not a CID"),
-    (["prefetch", CID, "--depth", "-1"], "--depth: '-1' can't be used: it must be a whole number, 0 or more"),
+    (
+        ["prefetch", CID, "--depth", "-1"],
+        "--depth: '-1' is not a number: it must be a whole number, 0 or more",
+    ),
     (["mount", "x", "--reserve", "-1"], "--reserve: '-1' is not a size"),
     (["evict"], "one CID, or --all"),
     (["evict", CID, "--all"], "one CID, or --all"),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from ipfsfuse import errors
-from ipfsfuse.control import MAX_LINE, client, server
+from ipfsfuse import client, errors
+from ipfsfuse.control import MAX_LINE, server
 
 
 async def echo(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
@@ -92,8 +92,8 @@ def test_answer_and_progress_come_back(running: Running) -> None:
 
 
 def test_several_commands_on_one_connection(running: Running) -> None:
-    with client.connected(running.path) as connection:
-        assert [client.ask(connection, "echo", n=n)["got"] for n in range(5)] == [{"n": n} for n in range(5)]
+    with client.Connection(running.path) as connection:
+        assert [connection.ask("echo", n=n)["got"] for n in range(5)] == [{"n": n} for n in range(5)]
 
 
 @pytest.mark.parametrize("command", ["refuse", "refuse_in_nursery"])
@@ -120,16 +120,19 @@ def test_the_unforeseen_ends_one_command_alone(running: Running) -> None:
 
 @pytest.mark.parametrize("line", [b"", b"no json", b"[]", b'{"command": 3}', b"[" * 100_000, b"\xff\xfe"])
 def test_what_is_no_request_is_told_so(running: Running, line: bytes) -> None:
-    with client.connected(running.path) as connection, connection.makefile("rb") as replies:
-        connection.sendall(line + b"\n")
+    with client.Connection(running.path) as connection, connection.socket.makefile("rb") as replies:
+        connection.socket.sendall(line + b"\n")
         reply = json.loads(replies.readline())
         assert (reply["ok"], reply["kind"]) == (False, "UsageError")
-        assert client.ask(connection, "echo")["got"] == {}
+        assert connection.ask("echo")["got"] == {}
 
 
 def test_an_endless_line_ends_the_connection(running: Running) -> None:
-    with client.connected(running.path) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
-        connection.sendall(b"x" * 8 * MAX_LINE)
+    with (
+        client.Connection(running.path) as connection,
+        pytest.raises((BrokenPipeError, ConnectionResetError)),
+    ):
+        connection.socket.sendall(b"x" * 8 * MAX_LINE)
     assert client.call(running.path, "echo")["got"] == {}
 
 
@@ -145,8 +148,8 @@ def test_closing_cancels_the_command(tmp_path: Path) -> None:
 
     running = Running(tmp_path / "control", {"wait": wait})
     try:
-        with client.connected(running.path) as connection:
-            connection.sendall(b'{"command": "wait"}\n')
+        with client.Connection(running.path) as connection:
+            connection.socket.sendall(b'{"command": "wait"}\n')
             assert started.wait(30)
             assert not cancelled.is_set()
         assert cancelled.wait(30)
@@ -155,12 +158,12 @@ def test_closing_cancels_the_command(tmp_path: Path) -> None:
 
 
 def test_holders_are_counted_until_the_last_has_gone(running: Running) -> None:
-    with client.connected(running.path) as first:
-        assert client.ask(first, "hold")["holders"] == 1
-        assert client.ask(first, "hold")["holders"] == 1
-        with client.connected(running.path) as second:
-            assert client.ask(second, "hold")["holders"] == 2
-            assert client.ask(second, "echo")["got"] == {}
+    with client.Connection(running.path) as first:
+        assert first.hold() == 1
+        assert first.hold() == 1
+        with client.Connection(running.path) as second:
+            assert second.hold() == 2
+            assert second.ask("echo")["got"] == {}
         assert not running.server.let_go.is_set()
     running.on_loop(running.server.let_go.wait)
     assert running.server.holders == 0

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse import errors
-from ipfsfuse.control import client
+from ipfsfuse import client, errors
 from tests.cli.test_control import Running
 
 
 def test_a_holder_that_comes_as_the_last_one_goes_is_not_lost(tmp_path: Path) -> None:
     running = Running(tmp_path / "control", {})
-    with client.connected(running.path) as first:
-        client.ask(first, "hold")
+    with client.Connection(running.path) as first:
+        first.ask("hold")
     running.on_loop(running.server.let_go.wait)
     waiter = threading.Thread(target=running.on_loop, args=[running.server.until_let_go])
-    with client.connected(running.path) as second:
-        client.ask(second, "hold")
+    with client.Connection(running.path) as second:
+        second.ask("hold")
         waiter.start()
-        assert client.ask(second, "hold")["holders"] == 1
+        assert second.hold() == 1
         assert waiter.is_alive()
     waiter.join(30)
     with pytest.raises(errors.DaemonFailed, match="this mount is ending"):

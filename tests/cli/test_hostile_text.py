@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cli.log_format import FORMAT, PrintableFormatter
+from ipfsfuse.cli.logs import FORMAT, PrintableFormatter
 from ipfsfuse.text import printable
 from tests.cli.conftest import Ipfsfuse, on_terminal
 from tests.mounting import PATIENCE, Home, wait_until
@@ -272,7 +272,7 @@ def test_a_traceback_in_the_log_forges_no_line(caplog: pytest.LogCaptureFixture)
 
 HOOKS = """
 import logging, sys, threading, warnings
-from ipfsfuse.cli.log_format import escape_the_log
+from ipfsfuse.cli.logs import escape_the_log
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 escape_the_log()
 said = sys.argv[1]

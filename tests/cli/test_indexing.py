@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cli.units import human
+from ipfsfuse.units import human
 from tests.cli.conftest import on_terminal
 from tests.mounting import PATIENCE, Home
 
 pytestmark = pytest.mark.fuse
 
-DAMAGED = "is damaged or cut short: what stands before the damage is used, the rest is not there"
+DAMAGED = "is damaged or cut short: blocks before the damage are used, the others are missing"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_damaged_car_is_used_as_far_as_it_goes_and_named(user: Home, car: Path
     short.write_bytes(car.read_bytes()[:-100])
     with user.mounted("--from", short) as mount:
         assert (mount.path / cid / "a").read_text() == "hello\n"
-        assert mount.log().count(f"WARNING ipfsfuse.sources.opening: {short} {DAMAGED}\n") == 1
+        assert mount.log().count(f"WARNING ipfsfuse.sources.spec: {short} {DAMAGED}\n") == 1
     ran = user.run("export", "--from", short, cid, user.folder / "x.car", check=False)
     assert ran.returncode == 1
     warning, error = ran.stderr.splitlines()

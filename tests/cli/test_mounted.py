@@ -220,6 +220,16 @@ def test_prefetch_ls_evict_pin_and_fsck(user: Home, mounted: Mounted, cid: str) 
     assert user.run("fsck").returncode == 0
 
 
+def test_a_pin_of_what_is_read_in_place_has_lost_nothing_after_a_restart(
+    user: Home, cid: str, car: Path
+) -> None:
+    with user.mounted("--from", car):
+        user.run("pin", cid)
+    with user.mounted("--from", car) as mount:
+        assert mount.status()["cache"]["pinned_lost"] == 0
+        assert " are not in the cache any more" not in mount.log()
+
+
 def test_export_from_a_car_and_back(user: Home, cid: str, car: Path) -> None:
     user.run("rm", cid)
     with user.mounted("--from", car) as mount:
@@ -242,6 +252,8 @@ def test_doctor_says_what_the_disk_makes_of_the_budget(user: Home) -> None:
             line,
         )
         assert "ok   space: a budget of 1.0 MiB fits: " in user.run("doctor", "--budget", "1MiB").stdout
+        (folder / "of somebody else").write_bytes(bytes(12 << 20))
+        assert re.search(r"is cut to [78]\.\d MiB: ", user.run("doctor", "--reserve", "10MiB").stdout)
 
 
 # -- export to standard output -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cli import output
+from ipfsfuse.cli import console
 from tests.cli.conftest import on_terminal
 from tests.kubo.node import Node
 from tests.mounting import Home
@@ -67,8 +67,8 @@ def test_a_mount_exports_what_it_has_when_its_node_is_gone(
 
 
 def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
-    output.status({"uptime": 2.5, "cache": {"budget": 1 << 30, "trouble": ""}, "pins": {}, "sources": []})
-    output.ls({"entries": [], "small": {"blocks": 0, "bytes": 0}})
+    console.status({"uptime": 2.5, "cache": {"budget": 1 << 30, "trouble": ""}, "pins": {}, "sources": []})
+    console.ls({"entries": [], "small": {"blocks": 0, "bytes": 0}})
     assert (
         capsys.readouterr().out
         == "uptime: 2.5\ncache:\n  budget: 1.0 GiB\n  trouble: -\npins: none\nsources: "

@@ -8,11 +8,11 @@ import termios
 
 import pytest
 
-from ipfsfuse.cli import progress
-from ipfsfuse.cli.progress import Progress
+from ipfsfuse.cli import console
+from ipfsfuse.cli.console import Progress
 
 SCRIPT = """
-from ipfsfuse.cli.progress import Progress
+from ipfsfuse.cli.console import Progress
 with Progress("fetching") as show:
     for done in range(0, 1025, 256):
         show({"done": done << 20, "total": 1 << 30, "what": "a/b"})
@@ -20,7 +20,7 @@ with Progress("fetching") as show:
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
     with Progress("fetching") as show:
         show({"done": 3 << 20, "total": 1 << 30})
         show({"done": 7, "unit": "blocks"})

@@ -119,8 +119,11 @@ def test_a_terminal_that_hangs_up_unmounts_what_runs_in_its_foreground(user: Hom
 
 
 def test_under_nohup_it_stays(user: Home, cid: str) -> None:
+    absent = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
     with in_the_foreground(user, "nohup") as (daemon, terminal):
         os.close(terminal)
+        with pytest.raises(OSError, match="timed out"):
+            os.stat(user.mountpoint / absent)  # logged on standard error, which nothing can be written to
         daemon.send_signal(signal.SIGHUP)
         assert user.json("status", "--json")["pid"] == daemon.pid
         assert os.listdir(user.mountpoint) == [cid]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cli.unmounting import holders
+from ipfsfuse.cli.mounting import holders
 from tests.cli.conftest import Ipfsfuse
 
 HOLDING = {

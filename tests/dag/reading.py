@@ -1,7 +1,7 @@
 """How the tests read: nodes, listings and ranges of a heap of blocks, as the layers above do."""
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import directory_pages, file_layout, leaves, traversal
+from ipfsfuse.dag import directory_pages, file_layout, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.directory_pages import Page
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Shard
@@ -66,4 +66,4 @@ def content_of(heap: Blocks, leaf: Leaf) -> memoryview:
     if held is None:
         heap.asked.append([leaf.cid])
         held = heap.block(leaf.cid)
-    return leaves.of(leaf, held)
+    return file_layout.leaf_content(leaf, held)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.carstream import Parser
+from ipfsfuse.dag.car import StreamParser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, Malformed
 
@@ -43,7 +43,7 @@ def fixture(name: str) -> bytes:
 
 def read(data: bytes, step: int = 1 << 20) -> tuple[tuple[Cid, ...] | None, Blocks]:
     """Roots and blocks of a whole stream that comes in pieces of `step` bytes."""
-    parser = Parser()
+    parser = StreamParser()
     blocks = [pair for start in range(0, len(data), step) for pair in parser.feed(data[start : start + step])]
     parser.finish()
     return parser.roots, blocks
@@ -210,5 +210,5 @@ def test_the_header_of_a_stream_is_bounded() -> None:
     assert len(car.encode_header(few)) < car.MAX_STREAM_HEADER < len(car.encode_header(many))
     assert read(write(few, [b"one"]))[0] == tuple(few)
     with pytest.raises(Malformed, match="its header would have"):
-        list(Parser().feed(car.encode_header(many)[:100]))
+        list(StreamParser().feed(car.encode_header(many)[:100]))
     assert car.decode_header(car.encode_header(many)) == tuple(many), "that of a file may be larger"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.dag import file_layout, leaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Child, File, Leaf
@@ -58,7 +58,7 @@ def test_tiny_chunks_are_read_after_one_wrong_guess() -> None:
     assert read(heap, root, 4990, 100) == data[4990:]
     first = heap.drive(file_layout.leaves(root, 0, 1))[0]
     with pytest.raises(NotALeaf):
-        leaves.of(first, heap.block(first.cid))
+        file_layout.leaf_content(first, heap.block(first.cid))
     assert heap.drive(file_layout.leaves(root, 0, 1, sure=True))[0].size == 10
 
 

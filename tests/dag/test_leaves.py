@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, leaves, unixfs
+from ipfsfuse.dag import dagpb, file_layout, unixfs
 from ipfsfuse.dag.cid import RAW, Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Leaf
@@ -33,33 +33,33 @@ def test_each_form_that_importers_write_is_proved_by_its_content_alone(
         [], unixfs.encode(UnixFS(kind, data if with_data else None, size if sized else None))
     )
     for cid in (cid_of(block), Cid(cid_of(block)[2:])):
-        view = leaves.content(cid, block)
+        view = file_layout.block_content(cid, block)
         assert view == data
         assert view.obj is block  # nothing was copied
-        assert leaves.is_canonical(cid, block)
-        assert leaves.proves(cid, data)
-        assert leaves.proves(cid, bytearray(data))
-        assert leaves.block(cid, memoryview(data)) == block
-        assert leaves.block(cid, data + b"x") is None
-        assert not leaves.proves(cid, data + b"x")
+        assert file_layout.is_canonical(cid, block)
+        assert file_layout.proves(cid, data)
+        assert file_layout.proves(cid, bytearray(data))
+        assert file_layout.leaf_block(cid, memoryview(data)) == block
+        assert file_layout.leaf_block(cid, data + b"x") is None
+        assert not file_layout.proves(cid, data + b"x")
         if data:
-            assert not leaves.proves(cid, bytes([data[0] ^ 1]) + data[1:])
+            assert not file_layout.proves(cid, bytes([data[0] ^ 1]) + data[1:])
 
 
 def test_a_raw_leaf_is_its_content() -> None:
     cid = cid_of(b"abc", RAW)
-    assert leaves.content(cid, b"abc") == b"abc"
-    assert leaves.is_canonical(cid, b"abc")
-    assert leaves.proves(cid, memoryview(b"xabc")[1:])
-    assert not leaves.proves(cid, b"abd")
+    assert file_layout.block_content(cid, b"abc") == b"abc"
+    assert file_layout.is_canonical(cid, b"abc")
+    assert file_layout.proves(cid, memoryview(b"xabc")[1:])
+    assert not file_layout.proves(cid, b"abd")
 
 
 def test_any_allowed_hash_and_identity_can_prove_a_leaf() -> None:
     block = dagpb.encode([], unixfs.encode(UnixFS(Type.FILE, b"abc", 3)))
-    assert leaves.proves(cids.make(0x70, b"\x13\x40" + hashlib.sha512(block).digest()), b"abc")
-    assert leaves.proves(identity(block, 0x70), b"abc")
-    assert leaves.proves(identity(b"abc"), b"abc")
-    assert not leaves.proves(identity(b"abc"), b"abd")
+    assert file_layout.proves(cids.make(0x70, b"\x13\x40" + hashlib.sha512(block).digest()), b"abc")
+    assert file_layout.proves(identity(block, 0x70), b"abc")
+    assert file_layout.proves(identity(b"abc"), b"abc")
+    assert not file_layout.proves(identity(b"abc"), b"abd")
 
 
 OTHER = {
@@ -72,21 +72,21 @@ OTHER = {
 
 @pytest.mark.parametrize("block", OTHER.values(), ids=OTHER.keys())
 def test_other_forms_are_read_and_are_no_canonical_ones(block: bytes) -> None:
-    assert leaves.content(cid_of(block), block) == b"abc"
-    assert not leaves.is_canonical(cid_of(block), block)
-    assert not leaves.proves(cid_of(block), b"abc")
+    assert file_layout.block_content(cid_of(block), block) == b"abc"
+    assert not file_layout.is_canonical(cid_of(block), block)
+    assert not file_layout.proves(cid_of(block), b"abc")
 
 
 def test_an_interior_node_holds_its_inline_bytes_and_is_no_canonical_leaf() -> None:
     heap = Blocks()
     cid = heap.file_node([(heap.leaf(b"xyz"), 3)], inline=b"abc")
-    assert leaves.content(cid, heap.block(cid)) == b"abc"
-    assert not leaves.is_canonical(cid, heap.block(cid))
-    assert leaves.of(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
+    assert file_layout.block_content(cid, heap.block(cid)) == b"abc"
+    assert not file_layout.is_canonical(cid, heap.block(cid))
+    assert file_layout.leaf_content(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
     with pytest.raises(NotALeaf):
-        leaves.of(Leaf(cid, 0, 6), heap.block(cid))
+        file_layout.leaf_content(Leaf(cid, 0, 6), heap.block(cid))
     with pytest.raises(Malformed, match="its parent states 5") as refused:
-        leaves.of(Leaf(cid, 0, 5), heap.block(cid))
+        file_layout.leaf_content(Leaf(cid, 0, 5), heap.block(cid))
     assert not isinstance(refused.value, NotALeaf)
 
 
@@ -94,29 +94,29 @@ def test_an_interior_node_holds_its_inline_bytes_and_is_no_canonical_leaf() -> N
 def test_a_leaf_of_another_size_than_its_parent_says_is_malformed(raw: bool) -> None:
     heap = Blocks()
     cid = heap.leaf(b"abc", raw)
-    assert leaves.of(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
+    assert file_layout.leaf_content(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
     with pytest.raises(Malformed, match="holds 3 bytes"):
-        leaves.of(Leaf(cid, 0, 4), heap.block(cid))
+        file_layout.leaf_content(Leaf(cid, 0, 4), heap.block(cid))
 
 
 def test_what_is_no_part_of_a_file_is_refused() -> None:
     heap = Blocks()
     directory = heap.directory([Link(heap.leaf(b"x"), b"n", 1)])
     with pytest.raises(Malformed, match="directory"):
-        leaves.content(directory, heap.block(directory))
+        file_layout.block_content(directory, heap.block(directory))
     with pytest.raises(Unsupported, match="dag-cbor"):
-        leaves.content(cid_of(b"x", 0x71), b"x")
-    assert not leaves.is_canonical(cid_of(b"x", 0x71), b"x")
+        file_layout.block_content(cid_of(b"x", 0x71), b"x")
+    assert not file_layout.is_canonical(cid_of(b"x", 0x71), b"x")
     with pytest.raises(Malformed):
-        leaves.content(cid_of(b"\x0a"), b"\x0a")
+        file_layout.block_content(cid_of(b"\x0a"), b"\x0a")
 
 
 @given(st.binary(max_size=40))
 def test_any_block_is_content_or_refused_and_canonical_ones_are_proved(block: bytes) -> None:
     cid = cid_of(block)
     try:
-        found = leaves.content(cid, block)
+        found = file_layout.block_content(cid, block)
     except Malformed:
-        assert not leaves.is_canonical(cid, block)
+        assert not file_layout.is_canonical(cid, block)
         return
-    assert leaves.is_canonical(cid, block) == leaves.proves(cid, found)
+    assert file_layout.is_canonical(cid, block) == file_layout.proves(cid, found)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ipfsfuse.dag import dagpb, directory_pages, file_layout, leaves, nodes, traversal, unixfs
+from ipfsfuse.dag import dagpb, directory_pages, file_layout, nodes, traversal, unixfs
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Shard
 from ipfsfuse.errors import IpfsFuseError
 from tests.dag.blocks import every_prefix, fixtures
@@ -17,7 +17,7 @@ def read_all(block: bytes) -> None:
     """Reads `block` as everything that it could be taken for."""
     try:
         node = nodes.parse(PARENT, block)
-        leaves.of(Leaf(PARENT, 0, len(block)), block)
+        file_layout.leaf_content(Leaf(PARENT, 0, len(block)), block)
         if isinstance(node, File):
             first(file_layout.leaves(node, 0, node.size))
         elif isinstance(node, Directory | Shard):

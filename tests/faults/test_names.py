@@ -4,7 +4,7 @@ import os
 import subprocess
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid, make
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
@@ -37,7 +37,7 @@ def test_names_that_no_file_system_can_hold_are_not_shown(home: Home) -> None:
 
 def test_identity_cids_are_files_directories_and_links_without_asking(home: Home) -> None:
     def identity(block: bytes, codec: int) -> Cid:
-        return make(codec, bytes([hashes.IDENTITY, len(block)]) + block)
+        return make(codec, bytes([multihashes.IDENTITY, len(block)]) + block)
 
     dag = Dag()
     raw = identity(b"inline", cids.RAW)

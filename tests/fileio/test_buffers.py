@@ -35,7 +35,7 @@ def test_so_many_wait_and_no_more() -> None:
     waiting = buffers._POOL
     assert (
         waiting.size
-        == sum(size * len(pages) for size, pages in waiting.waiting.items())
+        == sum(size * len(pages) for size, pages in waiting.unused.items())
         <= buffers.KEPT + (1 << 20)
     )
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.fileio import direct
+from ipfsfuse.fileio import files
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.direct import Direct
+from ipfsfuse.fileio.files import Direct
 
 SIZE = 64 << 10
 
@@ -67,9 +67,9 @@ def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(
     if not takes_direct(file):
         pytest.skip("this file system keeps everything in memory")
     writer, seconds = Direct(), iter(range(1000))
-    monkeypatch.setattr(direct.time, "monotonic", lambda: next(seconds))  # each write takes a second
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(seconds))  # each write takes a second
     writer.write(file, [part(b"a")], 0)
-    for _ in range(direct.WAIT):
+    for _ in range(files.BUFFERED_CALLS):
         writer.write(file, [part(b"b")], SIZE)
     assert [in_page_cache(file, at * SIZE) for at in (0, 1)] == [False, True]
     writer.write(file, [part(b"c")], 2 * SIZE)
@@ -112,7 +112,7 @@ def test_a_file_system_that_takes_none_is_asked_once(
             raise OSError(errno.EINVAL, "no")
         return real[1](number, parts, offset)
 
-    monkeypatch.setattr(direct.fcntl, "fcntl", set_flags)
+    monkeypatch.setattr(files.fcntl, "fcntl", set_flags)
     monkeypatch.setattr(os, "pwritev", write)
     writer = Direct()
     for at, fill in enumerate((b"a", b"b")):

@@ -367,6 +367,9 @@ class Memory:
             return block
         return bytes(unixfs.decode(dagpb.decode(block).data or b"").data or b"")
 
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> bytes:
+        return (await self.leaf(file, leaf))[start:stop]
+
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         for leaf in leaves:
             if arrived is not None:
@@ -419,7 +422,7 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
         async with trio.open_nursery() as nursery:
             tree = Tree(Memory(forest.dag.blocks), nursery, known=known)
             roots = Roots(lambda: forest.listed, lambda: (), lambda _cid, _name: None, None)
-            operations = Operations(tree, roots, inodes, 1 << 30, deadline=30.0)
+            operations = Operations(tree, roots, inodes, lambda: 1 << 30, deadline=30.0)
             served.operations.append(operations)
             pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
             token = trio.lowlevel.current_trio_token()

@@ -16,7 +16,7 @@ from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.prefetch_buffer import BufferBudget, SmallFileBuffer
+from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
 from ipfsfuse.vfs.tree import Tree
 from tests.sources.content import raw_blocks
 
@@ -29,6 +29,9 @@ class Cache:
 
     def opened(self, file: FileRef) -> None:
         pass
+
+    async def part(self, file: FileRef, leaf: object, start: int, stop: int) -> bytes:
+        return (await self.leaf(file, leaf))[start:stop]
 
     async def leaf(self, file: FileRef, leaf: object, *, early: bool = False) -> bytes:
         return CONTENT

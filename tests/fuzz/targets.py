@@ -9,12 +9,9 @@ from collections.abc import Callable
 
 from ipfsfuse.dag import (
     car,
-    carindex,
-    carstream,
     dagpb,
     directory_pages,
     file_layout,
-    leaves,
     nodes,
     path,
     traversal,
@@ -44,9 +41,9 @@ def read_unixfs(data: bytes) -> None:
 def read_node(data: bytes) -> None:
     node = nodes.parse(PARENT, data)
     if isinstance(node, File):
-        held = leaves.content(PARENT, data)
+        held = file_layout.block_content(PARENT, data)
         assert len(held) == node.inline
-        assert leaves.is_canonical(PARENT, data) == leaves.proves(
+        assert file_layout.is_canonical(PARENT, data) == file_layout.proves(
             cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held
         )
         _drive(file_layout.leaves(node, node.size // 3, node.size, sure=True), data)
@@ -84,13 +81,11 @@ def read_car(data: bytes) -> None:
         except IpfsFuseError:
             pass
     try:
-        found = carindex.run(carindex.buckets(), lambda at, size: data[at : at + size])
-        carindex.run(
-            carindex.find(found, b"\x12\x20" + data[:32].ljust(32)), lambda at, size: data[at : at + size]
-        )
+        found = car.index_buckets(lambda at, size: data[at : at + size])
+        car.index_find(found, b"\x12\x20" + data[:32].ljust(32), lambda at, size: data[at : at + size])
     except IpfsFuseError:
         pass
-    parser = carstream.Parser()
+    parser = car.StreamParser()
     for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
         for _ in parser.feed(piece):
             pass

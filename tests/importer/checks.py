@@ -10,7 +10,7 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, IpfsFuseError
 from ipfsfuse.importer import Added, AddOptions, add
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 
 PLAIN = AddOptions()
 
@@ -80,7 +80,7 @@ import sys
 from pathlib import Path
 from ipfsfuse.importer import AddOptions, add
 from ipfsfuse.dag import cid
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 for added in add(["-"], AddOptions(wrap="-w" in sys.argv), Library(Path(sys.argv[1]))):
     print(cid.text(added.cid), added.name, flush=True)
 """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.importer.trees import Bytes, Dir, To, write
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.builder import UNIXFS_V0_2015
 from ipfsfuse.errors import UsageError
 from ipfsfuse.importer import add
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.importer.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
 from tests.importer.trees import Bytes
 

@@ -12,7 +12,7 @@ import pytest
 
 from ipfsfuse.errors import AddFailed, StoreFailed, UsageError
 from ipfsfuse.importer import AddOptions, add
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.importer.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
 
 

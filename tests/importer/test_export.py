@@ -12,10 +12,9 @@ from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.importer import AddOptions, add, export
-from ipfsfuse.sources.files.car import CarSource
-from ipfsfuse.sources.files.carbuild import sections
-from ipfsfuse.sources.files.carfile import CarFile
-from ipfsfuse.sources.files.library import Library, LibrarySource
+from ipfsfuse.sources.local.car_file import CarFile, sections
+from ipfsfuse.sources.local.car_source import CarSource
+from ipfsfuse.sources.local.library import Library, LibrarySource
 from tests.importer.repo import Repo
 from tests.importer.trees import LINKS, Bytes, Dir, at_threshold, write
 from tests.kubo.fixtures import need_kubo

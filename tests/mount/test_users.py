@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.control import client
+from ipfsfuse import client
 from tests.mounting import NOBODY, Home, alive, command_of, fuse_mounts, wait_until
 
 as_user = pytest.mark.skipif(
@@ -120,10 +120,10 @@ def test_an_isolated_mount_whose_daemon_was_killed_is_swept_by_the_next(home: Ho
 
 def test_a_mount_that_is_held_ends_with_its_last_holder(home: Home) -> None:
     told = home.json("mount", "--json", "--while-held", home.mountpoint)
-    with client.connected(Path(told["control"])) as first:
-        client.ask(first, "hold")
-        with client.connected(Path(told["control"])) as second:
-            client.ask(second, "hold")
+    with client.Connection(Path(told["control"])) as first:
+        first.ask("hold")
+        with client.Connection(Path(told["control"])) as second:
+            second.ask("hold")
         assert alive(told["pid"])
         assert os.listdir(home.mountpoint) == []
     wait_until(lambda: not alive(told["pid"]), "the daemon ends")

@@ -14,7 +14,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run.bundle import Writer, cid_of
+from ipfsfuse_run.receipts import Writer, cid_of
 
 GUEST = b"""(module
   (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))

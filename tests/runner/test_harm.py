@@ -23,7 +23,7 @@ from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run import receipt as receipts
+from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.inspecting import Walk
 from ipfsfuse_run.limits import NO_LIMITS
@@ -274,6 +274,7 @@ UNFIT: dict[str, tuple[bytes, str]] = {
     ),
     "a key twice": (text().replace(b'"exit_code": 0', b'"exit_code": 1, "exit_code": 0'), "twice"),
     "a timeout of 1e300": (text(limits={"timeout": 1e300}), "timeout"),
+    "a timeout that no float can hold": (text(limits={"timeout": 10**400}), "timeout"),
     "no time": (text(limits={"timeout": 0}), "timeout"),
     "a limit that is a flag": (text(limits={"fuel": True}), "fuel"),
     "a limit beyond 64 bits": (text(limits={"max_table_elements": 1 << 63}), "max-table-elements"),
@@ -292,6 +293,7 @@ UNFIT: dict[str, tuple[bytes, str]] = {
 
 
 BY_COMMAND = (
+    "a timeout that no float can hold",
     "an exit code of 0.7",
     "an infinite exit code",
     "a key twice",

@@ -12,11 +12,10 @@ import pytest
 from ipfsfuse.dag import builder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
-from ipfsfuse_run import receipt, streams
-from ipfsfuse_run.bundle import Bundle, Writer
+from ipfsfuse_run import receipts, supervisor
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.limits import NO_LIMITS
-from ipfsfuse_run.receipt import Receipt
+from ipfsfuse_run.receipts import Bundle, Receipt, Writer
 from tests.runner.conftest import TOP, Runner
 
 GUEST = b"any guest"
@@ -24,7 +23,7 @@ GUEST = b"any guest"
 
 def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
     """Ends a record of a run that read `read` of the DAG `root`."""
-    empty = streams.HashingSink(None).digest()
+    empty = supervisor.HashingSink(None).digest()
     guest, stdin = writer.add_file(io.BytesIO(GUEST)), writer.add_file(io.BytesIO())
     told = Receipt(
         guest=guest.cid,
@@ -47,7 +46,7 @@ def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
         started="2026-01-01T00:00:00+00:00",
         seconds=0.0,
     )
-    held = writer.add_file(io.BytesIO(receipt.encode(told)))
+    held = writer.add_file(io.BytesIO(receipts.encode(told)))
     below = writer.add_folder([(cids.text(root.cid), root)])
     writer.close(
         writer.add_folder([("receipt.json", held), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", below)])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ipfsfuse_run import receipt
-from ipfsfuse_run.bundle import Writer
+from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.receipts import Writer
 from tests.mounting import Home
 from tests.runner import recorded
 from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
@@ -280,7 +280,7 @@ def test_a_receipt_that_can_not_be_read_is_one_line(
 def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
     record(run, tmp_path / "run.json", "-W", "timeout=60s", habits, "args")
     whole = json.loads((tmp_path / "run.json").read_text())
-    receipt.decode(json.dumps(whole).encode())
+    receipts.decode(json.dumps(whole).encode())
     limits: list[object] = [{"fuel": "much"}, {"fuel": -1}, {"time": 1}, []]
     wrong: dict[str, list[object]] = {
         "argv": [[], "cat"],
@@ -292,7 +292,7 @@ def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path
     for field, values in wrong.items():
         for value in values:
             with pytest.raises(ReceiptRefused):
-                receipt.decode(json.dumps(whole | {field: value}).encode())
+                receipts.decode(json.dumps(whole | {field: value}).encode())
 
 
 def test_a_record_is_for_its_owner_alone(run: Runner, tmp_path: Path, habits: Path) -> None:

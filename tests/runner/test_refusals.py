@@ -77,7 +77,7 @@ def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
     [
         (["--unknown", "guest.wasm"], "--unknown"),
         (["-v", "guest.wasm"], "-v"),
-        (["-W", "fuel=much", "guest.wasm"], "fuel=much"),
+        (["-W", "fuel=much", "guest.wasm"], "-W fuel: 'much'"),
         (["-W", "guest.wasm"], "guest.wasm"),
         (["--env", "=x", "guest.wasm"], "--env"),
         (["--env", "NOT_SET_ANYWHERE", "guest.wasm"], "NOT_SET_ANYWHERE"),

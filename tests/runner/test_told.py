@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse_run import receipt as told
+from ipfsfuse_run import receipts as told
 from ipfsfuse_run.errors import ReceiptRefused
 from tests.dagging import Dag
 from tests.mounting import Home

@@ -16,7 +16,7 @@ import pytest
 
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import NO_LIMITS
-from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, wasi_config
+from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, opened_folders
 from tests.mounting import NOBODY, Home
 from tests.runner.conftest import DEMO, TOP, Done, Runner, lines
 
@@ -179,26 +179,14 @@ def test_a_mount_that_was_replaced_meanwhile_is_not_given(tmp_path: Path) -> Non
         fields[4]: int(fields[0])
         for fields in map(str.split, Path("/proc/self/mountinfo").read_text().splitlines())
     }
-    host = str(tmp_path / "root")
-    with pytest.raises(GuestRefused, match="not the mount any more"):
-        wasi_config(
-            Sandbox(
-                ["guest"],
-                [],
-                [Preopen(host, IPFS, writable=False, mount_id=numbers["/proc"])],
-                None,
-                NO_LIMITS,
-            )
-        )
-    wasi_config(
-        Sandbox(
-            ["guest"],
-            [],
-            [Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])],
-            None,
-            NO_LIMITS,
-        )
+    right = Sandbox(
+        ["guest"], [], [Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])], None, NO_LIMITS
     )
+    wrong = right._replace(preopens=[right.preopens[0]._replace(host=str(tmp_path / "root"))])
+    with pytest.raises(GuestRefused, match="not the mount any more"), opened_folders(wrong):
+        pass
+    with opened_folders(right) as folders:
+        assert [each.guest for each in folders] == [IPFS]
 
 
 # -- the runner's own folder ---------------------------------------------------------------------------------
@@ -297,7 +285,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
-    from ipfsfuse_run.codecache import CodeCache
+    from ipfsfuse_run.code_cache import CodeCache
     from ipfsfuse_run.guest import MODULE, Settings, make_engine
 
     folder = tmp_path / "code"

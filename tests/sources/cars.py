@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.dag import car, carindex
+from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.files.car import CarSource
+from ipfsfuse.sources.local.car_source import CarSource
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 
@@ -44,11 +44,11 @@ def offsets(blocks: Pairs) -> dict[bytes, int]:
     return found
 
 
-def index(records: dict[bytes, int], form: int = carindex.MULTIHASH_SORTED) -> bytes:
+def index(records: dict[bytes, int], form: int = car.MULTIHASH_INDEX_SORTED) -> bytes:
     """By hand, as go-car writes it: all sha2-256."""
     data = b"".join(digest + offset.to_bytes(8, "little") for digest, offset in sorted(records.items()))
     bucket = (1).to_bytes(4, "little") + (40).to_bytes(4, "little") + len(data).to_bytes(8, "little") + data
-    if form == carindex.SORTED:
+    if form == car.INDEX_SORTED:
         return b"\x80\x08" + bucket
     return b"\x81\x08" + (1).to_bytes(4, "little") + (0x12).to_bytes(8, "little") + bucket
 

@@ -8,7 +8,7 @@ from ipfsfuse.dag import builder, car, dagpb
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
-from ipfsfuse.sources.base import Run
+from ipfsfuse.sources.base import LeafRange
 from tests.dag.blocks import Blocks
 
 
@@ -21,8 +21,8 @@ class SampleFile:
     """The root and the leaves."""
 
     @property
-    def run(self) -> Run:
-        return Run(self.root, len(self.data), self.leaves)
+    def run(self) -> LeafRange:
+        return LeafRange(self.root, len(self.data), self.leaves)
 
     @property
     def expected(self) -> dict[int, bytes]:

@@ -50,7 +50,7 @@ class Http2Server(Listening):
                 state.local_settings.max_concurrent_streams = MAX_STREAMS
                 state.initiate_connection()
                 unsent: dict[int, bytes] = {}
-                while not self._stopping.is_set():
+                while not self.stopping.is_set():
                     connection.sendall(state.data_to_send())
                     if not connection.pending() and not select.select([connection], [], [], 0.05)[0]:
                         continue

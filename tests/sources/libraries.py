@@ -7,8 +7,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
-from ipfsfuse.sources.files.library import Library
-from ipfsfuse.sources.files.librarywriter import NewRoot
+from ipfsfuse.sources.local.library import Library, NewRoot
 
 Pairs = list[tuple[Cid, bytes]]
 

@@ -41,7 +41,7 @@ class Proxy(Listening):
                 self._pass_on(client, server)
 
     def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             for ready in select.select([one, other], [], [], 0.05)[0]:
                 try:
                     piece = ready.recv(65536)

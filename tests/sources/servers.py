@@ -13,17 +13,15 @@ import select
 import socket
 import ssl
 import struct
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid
 from tests.sources.content import SampleFile, SampleTree, encode_car
+from tests.sources.listening import Listening
 
 RAW = "application/vnd.ipld.raw"
 CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
@@ -102,7 +100,7 @@ class Ask:
 Behaviour = Callable[[Ask], None]
 
 
-class Server:
+class Server(Listening):
     """`files` can be had whole, as ranges and as CARs too, `trees` as CARs. `asked` are all requests so
     far."""
 
@@ -122,49 +120,23 @@ class Server:
             self.blocks.update(each.blocks)
         self.behave = behave or answer_well
         self.asked: list[Ask] = []
-        self.stopping = threading.Event()
+        super().__init__(backlog=512)
         self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port = int(self._listener.getsockname()[1])
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._open: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
 
     @property
     def connections(self) -> int:
         return len(self._open)
 
-    def __enter__(self) -> Self:
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stopping.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._accepting.join()
-        self._listener.close()
+    def _end(self) -> None:
         for connection in list(self._open):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
-        for thread in self._threads:
-            thread.join()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _address = self._listener.accept()
-            except OSError:
-                return
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, _number: int, /) -> None:
         self._open.add(connection)
         served = connection
         try:

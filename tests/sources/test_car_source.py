@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.dag import car, carindex
+from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Block, Run
-from ipfsfuse.sources.files.car import CarSource
-from ipfsfuse.sources.files.carsort import RecordSorter
+from ipfsfuse.sources.base import Block, LeafRange
+from ipfsfuse.sources.local.car_source import CarSource
+from ipfsfuse.sources.local.car_writer import RecordSorter
 from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
 
 
@@ -43,7 +43,7 @@ def test_go_cars_version_2_is_read_by_its_own_index(tmp_path: Path) -> None:
     assert not opened.indexes.exists()
 
 
-@pytest.mark.parametrize("form", [carindex.SORTED, carindex.MULTIHASH_SORTED])
+@pytest.mark.parametrize("form", [car.INDEX_SORTED, car.MULTIHASH_INDEX_SORTED])
 @pytest.mark.parametrize("count", [0, 1, 100, 101, 5000])
 def test_both_index_formats_find_everything_and_nothing_else(form: int, count: int, tmp_path: Path) -> None:
     blocks = pairs(count, 10)
@@ -109,7 +109,7 @@ def test_a_run_is_delivered_in_order_without_what_is_missing(tmp_path: Path) -> 
 
     async def main() -> None:
         source = opened.open()
-        await source.stream(Run(here[0][0], 1, leaves), deliver)
+        await source.stream(LeafRange(here[0][0], 1, leaves), deliver)
         await source.aclose()
 
     trio.run(main)
@@ -126,7 +126,7 @@ def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> No
     async def main() -> None:
         with pytest.raises(LookupError):
             await opened.open().stream(
-                Run(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver
+                LeafRange(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver
             )
 
     trio.run(main)

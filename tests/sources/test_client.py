@@ -13,9 +13,8 @@ from ipfsfuse.errors import BlockTooLarge, SourceFailed
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http.rpc import Rpc
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.kubo import Kubo, Rpc
+from ipfsfuse.sources.http.origin import parse_origin
 from tests.kubo.node import Node
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks

@@ -12,16 +12,14 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Block, Source, Subtree
-from ipfsfuse.sources.files import flatfs
-from ipfsfuse.sources.files.car import CarSource
-from ipfsfuse.sources.files.library import Library, LibrarySource
-from ipfsfuse.sources.files.librarywriter import NewRoot
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.localkubo import LocalKubo
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.local import kubo_repo
+from ipfsfuse.sources.local.car_source import CarSource
+from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 from tests.sources.servers import Ask, Server, answer_well
@@ -105,9 +103,9 @@ def source(
         if kind == "kubo-gateway":
             return Gateway(Http(parse_origin(node.gateway_url)), "kubo-gateway", only_cached=True)
         if kind == "kubo-repository":
-            blocks = flatfs.find(node.repo)
+            blocks = kubo_repo.open_flatfs(node.repo)
             assert blocks is not None
-            return LocalKubo("kubo", HttpSettings(), blocks, offline=True)
+            return Kubo("kubo", HttpSettings(), blocks=blocks, offline=True)
         if kind == "kubo-rpc":
             rpc_only = Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=True)
             rpc_only._asked_for_gateway = True  # as for a node on another host

@@ -13,7 +13,7 @@ from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources import evil
 from tests.sources.content import encode_car, raw_blocks, sample

@@ -17,13 +17,12 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
 from ipfsfuse.sources.base import Block, Subtree
-from ipfsfuse.sources.files import flatfs
-from ipfsfuse.sources.files.flatfs import Flatfs
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.localkubo import LocalKubo
-from ipfsfuse.sources.parse import OpenSettings, open_source, parse_sources
+from ipfsfuse.sources.local import kubo_repo
+from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings, open_source, parse_sources
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
@@ -59,7 +58,7 @@ def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) ->
     path = repository / "blocks" / "X3" / "CIQFTFEEHEDF6KLBT32BFAGLXEZL4UWFNWM4LFTLMXQBCERZ6CMLX3Y.data"
     path.parent.mkdir()
     path.write_bytes(b"\x0a\x02\x08\x01")
-    blocks = flatfs.find(repository)
+    blocks = kubo_repo.open_flatfs(repository)
     assert blocks is not None
     for spelled in (
         empty,
@@ -86,11 +85,11 @@ def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) ->
     ],
 )
 def test_what_is_kept_in_another_way_is_left_to_the_node(tmp_path: Path, spec: object, sharding: str) -> None:
-    assert flatfs.find(made(tmp_path / "repo", spec, sharding)) is None
+    assert kubo_repo.open_flatfs(made(tmp_path / "repo", spec, sharding)) is None
 
 
 def test_where_there_is_no_repository(tmp_path: Path) -> None:
-    assert flatfs.find(tmp_path / "none") is None
+    assert kubo_repo.open_flatfs(tmp_path / "none") is None
 
 
 @pytest.mark.logs("is left alone")
@@ -110,7 +109,7 @@ def test_where_there_is_no_repository(tmp_path: Path) -> None:
             "",
         ),
         json.dumps({"mounts": [MOUNT | {"path": "a\0b"}]}),
-        json.dumps({"mounts": [MOUNT | {"shardFunc": flatfs.SHARDING + "9" * 5000}]}),
+        json.dumps({"mounts": [MOUNT | {"shardFunc": kubo_repo.SHARDING + "9" * 5000}]}),
     ],
 )
 def test_a_repository_whose_configuration_is_broken_is_left_alone_and_named(
@@ -118,7 +117,7 @@ def test_a_repository_whose_configuration_is_broken_is_left_alone_and_named(
 ) -> None:
     repository = made(tmp_path / "repo")
     (repository / "datastore_spec").write_text(spec, encoding="latin-1")
-    assert flatfs.find(repository) is None
+    assert kubo_repo.open_flatfs(repository) is None
     (record,) = caplog.records
     assert str(repository) in record.getMessage()
 
@@ -126,7 +125,7 @@ def test_a_repository_whose_configuration_is_broken_is_left_alone_and_named(
 @pytest.mark.logs("content is blocked")
 def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
     repository = made(tmp_path / "repo")
-    blocks = flatfs.find(repository)
+    blocks = kubo_repo.open_flatfs(repository)
     assert blocks is not None
     (cid, block), *_ = raw_blocks(96, 1).items()
     leaf = Leaf(cid, 0, len(block))
@@ -154,11 +153,11 @@ def test_the_denylists_of_the_nodes_own_user_count_too(
     """The one fact that can't be caused here: where the home of the repository's owner is."""
     repository = made(tmp_path / "repo")
     home = tmp_path / "home of ipfs"
-    monkeypatch.setattr(flatfs.pwd, "getpwuid", lambda _user: SimpleNamespace(pw_dir=str(home)))
-    assert flatfs.find(repository) is not None
+    monkeypatch.setattr(kubo_repo.pwd, "getpwuid", lambda _user: SimpleNamespace(pw_dir=str(home)))
+    assert kubo_repo.open_flatfs(repository) is not None
     (home / ".config" / "ipfs" / "denylists").mkdir(parents=True)
     (home / ".config" / "ipfs" / "denylists" / "mine.deny").touch()
-    assert flatfs.find(repository) is None
+    assert kubo_repo.open_flatfs(repository) is None
 
 
 @pytest.mark.logs("content is blocked")
@@ -168,9 +167,9 @@ def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None
     folder = tmp_path / where
     folder.mkdir(parents=True)
     (folder / "README").touch()
-    assert flatfs.find(repository) is not None
+    assert kubo_repo.open_flatfs(repository) is not None
     (folder / "mine.deny").touch()
-    assert flatfs.find(repository) is None
+    assert kubo_repo.open_flatfs(repository) is None
 
 
 def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) -> None:
@@ -202,12 +201,12 @@ def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) 
 
 def put(node: Node, file: SampleFile) -> Flatfs:
     node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
-    blocks = flatfs.find(node.repo)
+    blocks = kubo_repo.open_flatfs(node.repo)
     assert blocks is not None
     return blocks
 
 
-async def streamed(source: LocalKubo, file: SampleFile) -> dict[int, bytes]:
+async def streamed(source: Kubo, file: SampleFile) -> dict[int, bytes]:
     got: dict[int, bytes] = {}
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
@@ -224,7 +223,7 @@ def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(
     blocks = put(own_node, FILE)
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(20):
             assert {cid: await source.get(cid) for cid in FILE.blocks} == FILE.blocks
             assert await streamed(source, FILE) == FILE.expected
@@ -243,11 +242,11 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(
     near, far = two_nodes
     monkeypatch.setenv("IPFS_PATH", str(near.repo))
     put(far, FILE)
-    blocks = flatfs.find(near.repo)
+    blocks = kubo_repo.open_flatfs(near.repo)
     assert blocks is not None
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(60):
             assert await streamed(source, FILE) == FILE.expected, "from the other node, through this one"
             assert await source.get(FILE.root) == FILE.blocks[FILE.root]
@@ -271,7 +270,7 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
         "--pin-roots=false",
         stdin=encode_car(tree.root, [item for item in tree.blocks.items() if item[0] != missing]),
     )
-    blocks = flatfs.find(near.repo)
+    blocks = kubo_repo.open_flatfs(near.repo)
     assert blocks is not None
     got: dict[Cid, bytes] = {}
 
@@ -279,7 +278,7 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
         got.update(some)
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(60):
             await source.subtree(Subtree(tree.root, True, 1 << 30), deliver)
         await source.aclose()
@@ -300,7 +299,7 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(
     Path(blocks._path(damaged)).write_bytes(b"?" * FILE.run.leaves[5].size)
 
     async def main() -> None:
-        source = LocalKubo("kubo", HttpSettings(), blocks, offline=True)
+        source = Kubo("kubo", HttpSettings(), blocks=blocks, offline=True)
         monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # looked just before
         assert 2 not in await streamed(source, FILE), "left out: the pool asks for it alone"
         pool = SourcePool([source])
@@ -318,7 +317,7 @@ def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch
     own, named = (
         open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"])
     )
-    assert isinstance(own, LocalKubo)
+    assert isinstance(own, Kubo)
     assert type(named) is Kubo
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     (other,) = parse_sources(["kubo"])
@@ -357,8 +356,8 @@ def test_who_may_read_everything_may_read_a_repository_of_others(tmp_path: Path)
     repository = made(tmp_path / "repo")
     repository.chmod(0o700)
     look = (
-        "import sys, pathlib; from ipfsfuse.sources.files import flatfs; "
-        "sys.exit(flatfs.find(pathlib.Path(sys.argv[1])) is None)"
+        "import sys, pathlib; from ipfsfuse.sources.local import kubo_repo; "
+        "sys.exit(kubo_repo.open_flatfs(pathlib.Path(sys.argv[1])) is None)"
     )
     assert (
         subprocess.run(

@@ -7,7 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.sources.body_budget import BodyBudget, BodyShare
+from ipfsfuse.sources.http.settings import BodyBudget, BodyShare
 from ipfsfuse.sources.pool.health import (
     LONGEST_PAUSE,
     LONGEST_PROBE,

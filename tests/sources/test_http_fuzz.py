@@ -19,7 +19,7 @@ from ipfsfuse.sources.base import Block, Source, Subtree
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import raw_blocks, sample, trees
 from tests.sources.servers import CAR, RAW, Ask, Server

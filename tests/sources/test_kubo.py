@@ -14,7 +14,7 @@ from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
 from ipfsfuse.sources.base import Block, Subtree
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
@@ -171,6 +171,7 @@ def test_a_node_that_asks_for_a_token(
     file = sample(24)
     path = tmp_path / "token"
     path.write_text(token)
+    path.chmod(0o600)
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH_FILE", str(path))
 
     def guarded(ask: Ask) -> None:
@@ -248,7 +249,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
                         both.start_soon(relay, inner, client)
 
                 nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
-                from ipfsfuse.sources.parse import parse_source
+                from ipfsfuse.sources.spec import parse_source
 
                 spec = parse_source(f"kubo+unix://{path}")
                 source = Kubo(spec.name, HttpSettings(), spec.origin)

@@ -10,7 +10,7 @@ import trio
 from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.origin import unix_origin
+from ipfsfuse.sources.http.origin import unix_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node

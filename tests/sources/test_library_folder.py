@@ -12,7 +12,7 @@ import pytest
 from ipfsfuse import __version__
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import NotFound, StoreFailed
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.sources.libraries import add, dag, packs
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")

@@ -10,8 +10,7 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.files.library import Library
-from ipfsfuse.sources.files.librarywriter import NewRoot
+from ipfsfuse.sources.local.library import Library, NewRoot
 from tests.sources.libraries import add, dag, packs, parent, raw
 
 
@@ -56,7 +55,7 @@ def test_nothing_is_removed_below_a_running_add(library: Library) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.sources.libraries import raw
 writer = Library(Path(sys.argv[1])).open_writer()
 writer.put(*raw(77, 3_000_000))
@@ -82,7 +81,7 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(library: Library) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.sources.libraries import add, dag
 library = Library(Path(sys.argv[1]))
 for number in range(9):
@@ -117,7 +116,7 @@ def test_several_processes_add_and_remove_at_once(library: Library) -> None:
 ENDLESS = """
 import sys
 from pathlib import Path
-from ipfsfuse.sources.files.library import Library
+from ipfsfuse.sources.local.library import Library
 from tests.sources.libraries import add, dag
 library = Library(Path(sys.argv[1]))
 print(flush=True)

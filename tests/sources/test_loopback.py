@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.loopback import MAX_FRAMING, Connection
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.http.transport import MAX_FRAMING, Connection
 from tests.sources.content import raw_blocks
 from tests.sources.servers import Ask, Server
 

@@ -13,13 +13,13 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources import runs
-from ipfsfuse.sources.base import Block, Run, Subtree
-from ipfsfuse.sources.http import client, fetch
+from ipfsfuse.sources import leaf_ranges
+from ipfsfuse.sources.base import Block, LeafRange, Subtree
+from ipfsfuse.sources.http import client, gateway
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
@@ -64,7 +64,7 @@ async def brought(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, byt
     return got
 
 
-async def streamed(gateway: Gateway, of: Run = FILE.run) -> dict[int, Block]:
+async def streamed(gateway: Gateway, of: LeafRange = FILE.run) -> dict[int, Block]:
     got: dict[int, Block] = {}
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
@@ -151,7 +151,7 @@ def test_one_file_that_is_not_had_does_not_end_ranges(status: int, error: type[E
 
 
 def test_leaves_that_claim_no_bytes_do_not_end_ranges() -> None:
-    hollow = Run(OTHER.root, 0, [Leaf(leaf.cid, 0, 0) for leaf in OTHER.leaves])
+    hollow = LeafRange(OTHER.root, 0, [Leaf(leaf.cid, 0, 0) for leaf in OTHER.leaves])
     with Server({}, files=(FILE, OTHER)) as server:
 
         async def main(gateway: Gateway) -> None:
@@ -239,7 +239,7 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
                     all_busy: trio.Event = all_busy,
                 ) -> None:
                     delivering.append(sum(map(len, blocks)))
-                    if len(delivering) == runs.DELIVERED_AT_ONCE:
+                    if len(delivering) == leaf_ranges.DELIVERED_AT_ONCE:
                         all_busy.set()
                     await trio.sleep_forever()
 
@@ -247,13 +247,13 @@ def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_lef
                     nursery.start_soon(gateway.stream, FILE.run, deliver)
                     await all_busy.wait()
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.room.used in (sum(delivering), sum(delivering) + meanwhile), (
+                    assert settings.budget.used in (sum(delivering), sum(delivering) + meanwhile), (
                         "and what is read meanwhile"
                     )
                     nursery.cancel_scope.cancel()
-                assert settings.room.used == 0
+                assert settings.budget.used == 0
             assert await streamed(gateway) == FILE.expected
-            assert settings.room.used == 0
+            assert settings.budget.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
 
@@ -269,7 +269,7 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
 
             with pytest.raises(SourceFailed, match="no room"):
                 await gateway.stream(FILE.run, deliver)
-            assert settings.room.used == 0
+            assert settings.budget.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
 
@@ -296,6 +296,6 @@ def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
     counts: list[int] = []
     deliveries(stream, counts)
     assert sum(counts) == 40_000
-    assert max(counts) <= fetch.SECTIONS
+    assert max(counts) <= gateway.SECTIONS
     with pytest.raises(SourceFailed, match="broken CAR"):
         deliveries(stream + b"\1\1", counts)

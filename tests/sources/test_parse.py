@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.origin import parse_multiaddr, parse_origin, proxy_for
-from ipfsfuse.sources.parse import parse_source, parse_sources
-from ipfsfuse.sources.secrets import kubo_authorization, read_headers
+from ipfsfuse.sources.http.origin import parse_multiaddr, parse_origin, proxy_for
+from ipfsfuse.sources.http.secrets import kubo_authorization, read_headers
+from ipfsfuse.sources.spec import parse_source, parse_sources
 
 GOOD = {
     "library": ("library", "library", None),
@@ -34,7 +34,7 @@ BAD = {
     "htps://gateway.example": "htps:// is not known",
     "https://": "no host",
     "https://gate way.example": "space",
-    "https://gateway..example": "no host name",
+    "https://gateway..example": "not a host name",
     "https://gateway.example:http": "not a URL",
     "https://me:secret@gateway.example": "no passwords in URLs",
     "https://gateway.example/?x=1": "no query",
@@ -114,6 +114,10 @@ def test_authorization_comes_from_the_environment_or_a_file(
     path = tmp_path / "token"
     path.write_text("basic:me:pass\n")
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH_FILE", str(path))
+    path.chmod(0o640)
+    with pytest.raises(UsageError, match=f"{path}, .* may be read by others; run: chmod 600 {path}"):
+        kubo_authorization()
+    path.chmod(0o600)
     assert kubo_authorization() == ("Basic bWU6cGFzcw==", str(path))
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH", "bearer:tok")
     assert kubo_authorization() == ("Bearer tok", "IPFSFUSE_KUBO_AUTH")

@@ -11,7 +11,7 @@ from ipfsfuse.errors import BlockTooLarge, SourceFailed, Unavailable, Unsupporte
 from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool import managed_source
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.servers import Ask, Server, answer_well

@@ -9,10 +9,10 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed, StoreFailed, Unavailable
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, Run, Source, Subtree
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import FAULT, LOG_EVERY
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import sample, trees
@@ -66,7 +66,7 @@ ANSWERS: dict[str, Answer] = {
 class Faulty(Timed):
     """Raises as its answers do, by whichever call; in runs and directories after two blocks."""
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         for index, leaf in enumerate(run.leaves[:2]):
             await deliver(index, [FILE.blocks[leaf.cid]])
         await self.get(run.leaves[2].cid)

@@ -10,10 +10,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.base import Fetched, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import SLOW_FAR
-from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.pool.subtree_fetch import FIRST, STALL
+from ipfsfuse.sources.pool.pool import FIRST_BLOCK, STALL, SourcePool
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
 from tests.sources.timed import InPlace, Takes, Timed, fails, never, pool_of, run
@@ -133,7 +132,7 @@ def test_the_first_block_has_as_long_as_slow_answers_of_its_source_take() -> Non
             pool.network()[0].health.record_success(SLOW_FAR, 1)
         start = trio.current_time()
         assert await gathered(pool) == {}
-        assert FIRST * SLOW_FAR <= trio.current_time() - start <= FIRST * SLOW_FAR + STALL
+        assert FIRST_BLOCK * SLOW_FAR <= trio.current_time() - start <= FIRST_BLOCK * SLOW_FAR + STALL
 
     run(main)
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.failures import one_line, retry_after
 from ipfsfuse.sources.http.client import Http, translated
+from ipfsfuse.sources.http.failures import one_line, retry_after
 from ipfsfuse.sources.http.gateway import Gateway
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import raw_blocks
 from tests.sources.servers import Server

@@ -13,10 +13,10 @@ from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.origin import parse_origin
-from ipfsfuse.sources.parse import with_headers
+from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.http.secrets import BoundHeaders
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.secrets import BoundHeaders
+from ipfsfuse.sources.spec import with_headers
 from tests.mounting import NOBODY
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks

@@ -12,7 +12,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Unavailable
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.kubo.node import Node
 

@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Fetched, Run, Subtree
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, Fetched, LeafRange, Subtree
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import raw_blocks
 
@@ -49,7 +49,7 @@ class Timed:
             raise NotHere(f"{self.name} does not have it")
         return self.blocks[cid]
 
-    async def stream(self, run: Run, deliver: Deliver) -> None:
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
         for index, leaf in enumerate(run.leaves):
             try:
                 await deliver(index, [await self.get(leaf.cid)])

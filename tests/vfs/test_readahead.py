@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.vfs.lru import Lru
-from ipfsfuse.vfs.readahead import MAX_WINDOW, MIN_WINDOW, SLACK, ReadAhead
+from ipfsfuse.cache.lru import Lru
+from ipfsfuse.vfs.open_file import MAX_WINDOW, MIN_WINDOW, SLACK, ReadAhead
 
 GIB = 1 << 30
 STEP = 128 << 10

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.fileio.whole import read_file
+from ipfsfuse.fileio.files import read_file
 
 log = logging.getLogger(__name__)
 

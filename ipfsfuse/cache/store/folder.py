@@ -32,14 +32,16 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from ipfsfuse import __version__
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse.fileio.calls import write_all
+from ipfsfuse.fileio.files import write_all
 
 log = logging.getLogger(__name__)
 
@@ -485,25 +487,47 @@ def _open_parent(cache_dir: Path) -> int:
 def _lock_folder(parent: int, cache_dir: Path) -> int:
     """Our folder in `parent`, made or moved there where it is missing, and locked. Raises StoreFailed,
     OSError."""
+
+    def open_folder() -> int:
+        while True:
+            try:
+                _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
+                return os.open(NAME, _DIRECTORY, dir_fd=parent)
+            except FileNotFoundError:
+                if _exists(parent, MIGRATING) or _is_older_layout(parent, cache_dir):
+                    return _migrate(parent, cache_dir)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(NAME, 0o700, dir_fd=parent)
+                    os.fsync(parent)
+
+    return _open_locked(open_folder, parent, NAME, cache_dir)
+
+
+def _lock_file(folder: int, cache_dir: Path) -> int:
+    """The lock file, locked: what counts where folders can't be locked, and what the runner looks at. -1 on a
+    full disk."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return _open_locked(lambda: os.open(LOCK, flags, 0o600, dir_fd=folder), folder, LOCK, cache_dir)
+    except OSError as exc:
+        if exc.errno in NO_SPACE:
+            return -1
+        raise
+
+
+def _open_locked(open_it: Callable[[], int], folder: int, name: str, cache_dir: Path) -> int:
+    """The descriptor that `open_it` gives of `name` in `folder`, locked. It is opened again where something
+    else got that name before the lock was had."""
     while True:
-        try:
-            _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
-            fd = os.open(NAME, _DIRECTORY, dir_fd=parent)
-        except FileNotFoundError:
-            if _exists(parent, MIGRATING) or _is_older_layout(parent, cache_dir):
-                return _migrate(parent, cache_dir)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(NAME, 0o700, dir_fd=parent)
-                os.fsync(parent)
-            continue
+        fd = open_it()
         try:
             _flock(fd, cache_dir)
-            if _is_at(fd, parent, NAME):
+            if _is_at(fd, folder, name):
                 return fd
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # it was replaced between its opening and its locking
+        os.close(fd)
 
 
 def _is_at(fd: int, folder: int, name: str) -> bool:
@@ -545,25 +569,6 @@ def _in_use(cache_dir: Path, holder: Path) -> str:
         return f"{cache_dir} is in use by another daemon: give this one its own --cache-dir"
     holder_is = f"process {said[0]}, mounted at {said[1]}"
     return f"{cache_dir} is in use by {holder_is}: use that mount, or give this one its own --cache-dir"
-
-
-def _lock_file(folder: int, cache_dir: Path) -> int:
-    """The lock file, locked: what counts where folders can't be locked, and what the runner looks at."""
-    while True:
-        try:
-            file = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
-        except OSError as exc:
-            if exc.errno in NO_SPACE:
-                return -1
-            raise
-        try:
-            _flock(file, cache_dir)
-            if _is_at(file, folder, LOCK):
-                return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
 
 
 def _accept(fd: int, path: Path) -> None:
@@ -776,3 +781,71 @@ def _keep_mount_id(fd: int) -> None:
                         return
         finally:
             os.close(pins)
+
+
+# -- a folder for one mount's life ---------------------------------------------------------------------------
+
+TRIES = 100
+
+
+@contextlib.contextmanager
+def isolated_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A new folder below `parent` (by default the temporary folder), for `folder.locked`. Raises
+    StoreFailed."""
+    parent = parent or Path(tempfile.gettempdir())
+    with as_store_failed(f"no isolated folder can be made in {parent}"):
+        temporary = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _sweep(temporary)
+            path, fd = _make(parent, temporary)
+        except BaseException:
+            os.close(temporary)
+            raise
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path.name, ignore_errors=True, dir_fd=temporary)
+        os.close(fd)
+        os.close(temporary)
+
+
+def _prefix() -> str:
+    return f"ipfsfuse-isolated-{os.geteuid()}-"
+
+
+def _make(parent: Path, temporary: int) -> tuple[Path, int]:
+    """A new folder, and the descriptor that keeps it locked. Raises OSError."""
+    for _ in range(TRIES):
+        path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            fd = os.open(path.name, _DIRECTORY, dir_fd=temporary)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(
+                    os.fstat(fd), os.stat(path.name, dir_fd=temporary, follow_symlinks=False)
+                ):
+                    return path, fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+    raise OSError(0, f"{TRIES} folders were removed as soon as they were made")
+
+
+def _sweep(temporary: int) -> None:
+    """Removes the folders of this user that nobody has locked. What is not exactly such a folder is left
+    alone."""
+    pattern = re.compile(re.escape(_prefix()) + r"[a-z0-9_]{8}")
+    for name in os.listdir(temporary):
+        if pattern.fullmatch(name):
+            with contextlib.suppress(OSError):
+                fd = os.open(name, _DIRECTORY, dir_fd=temporary)
+                try:
+                    info = os.fstat(fd)
+                    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != 0o700:
+                        continue
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(info, os.stat(name, dir_fd=temporary, follow_symlinks=False)):
+                        shutil.rmtree(name, ignore_errors=True, dir_fd=temporary)
+                finally:
+                    os.close(fd)

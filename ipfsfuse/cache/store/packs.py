@@ -11,20 +11,31 @@ one at a time. Rows wait in `pending` and are written behind the reads.
 """
 
 import contextlib
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import trio
+
+from ipfsfuse.cache.base import SmallBlocks
+from ipfsfuse.cache.budget import Budget, WriteBackoff, disk_cost
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
-from ipfsfuse.cache.store.index import Index, Statements
+from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import Malformed, NotACid
-from ipfsfuse.fileio.calls import write_all
+from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
+from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.files import write_all
+from ipfsfuse.sources.base import Caller, current_request
+
+log = logging.getLogger(__name__)
 
 PACK = ".pack"
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.pack")
@@ -32,6 +43,15 @@ MAX_OPEN = 64
 """Packs kept open for reading."""
 _HEAD = 160
 """Bytes that hold the length and the CID of a section: no allowed digest is longer than 128."""
+ON_LOOP = 32 << 10
+"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread
+costs."""
+WRITE_ON_LOOP = 64 << 10
+"""Bytes of sections that are written on the event loop too: 30 us."""
+RECENT_PACKS = 2
+"""A use of a block in one of the last packs is part of the same use that brought it."""
+ROWS = 512
+"""Rows that are written to the index at once."""
 
 
 class Place(NamedTuple):
@@ -104,7 +124,7 @@ class Packs:
             file = self._files[place.pack] = self.open(place.pack, os.O_RDONLY)
         return os.pread(file, place.size, place.at)
 
-    def choose(self, packs: "PackSet", size: int) -> int:
+    def choose(self, packs: PackSet, size: int) -> int:
         """The pack of `packs` that the next `size` bytes go to."""
         held = self.sizes.get(packs.pack)
         if held is None or held + size > self.limit:
@@ -307,3 +327,287 @@ def _head(cid: Cid, place: Place) -> bytes:
 def _turned(one: bytes, other: bytes) -> int:
     """Bits that differ."""
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()
+
+
+def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
+    block = read(place)
+    if not multihashes.matches(cids.multihash(cid), (block,)):
+        raise WrongBlock(cids.text(cid))
+    return block
+
+
+class IoLimits:
+    """How many worker threads may work at the disk at a time, by what they do."""
+
+    def __init__(self) -> None:
+        self.reading = trio.CapacityLimiter((os.cpu_count() or 1) + 2)
+        self.writing = trio.CapacityLimiter(4)
+        self.upkeep = trio.CapacityLimiter(2)
+
+
+class BlockStore:
+    """Blocks by their multihash: in packs, within the budget, hashed when they are read.
+
+    What can't be read is not there, and what can't be written is not kept: `backoff` says why. One block is
+    appended at a time."""
+
+    def __init__(
+        self, packs: Packs, index: Index, budget: Budget, backoff: WriteBackoff, io: IoLimits, unit: int
+    ) -> None:
+        """`unit`: bytes of a block of the file system."""
+        self.packs = packs
+        self.index = index
+        self.when_blocks_leave: list[Callable[[], None]] = []
+        self.packs_indexed = trio.Event()
+        """Set when the index says of every block in the packs where it lies."""
+        self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
+        """What the index shall be told besides where blocks lie."""
+        self.damaged: Damaged | None = None
+        self.telling = trio.Lock()
+        self.changed, self.much_changed = trio.Event(), trio.Event()
+        """Set when the index has something to be told; when it should not wait."""
+        self._budget = budget
+        self._backoff = backoff
+        self._io = io
+        self._unit = unit
+        self._pack_sets: dict[Caller, PackSet] = {}
+        self._set_aside: dict[bytes, Place] = {}
+        """Where wrong blocks lay, by multihash, until they are fetched again."""
+        self._appending = trio.Lock()
+
+    @property
+    def pack_set(self) -> PackSet:
+        """Where blocks go that nobody asked to keep: packs of each caller's own, which leave on its account
+        alone."""
+        return self._pack_sets.setdefault(current_request().caller, PackSet())
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def place(self, cid: Cid) -> Place | None:
+        try:
+            return self.packs.find(cids.multihash(cid))
+        except (StoreFailed, Damaged) as exc:
+            self.index_failed(exc)
+            return None
+
+    async def get(self, cid: Cid) -> bytes | None:
+        """The block, hashed after it was read; None where it is not kept, or not right (then it is
+        forgotten)."""
+        place = self.place(cid)
+        if place is None:
+            return None
+        self._used_pack(place.pack)
+        try:
+            if place.size <= ON_LOOP:
+                return _proved(self.packs.read, cid, place)
+            return await threads.run_sync(
+                _proved, self.packs.read_apart, cid, place, limiter=self._io.reading
+            )
+        except WrongBlock:
+            log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
+            self._set_aside[cids.multihash(cid)] = place
+        except OSError as exc:
+            if place.pack in self.packs.sizes:
+                self._backoff.failed(str(self.packs.path(place.pack)), exc)
+        self.packs.forget(cids.multihash(cid))
+        self.tell_index()
+        return None
+
+    async def take_back(self, cid: Cid, place: Place) -> bool:
+        """Whether what lies at `place` is the block: then the index has it again."""
+        try:
+            await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self._io.reading)
+        except (WrongBlock, Unsupported, OSError):
+            return False
+        if place.pack not in self.packs.sizes:
+            return False
+        if self.packs.pending.get(cids.multihash(cid)) is None:
+            self.packs.pending[cids.multihash(cid)] = place
+        self.tell_index()
+        return True
+
+    def _used_pack(self, pack: int) -> None:
+        if pack < self.packs.last - RECENT_PACKS:
+            self._budget.arc.use(pack, current_request().caller)
+        else:
+            self._budget.arc.refresh(pack)
+
+    async def keep(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
+        """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are
+        never evicted)."""
+        if self._backoff.waiting:
+            return False
+        made = section(cids.canonical(cid), block)
+        async with self._my_turn():
+            place = self.place(cid)
+            if place is not None and (pack_set is None or place.pack in pack_set.packs):
+                return True
+            return await self._repaired(made, pack_set) or await self._append(
+                pack_set or self.pack_set, [made]
+            )
+
+    async def keep_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
+        """As `keep` for several that were not kept when they were asked for, in few writes: opening a
+        pack costs as much as writing a small block to it."""
+        if self._backoff.waiting:
+            return
+        async with self._my_turn():
+            together: list[Section] = []
+            room = self.packs.limit - self.packs.sizes.get(self.pack_set.pack, 0)
+            for made in (section(cids.canonical(cid), block) for cid, block in blocks):
+                if self._set_aside and await self._repaired(made, None):
+                    continue
+                if len(made.data) > room:
+                    if together:
+                        await self._append(self.pack_set, together)
+                    together, room = [], self.packs.limit  # a new pack is begun
+                together.append(made)
+                room -= len(made.data)
+            if together:
+                await self._append(self.pack_set, together)
+
+    @asynccontextmanager
+    async def _my_turn(self) -> AsyncIterator[None]:
+        if self._appending.locked():
+            await self._appending.acquire()
+        else:
+            # without a turn of the event loop, which costs as much as the writing
+            self._appending.acquire_nowait()
+        try:
+            yield
+        finally:
+            self._appending.release()
+
+    async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
+        """Whether the block is right again where a wrong one was set aside: what is kept for good stays
+        so."""
+        cid, data, head = made
+        place = self._set_aside.pop(cids.multihash(cid), None)
+        if place is None or place.pack not in (self.packs.sizes if pack_set is None else pack_set.packs):
+            return False
+        try:
+            done = await threads.run_sync(
+                rewrite_block, self.packs, place, data, head, limiter=self._io.writing
+            )
+        except OSError as exc:
+            self._backoff.failed(str(self.packs.path(place.pack)), exc)
+            return False
+        if not done or place.pack not in self.packs.sizes:
+            return False
+        self.packs.pending[cids.multihash(cid)] = place
+        self.tell_index()
+        return True
+
+    async def _room_in(self, pack_set: PackSet, size: int) -> tuple[int, int] | None:
+        """The pack of `pack_set` that has room for `size` more bytes, and the bytes reserved for them, which
+        the caller settles; None where there is no room."""
+        while True:
+            pack = self.packs.choose(pack_set, size)
+            if pack_set is not self.pack_set:
+                self._budget.keep(pack)
+            held = self.packs.sizes.get(pack, 0)
+            cost = disk_cost(self._unit, held, held + size)
+            if not await self._budget.reserve(pack, cost):
+                return None
+            if self.packs.sizes.get(pack, 0) == held:
+                return pack, cost
+            self._budget.settle(cost)
+            # it had to leave, to make room for itself: its number is not used again
+            self._budget.adjust(pack, -cost)
+
+    async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
+        """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is
+        no room."""
+        data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
+        found = await self._room_in(pack_set, len(data))
+        if found is None:
+            return False
+        pack, cost = found
+        try:
+            return await self._write(pack, data, sections)
+        finally:
+            self._budget.settle(cost)
+            self._settle_pack(pack)
+
+    async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
+        at = self.packs.sizes.setdefault(pack, 0)
+        try:
+            if len(data) <= WRITE_ON_LOOP:
+                self.packs.write(pack, at, data)
+            else:
+                await threads.run_sync(self.packs.write, pack, at, data, limiter=self._io.writing)
+        except OSError as exc:
+            self._backoff.failed(str(self.packs.path(pack)), exc)
+            self._budget.look_soon()
+            self.packs.drop_empty(pack)
+            return False
+        else:
+            if pack not in self.packs.sizes:  # evicted while a thread wrote
+                self.packs.drop_empty(pack)
+                return False
+            self._backoff.succeeded()
+            self.packs.note(pack, at, sections)
+            self.tell_index()
+            return True
+
+    def _settle_pack(self, pack: int) -> None:
+        size, unit = self.packs.sizes.get(pack, 0), self._unit
+        charge = -(-size // unit) * unit + unit if size else 0
+        self._budget.adjust(pack, charge - self._budget.size(pack))
+
+    # -- eviction and the index ------------------------------------------------------------------------------
+
+    async def evict(self, pack: int) -> list[Cid]:
+        """Deletes a pack; returns what it held. Raises OSError."""
+        for call in self.when_blocks_leave:
+            call()
+        size = self.packs.sizes.get(pack, 0)
+        unindexed = self.packs.unindexed_in(pack)
+        self.packs.close_pack(pack)
+        held, end = await threads.run_sync(self.packs.remove, pack, limiter=self._io.upkeep)
+        # a damaged head hides what lies behind it: the index knows that, if not by which codec
+        if end < size:
+            keys = [*unindexed, *await self.keys_in(pack)]
+            held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
+        self.packs.forget_all(pack, held)
+        self.tell_index()
+        return held
+
+    async def keys_in(self, pack: int) -> list[bytes]:
+        """The multihashes that the index has of a pack; none where it can't be read."""
+        try:
+            return await threads.run_sync(self.index.keys_in, pack, limiter=self._io.reading)
+        except (StoreFailed, Damaged) as exc:
+            self.index_failed(exc)
+            return []
+
+    async def count(self) -> SmallBlocks:
+        """What the packs hold; no blocks are counted where the index can't be read."""
+        size = sum(self.packs.sizes.values())
+        try:
+            return SmallBlocks(
+                await threads.run_sync(self.index.count_blocks, limiter=self._io.reading), size
+            )
+        except (StoreFailed, Damaged) as exc:
+            self.index_failed(exc)
+            return SmallBlocks(0, size)
+
+    def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
+        """One more statement for the index."""
+        self.statements.append((sql, [arguments]))
+        self.tell_index()
+
+    def tell_index(self) -> None:
+        """There is something the index does not say yet."""
+        self.changed.set()
+        if len(self.packs.pending) >= ROWS:
+            self.much_changed.set()
+
+    def index_failed(self, error: Exception) -> None:
+        """The index gave no answer; where it is damaged, it is replaced soon."""
+        if isinstance(error, Damaged):
+            self.damaged = error
+            self.tell_index()
+        else:
+            self._backoff.failed(str(self.index.path), error)
+            self._budget.look_soon()

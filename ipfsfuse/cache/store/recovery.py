@@ -17,10 +17,9 @@ import trio
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.budget import Key
-from ipfsfuse.cache.store.disk import ROWS
 from ipfsfuse.cache.store.folder import as_store_failed, tag
 from ipfsfuse.cache.store.index import Damaged, Statements
-from ipfsfuse.cache.store.packs import Place
+from ipfsfuse.cache.store.packs import ROWS, Place
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -103,9 +102,9 @@ def recover(store: Store) -> None:
         store.staging.entries[entry.cid] = entry
         entry.charged = store.staging.charge(entry)
         found.append((entry.last_used, frequent, entry.cid, entry.charged))
-    for pack, info in store.packs.scan():
-        store.packs.sizes[pack] = info.st_size
-        store.packs.last = max(store.packs.last, pack)
+    for pack, info in store.blocks.packs.scan():
+        store.blocks.packs.sizes[pack] = info.st_size
+        store.blocks.packs.last = max(store.blocks.packs.last, pack)
         last, frequent = used(pack, info.st_mtime)
         found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
     found.sort(key=lambda item: item[0])
@@ -116,18 +115,20 @@ def recover(store: Store) -> None:
         if not isinstance(key, int):
             store.staging.entries[key].last_used = moment
     indexed = dict(_rows(store, "SELECT pack, indexed FROM packs", lambda pack, size: (int(pack), int(size))))
-    gone = [pack for pack in indexed if pack not in store.packs.sizes]
+    gone = [pack for pack in indexed if pack not in store.blocks.packs.sizes]
     if gone:  # deleted before the index was told: their numbers are not used again until it has been
-        store.packs.last = max(store.packs.last, *gone)
-        store.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
-        store.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
-    store.write_later("DELETE FROM uses WHERE key = ?", (IN_ORDER,))  # from now on the files' times say more
-    if store.index.in_memory:  # the one on the disk may know any lower number
-        store.packs.last = max(store.packs.last, int(time.time()))
+        store.blocks.packs.last = max(store.blocks.packs.last, *gone)
+        store.blocks.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
+        store.blocks.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
+    store.blocks.write_later(
+        "DELETE FROM uses WHERE key = ?", (IN_ORDER,)
+    )  # from now on the files' times say more
+    if store.blocks.index.in_memory:  # the one on the disk may know any lower number
+        store.blocks.packs.last = max(store.blocks.packs.last, int(time.time()))
     _keep_pinned(store)
-    if not store.index.anew:
+    if not store.blocks.index.anew:
         _read_tails(store, indexed)
-        store.packs_indexed.set()
+        store.blocks.packs_indexed.set()
 
 
 def _keep_pinned(store: Store) -> None:
@@ -138,73 +139,73 @@ def _keep_pinned(store: Store) -> None:
         for key in list(store.budget.arc) if record.keys is None else record.keys:
             store.budget.keep(key)
             if isinstance(key, int):  # the number of a pack that is lost is not given to another
-                store.packs.last = max(store.packs.last, key)
+                store.blocks.packs.last = max(store.blocks.packs.last, key)
 
 
 def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
     try:
-        return store.index.rows(sql, read)
+        return store.blocks.index.rows(sql, read)
     except Damaged as exc:
-        store.index.replace(str(exc))
+        store.blocks.index.replace(str(exc))
         return ()
 
 
 def _read_tails(store: Store, indexed: Mapping[int, int]) -> None:
     """Rows that a crash kept from being written are read from the packs, behind the bytes that are
     `indexed`."""
-    for pack, size in store.packs.sizes.items():
+    for pack, size in store.blocks.packs.sizes.items():
         if indexed.get(pack, 0) < size:
-            _take(store, store.packs.sections(pack, indexed.get(pack, 0)))
+            _take(store, store.blocks.packs.sections(pack, indexed.get(pack, 0)))
 
 
 def _take(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
     for cid, place in sections:
-        store.packs.pending.setdefault(cids.multihash(cid), place)
+        store.blocks.packs.pending.setdefault(cids.multihash(cid), place)
 
 
 async def write_behind(store: Store) -> None:
     """Writes rows as they come, for as long as the cache lives."""
-    if store.index.anew:
+    if store.blocks.index.anew:
         await _read_packs(store)
     while True:
-        await store.changed.wait()
+        await store.blocks.changed.wait()
         with trio.move_on_after(WAIT):
-            await store.much_changed.wait()
-        store.changed, store.much_changed = trio.Event(), trio.Event()
+            await store.blocks.much_changed.wait()
+        store.blocks.changed, store.blocks.much_changed = trio.Event(), trio.Event()
         await flush(store)
 
 
 async def flush(store: Store) -> None:
     """Writes all that is pending; what can't be written stays pending."""
     with trio.CancelScope(shield=True):  # what was taken to be written is written, whoever asked for it
-        async with store.telling:
+        async with store.blocks.telling:
             await _flush(store)
 
 
 async def _flush(store: Store) -> None:
-    if store.damaged is not None:
-        await replace_index(store, store.damaged)
-    batch, statements = store.packs.unwritten()
-    others, store.statements = store.statements, []
+    if store.blocks.damaged is not None:
+        await replace_index(store, store.blocks.damaged)
+    batch, statements = store.blocks.packs.unwritten()
+    others, store.blocks.statements = store.blocks.statements, []
     try:
-        await threads.run_sync(store.index.write, [*statements, *others])
+        await threads.run_sync(store.blocks.index.write, [*statements, *others])
     except StoreFailed as exc:
-        store.index_failed(exc)
-        store.statements = others[-MAX_PENDING:] + store.statements
-        for key in list(store.packs.pending)[:-MAX_PENDING]:
-            del store.packs.pending[key]
+        store.blocks.index_failed(exc)
+        store.blocks.statements = others[-MAX_PENDING:] + store.blocks.statements
+        for key in list(store.blocks.packs.pending)[:-MAX_PENDING]:
+            del store.blocks.packs.pending[key]
     except Damaged as exc:
-        store.statements = others + store.statements
+        store.blocks.statements = others + store.blocks.statements
         await replace_index(store, exc)
     else:
-        store.packs.written(batch)
+        store.blocks.packs.written(batch)
         await measure(store)
 
 
 async def measure(store: Store) -> None:
     """Counts all that lies in the folder besides staging files and packs, with what that may grow before the
     next time, and follows the free space of the file system."""
-    rest = await threads.run_sync(store.rest_on_disk, limiter=store.upkeep)
+    rest = await threads.run_sync(store.rest_on_disk, limiter=store.io.upkeep)
     await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
     store.note_room()
 
@@ -220,31 +221,31 @@ async def follow_space(store: Store) -> None:
 async def replace_index(store: Store, why: Damaged) -> None:
     """A new index, filled from the packs."""
     try:
-        store.index.replace(str(why))
+        store.blocks.index.replace(str(why))
     except (StoreFailed, Damaged, OSError) as exc:
-        store.backoff.failed(str(store.index.path), exc)
+        store.backoff.failed(str(store.blocks.index.path), exc)
         return
     finally:
-        store.damaged = None
+        store.blocks.damaged = None
     await _read_packs(store)
 
 
 async def _read_packs(store: Store) -> None:
     """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts:
     it stays."""
-    for pack in sorted(store.packs.sizes, key=lambda pack: (store.budget.kept(pack), pack)):
-        sections = await threads.run_sync(list, store.packs.sections(pack))
+    for pack in sorted(store.blocks.packs.sizes, key=lambda pack: (store.budget.kept(pack), pack)):
+        sections = await threads.run_sync(list, store.blocks.packs.sections(pack))
         if store.budget.kept(pack):
-            store.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
+            store.blocks.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
         else:
             _take(store, sections)
-        if len(store.packs.pending) >= ROWS:
-            batch, statements = store.packs.unwritten()
+        if len(store.blocks.packs.pending) >= ROWS:
+            batch, statements = store.blocks.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):
-                await threads.run_sync(store.index.write, statements)
-                store.packs.written(batch)
-    store.index.anew = False
-    store.packs_indexed.set()
+                await threads.run_sync(store.blocks.index.write, statements)
+                store.blocks.packs.written(batch)
+    store.blocks.index.anew = False
+    store.blocks.packs_indexed.set()
 
 
 def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
@@ -274,15 +275,15 @@ async def close(store: Store) -> None:
         ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store)),
     ]
     try:
-        await threads.run_sync(store.index.write, statements)
+        await threads.run_sync(store.blocks.index.write, statements)
     except (StoreFailed, Damaged) as exc:
-        log.warning("%s: the order of use is not kept: %s", store.index.path, exc)
-    store.packs.close()
-    store.index.close()
+        log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
+    store.blocks.packs.close()
+    store.blocks.index.close()
 
 
 def close_folders(store: Store) -> None:
     """After the last task of the store: a descriptor that is closed too early may be another file's by
     then."""
-    for each in (store.packs, store.staging, store.pin_records):
+    for each in (store.blocks.packs, store.staging, store.pin_records):
         each.folder.close()

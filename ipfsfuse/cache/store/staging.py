@@ -20,18 +20,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
+
 from ipfsfuse.cache import clock
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import leaves
+from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, Unsupported
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.calls import punch_hole
-from ipfsfuse.fileio.direct import ALIGNED, Direct
+from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
 
 PART = ".part"
+PIECE = 16 << 10
+"""Bytes of a verified leaf that can be proved again without the rest of it. Random reads of 4 KiB take 0.8 of
+the time that they take with pieces of 64 KiB."""
+DIGEST = 32
+"""Bytes of the BLAKE3 digest of a piece, which takes 3 us. SHA-256 of a leaf of 1 MiB takes 0.6 to 1.4 ms."""
 _NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")
 """base32, as `cids.text` spells."""
 
@@ -217,14 +223,35 @@ class Staging:
             os.close(file)
         return found
 
-    def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool]:
-        """What is stored for `leaf`, and whether that is its content."""
+    def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
+        """What is stored for `leaf`, whether that is its content, and then the digests of its pieces."""
         file = self._open_to_read(entry)
         try:
             data = os.pread(file, leaf.size, leaf.offset)
         finally:
             os.close(file)
-        return data, len(data) == leaf.size and _proves(leaf, data)
+        right = len(data) == leaf.size and _proves(leaf, data)
+        return data, right, digests_of(data) if right else b""
+
+    def read_pieces(
+        self, entry: Entry, leaf: Leaf, start: int, stop: int, digests: bytes, flags: int
+    ) -> memoryview | None:
+        """The bytes [start, stop) of `leaf`, proved by the `digests` of its pieces; None where they are not
+        right, and with the flag RWF_NOWAIT where the disk would have to be read. Raises OSError."""
+        start_piece, end_piece = start // PIECE, -(-stop // PIECE)
+        data = bytearray(min(end_piece * PIECE, leaf.size) - start_piece * PIECE)
+        file = self._open_to_read(entry)
+        try:
+            count = os.preadv(file, [data], leaf.offset + start_piece * PIECE, flags)
+        except OSError as exc:
+            if flags and exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return None
+            raise
+        finally:
+            os.close(file)
+        if count != len(data) or digests_of(data) != digests[start_piece * DIGEST : end_piece * DIGEST]:
+            return None
+        return memoryview(data)[start - start_piece * PIECE : stop - start_piece * PIECE]
 
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """As `read`, of leaves that lie one behind the other, at least one."""
@@ -321,7 +348,8 @@ class Staging:
                 return self._open(entry, os.O_RDONLY)
 
     def _open(self, entry: Entry, flags: int) -> int:
-        return self.folder.open(_name(entry), flags)
+        name = cids.text(entry.cid)
+        return self.folder.open(name if entry.complete else name + PART, flags)
 
 
 def _name(entry: Entry) -> str:
@@ -345,9 +373,15 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
     try:
-        return leaves.proves(leaf.cid, data)
+        return file_layout.proves(leaf.cid, data)
     except Unsupported:
         return False
+
+
+def digests_of(content: bytes | bytearray) -> bytes:
+    """The BLAKE3 digests of the pieces of `content`, one behind the other."""
+    view = memoryview(content)
+    return b"".join([blake3(view[at : at + PIECE]).digest() for at in range(0, len(view), PIECE)])
 
 
 def _grown(entry: Entry, file: int) -> int:

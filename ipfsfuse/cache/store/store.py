@@ -1,5 +1,5 @@
-"""The store: what is on disk, within the budget, behind two verbs for blocks (`blockstore`) and two for
-leaves.
+"""The store: what lies on the disk, within the budget. Leaves of files are kept in staging files here, and
+blocks in packs (`packs.BlockStore`).
 
 What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given
 was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker
@@ -7,16 +7,26 @@ threads.
 """
 
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
+import trio
+
 from ipfsfuse.cache import clock
-from ipfsfuse.cache.base import Content, FileRef
-from ipfsfuse.cache.store.blockstore import BlockStore
-from ipfsfuse.cache.store.staging import Entry, Extents, Removed
+from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pins
+from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_cost, disk_usage
+from ipfsfuse.cache.lru import Lru
+from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
+from ipfsfuse.cache.store.index import Index
+from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
+from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
+from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import current_request
 
@@ -24,12 +34,54 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+SMALL = 64 << 10
+"""Files of up to so many bytes lie in packs."""
 NOTE_USE = 60.0
 """Seconds between two notes on disk of one file's use."""
+MAX_DIGESTS = 16 << 20
+"""Bytes of digests that are kept in memory: those of 7 GiB in leaves of 1 MiB."""
+LOOP_PIECES = 4
+"""Pieces that are read from the page cache and hashed on the event loop: some 15 us."""
+DIGESTS_OVERHEAD = 300
+"""Bytes of memory that one leaf's digests take besides themselves."""
+TOLD_AT_ONCE = 500
+"""Staging files that are told of before other calls have their turn: some milliseconds."""
 
 
-class Store(BlockStore):
-    """Blocks, and leaves of files."""
+class Store:
+    """Staging files, and the blocks in packs (`blocks`)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: int,
+        nursery: trio.Nursery,
+        pins: Pins | None = None,
+        reserve: int | None = None,
+    ) -> None:
+        """`budget` and `reserve` in bytes; see `FreeSpace`. Raises StoreFailed or OSError where the folder
+        can't be used at all."""
+        self.folder = folder
+        self.nursery = nursery
+        self.pins: Pins = pins or NoPins()
+        self.space = FreeSpace(folder, reserve)
+        self.small_budget = min(budget, self.space.total or budget)
+        """What the sizes of packs, of the index's write-ahead log and of its margin are derived from."""
+        self.budget = Budget(budget, self._evict, self.space.spare)
+        self.backoff = WriteBackoff()
+        self.io = IoLimits()
+        self.staging = Staging(folder / STAGING)
+        self.pin_records = PinRecords(folder / PINNED)
+        self.pinned: dict[Cid, PinRecord] = {}
+        """What was pinned when the store was opened."""
+        index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
+        packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+        self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
+        self._full = False
+        self._digests: Lru[Cid, bytes] = Lru(MAX_DIGESTS)
+        """Those of the pieces of leaves that were verified, by the CIDs of the leaves."""
+
+    # -- leaves ----------------------------------------------------------------------------------------------
 
     async def has_leaf(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be there: only its hash will tell."""
@@ -49,11 +101,37 @@ class Store(BlockStore):
         if entry is None:
             return None
         try:
-            data, right = await threads.run_sync(self.staging.read, entry, leaf, limiter=self.reading)
+            data, right, digests = await threads.run_sync(
+                self.staging.read, entry, leaf, limiter=self.io.reading
+            )
         except OSError as exc:
             await self._lost(entry, exc)
             return None
+        if right:
+            self._digests.put(leaf.cid, digests, len(digests) + DIGESTS_OVERHEAD)
         return await self._looked_at(entry, leaf, data, right)
+
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> memoryview | None:
+        """The bytes [start, stop) of the leaf, if they can be proved without the rest of it: it was verified
+        before. None where that is not so, or they are not right."""
+        entry, digests = self.staging.entries.get(file.cid), self._digests.get(leaf.cid)
+        if digests is None or entry is None or entry.dead or entry.extents is None:
+            return None
+        if not entry.extents.covers(leaf.offset, leaf.offset + leaf.size):
+            return None
+        data, arguments = None, (entry, leaf, start, stop, digests)
+        try:
+            if stop - start <= LOOP_PIECES * PIECE:  # what is in the page cache costs less than a thread
+                data = self.staging.read_pieces(*arguments, os.RWF_NOWAIT)
+            if data is None:
+                data = await threads.run_sync(
+                    self.staging.read_pieces, *arguments, 0, limiter=self.io.reading
+                )
+        except OSError:  # who reads the whole leaf will see it
+            return None
+        if data is not None:
+            self.budget.arc.refresh(entry.cid)
+        return data
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
         """As `leaf`, of leaves that lie one behind the other, at least one."""
@@ -65,7 +143,7 @@ class Store(BlockStore):
         ):
             return [None] * len(leaves)
         try:
-            found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.reading)
+            found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.io.reading)
         except OSError as exc:
             await self._lost(entry, exc)
             return [None] * len(leaves)
@@ -86,7 +164,7 @@ class Store(BlockStore):
         entry = self.staging.entries.get(cid)
         if entry is not None and entry.extents is None:
             try:
-                found = await threads.run_sync(self.staging.look, entry, limiter=self.reading)
+                found = await threads.run_sync(self.staging.look, entry, limiter=self.io.reading)
             except OSError as exc:
                 await self._lost(entry, exc)
                 return None
@@ -105,7 +183,7 @@ class Store(BlockStore):
         try:
             end = leaf.offset + leaf.size
             entry.disk += await threads.run_sync(
-                self.staging.punch, entry, leaf.offset, end, limiter=self.writing
+                self.staging.punch, entry, leaf.offset, end, limiter=self.io.writing
             )
         except OSError as exc:
             self.backoff.failed(cids.text(entry.cid), exc)
@@ -117,18 +195,14 @@ class Store(BlockStore):
             self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
             await self.budget.evict(entry.cid)
 
-    async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
-        """Whether it is kept now."""
-        return await self.keep_leaves(file, [leaf], [content], source)
-
     async def keep_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.backoff.waiting:
+        if self.backoff.reason and self.backoff.waiting:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
-        cost = self.staging.cost(start, end)
+        cost = disk_cost(self.staging.unit, start, end)
         if not await self.budget.reserve(file.cid, cost):
             return False
         if file.cid not in self.staging.entries:
@@ -139,29 +213,25 @@ class Store(BlockStore):
         entry.source = source
         try:
             grown, error = await threads.run_sync(
-                self.staging.write, entry, start, contents, limiter=self.writing
+                self.staging.write, entry, start, contents, limiter=self.io.writing
             )
+            entry.disk += grown
+            if error is not None:
+                self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
+                self.budget.look_soon()
+                return False
+            if self.backoff.reason:
+                self.backoff.succeeded()
+            if entry.extents is not None:
+                entry.extents.add(start, end)
+                self._proved(entry, start, end)
+            return True
         except Removed:
             return False
-        else:
-            entry.disk += grown
-            return self._kept(entry, start, end, error)
         finally:
             entry.reserved -= cost
             self.budget.settle(cost)
             self._settle(entry)
-
-    def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
-        """What a write came to."""
-        if error is not None:
-            self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
-            self.budget.look_soon()
-            return False
-        self.backoff.succeeded()
-        if entry.extents is not None:
-            entry.extents.add(start, end)
-            self._proved(entry, start, end)
-        return True
 
     def _proved(self, entry: Entry, start: int, end: int) -> None:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""
@@ -183,7 +253,7 @@ class Store(BlockStore):
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
         try:
-            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.upkeep)
+            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.upkeep)
         except OSError as exc:
             if not entry.dead:
                 self.backoff.failed(cids.text(entry.cid), exc)
@@ -202,6 +272,122 @@ class Store(BlockStore):
 
     async def _note_use(self, entry: Entry) -> None:
         try:
-            await threads.run_sync(self.staging.note_use, entry, limiter=self.upkeep)
+            await threads.run_sync(self.staging.note_use, entry, limiter=self.io.upkeep)
         except OSError:  # read-only, or gone: then its order after a restart is a little off
             pass
+
+    # -- what is there ---------------------------------------------------------------------------------------
+
+    def kept(self) -> Sequence[Kept]:
+        """Staging files, last used first."""
+        return [self._told(entry) for entry in _by_use(list(self.staging.entries.values()))]
+
+    async def listed(self) -> Sequence[Kept]:
+        """As `kept`, of any number without stopping other calls: 100,000 take half a second."""
+        entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
+        found = []
+        for number, entry in enumerate(entries):
+            if number % TOLD_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            if not entry.dead:
+                found.append(self._told(entry))
+        return found
+
+    def kept_of(self, cid: Cid) -> Kept | None:
+        """A staging file, or a small block: of that its pack knows no use of its own."""
+        entry = self.staging.entries.get(cids.canonical(cid))
+        if entry is not None:
+            return self._told(entry)
+        place = self.blocks.place(cid)
+        if place is None:
+            return None
+        pinned = "user" if self.budget.kept(place.pack) else self._pin_state(cids.canonical(cid))
+        return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
+
+    def _told(self, entry: Entry) -> Kept:
+        used = clock.to_wall(entry.last_used)
+        return Kept(
+            entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
+        )
+
+    def _pin_state(self, cid: Cid) -> str:
+        if self.budget.kept(cid):
+            return "user"
+        return "cache" if self.pins.state(cid) == "cache" else ""
+
+    # -- eviction --------------------------------------------------------------------------------------------
+
+    async def _evict(self, key: Key) -> None:
+        """Off the disk; then the node may let go of it."""
+        size = self.blocks.packs.sizes.get(key, 0) if isinstance(key, int) else 0
+        try:
+            if isinstance(key, int):
+                for cid in await self.blocks.evict(key):
+                    # else it came back meanwhile, and may have been pinned anew; or its file is staged
+                    if not self.holds(cid):
+                        self.pins.remove(cid)
+                return
+            entry = self.staging.entries.get(key)
+            if entry is not None:
+                size = entry.disk
+                entry.dead = True
+                self.staging.forget(entry)
+                await threads.run_sync(self.staging.remove, entry, limiter=self.io.upkeep)
+                self.pins.remove(key)
+        except OSError as exc:
+            self.backoff.failed(f"{self.folder}: nothing can be removed", exc)
+            self.budget.stuck(size)
+
+    async def evict(self, cid: Cid | None = None) -> int:
+        """As `PinsetCache.evict`."""
+        if cid is None:
+            # else pinned meanwhile
+            return sum(
+                [await self.budget.evict(key) for key in list(self.budget.arc) if key in self.budget.arc]
+            )
+        key: Key = cids.canonical(cid)
+        if key not in self.staging.entries:
+            place = self.blocks.place(cid)
+            if place is None:
+                return 0
+            key = place.pack
+        if self.budget.kept(key):
+            raise UsageError(f"{cids.text(cid)} is kept for good: unpin it first")
+        return await self.budget.evict(key)
+
+    def holds(self, cid: Cid) -> bool:
+        """Whether `cid` itself is staged, at least in part."""
+        return cids.canonical(cid) in self.staging.entries or self.blocks.place(cid) is not None
+
+    def rest_on_disk(self) -> int:
+        """Bytes on disk of all that lies in the folder besides staging files and packs, the folders
+        themselves included. In any thread."""
+        return disk_usage(self.folder, but_in=(self.staging.path, self.blocks.packs.folder.path))
+
+    def no_room(self) -> str:
+        """Why nothing new can be kept, "" where that is not so."""
+        budget, space = self.budget, self.space
+        if budget.arc.capacity >= SMALL:
+            return ""
+        if budget.limit < budget.configured:
+            free, reserve = (f"{count / (1 << 20):.1f} MiB" for count in (space.free, space.reserve))
+            return (
+                f"{self.folder}: the disk is too full to cache anything: {free} are free, {reserve} "
+                "stay reserved"
+            )
+        return f"{self.folder}: what is pinned, the index and the log leave nothing of the budget"
+
+    def note_room(self) -> None:
+        """Logs when there is no room any more, and when there is again."""
+        reason = self.no_room()
+        if bool(reason) != self._full:
+            self._full = bool(reason)
+            if reason:
+                log.warning("%s; reads go on without the cache", reason)
+            else:
+                log.info("there is room in the cache again")
+
+
+def _by_use(entries: list[Entry]) -> list[Entry]:
+    """Last used first."""
+    return sorted(entries, key=lambda entry: -entry.last_used)

@@ -59,7 +59,8 @@ class Place:
         "since",
     )
 
-    def __init__(self, limiter: "ConcurrencyLimiter", retried: bool) -> None:
+    def __init__(self, limiter: "ConcurrencyLimiter", retried: bool = False) -> None:
+        """`retried` for a request that was tried before: fresh ones go first."""
         self._limiter = limiter
         self.retried = retried
         self.request: Request = current_request()
@@ -150,13 +151,10 @@ class ConcurrencyLimiter:
         """The most of them that may be one caller's."""
         return _share(self.limit)
 
-    def enter(self, *, retried: bool = False) -> Place:
-        """A place to be entered. `retried` for a request that was tried before: fresh ones go first."""
-        return Place(self, retried)
-
     def leave(self, place: Place) -> None:
         self._remove(place)
-        self._dispatch()
+        if self._queues:
+            self._dispatch()
 
     def note_success(self) -> None:
         if self._limit < self._most:
@@ -179,8 +177,10 @@ class ConcurrencyLimiter:
         """Until there is room for `place`, which is then in flight."""
         place.queued = now = trio.current_time()
         if not self._queues:  # as most often: half of the work
-            self._age(now)
-            if self._has_room(place, now):
+            idle = not self._active and not self._late
+            if not idle:
+                self._age(now)
+            if idle or self._has_room(place, now):
                 self._add(place)
                 return
         self._put(place)

@@ -1,6 +1,9 @@
 """One source in the pool: asked within its bounds, its answers verified, its health kept.
 
-Whatever a source raises is that source's failure, and nobody else's. Concurrency: any number of tasks.
+Whatever a source raises is that source's failure, and nobody else's. `check` and `check_each` are the one
+place where blocks from outside are hashed.
+
+Concurrency: any number of tasks. Small blocks are hashed on the event loop, larger ones in a worker thread.
 """
 
 import logging
@@ -11,14 +14,16 @@ from contextlib import contextmanager
 
 import trio
 
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
-from ipfsfuse.sources.base import Source
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
-from ipfsfuse.sources.pool.verification import check
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,36 @@ BUSY = "busy"
 """The kind of a failure by which a source says that it has too much to do."""
 LOG_EVERY = 60.0
 """Seconds between two lines about one source's failures of one kind."""
+
+INLINE_BYTES = 64 * 1024
+"""A thread costs 115 us there and back, sha2-256 of 64 KiB 37 us; hashlib lets other threads run
+meanwhile."""
+
+
+async def check(cid: Cid, block: bytes) -> None:
+    """Raises WrongBlock unless `block` is what `cid` names, Unsupported for a hash that is not allowed."""
+    if len(block) <= INLINE_BYTES:
+        try:
+            multihashes.verify(cids.multihash(cid), block, "")
+        except WrongBlock:
+            cids.verify(cid, block)  # names the block, which takes as long as hashing it
+        return
+    # Left to itself when cancelled: it ends within a millisecond, holds nothing, and its answer is dropped.
+    await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
+
+
+async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
+    """Of each of `blocks` whether it is what `wanted` names. Raises Unsupported as `check`."""
+
+    def run() -> Sequence[bool]:
+        return [
+            multihashes.matches(cids.multihash(cid), (block,))
+            for cid, block in zip(wanted, blocks, strict=True)
+        ]
+
+    if sum(map(len, blocks)) <= INLINE_BYTES:
+        return run()
+    return await threads.run_sync(run, abandon_on_cancel=True)  # as in `check`
 
 
 class ManagedSource:
@@ -64,7 +99,7 @@ class ManagedSource:
         if self.source.in_place:
             return await self._ask(cid, hedge)
         while True:
-            async with self.limiter.enter(retried=retried):
+            async with Place(self.limiter, retried):
                 return await self._ask(cid, hedge)
             retried = True  # it was late, and its place went to another
 

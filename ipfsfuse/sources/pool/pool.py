@@ -12,22 +12,38 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hashes
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import BlockTooLarge, Malformed
-from ipfsfuse.sources.base import DeliverFetched, Fetched, Run, Source, Subtree, Taker, fits
-from ipfsfuse.sources.pool.block_fetch import HedgedFetch
+from ipfsfuse.errors import (
+    BlockTooLarge,
+    Malformed,
+    NotHere,
+    SourceFailed,
+    Unavailable,
+    Unsupported,
+    WrongBlock,
+)
+from ipfsfuse.sources.base import (
+    Block,
+    Deliver,
+    DeliverBlocks,
+    DeliverFetched,
+    Fetched,
+    LeafRange,
+    Source,
+    Subtree,
+    Taker,
+    fits,
+)
+from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
-from ipfsfuse.sources.pool.inline import INLINE
-from ipfsfuse.sources.pool.managed_source import ManagedSource
-from ipfsfuse.sources.pool.range_fetch import RangeFetch
-from ipfsfuse.sources.pool.subtree_fetch import SubtreeFetch
-from ipfsfuse.sources.runs import all_of
+from ipfsfuse.sources.pool.limiter import Place
+from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +59,56 @@ SINGLY = 4
 NAP = 1.0
 """Seconds that the machine must have slept to be noticed."""
 
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
+"""Seconds between two requests for one block at one source. The longest is at most a quarter of the
+deadline."""
+PATIENCE_ALONE = 15.0
+"""Seconds without a block after which a run is broken off where no other source could give it sooner; at most
+half of the deadline."""
+STALL = 0.25
+"""Seconds without a block after which the answer is given up: one block that the source lacks must not delay
+the others. A gateway far away gets as long as its slow answers take, if that is more, but no longer than the
+pool's patience."""
+FIRST_BLOCK = 4
+"""For its first block, a source gets so many times as long as its slow answers take, if that is more."""
+FIRST_PART = 1 / 3
+"""Part of the deadline that the first block may take at most: it can still be had elsewhere then."""
+
 
 def seconds_asleep() -> float:
     """How long this machine has slept since it started."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+class Inline:
+    """The source of blocks that are written in their own CIDs. Never asked: the pool answers for it."""
+
+    name = "inline"
+    in_place = True
+
+    async def get(self, cid: Cid) -> bytes:
+        block = cids.inline(cid)
+        if block is None:
+            raise NotHere(f"{cids.text(cid)} holds no block of its own")
+        return block
+
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
+        for index, leaf in enumerate(run.leaves):
+            block = cids.inline(leaf.cid)
+            if block is not None:
+                await deliver(index, [block])
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        pass
+
+    def roots(self) -> Sequence[Cid]:
+        return ()
+
+    async def aclose(self) -> None:
+        pass
+
+
+INLINE = Inline()
 
 
 class SourcePool:
@@ -71,7 +133,7 @@ class SourcePool:
         self.hedges = HedgeBudget()
         network = sum(not source.in_place for source in sources)
         self._managed = [ManagedSource(source, self.chance, max(network, 1)) for source in sources]
-        self._in_place = [managed for managed in self._managed if managed.source.in_place]
+        self.in_place = [managed for managed in self._managed if managed.source.in_place]
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._known_wrong: set[tuple[str, Cid]] = set()
         self._known_large: set[Cid] = set()
@@ -92,7 +154,7 @@ class SourcePool:
             await managed.aclose()
 
     async def get(self, cid: Cid) -> Fetched:
-        hashes.check_allowed(cids.multihash(cid))
+        multihashes.check_allowed(cids.multihash(cid))
         inline = cids.known(cid)
         if inline is not None:
             return Fetched(inline, INLINE)
@@ -104,11 +166,21 @@ class SourcePool:
             if self._under_way.get(key) is fetch:
                 del self._under_way[key]
 
+    async def get_in_place(self, cid: Cid) -> bytes | None:
+        """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
+        multihashes.check_allowed(cids.multihash(cid))
+        fetch = HedgedFetch(self, cid)
+        for managed in self.in_place:
+            block = await fetch.once(managed)
+            if isinstance(block, bytes):
+                return block
+        return None
+
     def said(self, cid: Cid) -> str:
         fetch = self._under_way.get(cids.multihash(cid))
         return "" if fetch is None else "; ".join(fetch.said.values())
 
-    async def stream(self, run: Run, deliver: DeliverFetched) -> None:
+    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
         fetch = RangeFetch(self, run, deliver)
         await fetch.from_each()
         left = iter(fetch.missing)
@@ -137,10 +209,10 @@ class SourcePool:
         deadline, and the last one time to answer."""
         return min(PATIENCE, self.deadline / (len(self._network) + 1))
 
-    def in_place(self) -> Sequence[ManagedSource]:
-        return self._in_place
-
     def network(self) -> Sequence[ManagedSource]:
+        """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
+        if len(self._network) < 2:
+            return self._network
         self._note_sleep()
         now = trio.current_time()
         usable = [
@@ -177,7 +249,7 @@ class SourcePool:
         """Says once that `managed` sent wrong bytes, and quarantines a remote gateway."""
         now = trio.current_time()
         others = any(other is not managed and not other.health.is_quarantined(now) for other in self._network)
-        seconds = managed.health.record_wrong(now, others=others or bool(self._in_place))
+        seconds = managed.health.record_wrong(now, others=others or bool(self.in_place))
         name = managed.source.name
         if seconds == 0:
             return
@@ -197,3 +269,318 @@ class SourcePool:
         if cid not in self._known_large and len(self._known_large) < REMEMBERED_WRONG:
             self._known_large.add(cid)
             log.warning("%s", refusal)
+
+
+# -- one block -----------------------------------------------------------------------------------------------
+
+
+class HedgedFetch:
+    def __init__(self, pool: SourcePool, cid: Cid) -> None:
+        self._pool = pool
+        self._cid = cid
+        self._wrong: WrongBlock | None = None
+        self._too_large: BlockTooLarge | None = None
+        """Set once a source says that the block is too large. That may be a lie, so each other source is
+        asked once, and has `patience` seconds to answer."""
+        self._no_more_tries = trio.Event()
+        self._network_scope = trio.CancelScope()
+        self._found: Fetched | None = None
+        self.said: dict[str, str] = {}
+        """What each source that was asked has said last, by its name."""
+
+    async def run(self) -> Fetched:
+        """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
+        for managed in self._pool.in_place:
+            block = await self.once(managed)
+            if isinstance(block, bytes):
+                return Fetched(block, managed.source)
+        network = self._pool.network()
+        self._pool.hedges.request()
+        with self._network_scope:
+            if len(network) == 1:
+                await self._poll_source(network[0], trio.Event(), hedge=False)
+            elif network:
+                await self._race(network)
+        if self._found is not None:
+            return self._found
+        offline = " (offline)" if self._pool.offline else ""
+        said = "".join(f"; {each}" for each in self.said.values())
+        unavailable = Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
+        raise self._too_large or self._wrong or unavailable
+
+    async def _race(self, network: Sequence[ManagedSource]) -> None:
+        """Each source from when the one before it has failed or is late; the first that gives the block ends
+        it."""
+        async with trio.open_nursery() as nursery:
+
+            async def poll(managed: ManagedSource, failed: trio.Event, hedge: bool) -> None:
+                await self._poll_source(managed, failed, hedge=hedge)
+                failed.set()
+                if self._found is not None:
+                    nursery.cancel_scope.cancel()
+
+            hedge = False
+            for managed in network:
+                failed = trio.Event()
+                nursery.start_soon(poll, managed, failed, hedge)
+                hedge = await self._wait_for(managed, failed)
+
+    async def _wait_for(self, managed: ManagedSource, failed: trio.Event) -> bool:
+        """Returns when the next source is to be asked; True if that is because this one is only slow."""
+        patience = self._pool.patience
+        slow = min(managed.health.slow_after(), patience)
+        with trio.move_on_after(slow):
+            await failed.wait()
+            return False
+        if not self._pool.hedges.spend():
+            with trio.move_on_after(patience - slow):
+                await failed.wait()
+                return False
+        return True
+
+    async def _poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
+        """Asks one source until it gives the block, or can't for good. Sets `failed` when others should be
+        asked."""
+        pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
+        retried = False
+        while self._found is None:
+            wait = self._pool.wait(managed)
+            if wait == 0:
+                block = await self.once(managed, hedge=hedge, retried=retried)
+                if isinstance(block, bytes):
+                    self._found = Fetched(block, managed.source)
+                    return
+                if isinstance(block, WrongBlock | BlockTooLarge) or (
+                    self._pool.offline and isinstance(block, NotHere)
+                ):
+                    return
+                wait = min(pause, longest) * self._pool.chance.uniform(0.5, 1.0)
+                pause *= 2
+                hedge, retried = False, True
+            if self._too_large is not None:
+                return
+            failed.set()
+            with trio.move_on_after(min(wait, longest)):  # a pause may end sooner than it was said to
+                await self._no_more_tries.wait()
+                return
+
+    async def once(
+        self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
+    ) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
+        asked, name = trio.current_time(), managed.source.name
+        self.said.setdefault(name, f"{name} has not answered")
+        try:
+            return await managed.ask(self._cid, hedge=hedge, retried=retried)
+        except (NotHere, SourceFailed) as exc:
+            log.debug("%s", exc)
+            self.said[name] = str(exc)
+            return exc
+        except BlockTooLarge as exc:
+            self._too_large = exc
+            self._no_more_tries.set()
+            self._network_scope.deadline = trio.current_time() + self._pool.patience
+            self._pool.too_large(self._cid, exc)
+            return exc
+        except WrongBlock as exc:
+            self._wrong = exc
+            self.said[name] = f"{name} sent wrong bytes"
+            self._pool.wrong(managed, self._cid)
+            return exc
+        except trio.Cancelled:
+            if self._found is not None and trio.current_time() - asked >= self._pool.patience:
+                managed.overtaken(asked)
+            raise
+
+
+# -- consecutive leaves of a file ----------------------------------------------------------------------------
+
+
+class RangeFetch:
+    def __init__(self, pool: SourcePool, run: LeafRange, deliver: DeliverFetched) -> None:
+        self._pool = pool
+        self._run = run
+        self._deliver = deliver
+        self._left = set(range(len(run.leaves)))
+
+    @property
+    def missing(self) -> Sequence[int]:
+        return sorted(self._left)
+
+    async def from_each(self) -> None:
+        for place, leaf in enumerate(self._run.leaves):
+            block = cids.known(leaf.cid)
+            if block is not None:
+                self._left.discard(place)
+                await self._deliver(place, [block], INLINE)
+        for managed in [*self._pool.in_place, *self._pool.network()]:
+            if not self._left:
+                return
+            if managed.takes_many and self._pool.wait(managed) == 0:
+                await self._from(managed)
+
+    async def _from(self, managed: ManagedSource) -> None:
+        with managed.asked_for_many() as deliveries:
+            if managed.source.in_place:
+                await _RangeAttempt(self, managed, deliveries).run(float("inf"))
+                return
+            alone = len(self._pool.network()) == 1
+            patience = min(PATIENCE_ALONE, self._pool.deadline / 2) if alone else self._pool.patience
+            async with Place(managed.limiter) as deliveries.place:
+                await _RangeAttempt(self, managed, deliveries).run(patience)
+
+    # -- for the attempt -------------------------------------------------------------------------------------
+
+    def part(self) -> tuple[Sequence[int], LeafRange]:
+        """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
+        places = self.missing
+        return places, LeafRange(
+            self._run.file, self._run.file_size, [self._run.leaves[place] for place in places]
+        )
+
+    async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
+        """Verifies and delivers the blocks of leaves. False if one was wrong."""
+        wanted = [self._run.leaves[place].cid for place in places]
+        right = await check_each(wanted, blocks)
+        for cid, is_right in zip(wanted, right, strict=True):
+            if not is_right:
+                self._pool.wrong(managed, cid)
+        good = [at for at, place in enumerate(places) if right[at] and place in self._left]
+        for at in good:
+            self._left.discard(places[at])
+            managed.health.record_success(-1, len(blocks[at]))
+        for first, end in _rows([places[at] for at in good]):
+            await self._deliver(places[good[first]], [blocks[at] for at in good[first:end]], managed.source)
+        return all(right)
+
+
+def _rows(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches of `places` that follow each other without a gap: from where to before where."""
+    first = 0
+    for at in range(1, len(places) + 1):
+        if at == len(places) or places[at] != places[at - 1] + 1:
+            yield first, at
+            first = at
+
+
+class _RangeAttempt:
+    """One source's share. Broken off when no block came for too long, and when a remote source sent a wrong
+    one."""
+
+    def __init__(self, fetch: RangeFetch, managed: ManagedSource, deliveries: Deliveries) -> None:
+        self._fetch = fetch
+        self._managed = managed
+        self._deliveries = deliveries
+        self._scope = trio.CancelScope()
+        self._busy = 0
+
+    async def run(self, patience: float) -> None:
+        """Raises NotHere, SourceFailed."""
+        places, part = self._fetch.part()
+
+        async def take(index: int, blocks: Sequence[Block]) -> None:
+            self._busy += 1
+            self._scope.deadline = float("inf")  # the time that the reader takes is not the source's
+            try:
+                with self._deliveries.to_reader():
+                    right = await self._fetch.take(self._managed, places[index : index + len(blocks)], blocks)
+                if not right and self._managed.remote:
+                    self._scope.cancel()
+            finally:
+                self._busy -= 1
+                if not self._busy:
+                    self._scope.deadline = trio.current_time() + patience
+
+        with self._scope:
+            self._scope.deadline = trio.current_time() + patience
+            await self._deliveries.run(lambda: self._managed.source.stream(part, take))
+        if self._scope.cancelled_caught and trio.current_time() >= self._scope.deadline:
+            raise SourceFailed(f"{self._managed.source.name} sent no block for {patience:g} s", "timeout")
+
+
+# -- a directory's blocks ------------------------------------------------------------------------------------
+
+
+class SubtreeFetch:
+    def __init__(self, pool: SourcePool, subtree: Subtree, taker: Taker) -> None:
+        self._pool = pool
+        self._subtree = subtree
+        self._taker = taker
+        self._scope = trio.CancelScope()
+        self._stall = STALL
+        self._until = 0.0
+        """When the answer is given up, unless a block comes before."""
+        self._taking = False
+
+    async def run(self) -> None:
+        if not await self._is_at_hand():
+            for managed in self._pool.network():
+                if managed.takes_many and self._pool.wait(managed) == 0:
+                    await self._from(managed)
+                    return
+
+    async def _is_at_hand(self) -> bool:
+        """Whether a source in place has it: then each block is read where it lies."""
+        for managed in self._pool.in_place:
+            try:
+                with managed.as_its_failure():
+                    await managed.source.get(self._subtree.root)
+            except (NotHere, SourceFailed, WrongBlock):
+                continue
+            return True
+        return False
+
+    async def _from(self, managed: ManagedSource) -> None:
+        with managed.asked_for_many() as deliveries:
+            async with Place(managed.limiter) as deliveries.place:
+                slow = managed.health.slow_after()
+                self._stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
+                first = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)
+                self._until = trio.current_time() + first
+                with self._scope:
+                    await all_of([lambda: self._ask(managed, deliveries), self._watch])
+
+    async def _ask(self, managed: ManagedSource, deliveries: Deliveries) -> None:
+        async def take(blocks: Sequence[tuple[Cid, bytes]]) -> None:
+            self._taking = True
+            with deliveries.to_reader():
+                right, lied = await self._verified(managed, blocks)
+                if right:
+                    await self._taker.take(right)
+            if lied:
+                await self._give_up()
+            self._taking = False
+            self._until = trio.current_time() + self._stall
+
+        await deliveries.run(lambda: managed.source.subtree(self._subtree, take))
+        self._scope.cancel()
+
+    async def _watch(self) -> None:
+        """Ends what has stopped; the time that the reader takes is not the source's. A deadline that moves
+        with each block would cost as much as a small block's hash."""
+        while self._taking or trio.current_time() < self._until:  # noqa: ASYNC110  # an event for each block costs more
+            await trio.sleep(STALL / 4)
+        await self._give_up()
+
+    async def _give_up(self) -> None:
+        self._scope.cancel()
+        await trio.lowlevel.checkpoint()  # now, not where the source next waits for something
+
+    async def _verified(
+        self, managed: ManagedSource, blocks: Sequence[tuple[Cid, bytes]]
+    ) -> tuple[Mapping[Cid, Fetched], bool]:
+        """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
+        right: dict[Cid, Fetched] = {}
+        for cid, block in blocks:
+            if cid in right or not self._taker.wants(cid):
+                continue
+            try:
+                await check(cid, block)
+            except WrongBlock:
+                self._pool.wrong(managed, cid)
+                return right, True
+            except Unsupported:  # who reads it will hear
+                continue
+            managed.health.record_success(-1, len(block))
+            right[cid] = Fetched(block, managed.source)
+            self._taker.came(cid, block)
+        return right, False

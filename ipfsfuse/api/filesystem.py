@@ -1,0 +1,258 @@
+"""Content by path, for trio programs: a cache folder and sources, without a mount.
+
+    async with ipfsfuse.open_filesystem() as fs:
+        for entry in await fs.ls("/ipfs/CID"):
+            print(entry.name)
+        async with await fs.open("/ipfs/CID/file") as file:
+            data = await file.read(0, 100)
+
+A path is `/ipfs/CID/...`, `CID/...` or `/ipns/NAME/...`. In the form of a URL (`ipfs://`, `ipns://`) its
+names are percent-encoded. Symlinks on the way are followed if they are relative and stay below the root.
+
+Concurrency: any number of tasks of the trio loop in which the file system was opened.
+"""
+
+import os
+import stat as modes
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import trio
+
+from ipfsfuse import content, places
+from ipfsfuse.cache.store.folder import isolated_folder, locked
+from ipfsfuse.config import GIB, ContentConfig
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import path as paths
+from ipfsfuse.dag import traversal
+from ipfsfuse.dag.nodes import Directory, Node, Shard, Symlink
+from ipfsfuse.dag.path import IpfsPath
+from ipfsfuse.errors import IsADirectory, NotADirectory, NotAllowed, NotFound
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import request_of
+from ipfsfuse.vfs import attributes
+from ipfsfuse.vfs.open_file import OpenFile
+from ipfsfuse.vfs.tree import Tree
+
+MAX_LINKS = 40
+"""Symlinks that are followed on one way, as in Linux."""
+PIECE = 16 << 20
+"""Bytes that `read_bytes` asks for together."""
+
+Kind = Literal["file", "directory", "symlink"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What is known of a file, a directory or a symlink."""
+
+    cid: str
+    kind: Kind
+    size: int
+    """Content bytes of a file, the target's of a symlink, 0 of a directory."""
+    mode: int
+    """Permission bits as stored, else 0444, or 0555 for a directory."""
+    mtime_ns: int
+    """As stored, in nanoseconds since 1970; else 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a directory."""
+
+    name: str
+    """Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`."""
+    cid: str
+    size: int | None
+    """Content bytes of a file that is one raw block, by its link's word; None where only its block tells."""
+
+
+class File:
+    """An open file. Close it by `aclose`, or by `async with`."""
+
+    def __init__(self, file: OpenFile, size: int, cid: str, deadline: float) -> None:
+        self.size = size
+        self.cid = cid
+        self._file, self._deadline = file, deadline
+
+    async def read(self, offset: int = 0, size: int | None = None) -> bytes:
+        """`size` bytes from `offset` on (None: all), fewer only at the file's end. Each was verified.
+
+        Raises Unavailable where no source gave a block in time, WrongBlock, Malformed."""
+        end = self.size if size is None else min(offset + size, self.size)
+        pieces: list[bytes] = []
+        while offset < end:
+            with request_of(None, trio.current_time() + self._deadline):
+                piece = bytes(await self._file.read(offset, min(PIECE, end - offset)))
+            pieces.append(piece)
+            offset += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def aclose(self) -> None:
+        """Ends what is fetched ahead."""
+        self._file.close()
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class Filesystem:
+    """Made by `open_filesystem`."""
+
+    def __init__(self, opened: content.Content, tree: Tree, deadline: float) -> None:
+        self._content, self._tree, self._deadline = opened, tree, deadline
+
+    async def roots(self) -> Sequence[str]:
+        """The CIDs of what the library and the CAR files hold."""
+        return [cids.text(cid) for cid in await threads.run_sync(self._content.pool.roots)]
+
+    async def resolve(self, path: str) -> str:
+        """`path` with its IPNS name, if it has one, replaced by what that stands for now: `/ipfs/CID/...`.
+        Raises NotFound, Unavailable, NotACid, UsageError."""
+        return str(await self._resolved(path))
+
+    async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
+        """Raises NotFound, NotADirectory, Unavailable, WrongBlock, Malformed, Unsupported."""
+        node = await self._node(await self._resolved(path), follow_symlinks)
+        found = attributes.of_node(node)
+        kind: Kind = "directory" if found.is_directory else "symlink" if modes.S_ISLNK(found.mode) else "file"
+        return Stat(cids.text(node.cid), kind, found.size, modes.S_IMODE(found.mode), found.mtime)
+
+    async def ls(self, path: str) -> Sequence[Entry]:
+        """The entries of a directory, in its own order. No child is fetched. Raises NotADirectory, and as
+        `stat`."""
+        node = await self._node(await self._resolved(path), follow=True)
+        if not isinstance(node, Directory | Shard):
+            raise NotADirectory(f"{path} is not a directory")
+        found: list[Entry] = []
+        place = 0
+        while True:
+            with request_of(None, trio.current_time() + self._deadline):
+                page = await self._tree.entries(node.cid, place)
+            for entry in page.entries:
+                told = self._tree.told(entry.cid, entry.tsize)
+                size = told.size if told is not None and modes.S_ISREG(told.mode) else None
+                name = entry.name.decode("utf-8", "surrogateescape")
+                found.append(Entry(name, cids.text(entry.cid), size))
+                place = entry.place
+            if page.end:
+                return found
+
+    async def open(self, path: str) -> File:
+        """Opening costs the blocks on the way, and no content. Raises IsADirectory, and as `stat`."""
+        node = await self._node(await self._resolved(path), follow=True)
+        if isinstance(node, Directory | Shard):
+            raise IsADirectory(f"{path} is a directory")
+        with request_of(None, trio.current_time() + self._deadline):
+            file = await self._tree.file(node.cid)
+        return File(OpenFile(self._tree, file), file.size, cids.text(file.cid), self._deadline)
+
+    async def read_bytes(self, path: str) -> bytes:
+        """The whole content of a file."""
+        async with await self.open(path) as file:
+            return await file.read()
+
+    async def readlink(self, path: str) -> str:
+        """The target of a symlink, as stored. Raises NotALink, and as `stat`."""
+        node = await self._node(await self._resolved(path), follow=False)
+        target = await self._tree.readlink(node.cid)
+        return target.decode("utf-8", "surrogateescape")
+
+    # -- paths -----------------------------------------------------------------------------------------------
+
+    async def _resolved(self, path: str) -> IpfsPath:
+        named = paths.split_ipns(path)
+        if named is None:
+            return paths.parse(path)
+        resolver = await self._content.names.resolver()
+        found = (await resolver.resolve_text(named[0])).path
+        return IpfsPath(found.root, found.names + named[1])
+
+    async def _node(self, path: IpfsPath, follow: bool) -> Node:
+        """What `path` leads to. Symlinks on the way are followed, and at its end if `follow`."""
+        with request_of(None, trio.current_time() + self._deadline):
+            return await self._walk(path, follow)
+
+    async def _walk(self, path: IpfsPath, follow: bool) -> Node:
+        ways: list[Node] = [await self._tree.node(path.root)]
+        left = list(reversed(path.names))
+        links = 0
+        while left or (follow and isinstance(ways[-1], Symlink)):
+            here = ways[-1]
+            if isinstance(here, Symlink):
+                links += 1
+                if links > MAX_LINKS:
+                    raise NotFound(f"{path}: too many symlinks")
+                if here.target.startswith(b"/") or len(ways) == 1:
+                    raise NotAllowed(f"{path}: a symlink leads out of {cids.text(path.root)}")
+                ways.pop()
+                left += [name for name in reversed(here.target.split(b"/")) if name not in (b"", b".")]
+                continue
+            name = left.pop()
+            if name == b"..":
+                if len(ways) == 1:
+                    raise NotAllowed(f"{path}: a symlink leads out of {cids.text(path.root)}")
+                ways.pop()
+                continue
+            if not isinstance(here, Directory | Shard):
+                raise NotADirectory(f"{path}: a file was used as a directory")
+            link = await self._tree.drive(traversal.child(here, name))
+            if link is None:
+                raise NotFound(f"{path}: no such entry")
+            ways.append(await self._tree.node(link.cid))
+        return ways[-1]
+
+
+@asynccontextmanager
+async def open_filesystem(
+    *,
+    sources: Sequence[str] = ("library",),
+    cache_dir: str | Path | None = None,
+    library: str | Path | None = None,
+    isolated: bool = False,
+    offline: bool = False,
+    budget: int = 10 * GIB,
+    deadline: float = 30.0,
+    dns: str = "system",
+    routers: Sequence[str] = (),
+) -> AsyncIterator[Filesystem]:
+    """A file system for the length of the block.
+
+    `sources` are as those of `ipfsfuse mount --from`. `cache_dir` and `library` are those of the commands
+    unless given. `isolated`: a cache folder of its own, gone with the block. `budget` in bytes; `deadline`:
+    seconds in which each call fails that gets no verified block. Raises StoreFailed where another process
+    uses the cache folder, SourceFailed, UsageError."""
+    config = ContentConfig(
+        cache_dir=places.cache_dir(None if cache_dir is None else str(cache_dir)),
+        library=places.library(None if library is None else str(library)),
+        sources=tuple(sources),
+        offline=offline,
+        budget=budget,
+        deadline=deadline,
+        dns=dns,
+        routers=tuple(routers),
+    )
+    failure: Exception | None = None
+    async with AsyncExitStack() as stack:
+        place = stack.enter_context(isolated_folder()) if isolated else config.cache_dir
+        folder = stack.enter_context(locked(place))
+        folder.announce(os.getpid(), "a Python program")
+        opened = await stack.enter_async_context(content.opened(config, folder))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        try:
+            yield Filesystem(opened, Tree(opened.cache.reader, nursery), deadline)
+        except Exception as exc:  # the caller's own: the nursery would put it into a group
+            failure = exc
+    if failure is not None:
+        raise failure

@@ -1,0 +1,233 @@
+"""The daemon's log: one line for each message, whatever a gateway, a node or a file name put into it."""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from ipfsfuse.cache.store.folder import LOG
+from ipfsfuse.cli import console
+from ipfsfuse.cli.folders import control_socket
+from ipfsfuse.errors import StoreFailed
+from ipfsfuse.text import printable
+
+INDENT = "    "
+"""Before each line of a traceback: an exception's message may have several, and none of them looks like a
+message."""
+
+
+LOG_BYTES = 1 << 20
+"""A longer log is put aside (`OLD_LOG`), in the place of the one before."""
+FILE_BYTES = 16 << 20
+"""As much of a file that --log-file names."""
+LOG_PART = 32
+"""The largest part of a small budget, as a divisor, that one of the two may take."""
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+log = logging.getLogger("ipfsfuse.mount")
+
+
+class PrintableFormatter(logging.Formatter):
+    """Escapes each message once, so that no caller of the log has to think of it."""
+
+    def __init__(self, layout: str = FORMAT) -> None:
+        super().__init__(layout)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        return _indented(super().formatStack(stack_info))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(INDENT + printable(line) for line in text.splitlines())
+
+
+class JournalFormatter(PrintableFormatter):
+    """Lines with journald's priorities (sd-daemon(3)). The journal keeps the time itself."""
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+        priority = 7 if record.levelno <= logging.DEBUG else priority
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line).replace("\x7f", "\\u007f")
+
+
+FORMATS: Mapping[str, Callable[[], logging.Formatter]] = {
+    "text": PrintableFormatter,
+    "json": JsonFormatter,
+    "journal": JournalFormatter,
+}
+
+
+def escape_the_log(formatter: Callable[[], logging.Formatter] = PrintableFormatter) -> None:
+    """Lets every handler of the root logger escape, and logs what Python would print itself: warnings, and
+    exceptions that nothing caught in threads and in finalizers."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter())
+    logging.captureWarnings(True)
+    threading.excepthook = _in_thread
+    sys.unraisablehook = _unraisable
+
+
+def _in_thread(args: threading.ExceptHookArgs) -> None:
+    name = args.thread.name if args.thread is not None else "?"
+    _log(f"a thread failed: {name}", args.exc_value, args.exc_traceback)
+
+
+def _unraisable(args: "sys.UnraisableHookArgs") -> None:
+    _log(f"{args.err_msg or 'exception ignored in'} {args.object!r}", args.exc_value, args.exc_traceback)
+
+
+def _log(what: str, exc: BaseException | None, trace: TracebackType | None) -> None:
+    log.error("%s", what, exc_info=None if exc is None else (type(exc), exc, trace))
+
+
+class DaemonLog(logging.StreamHandler[TextIO]):
+    """Writes to standard error, and from `move` on has that lead to a file, of which it keeps the last part.
+
+    Concurrency: any thread, as all handlers."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._path: Path | None = None
+        self._limit = 0
+        self._older = Path()
+
+    def move(self, path: Path, limit: int, older: Path) -> None:
+        """Puts standard output and error into the file `path`, what was said so far first. It takes at most
+        `limit` bytes and a line, and the file `older` as many."""
+        with self._alone():
+            self._limit, self._older = limit, older
+            try:
+                if path.exists() and path.stat().st_size > limit:
+                    path.replace(older)
+                target = _opened(path)
+            except OSError as exc:
+                log.warning("there will be no log: %s: %s", path, exc.strerror)
+                return
+            sys.stderr.flush()
+            try:
+                with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
+                    shutil.copyfileobj(so_far, out)
+            except OSError:
+                pass  # it went to a pipe or a terminal, which have had it
+            _lead_to(target)
+            self._path = path
+
+    def reopen(self) -> None:
+        """Opens the file anew, as the programs expect that have moved it away."""
+        with self._alone():
+            if self._path is not None:
+                try:
+                    _lead_to(_opened(self._path))
+                    log.info("this log was opened anew")
+                except OSError as exc:
+                    log.warning("the log can't be opened anew: %s: %s", self._path, exc.strerror)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if self._path is not None and os.fstat(2).st_size > self._limit:
+            try:
+                self._path.replace(self._older)
+                _lead_to(_opened(self._path))
+            except OSError:  # the folder is gone, or can't be written: then it begins again in the same file
+                with suppress(OSError):
+                    os.ftruncate(2, 0)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Of a full disk the log would be the wrong place to complain about."""
+        if self._path is None:
+            super().handleError(record)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.acquire()  # a reentrant lock: what is logged within goes the same way
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _lead_to(target: int) -> None:
+    """Standard output and error lead to `target`, which is closed."""
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+# -- `ipfsfuse logs` -----------------------------------------------------------------------------------------
+
+FOLLOW_SECONDS = 0.3
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """The last lines of a mount's log; with --follow also those that come."""
+    path = Path(arguments.log_file) if arguments.log_file else control_socket(arguments).parent / LOG
+    try:
+        file = path.open(encoding="utf-8", errors="surrogateescape")
+    except OSError as exc:
+        raise StoreFailed(f"there is no log to show: {path}: {exc.strerror}") from exc
+    with file:
+        last = deque(file, maxlen=arguments.lines)
+        if arguments.json and not arguments.follow:
+            console.values({"log": str(path), "lines": [printable(each.rstrip("\n")) for each in last]})
+            return 0
+        for each in last:
+            console.line(each.rstrip("\n"))
+    if arguments.follow:
+        _follow(path)
+    return 0
+
+
+def _follow(path: Path) -> None:
+    """Prints what is added to `path`, also after the daemon has begun a new file there."""
+    file = path.open(encoding="utf-8", errors="surrogateescape")
+    file.seek(0, os.SEEK_END)
+    while True:
+        for each in file:
+            console.line(each.rstrip("\n"))
+        sys.stdout.flush()
+        time.sleep(FOLLOW_SECONDS)
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                file.close()
+                file = path.open(encoding="utf-8", errors="surrogateescape")

@@ -1,0 +1,112 @@
+"""A cache folder and sources opened together: what `serve` and the Python interface read from, without a
+mount.
+
+Concurrency: everything runs in one trio loop.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.folder import CacheFolder
+from ipfsfuse.cache.store.name_records import NameRecords
+from ipfsfuse.config import ContentConfig, MountConfig
+from ipfsfuse.errors import NotHere
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import Source
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings, with_headers
+from ipfsfuse.sources.spec import opened as opened_sources
+
+if TYPE_CHECKING:
+    from ipfsfuse.sources.names.record import KeyName
+    from ipfsfuse.sources.names.resolver import Resolver
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is open."""
+
+    cache: PinsetCache
+    pool: SourcePool
+    names: "Names"
+
+
+@asynccontextmanager
+async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Content]:
+    """The cache in `folder`, which the caller has locked, over the sources of `config`. Raises StoreFailed,
+    SourceFailed, UsageError."""
+    http = with_headers(HttpSettings(), config.header_files, config.sources)
+    settings = OpenSettings(config.library, folder.indexes, http, config.offline)
+    async with AsyncExitStack() as stack:
+        sources = await stack.enter_async_context(opened_sources(config.sources, settings))
+        pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
+        cache = await stack.enter_async_context(
+            PinsetCache.open(
+                folder.path, pool, config.budget, deadline=config.deadline, reserve=config.reserve
+            )
+        )
+        names = Names(folder.path, sources, http, config, stack)
+        yield Content(cache, pool, names)
+
+
+class Names:
+    """The records and the resolver of names, made when they are first used: what they import takes 0.1 s."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Source],
+        http: HttpSettings,
+        config: ContentConfig | MountConfig,
+        stack: AsyncExitStack,
+    ) -> None:
+        """`folder` is our cache folder. What is opened is closed with `stack`."""
+        self._folder, self._sources, self._http = folder, sources, http
+        self._config, self._stack = config, stack
+        self._store: NameRecords | None = None
+        self._resolver: Resolver | None = None
+
+    async def resolver(self) -> "Resolver":
+        """Raises StoreFailed, UsageError."""
+        if self._resolver is None:
+            from ipfsfuse.sources.names.dnslink import open_dns
+            from ipfsfuse.sources.names.resolver import Resolver
+            from ipfsfuse.sources.names.router import Router
+
+            config = self._config
+            dns = None if config.offline else open_dns(config.dns, self._http)
+            if dns is not None:
+                self._stack.push_async_callback(dns.aclose)
+            routers = [] if config.offline else [Router(url, self._http) for url in config.routers]
+            for router in routers:
+                self._stack.push_async_callback(router.aclose)
+            sources = [each for each in self._sources if isinstance(each, Gateway | Kubo)]
+            self._resolver = Resolver([*sources, *routers], self._records(), dns, seconds=config.deadline)
+        return self._resolver
+
+    def _records(self) -> NameRecords:
+        if self._store is None:
+            self._store = NameRecords(self._folder)
+            self._stack.callback(self._store.close)
+        return self._store
+
+    def known(self) -> Sequence[str]:
+        """The names that were resolved of late."""
+        return self._resolver.known() if self._resolver is not None else ()
+
+    async def record(self, name: "KeyName", *, fetch: bool) -> bytes:
+        """The newest record of `name`; without `fetch` the newest that was seen, unverified. Raises NotHere,
+        Unavailable, StoreFailed."""
+        if fetch:
+            return (await (await self.resolver()).newest(name))[0].data
+        data = await threads.run_sync(self._records().get, str(name))
+        if data is None:
+            raise NotHere(f"no record of {name} is here")
+        return data

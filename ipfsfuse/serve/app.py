@@ -1,0 +1,317 @@
+"""The trustless gateway as an ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html).
+
+Concurrency: one task a request. One whose client has gone is cancelled. At most `MAX_REQUESTS` are answered
+at a time, others wait for their turn.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import trio
+
+from ipfsfuse.dag import car, varint
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import (
+    IpfsFuseError,
+    NotADirectory,
+    NotFound,
+    NotHere,
+    SourceFailed,
+    StoreFailed,
+    Unavailable,
+    Unsupported,
+    WrongRecord,
+)
+from ipfsfuse.serve import dag_stream
+from ipfsfuse.serve import request as requests
+from ipfsfuse.serve.dag_stream import Place, Span
+from ipfsfuse.serve.request import CAR, RAW, Refused, Wanted
+from ipfsfuse.sources.names import record as records
+from ipfsfuse.sources.names.record import KeyName, Record
+from ipfsfuse.text import printable
+
+log = logging.getLogger("ipfsfuse.serve")
+
+MAX_REQUESTS: Final = 64
+WAIT_SECONDS: Final = 10.0
+"""How long a request waits for its turn before it is told to come again."""
+ANSWER_SECONDS: Final = 3600.0
+"""The longest answer. It is cut off then: blocks that came are right, and the rest can be asked for."""
+PIECE: Final = 64 << 10
+"""Small blocks are sent together."""
+IMMUTABLE: Final = "public, max-age=29030400, immutable"
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = dict[str, str]
+
+
+class Content(Protocol):
+    """Where blocks and records come from."""
+
+    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
+        """The verified block. Without `fetch` only what is here: raises NotHere. With it, what the cache
+        raises."""
+        ...
+
+    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
+        """The newest IPNS record, unverified. Raises NotHere, Unavailable."""
+        ...
+
+
+@dataclass
+class Served:
+    """For `status`, since the start."""
+
+    requests: int = 0
+    refused: int = 0
+    """Answered with an error, what is not here included."""
+    broken: int = 0
+    """Cut off: a block was missing, or the answer took too long or was too large."""
+    blocks: int = 0
+    bytes: int = 0
+    """Of blocks and records."""
+
+
+class TrustlessGateway:
+    def __init__(self, content: Content, *, fetch: bool = False) -> None:
+        """`fetch`: what is not here is asked of the sources."""
+        self._content, self._fetch = content, fetch
+        self._turns = trio.CapacityLimiter(MAX_REQUESTS)
+        self.served = Served()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            while (await receive())["type"] != "lifespan.shutdown":
+                await send({"type": "lifespan.startup.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+        elif scope["type"] != "http":  # a websocket: closed before it is opened, it is refused
+            await send({"type": "websocket.close"})
+        else:
+            await self._until_gone(scope, receive, send)
+
+    async def _until_gone(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            nursery.cancel_scope.deadline = trio.current_time() + ANSWER_SECONDS
+            await self._answer(scope, _Reply(send, scope["method"] == "HEAD"))
+            nursery.cancel_scope.cancel()
+
+    async def _answer(self, scope: Scope, reply: "_Reply") -> None:
+        self.served.requests += 1
+        try:
+            _check_method(scope)
+            wanted = requests.parse(scope["raw_path"], scope["query_string"], scope["headers"])
+            with trio.move_on_after(WAIT_SECONDS) as waiting:
+                await self._turns.acquire()
+            if waiting.cancelled_caught:
+                raise Refused(503, "there are too many requests: come again in a moment")
+            try:
+                await self._give(wanted, reply)
+            finally:
+                self._turns.release()
+        except Exception as exc:
+            if reply.begun:
+                self.served.broken += 1
+                log.info("an answer was cut off: %s", printable(str(exc)))
+                raise Broken from exc
+            self.served.refused += 1
+            refused = exc if isinstance(exc, Refused) else self._refusal(exc)
+            await reply.refuse(refused.status, str(refused))
+
+    def _refusal(self, exc: Exception) -> Refused:
+        if isinstance(exc, NotHere | NotFound | NotADirectory):
+            return Refused(404, str(exc))
+        if isinstance(exc, Unavailable | SourceFailed | StoreFailed):
+            return Refused(504 if isinstance(exc, Unavailable) else 502, str(exc))
+        if isinstance(exc, Unsupported):
+            return Refused(501, str(exc))
+        if isinstance(exc, IpfsFuseError):
+            return Refused(500, str(exc))
+        log.error("a request failed in a way that no one foresaw", exc_info=exc)
+        return Refused(500, "this gateway met something unforeseen: its log says more")
+
+    async def _give(self, wanted: Wanted, reply: "_Reply") -> None:
+        if wanted.format == RAW:
+            await self._raw(wanted, reply)
+        elif wanted.format == CAR:
+            await self._car(wanted, reply)
+        else:
+            await self._record(wanted, reply)
+
+    async def _block(self, wanted: Wanted, cid: Cid) -> bytes:
+        try:
+            block = await self._content.block(cid, fetch=self._fetch and not wanted.only_if_cached)
+        except NotHere as exc:
+            if wanted.only_if_cached:
+                raise Refused(412, str(exc)) from exc
+            raise
+        self.served.blocks += 1
+        self.served.bytes += len(block)
+        return block
+
+    # -- one block -------------------------------------------------------------------------------------------
+
+    async def _raw(self, wanted: Wanted, reply: "_Reply") -> None:
+        text = cids.text(wanted.root)
+        headers = _common(wanted, text, f'"{text}.raw"') | {"accept-ranges": "bytes", "content-type": RAW}
+        if _is_known(wanted, headers):
+            return await reply.start(304, headers, end=True)
+        block = await self._block(wanted, wanted.root)
+        if wanted.range is None:
+            return await reply.whole(200, headers, block)
+        part = requests.slice_of(wanted.range, len(block))
+        if part is None:
+            return await reply.refuse(416, "no such bytes", {"content-range": f"bytes */{len(block)}"})
+        headers["content-range"] = f"bytes {part[0]}-{part[1] - 1}/{len(block)}"
+        return await reply.whole(206, headers, block[part[0] : part[1]])
+
+    # -- CARs ------------------------------------------------------------------------------------------------
+
+    async def _car(self, wanted: Wanted, reply: "_Reply") -> None:
+        async def get(cid: Cid) -> bytes:
+            return await self._block(wanted, cid)
+
+        place = await dag_stream.find(get, wanted.root, wanted.names)
+        if cids.inline(place.entity) is None:
+            await get(place.entity)  # what is not here is told before an answer is begun
+        headers = _common(wanted, cids.text(place.entity), _tag(wanted, place))
+        dups = "y" if wanted.dups else "n"
+        headers["content-type"] = f"{CAR}; version=1; order=dfs; dups={dups}"
+        headers["accept-ranges"] = "none"
+        if _is_known(wanted, headers):
+            return await reply.start(304, headers, end=True)
+        await reply.start(200, headers)
+        pieces, size = [car.encode_header([place.entity])], 0
+        span = Span(wanted.first, wanted.last)
+        async for cid, block in dag_stream.blocks(get, place, wanted.scope, span, wanted.dups):
+            if reply.head:
+                break
+            pieces += [varint.put(len(cid) + len(block)), cid, block]
+            size += len(block)
+            if size >= PIECE:
+                await reply.send(b"".join(pieces))
+                pieces, size = [], 0
+        return await reply.send(b"".join(pieces), end=True)
+
+    # -- IPNS records ----------------------------------------------------------------------------------------
+
+    async def _record(self, wanted: Wanted, reply: "_Reply") -> None:
+        name = records.parse_name(wanted.name)
+        if not isinstance(name, KeyName):
+            raise Refused(400, f"{wanted.name[:200]!r} is not the name of a key")
+        data = await self._content.record(name, fetch=self._fetch and not wanted.only_if_cached)
+        try:
+            found = records.verify(name, data)
+        except WrongRecord as exc:
+            raise NotHere(str(exc)) from exc
+        seconds = _seconds_left(found)
+        if seconds <= 0:
+            raise NotHere(f"{name}: the record that is here has expired")
+        self.served.bytes += len(data)
+        tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        headers = _common(wanted, "", tag) | {"content-type": requests.RECORD}
+        headers["cache-control"] = f"public, max-age={seconds}"
+        if _is_known(wanted, headers):
+            return await reply.start(304, headers, end=True)
+        return await reply.whole(200, headers, data)
+
+
+class Broken(Exception):
+    """An answer that was begun and can't be ended: the server closes the connection, so that it is seen."""
+
+
+def _check_method(scope: Scope) -> None:
+    if scope["method"] not in ("GET", "HEAD"):
+        raise Refused(405, "this gateway is read-only: GET and HEAD")
+    if any(
+        name in (b"content-length", b"transfer-encoding") and value != b"0"
+        for name, value in scope["headers"]
+    ):
+        raise Refused(413, "a request has no body here")
+
+
+def _common(wanted: Wanted, root: str, tag: str) -> Headers:
+    """The headers of every answer that is a success."""
+    stem = root or wanted.name
+    return {
+        "etag": tag,
+        "cache-control": IMMUTABLE,
+        "content-disposition": requests.disposition(wanted, stem),
+        "x-content-type-options": "nosniff",
+        "x-ipfs-path": _header(wanted.path),
+        "vary": "Accept",
+    } | ({"x-ipfs-roots": root} if root else {})
+
+
+def _header(text: str) -> str:
+    """`text` as a header's value: percent-encoded where it would not be one."""
+    return "".join(
+        c if "!" <= c <= "~" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
+        for c in text
+    )
+
+
+def _tag(wanted: Wanted, place: Place) -> str:
+    """The same request has the same blocks, in the same order: but for the order a weak tag would do."""
+    asked = (wanted.root, wanted.names, wanted.scope, wanted.first, wanted.last, wanted.dups)
+    return f'W/"{cids.text(place.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
+
+
+def _is_known(wanted: Wanted, headers: Headers) -> bool:
+    weak = headers["etag"].removeprefix("W/")
+    return any(tag == "*" or tag.removeprefix("W/") == weak for tag in wanted.if_none_match)
+
+
+def _seconds_left(record: Record) -> int:
+    left = record.validity - time.time_ns()
+    return min(left, max(record.ttl, records.NANOSECONDS)) // records.NANOSECONDS
+
+
+class _Reply:
+    """The answer to one request."""
+
+    def __init__(self, send: Send, head: bool) -> None:
+        self._send = send
+        self.head = head
+        """Only the headers are wanted."""
+        self.begun = False
+
+    async def start(self, status: int, headers: Headers, *, end: bool = False) -> None:
+        self.begun = True
+        await self._send({
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(key.encode(), value.encode("latin-1")) for key, value in headers.items()],
+        })  # fmt: skip
+        if end:
+            await self.send(b"", end=True)
+
+    async def send(self, data: bytes, *, end: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": not end})
+
+    async def whole(self, status: int, headers: Headers, data: bytes) -> None:
+        await self.start(status, headers | {"content-length": str(len(data))})
+        await self.send(data, end=True)
+
+    async def refuse(self, status: int, text: str, more: Headers | None = None) -> None:
+        headers = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store", **(more or {})}
+        if status == 405:
+            headers["allow"] = "GET, HEAD"
+        if status == 503:
+            headers["retry-after"] = "1"
+        if status == 413:
+            headers["connection"] = "close"
+        await self.whole(status, headers, f"{printable(text)[:1000]}\n".encode())

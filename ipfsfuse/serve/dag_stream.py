@@ -1,0 +1,198 @@
+"""The blocks of a CAR in the order in which they are read: those of the path, then those of what it leads to.
+
+Concurrency: one task a stream. What is held is one block, and the links of its ancestors.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+import libipld
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb, hamt, nodes, traversal
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Directory, File, Node, Shard
+from ipfsfuse.errors import Malformed, NotFound, Unsupported
+from ipfsfuse.fileio import threads
+
+DAG_CBOR: Final = 0x71
+MAX_BLOCKS: Final = 200_000
+"""Blocks of one stream. It ends there, cut off: the CIDs that were sent are kept, 20 MB."""
+MAX_DEPTH: Final = 2000
+"""Levels below the entity: each holds the links of one block."""
+
+GetBlock = Callable[[Cid], Awaitable[bytes]]
+
+
+class TooMuch(Exception):
+    """A DAG that is too large, or too deep, for one answer."""
+
+
+class Place(NamedTuple):
+    """What a path leads to, and the blocks on the way there."""
+
+    way: Sequence[Cid]
+    entity: Cid
+
+
+class Span(NamedTuple):
+    """Bytes of a file that are wanted, both ends included. Negative: from its end; `last` None: its end."""
+
+    first: int
+    last: int | None
+
+
+async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
+    """Raises NotFound for a name that is proved absent, Malformed, Unsupported, and what `get` raises."""
+    way: list[Cid] = []
+
+    async def node(cid: Cid) -> Node:
+        way.append(cid)
+        return await _parsed(cid, await get(cid))
+
+    entity = root
+    for name in names:
+        here = await node(entity)
+        if not isinstance(here, Directory | Shard):
+            raise NotFound(f"{cids.brief(entity)} is not a directory")
+        steps = traversal.child(here, name)
+        try:
+            wanted = next(steps)
+            while True:
+                wanted = steps.send([await node(cid) for cid in wanted])
+        except StopIteration as stop:
+            link = stop.value
+        if link is None:
+            raise NotFound(f"{cids.brief(entity)} has no entry {name!r}")
+        entity = link.cid
+    return Place(way, entity)
+
+
+async def _parsed(cid: Cid, block: bytes) -> Node:
+    if len(block) <= MAX_PARSED_ON_LOOP:
+        return nodes.parse(cid, block)
+    return await threads.run_sync(nodes.parse, cid, block)
+
+
+async def blocks(
+    get: GetBlock, place: Place, scope: str, span: Span, dups: bool
+) -> AsyncIterator[tuple[Cid, bytes]]:
+    """The blocks of the way to `place`, then depth first those of its entity that `scope` (block, entity or
+    all) and `span` want. Without `dups` each comes once. Identity CIDs are their own blocks, and not among
+    them.
+
+    Raises TooMuch, and what `get` and the parser raise."""
+    sent: set[Cid] = set()
+    count = 0
+    for cid in place.way:
+        if cids.inline(cid) is None and (dups or cid not in sent):
+            sent.add(cid)
+            yield cid, await get(cid)
+    levels: list[Iterator[_Visit]] = [iter([_Visit(place.entity)])]
+    while levels:
+        visit = next(levels[-1], None)
+        if visit is None:
+            levels.pop()
+            continue
+        if not dups and visit.cid in sent and len(levels) > 1:
+            continue
+        inline = cids.inline(visit.cid)
+        block = inline if inline is not None else await get(visit.cid)
+        if inline is None and (dups or visit.cid not in sent):
+            count += 1
+            if count > MAX_BLOCKS:
+                raise TooMuch(f"over {MAX_BLOCKS} blocks")
+            if not dups:
+                sent.add(visit.cid)
+            yield visit.cid, block
+        if scope == "block":
+            return
+        below = await _below(visit, block, scope, span if len(levels) == 1 else None)
+        if below:
+            if len(levels) > MAX_DEPTH:
+                raise TooMuch(f"over {MAX_DEPTH} levels")
+            levels.append(iter(below))
+
+
+class _Visit(NamedTuple):
+    """A block to be visited. `offset`, and the bytes that are wanted, are those of the file it is part of."""
+
+    cid: Cid
+    offset: int = 0
+    wanted: tuple[int, int] | None = None
+    """First byte and where they end; None for all."""
+
+
+async def _below(visit: _Visit, block: bytes, scope: str, span: Span | None) -> list[_Visit]:
+    """What to visit below a block. `span` is given for the entity itself."""
+    if len(block) <= MAX_PARSED_ON_LOOP:
+        return _children(visit, block, scope, span)
+    return await threads.run_sync(_children, visit, block, scope, span)
+
+
+def _children(visit: _Visit, block: bytes, scope: str, span: Span | None) -> list[_Visit]:
+    if scope == "all" and visit.wanted is None and (span is None or span == Span(0, None)):
+        return [_Visit(cid) for cid in links(visit.cid, block)]
+    try:
+        node = nodes.parse(visit.cid, block)
+    except (Malformed, Unsupported):  # an entity that is not UnixFS is its block
+        return [_Visit(cid) for cid in links(visit.cid, block)] if scope == "all" else []
+    if isinstance(node, File):
+        wanted = visit.wanted
+        if span is not None and span != Span(0, None):
+            wanted = _bytes_of(span, node.size)
+        return [
+            _Visit(child.cid, visit.offset + child.offset, wanted)
+            for child in node.children
+            if wanted is None or _overlaps(wanted, visit.offset + child.offset, child.size)
+        ]
+    if scope == "all":
+        return [_Visit(cid) for cid in nodes.children(node)]
+    if isinstance(node, Shard):
+        return [_Visit(link.cid) for link in node.links if not hamt.entry_name(node, link)]
+    return []
+
+
+def _bytes_of(span: Span, size: int) -> tuple[int, int]:
+    first = span.first if span.first >= 0 else max(size + span.first, 0)
+    last = size - 1 if span.last is None else span.last if span.last >= 0 else size + span.last
+    return first, last + 1
+
+
+def _overlaps(wanted: tuple[int, int], offset: int, size: int) -> bool:
+    return offset < wanted[1] and offset + size > wanted[0]
+
+
+def links(cid: Cid, block: bytes) -> list[Cid]:
+    """The CIDs that a block links, in their order: of dag-pb and dag-cbor; none of other codecs. Raises
+    Malformed."""
+    codec = cids.codec(cid)
+    if codec == cids.DAG_PB:
+        return [link.cid for link in dagpb.decode(block).links]
+    if codec != DAG_CBOR:
+        return []
+    try:
+        libipld.decode_dag_cbor(block)  # strict, where the pass below only looks for links
+    except (ValueError, RecursionError) as exc:
+        raise Malformed(f"{cids.brief(cid)}: not dag-cbor: {exc}") from exc
+    return _cbor_links(block)
+
+
+def _cbor_links(block: bytes) -> list[Cid]:
+    """The links in well-formed dag-cbor, in their order: a tag 42 and the bytes behind it. `libipld` gives
+    links and bytes alike, as bytes."""
+    found: list[Cid] = []
+    at, tagged = 0, False
+    while at < len(block):
+        major, value = block[at] >> 5, block[at] & 31
+        at += 1
+        if value >= 24:
+            size = 1 << (value - 24)
+            value = int.from_bytes(block[at : at + size])
+            at += size
+        if major in (2, 3):  # bytes or text
+            if tagged:
+                found.append(cids.decode(block[at + 1 : at + value]))  # behind a zero: the identity multibase
+            at += value
+        tagged = major == 6
+    return found

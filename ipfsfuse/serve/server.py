@@ -1,0 +1,175 @@
+"""HTTP for the gateway: hypercorn's protocols on connections that are bounded in number and in time.
+
+hypercorn bounds heads, queues and requests, but neither the number of connections nor the time that a client
+takes to read: it waits for that whatever is cancelled. So connections are accepted here, and each is a stream
+that gives up.
+
+Concurrency: one trio loop.
+"""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+
+from ipfsfuse.errors import UsageError
+
+log = logging.getLogger("ipfsfuse.serve")
+
+MAX_CONNECTIONS: Final = 256
+"""Further ones wait in the kernel, until one of these ends."""
+BACKLOG: Final = 128
+HEAD_SECONDS: Final = 60.0
+"""From the first byte of a request's head until something of its answer was sent."""
+IDLE_SECONDS: Final = 15.0
+"""Between two requests on one connection."""
+SEND_SECONDS: Final = 30.0
+"""For a client to take `PIECE` bytes: 2 KiB a second at least."""
+PIECE: Final = 64 << 10
+END_SECONDS: Final = 3.0
+"""For answers that are under way when the server ends."""
+MAX_HEAD: Final = 16 << 10
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT, [IPv6]:PORT or PORT, which means 127.0.0.1. Raises UsageError."""
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {text}: write HOST:PORT, as in 127.0.0.1:8080")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+async def listen(host: str, port: int) -> list[trio.SocketListener]:
+    """Raises UsageError where it can't be listened there."""
+    try:
+        return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise UsageError(f"--listen {host}:{port}: {reason}") from exc
+
+
+def addresses(listeners: list[trio.SocketListener]) -> list[str]:
+    """The URLs at which they are reached."""
+    found = []
+    for listener in listeners:
+        host, port = listener.socket.getsockname()[:2]
+        found.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    return found
+
+
+async def serve(
+    app: Any, listeners: list[trio.SocketListener], ending: Callable[[], Awaitable[None]]
+) -> None:
+    """Serves `app` until `ending` returns. Answers that are under way then have `END_SECONDS`."""
+    config = Config()
+    config.accesslog = config.errorlog = None
+    config.include_server_header = False
+    config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEAD
+    config.h2_max_concurrent_streams = 32
+    config.keep_alive_timeout = IDLE_SECONDS
+    context = WorkerContext(None)
+    wrapped = wrap_app(app, 0, "asgi")
+    streams = set[_Connection]()
+    places = trio.Semaphore(MAX_CONNECTIONS)
+    all_ended = trio.Event()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        connection = _Connection(stream)
+        streams.add(connection)
+        try:
+            await TCPServer(wrapped, config, context, ConnectionState({}), connection)  # type: ignore[arg-type]
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        except* Exception:  # one connection's trouble ends that connection
+            log.exception("a connection failed")
+        finally:
+            streams.discard(connection)
+            await trio.aclose_forcefully(stream)
+            places.release()
+            if not streams:
+                all_ended.set()
+
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as accepting:
+            for listener in listeners:
+                bounded = _BoundedListener(listener, places)
+                accepting.start_soon(
+                    partial(trio.serve_listeners, handle, [bounded], handler_nursery=connections)
+                )
+            await ending()
+            accepting.cancel_scope.cancel()
+        await context.terminated.set()
+        if streams:
+            all_ended = trio.Event()
+            with trio.move_on_after(END_SECONDS):
+                await all_ended.wait()
+        for connection in list(streams):
+            await trio.aclose_forcefully(connection)
+        connections.cancel_scope.cancel()
+
+
+class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts a connection when there is a place for it."""
+
+    def __init__(self, listener: trio.SocketListener, places: trio.Semaphore) -> None:
+        self._listener, self._places = listener, places
+
+    async def accept(self) -> trio.SocketStream:
+        await self._places.acquire()
+        try:
+            return await self._listener.accept()
+        except BaseException:
+            self._places.release()
+            raise
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
+class _Connection(trio.abc.HalfCloseableStream):
+    """A client's connection that gives up on a client which is too slow, to write its request or to read the
+    answer."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self.socket = stream.socket
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._head_began: float | None = None
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        limit = float("inf") if self._head_began is None else self._head_began + HEAD_SECONDS
+        with trio.CancelScope(deadline=limit) as scope:
+            data = await self._stream.receive_some(max_bytes)
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError("a request was not sent in time")
+        if self._head_began is None:
+            self._head_began = trio.current_time()
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self._head_began = None
+        view = memoryview(data)
+        for at in range(0, len(view), PIECE):
+            with trio.CancelScope(deadline=trio.current_time() + SEND_SECONDS) as scope:
+                await self._stream.send_all(view[at : at + PIECE])
+            if scope.cancelled_caught:
+                raise trio.BrokenResourceError("the client reads too slowly")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -1,0 +1,251 @@
+"""Plain HTTP/1.1 to a node on this machine, where the CPU is the limit and not the network.
+
+httptools parses heads and chunked bodies. A body of known length goes around it, straight into the caller's
+buffers, received by a worker thread where it comes fast. `http.client` mounts this into httpx as a transport;
+docs/adr/0001-http-client.md has the measurements.
+
+Concurrency: one task uses a connection; after a failed or cancelled request it can only be closed.
+"""
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+from httptools import HttpParserError, HttpResponseParser
+
+from ipfsfuse.errors import SourceFailed
+from ipfsfuse.fileio import buffers, threads
+from ipfsfuse.sources.http.failures import SHORT, one_line
+from ipfsfuse.sources.http.origin import Origin
+
+PIECE: Final = 64 * 1024
+FAST: Final = 32 * 1024
+"""A receive that gives so much, with more than PIECE still to come, sends the rest to a thread."""
+THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
+"""20 ms: so long a thread waits for bytes, then the event loop does: a server that drips holds no thread."""
+MAX_THREADS: Final = 16
+MAX_FRAMING: Final = 80 * 1024
+"""Bytes of a head, or of sizes, extensions and trailers between two pieces of a body."""
+WANTED: Final = {
+    *(b"content-encoding", b"content-length", b"content-range", b"content-type"),
+    *(b"location", b"retry-after", b"transfer-encoding", b"x-stream-error"),
+}
+"""Headers that somebody reads. A Kubo node sends 27: to decode them all costs as much as to parse them."""
+
+
+class Connection:
+    """An open connection, and the response that it received last. The parser calls the methods `on_...`."""
+
+    def __init__(self, stream: trio.SocketStream, idle: float, threads: trio.CapacityLimiter) -> None:
+        """`idle`: seconds to wait for the next byte."""
+        self._stream, self._idle, self._threads = stream, idle, threads
+        self._raw = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for calls that trio does not have
+        self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, THREAD_WAIT)
+        self.idle_since = 0.0
+        self._fast = False
+        """Whether the last bytes came faster than they were asked for."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._parser = HttpResponseParser(self)
+        self.status = 0
+        """0 until the head has come."""
+        self.headers: dict[str, str] = {}
+        """Those of WANTED, by names in lower case, and trailers."""
+        self._pieces: list[bytes] = []
+        """Of the body, parsed and not read yet."""
+        self._left: int | None = None
+        """Bytes of a body of known length that are still in the socket."""
+        self._framing = 0
+        self._complete = self._surplus = self._keep = False
+
+    def on_message_begin(self) -> None:
+        self._surplus = self._complete
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name in WANTED and not self._surplus:
+            self.headers[name.decode()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if not self._surplus and status >= 200:  # else 100 Continue or its like: more is to come
+            self.status, self._keep = status, self._parser.should_keep_alive()
+            length = self.headers.get("content-length")
+            if length is not None and "transfer-encoding" not in self.headers and status not in (204, 304):
+                self._left = int(length)
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._surplus:
+            self._framing = 0
+            self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        self._complete = self.status > 0
+        if not self.status:
+            self.headers.clear()
+
+    async def request(self, data: bytes, end: float) -> None:
+        """Sends a request's bytes and receives the response's head by the time `end`."""
+        self._begin()
+        with contextlib.suppress(BlockingIOError):  # nearly always it goes whole, 10 us cheaper than by trio
+            data = data[self._raw.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+        if data:
+            with trio.fail_after(self._idle):
+                await self._stream.send_all(data)
+        while not self.status:
+            piece = await self._receive(PIECE, end)
+            if not piece:
+                raise EOFError
+            self._feed(piece)
+        if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
+            raise HttpParserError(f"transfer-encoding {self.headers['transfer-encoding'][:80]!r}")
+        if self._left is not None:
+            self._left -= self.buffered
+
+    def _feed(self, piece: bytes) -> None:
+        self._framing += len(piece)
+        try:
+            self._parser.feed_data(piece)
+        except HttpParserError:
+            if not self._complete:
+                raise
+            self._surplus = True
+        if self._framing > MAX_FRAMING:
+            raise HttpParserError("a head, or the framing of a body, without end")
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of the body that can be received without waiting."""
+        return sum(map(len, self._pieces))
+
+    @property
+    def _ended(self) -> bool:
+        return not self._pieces and (self._left == 0 if self._left is not None else self._complete)
+
+    async def receive(self, most: int) -> bytes:
+        """The next piece of the body, of at most `most` bytes; b"" at its end."""
+        while not self._ended:
+            if self._pieces:
+                piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+                self._pieces = [piece[most:]] if len(piece) > most else []
+                return piece[:most]
+            piece = await self._receive(PIECE if self._left is None else min(self._left, most, PIECE))
+            if self._left is not None and piece:
+                self._left -= len(piece)
+                self._fast = len(piece) >= FAST
+                return piece
+            if piece:
+                self._feed(piece)
+            elif self._left is None and "transfer-encoding" not in self.headers:  # the connection's end tells
+                self._complete = True
+            else:
+                raise SourceFailed("the body was cut short", SHORT)
+        if "x-stream-error" in self.headers:  # how Kubo's RPC API says that it broke off
+            raise SourceFailed(f"the body broke off: {one_line(self.headers['x-stream-error'])}", SHORT)
+        return b""
+
+    async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """The next bytes, in a buffer for each of `sizes`. What is in the socket is copied once."""
+        filled = [buffers.lend(size) for size in sizes]
+        left = [*filled]
+        while left:
+            wanted = sum(map(len, left))
+            if self._fast and wanted > PIECE and not self._pieces and self._left is not None:
+                count = await threads.run_sync(self._receive_blocking, left, limiter=self._threads)
+                self._fast = count == wanted
+                self._left -= count
+                buffers.advance(left, count)
+            elif piece := await self.receive(min(wanted, PIECE)):
+                buffers.fill(left, piece)
+            else:
+                raise SourceFailed("the body was cut short", SHORT)
+        return filled
+
+    async def _receive(self, count: int, end: float = float("inf")) -> bytes:
+        """Bytes from the socket; trio's own call would first look whether there are any, in vain."""
+        while True:
+            with trio.CancelScope(deadline=min(trio.current_time() + self._idle, end)) as scope:
+                await trio.lowlevel.wait_readable(self._stream.socket)
+            if scope.cancelled_caught:  # as `trio.fail_at` does, at half its cost
+                raise trio.TooSlowError
+            with contextlib.suppress(BlockingIOError):  # woken for nothing
+                return self._raw.recv(count, socket.MSG_DONTWAIT)
+
+    def _receive_blocking(self, left: list[memoryview]) -> int:
+        """Fills `left` by one system call, as far as bytes come within THREAD_WAIT; in a thread."""
+        os.set_blocking(self._raw.fileno(), True)
+        try:
+            return self._raw.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError:
+            return 0
+        finally:
+            os.set_blocking(self._raw.fileno(), False)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether an idle connection is usable: the server neither closed it nor sent anything."""
+        try:
+            self._raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as exc:
+            return isinstance(exc, BlockingIOError)
+        return False
+
+    @property
+    def is_reusable(self) -> bool:
+        return self._keep and self._ended and not self._surplus
+
+    def close(self) -> None:
+        self._raw.close()
+        self._stream.socket.close()
+
+
+class ConnectionPool:
+    """Kept-alive connections to one origin on this machine."""
+
+    def __init__(self, origin: Origin, connect: float, idle: float, total: float) -> None:
+        """Seconds for a connection, for the next byte, for a head."""
+        self._origin, self._connect, self._idle, self._total = origin, connect, idle, total
+        self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self._waiting: list[Connection] | None = []
+        """None once the pool is closed."""
+
+    async def request(self, data: bytes, keep: float) -> Connection:
+        """A connection that received the head of the response to `data`; it goes to `release` then. One that
+        has waited for longer than `keep` seconds is not used."""
+        while self._waiting:
+            connection = self._waiting.pop()
+            if trio.current_time() - connection.idle_since < keep and connection.is_fresh:
+                break
+            connection.close()
+        else:
+            with trio.fail_after(self._connect):
+                connection = Connection(await self._open(), self._idle, self._threads)
+        try:
+            await connection.request(data, trio.current_time() + self._total)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _open(self) -> trio.SocketStream:
+        if self._origin.unix is not None:
+            return await trio.open_unix_socket(self._origin.unix)
+        return await trio.open_tcp_stream(self._origin.host, self._origin.port)
+
+    def release(self, connection: Connection, most: int) -> None:
+        """Keeps `connection` where it can be used again and fewer than `most` wait."""
+        if self._waiting is not None and connection.is_reusable and len(self._waiting) < most:
+            connection.idle_since = trio.current_time()
+            self._waiting.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        for connection in self._waiting or ():
+            connection.close()
+        self._waiting = None

@@ -1,0 +1,169 @@
+"""Writes a CAR file: header and sections as they come; for version 2 also an index and the frame.
+
+Blocking; for one thread at a time. Memory is flat: blocks are written through. Index records are sorted in
+some 25 MB of memory, and the rest in a temporary file that has no name.
+"""
+
+import heapq
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import multihash as multihashes
+from ipfsfuse.dag.cid import Cid
+
+_MAX_HELD = 250_000
+_READ = 64 << 10
+
+Key = tuple[int, int]
+"""(hash function, width of a record)."""
+
+
+class RecordSorter:
+    """Collects (multihash, offset) and writes them as a MultihashIndexSorted. A context manager: its file
+    goes with it."""
+
+    def __init__(self, folder: Path, max_held: int = _MAX_HELD) -> None:
+        """`folder` is where what does not fit into memory (`max_held` records) goes."""
+        self._max_held = max_held
+        self._held: dict[Key, list[bytes]] = {}
+        self._count = 0
+        self._runs: dict[Key, list[tuple[int, int]]] = {}
+        self._records: dict[Key, int] = {}
+        self._folder = folder
+        self._fd = -1
+        self._written = 0
+
+    def __enter__(self) -> "RecordSorter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def add(self, multihash: bytes, offset: int) -> None:
+        """`offset` is counted from where the CAR data begins. Raises OSError if the disk is full."""
+        code, digest = multihashes.split(multihash)
+        key = code, len(digest) + 8
+        self._held.setdefault(key, []).append(car.index_record(digest, offset))
+        self._records[key] = self._records.get(key, 0) + 1
+        self._count += 1
+        if self._count >= self._max_held:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._fd < 0:
+            self._fd, name = tempfile.mkstemp(dir=self._folder)
+            os.unlink(name)
+        for key, held in self._held.items():
+            held.sort()
+            self._runs.setdefault(key, []).append((self._written, len(held)))
+            data = memoryview(b"".join(held))
+            while data:
+                count = os.pwrite(self._fd, data, self._written)
+                self._written += count
+                data = data[count:]
+        self._held.clear()
+        self._count = 0
+
+    def write(self, out: BinaryIO) -> None:
+        """The whole index. Raises OSError."""
+        widths: dict[int, list[int]] = {}
+        for code, width in sorted(self._records):
+            widths.setdefault(code, []).append(width)
+        out.write(car.index_head(len(widths)))
+        for code, of_code in widths.items():
+            out.write(car.index_code_head(code, len(of_code)))
+            for width in of_code:
+                out.write(car.index_bucket_head(width, self._records[code, width]))
+                out.writelines(self._sorted((code, width)))
+
+    def _sorted(self, key: Key) -> Iterable[bytes]:
+        held = sorted(self._held.get(key, ()))
+        runs = [_records(self._fd, at, count, key[1]) for at, count in self._runs.get(key, ())]
+        return heapq.merge(held, *runs) if runs else held
+
+
+def _records(fd: int, at: int, count: int, width: int) -> Iterator[bytes]:
+    """`count` records of `width` bytes at `at` of a file."""
+    step = _READ // width * width
+    for start in range(at, at + count * width, step):
+        chunk = os.pread(fd, min(step, at + count * width - start), start)
+        yield from (chunk[i : i + width] for i in range(0, len(chunk), width))
+
+
+_BUFFER = 1 << 20
+_SEND_EVERY = 32 << 20
+
+
+class CarWriter:
+    """Fills the empty file `fd`, which stays the caller's: not a CAR before `finish`. All methods raise
+    OSError.
+
+    `fd` may be a pipe, too, where `indexed` is false."""
+
+    def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
+        """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if
+        `indexed`, else 1."""
+        self._out = open(fd, "wb", buffering=_BUFFER, closefd=False)  # noqa: SIM115 - closed by finish and abandon
+        self._on_disk = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._sorter = RecordSorter(scratch)
+        self._indexed = indexed
+        header = car.encode_header(roots)
+        self._out.write(bytes(car.V2_BYTES if indexed else 0) + header)
+        self._end = len(header)
+        self._sent = 0
+        self.blocks = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of CAR data so far."""
+        return self._end
+
+    def add(self, cid: Cid, block: bytes) -> None:
+        head = car.section_head(cid, len(block))
+        self._out.write(head)
+        self._out.write(block)
+        if self._indexed:
+            self._sorter.add(cids.multihash(cid), self._end)
+        self._end += len(head) + len(block)
+        self.blocks += 1
+        if self._on_disk and self._end - self._sent >= _SEND_EVERY:
+            self._send()
+
+    def _send(self) -> None:
+        """Lets the kernel begin to write to the disk what came since the last time, so that `finish` waits
+        for little.
+
+        (That is what this advice does with pages not written yet; it drops none of them.)
+        """
+        os.posix_fadvise(self._out.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
+        self._sent = self._end
+
+    def finish(self) -> None:
+        """Completes the file and sees it safely on the disk."""
+        with self._sorter, self._out:
+            if self._indexed:
+                self._sorter.write(self._out)
+                self._out.seek(0)
+                self._out.write(
+                    car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end))
+                )
+            self._out.flush()
+            if self._on_disk:
+                os.fsync(self._out.fileno())
+
+    def abandon(self) -> None:
+        """Lets go without completing."""
+        with self._sorter, suppress(OSError):
+            self._out.close()  # writes what it holds, to a file that is going

@@ -1,0 +1,259 @@
+"""The blocks of a Kubo repository on this machine, read in place: without a request to the node.
+
+A repository keeps its blocks in flatfs unless it was configured otherwise: one file for each block, named by
+the base32 of its multihash, in folders named by some of its last characters. A block is written under another
+name and then renamed, so a file is whole until the node deletes it. Source: Kubo's docs/datastores.md,
+go-ds-flatfs. Nothing is ever written here, and nothing is verified.
+
+Blocking: for worker threads.
+"""
+
+import json
+import logging
+import os
+import pwd
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
+from ipfsfuse.sources.base import Block, fits, too_large
+
+log = logging.getLogger("ipfsfuse.sources")
+
+SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
+"""Folders are named by so many characters before the last one; Kubo makes no others."""
+
+
+MAX_CONFIG = 1 << 20
+"""Bytes of the largest file of a repository's configuration that is read."""
+LOOK_SECONDS = 1.0
+"""How late a denylist is seen that is added while the repository is read."""
+
+
+class Denylists:
+    """Whether the owner of a repository, or its machine, blocks content: what the node would refuse is not
+    for us to give.
+
+    Looked up in the folders where the node looks, at most once a second: as cheap as any memory of what was
+    there. Source: Kubo's docs/content-blocking.md."""
+
+    def __init__(self, repository: Path) -> None:
+        homes = [Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")]
+        with suppress(OSError, KeyError):  # this process may be root's, and the node another user's
+            homes.append(Path(pwd.getpwuid(repository.stat().st_uid).pw_dir) / ".config")
+        self._folders = [
+            repository / "denylists",
+            *(home / "ipfs" / "denylists" for home in homes),
+            Path("/etc/ipfs/denylists"),
+        ]
+        self._repository = repository
+        self._looked = float("-inf")
+        self._found = False
+
+    def any(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            where = next((folder for folder in self._folders if _has_denylist(folder)), None)
+            if where is not None and not self._found:
+                log.warning(
+                    "%s: content is blocked by a list in %s: the node is asked for every block",
+                    self._repository,
+                    where,
+                )
+            self._found = where is not None
+        return self._found
+
+
+class Flatfs:
+    def __init__(self, folder: Path, characters: int, denylists: Denylists | None = None) -> None:
+        """`characters`: how long the names of its folders are. While there are `denylists`, nothing is
+        there."""
+        self._folder = os.fspath(folder)
+        self._characters = characters
+        self._denylists = denylists
+        self._direct = Direct()
+
+    def _is_blocked(self) -> bool:
+        return self._denylists is not None and self._denylists.any()
+
+    def have(self, wanted: Iterable[Cid]) -> bool:
+        """Whether there is a file of each block that may be read."""
+        return not self._is_blocked() and all(
+            os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted
+        )
+
+    def read(self, cid: Cid) -> bytes | None:
+        """What is kept as the block; None where it is not there, or can't be read: then the node has its say.
+
+        Raises BlockTooLarge."""
+        if self._is_blocked():
+            return None
+        path = self._path(cid)
+        block = read_file(path, cids.MAX_BLOCK)
+        if block is None and (size := size_of(path)) is not None and size > cids.MAX_BLOCK:
+            raise too_large("kubo", cid, size)
+        return block
+
+    def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small
+        blocks. One that is too large is None."""
+        if self._is_blocked():
+            return [None] * len(wanted)
+        return read_whole([self._path(cid) for cid in wanted], cids.MAX_BLOCK)
+
+    def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Block]:
+        """The blocks of `leaves`, one after the other, up to the first that is not there or does not fit."""
+        blocks: list[Block] = []
+        for leaf in () if self._is_blocked() else leaves:
+            block = self._into_buffer(leaf)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _into_buffer(self, leaf: Leaf) -> memoryview | None:
+        try:
+            with regular(self._path(leaf.cid), cids.MAX_BLOCK) as (file, size):
+                if not fits(leaf, size):
+                    return None
+                block = lend(max(size, 1))[:size]
+                if block:
+                    self._direct.read(file, [block], 0)
+                return block
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            log.warning("%s: the node's file can't be read: %s", cids.text(leaf.cid), exc)
+            return None
+
+    def _path(self, cid: Cid) -> str:
+        name = cids.multihash_base32(cid)
+        return f"{self._folder}/{name[-1 - self._characters : -1]}/{name}.data"
+
+
+def open_flatfs(repository: Path) -> Flatfs | None:
+    """The blocks of `repository`; None where they are kept in another way or can't be read, and where content
+    is blocked."""
+    denylists = Denylists(repository)
+    if denylists.any():
+        return None
+    try:
+        kept = _flatfs_of(json.loads(_config(repository / "datastore_spec")))
+        if kept is None:
+            return None
+        folder = repository / kept[0]
+        if _config(folder / "SHARDING").strip() != f"{SHARDING}{kept[1]}" or not os.access(
+            folder, os.R_OK | os.X_OK, effective_ids=True
+        ):
+            return None
+    except OSError:
+        return None
+    except (ValueError, RecursionError) as exc:
+        log.warning(
+            "%s is left alone, the node is asked for every block: its datastore_spec is not what Kubo "
+            "writes: %s",
+            repository,
+            exc,
+        )
+        return None
+    return Flatfs(folder, kept[1], denylists)
+
+
+def _config(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.read(MAX_CONFIG)
+
+
+def _flatfs_of(spec: Any) -> tuple[str, int] | None:
+    """Where, below the repository, blocks are kept, and the length of the folders' names. Raises
+    ValueError."""
+    if not isinstance(spec, dict):
+        raise ValueError("not a JSON object")
+    mounts = spec.get("mounts", [])
+    if not isinstance(mounts, list):
+        raise ValueError('"mounts" is not a list')
+    for mount in mounts:
+        if isinstance(mount, dict) and mount.get("mountpoint") == "/blocks":
+            path, shards = mount.get("path"), mount.get("shardFunc")
+            if mount.get("type") != "flatfs" or not isinstance(path, str) or not isinstance(shards, str):
+                return None
+            characters = shards.removeprefix(SHARDING)
+            return (path, int(characters)) if characters != shards and characters.isdecimal() else None
+    return None
+
+
+def _has_denylist(folder: Path) -> bool:
+    try:
+        return any(name.endswith(".deny") for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # it may hold one
+
+
+# -- all blocks below a directory ----------------------------------------------------------------------------
+
+BATCH = 8
+"""Blocks that are looked up by one call: on a slow disk each takes 10 ms."""
+BATCH_SECONDS = 0.03
+"""Seconds after which what came is given, however little: who waits gives up after some more."""
+BATCH_BYTES = 1 << 20
+"""Bytes after which it is given too."""
+
+Find = Callable[[Sequence[Cid]], Sequence[bytes | None]]
+"""The blocks of some CIDs, or of the first of them; None for what is not there."""
+
+
+class RepoWalk:
+    def __init__(self, find: Find, root: Cid, limit: int) -> None:
+        """`limit`: bytes after which nothing more is looked up."""
+        self._find = find
+        self._left = limit
+        self._waiting = [root]
+        """Those that come next stand last."""
+        self._seen = {root}
+        self.incomplete = False
+        """Whether one was not there."""
+
+    def next_blocks(self) -> Sequence[tuple[Cid, bytes]]:
+        """The next few blocks; none where that was all."""
+        came: list[tuple[Cid, bytes]] = []
+        enough = max(self._left - BATCH_BYTES, 0)
+        until = time.monotonic() + BATCH_SECONDS
+        while self._waiting and self._left > enough and not (came and time.monotonic() >= until):
+            wanted = self._waiting[: -BATCH - 1 : -1]
+            blocks = self._find(wanted)
+            del self._waiting[-len(blocks) :]
+            found = [(cid, block) for cid, block in zip(wanted, blocks, strict=False) if block is not None]
+            self.incomplete = self.incomplete or len(found) < len(blocks)
+            self._left -= sum(len(block) for _cid, block in found)
+            for cid, block in reversed(found):
+                self._waiting += reversed(self._below(cid, block))
+            came += found
+        return came
+
+    def _below(self, cid: Cid, block: bytes) -> Sequence[Cid]:
+        """What it links, of what was not met before."""
+        if cids.codec(cid) != cids.DAG_PB:
+            return ()
+        try:
+            children = nodes.children(nodes.parse(cid, block))
+        except IpfsFuseError:  # who reads it will hear
+            return ()
+        new = [
+            child
+            for child in dict.fromkeys(children)
+            if child not in self._seen and cids.known(child) is None
+        ]
+        self._seen.update(new)
+        return new

@@ -1,0 +1,481 @@
+"""The library on this machine: what `ipfsfuse add` stored. It is a source, and can be listed and changed.
+
+`Library` blocks and may be used by any number of threads and processes at once. `LibrarySource` sees what
+another process adds or removes with the next call. `library_folder` describes the layout.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb
+from ipfsfuse.dag.car import Section
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import IpfsFuseError, NotFound, NotHere, SourceFailed, StoreFailed
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
+from ipfsfuse.sources.local import library_folder
+from ipfsfuse.sources.local.car_file import CarFile, Place, Read, read_cached, read_disk, sections
+from ipfsfuse.sources.local.car_source import Found, stream_places
+from ipfsfuse.sources.local.car_writer import CarWriter
+from ipfsfuse.sources.local.library_folder import Entry, pack_names, store_errors
+
+# -- the packs, kept up with what other processes add and remove ---------------------------------------------
+
+_UNSETTLED_NS = 50_000_000
+"""Changes so close together may leave a folder with one and the same modification time."""
+
+
+class FolderWatch:
+    """Whether a folder has changed since the last time it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen = -1
+
+    def changed(self) -> bool:
+        """True also where that can't be told: where the last change is too fresh. Raises OSError."""
+        found = os.stat(self._folder).st_mtime_ns
+        if found == self._seen:
+            return False
+        self._seen = found if time.time_ns() - found > _UNSETTLED_NS else -1
+        return True
+
+
+class Packs:
+    """All packs in a folder, opened as they are seen, closed when they are gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._watch = FolderWatch(folder)
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, int], CarFile] = {}
+        self._order: list[CarFile] = []
+        """The pack that had the last block first: its neighbour is probably there too. Replaced, never
+        changed."""
+
+    def find(self, multihash: bytes, read: Read = read_disk) -> Found | None:
+        """Where the block is. Raises SourceFailed if the one pack that should have it is broken,
+        BlockingIOError by `read`."""
+        self.refresh()
+        broken: SourceFailed | None = None
+        order = self._order
+        for pack in order:
+            try:
+                place: Place | None = pack.find(multihash, read)
+            except SourceFailed as exc:
+                broken, place = exc, None
+            if place is not None:
+                if pack is not order[0]:
+                    self._order = [pack, *(other for other in order if other is not pack)]
+                return Found(pack, place)
+        if broken is not None:
+            raise broken
+        return None
+
+    def refresh(self) -> None:
+        """Looks for new packs and lets go of those that are gone."""
+        with self._lock:
+            try:
+                if not self._watch.changed():
+                    return
+                names = pack_names(self._folder)
+            except FileNotFoundError:
+                names = set()
+            found = {key: path for name in names if (key := _key(path := self._folder / name))}
+            gone = [key for key in self._open if key not in found]
+            new = [
+                pack
+                for key, path in found.items()
+                if key not in self._open and (pack := self._take(key, path))
+            ]
+            for key in gone:
+                del self._open[key]  # closed when the last reader lets go of it
+            self._order = new + [
+                pack for pack in self._order if any(pack is other for other in self._open.values())
+            ]
+
+    def _take(self, key: tuple[str, int], path: Path) -> CarFile | None:
+        try:
+            pack = CarFile(path)
+        except SourceFailed:
+            # gone meanwhile, or damaged: who asks for its blocks will hear that they are not there
+            return None
+        if not pack.use_own_index():
+            pack.close()
+            return None
+        self._open[key] = pack
+        return pack
+
+    def close(self) -> None:
+        with self._lock:
+            for pack in self._open.values():
+                pack.close()
+            self._open, self._order = {}, []
+
+
+def _key(path: Path) -> tuple[str, int] | None:
+    """A pack's name and inode: a pack written anew keeps its name."""
+    try:
+        return path.name, os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
+
+
+# -- adding --------------------------------------------------------------------------------------------------
+
+_MAX_REMEMBERED = 200_000
+"""Blocks of this add that are known not to be needed again: 20 MB. Forgetting one costs its space, no
+more."""
+
+
+class NewRoot(NamedTuple):
+    cid: Cid
+    name: str
+    size: int
+    """Bytes of its DAG."""
+
+
+class LibraryWriter:
+    """Use it as a context manager: what is not committed is gone at its end."""
+
+    def __init__(self, folder: Path, packs: Packs) -> None:
+        self._folder = folder
+        self._packs = packs
+        self._held = ExitStack()
+        self._held.enter_context(library_folder.lock(folder, exclusive=False))
+        packs.refresh()  # what went until now; nothing goes from here on
+        self._pack: CarWriter | None = None
+        self._path = folder
+        self._fd = -1
+        self._seen: dict[bytes, None] = {}
+        self._used: set[str] = set()
+
+    def __enter__(self) -> "LibraryWriter":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.abort()
+
+    def put(self, cid: Cid, block: bytes) -> bool:
+        """Adds a block. False if the library has it already. Raises StoreFailed."""
+        multihash = cids.multihash(cid)
+        if multihash in self._seen or cids.inline(cid) is not None:
+            return False
+        found = self._packs.find(multihash)
+        if found is not None:
+            self._used.add(found.file.name)
+        else:
+            with store_errors(f"the library {self._folder}"):
+                self._writer().add(cid, block)
+        self._seen[multihash] = None
+        if len(self._seen) > _MAX_REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return found is None
+
+    def _writer(self) -> CarWriter:
+        if self._pack is None:
+            self._path, self._fd = library_folder.new_temporary(self._folder)
+            self._pack = CarWriter(self._fd, self._folder)
+        return self._pack
+
+    def commit(self, roots: Sequence[NewRoot]) -> None:
+        """Makes all of it seen by every reader: the pack first, then the roots. Raises StoreFailed, leaving
+        nothing new."""
+        with store_errors(f"the library {self._folder}"):
+            if self._pack is not None:
+                self._pack.finish()
+                self._pack = None
+                final = self._path.with_suffix(library_folder.PACK)
+                os.rename(self._path, final)
+                library_folder.sync_folder(self._folder)
+                self._used.add(final.name)
+            self._write_roots(roots)
+        self.abort()
+
+    def _write_roots(self, roots: Sequence[NewRoot]) -> None:
+        """All of them, or on an error none that was not there."""
+        new: list[Path] = []
+        try:
+            for root in roots:
+                path = library_folder.root_path(self._folder, root.cid)
+                known = library_folder.read_root(path)
+                packs = tuple(sorted(self._used.union(known.packs if known else ())))
+                if known is None:
+                    new.append(path)
+                    library_folder.write_root(self._folder, Entry(*root, time.time(), packs))
+                elif known.packs != packs:
+                    library_folder.write_root(self._folder, replace(known, packs=packs))
+        except BaseException:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
+
+    def abort(self) -> None:
+        """Leaves the library as it was. Does nothing behind a commit."""
+        with self._held:
+            if self._pack is not None:
+                self._pack.abandon()
+                self._pack = None
+                self._path.unlink(missing_ok=True)
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+# -- compaction ----------------------------------------------------------------------------------------------
+
+WORTHWHILE = 4
+"""A pack is written anew if at least a quarter of it goes."""
+
+SMALL = 32 << 20
+"""Packs of fewer bytes than this are brought together..."""
+MANY = 64
+"""...when there are so many of them."""
+
+
+def _drop_unneeded(folder: Path, entries: Iterable[Entry]) -> set[str]:
+    """Removes the packs that no root names. Gives the names of those that stay. Raises OSError."""
+    needed = {pack for entry in entries for pack in entry.packs}
+    names = library_folder.pack_names(folder)
+    for name in names - needed:
+        (folder / name).unlink(missing_ok=True)
+    return names & needed
+
+
+def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterable[str]) -> None:
+    """Writes the packs `names` anew without the blocks that no root reaches, each under its own name, where
+    worthwhile.
+
+    Changes nothing at all if a root can't be walked to its end. Raises StoreFailed.
+    """
+    live = _reachable(entries, packs)
+    for name in names:
+        _rewrite_one(folder, folder / name, live)
+
+
+def _rewrite_one(folder: Path, path: Path, live: set[bytes]) -> None:
+    pack = CarFile(path)
+    keep = [found for found in sections(pack) if cids.multihash(found.cid) in live]
+    kept = sum(found.end - found.start for found in keep)
+    total = pack.data_end - pack.sections_offset
+    if (total - kept) * WORTHWHILE >= total:
+        _write(folder, [(pack, keep)], path.name)
+
+
+def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
+    """Makes one pack of all small ones if those are many. Raises OSError, SourceFailed; the library is whole
+    at any moment."""
+    paths = [
+        path for name in library_folder.pack_names(folder) if (path := folder / name).stat().st_size < SMALL
+    ]
+    if len(paths) < MANY:
+        return
+    packs = [CarFile(path) for path in paths]
+    merged = _write(folder, [(pack, sections(pack)) for pack in packs])
+    old = {pack.name for pack in packs}
+    for entry in entries:
+        if not old.isdisjoint(entry.packs):
+            library_folder.write_root(
+                folder, replace(entry, packs=tuple(sorted({*entry.packs, merged} - old)))
+            )
+    for path in paths:
+        path.unlink()
+
+
+def _write(
+    folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], name: str | None = None
+) -> str:
+    """A new pack of those sections in the place of the pack `name`, or under a name of its own, which is
+    returned."""
+    temporary, fd = library_folder.new_temporary(folder)
+    path = temporary.with_suffix(library_folder.PACK) if name is None else folder / name
+    try:
+        writer = CarWriter(fd, folder)
+        for pack, keep in contents:
+            for found in keep:
+                writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
+        writer.finish()
+        os.rename(temporary, path)
+        library_folder.sync_folder(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(fd)
+    return path.name
+
+
+def _reachable(entries: Iterable[Entry], packs: Packs) -> set[bytes]:
+    """The multihashes of all blocks below the roots. Raises StoreFailed where one is missing or can't be
+    read."""
+    live: set[bytes] = set()
+    for entry in entries:
+        waiting = [entry.cid]
+        while waiting:
+            cid = waiting.pop()
+            multihash = cids.multihash(cid)
+            if multihash in live or cids.inline(cid) is not None:
+                continue
+            live.add(multihash)
+            waiting += _links(cid, packs)
+    return live
+
+
+def _links(cid: Cid, packs: Packs) -> Iterator[Cid]:
+    if cids.codec(cid) != cids.DAG_PB:
+        return
+    try:
+        found = packs.find(cids.multihash(cid))
+        if found is None:
+            raise StoreFailed(f"the library lacks {cids.text(cid)}: add it again; nothing was compacted")
+        block = found.file.read(found.place)
+        cids.verify(cid, block)
+        links = dagpb.decode(block).links
+    except StoreFailed:
+        raise
+    except IpfsFuseError as exc:
+        raise StoreFailed(f"the library can't be compacted: {exc}") from exc
+    for link in links:
+        yield link.cid
+
+
+# -- the library ---------------------------------------------------------------------------------------------
+
+log = logging.getLogger(__name__)
+
+
+class Library:
+    """A folder of packs and roots, made where there is none. Raises StoreFailed if it isn't ours alone."""
+
+    def __init__(self, folder: Path) -> None:
+        library_folder.prepare(folder)
+        self.folder = folder
+        self.packs = Packs(folder)
+        self._watch = FolderWatch(folder / "roots")
+        self._entries: tuple[Entry, ...] = ()
+
+    def entries(self) -> Sequence[Entry]:
+        """All roots, in the order added. One stat where nothing has changed. Raises StoreFailed."""
+        with store_errors(f"the library {self.folder}"):
+            if self._watch.changed():
+                self._entries = tuple(library_folder.read_roots(self.folder))
+        return self._entries
+
+    def roots(self) -> Sequence[Cid]:
+        return [entry.cid for entry in self.entries()]
+
+    def contains(self, multihash: bytes) -> bool:
+        return self.packs.find(multihash) is not None
+
+    def block(self, cid: Cid) -> bytes:
+        """The unverified block. Raises NotHere, BlockTooLarge, SourceFailed."""
+        found = _readable(cid, self.packs.find(cids.multihash(cid)))
+        return found.file.read(found.place)
+
+    def open_writer(self) -> LibraryWriter:
+        """For one `add`. Raises StoreFailed. Waits while a compaction runs."""
+        with store_errors(f"the library {self.folder}"):
+            library_folder.sweep(self.folder)
+        return LibraryWriter(self.folder, self.packs)
+
+    def remove(self, cid: Cid) -> Entry:
+        """Removes a root, then gives back what no other root needs, unless something is just being added: the
+        next removal does it then. Raises NotFound, StoreFailed."""
+        path = library_folder.root_path(self.folder, cid)
+        entry = library_folder.read_root(path)
+        if entry is None:
+            raise NotFound(f"{cids.text(cid)} is no root of the library: `ipfsfuse library` lists them")
+        with store_errors(f"the library {self.folder}"):
+            path.unlink(missing_ok=True)
+            library_folder.sync_folder(path.parent)
+        self.tidy(entry.packs)
+        return entry
+
+    def compact(self, wait: bool = True, only: Sequence[str] | None = None) -> bool:
+        """Gives back the space of what no root reaches, in the packs `only` or in all, and brings small packs
+        together. False if the library was busy and `wait` is False. Raises StoreFailed."""
+        with (
+            store_errors(f"the library {self.folder}"),
+            library_folder.lock(self.folder, exclusive=True, wait=wait) as held,
+        ):
+            if not held:
+                return False
+            library_folder.sweep(self.folder)
+            entries = library_folder.read_roots(self.folder)
+            staying = _drop_unneeded(self.folder, entries)
+            shrinking = sorted(staying if only is None else staying.intersection(only))
+            if shrinking:
+                _rewrite(self.folder, entries, self.packs, shrinking)
+            _merge_small(self.folder, entries)
+        return True
+
+    def tidy(self, packs: Sequence[str] = ()) -> None:
+        """Gives back what nobody needs, in the packs named and in what earlier removals had to leave, if that
+        can be done now. After an add or a removal, which it can't fail."""
+        try:
+            self.compact(wait=False, only=packs)
+        except StoreFailed as exc:
+            log.warning("the library's space was not given back: %s", exc)
+
+    def close(self) -> None:
+        self.packs.close()
+
+
+def _readable(cid: Cid, found: Found | None) -> Found:
+    """Raises NotHere, BlockTooLarge."""
+    if found is None:
+        raise NotHere(f"the library does not have {cids.text(cid)}")
+    if found.place.size > cids.MAX_BLOCK:
+        raise too_large("library", cid, found.place.size)
+    return found
+
+
+class LibrarySource:
+    """The library as a source."""
+
+    name = "library"
+    in_place = True
+
+    def __init__(self, library: Library) -> None:
+        """`library` is closed with the source."""
+        self.library = library
+
+    async def get(self, cid: Cid) -> bytes:
+        await trio.lowlevel.checkpoint()
+        multihash = cids.multihash(cid)
+        if cids.inline(cid) is not None:
+            raise NotHere("an identity CID is no block of a source")
+        try:
+            found = self.library.packs.find(multihash, read_cached)
+        except BlockingIOError:
+            found = await threads.run_sync(self.library.packs.find, multihash, read_disk)
+        found = _readable(cid, found)
+        with suppress(BlockingIOError):
+            return found.file.read_small(found.place)
+        return await threads.run_sync(found.file.read, found.place)
+
+    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
+        await stream_places(run, self._find, deliver)
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        """Nothing: each block is at hand."""
+
+    def _find(self, cid: Cid) -> Found | None:
+        return self.library.packs.find(cids.multihash(cid))
+
+    def roots(self) -> Sequence[Cid]:
+        try:
+            return self.library.roots()
+        except StoreFailed:  # the folder is gone, and all that was in it
+            return ()
+
+    async def aclose(self) -> None:
+        await threads.run_sync(self.library.close)

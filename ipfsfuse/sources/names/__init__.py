@@ -1,0 +1,1 @@
+"""Mutable names: IPNS records and DNSLink, resolved to CIDs."""

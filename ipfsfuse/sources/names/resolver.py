@@ -1,0 +1,287 @@
+"""Names to paths below a CID: asks every source for IPNS records, follows names that lead to names.
+
+A record is verified here, so that a source that lies can only withhold a newer one. Of the records that were
+ever seen of a name the one of the highest sequence counts; `RecordStore` keeps it across restarts.
+
+Concurrency: any number of tasks. Calls that want the same name at once share one request to the sources.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+
+from ipfsfuse.dag import path as paths
+from ipfsfuse.dag.path import IpfsPath
+from ipfsfuse.errors import (
+    IpfsFuseError,
+    Malformed,
+    NotFound,
+    StoreFailed,
+    Unavailable,
+    WrongRecord,
+)
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.names import record as records
+from ipfsfuse.sources.names.dnslink import Dns, lookup
+from ipfsfuse.sources.names.record import NANOSECONDS, DomainName, KeyName, Name, Record
+
+log = logging.getLogger(__name__)
+
+MAX_DEPTH: Final = 32
+"""Names that are followed to names, as in Kubo."""
+MAX_ASKED: Final = 256
+"""Names that are asked for at a time: each costs a connection to every source."""
+MAX_KEPT: Final = 1000
+"""Names whose value, or failure, is kept in memory."""
+MIN_SECONDS: Final = 1.0
+"""A value is kept at least so long: one access asks for it more than once."""
+FAILURE_SECONDS: Final = 5.0
+"""A failure is remembered so long, as that of a block is."""
+STALE_SECONDS: Final = 60.0
+"""A record that is still valid is used so long where no source can be asked for a newer one."""
+GRACE_SECONDS: Final = 1.0
+"""How long the other sources may take, when one has sent a valid record, to send a newer one."""
+MAX_TARGET: Final = 3500
+"""Bytes of a path that a name may lead to: with the mountpoint before it, it is a symlink's target, and
+Linux allows 4,095 bytes for that."""
+
+
+class RecordSource(Protocol):
+    """One place that may have IPNS records."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def ipns_record(self, name: str) -> bytes:
+        """The newest record it has of `name` (`k51...`), unverified. Raises NotHere, SourceFailed."""
+        ...
+
+
+class RecordStore(Protocol):
+    """Keeps the newest record of each name. Both calls may block; they run in a worker thread."""
+
+    def get(self, name: str) -> bytes | None: ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Raises StoreFailed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a name stands for now."""
+
+    path: IpfsPath
+    until: float
+    """On trio's clock: when it must be asked for anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one record says, or why there is none."""
+
+    value: IpfsPath | tuple[Name, tuple[bytes, ...]] | IpfsFuseError
+    until: float
+
+
+class Resolver:
+    def __init__(
+        self, sources: Sequence[RecordSource], store: RecordStore, dns: Dns | None, *, seconds: float = 30.0
+    ) -> None:
+        """`seconds`: how long the sources may take for one record. Without `dns` no domain is resolved."""
+        self._sources, self._store, self._dns, self._seconds = sources, store, dns, seconds
+        self._steps: OrderedDict[Name, _Step] = OrderedDict()
+        self._locks: dict[Name, trio.Lock] = {}
+        self._asking = trio.CapacityLimiter(MAX_ASKED)
+
+    def known(self) -> Sequence[str]:
+        """The names that were resolved of late, in their usual spelling."""
+        return sorted(
+            str(name) for name, step in self._steps.items() if not isinstance(step.value, Exception)
+        )
+
+    async def resolve_text(self, text: str) -> Resolved:
+        """As `resolve`; what is not a name at all is proved absent, and nobody is asked."""
+        name = records.parse_name(text)
+        if name is None:
+            raise NotFound(f"{text[:200]!r} is not a name")
+        return await self.resolve(name)
+
+    async def resolve(self, name: Name) -> Resolved:
+        """The path that `name` stands for. Raises NotFound where it is proved that there is none, Unavailable
+        where it can't be told now, Malformed for a value that can't be used."""
+        names: tuple[bytes, ...] = ()
+        until = math.inf
+        asked = name
+        for _ in range(MAX_DEPTH):
+            step = await self._step(asked)
+            until = min(until, step.until)
+            if isinstance(step.value, IpfsFuseError):
+                raise step.value.with_traceback(None)
+            if isinstance(step.value, IpfsPath):
+                found = IpfsPath(step.value.root, step.value.names + names)
+                if len(bytes(found)) > MAX_TARGET:
+                    raise Malformed(f"{name} leads to a path of over {MAX_TARGET:,} bytes")
+                return Resolved(found, until)
+            asked, more = step.value
+            names = more + names
+        raise Malformed(f"{name} leads to {MAX_DEPTH} other names, one after the other: no more are followed")
+
+    async def _step(self, name: Name) -> _Step:
+        async with self._one_at_a_time(name):
+            kept = self._steps.get(name)
+            if kept is not None and kept.until > trio.current_time():
+                self._steps.move_to_end(name)
+                return kept
+            try:
+                async with self._asking:
+                    value, seconds = await self._asked(name)
+                step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
+            except IpfsFuseError as exc:
+                log.warning("%s", exc)
+                step = _Step(exc.with_traceback(None), trio.current_time() + FAILURE_SECONDS)
+            self._steps[name] = step
+            self._steps.move_to_end(name)
+            if len(self._steps) > MAX_KEPT:
+                self._steps.popitem(last=False)
+            return step
+
+    async def _asked(self, name: Name) -> tuple[str, float]:
+        """What `name` leads to, as its owner wrote it, and for how many seconds that holds."""
+        if isinstance(name, DomainName):
+            return await self._of_domain(name)
+        record, seconds = await self.newest(name)
+        return record.value, seconds
+
+    @contextlib.asynccontextmanager
+    async def _one_at_a_time(self, name: Name) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked() and self._locks.get(name) is lock:
+                del self._locks[name]
+
+    # -- DNSLink ---------------------------------------------------------------------------------------------
+
+    async def _of_domain(self, name: DomainName) -> tuple[str, float]:
+        if self._dns is None:
+            raise Unavailable(f"{name}: this mount is offline, and DNS is not asked")
+        with trio.move_on_after(self._seconds):
+            return await lookup(self._dns, name.domain)
+        raise Unavailable(f"{name}: DNS did not answer within {self._seconds:g} s")
+
+    # -- IPNS ------------------------------------------------------------------------------------------------
+
+    async def newest(self, name: KeyName) -> tuple[Record, float]:
+        """The newest valid record, of those that the sources have now and the one that was seen before; and
+        for how many seconds it holds. Raises Unavailable."""
+        stored = await self._stored(name)
+        best, answered, said = stored, False, list[str]()
+        async for source, answer in self._answers(name):
+            if not isinstance(answer, Record):
+                said.append(str(answer) if source in str(answer) else f"{source}: {answer}")
+            elif answer.validity <= time.time_ns():
+                said.append(f"{source}: its record (sequence {answer.sequence}) has expired")
+            elif best is not None and answer.sequence < best.sequence:
+                said.append(
+                    f"{source}: its record is older (sequence {answer.sequence}) than one that was seen "
+                    f"({best.sequence})"
+                )
+            else:
+                answered = True
+                best = answer if best is None or answer.rank > best.rank else best
+        why = "; ".join(said) or "no source can be asked for IPNS records"
+        if best is None:
+            raise Unavailable(f"{name} can't be resolved: {why}")
+        if best is not stored:
+            await self._keep(name, best)
+        left = (best.validity - time.time_ns()) / NANOSECONDS
+        if left <= 0:
+            raise Unavailable(f"{name}: the newest record (sequence {best.sequence}) has expired; {why}")
+        if not answered:
+            log.warning("%s: the record of sequence %d is still used: %s", name, best.sequence, why)
+        return best, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
+
+    async def _answers(self, name: KeyName) -> AsyncIterator[tuple[str, Record | IpfsFuseError]]:
+        """(Source, its verified record or why there is none), as they come. When a valid record has come, the
+        others have `GRACE_SECONDS`."""
+        send, receive = trio.open_memory_channel[tuple[str, Record | IpfsFuseError]](len(self._sources))
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.deadline = trio.current_time() + self._seconds
+            for source in self._sources:
+                nursery.start_soon(self._ask, source, name, send)
+            missing = {source.name for source in self._sources}
+            found = list[tuple[str, Record | IpfsFuseError]]()
+            while missing:
+                answer = await receive.receive()
+                missing.discard(answer[0])
+                found.append(answer)
+                if isinstance(answer[1], Record):
+                    nursery.cancel_scope.deadline = min(
+                        nursery.cancel_scope.deadline, trio.current_time() + GRACE_SECONDS
+                    )
+        for answer in found:
+            yield answer
+        for late in sorted(missing):
+            yield late, Unavailable("no answer in time")
+
+    async def _ask(
+        self,
+        source: RecordSource,
+        name: KeyName,
+        send: "trio.MemorySendChannel[tuple[str, Record | IpfsFuseError]]",
+    ) -> None:
+        answer: Record | IpfsFuseError
+        try:
+            data = await source.ipns_record(str(name))
+            # an RSA signature takes 0.1 ms, of the largest key allowed 1 ms
+            answer = records.verify(name, data)
+        except IpfsFuseError as exc:
+            answer = exc
+        except Exception as exc:  # whatever one source does, the others are asked
+            log.exception("%s: asking for the record of %s failed", source.name, name)
+            answer = Unavailable(f"it failed in a way that was not foreseen ({type(exc).__name__})")
+        await send.send((source.name, answer))
+
+    async def _stored(self, name: KeyName) -> Record | None:
+        data = await threads.run_sync(self._store.get, str(name))
+        if data is None:
+            return None
+        try:
+            return records.verify(name, data)
+        except WrongRecord as exc:
+            log.warning("what is kept of a name is damaged, and is not used: %s", exc)
+            return None
+
+    async def _keep(self, name: KeyName, record: Record) -> None:
+        try:
+            await threads.run_sync(self._store.put, str(name), record.data)
+        except StoreFailed as exc:
+            log.warning("%s; after a restart an older record might be believed", exc)
+
+
+def _parse_value(name: Name, value: str) -> IpfsPath | tuple[Name, tuple[bytes, ...]]:
+    """What the value of a record or a DNSLink stands for. Raises Malformed."""
+    try:
+        if value.startswith("/ipns/"):
+            first, _, rest = value.removeprefix("/ipns/").partition("/")
+            next_name = records.parse_name(first)
+            if next_name is None:
+                raise Malformed(f"{name} leads to {value[:200]!r}, which is not a name")
+            return next_name, paths.names(rest)
+        if value.startswith("/ipfs/"):
+            return paths.parse(value)
+    except Malformed:
+        raise
+    except IpfsFuseError as exc:
+        raise Malformed(f"{name} leads to a path that can't be used: {exc}") from exc
+    raise Malformed(f"{name} leads to {value[:200]!r}: only /ipfs/ and /ipns/ are followed")

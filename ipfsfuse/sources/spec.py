@@ -1,0 +1,261 @@
+"""SOURCE texts of the command line: parsed once into frozen specs, and opened as sources.
+
+Parsing is pure. Opening blocks (a CAR without an index is read through), so each source is opened in a
+worker thread.
+"""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipfsfuse.errors import SourceFailed, UsageError
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, unix_origin
+from ipfsfuse.sources.http.secrets import BoundHeaders, Headers, is_ours, read_headers
+from ipfsfuse.sources.http.settings import HttpSettings
+
+if TYPE_CHECKING:
+    from ipfsfuse.sources.base import Source
+
+log = logging.getLogger(__name__)
+
+Indexing = Callable[[str, int, int], None]
+"""Called with (name of the CAR file, bytes done, bytes in all) while its index is built, in a worker
+thread."""
+
+LIBRARY, CAR, KUBO, GATEWAY = "library", "car", "kubo", "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One SOURCE. `name` is shown to people."""
+
+    kind: str
+    name: str
+    path: Path | None = None
+    """Of CAR."""
+    origin: Origin | None = None
+    """Of GATEWAY, and of KUBO if an address was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSettings:
+    library: Path
+    indexes: Path
+    """The folder for indexes of CAR files that contain none."""
+    http: HttpSettings = field(default_factory=HttpSettings)
+    offline: bool = False
+    progress: Indexing | None = None
+
+
+def parse_source(text: str) -> Spec:
+    """Raises UsageError, whose line says what to write instead."""
+    if text in (LIBRARY, KUBO):
+        return Spec(text, text)
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        return _parse_url(text, scheme.lower(), rest)
+    if not text or "\0" in text:
+        raise UsageError(
+            "an empty --from; give a CAR file, library, kubo, kubo+http://host:port or https://gateway"
+        )
+    return _parse_path(text)
+
+
+def _parse_url(text: str, scheme: str, rest: str) -> Spec:
+    if scheme in ("http", "https"):
+        origin = parse_origin(text)
+        if origin.base.endswith("/ipfs"):
+            raise UsageError(f"{text}: leave out the /ipfs at the end")
+        if any(part in f"{origin.base}/" for part in ("/ipfs/", "/ipns/")):
+            raise UsageError(f"{text}: a gateway's address ends before /ipfs and /ipns")
+        return Spec(GATEWAY, origin.text, origin=origin)
+    if scheme in ("kubo+http", "kubo+https"):
+        origin = parse_origin(f"{scheme.removeprefix('kubo+')}://{rest}")
+        return Spec(KUBO, f"kubo+{origin.text}", origin=origin)
+    if scheme == "kubo+unix":
+        if not rest.startswith("/"):
+            raise UsageError(f"{text}: a socket's absolute path is missing; write kubo+unix:///run/ipfs.sock")
+        return Spec(KUBO, text, origin=unix_origin(rest))
+    raise UsageError(
+        f"{text}: {scheme}:// is not known; use https://, http://, kubo+http://, kubo+https:// or "
+        "kubo+unix://"
+    )
+
+
+def _parse_path(text: str) -> Spec:
+    path = Path(text)
+    if path.exists():
+        return Spec(CAR, path.name, path=path.absolute())
+    head = text.partition("/")[0]
+    if text.startswith(("/ipns/", "/ipfs/")):
+        raise UsageError(
+            f"{text}: content is not a source; mount `kubo` or a gateway, and name it in the mount"
+        )
+    if text.startswith(("http:", "https:", "kubo+", "kubo:")):
+        raise UsageError(
+            f"{text}: a typing error? An address is written with ://, as in https://host or "
+            "kubo+http://host:port"
+        )
+    if "/" not in text and text.lower() in (LIBRARY, KUBO):
+        raise UsageError(f"{text}: write {text.lower()}")
+    if (
+        not text.startswith(("/", "."))
+        and not text.endswith(".car")
+        and ("." in head or ":" in head or head == "localhost")
+    ):
+        raise UsageError(f"{text}: no such file; if it is a gateway, write https://{text}")
+    raise UsageError(
+        f"{text}: no such file; a source is a CAR file, library, kubo, kubo+http://host:port or "
+        "https://gateway"
+    )
+
+
+def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
+    """All of them, in order. Raises UsageError, also if one is given twice."""
+    specs = [parse_source(text) for text in texts]
+    seen: dict[object, str] = {}
+    for spec, text in zip(specs, texts, strict=True):
+        what = (spec.kind, spec.path.resolve() if spec.path else None, spec.origin)
+        if what in seen:
+            raise UsageError(
+                f"--from {text} is given twice" + (f" (as {seen[what]} before)" if seen[what] != text else "")
+            )
+        seen[what] = text
+    return tuple(specs)
+
+
+def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
+    """The open source; None for a remote gateway of an offline mount. Raises SourceFailed, UsageError."""
+    if spec.kind == CAR:
+        from ipfsfuse.sources.local.car_source import CarSource
+
+        assert spec.path is not None
+        return CarSource.open(
+            spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None
+        )
+    if spec.kind == LIBRARY:
+        from ipfsfuse.sources.local.library import Library, LibrarySource
+
+        return LibrarySource(Library(settings.library))
+    if spec.kind == KUBO:
+        return _open_kubo(spec, settings)
+    from ipfsfuse.sources.http.client import Http
+    from ipfsfuse.sources.http.gateway import Gateway
+
+    assert spec.origin is not None
+    if settings.offline and not spec.origin.is_local:
+        return None
+    return Gateway(
+        Http(spec.origin, settings.http), spec.name, local=spec.origin.is_local, only_cached=settings.offline
+    )
+
+
+def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
+    from ipfsfuse.sources.http.kubo import Kubo, repository
+    from ipfsfuse.sources.local import kubo_repo
+
+    place = repository()
+    if spec.origin is None and not _is_repository(place):
+        raise SourceFailed(
+            f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's "
+            "repository, or name the node by its address, as in kubo+http://127.0.0.1:5001",
+            "missing",
+        )
+    blocks = kubo_repo.open_flatfs(place) if spec.origin is None else None
+    if blocks is not None:
+        log.info("%s: blocks that the node has are read in its repository, %s", spec.name, place)
+    return Kubo(spec.name, settings.http, spec.origin, blocks=blocks, offline=settings.offline)
+
+
+def _is_repository(place: Path) -> bool:
+    """Whether `place` is the repository of a node, or has an `api` file that names one; True if it can't be
+    read."""
+    try:
+        names = os.listdir(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not {"api", "config", "datastore_spec"}.isdisjoint(names)
+
+
+@asynccontextmanager
+async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
+    """The sources in their order, without those that an offline mount does not use; closed at the end. Raises
+    UsageError, SourceFailed."""
+    from ipfsfuse.sources.local.car_source import CarSource
+
+    async with AsyncExitStack() as stack:
+        sources: list[Source] = []
+        for spec in parse_sources(texts):
+            source = await threads.run_sync(open_source, spec, settings)
+            if source is None:
+                continue
+            stack.push_async_callback(source.aclose)
+            sources.append(source)
+            if isinstance(source, CarSource) and not source.whole:
+                log.warning(
+                    "%s is damaged or cut short: blocks before the damage are used, the others are missing",
+                    source.path,
+                )
+        yield sources
+
+
+# -- headers -------------------------------------------------------------------------------------------------
+
+
+def with_headers(
+    settings: HttpSettings, header_files: Sequence[tuple[str, Path]], sources: Sequence[str]
+) -> HttpSettings:
+    """`settings` with the headers of `header_files`, each bound to the origin of a source. A file comes with
+    the URL of its source, or with "" if there is only one network source. Raises UsageError."""
+    specs = parse_sources(sources)
+    origins = {replace(spec.origin, base=""): spec.name for spec in specs if spec.origin is not None}
+    if header_files and any(spec.kind == KUBO and spec.origin is None for spec in specs):
+        origins |= dict.fromkeys(_addresses_of_node(), KUBO)
+    bound: dict[Origin, Headers] = {}
+    for url, path in header_files:
+        for origin in _targets(url, path, origins):
+            if origin.scheme != "https" and not origin.is_local:
+                why = "would get it over plain HTTP, which others can read; use https://"
+                raise UsageError(f"--header-file {path}: {origin.text} {why}")
+            if origin in bound:
+                raise UsageError(f"--header-file is given twice for {origin.text}")
+            bound[origin] = read_headers(path)
+    return replace(settings, headers=BoundHeaders(bound))
+
+
+def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origin]:
+    """The origins that the file `path` is for, of those of the sources."""
+    targets = [*origins]
+    if url:
+        origin = parse_source(url).origin
+        if origin is None:
+            raise UsageError(f"--header-file {url}=…: not the address of a source")
+        targets = [replace(origin, base="")]
+        if targets[0] not in origins:
+            there = ", ".join(origins.values()) or "none"
+            raise UsageError(f"--header-file {url}=...: no source is there; there are {there}")
+    if len({origins[origin] for origin in targets}) != 1:
+        https = (source for source in origins.values() if source.startswith("http"))
+        example = f"--header-file {next(https, 'https://gateway.example')}={path}"
+        raise UsageError(f"--header-file {path}: say which source it is for: {example}")
+    return targets
+
+
+def _addresses_of_node() -> Sequence[Origin]:
+    """Where the node on this machine listens, if the files that say so are our own."""
+    from ipfsfuse.sources.http.kubo import repository
+
+    found = []
+    for path in (repository() / "api", repository() / "gateway"):
+        if is_ours(path):
+            with suppress(OSError, UnicodeDecodeError, UsageError):
+                found.append(replace(read_origin(path), base=""))
+    return found

@@ -1,0 +1,88 @@
+"""Sizes, durations and numbers as people write them, for the command line and the runner. Pure.
+
+What can't be used raises UsageError, whose message says what could be."""
+
+import re
+
+from ipfsfuse.errors import UsageError
+
+_UNITS = {"": 1, "b": 1} | {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)}
+_UNITS |= {
+    f"{prefix}{ending}": 1024**power for power, prefix in enumerate("kmgtp", 1) for ending in ("ib", "i", "")
+}
+_SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
+
+MAX_BYTES = (1 << 63) - 1
+
+
+def size(text: str) -> int:
+    """Bytes, at least 1: `10GiB`, `500MB`, `64K` (binary, as in dd), `1073741824`."""
+    value = size_or_zero(text)
+    if value == 0:
+        raise UsageError(f"{text!r} is too small a size: it must be more than 0")
+    return value
+
+
+def size_or_zero(text: str) -> int:
+    """As `size`; 0 is allowed."""
+    value = _scaled(text, _UNITS)
+    if value is None:
+        raise UsageError(f"{text[:80]!r} is not a size: write it as 10GiB, 500MB or a number of bytes")
+    if value > MAX_BYTES:
+        raise UsageError(f"{text!r} is too large a size: it must be less than 8 EiB")
+    return int(value)
+
+
+def duration(text: str) -> float:
+    """Seconds: `30s`, `5m`, `250ms`, `2h`, `30`."""
+    value = _scaled(text, _SECONDS)
+    if value is None:
+        raise UsageError(f"{text[:80]!r} is not a duration: write it as 30s, 5m or a number of seconds")
+    if not 0 < value <= 86400 * 366:
+        raise UsageError(f"{text!r} can't be used as a duration: it must be more than 0 and at most a year")
+    return value
+
+
+def count(text: str) -> int:
+    """A number of things: 0 or more."""
+    if not text.isascii() or not text.isdigit() or len(text) > 20:
+        raise UsageError(f"{text[:80]!r} is not a number: it must be a whole number, 0 or more")
+    return int(text)
+
+
+def octal(text: str) -> int:
+    """Permission bits: `022`."""
+    if not re.fullmatch("0?o?[0-7]{1,4}", text, re.ASCII):
+        raise UsageError(f"{text[:80]!r} is not a mode: write it in octal, as 022")
+    return int(text, 8)
+
+
+def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None:
+    match = _NUMBER.fullmatch(text.strip())
+    factor = units.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        return None
+    return int(match[1]) * factor if match[1].isdigit() else float(match[1]) * factor
+
+
+def human(count: float) -> str:
+    """`count` bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("the last unit always serves")
+
+
+def size_text(size: int) -> str:
+    """`size` so that `size_or_zero` gives it back: `64MiB`, or plain bytes where no unit fits."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size and size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)
+
+
+def duration_text(seconds: float) -> str:
+    """`seconds` so that `duration` gives it back."""
+    return f"{seconds:g}s" if seconds < 1e5 else f"{seconds:.0f}s"

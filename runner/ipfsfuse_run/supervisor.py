@@ -1,0 +1,423 @@
+"""The runner's side of a run: starts the guest's process, keeps time, passes on signals and output.
+
+One thread and one selector: they wait for signals, the guest's process, its reports and its output. The
+supervisor never touches the mount and never waits for whoever reads the output. So it ends in time even if
+the guest's process hangs in a read that no signal interrupts, or if nobody reads what the guest wrote.
+"""
+
+import hashlib
+import json
+import os
+import select
+import selectors
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, BinaryIO, NamedTuple
+
+from ipfsfuse import units
+from ipfsfuse_run import child, growth, limits, signals
+from ipfsfuse_run.child import Plan, Reports
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_text
+from ipfsfuse_run.growth import Growth
+from ipfsfuse_run.limits import Limits
+
+OUT_OF_TIME = 124
+GRACE = 0.4
+"""Seconds that a killed guest gets to end. One that hangs in the mount ends when the daemon answers."""
+LAST_LOOK = 10.0
+"""Seconds for the last measurement of the writable folders after the guest has ended."""
+
+_CHUNK = select.PIPE_BUF
+"""Bytes that a pipe which polls as writable takes without waiting."""
+_DAY = 86400.0
+"""The longest wait at once, in seconds: epoll takes at most 24 days."""
+
+Sink = Callable[[bytes], None]
+
+
+class Streams(NamedTuple):
+    """Where the guest's streams go; None leaves the runner's own in place. `stdin` is a descriptor."""
+
+    stdin: int | None = None
+    stdout: Sink | None = None
+    stderr: Sink | None = None
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    code: int
+    signal: int | None = None
+    """One that the runner itself was sent."""
+    refused: str | None = None
+    """Why the guest could not be run."""
+    trapped: bool = False
+    trap: str | None = None
+    """wasmtime's message and back-trace, several lines."""
+    kind: str | None = None
+    limit: str | None = None
+    """The field of Limits that ended the run, where the runner ended it for one."""
+
+
+class LimitReached(Exception):
+    """Raised by a sink: the guest wrote more than the field `limit` of Limits allows."""
+
+    def __init__(self, limit: str, message: str) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+def run(plan: Plan, streams: Streams = Streams(), close: Sequence[int] = ()) -> Outcome:  # noqa: B008 # frozen
+    """Runs the guest in a process of its own, which closes the descriptors `close` first."""
+    return _Supervisor(plan, streams, close).watch()
+
+
+class _Supervisor:
+    def __init__(self, plan: Plan, streams: Streams, close: Sequence[int]) -> None:
+        self._plan = plan
+        self._selector = selectors.DefaultSelector()
+        self._deadline: float | None = None
+        self._compiling = False
+        self._growth: Growth | None = None
+        self._watcher: int | None = None
+        self._watched: int | None = None
+        self._outcome = Outcome(128 + signal.SIGKILL)
+        self._final = False
+        self._dead = False
+        self._pending = b""
+        self._signals: list[int] = []
+        self._handlers = {each: signal.getsignal(each) for each in signals.ENDING}
+        self._catch_signals()
+        self._fork(streams, close)
+
+    def _catch_signals(self) -> None:
+        wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        for each in signals.ENDING:
+            if self._handlers[each] != signal.SIG_IGN:  # nohup
+                signal.signal(each, self._on_signal)
+        self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_wakeup(wake))
+
+    def _restore_signals(self) -> None:
+        """One that comes from now on ends what the runner still does, such as writing a record."""
+        signal.set_wakeup_fd(-1)
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
+        if self._signals and not self._final:
+            self._outcome = self._outcome._replace(signal=self._signals[0])
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def _on_wakeup(self, wake: int) -> None:
+        os.read(wake, 64)
+        if self._signals and not self._final:
+            self._end(Outcome(128 + self._signals[0], signal=self._signals[0]))
+
+    def _fork(self, streams: Streams, close: Sequence[int]) -> None:
+        reports, told = os.pipe2(os.O_CLOEXEC)
+        pumped = [
+            (sink, target, os.pipe2(os.O_CLOEXEC))
+            for sink, target in ((streams.stdout, 1), (streams.stderr, 2))
+            if sink is not None
+        ]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            signal.set_wakeup_fd(-1)
+            for _sink, target, (end, write) in pumped:
+                os.dup2(write, target)
+                os.close(end)  # else no write would ever fail for want of a reader
+                os.close(write)
+            if streams.stdin is not None:
+                os.dup2(streams.stdin, 0)
+            for each in (reports, *close):
+                os.close(each)
+            child.main(self._plan, parent, Reports(told))
+        os.close(told)
+        self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
+        for sink, target, (end, write) in pumped:
+            os.close(write)
+            self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink, target))
+        self._pidfd = os.pidfd_open(self._pid)
+        self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
+
+    def _pump(self, end: int, sink: Sink, target: int) -> Callable[[], None]:
+        def resume() -> None:
+            self._selector.unregister(target)
+            self._selector.register(end, selectors.EVENT_READ, pump)
+
+        def pump() -> None:
+            if not _is_writable(target):
+                self._selector.unregister(end)
+                self._selector.register(target, selectors.EVENT_WRITE, resume)
+                return
+            data = os.read(end, _CHUNK)
+            try:
+                if data:
+                    sink(data)
+                    return
+            except OSError:  # whoever read our output is gone: the guest's next write tells it
+                pass
+            except LimitReached as exc:
+                self._end(Outcome(TRAPPED, limit=exc.limit), str(exc))
+            self._drop(end)
+
+        return pump
+
+    def _drop(self, file: int) -> None:
+        self._selector.unregister(file)
+        os.close(file)
+
+    def _on_report(self, reports: int) -> None:
+        data = os.read(reports, _CHUNK)
+        if not data:
+            self._drop(reports)
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if self._final:
+                continue
+            if "compiling" in message:
+                self._compiling = message["compiling"]
+                self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
+            elif "started" in message:
+                self._started(message)
+            else:
+                self._outcome = self._outcome._replace(
+                    refused=message.get("refused"),
+                    trapped=message.get("trapped", False),
+                    trap=message.get("trap"),
+                )
+
+    def _compile_timeout(self) -> float:
+        given = self._plan.box.limits.compile_timeout
+        return limits.COMPILE_TIMEOUT if given is None else given
+
+    def _started(self, message: Mapping[str, Any]) -> None:
+        self._outcome = self._outcome._replace(kind=message["kind"])
+        timeout = self._plan.box.limits.timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        if message["growth"] is not None and not self._dead:
+            folders, before, bound = message["growth"]
+            self._growth = Growth(folders, growth.Usage(*before), bound)
+            self._watcher, watched = growth.watch(self._growth, self._pidfd)
+            self._watched = watched
+            self._selector.register(watched, selectors.EVENT_READ, self._on_watched)
+
+    def _on_watched(self) -> None:
+        assert self._watched is not None
+        why = os.read(self._watched, _CHUNK)
+        self._stop_watcher()
+        if self._final:
+            return
+        if self._dead:
+            self._deadline = None
+        if why:
+            self._end(Outcome(TRAPPED, limit="max_out"), f"{self._plan.name} {why.decode()}")
+
+    def _stop_watcher(self) -> None:
+        if self._watched is not None and self._watcher is not None:
+            self._drop(self._watched)
+            os.kill(self._watcher, signal.SIGKILL)
+            os.waitpid(self._watcher, 0)
+            self._watched = self._watcher = None
+
+    def _on_exit(self) -> None:
+        self._drop(self._pidfd)
+        self._dead = True
+        _pid, status = os.waitpid(self._pid, 0)
+        if self._final:
+            return
+        self._deadline = None if self._watched is None else time.monotonic() + LAST_LOOK
+        code = os.waitstatus_to_exitcode(status)
+        self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
+        if code == -signal.SIGXFSZ and self._growth is not None:
+            bound = self._growth.bound
+            self._end(
+                Outcome(TRAPPED, limit="max_out"),
+                f"{self._plan.name} wrote more than max-out={bound} bytes to one file",
+            )
+
+    def _end(self, outcome: Outcome, why: str | None = None) -> None:
+        """Ends the guest for a reason of ours."""
+        self._outcome, self._final = outcome._replace(kind=self._outcome.kind), True
+        self._deadline = time.monotonic() + GRACE
+        if not self._dead:
+            os.kill(self._pid, signal.SIGKILL)
+        self._stop_watcher()
+        if why is not None and _is_writable(2, GRACE):
+            say(why)
+
+    def _past_deadline(self) -> bool:
+        """Whether to leave now: at the deadline a running guest is killed, one that was killed is left
+        behind."""
+        if self._deadline is None or time.monotonic() < self._deadline:
+            return False
+        if self._final:
+            return True
+        if self._dead:  # the watching process hangs: in a file system that does not answer
+            self._deadline = None
+            self._stop_watcher()
+        elif self._compiling:
+            given = limits.value_text("compile_timeout", self._compile_timeout())
+            why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
+            self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
+        else:
+            timeout = f"{self._plan.box.limits.timeout:g} s"
+            self._end(
+                Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}"
+            )
+        return False
+
+    def watch(self) -> Outcome:
+        """Until the guest is gone and its output is carried."""
+        with self._selector:
+            while len(self._selector.get_map()) > 1 or not self._dead:  # the signals' pipe is always there
+                wait = (
+                    None if self._deadline is None else min(max(0.0, self._deadline - time.monotonic()), _DAY)
+                )
+                for key, _events in self._selector.select(wait):
+                    key.data()
+                if self._past_deadline():
+                    break
+            self._stop_watcher()
+        self._restore_signals()
+        return self._outcome
+
+
+def _is_writable(file: int, seconds: float = 0) -> bool:
+    """Whether a write to the descriptor `file` would not wait, at the latest after `seconds`; one that fails
+    does not."""
+    poll = select.poll()
+    poll.register(file, select.POLLOUT)
+    return bool(poll.poll(1000 * seconds))
+
+
+# -- the guest's streams -----------------------------------------------------------------------------------
+
+
+class Digest(NamedTuple):
+    """Of what passed through a stream."""
+
+    sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256} ({self.size} bytes)"
+
+
+class HashingSink:
+    """Hashes what it is given, and passes it on to `through` if there is one."""
+
+    def __init__(self, through: Sink | None) -> None:
+        self._through = through
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def __call__(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._size += len(data)
+        if self._through is not None:
+            self._through(data)
+
+    def digest(self) -> Digest:
+        return Digest(self._hash.hexdigest(), self._size)
+
+
+def to_descriptor(file: int) -> Sink:
+    """A sink that writes everything to the descriptor `file`."""
+
+    def sink(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(file, view) :]
+
+    return sink
+
+
+def bounded(through: Sink, bound: int | None, what: str) -> Sink:
+    """A sink that passes on `bound` bytes (None: all) and then raises LimitReached. `what` names the
+    stream."""
+    if bound is None:
+        return through
+    left = bound
+
+    def sink(data: bytes) -> None:
+        nonlocal left
+        through(data[:left])
+        if len(data) > left:
+            message = f"the guest wrote more than max-stdout={units.size_text(bound)} to {what}"
+            raise LimitReached("max_stdout", message)
+        left -= len(data)
+
+    return sink
+
+
+def run_hashed(
+    plan: Plan, stdin: BinaryIO, through: tuple[Sink | None, Sink | None], close: Sequence[int]
+) -> tuple[Outcome, Digest, Digest]:
+    """Runs the guest on `stdin`. Gives also the digests of its standard output and error, which pass on to
+    `through`; a trap's message counts as standard error."""
+    out, err = map(HashingSink, through)
+    bound = plan.box.limits.max_stdout
+    sinks = bounded(out, bound, "standard output"), bounded(err, bound, "standard error")
+    outcome = run(plan, Streams(stdin.fileno(), *sinks), close)
+    if outcome.trap is not None:
+        err(trap_text(plan.name, outcome.trap).encode())
+    return outcome, out.digest(), err.digest()
+
+
+def direct_streams(given: Limits, writes_files: bool) -> Streams:
+    """The streams of a run that keeps none of them: the guest writes to the runner's own.
+
+    The runner carries the output if it must be counted, or if it goes to a regular file and the guest's
+    process has a limit on the size of files."""
+    found: list[Sink | None] = []
+    for file, name in ((1, "standard output"), (2, "standard error")):
+        carry = given.max_stdout is not None or (writes_files and _is_file(file))
+        found.append(bounded(to_descriptor(file), given.max_stdout, name) if carry else None)
+    return Streams(None, *found)
+
+
+def _is_file(file: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(file).st_mode)
+    except OSError:
+        return False
+
+
+def spooled_stdin(bound: int | None) -> BinaryIO:
+    """All of standard input in an unnamed file, at its start. Nothing is read from a terminal.
+
+    Raises GuestRefused if there are more than `bound` bytes."""
+    import tempfile
+
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 # the caller closes it
+    left = bound
+    if sys.stdin is not None and not sys.stdin.isatty():
+        while data := os.read(0, 1 << 20):
+            if left is not None and len(data) > left:
+                raise GuestRefused(
+                    f"standard input has more than max-stdin={limits.value_text('max_stdin', bound or 0)}"
+                )
+            left = None if left is None else left - len(data)
+            spool.write(data)
+    spool.seek(0)
+    return spool
+
+
+def digest_of(file: BinaryIO) -> Digest:
+    """Of the whole file, which is left at its start."""
+    file.seek(0)
+    sink = HashingSink(None)
+    while data := file.read(1 << 20):
+        sink(data)
+    file.seek(0)
+    return sink.digest()

@@ -1,0 +1,98 @@
+"""Proofs of parts of a leaf: what was verified whole is proved again piece by piece."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import store as stores
+from ipfsfuse.cache.store.staging import DIGEST, PIECE
+from ipfsfuse.dag.nodes import Leaf
+from tests.cache.standin import Chain, flip, make_file, staged
+
+FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
+BUDGET = 64 << 20
+LEAF = 8 * PIECE
+
+
+async def read_whole(cache: PinsetCache, file: FileRef, leaves: list[Leaf]) -> None:
+    """Twice: what was fetched is staged, and then read from the disk and verified."""
+    for _ in range(2):
+        for leaf in leaves:
+            await cache.reader.leaf(file, leaf)
+
+
+WRONG = pytest.mark.logs("wrong bytes in the cache at .*, set aside")
+
+
+@WRONG
+@pytest.mark.parametrize("dag_pb", [False, True], ids=["raw", "dag-pb"])
+def test_a_part_is_proved_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: bool) -> None:
+    chain = Chain()
+    file, leaves, content = make_file(chain, 2 * LEAF + 70_000, LEAF, dag_pb=dag_pb)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_whole(cache, file, leaves)
+            flip(staged(tmp_path, "staging")[0], 2 * PIECE + 5)
+            chain.asked.clear()
+            for start, stop in [(0, 1), (PIECE - 1, PIECE + 1), (3 * PIECE + 9, LEAF), (10, 20)]:
+                part = await cache.reader.part(file, leaves[0], start, stop)
+                assert part == content[start:stop]
+            last = leaves[-1]
+            assert await cache.reader.part(file, last, 69_990, 70_000) == content[-10:]
+            assert not chain.asked, "the other pieces were not looked at"
+            # the whole range with the wrong piece in it: fetched again in the same read
+            assert await cache.reader.part(file, leaves[0], 100, 3 * PIECE) == content[100 : 3 * PIECE]
+            assert chain.asked == [leaves[0].cid]
+            await cache.reader.leaf(file, leaves[0])
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            flip(staged(tmp_path, "staging")[0], LEAF + 2 * PIECE)
+            chain.asked.clear()
+            part = await cache.reader.part(file, leaves[1], 0, 9)
+            assert part == content[LEAF : LEAF + 9]
+            assert chain.asked == [leaves[1].cid], "the first read after a start proves the whole leaf"
+
+    trio.run(main)
+
+
+@WRONG
+def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
+    """Random reads of a staging file, of which a bit is turned before each."""
+    chain, chance = Chain(), random.Random(0)
+    file, leaves, content = make_file(chain, 16 * LEAF, LEAF)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_whole(cache, file, leaves)
+            chain.asked.clear()
+            for _ in range(FLIPS):
+                at = chance.randrange(file.size)
+                flip(staged(tmp_path, "staging")[0], at)
+                start = max(0, at % LEAF - chance.randrange(4096))
+                leaf = leaves[at // LEAF]
+                part = await cache.reader.part(file, leaf, start, min(start + 4096, LEAF))
+                assert part == content[leaf.offset + start : leaf.offset + min(start + 4096, LEAF)]
+            assert len(chain.asked) > FLIPS // 2, "the other bits lay where nothing was staged yet"
+
+    trio.run(main)
+
+
+def test_the_memory_for_digests_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "MAX_DIGESTS", 3 * (8 * DIGEST + stores.DIGESTS_OVERHEAD))
+    chain = Chain()
+    file, leaves, content = make_file(chain, 8 * LEAF, LEAF)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await read_whole(cache, file, leaves)
+            known = [await cache.store.part(file, leaf, 0, 9) is not None for leaf in leaves]
+            assert known == [False] * 5 + [True] * 3
+            for leaf in leaves:
+                assert await cache.reader.part(file, leaf, 0, 9) == content[leaf.offset : leaf.offset + 9]
+
+    trio.run(main)

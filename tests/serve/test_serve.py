@@ -1,0 +1,341 @@
+"""`ipfsfuse serve` as others meet it: Kubo, other mounts, strangers who do harm."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from multiformats import multibase
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.serve import server as bounds
+from tests.faults.gateway import Gateway, blocks_of
+from tests.kubo.fixtures import need_kubo
+from tests.kubo.node import Node, free_port
+from tests.mounting import Home, wait_until
+from tests.serve.conftest import Server, serving
+from tests.sources.ipns import NameServer, make, name_of
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+ABSENT = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
+CAR = "application/vnd.ipld.car"
+
+
+def tree(home: Home, *, size: int = 3 << 20) -> tuple[Path, str]:
+    folder = home.folder / "tree"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "large").write_bytes(os.urandom(size))
+    for number in range(30):
+        (folder / "sub" / f"small-{number}").write_text(f"small {number}")
+    return folder, home.add(folder)
+
+
+def same(one: Path, other: Path) -> None:
+    subprocess.run(["diff", "-r", one, other], check=True)
+
+
+# -- what it gives ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.fuse
+def test_another_hosts_mount_reads_what_is_served(home: Home, tmp_path: Path) -> None:
+    folder, cid = tree(home)
+    other = Home(tmp_path / "other")
+    with serving(home) as server, other.mounted("--from", server.url) as mount:
+        same(folder, mount.path / cid)
+        served = home.json("status", "--json")["served"]
+        assert served["bytes"] > 3 << 20
+        assert served["broken"] == 0
+
+
+@pytest.mark.kubo
+def test_a_real_kubo_reads_a_file_by_http_retrieval(home: Home) -> None:
+    need_kubo()
+    folder, cid = tree(home)
+    with serving(home) as server, router(server) as url:
+        settings = {
+            "Routing": {"Type": "delegated", "DelegatedRouters": [url]},
+            "HTTPRetrieval": {"Enabled": True},
+            "Provide": {"Enabled": False},
+        }
+        with Node(settings=settings) as node:
+            assert node.cmd("cat", f"/ipfs/{cid}/large", text=False) == (folder / "large").read_bytes()
+            assert node.cmd("cat", f"/ipfs/{cid}/sub/small-7") == "small 7"
+
+
+@contextmanager
+def router(server: Server) -> Iterator[str]:
+    """A delegated router that names `server` as the provider of everything."""
+    host, port = server.address.split(":")
+    peer = "12D3KooWM8sovaEGU1bmiWGWAzvs47DEcXKZZTuJnpQyVTkRs2Vn"
+    record = {
+        "Schema": "peer", "ID": peer, "Addrs": [f"/ip4/{host}/tcp/{port}/http"],
+        "Protocols": ["transport-ipfs-gateway-http"],
+    }  # fmt: skip
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"Providers": [record]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    routing = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=routing.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{routing.server_address[1]}"
+    routing.shutdown()
+    routing.server_close()
+
+
+@pytest.mark.kubo
+def test_cars_have_the_blocks_of_a_real_nodes_in_its_order(home: Home, kubo_node: Node) -> None:
+    folder, cid = tree(home)
+    wide = home.folder / "wide"
+    wide.mkdir()
+    for number in range(2000):
+        (wide / f"a-name-that-is-long-enough-to-make-a-hamt-of-it-{number}").write_text(str(number))
+    sharded = home.add(wide)
+    with serving(home) as server:
+        for root in (cid, sharded):
+            answer = server.ask(f"/ipfs/{root}?format=car")
+            (home.folder / "all.car").write_bytes(answer.body)
+            node_has = kubo_node.cmd("dag", "import", "--stats", str(home.folder / "all.car"))
+            assert "Imported" in node_has
+        theirs = Server.__new__(Server)
+        theirs.address = kubo_node.gateway_url.removeprefix("http://")
+        for path in (
+            cid,
+            f"{cid}/large",
+            f"{cid}/sub",
+            f"{cid}/sub/small-3",
+            sharded,
+            f"{sharded}/a-name-that-is-long-enough-to-make-a-hamt-of-it-77",
+        ):
+            for query in (
+                "dag-scope=block",
+                "dag-scope=entity",
+                "dag-scope=all",
+                "dag-scope=entity&entity-bytes=1048000:1049000",
+            ):
+                target = f"/ipfs/{path}?format=car&{query}"
+                ours = server.ask(target, Accept=f"{CAR}; order=dfs; dups=n").blocks()
+                assert ours == theirs.ask(target, Accept=f"{CAR}; order=dfs; dups=n").blocks()
+    assert folder.exists()
+
+
+def test_head_etags_and_what_is_refused(home: Home) -> None:
+    _folder, cid = tree(home)
+    with serving(home) as server:
+        raw, as_car = f"/ipfs/{cid}?format=raw", f"/ipfs/{cid}?format=car"
+        for target in (raw, as_car):
+            answer, head = server.ask(target), server.ask(target, method="HEAD")
+            assert head.status == 200
+            assert head.body == b""
+            assert head.headers["etag"] == answer.headers["etag"]
+            for tags in (answer.headers["etag"], f'"x", {answer.headers["etag"]}', "*"):
+                known = server.ask(target, If_None_Match=tags)
+                assert (known.status, known.body) == (304, b"")
+            assert server.ask(target, If_None_Match='"x"').status == 200
+        assert server.ask(as_car).headers["etag"] != server.ask(f"{as_car}&dag-scope=block").headers["etag"]
+        refused = {
+            f"/ipfs/{cid}": 406, "/": 404, "/api/v0/id": 404, f"/ipfs/{cid}/sub?format=raw": 400, "/ipfs/x?format=raw": 400,
+            f"{as_car}&dag-scope=x": 400, f"{as_car}&entity-bytes=x": 400, f"{as_car}&car-version=2": 400,
+            f"/ipfs/{cid}/../x?format=car": 400, f"/ipfs/{ABSENT}?format=raw": 404, f"/ipfs/{ABSENT}?format=car": 404,
+            f"/ipfs/{cid}/large/x?format=car": 404, f"/ipns/{cid}?format=car": 400, "/ipns/x?format=ipns-record": 400,
+            "/ipfs/" + "a/" * 4000 + "?format=car": 400, f"/ipfs/{cid}/" + "a/" * 300 + "?format=car": 400,
+        }  # fmt: skip
+        assert {target: server.ask(target).status for target in refused} == refused
+        assert server.ask(raw, method="POST").status == 405
+        assert server.ask(raw, method="DELETE").headers["allow"] == "GET, HEAD"
+        assert server.ask(f"/ipfs/{ABSENT}?format=raw", Cache_Control="only-if-cached").status == 412
+        assert server.ask(raw, Cache_Control="only-if-cached").status == 200
+        assert server.ask(raw, Content_Length="5").status == 413
+
+
+# -- where it comes from ---------------------------------------------------------------------------------
+
+
+def gateway_of(home: Home, *cid: str) -> Gateway:
+    blocks: dict[bytes, bytes] = {}
+    for each in cid:
+        home.run("export", each, home.folder / f"{each}.car")
+        blocks |= blocks_of(home.folder / f"{each}.car")
+    return Gateway(blocks)
+
+
+def test_it_fetches_for_nobody_unless_it_is_told_to(home: Home, tmp_path: Path) -> None:
+    elsewhere = Home(tmp_path / "elsewhere")
+    folder, cid = tree(elsewhere)
+    with gateway_of(elsewhere, cid).serving() as gateway:
+        with serving(home, "--from", gateway.url) as server:
+            assert server.ask(f"/ipfs/{cid}?format=car").status == 404
+            assert not gateway.asked
+        with serving(home, "--from", gateway.url, "--fetch", "--deadline", "2s") as server:
+            car = f"/ipfs/{cid}?format=car"
+            assert server.ask(car, Cache_Control="only-if-cached").status == 412
+            assert not gateway.asked
+            blocks = server.ask(car).blocks()
+            assert len(blocks) > 30
+            assert server.ask(car, Cache_Control="only-if-cached").blocks() == blocks
+            assert server.ask(f"/ipfs/{ABSENT}?format=raw").status in (404, 504)
+        with serving(home) as server:  # what was fetched is here now
+            assert server.ask(car).blocks() == blocks
+    assert folder.exists()
+
+
+@pytest.mark.fuse
+def test_through_the_mount_that_holds_the_folder(home: Home, tmp_path: Path) -> None:
+    elsewhere = Home(tmp_path / "elsewhere")
+    folder, cid = tree(elsewhere)
+    with gateway_of(elsewhere, cid).serving() as gateway, home.mounted("--from", gateway.url) as mount:
+        same(folder, mount.path / cid)
+        asked = gateway.asked.total()
+        with serving(home) as server:
+            answer = server.ask(f"/ipfs/{cid}?format=car")
+            assert len(answer.blocks()) > 30
+            assert server.ask(f"/ipfs/{ABSENT}?format=raw").status == 404
+            served = mount.status()["served"]
+            assert served["bytes"] > 3 << 20
+            other = Home(tmp_path / "other")
+            with other.mounted("--from", server.url) as second:
+                same(folder, second.path / cid)
+        assert gateway.asked.total() == asked
+        with serving(home) as server:
+            home.run("unmount", mount.path)
+            assert server.ask(f"/ipfs/{cid}?format=raw").status == 504
+
+
+@pytest.mark.fuse
+def test_records_of_names_that_were_seen_are_given_out(home: Home) -> None:
+    _folder, cid = tree(home)
+    name = name_of(KEY)
+    target = f"/ipns/{name}?format=ipns-record"
+    names = home.folder / "ipns"
+    names.mkdir()
+    with NameServer().serving() as source:
+        source.records[str(name)] = make(KEY, f"/ipfs/{cid}", 3, ttl=60)
+        with serving(home, "--from", "library", "--from", source.url) as server:
+            assert server.ask(target).status == 404
+            assert not source.asked
+        with home.mounted("--from", "library", "--from", source.url, "--ipns", names):
+            assert (names / str(name) / "sub").is_dir()
+            with serving(home) as server:
+                assert server.ask(target).body == source.records[str(name)]
+        with serving(home) as server:
+            answer = server.ask(target)
+            assert answer.body == source.records[str(name)]
+            assert answer.headers["content-type"] == "application/vnd.ipfs.ipns-record"
+            assert answer.headers["cache-control"] == "public, max-age=60"
+            assert server.ask(f"/ipns/{name}", Accept="application/vnd.ipfs.ipns-record").body == answer.body
+            assert server.ask(target, If_None_Match=answer.headers["etag"]).status == 304
+        (home.store / "names" / str(name)).write_bytes(make(KEY, f"/ipfs/{cid}", 3, valid=-1))
+        with serving(home) as server:
+            assert server.ask(target).status == 404
+        with serving(home, "--from", source.url, "--fetch") as server:
+            assert server.ask(target).body == source.records[str(name)]
+
+
+# -- strangers -------------------------------------------------------------------------------------------
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = server.address.split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def test_an_answer_that_can_not_be_ended_is_cut_off_visibly(home: Home, tmp_path: Path) -> None:
+    elsewhere = Home(tmp_path / "elsewhere")
+    _folder, cid = tree(elsewhere)
+    gateway = gateway_of(elsewhere, cid)
+    large = next(key for key, block in gateway.blocks.items() if len(block) == 1 << 20)
+    del gateway.blocks[large]
+    with (
+        gateway.serving(),
+        serving(home, "--from", gateway.url, "--fetch", "--deadline", "1s") as server,
+        closing(connect(server)) as client,
+    ):
+        client.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        said = b""
+        while piece := client.recv(1 << 20):
+            said += piece
+        assert said.startswith(b"HTTP/1.1 200")
+        assert not said.endswith(b"0\r\n\r\n")
+        wait_until(lambda: home.json("status", "--json")["served"]["broken"] == 1, "it is counted")
+
+
+def test_a_crowd_that_says_nothing_keeps_nobody_out_for_long(home: Home) -> None:
+    _folder, cid = tree(home)
+    with serving(home) as server:
+        crowd = [connect(server) for _ in range(bounds.MAX_CONNECTIONS - 10)]
+        for number, each in enumerate(crowd):
+            each.sendall(b"GET /" if number % 2 else b"")
+        began = time.monotonic()
+        assert server.ask(f"/ipfs/{cid}?format=raw").status == 200
+        assert time.monotonic() - began < 10
+        for each in crowd:
+            each.close()
+
+
+def test_a_client_that_reads_nothing_delays_no_other_and_not_the_end(home: Home) -> None:
+    _folder, cid = tree(home, size=64 << 20)
+    with serving(home) as server:
+        stalled = [connect(server) for _ in range(5)]
+        for each in stalled:
+            each.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert each.recv(10)
+        assert server.ask(f"/ipfs/{cid}?format=raw").status == 200
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < 15
+        for each in stalled:
+            each.close()
+
+
+def test_garbage_ends_one_connection(home: Home) -> None:
+    _folder, cid = tree(home)
+    with serving(home) as server:
+        for said in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 100_000, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nxxxxx",
+                     b"GET /ipfs/%ff?format=raw HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 50_000,
+                     b"GET /ipfs/x?" + b"a=1&" * 1000 + b" HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n"):  # fmt: skip
+            with closing(connect(server)) as client:
+                client.sendall(said)
+                client.shutdown(socket.SHUT_WR)
+                answer = client.recv(1 << 16)
+                assert not answer.startswith(b"HTTP/1.1 200")
+        assert server.ask(f"/ipfs/{cid}?format=raw").status == 200
+
+
+def test_what_prevents_it_is_told_in_one_line(home: Home) -> None:
+    port = free_port()
+    with closing(socket.create_server(("127.0.0.1", port))):
+        home.refused("serve", "--listen", f"127.0.0.1:{port}", names=str(port), code=2)
+    home.refused("serve", "--listen", "nonsense", names="HOST:PORT", code=2)
+    home.refused("serve", "--from", "http://", names="host", code=2)
+    with serving(home) as server:
+        said = home.refused("mount", home.mountpoint, names=str(server.process.pid))
+        assert "ipfsfuse serve" in said
+
+
+def test_a_cid_in_any_spelling_is_served(home: Home) -> None:
+    _folder, cid = tree(home)
+    with serving(home) as server:
+        parsed = cids.parse(cid)
+        answer = server.ask(f"/ipfs/{cid}?format=raw")
+        for base in ("base36", "base58btc", "base16"):
+            spelled = multibase.encode(parsed, base)
+            assert server.ask(f"/ipfs/{spelled}?format=raw").body == answer.body

@@ -1,0 +1,140 @@
+"""What lies below a directory, looked up by CID: all of it once, parents first, up to a limit."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb, nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.sources.local import kubo_repo
+from ipfsfuse.sources.local.kubo_repo import BATCH, BATCH_BYTES, RepoWalk
+from tests.sources.content import raw_blocks, trees
+
+TREES = {
+    name: (tree.root, {cid: block for cid, block in tree.blocks.items() if cids.known(cid) is None})
+    for name, tree in trees().items()
+}
+"""Without the empty block, which nobody needs to be asked for."""
+
+
+class Shelf:
+    """Blocks by CID; each call finds a few of those it is asked for."""
+
+    def __init__(self, blocks: Mapping[Cid, bytes], dice: random.Random) -> None:
+        self._blocks, self._dice = blocks, dice
+
+    def find(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        assert 0 < len(wanted) <= BATCH
+        return [self._blocks.get(cid) for cid in wanted[: self._dice.randint(1, BATCH)]]
+
+
+def all_of(walk: RepoWalk) -> list[tuple[Cid, bytes]]:
+    got: list[tuple[Cid, bytes]] = []
+    while some := walk.next_blocks():
+        got += some
+    return got
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", TREES)
+def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
+    root, blocks = TREES[name]
+    walk = RepoWalk(Shelf(blocks, random.Random(seed)).find, root, 1 << 30)
+    got = all_of(walk)
+    assert sorted(got) == sorted(blocks.items())
+    assert not walk.incomplete
+    met = {root}
+    for cid, block in got:
+        assert cid in met
+        met.update(nodes.children(nodes.parse(cid, block)))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
+    root, blocks = TREES[name]
+    gone = list(blocks)[-1]
+    walk = RepoWalk(
+        Shelf({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find,
+        root,
+        1 << 30,
+    )
+    assert sorted(all_of(walk)) == sorted(item for item in blocks.items() if item[0] != gone)
+    assert walk.incomplete
+
+
+def test_the_limit_ends_it_and_one_call_gives_some() -> None:
+    large = raw_blocks(5, 40, size=200_000)
+    root_block = dagpb.encode(
+        [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(large)], b"\x08\x01"
+    )
+    (some,) = raw_blocks(6, 1)
+    root = cids.make(cids.DAG_PB, cids.multihash(some))
+    shelf = {root: root_block, **large}
+
+    def find(wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        return [shelf.get(cid) for cid in wanted[:5]]
+
+    walk = RepoWalk(find, root, 5 * BATCH_BYTES)
+    first = walk.next_blocks()
+    got = [*first, *all_of(walk)]
+    size = sum(len(block) for _cid, block in got)
+    assert 5 * BATCH_BYTES <= size < 5 * BATCH_BYTES + 5 * 200_000
+    assert BATCH_BYTES <= sum(len(block) for _cid, block in first) < BATCH_BYTES + 5 * 200_000
+
+
+def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = raw_blocks(8, 500, size=10)
+    (some,) = raw_blocks(9, 1)
+    root = cids.make(cids.DAG_PB, cids.multihash(some))
+    shelf = {
+        root: dagpb.encode(
+            [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(leaves)], b"\x08\x01"
+        ),
+        **leaves,
+    }
+    now = 0.0
+    each = 0.01
+    looked_up: list[int] = []
+
+    def find(wanted: Sequence[Cid]) -> Sequence[bytes | None]:
+        nonlocal now
+        now += each * len(wanted)
+        looked_up.append(len(wanted))
+        return [shelf.get(cid) for cid in wanted]
+
+    monkeypatch.setattr(kubo_repo.time, "monotonic", lambda: now)
+    slow = RepoWalk(find, root, 1 << 30)
+    got = 0
+    while True:
+        begin = now
+        some_blocks = slow.next_blocks()
+        assert now - begin <= kubo_repo.BATCH_SECONDS + BATCH * each, "from the first call on"
+        if not some_blocks:
+            break
+        got += len(some_blocks)
+    assert got == 501
+    assert max(looked_up[5:]) * each < 0.1
+    looked_up.clear()
+    each = 0.0
+    assert len(all_of(RepoWalk(find, root, 1 << 30))) == 501
+    assert max(looked_up) == BATCH
+
+
+def test_nobody_is_asked_for_what_everybody_knows() -> None:
+    """No node sends the empty block."""
+    (some,) = raw_blocks(9, 1)
+    root = cids.make(cids.DAG_PB, cids.multihash(some))
+    shelf = {root: dagpb.encode([dagpb.Link(cids.EMPTY, b"empty", 0)], b"\x08\x01")}
+    walk = RepoWalk(lambda wanted: [shelf.get(cid) for cid in wanted], root, 1 << 20)
+    assert all_of(walk) == list(shelf.items())
+    assert not walk.incomplete
+
+
+def test_a_block_that_is_no_node_leads_nowhere() -> None:
+    (raw,) = raw_blocks(7, 1)
+    broken = cids.make(cids.DAG_PB, cids.multihash(raw))
+    walk = RepoWalk(lambda _wanted: [b"\xff\xff"], broken, 1 << 20)
+    assert all_of(walk) == [(broken, b"\xff\xff")]
+    assert not walk.incomplete
