@@ -28,6 +28,7 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
     errors.ReadOnly: errno.EPERM,
     errors.WrongBlock: errno.EIO,
     errors.Malformed: errno.EIO,
+    errors.WrongRecord: errno.EIO,
     errors.BlockTooLarge: errno.EIO,
     errors.Unsupported: errno.ENOTSUP,
     errors.Unavailable: errno.ETIMEDOUT,
