@@ -30,7 +30,7 @@
 #define QUEUED (1U << 20)    /* bytes of requests that may wait for Python */
 #define SPIN_NS 20000        /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
 
-struct request { struct request *next; size_t size; struct fuse_in_header *bytes; };
+struct request { struct request *next; size_t size; struct fuse_in_header *bytes; int64_t read_at; };
 struct queue { struct request *first, **last; size_t size; };
 
 static struct queue waiting = {.last = &waiting.first};         /* for libfuse */
@@ -42,10 +42,21 @@ static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
 /* The number (`unique`) of the request that pyfuse3 took last. A handler that has not waited yet is serving it. */
 uint64_t device_current;
 
+/* How long that request had waited for pyfuse3, in nanoseconds. */
+int64_t device_waited;
+
 static int notify_fd = -1, wakeup_fd = -1, device = -1, stop_fd = -1;
 static atomic_int stopping;
 static pthread_t thread;
 static char *buffer;
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
 
 static void discard(struct request *one)
 {
@@ -63,6 +74,7 @@ static struct request *copy_of(const char *bytes, size_t size)
 		return NULL;
 	}
 	one->size = size;
+	one->read_at = now_ns();
 	memcpy(one->bytes, bytes, size);
 	return one;
 }
@@ -114,14 +126,6 @@ static void end_with(int how)
 	over = how;
 	wake();
 	pthread_mutex_unlock(&lock);
-}
-
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
 /* Reads one request. Returns its size, 0 if no more will come, or -errno. Spins for a moment before it
@@ -194,6 +198,7 @@ static ssize_t read_for_libfuse(int unused, void *out, size_t room, void *sessio
 		return -1;
 	}
 	device_current = one->bytes->unique;
+	device_waited = now_ns() - one->read_at;
 	size = reply_expect(one->bytes, one->size);
 	memcpy(out, one->bytes, size);
 	discard(one);

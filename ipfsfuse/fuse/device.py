@@ -42,7 +42,8 @@ _LIBRARY.opens_drain.restype = ctypes.c_uint32
 _LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int)
 _LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
 _LIBRARY.device_interrupted.restype = ctypes.c_uint64
-_current = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
+_CURRENT = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
+_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
 _WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
@@ -87,7 +88,12 @@ class Device:
 
 def current_request_number() -> int:
     """The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
-    return _current.value
+    return _CURRENT.value
+
+
+def waited() -> float:
+    """How many seconds that request had waited for Python. Only in a handler that has not waited yet."""
+    return _WAITED.value * 1e-9
 
 
 class ReadWindows:

@@ -87,9 +87,13 @@ class Operations(ReadOnlyOperations):
     @contextmanager
     def _call(self, caller: Caller) -> Iterator[None]:
         """A call of the user `caller`. It is answered soon after its deadline whatever it waits for, or when
-        its caller gets a signal. Begin it before anything waits."""
+        its caller gets a signal. Begin it before anything waits.
+
+        The deadline is counted from when the request was read. It leaves at least half of the time, for what
+        could be answered from the cache."""
         number = device.current_request_number()
-        deadline = trio.current_time() + self._deadline
+        left = max(self._deadline - device.waited(), self._deadline / 2)
+        deadline = trio.current_time() + left
         with translated(), request_of(caller, deadline):
             with trio.CancelScope(deadline=deadline + GRACE) as scope:
                 self._calls[number] = scope

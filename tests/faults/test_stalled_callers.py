@@ -124,9 +124,7 @@ def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_
     took = json.loads(out)
     assert len(took) == STALLED
     assert min(took) > DEADLINE / 2, "none was there"
-    assert max(took) <= DEADLINE + 1 + 2 * arrival, (
-        "they come and go together, on a machine that others use too"
-    )
+    assert max(took) <= DEADLINE + 1 + arrival / 3, "they end together, on a machine that others use too"
 
 
 def all_wait(source: dict[str, Any]) -> bool:

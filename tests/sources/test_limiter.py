@@ -33,18 +33,18 @@ class Callers:
         """A request that takes so long; whenever it is displaced, it is made again. Seconds until it first
         started."""
         with request_of(caller):
-            retried, waited = False, 0.0
+            retried, first, waited = False, True, 0.0
             while True:
                 began = trio.current_time()
-                async with Place(self.limiter, retried) as place:
-                    if not retried:
+                async with Place(self.limiter, retried, again=not first) as place:
+                    if first:
                         waited = trio.current_time() - began
                         self.waited.append(waited)
                     await trio.sleep(seconds)
                     return waited
                 assert place.displaced
                 self.displaced += 1
-                retried = True
+                first, retried = False, retried or not place.early
 
     def crowd(self, count: int, caller: Caller, seconds: float = float("inf")) -> None:
         for _ in range(count):
@@ -70,6 +70,29 @@ def test_a_new_request_starts_within_a_tenth_of_a_second_however_many_stalled_on
                     NEW + late_after + 0.1
                 ):  # it is not displaced before such an answer came
                     assert await callers.one(caller, late_after) <= NEW
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_crowd_that_goes_on_coming_leaves_each_the_time_for_an_answer() -> None:
+    """Once, each was displaced by those behind it before a slow source could answer."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            callers = Callers(ConcurrencyLimiter(RUNNING, LATE, lambda: 0.4), nursery)
+            answered: list[float] = []
+
+            async def healthy() -> None:
+                await callers.one(ALICE, 0.39)
+                answered.append(trio.current_time())
+
+            for _ in range(50):
+                nursery.start_soon(healthy)
+                callers.crowd(19, ALICE)
+                await trio.sleep(0.05)
+            await trio.sleep(1)
+            assert len(answered) >= 20
             nursery.cancel_scope.cancel()
 
     run(main)

@@ -179,9 +179,11 @@ class Health:
         return found[min(int(share * len(found)), len(found) - 1)] if found else None
 
     def slow_after(self) -> float:
-        """Seconds after which an answer is late: the 95th percentile, at least 10 ms."""
-        found = self.percentile(0.95) if len(self._times) >= ENOUGH else None
-        return max(0.01, self._slow if found is None else found)
+        """Seconds after which an answer is late: the 95th percentile, at least 10 ms. While there are few
+        answers, it is as long as the slowest of them took, if that is more than was expected."""
+        if len(self._times) < ENOUGH:
+            return max(0.01, self._slow, *self._times)
+        return max(0.01, self.percentile(0.95) or 0.0)
 
     def state(self, now: float) -> str:
         if self.is_quarantined(now):
