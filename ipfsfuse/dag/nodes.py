@@ -18,6 +18,8 @@ from functools import cache
 from itertools import accumulate, islice
 from typing import NamedTuple, overload
 
+import libipld
+
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.cid import Cid
@@ -195,6 +197,41 @@ def children(node: Node) -> list[Cid]:
     if isinstance(node, File):
         return node.children.cids() if isinstance(node.children, Children) else []
     return [] if isinstance(node, Symlink) else node.links.cids()
+
+
+def links(cid: Cid, block: bytes) -> list[Cid]:
+    """The CIDs that a block links, in their order: of dag-pb and dag-cbor; none of other codecs. Raises
+    Malformed."""
+    codec = cids.codec(cid)
+    if codec == cids.DAG_PB:
+        return dagpb.decode(block).links.cids()
+    if codec != cids.DAG_CBOR:
+        return []
+    try:
+        libipld.decode_dag_cbor(block)  # strict, where the pass below only looks for links
+    except (ValueError, RecursionError) as exc:
+        raise Malformed(f"{cids.brief(cid)}: not dag-cbor: {exc}") from exc
+    return _cbor_links(block)
+
+
+def _cbor_links(block: bytes) -> list[Cid]:
+    """The links in well-formed dag-cbor, in their order: a tag 42 and the bytes behind it. `libipld` gives
+    links and bytes alike, as bytes."""
+    found: list[Cid] = []
+    at, tagged = 0, False
+    while at < len(block):
+        major, value = block[at] >> 5, block[at] & 31
+        at += 1
+        if value >= 24:
+            size = 1 << (value - 24)
+            value = int.from_bytes(block[at : at + size])
+            at += size
+        if major in (2, 3):  # bytes or text
+            if tagged:
+                found.append(cids.decode(block[at + 1 : at + value]))  # behind a zero: the identity multibase
+            at += value
+        tagged = major == 6
+    return found
 
 
 def _node(cid: Cid, links: Links, message: UnixFS) -> Node:
