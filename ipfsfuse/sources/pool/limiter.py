@@ -5,12 +5,12 @@ A stalled request must not keep others from starting, and neither must one calle
 - At most `running` requests run that are not late. One that has had no answer within what its source usually
   takes is late and no longer counts; of late ones there are at most `late`. Where all places are taken, one
   is displaced, to be asked again later.
-- A request that was never tried goes before those that were, and the newest of them goes first: a caller that
-  has waited long is likely to wait for what nobody has, and its deadline is near. A new one, of the last `NEW`
-  seconds, need not wait until others are late: only for those that began in the last `SETTLE` seconds, so
-  that a crowd does not begin at once. Where all places are taken, and by none that is late, it takes one all
-  the same, but only one in `SETTLE` seconds: else a crowd would leave nobody the time for an answer. Who
-  lost a place so counts as never tried.
+- A request that was never tried goes before those that were, and the newest of them goes first: a caller
+  that has waited long is likely to wait for what nobody has, and its deadline is near. A new one, of the
+  last `NEW` seconds, need not wait until others are late: only for those that began in the last `SETTLE`
+  seconds, so that a crowd does not begin at once. Where all places are taken, and by none that is late,
+  it takes one all the same, but only one in `SETTLE` seconds: else a crowd would leave nobody the time
+  for an answer. Who lost a place so counts as never tried.
 - Of several callers the one with the fewest requests in flight has its turn first. None holds more than three
   quarters of the places, and where one is to be displaced, it is one of the caller's that has most.
 - A source that says that it is busy with what it was sent gets half as many from then on, and one more for
