@@ -42,6 +42,10 @@ class Options(NamedTuple):
     record: str | None = None
     replay: str | None = None
     deterministic: bool = False
+    engine: str = "auto"
+    """What runs the guest: `auto`, `library` or `command`."""
+    verbose: bool = False
+    require_sandbox: bool = False
 
     @property
     def own_mount(self) -> bool:
@@ -112,6 +116,21 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="HOST[::GUEST[::ro]]",
         help="a folder of the host, to write too but for ::ro",
+    )
+    group.add_argument(
+        "--engine",
+        choices=("auto", "library", "command"),
+        default="auto",
+        help="what runs the guest: the wasmtime command on PATH, or the library; auto takes the command if "
+        "it can",
+    )
+    group.add_argument(
+        "--require-sandbox",
+        action="store_true",
+        help="refuse to run if the kernel lacks a layer of the lock",
+    )
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="say what runs the guest, and what locks it in"
     )
     group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
@@ -192,6 +211,9 @@ def parse(argv: Sequence[str]) -> Options:
         record=seen["record"],
         replay=seen["replay"],
         deterministic=seen["deterministic"],
+        engine=seen["engine"],
+        verbose=seen["verbose"],
+        require_sandbox=seen["require_sandbox"],
     )
     _check(options)
     return options
