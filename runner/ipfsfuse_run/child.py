@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
     """The guest's name in messages, where it is not `guest`."""
+    compile_only: bool = False
     verbose: bool = False
     require_sandbox: bool = False
     engine: str = "auto"
@@ -113,7 +114,7 @@ def _run(plan: Plan, reports: Reports) -> int:
                 raise _unreadable(plan, exc) from exc
         _check_size(plan, data)
         try:
-            _run_command(plan, plan.command, data, reports)
+            return _run_command(plan, plan.command, data, reports)
         except command.TooOld as exc:
             if plan.engine == "command":
                 raise GuestRefused(
@@ -122,14 +123,16 @@ def _run(plan: Plan, reports: Reports) -> int:
     return _run_library(plan, data, reports)
 
 
-def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> None:
-    """Becomes the wasmtime command. Raises TooOld, GuestRefused."""
+def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  # noqa: RET503
+    """Becomes the wasmtime command, or gives 0 if the guest is only compiled. Raises TooOld, GuestRefused."""
     from ipfsfuse_run import command
 
     given = plan.box.limits
     reports.send({"compiling": True})
     ready = command.ready(path, data, given, plan.name)
     reports.send({"compiling": False})
+    if plan.compile_only:
+        return 0
     with sandbox.opened_folders(plan.box) as folders:
         grown = _growth(plan.box)
         sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
@@ -146,6 +149,8 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     with sandbox.opened_folders(plan.box) as folders:
         wasi = guest.wasi_config(plan.box, folders)
         ready = _ready(plan, settings, data, reports)
+        if plan.compile_only:
+            return 0
         grown = _growth(plan.box)
         sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
         _lock(plan, folders, [], "the library")

@@ -114,7 +114,7 @@ class CodeCache:
             raise GuestRefused(
                 f"{name} was compiled, and its code is gone from {self.folder} again: run it once more"
             )
-        return Guest(name, engine, guest.form_of(kind).deserialize(engine, made.code))
+        return guest.Guest(name, engine, guest.form_of(kind).deserialize(engine, made.code))
 
     def file(self, key: str, build: Callable[[], bytes], name: str, memory: int) -> int:
         """A descriptor of the entry `key`, which `build` makes in a process of its own if it is missing.

@@ -68,6 +68,7 @@ def _run_on(
         mountpoint,
         sandbox.build(options, mountpoint, mount_id),
         mount_id,
+        compile_only=options.compile_only,
         verbose=options.verbose,
         require_sandbox=options.require_sandbox,
         engine=options.engine,

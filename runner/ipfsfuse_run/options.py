@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from ipfsfuse import __version__
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits as limiting
 from ipfsfuse_run.limits import NO_LIMITS, Limits
@@ -44,6 +45,8 @@ class Options(NamedTuple):
     deterministic: bool = False
     engine: str = "auto"
     """What runs the guest: `auto`, `library` or `command`."""
+    compile_only: bool = False
+    """Keep the compiled code for later runs, and run nothing."""
     verbose: bool = False
     require_sandbox: bool = False
 
@@ -82,7 +85,8 @@ class _Formatter(argparse.HelpFormatter):
 
 def _parser() -> Parser:
     usage = (
-        "ipfsfuse-run [OPTION]... GUEST [ARG]...\n       ipfsfuse-run --replay RUN.car\n       "
+        "ipfsfuse-run [run] [OPTION]... GUEST [ARG]...\n       "
+        "ipfsfuse-run compile [OPTION]... GUEST\n       ipfsfuse-run --replay RUN.car\n       "
         "ipfsfuse-run inspect RUN.car [--json]"
     )
     parser = Parser(
@@ -132,6 +136,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-v", "--verbose", action="store_true", help="say what runs the guest, and what locks it in"
     )
+    group.add_argument("-V", "--version", action="version", version=f"ipfsfuse-run {__version__}")
     group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
     group.add_argument(

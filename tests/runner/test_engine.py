@@ -197,3 +197,29 @@ def test_a_command_that_is_too_old_is_not_used(run: Runner, tmp_path: Path) -> N
     assert run(asked).returncode == 7
     done = run("--engine", "command", asked)
     assert (done.returncode, b"older than version 49" in done.stderr) == (125, True)
+
+
+@pytest.mark.fuse
+def test_compile_keeps_the_code_for_later_runs(run: Runner, tmp_path: Path) -> None:
+    asked = guest(tmp_path, ends("(call $exit (i32.const 7))"))
+    code = Path(run.env["XDG_CACHE_HOME"]) / "ipfsfuse-run" / "code"
+    for number, engine in enumerate(("command", "library"), 1):
+        assert run_word(run, "compile", "--engine", engine, asked).returncode == 0
+        assert len(list(code.iterdir())) == number
+        assert run_word(run, "run", "--engine", engine, asked).returncode == 7
+        assert len(list(code.iterdir())) == number
+    assert run_word(run, "compile", asked, "argument").returncode == 2
+
+
+def run_word(run: Runner, word: str, *args: str | Path) -> "subprocess.CompletedProcess[bytes]":
+    command = run.command(*args)
+    place = command.index("--mount")
+    return subprocess.run(
+        [*command[:place], word, *command[place:]], env=run.env, capture_output=True, check=False
+    )
+
+
+def test_the_version(run: Runner) -> None:
+    from ipfsfuse import __version__
+
+    assert run("--version").stdout.decode() == f"ipfsfuse-run {__version__}\n"
