@@ -46,6 +46,13 @@ class MountConfig:
     """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
     routers: Sequence[str] = ()
     """URLs of delegated routers, which are asked for IPNS records too."""
+    uid: int | None = None
+    """The owner that everything is shown with; None for the user who mounts."""
+    gid: int | None = None
+    umask: int = 0
+    """Permission bits that are taken from every file."""
+    bwlimit: int | None = None
+    """Bytes a second that are fetched, of all sources together."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
 

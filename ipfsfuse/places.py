@@ -9,7 +9,7 @@ from ipfsfuse.errors import UsageError
 def cache_dir(given: str | None) -> Path:
     """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
     return absolute(
-        given or os.environ.get("IPFSFUSE_CACHE_DIR") or _xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
+        given or os.environ.get("IPFSFUSE_CACHE_DIR") or xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
     )
 
 
@@ -18,11 +18,11 @@ def library(given: str | None) -> Path:
     return absolute(
         given
         or os.environ.get("IPFSFUSE_LIBRARY")
-        or _xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
+        or xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
     )
 
 
-def _xdg(variable: str, fallback: str) -> Path:
+def xdg(variable: str, fallback: str) -> Path:
     folder = os.environ.get(variable, "")
     if os.path.isabs(folder):  # the XDG specification: a relative path is to be ignored
         return Path(folder)

@@ -51,6 +51,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def octal(text: str) -> int:
+    """Permission bits: `022`."""
+    if not re.fullmatch("0?o?[0-7]{1,4}", text, re.ASCII):
+        raise UsageError(f"{text[:80]!r} is not a mode: write it in octal, as 022")
+    return int(text, 8)
+
+
 def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None:
     match = _NUMBER.fullmatch(text.strip())
     factor = units.get(match[2].lower()) if match else None

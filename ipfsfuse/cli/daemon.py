@@ -10,6 +10,7 @@ SIGHUP makes a daemon open its log anew. In the foreground of a terminal it says
 then the mount ends.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ipfsfuse import mount
-from ipfsfuse.cache.store.folder import LOG
+from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli import console, logs
 from ipfsfuse.cli.mounting import ALLOW_OTHER
 from ipfsfuse.config import MountConfig
@@ -35,22 +36,28 @@ LOG_SECONDS = 5.0
 WATCH_MS = 500
 
 
-def serve(asked: MountConfig, ready_fd: int | None, as_json: bool) -> None:
+def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
     """Mounts and serves until the mount is gone. Raises what prevents it."""
     log_to = logs.DaemonLog()
     logging.basicConfig(level=logging.INFO, handlers=[log_to])
-    logs.escape_the_log()
+    logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
+    logs.escape_the_log(logs.FORMATS[arguments.log_format])
+    ready_fd = arguments.ready_fd
+    file = None if arguments.log_file is None else Path(arguments.log_file).absolute()
     starter = None if ready_fd is None else _Starter(ready_fd)
 
     def ready(control: Path) -> None:
         answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
-        if starter is not None:
-            log_to.move(control.parent / LOG, min(logs.LOG_BYTES, asked.budget // logs.LOG_PART))
+        if file is not None:
+            log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"))
+        elif starter is not None:
+            limit = min(logs.LOG_BYTES, asked.budget // logs.LOG_PART)
+            log_to.move(control.parent / LOG, limit, control.parent / OLD_LOG)
         if asked.allow_other:
             log.info("%s", ALLOW_OTHER)
         if starter is not None:
             starter.tell(f"ok {json.dumps(answer)}")
-        elif as_json:
+        elif arguments.json:
             console.values(answer, indent=None)
 
     try:

@@ -1,14 +1,16 @@
 """Where things lie: the cache folder, the library, the mountpoint, and the daemon that serves it."""
 
+import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
+from ipfsfuse.cli import settings
 from ipfsfuse.places import absolute, cache_dir, library
 
-__all__ = ["cache_dir", "control", "library", "live_mount", "mountpoint"]
+__all__ = ["cache_dir", "control", "control_socket", "library", "live_mount", "mountpoint"]
 
 if TYPE_CHECKING:
     from ipfsfuse.control.live_mounts import LiveMount
@@ -26,14 +28,16 @@ def mountpoint(given: str) -> Path:
     return absolute(given)
 
 
-def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":
+def live_mount(point: Path, given_cache_dir: str | None, must: bool = True) -> "LiveMount | None":
     """The daemon that serves `point`. None where that is not known, or another daemon uses the cache folder
-    that was given."""
+    that was given, if it `must` be that one."""
     from ipfsfuse.control import live_mounts
 
     found = live_mounts.find(point)
     if found is not None and (
-        given_cache_dir is None or found.control == cache_folder.socket_path(cache_dir(given_cache_dir))
+        given_cache_dir is None
+        or not must
+        or found.control == cache_folder.socket_path(cache_dir(given_cache_dir))
     ):
         return found
     folder = cache_dir(given_cache_dir)
@@ -43,7 +47,7 @@ def live_mount(point: Path, given_cache_dir: str | None) -> "LiveMount | None":
     return None
 
 
-def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
+def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Path:
     """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is not
     one that can be asked."""
     if mounted_at is None:
@@ -51,15 +55,21 @@ def control(given_cache_dir: str | None, mounted_at: str | None) -> Path:
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     point = mountpoint(mounted_at)
-    found = live_mount(point, given_cache_dir)
+    found = live_mount(point, given_cache_dir, must)
     if found is not None:
         return found.control
     if mountpoints.ours_at(point) is None:
         raise errors.DaemonFailed(f"{point} is not a mount of ipfsfuse")
-    if given_cache_dir is not None:
+    if given_cache_dir is not None and must:
         raise errors.DaemonFailed(
             f"the mount of {cache_dir(given_cache_dir)} is not at {point}: leave out --cache-dir"
         )
     raise errors.DaemonFailed(
         f"which daemon serves {point} is not known: name its cache folder with --cache-dir"
     )
+
+
+def control_socket(arguments: argparse.Namespace) -> Path:
+    """Of the mount that is meant. A cache folder that only the configuration names need not be its own."""
+    mount = None if arguments.mount is None else settings.mountpoint_of(arguments.mount)
+    return control(arguments.cache_dir, mount, must=arguments.origins.get("cache-dir") == "argument")

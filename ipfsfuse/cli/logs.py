@@ -1,17 +1,25 @@
 """The daemon's log: one line for each message, whatever a gateway, a node or a file name put into it."""
 
+import argparse
+import json
 import logging
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from ipfsfuse.cache.store.folder import OLD_LOG
+from ipfsfuse.cache.store.folder import LOG
+from ipfsfuse.cli import console
+from ipfsfuse.cli.folders import control_socket
+from ipfsfuse.errors import StoreFailed
 from ipfsfuse.text import printable
 
 INDENT = "    "
@@ -21,6 +29,8 @@ message."""
 
 LOG_BYTES = 1 << 20
 """A longer log is put aside (`OLD_LOG`), in the place of the one before."""
+FILE_BYTES = 16 << 20
+"""As much of a file that --log-file names."""
 LOG_PART = 32
 """The largest part of a small budget, as a divisor, that one of the two may take."""
 
@@ -31,6 +41,9 @@ log = logging.getLogger("ipfsfuse.mount")
 
 class PrintableFormatter(logging.Formatter):
     """Escapes each message once, so that no caller of the log has to think of it."""
+
+    def __init__(self, layout: str = FORMAT) -> None:
+        super().__init__(layout)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         record.message = printable(record.message)
@@ -47,11 +60,45 @@ def _indented(text: str) -> str:
     return "\n".join(INDENT + printable(line) for line in text.splitlines())
 
 
-def escape_the_log() -> None:
+class JournalFormatter(PrintableFormatter):
+    """Lines with journald's priorities (sd-daemon(3)). The journal keeps the time itself."""
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+        priority = 7 if record.levelno <= logging.DEBUG else priority
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line).replace("\x7f", "\\u007f")
+
+
+FORMATS: Mapping[str, Callable[[], logging.Formatter]] = {
+    "text": PrintableFormatter,
+    "json": JsonFormatter,
+    "journal": JournalFormatter,
+}
+
+
+def escape_the_log(formatter: Callable[[], logging.Formatter] = PrintableFormatter) -> None:
     """Lets every handler of the root logger escape, and logs what Python would print itself: warnings, and
     exceptions that nothing caught in threads and in finalizers."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(PrintableFormatter(FORMAT))
+        handler.setFormatter(formatter())
     logging.captureWarnings(True)
     threading.excepthook = _in_thread
     sys.unraisablehook = _unraisable
@@ -79,15 +126,16 @@ class DaemonLog(logging.StreamHandler[TextIO]):
         super().__init__(sys.stderr)
         self._path: Path | None = None
         self._limit = 0
+        self._older = Path()
 
-    def move(self, path: Path, limit: int) -> None:
+    def move(self, path: Path, limit: int, older: Path) -> None:
         """Puts standard output and error into the file `path`, what was said so far first. It takes at most
-        `limit` bytes and a line, and one older file beside it as many."""
+        `limit` bytes and a line, and the file `older` as many."""
         with self._alone():
-            self._limit = limit
+            self._limit, self._older = limit, older
             try:
                 if path.exists() and path.stat().st_size > limit:
-                    path.replace(_older(path))
+                    path.replace(older)
                 target = _opened(path)
             except OSError as exc:
                 log.warning("there will be no log: %s: %s", path, exc.strerror)
@@ -115,7 +163,7 @@ class DaemonLog(logging.StreamHandler[TextIO]):
         super().emit(record)
         if self._path is not None and os.fstat(2).st_size > self._limit:
             try:
-                self._path.replace(_older(self._path))
+                self._path.replace(self._older)
                 _lead_to(_opened(self._path))
             except OSError:  # the folder is gone, or can't be written: then it begins again in the same file
                 with suppress(OSError):
@@ -135,10 +183,6 @@ class DaemonLog(logging.StreamHandler[TextIO]):
             self.release()
 
 
-def _older(path: Path) -> Path:
-    return path.with_name(OLD_LOG)
-
-
 def _opened(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
@@ -148,3 +192,42 @@ def _lead_to(target: int) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+
+
+# -- `ipfsfuse logs` -----------------------------------------------------------------------------------------
+
+FOLLOW_SECONDS = 0.3
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """The last lines of a mount's log; with --follow also those that come."""
+    path = Path(arguments.log_file) if arguments.log_file else control_socket(arguments).parent / LOG
+    try:
+        file = path.open(encoding="utf-8", errors="surrogateescape")
+    except OSError as exc:
+        raise StoreFailed(f"there is no log to show: {path}: {exc.strerror}") from exc
+    with file:
+        last = deque(file, maxlen=arguments.lines)
+        if arguments.json and not arguments.follow:
+            console.values({"log": str(path), "lines": [printable(each.rstrip("\n")) for each in last]})
+            return 0
+        for each in last:
+            console.line(each.rstrip("\n"))
+    if arguments.follow:
+        _follow(path)
+    return 0
+
+
+def _follow(path: Path) -> None:
+    """Prints what is added to `path`, also after the daemon has begun a new file there."""
+    file = path.open(encoding="utf-8", errors="surrogateescape")
+    file.seek(0, os.SEEK_END)
+    while True:
+        for each in file:
+            console.line(each.rstrip("\n"))
+        sys.stdout.flush()
+        time.sleep(FOLLOW_SECONDS)
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                file.close()
+                file = path.open(encoding="utf-8", errors="surrogateescape")

@@ -8,29 +8,33 @@ until it is mounted. The daemon is this program, started anew in a session of it
 import argparse
 import json
 import os
+import pwd
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ipfsfuse
+from ipfsfuse import client
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders
+from ipfsfuse.cli import console, folders, settings
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.config import MountConfig
+from ipfsfuse.control import live_mounts
 from ipfsfuse.control.live_mounts import LiveMount
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import MountFailed, UsageError
+from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse.request_timeout import fitting_deadline
+from ipfsfuse.fuse.mountpoint import fitting_deadline
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
@@ -65,6 +69,10 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
         dns=arguments.dns,
         routers=tuple(arguments.routers or ()),
+        uid=arguments.uid,
+        gid=arguments.gid,
+        umask=arguments.umask,
+        bwlimit=arguments.bwlimit,
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
     )
 
@@ -112,6 +120,10 @@ def header_file(text: str) -> tuple[str, Path]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.all == (arguments.mountpoint is not None):
+        raise UsageError("mount takes one MOUNTPOINT or NAME, or --all")
+    if arguments.all:
+        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], settings.mounts())
     asked = config(arguments)
     _refuse_below(asked)
     if not asked.isolated:
@@ -120,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         # with trio and pyfuse3, 200 ms: only the process that serves needs them
         from ipfsfuse.cli import daemon
 
-        daemon.serve(asked, arguments.ready_fd, arguments.json)
+        daemon.serve(asked, arguments)
         return 0
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
@@ -233,15 +245,90 @@ def _last_words(said: BinaryIO, code: int) -> str:
 
 
 def unmount(arguments: argparse.Namespace) -> int:
-    point = folders.mountpoint(arguments.mountpoint)
+    if arguments.all == (arguments.mountpoint is not None):
+        raise UsageError("unmount takes one MOUNTPOINT or NAME, or --all")
+    if arguments.all:
+        words = ["unmount", *(each for each in arguments.argv[1:] if each != "--all")]
+        return _all(
+            words, {each["mountpoint"]: Path(each["mountpoint"]) for each in _mounts() if each["mine"]}
+        )
+    point = folders.mountpoint(settings.mountpoint_of(arguments.mountpoint))
     _must_be_ours(point)
-    served_by = folders.live_mount(point, arguments.cache_dir)
+    explicit = arguments.origins.get("cache-dir") == "argument"
+    served_by = folders.live_mount(point, arguments.cache_dir, must=explicit)
     os.chdir("/")  # we may have been called from inside
     with _opened(served_by) as daemon:
         take_away(point, arguments.lazy)
         if daemon is not None and not arguments.lazy:
             select.select([daemon], [], [], END_SECONDS)
+    if arguments.json:
+        console.values({"unmounted": str(point)})
     return 0
+
+
+def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
+    """Runs one command for each mount. 1 where one of them failed, and the others are done all the same."""
+    mounted = {each["mountpoint"] for each in _mounts() if each["answers"]}
+    code = 0
+    for name, point in mounts.items():
+        if words[0] == "mount" and str(point) in mounted:
+            console.note(f"ipfsfuse: {name} is mounted already at {point}")
+            continue
+        done = subprocess.run([sys.executable, "-P", "-m", "ipfsfuse", *words, name], env=_environment())
+        code = code or (1 if done.returncode else 0)
+    return code
+
+
+def show_mounts(arguments: argparse.Namespace) -> int:
+    """`ipfsfuse mounts`."""
+    found = _mounts()
+    if arguments.json:
+        console.values(found)
+    else:
+        shown = ("mountpoint", "user", "pid", "since", "answers")
+        console.table("mounts", [{key: each[key] for key in shown} for each in found])
+    return 0
+
+
+ANSWER_SECONDS = 2.0
+
+
+def _mounts() -> list[dict[str, Any]]:
+    """Every mount of ipfsfuse that this process sees."""
+    found = []
+    for mounted in mountpoints.table():
+        if mounted.type != mountpoints.TYPE:
+            continue
+        live = live_mounts.find(Path(mounted.mountpoint))
+        since, answers = None, False
+        if live is not None:
+            try:
+                uptime = client.call(live.control, "status", timeout=ANSWER_SECONDS)["uptime"]
+                since, answers = (
+                    datetime.fromtimestamp(time.time() - uptime, UTC).isoformat("T", "seconds"),
+                    True,
+                )
+            except (IpfsFuseError, KeyError, TypeError):
+                pass
+        found.append(
+            {
+                "mountpoint": mounted.mountpoint,
+                "user": _user_name(mounted.owner),
+                "pid": None if live is None else live.pid,
+                "since": since,
+                "answers": answers,
+                "control": None if live is None else str(live.control),
+                "mine": mounted.owner == os.geteuid(),
+            }
+        )
+    return found
+
+
+def _user_name(uid: int | None) -> str:
+    try:
+        return "?" if uid is None else pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _must_be_ours(point: Path) -> None:

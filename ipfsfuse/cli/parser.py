@@ -6,11 +6,13 @@ called.
 """
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ipfsfuse import __version__, units
+from ipfsfuse.cli import settings
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
@@ -30,20 +32,67 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises UsageError; SystemExit for --help and --version."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    return _parser().parse_args(words, argparse.Namespace(argv=words))
+    words = _of_mount_8(sys.argv[1:] if argv is None else list(argv))
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    parser, commands = build()
+    options: dict[str, list[tuple[argparse.Action, object]]] = {}
+    for name, command in commands.items():
+        found = [each for each in command._actions if each.option_strings and each.dest != "help"]
+        options[name] = [(each, each.default) for each in found]
+        for each in found:
+            each.default = argparse.SUPPRESS  # what is given is told from what is not
+    arguments = parser.parse_args(words, argparse.Namespace(argv=words))
+    settings.fill(arguments, options[arguments.command])
+    return arguments
 
 
-def _parser() -> Parser:
+_IGNORED = {
+    "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "auto", "noauto", "user", "nouser",
+    "users", "nofail", "_netdev", "defaults", "sync", "async", "atime", "noatime", "relatime", "norelatime",
+    "diratime", "nodiratime", "lazytime", "nolazytime", "default_permissions",
+}  # fmt: skip
+"""Options of mount(8) that change nothing here: every mount is nosuid and nodev, and refuses to write."""
+_OF_MOUNT = frozenset(settings.SETTINGS) - {"listen", "fetch", "cid-version", "profile"}
+
+
+def _of_mount_8(words: list[str]) -> list[str]:
+    """`SOURCE DIR -o OPTIONS`, as mount(8) calls it, as words of `mount`. Raises UsageError."""
+    if len(words) < 3 or "-o" not in words[2:] or words[0].startswith("-") or words[0] in ("get", "mount"):
+        return words
+    source, directory, *rest = words
+    out = ["mount", directory]
+    if source not in ("none", "ipfsfuse"):
+        out += [f"--from={source}"]
+    while rest:
+        flag = rest.pop(0)
+        if flag in ("-n", "-s", "-v", "-f"):
+            continue
+        if flag != "-o" or not rest:
+            raise UsageError(f"{flag} can't stand behind SOURCE DIR: write -o OPTION[,OPTION]...")
+        for option in filter(None, rest.pop(0).split(",")):
+            name, equals, value = option.partition("=")
+            spelled = name.replace("_", "-")
+            if spelled in _OF_MOUNT:
+                out.append(f"--{spelled}={value}" if equals else f"--{spelled}")
+            elif name not in _IGNORED and not name.startswith(("x-", "user=", "comment")):
+                close = difflib.get_close_matches(spelled, _OF_MOUNT, 1)
+                todo = f"did you mean {close[0]}?" if close else "`ipfsfuse mount --help` lists them"
+                raise UsageError(f"-o {option}: not an option of a mount: {todo}")
+    return out
+
+
+def build() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and those of the commands."""
     codes = "Exit codes: 0; 1 it failed; 2 usage; of status also 3: degraded."
     parser = Parser(
         prog="ipfsfuse", allow_abbrev=False, description="IPFS as a read-only directory.", epilog=codes
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for build in (_library, _mounts, _serving, _remote):
-        build(commands)
-    return parser
+    for add in (_library, _mounts, _serving, _remote, _others):
+        add(commands)
+    return parser, commands.choices
 
 
 def _type(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -65,6 +114,7 @@ def _folder(text: str) -> str:
 
 
 _SIZE, _DURATION, _PATH = _type(units.size), _type(units.duration), _type(_folder)
+_COUNT = _type(units.count)
 
 
 def _command(commands: Any, name: str, run: str, about: str) -> argparse.ArgumentParser:
@@ -136,78 +186,12 @@ def _mounts(commands: Any) -> None:
     mount = _command(
         commands, "mount", "mounting:run", "mount IPFS at an empty folder; returns when it is mounted"
     )
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
-    mount.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     mount.add_argument(
-        "--ipns",
-        metavar="DIR",
-        type=_PATH,
-        help="show IPNS names and domains in this empty folder, as symlinks into MOUNTPOINT",
-    )
-    mount.add_argument(
-        "--dns",
-        default="system",
-        metavar="URL",
-        help="whom to ask for DNSLink: a DNS-over-HTTPS server (this system's resolver)",
-    )
-    mount.add_argument(
-        "--router",
-        dest="routers",
-        action="append",
-        metavar="URL",
-        help="a delegated router, asked for IPNS records beside the sources",
-    )
-    mount.add_argument(
-        "--offline", action="store_true", help="show what is here, fail at once for anything else"
-    )
-    _folders(mount)
-    mount.add_argument(
-        "--budget",
-        type=_SIZE,
-        default=units.size("10GiB"),
-        metavar="SIZE",
-        help="bytes that the cache may take on disk (10GiB)",
-    )
-    mount.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
-    mount.add_argument(
-        "--deadline",
-        type=_DURATION,
-        default=30.0,
-        metavar="TIME",
-        help="a read fails after this long without a block (30s)",
-    )
-    mount.add_argument(
-        "--allow",
-        action="append",
-        metavar="CID|FILE",
-        help="these CIDs and what they hold, nothing else; a file lists one a line",
-    )
-    mount.add_argument(
-        "--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used"
-    )
-    mount.add_argument(
-        "--allow-other",
-        action="store_true",
-        help="let other users in: they can read all that the mount shows, the whole library too",
-    )
-    mount.add_argument(
-        "--isolated", action="store_true", help="a cache folder of its own, gone with the mount"
-    )
-    mount.add_argument(
-        "--while-held",
-        action="store_true",
-        help="end with the last connection that holds the mount, and remove MOUNTPOINT",
-    )
-    mount.add_argument(
-        "--pins",
-        choices=["kubo", "none"],
-        default="kubo",
-        help="kubo (the default): hold what is staged at the Kubo nodes among the sources",
-    )
-    mount.add_argument(
-        "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
-        help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
+        "mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH,
+        help="an empty folder, or the name of a mount in the configuration",
     )  # fmt: skip
+    mount.add_argument("--all", action="store_true", help="every mount that the configuration names")
+    _mount_options(mount)
     mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
     mount.add_argument(
         "--json", action="store_true", help="print where it is mounted, the control socket and the pid"
@@ -216,7 +200,9 @@ def _mounts(commands: Any) -> None:
     unmount = _command(
         commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
     )
-    unmount.add_argument("mountpoint", metavar="MOUNTPOINT", type=_PATH)
+    unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
+    unmount.add_argument("--all", action="store_true", help="every mount of this user")
+    unmount.add_argument("--json", action="store_true")
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
     _folders(unmount, library=False)
     doctor = _command(
@@ -230,6 +216,102 @@ def _mounts(commands: Any) -> None:
     doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     _folders(doctor)
+
+
+def _mount_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    parser.add_argument(
+        "--ipns",
+        metavar="DIR",
+        type=_PATH,
+        help="show IPNS names and domains in this empty folder, as symlinks into MOUNTPOINT",
+    )
+    parser.add_argument(
+        "--dns",
+        default="system",
+        metavar="URL",
+        help="whom to ask for DNSLink: a DNS-over-HTTPS server (this system's resolver)",
+    )
+    parser.add_argument(
+        "--router",
+        dest="routers",
+        action="append",
+        metavar="URL",
+        help="a delegated router, asked for IPNS records beside the sources",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="show what is here, fail at once for anything else"
+    )
+    _folders(parser)
+    parser.add_argument(
+        "--budget",
+        type=_SIZE,
+        default=units.size("10GiB"),
+        metavar="SIZE",
+        help="bytes that the cache may take on disk (10GiB)",
+    )
+    parser.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
+    parser.add_argument(
+        "--deadline",
+        type=_DURATION,
+        default=30.0,
+        metavar="TIME",
+        help="a read fails after this long without a block (30s)",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="CID|FILE",
+        help="these CIDs and what they hold, nothing else; a file lists one a line",
+    )
+    parser.add_argument(
+        "--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used"
+    )
+    parser.add_argument(
+        "--allow-other",
+        action="store_true",
+        help="let other users in: they can read all that the mount shows, the whole library too",
+    )
+    parser.add_argument(
+        "--isolated", action="store_true", help="a cache folder of its own, gone with the mount"
+    )
+    parser.add_argument(
+        "--while-held",
+        action="store_true",
+        help="end with the last connection that holds the mount, and remove MOUNTPOINT",
+    )
+    parser.add_argument(
+        "--pins",
+        choices=["kubo", "none"],
+        default="kubo",
+        help="kubo (the default): hold what is staged at the Kubo nodes among the sources",
+    )
+    parser.add_argument(
+        "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
+        help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bwlimit", type=_SIZE, metavar="RATE", help="bytes a second to fetch, of all sources together"
+    )
+    parser.add_argument("--uid", type=_COUNT, metavar="N", help="show this owner (the user who mounts)")
+    parser.add_argument("--gid", type=_COUNT, metavar="N", help="show this group (the group who mounts)")
+    parser.add_argument(
+        "--umask", type=_type(units.octal), metavar="MODE", default=0, help="permissions to take away (000)"
+    )
+    _log_options(parser)
+
+
+def _log_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="(info)"
+    )
+    parser.add_argument(
+        "--log-file", metavar="FILE", type=_PATH, help="log there, and keep one older file (the cache folder)"
+    )
+    parser.add_argument(
+        "--log-format", choices=["text", "json", "journal"], default="text",
+        help="json: an object a line; journal: priorities for journald (text)",
+    )  # fmt: skip
 
 
 def _serving(commands: Any) -> None:
@@ -271,6 +353,7 @@ def _remote(commands: Any) -> None:
         "unpin": "let a pinned CID be evicted again",
         "prefetch": "fetch a CID with all below it into staging",
         "evict": "remove a CID from staging",
+        "budget": "change how many bytes the cache of a running mount may take",
         "fsck": "hash everything that is staged again, quarantine what is wrong",
     }
     for name, says in about.items():
@@ -281,6 +364,8 @@ def _remote(commands: Any) -> None:
             parser.add_argument(
                 "--depth", type=_type(units.count), metavar="N", help="levels of folders to go down (all)"
             )
+        if name == "budget":
+            parser.add_argument("size", metavar="SIZE", type=_SIZE)
         if name == "evict":
             parser.add_argument("cid", metavar="CID", nargs="?")
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
@@ -289,6 +374,29 @@ def _remote(commands: Any) -> None:
             "--mount",
             metavar="MOUNTPOINT",
             type=_PATH,
-            help="the mount to ask; without it, that of the cache folder",
+            help="the mount to ask, or its name; without it, that of the cache folder",
         )
         _folders(parser, library=False)
+
+
+def _others(commands: Any) -> None:
+    mounts = _command(
+        commands, "mounts", "mounting:show_mounts", "list mounts: by whom, since when, whether they answer"
+    )
+    mounts.add_argument("--json", action="store_true")
+    config = _command(
+        commands, "config", "settings:show", "show which settings hold for a mount, and where each comes from"
+    )
+    config.add_argument("mountpoint", metavar="NAME", nargs="?", help="a mount that the configuration names")
+    config.add_argument("--init", action="store_true", help="write a commented file for this user")
+    config.add_argument("--json", action="store_true")
+    _mount_options(config)
+    help_ = _command(commands, "help", "", "explain a command")
+    help_.add_argument("about", metavar="COMMAND", nargs="?")
+    logs = _command(commands, "logs", "logs:show", "show the log of a mount")
+    logs.add_argument("-n", "--lines", type=_COUNT, default=50, metavar="N", help="the last N lines (50)")
+    logs.add_argument("-f", "--follow", action="store_true", help="and go on with what is logged")
+    logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="where the mount was told to log")
+    logs.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
+    logs.add_argument("--json", action="store_true")
+    _folders(logs, library=False)

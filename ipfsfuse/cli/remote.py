@@ -54,6 +54,10 @@ def evict(arguments: argparse.Namespace) -> int:
     return _work(arguments, "evict", **({"all": True} if arguments.all else {"cid": _cid(arguments.cid)}))
 
 
+def budget(arguments: argparse.Namespace) -> int:
+    return _work(arguments, "budget", size=arguments.size)
+
+
 def fsck(arguments: argparse.Namespace) -> int:
     """1 where something wrong could not be mended."""
     answer = _call(arguments, "fsck")
@@ -75,7 +79,7 @@ def _call(
     sent: Mapping[str, object] = NOTHING,
     timeout: float | None = None,
 ) -> dict[str, Any]:
-    path = folders.control(arguments.cache_dir, arguments.mount)
+    path = folders.control_socket(arguments)
     with Progress(command) as progress:
         return client.call(path, command, progress, timeout=timeout, **sent)
 

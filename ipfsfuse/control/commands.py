@@ -60,6 +60,7 @@ class Commands:
             "unpin": self.unpin,
             "prefetch": self.prefetch,
             "evict": self.evict,
+            "budget": self.budget,
             "fsck": self.fsck,
             "block": self.block,
             "resolve": self.resolve,
@@ -155,6 +156,15 @@ class Commands:
     async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:
         freed = await self._cache.evict(None if arguments.get("all") is True else _cid(arguments))
         return {"freed": freed}
+
+    async def budget(self, arguments: Arguments, _progress: Progress) -> Answer:
+        """Changes the budget until this mount ends."""
+        size = arguments.get("size")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 63:
+            raise UsageError("budget: size is a number of bytes")
+        await self._cache.store.budget.resize(size)
+        told = self._cache.statistics()
+        return {"budget": told.budget, "effective_budget": told.effective_budget, "used": told.used}
 
     async def fsck(self, _arguments: Arguments, progress: Progress) -> Answer:
         async def told(done: int, total: int) -> None:

@@ -1,10 +1,15 @@
 """pyfuse3's structures, filled. It costs more to make an EntryAttributes than to fill it, so one is reused
 for each kind of reply. That is safe because pyfuse3 copies it before anything else runs."""
 
+import errno
 import os
+from collections.abc import Callable
 
 import pyfuse3
 
+from ipfsfuse.cache.base import Kept
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse.device import NAME_ONLY
 from ipfsfuse.fuse.inodes import Inode
 
@@ -18,10 +23,14 @@ MIN_TIME, MAX_TIME = -(1 << 63), (1 << 63) - 1
 
 
 class Replies:
-    """Fills replies for one mount. The mounting user owns everything."""
+    """Fills replies for one mount."""
 
-    def __init__(self) -> None:
-        self._uid, self._gid = os.getuid(), os.getgid()
+    def __init__(self, owner: tuple[int | None, int | None] = (None, None), umask: int = 0) -> None:
+        """`owner`: the user and group that everything is shown with; None for those who mount. `umask`:
+        permission bits that nothing is shown with."""
+        uid, gid = owner
+        self._uid, self._gid = os.getuid() if uid is None else uid, os.getgid() if gid is None else gid
+        self._mask = ~(umask & 0o777)
         self._entry = self._fresh()
         self._name_only = self._fresh()
         self._name_only.generation = NAME_ONLY
@@ -43,7 +52,7 @@ class Replies:
         """A node id with its attributes: the reply to lookup and getattr, and a whole entry of a listing."""
         out, shown = self._entry, inode.attributes
         out.st_ino = pyfuse3.InodeT(inode.number)
-        out.st_mode = pyfuse3.ModeT(shown.mode)
+        out.st_mode = pyfuse3.ModeT(shown.mode & self._mask)
         out.st_size = shown.size
         out.st_blocks = (shown.size + 511) >> 9
         out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = min(max(shown.mtime, MIN_TIME), MAX_TIME)
@@ -71,3 +80,30 @@ def statfs(budget: int, used: int) -> pyfuse3.StatvfsData:
     out.f_files = out.f_ffree = out.f_favail = 0
     out.f_namemax = 255
     return out
+
+
+# -- extended attributes -------------------------------------------------------------------------------------
+
+Find = Callable[[Cid], Kept | None]
+
+_XATTRS: dict[bytes, Callable[[Cid, Find], str]] = {
+    b"ipfs.cid": lambda cid, _find: cids.text(cid),
+    b"ipfsfuse.staged": lambda cid, find: str(kept.staged if (kept := find(cid)) else 0),
+    b"ipfsfuse.pinned": lambda cid, find: (kept.pinned if (kept := find(cid)) else "") or "no",
+    b"ipfsfuse.source": lambda cid, find: kept.source if (kept := find(cid)) else "",
+}
+
+
+def xattr_names() -> list[bytes]:
+    return list(_XATTRS)
+
+
+def xattr(name: bytes, cid: Cid, find: Find) -> bytes:
+    """The value of `name`. Raises FUSEError: ENODATA for an attribute that is not there (the mount's root,
+    whose CID is empty, has none), ENOTSUP for namespaces that are not kept at all, so that `ls -l` asks for
+    access lists once and not for each file."""
+    if not cid or name not in _XATTRS:
+        raise pyfuse3.FUSEError(
+            errno.ENOTSUP if name.startswith((b"system.", b"security.")) else pyfuse3.ENOATTR
+        )
+    return _XATTRS[name](cid, find).encode()

@@ -5,7 +5,7 @@ What takes long to import is imported when it is needed: a guest on a live mount
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse_run import sandbox, supervisor
@@ -28,7 +28,8 @@ def execute(options: Options) -> Outcome:
 
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
-        return _run_on(mount.mountpoint, options, mount.mount_id, close=(mount.control.fileno(),))
+        names = mounts.resolved(options, mount)
+        return _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
 
 
 def _command(options: Options, in_our_mount: bool) -> str | None:
@@ -61,12 +62,16 @@ def _our_mount(mountpoint: str) -> int | None:
 
 
 def _run_on(
-    mountpoint: str, options: Options, mount_id: int | None = None, close: Sequence[int] = ()
+    mountpoint: str,
+    options: Options,
+    mount_id: int | None = None,
+    names: Mapping[str, str] = sandbox.NO_NAMES,
+    close: Sequence[int] = (),
 ) -> Outcome:
     plan = Plan(
         options.guest,
         mountpoint,
-        sandbox.build(options, mountpoint, mount_id),
+        sandbox.build(options, mountpoint, mount_id, names),
         mount_id,
         compile_only=options.compile_only,
         verbose=options.verbose,

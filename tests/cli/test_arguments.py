@@ -34,6 +34,10 @@ COMMANDS = [
     "prefetch",
     "evict",
     "fsck",
+    "budget",
+    "mounts",
+    "config",
+    "logs",
 ]
 
 SIZES = {

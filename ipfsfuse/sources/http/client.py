@@ -28,7 +28,7 @@ from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
 from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
 from ipfsfuse.sources.http.secrets import Headers
-from ipfsfuse.sources.http.settings import BodyShare, HttpSettings, tls_context
+from ipfsfuse.sources.http.settings import BodyShare, HttpSettings, RateLimit, tls_context
 from ipfsfuse.sources.http.transport import Connection, ConnectionPool
 
 OWN_TRANSPORT = True
@@ -134,7 +134,9 @@ class _HttpcoreBody:
 class Response:
     """A response's head, and its body to be read once, by one task."""
 
-    def __init__(self, response: httpx.Response, name: str, total: float, share: BodyShare) -> None:
+    def __init__(
+        self, response: httpx.Response, name: str, total: float, share: BodyShare, rate: RateLimit | None
+    ) -> None:
         own: Connection | None = response.extensions.get("connection")
         self.status = response.status_code
         self.headers: dict[str, str] = dict(response.headers) if own is None else own.headers
@@ -142,6 +144,7 @@ class Response:
         self._body = own or _HttpcoreBody(response)
         self._response, self._name, self._total, self._share = response, name, total, share
         self._held = 0
+        self._rate = rate
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
         self.left = int(length[:18]) if known else None
@@ -167,6 +170,8 @@ class Response:
             if self.left is not None and self.left > SMALL:
                 pieces, self.left = [bytes(each) for each in await self._receive_into([self.left])], 0
                 self._ended = True
+                if self._rate is not None:
+                    await self._rate.spend(len(pieces[0]))
             while piece := await self.receive():
                 pieces.append(piece)
                 size += len(piece)
@@ -185,6 +190,8 @@ class Response:
             if not piece:
                 raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
         self._ended = not piece or self.left == 0
+        if self._rate is not None:
+            await self._rate.spend(len(piece))
         return piece
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
@@ -197,6 +204,8 @@ class Response:
             filled = await self._receive_into(sizes)
         self.left -= count
         self._ended = self.left == 0
+        if self._rate is not None:
+            await self._rate.spend(count)
         return filled
 
     async def _receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
@@ -404,7 +413,7 @@ class Http:
         try:
             with limit:
                 sent = await client.send(request, stream=True)
-            response = Response(sent, self.origin.text, self.settings.total, self._share)
+            response = Response(sent, self.origin.text, self.settings.total, self._share, self.settings.rate)
             return client, response
         finally:
             if response is None:

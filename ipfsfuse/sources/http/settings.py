@@ -56,6 +56,24 @@ class BodyShare:
         self._budget.give(size)
 
 
+class RateLimit:
+    """Bounds bytes a second: whoever received some waits until they fit. Concurrency: any number of tasks."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second = per_second
+        self._paid_until = float("-inf")
+
+    async def spend(self, count: int) -> None:
+        now = trio.current_time()
+        self._paid_until = max(self._paid_until, now) + count / self._per_second
+        if self._paid_until - now > GRACE_SECONDS:
+            await trio.sleep_until(self._paid_until)
+
+
+GRACE_SECONDS = 0.01
+"""Waits that are shorter are saved up."""
+
+
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
     headers: BoundHeaders = field(default_factory=BoundHeaders, repr=False)
@@ -68,6 +86,8 @@ class HttpSettings:
     """Seconds for a head, and for a body that is read whole: a server that drips has failed."""
     budget: BodyBudget = field(default_factory=lambda: BodyBudget(BYTES_IN_FLIGHT), repr=False, compare=False)
     """For large bodies: one for all requests with these settings or a copy of them."""
+    rate: RateLimit | None = None
+    """For all bodies of all sources together."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
 

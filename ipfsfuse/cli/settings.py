@@ -1,0 +1,314 @@
+"""Settings from outside the command line: IPFSFUSE_* variables and the configuration files.
+
+Every option in `SETTINGS` can be set there. What goes first: arguments, the environment, the user's file
+($XDG_CONFIG_HOME/ipfsfuse/config.toml), the system's file (/etc/ipfsfuse/config.toml), what is built in. A
+file holds keys for all mounts, and a table [mount.NAME] for each named mount, whose keys go before those.
+IPFSFUSE_CONFIG names one file to read instead of both.
+"""
+
+import argparse
+import difflib
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipfsfuse.cli import console
+from ipfsfuse.errors import UsageError
+from ipfsfuse.places import xdg
+
+SYSTEM = Path("/etc/ipfsfuse/config.toml")
+
+SETTINGS: Mapping[str, str] = {
+    "from": "sources, in the order to ask: a list",
+    "cache-dir": "the cache folder",
+    "library": "the library",
+    "budget": "bytes that the cache may take on disk",
+    "reserve": "what the cache leaves free of its disk",
+    "deadline": "a read fails after this long without a block",
+    "offline": "ask nothing of the network",
+    "bwlimit": "bytes a second that are fetched, of all sources together",
+    "pins": "kubo or none",
+    "allow": "only these CIDs, or files that list some: a list",
+    "allow-other": "let other users in",
+    "isolated": "a cache folder of its own, gone with the mount",
+    "record": "write the CID of every block that is used",
+    "header-file": "HTTP headers, as URL=FILE: a list",
+    "ipns": "a folder that shows IPNS names and domains",
+    "dns": "a DNS-over-HTTPS server, or system",
+    "router": "delegated routers, asked for IPNS records: a list",
+    "uid": "the owner that every file is shown with",
+    "gid": "the group that every file is shown with",
+    "umask": "permissions that are taken from every file, in octal",
+    "log-level": "debug, info, warning or error",
+    "log-file": "where the daemon logs",
+    "log-format": "text, json or journal",
+    "listen": "where `serve` listens",
+    "fetch": "whether `serve` gets what is not here",
+    "cid-version": "of `add`",
+    "profile": "of `add`",
+}
+"""The options that can be set outside the command line, and what `config --init` says of them."""
+
+PATHS = frozenset({"cache-dir", "library", "record", "ipns", "log-file", "mountpoint"})
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Settings of one origin, by the names of their options."""
+
+    origin: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    path: Path
+    values: Mapping[str, object]
+    mounts: Mapping[str, Mapping[str, object]]
+
+
+def user_file() -> Path:
+    return xdg("XDG_CONFIG_HOME", ".config") / "ipfsfuse" / "config.toml"
+
+
+def files() -> list[File]:
+    """The configuration files that exist, the one that goes first first. Raises UsageError, naming file and
+    key."""
+    named = os.environ.get("IPFSFUSE_CONFIG")
+    found = []
+    for path in [Path(named)] if named else [user_file(), SYSTEM]:
+        try:
+            with path.open("rb") as file:
+                info = os.fstat(file.fileno())
+                if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022:
+                    raise UsageError(
+                        f"{path} can be changed by other users: make it your own (chown), and run chmod go-w"
+                    )
+                found.append(_parsed(path, file.read().decode()))
+        except (FileNotFoundError, NotADirectoryError):
+            if named:
+                raise UsageError(f"IPFSFUSE_CONFIG: {path} does not exist") from None
+        except OSError as exc:
+            raise UsageError(f"{path} can't be read: {exc.strerror}") from exc
+        except UnicodeDecodeError as exc:
+            raise UsageError(f"{path} is not UTF-8: {exc.reason} at byte {exc.start}") from exc
+    return found
+
+
+def _parsed(path: Path, text: str) -> File:
+    import tomllib  # 10 ms, and only where there is a file
+
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise UsageError(f"{path} is not TOML: {exc}") from exc
+    mounts = values.pop("mount", {})
+    if not isinstance(mounts, dict) or not all(isinstance(each, dict) for each in mounts.values()):
+        raise UsageError(f"{path}: `mount` is not a table: write [mount.NAME]")
+    _check_keys(str(path), values, SETTINGS)
+    for name, table in mounts.items():
+        where = f"{path}, [mount.{name}]"
+        if not name or "/" in name or name in (".", ".."):
+            raise UsageError(f"{where}: a name has no / and is neither . nor ..")
+        _check_keys(where, table, [*SETTINGS, "mountpoint"])
+        if not isinstance(table.get("mountpoint"), str):
+            raise UsageError(f'{where}: mountpoint is missing: write mountpoint = "/some/folder"')
+    return File(path, values, mounts)
+
+
+def _check_keys(where: str, values: Mapping[str, object], known: Iterable[str]) -> None:
+    known = list(known)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key.replace("_", "-"), known, 1)
+            todo = f"did you mean {close[0]}?" if close else "`ipfsfuse config` lists the settings"
+            raise UsageError(f"{where}: {key} is not a setting: {todo}")
+
+
+def mounts() -> dict[str, Path]:
+    """The named mounts and their mountpoints."""
+    found: dict[str, Path] = {}
+    for file in files():
+        for name, table in file.mounts.items():
+            found.setdefault(name, _path(f"{file.path}, [mount.{name}]", str(table["mountpoint"])))
+    return found
+
+
+def mountpoint_of(text: str) -> str:
+    """The mountpoint of the named mount `text`, else `text` itself. Write ./NAME for a folder."""
+    if "/" in text or text in ("", ".", ".."):
+        return text
+    return str(mounts().get(text, text))
+
+
+def _environment() -> Layer:
+    variables = {name: f"IPFSFUSE_{name.upper().replace('-', '_')}" for name in SETTINGS}
+    return Layer(
+        "environment", {name: os.environ[each] for name, each in variables.items() if os.environ.get(each)}
+    )
+
+
+def _layers(name: str | None) -> list[Layer]:
+    layers = [_environment()]
+    for file in files():
+        if name is not None and name in file.mounts:
+            layers.append(Layer(f"{file.path} [mount.{name}]", file.mounts[name]))
+        layers.append(Layer(str(file.path), file.values))
+    return layers
+
+
+def fill(arguments: argparse.Namespace, options: Iterable[tuple[argparse.Action, object]]) -> None:
+    """Sets what the command line left out: for each option of the command its action, and what is built in.
+
+    `arguments.origins` says where each setting came from. Raises UsageError, naming the place."""
+    named = getattr(arguments, "mountpoint", None) if arguments.command in ("mount", "config") else None
+    layers = _layers(named)
+    arguments.origins = {}
+    for action, default in options:
+        name = action.option_strings[-1].removeprefix("--")
+        origin = "argument"
+        if not hasattr(arguments, action.dest):
+            origin, value = "built in", default
+            layer = next((each for each in layers if name in each.values and name in SETTINGS), None)
+            if layer is not None:
+                origin = layer.origin
+                if origin == "environment":
+                    origin = f"IPFSFUSE_{name.upper().replace('-', '_')}"
+                value = _converted(action, name, origin, layer.values[name])
+            setattr(arguments, action.dest, value)
+        if name in SETTINGS:
+            arguments.origins[name] = origin
+    if named is not None and any(named in file.mounts for file in files()):
+        arguments.mountpoint = mountpoint_of(named)
+
+
+def _converted(action: argparse.Action, name: str, origin: str, value: object) -> object:
+    where = f"{origin}: {name}" if not origin.startswith("IPFSFUSE_") else origin
+    if isinstance(action, argparse._StoreTrueAction):
+        switch = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if str(value).lower() not in switch:
+            raise UsageError(f"{where}: {value!r} is not true or false")
+        return switch[str(value).lower()]
+    if isinstance(action, argparse._AppendAction):
+        texts = value if isinstance(value, list) else None
+        if isinstance(value, str):
+            texts = _words(where, value) if origin.startswith("IPFSFUSE_") else [value]
+        if texts is None or not all(isinstance(each, str) for each in texts):
+            raise UsageError(f"{where}: not a list of texts")
+        return [_text(action, where, name, each) for each in texts]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{where}: {value!r} is not a text or a number")
+    return _text(action, where, name, str(value))
+
+
+def _words(where: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as exc:
+        raise UsageError(f"{where}: {exc}: write words, with spaces in quotes") from exc
+
+
+def _text(action: argparse.Action, where: str, name: str, text: str) -> object:
+    if text.startswith("~/") or name in PATHS:
+        text = str(_path(where, text))
+    value: object = text
+    if callable(action.type):
+        try:
+            value = action.type(text)
+        except argparse.ArgumentTypeError as exc:
+            raise UsageError(f"{where}: {exc}") from exc
+        except ValueError as exc:
+            raise UsageError(f"{where}: {text!r} can't be used") from exc
+    if action.choices is not None and value not in action.choices:
+        raise UsageError(f"{where}: {text!r} is not one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _path(where: str, text: str) -> Path:
+    path = Path(text)
+    if text.startswith("~/"):
+        path = Path.home() / text[2:]
+    if not path.is_absolute() and not where.startswith("IPFSFUSE_"):
+        raise UsageError(f"{where}: {text!r} is not an absolute path")
+    return path
+
+
+# -- `ipfsfuse config` ---------------------------------------------------------------------------------------
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """What holds for a mount, and where each value comes from; or writes a template."""
+    if arguments.init:
+        return _write_template(arguments)
+    shown = {
+        name: {
+            "value": _shown(getattr(arguments, _DESTINATIONS.get(name, name.replace("-", "_")))),
+            "origin": each,
+        }
+        for name, each in arguments.origins.items()
+    }
+    named = {name: str(point) for name, point in mounts().items()}
+    if arguments.json:
+        console.values({"files": [str(each.path) for each in files()], "settings": shown, "mounts": named})
+        return 0
+    console.table("settings", [{"setting": name, **each} for name, each in shown.items()])
+    console.table("mounts", [{"name": name, "mountpoint": point} for name, point in named.items()])
+    return 0
+
+
+_DESTINATIONS = {"from": "sources", "header-file": "header_files", "router": "routers"}
+
+
+def _shown(value: object) -> object:
+    return value if value is None or isinstance(value, int | float | str | list) else str(value)
+
+
+def _write_template(arguments: argparse.Namespace) -> int:
+    path = user_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError as exc:
+        raise UsageError(f"{path} exists already: edit it, or move it away first") from exc
+    with open(file, "w", encoding="utf-8") as out:
+        out.write(template())
+    if arguments.json:
+        console.values({"written": str(path)})
+    else:
+        console.line(f"wrote {path}")
+    return 0
+
+
+_EXAMPLES = {
+    "from": '["library", "kubo", "https://trustless-gateway.link"]',
+    "cache-dir": '"~/.cache/ipfsfuse"', "library": '"~/.local/share/ipfsfuse/library"', "budget": '"10GiB"',
+    "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"', "pins": '"kubo"',
+    "allow": "[]", "allow-other": "false", "isolated": "false", "record": '"/tmp/blocks.jsonl"',
+    "header-file": '["https://gateway.example=/etc/ipfsfuse/headers"]', "ipns": '"~/ipns"', "dns": '"system"',
+    "router": '["https://delegated-ipfs.dev"]', "uid": "1000", "gid": "1000",
+    "umask": '"022"', "log-level": '"info"', "log-file": '"~/ipfsfuse.log"',
+    "log-format": '"text"', "listen": '"127.0.0.1:8080"', "fetch": "false", "cid-version": "1",
+    "profile": '"unixfs-v1-2025"',
+}  # fmt: skip
+
+
+def template() -> str:
+    """A configuration file with every setting in it, commented out."""
+    lines = [
+        "# Settings of ipfsfuse. `ipfsfuse config` shows what holds, and where it comes from.",
+        "# Arguments and IPFSFUSE_* variables go before this file.",
+        "",
+    ]
+    for name, about in SETTINGS.items():
+        lines += [f"# {about}", f"#{name} = {_EXAMPLES[name]}", ""]
+    lines += [
+        "# A named mount: `ipfsfuse mount media`. It may have any of the settings above.",
+        "#[mount.media]",
+        '#mountpoint = "~/media"',
+        '#from = ["kubo"]',
+        "",
+    ]
+    return "\n".join(lines)
