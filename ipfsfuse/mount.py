@@ -33,9 +33,7 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
@@ -82,7 +80,7 @@ def run(
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
     process began."""
     _ignore_signals(hangup is not None)
-    deadline, shortened = fitting_deadline(config.deadline)
+    deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:
         log.warning("%s", shortened)
         config = replace(config, deadline=deadline)
@@ -140,9 +138,13 @@ async def _main(
 ) -> None:
     async with (
         _serving(config, folder, indexing) as (operations, commands, names, nursery, server),
-        sessions.opened(operations, config.mountpoint, config.allow_other) as session,
         AsyncExitStack() as stack,
     ):
+        session = stack.enter_context(
+            sessions.opened(
+                operations, config.mountpoint, config.allow_other, readahead=config.record is None
+            )
+        )
         end = config.mountpoint, nursery.cancel_scope
         if config.ipns is not None:
             await stack.enter_async_context(_names_mounted(config, config.ipns, names, partial(_end, *end)))
@@ -158,9 +160,9 @@ async def _main(
             log.info("mounted at %s", config.mountpoint)
             ready(folder.control)
 
-        nursery.start_soon(operations.run)
         with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
-            await sessions.serve(session, answers, readahead=config.record is None)
+            nursery.start_soon(operations.run)
+            await sessions.serve(session, answers)
         log.info("unmounted")
         nursery.cancel_scope.cancel()
 
@@ -215,8 +217,6 @@ async def _serving(
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
-        interrupts = Interrupts()
-        nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
         names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
@@ -227,7 +227,6 @@ async def _serving(
         operations = Operations(
             tree,
             roots,
-            interrupts,
             inodes,
             lambda: cache.store.budget.configured,
             config.deadline,
