@@ -398,8 +398,8 @@ class Http:
             return await self._send_once(origin, method, path, every, body)
 
     def _patience(self, now: float) -> float:
-        """Seconds after which a request is sent again over a new connection. A kept one may be dead in silence:
-        after the machine has slept or has changed its network."""
+        """Seconds after which a request is sent again over a new connection. A kept one may be dead in
+        silence: after the machine has slept or has changed its network."""
         own = None if self._own is None else self._own.pool
         if not (self._idle if own is None else own.has_kept):
             return math.inf
