@@ -107,7 +107,7 @@ def _raise_descriptors() -> None:
 
 
 def _reuse_memory() -> None:
-    """Leaves of 1 MiB come and go: glibc shall not give each back to the kernel, which clears its pages for
+    """Leaves of 1 MiB come and go: glibc must not give each back to the kernel, which clears its pages for
     the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such
     call."""
     with suppress(AttributeError, OSError):
