@@ -107,7 +107,7 @@ def _raise_descriptors() -> None:
 
 
 def _reuse_memory() -> None:
-    """Leaves of 1 MiB come and go: glibc shall not give each back to the kernel, which clears its pages for
+    """Leaves of 1 MiB come and go: glibc must not give each back to the kernel, which clears its pages for
     the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such
     call."""
     with suppress(AttributeError, OSError):
@@ -196,7 +196,15 @@ async def _serving(
     """All that answers behind the kernel, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
     http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
-    settings = OpenSettings(config.library, folder.indexes, http, config.offline, indexing)
+    settings = OpenSettings(
+        config.library,
+        folder.indexes,
+        http,
+        config.offline,
+        indexing,
+        config.routers,
+        config.allow_private_providers,
+    )
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)

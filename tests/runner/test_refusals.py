@@ -76,7 +76,7 @@ def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
     ("args", "named"),
     [
         (["--unknown", "guest.wasm"], "--unknown"),
-        (["-v", "guest.wasm"], "-v"),
+        (["-g", "guest.wasm"], "-g"),
         (["-W", "fuel=much", "guest.wasm"], "-W fuel: 'much'"),
         (["-W", "guest.wasm"], "guest.wasm"),
         (["--env", "=x", "guest.wasm"], "--env"),

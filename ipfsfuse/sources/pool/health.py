@@ -60,6 +60,8 @@ class Statistics:
     (files)."""
     most_per_caller: int = 0
     """The most of them that may be one caller's (user id)."""
+    found: bool = False
+    """Whether a router named it, not the user."""
 
 
 class Health:
@@ -166,7 +168,7 @@ class Health:
     def wait(self, now: float, longest: float = math.inf) -> float:
         """Seconds until it may be asked: 0 for now. After a pause one request at a time finds out.
 
-        `longest` bounds the pause after a failure, in seconds: for who has nobody else to ask."""
+        `longest` bounds the pause after a failure, in seconds: where there is no other source to ask."""
         if self._failed_in_a_row < OPENS_AFTER:
             return 0.0
         until = min(self._open_until, self._failed_at + longest)
@@ -208,7 +210,10 @@ class Health:
             hedges=self.hedges,
             median=self.percentile(0.5),
             p95=self.percentile(0.95),
-            **concurrency,
+            in_flight=concurrency.get("in_flight", 0),
+            waiting=concurrency.get("waiting", 0),
+            most_in_flight=concurrency.get("most_in_flight", 0),
+            most_per_caller=concurrency.get("most_per_caller", 0),
         )
 
 
