@@ -18,6 +18,7 @@ from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
+from ipfsfuse.sources import defaults
 from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")
@@ -61,7 +62,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _library(library)
     yield _mount_of(cache_dir)
     if arguments.sources:
-        for source, failure in _source_failures(arguments.sources, library, cache_dir):
+        for source, failure in _source_failures(defaults.chosen(arguments.sources), library, cache_dir):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
                 yield Finding(OK, shown, "answers")
