@@ -57,6 +57,11 @@ DURATIONS = frozenset({"timeout", "compile_timeout"})
 SIZES = frozenset(
     {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"}
 )
+PROPOSALS = frozenset(
+    {"bulk-memory", "component-model", "extended-const", "multi-memory", "multi-value"}
+    | {"reference-types", "relaxed-simd", "simd", "tail-call"}
+)
+"""Proposals that `wasmtime run -W` can switch on, and that are on here anyway."""
 _YEAR = 366 * 86400.0
 _RANGES: Mapping[str, tuple[float, float]] = {
     "timeout": (0.001, _YEAR),
@@ -79,6 +84,8 @@ def parse(given: Sequence[str]) -> Limits:
     for item in ",".join(given).split(",") if given else ():
         name, _, text = item.partition("=")
         field = name.replace("-", "_")
+        if name in PROPOSALS and text in ("", "y", "yes", "true"):
+            continue
         if field not in Limits._fields:
             raise UsageError(
                 f"-W {item[:80] or given[0]} is not a limit; there are "

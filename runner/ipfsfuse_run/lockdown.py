@@ -26,6 +26,16 @@ class Access(NamedTuple):
     execute: bool = False
 
 
+def available() -> list[str]:
+    """The LAYERS that this kernel and machine have. Changes nothing."""
+    layers = list(LAYERS[:2])
+    if landlock_abi() > 0:
+        layers.append(LAYERS[2])
+    if platform.machine() in _ARCH and os.path.exists("/proc/sys/kernel/seccomp/actions_avail"):
+        layers.append(LAYERS[3])
+    return layers
+
+
 def lock(allowed: Sequence[Access]) -> list[str]:
     """Locks this process, which has one thread, and all that it starts. Gives the LAYERS that are active."""
     libc = ctypes.CDLL(None, use_errno=True)

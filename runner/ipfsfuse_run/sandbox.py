@@ -140,8 +140,9 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
             try:
                 folder = os.open(each.host, _LOOK | os.O_DIRECTORY)
             except OSError as exc:
+                hint = " (two colons part it from the guest's name: HOST::GUEST)" if ":" in each.host else ""
                 raise GuestRefused(
-                    f"the folder {each.host} can't be opened for the guest: {exc.strerror}"
+                    f"the folder {each.host} can't be opened for the guest: {exc.strerror}{hint}"
                 ) from exc
             stack.callback(os.close, folder)
             _check_mount(folder, each.mount_id, each.host)

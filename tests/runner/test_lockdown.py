@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse_run import lockdown
+from tests.mounting import Home
 from tests.runner.conftest import TOP, Runner
 
 NATIVE = """
@@ -129,3 +130,9 @@ def test_the_memory_of_a_compilation_is_bounded(run: Runner, tmp_path: Path) -> 
     assert b"compile-memory=SIZE" in done.stderr
     assert done.stderr.count(b"\n") == 1
     assert run(guest).returncode == 0
+
+
+@FULL
+def test_doctor_names_the_layers(home: Home) -> None:
+    found = {each["about"]: each for each in json.loads(home.run("doctor", "--json").stdout)}
+    assert found["guests"]["found"] == "locked in by no_new_privs, capabilities, landlock, seccomp"
