@@ -400,3 +400,11 @@ def _others(commands: Any) -> None:
     logs.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
     logs.add_argument("--json", action="store_true")
     _folders(logs, library=False)
+    metrics = _command(
+        commands, "metrics", "metrics:run", "print what a running mount counts, as OpenMetrics"
+    )
+    metrics.add_argument("--listen", metavar="HOST:PORT", help="serve it over HTTP instead")
+    metrics.add_argument("--textfile", metavar="FILE", type=_PATH, help="write it there, for a node exporter")
+    metrics.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
+    metrics.add_argument("--json", action="store_true")
+    _folders(metrics, library=False)

@@ -7,6 +7,7 @@ touched only between two awaits.
 
 import errno
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -35,6 +36,7 @@ from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
+from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import Caller, request_of
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.roots import Roots
@@ -95,6 +97,8 @@ class Operations(ReadOnlyOperations):
         self._files = OpenFiles(tree, inodes, interrupts, push)
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
+        self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
+        """Of the calls that Python answers, by their names."""
         self._openers: dict[int, int] = {}
         """The user id of who opened a file, by its handle: reads don't tell."""
         self._listers: dict[int, int] = {}
@@ -109,12 +113,16 @@ class Operations(ReadOnlyOperations):
         await self._files.run()
 
     @contextmanager
-    def _call(self, caller: Caller) -> Iterator[None]:
+    def _call(self, name: str, caller: Caller) -> Iterator[None]:
         """A call of the user `caller`, answered soon after its deadline whatever it waits for."""
-        deadline = trio.current_time() + self._deadline
+        begun = trio.current_time()
+        deadline = begun + self._deadline
         with translated:
-            with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:
-                yield
+            try:
+                with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:
+                    yield
+            finally:
+                self.latencies[name].add(trio.current_time() - begun)
             if scope.cancelled_caught:
                 raise errors.Unavailable(f"not answered within {self._deadline:g} s")
 
@@ -123,7 +131,7 @@ class Operations(ReadOnlyOperations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        with self._call(ctx.uid):
+        with self._call("lookup", ctx.uid):
             if len(name) > NAME_MAX:
                 raise errors.NameTooLong(f"a name of {len(name)} bytes")
             try:
@@ -169,7 +177,7 @@ class Operations(ReadOnlyOperations):
             return self._replies.entry(held)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        with self._call(ctx.uid), self._interrupts.watch(ctx.pid):
+        with self._call("readlink", ctx.uid), self._interrupts.watch(ctx.pid):
             return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
@@ -181,7 +189,7 @@ class Operations(ReadOnlyOperations):
     # -- files -----------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        with self._call(ctx.uid):
+        with self._call("open", ctx.uid):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
             handle = await self._files.open(self._inodes.get(inode), ctx.pid)
@@ -189,7 +197,7 @@ class Operations(ReadOnlyOperations):
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
-        with self._call(self._openers.get(fh)):
+        with self._call("read", self._openers.get(fh)):
             return await self._files.read(fh, off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
@@ -206,7 +214,7 @@ class Operations(ReadOnlyOperations):
     # -- directories -----------------------------------------------------------------------------------------
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        with self._call(ctx.uid):
+        with self._call("opendir", ctx.uid):
             handle = self._next_handle()
             if inode == ROOT:
                 self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
@@ -219,7 +227,7 @@ class Operations(ReadOnlyOperations):
             return FileHandleT(handle)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        with self._call(self._listers.get(fh)):
+        with self._call("readdir", self._listers.get(fh)):
             await self._listings[fh].reply(start_id, token)
 
     async def releasedir(self, fh: FileHandleT) -> None:

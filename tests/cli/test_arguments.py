@@ -38,6 +38,7 @@ COMMANDS = [
     "mounts",
     "config",
     "logs",
+    "metrics",
 ]
 
 SIZES = {
