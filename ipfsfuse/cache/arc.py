@@ -91,8 +91,10 @@ class _Part(OrderedDict[K, int]):
             self.take(key)
         self.bytes += size
         self[key] = size
-        self._accounts.charge(key, size)
-        self._list(key)
+        owner = self._accounts.owners.get(key)
+        if owner is not NOBODY:
+            self._accounts.bytes[owner] += size
+            self._of.setdefault(owner, OrderedDict())[key] = None
 
     def take(self, key: K) -> int:
         size = super().pop(key)
@@ -122,18 +124,14 @@ class _Part(OrderedDict[K, int]):
         else:
             self._accounts.owners[key] = owner
         self._accounts.charge(key, size)
-        self._list(key)
+        if owner is not NOBODY:
+            self._of.setdefault(owner, OrderedDict())[key] = None
 
     def oldest(self, but: K | None = None) -> K | None:
         return next((key for key in self if key != but), None)
 
     def oldest_of(self, owner: Owner, but: K | None = None) -> K | None:
         return next((key for key in self._of.get(owner, ()) if key != but), None)
-
-    def _list(self, key: K) -> None:
-        owner = self._accounts.owners.get(key)
-        if owner is not NOBODY:
-            self._of.setdefault(owner, OrderedDict())[key] = None
 
     def _unlist(self, key: K) -> None:
         owner = self._accounts.owners.get(key)
@@ -212,17 +210,27 @@ class Arc(Generic[K]):
         if size > self.capacity:
             raise ValueError(f"{size} bytes can't fit {self.capacity}")
         again_ghost = key in self._again_ghosts
-        part = self._part(key)
+        part = self._once if key in self._once else self._again if key in self._again else None
         if part is None:
-            part = self._again if again_ghost or key in self._once_ghosts else self._once
-            self._adapt(key)
-        leave = self._make_room(size, key, again_ghost, owner)
-        held = part.get(key, 0)
-        part.put(key, held + size)
-        winner = self._accounts.winner(key, held, size, owner)
-        if winner != self.owner(key):
-            part.reown(key, winner)
-        self._forget()
+            part = self._once
+            if again_ghost or key in self._once_ghosts:
+                part = self._again
+                self._adapt(key)
+        leave: list[K] = []
+        if self._once.bytes + self._again.bytes + size > self.capacity:
+            leave = self._make_room(size, key, again_ghost, owner)
+        if key in part:
+            held = part[key]
+            part.put(key, held + size)
+            winner = self._accounts.winner(key, held, size, owner)
+            if winner != self.owner(key):
+                part.reown(key, winner)
+        else:
+            if owner is not NOBODY:
+                self._accounts.owners[key] = owner
+            part.put(key, size)
+        if self._once_ghosts or self._again_ghosts:
+            self._forget()
         return leave
 
     def restore(self, key: K, size: int, frequent: bool) -> None:

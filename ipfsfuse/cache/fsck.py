@@ -5,7 +5,7 @@ Concurrency: one task, beside all others: each leaf or block is checked as a rea
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeVar
@@ -18,8 +18,8 @@ from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import File, Leaf, parse
-from ipfsfuse.dag.traversal import Walk, node
+from ipfsfuse.dag.nodes import File, Leaf, Node, parse
+from ipfsfuse.dag.traversal import Walk, drive, node
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 
@@ -189,10 +189,7 @@ async def _leaves(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
 
 
 async def _drive(reader: Reader, walk: Walk[T]) -> T:
-    try:
-        wanted = next(walk)
-        while True:
-            wanted = walk.send([parse(cid, await reader.block(cid)) for cid in wanted])
-    except StopIteration as end:
-        result: T = end.value
-        return result
+    async def fetch(wanted: Sequence[Cid]) -> list[Node]:
+        return [parse(cid, await reader.block(cid)) for cid in wanted]
+
+    return await drive(walk, fetch)

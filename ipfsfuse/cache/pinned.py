@@ -20,6 +20,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File, Node
+from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import Malformed, StoreFailed, Unsupported, UsageError
 from ipfsfuse.fileio import threads
 
@@ -68,22 +69,17 @@ class Pinning:
     async def keep_structure(self, reader: Reader) -> None:
         """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small
         files."""
-        seen: set[Cid] = set()
-        stack: list[tuple[Cid, bool]] = [(self._root, False)]
-        while stack:
-            cid, in_file = stack.pop()
-            if cid not in seen and cids.inline(cid) is None:
-                seen.add(cid)
-                block = await reader.block(cid)
-                if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
-                    await self._store.blocks.keep(cid, block, self._pack_set)
-                stack += _below(self._store, nodes.parse(cid, block), in_file)
-                self.check()
+        walk = BlockWalk([self._root], False)
+        for cid, in_file in walk:
+            block = await reader.block(cid)
+            if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
+                await self._store.blocks.keep(cid, block, self._pack_set)
+            walk.add(*_below(self._store, nodes.parse(cid, block), in_file))
+            self.check()
 
 
-def _below(store: Store, node: Node, in_file: bool) -> list[tuple[Cid, bool]]:
-    """What is linked by a node and may lie in packs, each with whether it belongs to a file of over 64
-    KiB."""
+def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
+    """What is linked by a node and may lie in packs, and whether it belongs to a file of over 64 KiB."""
 
     def is_structure(child: Cid) -> bool:
         """Whether a part of a large file is a block in a pack: an interior node, or a leaf that content can't
@@ -91,7 +87,7 @@ def _below(store: Store, node: Node, in_file: bool) -> list[tuple[Cid, bool]]:
         return cids.codec(child) != cids.RAW and store.blocks.place(child) is not None
 
     large = isinstance(node, File) and (in_file or node.size > SMALL)
-    return [(child, large) for child in nodes.children(node) if not large or is_structure(child)]
+    return [child for child in nodes.children(node) if not large or is_structure(child)], large
 
 
 class PinnedDags:
@@ -156,23 +152,20 @@ class PinnedDags:
         """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
         not here)."""
         store, found, missing = self._store, set[Key](), 0
-        seen: set[Cid] = set()
-        stack: list[tuple[Cid, bool]] = [(root, False)]
-        while stack:
-            cid, in_file = stack.pop()
-            if cid in seen or cids.inline(cid) is not None:
-                continue
-            seen.add(cid)
+        walk = BlockWalk([root], False)
+        for cid, in_file in walk:
             await trio.lowlevel.checkpoint()  # reading a small block is none
             place, file = store.blocks.place(cid), cids.canonical(cid)
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
                 continue
-            block = await store.blocks.get(cid)
-            if block is None or place is None:
-                missing += 1
-                continue
-            found.add(place.pack)
+            block = cids.known(cid)
+            if block is None:
+                block = await store.blocks.get(cid)
+                if block is None or place is None:
+                    missing += 1
+                    continue
+                found.add(place.pack)
             try:
                 if len(block) <= SMALL:
                     node = nodes.parse(cid, block)
@@ -183,7 +176,7 @@ class PinnedDags:
             if isinstance(node, File) and node.size > SMALL and not in_file:
                 found.add(file)
                 missing += file not in store.staging.entries
-            stack += _below(store, node, in_file)
+            walk.add(*_below(store, node, in_file))
         return found, missing
 
     @contextlib.asynccontextmanager

@@ -96,10 +96,14 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
-    content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
+    raw = cids.codec(leaf.cid) == cids.RAW
+    if raw:
+        content = memoryview(block)
+    else:
+        content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and file_layout.is_canonical(leaf.cid, block)
+    stage = file.size > SMALL and (raw or file_layout.is_canonical(leaf.cid, block))
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
@@ -136,29 +140,6 @@ class SubtreeSink:
 # -- the reader ---------------------------------------------------------------------------------------------
 
 
-class WriteBehind:
-    """Stages blocks after their readers have got them, within a bound."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-
-    async def keep(
-        self, size: int, give: Callable[[], None] | None, keep: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Awaits `keep()`, which stages `size` bytes. If the bound allows, it calls `give` first. Then `keep`
-        is not cancelled any more: what was read is staged, even if the mount ends meanwhile."""
-        if give is None or self._bytes + size > MAX_BEHIND:
-            await keep()
-            return
-        self._bytes += size
-        give()
-        try:
-            with trio.CancelScope(shield=True):
-                await keep()
-        finally:
-            self._bytes -= size
-
-
 class Reader:
     """Reads blocks and leaves, as `cache.base.Cache` describes."""
 
@@ -168,7 +149,8 @@ class Reader:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * PATIENCE
-        self._behind = WriteBehind()
+        self._behind = 0
+        """Bytes that readers were given and that are not written yet."""
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
             nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
         )
@@ -248,8 +230,8 @@ class Reader:
             )
         for cid, of in files.items():
             size = len(of.block)
-            await self.store.keep_leaf(
-                FileRef(cids.canonical(cid), size), Leaf(cid, 0, size), of.block, of.source.name
+            await self.store.keep_leaves(
+                FileRef(cids.canonical(cid), size), [Leaf(cid, 0, size)], [of.block], of.source.name
             )
         return {
             cid: FetchResult(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW)
@@ -310,12 +292,14 @@ class Reader:
             return await content_of(leaf, await self.block(leaf.cid))
         if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
             # another file's leaf, or another place in this one, of the same bytes
-            await self._keep(file, leaf, result)
+            await self._stage(file, leaf, result)
         return result.content
 
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
         """As `Cache.part`."""
-        part = await self.store.part(file, leaf, start, stop)
+        part = None
+        if file.cid in self.store.staging.entries:
+            part = await self.store.part(file, leaf, start, stop)
         if part is None:
             return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
         self.hits += 1
@@ -324,24 +308,36 @@ class Reader:
     async def _bring_leaf(
         self, file: FileRef, leaf: Leaf, resolve: Callable[[FetchResult], None] | None
     ) -> FetchResult:
-        staged = await self.store.leaf(file, leaf)
-        if staged is not None:
-            self.hits += 1
-            return FetchResult(staged, None, False)
+        """A leaf from its staging file, or fetched and staged. With `resolve`, readers get what was fetched
+        before it is staged, if not too much waits for that."""
+        if file.cid in self.store.staging.entries:
+            staged = await self.store.leaf(file, leaf)
+            if staged is not None:
+                self.hits += 1
+                return FetchResult(staged, None, False)
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        await self._behind.keep(
-            leaf.size, resolve and (lambda: resolve(result)), lambda: self._stage(file, leaf, result)
-        )
+        if resolve is None or self._behind + leaf.size > MAX_BEHIND:
+            await self._stage(file, leaf, result)
+            return result
+        resolve(result)
+        self._behind += leaf.size
+        try:
+            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
+                await self._stage(file, leaf, result)
+        finally:
+            self._behind -= leaf.size
         return result
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""
-        if result.stage:
-            await self._keep(file, leaf, result)
-        elif result.source is not None and not result.source.in_place:
+        if result.source is None or result.source.in_place:
+            return
+        if not result.stage:
             await self.store.blocks.keep_many([(leaf.cid, bytes(result.block))])
+        elif len(result.content) == leaf.size:  # else its parent states a wrong size: it is not of this file
+            await self.store.keep_leaves(file, [leaf], [result.content], result.source.name)
 
     async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, FetchResult]]) -> None:
         """Like `_stage`, by one write if they are adjacent in the file."""
@@ -352,11 +348,6 @@ class Reader:
                 return
         for leaf, result in came:
             await self._stage(file, leaf, result)
-
-    async def _keep(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
-        # else its parent states a wrong size, and the leaf is not part of the file
-        if len(result.content) == leaf.size and result.source is not None:
-            await self.store.keep_leaf(file, leaf, result.content, result.source.name)
 
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be staged."""
@@ -422,7 +413,7 @@ class Reader:
                 for key, (_leaf, result) in zip(keys[index:], came_now, strict=False):
                     for leaf in by_key[key][1:]:
                         if result.stage and not await self._has(file, leaf):
-                            await self._keep(file, leaf, result)
+                            await self._stage(file, leaf, result)
                     batch.staged(key)
 
             await self._blocks.stream(

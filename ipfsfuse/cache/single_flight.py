@@ -109,15 +109,27 @@ class SingleFlight(Generic[K, V]):
     ) -> V:
         """Like `join`, for a fetch that may resolve its value before it ends. From then on it serves all
         callers, and is not cancelled when they leave. With `ended`, returns when the fetch has ended."""
-        self._raise_remembered(key)
         began = trio.current_time()
+        known = self._failed.get(key)
+        if known is not None:
+            if began < known[0]:
+                raise copy.copy(known[1]) from known[1]
+            del self._failed[key]
         until = min(began + self._deadline, current_request().deadline)
         with trio.move_on_at(until):
             while trio.current_time() < until:
                 flight = self._flights.get(key)
                 if flight is None:
-                    flight = self._start(key, fetch)
-                await self._wait(flight, until)
+                    flight = self._flights[key] = Flight(Fetch())
+                    self._nursery.start_soon(self._run_fetch, key, flight, fetch)
+                if flight.fetch.abandoned:
+                    await flight.done.wait()
+                else:
+                    flight.fetch.join(until)
+                    try:
+                        await flight.done.wait()
+                    finally:
+                        flight.fetch.leave()
                 if flight.resolved:
                     if ended and not flight.ended.is_set():
                         await flight.ended.wait()
@@ -188,12 +200,6 @@ class SingleFlight(Generic[K, V]):
         flight = self._flights[key] = Flight[V](fetch)
         return flight
 
-    def _start(self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]]) -> Flight[V]:
-        flight: Flight[V] = Flight(Fetch())
-        self._flights[key] = flight
-        self._nursery.start_soon(self._run_fetch, key, flight, fetch)
-        return flight
-
     async def _run_fetch(
         self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]
     ) -> None:
@@ -220,16 +226,6 @@ class SingleFlight(Generic[K, V]):
                 flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
             self._end(key, flight)
 
-    async def _wait(self, flight: Flight[V], until: float) -> None:
-        if flight.fetch.abandoned:
-            await flight.done.wait()
-            return
-        flight.fetch.join(until)
-        try:
-            await flight.done.wait()
-        finally:
-            flight.fetch.leave()
-
     def _resolve(self, key: K, flight: Flight[V], value: V) -> None:
         flight.value, flight.resolved = value, True
         self._failed.pop(key, None)
@@ -246,14 +242,6 @@ class SingleFlight(Generic[K, V]):
         self._failed[key] = (trio.current_time() + self._remember, error)
         if len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)
-
-    def _raise_remembered(self, key: K) -> None:
-        known = self._failed.get(key)
-        if known is None:
-            return
-        if trio.current_time() < known[0]:
-            raise copy.copy(known[1]) from known[1]
-        del self._failed[key]
 
 
 class Batch(Fetch, Generic[K, V]):

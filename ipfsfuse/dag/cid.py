@@ -21,6 +21,7 @@ multihash."""
 
 RAW = 0x55
 DAG_PB = 0x70
+DAG_CBOR = 0x71
 
 MAX_CID_BYTES = 512
 """No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be
@@ -38,7 +39,7 @@ _CODEC_NAMES = {
     RAW: "raw",
     DAG_PB: "dag-pb",
     0x51: "cbor",
-    0x71: "dag-cbor",
+    DAG_CBOR: "dag-cbor",
     0x72: "libp2p-key",
     0x78: "git-raw",
     0x0129: "dag-json",

@@ -8,8 +8,9 @@ caller orders them, then data.
 Pure functions; a block of 2 MiB can take some 100 ms, so large ones belong in a worker thread.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import protobuf, varint
@@ -29,6 +30,67 @@ class Link(NamedTuple):
     tsize: int
 
 
+class Links(Sequence[Link]):
+    """The links of one block, made when they are used.
+
+    It keeps the block, and 24 bytes for each link: where its CID and its name lie in the block, and its
+    tsize. A block of 2 MiB can hold 65,000 links. As objects they would take ten times the block, and
+    Python's cycle collector would visit each of them, during which nothing else runs.
+    """
+
+    __slots__ = ("_block", "_spans", "_tsizes")
+
+    def __init__(self, block: bytes = b"") -> None:
+        self._block = block
+        self._spans = array("I")
+        """Of each link the start and end of its CID, then of its name."""
+        self._tsizes = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._tsizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Link: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Link]: ...
+    def __getitem__(self, index: int | slice) -> Link | list[Link]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        tsize = self._tsizes[index]
+        at = 4 * (index % len(self))
+        start, end, name, name_end = self._spans[at : at + 4]
+        return Link(Cid(self._block[start:end]), self._block[name:name_end], tsize)
+
+    def __iter__(self) -> Iterator[Link]:
+        block, spans = self._block, iter(self._spans)
+        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, self._tsizes, strict=False):
+            yield Link(Cid(block[start:end]), block[name:name_end], tsize)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def cids(self) -> list[Cid]:
+        block = self._block
+        return [Cid(block[start:end]) for start, end in zip(self._spans[::4], self._spans[1::4], strict=True)]
+
+    def names(self) -> list[bytes]:
+        block = self._block
+        return [block[start:end] for start, end in zip(self._spans[2::4], self._spans[3::4], strict=True)]
+
+    def cid(self, index: int) -> Cid:
+        """The CID of the link at `index`, not negative."""
+        return Cid(self._block[self._spans[4 * index] : self._spans[4 * index + 1]])
+
+    def name(self, index: int) -> bytes:
+        """The name of the link at `index`, not negative."""
+        return self._block[self._spans[4 * index + 2] : self._spans[4 * index + 3]]
+
+    def add(self, cid: int, cid_end: int, name: int, name_end: int, tsize: int) -> None:
+        """Appends a link whose CID and name lie at these indices of the block."""
+        self._spans.extend((cid, cid_end, name, name_end))
+        self._tsizes.append(tsize)
+
+
 class PBNode(NamedTuple):
     """A decoded block. `data` is None where the field is absent.
 
@@ -37,7 +99,7 @@ class PBNode(NamedTuple):
     has both.
     """
 
-    links: list[Link]
+    links: Links
     data: bytes | None
     absent: bytes = b""
 
@@ -58,7 +120,7 @@ _V0_END = 36
 
 def decode(block: bytes) -> PBNode:
     """What `block` holds. Raises Malformed."""
-    links: list[Link] = []
+    links = Links(block)
     absent = bytearray()
     data: bytes | None = None
     at, end = 0, len(block)
@@ -75,17 +137,16 @@ def decode(block: bytes) -> PBNode:
             raise Malformed(_refusal(tag, data is not None))
     if absent:
         absent.extend(bytes(len(links) - len(absent)))
-    return PBNode(links, data, bytes(absent))
+    return PBNode(links or Links(), data, bytes(absent))
 
 
-def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
+def _links(block: bytes, at: int, links: Links, absent: bytearray) -> int:
     """Appends the run of links that begins at `at`; the index behind it.
 
     The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
     """
     end = len(block)
-    add = links.append
-    new = tuple.__new__
+    add_span, add_tsize = links._spans.append, links._tsizes.append
     tsize, tail_before = -1, b""
     while at < end and block[at] == _LINKS:
         start = at + 2
@@ -106,13 +167,16 @@ def _links(block: bytes, at: int, links: list[Link], absent: bytearray) -> int:
                 if tail != tail_before:  # all but the last of a file's children are of one size
                     tsize, tail_before = _short_tsize(tail), tail
                 if tsize >= 0:
-                    add(new(Link, (block[start + 2 : name_at], block[name_at + 2 : name_end], tsize)))
+                    add_span(start + 2)
+                    add_span(name_at)
+                    add_span(name_at + 2)
+                    add_span(name_end)
+                    add_tsize(tsize)
                     continue
-        link, flags = _link(block, start, at)
+        flags = _link(block, start, at, links)
         if flags:
-            absent.extend(bytes(len(links) - len(absent)))
+            absent.extend(bytes(len(links) - 1 - len(absent)))
             absent.append(flags)
-        add(link)
         if len(links) > MAX_LINKS:
             raise Malformed(f"dag-pb: a node with over {MAX_LINKS} links")
     return at
@@ -134,10 +198,10 @@ def _short_tsize(tail: bytes) -> int:
     return value
 
 
-def _link(block: bytes, at: int, end: int) -> tuple[Link, int]:
-    """The link message in block[at:end], and which of its fields are absent."""
-    target: Cid | None = None
-    name, tsize = b"", 0
+def _link(block: bytes, at: int, end: int, links: Links) -> int:
+    """Appends the link whose message is block[at:end]. Returns which of its fields are absent."""
+    cid = name = (0, 0)
+    tsize = 0
     flags = NO_NAME | NO_TSIZE
     last = 0
     while at < end:
@@ -153,18 +217,20 @@ def _link(block: bytes, at: int, end: int) -> tuple[Link, int]:
             continue
         start, at = protobuf.span(block, at + 1, end)
         if tag == _HASH:
-            target = _cid(block[start:at])
+            _check_cid(block[start:at])
+            cid = start, at
         else:
-            name = block[start:at]
+            name = start, at
             flags &= ~NO_NAME
-    if target is None:
+    if cid == (0, 0):
         raise Malformed("dag-pb: invalid Hash field found in link, expected CID")
-    return Link(target, name, tsize), flags
+    links.add(*cid, *name, tsize)
+    return flags
 
 
-def _cid(data: bytes) -> Cid:
+def _check_cid(data: bytes) -> None:
     try:
-        return cids.decode(data)
+        cids.decode(data)
     except NotACid as exc:
         raise Malformed(f"dag-pb: invalid Hash field found in link, expected CID ({exc})") from exc
 

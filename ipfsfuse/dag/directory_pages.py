@@ -70,11 +70,11 @@ def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
 def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
     """Entries in the order stored. The second entry of a name gets an empty name, which no file system can
     hold."""
-    links, first = directory.links, directory.by_name
+    links = directory.links
     stop = min(after + PAGE, len(links))
     found: list[Entry] = []
     for place, link in enumerate(links[after:stop], after + 1):
-        name = link.name if first[link.name] is link else b""
+        name = link.name if directory.counts(place - 1) else b""
         found.append(Entry(name, link.cid, link.tsize, place))
     return found, stop >= len(links)
 
@@ -101,7 +101,7 @@ def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
 def _slots(shard: Shard, spot: Spot, after: int) -> _Frontier:
     """The slots of a node at `spot` that come after the place `after`."""
     frontier: _Frontier = []
-    for index, link in shard.slots:
+    for index, link in zip(shard.indices, shard.links, strict=True):
         place = hamt.below(spot, shard, index)
         if hamt.last(place) >> 1 <= after:
             continue

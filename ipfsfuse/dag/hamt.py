@@ -51,9 +51,9 @@ def slot(shard: Shard, spot: Spot, key: int) -> tuple[Spot, Link | None]:
     """The slot for hash `key` in a node at `spot`, and its link if there is one."""
     level = shard.width.bit_length() - 1
     index = (key >> max(HASH_BITS - spot.bits - level, 0)) & (shard.width - 1)
-    found = bisect_left(shard.slots, index, key=lambda pair: pair[0])
-    link = shard.slots[found][1] if found < len(shard.slots) and shard.slots[found][0] == index else None
-    return below(spot, shard, index), link
+    found = bisect_left(shard.indices, index)
+    here = found < len(shard.indices) and shard.indices[found] == index
+    return below(spot, shard, index), shard.links[found] if here else None
 
 
 def entry_name(shard: Shard, link: Link) -> bytes:
@@ -74,7 +74,7 @@ def placed(name: bytes, spot: Spot, shard: Shard) -> int:
 def subshard(node: Node) -> Shard:
     """`node`, found in a HAMT below its root. Raises Malformed if it is not a HAMT node, or if it is empty
     (an endless trie)."""
-    if not isinstance(node, Shard) or not node.slots:
+    if not isinstance(node, Shard) or not node.links:
         raise Malformed(
             f"{cids.brief(node.cid)}: is linked in a HAMT directory, but is not a HAMT node, or is an "
             "empty one"

@@ -1,6 +1,7 @@
 """What blocks mean: a verified block in, a file, directory, shard or symlink out.
 
-The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes.
+The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes. They
+are made when they are used: a node keeps its block and a few bytes for each link.
 `parse` is strict where the format has rules (https://specs.ipfs.tech/unixfs/): a block that breaks one raises
 Malformed.
 
@@ -8,15 +9,22 @@ Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give thos
 (MAX_PARSED_ON_LOOP).
 """
 
+import operator
+from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from itertools import accumulate, islice
+from typing import NamedTuple, overload
+
+import libipld
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link as Link
+from ipfsfuse.dag.dagpb import Links
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Malformed, Unsupported
 
@@ -50,6 +58,39 @@ class Child(NamedTuple):
     size: int
 
 
+class Children(Sequence[Child]):
+    """The children of a file node, made when they are used."""
+
+    __slots__ = ("_links", "_offsets")
+
+    def __init__(self, links: Links, offsets: "array[int]") -> None:
+        """`offsets` has one for each link, and the end of the last child."""
+        self._links = links
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    @overload
+    def __getitem__(self, index: int) -> Child: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Child]: ...
+    def __getitem__(self, index: int | slice) -> Child | list[Child]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(index)
+        offset = self._offsets[at]
+        return Child(self._links.cid(at), offset, self._offsets[at + 1] - offset)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def cids(self) -> list[Cid]:
+        return self._links.cids()
+
+
 @dataclass(frozen=True, slots=True)
 class Meta:
     """Stored attributes. `mode` is masked to 0o7777, None where none is stored; `mtime` in nanoseconds since
@@ -77,23 +118,46 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A basic directory: links in the order stored, and by name. Of two with one name the first counts."""
+    """A basic directory: links in the order stored. Of two with one name the first counts."""
 
     cid: Cid
-    links: Sequence[Link]
-    by_name: dict[bytes, Link]
+    links: Links
     meta: Meta = NO_META
+    _by_name: Sequence[int] = field(init=False, repr=False, compare=False)
+    """The indices of the links, sorted by name. The sort is stable: of equal names the first counts."""
+
+    def __post_init__(self) -> None:
+        names = self.links.names()
+        order: Sequence[int] = range(len(names))
+        if not all(map(operator.lt, names, islice(names, 1, None))):  # as no importer writes it
+            order = array("I", sorted(order, key=names.__getitem__))
+        object.__setattr__(self, "_by_name", order)
+
+    def find(self, name: bytes) -> Link | None:
+        """The entry `name`, or None."""
+        index = self._index(name)
+        return None if index is None else self.links[index]
+
+    def counts(self, index: int) -> bool:
+        """Whether the link at `index` is the first of its name."""
+        return isinstance(self._by_name, range) or self._index(self.links.name(index)) == index
+
+    def _index(self, name: bytes) -> int | None:
+        order = self._by_name
+        place = bisect_left(order, name, key=self.links.name)
+        return order[place] if place < len(order) and self.links.name(order[place]) == name else None
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One node of a HAMT directory. `slots` are (bit index, link) in bit order; a link's name is prefix +
-    entry name."""
+    """One node of a HAMT directory. A link's name is prefix + entry name."""
 
     cid: Cid
     width: int
     """Children per node: a power of two, 8 to 1024."""
-    slots: Sequence[tuple[int, Link]]
+    indices: Sequence[int]
+    """The bit index of each link, ascending."""
+    links: Links
     meta: Meta = NO_META
 
 
@@ -131,13 +195,46 @@ def parse(cid: Cid, block: bytes) -> Node:
 def children(node: Node) -> list[Cid]:
     """The CIDs that a node links."""
     if isinstance(node, File):
-        return [child.cid for child in node.children]
-    if isinstance(node, Directory):
-        return [link.cid for link in node.links]
-    return [link.cid for _index, link in node.slots] if isinstance(node, Shard) else []
+        return node.children.cids() if isinstance(node.children, Children) else []
+    return [] if isinstance(node, Symlink) else node.links.cids()
 
 
-def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
+def links(cid: Cid, block: bytes) -> list[Cid]:
+    """The CIDs that a block links, in their order: of dag-pb and dag-cbor; none of other codecs. Raises
+    Malformed."""
+    codec = cids.codec(cid)
+    if codec == cids.DAG_PB:
+        return dagpb.decode(block).links.cids()
+    if codec != cids.DAG_CBOR:
+        return []
+    try:
+        libipld.decode_dag_cbor(block)  # strict, where the pass below only looks for links
+    except (ValueError, RecursionError) as exc:
+        raise Malformed(f"{cids.brief(cid)}: not dag-cbor: {exc}") from exc
+    return _cbor_links(block)
+
+
+def _cbor_links(block: bytes) -> list[Cid]:
+    """The links in well-formed dag-cbor, in their order: a tag 42 and the bytes behind it. `libipld` gives
+    links and bytes alike, as bytes."""
+    found: list[Cid] = []
+    at, tagged = 0, False
+    while at < len(block):
+        major, value = block[at] >> 5, block[at] & 31
+        at += 1
+        if value >= 24:
+            size = 1 << (value - 24)
+            value = int.from_bytes(block[at : at + size])
+            at += size
+        if major in (2, 3):  # bytes or text
+            if tagged:
+                found.append(cids.decode(block[at + 1 : at + value]))  # behind a zero: the identity multibase
+            at += value
+        tagged = major == 6
+    return found
+
+
+def _node(cid: Cid, links: Links, message: UnixFS) -> Node:
     kind = message.type
     meta = NO_META
     if message.mode is not None or message.mtime is not None:
@@ -145,7 +242,7 @@ def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
     if kind is Type.FILE or kind is Type.RAW:
         return _file(cid, links, message, meta)
     if kind is Type.DIRECTORY:
-        return Directory(cid, links, {link.name: link for link in reversed(links)}, meta)
+        return Directory(cid, links, meta)
     if kind is Type.HAMT_SHARD:
         return _shard(cid, links, message, meta)
     if kind is Type.SYMLINK:
@@ -154,22 +251,19 @@ def _node(cid: Cid, links: list[Link], message: UnixFS) -> Node:
     raise Unsupported(f"{cids.brief(cid)}: UnixFS Metadata nodes are not shown")
 
 
-def _file(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> File:
+def _file(cid: Cid, links: Links, message: UnixFS, meta: Meta) -> File:
     sizes = message.blocksizes
     if len(sizes) != len(links):
         raise Malformed(f"a file node with {len(links)} links and {len(sizes)} block sizes")
     offset = inline = len(message.data or b"")
-    children: list[Child] = []
-    new = tuple.__new__
-    for link, size in zip(links, sizes, strict=True):
-        if link.name:
-            raise Malformed("a file node with a link that has a name")
-        children.append(new(Child, (link.cid, offset, size)))  # a third of what Child(...) costs
-        offset += size
+    if any(links.names()):
+        raise Malformed("a file node with a link that has a name")
+    offset += sum(sizes)
     if message.filesize is not None and message.filesize != offset:
         raise Malformed(f"a file node that says {message.filesize} bytes and holds {offset}")
     if offset > MAX_FILE:
         raise Malformed(f"a file of {offset} bytes is larger than a file system can hold")
+    children = Children(links, array("Q", accumulate(sizes, initial=inline))) if links else []
     return File(cid, offset, inline, children, meta)
 
 
@@ -182,7 +276,7 @@ def _symlink(cid: Cid, message: UnixFS, meta: Meta) -> Symlink:
     return Symlink(cid, target, meta)
 
 
-def _shard(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> Shard:
+def _shard(cid: Cid, links: Links, message: UnixFS, meta: Meta) -> Shard:
     width = message.fanout or 0
     if message.hash_type != MURMUR3:
         raise Malformed(f"a HAMT of hash type {message.hash_type}: only murmur3-x64-64 is known")
@@ -193,15 +287,15 @@ def _shard(cid: Cid, links: list[Link], message: UnixFS, meta: Meta) -> Shard:
         raise Malformed("a HAMT with a bit field wider than the node")
     if bits.bit_count() != len(links):
         raise Malformed(f"a HAMT with {bits.bit_count()} bits set and {len(links)} links")
-    slots: list[tuple[int, Link]] = []
+    indices = array("H")
     pad = prefix_length(width)
-    for link in links:
+    for name in links.names():
         index = (bits & -bits).bit_length() - 1
         bits &= bits - 1
-        if link.name[:pad] != b"%0*X" % (pad, index):
-            raise Malformed(f"a HAMT whose bit {index} has a link with the prefix {link.name[:pad]!r}")
-        slots.append((index, link))
-    return Shard(cid, width, slots, meta)
+        if name[:pad] != b"%0*X" % (pad, index):
+            raise Malformed(f"a HAMT whose bit {index} has a link with the prefix {name[:pad]!r}")
+        indices.append(index)
+    return Shard(cid, width, indices, links, meta)
 
 
 @cache

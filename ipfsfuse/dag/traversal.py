@@ -4,15 +4,16 @@ A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to 
 must be sent those nodes in the same order. It returns its result. The CIDs that it yields are distinct, and
 none of them is an identity CID. A walk that computes for long yields an empty sequence, so that other tasks
 can run. A walk keeps no state between calls, so it can be dropped at any yield. Because it does no I/O, a
-test without a network covers it, and each caller drives it in its own way (`vfs.tree.Tree.drive`,
-`cache.fsck`).
+test without a network covers it. `drive` runs it.
 
 `child` and `resolve` go down by name. `directory_pages.entries` lists a directory, and `file_layout.leaves`
 finds the leaves that hold a range of a file; both expand a `Frontier`.
+
+`BlockWalk` is the order in which all blocks of a DAG are visited, for whoever needs them all.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt
@@ -26,6 +27,19 @@ Ready = TypeVar("Ready")
 State = TypeVar("State")
 
 Walk = Generator[Sequence[Cid], Sequence[Node], T]
+
+
+async def drive(walk: Walk[T], fetch: Callable[[Sequence[Cid]], Awaitable[Sequence[Node]]]) -> T:
+    """Runs a walk to its result. `fetch` returns the nodes of its CIDs in their order. It is called without
+    CIDs where other tasks should run."""
+    try:
+        wanted = next(walk)
+        while True:
+            wanted = walk.send(await fetch(wanted))
+    except StopIteration as stop:
+        return cast(T, stop.value)
+    finally:
+        walk.close()
 
 
 def nodes(wanted: Sequence[Cid]) -> Walk[list[Node]]:
@@ -60,7 +74,7 @@ def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
     if not can_hold(name):
         return None
     if isinstance(parent, Directory):
-        return parent.by_name.get(name)
+        return parent.find(name)
     key, spot, shard = hamt.hash64(name), hamt.TOP, parent
     while True:
         spot, link = hamt.slot(shard, spot, key)
@@ -134,3 +148,57 @@ def known(frontier: Frontier[Ready, State]) -> list[Ready]:
             break
         parts.append(part)
     return parts
+
+
+# -- all blocks ----------------------------------------------------------------------------------------------
+
+
+class BlockWalk(Generic[State]):
+    """The order in which the blocks of some DAGs are visited: depth first, a parent before its children, the
+    children in their order, each CID once.
+
+    Iterate over it, get each block, and `add` the children. Two CIDs of one block with different codecs are
+    two: only one of them may have links. Raw identity CIDs are left out; another identity CID may have links
+    (`cid.known` has its block). `state` is whatever the caller has to know of a place.
+    """
+
+    def __init__(self, roots: Iterable[Cid], state: State) -> None:
+        self.seen: set[Cid] = set()
+        """The CIDs that were visited, in canonical form."""
+        self._waiting: list[Unexpanded[State]] = []
+        """What comes next stands last."""
+        self.add(roots, state)
+
+    def __iter__(self) -> Iterator[Unexpanded[State]]:
+        while found := self.take(1):
+            yield found[0]
+
+    def take(self, count: int) -> list[Unexpanded[State]]:
+        """The next `count` to visit, fewer at the end."""
+        found: list[Unexpanded[State]] = []
+        while self._waiting and len(found) < count:
+            item = self._waiting.pop()
+            if (cid := cids.canonical(item.cid)) not in self.seen:
+                self.seen.add(cid)
+                found.append(item)
+        return found
+
+    def put_back(self, items: Sequence[Unexpanded[State]]) -> None:
+        """Undoes `take` for the last of its items."""
+        self.seen.difference_update(cids.canonical(item.cid) for item in items)
+        self._waiting += reversed(items)
+
+    def upcoming(self, count: int) -> list[Cid]:
+        """At most `count` CIDs that will be visited soon, as far as is known."""
+        return [item.cid for item in self._waiting[: -count - 1 : -1] if not self._is_done(item.cid)]
+
+    def add(self, children: Iterable[Cid], state: State) -> None:
+        """What is visited next."""
+        new = [Unexpanded(cid, state) for cid in dict.fromkeys(children) if not self._is_done(cid)]
+        new.reverse()
+        self._waiting += new
+
+    def _is_done(self, cid: Cid) -> bool:
+        if cids.codec(cid) == cids.RAW and cids.multihash(cid)[:1] == b"\0":
+            return True
+        return cids.canonical(cid) in self.seen

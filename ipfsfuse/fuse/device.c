@@ -34,13 +34,17 @@
 #define REPLY_WAIT_MS 100   /* for room in a socket that stands in the device's place */
 #define MEMORY_TRIES 6      /* after 1, 2, 4, ... ms */
 
-struct request { struct request *next; size_t size; void *bytes; };
+struct request { struct request *next; size_t size; void *bytes; int64_t read_at; };
 
 static struct request *first, **last = &first;
 static size_t queued;
 static int over;            /* 1 when no more requests come, -errno when reading failed */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
+
+/* How long the request that pyfuse3 took last had waited for it, in nanoseconds. A handler that has not waited yet is
+ * serving that request. */
+int64_t device_waited;
 
 static int wakeup_fd = -1, device = -1, stop_fd = -1;
 static atomic_int stopping;
@@ -87,6 +91,14 @@ enum reply device_reply(int file, uint64_t unique, const void *body, size_t size
 
 static void wake(void) { eventfd_write(wakeup_fd, 1); }
 
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
 static void discard(struct request *one)
 {
 	if (one)
@@ -103,6 +115,7 @@ static struct request *copy_of(const char *bytes, size_t size)
 		return NULL;
 	}
 	one->size = size;
+	one->read_at = now_ns();
 	memcpy(one->bytes, bytes, size);
 	return one;
 }
@@ -133,14 +146,6 @@ static void end_with(int how)
 	over = how;
 	wake();
 	pthread_mutex_unlock(&lock);
-}
-
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
 /* Reads one request. Returns its size, 0 if no more will come, or -errno. Spins for a moment before it
@@ -288,6 +293,7 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *out)
 	if (!one)
 		return !how ? -EINTR : how < 0 ? how : 0; /* at EINTR pyfuse3 waits for the next request */
 	size = (int)one->size;
+	device_waited = now_ns() - one->read_at;
 	free(out->mem); /* pyfuse3 frees what we put there in its turn */
 	out->mem = one->bytes;
 	out->size = one->size;

@@ -39,6 +39,7 @@ _LIBRARY.opens_drain.argtypes = (_Drained,)
 _LIBRARY.opens_drain.restype = ctypes.c_uint32
 _LIBRARY.device_init.argtypes = _LIBRARY.device_start.argtypes = (ctypes.c_int,)
 _LIBRARY.device_init.restype = _LIBRARY.device_stop.restype = None
+_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
 _WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
@@ -86,6 +87,12 @@ class ReadWindows:
 
     def remove(self, offset: int) -> None:
         _WITH_LOCK.reads_remove(self._handle, offset)
+
+
+def waited() -> float:
+    """How many seconds the request that is being served had waited for Python. For a handler that has not
+    waited yet."""
+    return _WAITED.value * 1e-9
 
 
 def allow(inode: int) -> None:

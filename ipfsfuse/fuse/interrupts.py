@@ -6,6 +6,7 @@ those that have one pending.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import trio
@@ -66,15 +67,14 @@ class Interrupts:
 def signal_pending(pid: int) -> bool:
     """True if the thread `pid` has a signal pending that it does not block. False if it can't be told."""
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-            masks = {
-                key: int(value, 16)
-                for key, _, value in (line.partition(":") for line in status)
-                if key in _MASKS
-            }
-    except (OSError, ValueError):
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
+            found = _MASKS.search(status.read(1 << 16))
+    except OSError:
         return False
-    return bool((masks.get("SigPnd", 0) | masks.get("ShdPnd", 0)) & ~masks.get("SigBlk", 0))
+    if found is None:
+        return False
+    own, shared, blocked = (int(mask, 16) for mask in found.groups())
+    return bool((own | shared) & ~blocked)
 
 
-_MASKS = {"SigPnd", "ShdPnd", "SigBlk"}
+_MASKS = re.compile(rb"\nSigPnd:\s*([0-9a-f]+)\nShdPnd:\s*([0-9a-f]+)\nSigBlk:\s*([0-9a-f]+)\n")

@@ -114,9 +114,13 @@ class Operations(ReadOnlyOperations):
 
     @contextmanager
     def _call(self, name: str, caller: Caller) -> Iterator[None]:
-        """A call of the user `caller`, answered soon after its deadline whatever it waits for."""
+        """A call of the user `caller`, answered soon after its deadline whatever it waits for.
+
+        The deadline is counted from when the request was read. It leaves at least half of the time, for what
+        could be answered from the cache."""
         begun = trio.current_time()
-        deadline = begun + self._deadline
+        left = max(self._deadline - device.waited(), self._deadline / 2)
+        deadline = begun + left
         with translated:
             try:
                 with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:

@@ -13,8 +13,9 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb
+from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unsupported
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.local.car_writer import CarWriter
@@ -92,40 +93,28 @@ def _umask() -> int:
 
 
 async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportProgress | None) -> None:
-    waiting = [root]
-    seen: set[bytes] = set()
+    walk = BlockWalk([root], None)
+    written: set[bytes] = set()
     fetched: dict[Cid, bytes] = {}
-    while waiting:
-        cid = waiting.pop()
-        if _is_done(cid, seen):
-            continue
+    for cid, _state in walk:
         if cid not in fetched:
-            await _fetch(
-                [cid, *(ahead for ahead in waiting[:-_FETCHED_AHEAD:-1] if not _is_done(ahead, seen))],
-                get,
-                fetched,
-            )
+            await _fetch([cid, *walk.upcoming(_FETCHED_AHEAD - 1)], get, fetched)
         block = fetched.pop(cid)
-        seen.add(cids.multihash(cid))
+        below = _links(cid, block)
+        walk.add(below, None)
+        multihash = cids.multihash(cid)
+        if multihash in written or (not below and cids.inline(cid) is not None):
+            continue
+        written.add(multihash)
         await threads.run_sync(writer.add, cid, block)
-        waiting += reversed(_links(cid, block))
         if progress is not None:
             progress(writer.blocks, writer.size)
 
 
-def _is_done(cid: Cid, seen: set[bytes]) -> bool:
-    return cids.multihash(cid) in seen or (
-        cids.inline(cid) is not None and not _links(cid, cids.inline(cid) or b"")
-    )
-
-
 def _links(cid: Cid, block: bytes) -> list[Cid]:
-    codec = cids.codec(cid)
-    if codec == cids.RAW:
-        return []
-    if codec != cids.DAG_PB:
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, cids.DAG_CBOR):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
-    return [link.cid for link in dagpb.decode(block).links]
+    return nodes.links(cid, block)
 
 
 async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:

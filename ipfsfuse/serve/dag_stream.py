@@ -6,16 +6,13 @@ Concurrency: one task a stream. What is held is one block, and the links of its 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-import libipld
-
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, hamt, nodes, traversal
+from ipfsfuse.dag import hamt, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Directory, File, Node, Shard
 from ipfsfuse.errors import Malformed, NotFound, Unsupported
 from ipfsfuse.fileio import threads
 
-DAG_CBOR: Final = 0x71
 MAX_BLOCKS: Final = 200_000
 """Blocks of one stream. It ends there, cut off: the CIDs that were sent are kept, 20 MB."""
 MAX_DEPTH: Final = 2000
@@ -50,18 +47,15 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
         way.append(cid)
         return await _parsed(cid, await get(cid))
 
+    async def all_nodes(wanted: Sequence[Cid]) -> list[Node]:
+        return [await node(cid) for cid in wanted]
+
     entity = root
     for name in names:
         here = await node(entity)
         if not isinstance(here, Directory | Shard):
             raise NotFound(f"{cids.brief(entity)} is not a directory")
-        steps = traversal.child(here, name)
-        try:
-            wanted = next(steps)
-            while True:
-                wanted = steps.send([await node(cid) for cid in wanted])
-        except StopIteration as stop:
-            link = stop.value
+        link = await traversal.drive(traversal.child(here, name), all_nodes)
         if link is None:
             raise NotFound(f"{cids.brief(entity)} has no entry {name!r}")
         entity = link.cid
@@ -132,11 +126,11 @@ async def _below(visit: _Visit, block: bytes, scope: str, span: Span | None) -> 
 
 def _children(visit: _Visit, block: bytes, scope: str, span: Span | None) -> list[_Visit]:
     if scope == "all" and visit.wanted is None and (span is None or span == Span(0, None)):
-        return [_Visit(cid) for cid in links(visit.cid, block)]
+        return [_Visit(cid) for cid in nodes.links(visit.cid, block)]
     try:
         node = nodes.parse(visit.cid, block)
     except (Malformed, Unsupported):  # an entity that is not UnixFS is its block
-        return [_Visit(cid) for cid in links(visit.cid, block)] if scope == "all" else []
+        return [_Visit(cid) for cid in nodes.links(visit.cid, block)] if scope == "all" else []
     if isinstance(node, File):
         wanted = visit.wanted
         if span is not None and span != Span(0, None):
@@ -149,7 +143,7 @@ def _children(visit: _Visit, block: bytes, scope: str, span: Span | None) -> lis
     if scope == "all":
         return [_Visit(cid) for cid in nodes.children(node)]
     if isinstance(node, Shard):
-        return [_Visit(link.cid) for _slot, link in node.slots if not hamt.entry_name(node, link)]
+        return [_Visit(link.cid) for link in node.links if not hamt.entry_name(node, link)]
     return []
 
 
@@ -161,38 +155,3 @@ def _bytes_of(span: Span, size: int) -> tuple[int, int]:
 
 def _overlaps(wanted: tuple[int, int], offset: int, size: int) -> bool:
     return offset < wanted[1] and offset + size > wanted[0]
-
-
-def links(cid: Cid, block: bytes) -> list[Cid]:
-    """The CIDs that a block links, in their order: of dag-pb and dag-cbor; none of other codecs. Raises
-    Malformed."""
-    codec = cids.codec(cid)
-    if codec == cids.DAG_PB:
-        return [link.cid for link in dagpb.decode(block).links]
-    if codec != DAG_CBOR:
-        return []
-    try:
-        libipld.decode_dag_cbor(block)  # strict, where the pass below only looks for links
-    except (ValueError, RecursionError) as exc:
-        raise Malformed(f"{cids.brief(cid)}: not dag-cbor: {exc}") from exc
-    return _cbor_links(block)
-
-
-def _cbor_links(block: bytes) -> list[Cid]:
-    """The links in well-formed dag-cbor, in their order: a tag 42 and the bytes behind it. `libipld` gives
-    links and bytes alike, as bytes."""
-    found: list[Cid] = []
-    at, tagged = 0, False
-    while at < len(block):
-        major, value = block[at] >> 5, block[at] & 31
-        at += 1
-        if value >= 24:
-            size = 1 << (value - 24)
-            value = int.from_bytes(block[at : at + size])
-            at += size
-        if major in (2, 3):  # bytes or text
-            if tagged:
-                found.append(cids.decode(block[at + 1 : at + value]))  # behind a zero: the identity multibase
-            at += value
-        tagged = major == 6
-    return found

@@ -48,7 +48,7 @@ class Request:
 
     def for_fetch(self) -> "Request":
         """The request of a fetch that ends with the last call that waits for it (`join`)."""
-        request = self.for_background()
+        request = Request(self.caller, number=self.number)
         request.wanted_until = -math.inf
         return request
 

@@ -6,6 +6,7 @@ one open file, `SmallFileBuffer` whole small files that arrived with their direc
 Concurrency: the event loop's.
 """
 
+from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -17,9 +18,6 @@ MAX_LEAVES = 64 << 20
 """Bytes of leaves that may be in flight, for all open files together."""
 BEHIND = 4 << 20
 """Bytes that a leaf may be behind the reader before it is dropped: the kernel asks a little out of order."""
-STEP = 256 << 10
-"""Bytes between two looks for leaves that are behind. A look costs time for each leaf, and a file may have
-one for each KiB."""
 UNSEEN = 4 << 20
 """Bytes that a reader may take in C without a call to Python. The next fetch may begin so much later."""
 MAX_SMALL_FILES = 16 << 20
@@ -57,8 +55,9 @@ class PrefetchBuffer:
         self._size = size
         self._windows = windows
         self._closed = False
-        self._passed = 0
-        self._leaves: OrderedDict[int, Content] = OrderedDict()
+        self._leaves: dict[int, Content] = {}
+        self._starts: list[int] = []
+        """Their offsets, sorted."""
 
     def __len__(self) -> int:
         return len(self._leaves)
@@ -67,6 +66,7 @@ class PrefetchBuffer:
         """Keeps a leaf for the reader, if the budget allows."""
         if len(content) <= self._budget.left and offset not in self._leaves and not self._closed:
             self._leaves[offset] = content
+            insort(self._starts, offset)
             self._budget.left -= len(content)
             if self._windows is not None:
                 end = offset + len(content)
@@ -75,19 +75,42 @@ class PrefetchBuffer:
     def get(self, offset: int) -> Content | None:
         return self._leaves.get(offset)
 
+    def read(self, offset: int, size: int) -> Content | None:
+        """What a sequential reader asks for, if leaves here hold all of it. Leaves of which it has then read
+        the last byte, or that it has left behind, are dropped."""
+        parts: list[memoryview] = []
+        done: list[int] = []
+        first, end, at = offset, offset + size, bisect_right(self._starts, offset) - 1
+        while offset < end:
+            if not 0 <= at < len(self._starts):
+                return None
+            start = self._starts[at]
+            content = self._leaves[start]
+            stop = min(end, start + len(content))
+            if not start <= offset < stop:
+                return None
+            parts.append(memoryview(content)[offset - start : stop - start])
+            if stop == start + len(content):
+                done.append(start)
+            offset, at = stop, at + 1
+        if end == self._size:
+            self.clear()  # leaves that were read in C are still there
+        else:
+            for start in done:
+                self.drop(start)
+            while self._starts and self._starts[0] + len(self._leaves[self._starts[0]]) <= first - BEHIND:
+                self.drop(self._starts[0])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     def passed(self, offset: int) -> None:
-        """Everything before `offset` was read. Leaves well behind it are dropped, now or a little later."""
-        if abs(offset - self._passed) < STEP:
-            return
-        self._passed = offset
-        for start in [
-            start for start, content in self._leaves.items() if start + len(content) <= offset - BEHIND
-        ]:
-            self.drop(start)
+        """Everything before `offset` was read. Leaves well behind it are dropped."""
+        while self._starts and self._starts[0] + len(self._leaves[self._starts[0]]) <= offset - BEHIND:
+            self.drop(self._starts[0])
 
     def drop(self, offset: int) -> None:
         content = self._leaves.pop(offset, None)
         if content is not None:
+            del self._starts[bisect_right(self._starts, offset) - 1]
             self._budget.left += len(content)
             if self._windows is not None:
                 self._windows.remove(offset)

@@ -15,6 +15,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
+from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import NotALeaf
 from ipfsfuse.vfs.tree import Tree
 
@@ -54,9 +55,7 @@ async def fetch_all(
 
 
 def _claimed(node: Node) -> int:
-    if isinstance(node, Directory):
-        return sum(link.tsize for link in node.links)
-    return sum(link.tsize for _index, link in node.slots) if isinstance(node, Shard) else 0
+    return sum(link.tsize for link in node.links) if isinstance(node, Directory | Shard) else 0
 
 
 class _Job:
@@ -65,37 +64,34 @@ class _Job:
         self._tree = tree
         self._on_progress = on_progress
         self._on_file = on_file
-        self._seen: set[Cid] = set()
         self._free = trio.Semaphore(FILES_TOGETHER)
         self._failed: list[Exception] = []
 
     async def run(self, root: Node, depth: int | None) -> None:
-        stack: list[tuple[Cid, int | None]] = [(root.cid, depth)]
+        walk = BlockWalk([root.cid], depth)
         async with trio.open_nursery() as nursery:
-            while stack and not self._failed:
-                cid, left = stack.pop()
-                if cids.canonical(cid) in self._seen:
-                    continue
-                self._seen.add(cids.canonical(cid))
+            for cid, left in walk:
+                if self._failed:
+                    break
                 node = await self._tree.node(cid)
                 if isinstance(node, Directory | Shard):
                     self.totals.directories += 1
                     if left is None or left > 0:
-                        await self._list(cid, None if left is None else left - 1, stack)
+                        walk.add(await self._entries(cid), None if left is None else left - 1)
                 elif isinstance(node, File):
                     await self._free.acquire()
                     nursery.start_soon(self._file, node, nursery.cancel_scope)
         if self._failed:
             raise self._failed[0]
 
-    async def _list(self, cid: Cid, left: int | None, stack: list[tuple[Cid, int | None]]) -> None:
+    async def _entries(self, cid: Cid) -> list[Cid]:
         after, end = 0, False
-        found: list[tuple[Cid, int | None]] = []
+        found: list[Cid] = []
         while not end:
             page = await self._tree.entries(cid, after)
-            found += [(entry.cid, left) for entry in page.entries]
+            found += [entry.cid for entry in page.entries]
             end, after = page.end, page.entries[-1].place if page.entries else after
-        stack.extend(reversed(found))
+        return found
 
     async def _file(self, file: File, scope: trio.CancelScope) -> None:
         try:

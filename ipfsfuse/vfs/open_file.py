@@ -101,6 +101,10 @@ class OpenFile:
         window = self._ahead.note(offset, size)
         if window is not None:
             self._tree.nursery.start_soon(self._bring, window)
+        if self._ahead.sequential and self._tree.use is None:
+            buffered = self._buffer.read(offset, size)
+            if buffered is not None:
+                return buffered
         try:
             return await self._range(offset, size)
         except NotALeaf:

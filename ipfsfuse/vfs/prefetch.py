@@ -171,14 +171,12 @@ class SubtreePrefetcher:
 
 
 def _deeper(shard: Shard) -> list[Cid]:
-    return [link.cid for _index, link in shard.slots if not hamt.entry_name(shard, link)]
+    return [link.cid for link in shard.links if not hamt.entry_name(shard, link)]
 
 
 def _links(node: Node) -> Sequence[Link]:
     """The links of a directory, or of one node of a HAMT. Nothing for any other node."""
-    if isinstance(node, Directory):
-        return node.links
-    return [link for _index, link in node.slots] if isinstance(node, Shard) else ()
+    return node.links if isinstance(node, Directory | Shard) else ()
 
 
 Fetch = Callable[[Cid], Awaitable[Node]]

@@ -5,7 +5,7 @@ What takes long to import is imported when it is needed: a guest on a live mount
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ipfsfuse_run import sandbox, supervisor
 from ipfsfuse_run.child import Plan
@@ -26,13 +26,18 @@ def execute(options: Options) -> Outcome:
 
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
-        return _run_on(mount.mountpoint, options, mount.mount_id, close=(mount.control.fileno(),))
+        names = mounts.resolved(options, mount)
+        return _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
 
 
 def _run_on(
-    mountpoint: str, options: Options, mount_id: int | None = None, close: Sequence[int] = ()
+    mountpoint: str,
+    options: Options,
+    mount_id: int | None = None,
+    names: Mapping[str, str] = sandbox.NO_NAMES,
+    close: Sequence[int] = (),
 ) -> Outcome:
-    plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint, mount_id), mount_id)
+    plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint, mount_id, names), mount_id)
     streams = supervisor.direct_streams(options.limits, any(each.writable for each in options.dirs))
     outcome = supervisor.run(plan, streams, close)
     if outcome.trap is not None:

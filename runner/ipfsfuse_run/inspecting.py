@@ -149,7 +149,7 @@ class Walk:
         if isinstance(node, Directory):
             yield from ((link.cid, link.name) for link in node.links)
             return
-        for index, link in node.slots:
+        for index, link in zip(node.indices, node.links, strict=True):
             below = hamt.below(spot, node, index)
             entry = hamt.entry_name(node, link)
             if entry:

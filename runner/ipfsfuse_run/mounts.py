@@ -23,7 +23,7 @@ from typing import NamedTuple
 import ipfsfuse
 from ipfsfuse.client import Connection
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, MountFailed, StoreFailed, UsageError
-from ipfsfuse_run.errors import say
+from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.sandbox import cache_home
 
@@ -298,6 +298,21 @@ def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
 
 
 # -- what a guest can tell others --------------------------------------------------------------------------
+
+
+def resolved(options: Options, mount: Mount) -> dict[str, str]:
+    """What each of the run's IPNS names stands for now: a path below the mountpoint. Raises GuestRefused,
+    UsageError."""
+    found: dict[str, str] = {}
+    for name in options.ipns:
+        if "/" in name or name in ("", ".", ".."):
+            raise UsageError(f"--ipns {name} is not a name: give the name alone, without /ipns/ and a path")
+        try:
+            path = str(mount.control.ask("resolve", name=name)["path"])
+        except IpfsFuseError as exc:
+            raise GuestRefused(f"--ipns {name}: {exc}") from exc
+        found[name] = path.removeprefix("/ipfs/")
+    return found
 
 
 def warn_of_disclosure(options: Options, mount: Mount) -> None:

@@ -37,6 +37,8 @@ class Options(NamedTuple):
     """Passed on to `ipfsfuse mount` as they came."""
     allow: tuple[str, ...] = ()
     """CIDs, or files that list some."""
+    ipns: tuple[str, ...] = ()
+    """IPNS names and domains that the guest has below /ipns."""
     cache_dir: str | None = None
     isolated: bool = False
     record: str | None = None
@@ -144,13 +146,20 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
         metavar="CID|FILE",
         help="only these CIDs, and what they hold (implies --isolated)",
     )
+    group.add_argument(
+        "--ipns",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an IPNS name or a domain: what it stands for when the run begins is the folder /ipns/NAME",
+    )
     for name in PASSED_ON:
         group.add_argument(name, action="append", default=[], metavar=name[2:].upper().replace("-", "_"))
     group.add_argument("--cache-dir", metavar="DIR")
     group.add_argument("--offline", action="store_true")
 
 
-PASSED_ON = ("--from", "--budget", "--reserve", "--deadline", "--library")
+PASSED_ON = ("--from", "--budget", "--reserve", "--deadline", "--library", "--dns", "--router")
 """Options of `ipfsfuse mount` with a value, passed on unread."""
 
 
@@ -187,6 +196,7 @@ def parse(argv: Sequence[str]) -> Options:
         mount=seen["mount"],
         mount_options=_passed_on(seen),
         allow=tuple(seen["allow"]),
+        ipns=tuple(seen["ipns"]),
         cache_dir=seen["cache_dir"],
         isolated=seen["isolated"],
         record=seen["record"],
@@ -233,6 +243,7 @@ def _check(options: Options) -> None:
             "--isolated": options.isolated,
             "--allow": options.allow,
             "--record": options.record,
+            "--ipns": options.ipns,
             "--cache-dir": options.cache_dir,
         }
         for name in [
@@ -240,6 +251,10 @@ def _check(options: Options) -> None:
             *(each.partition("=")[0] for each in options.mount_options),
         ]:
             raise UsageError(f"--mount uses that mount as it is: {name} can't go with it")
+    if options.ipns and options.record is not None:
+        raise UsageError(
+            "--record with --ipns: what a name stands for can't be repeated; give the guest /ipfs/CID instead"
+        )
     if options.limits.max_stdin is not None and options.record is None:
         raise UsageError(
             "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"

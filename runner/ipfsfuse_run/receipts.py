@@ -497,7 +497,7 @@ class Bundle:
         cid = self._root
         for name in names:
             node = self.node(cid)
-            found = node.by_name.get(os.fsencode(name)) if isinstance(node, Directory) else None
+            found = node.find(os.fsencode(name)) if isinstance(node, Directory) else None
             if found is None:
                 return None
             cid = found.cid

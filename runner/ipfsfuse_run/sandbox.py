@@ -12,8 +12,9 @@ import posixpath
 import resource
 import signal
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ipfsfuse.errors import StoreFailed, UsageError
@@ -21,7 +22,10 @@ from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Dir, Options
 
-IPFS = "/ipfs"
+IPFS, IPNS = "/ipfs", "/ipns"
+
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class Preopen(NamedTuple):
@@ -31,7 +35,7 @@ class Preopen(NamedTuple):
     guest: str
     writable: bool
     mount_id: int | None = None
-    """The kernel's number of the mount that `host` must be the top of; None for any folder."""
+    """The kernel's number of the mount that `host` must be in; None for any folder."""
 
 
 class Sandbox(NamedTuple):
@@ -49,15 +53,17 @@ class Sandbox(NamedTuple):
         return ({} if self.cwd is None else {"PWD": self.cwd}) | dict(self.env)
 
 
-def build(options: Options, mountpoint: str, mount_id: int | None = None) -> Sandbox:
-    """Raises UsageError, StoreFailed."""
+def build(
+    options: Options, mountpoint: str, mount_id: int | None = None, names: Mapping[str, str] = NO_NAMES
+) -> Sandbox:
+    """`names`: what each IPNS name stands for, a path below the mountpoint. Raises UsageError,
+    StoreFailed."""
     argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
-    names = [options.cwd or "", *(each.guest for each in options.dirs)]
-    for text in (*argv, *names, *(part for variable in options.env for part in variable)):
+    guests = [options.cwd or "", *(each.guest for each in options.dirs)]
+    for text in (*argv, *guests, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)
-    return Sandbox(
-        argv, options.env, preopens(mountpoint, options.dirs, mount_id), options.cwd, options.limits
-    )
+    folders = preopens(mountpoint, options.dirs, mount_id, names)
+    return Sandbox(argv, options.env, folders, options.cwd, options.limits)
 
 
 def _check_text(text: str) -> None:
@@ -69,16 +75,24 @@ def _check_text(text: str) -> None:
         ) from exc
 
 
-def preopens(mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None) -> list[Preopen]:
-    """`/`, `/ipfs` and `dirs`, in this order. Nothing is opened. Raises UsageError for a name that the guest
-    can't have."""
+def preopens(
+    mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None, names: Mapping[str, str] = NO_NAMES
+) -> list[Preopen]:
+    """`/`, `/ipfs`, what is below `/ipns`, and `dirs`, in this order. Nothing is opened. Raises UsageError
+    for a name that the guest can't have."""
     found = [Preopen(mountpoint, IPFS, writable=False, mount_id=mount_id)]
+    for name, path in names.items():
+        found.append(
+            Preopen(os.path.join(mountpoint, path), f"{IPNS}/{name}", writable=False, mount_id=mount_id)
+        )
     for each in dirs:
         guest = posixpath.normpath(each.guest)
         if guest == ".." or guest.startswith("../") or "\0" in guest:
             raise UsageError(f"--dir {each.host}::{each.guest}: the guest's name for it can't lead upward")
         if _below("/" + guest.lstrip("/"), IPFS):  # WASI's C library takes `ipfs` and `//ipfs` for it too
             raise UsageError(f"--dir {each.host}::{each.guest}: /ipfs is the mount's")
+        if names and _below("/" + guest.lstrip("/"), IPNS):
+            raise UsageError(f"--dir {each.host}::{each.guest}: /ipns has the names given with --ipns")
         found.append(Preopen(each.host, guest, each.writable))
     if not any(each.guest == "/" for each in found):
         found.insert(0, Preopen(str(_root([each.guest for each in found])), "/", writable=False))

@@ -45,7 +45,7 @@ def test_mode_is_masked_and_time_kept_to_the_nanosecond() -> None:
 def test_of_two_entries_with_one_name_the_first_counts() -> None:
     found = parse(block(UnixFS(Type.DIRECTORY), Link(A, b"n", 1), Link(B, b"n", 2), Link(B, b"m", 3)))
     assert isinstance(found, Directory)
-    assert found.by_name == {b"n": Link(A, b"n", 1), b"m": Link(B, b"m", 3)}
+    assert [found.find(name) for name in (b"n", b"m", b"o")] == [Link(A, b"n", 1), Link(B, b"m", 3), None]
     assert len(found.links) == 3
 
 
@@ -59,7 +59,7 @@ def test_a_shard_has_its_slots_in_bit_order() -> None:
     links = [Link(A, b"03name", 1), Link(B, b"FF", 2)]
     found = parse(shard(256, [3, 255], links))
     assert isinstance(found, Shard)
-    assert list(found.slots) == [(3, links[0]), (255, links[1])]
+    assert list(zip(found.indices, found.links, strict=True)) == [(3, links[0]), (255, links[1])]
     assert found.width == 256
 
 
@@ -76,7 +76,7 @@ def test_a_bit_field_may_keep_its_leading_zeros() -> None:
     message = UnixFS(Type.HAMT_SHARD, bytes(31) + b"\x08", hash_type=0x22, fanout=256)
     found = parse(block(message, Link(A, b"03n", 1)))
     assert isinstance(found, Shard)
-    assert [index for index, _ in found.slots] == [3]
+    assert list(found.indices) == [3]
 
 
 MALFORMED = {

@@ -184,3 +184,31 @@ def test_a_directory_in_an_identity_cid() -> None:
     heap.put(b"a", RAW)
     assert heap.drive(traversal.resolve(IpfsPath(identity(inner, 0x70), (b"f",)))) == File(A, 1, 1, ())
     assert heap.fetched == [A]
+
+
+def test_all_blocks_come_once_parents_first_and_children_in_their_order() -> None:
+    below = {b"root": [b"a", b"b", b"a"], b"a": [b"c", b"d"], b"b": [b"d", b"e"]}
+    names = {cid_of(name): name for name in (b"root", b"a", b"b", b"c", b"d", b"e")}
+    walk = traversal.BlockWalk([cid_of(b"root")], 0)
+    order = []
+    for cid, depth in walk:
+        order.append((names[cid], depth))
+        walk.add([cid_of(child) for child in below.get(names[cid], ())], depth + 1)
+    assert order == [(b"root", 0), (b"a", 1), (b"c", 2), (b"d", 2), (b"b", 1), (b"e", 2)]
+    assert walk.seen == set(names)
+
+
+def test_some_blocks_of_a_walk_are_taken_and_put_back() -> None:
+    cids = [cid_of(b"%d" % number) for number in range(6)]
+    walk = traversal.BlockWalk(cids, None)
+    assert walk.upcoming(2) == cids[:2]
+    taken = walk.take(4)
+    walk.put_back(taken[1:])
+    walk.add([cids[0], cids[5]], None)
+    assert [cid for cid, _state in walk] == [cids[5], *cids[1:5]]
+
+
+def test_a_walk_leaves_out_bytes_in_a_cid_but_no_node_in_one() -> None:
+    node = identity(dagpb.encode([Link(A, b"f", 1)], unixfs.encode(UnixFS(Type.DIRECTORY))), 0x70)
+    walk = traversal.BlockWalk([identity(b"bytes"), node, A], None)
+    assert [cid for cid, _state in walk] == [node, A]

@@ -22,7 +22,7 @@ from tests.faults.gateway import Gateway
 from tests.mounting import NOBODY, Home, command_of, wait_until
 
 STALLED = int(os.environ.get("IPFSFUSE_STALLED", "600"))
-DEADLINE = 8 if STALLED <= 1000 else 20
+DEADLINE = 8 if STALLED <= 1000 else 60
 """Seconds: enough for a crowd to have begun, and be waiting, on a shared machine."""
 FILES = 10
 BEFORE = 40
@@ -124,9 +124,7 @@ def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_
     took = json.loads(out)
     assert len(took) == STALLED
     assert min(took) > DEADLINE / 2, "none was there"
-    assert max(took) <= DEADLINE + 1 + 2 * arrival, (
-        "they come and go together, on a machine that others use too"
-    )
+    assert max(took) <= DEADLINE + 1 + arrival / 3, "they end together, on a machine that others use too"
 
 
 def all_wait(source: dict[str, Any]) -> bool:

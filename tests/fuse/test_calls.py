@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from ipfsfuse.errors import NotFound
+from ipfsfuse.fuse import device
 from ipfsfuse.fuse.operations import GRACE, Operations
 from ipfsfuse.sources.base import current_request
 
@@ -27,6 +28,19 @@ def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadli
             await trio.sleep_forever()
         assert raised.value.errno == errno.ETIMEDOUT
         assert trio.current_time() == pytest.approx(3 + GRACE)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize(("waited", "left"), [(0.0, 30), (10.0, 20), (1000.0, 15)])
+def test_the_deadline_is_counted_from_when_the_request_was_read(
+    waited: float, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "waited", lambda: waited)
+
+    async def main() -> None:
+        with operations(30)._call(1000):
+            assert current_request().deadline == trio.current_time() + left
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 

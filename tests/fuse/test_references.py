@@ -230,7 +230,7 @@ def test_a_listing_that_fails_half_way_gives_what_came_before_and_then_the_error
     empty = cids.EMPTY
     shards = nodes.parse(root, heap.block(root))
     assert isinstance(shards, nodes.Shard)
-    heap.by_hash[cids.multihash(shards.slots[200][1].cid)] = b"not a shard"
+    heap.by_hash[cids.multihash(shards.links[200].cid)] = b"not a shard"
     broken.dag.blocks = heap.by_hash
     folder = (cids.text(root).encode(),)
     broken.things = {folder: Thing(DIRECTORY, root)} | {

@@ -18,6 +18,7 @@ from ipfsfuse.sources.local.library import Library, LibrarySource
 from tests.importer.repo import Repo
 from tests.importer.trees import LINKS, Bytes, Dir, at_threshold, write
 from tests.kubo.fixtures import need_kubo
+from tests.sources.libraries import multihash, parent, raw
 
 MIB = 1 << 20
 
@@ -123,14 +124,42 @@ def test_what_can_not_be_written_or_walked_is_named(tmp_path: Path, library: Lib
     assert (tmp_path / "link").is_symlink()
 
     async def get(_cid: Cid) -> bytes:
-        return b"\xa0"
+        return b"{}"
 
-    cbor = cids.decode(
-        bytes.fromhex("01711220")
-        + bytes.fromhex("c19a797fa1fd590cd2e5b42d1cf5f246e29b91684e2f87404b81dc345c7a56a0")
-    )
-    with pytest.raises(Unsupported, match="cbor"):
-        trio.run(export, cbor, get, tmp_path / "out.car")
+    json = cids.make(0x0129, multihash(b"{}"))
+    with pytest.raises(Unsupported, match="dag-json"):
+        trio.run(export, json, get, tmp_path / "out.car")
+
+
+def blocks_of_export(root: Cid, blocks: list[tuple[Cid, bytes]], file: Path) -> list[bytes]:
+    """The multihashes in the CAR of `root`, in order."""
+    by_hash = {cids.multihash(cid): block for cid, block in blocks}
+
+    async def get(cid: Cid) -> bytes:
+        return by_hash[cids.multihash(cid)]
+
+    trio.run(export, root, get, file)
+    car = CarFile(file)
+    found = [cids.multihash(section.cid) for section in sections(car)]
+    car.close()
+    return found
+
+
+def test_a_block_that_is_linked_as_bytes_and_as_a_node_is_there_with_all_below_it(tmp_path: Path) -> None:
+    leaf = raw(1)
+    node = parent([leaf])
+    as_bytes = (cids.make(cids.RAW, cids.multihash(node[0])), node[1])
+    root = parent([as_bytes, node])
+    found = blocks_of_export(root[0], [leaf, node, root], tmp_path / "out.car")
+    assert found == [cids.multihash(cid) for cid, _block in (root, node, leaf)]
+
+
+def test_what_dag_cbor_links_is_exported(tmp_path: Path) -> None:
+    leaf = raw(1)
+    block = b"\xa1\x61x\xd8\x2a\x58\x25\0" + leaf[0]
+    root = (cids.make(cids.DAG_CBOR, multihash(block)), block)
+    found = blocks_of_export(root[0], [leaf, root], tmp_path / "out.car")
+    assert found == [cids.multihash(cid) for cid, _block in (root, leaf)]
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -144,7 +144,7 @@ def shards(cid: str = HAMT) -> list[str]:
     """The inner nodes of the HAMT below `cid`, depth first."""
     node = nodes.parse(cids.parse(cid), block(cid))
     assert isinstance(node, nodes.Shard)
-    inner = [cids.text(link.cid) for _slot, link in node.slots if len(link.name) == 2]
+    inner = [cids.text(link.cid) for link in node.links if len(link.name) == 2]
     return [found for each in inner for found in (each, *shards(each))]
 
 

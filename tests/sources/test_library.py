@@ -14,8 +14,8 @@ from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import BlockTooLarge, NotFound, NotHere, StoreFailed
 from ipfsfuse.sources.base import Block, LeafRange
 from ipfsfuse.sources.local import library as libraries
-from ipfsfuse.sources.local.library import Library, LibrarySource
-from tests.sources.libraries import add, dag, multihash, packs, raw
+from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
+from tests.sources.libraries import add, dag, multihash, packs, parent, raw
 
 
 @pytest.fixture
@@ -148,6 +148,22 @@ def test_the_source_gets_and_streams(library: Library) -> None:
     expected = dict(enumerate(block for _cid, block in [*small[:-1], raw(9999), *large[:-1]]))
     del expected[300]
     assert got == expected
+
+
+def test_a_block_that_is_linked_as_bytes_and_as_a_node_keeps_all_below_it(library: Library) -> None:
+    unneeded, leaf = dag(range(100, 140)), raw(1)
+    node = parent([leaf])
+    as_bytes = (cids.make(cids.RAW, cids.multihash(node[0])), node[1])
+    root = parent([node, as_bytes])
+    with library.open_writer() as writer:
+        for cid, block in [*unneeded, leaf, node, root]:
+            writer.put(cid, block)
+        writer.commit([NewRoot(root[0], "kept", 1), NewRoot(unneeded[-1][0], "unneeded", 1)])
+    library.remove(unneeded[-1][0])
+    fresh = Library(library.folder)
+    assert not fresh.contains(cids.multihash(unneeded[0][0])), "the pack was written anew"
+    assert [fresh.block(cid) for cid, _block in (root, node, leaf)] == [root[1], node[1], leaf[1]]
+    fresh.close()
 
 
 def test_many_small_packs_become_one(library: Library) -> None:

@@ -33,18 +33,18 @@ class Callers:
         """A request that takes so long; whenever it is displaced, it is made again. Seconds until it first
         started."""
         with request_of(caller):
-            retried, waited = False, 0.0
+            retried, first, waited = False, True, 0.0
             while True:
                 began = trio.current_time()
-                async with self.limiter.enter(retried=retried) as place:
-                    if not retried:
+                async with Place(self.limiter, retried, again=not first) as place:
+                    if first:
                         waited = trio.current_time() - began
                         self.waited.append(waited)
                     await trio.sleep(seconds)
                     return waited
                 assert place.displaced
                 self.displaced += 1
-                retried = True
+                first, retried = False, retried or not place.early
 
     def crowd(self, count: int, caller: Caller, seconds: float = float("inf")) -> None:
         for _ in range(count):
@@ -70,6 +70,29 @@ def test_a_new_request_starts_within_a_tenth_of_a_second_however_many_stalled_on
                     NEW + late_after + 0.1
                 ):  # it is not displaced before such an answer came
                     assert await callers.one(caller, late_after) <= NEW
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_crowd_that_goes_on_coming_leaves_each_the_time_for_an_answer() -> None:
+    """Once, each was displaced by those behind it before a slow source could answer."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            callers = Callers(ConcurrencyLimiter(RUNNING, LATE, lambda: 0.4), nursery)
+            answered: list[float] = []
+
+            async def healthy() -> None:
+                await callers.one(ALICE, 0.39)
+                answered.append(trio.current_time())
+
+            for _ in range(50):
+                nursery.start_soon(healthy)
+                callers.crowd(19, ALICE)
+                await trio.sleep(0.05)
+            await trio.sleep(1)
+            assert len(answered) >= 20
             nursery.cancel_scope.cancel()
 
     run(main)
@@ -104,7 +127,7 @@ def test_of_callers_that_both_want_all_each_gets_half() -> None:
             async def reader(caller: Caller) -> None:
                 with request_of(caller):
                     while True:
-                        async with limiter.enter():
+                        async with Place(limiter):
                             await trio.sleep(0.05)
                             done.append(caller)
 
@@ -156,7 +179,7 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
 
             async def old() -> None:
                 set_request(request)
-                async with limiter.enter():
+                async with Place(limiter):
                     started.append(trio.current_time())
 
             with request_of(ALICE):
@@ -192,7 +215,7 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
                     set_request(request)
                     retried = False
                     while True:
-                        async with limiter.enter(retried=retried):
+                        async with Place(limiter, retried):
                             began.append(trio.current_time())
                             await trio.sleep_forever()
                         retried = True
@@ -267,7 +290,7 @@ def test_a_cancelled_waiter_takes_no_place() -> None:
 
         async def work() -> None:
             nonlocal running, most
-            async with limiter.enter():
+            async with Place(limiter):
                 running += 1
                 most = max(most, running)
                 await trio.sleep(1)
@@ -324,7 +347,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
             await trio.sleep(chance.uniform(0, 10))
             with request_of(caller), trio.move_on_after(chance.choice([0.01, 1, 10, 100])):
                 for _ in range(chance.randrange(1, 10)):
-                    async with limiter.enter(retried=retried) as place:
+                    async with Place(limiter, retried) as place:
                         inside.add(place)
                         assert limiter.in_flight <= running + late
                         try:

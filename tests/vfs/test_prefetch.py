@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node
 from ipfsfuse.errors import Unavailable
@@ -160,7 +161,7 @@ def test_who_reads_what_a_directory_holds_finds_the_next_ones_brought_in_with_al
     async def main() -> None:
         async def bring(cid: Cid) -> Node:
             await trio.lowlevel.checkpoint()
-            return Directory(cid, [Link(child(1), b"x", 1)], {})
+            return Directory(cid, dagpb.decode(dagpb.encode([Link(child(1), b"x", 1)], None)).links)
 
         def contents_of(node: Node) -> trio.Event:
             whole.append(node.cid)

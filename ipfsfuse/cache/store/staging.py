@@ -348,7 +348,8 @@ class Staging:
                 return self._open(entry, os.O_RDONLY)
 
     def _open(self, entry: Entry, flags: int) -> int:
-        return self.folder.open(_name(entry), flags)
+        name = cids.text(entry.cid)
+        return self.folder.open(name if entry.complete else name + PART, flags)
 
 
 def _name(entry: Entry) -> str:

@@ -195,15 +195,11 @@ class Store:
             self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
             await self.budget.evict(entry.cid)
 
-    async def keep_leaf(self, file: FileRef, leaf: Leaf, content: Content, source: str) -> bool:
-        """Whether it is kept now."""
-        return await self.keep_leaves(file, [leaf], [content], source)
-
     async def keep_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.backoff.waiting:
+        if self.backoff.reason and self.backoff.waiting:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         cost = disk_cost(self.staging.unit, start, end)
@@ -219,27 +215,23 @@ class Store:
             grown, error = await threads.run_sync(
                 self.staging.write, entry, start, contents, limiter=self.io.writing
             )
+            entry.disk += grown
+            if error is not None:
+                self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
+                self.budget.look_soon()
+                return False
+            if self.backoff.reason:
+                self.backoff.succeeded()
+            if entry.extents is not None:
+                entry.extents.add(start, end)
+                self._proved(entry, start, end)
+            return True
         except Removed:
             return False
-        else:
-            entry.disk += grown
-            return self._kept(entry, start, end, error)
         finally:
             entry.reserved -= cost
             self.budget.settle(cost)
             self._settle(entry)
-
-    def _kept(self, entry: Entry, start: int, end: int, error: OSError | None) -> bool:
-        """What a write came to."""
-        if error is not None:
-            self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
-            self.budget.look_soon()
-            return False
-        self.backoff.succeeded()
-        if entry.extents is not None:
-            entry.extents.add(start, end)
-            self._proved(entry, start, end)
-        return True
 
     def _proved(self, entry: Entry, start: int, end: int) -> None:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""

@@ -22,6 +22,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
@@ -219,9 +220,7 @@ class RepoWalk:
         """`limit`: bytes after which nothing more is looked up."""
         self._find = find
         self._left = limit
-        self._waiting = [root]
-        """Those that come next stand last."""
-        self._seen = {root}
+        self._walk = BlockWalk([root], None)
         self.incomplete = False
         """Whether one was not there."""
 
@@ -230,30 +229,28 @@ class RepoWalk:
         came: list[tuple[Cid, bytes]] = []
         enough = max(self._left - BATCH_BYTES, 0)
         until = time.monotonic() + BATCH_SECONDS
-        while self._waiting and self._left > enough and not (came and time.monotonic() >= until):
-            wanted = self._waiting[: -BATCH - 1 : -1]
-            blocks = self._find(wanted)
-            del self._waiting[-len(blocks) :]
-            found = [(cid, block) for cid, block in zip(wanted, blocks, strict=False) if block is not None]
+        while self._left > enough and not (came and time.monotonic() >= until):
+            wanted = self._walk.take(BATCH)
+            if not wanted:
+                break
+            blocks = self._find([item.cid for item in wanted])
+            self._walk.put_back(wanted[len(blocks) :])
+            found = [
+                (item.cid, block) for item, block in zip(wanted, blocks, strict=False) if block is not None
+            ]
             self.incomplete = self.incomplete or len(found) < len(blocks)
             self._left -= sum(len(block) for _cid, block in found)
             for cid, block in reversed(found):
-                self._waiting += reversed(self._below(cid, block))
+                self._walk.add(_below(cid, block), None)
             came += found
         return came
 
-    def _below(self, cid: Cid, block: bytes) -> Sequence[Cid]:
-        """What it links, of what was not met before."""
-        if cids.codec(cid) != cids.DAG_PB:
-            return ()
-        try:
-            children = nodes.children(nodes.parse(cid, block))
-        except IpfsFuseError:  # who reads it will hear
-            return ()
-        new = [
-            child
-            for child in dict.fromkeys(children)
-            if child not in self._seen and cids.known(child) is None
-        ]
-        self._seen.update(new)
-        return new
+
+def _below(cid: Cid, block: bytes) -> list[Cid]:
+    """What a block links, but for what needs no source."""
+    if cids.codec(cid) != cids.DAG_PB:
+        return []
+    try:
+        return [child for child in nodes.children(nodes.parse(cid, block)) if cids.known(child) is None]
+    except IpfsFuseError:  # the program that reads it gets the error
+        return []

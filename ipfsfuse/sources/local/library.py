@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import NamedTuple
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb
+from ipfsfuse.dag import nodes
 from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, NotFound, NotHere, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
@@ -314,37 +315,30 @@ def _write(
 
 
 def _reachable(entries: Iterable[Entry], packs: Packs) -> set[bytes]:
-    """The multihashes of all blocks below the roots. Raises StoreFailed where one is missing or can't be
+    """The multihashes of all blocks below the roots. Raises StoreFailed if one is missing or can't be
     read."""
-    live: set[bytes] = set()
-    for entry in entries:
-        waiting = [entry.cid]
-        while waiting:
-            cid = waiting.pop()
-            multihash = cids.multihash(cid)
-            if multihash in live or cids.inline(cid) is not None:
-                continue
-            live.add(multihash)
-            waiting += _links(cid, packs)
-    return live
+    walk = BlockWalk((entry.cid for entry in entries), None)
+    for cid, _state in walk:
+        walk.add(_links(cid, packs), None)
+    return {cids.multihash(cid) for cid in walk.seen}
 
 
-def _links(cid: Cid, packs: Packs) -> Iterator[Cid]:
-    if cids.codec(cid) != cids.DAG_PB:
-        return
+def _links(cid: Cid, packs: Packs) -> list[Cid]:
+    if cids.codec(cid) == cids.RAW:
+        return []
     try:
-        found = packs.find(cids.multihash(cid))
-        if found is None:
-            raise StoreFailed(f"the library lacks {cids.text(cid)}: add it again; nothing was compacted")
-        block = found.file.read(found.place)
-        cids.verify(cid, block)
-        links = dagpb.decode(block).links
+        block = cids.known(cid)
+        if block is None:
+            found = packs.find(cids.multihash(cid))
+            if found is None:
+                raise StoreFailed(f"the library lacks {cids.text(cid)}: add it again; nothing was compacted")
+            block = found.file.read(found.place)
+            cids.verify(cid, block)
+        return nodes.links(cid, block)
     except StoreFailed:
         raise
     except IpfsFuseError as exc:
         raise StoreFailed(f"the library can't be compacted: {exc}") from exc
-    for link in links:
-        yield link.cid
 
 
 # -- the library ---------------------------------------------------------------------------------------------

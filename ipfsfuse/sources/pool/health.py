@@ -99,7 +99,7 @@ class Health:
         """A verified block. `seconds` is the time it took, negative where it says nothing (one of a run)."""
         self.blocks += 1
         self.bytes += size
-        self._well()
+        self._answered, self._failed_in_a_row, self._probed_at, self.why = True, 0, -math.inf, ""
         if seconds >= 0:
             self.latencies.add(seconds)
             self._times.append(seconds)
@@ -111,13 +111,7 @@ class Health:
     def record_miss(self) -> None:
         """An answer, even if not a block: the source is well."""
         self.absent += 1
-        self._well()
-
-    def _well(self) -> None:
-        self._answered = True
-        self._failed_in_a_row = 0
-        self._probed_at = -math.inf
-        self.why = ""
+        self._answered, self._failed_in_a_row, self._probed_at, self.why = True, 0, -math.inf, ""
 
     def record_failure(self, now: float, kind: str, why: str, retry_after: float | None = None) -> None:
         """`retry_after` in seconds, as the source asked for it."""
@@ -189,9 +183,11 @@ class Health:
         return found[min(int(share * len(found)), len(found) - 1)] if found else None
 
     def slow_after(self) -> float:
-        """Seconds after which an answer is late: the 95th percentile, at least 10 ms."""
-        found = self.percentile(0.95) if len(self._times) >= ENOUGH else None
-        return max(0.01, self._slow if found is None else found)
+        """Seconds after which an answer is late: the 95th percentile, at least 10 ms. While there are few
+        answers, it is as long as the slowest of them took, if that is more than was expected."""
+        if len(self._times) < ENOUGH:
+            return max(0.01, self._slow, *self._times)
+        return max(0.01, self.percentile(0.95) or 0.0)
 
     def state(self, now: float) -> str:
         if self.is_quarantined(now):

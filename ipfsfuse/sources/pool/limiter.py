@@ -8,7 +8,9 @@ A stalled request must not keep others from starting, and neither must one calle
 - A request that was never tried goes before those that were, and the newest of them goes first: whoever has
   waited long is likely to wait for what nobody has, and its deadline is near. A new one, of the last `NEW`
   seconds, need not wait until others are late: only for those that began in the last `SETTLE` seconds, so
-  that a crowd does not begin at once.
+  that a crowd does not begin at once. Where all places are taken, and by none that is late, it takes one all
+  the same, but only one in `SETTLE` seconds: else a crowd would leave nobody the time for an answer. Who
+  lost a place so counts as never tried.
 - Of several callers the one with the fewest requests in flight has its turn first. None holds more than three
   quarters of the places, and where one is to be displaced, it is one of the caller's that has most.
 - A source that says that it is busy with what it was sent gets half as many from then on, and one more for
@@ -44,13 +46,15 @@ SHARE = 0.75
 
 class Place:
     """One request's place: an async context. Where the place goes to another, the body is cancelled, nothing
-    is raised, and `displaced` is True."""
+    is raised, and `displaced` is True; `early` too where an answer could still have come."""
 
     __slots__ = (
         "_limiter",
+        "again",
         "alive",
         "caller",
         "displaced",
+        "early",
         "event",
         "queued",
         "request",
@@ -59,9 +63,12 @@ class Place:
         "since",
     )
 
-    def __init__(self, limiter: "ConcurrencyLimiter", retried: bool) -> None:
+    def __init__(self, limiter: "ConcurrencyLimiter", retried: bool = False, again: bool = False) -> None:
+        """`retried` for a request that was tried before: fresh ones go first. `again` for one that lost its
+        place `early`: it goes with the fresh ones, and is not new."""
         self._limiter = limiter
         self.retried = retried
+        self.again = again
         self.request: Request = current_request()
         self.caller: Caller = self.request.caller
         """On whose account it is."""
@@ -70,7 +77,7 @@ class Place:
         """When it started."""
         self.scope = trio.CancelScope()
         self.event = trio.Event()
-        self.displaced = False
+        self.displaced = self.early = False
 
     async def __aenter__(self) -> "Place":
         await self._limiter.wait(self)
@@ -121,7 +128,7 @@ class ConcurrencyLimiter:
         self._running = running
         self._most = running + late
         self._limit = float(self._most)
-        self._lowered_at = -math.inf
+        self._lowered_at = self._early_at = -math.inf
         self._late_after = late_after
         self._active: OrderedDict[Place, None] = OrderedDict()
         """In flight and not late, the oldest first."""
@@ -150,13 +157,10 @@ class ConcurrencyLimiter:
         """The most of them that may be one caller's."""
         return _share(self.limit)
 
-    def enter(self, *, retried: bool = False) -> Place:
-        """A place to be entered. `retried` for a request that was tried before: fresh ones go first."""
-        return Place(self, retried)
-
     def leave(self, place: Place) -> None:
         self._remove(place)
-        self._dispatch()
+        if self._queues:
+            self._dispatch()
 
     def note_success(self) -> None:
         if self._limit < self._most:
@@ -179,8 +183,10 @@ class ConcurrencyLimiter:
         """Until there is room for `place`, which is then in flight."""
         place.queued = now = trio.current_time()
         if not self._queues:  # as most often: half of the work
-            self._age(now)
-            if self._has_room(place, now):
+            idle = not self._active and not self._late
+            if not idle:
+                self._age(now)
+            if idle or self._has_room(place, now):
                 self._add(place)
                 return
         self._put(place)
@@ -274,7 +280,7 @@ class ConcurrencyLimiter:
         return bool(late)
 
     def _is_new(self, place: Place, now: float) -> bool:
-        return not place.retried and now - place.queued <= NEW
+        return not place.retried and not place.again and now - place.queued <= NEW
 
     def _age(self, now: float) -> None:
         after = self._late_after()
@@ -297,14 +303,17 @@ class ConcurrencyLimiter:
             return False
         late = self._late_after()
         if new:
-            least = (
-                SETTLE if self._limit >= self._most > self._running else late
-            )  # who bears few is given time to answer
+            least = max(SETTLE, late)
         else:
             least = max(ROTATE_RETRIED, 4 * late) if place.retried else max(ROTATE_FRESH, 2 * late)
         while (own := self._all_of[place.caller] >= self.caller_limit) or self.in_flight >= self.limit:
-            if not self._displace(place.caller, own, now - least):
+            if self._displace(place.caller, own, now - least):
+                continue
+            # who bears few is given time to answer
+            early = new and self._limit >= self._most > self._running and now - self._early_at >= SETTLE
+            if not early or not self._displace(place.caller, own, now - SETTLE, early=True):
                 return False
+            self._early_at = now
         return True
 
     def _is_settled(self, caller: Caller, running: int, now: float) -> bool:
@@ -318,16 +327,16 @@ class ConcurrencyLimiter:
                 return False
         return True
 
-    def _displace(self, caller: Caller, own: bool, before: float) -> bool:
+    def _displace(self, caller: Caller, own: bool, before: float, *, early: bool = False) -> bool:
         """Ends the oldest request that began at `before` or earlier: of the caller who has most, or
-        `caller`'s own."""
+        `caller`'s own. `early` where it has not had its time."""
         heaviest = caller if own else max(self._all_of, key=lambda each: self._all_of[each], default=caller)
         if self._all_of[heaviest] <= self._all_of[caller]:
             heaviest = caller
         for victim in self._in_flight():
             if victim.caller == heaviest and max(victim.since, victim.alive) <= before:
                 self._remove(victim)
-                victim.displaced = True
+                victim.displaced, victim.early = True, early
                 victim.scope.cancel()
                 return True
         return False

@@ -98,10 +98,11 @@ class ManagedSource:
         `retried` where this source was asked before in the same fetch: others go first."""
         if self.source.in_place:
             return await self._ask(cid, hedge)
+        again = False
         while True:
-            async with self.limiter.enter(retried=retried):
+            async with Place(self.limiter, retried, again) as place:
                 return await self._ask(cid, hedge)
-            retried = True  # it was late, and its place went to another
+            again, retried = True, retried or not place.early  # its place went to another
 
     async def _ask(self, cid: Cid, hedge: bool) -> bytes:
         start = trio.current_time()

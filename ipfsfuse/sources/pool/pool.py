@@ -43,6 +43,7 @@ from ipfsfuse.sources.base import (
 )
 from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
+from ipfsfuse.sources.pool.limiter import Place
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class SourcePool:
         self.hedges = HedgeBudget()
         network = sum(not source.in_place for source in sources)
         self._managed = [ManagedSource(source, self.chance, max(network, 1)) for source in sources]
-        self._in_place = [managed for managed in self._managed if managed.source.in_place]
+        self.in_place = [managed for managed in self._managed if managed.source.in_place]
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._known_wrong: set[tuple[str, Cid]] = set()
         self._known_large: set[Cid] = set()
@@ -174,7 +175,7 @@ class SourcePool:
         """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
         multihashes.check_allowed(cids.multihash(cid))
         fetch = HedgedFetch(self, cid)
-        for managed in self._in_place:
+        for managed in self.in_place:
             block = await fetch.once(managed)
             if isinstance(block, bytes):
                 return block
@@ -213,10 +214,10 @@ class SourcePool:
         deadline, and the last one time to answer."""
         return min(PATIENCE, self.deadline / (len(self._network) + 1))
 
-    def in_place(self) -> Sequence[ManagedSource]:
-        return self._in_place
-
     def network(self) -> Sequence[ManagedSource]:
+        """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
+        if len(self._network) < 2:
+            return self._network
         self._note_sleep()
         now = trio.current_time()
         usable = [
@@ -253,7 +254,7 @@ class SourcePool:
         """Says once that `managed` sent wrong bytes, and quarantines a remote gateway."""
         now = trio.current_time()
         others = any(other is not managed and not other.health.is_quarantined(now) for other in self._network)
-        seconds = managed.health.record_wrong(now, others=others or bool(self._in_place))
+        seconds = managed.health.record_wrong(now, others=others or bool(self.in_place))
         name = managed.source.name
         if seconds == 0:
             return
@@ -294,7 +295,7 @@ class HedgedFetch:
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
-        for managed in self._pool.in_place():
+        for managed in self._pool.in_place:
             block = await self.once(managed)
             if isinstance(block, bytes):
                 return Fetched(block, managed.source)
@@ -416,7 +417,7 @@ class RangeFetch:
             if block is not None:
                 self._left.discard(place)
                 await self._deliver(place, [block], INLINE)
-        for managed in [*self._pool.in_place(), *self._pool.network()]:
+        for managed in [*self._pool.in_place, *self._pool.network()]:
             if not self._left:
                 return
             if managed.takes_many and self._pool.wait(managed) == 0:
@@ -429,7 +430,7 @@ class RangeFetch:
                 return
             alone = len(self._pool.network()) == 1
             patience = min(PATIENCE_ALONE, self._pool.deadline / 2) if alone else self._pool.patience
-            async with managed.limiter.enter() as deliveries.place:
+            async with Place(managed.limiter) as deliveries.place:
                 await _RangeAttempt(self, managed, deliveries).run(patience)
 
     # -- for the attempt -------------------------------------------------------------------------------------
@@ -524,7 +525,7 @@ class SubtreeFetch:
 
     async def _is_at_hand(self) -> bool:
         """Whether a source in place has it: then each block is read where it lies."""
-        for managed in self._pool.in_place():
+        for managed in self._pool.in_place:
             try:
                 with managed.as_its_failure():
                     await managed.source.get(self._subtree.root)
@@ -535,7 +536,7 @@ class SubtreeFetch:
 
     async def _from(self, managed: ManagedSource) -> None:
         with managed.asked_for_many() as deliveries:
-            async with managed.limiter.enter() as deliveries.place:
+            async with Place(managed.limiter) as deliveries.place:
                 slow = managed.health.slow_after()
                 self._stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
                 first = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)

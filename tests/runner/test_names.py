@@ -1,0 +1,98 @@
+"""`--ipns NAME`: what a name stands for when the run begins is a folder of the guest's."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tests.mounting import Home
+from tests.runner.conftest import DEMO, Runner, lines
+from tests.sources.ipns import NameServer, make, name_of
+
+pytestmark = pytest.mark.fuse
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+NAME = str(name_of(KEY))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def server() -> Iterator[NameServer]:
+    with NameServer().serving() as server:
+        yield server
+
+
+def tree(home: Home) -> str:
+    folder = home.folder / "tree"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("content\n")
+    (folder / "sub" / "up").symlink_to("../beside")
+    (folder / "beside").write_text("beside\n")
+    (folder / "out").symlink_to("/etc")
+    return home.add(folder)
+
+
+def test_a_name_is_a_folder_of_the_guests_and_not_a_symlink(
+    home: Home, server: NameServer, build_guest: Callable[[str], Path]
+) -> None:
+    cid = tree(home)
+    server.records[NAME] = make(KEY, f"/ipfs/{cid}/sub")
+    run = Runner(home.env)
+    options = "--from", "library", "--from", server.url, "--ipns", NAME
+    assert set(lines(run(*options, build_guest("habits"), "ls", f"/ipns/{NAME}").stdout)) >= {"file", "up"}
+    paths = [
+        f"/ipns/{NAME}/file",
+        f"/ipns/{NAME}/up",
+        f"/ipns/{NAME}/../file",
+        "/ipns/other/file",
+        f"/ipfs/{cid}/beside",
+    ]
+    said = [line for line in lines(run(*options, build_guest("reach"), *paths).stdout) if line]
+    assert said[0] == f"{paths[0]}: content"
+    assert [": errno " in line for line in said[1:4]] == [True] * 3
+    assert said[4] == f"{paths[4]}: beside"
+    assert {"ipfs", "ipns"} <= set(lines(run(*options, build_guest("habits"), "ls", "/").stdout))
+
+
+def test_what_a_name_leads_to_is_in_the_mount_whatever_its_owner_wrote(
+    home: Home, server: NameServer
+) -> None:
+    cid = tree(home)
+    run = Runner(home.env)
+    options = (
+        "--from",
+        "library",
+        "--from",
+        server.url,
+        "--ipns",
+        NAME,
+        DEMO / "reader-p1.wat",
+        f"/ipns/{NAME}/hostname",
+    )
+    for sequence, path in enumerate(("out", "sub/file", "nowhere")):
+        server.records[NAME] = make(KEY, f"/ipfs/{cid}/{path}", sequence)
+        done = run(*options)
+        assert (done.returncode, done.stdout) == (125, b"")
+        assert done.stderr.startswith(b"ipfsfuse-run: ")
+
+
+def test_a_name_that_can_not_be_resolved_and_what_can_not_go_with_it(home: Home, server: NameServer) -> None:
+    run = Runner(home.env)
+    reader = DEMO / "reader-p1.wat"
+    done = run("--from", server.url, "--ipns", NAME, reader, "x")
+    assert done.returncode == 125
+    assert NAME.encode() in done.stderr
+    for options in (
+        ["--ipns", "a/b"],
+        ["--ipns", NAME, "--record", "x.car"],
+        ["--ipns", NAME, "--mount", "/"],
+    ):
+        assert run(*options, reader, "x").returncode == 2
+    server.records[NAME] = make(KEY, f"/ipfs/{tree(home)}/sub")
+    clash = ["--from", "library", "--from", server.url, "--ipns", NAME, "--dir", f"{home.folder}::/ipns/x"]
+    assert run(*clash, reader, "x").returncode == 2
