@@ -25,7 +25,7 @@ from pathlib import Path
 from ipfsfuse import mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli import console, logs, parser
-from ipfsfuse.cli.mounting import ALLOW_OTHER
+from ipfsfuse.cli.settings import ALLOW_OTHER
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import UsageError
 from ipfsfuse.units import human

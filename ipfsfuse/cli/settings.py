@@ -52,6 +52,12 @@ SETTINGS: Mapping[str, str] = {
 }
 """The options that can be set outside the command line, and what `config --init` says of them."""
 
+ALLOW_OTHER = (
+    "--allow-other: every user of this machine can read what this mount shows: the whole library, "
+    "what is pinned, "
+    "what was read, and any CID that its sources have"
+)
+
 PATHS = frozenset({"cache-dir", "library", "record", "ipns", "log-file", "mountpoint"})
 
 

@@ -123,7 +123,12 @@ class Commands:
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
         entries = await threads.run_sync(_entries, await self._cache.store.listed())
-        return {"entries": entries, "small": (await self._cache.store.blocks.count())._asdict()}
+        pinned = [cids.text(cid) for cid in self._cache.pinned()]
+        return {
+            "entries": entries,
+            "pinned": pinned,
+            "small": (await self._cache.store.blocks.count())._asdict(),
+        }
 
     async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
         """The path that an IPNS name or a domain stands for now, and for how many seconds that holds."""

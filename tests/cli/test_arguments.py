@@ -39,6 +39,9 @@ COMMANDS = [
     "config",
     "logs",
     "metrics",
+    "cat",
+    "get",
+    "completion",
 ]
 
 SIZES = {

@@ -2,12 +2,14 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,3 +151,65 @@ def test_metrics_over_http(user: Home) -> None:
                 assert answer.read().endswith(b"# EOF\n")
         finally:
             server.terminate()
+
+
+@pytest.mark.fuse
+def test_status_watch_is_a_live_view(user: Home) -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (40, 120))
+    command = [sys.executable, "-m", "ipfsfuse", "status", "--watch"]
+    with user.mounted() as mount:
+        user.refused_while_mounted("status", "--watch", names="--watch needs a terminal", code=2)
+        env = {**user.env, "TERM": "xterm"}
+        with subprocess.Popen(command, env=env, stdout=follower, stderr=follower) as process:
+            os.close(follower)
+            shown = b""
+            while shown.count(str(mount.path).encode()) < 3:
+                shown += os.read(leader, 1 << 16)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+    os.close(leader)
+    assert b"healthy" in shown
+    assert b"library" in shown
+
+
+@pytest.mark.fuse
+def test_doctor_asks_the_running_mount(user: Home) -> None:
+    def running() -> list[dict[str, str]]:
+        return [each for each in user.json("doctor", "--json") if each["about"] == "running mount"]
+
+    assert running() == []
+    with user.mounted("--from", "library"):
+        assert [(each["state"], each["found"]) for each in running()] == [("ok", "healthy")]
+    with user.mounted("--budget", "1000TiB"):
+        assert any("is cut to" in each["found"] for each in running())
+
+
+@pytest.mark.fuse
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount.fuse3"), reason="needs root and mount.fuse3")
+def test_mount_8_mounts_and_fstab_would(user: Home) -> None:
+    """By the real mount(8), which calls mount.fuse3, which looks for `ipfsfuse` in PATH."""
+    (user.folder / "f").write_text("hello")
+    cid = user.add(user.folder / "f")
+    bin_folder = user.folder / "bin"
+    bin_folder.mkdir()
+    start = bin_folder / "ipfsfuse"
+    start.write_text(f'#!/bin/sh\ncd {os.getcwd()} && exec {sys.executable} -m ipfsfuse "$@"\n')
+    start.chmod(0o755)
+    options = "ro,budget=64MiB,deadline=5s,_netdev,x-systemd.automount"
+    script = f"""
+    set -e
+    mount --bind {bin_folder} /usr/local/bin  # mount.fuse3 has a PATH of its own
+    mount -t fuse.ipfsfuse library "$1" -o {options}
+    cat "$1/{cid}"
+    ipfsfuse status --json
+    ! touch "$1/x"
+    umount "$1"
+    """
+    command = ["unshare", "-m", "bash", "-c", script, "bash", user.mountpoint]
+    env = {**user.env, "PATH": f"/usr/local/bin:{user.env['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hello")
+    assert json.loads(done.stdout.removeprefix("hello"))["cache"]["budget"] == 64 << 20
+    assert "Operation not permitted" in done.stderr

@@ -1,0 +1,69 @@
+"""`cat`, `get`, `pin ls`, completions and man pages."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import Home
+
+TOP = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tree(user: Home) -> tuple[Path, str]:
+    folder = user.folder / "tree"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "big").write_bytes(os.urandom(3_000_000))
+    (folder / "hello").write_text("hello\n")
+    (folder / "link").symlink_to("hello")
+    return folder, user.add(folder)
+
+
+def test_cat_prints_files(user: Home, tree: tuple[Path, str]) -> None:
+    _folder, cid = tree
+    assert user.run("cat", f"{cid}/hello", f"/ipfs/{cid}/link").stdout == "hello\nhello\n"
+    user.refused("cat", cid, names="is a directory: `ipfsfuse get` copies it")
+    user.refused("cat", f"{cid}/nothing", names="no such entry")
+
+
+def test_get_copies_a_tree_and_overwrites_nothing(user: Home, tree: tuple[Path, str]) -> None:
+    folder, cid = tree
+    target = user.folder / "copy"
+    assert user.json("get", cid, "-o", target, "--json")["files"] == 2
+    subprocess.run(["diff", "-r", "--no-dereference", folder, target], check=True)
+    user.refused("get", cid, "-o", target / "hello", names="exists already", code=2)
+    user.run("get", f"{cid}/hello", "-o", user.folder)
+    assert (user.folder / "hello").read_text() == "hello\n"
+
+
+@pytest.mark.fuse
+def test_cat_and_get_use_the_mount_of_the_cache_folder(user: Home, tree: tuple[Path, str]) -> None:
+    folder, cid = tree
+    with user.mounted():
+        assert user.run("cat", f"{cid}/hello").stdout == "hello\n"
+        user.refused_while_mounted("cat", cid, names="is a directory")
+        user.run("get", cid, "-o", user.folder / "copy")
+        subprocess.run(["diff", "-r", "--no-dereference", folder, user.folder / "copy"], check=True)
+
+
+@pytest.mark.fuse
+def test_pin_takes_many_and_pin_ls_lists_them(user: Home) -> None:
+    cids = []
+    for number in range(2):
+        (user.folder / "f").write_text(str(number))
+        cids.append(user.add(user.folder / "f"))
+    with user.mounted():
+        assert [each["pinned"] for each in user.json("pin", *cids, "--json")] == cids
+        assert sorted(user.json("pin", "ls", "--json")["pinned"]) == sorted(cids)
+        user.run("unpin", *cids)
+        assert user.json("pin", "ls", "--json") == {"pinned": []}
+
+
+def test_completions_know_the_commands(user: Home) -> None:
+    for shell in ("bash", "zsh"):
+        assert "unmount" in user.run("completion", shell).stdout
+    script = user.folder / "completion"
+    script.write_text(user.run("completion", "bash").stdout)
+    subprocess.run(["bash", "-n", script], check=True)
