@@ -34,9 +34,7 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.request_timeout import fitting_deadline
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
@@ -83,7 +81,7 @@ def run(
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
     process began."""
     _ignore_signals(hangup is not None)
-    deadline, shortened = fitting_deadline(config.deadline)
+    deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:
         log.warning("%s", shortened)
         config = replace(config, deadline=deadline)
@@ -110,7 +108,7 @@ def _raise_descriptors() -> None:
 
 
 def _reuse_memory() -> None:
-    """Leaves of 1 MiB come and go: glibc shall not give each back to the kernel, which clears its pages for
+    """Leaves of 1 MiB come and go: glibc must not give each back to the kernel, which clears its pages for
     the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such
     call."""
     with suppress(AttributeError, OSError):
@@ -141,9 +139,13 @@ async def _main(
 ) -> None:
     async with (
         _serving(config, folder, indexing) as (operations, commands, names, nursery, server),
-        sessions.opened(operations, config.mountpoint, config.allow_other) as session,
         AsyncExitStack() as stack,
     ):
+        session = stack.enter_context(
+            sessions.opened(
+                operations, config.mountpoint, config.allow_other, readahead=config.record is None
+            )
+        )
         end = config.mountpoint, nursery.cancel_scope
         if config.ipns is not None:
             await stack.enter_async_context(_names_mounted(config, config.ipns, names, partial(_end, *end)))
@@ -163,9 +165,9 @@ async def _main(
             nursery.start_soon(notifier.run, commands.in_one_line)
             nursery.start_soon(commands.measure_lag)
 
-        nursery.start_soon(operations.run)
         with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
-            await sessions.serve(session, answers, readahead=config.record is None)
+            nursery.start_soon(operations.run)
+            await sessions.serve(session, answers)
         log.info("unmounted")
         notifier.send("STOPPING=1")
         nursery.cancel_scope.cancel()
@@ -221,8 +223,6 @@ async def _serving(
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
-        interrupts = Interrupts()
-        nursery.start_soon(interrupts.run)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
         names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
@@ -233,7 +233,6 @@ async def _serving(
         operations = Operations(
             tree,
             roots,
-            interrupts,
             inodes,
             lambda: cache.store.budget.configured,
             config.deadline,

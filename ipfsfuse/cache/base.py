@@ -26,10 +26,10 @@ class FileRef(NamedTuple):
 
 Content = bytes | memoryview
 Seen = Callable[[Cid, bytes], Iterable[Cid]]
-"""Called (on the event loop, must not block) with each verified block as it comes; says which others are
-wanted for it."""
+"""Called on the event loop with each verified block as it comes. Returns which other blocks are wanted
+because of it."""
 Arrived = Callable[[Leaf, Content], None]
-"""Called (on the event loop, must not block) with each leaf's verified content as it comes."""
+"""Called on the event loop with the verified content of each leaf as it comes."""
 
 
 class Kept(NamedTuple):
@@ -60,8 +60,8 @@ class SmallBlocks(NamedTuple):
 
 class Cache(Protocol):
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
-        """From now on `call` is called whenever blocks leave the cache: who remembers what they said must ask
-        anew, so that it passes the source again, which may have lost them too."""
+        """From now on `call` is called whenever blocks leave the cache. What was made of them must then be
+        forgotten, so that they are asked for again: the source may have lost them too."""
         ...
 
     async def block(self, cid: Cid) -> bytes:
@@ -86,15 +86,15 @@ class Cache(Protocol):
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way,
         unless `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never
-        raises for a block that can't be had: who reads it will hear."""
+        raises for a block that can't be had: a read of it will raise."""
         ...
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         """Begins to bring in `wanted`, blocks of `subtree`, by one answer where a source can, and what `seen`
         wants besides.
 
-        From now on who asks for one of them waits for that answer instead of asking for it alone. The event
-        is set when it has ended; what did not come is asked for when it is used."""
+        From now on a caller that asks for one of them waits for that answer. The event is set when it has
+        ended. A block that did not come is fetched when it is used."""
         ...
 
     def opened(self, file: FileRef) -> None:

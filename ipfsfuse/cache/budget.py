@@ -62,7 +62,7 @@ class Budget:
         self.arc: Arc[Key] = Arc(configured)
         self.evictions = 0
         self.refused: set[Key] = set()
-        """What shall be kept for good and has not found room."""
+        """What should be kept for good, but did not fit."""
         self._evict = evict
         self._spare = spare
         self._lock = trio.Lock()

@@ -49,7 +49,7 @@ class FsckReport:
     lost: list[str] = field(default_factory=list)
     """The others, at most `MOST_LOST` of them: each as a CID, of a leaf with its file."""
     heads: int = 0
-    """Damaged marks between small blocks, written anew."""
+    """Damaged marks between small blocks that were rewritten."""
     found: int = 0
     """Right blocks that the index had lost."""
     unproved: int = 0

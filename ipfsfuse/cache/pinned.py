@@ -1,8 +1,9 @@
 """What is kept for good: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
 unpinned.
 
-Each pin has packs of its own, so that what one lets go of no other loses. Concurrency: the event loop's; pins
-and unpins of one CID exclude each other.
+Each pin has packs of its own, so that one pin can be removed without harm to the others.
+
+Concurrency: the event loop's. Pins and unpins of one CID exclude each other.
 """
 
 import contextlib

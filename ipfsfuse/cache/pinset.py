@@ -70,8 +70,8 @@ class Statistics:
 class RootNames:
     """What was opened by name in the mount's root, as first spelled.
 
-    A name is listed while its own block or file is staged, or kept for good. Whoever goes below it reads that
-    block, so it leaves after what is only below it."""
+    A name is listed while its own block or file is staged, or kept for good. A program that goes below it
+    reads that block, so that block leaves after the blocks below it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -114,25 +114,20 @@ def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
     return whole and all(leaf.offset == end for (leaf, _result), end in zip(arrived[1:], ends, strict=False))
 
 
-Absent = Callable[[Iterable[Cid]], Iterable[bytes]]
-"""The keys of those blocks that are not staged."""
-Keep = Callable[[Mapping[Cid, Fetched]], Awaitable[Mapping[Cid, FetchResult]]]
-
-
 class SubtreeSink:
     """Takes the blocks of one answer into the cache (`sources.base.Taker`): those that a batch expects."""
 
-    def __init__(self, batch: Batch[bytes, FetchResult], seen: Seen, absent: Absent, keep: Keep) -> None:
-        self._batch, self._seen, self._absent, self._keep = batch, seen, absent, keep
+    def __init__(self, reader: "Reader", batch: Batch[bytes, FetchResult], seen: Seen) -> None:
+        self._reader, self._batch, self._seen = reader, batch, seen
 
     def wants(self, cid: Cid) -> bool:
         return block_key(cid) in self._batch
 
     def came(self, cid: Cid, block: bytes) -> None:
-        self._batch.expect(self._absent(self._seen(cid, block)))
+        self._batch.expect(self._reader.absent(self._seen(cid, block)))
 
     async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
-        for cid, result in (await self._keep(blocks)).items():
+        for cid, result in (await self._reader.stage_blocks(blocks)).items():
             self._batch.resolve(block_key(cid), result)
             self._batch.staged(block_key(cid))
 
@@ -214,9 +209,9 @@ class Reader:
         if content is not None:
             self.hits += 1
             return FetchResult(content, None, False)
-        return (await self._arrive({cid: await self._blocks.get(cid)}))[cid]
+        return (await self.stage_blocks({cid: await self._blocks.get(cid)}))[cid]
 
-    async def _arrive(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
+    async def stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
         writes."""
         self.misses += len(blocks)
@@ -247,16 +242,16 @@ class Reader:
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
             for at in range(0, len(rest), REGISTERED_AT_A_TIME):
                 await trio.lowlevel.checkpoint()
-                batch.expect(self._absent(rest[at : at + REGISTERED_AT_A_TIME]))
+                batch.expect(self.absent(rest[at : at + REGISTERED_AT_A_TIME]))
             if len(batch.keys) >= FEW:
                 with trio.move_on_after(self._patience):
-                    await self._blocks.subtree(subtree, SubtreeSink(batch, seen, self._absent, self._arrive))
+                    await self._blocks.subtree(subtree, SubtreeSink(self, batch, seen))
 
         return self._flights.start_batch(
-            self._absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
+            self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
         ).ended
 
-    def _absent(self, wanted: Iterable[Cid]) -> list[bytes]:
+    def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
         return [
             block_key(cid)

@@ -18,7 +18,7 @@ from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse.request_timeout import fitting_deadline, request_timeout
+from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
 from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")

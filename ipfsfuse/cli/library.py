@@ -1,5 +1,4 @@
-"""`ipfsfuse add`, `library`, `rm` and `export`: what goes into the library, what is in it, and what comes out
-as CAR files."""
+"""The library's commands: `add`, `import`, `rm`, `library`, `fsck --library`, and `export` to CAR files."""
 
 import argparse
 import base64
@@ -8,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import trio
@@ -72,6 +71,39 @@ def opened_library(arguments: argparse.Namespace) -> Iterator[Library]:
         yield library
     finally:
         library.close()
+
+
+def import_cars(arguments: argparse.Namespace) -> int:
+    with Progress("importing") as progress, opened_library(arguments) as library:
+        for file in arguments.files:
+            for root in importer.import_car(Path(file), library, lambda done: progress({"done": done})):
+                progress.line(f"imported {cids.text(root.cid)} {root.name}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Hashes what the library or a CAR file holds. 1 where a block is missing or wrong."""
+    with ExitStack() as exits:
+        progress = exits.enter_context(Progress("checking"))
+
+        def show(done: int) -> None:
+            progress({"done": done})
+
+        if arguments.file is not None:
+            what, damage = arguments.file, importer.car_damage(Path(arguments.file), show)
+        else:
+            library = exits.enter_context(opened_library(arguments))
+            what, damage = library.folder, importer.library_damage(library, show)
+        found = []
+        for path, reason in damage:
+            found.append({"path": path, "reason": reason})
+            if not arguments.json:
+                progress.line(f"damaged: {path}: {reason}")
+    if arguments.json:
+        console.values({"damaged": found})
+    elif not found:
+        console.line(f"every block of {what} is there and right")
+    return 1 if found else 0
 
 
 def show(arguments: argparse.Namespace) -> int:

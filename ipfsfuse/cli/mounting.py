@@ -34,7 +34,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse.request_timeout import fitting_deadline
+from ipfsfuse.fuse.mountpoint import fitting_deadline
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""

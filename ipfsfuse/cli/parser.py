@@ -146,6 +146,8 @@ def _library(commands: Any) -> None:
     add.add_argument("--only-hash", "-n", action="store_true", help="print the CIDs and keep nothing")
     add.add_argument("--preserve-mode", action="store_true", help="store permissions")
     add.add_argument("--preserve-mtime", action="store_true", help="store modification times")
+    cars = _command(commands, "import", "library:import_cars", "take CAR files into the library, verified")
+    cars.add_argument("files", nargs="+", metavar="FILE.car", type=_PATH, help="a CAR file with roots")
     library = _command(commands, "library", "library:show", "list what `add` put into the library")
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
     export = _command(
@@ -162,7 +164,7 @@ def _library(commands: Any) -> None:
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )
-    for parser in (add, library, remove, export):
+    for parser in (add, cars, library, remove, export):
         _folders(parser)
 
 
@@ -344,6 +346,17 @@ def _serving(commands: Any) -> None:
     _folders(serve)
 
 
+class _CheckLibrary(argparse.Action):
+    """`--library [DIR]` of `fsck`: without DIR, the library is the one that the configuration names."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        namespace.check_library = True
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
 def _remote(commands: Any) -> None:
     """Commands to a running mount, through its control socket."""
     about = {
@@ -377,6 +390,18 @@ def _remote(commands: Any) -> None:
         if name == "evict":
             parser.add_argument("cid", metavar="CID", nargs="?")
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
+        if name == "fsck":
+            parser.add_argument(
+                "file", metavar="FILE.car", nargs="?", type=_PATH, help="check this CAR file instead"
+            )
+            parser.set_defaults(check_library=False)
+            parser.add_argument(
+                "--library",
+                metavar="DIR",
+                nargs="?",
+                action=_CheckLibrary,
+                help="check the library instead (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
+            )
         parser.add_argument("--json", action="store_true")
         parser.add_argument(
             "--mount",
@@ -441,3 +466,8 @@ def print_completion(arguments: argparse.Namespace) -> int:
     for line in shtab.complete(build()[0], arguments.shell).splitlines():
         console.line(line)
     return 0
+
+
+def build_parser() -> Parser:
+    """For the man page."""
+    return build()[0]

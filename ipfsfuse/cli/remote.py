@@ -82,6 +82,10 @@ def budget(arguments: argparse.Namespace) -> int:
 
 def fsck(arguments: argparse.Namespace) -> int:
     """1 where something wrong could not be mended."""
+    if arguments.file is not None or arguments.check_library:
+        from ipfsfuse.cli import library  # it imports what the other commands here do not need
+
+        return library.check(arguments)
     answer = _call(arguments, "fsck")
     _told(arguments, answer, console.show)
     lost = answer["wrong"] - answer["mended"]

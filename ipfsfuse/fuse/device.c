@@ -1,18 +1,16 @@
-/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c) and queues the
- * rest for Python.
+/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c) and queues the rest
+ * for Python.
  *
- * It is loaded as libfuse_calls.c is. This fuse_session_receive_buf stands before libfuse's and gives
- * pyfuse3 the queued requests. This fuse_session_fd names an eventfd for pyfuse3 to wait on, instead of the
- * device: Python is woken for what it must answer and for nothing else, since a turn of its event loop costs
- * 0.1 ms. Until device_start is called, libfuse reads the device itself, and Python says by the eventfd when
- * there is something to read.
- * Concurrency: one lock for the queue. The thread uses nothing of Python's.
+ * device.py loads this library into the global scope before pyfuse3 is imported. So pyfuse3 calls this
+ * fuse_session_mount instead of libfuse's. It starts the thread, and gives libfuse our read and writev
+ * (fuse_session_custom_io). libfuse reads from the queue, and takes an eventfd for its device: pyfuse3 is woken for
+ * what it must answer and for nothing else, since a turn of its event loop costs 0.1 ms.
+ * Concurrency: one lock for both queues. The thread uses nothing of Python's.
  */
 #define _GNU_SOURCE
-#define FUSE_USE_VERSION 31
+#define FUSE_USE_VERSION 314
 #include "device.h"
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
@@ -21,75 +19,36 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
-#define REQUEST (2U << 20)  /* bytes of the largest request: the kernel wants room for a write, 1 MiB (init_patch.py) */
-#define QUEUED (1U << 20)   /* bytes of requests that may wait for Python */
-#define SPIN_NS 20000       /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
-#define REPLY_WAIT_MS 100   /* for room in a socket that stands in the device's place */
-#define MEMORY_TRIES 6      /* after 1, 2, 4, ... ms */
+#define REQUEST (132U << 10) /* bytes of the largest request: libfuse's buffer is larger. See MAX_WRITE in replies.c */
+#define QUEUED (1U << 20)    /* bytes of requests that may wait for Python */
+#define SPIN_NS 20000        /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
 
-struct request { struct request *next; size_t size; void *bytes; int64_t read_at; };
+struct request { struct request *next; size_t size; struct fuse_in_header *bytes; int64_t read_at; };
+struct queue { struct request *first, **last; size_t size; };
 
-static struct request *first, **last = &first;
-static size_t queued;
-static int over;            /* 1 when no more requests come, -errno when reading failed */
+static struct queue waiting = {.last = &waiting.first};         /* for libfuse */
+static struct queue interrupted = {.last = &interrupted.first}; /* FUSE_INTERRUPT, for device_interrupted */
+static int over;                /* 1 when no more requests come, -errno when reading failed */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
 
-/* How long the request that pyfuse3 took last had waited for it, in nanoseconds. A handler that has not waited yet is
- * serving that request. */
+/* The number (`unique`) of the request that pyfuse3 took last. A handler that has not waited yet is serving it. */
+uint64_t device_current;
+
+/* How long that request had waited for pyfuse3, in nanoseconds. */
 int64_t device_waited;
 
-static int wakeup_fd = -1, device = -1, stop_fd = -1;
+static int notify_fd = -1, wakeup_fd = -1, device = -1, stop_fd = -1;
 static atomic_int stopping;
 static pthread_t thread;
 static char *buffer;
-
-static int wait_for_room(int file)
-{
-	struct pollfd watched[] = {{.fd = file, .events = POLLOUT}, {.fd = stop_fd, .events = POLLIN}};
-
-	return poll(watched, 2, REPLY_WAIT_MS) > 0 && watched[0].revents & POLLOUT;
-}
-
-/* What a failed write to the device means is in fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the
- * request is over. It may fail with ENOMEM before it has looked for the request, which then still waits. Once
- * it has found the request and can't copy the answer, it ends the request with EIO: then another try finds no
- * request. */
-enum reply device_reply(int file, uint64_t unique, const void *body, size_t size)
-{
-	struct fuse_out_header header = {.len = sizeof header + size, .unique = unique};
-	struct iovec parts[] = {{&header, sizeof header}, {(void *)body, size}};
-	int tries = 0;
-
-	while (writev(file, parts, size ? 2 : 1) < 0)
-		switch (errno) {
-		case EINTR:
-			break;
-		case EAGAIN: /* never from /dev/fuse */
-			if (!wait_for_room(file))
-				return stopping ? REPLY_GONE : REPLY_FAILED;
-			break;
-		case ENOMEM:
-			if (tries == MEMORY_TRIES)
-				return REPLY_FAILED;
-			usleep(1000U << tries++);
-			break;
-		case ENOENT: /* the request is over */
-		case ENODEV: /* the mount is gone */
-		default:     /* the kernel has ended the request with EIO */
-			return REPLY_GONE;
-		}
-	return REPLY_SENT;
-}
-
-static void wake(void) { eventfd_write(wakeup_fd, 1); }
 
 static int64_t now_ns(void)
 {
@@ -120,6 +79,29 @@ static struct request *copy_of(const char *bytes, size_t size)
 	return one;
 }
 
+static void append(struct queue *queue, struct request *one)
+{
+	one->next = NULL;
+	*queue->last = one;
+	queue->last = &one->next;
+	queue->size += one->size;
+}
+
+static struct request *pop(struct queue *queue)
+{
+	struct request *one = queue->first;
+
+	if (one) {
+		queue->first = one->next;
+		if (!queue->first)
+			queue->last = &queue->first;
+		queue->size -= one->size;
+	}
+	return one;
+}
+
+static void wake(void) { eventfd_write(wakeup_fd, 1); }
+
 static void pass_on(const char *bytes, size_t size)
 {
 	struct request *one;
@@ -130,13 +112,11 @@ static void pass_on(const char *bytes, size_t size)
 		usleep(1000);
 	}
 	pthread_mutex_lock(&lock);
-	while (queued > QUEUED && !over)
+	while (waiting.size > QUEUED && !over)
 		pthread_cond_wait(&taken, &lock);
-	if (!first)
+	if (!waiting.first)
 		wake();
-	*last = one;
-	last = &one->next;
-	queued += size;
+	append(&waiting, one);
 	pthread_mutex_unlock(&lock);
 }
 
@@ -173,32 +153,77 @@ static ssize_t receive(void)
 	}
 }
 
-static int answer(const struct fuse_in_header *request, size_t size)
-{
-	return size >= sizeof *request && (opens_answer(device, request, size) || reads_answer(device, request, size));
-}
-
 static void *run(void *unused)
 {
+	const struct fuse_in_header *request = (const void *)buffer;
 	ssize_t size = 0;
 
 	while (!stopping && (size = receive()) > 0)
-		if (!answer((const void *)buffer, size))
+		if ((size_t)size >= sizeof *request && !opens_answer(device, request, size) &&
+		    !reads_answer(device, request, size))
 			pass_on(buffer, size);
 	end_with(size < 0 ? (int)size : 1);
 	return unused;
 }
 
-/* Call this before pyfuse3 is given its device. pyfuse3 will wait on the eventfd `wakeup`. */
-void device_init(int wakeup) { wakeup_fd = wakeup; }
+static struct request *take(int *how)
+{
+	struct request *one;
+	eventfd_t ignored;
 
-/* From now on the thread reads requests from `from`, the device that libfuse has. Returns 0 or errno. */
-int device_start(int from)
+	pthread_mutex_lock(&lock);
+	while ((one = pop(&waiting)) && one->bytes->opcode == FUSE_INTERRUPT) {
+		append(&interrupted, one); /* the request was taken before this: its handler waits already */
+		eventfd_write(notify_fd, 1);
+	}
+	*how = over;
+	pthread_cond_signal(&taken);
+	if (!waiting.first && !over)
+		eventfd_read(wakeup_fd, &ignored);
+	pthread_mutex_unlock(&lock);
+	return one;
+}
+
+/* As read(2), for libfuse. At EINTR pyfuse3 waits for the next request, and at ENODEV the session ends. */
+static ssize_t read_for_libfuse(int unused, void *out, size_t room, void *session)
+{
+	int how;
+	struct request *one = take(&how);
+	size_t size;
+
+	(void)unused, (void)session;
+	if (!one || one->size > room) {
+		discard(one);
+		errno = one ? EIO : how < 0 ? -how : how ? ENODEV : EINTR;
+		return -1;
+	}
+	device_current = one->bytes->unique;
+	device_waited = now_ns() - one->read_at;
+	size = reply_expect(one->bytes, one->size);
+	memcpy(out, one->bytes, size);
+	discard(one);
+	return size;
+}
+
+static ssize_t write_for_libfuse(int unused, struct iovec *parts, int count, void *session)
+{
+	int before = reply_init_result();
+	ssize_t written = reply_from_libfuse(device, parts, count);
+	int failed = errno;
+
+	(void)unused, (void)session;
+	if (reply_init_result() != before)
+		eventfd_write(notify_fd, 1);
+	errno = failed;
+	return written;
+}
+
+/* Returns 0 or errno. */
+static int start(int from)
 {
 	sigset_t all, before;
 	int failed;
 
-	over = stopping = 0;
 	stop_fd = eventfd(0, EFD_CLOEXEC);
 	if (stop_fd < 0 || fcntl(from, F_SETFL, fcntl(from, F_GETFL) | O_NONBLOCK) < 0)
 		return errno;
@@ -215,9 +240,49 @@ int device_start(int from)
 	return failed;
 }
 
+/* In the place of libfuse's. `mountpoint` is /dev/fd/N, where N is a device that is mounted already. Returns 0 or -1. */
+int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
+{
+	static const struct fuse_custom_io io = {.read = read_for_libfuse, .writev = write_for_libfuse};
+	int from;
+
+	if (sscanf(mountpoint, "/dev/fd/%d", &from) != 1)
+		return -1;
+	wakeup_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (wakeup_fd < 0 || fuse_session_custom_io(session, &io, wakeup_fd)) /* which closes it at the end */
+		return -1;
+	return start(from) ? -1 : 0;
+}
+
+/* Call this before a session. The eventfd `notify` will say when there is something new from device_interrupted or
+ * reply_init_result. */
+void device_prepare(int notify, int readahead)
+{
+	notify_fd = notify;
+	over = stopping = 0;
+	reply_prepare(readahead);
+}
+
+/* The number of a request whose caller got a signal, each once; 0 if there is none. */
+uint64_t device_interrupted(void)
+{
+	struct request *one;
+	uint64_t unique = 0;
+
+	pthread_mutex_lock(&lock);
+	one = pop(&interrupted);
+	pthread_mutex_unlock(&lock);
+	if (one && one->size >= sizeof *one->bytes + sizeof(struct fuse_interrupt_in))
+		unique = ((const struct fuse_interrupt_in *)(one->bytes + 1))->unique;
+	discard(one);
+	return unique;
+}
+
 /* Ends the thread. Queued requests are dropped. */
 void device_stop(void)
 {
+	struct request *gone;
+
 	if (device >= 0) {
 		stopping = 1;
 		eventfd_write(stop_fd, 1);
@@ -227,77 +292,12 @@ void device_stop(void)
 		pthread_mutex_unlock(&lock);
 		pthread_join(thread, NULL);
 	}
-	while (first) {
-		struct request *gone = first;
-
-		first = gone->next;
+	while ((gone = pop(&waiting)) || (gone = pop(&interrupted)))
 		discard(gone);
-	}
-	last = &first;
-	queued = 0;
 	opens_clear();
 	free(buffer);
 	buffer = NULL;
 	if (stop_fd >= 0)
 		close(stop_fd);
-	wakeup_fd = device = stop_fd = -1;
-}
-
-static struct request *take(int *how)
-{
-	struct request *one;
-	eventfd_t ignored;
-
-	pthread_mutex_lock(&lock);
-	one = first;
-	*how = over;
-	if (one) {
-		first = one->next;
-		if (!first)
-			last = &first;
-		queued -= one->size;
-		pthread_cond_signal(&taken);
-	}
-	if (!first && !over)
-		eventfd_read(wakeup_fd, &ignored);
-	pthread_mutex_unlock(&lock);
-	return one;
-}
-
-int fuse_session_fd(struct fuse_session *session)
-{
-	static int (*next)(struct fuse_session *);
-
-	if (!next)
-		next = (int (*)(struct fuse_session *))dlsym(RTLD_NEXT, "fuse_session_fd");
-	return wakeup_fd >= 0 ? wakeup_fd : next ? next(session) : -1;
-}
-
-int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *out)
-{
-	static int (*next)(struct fuse_session *, struct fuse_buf *);
-	struct request *one;
-	eventfd_t ignored;
-	int how, size;
-
-	if (!next)
-		next = (int (*)(struct fuse_session *, struct fuse_buf *))dlsym(RTLD_NEXT, "fuse_session_receive_buf");
-	if (device < 0) { /* the session begins */
-		if (wakeup_fd >= 0)
-			eventfd_read(wakeup_fd, &ignored);
-		return next ? next(session, out) : -ENOSYS;
-	}
-	one = take(&how);
-	if (!one && how)
-		fuse_session_exit(session);
-	if (!one)
-		return !how ? -EINTR : how < 0 ? how : 0; /* at EINTR pyfuse3 waits for the next request */
-	size = (int)one->size;
-	device_waited = now_ns() - one->read_at;
-	free(out->mem); /* pyfuse3 frees what we put there in its turn */
-	out->mem = one->bytes;
-	out->size = one->size;
-	out->flags = 0;
-	free(one);
-	return size;
+	notify_fd = wakeup_fd = device = stop_fd = -1;
 }

@@ -1,10 +1,14 @@
-/* What the device thread (device.c) and the two tables that it answers from (opens.c, reads.c) share. */
+/* What the parts of this library use of each other: device.c calls opens.c and reads.c, and all call replies.c. */
 #ifndef IPFSFUSE_DEVICE_H
 #define IPFSFUSE_DEVICE_H
 
 #include <linux/fuse.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+/* replies.c */
 
 enum reply {
 	REPLY_SENT,   /* The kernel has the answer. */
@@ -13,12 +17,26 @@ enum reply {
 };
 
 /* Answers the request `unique` with `size` bytes of `body`. Waits at most about 0.1 s. */
-enum reply device_reply(int device, uint64_t unique, const void *body, size_t size);
+enum reply reply_send(int device, uint64_t unique, const void *body, size_t size);
 
-/* Each returns whether it has dealt with the request, which has `size` bytes. If not, Python must. */
+/* Sends a reply or notification that libfuse made, extended. Returns as writev does. */
+ssize_t reply_from_libfuse(int device, struct iovec *parts, int count);
+
+/* Prepares a request for libfuse, so that the reply to it can be recognized. Returns its size. */
+size_t reply_expect(struct fuse_in_header *request, size_t size);
+
+/* Call this before a session. Without `readahead` the kernel asks only for what was read. */
+void reply_prepare(int readahead);
+
+/* What became of INIT: 0 if it has not been answered yet, -errno if it was refused, else INIT_DONE and what else is on. */
+int reply_init_result(void);
+
+/* opens.c and reads.c: each `answer` returns whether it has dealt with the request, which has `size` bytes. If not,
+ * Python must. */
+
 int opens_answer(int device, const struct fuse_in_header *request, size_t size);
-int reads_answer(int device, const struct fuse_in_header *request, size_t size);
-
 void opens_clear(void);
+
+int reads_answer(int device, const struct fuse_in_header *request, size_t size);
 
 #endif

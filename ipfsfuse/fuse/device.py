@@ -1,31 +1,33 @@
 """The Python side of our C code: the thread that reads /dev/fuse, and what it may answer without Python.
 
 The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the
-library that was loaded first: some of libfuse's calls are replaced by ours (`libfuse_calls.c`, `device.c`).
+library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`device.c`).
 
 The thread answers two kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`); and
 opens and releases, for reading, of small files that were allowed here (`opens.c`). It counts those opens, and
 `drain` tells Python of them afterwards. After 32 opens that were not drained, the next open goes to Python.
 
-Concurrency: any thread may call anything here.
+Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+
+import trio
 
 from ipfsfuse.cache.base import Content
+from ipfsfuse.errors import MountFailed
 from ipfsfuse.fileio.native import load
 
 NAME_ONLY = (1 << 64) - 1
-"""The generation that marks a directory entry which goes out with node id 0. As in `libfuse_calls.c`."""
+"""The generation that marks a directory entry which goes out with node id 0. As in `replies.c`."""
 _CACHE_LISTING = 1 << 62
-"""As in `libfuse_calls.c`."""
+_INIT_PARALLEL = 2
+"""Both as in `replies.c`."""
 _ANSWERED_HERE = 1 << 63
 _UNDRAINED = 32
 """Both as in `opens.c`."""
-INODE_BITS = 63
-"""An inode's number must leave the highest bit free: `opens.c` makes a handle of the number and that bit."""
 
 _Drained = ctypes.c_uint64 * _UNDRAINED
 
@@ -37,8 +39,10 @@ _LIBRARY.opens_revoke.restype = ctypes.c_uint32
 _LIBRARY.opens_revoke_idle.restype = None
 _LIBRARY.opens_drain.argtypes = (_Drained,)
 _LIBRARY.opens_drain.restype = ctypes.c_uint32
-_LIBRARY.device_init.argtypes = _LIBRARY.device_start.argtypes = (ctypes.c_int,)
-_LIBRARY.device_init.restype = _LIBRARY.device_stop.restype = None
+_LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int)
+_LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
+_LIBRARY.device_interrupted.restype = ctypes.c_uint64
+_CURRENT = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
 _WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
@@ -47,30 +51,49 @@ _WITH_LOCK.reads_remove.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
 _WITH_LOCK.reads_add.restype = _WITH_LOCK.reads_remove.restype = _WITH_LOCK.reads_remove_all.restype = None
 
 
-class DeviceReader:
-    """The thread of one session. Make it before pyfuse3 is given its device."""
+class Device:
+    """The thread of one session. Make it before pyfuse3.init, which starts it."""
 
-    def __init__(self) -> None:
-        """Raises OSError."""
-        self._wakeup_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        _LIBRARY.device_init(self._wakeup_fd)
+    def __init__(self, readahead: bool) -> None:
+        """Without `readahead` the kernel asks for nothing that was not read. Raises OSError."""
+        self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        _LIBRARY.device_prepare(self._notify_fd, readahead)
 
-    def wake(self) -> None:
-        """Makes pyfuse3 read its device once. For requests that come before `start`."""
-        os.eventfd_write(self._wakeup_fd, 1)
+    async def initialized(self) -> bool:
+        """Waits until INIT is answered. Returns whether the kernel offered parallel directory operations.
+        Raises MountFailed if libfuse refused."""
+        while not (result := _LIBRARY.reply_init_result()):
+            await self._notified()
+        if result < 0:
+            raise MountFailed(f"libfuse refused INIT: {os.strerror(-result)}")
+        return bool(result & _INIT_PARALLEL)
 
-    def start(self, device: int) -> None:
-        """From now on the thread reads requests from `device`, where libfuse sends its replies. Raises
-        OSError."""
-        failed = _LIBRARY.device_start(device)
-        if failed:
-            raise OSError(failed, os.strerror(failed))
+    async def interrupted(self) -> AsyncIterator[int]:
+        """The numbers of requests whose callers got a signal while they waited, or before."""
+        while True:
+            await self._notified()
+            while number := _LIBRARY.device_interrupted():
+                yield number
+
+    async def _notified(self) -> None:
+        await trio.lowlevel.wait_readable(self._notify_fd)
+        os.eventfd_read(self._notify_fd)
 
     def stop(self) -> None:
         """Ends the thread. Requests that wait for Python are dropped."""
         _LIBRARY.device_stop()
         _WITH_LOCK.reads_remove_all()
-        os.close(self._wakeup_fd)
+        os.close(self._notify_fd)
+
+
+def current_request_number() -> int:
+    """The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
+    return _CURRENT.value
+
+
+def waited() -> float:
+    """How many seconds that request had waited for Python. Only in a handler that has not waited yet."""
+    return _WAITED.value * 1e-9
 
 
 class ReadWindows:
@@ -87,12 +110,6 @@ class ReadWindows:
 
     def remove(self, offset: int) -> None:
         _WITH_LOCK.reads_remove(self._handle, offset)
-
-
-def waited() -> float:
-    """How many seconds the request that is being served had waited for Python. For a handler that has not
-    waited yet."""
-    return _WAITED.value * 1e-9
 
 
 def allow(inode: int) -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger("ipfsfuse.fuse")
 ROOT = 1
 KEY_BYTES = 32
 BITS = 63
-"""Of a number: the highest bit of 64 is left free for file handles (device.py)."""
+"""Of a number: `opens.c` makes a file handle of a number and the highest bit."""
 
 _FILE, _DIRECTORY = b"file", b"directory"
 

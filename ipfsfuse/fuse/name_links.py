@@ -24,8 +24,7 @@ import trio
 
 from ipfsfuse.errors import MountFailed, NameTooLong, NotFound, ReadOnly, Unavailable
 from ipfsfuse.fuse import errnos
-from ipfsfuse.fuse.init_patch import CONGESTION, MAX_BACKGROUND, PARALLEL_DIROPS, read_init
-from ipfsfuse.fuse.session import INIT_SECONDS, Device, close_device, open_device, unmount
+from ipfsfuse.fuse.session import INIT_SECONDS, Mount, close_mount, open_mount, unmount
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -41,6 +40,9 @@ BUFFER = 64 << 10
 MAX_WRITE = 4096
 """The least that the kernel takes; nothing is ever written."""
 MINOR = 31
+MAX_BACKGROUND, CONGESTION = 4096, 3072
+PARALLEL_DIROPS = 1 << 18
+"""As in `replies.c`."""
 
 _IN_HEADER = struct.Struct("<IIQQIIIHH")  # length, opcode, unique, node, uid, gid, pid, extensions, padding
 _OUT_HEADER = struct.Struct("<IiQ")  # length, error, unique
@@ -102,8 +104,8 @@ class _Link:
 class NameLinks:
     """Serves one device until it is unmounted."""
 
-    def __init__(self, device: Device, target: Target, listed: Listed, deadline: float) -> None:
-        self._fd, self._target, self._listed, self._deadline = device.fd, target, listed, deadline
+    def __init__(self, mount: Mount, target: Target, listed: Listed, deadline: float) -> None:
+        self._fd, self._target, self._listed, self._deadline = mount.fd, target, listed, deadline
         self._links: dict[int, _Link] = {}
         self._numbers: dict[bytes, int] = {}
         self._last = ROOT
@@ -144,7 +146,7 @@ class NameLinks:
             self._refuse(unique, errno.EACCES if struct.unpack_from("<I", body)[0] & os.W_OK else 0)
         else:
             try:
-                self._reply(unique, self._answer(opcode, node, body, request))
+                self._reply(unique, self._answer(opcode, node, body))
             except NotImplementedError:
                 self._refuse(unique, errno.ENOSYS)
             except Exception as exc:  # whatever one request meets, the mount goes on
@@ -171,17 +173,17 @@ class NameLinks:
 
     # -- answers at once -------------------------------------------------------------------------------------
 
-    def _answer(self, opcode: int, node: int, body: bytes, request: bytes) -> bytes:
+    def _answer(self, opcode: int, node: int, body: bytes) -> bytes:
         if opcode in MUTATING:
             raise ReadOnly("the directory of names is read-only")
         if opcode == Op.INIT:
-            offered = read_init(request)
-            if offered.major != 7:
-                raise MountFailed(f"the kernel speaks version {offered.major} of FUSE")
-            flags = offered.flags & PARALLEL_DIROPS
+            major, minor, _readahead, offered = struct.unpack_from("<IIII", body)
+            if major != 7:
+                raise MountFailed(f"the kernel speaks version {major} of FUSE")
+            flags = offered & PARALLEL_DIROPS
             numbers = (
                 7,
-                min(offered.minor, MINOR),
+                min(minor, MINOR),
                 0,
                 flags,
                 MAX_BACKGROUND,
@@ -319,8 +321,8 @@ async def mounted(
 ) -> AsyncIterator[None]:
     """The directory of names at `mountpoint` for the length of the block. `ended` is awaited when somebody
     else unmounts it. Raises MountFailed."""
-    device = open_device(mountpoint, allow_other)
-    links = NameLinks(device, target, listed, deadline)
+    mount = open_mount(mountpoint, allow_other)
+    links = NameLinks(mount, target, listed, deadline)
     ending = False
 
     async def serve(*, task_status: trio.TaskStatus[None]) -> None:
@@ -343,4 +345,4 @@ async def mounted(
                         await unmount(mountpoint, lazy=True)
                 nursery.cancel_scope.cancel()
     finally:
-        close_device(device)
+        close_mount(mount)

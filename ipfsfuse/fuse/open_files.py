@@ -23,7 +23,6 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.page_cache_pusher import PageCachePusher
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
@@ -45,9 +44,9 @@ class _Handle:
 
 
 class OpenFiles:
-    def __init__(self, tree: Tree, inodes: Inodes, interrupts: Interrupts, push: bool) -> None:
+    def __init__(self, tree: Tree, inodes: Inodes, push: bool) -> None:
         """Without `push` no data is pushed to the kernel, and Python answers each open and read."""
-        self._tree, self._inodes, self._interrupts, self._push = tree, inodes, interrupts, push
+        self._tree, self._inodes, self._push = tree, inodes, push
         self._pusher = PageCachePusher()
         self._handles: dict[int, _Handle] = {}
         self._last_handle = 0
@@ -75,13 +74,13 @@ class OpenFiles:
 
     # -- what the kernel asks --------------------------------------------------------------------------------
 
-    async def open(self, inode: Inode, pid: int) -> int:
+    async def open(self, inode: Inode) -> int:
         """A handle for reading `inode`. Raises what the walk of its blocks raises."""
         self.drain()  # first: what was opened before this counts as used before it
         self._pusher.remove(inode.number)
         inode.opens += 1
         try:
-            file = await self._file(inode, pid)
+            file = self._tree.file_at_hand(inode.cid) or await self._tree.file(inode.cid)
         except BaseException:
             inode.opens -= 1
             raise
@@ -96,13 +95,6 @@ class OpenFiles:
 
     def _opened(self, file: File, handle: int) -> OpenFile:
         return OpenFile(self._tree, file, device.ReadWindows(handle) if self._push else None)
-
-    async def _file(self, inode: Inode, pid: int) -> File:
-        file = self._tree.file_at_hand(inode.cid)
-        if file is None:
-            with self._interrupts.watch(pid):
-                file = await self._tree.file(inode.cid)
-        return file
 
     def _correct(self, inode: Inode, true: Attributes) -> None:
         """If a link lied about the size, the kernel must ask for the attributes again before it reads."""

@@ -136,7 +136,7 @@ static int answer_open(int device, const struct fuse_in_header *request, const s
 
 	if (how->flags & WRITING || !table[slot].inode || opened_count == UNDRAINED)
 		return 0;
-	reply = device_reply(device, request->unique, &answer, sizeof answer);
+	reply = reply_send(device, request->unique, &answer, sizeof answer);
 	if (reply == REPLY_SENT) { /* only then will a RELEASE come */
 		table[slot].opens++;
 		opened[opened_count++] = request->nodeid;
@@ -151,7 +151,7 @@ static int answer_release(int device, const struct fuse_in_header *request, cons
 	if (!(what->fh & ANSWERED_HERE) || !table[slot].inode || !table[slot].opens)
 		return 0;
 	table[slot].opens--; /* the file is closed, whatever becomes of the answer */
-	return device_reply(device, request->unique, NULL, 0) != REPLY_FAILED;
+	return reply_send(device, request->unique, NULL, 0) != REPLY_FAILED;
 }
 
 int opens_answer(int device, const struct fuse_in_header *request, size_t size)

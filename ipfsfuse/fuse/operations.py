@@ -10,7 +10,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 
 import pyfuse3
 import trio
@@ -29,10 +28,9 @@ from pyfuse3 import (
 from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.fuse import device, replies, xattrs
-from ipfsfuse.fuse.errnos import fuse_error
+from ipfsfuse.fuse import device, replies
+from ipfsfuse.fuse.errnos import translated
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
@@ -49,23 +47,6 @@ GRACE = 0.5
 says which."""
 
 
-class Translated:
-    """Any exception of ours leaves as a FUSEError: pyfuse3 would end the mount for another one. One serves
-    all calls: it holds nothing."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(exc, Exception):
-            raise fuse_error(exc) from exc
-
-
-translated = Translated()
-
-
 class Operations(ReadOnlyOperations):
     enable_writeback_cache = False
     supports_dot_lookup = False
@@ -74,7 +55,6 @@ class Operations(ReadOnlyOperations):
         self,
         tree: Tree,
         roots: Roots,
-        interrupts: Interrupts,
         inodes: Inodes,
         budget: Callable[[], int],
         deadline: float,
@@ -86,15 +66,11 @@ class Operations(ReadOnlyOperations):
         it did not ask for, and asks for everything: a recording mount."""
         super().__init__()
         self._deadline = deadline
-        self._tree, self._roots, self._interrupts, self._inodes, self._budget = (
-            tree,
-            roots,
-            interrupts,
-            inodes,
-            budget,
-        )
+        self._tree, self._roots, self._inodes, self._budget = tree, roots, inodes, budget
         self._replies = replies.Replies(owner, umask)
-        self._files = OpenFiles(tree, inodes, interrupts, push)
+        self._files = OpenFiles(tree, inodes, push)
+        self._calls: dict[int, trio.CancelScope] = {}
+        """Those that wait, by the kernel's number."""
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
         self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
@@ -114,21 +90,32 @@ class Operations(ReadOnlyOperations):
 
     @contextmanager
     def _call(self, name: str, caller: Caller) -> Iterator[None]:
-        """A call of the user `caller`, answered soon after its deadline whatever it waits for.
+        """A call of the user `caller`. It is answered soon after its deadline whatever it waits for, or when
+        its caller gets a signal. Begin it before anything waits.
 
         The deadline is counted from when the request was read. It leaves at least half of the time, for what
         could be answered from the cache."""
-        begun = trio.current_time()
+        number = device.current_request_number()
         left = max(self._deadline - device.waited(), self._deadline / 2)
+        begun = trio.current_time()
         deadline = begun + left
-        with translated:
-            try:
-                with request_of(caller, deadline), trio.CancelScope(deadline=deadline + GRACE) as scope:
+        with translated(), request_of(caller, deadline):
+            with trio.CancelScope(deadline=deadline + GRACE) as scope:
+                self._calls[number] = scope
+                try:
                     yield
-            finally:
-                self.latencies[name].add(trio.current_time() - begun)
+                finally:
+                    del self._calls[number]
+                    self.latencies[name].add(trio.current_time() - begun)
             if scope.cancelled_caught:
+                if trio.current_time() < scope.deadline:
+                    raise errors.Interrupted("the caller was interrupted")
                 raise errors.Unavailable(f"not answered within {self._deadline:g} s")
+
+    def interrupt(self, number: int) -> None:
+        """The caller of the request `number` got a signal."""
+        if number in self._calls:
+            self._calls[number].cancel()
 
     # -- names -----------------------------------------------------------------------------------------------
 
@@ -142,14 +129,13 @@ class Operations(ReadOnlyOperations):
                 cid = (
                     self._roots.parse(name)
                     if parent_inode == ROOT
-                    else await self._child(parent_inode, name, ctx)
+                    else (await self._tree.child(self._inodes.get(parent_inode).cid, name)).cid
                 )
             except errors.NotFound:
                 return self._replies.absent()
             found = self._tree.known(cid)
             if found is None:
-                with self._interrupts.watch(ctx.pid):
-                    found = await self._tree.attributes(cid)
+                found = await self._tree.attributes(cid)
             if parent_inode == ROOT:
                 self._roots.note(cid, name)
             inode = self._inode(parent_inode, name, cid, found)
@@ -159,10 +145,6 @@ class Operations(ReadOnlyOperations):
                 return reply
             finally:
                 self._inodes.drop_unused(inode)
-
-    async def _child(self, parent: int, name: bytes, ctx: RequestContext) -> Cid:
-        with self._interrupts.watch(ctx.pid):
-            return (await self._tree.child(self._inodes.get(parent).cid, name)).cid
 
     def _inode(self, parent: int, name: bytes, cid: Cid, found: Attributes) -> Inode:
         if found.is_directory:
@@ -174,19 +156,19 @@ class Operations(ReadOnlyOperations):
             self._files.forget(number, count)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with translated:
+        with translated():
             held = self._inodes.get(inode)
             if not held.attributes.exact:
                 held.attributes = self._tree.known(held.cid) or held.attributes
             return self._replies.entry(held)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        with self._call("readlink", ctx.uid), self._interrupts.watch(ctx.pid):
+        with self._call("readlink", ctx.uid):
             return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
-        with translated:
+        with translated():
             held = self._inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
@@ -196,7 +178,7 @@ class Operations(ReadOnlyOperations):
         with self._call("open", ctx.uid):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
-            handle = await self._files.open(self._inodes.get(inode), ctx.pid)
+            handle = await self._files.open(self._inodes.get(inode))
             self._openers[handle] = ctx.uid
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
@@ -208,7 +190,7 @@ class Operations(ReadOnlyOperations):
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
-        with translated:
+        with translated():
             self._openers.pop(fh, None)
             self._files.release(fh)
 
@@ -248,12 +230,12 @@ class Operations(ReadOnlyOperations):
     # -- the rest --------------------------------------------------------------------------------------------
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        with translated:
+        with translated():
             return replies.statfs(self._budget(), self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        with translated:
-            return xattrs.value(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
+        with translated():
+            return replies.xattr(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:
-        return [XAttrNameT(name) for name in xattrs.names()] if inode != ROOT else []
+        return [XAttrNameT(name) for name in replies.xattr_names()] if inode != ROOT else []

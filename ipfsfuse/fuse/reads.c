@@ -84,7 +84,7 @@ static int answer_from_window(int device, const struct fuse_in_header *request, 
 		if (one->handle == what->fh && one->start <= what->offset && end > what->offset && end < one->end) {
 			const char *bytes = (const char *)one->content.buf + (what->offset - one->start);
 
-			return device_reply(device, request->unique, bytes, what->size) != REPLY_FAILED;
+			return reply_send(device, request->unique, bytes, what->size) != REPLY_FAILED;
 		}
 	}
 	return 0;

@@ -1,10 +1,15 @@
 """pyfuse3's structures, filled. It costs more to make an EntryAttributes than to fill it, so one is reused
 for each kind of reply. That is safe because pyfuse3 copies it before anything else runs."""
 
+import errno
 import os
+from collections.abc import Callable
 
 import pyfuse3
 
+from ipfsfuse.cache.base import Kept
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse.device import NAME_ONLY
 from ipfsfuse.fuse.inodes import Inode
 
@@ -75,3 +80,30 @@ def statfs(budget: int, used: int) -> pyfuse3.StatvfsData:
     out.f_files = out.f_ffree = out.f_favail = 0
     out.f_namemax = 255
     return out
+
+
+# -- extended attributes -------------------------------------------------------------------------------------
+
+Find = Callable[[Cid], Kept | None]
+
+_XATTRS: dict[bytes, Callable[[Cid, Find], str]] = {
+    b"ipfs.cid": lambda cid, _find: cids.text(cid),
+    b"ipfsfuse.staged": lambda cid, find: str(kept.staged if (kept := find(cid)) else 0),
+    b"ipfsfuse.pinned": lambda cid, find: (kept.pinned if (kept := find(cid)) else "") or "no",
+    b"ipfsfuse.source": lambda cid, find: kept.source if (kept := find(cid)) else "",
+}
+
+
+def xattr_names() -> list[bytes]:
+    return list(_XATTRS)
+
+
+def xattr(name: bytes, cid: Cid, find: Find) -> bytes:
+    """The value of `name`. Raises FUSEError: ENODATA for an attribute that is not there (the mount's root,
+    whose CID is empty, has none), ENOTSUP for namespaces that are not kept at all, so that `ls -l` asks for
+    access lists once and not for each file."""
+    if not cid or name not in _XATTRS:
+        raise pyfuse3.FUSEError(
+            errno.ENOTSUP if name.startswith((b"system.", b"security.")) else pyfuse3.ENOATTR
+        )
+    return _XATTRS[name](cid, find).encode()

@@ -1,9 +1,7 @@
-"""The FUSE session: mounting, the INIT exchange, serving, unmounting.
+"""The FUSE session: mounting, serving, unmounting.
 
-pyfuse3 holds one session per process in module globals, so this module serves one mount per process. It
-stands between the kernel and libfuse for one message: libfuse is given one end of a socket pair as its
-device, the INIT request is passed through, its reply is extended (`init_patch`), and then the real device is
-put in the socket's place.
+pyfuse3 holds one session per process in module globals, so this module serves one mount per process.
+fusermount3 mounts and gives us the device. libfuse never touches it: `device` reads and writes it.
 """
 
 import contextlib
@@ -11,7 +9,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +17,9 @@ import pyfuse3
 import trio
 
 from ipfsfuse.errors import MountFailed
-from ipfsfuse.fuse import init_patch
-from ipfsfuse.fuse.device import DeviceReader
+from ipfsfuse.fuse.device import Device
 from ipfsfuse.fuse.mountpoint import Place, fusermount
+from ipfsfuse.fuse.operations import Operations
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -33,44 +31,38 @@ INIT_SECONDS = 10
 
 
 @dataclass
-class Device:
+class Mount:
     """/dev/fuse as fusermount3 opened it for one mountpoint."""
 
     fd: int
     helper: socket.socket
-    """Held open: fusermount3 unmounts when it closes, whatever way this process ends."""
-    mountpoint: Path
+    """Held open: fusermount3 unmounts when it closes, however this process ends."""
 
 
 @dataclass
 class Session:
     """A session that libfuse accepted, not yet serving."""
 
+    mount: Mount
     device: Device
-    reader: DeviceReader
-    ours: socket.socket
-    """Our end of the socket pair that libfuse has as its device."""
-    number: int
-    """The file descriptor that libfuse believes to be its device."""
-    extended: bool = False
-    """True once parallel directory operations and cached symlinks are on."""
+    operations: Operations
 
 
-def open_device(mountpoint: Path, allow_other: bool) -> Device:
+def open_mount(mountpoint: Path, allow_other: bool) -> Mount:
     """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
     one."""
     with Place(mountpoint) as place:
-        device = _mount(mountpoint, allow_other)
+        mount = _mount(mountpoint, allow_other)
         try:
             place.check()
         except MountFailed:
-            close_device(device)
+            close_mount(mount)
             place.clear()
             raise
-        return device
+        return mount
 
 
-def _mount(mountpoint: Path, allow_other: bool) -> Device:
+def _mount(mountpoint: Path, allow_other: bool) -> Mount:
     if not os.path.exists("/dev/fuse"):
         raise MountFailed(
             "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the device"
@@ -91,7 +83,7 @@ def _mount(mountpoint: Path, allow_other: bool) -> Device:
         raise MountFailed(_why(said.decode(errors="replace"), mountpoint, allow_other))
     if helper.stderr:
         helper.stderr.close()
-    return Device(fds[0], ours, mountpoint)
+    return Mount(fds[0], ours)
 
 
 def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
@@ -106,74 +98,51 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
     return f"{mountpoint} can't be mounted: {line}"
 
 
-def init(operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool) -> Session:
-    """Mounts and hands libfuse the socket. Must run before the event loop serves; nothing is answered yet.
-
-    Raises MountFailed."""
-    device = open_device(mountpoint, allow_other)
-    try:
-        reader = DeviceReader()
-    except OSError as exc:
-        close_device(device)
-        raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    number = theirs.detach()
-    try:
-        pyfuse3.init(operations, f"/dev/fd/{number}", set())
-    except RuntimeError as exc:
-        reader.stop()
-        ours.close()
-        os.close(number)
-        close_device(device)
-        raise MountFailed(
-            f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.3 or "
-            "newer is needed"
-        ) from exc
-    return Session(device, reader, ours, number)
-
-
-async def exchange(session: Session, readahead: bool) -> None:
-    """Carries INIT between kernel and libfuse; the session's main loop must be running. Raises
-    MountFailed."""
-    ours, device = session.ours, session.device.fd
-    with _deadline("the kernel and libfuse did not agree"):
-        await trio.lowlevel.wait_readable(device)
-        request = os.read(device, 1 << 20)
-        offered = init_patch.read_init(request)
-        ours.send(request)
-        session.reader.wake()
-        await trio.lowlevel.wait_readable(ours)
-        reply = init_patch.extend_reply(ours.recv(1 << 16), offered.flags, readahead)
-        os.write(device, reply)
-    session.extended = bool(offered.flags & init_patch.PARALLEL_DIROPS)
-    os.dup2(device, session.number)  # the device takes the place of the socket
-    try:
-        session.reader.start(session.number)
-    except OSError as exc:
-        raise MountFailed(f"{session.device.mountpoint} can't be served: {exc.strerror}") from exc
-    if not session.extended:
-        log.warning(
-            "this kernel offers no parallel directory operations: a stalled lookup holds up its directory"
-        )
-
-
 @contextlib.contextmanager
-def _deadline(what: str) -> Iterator[None]:
-    try:
-        with trio.fail_after(INIT_SECONDS):
-            yield
-    except trio.TooSlowError as exc:
-        raise MountFailed(f"{what} within {INIT_SECONDS} s") from exc
+def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahead: bool) -> Iterator[Session]:
+    """Mounts, and starts to read the device; nothing is answered yet. The mount is gone after the block.
+
+    Without `readahead` the kernel asks for nothing that was not read. Raises MountFailed."""
+    with contextlib.ExitStack() as stack:
+        mount = open_mount(mountpoint, allow_other)
+        stack.callback(close_mount, mount)
+        try:
+            device = Device(readahead)
+        except OSError as exc:
+            raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
+        try:
+            pyfuse3.init(operations, f"/dev/fd/{mount.fd}", set())
+        except RuntimeError as exc:
+            device.stop()
+            raise MountFailed(
+                f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.14 or "
+                "newer is needed"
+            ) from exc
+        stack.callback(pyfuse3.close, unmount=False)
+        stack.callback(device.stop)
+        yield Session(mount, device, operations)
 
 
-async def serve(session: Session, ready: Callable[[], None], readahead: bool = True) -> None:
-    """Answers the kernel until the mount is gone; `ready` is called once it does.
-
-    Without `readahead` the kernel asks for nothing that was not read."""
+async def serve(session: Session, ready: Callable[[], None]) -> None:
+    """Answers the kernel until the mount is gone; `ready` is called once it does. Raises MountFailed."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_main, nursery.cancel_scope)
-        await exchange(session, readahead)
+        parallel = False
+        with trio.move_on_after(INIT_SECONDS) as waiting:
+            parallel = await session.device.initialized()
+        if waiting.cancelled_caught:
+            raise MountFailed(f"the kernel and libfuse did not agree within {INIT_SECONDS} s")
+        if not parallel:
+            log.warning(
+                "this kernel offers no parallel directory operations: a stalled lookup holds up its directory"
+            )
+        nursery.start_soon(_interrupt, session)
         ready()
+
+
+async def _interrupt(session: Session) -> None:
+    async for number in session.device.interrupted():
+        session.operations.interrupt(number)
 
 
 async def _main(scope: trio.CancelScope) -> None:
@@ -188,27 +157,8 @@ async def unmount(mountpoint: Path, lazy: bool) -> bool:
     return done.returncode == 0
 
 
-def close(session: Session) -> None:
+def close_mount(mount: Mount) -> None:
     """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
-    session.reader.stop()
-    pyfuse3.close(unmount=False)
-    session.ours.close()
-    close_device(session.device)
-
-
-def close_device(device: Device) -> None:
     with contextlib.suppress(OSError):
-        os.close(device.fd)
-    device.helper.close()
-
-
-@contextlib.asynccontextmanager
-async def opened(
-    operations: pyfuse3.Operations, mountpoint: Path, allow_other: bool
-) -> AsyncIterator[Session]:
-    """A session for the length of the block; the mount is gone afterwards."""
-    session = init(operations, mountpoint, allow_other)
-    try:
-        yield session
-    finally:
-        close(session)
+        os.close(mount.fd)
+    mount.helper.close()

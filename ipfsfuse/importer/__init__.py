@@ -1,6 +1,24 @@
-"""Imports local files and folders into the library (`add`), and exports DAGs to CAR files (`export`)."""
+"""Takes files, folders and CAR files into the library, writes DAGs to CAR files, and checks both."""
 
 from ipfsfuse.importer.add import Added, AddOptions, AddProgress, add
-from ipfsfuse.importer.export import GetBlock, export, export_to_stream
+from ipfsfuse.importer.cars import (
+    GetBlock,
+    car_damage,
+    export,
+    export_to_stream,
+    import_car,
+    library_damage,
+)
 
-__all__ = ["AddOptions", "AddProgress", "Added", "GetBlock", "add", "export", "export_to_stream"]
+__all__ = [
+    "AddOptions",
+    "AddProgress",
+    "Added",
+    "GetBlock",
+    "add",
+    "car_damage",
+    "export",
+    "export_to_stream",
+    "import_car",
+    "library_damage",
+]

@@ -173,7 +173,7 @@ class OpenFile:
                         self._tree.use(leaf.cid, ahead=True)
                 await self._tree.cache.ahead(self._ref, leaves, self._arrived)
             except IpfsFuseError:
-                pass  # whoever reads there will hear
+                pass  # a read there will raise it
             finally:
                 self._scopes.discard(scope)
 

@@ -179,17 +179,19 @@ def _links(node: Node) -> Sequence[Link]:
     return node.links if isinstance(node, Directory | Shard) else ()
 
 
-Fetch = Callable[[Cid], Awaitable[Node]]
-Known = Callable[[Cid], object | None]
-ContentsOf = Callable[[Node], trio.Event | None]
-
-
 class DirectoryPrefetcher:
     """Tracks the pages that were listed last, and fetches what `ScanTracker` says.
 
-    `fetch` fetches one child. `contents_of` is `SubtreePrefetcher.contents_of`."""
+    `fetch` fetches one child, unless `known` has something for it. `contents_of` is
+    `SubtreePrefetcher.contents_of`."""
 
-    def __init__(self, nursery: trio.Nursery, fetch: Fetch, known: Known, contents_of: ContentsOf) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        fetch: Callable[[Cid], Awaitable[Node]],
+        known: Callable[[Cid], object | None],
+        contents_of: Callable[[Node], trio.Event | None],
+    ) -> None:
         self._nursery = nursery
         self._fetch = fetch
         self._known = known

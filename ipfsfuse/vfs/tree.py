@@ -231,7 +231,7 @@ def _carried(cid: Cid) -> Attributes | None:
     try:
         block = cids.inline(cid)
         return attributes.of_node(nodes.parse(cid, block)) if block is not None else None
-    except (Malformed, Unsupported):  # whoever looks it up will hear
+    except (Malformed, Unsupported):  # a lookup of it will raise
         return None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,17 @@ def test_completions_know_the_commands(user: Home) -> None:
     script = user.folder / "completion"
     script.write_text(user.run("completion", "bash").stdout)
     subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("module", ["ipfsfuse.cli.parser:build_parser", "ipfsfuse_run.options:_parser"])
+def test_man_pages_have_every_option(tmp_path: Path, module: str) -> None:
+    """As `scripts/package man` makes them."""
+    name, function = module.split(":")
+    page = tmp_path / "page.1"
+    tool = str(Path(sys.executable).with_name("argparse-manpage"))
+    command = [tool, "--module", name, "--function", function, "--prog", "x", "--output", str(page)]
+    env = {**os.environ, "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    text = page.read_text().replace("\\-", "-")
+    options = {"--budget", "--bwlimit", "--watch"} if "cli" in name else {"--record", "--deterministic"}
+    assert [each for each in sorted(options) if each not in text] == []

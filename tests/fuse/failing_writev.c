@@ -1,5 +1,5 @@
-/* For LD_PRELOAD: makes writev fail where our C code calls it. FAILING_WRITEV=ERRNO:TIMES lets every call
- * after TIMES failures pass. */
+/* For LD_PRELOAD: makes writev fail where our C code calls it. FAILING_WRITEV=ERRNO:TIMES:EVERYWHERE lets
+ * every call after TIMES failures pass. With EVERYWHERE 0 calls of the main thread don't fail. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 static atomic_ulong calls;
 
@@ -21,9 +22,9 @@ ssize_t writev(int file, const struct iovec *parts, int count)
 	if (!next)
 		next = (ssize_t (*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, "writev");
 	if (plan && dladdr(__builtin_return_address(0), &caller) && strstr(caller.dli_fname, "ipfsfuse/fuse/_native")) {
-		long number = strtol(plan, &colon, 10), times = strtol(colon + 1, NULL, 10);
+		long number = strtol(plan, &colon, 10), times = strtol(colon + 1, &colon, 10);
 
-		if ((long)(calls++ % (times + 1)) < times) {
+		if ((colon[1] != '0' || gettid() != getpid()) && (long)(calls++ % (times + 1)) < times) {
 			errno = (int)number;
 			return -1;
 		}

@@ -7,9 +7,10 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("failing_writev.c")
 
 
-def build(folder: Path, number: int, failures: int) -> dict[str, str]:
+def build(folder: Path, number: int, failures: int, everywhere: bool = True) -> dict[str, str]:
     """Builds it in `folder`. Returns the environment of a process in which `failures` writes in a row fail
-    with the errno `number`, and the next one passes, and so on."""
+    with the errno `number`, and the next one passes, and so on. Not `everywhere`: in the device thread
+    alone, not where libfuse's replies are written."""
     library = folder / "failing_writev.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", library, SOURCE, "-ldl"], check=True)
     preload = ":".join(
@@ -17,6 +18,6 @@ def build(folder: Path, number: int, failures: int) -> dict[str, str]:
     )  # before a sanitizer's own writev
     return {
         "LD_PRELOAD": preload,
-        "FAILING_WRITEV": f"{number}:{failures}",
+        "FAILING_WRITEV": f"{number}:{failures}:{everywhere:d}",
         "FAILING_WRITEV_LIBRARY": str(library),
     }

@@ -27,7 +27,6 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
@@ -414,8 +413,7 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
     ours.settimeout(ANSWER_SECONDS)
-    number = theirs.detach()
-    reader, inodes, kernel = device.DeviceReader(), Inodes(key, bits), Kernel(ours, forest)
+    reader, inodes, kernel = device.Device(readahead=True), Inodes(key, bits), Kernel(ours, forest)
     served = Served(kernel, inodes)
     ready, failed = threading.Event(), list[BaseException]()
     end: list[Callable[[], None]] = []
@@ -424,14 +422,13 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
         async with trio.open_nursery() as nursery:
             tree = Tree(Memory(forest.dag.blocks), nursery, known=known)
             roots = Roots(lambda: forest.listed, lambda: (), lambda _cid, _name: None, None)
-            interrupts = Interrupts()
-            operations = Operations(tree, roots, interrupts, inodes, lambda: 1 << 30, deadline=30.0)
+            operations = Operations(tree, roots, inodes, lambda: 1 << 30, deadline=30.0)
             served.operations.append(operations)
-            pyfuse3.init(operations, f"/dev/fd/{number}", set())
+            pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
             token = trio.lowlevel.current_trio_token()
             end.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
             with operations.pushing():
-                for task in (pyfuse3.main, interrupts.run, operations.run):
+                for task in (pyfuse3.main, operations.run):
                     nursery.start_soon(task)
                 ready.set()
                 await trio.sleep_forever()
@@ -450,9 +447,7 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
         ready.wait(ANSWER_SECONDS)
         assert not failed
         begun = kernel.send(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, KERNEL_OFFERS))
-        reader.wake()
         assert kernel.wait(begun)[0] == 0
-        reader.start(number)
         yield served
     finally:
         for stop in end:
@@ -461,4 +456,5 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
         reader.stop()
         pyfuse3.close(unmount=False)
         ours.close()
+        theirs.close()
         assert not failed, failed

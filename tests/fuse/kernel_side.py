@@ -1,5 +1,5 @@
 """The test in the kernel's place: libfuse, pyfuse3 and the device thread are real. Their device is one end of
-a socket pair, as it is while a session begins.
+a socket pair.
 """
 
 import os
@@ -55,11 +55,17 @@ class Kernel:
 
     async def ask(self, opcode: int, inode: int, body: bytes) -> bytes:
         self.send(opcode, inode, body)
+        error, answer = await self.answer(self._unique)
+        assert error == 0
+        return answer
+
+    async def answer(self, number: int) -> tuple[int, bytes]:
+        """The errno (negative, or 0) and the body of the next answer, which is for request `number`."""
         await trio.lowlevel.wait_readable(self._ours)
         answer = self._ours.recv(1 << 16)
         length, error, unique = struct.unpack_from("<IiQ", answer)
-        assert (length, error, unique) == (len(answer), 0, self._unique)
-        return answer[16:]
+        assert (length, unique) == (len(answer), number)
+        return error, answer[16:]
 
     async def open(self, inode: int, flags: int = os.O_RDONLY) -> tuple[int, bool]:
         """The handle, and whether Python was asked."""
@@ -80,31 +86,36 @@ class Kernel:
         assert await self.ask(RELEASE, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
         return self.operations.released.total() > before
 
-    def send(self, opcode: int, inode: int, body: bytes) -> None:
-        """A request whose answer nobody waits for."""
+    def send(self, opcode: int, inode: int, body: bytes) -> int:
+        """Sends a request. Returns its number."""
         self._unique += 2
         self._ours.send(
             struct.pack("<IIQQIIII", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0) + body
         )
+        return self._unique
 
 
 @asynccontextmanager
-async def kernel() -> AsyncIterator[Kernel]:
+async def uninitialized(readahead: bool = True) -> AsyncIterator[tuple[Kernel, device.Device]]:
+    """A session whose kernel has not sent INIT yet."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     operations = Operations()
-    number = theirs.detach()
-    reader = device.DeviceReader()
-    pyfuse3.init(operations, f"/dev/fd/{number}", set())
+    reader = device.Device(readahead)
+    pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main)
-            asking = Kernel(ours, operations)
-            reader.wake()
-            await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
-            reader.start(number)
-            yield asking
+            yield Kernel(ours, operations), reader
             nursery.cancel_scope.cancel()
     finally:
         reader.stop()
         pyfuse3.close(unmount=False)
         ours.close()
+        theirs.close()
+
+
+@asynccontextmanager
+async def kernel() -> AsyncIterator[Kernel]:
+    async with uninitialized() as (asking, _reader):
+        await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+        yield asking

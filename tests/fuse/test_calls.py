@@ -17,7 +17,7 @@ from ipfsfuse.sources.base import current_request
 def operations(deadline: float) -> Operations:
     """Without a mount: nothing else of it is used here."""
     made = Operations.__new__(Operations)
-    made._deadline = deadline
+    made._deadline, made._calls = deadline, {}
     return made
 
 

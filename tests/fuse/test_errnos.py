@@ -8,7 +8,7 @@ import pytest
 
 from ipfsfuse import errors
 from ipfsfuse.fuse import errnos
-from ipfsfuse.fuse.failures import FailureLog
+from ipfsfuse.fuse.errnos import FailureLog
 
 
 @pytest.mark.logs("a call was answered")

@@ -14,7 +14,6 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
-from ipfsfuse.fuse.interrupts import Interrupts
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
@@ -72,7 +71,7 @@ def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: py
     held = inodes.file(CID, attributes.of_node(File(CID, len(CONTENT), len(CONTENT), ())))
 
     async def main() -> None:
-        files = OpenFiles(tree, inodes, Interrupts(), push=True)
+        files = OpenFiles(tree, inodes, push=True)
         with files.pushing():
             files._pusher.push([(held, CONTENT)])
             await trio.to_thread.run_sync(asked.wait)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.errors import MountFailed
-from ipfsfuse.fuse.request_timeout import SYSCTLS, fitting_deadline, request_timeout
+from ipfsfuse.fuse.mountpoint import SYSCTLS, fitting_deadline, request_timeout
 from tests.mounting import Home
 
 

@@ -150,11 +150,14 @@ def test_the_source_gets_and_streams(library: Library) -> None:
     assert got == expected
 
 
-def test_a_block_that_is_linked_as_bytes_and_as_a_node_keeps_all_below_it(library: Library) -> None:
+@pytest.mark.parametrize("bytes_first", [False, True])
+def test_a_block_that_is_linked_as_bytes_and_as_a_node_keeps_all_below_it(
+    library: Library, bytes_first: bool
+) -> None:
     unneeded, leaf = dag(range(100, 140)), raw(1)
     node = parent([leaf])
     as_bytes = (cids.make(cids.RAW, cids.multihash(node[0])), node[1])
-    root = parent([node, as_bytes])
+    root = parent([as_bytes, node] if bytes_first else [node, as_bytes])
     with library.open_writer() as writer:
         for cid, block in [*unneeded, leaf, node, root]:
             writer.put(cid, block)

@@ -138,6 +138,15 @@ def test_an_expired_record_is_not_used(ask: Ask, servers: list[NameServer]) -> N
     assert "expired" in str(error)
 
 
+def test_an_expired_record_of_a_higher_sequence_hides_no_valid_one(
+    ask: Ask, servers: list[NameServer], tmp_path: Path
+) -> None:
+    servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{OTHER}", 9, valid=-1)
+    servers[1].records[str(NAMES[0])] = valid = make(KEYS[0], f"/ipfs/{CID}", 8)
+    assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
+    assert (tmp_path / "names" / str(NAMES[0])).read_bytes() == valid
+
+
 @EXPECTED
 def test_a_source_that_lies_can_only_withhold(ask: Ask, servers: list[NameServer]) -> None:
     lie = make(KEYS[1], f"/ipfs/{OTHER}", 99)

@@ -317,7 +317,7 @@ class CacheFolder:
         self._fd = self._lock = -1
 
     def _write(self, name: str, data: bytes, lasting: bool = True) -> None:
-        """A full disk is no reason not to mount."""
+        """Writes a file. If the disk is full, that is logged, and the mount goes on."""
         with (
             as_store_failed(f"{self.path / name} can't be written"),
             _full_disk(f"{self.path / name} can't be written"),
@@ -334,7 +334,7 @@ def is_mount_id(name: str) -> bool:
 
 @contextlib.contextmanager
 def _full_disk(what: str, numbers: Collection[int] = NO_SPACE) -> Iterator[None]:
-    """That there is no space is logged, not raised."""
+    """Logs a full disk instead of raising."""
     try:
         yield
     except OSError as exc:
@@ -547,7 +547,7 @@ def _exists(folder: int, name: str) -> bool:
 
 
 def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
-    """Locks a file or folder for this process. Raises StoreFailed that names who has locked it."""
+    """Locks a file or folder for this process. Raises StoreFailed, which names the process that holds it."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:

@@ -98,7 +98,7 @@ class Packs:
         self.last = 0
         """The highest number in use."""
         self.pending: dict[bytes, Place | None] = {}
-        """What the index does not say yet; None for what it shall forget."""
+        """What the index does not say yet; None for what it must forget."""
         self._unindexed: set[int] = set()
         self._gone: list[tuple[bytes, int]] = []
         self._gone_packs: list[tuple[int]] = []
@@ -141,7 +141,7 @@ class Packs:
         self._unindexed.add(pack)
 
     def forget(self, key: bytes) -> None:
-        """The index shall not find `key` any more."""
+        """Makes the index forget `key`."""
         self.pending[key] = None
 
     def unindexed_in(self, pack: int) -> list[bytes]:
@@ -361,7 +361,7 @@ class BlockStore:
         self.packs_indexed = trio.Event()
         """Set when the index says of every block in the packs where it lies."""
         self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
-        """What the index shall be told besides where blocks lie."""
+        """Statements for the index, besides those that say where blocks lie."""
         self.damaged: Damaged | None = None
         self.telling = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()

@@ -125,7 +125,7 @@ class Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def gone(self) -> bool:
-        """`dead`, looked at anew: it may have become so between two takings of the lock."""
+        """`dead` once more: it may have been set since the lock was last released."""
         return self.dead
 
     def all_proved(self) -> bool:

@@ -127,7 +127,7 @@ class Store:
                 data = await threads.run_sync(
                     self.staging.read_pieces, *arguments, 0, limiter=self.io.reading
                 )
-        except OSError:  # who reads the whole leaf will see it
+        except OSError:  # a read of the whole leaf reports it
             return None
         if data is not None:
             self.budget.arc.refresh(entry.cid)

@@ -170,7 +170,7 @@ class Health:
     def wait(self, now: float, longest: float = math.inf) -> float:
         """Seconds until it may be asked: 0 for now. After a pause one request at a time finds out.
 
-        `longest` bounds the pause after a failure, in seconds: for who has nobody else to ask."""
+        `longest` bounds the pause after a failure, in seconds: where there is no other source to ask."""
         if self._failed_in_a_row < OPENS_AFTER:
             return 0.0
         until = min(self._open_until, self._failed_at + longest)

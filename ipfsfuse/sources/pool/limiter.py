@@ -5,12 +5,12 @@ A stalled request must not keep others from starting, and neither must one calle
 - At most `running` requests run that are not late. One that has had no answer within what its source usually
   takes is late and no longer counts; of late ones there are at most `late`. Where all places are taken, one
   is displaced, to be asked again later.
-- A request that was never tried goes before those that were, and the newest of them goes first: whoever has
-  waited long is likely to wait for what nobody has, and its deadline is near. A new one, of the last `NEW`
-  seconds, need not wait until others are late: only for those that began in the last `SETTLE` seconds, so
-  that a crowd does not begin at once. Where all places are taken, and by none that is late, it takes one all
-  the same, but only one in `SETTLE` seconds: else a crowd would leave nobody the time for an answer. Who
-  lost a place so counts as never tried.
+- A request that was never tried goes before those that were, and the newest of them goes first: a caller
+  that has waited long is likely to wait for what nobody has, and its deadline is near. A new one, of the
+  last `NEW` seconds, need not wait until others are late: only for those that began in the last `SETTLE`
+  seconds, so that a crowd does not begin at once. Where all places are taken, and by none that is late,
+  it takes one all the same, but only one in `SETTLE` seconds: else a crowd would leave nobody the time
+  for an answer. Who lost a place so counts as never tried.
 - Of several callers the one with the fewest requests in flight has its turn first. None holds more than three
   quarters of the places, and where one is to be displaced, it is one of the caller's that has most.
 - A source that says that it is busy with what it was sent gets half as many from then on, and one more for
@@ -39,7 +39,7 @@ ROTATE_FRESH, ROTATE_RETRIED = 1.0, 5.0
 """Seconds that a late request has before one that waits takes its place: a request that was never tried, one
 that was. Where the source's usual answers take longer, it is twice as long as they take, or four times."""
 LAST = 0.25
-"""Seconds: who wants an answer within less does not get it from a request that would begin now."""
+"""Seconds. A request that begins now gives no answer sooner."""
 SHARE = 0.75
 """Of all places, how many one caller may hold. What is left is at once there for the next caller."""
 
@@ -231,7 +231,7 @@ class ConcurrencyLimiter:
             self._dispatch()
 
     def _put(self, place: Place) -> None:
-        """Into the queue, on the account of that caller of its who has least in flight."""
+        """Queues `place` on the account of that one of its callers that has least in flight."""
         callers = place.request.callers
         if len(callers) > 1:
             place.caller = min(callers, key=lambda caller: self._all_of[caller])
@@ -309,7 +309,7 @@ class ConcurrencyLimiter:
         while (own := self._all_of[place.caller] >= self.caller_limit) or self.in_flight >= self.limit:
             if self._displace(place.caller, own, now - least):
                 continue
-            # who bears few is given time to answer
+            # a source that takes few requests is given time to answer
             early = new and self._limit >= self._most > self._running and now - self._early_at >= SETTLE
             if not early or not self._displace(place.caller, own, now - SETTLE, early=True):
                 return False

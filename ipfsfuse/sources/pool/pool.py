@@ -583,7 +583,7 @@ class SubtreeFetch:
             except WrongBlock:
                 self._pool.wrong(managed, cid)
                 return right, True
-            except Unsupported:  # who reads it will hear
+            except Unsupported:  # a read of it will raise
                 continue
             managed.health.record_success(-1, len(block))
             right[cid] = Fetched(block, managed.source)

@@ -1,0 +1,144 @@
+/* What is written to /dev/fuse: our own answers, and libfuse's replies, extended by what libfuse or pyfuse3 does not
+ * offer.
+ *
+ * A reply says which request it answers, but not what that request asked for. So libfuse is given each request
+ * with its opcode in the highest byte of `unique`. The kernel counts requests in the lower ones.
+ */
+#include "device.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+#define OPCODE_SHIFT 56
+#define UNIQUE ((1ULL << OPCODE_SHIFT) - 1)
+#define OUR_TRIES 6                /* for memory, after 1, 2, 4, ... 32 ms: then Python may answer */
+#define LIBFUSE_TRIES 100          /* the same, up to 64 ms each: nobody else will answer */
+
+#define CACHE_LISTING (1ULL << 62) /* as in device.py: in a directory's handle */
+#define NAME_ONLY UINT64_MAX       /* as in device.py: in an entry's generation */
+
+/* INIT. With libfuse's 12 background requests, that many stalled reads would stop the mount. A request that
+ * writes never gets here: the limit on its size only bounds how many FORGETs come together. */
+#define MAX_BACKGROUND 4096
+#define CONGESTION 3072
+#define MAX_WRITE (128U << 10)
+
+/* As in device.py */
+#define INIT_DONE 1
+#define INIT_PARALLEL 2
+
+static uint32_t offered;
+static int with_readahead;
+static atomic_int init_result;
+
+/* What a failed write means is in fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the request is over.
+ * It may fail with ENOMEM before it has looked for the request, which then still waits. Once it has found the
+ * request and can't copy the answer, it ends the request with EIO: then another try finds no request. */
+static ssize_t write_parts(int device, const struct iovec *parts, int count, int tries)
+{
+	ssize_t written;
+	useconds_t wait = 1000;
+
+	while ((written = writev(device, parts, count)) < 0)
+		if (errno == ENOMEM && tries--) {
+			usleep(wait);
+			if (wait < 64000)
+				wait *= 2;
+		} else if (errno != EINTR)
+			break;
+	return written;
+}
+
+enum reply reply_send(int device, uint64_t unique, const void *body, size_t size)
+{
+	struct fuse_out_header header = {.len = sizeof header + size, .unique = unique};
+	struct iovec parts[] = {{&header, sizeof header}, {(void *)body, size}};
+
+	if (write_parts(device, parts, size ? 2 : 1, OUR_TRIES) >= 0)
+		return REPLY_SENT;
+	return errno == ENOMEM ? REPLY_FAILED : REPLY_GONE;
+}
+
+void reply_prepare(int readahead)
+{
+	with_readahead = readahead;
+	init_result = 0;
+	offered = 0;
+}
+
+int reply_init_result(void) { return init_result; }
+
+size_t reply_expect(struct fuse_in_header *request, size_t size)
+{
+	const struct fuse_init_in *init = (const void *)(request + 1);
+
+	if (request->opcode == FUSE_INIT && size >= sizeof *request + offsetof(struct fuse_init_in, flags2))
+		offered = init->flags;
+	request->unique |= (uint64_t)request->opcode << OPCODE_SHIFT;
+	return size;
+}
+
+/* libfuse before 3.17 does not ask for parallel directory operations, and none asks for cached symlinks unless
+ * pyfuse3 does. */
+static void extend_init(struct fuse_init_out *out)
+{
+	out->flags |= offered & (FUSE_PARALLEL_DIROPS | FUSE_CACHE_SYMLINKS);
+	if (!with_readahead)
+		out->max_readahead = 0;
+	out->max_background = MAX_BACKGROUND;
+	out->congestion_threshold = CONGESTION;
+	if (out->max_write > MAX_WRITE)
+		out->max_write = MAX_WRITE;
+}
+
+/* An entry whose generation is NAME_ONLY goes out with node id 0. pyfuse3 has one field for the node id and for
+ * d_ino, and d_ino must not be 0: the C library skips such entries.
+ *
+ * The kernel (fs/fuse/readdir.c, fuse_direntplus_link) takes an entry with node id 0 as a name and a type, and
+ * counts no reference. If it gets a node id with attributes that it rejects, it sends a FORGET for a reference
+ * that nobody counted. */
+static void extend_listing(char *bytes, size_t size)
+{
+	while (size >= FUSE_NAME_OFFSET_DIRENTPLUS) {
+		struct fuse_direntplus *entry = (void *)bytes;
+		size_t length = FUSE_DIRENTPLUS_SIZE(entry);
+
+		if (entry->entry_out.generation == NAME_ONLY)
+			entry->entry_out.nodeid = entry->entry_out.generation = 0;
+		if (length > size)
+			return;
+		bytes += length;
+		size -= length;
+	}
+}
+
+static void extend(uint32_t opcode, void *body, size_t size)
+{
+	struct fuse_open_out *opened = body;
+
+	if (opcode == FUSE_INIT && size >= offsetof(struct fuse_init_out, time_gran))
+		extend_init(body);
+	else if (opcode == FUSE_READDIRPLUS)
+		extend_listing(body, size);
+	else if (opcode == FUSE_OPENDIR && size >= sizeof *opened && opened->fh & CACHE_LISTING)
+		/* a directory that never changes: the kernel may keep its listing */
+		opened->open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+}
+
+ssize_t reply_from_libfuse(int device, struct iovec *parts, int count)
+{
+	struct fuse_out_header *header = parts[0].iov_base;
+	uint32_t opcode = header->unique >> OPCODE_SHIFT;
+	ssize_t written;
+
+	header->unique &= UNIQUE;
+	if (count == 2 && !header->error)
+		extend(opcode, parts[1].iov_base, parts[1].iov_len);
+	written = write_parts(device, parts, count, LIBFUSE_TRIES);
+	if (opcode == FUSE_INIT)
+		init_result = header->error ? header->error
+			    : written < 0 ? -errno
+			    : INIT_DONE | (offered & FUSE_PARALLEL_DIROPS ? INIT_PARALLEL : 0);
+	return written;
+}

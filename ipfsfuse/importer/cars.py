@@ -1,0 +1,276 @@
+"""DAGs as CAR files: `export` writes one, `import_car` takes one into the library, `car_damage` and
+`library_damage` check what is there. Every block is verified.
+
+Concurrency: one task per export. Some blocks are fetched ahead, side by side, and all are written in one
+order. The file appears at the end, complete. The other functions block, for one thread each.
+"""
+
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, Shard, parse, prefix_length
+from ipfsfuse.dag.traversal import BlockWalk
+from ipfsfuse.errors import AddFailed, IpfsFuseError, NotHere, SourceFailed, StoreFailed, Unsupported
+from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import too_large
+from ipfsfuse.sources.local.car_file import CarFile, ensure_index
+from ipfsfuse.sources.local.car_writer import CarWriter
+from ipfsfuse.sources.local.library import Library, NewRoot
+
+_FETCHED_AHEAD = 16
+"""Blocks fetched side by side."""
+
+GetBlock = Callable[[Cid], Awaitable[bytes]]
+ExportProgress = Callable[[int, int], None]
+"""Called with (blocks, bytes) written so far."""
+
+
+async def export(
+    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: ExportProgress | None = None
+) -> int:
+    """Writes everything below `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
+
+    Each block is written once, parents first, and links in their order, as `ipfs dag export` does. Returns
+    the bytes of CAR data.
+
+    Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known,
+    StoreFailed.
+    """
+    with _appearing(file) as fd:
+        return await _fill(CarWriter(fd, file.parent, [root], indexed), root, get, progress)
+
+
+async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: ExportProgress | None = None) -> int:
+    """As `export`, to a descriptor that may be a pipe: a CARv1. Whoever reads it must look at how this
+    process ends, because a CAR that ends early can be a valid CAR.
+
+    Raises BrokenPipeError where nobody reads any more, and what `export` raises."""
+    try:
+        return await _fill(
+            CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress
+        )
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise StoreFailed(f"standard output: {exc.strerror}") from exc
+
+
+async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: ExportProgress | None) -> int:
+    try:
+        await _write(root, get, writer, progress)
+        await threads.run_sync(writer.finish)
+    except BaseException:
+        writer.abandon()
+        raise
+    return writer.size
+
+
+@contextmanager
+def _appearing(file: Path) -> Iterator[int]:
+    """A file to write to. It gets the name `file` at the end, if nothing failed."""
+    try:
+        if file.exists() and not file.is_file():  # else root would replace /dev/null itself
+            raise StoreFailed(f"{file} exists and is not a file: name another")
+        fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+        try:
+            yield fd
+            os.fchmod(fd, 0o666 & ~_umask())
+            os.rename(temporary, file)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+            os.close(fd)
+    except OSError as exc:
+        raise StoreFailed(f"{file}: {exc.strerror}") from exc
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportProgress | None) -> None:
+    walk = BlockWalk([root], None)
+    written: set[bytes] = set()
+    fetched: dict[Cid, bytes] = {}
+    for cid, _state in walk:
+        if cid not in fetched:
+            await _fetch([cid, *walk.upcoming(_FETCHED_AHEAD - 1)], get, fetched)
+        block = fetched.pop(cid)
+        below = _links(cid, block)
+        walk.add(below, None)
+        multihash = cids.multihash(cid)
+        if multihash in written or (not below and cids.inline(cid) is not None):
+            continue
+        written.add(multihash)
+        await threads.run_sync(writer.add, cid, block)
+        if progress is not None:
+            progress(writer.blocks, writer.size)
+
+
+def _links(cid: Cid, block: bytes) -> list[Cid]:
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, cids.DAG_CBOR):
+        raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
+    return nodes.links(cid, block)
+
+
+async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:
+    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first: the others are fetched
+    again when it is their turn."""
+    failure: list[IpfsFuseError] = []
+
+    async def one(cid: Cid) -> None:
+        try:
+            block = await get(cid)
+            await threads.run_sync(cids.verify, cid, block)
+            fetched[cid] = block
+        except IpfsFuseError as exc:
+            if cid == wanted[0]:
+                failure.append(exc)
+
+    async with trio.open_nursery() as nursery:
+        for cid in dict.fromkeys(wanted):
+            if cid not in fetched:
+                nursery.start_soon(one, cid)
+    if failure:
+        raise failure[0]
+
+
+# -- import --------------------------------------------------------------------------------------------------
+
+Progress = Callable[[int], None]
+"""Called with the bytes of blocks done so far."""
+
+
+def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot]:
+    """Takes all that the roots of a CAR file reach into `library`. Returns the roots.
+
+    Blocks that the CAR lacks may be in the library already. If one is in neither, or is wrong, the library
+    stays as it was. Raises AddFailed, StoreFailed.
+    """
+    with _opened_car(file) as car, library.open_writer() as writer:
+        if not car.roots:
+            raise AddFailed(f"{file} names no roots: the library would not know what to keep")
+
+        def get(cid: Cid) -> bytes:
+            place = car.find(cids.multihash(cid))
+            if place is None:
+                try:
+                    return library.block(cid)
+                except NotHere as exc:
+                    raise NotHere(f"{cids.text(cid)} is neither in the CAR nor in the library") from exc
+            if place.size > cids.MAX_BLOCK:
+                raise too_large(file.name, cid, place.size)
+            return car.read(place)
+
+        done = 0
+        roots: list[NewRoot] = []
+        for root in dict.fromkeys(car.roots):
+            walk, size = BlockWalk([root], None), 0
+            for cid, _state in walk:
+                try:
+                    block = _verified(cid, get)
+                    walk.add(_links(cid, block), None)
+                except IpfsFuseError as exc:
+                    raise AddFailed(f"{file}: nothing was imported: {exc}") from exc
+                writer.put(cid, block)
+                size += len(block)
+                progress(done + size)
+            done += size
+            roots.append(NewRoot(root, file.stem, size))
+        writer.commit(roots)
+    library.tidy()
+    return roots
+
+
+@contextmanager
+def _opened_car(file: Path) -> Iterator[CarFile]:
+    """A CAR file with an index, which is built in a temporary folder where it brings none. Raises
+    AddFailed."""
+    with tempfile.TemporaryDirectory(prefix="ipfsfuse-") as indexes:
+        try:
+            if not file.is_file():
+                raise AddFailed(f"{file}: not a file: give a CAR file")
+            car = CarFile(file)
+        except (OSError, SourceFailed) as exc:
+            raise AddFailed(str(exc)) from exc
+        try:
+            ensure_index(car, Path(indexes), None)
+            yield car
+        except SourceFailed as exc:
+            raise AddFailed(str(exc)) from exc
+        finally:
+            car.close()
+
+
+def _verified(cid: Cid, get: Callable[[Cid], bytes]) -> bytes:
+    """Raises what `get` raises, WrongBlock."""
+    block = cids.known(cid)
+    if block is None:
+        block = get(cid)
+        cids.verify(cid, block)
+    return block
+
+
+# -- checking ------------------------------------------------------------------------------------------------
+
+
+def _damage(
+    roots: Sequence[tuple[Cid, str]], get: Callable[[Cid], bytes], progress: Progress
+) -> Iterator[tuple[str, str]]:
+    """Hashes every block below `roots`, each with the name to show. Yields (path, reason) of each block that
+    is missing or wrong. `get` returns an unverified block, and raises IpfsFuseError."""
+    walk = BlockWalk((), "")
+    done = 0
+    for root, name in roots:
+        walk.add([root], name)
+        for cid, path in walk:
+            try:
+                block = _verified(cid, get)
+                named = _named_links(cid, block)
+            except IpfsFuseError as exc:
+                yield path, str(exc)
+                continue
+            done += len(block)
+            progress(done)
+            for child, entry in reversed(named):
+                walk.add([child], f"{path}/{entry}" if entry else path)
+
+
+def _named_links(cid: Cid, block: bytes) -> list[tuple[Cid, str]]:
+    """What a block links, each with the name of its entry; "" where that is no entry."""
+    try:
+        node = parse(cid, block) if cids.codec(cid) == cids.DAG_PB else None
+    except IpfsFuseError:
+        node = None
+    if not isinstance(node, Directory | Shard):
+        return [(child, "") for child in nodes.links(cid, block)]
+    pad = prefix_length(node.width) if isinstance(node, Shard) else 0
+    return [(link.cid, link.name[pad:].decode("utf-8", "replace")) for link in node.links]
+
+
+def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, str]]:
+    """(path, reason) of each block that is missing or wrong below the roots of the library. Hashes all."""
+    roots = [(entry.cid, f"{cids.text(entry.cid)} {entry.name}".rstrip()) for entry in library.entries()]
+    return _damage(roots, library.block, progress)
+
+
+def car_damage(file: Path, progress: Progress) -> Iterator[tuple[str, str]]:
+    """The same of what the roots of a CAR file reach. Raises AddFailed if it is not a CAR."""
+    with _opened_car(file) as car:
+
+        def get(cid: Cid) -> bytes:
+            place = car.find(cids.multihash(cid))
+            if place is None:
+                raise NotHere(f"{cids.text(cid)} is not in the CAR")
+            return car.read(place)
+
+        yield from _damage([(root, cids.text(root)) for root in car.roots], get, progress)

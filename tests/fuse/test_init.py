@@ -1,0 +1,57 @@
+"""INIT: what libfuse answers, and what we add to it."""
+
+import struct
+
+import pytest
+import trio
+
+from ipfsfuse.errors import MountFailed
+from tests.fuse.kernel_side import INIT, uninitialized
+
+PARALLEL_DIROPS, CACHE_SYMLINKS = 1 << 18, 1 << 23
+NEEDED = 1 | 1 << 13 | 1 << 14
+"""Without these (readdirplus, for one) pyfuse3 ends the session."""
+
+
+def init(offered: int, readahead: bool = True) -> tuple[int, int, int, int, int, bool]:
+    """max_readahead, flags, max_background, congestion_threshold and max_write of the answer to a kernel that
+    offers the flags `offered`; and whether directory operations are parallel."""
+
+    async def main() -> tuple[int, int, int, int, int, bool]:
+        async with uninitialized(readahead) as (asking, device):
+            answer = await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 131072, offered))
+            assert len(answer) == 64
+            return *struct.unpack_from("<8xIIHHI", answer), await device.initialized()
+
+    return trio.run(main)
+
+
+def test_the_answer_asks_for_what_was_offered_and_room_for_thousands_of_requests() -> None:
+    readahead, flags, background, congestion, max_write, parallel = init(
+        PARALLEL_DIROPS | CACHE_SYMLINKS | NEEDED
+    )
+    assert flags & (PARALLEL_DIROPS | CACHE_SYMLINKS) == PARALLEL_DIROPS | CACHE_SYMLINKS
+    assert (readahead, background, congestion, max_write) == (131072, 4096, 3072, 128 << 10)
+    assert parallel
+
+
+def test_the_answer_asks_for_nothing_that_was_not_offered() -> None:
+    _readahead, flags, *_rest, parallel = init(CACHE_SYMLINKS | NEEDED)
+    assert flags & (PARALLEL_DIROPS | CACHE_SYMLINKS) == CACHE_SYMLINKS
+    assert not parallel
+
+
+def test_a_recording_mount_has_no_kernel_read_ahead() -> None:
+    assert init(NEEDED, readahead=False)[0] == 0
+
+
+def test_a_refusal_of_libfuse_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with uninitialized() as (asking, device):
+            number = asking.send(INIT, 0, struct.pack("<IIII", 6, 0, 0, 0))
+            assert (await asking.answer(number))[0] == -71  # EPROTO
+            with pytest.raises(MountFailed, match="libfuse refused INIT: Protocol error"):
+                await device.initialized()
+
+    trio.run(main)
+    assert "unsupported protocol version" in capfd.readouterr().err

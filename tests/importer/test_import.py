@@ -1,0 +1,111 @@
+"""`import` and `fsck` of CAR files and of the library: all of it verified, and nothing kept of what is not whole."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.dag import car
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from tests.mounting import Home
+from tests.sources.libraries import Pairs, multihash, parent, raw
+
+
+def write_car(file: Path, roots: list[Cid], blocks: Pairs) -> Path:
+    sections = b"".join(car.section_head(cid, len(block)) + block for cid, block in blocks)
+    file.write_bytes(car.encode_header(roots) + sections)
+    return file
+
+
+def some_dag() -> Pairs:
+    """Two files, a folder, the root."""
+    leaves = [raw(1), raw(2)]
+    inner = parent(leaves)
+    return [*leaves, inner, parent([inner, leaves[0]])]
+
+
+def run(home: Home, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    return home.run(*arguments, check=False)
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("version", ["--v2", None])
+def test_an_exported_tree_is_imported_and_reads_the_same(tmp_path: Path, version: str | None) -> None:
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "tree" / "sub" / "large").write_bytes(bytes(range(256)) * 10_000)
+    (tmp_path / "tree" / "small").write_bytes(b"small")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    here, there = Home(tmp_path / "a"), Home(tmp_path / "b")
+    root = here.run("add", "-Q", tmp_path / "tree").stdout.strip()
+    here.run("export", root, tmp_path / "tree.car", *([version] if version else []))
+    assert there.run("import", tmp_path / "tree.car").stdout == f"imported {root} tree\n"
+    with there.mounted() as mount:
+        subprocess.run(["diff", "-r", tmp_path / "tree", mount.path / root], check=True)
+    listed = [json.loads(home.run("library", "--json").stdout)[0] for home in (here, there)]
+    assert listed[0]["cid"] == listed[1]["cid"] == root
+
+
+def test_a_car_that_lacks_a_block_is_refused_and_nothing_stays(tmp_path: Path) -> None:
+    home, blocks = Home(tmp_path), some_dag()
+    root = blocks[-1][0]
+    lacking = write_car(tmp_path / "lacking.car", [root], blocks[1:])
+    done = run(home, "import", lacking)
+    assert done.returncode == 1
+    assert f"nothing was imported: {cids.text(blocks[0][0])} is neither in the CAR nor in the" in done.stderr
+    assert json.loads(home.run("library", "--json").stdout) == []
+    rest = write_car(tmp_path / "rest.car", [blocks[0][0]], blocks[:1])
+    home.run("import", rest, lacking)
+    assert {row["cid"] for row in json.loads(home.run("library", "--json").stdout)} == {
+        cids.text(root),
+        cids.text(blocks[0][0]),
+    }
+    assert home.run("fsck", "--library").stdout == f"every block of {home.library} is there and right\n"
+
+
+def test_a_wrong_block_is_refused_and_named_by_its_path(tmp_path: Path) -> None:
+    home, blocks = Home(tmp_path), some_dag()
+    root = blocks[-1][0]
+    blocks[1] = (blocks[1][0], blocks[1][1][:-1] + b"?")
+    file = write_car(tmp_path / "wrong.car", [root], blocks)
+    done = run(home, "import", file)
+    assert (done.returncode, "nothing was imported" in done.stderr) == (1, True)
+    done = run(home, "fsck", file)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"damaged: {cids.text(root)}/0/1: ")
+    found = json.loads(run(home, "fsck", file, "--json").stdout)["damaged"]
+    assert [each["path"] for each in found] == [f"{cids.text(root)}/0/1"]
+
+
+def test_damage_of_the_library_is_named_by_its_path(tmp_path: Path) -> None:
+    home, blocks = Home(tmp_path), some_dag()
+    home.run("import", write_car(tmp_path / "good.car", [blocks[-1][0]], blocks))
+    assert run(home, "fsck", "--library").returncode == 0
+    assert "no mount" in run(home, "fsck").stderr, "that asks a mount, whatever names the library"
+    (pack,) = home.library.glob("*.car")
+    data = pack.read_bytes()
+    pack.write_bytes(data.replace(blocks[1][1], blocks[1][1][:-1] + b"?"))
+    done = run(home, "fsck", "--library", home.library)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"damaged: {cids.text(blocks[-1][0])} good/0/1: ")
+
+
+@pytest.mark.parametrize("roots", [0, 1])
+def test_what_can_not_be_imported_is_one_line(tmp_path: Path, roots: int) -> None:
+    home = Home(tmp_path)
+    block = b"{}"
+    json_root = (cids.make(0x0129, multihash(block)), block)
+    file = write_car(tmp_path / "odd.car", [json_root[0]][:roots], [json_root])
+    (tmp_path / "text").write_text("not a CAR")
+    for path, why in [
+        (file, "dag-json" if roots else "names no roots"),
+        (tmp_path / "text", "not a CAR"),
+        (tmp_path / "none", "not a file"),
+        (tmp_path, "not a file"),
+    ]:
+        done = run(home, "import", path)
+        assert done.returncode == 1
+        assert why in done.stderr
+        assert done.stderr.count("\n") == 1
