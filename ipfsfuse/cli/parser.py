@@ -160,7 +160,8 @@ def _library(commands: Any) -> None:
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    library.add_argument("--json", action="store_true")
+    for parser in (add, library, remove, export):
+        parser.add_argument("--json", action="store_true")
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )

@@ -1,5 +1,6 @@
 """`cat`, `get`, `pin ls`, completions and man pages."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from tests.mounting import Home
 
+CID = "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
 TOP = Path(__file__).parents[2]
 
 
@@ -82,3 +84,15 @@ def test_man_pages_have_every_option(tmp_path: Path, module: str) -> None:
     text = page.read_text().replace("\\-", "-")
     options = {"--budget", "--bwlimit", "--watch"} if "cli" in name else {"--record", "--deterministic"}
     assert [each for each in sorted(options) if each not in text] == []
+
+
+def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Path, str]) -> None:
+    _folder, cid = tree
+    for command in (["status"], ["rm", CID], ["unmount", str(user.folder)], ["mount", "x", "--budget", "0"]):
+        done = user.run(*command, "--json", check=False)
+        told = json.loads(done.stdout)
+        assert (told["code"], f"ipfsfuse: {told['error']}\n") == (done.returncode, done.stderr)
+    (user.folder / "f").write_text("x")
+    assert [each["name"] for each in user.json("add", "--json", user.folder / "f")] == ["f"]
+    assert user.json("export", cid, user.folder / "x.car", "--json")["exported"] == cid
+    assert user.json("rm", cid, "--json") == {"removed": cid, "name": "tree"}
