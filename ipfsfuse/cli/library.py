@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
+from ipfsfuse.sources import defaults
 from ipfsfuse.sources.local.library import Library
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings
@@ -152,7 +153,7 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
         _check_standard_output(arguments.v2)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
         settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
-        async with opened_sources(arguments.sources or ["library"], settings) as sources:
+        async with opened_sources(_sources(arguments.sources), settings) as sources:
             get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
 
             def show(_blocks: int, written: int) -> None:
@@ -181,6 +182,10 @@ def _check_standard_output(v2: bool) -> None:
         raise UsageError("standard output is closed: name a FILE")
     if sys.stdout.isatty():
         raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
+
+
+def _sources(given: Sequence[str] | None) -> Sequence[str]:
+    return defaults.chosen(given) if given else [defaults.LIBRARY]
 
 
 def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:

@@ -16,8 +16,10 @@ from ipfsfuse.cli import console, settings
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
-    "SOURCE, in the order to ask: `library` (the default: what `add` put there), a CAR file, `kubo` or "
-    "kubo+http://HOST:PORT, https://GATEWAY"
+    "SOURCE, in the order to ask: `library` (what `add` put there), a CAR file, `kubo` or "
+    "kubo+http://HOST:PORT, https://GATEWAY, `gateway` (those that IPFS_GATEWAY or ~/.config/ipfs/gateway "
+    "name), `network` (with --router); by default the library, the Kubo node of this machine if it has one, "
+    "and `gateway`"
 )
 
 RESERVE_HELP = "what the cache leaves free of its disk (a twentieth, at most 2GiB; 0 for nothing)"
@@ -240,7 +242,12 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         dest="routers",
         action="append",
         metavar="URL",
-        help="a delegated router, asked for IPNS records beside the sources",
+        help="a delegated router: asked who has a block (`--from network`), and for IPNS records",
+    )
+    parser.add_argument(
+        "--allow-private-providers",
+        action="store_true",
+        help="let `network` ask providers at loopback and private addresses too: for private networks",
     )
     parser.add_argument(
         "--offline", action="store_true", help="show what is here, fail at once for anything else"
@@ -335,6 +342,7 @@ def _serving(commands: Any) -> None:
     serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     serve.add_argument("--dns", default="system", metavar="URL", help="as for mount")
     serve.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
+    serve.add_argument("--allow-private-providers", action="store_true", help="as for mount")
     serve.add_argument(
         "--header-file",
         dest="header_files",

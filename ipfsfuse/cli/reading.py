@@ -22,6 +22,7 @@ from ipfsfuse.cli.mounting import source
 from ipfsfuse.dag import path as paths
 from ipfsfuse.errors import IsADirectory, NotFound, StoreFailed, UsageError
 from ipfsfuse.fileio import threads
+from ipfsfuse.sources import defaults
 from ipfsfuse.units import human
 
 PIECE = 4 << 20
@@ -117,7 +118,7 @@ def _copy(path: Path, target: Path, done: _Got) -> None:
 
 
 def _sources(arguments: argparse.Namespace) -> Sequence[str]:
-    return [source(text) for text in arguments.sources or ["library"]]
+    return [source(text) for text in defaults.chosen(arguments.sources)]
 
 
 async def _cat(arguments: argparse.Namespace, out: BinaryIO) -> None:

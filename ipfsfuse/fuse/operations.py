@@ -6,6 +6,7 @@ touched only between two awaits.
 """
 
 import errno
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ from ipfsfuse.sources.base import Caller, request_of
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
+
+log = logging.getLogger("ipfsfuse.fuse")
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 NAME_MAX = 255
@@ -89,28 +92,36 @@ class Operations(ReadOnlyOperations):
         await self._files.run()
 
     @contextmanager
-    def _call(self, name: str, caller: Caller) -> Iterator[None]:
+    def _call(self, caller: Caller, what: str, about: object = "") -> Iterator[None]:
         """A call of the user `caller`. It is answered soon after its deadline whatever it waits for, or when
-        its caller gets a signal. Begin it before anything waits.
+        its caller gets a signal. Begin it before anything waits. `what` it asks, of which node or handle, is
+        for the log.
 
         The deadline is counted from when the request was read. It leaves at least half of the time, for what
         could be answered from the cache."""
-        number = device.current_request_number()
-        left = max(self._deadline - device.waited(), self._deadline / 2)
-        begun = trio.current_time()
-        deadline = begun + left
-        with translated(), request_of(caller, deadline):
-            with trio.CancelScope(deadline=deadline + GRACE) as scope:
-                self._calls[number] = scope
-                try:
-                    yield
-                finally:
-                    del self._calls[number]
-                    self.latencies[name].add(trio.current_time() - begun)
-            if scope.cancelled_caught:
-                if trio.current_time() < scope.deadline:
-                    raise errors.Interrupted("the caller was interrupted")
-                raise errors.Unavailable(f"not answered within {self._deadline:g} s")
+        number, began, waited = device.current_request_number(), trio.current_time(), device.waited()
+        deadline = began + max(self._deadline - waited, self._deadline / 2)
+        outcome = "failed"
+        with translated(), request_of(caller, deadline) as request:
+            try:
+                with trio.CancelScope(deadline=deadline + GRACE) as scope:
+                    self._calls[number] = scope
+                    try:
+                        yield
+                        outcome = "answered"
+                    finally:
+                        del self._calls[number]
+                if scope.cancelled_caught:
+                    if trio.current_time() < scope.deadline:
+                        outcome = "interrupted"
+                        raise errors.Interrupted("the caller was interrupted")
+                    raise errors.Unavailable(f"not answered within {self._deadline:g} s")
+            finally:
+                seconds = trio.current_time() - began
+                self.latencies[what].add(seconds)
+                if log.isEnabledFor(logging.DEBUG):
+                    line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
+                    log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
 
     def interrupt(self, number: int) -> None:
         """The caller of the request `number` got a signal."""
@@ -122,7 +133,7 @@ class Operations(ReadOnlyOperations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        with self._call("lookup", ctx.uid):
+        with self._call(ctx.uid, "lookup", name):
             if len(name) > NAME_MAX:
                 raise errors.NameTooLong(f"a name of {len(name)} bytes")
             try:
@@ -163,7 +174,7 @@ class Operations(ReadOnlyOperations):
             return self._replies.entry(held)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        with self._call("readlink", ctx.uid):
+        with self._call(ctx.uid, "readlink", inode):
             return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
@@ -175,7 +186,7 @@ class Operations(ReadOnlyOperations):
     # -- files -----------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        with self._call("open", ctx.uid):
+        with self._call(ctx.uid, "open", inode):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
             handle = await self._files.open(self._inodes.get(inode))
@@ -183,7 +194,7 @@ class Operations(ReadOnlyOperations):
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
-        with self._call("read", self._openers.get(fh)):
+        with self._call(self._openers.get(fh), "read", (fh, off, size)):
             return await self._files.read(fh, off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
@@ -200,7 +211,7 @@ class Operations(ReadOnlyOperations):
     # -- directories -----------------------------------------------------------------------------------------
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        with self._call("opendir", ctx.uid):
+        with self._call(ctx.uid, "opendir", inode):
             handle = self._next_handle()
             if inode == ROOT:
                 self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
@@ -213,7 +224,7 @@ class Operations(ReadOnlyOperations):
             return FileHandleT(handle)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        with self._call("readdir", self._listers.get(fh)):
+        with self._call(self._listers.get(fh), "readdir", (fh, start_id)):
             await self._listings[fh].reply(start_id, token)
 
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -24,7 +24,7 @@ def operations(deadline: float) -> Operations:
 @pytest.mark.logs("answered ETIMEDOUT")
 def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadline() -> None:
     async def main() -> None:
-        with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000):
+        with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000, "read"):
             await trio.sleep_forever()
         assert raised.value.errno == errno.ETIMEDOUT
         assert trio.current_time() == pytest.approx(3 + GRACE)
@@ -39,7 +39,7 @@ def test_the_deadline_is_counted_from_when_the_request_was_read(
     monkeypatch.setattr(device, "waited", lambda: waited)
 
     async def main() -> None:
-        with operations(30)._call(1000):
+        with operations(30)._call(1000, "read"):
             assert current_request().deadline == trio.current_time() + left
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -49,14 +49,14 @@ def test_a_call_knows_who_made_it_and_its_deadline_and_leaves_nothing_behind() -
     async def main() -> None:
         await trio.sleep(5)
         before = current_request()
-        with operations(3)._call(1000):
+        with operations(3)._call(1000, "read"):
             asked = current_request()
             assert (asked.caller, asked.deadline) == (1000, trio.current_time() + 3)
-            with operations(3)._call(1001):
+            with operations(3)._call(1001, "read"):
                 assert current_request().caller == 1001
                 assert current_request().number != asked.number
         assert current_request() is before
-        with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000):
+        with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000, "read"):
             raise NotFound("x")
         assert raised.value.errno == errno.ENOENT
         assert current_request() is before

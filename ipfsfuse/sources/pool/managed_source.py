@@ -19,8 +19,7 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Block, Source
-from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.base import Block, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
@@ -80,7 +79,7 @@ class ManagedSource:
     def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
-        self.remote = isinstance(source, Gateway) and not source.local
+        self.remote = not getattr(source, "local", True)
         slow = SLOW_FAR if self.remote else SLOW_HERE
         self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
         running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
@@ -107,11 +106,14 @@ class ManagedSource:
     async def _ask(self, cid: Cid, hedge: bool) -> bytes:
         start = trio.current_time()
         self.health.asked(start, hedge=hedge)
+        outcome = "did not give"
         try:
             with self.as_its_failure():
                 block = await self.source.get(cid)
                 await check(cid, block)
+            outcome = "gave"
         except NotHere:
+            outcome = "lacks"
             self._answered = trio.current_time()
             self.health.record_miss()
             self.limiter.note_success()
@@ -125,10 +127,18 @@ class ManagedSource:
             # also BlockTooLarge, which says nothing about the source: it may be true or a lie
             self.health.record_cancelled()
             raise
+        finally:
+            self._log_answer(start, outcome, cid)
         self._answered = trio.current_time()
         self.health.record_success(self._answered - start, len(block))
         self.limiter.note_success()
         return block
+
+    def _log_answer(self, start: float, outcome: str, cid: Cid) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            number, milliseconds = current_request().number, (trio.current_time() - start) * 1e3
+            line = "request %d: %s %s %s, after %.1f ms"
+            log.debug(line, number, self.source.name, outcome, cids.text(cid), milliseconds)
 
     @contextmanager
     def asked_for_many(self) -> Iterator["Deliveries"]:
