@@ -45,7 +45,7 @@ class MountConfig:
     dns: str = "system"
     """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
     routers: Sequence[str] = ()
-    """URLs of delegated routers, which are asked for IPNS records too."""
+    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
     uid: int | None = None
     """The owner that everything is shown with; None for the user who mounts."""
     gid: int | None = None
@@ -55,6 +55,8 @@ class MountConfig:
     """Bytes a second that are fetched, of all sources together."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
+    allow_private_providers: bool = False
+    """Whether providers at loopback and private addresses are asked too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +73,4 @@ class ContentConfig:
     dns: str = "system"
     routers: Sequence[str] = ()
     header_files: Sequence[tuple[str, Path]] = ()
+    allow_private_providers: bool = False

@@ -43,7 +43,14 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
     """The cache in `folder`, which the caller has locked, over the sources of `config`. Raises StoreFailed,
     SourceFailed, UsageError."""
     http = with_headers(HttpSettings(), config.header_files, config.sources)
-    settings = OpenSettings(config.library, folder.indexes, http, config.offline)
+    settings = OpenSettings(
+        config.library,
+        folder.indexes,
+        http,
+        config.offline,
+        routers=config.routers,
+        allow_private_providers=config.allow_private_providers,
+    )
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened_sources(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)

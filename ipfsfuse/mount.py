@@ -196,7 +196,15 @@ async def _serving(
     """All that answers behind the kernel, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
     http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
-    settings = OpenSettings(config.library, folder.indexes, http, config.offline, indexing)
+    settings = OpenSettings(
+        config.library,
+        folder.indexes,
+        http,
+        config.offline,
+        indexing,
+        config.routers,
+        config.allow_private_providers,
+    )
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)

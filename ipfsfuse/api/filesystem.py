@@ -33,6 +33,7 @@ from ipfsfuse.dag.nodes import Directory, Node, Shard, Symlink
 from ipfsfuse.dag.path import IpfsPath
 from ipfsfuse.errors import IsADirectory, NotADirectory, NotAllowed, NotFound
 from ipfsfuse.fileio import threads
+from ipfsfuse.sources import defaults
 from ipfsfuse.sources.base import request_of
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.open_file import OpenFile
@@ -216,7 +217,7 @@ class Filesystem:
 @asynccontextmanager
 async def open_filesystem(
     *,
-    sources: Sequence[str] = ("library",),
+    sources: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
     library: str | Path | None = None,
     isolated: bool = False,
@@ -228,14 +229,14 @@ async def open_filesystem(
 ) -> AsyncIterator[Filesystem]:
     """A file system for the length of the block.
 
-    `sources` are as those of `ipfsfuse mount --from`. `cache_dir` and `library` are those of the commands
-    unless given. `isolated`: a cache folder of its own, gone with the block. `budget` in bytes; `deadline`:
-    seconds in which each call fails that gets no verified block. Raises StoreFailed where another process
-    uses the cache folder, SourceFailed, UsageError."""
+    `sources` are as those of `ipfsfuse mount --from`, and the same by default. `cache_dir` and `library` are
+    those of the commands unless given. `isolated`: a cache folder of its own, gone with the block. `budget`
+    in bytes; `deadline`: seconds in which each call fails that gets no verified block. Raises StoreFailed
+    where another process uses the cache folder, SourceFailed, UsageError."""
     config = ContentConfig(
         cache_dir=places.cache_dir(None if cache_dir is None else str(cache_dir)),
         library=places.library(None if library is None else str(library)),
-        sources=tuple(sources),
+        sources=defaults.chosen(sources),
         offline=offline,
         budget=budget,
         deadline=deadline,

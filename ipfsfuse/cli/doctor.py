@@ -18,6 +18,7 @@ from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
+from ipfsfuse.sources import defaults
 from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")
@@ -52,6 +53,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from _helper()
     yield _allow_other()
     yield _kernel()
+    yield _guest_sandbox()
     yield from _user_requests()
     yield from _request_timeout(arguments.deadline)
     cache_dir, library = folders.cache_dir(arguments.cache_dir), folders.library(arguments.library)
@@ -60,7 +62,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _library(library)
     yield _mount_of(cache_dir)
     if arguments.sources:
-        for source, failure in _source_failures(arguments.sources, library, cache_dir):
+        for source, failure in _source_failures(defaults.chosen(arguments.sources), library, cache_dir):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
                 yield Finding(OK, shown, "answers")
@@ -132,6 +134,20 @@ def _kernel() -> Finding:
             "a kernel from 4.20 on is quicker",
         )
     return Finding(OK, "kernel", release)
+
+
+def _guest_sandbox() -> Finding:
+    """What locks in the process of a guest of ipfsfuse-run."""
+    try:
+        from ipfsfuse_run import lockdown
+    except ImportError:
+        return Finding(NOTE, "guests", "the package ipfsfuse_run is not installed: no guest can be run")
+    active = lockdown.available()
+    missing = [each for each in lockdown.LAYERS if each not in active]
+    if missing:
+        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}"
+        return Finding(NOTE, "guests", found, "a kernel from 5.13 on, with landlock and seccomp, has them")
+    return Finding(OK, "guests", f"locked in by {', '.join(active)}")
 
 
 def _user_requests() -> Iterator[Finding]:

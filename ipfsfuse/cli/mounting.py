@@ -35,6 +35,7 @@ from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
+from ipfsfuse.sources import defaults
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
@@ -55,7 +56,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         mountpoint=folders.mountpoint(arguments.mountpoint),
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
-        sources=tuple(source(text) for text in arguments.sources or ["library"]),
+        sources=tuple(source(text) for text in defaults.chosen(arguments.sources)),
         offline=arguments.offline,
         budget=arguments.budget,
         reserve=arguments.reserve,
@@ -68,12 +69,13 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         pins=arguments.pins,
         ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
         dns=arguments.dns,
-        routers=tuple(arguments.routers or ()),
         uid=arguments.uid,
         gid=arguments.gid,
         umask=arguments.umask,
         bwlimit=arguments.bwlimit,
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
+        routers=tuple(arguments.routers or ()),
+        allow_private_providers=arguments.allow_private_providers,
     )
 
 
@@ -106,7 +108,8 @@ def source(text: str) -> str:
     """SOURCE with a file's path made absolute: a daemon has no working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
-    return os.path.abspath(text) if text not in ("library", "kubo") and os.path.exists(text) else text
+    named = text in (defaults.LIBRARY, defaults.KUBO, defaults.NETWORK)
+    return os.path.abspath(text) if not named and os.path.exists(text) else text
 
 
 def header_file(text: str) -> tuple[str, Path]:
@@ -138,6 +141,11 @@ def run(arguments: argparse.Namespace) -> int:
     if shortened:
         console.note(f"ipfsfuse: {shortened}")
     told = _start_daemon(arguments.argv)
+    if not arguments.json:
+        by_default = not arguments.sources
+        console.note(
+            "ipfsfuse: " + defaults.described(asked.sources, by_default=by_default, offline=asked.offline)
+        )
     if asked.allow_other:
         console.note(f"ipfsfuse: {ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):

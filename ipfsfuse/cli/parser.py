@@ -16,8 +16,10 @@ from ipfsfuse.cli import settings
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
-    "SOURCE, in the order to ask: `library` (the default: what `add` put there), a CAR file, `kubo` or "
-    "kubo+http://HOST:PORT, https://GATEWAY"
+    "SOURCE, in the order to ask: `library` (what `add` put there), a CAR file, `kubo` or "
+    "kubo+http://HOST:PORT, https://GATEWAY, `gateway` (those that IPFS_GATEWAY or ~/.config/ipfs/gateway "
+    "name), `network` (with --router); by default the library, the Kubo node of this machine if it has one, "
+    "and `gateway`"
 )
 
 RESERVE_HELP = "what the cache leaves free of its disk (a twentieth, at most 2GiB; 0 for nothing)"
@@ -164,7 +166,11 @@ def _library(commands: Any) -> None:
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )
-    for parser in (add, cars, library, remove, export):
+    cat = _command(commands, "cat", "library:cat", "write a file to standard output, without a mount")
+    cat.add_argument("path", metavar="PATH", help="/ipfs/CID/a/b, or CID/a/b")
+    cat.add_argument("--raw", action="store_true", help="the block of the CID as it is, of any codec")
+    cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (add, cars, library, remove, export, cat):
         _folders(parser)
 
 
@@ -239,7 +245,12 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         dest="routers",
         action="append",
         metavar="URL",
-        help="a delegated router, asked for IPNS records beside the sources",
+        help="a delegated router: asked who has a block (`--from network`), and for IPNS records",
+    )
+    parser.add_argument(
+        "--allow-private-providers",
+        action="store_true",
+        help="let `network` ask providers at loopback and private addresses too: for private networks",
     )
     parser.add_argument(
         "--offline", action="store_true", help="show what is here, fail at once for anything else"
@@ -334,6 +345,7 @@ def _serving(commands: Any) -> None:
     serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     serve.add_argument("--dns", default="system", metavar="URL", help="as for mount")
     serve.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
+    serve.add_argument("--allow-private-providers", action="store_true", help="as for mount")
     serve.add_argument(
         "--header-file",
         dest="header_files",

@@ -10,6 +10,7 @@ from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.logs import escape_the_log
 from ipfsfuse.cli.mounting import header_file, source
 from ipfsfuse.config import ContentConfig
+from ipfsfuse.sources import defaults
 
 log = logging.getLogger("ipfsfuse.serve")
 
@@ -23,14 +24,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = ContentConfig(
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
-        sources=tuple(source(text) for text in arguments.sources or ["library"]),
+        sources=tuple(source(text) for text in defaults.chosen(arguments.sources)),
         offline=not arguments.fetch,
         budget=arguments.budget,
         reserve=arguments.reserve,
         deadline=arguments.deadline,
         dns=arguments.dns,
-        routers=tuple(arguments.routers or ()),
         header_files=tuple(header_file(text) for text in arguments.header_files or ()),
+        routers=tuple(arguments.routers or ()),
+        allow_private_providers=arguments.allow_private_providers,
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     escape_the_log()

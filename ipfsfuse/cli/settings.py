@@ -38,7 +38,7 @@ SETTINGS: Mapping[str, str] = {
     "header-file": "HTTP headers, as URL=FILE: a list",
     "ipns": "a folder that shows IPNS names and domains",
     "dns": "a DNS-over-HTTPS server, or system",
-    "router": "delegated routers, asked for IPNS records: a list",
+    "router": "delegated routers, for `network` and for IPNS records: a list",
     "uid": "the owner that every file is shown with",
     "gid": "the group that every file is shown with",
     "umask": "permissions that are taken from every file, in octal",

@@ -80,6 +80,7 @@ class Commands:
             "uptime": round(self._uptime(), 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
+            "unasked": self._pool.unasked,
             "sources": [asdict(source) for source in self._pool.statistics()],
             "served": dict(self._served),
         }
@@ -87,7 +88,9 @@ class Commands:
     def _degraded(self) -> list[str]:
         """What keeps this mount from doing all it should."""
         sources = [
-            each for each in self._pool.statistics() if each.state not in ("good", "untried") or each.why
+            each
+            for each in self._pool.statistics()
+            if (each.state not in ("good", "untried") or each.why) and not each.found
         ]
         nodes = self._pins.status().items()
         return [

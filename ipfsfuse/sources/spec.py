@@ -5,7 +5,6 @@ worker thread.
 """
 
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.fileio import threads
+from ipfsfuse.sources.defaults import CAR, GATEWAY, KUBO, LIBRARY, NETWORK, is_repository, repository
 from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, unix_origin
 from ipfsfuse.sources.http.secrets import BoundHeaders, Headers, is_ours, read_headers
 from ipfsfuse.sources.http.settings import HttpSettings
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 Indexing = Callable[[str, int, int], None]
 """Called with (name of the CAR file, bytes done, bytes in all) while its index is built, in a worker
 thread."""
-
-LIBRARY, CAR, KUBO, GATEWAY = "library", "car", "kubo", "gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +49,23 @@ class OpenSettings:
     http: HttpSettings = field(default_factory=HttpSettings)
     offline: bool = False
     progress: Indexing | None = None
+    routers: Sequence[str] = ()
+    """URLs of routers, for `network`."""
+    allow_private_providers: bool = False
+    """Whether `network` may ask providers at private addresses."""
 
 
 def parse_source(text: str) -> Spec:
     """Raises UsageError, whose line says what to write instead."""
-    if text in (LIBRARY, KUBO):
+    if text in (LIBRARY, KUBO, NETWORK):
         return Spec(text, text)
     scheme, separator, rest = text.partition("://")
     if separator:
         return _parse_url(text, scheme.lower(), rest)
     if not text or "\0" in text:
         raise UsageError(
-            "an empty --from; give a CAR file, library, kubo, kubo+http://host:port or https://gateway"
+            "an empty --from; give a CAR file, library, kubo, kubo+http://host:port, https://gateway, "
+            "gateway or network"
         )
     return _parse_path(text)
 
@@ -102,7 +105,7 @@ def _parse_path(text: str) -> Spec:
             f"{text}: a typing error? An address is written with ://, as in https://host or "
             "kubo+http://host:port"
         )
-    if "/" not in text and text.lower() in (LIBRARY, KUBO):
+    if "/" not in text and text.lower() in (LIBRARY, KUBO, GATEWAY, NETWORK):
         raise UsageError(f"{text}: write {text.lower()}")
     if (
         not text.startswith(("/", "."))
@@ -145,6 +148,8 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
         return _open_kubo(spec, settings)
+    if spec.kind == NETWORK:
+        return None if settings.offline else _open_network(settings)
     from ipfsfuse.sources.http.client import Http
     from ipfsfuse.sources.http.gateway import Gateway
 
@@ -157,11 +162,11 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
 
 
 def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
-    from ipfsfuse.sources.http.kubo import Kubo, repository
+    from ipfsfuse.sources.http.kubo import Kubo
     from ipfsfuse.sources.local import kubo_repo
 
     place = repository()
-    if spec.origin is None and not _is_repository(place):
+    if spec.origin is None and not is_repository(place):
         raise SourceFailed(
             f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's "
             "repository, or name the node by its address, as in kubo+http://127.0.0.1:5001",
@@ -173,16 +178,18 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     return Kubo(spec.name, settings.http, spec.origin, blocks=blocks, offline=settings.offline)
 
 
-def _is_repository(place: Path) -> bool:
-    """Whether `place` is the repository of a node, or has an `api` file that names one; True if it can't be
-    read."""
-    try:
-        names = os.listdir(place)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return not {"api", "config", "datastore_spec"}.isdisjoint(names)
+def _open_network(settings: OpenSettings) -> "Source":
+    from ipfsfuse.sources.http.client import Http
+    from ipfsfuse.sources.routing.network import Network
+    from ipfsfuse.sources.routing.router import Router
+
+    if not settings.routers:
+        raise UsageError("--from network: name at least one router, as in --router https://router.example")
+    origins = dict.fromkeys(
+        parse_origin(url.rstrip("/").removesuffix("/routing/v1")) for url in settings.routers
+    )
+    routers = [Router(Http(origin, settings.http)) for origin in origins]
+    return Network(routers, settings.http, allow_private=settings.allow_private_providers)
 
 
 @asynccontextmanager
@@ -251,8 +258,6 @@ def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origi
 
 def _addresses_of_node() -> Sequence[Origin]:
     """Where the node on this machine listens, if the files that say so are our own."""
-    from ipfsfuse.sources.http.kubo import repository
-
     found = []
     for path in (repository() / "api", repository() / "gateway"):
         if is_ours(path):

@@ -9,15 +9,16 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import growth, limits, sandbox, signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
+from ipfsfuse_run import growth, limits, lockdown, sandbox, signals
+from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused, say
 from ipfsfuse_run.growth import Growth
-from ipfsfuse_run.sandbox import IPFS, Sandbox
+from ipfsfuse_run.lockdown import Access
+from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
     from ipfsfuse_run.guest import End, Guest, Settings
@@ -43,6 +44,12 @@ class Plan(NamedTuple):
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
     """The guest's name in messages, where it is not `guest`."""
+    compile_only: bool = False
+    verbose: bool = False
+    require_sandbox: bool = False
+    engine: str = "auto"
+    command: str | None = None
+    """The wasmtime command that runs the guest; None for the library."""
     max_data: int | None = None
     """Bytes of memory that the guest's process may write to, its own needs included."""
 
@@ -65,6 +72,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
+        _close_inherited(plan)
         signals.restore_defaults()
         signals.die_with(parent)
         code = _run(plan, reports)
@@ -80,17 +88,72 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         os._exit(code)  # at once: wasmtime's threads may still wait in a read
 
 
+def _close_inherited(plan: Plan) -> None:
+    """Closes what the caller of the runner had open: what this program opened itself is not inheritable."""
+    kept = {0, 1, 2, plan.keep}
+    named = os.path.split(plan.guest)
+    if named[0] in ("/proc/self/fd", "/dev/fd") and named[1].isdigit():
+        kept.add(int(named[1]))
+    for each in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if each not in kept and os.get_inheritable(each):
+                os.close(each)
+        except OSError:
+            pass  # the listing's own
+
+
 def _run(plan: Plan, reports: Reports) -> int:
+    data = None
+    if plan.command is not None:
+        from ipfsfuse_run import command
+
+        with _opened(plan) as file:
+            try:
+                data = file.read(MAX_GUEST + 1)
+            except OSError as exc:
+                raise _unreadable(plan, exc) from exc
+        _check_size(plan, data)
+        try:
+            return _run_command(plan, plan.command, data, reports)
+        except command.TooOld as exc:
+            if plan.engine == "command":
+                raise GuestRefused(
+                    f"{plan.command} is older than version {command.MIN_VERSION}: give --engine library"
+                ) from exc
+    return _run_library(plan, data, reports)
+
+
+def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  # noqa: RET503
+    """Becomes the wasmtime command, or gives 0 if the guest is only compiled. Raises TooOld, GuestRefused."""
+    from ipfsfuse_run import command
+
+    given = plan.box.limits
+    reports.send({"compiling": True})
+    ready = command.ready(path, data, given, plan.name)
+    reports.send({"compiling": False})
+    if plan.compile_only:
+        return 0
+    with sandbox.opened_folders(plan.box) as folders:
+        grown = _growth(plan.box)
+        sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
+        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}")
+        reports.send({"started": True, "kind": ready.kind, "growth": grown, "command": True})
+        command.execute(path, plan.box, folders, ready.file)
+
+
+def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     from ipfsfuse_run import guest
 
     given = plan.box.limits
+    settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         wasi = guest.wasi_config(plan.box, folders)
-    ready = _ready(
-        plan, guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic), reports
-    )
-    grown = _growth(plan.box)
-    sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
+        ready = _ready(plan, settings, data, reports)
+        if plan.compile_only:
+            return 0
+        grown = _growth(plan.box)
+        sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
+        _lock(plan, folders, [], "the library")
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
@@ -100,6 +163,19 @@ def _run(plan: Plan, reports: Reports) -> int:
         {"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]}
     )
     return end.code
+
+
+def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str) -> None:
+    """From here on the kernel refuses this process what a guest does not need. On a mount of ours, landlock
+    allows writing, so that the mount's EPERM answers. Raises GuestRefused with --require-sandbox."""
+    allowed = [Access(each.file, each.writable or each.in_mount) for each in folders]
+    active = lockdown.lock([*allowed, *more])
+    missing = [each for each in lockdown.LAYERS if each not in active]
+    if plan.verbose:
+        without = f", without {', '.join(missing)}" if missing else ""
+        say(f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}")
+    if missing and plan.require_sandbox:
+        raise GuestRefused(f"--require-sandbox: this machine lacks {', '.join(missing)}")
 
 
 def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
@@ -142,13 +218,13 @@ def _growth(box: Sandbox) -> Growth | None:
         ) from exc
 
 
-def _ready(plan: Plan, settings: "Settings", reports: Reports) -> "Guest":
+def _ready(plan: Plan, settings: "Settings", known: bytes | None, reports: Reports) -> "Guest":
     """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
     from ipfsfuse_run import guest
     from ipfsfuse_run.code_cache import CodeCache
 
     cache, engine = CodeCache.of_user(), guest.make_engine(settings)
-    with _opened(plan) as file:
+    with _opened(plan) if known is None else io.BytesIO(known) as file:
         try:
             kept = cache.kept(engine, file, plan.name, settings) if plan.keep is None else None
             if kept is not None:
@@ -156,16 +232,21 @@ def _ready(plan: Plan, settings: "Settings", reports: Reports) -> "Guest":
             data = file.read(MAX_GUEST + 1)
         except OSError as exc:
             raise _unreadable(plan, exc) from exc
-    if len(data) > MAX_GUEST:
-        raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")
+    _check_size(plan, data)
     reports.send({"compiling": True})
     kind, code = guest.binary(data, plan.name)
     if plan.keep is not None:
         with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)
-    ready = cache.load(engine, kind, code, plan.name, settings)
+    memory = limits.compile_memory(plan.box.limits)
+    ready = cache.load(engine, kind, code, plan.name, settings, memory)
     reports.send({"compiling": False})
     return ready
+
+
+def _check_size(plan: Plan, data: bytes) -> None:
+    if len(data) > MAX_GUEST:
+        raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")
 
 
 def _opened(plan: Plan) -> io.BufferedReader | io.BytesIO:

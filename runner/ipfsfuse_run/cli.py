@@ -35,7 +35,12 @@ def _main(argv: Sequence[str]) -> int:
         from ipfsfuse_run import inspecting
 
         return inspecting.main(argv[1:])
-    options = parsing.parse(argv)
+    word = argv[0] if argv and argv[0] in ("run", "compile") else None
+    options = parsing.parse(argv[1:] if word else argv)
+    if word == "compile":
+        if options.args or options.record is not None or options.replay is not None:
+            raise UsageError("compile takes a GUEST, and no arguments or receipts")
+        options = options._replace(compile_only=True)
     if options.replay is not None:
         from ipfsfuse_run import replay
 

@@ -19,20 +19,20 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-import wasmtime
-from wasmtime import _ffi
-
+from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import guest, sandbox, signals
+from ipfsfuse_run import limits, lockdown, sandbox, signals
 from ipfsfuse_run.errors import GuestRefused
-from ipfsfuse_run.guest import Guest, Settings
+from ipfsfuse_run.lockdown import Access
 
-if TYPE_CHECKING:
-    from wasmtime import component
+if TYPE_CHECKING:  # the wasmtime command needs none of the library, which takes 40 ms to import
+    import wasmtime
+
+    from ipfsfuse_run.guest import Guest, Settings
 
 BOUND = 1 << 30
 """Bytes that the whole cache may take; what was used longest ago goes first."""
@@ -64,10 +64,12 @@ class CodeCache:
             return cls(None)
 
     def kept(
-        self, engine: wasmtime.Engine, file: io.BufferedReader | io.BytesIO, name: str, settings: Settings
-    ) -> Guest | None:
+        self, engine: "wasmtime.Engine", file: io.BufferedReader | io.BytesIO, name: str, settings: "Settings"
+    ) -> "Guest | None":
         """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
         Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
+        from ipfsfuse_run import guest
+
         if not file.seekable():
             return None
         kind = guest.kind_of(file.read(guest.HEAD_BYTES))
@@ -78,13 +80,33 @@ class CodeCache:
         file.seek(0)
         return self._guest(engine, kind, _key(digest.hexdigest(), kind, settings), name)
 
-    def load(self, engine: wasmtime.Engine, kind: str, code: bytes, name: str, settings: Settings) -> Guest:
-        """The guest `code`, compiled before or now, by a process of its own. Forks. Raises GuestRefused."""
+    def load(
+        self,
+        engine: "wasmtime.Engine",
+        kind: str,
+        code: bytes,
+        name: str,
+        settings: "Settings",
+        memory: int = limits.COMPILE_MEMORY,
+    ) -> "Guest":
+        """The guest `code`, compiled before or now, by a process of its own that has `memory` bytes. Forks.
+        Raises GuestRefused."""
+        from ipfsfuse_run import guest
+
         key = _key(hashlib.sha256(code).hexdigest(), kind, settings)
         found = self._guest(engine, kind, key, name)
         if found is not None:
             return found
-        made = _in_own_process(lambda: self._compile(engine, kind, code, name, key), name)
+
+        def build() -> bytes:
+            guest.form_of(kind)  # imports what is needed, as long as this process can
+            lockdown.lock(self.access())
+            return bytes(guest.compile_guest(engine, kind, code, name).compiled.serialize())
+
+        def is_there() -> bool:
+            return self._guest(engine, kind, key, name) is not None
+
+        made = _in_own_process(lambda: self._compile(key, is_there, build), name, memory)
         found = self._guest(engine, kind, key, name) if made.code is None else None
         if found is not None:
             return found
@@ -92,20 +114,45 @@ class CodeCache:
             raise GuestRefused(
                 f"{name} was compiled, and its code is gone from {self.folder} again: run it once more"
             )
-        return Guest(name, engine, guest.form_of(kind).deserialize(engine, made.code))
+        return guest.Guest(name, engine, guest.form_of(kind).deserialize(engine, made.code))
 
-    def _compile(self, engine: wasmtime.Engine, kind: str, code: bytes, name: str, key: str) -> bytes | None:
+    def file(self, key: str, build: Callable[[], bytes], name: str, memory: int) -> int:
+        """A descriptor of the entry `key`, which `build` makes in a process of its own if it is missing.
+        Forks. Raises GuestRefused."""
+        found = self.opened(key)
+        if found is not None:
+            return found
+        made = _in_own_process(
+            lambda: self._compile(key, lambda: self.opened(key) is not None, build), name, memory
+        )
+        if made.code is None:
+            found = self.opened(key)
+            if found is None:
+                raise GuestRefused(f"{name} was compiled, and its code is gone again: run it once more")
+            return found
+        spare = os.memfd_create("code", os.MFD_CLOEXEC)
+        with open(spare, "wb", closefd=False) as out:
+            out.write(made.code)
+        return spare
+
+    def access(self) -> list[Access]:
+        """What a locked process needs to keep an entry."""
+        if self.folder is None:
+            return []
+        return [Access(os.open(self.folder, os.O_PATH | os.O_CLOEXEC), write=True)]
+
+    def _compile(self, key: str, is_there: Callable[[], bool], build: Callable[[], bytes]) -> bytes | None:
         """In the compiling process: makes the entry `key`, unless another process made it meanwhile. Gives
-        the code where it could not be kept: a full disk costs speed. Raises GuestRefused."""
+        the code if it can't be kept: a full disk costs speed. Raises GuestRefused."""
         path = None if self.folder is None else self.folder / f"{key}{_PART}"
         part = None if path is None else self._locked(path)
         if path is None or part is None:
-            return bytes(guest.compile_guest(engine, kind, code, name).compiled.serialize())
+            return build()
         with open(part, "r+b") as out:
-            if self._guest(engine, kind, key, name) is not None:
+            if is_there():
                 path.unlink(missing_ok=True)
                 return None
-            made = bytes(guest.compile_guest(engine, kind, code, name).compiled.serialize())
+            made = build()
             return None if self._put(out, path, key, made) else made
 
     def _locked(self, part: Path) -> int | None:
@@ -141,13 +188,24 @@ class CodeCache:
             self._trim(part.parent, key)
         return True
 
-    def _guest(self, engine: wasmtime.Engine, kind: str, key: str, name: str) -> Guest | None:
-        found = self._get(engine, kind, key)
-        return None if found is None else Guest(name, engine, found)
+    def _guest(self, engine: "wasmtime.Engine", kind: str, key: str, name: str) -> "Guest | None":
+        import wasmtime
 
-    def _get(
-        self, engine: wasmtime.Engine, kind: str, key: str
-    ) -> "wasmtime.Module | component.Component | None":
+        from ipfsfuse_run import guest
+
+        file = self.opened(key)
+        if file is None:
+            return None
+        try:
+            path = f"/proc/self/fd/{file}"
+            return guest.Guest(name, engine, guest.form_of(kind).deserialize_file(engine, path))
+        except wasmtime.WasmtimeError:
+            return None  # another machine's, in a shared home: compiled again, and replaced
+        finally:
+            os.close(file)
+
+    def opened(self, key: str) -> int | None:
+        """A descriptor of the entry `key`, checked to be ours."""
         if self.folder is None:
             return None
         try:
@@ -155,14 +213,13 @@ class CodeCache:
         except OSError:
             return None
         try:
-            if not _is_ours(os.fstat(file)):
-                return None
-            _used_now(file)
-            return guest.form_of(kind).deserialize_file(engine, f"/proc/self/fd/{file}")
-        except (wasmtime.WasmtimeError, OSError):
-            return None  # another machine's, in a shared home: compiled again, and replaced
-        finally:
-            os.close(file)
+            if _is_ours(os.fstat(file)):
+                _used_now(file)
+                return file
+        except OSError:
+            pass
+        os.close(file)
+        return None
 
     def _trim(self, folder: Path, made: str) -> None:
         with os.scandir(folder) as entries:
@@ -214,20 +271,26 @@ def _used_now(file: int) -> None:
     os.utime(file, ns=(now, now))
 
 
-def _key(digest: str, kind: str, settings: Settings) -> str:
-    # the library's size and time stand for wasmtime's version, which takes 20 ms to ask for; wasmtime checks
-    # that itself too
-    library = os.stat(_ffi.dll._name)
-    parts = (str(library.st_size), str(library.st_mtime_ns), platform.machine(), kind, *map(str, settings))
+def _key(digest: str, kind: str, settings: "Settings") -> str:
+    from wasmtime import _ffi
+
+    return entry_key(digest, os.stat(_ffi.dll._name), (kind, *map(str, settings)))
+
+
+def entry_key(digest: str, wasmtime: os.stat_result, settings: Sequence[str]) -> str:
+    """The name of an entry. Size and time of `wasmtime` (the library or the command) stand for its version,
+    which takes 20 ms to ask for; wasmtime checks the version itself, too."""
+    parts = (str(wasmtime.st_size), str(wasmtime.st_mtime_ns), platform.machine(), *settings)
     return f"{digest}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 # -- the compiling process ---------------------------------------------------------------------------------
 
 
-def _in_own_process(make: Callable[[], bytes | None], name: str) -> Compiled:
-    """Runs `make` in a forked process, which ends with this one: whoever kills this one for taking too long
-    ends the compilation. Raises GuestRefused as `make` does, and where the process ended otherwise."""
+def _in_own_process(make: Callable[[], bytes | None], name: str, memory: int) -> Compiled:
+    """Runs `make` in a forked process that may write to `memory` bytes. It ends with this one: whoever kills
+    this one for taking too long ends the compilation. Raises GuestRefused as `make` does, and if the process
+    ended otherwise."""
     spare = os.memfd_create("code", os.MFD_CLOEXEC)
     told, teller = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
@@ -235,13 +298,17 @@ def _in_own_process(make: Callable[[], bytes | None], name: str) -> Compiled:
     pid = os.fork()
     if pid == 0:
         os.close(told)
-        _compiler(make, parent, teller, spare)
+        _compiler(make, parent, teller, spare, memory)
     os.close(teller)
     with open(told, "rb") as answers, open(spare, "rb") as code:
         answer = answers.read(_MAX_ANSWER)
         _pid, status = os.waitpid(pid, 0)
         if status or not answer:
-            raise GuestRefused(f"{name} can't be compiled: {_end_text(os.waitstatus_to_exitcode(status))}")
+            code_of_end = os.waitstatus_to_exitcode(status)
+            raise GuestRefused(
+                f"{name} can't be compiled: {_end_text(code_of_end)} (it may use "
+                f"{units.size_text(memory)} of memory: give -W compile-memory=SIZE for more)"
+            )
         said = json.loads(answer)
         if "refused" in said:
             raise GuestRefused(said["refused"])
@@ -249,11 +316,17 @@ def _in_own_process(make: Callable[[], bytes | None], name: str) -> Compiled:
         return Compiled(code.read() if said["apart"] else None)
 
 
-def _compiler(make: Callable[[], bytes | None], parent: int, teller: int, spare: int) -> NoReturn:
+def _compiler(
+    make: Callable[[], bytes | None], parent: int, teller: int, spare: int, memory: int
+) -> NoReturn:
     try:
         signals.die_with(parent)
+        sandbox.limit_memory(memory)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust writes a back-trace where it finds no memory
         try:
             code = make()
+        except MemoryError:
+            os._exit(1)
         except GuestRefused as exc:
             os.write(teller, json.dumps({"refused": str(exc)[: _MAX_ANSWER // 16]}).encode())
             os._exit(0)

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse_run import sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.errors import trap_text
+from ipfsfuse_run.errors import say, trap_text
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.supervisor import Outcome
 
@@ -21,13 +22,43 @@ def execute(options: Options) -> Outcome:
 
         return recording.record(options)
     if options.mount is not None:
-        return _run_on(os.path.abspath(options.mount), options)
+        mountpoint = os.path.abspath(options.mount)
+        return _run_on(mountpoint, options, _our_mount(mountpoint))
     from ipfsfuse_run import mounts  # with what starts a daemon, 10 ms
 
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
         names = mounts.resolved(options, mount)
         return _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
+
+
+def _command(options: Options, in_our_mount: bool) -> str | None:
+    """The wasmtime command that runs the guest; None for the library. Raises UsageError."""
+    if options.engine == "library":
+        return None
+    from ipfsfuse_run import command
+
+    why = command.unsuited(options)
+    if why is None and not in_our_mount:
+        why = "the command has no read-only folders: --mount of a folder that is no mount needs the library"
+    path = None
+    if why is None:
+        path, why = command.find()
+    if path is None and options.engine == "command":
+        raise UsageError(f"--engine command: {why}")
+    if path is None and options.verbose:
+        say(f"the library runs this guest: {why}")
+    return path
+
+
+def _our_mount(mountpoint: str) -> int | None:
+    """The number of the mount of ours at `mountpoint`, which refuses all writing; None for another folder."""
+    from ipfsfuse_run import mounts
+
+    try:
+        return mounts.kernel_mount_id(mountpoint)
+    except MountFailed:
+        return None
 
 
 def _run_on(
@@ -37,7 +68,17 @@ def _run_on(
     names: Mapping[str, str] = sandbox.NO_NAMES,
     close: Sequence[int] = (),
 ) -> Outcome:
-    plan = Plan(options.guest, mountpoint, sandbox.build(options, mountpoint, mount_id, names), mount_id)
+    plan = Plan(
+        options.guest,
+        mountpoint,
+        sandbox.build(options, mountpoint, mount_id, names),
+        mount_id,
+        compile_only=options.compile_only,
+        verbose=options.verbose,
+        require_sandbox=options.require_sandbox,
+        engine=options.engine,
+        command=_command(options, mount_id is not None),
+    )
     streams = supervisor.direct_streams(options.limits, any(each.writable for each in options.dirs))
     outcome = supervisor.run(plan, streams, close)
     if outcome.trap is not None:

@@ -137,6 +137,38 @@ def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) ->
         raise GuestRefused(f"{name} is no valid WebAssembly {kind}: {one_line(exc)}") from exc
 
 
+def check(kind: str, code: bytes, name: str) -> None:
+    """Refuses what the wasmtime command would refuse by an exit code of the guest's, and what it would run
+    though it is not offered here. Compiles, without optimization. Raises GuestRefused."""
+    config = wasmtime.Config()
+    config.cranelift_opt_level = "none"
+    engine = wasmtime.Engine(config)
+    ready = compile_guest(engine, kind, code, name)
+    if isinstance(ready.compiled, wasmtime.Module):
+        _check_start(name, ready.compiled)
+        linker, store = wasmtime.Linker(engine), wasmtime.Store(engine)
+        linker.define_wasi()
+        for each in ready.compiled.imports:
+            try:
+                linker.get(store, each.module, each.name or "")
+            except (KeyError, wasmtime.WasmtimeError) as exc:
+                raise GuestRefused(
+                    f"{name} can't be started: unknown import: `{each.module}::{each.name}`"
+                ) from exc
+        return
+    _entry(ready, ready.compiled)
+    for wanted in ready.compiled.type.imports(engine):
+        if _PREVIEW_3.fullmatch(wanted.encode()):
+            raise GuestRefused(_preview_3(name, wanted))
+        if wanted.startswith("wasi:http/"):
+            raise GuestRefused(f"{name} asks for {wanted}: wasi:http is not offered")
+
+
+def _check_start(name: str, module: wasmtime.Module) -> None:
+    if "_start" not in [each.name for each in module.exports]:
+        raise GuestRefused(f"{name} is a library, not a command: it exports no _start")
+
+
 def form_of(kind: str) -> "type[wasmtime.Module | component.Component]":
     """What compiles and loads a guest of that kind."""
     if kind == MODULE:
@@ -199,9 +231,7 @@ def _run_module(
     deterministic: bool,
     begin: Callable[[], None],
 ) -> int:
-    names = [each.name for each in module.exports]
-    if "_start" not in names:
-        raise GuestRefused(f"{guest.name} is a library, not a command: it exports no _start")
+    _check_start(guest.name, module)
     linker = wasmtime.Linker(guest.engine)
     linker.allow_shadowing = True
     linker.define_wasi()

@@ -17,6 +17,8 @@ class Limits(NamedTuple):
     """Of the run, from the guest's first instruction, whatever it does; a read that waits is included."""
     compile_timeout: float | None = None
     """Of the compilation before the run; COMPILE_TIMEOUT by default."""
+    compile_memory: int | None = None
+    """Bytes that the compiling process may write to; COMPILE_MEMORY by default."""
     fuel: int | None = None
     """wasmtime's fuel: about one per instruction."""
     max_memory_size: int | None = None
@@ -45,13 +47,21 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 COMPILE_TIMEOUT = 300.0
+COMPILE_MEMORY = 4 << 30
 MAX_OUT = 1 << 30
 MIN_OPEN_FILES = 32
 """wasmtime itself needs some."""
 MAX_STACK = 1 << 30
 
 DURATIONS = frozenset({"timeout", "compile_timeout"})
-SIZES = frozenset({"max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"})
+SIZES = frozenset(
+    {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"}
+)
+PROPOSALS = frozenset(
+    {"bulk-memory", "component-model", "extended-const", "multi-memory", "multi-value"}
+    | {"reference-types", "relaxed-simd", "simd", "tail-call"}
+)
+"""Proposals that `wasmtime run -W` can switch on, and that are on here anyway."""
 _YEAR = 366 * 86400.0
 _RANGES: Mapping[str, tuple[float, float]] = {
     "timeout": (0.001, _YEAR),
@@ -64,12 +74,18 @@ _ANY = (0, (1 << 63) - 1)
 """What wasmtime's 64-bit numbers hold."""
 
 
+def compile_memory(given: Limits) -> int:
+    return COMPILE_MEMORY if given.compile_memory is None else given.compile_memory
+
+
 def parse(given: Sequence[str]) -> Limits:
     """The limits of every `-W` argument together, the last word on each. Raises UsageError."""
     found: dict[str, int | float] = {}
     for item in ",".join(given).split(",") if given else ():
         name, _, text = item.partition("=")
         field = name.replace("-", "_")
+        if name in PROPOSALS and text in ("", "y", "yes", "true"):
+            continue
         if field not in Limits._fields:
             raise UsageError(
                 f"-W {item[:80] or given[0]} is not a limit; there are "

@@ -12,9 +12,7 @@ import os
 import select
 import signal
 import stat
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -168,7 +166,7 @@ def _live(options: Options) -> Mount | None:
         except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
             return None  # none, one that is starting, or what a killed one left
     try:
-        mount_id = _mount_id(mountpoint)
+        mount_id = kernel_mount_id(mountpoint)
         if mount_id is not None and options.mount_options:
             name = options.mount_options[0].partition("=")[0]
             raise UsageError(
@@ -184,7 +182,7 @@ def _live(options: Options) -> Mount | None:
     return Mount(mountpoint, mount_id, control)
 
 
-def _mount_id(mountpoint: str) -> int | None:
+def kernel_mount_id(mountpoint: str) -> int | None:
     """The kernel's number of the mount at `mountpoint`; None where there is none.
 
     Raises MountFailed where it is not a mount that ipfsfuse made for this user. Asks the kernel's table
@@ -221,6 +219,8 @@ def _unescaped(text: str) -> str:
 
 def _start(options: Options, isolated: bool) -> Mount:
     """A daemon that ends with its last user. Raises MountFailed or UsageError, in the daemon's own words."""
+    import tempfile  # with subprocess, 10 ms that a run on a live mount need not wait for
+
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
     # -P: a folder named ipfsfuse where the user stands is none of ours
     command = [
@@ -240,7 +240,7 @@ def _start(options: Options, isolated: bool) -> Mount:
             if folder is None:
                 raise MountFailed(f"the folder {path.parent} of the new mount's socket is gone")
             control = _held(path, folder)
-        mount_id = _mount_id(mountpoint)
+        mount_id = kernel_mount_id(mountpoint)
         if mount_id is None:
             control.release()
             raise MountFailed(f"nothing is mounted at {mountpoint}, though ipfsfuse mount said so")
@@ -254,6 +254,8 @@ def _start(options: Options, isolated: bool) -> Mount:
 def _ask_for_mount(command: Sequence[str]) -> str:
     """What `ipfsfuse mount` prints, once it is mounted. Told to end while it waits, it ends the daemon it has
     begun."""
+    import subprocess
+
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

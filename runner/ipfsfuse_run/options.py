@@ -6,9 +6,10 @@ Pure but for `--env NAME`, which reads that variable.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
+from ipfsfuse import __version__
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits as limiting
 from ipfsfuse_run.limits import NO_LIMITS, Limits
@@ -44,6 +45,12 @@ class Options(NamedTuple):
     record: str | None = None
     replay: str | None = None
     deterministic: bool = False
+    engine: str = "auto"
+    """What runs the guest: `auto`, `library` or `command`."""
+    compile_only: bool = False
+    """Keep the compiled code for later runs, and run nothing."""
+    verbose: bool = False
+    require_sandbox: bool = False
 
     @property
     def own_mount(self) -> bool:
@@ -80,7 +87,8 @@ class _Formatter(argparse.HelpFormatter):
 
 def _parser() -> Parser:
     usage = (
-        "ipfsfuse-run [OPTION]... GUEST [ARG]...\n       ipfsfuse-run --replay RUN.car\n       "
+        "ipfsfuse-run [run] [OPTION]... GUEST [ARG]...\n       "
+        "ipfsfuse-run compile [OPTION]... GUEST\n       ipfsfuse-run --replay RUN.car\n       "
         "ipfsfuse-run inspect RUN.car [--json]"
     )
     parser = Parser(
@@ -115,6 +123,38 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         metavar="HOST[::GUEST[::ro]]",
         help="a folder of the host, to write too but for ::ro",
     )
+    group.add_argument(
+        "--engine",
+        choices=("auto", "library", "command"),
+        default="auto",
+        help="what runs the guest: the wasmtime command on PATH, or the library; auto takes the command if "
+        "it can",
+    )
+    group.add_argument(
+        "--require-sandbox",
+        action="store_true",
+        help="refuse to run if the kernel lacks a layer of the lock",
+    )
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="say what runs the guest, and what locks it in"
+    )
+    group.add_argument(
+        "-S",
+        "--wasi",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="cli (is on anyway)",
+    )
+    group.add_argument(
+        "-C",
+        "--codegen",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="cache (is on anyway)",
+    )
+    group.add_argument("-V", "--version", action="version", version=f"ipfsfuse-run {__version__}")
     group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
     group.add_argument(
@@ -185,6 +225,8 @@ def parse(argv: Sequence[str]) -> Options:
     parser.add_argument("guest", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("args", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     seen = vars(parser.parse_args(list(argv)))
+    _check_habits("-S", seen["wasi"], ("cli", "common", "preview2"), _WASI)
+    _check_habits("-C", seen["codegen"], ("cache", "parallel-compilation"), {})
     options = Options(
         guest=seen["guest"],
         args=tuple(seen["args"]),
@@ -202,9 +244,32 @@ def parse(argv: Sequence[str]) -> Options:
         record=seen["record"],
         replay=seen["replay"],
         deterministic=seen["deterministic"],
+        engine=seen["engine"],
+        verbose=seen["verbose"],
+        require_sandbox=seen["require_sandbox"],
     )
     _check(options)
     return options
+
+
+_NO_NETWORK = "a guest gets no network"
+_NETWORK = ("inherit-network", "http", "tcp", "udp", "allow-ip-name-lookup", "tls", "listenfd", "tcplisten")
+_WASI = dict.fromkeys(_NETWORK, _NO_NETWORK) | {
+    "inherit-env": "a guest gets only the variables of --env",
+    "p3": "WASI preview 3 is not offered",
+    "cwd": "give --cwd DIR",
+}
+"""Options of `wasmtime run -S` that are refused for a reason of their own."""
+
+
+def _check_habits(option: str, given: Sequence[str], on: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Accepts what `wasmtime run` takes and is on here anyway. Raises UsageError for anything else."""
+    for text in ",".join(given).split(",") if given else ():
+        name, _, value = text.partition("=")
+        if name in on and value in ("", "y", "yes", "true"):
+            continue
+        why = reasons.get(name, f"ipfsfuse-run takes only {', '.join(on)} there, which are on anyway")
+        raise UsageError(f"{option} {text[:80]}: {why}")
 
 
 def _passed_on(seen: dict[str, list[str]]) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ _MAX_ITEMS = MAX_ARGUMENTS + 500_000
 3 bytes in JSON and 64 in memory."""
 _CID_BYTES = 40
 
-NOT_RECORDED = frozenset({"compile_timeout", "max_stdin"})
+NOT_RECORDED = frozenset({"compile_timeout", "compile_memory", "max_stdin"})
 """Limits that the guest can't notice."""
 
 ALWAYS_DIFFERS = ("device numbers", "the attributes of /")

@@ -105,6 +105,8 @@ def _root(names: Sequence[str]) -> Path:
     root = private_folder("roots", digest)
     for each in inside:
         private_folder("roots", digest, *filter(None, each.split("/")))
+    for folder, _names, _files in os.walk(root):
+        os.chmod(folder, 0o500)  # the wasmtime command gives every folder to write to
     return root
 
 
@@ -116,9 +118,15 @@ class OpenFolder(NamedTuple):
     `host` that it was opened by."""
 
     host: str
-    path: str
+    file: int
     guest: str
     writable: bool
+    in_mount: bool = False
+    """Whether it is the top of a mount of ours, which refuses writes itself."""
+
+    @property
+    def path(self) -> str:
+        return f"/proc/self/fd/{self.file}"
 
 
 @contextlib.contextmanager
@@ -132,16 +140,18 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
             try:
                 folder = os.open(each.host, _LOOK | os.O_DIRECTORY)
             except OSError as exc:
+                hint = " (two colons part it from the guest's name: HOST::GUEST)" if ":" in each.host else ""
                 raise GuestRefused(
-                    f"the folder {each.host} can't be opened for the guest: {exc.strerror}"
+                    f"the folder {each.host} can't be opened for the guest: {exc.strerror}{hint}"
                 ) from exc
             stack.callback(os.close, folder)
             _check_mount(folder, each.mount_id, each.host)
-            found.append(OpenFolder(each.host, _path(folder), each.guest, each.writable))
+            found.append(OpenFolder(each.host, folder, each.guest, each.writable, each.mount_id is not None))
         if box.cwd is not None:
             base, rest = _working_folder(box.cwd, box.preopens)
             place = inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id)
-            found.append(OpenFolder(box.cwd, stack.enter_context(place), ".", base.writable))
+            file = int(os.path.basename(stack.enter_context(place)))
+            found.append(OpenFolder(box.cwd, file, ".", base.writable, base.mount_id is not None))
         yield found
 
 
@@ -210,10 +220,23 @@ def limit_process(limits: Limits, file_size: int | None = None, data: int | None
     if limits.max_open_files is not None:
         _lower(resource.RLIMIT_NOFILE, limits.max_open_files)
     if data is not None:
-        _lower(resource.RLIMIT_DATA, data)
+        limit_memory(data)
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         _lower(resource.RLIMIT_FSIZE, file_size)
+
+
+def limit_memory(size: int) -> None:
+    """Bytes of memory that this process may write to, whatever it is mapped from."""
+    _lower(resource.RLIMIT_DATA, size)
+
+
+def deepen_stack(size: int) -> None:
+    """The main thread of the next program gets a stack of at least `size` bytes, if the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if soft != resource.RLIM_INFINITY and soft < size:
+        wanted = size if hard == resource.RLIM_INFINITY else min(size, hard)
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
 def _lower(limit: int, wanted: int) -> None:

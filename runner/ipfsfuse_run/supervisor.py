@@ -87,6 +87,7 @@ class _Supervisor:
         self._watched: int | None = None
         self._outcome = Outcome(128 + signal.SIGKILL)
         self._final = False
+        self._is_command = False
         self._dead = False
         self._pending = b""
         self._signals: list[int] = []
@@ -202,6 +203,7 @@ class _Supervisor:
 
     def _started(self, message: Mapping[str, Any]) -> None:
         self._outcome = self._outcome._replace(kind=message["kind"])
+        self._is_command = "command" in message
         timeout = self._plan.box.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         if message["growth"] is not None and not self._dead:
@@ -238,6 +240,8 @@ class _Supervisor:
         self._deadline = None if self._watched is None else time.monotonic() + LAST_LOOK
         code = os.waitstatus_to_exitcode(status)
         self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
+        if self._is_command and code == TRAPPED:  # a guest's own 134 would be 1 there
+            self._outcome = self._outcome._replace(trapped=True)
         if code == -signal.SIGXFSZ and self._growth is not None:
             bound = self._growth.bound
             self._end(

@@ -12,6 +12,7 @@ the moment before fork and exec to the byte that the guest writes first.
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,46 @@ WARM_UP, ROUNDS, STARTS = 2, 9, 15
 MODULE = 25 << 20
 
 
+JOBS = r"""
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static char data[1 << 16];
+int main(int argc, char **argv) {
+  char path[512], *job = argv[1];
+  unsigned seed = 1;
+  long total = 0, count;
+  snprintf(path, sizeof path, "%s/0.txt", argv[2]);
+  int fd = open(path, O_RDONLY);
+  if (!strcmp(job, "random"))
+    for (int i = 0; i < 20000; i++) {
+      seed = seed * 1103515245 + 12345;
+      total += pread(fd, data, 4096, (seed >> 8) % (65536 - 1) * 4096L);
+    }
+  if (!strcmp(job, "sequential"))
+    while ((count = read(fd, data, sizeof data)) > 0) total += count;
+  if (!strcmp(job, "open"))
+    for (int i = 0; i < 2000; i++) {
+      snprintf(path, sizeof path, "%s/%d.txt", argv[2], i);
+      close(open(path, O_RDONLY));
+    }
+  if (!strcmp(job, "list"))
+    for (DIR *dir = opendir(argv[2]); dir && readdir(dir);) total++;
+  printf("%ld\n", total);
+}
+"""
+ENGINE_JOBS = {
+    "random": ("20,000 random reads of 4 KiB", "big"),
+    "sequential": ("256 MiB in reads of 64 KiB", "big"),
+    "open": ("2,000 opens", "many"),
+    "list": ("list 5,000 names", "names"),
+    "none": ("start", "many"),
+}
+
+
 class Cost(NamedTuple):
     """Seconds."""
 
@@ -77,6 +118,7 @@ class Job(NamedTuple):
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        show_engines(folder)
         guest = _guest(folder)
         many = _many(folder / "many", 10_000)
         for job in (
@@ -87,6 +129,52 @@ def main() -> int:
             _show(job, guest, folder)
         _show_start(folder)
     return 0
+
+
+def show_engines(folder: Path) -> None:
+    """Each job in the wasmtime command alone, on a folder and on the mount, and in the runner on the mount,
+    by both engines. Medians of rounds in which the ways take turns; the guest's start is included."""
+    wasmtime = shutil.which("wasmtime")
+    if wasmtime is None:
+        print("no wasmtime on PATH: the engines are not compared")
+        return
+    tree, mount = folder / "jobs", folder / "mnt"
+    for name, files, size in (("big", 1, 256 << 20), ("many", 2000, 20), ("names", 5000, 0)):
+        (tree / name).mkdir(parents=True)
+        for number in range(files):
+            (tree / name / f"{number}.txt").write_bytes(os.urandom(size))
+    guest = _guest(folder, JOBS)
+    cid = _ipfsfuse(folder, "add", "-Q", str(tree)).strip()
+    mount.mkdir(exist_ok=True)
+    _ipfsfuse(folder, "mount", str(mount))
+    runner = [sys.executable, "-m", "ipfsfuse_run", "--mount", str(mount), "--engine"]
+    compiled = folder / "guest.cwasm"
+    subprocess.run([wasmtime, "compile", "-C", "cache=n", "-o", compiled, guest], check=True)
+    alone = [wasmtime, "run", "-C", "cache=n", "--allow-precompiled"]
+    ways = {
+        "wasmtime, folder": [*alone, "--dir", f"{tree}::/ipfs/{cid}", str(compiled)],
+        "wasmtime, mount": [*alone, "--dir", f"{mount}::/ipfs", str(compiled)],
+        "runner, command": [*runner, "command", str(guest)],
+        "runner, library": [*runner, "library", str(guest)],
+    }
+    print(f"{'seconds':<30}" + "".join(f"{way:>18}" for way in ways))
+    try:
+        for job, (what, place) in ENGINE_JOBS.items():
+            took: dict[str, list[float]] = {way: [] for way in ways}
+            for number in range(WARM_UP + 5):
+                for way, command in ways.items():
+                    begin = time.perf_counter()
+                    subprocess.run(
+                        [*command, job, f"/ipfs/{cid}/{place}"],
+                        env=_environment(folder),
+                        check=True,
+                        capture_output=True,
+                    )
+                    if number >= WARM_UP:
+                        took[way].append(time.perf_counter() - begin)
+            print(f"{what:<30}" + "".join(f"{statistics.median(each):>18.3f}" for each in took.values()))
+    finally:
+        _ipfsfuse(folder, "unmount", str(mount))
 
 
 def _show(job: Job, guest: Path, folder: Path) -> None:
@@ -128,8 +216,8 @@ def _until_its_first_byte(command: list[str], folder: Path) -> float:
         return time.perf_counter() - begin
 
 
-def _guest(folder: Path) -> Path:
-    (folder / "guest.c").write_text(GUEST)
+def _guest(folder: Path, source: str = GUEST) -> Path:
+    (folder / "guest.c").write_text(source)
     made = folder / "guest.wasm"
     subprocess.run(
         [

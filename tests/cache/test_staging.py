@@ -19,7 +19,8 @@ def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch
 
     def reader() -> None:
         try:
-            read.append(staging.read(entry, leaves[1]))
+            data, right, _digests = staging.read(entry, leaves[1])
+            read.append((data, right))
         except OSError as exc:
             read.append(exc)
 

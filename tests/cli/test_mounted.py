@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.dag import cid as cids
 from tests.cache.test_budget import own_filesystem
 from tests.mounting import Home, Mounted, alive, fuse_mounts, wait_until
 
@@ -157,10 +158,26 @@ def test_status(user: Home, mounted: Mounted, cid: str) -> None:
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
 
 
+def test_a_mount_says_what_it_asks_and_when_there_was_nobody_to_ask(user: Home, cid: str) -> None:
+    """In one line when it is mounted; in the log and in `status` when a read failed for that reason."""
+    node = user.folder / "no-node"
+    ran = user.run("mount", user.mountpoint)
+    assert ran.stderr == (
+        f"ipfsfuse: blocks come from library alone: there is no Kubo node at {node}, and no gateway is "
+        "configured; name other sources with --from\n"
+    )
+    assert user.json("status", "--json")["unasked"] == ""
+    with pytest.raises(OSError, match="timed out"):
+        (user.mountpoint / cids.text(cids.make(cids.RAW, b"\x12\x20" + bytes(32)))).stat()
+    said = "no source could be asked for a block that is not here: the sources are library; name others with --from"
+    assert user.json("status", "--json")["unasked"].startswith(said)
+    assert said in user.run("status").stdout
+    assert said in (user.cache / "ipfsfuse-cache" / "log").read_text()
+    user.run("unmount", user.mountpoint)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="/etc/fuse.conf may not let ordinary users use --allow-other")
 def test_who_lets_others_in_is_told_what_they_see(user: Home, cid: str) -> None:
-    assert user.run("mount", user.mountpoint).stderr == ""
-    user.run("unmount", user.mountpoint)
     ran = user.run("mount", "--allow-other", "--json", user.mountpoint)
     told = json.loads(ran.stdout)
     mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), user)

@@ -76,7 +76,12 @@ def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
     ("args", "named"),
     [
         (["--unknown", "guest.wasm"], "--unknown"),
-        (["-v", "guest.wasm"], "-v"),
+        (["-g", "guest.wasm"], "-g"),
+        (["-S", "inherit-network", "guest.wasm"], "-S inherit-network: a guest gets no network"),
+        (["-S", "cli,http", "guest.wasm"], "-S http: a guest gets no network"),
+        (["-S", "cli=n", "guest.wasm"], "-S cli=n"),
+        (["-C", "compiler=winch", "guest.wasm"], "-C compiler=winch"),
+        (["-W", "simd=n", "guest.wasm"], "-W simd"),
         (["-W", "fuel=much", "guest.wasm"], "-W fuel: 'much'"),
         (["-W", "guest.wasm"], "guest.wasm"),
         (["--env", "=x", "guest.wasm"], "--env"),
@@ -150,3 +155,15 @@ def test_help_names_every_limit() -> None:
         [sys.executable, "-m", "ipfsfuse_run", "--help"], env=env, capture_output=True, text=True, check=True
     )
     assert all(name in done.stdout for name in ("max-memory-size", "--allow", "--replay", "inspect"))
+
+
+def test_what_wasmtime_takes_and_is_on_anyway_is_accepted(run: Runner, tmp_path: Path) -> None:
+    guest = tmp_path / "guest.wat"
+    guest.write_text('(module (func (export "_start")))')
+    assert run("-S", "cli", "-C", "cache", "-W", "simd,tail-call=y,fuel=1000", guest).returncode == 0
+
+
+def test_one_colon_in_a_folder_is_hinted_at(run: Runner, tmp_path: Path) -> None:
+    guest = tmp_path / "guest.wat"
+    guest.write_text('(module (func (export "_start")))')
+    assert "HOST::GUEST" in refusal(run, 125, "--dir", f"{tmp_path}:/data", guest)

@@ -147,6 +147,46 @@ def test_what_is_safe_is_sent_again_where_a_kept_connection_is_dead(command: str
 
 @both
 @pytest.mark.usefixtures("transport")
+def test_kept_connections_that_went_dead_in_silence_cost_a_moment_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The machine has changed its network: nothing comes over any connection from before."""
+    monkeypatch.setattr(client, "SHORTEST_SILENCE", 0.3)
+    monkeypatch.setattr(client, "SILENCE", 0.3)
+    dead: set[int] = set()
+    seen: list[int] = []
+
+    def behave(ask: Ask) -> None:
+        if id(ask.connection) in dead:
+            ask.stall()
+        else:
+            seen.append(id(ask.connection))
+            answer_well(ask)
+
+    async def main() -> None:
+        cid, block = next(iter(BLOCKS.items()))
+        with Server(BLOCKS, behave) as server:
+            gateway = Gateway(Http(parse_origin(server.url)), server.url)
+
+            async def ask() -> None:
+                assert await gateway.get(cid) == block
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(ask)
+            dead.update(seen)
+            began = trio.current_time()
+            for _ in range(6):
+                with trio.fail_after(5):
+                    await ask()
+            assert 0.25 < trio.current_time() - began < 4, "one of them was waited for"
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+@both
+@pytest.mark.usefixtures("transport")
 def test_idle_connections_that_the_server_closed_are_not_used() -> None:
     async def main() -> None:
         cid, block = next(iter(BLOCKS.items()))

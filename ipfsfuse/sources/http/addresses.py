@@ -76,8 +76,9 @@ def special_purpose(address: str) -> str:
 
 
 async def public_host(origin: Origin) -> str:
-    """The address to connect to where a redirect leads to `origin`. Every address that its name has must be
-    public. The address is returned, not the name: a second answer of the resolver could lead elsewhere.
+    """The address to connect to where a stranger (a redirect, a router) sends us to `origin`. Every address
+    that its name has must be public. The address is returned, not the name: a second answer of the resolver
+    could lead elsewhere.
 
     A proxy resolves names itself, so it is given the name; if that can't be resolved here, the proxy decides.
     Raises SourceFailed, socket.gaierror."""
@@ -86,7 +87,7 @@ async def public_host(origin: Origin) -> str:
     for address in addresses:
         if purpose := special_purpose(address):
             why = f"{address} is for {purpose}"
-            raise SourceFailed(f"a redirect to {origin.text} was not followed: {why}", REDIRECT)
+            raise SourceFailed(f"{origin.text} is not asked, because a stranger named it and {why}", REDIRECT)
     return origin.host if proxied else addresses[0]
 
 

@@ -8,6 +8,7 @@ cancelled closes its connection.
 
 import functools
 import logging
+import math
 import re
 import socket
 import ssl
@@ -23,6 +24,7 @@ from httptools import HttpParserError
 import ipfsfuse
 from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import buffers
+from ipfsfuse.sources.base import current_request
 from ipfsfuse.sources.http import failures
 from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
@@ -41,6 +43,7 @@ ERROR_BODY: Final = 64 * 1024
 PIECE: Final = 256 * 1024
 SMALL: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
+SHORTEST_SILENCE, SILENCE = 1.0, 3.0
 END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
@@ -256,19 +259,19 @@ class OwnTransport(httpx.AsyncBaseTransport):
     The response's extension `connection` has its headers and its body; httpx is not told them."""
 
     def __init__(self, origin: Origin, settings: HttpSettings) -> None:
-        self._pool = ConnectionPool(origin, settings.connect, settings.idle, settings.total)
+        self.pool = ConnectionPool(origin, settings.connect, settings.idle, settings.total)
         self._settings = settings
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
         lines += [b"%s: %s" % header for header in request.headers.raw]
         data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
-        own = await self._pool.request(data, self._settings.idle_seconds)
-        release = functools.partial(self._pool.release, own, self._settings.idle_connections)
+        own = await self.pool.request(data, self._settings.idle_seconds)
+        release = functools.partial(self.pool.release, own, self._settings.idle_connections)
         return httpx.Response(own.status, stream=_Released(release), extensions={"connection": own})
 
     async def aclose(self) -> None:
-        self._pool.close()
+        self.pool.close()
 
 
 class _Released(httpx.AsyncByteStream):
@@ -295,7 +298,8 @@ class _Client(httpx.AsyncClient):
     def __init__(self, transport: httpx.AsyncBaseTransport, *, keep: bool) -> None:
         super().__init__(transport=transport, trust_env=False)
         self.keep = keep
-        self.is_own = isinstance(transport, OwnTransport)
+        self.pool = transport.pool if isinstance(transport, OwnTransport) else None
+        self.is_own = self.pool is not None
         """Then it has many connections, bounds the time for heads itself, and has the path beside the URL."""
 
 
@@ -313,10 +317,12 @@ class Http:
         self.settings = s = settings or HttpSettings()
         self._share = BodyShare(s.budget)
         self._closed = False
+        self._answered = -math.inf
+        """When the last head came."""
         self._named = replace(origin, base="")
         self._host = origin.authority
         """The Host header for the origin itself."""
-        own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http"
+        own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http" and not s.public_only
         self._own = _Client(OwnTransport(origin, s), keep=True) if own else None
         self._idle: list[_Client] = []
         """Clients with a kept connection to the origin itself."""
@@ -379,18 +385,39 @@ class Http:
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
         every = self._headers(origin, method, tuple(headers), len(body))
         with translated(origin.text):
+            began = trio.current_time()
+            patience = self._patience(began) if repeatable and origin == self._named else math.inf
             try:
-                return await self._send_once(origin, method, path, every, body)
+                with trio.move_on_after(patience):
+                    return await self._send_once(origin, method, path, every, body)
+                if self._answered < began:  # else it is this answer alone that does not come
+                    await self._drop_kept()
             except DEAD:
                 if not repeatable:
                     raise
             return await self._send_once(origin, method, path, every, body)
 
+    def _patience(self, now: float) -> float:
+        """Seconds after which a request is sent again over a new connection. A kept one may be dead in
+        silence: after the machine has slept or has changed its network."""
+        own = None if self._own is None else self._own.pool
+        if not (self._idle if own is None else own.has_kept):
+            return math.inf
+        request = current_request()
+        left = min(request.deadline, request.wanted_until) - now
+        return max(SHORTEST_SILENCE, min(SILENCE, left / 3))
+
+    async def _drop_kept(self) -> None:
+        if self._own is not None and self._own.pool is not None:
+            self._own.pool.drop_kept()
+        while self._idle:
+            await self._idle.pop().aclose()
+
     async def _send_once(
         self, origin: Origin, method: str, path: str, headers: httpx.Headers, body: bytes
     ) -> tuple[_Client, Response]:
         named, opening = origin == self._named, list[Any]()
-        host = origin.host if named else await public_host(origin)
+        host = origin.host if named and not self.settings.public_only else await public_host(origin)
         client = self._client(named, proxy_for(origin))
 
         async def trace(event: str, info: dict[str, Any]) -> None:
@@ -413,6 +440,7 @@ class Http:
         try:
             with limit:
                 sent = await client.send(request, stream=True)
+            self._answered = trio.current_time()
             response = Response(sent, self.origin.text, self.settings.total, self._share, self.settings.rate)
             return client, response
         finally:

@@ -7,10 +7,8 @@ three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where th
 
 import base64
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 from urllib.parse import urlencode
 
@@ -23,6 +21,7 @@ from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import leaf_ranges
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
+from ipfsfuse.sources.defaults import repository
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import Gateway
@@ -39,11 +38,6 @@ STRETCHES = 8
 """Stretches of leaves from the repository that may be in memory at a time, each of up to 4 MiB, for all
 readers."""
 THREADS = 4
-
-
-def repository() -> Path:
-    """The folder of the node's repository; `~` is expanded, as Kubo does."""
-    return Path(os.environ.get("IPFS_PATH") or "~/.ipfs").expanduser()
 
 
 class Kubo:

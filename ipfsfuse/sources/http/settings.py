@@ -86,6 +86,8 @@ class HttpSettings:
     """Seconds for a head, and for a body that is read whole: a server that drips has failed."""
     budget: BodyBudget = field(default_factory=lambda: BodyBudget(BYTES_IN_FLIGHT), repr=False, compare=False)
     """For large bodies: one for all requests with these settings or a copy of them."""
+    public_only: bool = False
+    """Whether only servers at public addresses are asked: for servers that strangers name."""
     rate: RateLimit | None = None
     """For all bodies of all sources together."""
     idle_connections: int = 32

@@ -245,7 +245,14 @@ class ConnectionPool:
         else:
             connection.close()
 
+    @property
+    def has_kept(self) -> bool:
+        return bool(self._waiting)
+
+    def drop_kept(self) -> None:
+        while self._waiting:
+            self._waiting.pop().close()
+
     def close(self) -> None:
-        for connection in self._waiting or ():
-            connection.close()
+        self.drop_kept()
         self._waiting = None

@@ -60,6 +60,8 @@ class Statistics:
     (files)."""
     most_per_caller: int = 0
     """The most of them that may be one caller's (user id)."""
+    found: bool = False
+    """Whether a router named it, not the user."""
 
 
 class Health:
@@ -208,7 +210,10 @@ class Health:
             hedges=self.hedges,
             median=self.percentile(0.5),
             p95=self.percentile(0.95),
-            **concurrency,
+            in_flight=concurrency.get("in_flight", 0),
+            waiting=concurrency.get("waiting", 0),
+            most_in_flight=concurrency.get("most_in_flight", 0),
+            most_per_caller=concurrency.get("most_per_caller", 0),
         )
 
 

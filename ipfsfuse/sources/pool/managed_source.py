@@ -20,7 +20,6 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Block, Source, current_request
-from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
@@ -80,7 +79,7 @@ class ManagedSource:
     def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
-        self.remote = isinstance(source, Gateway) and not source.local
+        self.remote = not getattr(source, "local", True)
         slow = SLOW_FAR if self.remote else SLOW_HERE
         self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
         running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))

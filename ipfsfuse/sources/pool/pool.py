@@ -116,7 +116,8 @@ class SourcePool:
 
     `offline`: what a network source does not have now (it was told not to look further) it will not have
     later. `deadline`: seconds in which callers want an answer; how long one source may keep others from being
-    asked follows."""
+    asked follows. `share`: how many sources share the requests that may run at a time; as many as there are,
+    where none will be added."""
 
     def __init__(
         self,
@@ -124,6 +125,7 @@ class SourcePool:
         *,
         offline: bool = False,
         deadline: float = 30.0,
+        share: int = 0,
         chance: random.Random | None = None,
         asleep: Callable[[], float] = seconds_asleep,
     ) -> None:
@@ -131,12 +133,14 @@ class SourcePool:
         self.deadline = deadline
         self.chance = chance or random.Random()
         self.hedges = HedgeBudget()
-        network = sum(not source.in_place for source in sources)
-        self._managed = [ManagedSource(source, self.chance, max(network, 1)) for source in sources]
+        self._share = share or max(1, sum(not source.in_place for source in sources))
+        self._managed = [ManagedSource(source, self.chance, self._share) for source in sources]
         self.in_place = [managed for managed in self._managed if managed.source.in_place]
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._known_wrong: set[tuple[str, Cid]] = set()
         self._known_large: set[Cid] = set()
+        self.unasked = ""
+        """Why no source could be asked for a block that was not here; "" if that never happened."""
         self._under_way: dict[bytes, HedgedFetch] = {}
         """Fetches by multihash."""
         self._asleep = asleep
@@ -146,8 +150,28 @@ class SourcePool:
         return [root for managed in self._managed for root in managed.roots()]
 
     def statistics(self) -> Sequence[Statistics]:
-        """One for each source, in the order given."""
-        return [managed.statistics() for managed in self._managed]
+        """One for each source, in the order given, each followed by the providers that it found."""
+        found = list[Statistics]()
+        for managed in self._managed:
+            found.append(managed.statistics())
+            if providers := getattr(managed.source, "statistics", None):
+                found += providers()
+        return found
+
+    def add(self, source: Source) -> None:
+        """A network source that was found later, asked after the others."""
+        managed = ManagedSource(source, self.chance, self._share)
+        # new lists: a fetch may be going through the old ones
+        self._managed, self._network = [*self._managed, managed], [*self._network, managed]
+
+    def liars(self) -> Sequence[Source]:
+        """Network sources that ever sent wrong bytes."""
+        return [each.source for each in self._network if each.health.wrong_blocks]
+
+    def remove(self, source: Source) -> None:
+        """No fetch that begins from now on asks it."""
+        self._managed = [each for each in self._managed if each.source is not source]
+        self._network = [each for each in self._network if each.source is not source]
 
     async def aclose(self) -> None:
         for managed in self._managed:
@@ -175,6 +199,18 @@ class SourcePool:
             if isinstance(block, bytes):
                 return block
         return None
+
+    def why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
+        """The line for a block that no source gave; `said` is what each of them said last."""
+        if not self._network and not self.offline:
+            here = ", ".join(each.source.name for each in self.in_place) or "nothing"
+            self.unasked = (
+                f"no source could be asked for a block that is not here: the sources are {here}; name others "
+                "with --from, such as kubo, https://GATEWAY or network"
+            )
+            return f"no source has {cids.text(cid)}; {self.unasked}"
+        offline = " (offline)" if self.offline else ""
+        return f"no source has {cids.text(cid)}{offline}" + "".join(f"; {each}" for each in said.values())
 
     def said(self, cid: Cid) -> str:
         fetch = self._under_way.get(cids.multihash(cid))
@@ -303,10 +339,7 @@ class HedgedFetch:
                 await self._race(network)
         if self._found is not None:
             return self._found
-        offline = " (offline)" if self._pool.offline else ""
-        said = "".join(f"; {each}" for each in self.said.values())
-        unavailable = Unavailable(f"no source has {cids.text(self._cid)}{offline}{said}")
-        raise self._too_large or self._wrong or unavailable
+        raise self._too_large or self._wrong or Unavailable(self._pool.why_not(self._cid, self.said))
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends

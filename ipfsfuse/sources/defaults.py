@@ -1,0 +1,107 @@
+"""The sources of a command that names none, and what the machine's configuration names (IPIP-280).
+
+Imports nothing that takes long: the command line uses it before a daemon is started.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ipfsfuse.errors import UsageError
+from ipfsfuse.sources.http.origin import parse_origin
+
+LIBRARY, CAR, KUBO, GATEWAY, NETWORK = "library", "car", "kubo", "gateway", "network"
+MAX_FILE: Final = 64 * 1024
+"""Bytes of a file that names gateways."""
+
+
+def repository() -> Path:
+    """The folder of this machine's Kubo repository: $IPFS_PATH with `~` expanded, else ~/.ipfs."""
+    try:
+        return Path(os.environ.get("IPFS_PATH") or "~/.ipfs").expanduser()
+    except RuntimeError as exc:
+        raise UsageError("there is no home folder with a .ipfs in it: set HOME or IPFS_PATH") from exc
+
+
+def is_repository(place: Path) -> bool:
+    """Whether `place` is the repository of a node, or has an `api` file that names one; True if it can't be
+    read."""
+    try:
+        names = os.listdir(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not {"api", "config", "datastore_spec"}.isdisjoint(names)
+
+
+def gateways() -> Sequence[str]:
+    """The gateways that this machine's configuration names: $IPFS_GATEWAY, else the first of
+    $XDG_CONFIG_HOME/ipfs/gateway (~/.config/ipfs/gateway) and /etc/ipfs/gateway that there is. Each URL
+    stands on a line of its own; lines that begin with # are skipped. Raises UsageError.
+
+    The file `gateway` in a Kubo repository is read by the source `kubo`."""
+    text, where = os.environ.get("IPFS_GATEWAY", ""), "IPFS_GATEWAY"
+    for path in () if text.strip() else _files():
+        try:
+            with path.open() as file:
+                text, where = file.read(MAX_FILE), str(path)
+            break
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as exc:
+            raise UsageError(f"{path}, which names gateways, can't be read: {exc}") from exc
+    found = []
+    for line in text.splitlines():
+        if not line.strip().startswith("#"):
+            found += [url for url in re.split(r"[\s,]+", line) if url]
+    return tuple(dict.fromkeys(_checked(url, where) for url in found))
+
+
+def _files() -> Sequence[Path]:
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    folder = Path(config) if os.path.isabs(config) else Path(os.path.expanduser("~/.config"))
+    return folder / "ipfs" / "gateway", Path("/etc/ipfs/gateway")
+
+
+def _checked(url: str, where: str) -> str:
+    """A gateway's URL as a SOURCE, which ends before /ipfs. Raises UsageError."""
+    try:
+        return parse_origin(re.sub(r"/ip[fn]s/?$", "", url)).text
+    except UsageError as exc:
+        raise UsageError(f"{where} names a gateway that can't be used: {exc}") from exc
+
+
+def chosen(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The SOURCE texts for what the user gave, `gateway` replaced by the gateways that it stands for. If the
+    user gave none: the library, the Kubo node of this machine if it has one, and the gateways that its
+    configuration names. Raises UsageError."""
+    if not given:
+        node = [KUBO] if is_repository(repository()) else []
+        return (LIBRARY, *node, *gateways())
+    texts: list[str] = []
+    for text in given:
+        found = gateways() if text == GATEWAY else [text]
+        if not found:
+            raise UsageError(
+                "--from gateway: this machine's configuration names no gateway; set IPFS_GATEWAY, or write "
+                f"a URL into {_files()[0]}"
+            )
+        texts += found
+    return tuple(texts)
+
+
+def described(texts: Sequence[str], *, by_default: bool, offline: bool) -> str:
+    """One line about what will be asked for blocks."""
+    named = [f"kubo ({repository()})" if text == KUBO else text for text in texts]
+    line = f"blocks come from {', then '.join(named)}"
+    if offline:
+        line += "; --offline: no gateway is asked, and a node only for what it has"
+    elif by_default and list(texts) == [LIBRARY]:
+        line += (
+            f" alone: there is no Kubo node at {repository()}, and no gateway is configured; "
+            "name other sources with --from"
+        )
+    return line

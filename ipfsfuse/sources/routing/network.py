@@ -1,0 +1,274 @@
+"""The source `network`: gateways that routers name as providers, in a pool of their own.
+
+A provider that was found for one block is asked for the next ones too, without the routers. Routers are
+asked for a block that no provider has given. None of them is trusted: the pool verifies each block, and
+keeps each provider's health.
+
+Concurrency: any number of tasks. Calls that want providers of the same CID share one lookup.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, WrongBlock
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.failures import TIMEOUT
+from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.origin import Origin
+from ipfsfuse.sources.http.secrets import BoundHeaders
+from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.pool.health import Statistics
+from ipfsfuse.sources.pool.pool import RangeFetch, SourcePool, SubtreeFetch
+from ipfsfuse.sources.routing.router import Router, provider_origin
+
+log = logging.getLogger(__name__)
+
+MAX_PROVIDERS: Final = 16
+"""Providers that are kept; the least useful one makes room."""
+MAX_NEW: Final = 8
+"""Providers of one lookup."""
+MAX_LOOKUPS: Final = 8
+"""Lookups at a time."""
+LOOKUP_SECONDS: Final = 10.0
+GRACE_SECONDS: Final = 0.5
+"""How long the other routers may take once one has named a provider."""
+FOUND_SECONDS, NONE_SECONDS = 60.0, 10.0
+"""How long the outcome of a lookup holds: with providers and without."""
+MAX_KEPT: Final = 1000
+"""Outcomes of lookups, and liars, that are remembered."""
+HEAD_START: Final = 1.0
+"""Seconds that the known providers have to send a block before routers are asked for it."""
+TRY_SECONDS: Final = 10.0
+"""How long they have after that: then the pool may ask other sources, and the routers are asked anew."""
+LIAR_SECONDS: Final = 3600.0
+"""A provider that sent wrong bytes is not taken again for so long."""
+IDLE_SECONDS: Final = 600.0
+"""A provider that was not used for so long is let go."""
+
+
+class _Lookup:
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.until = float("inf")
+        self.failure: SourceFailed | None = None
+
+
+class _Provider:
+    def __init__(self, source: Gateway) -> None:
+        self.source = source
+        self.used = trio.current_time()
+        self.blocks = 0
+
+
+class Network:
+    """`allow_private`: providers at loopback and private addresses are asked too."""
+
+    name = "network"
+    in_place = False
+    local = False
+
+    def __init__(
+        self, routers: Sequence[Router], settings: HttpSettings, *, allow_private: bool = False
+    ) -> None:
+        self._routers = routers
+        self._settings = replace(settings, headers=BoundHeaders(), public_only=not allow_private)
+        self._allow_private = allow_private
+        self._pool = SourcePool([], offline=True, share=MAX_PROVIDERS)  # what a provider lacks now, it lacks
+        self._providers: dict[Origin, _Provider] = {}
+        self._liars: OrderedDict[Origin, float] = OrderedDict()
+        self._lookups: OrderedDict[bytes, _Lookup] = OrderedDict()
+        self._looking = trio.CapacityLimiter(MAX_LOOKUPS)
+        self._closing: list[Gateway] = []
+
+    # -- as a source -------------------------------------------------------------------------------------
+
+    async def get(self, cid: Cid) -> bytes:
+        block = await self._from_providers(cid, HEAD_START) if self._providers else None
+        if block is None:
+            await self._look_up(cid)
+            block = await self._from_providers(cid, TRY_SECONDS)
+        if block is None:
+            said = "".join(f"; {each.name}: {each.why}" for each in self._pool.statistics() if each.why)
+            raise NotHere(f"no provider on the network has {cids.text(cid)}{said}")
+        return block
+
+    async def _from_providers(self, cid: Cid, seconds: float) -> bytes | None:
+        """The block, if a provider gives it within `seconds`. Raises BlockTooLarge."""
+        with trio.move_on_after(seconds):
+            try:
+                fetched = await self._pool.get(cid)
+            except (Unavailable, WrongBlock):
+                return None
+            finally:
+                self._remove_liars()
+            self._note_used(fetched.source, 1)
+            return fetched.block
+        return None
+
+    async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
+        async def give(index: int, blocks: Sequence[Block], source: Source) -> None:
+            self._note_used(source, len(blocks))
+            await deliver(index, blocks)
+
+        if not self._providers:
+            await self._look_up(wanted.file)
+        try:
+            await RangeFetch(self._pool, wanted, give).from_each()
+        finally:
+            self._remove_liars()
+
+    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+        if not self._providers:
+            await self._look_up(subtree.root)
+        try:
+            await SubtreeFetch(self._pool, subtree, _Passed(self, deliver)).run()
+        finally:
+            self._remove_liars()
+
+    def roots(self) -> Sequence[Cid]:
+        return ()
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
+        for source in self._closing:
+            await source.aclose()
+        for router in self._routers:
+            await router.http.aclose()
+
+    def statistics(self) -> Sequence[Statistics]:
+        """Of the providers, for `status`."""
+        return [replace(each, found=True) for each in self._pool.statistics()]
+
+    # -- providers ---------------------------------------------------------------------------------------
+
+    def _note_used(self, source: Source, count: int) -> None:
+        for provider in self._providers.values():
+            if provider.source is source:
+                provider.used = trio.current_time()
+                provider.blocks += count
+
+    def _add(self, origin: Origin) -> bool:
+        """Whether it is a new one."""
+        if origin in self._providers or self._liars.get(origin, 0.0) > trio.current_time():
+            return False
+        if len(self._providers) >= MAX_PROVIDERS:
+            self._remove(min(self._providers, key=self._usefulness))
+        source = Gateway(Http(origin, self._settings), f"network: {origin.text}")
+        self._providers[origin] = _Provider(source)
+        self._pool.add(source)
+        log.info("%s is a provider", origin.text)
+        return True
+
+    def _usefulness(self, origin: Origin) -> tuple[bool, float]:
+        provider = self._providers[origin]
+        return provider.blocks > 0, provider.used
+
+    def _remove(self, origin: Origin) -> None:
+        source = self._providers.pop(origin).source
+        self._pool.remove(source)
+        self._closing.append(source)  # requests may still run: it is closed later, or with the mount
+
+    def _remove_liars(self) -> None:
+        """Lets go of providers that sent wrong bytes."""
+        liars = self._pool.liars()
+        for origin in [origin for origin, each in self._providers.items() if each.source in liars]:
+            log.warning("the provider %s sent wrong bytes, and is not asked any more", origin.text)
+            self._liars[origin] = trio.current_time() + LIAR_SECONDS
+            if len(self._liars) > MAX_KEPT:
+                self._liars.popitem(last=False)
+            self._remove(origin)
+            for lookup in self._lookups.values():  # they may have named nobody else
+                lookup.until = min(lookup.until, trio.current_time() + NONE_SECONDS)
+
+    async def _tidy(self) -> None:
+        """Lets go of providers that were not used for long, and closes those that are gone."""
+        now = trio.current_time()
+        for origin in [each for each, used in self._providers.items() if used.used < now - IDLE_SECONDS]:
+            self._remove(origin)
+        closing, self._closing = self._closing, []
+        for source in closing:
+            await source.aclose()
+
+    # -- lookups -----------------------------------------------------------------------------------------
+
+    async def _look_up(self, cid: Cid) -> None:
+        """Asks the routers for providers of `cid`, at most once in a while. Raises SourceFailed if none of
+        them answered."""
+        key = cids.multihash(cid)
+        lookup = self._lookups.get(key)
+        if lookup is None or lookup.until <= trio.current_time():
+            lookup = self._lookups[key] = _Lookup()
+            self._lookups.move_to_end(key)
+            while len(self._lookups) > MAX_KEPT:
+                self._lookups.popitem(last=False)[1].done.set()
+            try:
+                async with self._looking:
+                    await self._tidy()
+                    found, lookup.failure = await self._ask_routers(cid)
+                    lookup.until = trio.current_time() + (FOUND_SECONDS if found else NONE_SECONDS)
+            finally:
+                if lookup.until == float("inf"):  # cancelled: who waits asks anew
+                    lookup.until = -float("inf")
+                lookup.done.set()
+        else:
+            await lookup.done.wait()
+            if lookup.until == -float("inf"):
+                await self._look_up(cid)
+                return
+        if lookup.failure is not None:
+            raise SourceFailed(str(lookup.failure), lookup.failure.kind)
+
+    async def _ask_routers(self, cid: Cid) -> tuple[bool, SourceFailed | None]:
+        """Whether some provider is known now, and why no router could say."""
+        named, failures, answered = 0, list[SourceFailed](), 0
+
+        async def ask(router: Router, scope: trio.CancelScope) -> None:
+            nonlocal named, answered
+            try:
+                async for addresses in router.providers(cid):
+                    origins = (provider_origin(each, allow_private=self._allow_private) for each in addresses)
+                    for origin in list(dict.fromkeys(each for each in origins if each is not None))[:1]:
+                        named += self._add(origin) or origin in self._providers
+                        scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
+                    if named >= MAX_NEW:
+                        scope.cancel()
+                answered += 1
+            except SourceFailed as exc:
+                log.info("%s", exc)
+                failures.append(exc)
+
+        with trio.CancelScope(deadline=trio.current_time() + LOOKUP_SECONDS) as scope:
+            async with trio.open_nursery() as nursery:
+                for router in self._routers:
+                    nursery.start_soon(ask, router, scope)
+        if named or answered:
+            return named > 0, None
+        names = ", ".join(router.name for router in self._routers)
+        late = SourceFailed(f"no router answered within {LOOKUP_SECONDS:g} s: {names}", TIMEOUT)
+        return False, failures[0] if failures else late
+
+
+class _Passed:
+    """Passes the verified blocks of a subtree on, as a `base.Taker`."""
+
+    def __init__(self, network: Network, deliver: DeliverBlocks) -> None:
+        self._network, self._deliver = network, deliver
+
+    def wants(self, _cid: Cid) -> bool:
+        return True
+
+    def came(self, _cid: Cid, _block: bytes) -> None:
+        pass
+
+    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
+        for fetched in blocks.values():
+            self._network._note_used(fetched.source, 1)
+        await self._deliver([(cid, fetched.block) for cid, fetched in blocks.items()])

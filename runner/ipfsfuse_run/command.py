@@ -1,0 +1,212 @@
+"""The `wasmtime` command as the guest's process, in place of the library.
+
+wasmtime-wasi hands each file call to another thread, 20 to 40 us, unless `allow_blocking_current_thread` is
+set. The command sets it when it has no `-W timeout`; the C library that the Python package loads has no call
+for it. Time is kept by the supervisor, so the command needs no timeout.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from ipfsfuse_run import limits, lockdown, sandbox
+from ipfsfuse_run.code_cache import CodeCache, entry_key
+from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.lockdown import Access
+from ipfsfuse_run.options import Options
+from ipfsfuse_run.sandbox import OpenFolder, Sandbox
+
+MIN_VERSION = 49
+MAX_ARGUMENT = 128 << 10
+"""Bytes of one argument, or of one variable with its name, that Linux refuses (execve(2))."""
+
+_STEERING = re.compile("(LD_|RUST|RAYON|XDG_|TOKIO|WASMTIME|MALLOC_|GLIBC_|GCONV_).*")
+"""Variables that the command or the loader would act on, not only the guest."""
+_INTERPRETER = re.compile(rb"/lib[^\0]{0,60}/ld-[^\0]{1,60}")
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+_FIBER_SPARE = 2 << 20
+
+
+class TooOld(Exception):
+    """The command's version is below MIN_VERSION."""
+
+
+def find() -> tuple[str | None, str]:
+    """The first `wasmtime` on PATH if it can be trusted to run a guest, else None and the reason."""
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        path = os.path.join(folder, "wasmtime")
+        if os.path.isabs(path) and os.path.isfile(path) and os.access(path, os.X_OK):
+            path = os.path.realpath(path)
+            found = os.stat(path)
+            if found.st_uid not in (0, os.geteuid()):
+                return None, f"{path} belongs to another user"
+            if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None, f"{path} may be written by others"
+            with open(path, "rb") as file:
+                if file.read(4) != b"\x7fELF":
+                    return None, f"{path} is not a program but a script"
+            return path, ""
+    return None, "there is no wasmtime on PATH"
+
+
+def unsuited(options: Options) -> str | None:
+    """Why this run needs the library."""
+    if options.record is not None or options.deterministic:
+        return "--record and --deterministic need the library"
+    if any(not each.writable for each in options.dirs):
+        return "the command has no read-only folders: --dir with ::ro needs the library"
+    if any("::" in text for each in options.dirs for text in (each.host, each.guest)):
+        return "the command splits names of folders at ::"
+    if "," in (options.cwd or ""):
+        return "the command splits --cwd at commas"
+    for name, value in options.env:
+        if _STEERING.fullmatch(name):
+            return f"--env {name} would steer the command itself"
+        if len(name.encode()) + len(value.encode()) + 2 >= MAX_ARGUMENT:
+            return f"--env {name} is longer than the system passes to a command"
+    if any(len(each.encode()) + 1 >= MAX_ARGUMENT for each in options.args):
+        return "an argument is longer than the system passes to a command"
+    return None
+
+
+class Ready(NamedTuple):
+    """Compiled code for the command."""
+
+    kind: str
+    file: int
+    """A descriptor of the code."""
+
+
+def ready(command: str, data: bytes, given: Limits, name: str) -> Ready:
+    """The guest `data`, compiled before or now. Forks. Raises GuestRefused, TooOld."""
+    cache, digest = CodeCache.of_user(), hashlib.sha256(data).hexdigest()
+    kind = {b"\x01\0\0\0": "module", b"\x0d\0\x01\0": "component"}.get(data[4:8], "")
+    options = _engine_options(given)
+    if not data.startswith(b"\0asm") or not kind:
+        from ipfsfuse_run import guest
+
+        kind, data = guest.binary(data, name)
+        digest = hashlib.sha256(data).hexdigest()
+    fixed = [re.sub("fuel=.*", "fuel", each) for each in options]  # the code is the same for any amount
+    key = entry_key(digest, os.stat(command), ("command", kind, *fixed))
+    found = cache.opened(key)
+    if found is None:
+        _check_version(command)
+        found = cache.file(
+            key,
+            lambda: _compiled(command, kind, data, options, name, cache.access()),
+            name,
+            limits.compile_memory(given),
+        )
+    return Ready(kind, found)
+
+
+def _check_version(command: str) -> None:
+    import subprocess
+
+    said = subprocess.run(
+        [command, "--version"], env={}, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    ).stdout
+    found = re.match(rb"wasmtime ([0-9]+)\.", said)
+    if found is None or int(found[1]) < MIN_VERSION:
+        raise TooOld
+
+
+def _compiled(
+    command: str, kind: str, data: bytes, options: Sequence[str], name: str, access: Sequence[Access]
+) -> bytes:
+    """In the compiling process. The command and the library's check are locked in, each in its turn. Raises
+    GuestRefused."""
+    from ipfsfuse_run import guest
+
+    source, made, told = (os.memfd_create(each) for each in ("guest", "code", "errors"))
+    with open(source, "wb", closefd=False) as out:
+        out.write(data)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(told, 2)
+            for each in (source, made):
+                os.set_inheritable(each, True)
+            lockdown.lock(_program_files(command))
+            paths = f"/proc/self/fd/{made}", f"/proc/self/fd/{source}"
+            os.execve(command, ["wasmtime", "compile", "-C", "cache=n", *options, "-o", *paths], {})
+        finally:
+            os._exit(127)
+    _pid, status = os.waitpid(pid, 0)
+    with open(made, "rb") as code, open(told, "rb") as errors:
+        if os.WIFSIGNALED(status):  # most likely for want of memory: the process that waits says so
+            os._exit(1)
+        if status:
+            errors.seek(0)
+            said = " ".join(errors.read(4096).decode(errors="replace").split())
+            raise GuestRefused(f"{name} is no valid WebAssembly {kind}: {said or 'the command failed'}")
+        guest.form_of(kind)  # imports what is needed, as long as this process can
+        lockdown.lock(access)
+        guest.check(kind, data, name)
+        code.seek(0)
+        return code.read()
+
+
+def _engine_options(given: Limits) -> list[str]:
+    """What both compiling and running are told."""
+    options = [] if given.fuel is None else ["-W", f"fuel={given.fuel}"]
+    if given.max_wasm_stack is not None:
+        stack = given.max_wasm_stack
+        options += ["-W", f"max-wasm-stack={stack},async-stack-size={stack + _FIBER_SPARE}"]
+    return options
+
+
+def arguments(box: Sandbox, folders: Sequence[OpenFolder], code: int) -> list[str]:
+    """The command line. Variables are named in it; their values are in the environment alone, because others
+    can read a command line."""
+    found = ["wasmtime", "run", "-C", "cache=n", "--allow-precompiled", *_engine_options(box.limits)]
+    for field in ("max_memory_size", "max_table_elements", "max_instances", "max_tables", "max_memories"):
+        value = getattr(box.limits, field)
+        if value is not None:
+            found += ["-W", f"{limits.option(field)}={value}"]
+    for each in folders:
+        found += ["--dir", f"{each.path}::{each.guest}"]
+    for name in box.variables:
+        found += ["--env", name]
+    if box.cwd is not None:
+        found += ["-S", f"cwd={box.cwd}"]
+    return [*found, "--argv0", box.argv[0], f"/proc/self/fd/{code}", *box.argv[1:]]
+
+
+def allowed(command: str, code: int) -> list[Access]:
+    """What the command needs to read and execute beside the guest's folders."""
+    return [*_program_files(command), Access(code)]
+
+
+def _program_files(command: str) -> list[Access]:
+    found = [Access(os.open(command, os.O_PATH | os.O_CLOEXEC), execute=True)]
+    with open(command, "rb") as file:
+        loader = _INTERPRETER.search(file.read(4096))
+    if loader is not None:
+        found.append(Access(os.open(os.fsdecode(loader[0]), os.O_PATH | os.O_CLOEXEC), execute=True))
+    for path in _LIBRARIES:
+        try:
+            found.append(Access(os.open(path, os.O_PATH | os.O_CLOEXEC)))
+        except OSError:
+            pass  # another system's place
+    return found
+
+
+def execute(command: str, box: Sandbox, folders: Sequence[OpenFolder], code: int) -> NoReturn:
+    """Replaces this process, which is locked already. Raises GuestRefused."""
+    for each in (code, *(folder.file for folder in folders)):
+        os.set_inheritable(each, True)
+    stack = box.limits.max_wasm_stack
+    if stack is not None:
+        sandbox.deepen_stack(stack + _FIBER_SPARE)
+    sys.stderr.flush()
+    try:
+        os.execve(command, arguments(box, folders, code), box.variables)
+    except OSError as exc:
+        raise GuestRefused(f"the command {command} can't be run: {exc.strerror}") from exc

@@ -1,0 +1,138 @@
+"""The locked room, tried by native code in the guest's place: what a guest that broke out of wasmtime can't do."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse_run import lockdown
+from tests.mounting import Home
+from tests.runner.conftest import TOP, Runner
+
+NATIVE = """
+import json, os, signal, socket, sys, threading, ctypes
+from ipfsfuse_run import lockdown
+from ipfsfuse_run.lockdown import Access
+given, writable, secret, port, control = sys.argv[1:]
+tried = {}
+def attempt(name, call):
+    try:
+        call()
+        tried[name] = 0
+    except OSError as exc:
+        tried[name] = exc.errno
+def memory_of(pid):
+    with open(f"/proc/{pid}/mem", "rb") as file:
+        file.read(1)
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *args):
+    if libc.syscall(number, *args) < 0:
+        raise OSError(ctypes.get_errno(), "")
+active = lockdown.lock([
+    Access(os.open(given, os.O_PATH)), Access(os.open(writable, os.O_PATH), write=True),
+])
+attempt("read given", lambda: os.listdir(given))
+attempt("write writable", lambda: open(writable + "/new", "w").close())
+attempt("remove writable", lambda: os.remove(writable + "/new"))
+attempt("write given", lambda: open(given + "/new", "w"))
+attempt("read secret", lambda: open(secret).read())
+attempt("list home", lambda: os.listdir(os.path.dirname(secret)))
+attempt("chmod", lambda: os.chmod(given, 0o777))
+attempt("run a program", lambda: os.execv("/bin/true", ["true"]))
+attempt("fork", os.fork)
+attempt("tcp", lambda: socket.create_connection(("127.0.0.1", int(port))))
+attempt("udp", lambda: socket.socket(type=socket.SOCK_DGRAM))
+attempt("control", lambda: socket.socket(socket.AF_UNIX).connect(control))
+attempt("socketpair", socket.socketpair)
+attempt("supervisor's memory", lambda: memory_of(os.getppid()))
+attempt("ptrace", lambda: call(101, 16, os.getppid(), 0, 0))
+attempt("kill", lambda: os.kill(os.getppid(), 0))
+attempt("unshare", lambda: call(272, 0x10000000))
+attempt("io_uring", lambda: call(425, 1, 0))
+attempt("keys", lambda: call(250, 0, -3, 0))
+started = []
+thread = threading.Thread(target=lambda: started.append(1))
+thread.start()
+thread.join()
+print(json.dumps([active, tried, started]))
+"""
+
+FULL = pytest.mark.skipif(
+    lockdown.landlock_abi() < 4 or lockdown.seccomp_filter(os.uname().machine, 1) is None,
+    reason="this kernel lacks landlock of version 4, or seccomp for this machine is not known",
+)
+
+
+@FULL
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the test's own numbers are those of x86-64")
+def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
+    given, writable, secret = tmp_path / "given", tmp_path / "writable", tmp_path / "secret"
+    given.mkdir()
+    writable.mkdir()
+    secret.write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(tmp_path / "control"))
+        control.listen()
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", NATIVE, given, writable, secret),
+                *(str(server.getsockname()[1]), tmp_path / "control"),
+            ],
+            env={**os.environ, "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"},
+            capture_output=True,
+            check=True,
+        )
+    active, tried, started = json.loads(done.stdout)
+    assert active == list(lockdown.LAYERS)
+    allowed = {"read given", "write writable", "remove writable", "socketpair"}
+    assert {name for name, error in tried.items() if error == 0} == allowed, tried
+    assert started == [1]
+
+
+@FULL
+def test_the_library_is_locked_too(run: Runner, tmp_path: Path) -> None:
+    guest = tmp_path / "guest.wat"
+    guest.write_text('(module (func (export "_start")))')
+    done = run("-v", "--require-sandbox", guest)
+    assert done.returncode == 0
+    assert b"the library, locked by no_new_privs, capabilities, landlock, seccomp" in done.stderr
+
+
+def test_a_missing_layer_is_named_and_can_be_required(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ipfsfuse_run import child
+    from ipfsfuse_run.errors import GuestRefused
+    from ipfsfuse_run.limits import NO_LIMITS
+    from ipfsfuse_run.sandbox import Sandbox
+
+    monkeypatch.setattr(lockdown, "lock", lambda _allowed: ["no_new_privs", "seccomp"])
+    plan = child.Plan("guest", "/", Sandbox(["guest"], [], [], None, NO_LIMITS), verbose=True)
+    child._lock(plan, [], [], "the library")
+    assert "without capabilities, landlock" in capsys.readouterr().err
+    with pytest.raises(GuestRefused, match="this machine lacks capabilities, landlock"):
+        child._lock(plan._replace(require_sandbox=True), [], [], "the library")
+
+
+def test_the_memory_of_a_compilation_is_bounded(run: Runner, tmp_path: Path) -> None:
+    guest = tmp_path / "guest.wat"
+    functions = "".join(
+        f'(func (export "f{n}") (param i32) (result i32) (i32.add (local.get 0) (i32.const {n})))'
+        for n in range(3000)
+    )
+    guest.write_text(f'(module (func (export "_start")) {functions})')
+    done = run("-W", "compile-memory=28MiB", guest)
+    assert done.returncode == 125
+    assert b"compile-memory=SIZE" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert run(guest).returncode == 0
+
+
+@FULL
+def test_doctor_names_the_layers(home: Home) -> None:
+    found = {each["about"]: each for each in json.loads(home.run("doctor", "--json").stdout)}
+    assert found["guests"]["found"] == "locked in by no_new_privs, capabilities, landlock, seccomp"
