@@ -166,7 +166,11 @@ def _library(commands: Any) -> None:
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )
-    for parser in (add, cars, library, remove, export):
+    cat = _command(commands, "cat", "library:cat", "write a file to standard output, without a mount")
+    cat.add_argument("path", metavar="PATH", help="/ipfs/CID/a/b, or CID/a/b")
+    cat.add_argument("--raw", action="store_true", help="the block of the CID as it is, of any codec")
+    cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (add, cars, library, remove, export, cat):
         _folders(parser)
 
 
