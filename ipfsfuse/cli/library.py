@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import path as paths
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
@@ -172,6 +173,33 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
                     return 0
                 console.line(f"exported {cids.text(cid)} to {arguments.file}, {units.human(size)}")
     return 0
+
+
+def cat(arguments: argparse.Namespace) -> int:
+    cache_dir = folders.cache_dir(arguments.cache_dir)
+    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
+    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir
+    return trio.run(_cat, arguments, cache_dir, indexes)
+
+
+async def _cat(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+    path = paths.parse(arguments.path)
+    if sys.stdout is None:
+        raise UsageError("standard output is closed")
+    if arguments.raw and path.names:
+        raise UsageError("--raw takes a CID alone: a block has no path")
+    settings = OpenSettings(folders.library(arguments.library), indexes)
+    async with opened_sources(_sources(arguments.sources), settings) as sources:
+        get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
+        parts = _block(path.root, get) if arguments.raw else importer.content(path, get)
+        async for part in parts:
+            await threads.run_sync(sys.stdout.buffer.write, part)
+    await threads.run_sync(sys.stdout.buffer.flush)
+    return 0
+
+
+async def _block(cid: Cid, get: importer.GetBlock) -> AsyncIterator[bytes]:
+    yield await importer.verified(cid, get)
 
 
 def _check_standard_output(v2: bool) -> None:

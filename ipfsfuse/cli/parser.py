@@ -167,7 +167,11 @@ def _library(commands: Any) -> None:
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )
-    for parser in (add, cars, library, remove, export):
+    cat = _command(commands, "cat", "library:cat", "write a file to standard output, without a mount")
+    cat.add_argument("path", metavar="PATH", help="/ipfs/CID/a/b, or CID/a/b")
+    cat.add_argument("--raw", action="store_true", help="the block of the CID as it is, of any codec")
+    cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (add, cars, library, remove, export, cat):
         _folders(parser)
 
 
@@ -450,15 +454,12 @@ def _others(commands: Any) -> None:
     metrics.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
     metrics.add_argument("--json", action="store_true")
     _folders(metrics, library=False)
-    cat = _command(commands, "cat", "reading:cat", "print files, without a mount")
-    cat.add_argument("paths", metavar="CID/PATH", nargs="+")
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
     get.add_argument("path", metavar="CID/PATH")
     get.add_argument("-o", "--output", metavar="PATH", type=_PATH, help="where to (the name, here)")
     get.add_argument("--json", action="store_true")
-    for parser in (cat, get):
-        parser.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-        _folders(parser)
+    get.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    _folders(get)
     completion = _command(commands, "completion", "parser:print_completion", "print a shell's completions")
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
 

@@ -1,4 +1,4 @@
-"""`ipfsfuse cat` and `ipfsfuse get`: content without a mount.
+"""`ipfsfuse get`: a copy of a file or a directory, without a mount.
 
 Where a mount uses the cache folder, it is read through that mount, which has a cache and sources of its own.
 Else the sources are opened, and what is fetched is kept in the cache folder as a mount would keep it.
@@ -6,8 +6,6 @@ Else the sources are opened, and what is fetched is kept in the cache folder as 
 
 import argparse
 import os
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -20,28 +18,12 @@ from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.cli.mounting import source
 from ipfsfuse.dag import path as paths
-from ipfsfuse.errors import IsADirectory, NotFound, StoreFailed, UsageError
+from ipfsfuse.errors import StoreFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import defaults
 from ipfsfuse.units import human
 
 PIECE = 4 << 20
-
-
-def cat(arguments: argparse.Namespace) -> int:
-    if sys.stdout is None:
-        raise UsageError("standard output is closed")
-    sys.stdout.flush()
-    out = sys.stdout.buffer
-    mount = _mount(arguments)
-    if mount is None:
-        trio.run(_cat, arguments, out)
-    else:
-        for text in arguments.paths:
-            with _opened(mount, text) as file:
-                shutil.copyfileobj(file, out, PIECE)
-    out.flush()
-    return 0
 
 
 def get(arguments: argparse.Namespace) -> int:
@@ -91,16 +73,6 @@ def _mount(arguments: argparse.Namespace) -> Path | None:
     return None if said is None or not os.path.isabs(said[1]) else Path(said[1])
 
 
-def _opened(mount: Path, text: str) -> BinaryIO:
-    path = mount / os.fsdecode(bytes(paths.parse(text)).removeprefix(b"/ipfs/"))
-    try:
-        return path.open("rb")
-    except FileNotFoundError as exc:
-        raise NotFound(f"{text}: no such entry") from exc
-    except IsADirectoryError as exc:
-        raise IsADirectory(f"{text} is a directory: `ipfsfuse get` copies it") from exc
-
-
 def _copy(path: Path, target: Path, done: _Got) -> None:
     """Nothing that exists is written to: a name that comes twice can't lead out of `target`."""
     if path.is_symlink():
@@ -121,28 +93,13 @@ def _sources(arguments: argparse.Namespace) -> Sequence[str]:
     return [source(text) for text in defaults.chosen(arguments.sources)]
 
 
-async def _cat(arguments: argparse.Namespace, out: BinaryIO) -> None:
-    async with open_filesystem(
-        sources=_sources(arguments),
-        cache_dir=folders.cache_dir(arguments.cache_dir),
-        library=folders.library(arguments.library),
-        isolated=bool(arguments.sources),
-    ) as filesystem:
-        for text in arguments.paths:
-            try:
-                await _write(filesystem, text, out, None)
-            except IsADirectory as exc:
-                raise IsADirectory(f"{text} is a directory: `ipfsfuse get` copies it") from exc
-
-
-async def _write(filesystem: Filesystem, path: str, out: BinaryIO, done: _Got | None) -> None:
+async def _write(filesystem: Filesystem, path: str, out: BinaryIO, done: _Got) -> None:
     async with await filesystem.open(path) as file:
         place = 0
         while piece := await file.read(place, PIECE):
             await threads.run_sync(out.write, piece)
             place += len(piece)
-            if done is not None:
-                done.add(len(piece))
+            done.add(len(piece))
 
 
 async def _get(arguments: argparse.Namespace, target: Path, done: _Got) -> None:

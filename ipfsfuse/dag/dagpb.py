@@ -91,6 +91,9 @@ class Links(Sequence[Link]):
         self._tsizes.append(tsize)
 
 
+_NO_LINKS = Links()
+
+
 class PBNode(NamedTuple):
     """A decoded block. `data` is None where the field is absent.
 
@@ -120,7 +123,7 @@ _V0_END = 36
 
 def decode(block: bytes) -> PBNode:
     """What `block` holds. Raises Malformed."""
-    links = Links(block)
+    links = _NO_LINKS
     absent = bytearray()
     data: bytes | None = None
     at, end = 0, len(block)
@@ -128,6 +131,7 @@ def decode(block: bytes) -> PBNode:
     while at < end:
         tag = block[at]
         if tag == _LINKS and not links_closed:
+            links = Links(block)
             at = _links(block, at, links, absent)
             links_closed = True
         elif tag == _DATA and data is None:
@@ -137,7 +141,7 @@ def decode(block: bytes) -> PBNode:
             raise Malformed(_refusal(tag, data is not None))
     if absent:
         absent.extend(bytes(len(links) - len(absent)))
-    return PBNode(links or Links(), data, bytes(absent))
+    return PBNode(links, data, bytes(absent))
 
 
 def _links(block: bytes, at: int, links: Links, absent: bytearray) -> int:

@@ -256,7 +256,7 @@ def _file(cid: Cid, links: Links, message: UnixFS, meta: Meta) -> File:
     if len(sizes) != len(links):
         raise Malformed(f"a file node with {len(links)} links and {len(sizes)} block sizes")
     offset = inline = len(message.data or b"")
-    if any(links.names()):
+    if links and any(links.names()):
         raise Malformed("a file node with a link that has a name")
     offset += sum(sizes)
     if message.filesize is not None and message.filesize != offset:

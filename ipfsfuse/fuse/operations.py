@@ -102,7 +102,7 @@ class Operations(ReadOnlyOperations):
         number, began, waited = device.current_request_number(), trio.current_time(), device.waited()
         deadline = began + max(self._deadline - waited, self._deadline / 2)
         outcome = "failed"
-        with translated(), request_of(caller, deadline) as request:
+        with translated, request_of(caller, deadline) as request:
             try:
                 with trio.CancelScope(deadline=deadline + GRACE) as scope:
                     self._calls[number] = scope
@@ -167,7 +167,7 @@ class Operations(ReadOnlyOperations):
             self._files.forget(number, count)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with translated():
+        with translated:
             held = self._inodes.get(inode)
             if not held.attributes.exact:
                 held.attributes = self._tree.known(held.cid) or held.attributes
@@ -179,7 +179,7 @@ class Operations(ReadOnlyOperations):
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
-        with translated():
+        with translated:
             held = self._inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
@@ -201,7 +201,7 @@ class Operations(ReadOnlyOperations):
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
-        with translated():
+        with translated:
             self._openers.pop(fh, None)
             self._files.release(fh)
 
@@ -241,11 +241,11 @@ class Operations(ReadOnlyOperations):
     # -- the rest --------------------------------------------------------------------------------------------
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        with translated():
+        with translated:
             return replies.statfs(self._budget(), self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        with translated():
+        with translated:
             return replies.xattr(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:

@@ -4,10 +4,12 @@ from ipfsfuse.importer.add import Added, AddOptions, AddProgress, add
 from ipfsfuse.importer.cars import (
     GetBlock,
     car_damage,
+    content,
     export,
     export_to_stream,
     import_car,
     library_damage,
+    verified,
 )
 
 __all__ = [
@@ -17,8 +19,10 @@ __all__ = [
     "GetBlock",
     "add",
     "car_damage",
+    "content",
     "export",
     "export_to_stream",
     "import_car",
     "library_damage",
+    "verified",
 ]

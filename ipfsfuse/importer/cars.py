@@ -7,18 +7,27 @@ order. The file appears at the end, complete. The other functions block, for one
 
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import nodes
+from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, Shard, parse, prefix_length
-from ipfsfuse.dag.traversal import BlockWalk
-from ipfsfuse.errors import AddFailed, IpfsFuseError, NotHere, SourceFailed, StoreFailed, Unsupported
+from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink, parse, prefix_length
+from ipfsfuse.dag.path import IpfsPath
+from ipfsfuse.dag.traversal import BlockWalk, drive, resolve
+from ipfsfuse.errors import (
+    AddFailed,
+    IpfsFuseError,
+    IsADirectory,
+    NotHere,
+    SourceFailed,
+    StoreFailed,
+    Unsupported,
+)
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.local.car_file import CarFile, ensure_index
@@ -142,6 +151,39 @@ async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) ->
                 nursery.start_soon(one, cid)
     if failure:
         raise failure[0]
+
+
+# -- one file ------------------------------------------------------------------------------------------------
+
+_WINDOW = 4 << 20
+"""Bytes of a file whose leaves are listed together."""
+
+
+async def verified(cid: Cid, get: GetBlock) -> bytes:
+    """The block of `cid`. Raises what `get` raises, WrongBlock."""
+    block = cids.known(cid)
+    if block is None:
+        block = await get(cid)
+        await threads.run_sync(cids.verify, cid, block)
+    return block
+
+
+async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
+    """The content of the file at `path`, in pieces. Raises NotFound, NotADirectory, IsADirectory, and what
+    `verified` and the parser raise."""
+
+    async def fetch(wanted: Sequence[Cid]) -> list[Node]:
+        return [await threads.run_sync(parse, cid, await verified(cid, get)) for cid in wanted]
+
+    node = await drive(resolve(path), fetch)
+    if not isinstance(node, File):
+        kind = "a symlink" if isinstance(node, Symlink) else "a directory"
+        raise IsADirectory(f"{path} is {kind}: only a file has content")
+    at = 0
+    while at < node.size:
+        for leaf in await drive(file_layout.leaves(node, at, _WINDOW, sure=True), fetch):
+            yield file_layout.leaf_content(leaf, await verified(leaf.cid, get))
+            at = leaf.offset + leaf.size
 
 
 # -- import --------------------------------------------------------------------------------------------------

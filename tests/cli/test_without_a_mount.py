@@ -1,4 +1,4 @@
-"""`cat`, `get`, `pin ls`, completions and man pages."""
+"""`get`, `pin ls`, completions and man pages."""
 
 import json
 import os
@@ -24,13 +24,6 @@ def tree(user: Home) -> tuple[Path, str]:
     return folder, user.add(folder)
 
 
-def test_cat_prints_files(user: Home, tree: tuple[Path, str]) -> None:
-    _folder, cid = tree
-    assert user.run("cat", f"{cid}/hello", f"/ipfs/{cid}/link").stdout == "hello\nhello\n"
-    user.refused("cat", cid, names="is a directory: `ipfsfuse get` copies it")
-    user.refused("cat", f"{cid}/nothing", names="no such entry")
-
-
 def test_get_copies_a_tree_and_overwrites_nothing(user: Home, tree: tuple[Path, str]) -> None:
     folder, cid = tree
     target = user.folder / "copy"
@@ -42,11 +35,9 @@ def test_get_copies_a_tree_and_overwrites_nothing(user: Home, tree: tuple[Path, 
 
 
 @pytest.mark.fuse
-def test_cat_and_get_use_the_mount_of_the_cache_folder(user: Home, tree: tuple[Path, str]) -> None:
+def test_get_uses_the_mount_of_the_cache_folder(user: Home, tree: tuple[Path, str]) -> None:
     folder, cid = tree
     with user.mounted():
-        assert user.run("cat", f"{cid}/hello").stdout == "hello\n"
-        user.refused_while_mounted("cat", cid, names="is a directory")
         user.run("get", cid, "-o", user.folder / "copy")
         subprocess.run(["diff", "-r", "--no-dereference", folder, user.folder / "copy"], check=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,27 @@ def test_what_can_not_be_imported_is_one_line(tmp_path: Path, roots: int) -> Non
         assert done.returncode == 1
         assert why in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_cat_writes_files_and_blocks(tmp_path: Path) -> None:
+    home, block = Home(tmp_path), b"\xa1\x61x\x01"
+    cbor = (cids.make(cids.DAG_CBOR, multihash(block)), block)
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "tree" / "sub" / "large").write_bytes(bytes(range(256)) * 10_000)
+    root = home.add(tmp_path / "tree")
+    old = home.add("--profile", "unixfs-v0-2015", tmp_path / "tree" / "sub" / "large")
+
+    def cat(*arguments: str | Path) -> bytes:
+        command = [sys.executable, "-m", "ipfsfuse", "cat", *map(str, arguments)]
+        return subprocess.run(command, env=home.env, stdout=subprocess.PIPE, check=True).stdout
+
+    assert cat(f"/ipfs/{root}/sub/large") == cat(old) == bytes(range(256)) * 10_000
+    file = write_car(tmp_path / "cbor.car", [cbor[0]], [cbor])
+    assert cat("--raw", cids.text(cbor[0]), "--from", file) == block
+    home.refused("cat", f"{root}/sub", names="is a directory")
+    home.refused("cat", f"{root}/none", names="no such entry")
+    home.refused("cat", "--raw", f"{root}/sub", names="a block has no path", code=2)
+    wrong = write_car(tmp_path / "wrong.car", [cbor[0]], [(cbor[0], b"\xa1\x61x\x02")])
+    done = run(home, "cat", "--raw", cids.text(cbor[0]), "--from", wrong)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "do not match its CID" in done.stderr
