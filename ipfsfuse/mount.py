@@ -26,6 +26,7 @@ from ipfsfuse.config import MountConfig
 from ipfsfuse.content import Names
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
+from ipfsfuse.control.notify import Notifier
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.errors import NotFound
 from ipfsfuse.fileio import threads
@@ -63,8 +64,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 
 Ready = Callable[[Path], None]
 """Called once, with the control socket's path, when the mount answers."""
-Hangup = Callable[[], None]
-"""Called at each SIGHUP."""
+Hangup = Callable[[], int | None]
+"""Called at each SIGHUP; gives the budget that holds from now on, None for the same."""
 
 
 def run(
@@ -149,7 +150,8 @@ async def _main(
         if config.ipns is not None:
             await stack.enter_async_context(_names_mounted(config, config.ipns, names, partial(_end, *end)))
             stack.enter_context(live_mounts.registered(config.ipns, folder.control))
-        nursery.start_soon(_heed_signals, *end, hangup, commands.in_one_line)
+        notifier = Notifier()
+        nursery.start_soon(_heed_signals, *end, hangup, commands, notifier)
         if config.while_held:
             nursery.start_soon(_end_when_let_go, server, *end)
 
@@ -159,11 +161,15 @@ async def _main(
             _touch_memory()
             log.info("mounted at %s", config.mountpoint)
             ready(folder.control)
+            notifier.send("READY=1", f"STATUS=mounted at {config.mountpoint}")
+            nursery.start_soon(notifier.run, commands.in_one_line)
+            nursery.start_soon(commands.measure_lag)
 
         with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
             nursery.start_soon(operations.run)
             await sessions.serve(session, answers)
         log.info("unmounted")
+        notifier.send("STOPPING=1")
         nursery.cancel_scope.cancel()
 
 
@@ -242,6 +248,7 @@ async def _serving(
             owner=(config.uid, config.gid),
             umask=config.umask,
         )
+        commands.latencies = operations.latencies
         yield operations, commands, names, nursery, server
 
 
@@ -262,10 +269,14 @@ def _ignore_signals(also_hangup: bool) -> None:
 
 
 async def _heed_signals(
-    mountpoint: Path, everything: trio.CancelScope, hangup: Hangup | None, status: Callable[[], str]
+    mountpoint: Path,
+    everything: trio.CancelScope,
+    hangup: Hangup | None,
+    commands: Commands,
+    notifier: Notifier,
 ) -> None:
     """What ends a process unmounts; where it is busy, lazily, so that the daemon ends in any case. SIGUSR1
-    logs `status`."""
+    logs the status. SIGHUP reloads."""
     heeded = {*ENDING, signal.SIGUSR1}
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
@@ -275,12 +286,17 @@ async def _heed_signals(
     with trio.open_signal_receiver(*heeded) as signals:
         async for number in signals:
             if number == signal.SIGUSR1:
-                log.info("%s", status())
+                log.info("%s", commands.in_one_line())
             elif number == signal.SIGHUP and hangup is not None:
                 log.info("SIGHUP")
-                hangup()
+                notifier.reloading()
+                budget = hangup()
+                if budget is not None:
+                    await commands.resize(budget)
+                notifier.send("READY=1")
             else:
                 log.info("%s: unmounting", signal.Signals(number).name)
+                notifier.send("STOPPING=1")
                 await _end(mountpoint, everything)
 
 

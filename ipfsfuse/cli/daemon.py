@@ -6,8 +6,8 @@ the mount answers, or `error REASON`. What it logs before goes to its starter's 
 afterwards to the log in the cache folder (`cache.store.folder`). If the starter goes before it was told, the
 mount is not wanted any more: it ends.
 
-SIGHUP makes a daemon open its log anew. In the foreground of a terminal it says that the terminal has gone:
-then the mount ends.
+SIGHUP makes a daemon open its log anew, and read the budget and the log level from the configuration again.
+In the foreground of a terminal it says that the terminal has gone: then the mount ends.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from pathlib import Path
 
 from ipfsfuse import mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
-from ipfsfuse.cli import console, logs
-from ipfsfuse.cli.mounting import ALLOW_OTHER
+from ipfsfuse.cli import console, logs, parser
+from ipfsfuse.cli.settings import ALLOW_OTHER
 from ipfsfuse.config import MountConfig
+from ipfsfuse.errors import UsageError
 from ipfsfuse.units import human
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -60,10 +61,20 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
         elif arguments.json:
             console.values(answer, indent=None)
 
+    def reload() -> int | None:
+        log_to.reopen()
+        try:
+            again = parser.parse(arguments.argv)
+        except UsageError as exc:
+            log.warning("nothing is changed: %s", exc)
+            return None
+        logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
+        budget: int = again.budget
+        return budget if budget != asked.budget else None
+
     try:
-        mount.run(
-            asked, ready, _Indexing(starter), None if starter is None and _has_terminal() else log_to.reopen
-        )
+        hangup = None if starter is None and _has_terminal() else reload
+        mount.run(asked, ready, _Indexing(starter), hangup)
     except BaseException as exc:
         if starter is not None:
             starter.tell(f"error {console.one_line(console.unwrapped(exc))}")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse import units
+from ipfsfuse import client, units
 from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
@@ -60,7 +61,9 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _cache_folder(cache_dir)
     yield from _space(cache_dir, arguments.budget, arguments.reserve)
     yield _library(library)
+    yield _descriptors()
     yield _mount_of(cache_dir)
+    yield from _running(cache_dir)
     if arguments.sources:
         for source, failure in _source_failures(defaults.chosen(arguments.sources), library, cache_dir):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
@@ -182,6 +185,44 @@ def _request_timeout(deadline: float) -> Iterator[Finding]:
         yield Finding(
             OK, "request timeout", f"{timeout.set_by} is {timeout.seconds} s, longer than the deadline"
         )
+
+
+def _descriptors() -> Finding:
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FEW_FILES:
+        return Finding(
+            NOTE,
+            "open files",
+            f"at most {hard}: many requests at a time may fail",
+            "raise it: `ulimit -Hn`, /etc/security/limits.conf, or LimitNOFILE= of the service",
+        )
+    return Finding(OK, "open files", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard}")
+
+
+FEW_FILES = 4096
+"""Descriptors: late requests hold up to 144 connections at each source, two descriptors each."""
+
+
+def _running(cache_dir: Path) -> Iterator[Finding]:
+    """What the mount of the cache folder says of itself."""
+    if cache_folder.is_free(cache_dir):
+        return
+    try:
+        told = client.call(cache_folder.socket_path(cache_dir), "status", timeout=ANSWER_SECONDS)
+    except IpfsFuseError as exc:
+        yield Finding(BAD, "running mount", str(exc), "look into `ipfsfuse logs`; `ipfsfuse unmount` it")
+        return
+    for reason in told["reasons"]:
+        yield Finding(NOTE, "running mount", reason, "`ipfsfuse status` and `ipfsfuse logs` say more")
+    if not told["reasons"]:
+        yield Finding(OK, "running mount", "healthy")
+    cache = told["cache"]
+    if cache["effective_budget"] < cache["budget"]:
+        cut = f"{units.human(cache['budget'])} is cut to {units.human(cache['effective_budget'])}"
+        yield Finding(NOTE, "running mount", f"its budget of {cut}", "make room on the disk")
+
+
+ANSWER_SECONDS = 5.0
 
 
 def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:

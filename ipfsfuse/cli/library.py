@@ -49,10 +49,14 @@ def add(arguments: argparse.Namespace) -> int:
         def show(done: int, total: int | None, path: str) -> None:
             progress({"done": done, "total": total, "what": path})
 
+        rows = []
         for last in importer.add(arguments.paths, options, library, show):
-            if not arguments.quieter:
+            rows.append({"cid": cids.text(last.cid), "name": last.name})
+            if not arguments.quieter and not arguments.json:
                 progress.line(f"added {cids.text(last.cid)} {last.name}".rstrip())
-    if arguments.quieter and last is not None:
+    if arguments.json:
+        console.values(rows[-1:] if arguments.quieter else rows)
+    elif arguments.quieter and last is not None:
         console.line(cids.text(last.cid))
     return 0
 
@@ -130,7 +134,10 @@ def remove(arguments: argparse.Namespace) -> int:
     cid = cid_alone(arguments.cid)
     with opened_library(arguments) as library:
         entry = library.remove(cid)
-    console.line(f"removed {cids.text(entry.cid)} {entry.name}")
+    if arguments.json:
+        console.values({"removed": cids.text(entry.cid), "name": entry.name})
+    else:
+        console.line(f"removed {cids.text(entry.cid)} {entry.name}")
     return 0
 
 
@@ -160,6 +167,10 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
                 await importer.export_to_stream(cid, get, sys.stdout.fileno(), show)
             else:
                 size = await importer.export(cid, get, Path(arguments.file), arguments.v2, show)
+                if arguments.json:
+                    told = {"exported": cids.text(cid), "file": arguments.file, "bytes": size}
+                    console.values(told)
+                    return 0
                 console.line(f"exported {cids.text(cid)} to {arguments.file}, {units.human(size)}")
     return 0
 

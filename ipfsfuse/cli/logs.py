@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -141,11 +142,9 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                 log.warning("there will be no log: %s: %s", path, exc.strerror)
                 return
             sys.stderr.flush()
-            try:
+            if stat.S_ISREG(os.fstat(2).st_mode):  # a pipe or a terminal has had it, and a read would block
                 with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
                     shutil.copyfileobj(so_far, out)
-            except OSError:
-                pass  # it went to a pipe or a terminal, which have had it
             _lead_to(target)
             self._path = path
 

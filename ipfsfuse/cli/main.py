@@ -38,7 +38,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:
         if "IPFSFUSE_TRACEBACK" in os.environ:
             _show_traceback(exc)
-        return _ended_by(exc)
+        return _ended_by(exc, as_json="--json" in (sys.argv[1:] if argv is None else argv))
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ended_by(exc: BaseException) -> int:
-    """Says why, and gives the exit code."""
+def _ended_by(exc: BaseException, as_json: bool) -> int:
+    """Says why, and gives the exit code. A program that asked for JSON is told in JSON too."""
     exc = unwrapped(exc)
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT
@@ -61,7 +61,10 @@ def _ended_by(exc: BaseException) -> int:
         _discard_unwritable(sys.stdout)
         return 128 + signal.SIGPIPE
     console.note(f"ipfsfuse: {one_line(exc)}")
-    return 2 if isinstance(exc, UsageError) else 1
+    code = 2 if isinstance(exc, UsageError) else 1
+    if as_json and sys.stdout is not None:
+        console.values({"error": one_line(exc), "kind": type(exc).__name__, "code": code}, indent=None)
+    return code
 
 
 def _discard_unwritable(stream: TextIO) -> None:

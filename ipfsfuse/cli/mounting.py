@@ -40,12 +40,6 @@ from ipfsfuse.sources import defaults
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
 
-ALLOW_OTHER = (
-    "--allow-other: every user of this machine can read what this mount shows: the whole library, "
-    "what is pinned, "
-    "what was read, and any CID that its sources have"
-)
-
 PROGRESS = "progress "
 """What a line of the daemon's begins with that tells how far it is (see `daemon`)."""
 
@@ -147,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
             "ipfsfuse: " + defaults.described(asked.sources, by_default=by_default, offline=asked.offline)
         )
     if asked.allow_other:
-        console.note(f"ipfsfuse: {ALLOW_OTHER}")
+        console.note(f"ipfsfuse: {settings.ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):
         console.note(
             "ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE"

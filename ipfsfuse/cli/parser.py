@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ipfsfuse import __version__, units
-from ipfsfuse.cli import settings
+from ipfsfuse.cli import console, settings
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
@@ -162,7 +162,8 @@ def _library(commands: Any) -> None:
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    library.add_argument("--json", action="store_true")
+    for parser in (add, library, remove, export):
+        parser.add_argument("--json", action="store_true")
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )
@@ -374,8 +375,8 @@ def _remote(commands: Any) -> None:
     about = {
         "status": "show a running mount: sources, staging, pins",
         "ls": "list what is staged: sizes, completeness, last use, pins",
-        "pin": "keep a CID for good, fetched whole",
-        "unpin": "let a pinned CID be evicted again",
+        "pin": "keep CIDs for good, fetched whole; `pin ls` lists what is pinned",
+        "unpin": "let pinned CIDs be evicted again",
         "prefetch": "fetch a CID with all below it into staging",
         "evict": "remove a CID from staging",
         "budget": "change how many bytes the cache of a running mount may take",
@@ -383,12 +384,20 @@ def _remote(commands: Any) -> None:
     }
     for name, says in about.items():
         parser = _command(commands, name, f"remote:{name}", says)
-        if name in ("pin", "unpin", "prefetch"):
+        if name == "pin":
+            parser.add_argument(
+                "cids", metavar="CID", nargs="+", help="a CID, or /ipfs/CID; or the word ls, to list pins"
+            )
+        if name == "unpin":
+            parser.add_argument("cids", metavar="CID", nargs="+", help="a CID, or /ipfs/CID")
+        if name == "prefetch":
             parser.add_argument("cid", metavar="CID", help="a CID, or /ipfs/CID")
         if name == "prefetch":
             parser.add_argument(
                 "--depth", type=_type(units.count), metavar="N", help="levels of folders to go down (all)"
             )
+        if name == "status":
+            parser.add_argument("--watch", action="store_true", help="a live view, until Ctrl-C")
         if name == "budget":
             parser.add_argument("size", metavar="SIZE", type=_SIZE)
         if name == "evict":
@@ -437,3 +446,38 @@ def _others(commands: Any) -> None:
     logs.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
     logs.add_argument("--json", action="store_true")
     _folders(logs, library=False)
+    metrics = _command(
+        commands, "metrics", "metrics:run", "print what a running mount counts, as OpenMetrics"
+    )
+    metrics.add_argument("--listen", metavar="HOST:PORT", help="serve it over HTTP instead")
+    metrics.add_argument("--textfile", metavar="FILE", type=_PATH, help="write it there, for a node exporter")
+    metrics.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
+    metrics.add_argument("--json", action="store_true")
+    _folders(metrics, library=False)
+    get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
+    get.add_argument("path", metavar="CID/PATH")
+    get.add_argument("-o", "--output", metavar="PATH", type=_PATH, help="where to (the name, here)")
+    get.add_argument("--json", action="store_true")
+    get.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    _folders(get)
+    completion = _command(commands, "completion", "parser:print_completion", "print a shell's completions")
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+
+
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+
+
+def print_completion(arguments: argparse.Namespace) -> int:
+    """Write it where the shell looks: bash reads /usr/share/bash-completion/completions/ipfsfuse."""
+    import shtab  # 30 ms, and only for this
+
+    if arguments.shell not in shtab.SUPPORTED_SHELLS:
+        raise UsageError(f"shtab {shtab.__version__} makes no completions for {arguments.shell}")
+    for line in shtab.complete(build()[0], arguments.shell).splitlines():
+        console.line(line)
+    return 0
+
+
+def build_parser() -> Parser:
+    """For the man page."""
+    return build()[0]

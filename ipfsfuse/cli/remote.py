@@ -26,6 +26,10 @@ answer."""
 
 
 def status(arguments: argparse.Namespace) -> int:
+    if arguments.watch:
+        from ipfsfuse.cli import watch  # with rich, 100 ms
+
+        return watch.run(folders.control_socket(arguments))
     answer = _call(arguments, "status", timeout=STATUS_SECONDS)
     _told(arguments, answer, console.status)
     return 0 if answer["health"] == "healthy" else DEGRADED
@@ -36,11 +40,29 @@ def ls(arguments: argparse.Namespace) -> int:
 
 
 def pin(arguments: argparse.Namespace) -> int:
-    return _work(arguments, "pin", cid=_cid(arguments.cid))
+    if arguments.cids == ["ls"]:
+        answer = _call(arguments, "ls", timeout=STATUS_SECONDS)
+        return _told(arguments, {"pinned": answer["pinned"]}, console.show)
+    return _each(arguments, "pin")
 
 
 def unpin(arguments: argparse.Namespace) -> int:
-    return _work(arguments, "unpin", cid=_cid(arguments.cid))
+    return _each(arguments, "unpin")
+
+
+def _each(arguments: argparse.Namespace, command: str) -> int:
+    """One command for each CID. What was done before one fails stays done."""
+    cids = [_cid(text) for text in arguments.cids]
+    if len(cids) == 1:
+        return _work(arguments, command, cid=cids[0])
+    answers = []
+    for cid in cids:
+        answers.append(_call(arguments, command, {"cid": cid}))
+        if not arguments.json:
+            console.show(answers[-1])
+    if arguments.json:
+        console.values(answers)
+    return 0
 
 
 def prefetch(arguments: argparse.Namespace) -> int:

@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, str] = {
     "ipns": "a folder that shows IPNS names and domains",
     "dns": "a DNS-over-HTTPS server, or system",
     "router": "delegated routers, for `network` and for IPNS records: a list",
+    "allow-private-providers": "let `network` ask providers at private addresses",
     "uid": "the owner that every file is shown with",
     "gid": "the group that every file is shown with",
     "umask": "permissions that are taken from every file, in octal",
@@ -51,6 +52,12 @@ SETTINGS: Mapping[str, str] = {
     "profile": "of `add`",
 }
 """The options that can be set outside the command line, and what `config --init` says of them."""
+
+ALLOW_OTHER = (
+    "--allow-other: every user of this machine can read what this mount shows: the whole library, "
+    "what is pinned, "
+    "what was read, and any CID that its sources have"
+)
 
 PATHS = frozenset({"cache-dir", "library", "record", "ipns", "log-file", "mountpoint"})
 
@@ -288,7 +295,8 @@ _EXAMPLES = {
     "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"', "pins": '"kubo"',
     "allow": "[]", "allow-other": "false", "isolated": "false", "record": '"/tmp/blocks.jsonl"',
     "header-file": '["https://gateway.example=/etc/ipfsfuse/headers"]', "ipns": '"~/ipns"', "dns": '"system"',
-    "router": '["https://delegated-ipfs.dev"]', "uid": "1000", "gid": "1000",
+    "router": '["https://delegated-ipfs.dev"]', "allow-private-providers": "false",
+    "uid": "1000", "gid": "1000",
     "umask": '"022"', "log-level": '"info"', "log-file": '"~/ipfsfuse.log"',
     "log-format": '"text"', "listen": '"127.0.0.1:8080"', "fetch": "false", "cid-version": "1",
     "profile": '"unixfs-v1-2025"',

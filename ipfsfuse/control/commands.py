@@ -2,6 +2,7 @@
 tree."""
 
 import base64
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,15 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
 from ipfsfuse.fileio import threads
+from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import request_of
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
+log = logging.getLogger("ipfsfuse.mount")
+
+LAG_SECONDS = 1.0
 TELL_SECONDS = 0.2
 """Seconds between two lines of progress."""
 
@@ -49,6 +54,9 @@ class Commands:
         self._served = {"blocks": 0, "bytes": 0}
         """What `ipfsfuse serve` got of this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
+        self.latencies: Mapping[str, Histogram] = {}
+        """Of the calls of the kernel, by their names."""
+        self._lag = Histogram()
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
@@ -61,6 +69,7 @@ class Commands:
             "prefetch": self.prefetch,
             "evict": self.evict,
             "budget": self.budget,
+            "metrics": self.metrics,
             "fsck": self.fsck,
             "block": self.block,
             "resolve": self.resolve,
@@ -117,7 +126,12 @@ class Commands:
 
     async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
         entries = await threads.run_sync(_entries, await self._cache.store.listed())
-        return {"entries": entries, "small": (await self._cache.store.blocks.count())._asdict()}
+        pinned = [cids.text(cid) for cid in self._cache.pinned()]
+        return {
+            "entries": entries,
+            "pinned": pinned,
+            "small": (await self._cache.store.blocks.count())._asdict(),
+        }
 
     async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
         """The path that an IPNS name or a domain stands for now, and for how many seconds that holds."""
@@ -165,9 +179,32 @@ class Commands:
         size = arguments.get("size")
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 63:
             raise UsageError("budget: size is a number of bytes")
-        await self._cache.store.budget.resize(size)
+        await self.resize(size)
         told = self._cache.statistics()
         return {"budget": told.budget, "effective_budget": told.effective_budget, "used": told.used}
+
+    async def resize(self, budget: int) -> None:
+        """Takes another budget, in bytes."""
+        if budget != self._cache.store.budget.configured:
+            log.info("the budget is now %s bytes", budget)
+            await self._cache.store.budget.resize(budget)
+
+    async def measure_lag(self) -> None:
+        """Notes how late the event loop is, once a second."""
+        while True:
+            due = trio.current_time() + LAG_SECONDS
+            await trio.sleep_until(due)
+            self._lag.add(trio.current_time() - due)
+
+    async def metrics(self, arguments: Arguments, progress: Progress) -> Answer:
+        """What `status` says, and latencies in classes."""
+        return {
+            **await self.status(arguments, progress),
+            "operations": {name: each.as_dict() for name, each in self.latencies.items()},
+            "latencies": {name: each.as_dict() for name, each in self._pool.latencies().items()},
+            "lag": self._lag.as_dict(),
+            "stalled": sum(each.in_flight + each.waiting for each in self._pool.statistics()),
+        }
 
     async def fsck(self, _arguments: Arguments, progress: Progress) -> Answer:
         async def told(done: int, total: int) -> None:

@@ -254,6 +254,10 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 	return start(from) ? -1 : 0;
 }
 
+/* Whether the thread runs. If not, pyfuse3 has called libfuse's fuse_session_mount: it was imported before this
+ * library was loaded. */
+int device_started(void) { return device >= 0; }
+
 /* Call this before a session. The eventfd `notify` will say when there is something new from device_interrupted or
  * reply_init_result. */
 void device_prepare(int notify, int readahead)

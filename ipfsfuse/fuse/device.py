@@ -59,6 +59,12 @@ class Device:
         self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         _LIBRARY.device_prepare(self._notify_fd, readahead)
 
+    @property
+    def started(self) -> bool:
+        """Whether the thread runs. It does not after pyfuse3.init if pyfuse3 was imported before this
+        module."""
+        return bool(_LIBRARY.device_started())
+
     async def initialized(self) -> bool:
         """Waits until INIT is answered. Returns whether the kernel offered parallel directory operations.
         Raises MountFailed if libfuse refused."""

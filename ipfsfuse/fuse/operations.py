@@ -8,6 +8,7 @@ touched only between two awaits.
 import errno
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -34,6 +35,7 @@ from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
+from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import Caller, request_of
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.roots import Roots
@@ -74,6 +76,8 @@ class Operations(ReadOnlyOperations):
         """Those that wait, by the kernel's number."""
         self._listings: dict[int, Listing | RootListing] = {}
         self._handles = 0
+        self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
+        """Of the calls that Python answers, by their names."""
         self._openers: dict[int, int] = {}
         """The user id of who opened a file, by its handle: reads don't tell."""
         self._listers: dict[int, int] = {}
@@ -98,7 +102,7 @@ class Operations(ReadOnlyOperations):
         number, began, waited = device.current_request_number(), trio.current_time(), device.waited()
         deadline = began + max(self._deadline - waited, self._deadline / 2)
         outcome = "failed"
-        with translated(), request_of(caller, deadline) as request:
+        with translated, request_of(caller, deadline) as request:
             try:
                 with trio.CancelScope(deadline=deadline + GRACE) as scope:
                     self._calls[number] = scope
@@ -113,8 +117,9 @@ class Operations(ReadOnlyOperations):
                         raise errors.Interrupted("the caller was interrupted")
                     raise errors.Unavailable(f"not answered within {self._deadline:g} s")
             finally:
+                seconds = trio.current_time() - began
+                self.latencies[what].add(seconds)
                 if log.isEnabledFor(logging.DEBUG):
-                    seconds = trio.current_time() - began
                     line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
                     log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
 
@@ -162,7 +167,7 @@ class Operations(ReadOnlyOperations):
             self._files.forget(number, count)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with translated():
+        with translated:
             held = self._inodes.get(inode)
             if not held.attributes.exact:
                 held.attributes = self._tree.known(held.cid) or held.attributes
@@ -174,7 +179,7 @@ class Operations(ReadOnlyOperations):
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
-        with translated():
+        with translated:
             held = self._inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
@@ -196,7 +201,7 @@ class Operations(ReadOnlyOperations):
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
-        with translated():
+        with translated:
             self._openers.pop(fh, None)
             self._files.release(fh)
 
@@ -236,11 +241,11 @@ class Operations(ReadOnlyOperations):
     # -- the rest --------------------------------------------------------------------------------------------
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        with translated():
+        with translated:
             return replies.statfs(self._budget(), self._tree.cache.used())
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        with translated():
+        with translated:
             return replies.xattr(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:

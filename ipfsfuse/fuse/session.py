@@ -120,6 +120,10 @@ def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahea
             ) from exc
         stack.callback(pyfuse3.close, unmount=False)
         stack.callback(device.stop)
+        if not device.started:
+            raise MountFailed(
+                f"{mountpoint} can't be served: pyfuse3 was imported before ipfsfuse: import ipfsfuse first"
+            )
         yield Session(mount, device, operations)
 
 

@@ -38,6 +38,10 @@ COMMANDS = [
     "mounts",
     "config",
     "logs",
+    "metrics",
+    "cat",
+    "get",
+    "completion",
 ]
 
 SIZES = {

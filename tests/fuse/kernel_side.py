@@ -54,18 +54,18 @@ class Kernel:
         self._unique = 2
 
     async def ask(self, opcode: int, inode: int, body: bytes) -> bytes:
-        self.send(opcode, inode, body)
-        error, answer = await self.answer(self._unique)
-        assert error == 0
+        number = self.send(opcode, inode, body)
+        answered, error, answer = await self.answer()
+        assert (answered, error) == (number, 0)
         return answer
 
-    async def answer(self, number: int) -> tuple[int, bytes]:
-        """The errno (negative, or 0) and the body of the next answer, which is for request `number`."""
+    async def answer(self) -> tuple[int, int, bytes]:
+        """Of the next answer: the number of its request, the errno (negative, or 0), and the body."""
         await trio.lowlevel.wait_readable(self._ours)
         answer = self._ours.recv(1 << 16)
-        length, error, unique = struct.unpack_from("<IiQ", answer)
-        assert (length, unique) == (len(answer), number)
-        return error, answer[16:]
+        length, error, number = struct.unpack_from("<IiQ", answer)
+        assert length == len(answer)
+        return number, error, answer[16:]
 
     async def open(self, inode: int, flags: int = os.O_RDONLY) -> tuple[int, bool]:
         """The handle, and whether Python was asked."""

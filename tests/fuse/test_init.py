@@ -49,7 +49,7 @@ def test_a_refusal_of_libfuse_is_told(capfd: pytest.CaptureFixture[str]) -> None
     async def main() -> None:
         async with uninitialized() as (asking, device):
             number = asking.send(INIT, 0, struct.pack("<IIII", 6, 0, 0, 0))
-            assert (await asking.answer(number))[0] == -71  # EPROTO
+            assert (await asking.answer())[:2] == (number, -71)  # EPROTO
             with pytest.raises(MountFailed, match="libfuse refused INIT: Protocol error"):
                 await device.initialized()
 

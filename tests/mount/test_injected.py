@@ -79,6 +79,17 @@ def test_where_libfuse_takes_no_device_the_mount_is_refused_in_one_line(home: Ho
     assert fuse_mounts(home.folder) == []
 
 
+def test_where_pyfuse3_was_imported_first_the_mount_is_refused_in_one_line(home: Home) -> None:
+    command = [sys.executable, "-c", "import pyfuse3\n" + RUN, str(home.mountpoint)]
+    done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"ipfsfuse: {home.mountpoint} can't be served: pyfuse3 was imported before ipfsfuse"
+    )
+    assert done.stderr.count("\n") == 1
+    assert fuse_mounts(home.folder) == []
+
+
 def test_without_its_compiled_part_a_mount_is_refused_in_one_line(home: Home) -> None:
     command = [sys.executable, "-c", GONE + RUN, str(home.mountpoint)]
     done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)

@@ -10,6 +10,8 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ipfsfuse.histogram import Histogram
+
 OPENS_AFTER = 3
 """Failures in a row after which a source is not asked for a while. One in three at random does so once in
 27."""
@@ -75,6 +77,7 @@ class Health:
         self._chance = chance
         self._may_quarantine = may_quarantine
         self._slow = slow
+        self.latencies = Histogram()
         self._times: deque[float] = deque(maxlen=SAMPLES)
         self._sorted: list[float] = []
         self._unsorted = 0
@@ -100,6 +103,7 @@ class Health:
         self.bytes += size
         self._answered, self._failed_in_a_row, self._probed_at, self.why = True, 0, -math.inf, ""
         if seconds >= 0:
+            self.latencies.add(seconds)
             self._times.append(seconds)
             self._unsorted += 1
             if self._unsorted >= SORT_EVERY or len(self._times) <= ENOUGH:

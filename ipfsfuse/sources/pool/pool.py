@@ -28,6 +28,7 @@ from ipfsfuse.errors import (
     Unsupported,
     WrongBlock,
 )
+from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import (
     Block,
     Deliver,
@@ -148,6 +149,10 @@ class SourcePool:
 
     def roots(self) -> Sequence[Cid]:
         return [root for managed in self._managed for root in managed.roots()]
+
+    def latencies(self) -> Mapping[str, Histogram]:
+        """Of verified blocks, by the names of their sources."""
+        return {managed.source.name: managed.health.latencies for managed in self._managed}
 
     def statistics(self) -> Sequence[Statistics]:
         """One for each source, in the order given, each followed by the providers that it found."""

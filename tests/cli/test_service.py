@@ -1,0 +1,215 @@
+"""What a service manager and a monitor see: the notify socket, reload, the units, metrics."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from tests.mounting import PATIENCE, Home, wait_until
+
+TOP = Path(__file__).parents[2]
+UNITS = TOP / "packaging" / "systemd"
+
+
+@contextmanager
+def service(
+    user: Home, *options: str, watchdog: float = 1.0
+) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """A mount in the foreground, as systemd starts it, and the socket that it tells how it does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(user.folder / "notify"))
+        manager.settimeout(PATIENCE)
+        env = {
+            **user.env,
+            "NOTIFY_SOCKET": str(user.folder / "notify"),
+            "WATCHDOG_USEC": str(int(watchdog * 1e6)),
+        }
+        command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", *options, str(user.mountpoint)]
+        with subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            try:
+                yield process, manager
+            finally:
+                process.terminate()
+                try:
+                    process.wait(PATIENCE)
+                finally:
+                    process.kill()
+
+
+def until(manager: socket.socket, line: str) -> list[str]:
+    """The lines of the messages up to the one that has `line`."""
+    seen: list[str] = []
+    while line not in seen:
+        seen += manager.recv(4096).decode().splitlines()
+    return seen
+
+
+@pytest.mark.fuse
+def test_the_service_manager_is_told_ready_alive_reloading_and_stopping(user: Home) -> None:
+    with service(user) as (process, manager):
+        assert "WATCHDOG=1" not in until(manager, "READY=1")
+        assert os.path.ismount(user.mountpoint)
+        for _ in range(2):
+            assert any(line.startswith("STATUS=status: up") for line in until(manager, "WATCHDOG=1"))
+        process.send_signal(signal.SIGHUP)
+        told = until(manager, "RELOADING=1")
+        told += until(manager, "READY=1")
+        assert any(line.startswith("MONOTONIC_USEC=") for line in told)
+        process.terminate()
+        until(manager, "STOPPING=1")
+
+
+@pytest.mark.fuse
+def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: Home) -> None:
+    folder = user.folder / ".config/ipfsfuse"
+    folder.mkdir(parents=True)
+    file = folder / "config.toml"
+    file.write_text('budget = "64MiB"\n')
+
+    def budget() -> int:
+        return int(user.json("status", "--json")["cache"]["budget"])
+
+    with service(user, "--log-file", str(user.folder / "log")) as (process, manager):
+        until(manager, "READY=1")
+        assert budget() == 64 << 20
+        file.write_text('budget = "32MiB"\n')
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: budget() == 32 << 20, "the new budget")
+        file.write_text("bugdet = 1\n")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the complaint")
+        file.unlink()
+        assert budget() == 32 << 20
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
+@pytest.mark.parametrize("unit", sorted(str(path.relative_to(UNITS)) for path in UNITS.rglob("*.*")))
+def test_systemd_takes_the_units(tmp_path: Path, unit: str) -> None:
+    folder = tmp_path / Path(unit).parent
+    folder.mkdir(exist_ok=True)
+    for path in (UNITS / unit).parent.glob("*.*"):
+        text = (
+            path.read_text().replace("/usr/bin/ipfsfuse", "/bin/true").replace("man:", "https://example.org/")
+        )
+        (folder / path.name.replace("@", "@x")).write_text(text)
+    command = ["systemd-analyze", "verify", "--man=no", str(folder / Path(unit).name.replace("@", "@x"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    about = [line for line in done.stderr.splitlines() if Path(unit).stem.partition("@")[0] in line]
+    assert (done.returncode, about) == (0, [])
+
+
+@pytest.mark.fuse
+def test_metrics_are_openmetrics(user: Home) -> None:
+    (user.folder / "f").write_bytes(os.urandom(300_000))
+    cid = user.add(user.folder / "f")
+    user.run("export", cid, user.folder / "f.car")
+    with user.mounted("--from", user.folder / "f.car") as mount:
+        (mount.path / cid).read_bytes()
+        text = user.run("metrics").stdout
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        [budget] = families["ipfsfuse_cache_budget_bytes"].samples
+        assert budget.value == user.json("status", "--json")["cache"]["budget"]
+        looked_up = [
+            sample.value
+            for sample in families["ipfsfuse_operation_seconds"].samples
+            if sample.name.endswith("_count") and sample.labels == {"operation": "lookup"}
+        ]
+        assert looked_up[0] >= 1
+        assert [each.labels["source"] for each in families["ipfsfuse_source_requests"].samples] == ["f.car"]
+        dashboard = json.loads((TOP / "packaging" / "grafana.json").read_text())
+        asked = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+        names = set(re.findall(r"ipfsfuse_\w+", " ".join(asked)))
+        assert len(names) > 8
+        assert {re.sub("_total$|_bucket$", "", name) for name in names} <= set(families)
+        user.run("metrics", "--textfile", user.folder / "node.prom")
+        assert (user.folder / "node.prom").read_text().endswith("# EOF\n")
+        assert user.json("metrics", "--json")["lag"]["bounds"]
+
+
+@pytest.mark.fuse
+def test_metrics_over_http(user: Home) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", "metrics", "--listen", "127.0.0.1:0"]
+    with user.mounted(), subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().decode().split()[-1]
+            with urllib.request.urlopen(url) as answer:
+                assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+                assert answer.read().endswith(b"# EOF\n")
+        finally:
+            server.terminate()
+
+
+@pytest.mark.fuse
+def test_status_watch_is_a_live_view(user: Home) -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (40, 120))
+    command = [sys.executable, "-m", "ipfsfuse", "status", "--watch"]
+    with user.mounted() as mount:
+        user.refused_while_mounted("status", "--watch", names="--watch needs a terminal", code=2)
+        env = {**user.env, "TERM": "xterm"}
+        with subprocess.Popen(command, env=env, stdout=follower, stderr=follower) as process:
+            os.close(follower)
+            shown = b""
+            while shown.count(str(mount.path).encode()) < 3:
+                shown += os.read(leader, 1 << 16)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+    os.close(leader)
+    assert b"healthy" in shown
+    assert b"library" in shown
+
+
+@pytest.mark.fuse
+def test_doctor_asks_the_running_mount(user: Home) -> None:
+    def running() -> list[dict[str, str]]:
+        return [each for each in user.json("doctor", "--json") if each["about"] == "running mount"]
+
+    assert running() == []
+    with user.mounted("--from", "library"):
+        assert [(each["state"], each["found"]) for each in running()] == [("ok", "healthy")]
+    with user.mounted("--budget", "1000TiB"):
+        assert any("is cut to" in each["found"] for each in running())
+
+
+@pytest.mark.fuse
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount.fuse3"), reason="needs root and mount.fuse3")
+def test_mount_8_mounts_and_fstab_would(user: Home) -> None:
+    """By the real mount(8), which calls mount.fuse3, which looks for `ipfsfuse` in PATH."""
+    (user.folder / "f").write_text("hello")
+    cid = user.add(user.folder / "f")
+    bin_folder = user.folder / "bin"
+    bin_folder.mkdir()
+    start = bin_folder / "ipfsfuse"
+    start.write_text(f'#!/bin/sh\ncd {os.getcwd()} && exec {sys.executable} -m ipfsfuse "$@"\n')
+    start.chmod(0o755)
+    options = "ro,budget=64MiB,deadline=5s,_netdev,x-systemd.automount"
+    script = f"""
+    set -e
+    mount --bind {bin_folder} /usr/local/bin  # mount.fuse3 has a PATH of its own
+    mount -t fuse.ipfsfuse library "$1" -o {options}
+    cat "$1/{cid}"
+    ipfsfuse status --json
+    ! touch "$1/x"
+    umount "$1"
+    """
+    command = ["unshare", "-m", "bash", "-c", script, "bash", user.mountpoint]
+    env = {**user.env, "PATH": f"/usr/local/bin:{user.env['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hello")
+    assert json.loads(done.stdout.removeprefix("hello"))["cache"]["budget"] == 64 << 20
+    assert "Operation not permitted" in done.stderr
