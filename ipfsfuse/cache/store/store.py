@@ -199,7 +199,7 @@ class Store:
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.backoff.reason and self.backoff.waiting or file.size >= self.staging.too_large:
+        if (self.backoff.reason and self.backoff.waiting) or file.size >= self.staging.too_large:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         cost = disk_cost(self.staging.unit, start, end)
