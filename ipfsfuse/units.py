@@ -51,6 +51,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def owner(text: str) -> int:
+    """The number of a user or a group. The largest of 32 bits means "nobody" to the kernel."""
+    number = count(text)
+    if number > (1 << 32) - 2:
+        raise UsageError(f"{text} is not a number of a user or group: {(1 << 32) - 2} is the largest")
+    return number
+
+
 def octal(text: str) -> int:
     """Permission bits: `022`."""
     if not re.fullmatch("0?o?[0-7]{1,4}", text, re.ASCII):

@@ -143,7 +143,11 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                 return
             sys.stderr.flush()
             if stat.S_ISREG(os.fstat(2).st_mode):  # a pipe or a terminal has had it, and a read would block
-                with open("/proc/self/fd/2", "rb") as so_far, open(target, "wb", closefd=False) as out:
+                with (
+                    suppress(OSError),  # a full disk: what was said so far is lost, and the mount goes on
+                    open("/proc/self/fd/2", "rb") as so_far,
+                    open(target, "wb", closefd=False) as out,
+                ):
                     shutil.copyfileobj(so_far, out)
             _lead_to(target)
             self._path = path

@@ -307,8 +307,12 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bwlimit", type=_SIZE, metavar="RATE", help="bytes a second to fetch, of all sources together"
     )
-    parser.add_argument("--uid", type=_COUNT, metavar="N", help="show this owner (the user who mounts)")
-    parser.add_argument("--gid", type=_COUNT, metavar="N", help="show this group (the group who mounts)")
+    parser.add_argument(
+        "--uid", type=_type(units.owner), metavar="N", help="show this owner (the user who mounts)"
+    )
+    parser.add_argument(
+        "--gid", type=_type(units.owner), metavar="N", help="show this group (the group who mounts)"
+    )
     parser.add_argument(
         "--umask", type=_type(units.octal), metavar="MODE", default=0, help="permissions to take away (000)"
     )

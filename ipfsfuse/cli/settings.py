@@ -208,6 +208,8 @@ def _converted(action: argparse.Action, name: str, origin: str, value: object) -
         return [_text(action, where, name, each) for each in texts]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UsageError(f"{where}: {value!r} is not a text or a number")
+    if name == "umask" and not isinstance(value, str):  # TOML's 0o022 is the number 18
+        raise UsageError(f'{where}: a mode is written in quotes, as "022"')
     return _text(action, where, name, str(value))
 
 

@@ -167,9 +167,12 @@ class TrustlessGateway:
     async def _raw(self, wanted: Wanted, reply: "_Reply") -> None:
         text = cids.text(wanted.root)
         headers = _common(wanted, text, f'"{text}.raw"') | {"accept-ranges": "bytes", "content-type": RAW}
-        if _is_known(wanted, headers):
+        known = _is_known(wanted, headers)
+        if known and "*" not in wanted.if_none_match:
             return await reply.start(304, headers, end=True)
         block = await self._block(wanted, wanted.root)
+        if known:  # "*" is for what is here (RFC 9110, section 13.1.2)
+            return await reply.start(304, headers, end=True)
         if wanted.range is None:
             return await reply.whole(200, headers, block)
         part = requests.slice_of(wanted.range, len(block))

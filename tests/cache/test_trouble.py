@@ -310,3 +310,24 @@ def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp
                 flips += 1
 
     trio.run(main)
+
+
+def test_a_file_that_claims_more_than_a_file_system_can_hold_stops_no_staging_of_others(
+    tmp_path: Path,
+) -> None:
+    """The size that a file claims is its author's word. That it can't be staged is not the disk's fault."""
+    chain = Chain()
+    file, leaves, content = make_file(chain, 2 * MIB)
+    claimed, its_leaves, its_content = make_file(chain, 3 * MIB, seed=1)
+    huge = FileRef(claimed.cid, 1 << 62)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert await read(cache, huge, its_leaves[:8]) == its_content[: 8 << 16]
+            assert await read(cache, file, leaves) == content
+            assert staged_bytes(cache, huge.cid) == 0
+            assert staged_bytes(cache, file.cid) >= 2 * MIB
+            assert cache.store.backoff.reason == ""
+            assert not list((cache.store.staging.path).glob(f"{cids.text(huge.cid)}*"))
+
+    trio.run(main)

@@ -96,6 +96,8 @@ WRONG = [
     ('[mount.x]\nmountpoint = "/m"\nbugdet = 1', "[mount.x]: bugdet is not a setting: did you mean budget?"),
     ('[mount."a/b"]\nmountpoint = "/m"', "a name has no /"),
     ('umask = "9"', "'9' is not a mode"),
+    ("umask = 0o027", 'a mode is written in quotes, as "022"'),
+    ("uid = 4294967295", "is not a number of a user or group"),
     ("a = '\udcff'", "is not UTF-8"),
 ]
 

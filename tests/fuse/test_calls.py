@@ -2,6 +2,7 @@
 with."""
 
 import errno
+from collections import defaultdict
 
 import pyfuse3
 import pytest
@@ -11,13 +12,14 @@ from trio.testing import MockClock
 from ipfsfuse.errors import NotFound
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.operations import GRACE, Operations
+from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import current_request
 
 
 def operations(deadline: float) -> Operations:
     """Without a mount: nothing else of it is used here."""
     made = Operations.__new__(Operations)
-    made._deadline, made._calls = deadline, {}
+    made._deadline, made._calls, made.latencies = deadline, {}, defaultdict(Histogram)
     return made
 
 

@@ -150,6 +150,7 @@ def test_head_etags_and_what_is_refused(home: Home) -> None:
                 known = server.ask(target, If_None_Match=tags)
                 assert (known.status, known.body) == (304, b"")
             assert server.ask(target, If_None_Match='"x"').status == 200
+        assert server.ask(f"/ipfs/{ABSENT}?format=raw", If_None_Match="*").status == 404
         assert server.ask(as_car).headers["etag"] != server.ask(f"{as_car}&dag-scope=block").headers["etag"]
         refused = {
             f"/ipfs/{cid}": 406, "/": 404, "/api/v0/id": 404, f"/ipfs/{cid}/sub?format=raw": 400, "/ipfs/x?format=raw": 400,

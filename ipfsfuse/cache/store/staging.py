@@ -147,6 +147,8 @@ class Staging:
         self._direct = Direct()
         self.unit = 4096
         """Bytes of a file-system block."""
+        self.too_large = 1 << 64
+        """Bytes of the smallest file that this file system was seen to refuse for its size."""
         with contextlib.suppress(OSError):
             self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
 
@@ -282,6 +284,9 @@ class Staging:
                     os.ftruncate(file, entry.size)
                 self._direct.write(file, parts, offset)
             except OSError as exc:
+                if exc.errno == errno.EFBIG and not entry.seen:
+                    self.too_large = min(self.too_large, entry.size)
+                    self.folder.unlink(_name(entry))
                 return _grown(entry, file), exc
             else:
                 return _grown(entry, file), None

@@ -199,7 +199,7 @@ class Store:
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if self.backoff.reason and self.backoff.waiting:
+        if (self.backoff.reason and self.backoff.waiting) or file.size >= self.staging.too_large:
             return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         cost = disk_cost(self.staging.unit, start, end)
@@ -217,8 +217,9 @@ class Store:
             )
             entry.disk += grown
             if error is not None:
-                self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
-                self.budget.look_soon()
+                if file.size < self.staging.too_large:
+                    self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
+                    self.budget.look_soon()
                 return False
             if self.backoff.reason:
                 self.backoff.succeeded()
