@@ -288,7 +288,10 @@ class _Supervisor:
                     None if self._deadline is None else min(max(0.0, self._deadline - time.monotonic()), _DAY)
                 )
                 for key, _events in self._selector.select(wait):
-                    key.data()
+                    # An earlier call of this round may have closed this file: the guest's end and its
+                    # watcher's are often found together.
+                    if self._selector.get_map().get(key.fileobj) is key:
+                        key.data()
                 if self._past_deadline():
                     break
             self._stop_watcher()

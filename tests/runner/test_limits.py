@@ -1,6 +1,7 @@
 """Limits hold, and a limit that is no number is one line."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -11,7 +12,7 @@ import wasmtime
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits
 from ipfsfuse_run.limits import Limits
-from tests.mounting import PATIENCE
+from tests.mounting import PATIENCE, wait_until
 from tests.runner.conftest import DEMO, TOP, Runner
 
 GROW = b'(module (memory 1) (func (export "_start") (if (i32.eq (memory.grow (i32.const 64)) (i32.const -1)) (then unreachable))))'
@@ -156,6 +157,25 @@ def test_one_file_in_a_writable_folder(run: Runner, habits: Path, given: Path) -
         done.stderr.decode() == f"ipfsfuse-run: {habits} wrote more than max-out=1048576 bytes to one file\n"
     )
     assert (given / "one").stat().st_size == 1 << 20
+
+
+def test_the_guest_and_its_watcher_end_together(run: Runner, habits: Path, given: Path) -> None:
+    """A runner that was not scheduled finds both ends in one look."""
+    guest = [habits, "fill-when", "/data/go", "/data/one", "2000000"]
+    with run.start("-W", "max-out=1MiB", "--dir", f"{given}::/data", *guest) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waiting\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        (given / "go").touch()
+        for each in children:
+            status = Path(f"/proc/{each}/status")
+            wait_until(lambda status=status: "State:\tZ" in status.read_text(), f"process {each} ends")
+        os.kill(process.pid, signal.SIGCONT)
+        _stdout, stderr = process.communicate(timeout=PATIENCE)
+    assert stderr.decode() == f"ipfsfuse-run: {habits} wrote more than max-out=1048576 bytes to one file\n"
+    assert process.returncode == 134
 
 
 @pytest.mark.parametrize("what", ["fills", "names", "folders"])
