@@ -76,8 +76,12 @@ def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None
 
 
 def timestamp(seconds: float) -> str:
-    """`seconds` since 1970 in ISO 8601, in UTC: `2026-01-31T12:00:00+00:00`."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat("T", "seconds")
+    """`seconds` since 1970 in ISO 8601, in UTC: `2026-01-31T12:00:00+00:00`. A clock that is wrong by more
+    than the format can say gives its first or last time."""
+    return datetime.fromtimestamp(min(max(seconds, _YEAR_1), _YEAR_9999), UTC).isoformat("T", "seconds")
+
+
+_YEAR_1, _YEAR_9999 = -62135596800, 253402300799
 
 
 def human(count: float) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -139,7 +139,15 @@ class Commands:
         tree: list[dict[str, Any]] = []
         paths = defaultdict[Cid, list[str]](list)
         tell, found = _Teller(progress), 0
-        async for each in staged_paths(self._cache.reader, self._cache.named_roots()):
+        pinned = self._cache.pinned()
+
+        def roots() -> Iterator[tuple[Cid, str]]:
+            yield from self._cache.opened_roots()
+            for pin in pinned:
+                if pin not in paths:  # else it was found below what was opened by name
+                    yield pin, cids.text(pin)
+
+        async for each in staged_paths(self._cache.reader, roots()):
             path = os.fsdecode(each.path)
             paths[each.kept.cid].append(path)
             if arguments.get("tree") is True:
@@ -148,7 +156,6 @@ class Commands:
             found += 1
             await tell({"done": found, "unit": "paths"})
         entries = await threads.run_sync(_entries, await self._cache.store.listed(), paths)
-        pinned = self._cache.pinned()
         return {
             "entries": entries,
             "pinned": [cids.text(cid) for cid in pinned],

@@ -38,31 +38,30 @@ class Staged(NamedTuple):
 
 
 async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> AsyncIterator[Staged]:
-    """Every path below `roots` (CIDs and their names) that is staged, a directory before what is in it."""
+    """Every path below `roots` (CIDs and their names) that is staged, a directory before what is in it. The
+    next root is asked for when all below the one before it was yielded."""
     entered = set[Cid]()
-    waiting = [(b"/ipfs/" + name.encode(), cid) for cid, name in reversed(list(roots))]
     looked_at = 0
-    while waiting:
-        looked_at += 1
-        if looked_at % AT_ONCE == 0:
-            await trio.lowlevel.checkpoint()
-        path, cid = waiting.pop()
-        kept = reader.store.kept_of(cid)
-        if kept is None:
-            continue
-        if cids.codec(cid) == cids.RAW:
-            yield Staged(path, kept, "file", kept.size)
-            continue
-        node = await _node(reader, cid) if cids.codec(cid) == cids.DAG_PB else None
-        if not isinstance(node, Directory | Shard):
-            kind = "symlink" if isinstance(node, Symlink) else "file"
-            yield Staged(path, kept, kind, node.size if isinstance(node, File) else kept.size)
-            continue
-        yield Staged(path, kept, "directory", None)
-        if cids.canonical(cid) not in entered:
-            entered.add(cids.canonical(cid))
-            entries = sorted([entry async for entry in _entries(reader, node)], reverse=True)
-            waiting += [(path + b"/" + name, child) for name, child in entries]
+    for root, name in roots:
+        waiting = [(b"/ipfs/" + name.encode(), root)]
+        while waiting:
+            looked_at += 1
+            if looked_at % AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            path, cid = waiting.pop()
+            kept = reader.store.kept_of(cid)
+            if kept is None:
+                continue
+            node = await _node(reader, cid) if cids.codec(cid) == cids.DAG_PB else None
+            if isinstance(node, Directory | Shard):
+                yield Staged(path, kept, "directory", None)
+                if cids.canonical(cid) not in entered:
+                    entered.add(cids.canonical(cid))
+                    entries = sorted([entry async for entry in _entries(reader, node)], reverse=True)
+                    waiting += [(path + b"/" + child, below) for child, below in entries]
+            else:
+                kind = "symlink" if isinstance(node, Symlink) else "file"
+                yield Staged(path, kept, kind, node.size if isinstance(node, File) else kept.size)
 
 
 async def _entries(reader: Reader, directory: Directory | Shard) -> AsyncIterator[tuple[bytes, Cid]]:

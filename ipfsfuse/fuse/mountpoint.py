@@ -27,6 +27,8 @@ class Mounted(NamedTuple):
     type: str
     owner: int | None = None
     """The user who mounted it, if it is a FUSE mount."""
+    root: str = "/"
+    """What of the file system is mounted there: of a bind mount a directory in it."""
 
 
 def table() -> list[Mounted]:
@@ -40,7 +42,9 @@ def table() -> list[Mounted]:
                 (each[8:] for each in fields[-1].strip().split(",") if each.startswith("user_id=")), None
             )
             uid = None if owner is None else int(owner)
-            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind, uid))
+            found.append(
+                Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind, uid, _unescaped(fields[3]))
+            )
     return found
 
 
