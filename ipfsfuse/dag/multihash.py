@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from ipfsfuse.dag import varint
-from ipfsfuse.errors import Malformed, NotACid, Unsupported, WrongBlock
+from ipfsfuse.errors import Malformed, NotACid, Unsupported
 
 IDENTITY = 0x00
 SHA2_256 = 0x12
@@ -85,17 +85,10 @@ def split(multihash: bytes) -> tuple[int, bytes]:
     return code, multihash[at:]
 
 
-def inline(multihash: bytes) -> bytes | None:
-    """The bytes that an identity multihash carries, None for any other. Raises Unsupported for more than 128
-    bytes."""
-    if multihash[:1] != b"\x00":
-        return None
-    check_allowed(multihash)
-    return split(multihash)[1]
-
-
 def check_allowed(multihash: bytes) -> None:
     """Raises Unsupported, naming the function, for a multihash that boxo's `verifcid` would refuse."""
+    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
+        return
     code, digest = split(multihash)
     if code == IDENTITY:
         if len(digest) > MAX_DIGEST:
@@ -107,13 +100,6 @@ def check_allowed(multihash: bytes) -> None:
         raise Unsupported(
             f"a {_FUNCTIONS[code][0]} digest of {len(digest)} bytes: {MIN_DIGEST} to {MAX_DIGEST} are allowed"
         )
-
-
-def verify(multihash: bytes, block: Buffer, name: str) -> None:
-    """Raises WrongBlock, naming `name`, unless `block` hashes to `multihash`; Unsupported if the hash is not
-    allowed."""
-    if not matches(multihash, (block,)):
-        raise WrongBlock(f"{name}: the block's bytes do not match its CID")
 
 
 def matches(multihash: bytes, parts: Sequence[Buffer]) -> bool:
