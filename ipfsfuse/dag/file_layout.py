@@ -13,8 +13,8 @@ Trees of tiny chunks and the tail of a trickle tree break this assumption. Then 
 for an interior node that was taken for a leaf, and the caller walks again with `sure=True`, which expands
 every dag-pb child and is right for every tree.
 
-Pure. The work is bounded whatever the blocks say: one call returns at most LIMIT leaves and expands about
-BUDGET nodes.
+Pure. The work is bounded whatever the blocks say: one call returns at most MAX_FRONTIER leaves and expands
+about BUDGET nodes.
 """
 
 from bisect import bisect_right
@@ -29,7 +29,7 @@ from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
-LIMIT = 4096
+MAX_FRONTIER = 4096
 """Leaves that one call returns at most. A file of tiny chunks has a million of them in a MiB."""
 BUDGET = 512
 """Nodes that one call expands before it returns the leaves that it has, if it has any."""
@@ -81,7 +81,7 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     count, together = 0, FIRST
     while len(done := known(frontier)) < len(frontier) and (count < BUDGET or not done):
         yield from expand(frontier, together, parts_of)
-        del frontier[LIMIT:]
+        del frontier[MAX_FRONTIER:]
         count += together
         together = max(1, min(2 * together, MOST_TOGETHER, MAX_CHILDREN * together // max(children, 1)))
         children = 0
@@ -89,7 +89,8 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
 
 
 def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool) -> _Frontier:
-    """The parts of a node that overlap `span`, at most LIMIT of them. The node's content begins at `base`."""
+    """The parts of a node that overlap `span`, at most MAX_FRONTIER of them. The node's content begins
+    at `base`."""
     start, stop = span[0] - base, span[1] - base
     frontier: _Frontier = []
     if file.inline and start < file.inline:
@@ -99,7 +100,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
     deep = sure or (bool(children) and children[0].size >= cids.MAX_BLOCK)
     for index in range(first, len(children)):
         child = children[index]
-        if child.offset >= stop or len(frontier) >= LIMIT:
+        if child.offset >= stop or len(frontier) >= MAX_FRONTIER:
             break
         if child.size and child.offset + child.size > start:
             frontier.append(_part(child, base, level + 1, deep))

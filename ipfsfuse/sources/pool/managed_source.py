@@ -258,10 +258,10 @@ class ManagedSource:
 
     def statistics(self) -> Statistics:
         limiter = self.limiter
-        told = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
+        concurrency = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
         if not self.source.in_place:
-            told |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
-        return self.health.statistics(self.source.name, trio.current_time(), told)
+            concurrency |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
+        return self.health.statistics(self.source.name, trio.current_time(), concurrency)
 
 
 class Deliveries:
