@@ -1,6 +1,6 @@
-"""Everything about this package is in pyproject.toml, but for three things: where libfuse is, the README without
-links into the checkout, and one line that says why the compiled parts could not be built (pip's own output is
-pages long)."""
+"""Everything about this package is in pyproject.toml, but for three things: where libfuse is, the README
+without links into the checkout, and one line that says why the compiled parts could not be built (pip's own
+output is pages long)."""
 
 import re
 import shlex
@@ -49,7 +49,7 @@ def _flags(wanted: str, prefix: str) -> list[str]:
 
 
 def _pkg_config(wanted: str) -> str:
-    """Empty where pkg-config or libfuse's headers are missing: the compiler will say what it does not find."""
+    """Empty where pkg-config or libfuse's headers are missing: the compiler says what it does not find."""
     try:
         done = subprocess.run(["pkg-config", wanted, "fuse3"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

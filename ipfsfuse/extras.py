@@ -1,4 +1,5 @@
-"""Optional parts: the packages that each needs, and one line that says what to install where they are missing.
+"""Optional parts: the packages that each needs, and one line that says what to install where they are
+missing.
 
 The names are those of the extras in pyproject.toml."""
 
