@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.extras import optional
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
@@ -116,10 +117,10 @@ def _watch_as_json(control: Path) -> int:
 
 def _watch(control: Path) -> int:
     """Until Ctrl-C, or until the mount ends. Raises DaemonFailed, and UsageError without a terminal."""
-    from rich.live import Live  # with what it imports, 100 ms
-
     if not sys.stdout.isatty():
         raise UsageError("--watch needs a terminal: add --json, or use `ipfsfuse metrics`")
+    with optional("watch"):
+        from rich.live import Live  # with what it imports, 100 ms
     before = _observed(control)
     with Live(view(before, before, WATCH_SECONDS), refresh_per_second=4) as live:
         while True:

@@ -17,14 +17,14 @@ Pure. The work is bounded whatever the blocks say: one call returns at most MAX_
 about BUDGET nodes.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, multihash, nodes, protobuf, unixfs, varint
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Child, File, Leaf, Node
+from ipfsfuse.dag.nodes import Children, File, Leaf, Node
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
@@ -95,29 +95,21 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline))
-    children = file.children
-    first = max(bisect_right(children, start, key=lambda child: child.offset) - 1, 0)
-    deep = sure or (bool(children) and children[0].size >= cids.MAX_BLOCK)
-    for index in range(first, len(children)):
-        child = children[index]
-        if child.offset >= stop or len(frontier) >= MAX_FRONTIER:
-            break
-        if child.size and child.offset + child.size > start:
-            frontier.append(_part(child, base, level + 1, deep))
-    return frontier
-
-
-def _part(child: Child, base: int, level: int, deep: bool) -> Leaf | Unexpanded[_Subtree]:
-    offset = base + child.offset
-    if cids.codec(child.cid) == cids.RAW:
-        if child.size > cids.MAX_BLOCK:
+    if not isinstance(file.children, Children):
+        return frontier
+    deep = sure or file.children.first_size >= cids.MAX_BLOCK
+    for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):
+        raw = cids.codec(child.cid) == cids.RAW
+        if raw and child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
-        return Leaf(child.cid, offset, child.size)
-    if not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None:
-        return Leaf(child.cid, offset, child.size)
-    if level > MAX_HEIGHT:
-        raise Malformed(f"a file of more than {MAX_HEIGHT} levels")
-    return Unexpanded(child.cid, _Subtree(offset, child.size, level))
+        if raw or (not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None):
+            frontier.append(Leaf(child.cid, base + child.offset, child.size))
+        elif level >= MAX_HEIGHT:
+            raise Malformed(f"a file of more than {MAX_HEIGHT} levels")
+        else:
+            state = _Subtree(base + child.offset, child.size, level + 1)
+            frontier.append(Unexpanded(child.cid, state))
+    return frontier
 
 
 # -- the content of one leaf ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def test_it_reaches_the_call_that_it_names_and_no_other(monkeypatch: pytest.Monk
     calls: dict[int, tuple[int, trio.CancelScope]] = {}
 
     async def wait(_self: Operations, inode: int, _flags: int, _ctx: object) -> None:
-        number = device.current_request_number()
+        number = device.REQUEST_NUMBER.value
         with trio.CancelScope() as scope:
             calls[number] = inode, scope
             await trio.sleep_forever()
