@@ -147,6 +147,13 @@ def status(answer: Mapping[str, Any]) -> None:
     table("sources", sources)
 
 
+def finding(state: str, found: str, todo: str) -> None:
+    """What `doctor` found, and what to do about it."""
+    print(f"{paint(f'{state:5}', COLOURS.get(state))}{printable(found)}")
+    if todo:
+        line(f"     to do: {todo}")
+
+
 def local_time(iso: str) -> str:
     """A time of an answer, for people."""
     return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from tests.mounting import PATIENCE, Home, wait_until
+from tests.mounting import PATIENCE, Home, alive, wait_until
 
 TOP = Path(__file__).parents[2]
 UNITS = TOP / "packaging" / "systemd"
@@ -88,6 +88,16 @@ def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: H
         file.write_text('budget = "32MiB"\n')
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: budget() == 32 << 20, "the new budget")
+        user.run("budget", "48MiB")
+        process.send_signal(signal.SIGHUP)  # of a log rotation: the file has not changed
+        assert any(line == "READY=1" for line in until(manager, "READY=1"))
+        assert budget() == 48 << 20
+        file.write_text('budget = "64MiB"\n')  # as at the start
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: budget() == 64 << 20, "the budget of the start")
+        file.write_text('budget = "32MiB"\n')
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: budget() == 32 << 20, "the smaller budget again")
         file.write_text("bugdet = 1\n")
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the complaint")
@@ -183,6 +193,33 @@ def test_doctor_asks_the_running_mount(user: Home) -> None:
         assert [(each["state"], each["found"]) for each in running()] == [("ok", "healthy")]
     with user.mounted("--budget", "1000TiB"):
         assert any("is cut to" in each["found"] for each in running())
+
+
+@pytest.mark.fuse
+def test_doctor_tells_a_dead_mount_from_one_that_hangs(user: Home) -> None:
+    with user.mounted("--from", "library") as mount:
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            done = user.run("doctor", check=False)
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+        assert done.returncode == 1
+        assert (
+            f"bad  running mount: {mount.path}: the mount did not answer `status` within 5 s\n" in done.stdout
+        )
+        assert f"look into `ipfsfuse logs`; end it by `ipfsfuse unmount {mount.path}`\n" in done.stdout
+        os.kill(mount.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+        done = user.run("doctor", check=False)
+        assert done.returncode == 1
+        assert (
+            f"bad  mount: {mount.path} is left from a daemon that has ended: programs there get"
+            in done.stdout
+        )
+        user.run("mount", "--from", "library", mount.path)  # as it says, it takes its place
+        done = user.run("doctor")
+        user.run("unmount", mount.path)
+    assert f" serves {mount.path}\n" in done.stdout
 
 
 @pytest.mark.fuse
