@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from tests.mounting import PATIENCE, Home, alive, wait_until
+from tests.mounting import PATIENCE, Home, wait_until
 
 TOP = Path(__file__).parents[2]
 UNITS = TOP / "packaging" / "systemd"
@@ -196,7 +196,7 @@ def test_doctor_asks_the_running_mount(user: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_doctor_tells_a_dead_mount_from_one_that_hangs(user: Home) -> None:
+def test_doctor_names_a_mount_that_hangs(user: Home) -> None:
     with user.mounted("--from", "library") as mount:
         os.kill(mount.pid, signal.SIGSTOP)
         try:
@@ -208,18 +208,6 @@ def test_doctor_tells_a_dead_mount_from_one_that_hangs(user: Home) -> None:
             f"bad  running mount: {mount.path}: the mount did not answer `status` within 5 s\n" in done.stdout
         )
         assert f"look into `ipfsfuse logs`; end it by `ipfsfuse unmount {mount.path}`\n" in done.stdout
-        os.kill(mount.pid, signal.SIGKILL)
-        wait_until(lambda: not alive(mount.pid), "the daemon ended")
-        done = user.run("doctor", check=False)
-        assert done.returncode == 1
-        assert (
-            f"bad  mount: {mount.path} is left from a daemon that has ended: programs there get"
-            in done.stdout
-        )
-        user.run("mount", "--from", "library", mount.path)  # as it says, it takes its place
-        done = user.run("doctor")
-        user.run("unmount", mount.path)
-    assert f" serves {mount.path}\n" in done.stdout
 
 
 @pytest.mark.fuse
