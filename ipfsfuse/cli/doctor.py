@@ -294,13 +294,15 @@ def _mount(point: Path, control: Path) -> Iterator[Finding]:
         return
     yield Finding(OK, "mount", f"process {told['pid']} serves {point}")
     for reason in told["reasons"]:
-        yield Finding(NOTE, "running mount", reason, "`ipfsfuse status` and `ipfsfuse logs` say more")
+        yield Finding(
+            NOTE, "running mount", f"{point}: {reason}", "`ipfsfuse status` and `ipfsfuse logs` say more"
+        )
     if not told["reasons"]:
-        yield Finding(OK, "running mount", "healthy")
+        yield Finding(OK, "running mount", f"{point}: healthy")
     cache = told["cache"]
     if cache["effective_budget"] < cache["budget"]:
         cut = f"{units.human(cache['budget'])} is cut to {units.human(cache['effective_budget'])}"
-        yield Finding(NOTE, "running mount", f"its budget of {cut}", "make room on the disk")
+        yield Finding(NOTE, "running mount", f"{point}: its budget of {cut}", "make room on the disk")
 
 
 def _dead(point: Path) -> Finding:
