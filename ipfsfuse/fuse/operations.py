@@ -48,6 +48,12 @@ NAME_MAX = 255
 GRACE = 0.5
 """Seconds beyond its deadline after which a call is answered in any case. Before that, who waits for a block
 says which."""
+LEAST = 0.5
+"""Seconds that a call has in any case, however long its request waited for us: the cache answers within
+them."""
+SPREAD, APART = 2.0, 0.0004
+"""Seconds. Calls that wait together end so far apart, and so long before their deadlines at most (and at most
+a quarter of the deadline): the ends of thousands at one moment would hold the event loop for a second."""
 
 
 class Operations(ReadOnlyOperations):
@@ -97,11 +103,10 @@ class Operations(ReadOnlyOperations):
         its caller gets a signal. Begin it before anything waits. `what` it asks, of which node or handle, is
         for the log.
 
-        The deadline is counted from when the request was read. It leaves at least half of the time, for what
-        could be answered from the cache."""
+        The deadline is counted from when the request was read."""
         number, began, waited = device.current_request_number(), trio.current_time(), device.waited()
-        deadline = began + max(self._deadline - waited, self._deadline / 2)
-        outcome = "failed"
+        early = len(self._calls) * APART % min(SPREAD, self._deadline / 4)
+        deadline = began + max(self._deadline - waited - early, LEAST)
         with translated, request_of(caller, deadline) as request:
             try:
                 with trio.CancelScope(deadline=deadline + GRACE) as scope:
