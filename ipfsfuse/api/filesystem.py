@@ -141,8 +141,8 @@ class Filesystem:
             with request_of(None, trio.current_time() + self._deadline):
                 page = await self._tree.entries(node.cid, place)
             for entry in page.entries:
-                told = self._tree.told(entry.cid, entry.tsize)
-                size = told.size if told is not None and modes.S_ISREG(told.mode) else None
+                attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
+                size = attributes.size if attributes is not None and modes.S_ISREG(attributes.mode) else None
                 name = entry.name.decode("utf-8", "surrogateescape")
                 found.append(Entry(name, cids.text(entry.cid), size))
                 place = entry.place

@@ -102,7 +102,7 @@ class Budget:
             if key in self._kept:
                 self._keep(key, size)
             else:
-                self.arc.admit(key, size, current_request().caller)
+                self.arc.admit(key, size, current_request.get().caller)
         if done:
             self._pending += size
         return done
@@ -118,7 +118,7 @@ class Budget:
             self._keep(key, size)
             await self._leave(self._shrink())
         else:
-            await self._leave(self.arc.admit(key, size, current_request().caller))
+            await self._leave(self.arc.admit(key, size, current_request.get().caller))
         return True
 
     def settle(self, size: int) -> None:

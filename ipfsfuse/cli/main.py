@@ -19,8 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody
     reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # what the locale's encoding lacks is no reason to fail
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # A character that the locale's encoding lacks is escaped. Each line is written at once, also into a
+        # pipe: `serve` and `metrics --listen` say where they listen, and then run on.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return _run(argv)
     finally:

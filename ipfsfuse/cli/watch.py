@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
 from ipfsfuse import client
 from ipfsfuse.errors import UsageError
+from ipfsfuse.extras import optional
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
+
+with optional("watch"):
+    from rich.console import Group
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
 
 SECONDS = 1.0
 

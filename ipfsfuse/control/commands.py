@@ -180,8 +180,12 @@ class Commands:
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 63:
             raise UsageError("budget: size is a number of bytes")
         await self.resize(size)
-        told = self._cache.statistics()
-        return {"budget": told.budget, "effective_budget": told.effective_budget, "used": told.used}
+        statistics = self._cache.statistics()
+        return {
+            "budget": statistics.budget,
+            "effective_budget": statistics.effective_budget,
+            "used": statistics.used,
+        }
 
     async def resize(self, budget: int) -> None:
         """Takes another budget, in bytes."""
@@ -207,10 +211,10 @@ class Commands:
         }
 
     async def fsck(self, _arguments: Arguments, progress: Progress) -> Answer:
-        async def told(done: int, total: int) -> None:
+        async def report_progress(done: int, total: int) -> None:
             await progress({"done": done, "total": total})
 
-        return asdict(await self._cache.fsck(told))
+        return asdict(await self._cache.fsck(report_progress))
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
         """One verified block; with `fetch` false only if it is here. For `serve` it says `serving`."""

@@ -106,8 +106,11 @@ class Direct:
         self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
     ) -> bool:
         """Whether `call` was made with O_DIRECT."""
-        if not self._supported or not _all_aligned(parts, offset):
+        if not self._supported or offset % ALIGNED:
             return False
+        for part in parts:
+            if not isinstance(part, memoryview) or not is_aligned(part, ALIGNED):
+                return False
         if self._buffered_calls:
             self._buffered_calls -= 1
             return False
@@ -127,12 +130,6 @@ class Direct:
         if self._pace > SLOW:
             self._buffered_calls, self._pace = BUFFERED_CALLS, SLOW  # the next direct call decides
         return True
-
-
-def _all_aligned(parts: Sequence[bytes | memoryview], offset: int) -> bool:
-    return offset % ALIGNED == 0 and all(
-        isinstance(part, memoryview) and is_aligned(part, ALIGNED) for part in parts
-    )
 
 
 # -- whole files ---------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ Concurrency: any thread may call the functions and `ReadWindows`. `Device` belon
 
 import ctypes
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -42,8 +43,10 @@ _LIBRARY.opens_drain.restype = ctypes.c_uint32
 _LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int)
 _LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
 _LIBRARY.device_interrupted.restype = ctypes.c_uint64
-_CURRENT = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
-_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
+REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
+"""The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
+NANOSECONDS_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
+"""How long that request had waited for Python. Only in a handler that has not waited yet."""
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
 _WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
@@ -92,30 +95,15 @@ class Device:
         os.close(self._notify_fd)
 
 
-def current_request_number() -> int:
-    """The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
-    return _CURRENT.value
-
-
-def waited() -> float:
-    """How many seconds that request had waited for Python. Only in a handler that has not waited yet."""
-    return _WAITED.value * 1e-9
-
-
 class ReadWindows:
     """Verified bytes of one open file that the thread may give to its reader: a
     `vfs.buffers.ReadWindows`."""
 
-    __slots__ = ("_handle",)
+    __slots__ = ("add", "remove")
 
     def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def add(self, offset: int, content: Content, told: bool) -> None:
-        _WITH_LOCK.reads_add(self._handle, offset, content, told)
-
-    def remove(self, offset: int) -> None:
-        _WITH_LOCK.reads_remove(self._handle, offset)
+        self.add: Callable[[int, Content, bool], None] = partial(_WITH_LOCK.reads_add, handle)
+        self.remove: Callable[[int], None] = partial(_WITH_LOCK.reads_remove, handle)
 
 
 def allow(inode: int) -> None:

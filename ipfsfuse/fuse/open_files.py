@@ -18,12 +18,12 @@ import pyfuse3
 import trio
 from pyfuse3 import InodeT
 
-from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.fuse.page_cache_pusher import PageCachePusher
+from ipfsfuse.sources.base import Caller
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.open_file import OpenFile
@@ -34,11 +34,13 @@ DRAIN_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class _Handle:
+class Handle:
     """One file handle of the kernel's."""
 
     file: OpenFile
     inode: Inode
+    opener: Caller = None
+    """The user id of who opened it, which a read does not tell; None where it was opened in C."""
     opens: int = 1
     """More than one only for a handle that was given in C: all opens of an inode have the same there."""
 
@@ -48,14 +50,11 @@ class OpenFiles:
         """Without `push` no data is pushed to the kernel, and Python answers each open and read."""
         self._tree, self._inodes, self._push = tree, inodes, push
         self._pusher = PageCachePusher()
-        self._handles: dict[int, _Handle] = {}
+        self.handles: dict[int, Handle] = {}
+        """Those that Python answers for."""
         self._last_handle = 0
         if push:
             tree.cache.when_blocks_leave(device.revoke_idle)
-
-    def __len__(self) -> int:
-        """File handles that Python answers for."""
-        return len(self._handles)
 
     @contextmanager
     def pushing(self) -> Iterator[None]:
@@ -74,8 +73,8 @@ class OpenFiles:
 
     # -- what the kernel asks --------------------------------------------------------------------------------
 
-    async def open(self, inode: Inode) -> int:
-        """A handle for reading `inode`. Raises what the walk of its blocks raises."""
+    async def open(self, inode: Inode, opener: Caller) -> int:
+        """A handle for reading `inode`, for the user `opener`. Raises what the walk of its blocks raises."""
         self.drain()  # first: what was opened before this counts as used before it
         self._pusher.remove(inode.number)
         inode.opens += 1
@@ -90,7 +89,7 @@ class OpenFiles:
             if file.inline == file.size:
                 device.allow(inode.number)
         self._last_handle += 1
-        self._handles[self._last_handle] = _Handle(self._opened(file, self._last_handle), inode)
+        self.handles[self._last_handle] = Handle(self._opened(file, self._last_handle), inode, opener)
         return self._last_handle
 
     def _opened(self, file: File, handle: int) -> OpenFile:
@@ -104,30 +103,24 @@ class OpenFiles:
             with suppress(OSError):  # the kernel has forgotten it already
                 pyfuse3.invalidate_inode(InodeT(inode.number), attr_only=True)
 
-    async def read(self, handle: int, offset: int, size: int) -> Content:
-        found = self._handles.get(handle)
-        if found is None:
-            found = await self._take_over(handle)
-        return await found.file.read(offset, size)
-
-    async def _take_over(self, handle: int) -> _Handle:
+    async def take_over(self, handle: int) -> Handle:
         """A file that was opened in C is being read: the kernel has not kept its pages."""
         number = device.inode_of(handle)
         if number is None:
             raise KeyError(f"a read of handle {handle}, which is not open")
         inode = self._inodes.get(number)
         file = await self._tree.file(inode.cid)
-        if handle not in self._handles:  # no other read was faster
+        if handle not in self.handles:  # no other read was faster
             # Before the revoke: while C counts the file as open, nothing is stored into it. The kernel waits
             # for our answer with its page locked, and a store would wait for that page.
             self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
-            self._handles[handle] = _Handle(self._opened(file, handle), inode, opens)
-        return self._handles[handle]
+            self.handles[handle] = Handle(self._opened(file, handle), inode, opens=opens)
+        return self.handles[handle]
 
     def release(self, handle: int) -> None:
-        found = self._handles.get(handle)
+        found = self.handles.get(handle)
         if found is None and device.inode_of(handle) is not None:
             return  # C has counted it, but could not answer it
         if found is None:
@@ -135,7 +128,7 @@ class OpenFiles:
         found.inode.opens -= 1
         found.opens -= 1
         if not found.opens:
-            del self._handles[handle]
+            del self.handles[handle]
             found.file.close()
 
     def forget(self, number: int, count: int) -> None:

@@ -60,28 +60,19 @@ class Request:
             call()
 
 
-_request: ContextVar[Request] = ContextVar("request")
-_NOBODY = Request(number=0)
-
-
-def current_request() -> Request:
-    """The request of the call in whose task, or on whose account, this runs."""
-    return _request.get(_NOBODY)
-
-
-def set_request(request: Request) -> None:
-    """From now on this task, and tasks that it starts, work for `request`."""
-    _request.set(request)
+current_request: ContextVar[Request] = ContextVar("request", default=Request(number=0))  # noqa: B039
+"""The request of the call in whose task, or on whose account, this runs. A task that sets it works for that
+request from then on, and so do the tasks that it starts."""
 
 
 @contextmanager
 def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
     """A call of `caller`, for the length of a `with` block."""
-    token = _request.set(request := Request(caller, deadline))
+    token = current_request.set(request := Request(caller, deadline))
     try:
         yield request
     finally:
-        _request.reset(token)
+        current_request.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

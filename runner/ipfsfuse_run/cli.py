@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ipfsfuse import extras
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import options as parsing
 from ipfsfuse_run import signals
@@ -41,6 +42,7 @@ def _main(argv: Sequence[str]) -> int:
         if options.args or options.record is not None or options.replay is not None:
             raise UsageError("compile takes a GUEST, and no arguments or receipts")
         options = options._replace(compile_only=True)
+    extras.require("run")
     if options.replay is not None:
         from ipfsfuse_run import replay
 

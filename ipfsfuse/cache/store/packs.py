@@ -379,7 +379,7 @@ class BlockStore:
     def pack_set(self) -> PackSet:
         """Where blocks go that nobody asked to keep: packs of each caller's own, which leave on its account
         alone."""
-        return self._pack_sets.setdefault(current_request().caller, PackSet())
+        return self._pack_sets.setdefault(current_request.get().caller, PackSet())
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -428,7 +428,7 @@ class BlockStore:
 
     def _used_pack(self, pack: int) -> None:
         if pack < self.packs.last - RECENT_PACKS:
-            self._budget.arc.use(pack, current_request().caller)
+            self._budget.arc.use(pack, current_request.get().caller)
         else:
             self._budget.arc.refresh(pack)
 

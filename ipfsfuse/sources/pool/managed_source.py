@@ -52,13 +52,10 @@ meanwhile."""
 async def check(cid: Cid, block: bytes) -> None:
     """Raises WrongBlock unless `block` is what `cid` names, Unsupported for a hash that is not allowed."""
     if len(block) <= INLINE_BYTES:
-        try:
-            multihashes.verify(cids.multihash(cid), block, "")
-        except WrongBlock:
-            cids.verify(cid, block)  # names the block, which takes as long as hashing it
-        return
-    # Left to itself when cancelled: it ends within a millisecond, holds nothing, and its answer is dropped.
-    await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
+        cids.verify(cid, block)
+    else:
+        # Left to itself when cancelled: it ends within a millisecond, holds nothing, its answer is dropped.
+        await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
 
 
 async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
@@ -136,7 +133,7 @@ class ManagedSource:
 
     def _log_answer(self, start: float, outcome: str, cid: Cid) -> None:
         if log.isEnabledFor(logging.DEBUG):
-            number, milliseconds = current_request().number, (trio.current_time() - start) * 1e3
+            number, milliseconds = current_request.get().number, (trio.current_time() - start) * 1e3
             line = "request %d: %s %s %s, after %.1f ms"
             log.debug(line, number, self.source.name, outcome, cids.text(cid), milliseconds)
 
@@ -258,10 +255,10 @@ class ManagedSource:
 
     def statistics(self) -> Statistics:
         limiter = self.limiter
-        told = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
+        concurrency = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
         if not self.source.in_place:
-            told |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
-        return self.health.statistics(self.source.name, trio.current_time(), told)
+            concurrency |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
+        return self.health.statistics(self.source.name, trio.current_time(), concurrency)
 
 
 class Deliveries:
