@@ -66,7 +66,9 @@ def test_users_take_turns() -> None:
                 order[asking.send(OPEN, 7, OPENING, user=0)] = f"root {number}"
             time.sleep(0.3)  # noqa: ASYNC251  # the event loop stands still until the thread has read all
             answers = [order[(await asking.answer())[0]] for _ in order]
-            assert [each for each in answers if each.startswith("crowd")] == [f"crowd {n}" for n in range(500)]
+            assert [each for each in answers if each.startswith("crowd")] == [
+                f"crowd {n}" for n in range(500)
+            ]
             assert [each for each in answers if each.startswith("other")] == [f"other {n}" for n in range(3)]
             assert max(answers.index(f"{user} 2") for user in ("other", "root")) < 20, answers[:30]
             assert asking.operations.forgotten == {5: 500}
