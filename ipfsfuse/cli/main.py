@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TextIO
 
@@ -64,7 +64,9 @@ def _ended_by(exc: BaseException, as_json: bool) -> int:
     console.failure(exc)
     code = 2 if isinstance(exc, UsageError) else 1
     if as_json and sys.stdout is not None:
-        console.values(console.failure_values(exc, code), indent=None)
+        with suppress(OSError):  # what can't be written is why it failed
+            console.values(console.failure_values(exc, code), indent=None)
+        _discard_unwritable(sys.stdout)
     return code
 
 

@@ -120,7 +120,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.all == (arguments.mountpoint is not None):
         raise UsageError("mount takes one MOUNTPOINT or NAME, or --all")
     if arguments.all:
-        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], settings.mounts())
+        named = settings.mounts()
+        if not named:
+            raise UsageError("the configuration names no mount: write [mount.NAME] (see `ipfsfuse config`)")
+        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], named)
     asked = config(arguments)
     _refuse_below(asked)
     if not asked.isolated:
@@ -251,9 +254,8 @@ def unmount(arguments: argparse.Namespace) -> int:
         raise UsageError("unmount takes one MOUNTPOINT or NAME, or --all")
     if arguments.all:
         words = ["unmount", *(each for each in arguments.argv[1:] if each != "--all")]
-        return _all(
-            words, {each["mountpoint"]: Path(each["mountpoint"]) for each in _mounts() if each["mine"]}
-        )
+        known = [each["mountpoint"] for each in _mounts() if each["mine"] and each["pid"] is not None]
+        return _all(words, {point: Path(point) for point in known})
     point = folders.mountpoint(settings.mountpoint_of(arguments.mountpoint))
     _must_be_ours(point)
     explicit = arguments.origins.get("cache-dir") == "argument"
@@ -271,13 +273,19 @@ def unmount(arguments: argparse.Namespace) -> int:
 def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
     """Runs one command for each mount. 1 where one of them failed, and the others are done all the same."""
     mounted = {each["mountpoint"] for each in _mounts() if each["answers"]}
-    code = 0
+    code, answers = 0, []
     for name, point in mounts.items():
         if words[0] == "mount" and str(point) in mounted:
             console.note(f"ipfsfuse: {name} is mounted already at {point}")
             continue
-        done = subprocess.run([sys.executable, "-P", "-m", "ipfsfuse", *words, name], env=_environment())
+        command = [sys.executable, "-P", "-m", "ipfsfuse", *words, name]
+        output = subprocess.PIPE if "--json" in words else None
+        done = subprocess.run(command, env=_environment(), stdout=output)
+        if done.stdout:
+            answers.append(json.loads(done.stdout))
         code = code or (1 if done.returncode else 0)
+    if "--json" in words:
+        console.values(answers)
     return code
 
 

@@ -237,7 +237,7 @@ def _mounts(commands: Any) -> None:
         commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
-    unmount.add_argument("--all", action="store_true", help="every mount of this user")
+    unmount.add_argument("--all", action="store_true", help="every mount of this user whose daemon is known")
     _json(unmount)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
     _folders(unmount, library=False)
