@@ -89,7 +89,7 @@ def wasmtime() -> Path:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder in a mount's shape: its one name is no CID, which is nothing to the runner."""
+    """A folder in a mount's shape: its one name is not a CID, which is nothing to the runner."""
     tree = tmp_path / "mount"
     (tree / "root" / "dir").mkdir(parents=True)
     (tree / "root" / "file").write_text("content\n")

@@ -73,7 +73,7 @@ def test_both_engines_give_the_same(run: Runner, home: Home, tmp_path: Path, nam
         (ends("(drop (memory.grow (i32.const 64)))"), ["-W", "max-memory-size=1MiB"], 0, b""),
         ('(module (func (export "run")))', [], 125, b"exports no _start"),
         ('(module (import "a" "b" (func)) (func (export "_start")))', [], 125, b"unknown import: `a::b`"),
-        ("(module (func (export", [], 125, b"no WebAssembly text"),
+        ("(module (func (export", [], 125, b"not WebAssembly text"),
         ('(component (import "wasi:http/types@0.2.0" (instance)))', [], 125, b"not wasi:cli/run"),
         ('(component (import "wasi:cli/run@0.3.0" (instance)))', [], 125, b"preview 3 is not offered"),
     ],
