@@ -280,7 +280,7 @@ async def _serving(
             owner=(config.uid, config.gid),
             umask=config.umask,
         )
-        commands.latencies = operations.latencies
+        commands.latencies, commands.bytes = operations.latencies, operations.bytes
         yield operations, commands, names, nursery, server
 
 

@@ -47,6 +47,12 @@ def line(text: str, style: str | None = None) -> None:
     print(paint(printable(text), style))
 
 
+def flush() -> None:
+    """Writes what was printed. Raises OSError where it can't be written."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def text(content: str) -> None:
     """Lines that we made ourselves, and in which all that came from outside is escaped already."""
     print(content, end="")

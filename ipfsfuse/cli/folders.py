@@ -125,8 +125,8 @@ def last_daemon(given_cache_dir: str | None, mounted_at: str | None, must: bool 
 
 
 def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Path:
-    """The control socket of the mount that the arguments mean. Raises DaemonFailed as `last_daemon`, and where
-    the daemon has left a dead mount."""
+    """The control socket of the mount that the arguments mean. Raises DaemonFailed as `last_daemon`, and
+    where the daemon has left a dead mount."""
     daemon = last_daemon(given_cache_dir, mounted_at, must)
     if daemon.pid is not None and _has_ended(daemon.pid, daemon.control.parents[1]):
         from ipfsfuse.fuse import mountpoint as mountpoints  # 0.5 s that other commands needn't wait
@@ -140,8 +140,8 @@ def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = Tr
 
 
 def _has_ended(pid: int, folder: Path) -> bool:
-    """Whether the daemon of a cache folder has ended. In a PID namespace a living one may not be seen; the lock
-    of its folder tells."""
+    """Whether the daemon of a cache folder has ended. In a PID namespace a living one may not be seen; the
+    lock of its folder tells."""
     return not os.path.exists(f"/proc/{pid}") and cache_folder.is_free(folder)
 
 

@@ -226,8 +226,8 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def _log_of(arguments: argparse.Namespace) -> Path:
-    """Where the daemon logs: its standard error leads there. Raises UsageError if that is not a file. Where no
-    daemon answers, its log in the cache folder."""
+    """Where the daemon logs: its standard error leads there. Raises UsageError if that is not a file. Where
+    no daemon answers, the log in the cache folder."""
     daemon = folders.last_daemon_of(arguments)
     try:
         pid = client.call(daemon.control, "status", timeout=ANSWER_SECONDS)["pid"]
@@ -257,7 +257,7 @@ def _follow(path: Path, file: TextIO, as_json: bool) -> None:
     while True:
         for each in file:
             _show(each, as_json)
-        sys.stdout.flush()
+        console.flush()
         time.sleep(FOLLOW_SECONDS)
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:

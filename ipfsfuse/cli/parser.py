@@ -361,7 +361,10 @@ def _log_options(parser: argparse.ArgumentParser) -> None:
 
 def _serving(commands: Any) -> None:
     serve = _command(
-        commands, "serve", "serving:run", "give out what is here as a trustless gateway, to other hosts too"
+        commands,
+        "serve",
+        "mounting:serve",
+        "give out what is here as a trustless gateway",
     )
     serve.add_argument(
         "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"

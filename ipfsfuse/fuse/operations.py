@@ -84,6 +84,8 @@ class Operations(ReadOnlyOperations):
         self._handles = 0
         self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
         """Of the calls that Python answers, by their names."""
+        self.bytes: defaultdict[str, int] = defaultdict(int)
+        """What those calls gave, by their names."""
         self._listers: dict[int, int] = {}
         """The user id of who opened a directory, by its handle: `readdir` does not tell."""
 
@@ -205,7 +207,9 @@ class Operations(ReadOnlyOperations):
         with self._call(handle.opener if handle else None, "read", (fh, off, size)):
             if handle is None:
                 handle = await self._files.take_over(fh)
-            return await handle.file.read(off, size)
+            content = await handle.file.read(off, size)
+            self.bytes["read"] += len(content)
+            return content
 
     async def flush(self, fh: FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
