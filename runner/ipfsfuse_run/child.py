@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import growth, limits, lockdown, sandbox, signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused, say
+from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
 from ipfsfuse_run.growth import Growth
 from ipfsfuse_run.lockdown import Access
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
@@ -62,17 +62,17 @@ class Reports:
     """The child's end of the pipe to its parent."""
 
     def __init__(self, file: int) -> None:
-        self._file = file
+        self.file = file
 
     def send(self, message: Mapping[str, object]) -> None:
-        os.write(self._file, json.dumps(message).encode() + b"\n")
+        os.write(self.file, json.dumps(message).encode() + b"\n")
 
 
 def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
-        _close_inherited(plan)
+        _close_others(plan, reports)
         signals.restore_defaults()
         signals.die_with(parent)
         code = _run(plan, reports)
@@ -88,15 +88,15 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         os._exit(code)  # at once: wasmtime's threads may still wait in a read
 
 
-def _close_inherited(plan: Plan) -> None:
-    """Closes what the caller of the runner had open: what this program opened itself is not inheritable."""
-    kept = {0, 1, 2, plan.keep}
+def _close_others(plan: Plan, reports: Reports) -> None:
+    """Closes what the runner and its caller had open: the guest's process needs none of it."""
+    kept = {0, 1, 2, plan.keep, reports.file}
     named = os.path.split(plan.guest)
     if named[0] in ("/proc/self/fd", "/dev/fd") and named[1].isdigit():
         kept.add(int(named[1]))
     for each in map(int, os.listdir("/proc/self/fd")):
         try:
-            if each not in kept and os.get_inheritable(each):
+            if each not in kept:
                 os.close(each)
         except OSError:
             pass  # the listing's own
@@ -136,7 +136,7 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  
     with sandbox.opened_folders(plan.box) as folders:
         grown = _growth(plan.box)
         sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
-        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}")
+        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
         reports.send({"started": True, "kind": ready.kind, "growth": grown, "command": True})
         command.execute(path, plan.box, folders, ready.file)
 
@@ -153,7 +153,7 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
             return 0
         grown = _growth(plan.box)
         sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
-        _lock(plan, folders, [], "the library")
+        _lock(plan, folders, [], "the library", reports)
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
@@ -165,7 +165,9 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     return end.code
 
 
-def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str) -> None:
+def _lock(
+    plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str, reports: Reports
+) -> None:
     """From here on the kernel refuses this process what a guest does not need. On a mount of ours, landlock
     allows writing, so that the mount's EPERM answers. Raises GuestRefused with --require-sandbox."""
     allowed = [Access(each.file, each.writable or each.in_mount) for each in folders]
@@ -173,7 +175,7 @@ def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], eng
     missing = [each for each in lockdown.LAYERS if each not in active]
     if plan.verbose:
         without = f", without {', '.join(missing)}" if missing else ""
-        say(f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}")
+        reports.send({"says": f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}"})
     if missing and plan.require_sandbox:
         raise GuestRefused(f"--require-sandbox: this machine lacks {', '.join(missing)}")
 

@@ -14,6 +14,8 @@ from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits as limiting
 from ipfsfuse_run.limits import NO_LIMITS, Limits
 
+ENGINES = ("auto", "library", "command")
+
 
 class Dir(NamedTuple):
     """A folder of the host that the guest may use."""
@@ -125,7 +127,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--engine",
-        choices=("auto", "library", "command"),
+        choices=ENGINES,
         default="auto",
         help="what runs the guest: the wasmtime command on PATH, or the library; auto takes the command if "
         "it can",
@@ -232,7 +234,7 @@ def parse(argv: Sequence[str]) -> Options:
         args=tuple(seen["args"]),
         argv0=seen["argv0"],
         env=tuple(_variable(each) for each in seen["env"]),
-        dirs=tuple(_dir(each) for each in seen["dir"]),
+        dirs=tuple(folder(each) for each in seen["dir"]),
         cwd=seen["cwd"],
         limits=limiting.parse(seen["limits"]),
         mount=seen["mount"],
@@ -248,7 +250,7 @@ def parse(argv: Sequence[str]) -> Options:
         verbose=seen["verbose"],
         require_sandbox=seen["require_sandbox"],
     )
-    _check(options)
+    check(options)
     return options
 
 
@@ -288,7 +290,8 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _dir(text: str) -> Dir:
+def folder(text: str) -> Dir:
+    """What --dir says. Raises UsageError."""
     host, *rest = text.split("::")
     guest = rest[0] if rest and rest[0] else host
     if len(rest) > 2 or (len(rest) == 2 and rest[1] not in ("ro", "rw")):
@@ -296,7 +299,8 @@ def _dir(text: str) -> Dir:
     return Dir(host, guest, writable=rest[1:] != ["ro"])
 
 
-def _check(options: Options) -> None:
+def check(options: Options) -> None:
+    """Raises UsageError for options that do not go together."""
     if options.replay is not None:
         if options != Options(replay=options.replay, limits=options.limits):
             raise UsageError("--replay takes everything else from the receipt; only -W goes with it")
