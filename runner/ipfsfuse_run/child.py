@@ -21,6 +21,8 @@ from ipfsfuse_run.lockdown import Access
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
+    import wasmtime
+
     from ipfsfuse_run.guest import End, Guest, Settings
 
 MAX_GUEST = 256 << 20
@@ -50,6 +52,10 @@ class Plan(NamedTuple):
     engine: str = "auto"
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
+    invoke: str | None = None
+    """The function to call in place of `_start`, with the arguments of `box`."""
+    preload: Sequence[tuple[str, str]] = ()
+    """Modules that the guest imports from: (name, place)."""
     max_data: int | None = None
     """Bytes of memory that the guest's process may write to, its own needs included."""
 
@@ -148,17 +154,29 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         wasi = guest.wasi_config(plan.box, folders)
-        ready = _ready(plan, settings, data, reports)
+        engine = guest.make_engine(settings)
+        preloads = {
+            name: _ready(
+                plan._replace(guest=place, keep=None, shown_as=None), engine, settings, None, reports
+            )
+            for name, place in plan.preload
+        }
+        ready = _ready(plan, engine, settings, data, reports)
         if plan.compile_only:
             return 0
         grown = _growth(plan.box)
         sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
         _lock(plan, folders, [], "the library", reports)
+    call = None if plan.invoke is None else guest.Call(plan.invoke, plan.box.argv[1:])
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
-        lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.send(begun)),
+        lambda: guest.run(
+            ready, wasi, given, plan.deterministic, lambda: reports.send(begun), call, preloads
+        ),
     )
+    sys.stdout.write("".join(f"{each}\n" for each in end.results))
+    sys.stdout.flush()
     reports.send(
         {"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]}
     )
@@ -220,12 +238,14 @@ def _growth(box: Sandbox) -> Growth | None:
         ) from exc
 
 
-def _ready(plan: Plan, settings: "Settings", known: bytes | None, reports: Reports) -> "Guest":
+def _ready(
+    plan: Plan, engine: "wasmtime.Engine", settings: "Settings", known: bytes | None, reports: Reports
+) -> "Guest":
     """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
     from ipfsfuse_run import guest
     from ipfsfuse_run.code_cache import CodeCache
 
-    cache, engine = CodeCache.of_user(), guest.make_engine(settings)
+    cache = CodeCache.of_user()
     with _opened(plan) if known is None else io.BytesIO(known) as file:
         try:
             kept = cache.kept(engine, file, plan.name, settings) if plan.keep is None else None

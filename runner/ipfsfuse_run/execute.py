@@ -77,6 +77,8 @@ def _run_on(
         require_sandbox=options.require_sandbox,
         engine=options.engine,
         command=_command(options, mount_id is not None),
+        invoke=options.invoke,
+        preload=options.preload,
     )
     streams = supervisor.direct_streams(options.limits, any(each.writable for each in options.dirs))
     return supervisor.run(plan, streams, close)

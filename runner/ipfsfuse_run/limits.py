@@ -58,8 +58,9 @@ SIZES = frozenset(
     {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"}
 )
 PROPOSALS = frozenset(
-    {"bulk-memory", "component-model", "extended-const", "multi-memory", "multi-value"}
-    | {"reference-types", "relaxed-simd", "simd", "tail-call"}
+    {"bulk-memory", "component-model", "exceptions", "extended-const", "function-references", "gc"}
+    | {"memory64", "multi-memory", "multi-value", "reference-types", "relaxed-simd", "simd", "tail-call"}
+    | {"threads", "wide-arithmetic"}
 )
 """Proposals that `wasmtime run -W` can switch on, and that are on here anyway."""
 _YEAR = 366 * 86400.0
