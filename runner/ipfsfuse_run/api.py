@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 
-from ipfsfuse import errors
+from ipfsfuse import errors, units
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import errors as own_errors
 from ipfsfuse_run import forkserver
@@ -78,6 +78,12 @@ class Asked(TypedDict, total=False):
     dirs: Sequence[str]
     """`HOST`, `HOST::GUEST` or `HOST::GUEST::ro`, as --dir takes them."""
     cwd: str | None
+    root: str | None
+    """CID[/path] of the directory that is the guest's `/`."""
+    tmp: int | str
+    """Bytes that its /tmp may hold, or a text such as "64MiB"; 0 for none."""
+    out: Path | None
+    """A new or empty folder for its results: /out."""
     limits: Mapping[str, float | str]
     """The names of -W with `_`; bytes and seconds, or texts such as "64MiB". MAX_STDOUT holds by default."""
     mount: Path | None
@@ -149,6 +155,9 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
         env=tuple(env.items()),
         dirs=tuple(map(parsing.folder, asked.get("dirs", ()))),
         cwd=asked.get("cwd"),
+        tmp=None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
+        out=_text(asked.get("out")),
+        root=parsing.root(asked.get("root")),
         limits=limits,
         mount=_text(asked.get("mount")),
         mount_options=(*sources, *["--offline"] * asked.get("offline", False)),

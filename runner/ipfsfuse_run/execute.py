@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from ipfsfuse.errors import MountFailed, UsageError
-from ipfsfuse_run import sandbox, supervisor
+from ipfsfuse_run import places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import say
 from ipfsfuse_run.options import Options
@@ -16,6 +16,20 @@ from ipfsfuse_run.supervisor import Outcome
 
 def execute(options: Options) -> Outcome:
     """Raises IpfsFuseError."""
+    if options.out is None or options.compile_only:
+        return _execute(options)
+    results = places.results_folder(options.out)
+    try:
+        outcome = _execute(options._replace(out=results.path))
+    except BaseException:
+        results.forget()
+        raise
+    if outcome.refused is not None:
+        results.forget()
+    return outcome
+
+
+def _execute(options: Options) -> Outcome:
     if options.record is not None:
         from ipfsfuse_run import recording  # with the codecs, 100 ms
 
@@ -80,5 +94,6 @@ def _run_on(
         invoke=options.invoke,
         preload=options.preload,
     )
-    streams = supervisor.direct_streams(options.limits, any(each.writable for each in options.dirs))
+    writes = options.out is not None or any(each.writable for each in options.dirs)
+    streams = supervisor.direct_streams(options.limits, writes)
     return supervisor.run(plan, streams, close)

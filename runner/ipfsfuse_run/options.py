@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from ipfsfuse import __version__
+from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits as limiting
 from ipfsfuse_run.limits import NO_LIMITS, Limits
@@ -37,6 +37,12 @@ class Options(NamedTuple):
     """The exported function that is called in place of `_start`; `args` are its arguments."""
     preload: tuple[tuple[str, str], ...] = ()
     """Modules that the guest may import from: (name, file or /ipfs/CID/path)."""
+    tmp: int | None = None
+    """Bytes that the guest's own /tmp may hold: 0 for none, None for the default."""
+    out: str | None = None
+    """A folder for the guest's results: its /out."""
+    root: str | None = None
+    """CID[/path] of the directory that is the guest's `/`."""
     limits: Limits = NO_LIMITS
     mount: str | None = None
     """A mount to use as it is."""
@@ -184,6 +190,17 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         help="a folder of the host, to write too but for ::ro",
     )
     group.add_argument(
+        "--tmp",
+        metavar="SIZE",
+        help="what the guest's own /tmp may hold, 256 MiB by default; 0 for none",
+    )
+    group.add_argument("--out", metavar="DIR", help="a new or empty folder for the guest's results: its /out")
+    group.add_argument(
+        "--root",
+        metavar="CID[/path]",
+        help="the guest's / is this directory, with /ipfs, /tmp and /out over it",
+    )
+    group.add_argument(
         "--engine",
         choices=ENGINES,
         default="auto",
@@ -318,6 +335,9 @@ def parse(argv: Sequence[str]) -> Options:
         cwd=seen["cwd"],
         invoke=seen["invoke"],
         preload=tuple(_preload(each) for each in seen["preload"]),
+        tmp=None if seen["tmp"] is None else units.size_or_zero(seen["tmp"]),
+        out=seen["out"],
+        root=root(seen["root"]),
         limits=limiting.parse(seen["limits"]),
         mount=seen["mount"],
         mount_options=_passed_on(seen),
@@ -380,6 +400,16 @@ def folder(text: str) -> Dir:
     return Dir(host, guest, writable=rest[1:] != ["ro"])
 
 
+def root(text: str | None) -> str | None:
+    """What --root says. Raises UsageError."""
+    if text is None:
+        return None
+    path = text.removeprefix("/ipfs/")
+    if not path.strip("/") or path.startswith("/"):
+        raise UsageError(f"--root {text} is not CID or CID/path")
+    return path
+
+
 def check(options: Options) -> None:
     """Raises UsageError for options that do not go together."""
     if options.replay is not None:
@@ -407,6 +437,8 @@ def check(options: Options) -> None:
         )
     if options.record is not None and (options.invoke is not None or options.preload):
         raise UsageError("--record of a run with --invoke or --preload is not offered")
+    if options.out is not None and options.record is not None:
+        raise UsageError("--record takes no --out")
     if options.limits.max_stdin is not None and options.record is None:
         raise UsageError(
             "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"

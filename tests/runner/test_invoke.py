@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.runner.conftest import Runner, lines
-from tests.runner.test_engine import wasmtime  # noqa: F401 # a fixture
 
 CALLED = """(module
   (import "lib" "twice" (func $twice (param i32) (result i32)))
@@ -46,7 +45,7 @@ def files(tmp_path: Path) -> list[str | Path]:
 def test_results_are_printed_as_wasmtime_prints_them_and_nothing_else(
     run: Runner,
     files: list[str | Path],
-    wasmtime: Path,  # noqa: F811
+    wasmtime: Path,
     given: list[str],
 ) -> None:
     function, *args = given
