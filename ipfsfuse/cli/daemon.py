@@ -73,7 +73,7 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
             return None
         logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
         before, configured = configured, again.budget
-        return configured if configured != before else None
+        return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
 
     try:
         hangup = None if starter is None and _has_terminal() else reload
