@@ -193,11 +193,12 @@ class Reader:
         )
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
-    async def staged_block(self, cid: Cid) -> bytes | None:
-        """The verified block if it is staged as a block, or as a raw file; no source is asked."""
+    async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
+        """The verified block if it is staged as a block, or as a raw file; no source is asked. `use` as in
+        `Packs.get`."""
         found: Content | None = cids.known(cid)
         if found is None:
-            found = await self.store.blocks.get(cid)
+            found = await self.store.blocks.get(cid, use=use)
         if found is None:
             found = await self._raw_file(cid)
         return None if found is None else bytes(found)

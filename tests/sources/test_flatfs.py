@@ -380,14 +380,15 @@ def test_a_block_that_is_hashed_while_it_is_read_is_refused_if_a_bit_is_wrong(
     path = Path(blocks._path(cid))
     path.parent.mkdir()
 
+    path.write_bytes(right)
+
     async def main() -> None:
         pool = SourcePool([Kubo("kubo", HttpSettings(), blocks=blocks)])
-        path.write_bytes(right)
         assert (await pool.get(cid)).block == right
         for at in (0, size // 2, size - 1):
             wrong = bytearray(right)
             wrong[at] ^= 1
-            path.write_bytes(wrong)
+            await trio.Path(path).write_bytes(bytes(wrong))
             with pytest.raises(WrongBlock):
                 await pool.get(cid)
         await pool.aclose()

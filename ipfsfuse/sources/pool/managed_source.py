@@ -19,6 +19,7 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
+from ipfsfuse.log_limiter import LogLimiter
 from ipfsfuse.sources.base import Block, Hashed, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
@@ -93,8 +94,7 @@ class ManagedSource:
         running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
         self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
         self._answered = float("-inf")
-        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
-        """By kind and cause: when it was logged last, and how often it came since."""
+        self._log_limiter = LogLimiter(LOG_EVERY, trio.current_time)
 
     # -- asking ------------------------------------------------------------------------------------------
 
@@ -233,13 +233,9 @@ class ManagedSource:
 
     def _log(self, failure: SourceFailed) -> None:
         """One line for each kind of failure now and then."""
-        now, key = trio.current_time(), (failure.kind, type(failure.__cause__).__name__)
-        last, since = self._logged.get(key, (float("-inf"), 0))
-        if now - last < LOG_EVERY:
-            self._logged[key] = last, since + 1
+        more = self._log_limiter.admit((failure.kind, type(failure.__cause__).__name__))
+        if more is None:
             return
-        self._logged[key] = now, 0
-        more = f" ({since} more such failures before)" if since else ""
         if failure.kind == FAULT:
             log.error("%s; it counts as a failure of that source%s", failure, more)
         else:
