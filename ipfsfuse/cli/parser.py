@@ -287,6 +287,11 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         help="let other users in: they can read all that the mount shows, the whole library too",
     )
     parser.add_argument(
+        "--passthrough",
+        action="store_true",
+        help="let the kernel read staged files itself, once they were verified whole: for root, Linux 6.9",
+    )
+    parser.add_argument(
         "--isolated", action="store_true", help="a cache folder of its own, gone with the mount"
     )
     parser.add_argument(

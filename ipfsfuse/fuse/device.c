@@ -23,12 +23,18 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
 
 #define REQUEST (132U << 10) /* bytes of the largest request: libfuse's buffer is larger. See MAX_WRITE in replies.c */
 #define QUEUED (1U << 20)    /* bytes of requests that may wait for Python */
 #define SPIN_NS 20000        /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
+
+/* Of Linux 6.9 and later; headers may be older. */
+struct backing_map { int32_t fd; uint32_t flags; uint64_t padding; };
+#define BACKING_OPEN _IOW(229, 1, struct backing_map)
+#define BACKING_CLOSE _IOW(229, 2, uint32_t)
 
 struct request { struct request *next; size_t size; struct fuse_in_header *bytes; int64_t read_at; };
 struct queue { struct request *first, **last; size_t size; };
@@ -260,11 +266,28 @@ int device_started(void) { return device >= 0; }
 
 /* Call this before a session. The eventfd `notify` will say when there is something new from device_interrupted or
  * reply_init_result. */
-void device_prepare(int notify, int readahead)
+void device_prepare(int notify, int readahead, int passthrough)
 {
 	notify_fd = notify;
 	over = stopping = 0;
-	reply_prepare(readahead);
+	reply_prepare(readahead, passthrough);
+}
+
+/* Lets the kernel read the open file `file` itself. Returns the backing id, which is positive, or -errno. */
+int device_backing_open(int file)
+{
+	struct backing_map map = {.fd = file};
+	int id = ioctl(device, BACKING_OPEN, &map);
+
+	return id < 0 ? -errno : id;
+}
+
+/* Files that are open with this backing id stay so. */
+void device_backing_close(int id)
+{
+	uint32_t backing = id;
+
+	ioctl(device, BACKING_CLOSE, &backing);
 }
 
 /* The number of a request whose caller got a signal, each once; 0 if there is none. */
