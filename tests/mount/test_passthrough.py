@@ -227,6 +227,14 @@ def mapped_alone(path: Path, size: int) -> Iterator[int]:
         _libc.munmap(address, size)
 
 
+def is_intact(address: int, content: bytes) -> bool:
+    """Whether `content` is mapped there. A hole in it would end a process by SIGBUS: a child looks."""
+    child = os.fork()
+    if not child:
+        os._exit(ctypes.string_at(address, len(content)) != content)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def test_a_mapping_outlives_the_last_release_and_is_never_cut_short(passed: Passed) -> None:
     """The kernel maps the backing file itself: no RELEASE tells when that ends."""
     passed.read_and_verify()
@@ -238,7 +246,7 @@ def test_a_mapping_outlives_the_last_release_and_is_never_cut_short(passed: Pass
         wait_until(lambda: not passed.state()["open"], "it is closed again")
         passed.evict()
         assert passed.state()["lingering"] >= len(passed.content)
-        assert ctypes.string_at(address, len(passed.content)) == passed.content
+        assert is_intact(address, passed.content)
     wait_until(lambda: not passed.state()["lingering"] and not passed.state()["mapped"], "its space is free")
 
 
@@ -276,7 +284,7 @@ def test_readers_of_a_mount_that_was_killed_are_not_cut_short(home: Home) -> Non
             with mounted(home, dag) as (_gateway, next_mount):
                 client.call(next_mount.control, "evict", cid=cids.text(cid))
                 assert not one.staged.exists()
-                assert ctypes.string_at(address, len(content)) == content
+                assert is_intact(address, content)
                 assert file.read() == content
         file.close()
 
