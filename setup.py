@@ -1,11 +1,17 @@
-"""Everything about this package is in pyproject.toml. This file finds libfuse, and says in one line why the
-compiled parts could not be built: pip's own output is pages long."""
+"""Everything about this package is in pyproject.toml, but for three things: where libfuse is, the README
+without links into the checkout, and one line that says why the compiled parts could not be built (pip's own
+output is pages long)."""
 
+import re
 import shlex
 import subprocess
+from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+
+OLDEST_LIBFUSE = "3.14"
+"""The first with fuse_session_custom_io."""
 
 
 class BuildExt(build_ext):
@@ -14,6 +20,7 @@ class BuildExt(build_ext):
     def build_extensions(self) -> None:
         for extension in self.extensions:
             if "fuse3" in extension.libraries:
+                _check_libfuse()
                 extension.include_dirs += _flags("--cflags-only-I", "-I")
                 extension.library_dirs += _flags("--libs-only-L", "-L")
         try:
@@ -27,14 +34,37 @@ class BuildExt(build_ext):
             ) from exc
 
 
+def _check_libfuse() -> None:
+    found = _pkg_config("--modversion")
+    numbers = [int(part) for part in re.findall(r"\d+", found)[:2]]
+    if numbers and numbers < [int(part) for part in OLDEST_LIBFUSE.split(".")]:
+        raise SystemExit(
+            f"ipfsfuse can't be installed: libfuse {found} is too old, {OLDEST_LIBFUSE} or newer is needed "
+            "(Debian 12 and Ubuntu 24.04 have it)"
+        )
+
+
 def _flags(wanted: str, prefix: str) -> list[str]:
+    return [flag.removeprefix(prefix) for flag in shlex.split(_pkg_config(wanted))]
+
+
+def _pkg_config(wanted: str) -> str:
+    """Empty where pkg-config or libfuse's headers are missing: the compiler says what it does not find."""
     try:
-        told = subprocess.run(
-            ["pkg-config", wanted, "fuse3"], capture_output=True, text=True, check=True
-        ).stdout
+        done = subprocess.run(["pkg-config", wanted, "fuse3"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return []  # the compiler will say what it does not find
-    return [flag.removeprefix(prefix) for flag in shlex.split(told)]
+        return ""
+    return done.stdout.strip()
 
 
-setup(cmdclass={"build_ext": BuildExt})
+def _readme() -> str:
+    """Links into the checkout lead nowhere from an index's page: their text alone remains."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", text)
+
+
+setup(
+    cmdclass={"build_ext": BuildExt},
+    long_description=_readme(),
+    long_description_content_type="text/markdown",
+)

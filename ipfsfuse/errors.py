@@ -72,6 +72,10 @@ class Unsupported(IpfsFuseError):
     """A codec that is not shown, or a hash function that is not allowed."""
 
 
+class NotInstalled(Unsupported):
+    """An optional part whose packages are missing."""
+
+
 class Unavailable(IpfsFuseError):
     """No source gave the block before the deadline (at once where the mount is offline)."""
 

@@ -40,7 +40,7 @@ class Record:
             yield cls(out)
 
     def __call__(self, cid: Cid, ahead: bool) -> None:
-        if self._told((cid, ahead)) or (ahead and self._told((cid, False))):
+        if self._is_remembered((cid, ahead)) or (ahead and self._is_remembered((cid, False))):
             return
         self._remember((cid, ahead))
         try:
@@ -49,8 +49,8 @@ class Record:
         except OSError as exc:  # a record with a gap would be worse than a read that fails
             raise StoreFailed(f"the record can't be written: {exc.strerror}") from exc
 
-    def _told(self, use: tuple[Cid, bool]) -> bool:
-        """Whether it is remembered that this was told."""
+    def _is_remembered(self, use: tuple[Cid, bool]) -> bool:
+        """Whether this use was written already."""
         return use in self._seen or use in self._before
 
     def _remember(self, use: tuple[Cid, bool]) -> None:

@@ -111,7 +111,7 @@ class Budget:
             if key in self._exempt:
                 self._add_exempt(key, size)
             else:
-                self.arc.admit(key, size, current_request().caller)
+                self.arc.admit(key, size, current_request.get().caller)
         if done:
             self._pending += size
         return done
@@ -127,7 +127,7 @@ class Budget:
             self._add_exempt(key, size)
             await self._leave(self._shrink())
         else:
-            await self._leave(self.arc.admit(key, size, current_request().caller))
+            await self._leave(self.arc.admit(key, size, current_request.get().caller))
             if self.used > self.limit:  # someone still reads what had to leave: its space is not free yet
                 await self._leave(self._shrink())
                 return key in self.arc

@@ -31,7 +31,7 @@ WINDOW = 64 << 20
 MOST_LOST = 1000
 """Wrong blocks that a report names."""
 
-Told = Callable[[int, int], Awaitable[None]]
+Progress = Callable[[int, int], Awaitable[None]]
 """Awaited with (bytes checked, bytes in all)."""
 
 
@@ -57,27 +57,27 @@ class FsckReport:
     each of their leaves is proved whenever it is read."""
 
 
-async def fsck(store: Store, reader: Reader, told: Told | None = None) -> FsckReport:
+async def fsck(store: Store, reader: Reader, report_progress: Progress | None = None) -> FsckReport:
     report = FsckReport()
     entries = list(store.staging.entries.values())
     total = sum(entry.disk for entry in entries) + sum(store.blocks.packs.sizes.values())
     for pack in list(store.blocks.packs.sizes):
         await _check_pack(store, reader, pack, report)
-        await _tell(told, report, total)
+        await _tell(report_progress, report, total)
     for entry in entries:
         report.files += 1
         try:
             async for leaf in leaves_of(reader, entry):
                 await _check_leaf(store, reader, entry, leaf, report)
-                await _tell(told, report, total)
+                await _tell(report_progress, report, total)
         except IpfsFuseError:
             report.unproved += 1
     return report
 
 
-async def _tell(told: Told | None, report: FsckReport, total: int) -> None:
-    if told is not None:
-        await told(min(report.bytes, total), total)
+async def _tell(report_progress: Progress | None, report: FsckReport, total: int) -> None:
+    if report_progress is not None:
+        await report_progress(min(report.bytes, total), total)
 
 
 async def _check_pack(store: Store, reader: Reader, pack: int, report: FsckReport) -> None:

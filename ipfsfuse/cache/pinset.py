@@ -14,7 +14,7 @@ import trio
 
 from ipfsfuse.cache import arc
 from ipfsfuse.cache.base import Copy, Pins
-from ipfsfuse.cache.fsck import FsckReport, Told, fsck
+from ipfsfuse.cache.fsck import FsckReport, Progress, fsck
 from ipfsfuse.cache.pinned import PinnedDags, Pinning
 from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store import recovery
@@ -192,6 +192,10 @@ class PinsetCache:
         itself."""
         for cid in self._pinned.pins:
             yield cid, self._names.spelling(cid)
+        yield from self.opened_roots()
+
+    def opened_roots(self) -> Iterator[tuple[Cid, str]]:
+        """(CID, as first spelled) of what was opened by name and is still staged itself."""
         yield from self._names.staged()
 
     def pinned(self) -> Sequence[Cid]:
@@ -226,9 +230,9 @@ class PinsetCache:
         """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""
         await self._pinned.unpin(cid)
 
-    async def fsck(self, told: Told | None = None) -> FsckReport:
+    async def fsck(self, report_progress: Progress | None = None) -> FsckReport:
         """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
-        return await fsck(self.store, self.reader, told)
+        return await fsck(self.store, self.reader, report_progress)
 
 
 @contextlib.asynccontextmanager

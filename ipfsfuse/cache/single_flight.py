@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import trio
 
 from ipfsfuse.errors import IpfsFuseError, Unavailable
-from ipfsfuse.sources.base import current_request, set_request
+from ipfsfuse.sources.base import current_request
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Fetch:
     __slots__ = ("abandoned", "interest", "request", "scope")
 
     def __init__(self) -> None:
-        self.request = current_request().for_fetch()
+        self.request = current_request.get().for_fetch()
         """The request that it works for: that of the caller that began it, joined by those that wait for
         it."""
         self.interest = 0
@@ -46,7 +46,7 @@ class Fetch:
     def join(self, until: float = math.inf) -> None:
         """One more caller waits for it, at most until `until`."""
         self.interest += 1
-        self.request.join(current_request(), until)
+        self.request.join(current_request.get(), until)
 
     def leave(self) -> None:
         self.interest -= 1
@@ -115,7 +115,7 @@ class SingleFlight(Generic[K, V]):
             if began < known[0]:
                 raise copy.copy(known[1]) from known[1]
             del self._failed[key]
-        until = min(began + self._deadline, current_request().deadline)
+        until = min(began + self._deadline, current_request.get().deadline)
         with trio.move_on_at(until):
             while trio.current_time() < until:
                 flight = self._flights.get(key)
@@ -142,7 +142,10 @@ class SingleFlight(Generic[K, V]):
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
-        raise late
+        try:
+            raise late
+        finally:
+            del late  # its traceback would hold this frame, which holds it
 
     def start_batch(
         self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool = False
@@ -178,7 +181,7 @@ class SingleFlight(Generic[K, V]):
     async def _run_batch_fetch(
         self, batch: "Batch[K, V]", fetch: Callable[["Batch[K, V]"], Awaitable[None]]
     ) -> None:
-        set_request(batch.request)
+        current_request.set(batch.request)
         try:
             with batch.scope:
                 try:
@@ -207,7 +210,7 @@ class SingleFlight(Generic[K, V]):
             flight.fetch.interest += 1  # the fetch itself waits
             self._resolve(key, flight, value)
 
-        set_request(flight.fetch.request)
+        current_request.set(flight.fetch.request)
         try:
             with flight.fetch.scope:
                 try:
@@ -220,6 +223,7 @@ class SingleFlight(Generic[K, V]):
                     elif not flight.fetch.abandoned:
                         flight.error = exc
                         if isinstance(exc, IpfsFuseError):
+                            exc.__traceback__ = None  # it would hold this frame, which holds the flight
                             self._note_failure(key, exc)
         finally:
             if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
@@ -239,7 +243,8 @@ class SingleFlight(Generic[K, V]):
 
     def _note_failure(self, key: K, error: Exception) -> None:
         self._failed.pop(key, None)
-        self._failed[key] = (trio.current_time() + self._remember, error)
+        bare = copy.copy(error)  # without its traceback, which holds all that the call used
+        self._failed[key] = (trio.current_time() + self._remember, bare)
         if len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)
 

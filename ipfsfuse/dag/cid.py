@@ -13,7 +13,7 @@ from multiformats import multibase
 
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import varint
-from ipfsfuse.errors import Malformed, NotACid
+from ipfsfuse.errors import Malformed, NotACid, WrongBlock
 
 Cid = NewType("Cid", bytes)
 """A checked binary CID: version 0 is 34 bytes `12 20 <digest>`; version 1 is varints version, codec, then a
@@ -137,9 +137,9 @@ def _from_base32(digits: str) -> bytes:
 
 def text(cid: Cid) -> str:
     """The usual spelling: version 0 in base58btc, version 1 in base32."""
-    if is_v0(cid):
+    if cid[:2] == _V0_PREFIX:
         return multibase.encode(cid, "base58btc")[1:]
-    return "b" + _base32(cid)
+    return "b" + base64.b32encode(cid).decode().rstrip("=").lower()
 
 
 def brief(cid: Cid) -> str:
@@ -149,11 +149,7 @@ def brief(cid: Cid) -> str:
 
 def multihash_base32(cid: Cid) -> str:
     """The multihash alone in base32, upper case without padding: how Kubo's repositories name a block."""
-    return _base32(multihash(cid)).upper()
-
-
-def _base32(data: bytes) -> str:
-    return base64.b32encode(data).decode().rstrip("=").lower()
+    return base64.b32encode(multihash(cid)).decode().rstrip("=")
 
 
 def is_v0(cid: Cid) -> bool:
@@ -191,8 +187,13 @@ def canonical(cid: Cid) -> Cid:
 
 
 def inline(cid: Cid) -> bytes | None:
-    """The block that an identity CID carries in itself; None for every other CID."""
-    return multihashes.inline(multihash(cid))
+    """The block that an identity CID carries in itself; None for every other CID. Raises Unsupported for one
+    of over 128 bytes."""
+    carried = multihash(cid)
+    if carried[:1] != b"\0":
+        return None
+    multihashes.check_allowed(carried)
+    return multihashes.split(carried)[1]
 
 
 EMPTY = make(RAW, b"\x12\x20" + hashlib.sha256(b"").digest())
@@ -211,7 +212,8 @@ def verify(cid: Cid, block: bytes | memoryview) -> None:
 
     Hashing lets other threads run; blocks of over some KiB belong in a worker thread.
     """
-    multihashes.verify(multihash(cid), block, brief(cid))
+    if not multihashes.matches(multihash(cid), (block,)):
+        raise WrongBlock(f"{brief(cid)}: the block's bytes do not match its CID")
 
 
 # -- base256emoji --------------------------------------------------------------------------------------------

@@ -38,11 +38,11 @@ class Links(Sequence[Link]):
     Python's cycle collector would visit each of them, during which nothing else runs.
     """
 
-    __slots__ = ("_block", "_spans", "_tsizes")
+    __slots__ = ("_tsizes", "block", "spans")
 
     def __init__(self, block: bytes = b"") -> None:
-        self._block = block
-        self._spans = array("I")
+        self.block = block
+        self.spans = array("I")
         """Of each link the start and end of its CID, then of its name."""
         self._tsizes = array("Q")
 
@@ -58,11 +58,11 @@ class Links(Sequence[Link]):
             return [self[at] for at in range(*index.indices(len(self)))]
         tsize = self._tsizes[index]
         at = 4 * (index % len(self))
-        start, end, name, name_end = self._spans[at : at + 4]
-        return Link(Cid(self._block[start:end]), self._block[name:name_end], tsize)
+        start, end, name, name_end = self.spans[at : at + 4]
+        return Link(Cid(self.block[start:end]), self.block[name:name_end], tsize)
 
     def __iter__(self) -> Iterator[Link]:
-        block, spans = self._block, iter(self._spans)
+        block, spans = self.block, iter(self.spans)
         for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, self._tsizes, strict=False):
             yield Link(Cid(block[start:end]), block[name:name_end], tsize)
 
@@ -70,24 +70,24 @@ class Links(Sequence[Link]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def cids(self) -> list[Cid]:
-        block = self._block
-        return [Cid(block[start:end]) for start, end in zip(self._spans[::4], self._spans[1::4], strict=True)]
+        block = self.block
+        return [Cid(block[start:end]) for start, end in zip(self.spans[::4], self.spans[1::4], strict=True)]
 
     def names(self) -> list[bytes]:
-        block = self._block
-        return [block[start:end] for start, end in zip(self._spans[2::4], self._spans[3::4], strict=True)]
+        block = self.block
+        return [block[start:end] for start, end in zip(self.spans[2::4], self.spans[3::4], strict=True)]
 
     def cid(self, index: int) -> Cid:
         """The CID of the link at `index`, not negative."""
-        return Cid(self._block[self._spans[4 * index] : self._spans[4 * index + 1]])
+        return Cid(self.block[self.spans[4 * index] : self.spans[4 * index + 1]])
 
     def name(self, index: int) -> bytes:
         """The name of the link at `index`, not negative."""
-        return self._block[self._spans[4 * index + 2] : self._spans[4 * index + 3]]
+        return self.block[self.spans[4 * index + 2] : self.spans[4 * index + 3]]
 
     def add(self, cid: int, cid_end: int, name: int, name_end: int, tsize: int) -> None:
         """Appends a link whose CID and name lie at these indices of the block."""
-        self._spans.extend((cid, cid_end, name, name_end))
+        self.spans.extend((cid, cid_end, name, name_end))
         self._tsizes.append(tsize)
 
 
@@ -150,7 +150,7 @@ def _links(block: bytes, at: int, links: Links, absent: bytearray) -> int:
     The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
     """
     end = len(block)
-    add_span, add_tsize = links._spans.append, links._tsizes.append
+    add_span, add_tsize = links.spans.append, links._tsizes.append
     tsize, tail_before = -1, b""
     while at < end and block[at] == _LINKS:
         start = at + 2

@@ -13,23 +13,23 @@ Trees of tiny chunks and the tail of a trickle tree break this assumption. Then 
 for an interior node that was taken for a leaf, and the caller walks again with `sure=True`, which expands
 every dag-pb child and is right for every tree.
 
-Pure. The work is bounded whatever the blocks say: one call returns at most LIMIT leaves and expands about
-BUDGET nodes.
+Pure. The work is bounded whatever the blocks say: one call returns at most MAX_FRONTIER leaves and expands
+about BUDGET nodes.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, multihash, nodes, protobuf, unixfs, varint
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Child, File, Leaf, Node
+from ipfsfuse.dag.nodes import Children, File, Leaf, Node
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
-LIMIT = 4096
+MAX_FRONTIER = 4096
 """Leaves that one call returns at most. A file of tiny chunks has a million of them in a MiB."""
 BUDGET = 512
 """Nodes that one call expands before it returns the leaves that it has, if it has any."""
@@ -81,7 +81,7 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     count, together = 0, FIRST
     while len(done := known(frontier)) < len(frontier) and (count < BUDGET or not done):
         yield from expand(frontier, together, parts_of)
-        del frontier[LIMIT:]
+        del frontier[MAX_FRONTIER:]
         count += together
         together = max(1, min(2 * together, MOST_TOGETHER, MAX_CHILDREN * together // max(children, 1)))
         children = 0
@@ -89,34 +89,27 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
 
 
 def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool) -> _Frontier:
-    """The parts of a node that overlap `span`, at most LIMIT of them. The node's content begins at `base`."""
+    """The parts of a node that overlap `span`, at most MAX_FRONTIER of them. The node's content begins
+    at `base`."""
     start, stop = span[0] - base, span[1] - base
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline))
-    children = file.children
-    first = max(bisect_right(children, start, key=lambda child: child.offset) - 1, 0)
-    deep = sure or (bool(children) and children[0].size >= cids.MAX_BLOCK)
-    for index in range(first, len(children)):
-        child = children[index]
-        if child.offset >= stop or len(frontier) >= LIMIT:
-            break
-        if child.size and child.offset + child.size > start:
-            frontier.append(_part(child, base, level + 1, deep))
-    return frontier
-
-
-def _part(child: Child, base: int, level: int, deep: bool) -> Leaf | Unexpanded[_Subtree]:
-    offset = base + child.offset
-    if cids.codec(child.cid) == cids.RAW:
-        if child.size > cids.MAX_BLOCK:
+    if not isinstance(file.children, Children):
+        return frontier
+    deep = sure or file.children.first_size >= cids.MAX_BLOCK
+    for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):
+        raw = cids.codec(child.cid) == cids.RAW
+        if raw and child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
-        return Leaf(child.cid, offset, child.size)
-    if not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None:
-        return Leaf(child.cid, offset, child.size)
-    if level > MAX_HEIGHT:
-        raise Malformed(f"a file of more than {MAX_HEIGHT} levels")
-    return Unexpanded(child.cid, _Subtree(offset, child.size, level))
+        if raw or (not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None):
+            frontier.append(Leaf(child.cid, base + child.offset, child.size))
+        elif level >= MAX_HEIGHT:
+            raise Malformed(f"a file of more than {MAX_HEIGHT} levels")
+        else:
+            state = _Subtree(base + child.offset, child.size, level + 1)
+            frontier.append(Unexpanded(child.cid, state))
+    return frontier
 
 
 # -- the content of one leaf ---------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 1
 import hashlib
 from collections.abc import Callable, Sequence
 
+from ipfsfuse import extras
 from ipfsfuse.dag import varint
-from ipfsfuse.errors import Malformed, NotACid, Unsupported, WrongBlock
+from ipfsfuse.errors import Malformed, NotACid, Unsupported
 
 IDENTITY = 0x00
 SHA2_256 = 0x12
@@ -51,6 +52,12 @@ def _double_sha2(data: Buffer, _length: int) -> bytes:
     return hashlib.sha256(hashlib.sha256(data).digest()).digest()
 
 
+_KECCAK: dict[int, tuple[str, Hash]] = {
+    0x1A: ("keccak-224", _keccak(224)),
+    0x1B: ("keccak-256", _keccak(256)),
+    0x1C: ("keccak-384", _keccak(384)),
+    0x1D: ("keccak-512", _keccak(512)),
+}
 _FUNCTIONS: dict[int, tuple[str, Hash]] = {
     0x11: ("sha1", _lib("sha1")),
     SHA2_256: ("sha2-256", _lib("sha256")),
@@ -60,10 +67,7 @@ _FUNCTIONS: dict[int, tuple[str, Hash]] = {
     0x16: ("sha3-256", _lib("sha3_256")),
     0x17: ("sha3-224", _lib("sha3_224")),
     0x19: ("shake-256", _shake256),
-    0x1A: ("keccak-224", _keccak(224)),
-    0x1B: ("keccak-256", _keccak(256)),
-    0x1C: ("keccak-384", _keccak(384)),
-    0x1D: ("keccak-512", _keccak(512)),
+    **_KECCAK,
     0x1E: ("blake3", _blake3),
     0x56: ("dbl-sha2-256", _double_sha2),
     **{0xB200 + n: (f"blake2b-{8 * n}", _blake2(hashlib.blake2b, n)) for n in range(20, 65)},
@@ -85,17 +89,10 @@ def split(multihash: bytes) -> tuple[int, bytes]:
     return code, multihash[at:]
 
 
-def inline(multihash: bytes) -> bytes | None:
-    """The bytes that an identity multihash carries, None for any other. Raises Unsupported for more than 128
-    bytes."""
-    if multihash[:1] != b"\x00":
-        return None
-    check_allowed(multihash)
-    return split(multihash)[1]
-
-
 def check_allowed(multihash: bytes) -> None:
     """Raises Unsupported, naming the function, for a multihash that boxo's `verifcid` would refuse."""
+    if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
+        return
     code, digest = split(multihash)
     if code == IDENTITY:
         if len(digest) > MAX_DIGEST:
@@ -103,17 +100,12 @@ def check_allowed(multihash: bytes) -> None:
         return
     if code not in _FUNCTIONS:
         raise Unsupported(f"hash function 0x{code:x} is not allowed")
+    if code in _KECCAK:
+        extras.require("keccak")  # asked before anything is fetched
     if not MIN_DIGEST <= len(digest) <= MAX_DIGEST:
         raise Unsupported(
             f"a {_FUNCTIONS[code][0]} digest of {len(digest)} bytes: {MIN_DIGEST} to {MAX_DIGEST} are allowed"
         )
-
-
-def verify(multihash: bytes, block: Buffer, name: str) -> None:
-    """Raises WrongBlock, naming `name`, unless `block` hashes to `multihash`; Unsupported if the hash is not
-    allowed."""
-    if not matches(multihash, (block,)):
-        raise WrongBlock(f"{name}: the block's bytes do not match its CID")
 
 
 def matches(multihash: bytes, parts: Sequence[Buffer]) -> bool:

@@ -11,8 +11,8 @@ Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give thos
 
 import operator
 from array import array
-from bisect import bisect_left
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, islice
@@ -61,12 +61,14 @@ class Child(NamedTuple):
 class Children(Sequence[Child]):
     """The children of a file node, made when they are used."""
 
-    __slots__ = ("_links", "_offsets")
+    __slots__ = ("_links", "_offsets", "first_size")
 
     def __init__(self, links: Links, offsets: "array[int]") -> None:
-        """`offsets` has one for each link, and the end of the last child."""
+        """`links` has one at least, and `offsets` one for each, and the end of the last child."""
         self._links = links
         self._offsets = offsets
+        self.first_size = offsets[1] - offsets[0]
+        """Bytes of the first child."""
 
     def __len__(self) -> int:
         return len(self._links)
@@ -89,6 +91,17 @@ class Children(Sequence[Child]):
 
     def cids(self) -> list[Cid]:
         return self._links.cids()
+
+    def between(self, start: int, stop: int) -> Iterator[Child]:
+        """Those with content in [start, stop), in order."""
+        block, spans, offsets = self._links.block, self._links.spans, self._offsets
+        first = max(bisect_right(offsets, start) - 1, 0)
+        for at in range(first, len(offsets) - 1):
+            offset, end = offsets[at], offsets[at + 1]
+            if offset >= stop:
+                return
+            if start < end and offset < end:
+                yield Child(Cid(block[spans[4 * at] : spans[4 * at + 1]]), offset, end - offset)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ Concurrency: any thread. A buffer returns by itself when its last view is gone.
 import ctypes
 import mmap
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 SIZES = tuple(1 << power for power in range(16, 22))
@@ -24,14 +25,6 @@ class _Pool:
         self.size = 0
         """Bytes of unused buffers. Threads may miscount it a little: only how many are kept depends on it."""
 
-    def take(self, size: int) -> mmap.mmap:
-        try:
-            pages = self.unused[size].pop()
-        except IndexError:
-            return mmap.mmap(-1, size)
-        self.size -= size
-        return pages
-
     def put(self, pages: mmap.mmap, size: int) -> None:
         if self.size < KEPT:
             self.size += size
@@ -43,8 +36,13 @@ _POOL = _Pool()
 
 def lend(size: int) -> memoryview:
     """A buffer of `size` bytes, at least one, with any content."""
-    kept = next((each for each in SIZES if each >= size), 0)
-    pages = _POOL.take(kept) if kept else mmap.mmap(-1, size)
+    at = bisect_left(SIZES, size)
+    kept = SIZES[at] if at < len(SIZES) else 0
+    try:
+        pages = _POOL.unused[kept].pop()
+        _POOL.size -= kept
+    except LookupError:  # none is left, or it is larger than those that are kept
+        pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
     if kept:  # an mmap does not say when its last view ends, an array on it does
         weakref.finalize(array, _POOL.put, pages, kept).atexit = False

@@ -7,6 +7,7 @@ Concurrency: any thread; every call blocks.
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import stat
 import time
@@ -106,8 +107,11 @@ class Direct:
         self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
     ) -> bool:
         """Whether `call` was made with O_DIRECT."""
-        if not self._supported or not _all_aligned(parts, offset):
+        if not self._supported or offset % ALIGNED:
             return False
+        for part in parts:
+            if not isinstance(part, memoryview) or not is_aligned(part, ALIGNED):
+                return False
         if self._buffered_calls:
             self._buffered_calls -= 1
             return False
@@ -127,12 +131,6 @@ class Direct:
         if self._pace > SLOW:
             self._buffered_calls, self._pace = BUFFERED_CALLS, SLOW  # the next direct call decides
         return True
-
-
-def _all_aligned(parts: Sequence[bytes | memoryview], offset: int) -> bool:
-    return offset % ALIGNED == 0 and all(
-        isinstance(part, memoryview) and is_aligned(part, ALIGNED) for part in parts
-    )
 
 
 # -- whole files ---------------------------------------------------------------------------------------------
@@ -166,6 +164,26 @@ def read_file(path: str, most: int) -> bytes | None:
     except OSError:
         return None
     return content if len(content) == size else None
+
+
+HASHED_TOGETHER = 128 << 10
+"""Bytes that are read and then hashed, while the disk reads the next ones."""
+
+
+def read_hashed(path: str, most: int) -> tuple[bytes, bytes] | None:
+    """The content of one regular file, as `read_file` reads it, and its SHA-256."""
+    hasher, pieces = hashlib.sha256(), list[bytes]()
+    try:
+        with regular(path, most) as (file, size):
+            os.posix_fadvise(file, 0, size, os.POSIX_FADV_WILLNEED)
+            for at in range(0, size, HASHED_TOGETHER):
+                piece = os.pread(file, min(HASHED_TOGETHER, size - at), at)
+                hasher.update(piece)
+                pieces.append(piece)
+    except OSError:
+        return None
+    content = b"".join(pieces)
+    return (content, hasher.digest()) if len(content) == size else None
 
 
 @contextmanager

@@ -12,7 +12,8 @@ Concurrency: any thread may call the functions and `ReadWindows`. `Device` belon
 
 import ctypes
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -45,8 +46,10 @@ _LIBRARY.device_backing_open.argtypes = _LIBRARY.device_backing_close.argtypes =
 _LIBRARY.device_backing_close.restype = None
 _LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
 _LIBRARY.device_interrupted.restype = ctypes.c_uint64
-_CURRENT = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
-_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
+REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
+"""The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
+NANOSECONDS_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
+"""How long that request had waited for Python. Only in a handler that has not waited yet."""
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
 _WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
@@ -73,6 +76,11 @@ class Device:
     def passes_through(self) -> bool:
         """Whether the kernel agreed to read backing files itself. Known when `initialized` has returned."""
         return bool(_LIBRARY.reply_init_result() & _INIT_PASSTHROUGH)
+
+    @property
+    def start_error(self) -> int:
+        """The errno of what prevented the thread's start, 0 if nothing did."""
+        return int(_LIBRARY.device_start_error())
 
     async def initialized(self) -> bool:
         """Waits until INIT is answered. Returns whether the kernel offered parallel directory operations.
@@ -101,30 +109,15 @@ class Device:
         os.close(self._notify_fd)
 
 
-def current_request_number() -> int:
-    """The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
-    return _CURRENT.value
-
-
-def waited() -> float:
-    """How many seconds that request had waited for Python. Only in a handler that has not waited yet."""
-    return _WAITED.value * 1e-9
-
-
 class ReadWindows:
     """Verified bytes of one open file that the thread may give to its reader: a
     `vfs.buffers.ReadWindows`."""
 
-    __slots__ = ("_handle",)
+    __slots__ = ("add", "remove")
 
     def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def add(self, offset: int, content: Content, told: bool) -> None:
-        _WITH_LOCK.reads_add(self._handle, offset, content, told)
-
-    def remove(self, offset: int) -> None:
-        _WITH_LOCK.reads_remove(self._handle, offset)
+        self.add: Callable[[int, Content, bool], None] = partial(_WITH_LOCK.reads_add, handle)
+        self.remove: Callable[[int], None] = partial(_WITH_LOCK.reads_remove, handle)
 
 
 def allow(inode: int) -> None:

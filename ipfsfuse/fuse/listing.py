@@ -28,19 +28,27 @@ ROOTS_AT_A_TIME = 128
 
 
 class _Reply:
-    """One buffer that is being filled with entries of the directory `held`."""
+    """One buffer that is being filled with entries of the directory `directory`."""
 
     def __init__(
-        self, held: Inode, tree: Tree, inodes: Inodes, replies: Replies, token: ReaddirToken
+        self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies, token: ReaddirToken
     ) -> None:
-        self._held, self._tree, self._inodes, self._replies, self._token = held, tree, inodes, replies, token
+        self._directory, self._tree, self._inodes, self._replies, self._token = (
+            directory,
+            tree,
+            inodes,
+            replies,
+            token,
+        )
         self._referred: list[Inode] = []
         self.entries = 0
         """How many are in it, "." and ".." not counted."""
 
     def dots(self, start: int) -> bool:
         """Puts in those of "." and ".." that stand behind `start`. False if the buffer is full."""
-        for place, (name, number) in enumerate(((b".", self._held.number), (b"..", self._held.parent)), 1):
+        for place, (name, number) in enumerate(
+            ((b".", self._directory.number), (b"..", self._directory.parent)), 1
+        ):
             if start < place and not self._name_only(name, number, _DIRECTORY, place):
                 return False
         return True
@@ -63,7 +71,7 @@ class _Reply:
         inode = self._inode(entry)
         if inode is None:
             return self._name_only(
-                entry.name, self._inodes.likely(self._held.number, entry.name, entry.cid), 0, place
+                entry.name, self._inodes.likely(self._directory.number, entry.name, entry.cid), 0, place
             )
         try:
             fitted = readdir_reply(self._token, FileNameT(entry.name), self._replies.entry(inode), place)
@@ -76,12 +84,12 @@ class _Reply:
 
     def _inode(self, entry: Entry) -> Inode | None:
         """None where nothing tells its attributes."""
-        told = self._tree.told(entry.cid, entry.tsize)
-        if told is None:
+        attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
+        if attributes is None:
             return self._inodes.find(entry.cid)
-        if told.is_directory:
-            return self._inodes.directory(self._held.number, entry.name, entry.cid, told)
-        return self._inodes.file(entry.cid, told)
+        if attributes.is_directory:
+            return self._inodes.directory(self._directory.number, entry.name, entry.cid, attributes)
+        return self._inodes.file(entry.cid, attributes)
 
     def undo(self) -> None:
         """The reply will not be sent: its references don't count."""
@@ -92,8 +100,8 @@ class _Reply:
 class Listing:
     """Of a directory that is not the root."""
 
-    def __init__(self, held: Inode, tree: Tree, inodes: Inodes, replies: Replies) -> None:
-        self._held, self._tree, self._inodes, self._replies = held, tree, inodes, replies
+    def __init__(self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies) -> None:
+        self._directory, self._tree, self._inodes, self._replies = directory, tree, inodes, replies
         self._page: Sequence[Entry] = ()
         self._end = False
         self._index = 0
@@ -103,7 +111,7 @@ class Listing:
     async def reply(self, start: int, token: ReaddirToken) -> None:
         """Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and
         the kernel meets the failure when it goes on from there."""
-        reply = _Reply(self._held, self._tree, self._inodes, self._replies, token)
+        reply = _Reply(self._directory, self._tree, self._inodes, self._replies, token)
         try:
             await self._fill(start, reply)
         except Exception:
@@ -129,7 +137,7 @@ class Listing:
             await self._turn(self._place)
 
     async def _turn(self, after: int) -> None:
-        page = await self._tree.entries(self._held.cid, after)
+        page = await self._tree.entries(self._directory.cid, after)
         self._page, self._end, self._index, self._place = page.entries, page.end, 0, after
 
 

@@ -18,13 +18,13 @@ import pyfuse3
 import trio
 from pyfuse3 import InodeT
 
-from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.fuse.page_cache_pusher import PageCachePusher
 from ipfsfuse.fuse.passthrough import Passthrough
+from ipfsfuse.sources.base import Caller
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.open_file import OpenFile
@@ -35,11 +35,13 @@ DRAIN_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class _Handle:
+class Handle:
     """One file handle of the kernel's."""
 
     file: OpenFile
     inode: Inode
+    opener: Caller = None
+    """The user id of who opened it, which a read does not tell; None where it was opened in C."""
     opens: int = 1
     """More than one only for a handle that was given in C: all opens of an inode have the same there."""
     in_one_block: bool = True
@@ -52,14 +54,11 @@ class OpenFiles:
         """Without `push` no data is pushed to the kernel, and Python answers each open and read."""
         self._tree, self._inodes, self._push, self._passthrough = tree, inodes, push, passthrough
         self._pusher = PageCachePusher()
-        self._handles: dict[int, _Handle] = {}
+        self.handles: dict[int, Handle] = {}
+        """Those that Python answers for."""
         self._last_handle = 0
         if push:
             tree.cache.when_blocks_leave(device.revoke_idle)
-
-    def __len__(self) -> int:
-        """File handles that Python answers for."""
-        return len(self._handles)
 
     @contextmanager
     def pushing(self) -> Iterator[None]:
@@ -78,8 +77,8 @@ class OpenFiles:
 
     # -- what the kernel asks --------------------------------------------------------------------------------
 
-    async def open(self, inode: Inode) -> int:
-        """A handle for reading `inode`. Raises what the walk of its blocks raises."""
+    async def open(self, inode: Inode, opener: Caller) -> int:
+        """A handle for reading `inode`, for the user `opener`. Raises what the walk of its blocks raises."""
         self.drain()  # first: what was opened before this counts as used before it
         self._pusher.remove(inode.number)
         inode.opens += 1
@@ -101,8 +100,8 @@ class OpenFiles:
                 device.allow(inode.number)
         self._last_handle += 1
         inode.cached_opens += not in_one_block
-        self._handles[self._last_handle] = _Handle(
-            self._opened(file, self._last_handle), inode, in_one_block=in_one_block
+        self.handles[self._last_handle] = Handle(
+            self._opened(file, self._last_handle), inode, opener, in_one_block=in_one_block
         )
         return self._last_handle
 
@@ -117,33 +116,27 @@ class OpenFiles:
             with suppress(OSError):  # the kernel has forgotten it already
                 pyfuse3.invalidate_inode(InodeT(inode.number), attr_only=True)
 
-    async def read(self, handle: int, offset: int, size: int) -> Content:
-        found = self._handles.get(handle)
-        if found is None:
-            found = await self._take_over(handle)
-        return await found.file.read(offset, size)
-
-    async def _take_over(self, handle: int) -> _Handle:
+    async def take_over(self, handle: int) -> Handle:
         """A file that was opened in C is being read: the kernel has not kept its pages."""
         number = device.inode_of(handle)
         if number is None:
             raise KeyError(f"a read of handle {handle}, which is not open")
         inode = self._inodes.get(number)
         file = await self._tree.file(inode.cid)
-        if handle not in self._handles:  # no other read was faster
+        if handle not in self.handles:  # no other read was faster
             # Before the revoke: while C counts the file as open, nothing is stored into it. The kernel waits
             # for our answer with its page locked, and a store would wait for that page.
             self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
-            self._handles[handle] = _Handle(self._opened(file, handle), inode, opens)
-        return self._handles[handle]
+            self.handles[handle] = Handle(self._opened(file, handle), inode, opens=opens)
+        return self.handles[handle]
 
     def release(self, handle: int) -> None:
         if self._passthrough is not None and (inode := self._passthrough.release(handle)) is not None:
             inode.opens -= 1
             return
-        found = self._handles.get(handle)
+        found = self.handles.get(handle)
         if found is None and device.inode_of(handle) is not None:
             return  # C has counted it, but could not answer it
         if found is None:
@@ -151,7 +144,7 @@ class OpenFiles:
         found.inode.opens -= 1
         found.opens -= 1
         if not found.opens:
-            del self._handles[handle]
+            del self.handles[handle]
             found.inode.cached_opens -= not found.in_one_block
             found.file.close()
 

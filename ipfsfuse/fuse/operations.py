@@ -30,14 +30,14 @@ from ipfsfuse import errors
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse import device, replies
-from ipfsfuse.fuse.errnos import translated
+from ipfsfuse.fuse.errnos import fuse_error, translated
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
 from ipfsfuse.histogram import Histogram
-from ipfsfuse.sources.base import Caller, request_of
+from ipfsfuse.sources.base import Caller, Request, current_request
 from ipfsfuse.vfs.attributes import Attributes
 from ipfsfuse.vfs.roots import Roots
 from ipfsfuse.vfs.tree import Tree
@@ -49,6 +49,12 @@ NAME_MAX = 255
 GRACE = 0.5
 """Seconds beyond its deadline after which a call is answered in any case. Before that, who waits for a block
 says which."""
+LEAST = 0.5
+"""Seconds that a call has in any case, however long its request waited for us: the cache answers within
+them."""
+SPREAD, APART = 2.0, 0.0004
+"""Seconds. Calls that wait together end so far apart, and so long before their deadlines at most (and at most
+a quarter of the deadline): the ends of thousands at one moment would hold the event loop for a second."""
 
 
 class Operations(ReadOnlyOperations):
@@ -80,10 +86,8 @@ class Operations(ReadOnlyOperations):
         self._handles = 0
         self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
         """Of the calls that Python answers, by their names."""
-        self._openers: dict[int, int] = {}
-        """The user id of who opened a file, by its handle: reads don't tell."""
         self._listers: dict[int, int] = {}
-        """And a directory."""
+        """The user id of who opened a directory, by its handle: `readdir` does not tell."""
 
     def pushing(self) -> AbstractContextManager[None]:
         """While the session serves: what nobody asked for yet goes to the page cache."""
@@ -99,31 +103,35 @@ class Operations(ReadOnlyOperations):
         its caller gets a signal. Begin it before anything waits. `what` it asks, of which node or handle, is
         for the log.
 
-        The deadline is counted from when the request was read. It leaves at least half of the time, for what
-        could be answered from the cache."""
-        number, began, waited = device.current_request_number(), trio.current_time(), device.waited()
-        deadline = began + max(self._deadline - waited, self._deadline / 2)
+        The deadline is counted from when the request was read. Any error leaves as FUSEError (`errnos`)."""
+        number, waited = device.REQUEST_NUMBER.value, device.NANOSECONDS_WAITED.value * 1e-9
+        began = trio.current_time()
+        early = len(self._calls) * APART % min(SPREAD, self._deadline / 4)
+        request = Request(caller, began + max(self._deadline - waited - early, LEAST))
+        token = current_request.set(request)
         outcome = "failed"
-        with translated, request_of(caller, deadline) as request:
-            try:
-                with trio.CancelScope(deadline=deadline + GRACE) as scope:
-                    self._calls[number] = scope
-                    try:
-                        yield
-                        outcome = "answered"
-                    finally:
-                        del self._calls[number]
-                if scope.cancelled_caught:
-                    if trio.current_time() < scope.deadline:
-                        outcome = "interrupted"
-                        raise errors.Interrupted("the caller was interrupted")
-                    raise errors.Unavailable(f"not answered within {self._deadline:g} s")
-            finally:
-                seconds = trio.current_time() - began
-                self.latencies[what].add(seconds)
-                if log.isEnabledFor(logging.DEBUG):
-                    line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
-                    log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
+        try:
+            with trio.CancelScope(deadline=request.deadline + GRACE) as scope:
+                self._calls[number] = scope
+                try:
+                    yield
+                    outcome = "answered"
+                finally:
+                    del self._calls[number]
+            if scope.cancelled_caught:
+                if trio.current_time() < scope.deadline:
+                    outcome = "interrupted"
+                    raise errors.Interrupted("the caller was interrupted")
+                raise errors.Unavailable(f"not answered within {self._deadline:g} s")
+        except Exception as exc:
+            raise fuse_error(exc) from exc
+        finally:
+            current_request.reset(token)
+            seconds = trio.current_time() - began
+            self.latencies[what].add(seconds)
+            if log.isEnabledFor(logging.DEBUG):
+                line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
+                log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
 
     def interrupt(self, number: int) -> None:
         """The caller of the request `number` got a signal."""
@@ -191,20 +199,21 @@ class Operations(ReadOnlyOperations):
         with self._call(ctx.uid, "open", inode):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
-            handle = await self._files.open(self._inodes.get(inode))
-            self._openers[handle] = ctx.uid
+            handle = await self._files.open(self._inodes.get(inode), ctx.uid)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
-        with self._call(self._openers.get(fh), "read", (fh, off, size)):
-            return await self._files.read(fh, off, size)
+        handle = self._files.handles.get(fh)
+        with self._call(handle.opener if handle else None, "read", (fh, off, size)):
+            if handle is None:
+                handle = await self._files.take_over(fh)
+            return await handle.file.read(off, size)
 
     async def flush(self, fh: FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
 
     async def release(self, fh: FileHandleT) -> None:
         with translated:
-            self._openers.pop(fh, None)
             self._files.release(fh)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:

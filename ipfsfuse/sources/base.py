@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -60,28 +60,19 @@ class Request:
             call()
 
 
-_request: ContextVar[Request] = ContextVar("request")
-_NOBODY = Request(number=0)
-
-
-def current_request() -> Request:
-    """The request of the call in whose task, or on whose account, this runs."""
-    return _request.get(_NOBODY)
-
-
-def set_request(request: Request) -> None:
-    """From now on this task, and tasks that it starts, work for `request`."""
-    _request.set(request)
+current_request: ContextVar[Request] = ContextVar("request", default=Request(number=0))  # noqa: B039
+"""The request of the call in whose task, or on whose account, this runs. A task that sets it works for that
+request from then on, and so do the tasks that it starts."""
 
 
 @contextmanager
 def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
     """A call of `caller`, for the length of a `with` block."""
-    token = _request.set(request := Request(caller, deadline))
+    token = current_request.set(request := Request(caller, deadline))
     try:
         yield request
     finally:
-        _request.reset(token)
+        current_request.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +176,14 @@ class Fetched:
 
     block: bytes
     source: Source
+
+
+class Hashed(NamedTuple):
+    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
+    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
+
+    block: bytes
+    digest: bytes
 
 
 DeliverFetched = Callable[[int, Sequence[Block], Source], Awaitable[None]]

@@ -55,25 +55,20 @@ class PrefetchBuffer:
         self._size = size
         self._windows = windows
         self._closed = False
-        self._leaves: dict[int, Content] = {}
+        self.leaves: dict[int, Content] = {}
+        """By their offsets. `put` and `drop` change it."""
         self._starts: list[int] = []
         """Their offsets, sorted."""
 
-    def __len__(self) -> int:
-        return len(self._leaves)
-
     def put(self, offset: int, content: Content) -> None:
         """Keeps a leaf for the reader, if the budget allows."""
-        if len(content) <= self._budget.left and offset not in self._leaves and not self._closed:
-            self._leaves[offset] = content
+        if len(content) <= self._budget.left and offset not in self.leaves and not self._closed:
+            self.leaves[offset] = content
             insort(self._starts, offset)
             self._budget.left -= len(content)
             if self._windows is not None:
                 end = offset + len(content)
                 self._windows.add(offset, content, offset // UNSEEN != end // UNSEEN or end == self._size)
-
-    def get(self, offset: int) -> Content | None:
-        return self._leaves.get(offset)
 
     def read(self, offset: int, size: int) -> Content | None:
         """What a sequential reader asks for, if leaves here hold all of it. Leaves of which it has then read
@@ -85,7 +80,7 @@ class PrefetchBuffer:
             if not 0 <= at < len(self._starts):
                 return None
             start = self._starts[at]
-            content = self._leaves[start]
+            content = self.leaves[start]
             stop = min(end, start + len(content))
             if not start <= offset < stop:
                 return None
@@ -98,17 +93,17 @@ class PrefetchBuffer:
         else:
             for start in done:
                 self.drop(start)
-            while self._starts and self._starts[0] + len(self._leaves[self._starts[0]]) <= first - BEHIND:
+            while self._starts and self._starts[0] + len(self.leaves[self._starts[0]]) <= first - BEHIND:
                 self.drop(self._starts[0])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def passed(self, offset: int) -> None:
         """Everything before `offset` was read. Leaves well behind it are dropped."""
-        while self._starts and self._starts[0] + len(self._leaves[self._starts[0]]) <= offset - BEHIND:
+        while self._starts and self._starts[0] + len(self.leaves[self._starts[0]]) <= offset - BEHIND:
             self.drop(self._starts[0])
 
     def drop(self, offset: int) -> None:
-        content = self._leaves.pop(offset, None)
+        content = self.leaves.pop(offset, None)
         if content is not None:
             del self._starts[bisect_right(self._starts, offset) - 1]
             self._budget.left += len(content)
@@ -121,7 +116,7 @@ class PrefetchBuffer:
         self.clear()
 
     def clear(self) -> None:
-        for offset in list(self._leaves):
+        for offset in list(self.leaves):
             self.drop(offset)
 
 

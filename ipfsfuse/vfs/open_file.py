@@ -3,9 +3,10 @@
 Concurrency: reads of one open file may overlap. What is fetched ahead ends when the file is closed.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import trio
@@ -15,7 +16,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
-from ipfsfuse.sources.base import current_request, set_request
+from ipfsfuse.sources.base import current_request
 from ipfsfuse.vfs.buffers import PrefetchBuffer, ReadWindows
 from ipfsfuse.vfs.tree import Tree
 
@@ -28,6 +29,9 @@ anew: 12 % of the CPU of a cold read."""
 MIN_WINDOW = 2 << 20
 MAX_WINDOW = 16 << 20
 SLACK = 2 << 20
+
+
+_OFFSET = attrgetter("offset")
 
 
 class Window(NamedTuple):
@@ -113,56 +117,50 @@ class OpenFile:
             return await self._range(offset, size)
 
     async def _range(self, offset: int, size: int) -> Content:
+        """The bytes of all leaves that lie under a read."""
         parts: list[Content] = []
         end = offset + size
         while offset < end:
-            for leaf in await self._under(offset, end - offset):
-                parts.append(await self._part(leaf, offset, end - offset))
-                offset = min(leaf.offset + leaf.size, end)
+            leaves: Sequence[Leaf] = ()
+            for stretch in self._stretches:  # found by the last walks
+                if not leaves and stretch[0].offset <= offset < stretch[-1].offset + stretch[-1].size:
+                    first_leaf = bisect_right(stretch, offset, key=_OFFSET) - 1
+                    leaves = stretch[first_leaf : bisect_left(stretch, end, key=_OFFSET)]
+            for leaf in leaves or await self._walk(offset, end - offset):
+                first, last = offset - leaf.offset, min(end - leaf.offset, leaf.size)
+                parts.append(await self._part(leaf, first, last))
+                offset = leaf.offset + last
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _part(self, leaf: Leaf, offset: int, size: int) -> Content:
-        """What lies in `leaf` of `size` bytes from `offset` of the file."""
+    async def _part(self, leaf: Leaf, first: int, last: int) -> Content:
+        """The bytes [first, last) of a leaf. What is left of it a sequential reader finds in the buffer, so
+        that its hash pays once."""
+        cache, sequential = self._tree.cache, self._ahead.sequential
         if self._tree.use is not None:
             self._tree.use(leaf.cid, ahead=False)
         self._asked.append(leaf.offset)
-        data = self._buffer.get(leaf.offset)
+        data = self._buffer.leaves.get(leaf.offset)
         if data is None:
-            first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
-            if last - first < leaf.size and not self._ahead.sequential:
-                return await self._tree.cache.part(self._ref, leaf, first, last)
-            data = await self._tree.cache.leaf(self._ref, leaf, early=True)
-        return self._cut(leaf, data, offset, size)
-
-    def _cut(self, leaf: Leaf, data: Content, offset: int, size: int) -> memoryview:
-        """The part of a leaf that was asked for. What is left of it a sequential reader finds in the buffer,
-        so that its hash pays once."""
-        first, last = max(offset - leaf.offset, 0), min(offset + size - leaf.offset, leaf.size)
-        if self._ahead.sequential and leaf.offset + last == self._file.size:
+            if last - first < leaf.size and not sequential:
+                return await cache.part(self._ref, leaf, first, last)
+            data = await cache.leaf(self._ref, leaf, early=True)
+        if sequential and leaf.offset + last == self._file.size:
             self._buffer.clear()  # what was read from the windows is still there
         elif last == leaf.size:
             self._buffer.drop(leaf.offset)
-        elif self._ahead.sequential:
+        elif sequential:
             self._buffer.put(leaf.offset, data)
         self._buffer.passed(leaf.offset)
         return memoryview(data)[first:last]
 
-    async def _under(self, offset: int, size: int) -> Sequence[Leaf]:
-        """The leaves from `offset` on, as far as they are known together: from those found last, or walked
-        for."""
-        for leaves in self._stretches:
-            found = _overlapping(leaves, offset, size)
-            if found:
-                return found
-        return await self._walk(offset, size)
-
     async def _walk(self, offset: int, size: int) -> Sequence[Leaf]:
         leaves = await self._tree.drive(file_layout.leaves(self._file, offset, size, self._sure))
-        self._stretches.appendleft(leaves)
+        if leaves:
+            self._stretches.appendleft(leaves)
         return leaves
 
     async def _bring(self, window: Window) -> None:
-        set_request(current_request().for_background())
+        current_request.set(current_request.get().for_background())
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
@@ -179,13 +177,3 @@ class OpenFile:
 
     def _arrived(self, leaf: Leaf, data: Content) -> None:
         self._buffer.put(leaf.offset, data)
-
-
-def _overlapping(leaves: Sequence[Leaf], offset: int, size: int) -> Sequence[Leaf]:
-    """The run of `leaves`, which are consecutive, that covers the range from its beginning; empty where none
-    does."""
-    if not leaves or not leaves[0].offset <= offset < leaves[-1].offset + leaves[-1].size:
-        return ()
-    first = bisect_right(leaves, offset, key=lambda leaf: leaf.offset) - 1
-    last = bisect_right(leaves, offset + size - 1, key=lambda leaf: leaf.offset)
-    return leaves[first:last]

@@ -25,7 +25,7 @@ from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
-from ipfsfuse.sources.base import Subtree, current_request, set_request
+from ipfsfuse.sources.base import Subtree, current_request
 from ipfsfuse.vfs.buffers import SmallFileBuffer
 
 SMALL_FILE = 64 << 10
@@ -229,7 +229,7 @@ class DirectoryPrefetcher:
             self._nursery.start_soon(self._run, place[0])
 
     async def _run(self, page: ScanTracker) -> None:
-        set_request(current_request().for_background())
+        current_request.set(current_request.get().for_background())
         try:
             if page.deep:
                 while (cid := page.take_deep()) is not None:

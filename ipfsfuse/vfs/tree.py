@@ -33,7 +33,7 @@ KNOWN = 50_000
 
 
 class Use(Protocol):
-    """Told of every block that a request used, or that was fetched ahead of one."""
+    """Called with every block that a request used, or that was fetched ahead of one."""
 
     def __call__(self, cid: Cid, ahead: bool) -> None: ...
 
@@ -102,7 +102,7 @@ class Tree:
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
             self.use(cid, ahead=False)
-        return await self.cache.block(cid)
+        return await self.cache.block(cid, early=True)
 
     async def attributes(self, cid: Cid) -> Attributes:
         """The attributes of what `cid` names, from memory where they are there."""
@@ -171,8 +171,8 @@ class Tree:
             self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return page
 
-    def told(self, cid: Cid, tsize: int) -> Attributes | None:
-        """What a listing tells of an entry whose link claims `tsize` (negative if there is no claim): what is
+    def claimed_attributes(self, cid: Cid, tsize: int) -> Attributes | None:
+        """What a listing shows of an entry whose link claims `tsize` (negative if there is no claim): what is
         known, else the claim, which gives the size of a raw block. No block is needed."""
         known = self.known(cid)
         if known is not None:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ipfsfuse import extras
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import options as parsing
 from ipfsfuse_run import signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, say
+from ipfsfuse_run.errors import COULD_NOT_RUN, say, trap_text
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -41,6 +42,7 @@ def _main(argv: Sequence[str]) -> int:
         if options.args or options.record is not None or options.replay is not None:
             raise UsageError("compile takes a GUEST, and no arguments or receipts")
         options = options._replace(compile_only=True)
+    extras.require("run")
     if options.replay is not None:
         from ipfsfuse_run import replay
 
@@ -48,6 +50,8 @@ def _main(argv: Sequence[str]) -> int:
     from ipfsfuse_run.execute import execute
 
     outcome = execute(options)
+    if outcome.trap is not None and options.record is None:  # a recorded one is among the guest's output
+        sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
     if outcome.refused is not None:
         say(outcome.refused)
     return outcome.code if outcome.signal is None else -outcome.signal

@@ -58,6 +58,8 @@ def unsuited(options: Options) -> str | None:
     """Why this run needs the library."""
     if options.record is not None or options.deterministic:
         return "--record and --deterministic need the library"
+    if options.invoke is not None or options.preload:
+        return "--invoke and --preload need the library"
     if any(not each.writable for each in options.dirs):
         return "the command has no read-only folders: --dir with ::ro needs the library"
     if any("::" in text for each in options.dirs for text in (each.host, each.guest)):
@@ -145,7 +147,7 @@ def _compiled(
         if status:
             errors.seek(0)
             said = " ".join(errors.read(4096).decode(errors="replace").split())
-            raise GuestRefused(f"{name} is no valid WebAssembly {kind}: {said or 'the command failed'}")
+            raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {said or 'the command failed'}")
         guest.form_of(kind)  # imports what is needed, as long as this process can
         lockdown.lock(access)
         guest.check(kind, data, name)

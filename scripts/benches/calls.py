@@ -24,34 +24,48 @@ QUIET = 1.0
 
 
 class Recorder:
-    """In the daemon: which functions of ours are entered while recording is on, in all threads."""
+    """In the daemon: which functions of ours are entered while recording is on, in all threads. The first
+    recording, while nothing is asked, finds what runs by itself: later ones leave that out, and what it
+    calls."""
 
     def __init__(self, package: str, out: Path) -> None:
         self._package, self._out = package, out
         self._on = False
+        self._background: set[str] | None = None
+        """The outermost functions of the first recording; None before it has ended."""
+        self._roots: set[str] = set()
         self._all: set[str] = set()
         self._reads: dict[int, set[str]] = {}
 
     def toggle(self, _number: int, _frame: FrameType | None) -> None:
         self._on = not self._on
         if not self._on:
-            reads = sorted(len(names) for names in self._reads.values())
+            reads = sorted(map(sorted, self._reads.values()), key=len)
             fresh = self._out.with_suffix(".new")
             fresh.write_text(json.dumps({"all": sorted(self._all), "reads": reads}))
             fresh.replace(self._out)
+            if self._background is None:
+                self._background = set(self._roots)
             self._all, self._reads = set(), {}
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
         if not self._on or event != "call" or not frame.f_code.co_filename.startswith(self._package):
             return
-        name = self._name(frame.f_code)
-        self._all.add(name)
+        name = root = self._name(frame.f_code)
         above: FrameType | None = frame
-        while above is not None:
-            if above.f_code.co_name == "read" and above.f_code.co_filename.endswith("fuse/operations.py"):
-                self._reads.setdefault(id(above), set()).add(name)
-                return
+        read, task = 0, False
+        while above is not None and not (task := above.f_code.co_name == "unrolled_run"):  # trio's loop
+            if above.f_code.co_filename.startswith(self._package):
+                root = self._name(above.f_code)
+            if root == "fuse/operations.py:Operations.read":
+                read = id(above)
             above = above.f_back
+        if task:
+            self._roots.add(root)
+        if self._background is None or not task or root not in self._background:
+            self._all.add(name)
+            if read:
+                self._reads.setdefault(read, set()).add(name)
 
     def _name(self, code: CodeType) -> str:
         return f"{code.co_filename.removeprefix(self._package)}:{code.co_qualname}"
@@ -102,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             wait_until(home.mountpoint.is_mount, "mounted")
             with open(home.mountpoint / cid, "rb", buffering=0) as file:
                 time.sleep(QUIET)
+                recorded(process.pid, out, lambda: time.sleep(QUIET))
                 cold = recorded(process.pid, out, lambda: os.pread(file.fileno(), 4096, 0))
                 for _ in range(24):
                     file.read(1 << 20)
@@ -110,14 +125,17 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             process.terminate()
             process.wait()
-    counts = {"cold": len(cold["all"]), "fetched_ahead": ahead["reads"][0] if ahead["reads"] else 0}
+    fetched_ahead = ahead["reads"][0] if ahead["reads"] else []
+    assert isinstance(fetched_ahead, list)
+    counts = {"cold": len(cold["all"]), "fetched_ahead": len(fetched_ahead)}
     if arguments.json:
-        print(json.dumps({**counts, "cold_functions": cold["all"]}, indent=2))
+        functions = {"cold_functions": cold["all"], "fetched_ahead_functions": fetched_ahead}
+        print(json.dumps({**counts, **functions}, indent=2))
         return 0
     print(
         f"a cold READ from a gateway enters {counts['cold']} functions, one fetched ahead "
         f"{counts['fetched_ahead']}"
     )
     if arguments.names:
-        print("\n".join(map(str, cold["all"])))
+        print("\n".join(["cold:", *map(str, cold["all"]), "fetched ahead:", *fetched_ahead]))
     return 0

@@ -35,8 +35,8 @@ NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY, PASSTHROUGH = (
     "library",
     "passthrough",
 )
-"""`http`: as root, from the node's ports alone. `passthrough`: as root, with --passthrough, after the file was
-verified whole."""
+"""`http`: as root, from the node's ports alone. `passthrough`: as root, with --passthrough, after the file
+was verified whole."""
 ALL = (NATIVE, ROOT, USER, KUBO)
 WITH_HTTP = (*ALL, HTTP)
 WITH_RCLONE = (*ALL, HTTP, RCLONE)

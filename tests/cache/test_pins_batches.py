@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ipfsfuse.cache.pins.batches import LIMIT, Batch, Batches, directory, members_of
+from ipfsfuse.cache.pins.batches import MAX_MEMBERS, Batch, BatchPlanner, directory, members_of
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, nodes, unixfs
 from ipfsfuse.dag.cid import Cid
@@ -20,12 +20,12 @@ class Shelf(RuleBasedStateMachine):
     """Random wishes between and inside rounds; some rounds fail with any part of them done, some nodes
     forget."""
 
-    LIMIT = 8
-    MOST = 2
+    MAX_MEMBERS = 8
+    MAX_PER_ROUND = 2
 
     def __init__(self) -> None:
         super().__init__()
-        self.shelf = Batches(self.LIMIT, self.MOST)
+        self.planner = BatchPlanner(self.MAX_MEMBERS, self.MAX_PER_ROUND)
         self.wanted: set[Cid] = set()
         self.node: dict[int, tuple[Cid, ...]] = {}
         self.round_open = False
@@ -33,12 +33,12 @@ class Shelf(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 40))
     def add(self, index: int) -> None:
-        assert self.shelf.add(cid(index)) == (cid(index) not in self.wanted)
+        assert self.planner.add(cid(index)) == (cid(index) not in self.wanted)
         self.wanted.add(cid(index))
 
     @rule(index=st.integers(0, 40))
     def remove(self, index: int) -> None:
-        assert self.shelf.remove(cid(index)) == (cid(index) in self.wanted)
+        assert self.planner.remove(cid(index)) == (cid(index) in self.wanted)
         self.wanted.discard(cid(index))
 
     @rule(first=st.integers(0, 40), count=st.integers(1, 30), add=st.booleans())
@@ -49,11 +49,11 @@ class Shelf(RuleBasedStateMachine):
     @precondition(lambda self: not self.round_open)
     @rule()
     def begin(self) -> None:
-        self.round = self.shelf.begin()
+        self.round = self.planner.begin()
         self.round_open = True
         for batch in self.round.writes:
             assert batch.number not in self.node
-            assert 0 < len(batch.members) <= self.LIMIT
+            assert 0 < len(batch.members) <= self.MAX_MEMBERS
             assert len(set(batch.members)) == len(batch.members)
         assert set(self.round.drops) <= set(self.node)
 
@@ -63,36 +63,36 @@ class Shelf(RuleBasedStateMachine):
         self.node |= {batch.number: batch.members for batch in self.round.writes}
         for number in self.round.drops:
             del self.node[number]
-        self.shelf.finish()
+        self.planner.finish()
         self.round_open = False
-        assert self.shelf.batches == self.node
+        assert self.planner.batches == self.node
 
     @precondition(lambda self: self.round_open)
     @rule(done=st.integers(0, 3), lost=st.sets(st.integers(0, 60)))
     def fail(self, done: int, lost: set[int]) -> None:
         """The node did some of it, then failed; when it came back some batches were gone. Then we ask what it
         has."""
-        self.shelf.abandon()
+        self.planner.abandon()
         self.round_open = False
         for batch in self.round.writes[:done]:
             self.node[batch.number] = batch.members
         self.twice |= 0 < done < len(self.round.writes)
         self.node = {number: members for number, members in self.node.items() if number not in lost}
-        for number in self.shelf.batches.keys() - self.node.keys():
-            self.shelf.lose(number)
-        for number in sorted(self.node.keys() - self.shelf.batches.keys()):
-            self.shelf.adopt(Batch(number, self.node[number]))
-        assert self.shelf.batches == self.node
+        for number in self.planner.batches.keys() - self.node.keys():
+            self.planner.lose(number)
+        for number in sorted(self.node.keys() - self.planner.batches.keys()):
+            self.planner.adopt(Batch(number, self.node[number]))
+        assert self.planner.batches == self.node
 
     @precondition(lambda self: not self.round_open)
     @rule()
     def restart(self) -> None:
         """A new process knows what is desired, and reads back what the node has; wishes go on meanwhile."""
-        self.shelf = Batches(self.LIMIT, self.MOST)
+        self.planner = BatchPlanner(self.MAX_MEMBERS, self.MAX_PER_ROUND)
         for key in self.wanted:
-            self.shelf.add(key)
+            self.planner.add(key)
         for number, members in self.node.items():
-            self.shelf.adopt(Batch(number, members))
+            self.planner.adopt(Batch(number, members))
 
     @precondition(lambda self: not self.round_open)
     @rule(index=st.integers(0, 40), count=st.integers(1, 8))
@@ -102,26 +102,26 @@ class Shelf(RuleBasedStateMachine):
             max(self.node, default=0) + 5, tuple(cid(number) for number in range(index, index + count))
         )
         self.node[batch.number] = batch.members
-        self.shelf.adopt(batch)
+        self.planner.adopt(batch)
         self.twice = True
 
     @invariant()
     def knows_what_is_wanted(self) -> None:
-        assert {key for key in map(cid, range(80)) if self.shelf.home(key) is not None} == self.wanted
-        assert len(self.shelf) == len(self.wanted)
+        assert {key for key in map(cid, range(80)) if self.planner.home(key) is not None} == self.wanted
+        assert len(self.planner) == len(self.wanted)
         if not self.round_open:
             for key in self.wanted:
-                number = self.shelf.home(key)
+                number = self.planner.home(key)
                 assert number is not None
                 assert number == 0 or key in self.node[number]
-            assert self.shelf.queued == sum(self.shelf.home(key) == 0 for key in self.wanted)
+            assert self.planner.queued == sum(self.planner.home(key) == 0 for key in self.wanted)
 
     def teardown(self) -> None:
         """Left alone, it settles: everything wanted is held once, and little that is not."""
         if self.round_open:
             self.finish()
-        while self.shelf.begin():
-            self.round, self.round_open = self.shelf._round, True
+        while self.planner.begin():
+            self.round, self.round_open = self.planner._round, True
             self.finish()
         held = [key for members in self.node.values() for key in members]
         assert len(set(held)) == len(held) or self.twice
@@ -135,64 +135,64 @@ TestShelf.settings = settings(max_examples=80, stateful_step_count=40)
 
 @given(st.lists(st.integers(1, 30), max_size=60), st.sets(st.integers(0, 900)))
 def test_batches_stay_few(sizes: list[int], evicted: set[int]) -> None:
-    shelf = Batches(limit=16)
+    planner = BatchPlanner(limit=16)
     written = total = 0
     for size in sizes:
         for index in range(total, total + size):
-            shelf.add(cid(index))
+            planner.add(cid(index))
             if index in evicted:
-                shelf.remove(cid(index // 2))
+                planner.remove(cid(index // 2))
         total += size
-        written += sum(len(batch.members) for batch in shelf.begin().writes)
-        shelf.finish()
-    shelf.begin()
-    shelf.finish()
-    assert len(shelf.batches) <= 6 * len(shelf) / 16 + math.log2(16) + 2
+        written += sum(len(batch.members) for batch in planner.begin().writes)
+        planner.finish()
+    planner.begin()
+    planner.finish()
+    assert len(planner.batches) <= 6 * len(planner) / 16 + math.log2(16) + 2
     assert written <= total * (1 + math.log(16, 1.5))
 
 
 def test_one_at_a_time_costs_few_batches_and_writes() -> None:
-    shelf = Batches()
+    planner = BatchPlanner()
     written = 0
     for index in range(3000):
-        shelf.add(cid(index))
-        written += sum(len(batch.members) for batch in shelf.begin().writes)
-        shelf.finish()
-    assert len(shelf.batches) <= 14
+        planner.add(cid(index))
+        written += sum(len(batch.members) for batch in planner.begin().writes)
+        planner.finish()
+    assert len(planner.batches) <= 14
     assert written <= 3000 * 17
 
 
 def test_ten_thousand_at_once_are_ten_batches() -> None:
-    shelf = Batches()
+    planner = BatchPlanner()
     for index in range(10_000):
-        shelf.add(cid(index))
-    assert [len(batch.members) for batch in shelf.begin().writes] == [LIMIT] * 10
+        planner.add(cid(index))
+    assert [len(batch.members) for batch in planner.begin().writes] == [MAX_MEMBERS] * 10
 
 
 def test_a_pin_after_an_eviction_needs_no_write() -> None:
-    shelf = Batches()
+    planner = BatchPlanner()
     for index in range(10):
-        shelf.add(cid(index))
-    shelf.begin()
-    shelf.finish()
-    shelf.remove(cid(3))
-    shelf.add(cid(3))
-    assert not shelf.begin()
+        planner.add(cid(index))
+    planner.begin()
+    planner.finish()
+    planner.remove(cid(3))
+    planner.add(cid(3))
+    assert not planner.begin()
 
 
 def test_a_round_that_broke_off_before_its_drops_is_not_written_again() -> None:
     """A kill after the write: the node has the new batch and the old one, in which a third was still
     desired."""
-    shelf = Batches()
+    planner = BatchPlanner()
     for index in range(4, 12):
-        shelf.add(cid(index))
-    shelf.adopt(Batch(1, tuple(map(cid, range(6)))))
-    shelf.adopt(Batch(2, tuple(map(cid, range(4, 12)))))
-    assert shelf.begin() == ((), (1,))
+        planner.add(cid(index))
+    planner.adopt(Batch(1, tuple(map(cid, range(6)))))
+    planner.adopt(Batch(2, tuple(map(cid, range(4, 12)))))
+    assert planner.begin() == ((), (1,))
 
 
 def test_a_batch_is_a_directory_that_links_its_members() -> None:
-    members = [cid(index) for index in range(LIMIT)]
+    members = [cid(index) for index in range(MAX_MEMBERS)]
     block = directory(members)
     assert len(block) < 64 * 1024
     node = nodes.parse(cids.make(cids.DAG_PB, b"\x12\x20" + bytes(32)), block)
@@ -216,6 +216,6 @@ def test_only_a_block_that_we_would_write_is_a_batch() -> None:
         "one member twice": directory([members[0], members[0]]),
         "an inline member": directory([cids.make(cids.RAW, b"\x00\x01a")]),
         "version 0": directory([cids.Cid(b"\x12\x20" + bytes(32))]),
-        "too many": directory([cid(index) for index in range(LIMIT + 1)]),
+        "too many": directory([cid(index) for index in range(MAX_MEMBERS + 1)]),
     }
     assert {name: members_of(block) for name, block in others.items()} == dict.fromkeys(others)

@@ -173,7 +173,7 @@ def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_dea
             seen: list[Request] = []
 
             async def fetch() -> str:
-                seen.append(current_request())
+                seen.append(current_request.get())
                 await trio.sleep(10)
                 return "value"
 

@@ -1,13 +1,15 @@
 """Which leaves hold a range of a file, at which cost, and what happens where nodes lie."""
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.dagpb import Link
-from ipfsfuse.dag.nodes import Child, File, Leaf
+from ipfsfuse.dag.dagpb import Link, Links
+from ipfsfuse.dag.nodes import Children, File, Leaf
 from ipfsfuse.errors import Malformed, NotALeaf
 from tests.dag.blocks import Blocks, chunks_of, cid_of, identity, pseudo_random
 from tests.dag.reading import file, read, read_range
@@ -137,7 +139,7 @@ def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None
     assert read(heap, root, 16 * 10**9 - 20, 100) == b"cdef0123456789abcdef"
     assert len(set(heap.fetched)) <= 3
     found = heap.drive(file_layout.leaves(root, 5, root.size, sure=True))
-    assert len(found) == file_layout.LIMIT
+    assert len(found) == file_layout.MAX_FRONTIER
     assert found[0] == Leaf(found[0].cid, 0, 16)
 
 
@@ -181,9 +183,11 @@ def test_children_of_no_bytes_are_never_asked_for() -> None:
 
 
 def test_children_of_another_codec_are_refused_as_leaves() -> None:
-    child = Child(cid_of(b"x", 0x71), 0, 1)
-    root = File(cid_of(b"r"), 1, 0, [child])
-    assert Blocks().drive(file_layout.leaves(root, 0, 1)) == [Leaf(child.cid, 0, 1)]
+    child = cid_of(b"x", 0x71)
+    links = Links(child)
+    links.add(0, len(child), 0, 0, 0)
+    root = File(cid_of(b"r"), 1, 0, Children(links, array("Q", [0, 1])))
+    assert Blocks().drive(file_layout.leaves(root, 0, 1)) == [Leaf(child, 0, 1)]
 
 
 def test_a_trickle_tree_reads_right() -> None:

@@ -402,7 +402,7 @@ class Served:
         """What the daemon believes that the kernel holds, once it has read all that was sent: inodes without
         the root, and open files."""
         self.kernel.look_up_absent(())
-        return len(self.inodes) - 1 + len(self.operations[0]._files)
+        return len(self.inodes) - 1 + len(self.operations[0]._files.handles)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: py
             await trio.to_thread.run_sync(asked.wait)
             threading.Timer(0.1, may_answer.set).start()
             handle = 1 << 63 | held.number
-            assert bytes(await files.read(handle, 0, 10)) == CONTENT[:10]
+            assert bytes(await (await files.take_over(handle)).file.read(0, 10)) == CONTENT[:10]
             assert held.opens == 2
 
     trio.run(main)

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ipfsfuse.sources.base import Caller, current_request, request_of, set_request
+from ipfsfuse.sources.base import Caller, current_request, request_of
 from ipfsfuse.sources.pool.limiter import NEW, ROTATE_FRESH, SETTLE, ConcurrencyLimiter, Place
 
 RUNNING, LATE = 16, 128
@@ -178,12 +178,12 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
             started: list[float] = []
 
             async def old() -> None:
-                set_request(request)
+                current_request.set(request)
                 async with Place(limiter):
                     started.append(trio.current_time())
 
             with request_of(ALICE):
-                request = current_request().for_fetch()
+                request = current_request.get().for_fetch()
             request.join(request, 1000)
             callers = Callers(limiter, nursery)
             callers.crowd(100, ALICE)
@@ -212,7 +212,7 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
                 with request_of(ALICE) as asked, trio.move_on_at(5.0):
                     request = asked.for_fetch()
                     request.join(asked, 5.0)
-                    set_request(request)
+                    current_request.set(request)
                     retried = False
                     while True:
                         async with Place(limiter, retried):

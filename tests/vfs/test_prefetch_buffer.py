@@ -54,7 +54,7 @@ def test_one_leaf_in_some_and_the_last_are_told_of() -> None:
 def test_what_finds_no_room_is_added_nowhere() -> None:
     budget = BufferBudget(2 * LEAF)
     buffer, windows = filled(3 * LEAF, budget)
-    assert len(buffer) == len(windows.held) == 2
+    assert len(buffer.leaves) == len(windows.held) == 2
     buffer.clear()
     assert budget.left == 2 * LEAF
 
@@ -63,5 +63,5 @@ def test_what_comes_after_the_end_is_not_kept() -> None:
     buffer, windows = filled(LEAF, BufferBudget())
     buffer.close()
     buffer.put(0, bytes(LEAF))
-    assert not len(buffer)
+    assert not len(buffer.leaves)
     assert not windows.held

@@ -1,16 +1,17 @@
 """Which batches a node should hold: a pure policy over the CIDs that are desired and the batches that exist.
 
-A batch is one UnixFS directory that links up to `LIMIT` CIDs. It is written or removed as a whole, so that
-10,000 pins cost a node 10 entries. A batch is never changed: what changes is written into a new batch, then
-the old one is removed. A batch is removed when it is empty, when most of it is not desired, or when what must
-be written anyway is at least half its size. So sizes at least halve from batch to batch below a third of
-`LIMIT`, and a CID is written again at most 17 times.
+A batch is one UnixFS directory that links up to `MAX_MEMBERS` CIDs. It is written or removed as a whole, so
+that 10,000 pins cost a node 10 entries. A batch is never changed: what changes is written into a new batch,
+then the old one is removed. A batch is removed when it is empty, when most of it is not desired, or when what
+must be written anyway is at least half its size. So sizes at least halve from batch to batch below a third of
+`MAX_MEMBERS`, and a CID is written again at most 17 times.
 
 Desired or not is one state for each CID, not a queue of orders: a release and a new pin of one CID can't
 overtake each other.
 
 Not for several tasks at once. The caller does the I/O: `begin`, write each batch, `finish`, then remove the
-dropped batches; or `abandon` when the node failed. What is found at the node is told with `adopt` and `lose`.
+dropped batches; or `abandon` when the node failed. `adopt` and `lose` report what is found at the
+node.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
 
-LIMIT = 1000
-MOST = 10
+MAX_MEMBERS = 1000
+MAX_PER_ROUND = 10
 """Batches that one round writes or drops, more or less: with more, the bookkeeping would hold up the event
 loop."""
 QUEUED = 0
@@ -58,7 +59,7 @@ def members_of(block: bytes) -> tuple[Cid, ...] | None:
     """The members of a batch's block; None for any block that `directory` would not write."""
     try:
         members = tuple(link.cid for link in dagpb.decode(block).links)
-        right = len(members) <= LIMIT and all(
+        right = len(members) <= MAX_MEMBERS and all(
             cids.canonical(cid) == cid and cids.inline(cid) is None for cid in members
         )
     except (Malformed, NotACid):
@@ -66,10 +67,11 @@ def members_of(block: bytes) -> tuple[Cid, ...] | None:
     return members if right and len(set(members)) == len(members) and directory(members) == block else None
 
 
-class Batches:
-    """The batches of one kind at one node. `limit` is how many CIDs a batch may link; `most` see `MOST`."""
+class BatchPlanner:
+    """Plans the batches of one kind at one node: at most `limit` CIDs in each, and about `most` in a
+    round."""
 
-    def __init__(self, limit: int = LIMIT, most: int = MOST) -> None:
+    def __init__(self, limit: int = MAX_MEMBERS, most: int = MAX_PER_ROUND) -> None:
         self.limit = limit
         self._most = most
         self._home: dict[Cid, int] = {}  # every desired CID -> the batch that holds it, or QUEUED

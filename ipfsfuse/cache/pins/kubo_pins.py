@@ -23,7 +23,7 @@ import trio
 
 from ipfsfuse.cache.base import Copies, PinStatus
 from ipfsfuse.cache.pins import batches, lease
-from ipfsfuse.cache.pins.batches import QUEUED, Batches, Round
+from ipfsfuse.cache.pins.batches import QUEUED, BatchPlanner, Round
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import Mfs, NodeRpc
 from ipfsfuse.cache.pins.mfs_pin_folder import PINNED, STAGED, MfsPinFolder
@@ -39,10 +39,10 @@ FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
 """Seconds until a node that failed is asked again: doubling."""
 FAREWELL = 2.0
 """Seconds that an ending mount gives the node."""
-AT_ONCE = 100
+LOOKUPS_PER_TURN = 100
 """Small blocks that are looked for in the index before other calls have their turn: some milliseconds."""
 
-REPAIRS = 100
+REPAIRS_PER_ROUND = 100
 """Files that are looked after before what changed meanwhile has its turn."""
 
 _SHA2_256 = b"\x12\x20"
@@ -57,7 +57,7 @@ class KuboPins:
         self.name = name
         self._mfs = mfs
         self._folder = MfsPinFolder(mfs, mount_id)
-        self._shelves = {STAGED: Batches(), PINNED: Batches()}
+        self._planners = {STAGED: BatchPlanner(), PINNED: BatchPlanner()}
         self._is_staged: Callable[[Cid], object] = lambda _cid: False
         self._repair: BlockRepair | None = None
         self._read_back_due = -math.inf
@@ -90,7 +90,7 @@ class KuboPins:
 
     def state(self, cid: Cid) -> str:
         cid = cids.canonical(cid)
-        pinned, staged = self._shelves[PINNED].home(cid), self._shelves[STAGED].home(cid)
+        pinned, staged = self._planners[PINNED].home(cid), self._planners[STAGED].home(cid)
         if pinned:
             return "user"
         if staged:
@@ -123,9 +123,9 @@ class KuboPins:
         self._ready.set()
 
     def status(self) -> PinStatus:
-        shelves = self._shelves.values()
-        queued = sum(shelf.queued for shelf in shelves)
-        held, count = sum(map(len, shelves)) - queued, sum(len(shelf.batches) for shelf in shelves)
+        planners = self._planners.values()
+        queued = sum(planner.queued for planner in planners)
+        held, count = sum(map(len, planners)) - queued, sum(len(planner.batches) for planner in planners)
         return PinStatus(held, queued, count, self._mfs.requests, self._folder.path, self._failing)
 
     async def settled(self) -> None:
@@ -142,18 +142,18 @@ class KuboPins:
             try:
                 await self._folder.release()
             except SourceFailed as exc:
-                told = "%s still holds what this mount had staged, until a later mount releases it: %s"
-                log.warning(told, self.name, exc)
+                message = "%s still holds what this mount had staged, until a later mount releases it: %s"
+                log.warning(message, self.name, exc)
 
     def _want(self, prefix: str, cid: Cid, wanted: bool) -> None:
         cid = cids.canonical(cid)
         if cids.inline(cid) is not None:
             return
-        shelf = self._shelves[prefix]
-        if shelf.add(cid) if wanted else shelf.remove(cid):
+        planner = self._planners[prefix]
+        if planner.add(cid) if wanted else planner.remove(cid):
             self._changes += 1
             self._changed.set()
-            if shelf.queued >= batches.LIMIT:
+            if planner.queued >= batches.MAX_MEMBERS:
                 self._full.set()
 
     # -- the task --------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class KuboPins:
         return True
 
     def _failed(self, error: Exception) -> None:
-        """A node that can't be told is logged once, until it takes pins again."""
+        """A node that fails is logged once, until it takes pins again."""
         if not self._failing:
             unforeseen = None if isinstance(error, IpfsFuseError) else error
             log.warning("pins wait until %s takes them: %s", self.name, error, exc_info=unforeseen)
@@ -199,33 +199,33 @@ class KuboPins:
     async def _round(self) -> None:
         if trio.current_time() >= self._read_back_due or not self._folder.is_current:
             await self._read_back()
-        for prefix, shelf in self._shelves.items():
-            while step := shelf.begin():
-                await self._do(prefix, shelf, step)
-                if max(map(len, step)) < batches.MOST:
+        for prefix, planner in self._planners.items():
+            while step := planner.begin():
+                await self._do(prefix, planner, step)
+                if max(map(len, step)) < batches.MAX_PER_ROUND:
                     break
         if self._repair is not None and not await self._repair.give_back(self.state):
             self._changed.set()
 
-    async def _do(self, prefix: str, shelf: Batches, step: Round) -> None:
+    async def _do(self, prefix: str, planner: BatchPlanner, step: Round) -> None:
         if self._repair is not None:
-            self._repair.note(shelf, step, everything=prefix == PINNED)
+            self._repair.note(planner, step, everything=prefix == PINNED)
         try:
             await self._folder.write(prefix, step)
         except BaseException:
-            shelf.abandon()
+            planner.abandon()
             raise
-        shelf.finish()
+        planner.finish()
         await self._folder.drop(prefix, step)
 
     async def _read_back(self) -> None:
-        found = await self._folder.read_back(self._shelves)
-        shelf = self._shelves[STAGED]
+        found = await self._folder.read_back(self._planners)
+        planner = self._planners[STAGED]
         for number, cid in enumerate(found[STAGED]):
-            if number % AT_ONCE == 0:
+            if number % LOOKUPS_PER_TURN == 0:
                 await trio.lowlevel.checkpoint()
-            if shelf.home(cid) is None and self._is_staged(cid):
-                shelf.add(cid)
+            if planner.home(cid) is None and self._is_staged(cid):
+                planner.add(cid)
         self._read_back_due = trio.current_time() + lease.RENEW
 
     async def _rest(self) -> None:
@@ -233,7 +233,7 @@ class KuboPins:
             try:
                 await self._folder.rest()
             except SourceFailed as exc:
-                log.info("%s was not told that this mount rests: %s", self.name, exc)
+                log.info("%s did not take the last renewal of this mount's lease: %s", self.name, exc)
 
 
 class BlockRepair:
@@ -251,18 +251,18 @@ class BlockRepair:
         self._name = name
         self._unsure: dict[Cid, None] = {}
 
-    def note(self, shelf: Batches, step: Round, *, everything: bool) -> None:
+    def note(self, planner: BatchPlanner, step: Round, *, everything: bool) -> None:
         """`step` is about to be done: what it links that no batch held may have been collected since it was
         fetched.
 
         Large files alone are looked after, or `everything`."""
-        moved = {cid for number in step.drops for cid in shelf.batches[number]}
+        moved = {cid for number in step.drops for cid in planner.batches[number]}
         new = [cid for batch in step.writes for cid in batch.members if cid not in moved]
         self._unsure.update((cid, None) for cid in new if everything or self._copies.joins(cid))
 
     async def give_back(self, wanted: Callable[[Cid], object]) -> bool:
         """Looks after some of what was noted and is still `wanted`. Whether that was all."""
-        for cid in list(islice(self._unsure, REPAIRS)):
+        for cid in list(islice(self._unsure, REPAIRS_PER_ROUND)):
             if wanted(cid):
                 await self._give(cid)
             del self._unsure[cid]
@@ -284,7 +284,7 @@ class BlockRepair:
 
 
 class NodePins:
-    """Implements `Pins` over any number of nodes, none included: each is told the same."""
+    """Implements `Pins` over any number of nodes, or over none: each gets the same calls."""
 
     def __init__(self, nodes: Iterable[KuboPins]) -> None:
         self._nodes = list(nodes)

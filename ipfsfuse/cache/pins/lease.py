@@ -226,8 +226,8 @@ def _write_name(path: Path, name: str) -> None:
             os.close(file)
         fresh.replace(path)
     except OSError as exc:
-        told = "%s can't be written, so that pins at nodes begin anew at the next start: %s"
-        log.warning(told, path, exc.strerror or exc)
+        message = "%s can't be written, so that pins at nodes begin anew at the next start: %s"
+        log.warning(message, path, exc.strerror or exc)
 
 
 # -- what earlier versions left ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The node's garbage collection leaves alone what stands in this tree, with all below it that the node has.
 Nothing here makes the node fetch anything. Concurrency: any number of tasks; one try of a command ends within
-`PATIENCE`.
+`REQUEST_TIMEOUT`.
 """
 
 import json
@@ -18,7 +18,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, NotHere, SourceFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
 
-PATIENCE = 10.0
+REQUEST_TIMEOUT = 10.0
 """Seconds for one try of a command. All are local to the node and take milliseconds: a node that hangs is
 found out."""
 PAUSES = (0.2, 1.0)
@@ -36,7 +36,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class NodeRpc(Protocol):
-    """POST /api/v0/`command`, arguments percent-encoded in the query (`sources.web.rpc.Rpc`).
+    """POST /api/v0/`command`, arguments percent-encoded in the query (`sources.http.kubo`).
 
     Raises NotHere where the node says that it can't find something. Otherwise SourceFailed, of kind "node"
     for what the node says itself, and of kind "long" for an answer of more than `limit` bytes."""
@@ -181,14 +181,14 @@ class Mfs:
         self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, body: bytes = b"", headers: Pairs = ()
     ) -> bytes:
         self.requests += 1
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(REQUEST_TIMEOUT):
             try:
                 return await self._rpc().call(command, arguments, limit, body, headers)
             except SourceFailed as exc:
                 if _NO_ENTRY in str(exc) and exc.kind == "node":
                     raise NotHere(str(exc)) from exc
                 raise
-        raise SourceFailed(f"the node did not answer {command} within {PATIENCE:g} s", "timeout")
+        raise SourceFailed(f"the node did not answer {command} within {REQUEST_TIMEOUT:g} s", "timeout")
 
 
 def _form(data: bytes) -> tuple[bytes, Pairs]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import trio
 
 from ipfsfuse.cache.pins import batches
-from ipfsfuse.cache.pins.batches import Batch, Batches, Round
+from ipfsfuse.cache.pins.batches import Batch, BatchPlanner, Round
 from ipfsfuse.cache.pins.lease import Lease, MountId, host_name
 from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.cache.store.folder import is_mount_id
@@ -41,7 +41,7 @@ _NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 
 class MfsPinFolder:
-    """Every method raises SourceFailed where the node can't be told."""
+    """Every method raises SourceFailed where the node fails or refuses."""
 
     def __init__(self, mfs: Mfs, mount_id: MountId) -> None:
         self._mfs = mfs
@@ -62,9 +62,10 @@ class MfsPinFolder:
         node."""
         return self._name == self._mount_id.name
 
-    async def read_back(self, shelves: Mapping[str, Batches]) -> dict[str, list[Cid]]:
-        """Claims the folder, renews the lease, and makes each shelf (by the prefix of its batches' names)
-        agree with what stands there. Returns the members of the batches that were not known, by prefix."""
+    async def read_back(self, planners: Mapping[str, BatchPlanner]) -> dict[str, list[Cid]]:
+        """Claims the folder, renews the lease, and makes each of `planners` (by the prefix of its batches'
+        names) agree with what stands there. Returns the members of the batches that were not known, by
+        prefix."""
         entries, self._lease = await self._claim()
         await self._sign(resting=False)
         if self._swept != self._name:
@@ -72,14 +73,16 @@ class MfsPinFolder:
             await release_stale_pins(self._mfs, self._lease, self._name)
         if OWNER in entries:
             await self._remove(OWNER)
-        found: dict[str, dict[int, Cid]] = {prefix: {} for prefix in shelves}
+        found: dict[str, dict[int, Cid]] = {prefix: {} for prefix in planners}
         for entry, cid in entries.items():
             if named := _BATCH.fullmatch(entry):
                 if named[1] in found and _NUMBER.fullmatch(named[2]):
                     found[named[1]][int(named[2])] = cid
                 else:
                     await self._remove(entry)
-        return {prefix: await self._agree(prefix, shelf, found[prefix]) for prefix, shelf in shelves.items()}
+        return {
+            prefix: await self._agree(prefix, planner, found[prefix]) for prefix, planner in planners.items()
+        }
 
     async def write(self, prefix: str, step: Round) -> None:
         """Writes the step's batches; nothing of the step may count as done before this returned."""
@@ -115,29 +118,29 @@ class MfsPinFolder:
             if other is None or await threads.run_sync(other.may_be_taken, lease, name):
                 break
             await threads.run_sync(self._mount_id.change, name)
-            told = "another mount may be using %s/%s, of %s: this one is %s now"
-            log.info(told, ROOT, name, other.folder, self._mount_id.name)
+            message = "another mount may be using %s/%s, of %s: this one is %s now"
+            log.info(message, ROOT, name, other.folder, self._mount_id.name)
         if name != self._name:
             self._name = name
             self._written.clear()
         return entries, lease
 
-    async def _agree(self, prefix: str, shelf: Batches, found: Mapping[int, Cid]) -> list[Cid]:
-        for number in list(shelf.batches):
+    async def _agree(self, prefix: str, planner: BatchPlanner, found: Mapping[int, Cid]) -> list[Cid]:
+        for number in list(planner.batches):
             known = self._written.get(f"{prefix}{number}")
             if known is None or found.get(number) != known:
-                shelf.lose(number)
+                planner.lose(number)
                 await trio.lowlevel.checkpoint()
-        shelf.skip(max(found, default=0))
+        planner.skip(max(found, default=0))
         members: list[Cid] = []
-        for number in sorted(found.keys() - shelf.batches.keys()):
+        for number in sorted(found.keys() - planner.batches.keys()):
             block = await self._mfs.block(found[number])
             batch = None if block is None else await threads.run_sync(batches.members_of, block)
             if batch is None:
                 await self._remove(f"{prefix}{number}")
             else:
                 self._written[f"{prefix}{number}"] = found[number]
-                shelf.adopt(Batch(number, batch))
+                planner.adopt(Batch(number, batch))
                 members += batch
         return members
 

@@ -379,7 +379,7 @@ class BlockStore:
     def pack_set(self) -> PackSet:
         """Where blocks go that nobody asked to keep: packs of each caller's own, which leave on its account
         alone."""
-        return self._pack_sets.setdefault(current_request().caller, PackSet())
+        return self._pack_sets.setdefault(current_request.get().caller, PackSet())
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -390,13 +390,14 @@ class BlockStore:
             self.index_failed(exc)
             return None
 
-    async def get(self, cid: Cid) -> bytes | None:
+    async def get(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The block, hashed after it was read; None where it is not kept, or not right (then it is
-        forgotten)."""
+        forgotten). Without `use` its pack is evicted no later for it."""
         place = self.place(cid)
         if place is None:
             return None
-        self._used_pack(place.pack)
+        if use:
+            self._used_pack(place.pack)
         try:
             if place.size <= ON_LOOP:
                 return _proved(self.packs.read, cid, place)
@@ -428,7 +429,7 @@ class BlockStore:
 
     def _used_pack(self, pack: int) -> None:
         if pack < self.packs.last - RECENT_PACKS:
-            self._budget.arc.use(pack, current_request().caller)
+            self._budget.arc.use(pack, current_request.get().caller)
         else:
             self._budget.arc.refresh(pack)
 

@@ -272,7 +272,7 @@ class Store:
         entry = self.staging.entries.get(file.cid)
         if entry is None:
             return
-        self.budget.arc.use(file.cid, current_request().caller)
+        self.budget.arc.use(file.cid, current_request.get().caller)
         entry.last_used = clock.now()
         if entry.last_used - entry.noted > NOTE_USE:
             entry.noted = entry.last_used

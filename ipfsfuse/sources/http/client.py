@@ -403,7 +403,7 @@ class Http:
         own = None if self._own is None else self._own.pool
         if not (self._idle if own is None else own.has_kept):
             return math.inf
-        request = current_request()
+        request = current_request.get()
         left = min(request.deadline, request.wanted_until) - now
         return max(SHORTEST_SILENCE, min(SILENCE, left / 3))
 

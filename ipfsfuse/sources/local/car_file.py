@@ -320,7 +320,7 @@ def _add(sorter: RecordSorter, found: Section, base: int) -> None:
         multihashes.check_allowed(multihash)
     except Unsupported:
         return  # nobody will ask for it
-    if multihashes.inline(multihash) is None:
+    if multihash[0] != multihashes.IDENTITY:
         sorter.add(multihash, found.start - base)
 
 

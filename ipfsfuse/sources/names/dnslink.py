@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
-import dns.asyncresolver
-import dns.exception
-import dns.message
-import dns.name
-import dns.rcode
-import dns.rdatatype
-import dns.resolver
-from dns.rdtypes.txtbase import TXTBase
-
 from ipfsfuse.errors import IpfsFuseError, NotFound, Unavailable, UsageError
+from ipfsfuse.extras import optional
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
+
+with optional("names"):
+    import dns.asyncresolver
+    import dns.exception
+    import dns.message
+    import dns.name
+    import dns.rcode
+    import dns.rdatatype
+    import dns.resolver
+    from dns.rdtypes.txtbase import TXTBase
 
 PREFIX: Final = "dnslink="
 MAX_ANSWER: Final = 65535

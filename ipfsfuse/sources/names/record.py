@@ -9,16 +9,19 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
 
 import libipld
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from multiformats import multibase
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import protobuf
 from ipfsfuse.errors import Malformed, NotACid, WrongRecord
+from ipfsfuse.extras import optional
+
+with optional("names"):
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 LIBP2P_KEY: Final = 0x72
 MAX_RECORD: Final = 10 * 1024

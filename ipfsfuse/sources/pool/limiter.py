@@ -69,7 +69,7 @@ class Place:
         self._limiter = limiter
         self.retried = retried
         self.again = again
-        self.request: Request = current_request()
+        self.request: Request = current_request.get()
         self.caller: Caller = self.request.caller
         """On whose account it is."""
         self.queued = self.alive = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 
 
 def test_an_installation_that_can_not_compile_fails_and_says_what_it_needs(tmp_path: Path) -> None:
