@@ -38,6 +38,8 @@ HELD_PART = 2
 """The part of the budget, as a divisor, that may be held at once: the rest is left to what is read next."""
 AT_ONCE = 4 << 20
 """Bytes that are read and hashed by one thread hop while a file is verified."""
+TRIES = 2
+"""How often a file is read whole in a row that was changed meanwhile, or had a leaf that was wrong."""
 LOOK_SECONDS = 1.0
 """Between two looks whether closed files are still mapped."""
 
@@ -125,17 +127,20 @@ class PassthroughFiles:
                 self._look_at_closed()
 
     async def _verify(self, entry: Entry) -> None:
-        if entry.dead or not entry.complete or entry.verified:
-            return
+        """A leaf that is wrong or was set aside is fetched again. Then all of the file is read once more."""
         staging, file = self._store.staging, FileRef(entry.cid, entry.size)
-        entry.stamp = await threads.run_sync(staging.stamp, entry, limiter=self._store.io.reading)
-        at = 0
-        async for leaves in _together(leaves_of(self._reader, entry)):
-            if None in await self._store.leaves(file, leaves):
+        for _ in range(TRIES):
+            if entry.dead or not entry.complete or entry.verified:
                 return
-            at = leaves[-1].offset + leaves[-1].size
-        now = await threads.run_sync(staging.stamp, entry, limiter=self._store.io.reading)
-        entry.verified = at == entry.size and now == entry.stamp and not entry.dead
+            entry.stamp = await threads.run_sync(staging.stamp, entry, limiter=self._store.io.reading)
+            at = 0
+            async for leaves in _together(leaves_of(self._reader, entry)):
+                for leaf, found in zip(leaves, await self._store.leaves(file, leaves), strict=True):
+                    if found is None:
+                        await self._reader.leaf(file, leaf)
+                at = leaves[-1].offset + leaves[-1].size
+            now = await threads.run_sync(staging.stamp, entry, limiter=self._store.io.reading)
+            entry.verified = at == entry.size and now == entry.stamp and entry.whole() and not entry.dead
 
     # -- holding ---------------------------------------------------------------------------------------------
 
