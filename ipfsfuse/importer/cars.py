@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout, nodes
+from ipfsfuse.dag import file_layout, nodes, values
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink, parse, prefix_length
 from ipfsfuse.dag.path import IpfsPath
@@ -126,7 +126,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
 
 
 def _links(cid: Cid, block: bytes) -> list[Cid]:
-    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, cids.DAG_CBOR):
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return nodes.links(cid, block)
 
@@ -173,12 +173,17 @@ async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
     `verified` and the parser raise."""
 
     async def fetch(wanted: Sequence[Cid]) -> list[Node]:
-        return [await threads.run_sync(parse, cid, await verified(cid, get)) for cid in wanted]
+        return [await threads.run_sync(parse, cid, await verified(cids.block_of(cid), get)) for cid in wanted]
 
     node = await drive(resolve(path), fetch)
     if not isinstance(node, File):
         kind = "a symlink" if isinstance(node, Symlink) else "a directory"
         raise IsADirectory(f"{path} is {kind}: only a file has content")
+    if nodes.holds_values(node.cid):
+        block, number = cids.value_place(node.cid)
+        found = await threads.run_sync(nodes.document, block, await verified(block, get))
+        yield memoryview(found.content(number))
+        return
     at = 0
     while at < node.size:
         for leaf in await drive(file_layout.leaves(node, at, _WINDOW, sure=True), fetch):

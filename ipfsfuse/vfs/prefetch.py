@@ -175,8 +175,9 @@ def _deeper(shard: Shard) -> list[Cid]:
 
 
 def _links(node: Node) -> Sequence[Link]:
-    """The links of a directory, or of one node of a HAMT. Nothing for any other node."""
-    return node.links if isinstance(node, Directory | Shard) else ()
+    """The links of a directory of UnixFS, or of one node of a HAMT. Nothing for any other node: the links of
+    other codecs state no sizes."""
+    return node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else ()
 
 
 class DirectoryPrefetcher:
