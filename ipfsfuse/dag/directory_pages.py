@@ -26,8 +26,8 @@ MAX_FRONTIER = 4 * PAGE
 
 
 class Entry(NamedTuple):
-    """One name. `tsize` is its publisher's claim, negative if there is none. 0 < `place` < 2**63, greater than that of every entry
-    before it."""
+    """One name. `tsize` is its publisher's claim, negative if there is none. 0 < `place` < 2**63, greater
+    than that of every entry before it."""
 
     name: bytes
     cid: Cid

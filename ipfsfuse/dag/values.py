@@ -58,7 +58,8 @@ class Document:
         self._ends = array("I")
         """Of each value the number behind the last that it holds."""
         self._spans = array("I")
-        """Of each value where its content, or the CID, begins and ends in `buffer`; then its key, in a map."""
+        """Of each value where its content, or the CID, begins and ends in `buffer`; then of its key, in a
+        map."""
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -97,7 +98,8 @@ class Document:
             spans += (len(buffer) - (key_end - key) if named else spans[-1], len(buffer))
         links = Links(bytes(buffer))
         for at in range(0, len(spans), 4):
-            links.add(*spans[at : at + 4], 0)
+            start, end, name, name_end = spans[at : at + 4]
+            links.add(start, end, name, name_end, 0)
         return links
 
     def targets(self) -> list[Cid]:
@@ -232,6 +234,8 @@ class _Map(list[tuple[str, Any]]):
 
 class _Scalar(str):
     """The text of a number."""
+
+    __slots__ = ()
 
 
 def _json(block: bytes) -> Document:

@@ -45,9 +45,9 @@ SHOWN = {
 
 def test_a_dag_cbor_block_shows_as_directories_and_files() -> None:
     block = (
-        b"\xa9" b"\x62pi\xfb" + struct.pack(">d", 3.5) + b"\x64flag\xf5" b"\x64link" + LINK +
-        b"\x64list\x83\x01\x80\xa1\x61x" + LINK + b"\x64none\xf6" b"\x64text\x62" + "ü".encode() +
-        b"\x64zero\x00" b"\x65bytes\x42\x00\xff" b"\x65minus\x24"
+        b"\xa9\x62pi\xfb" + struct.pack(">d", 3.5) + b"\x64flag\xf5\x64link" + LINK +
+        b"\x64list\x83\x01\x80\xa1\x61x" + LINK + b"\x64none\xf6\x64text\x62" + "ü".encode() +
+        b"\x64zero\x00\x65bytes\x42\x00\xff\x65minus\x24"
     )  # fmt: skip
     cid = cid_of(block)
     assert tree(cid, block) == SHOWN
