@@ -77,7 +77,7 @@ class Connection:
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def ask(self, command: str, on_progress: OnProgress | None = None, **arguments: object) -> Answer:
+    def ask(self, command: str, on_progress: OnProgress | None = None, /, **arguments: object) -> Answer:
         """The answer to one command.
 
         Raises the domain error that the mount names, and DaemonFailed where it does not answer."""
@@ -119,6 +119,7 @@ def call(
     path: Path,
     command: str,
     on_progress: OnProgress | None = None,
+    /,
     *,
     timeout: float | None = None,
     **arguments: object,

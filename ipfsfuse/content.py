@@ -14,6 +14,8 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder
 from ipfsfuse.cache.store.name_records import NameRecords
 from ipfsfuse.config import ContentConfig, MountConfig
+from ipfsfuse.dag import path as paths
+from ipfsfuse.dag.path import IpfsPath
 from ipfsfuse.errors import NotHere
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Source
@@ -103,6 +105,15 @@ class Names:
             self._store = NameRecords(self._folder)
             self._stack.callback(self._store.close)
         return self._store
+
+    async def path_of(self, text: str) -> IpfsPath:
+        """The path that `text` spells. An IPNS name in it is replaced by what that stands for now. Raises
+        NotACid, NotFound, Unavailable, UsageError."""
+        named = paths.split_ipns(text)
+        if named is None:
+            return paths.parse(text)
+        found = (await (await self.resolver()).resolve_text(named[0])).path
+        return IpfsPath(found.root, found.names + named[1])
 
     def known(self) -> Sequence[str]:
         """The names that were resolved of late."""

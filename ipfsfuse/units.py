@@ -1,8 +1,9 @@
-"""Sizes, durations and numbers as people write them, for the command line and the runner. Pure.
+"""Sizes, durations, times and numbers as people write them, for the command line and the runner. Pure.
 
 What can't be used raises UsageError, whose message says what could be."""
 
 import re
+from datetime import UTC, datetime
 
 from ipfsfuse.errors import UsageError
 
@@ -72,6 +73,15 @@ def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None
     if match is None or factor is None:
         return None
     return int(match[1]) * factor if match[1].isdigit() else float(match[1]) * factor
+
+
+def timestamp(seconds: float) -> str:
+    """`seconds` since 1970 in ISO 8601, in UTC: `2026-01-31T12:00:00+00:00`. A clock that is wrong by more
+    than the format can say gives its first or last time."""
+    return datetime.fromtimestamp(min(max(seconds, _YEAR_1), _YEAR_9999), UTC).isoformat("T", "seconds")
+
+
+_YEAR_1, _YEAR_9999 = -62135596800, 253402300799
 
 
 def human(count: float) -> str:

@@ -58,8 +58,9 @@ def why_no_fuse() -> str | None:
 
 
 def pytest_configure() -> None:
-    """A suite started in the background may have been told to ignore Ctrl-C; what its tests start must not
-    inherit that."""
+    """What the tests start must run as on a user's machine: it must not inherit an ignored Ctrl-C, as of a
+    suite that was started in the background, nor unbuffered output, as containers often set it."""
+    os.environ.pop("PYTHONUNBUFFERED", None)
     for number in (signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -27,7 +27,6 @@ from ipfsfuse import content, places
 from ipfsfuse.cache.store.folder import isolated_folder, locked
 from ipfsfuse.config import GIB, ContentConfig
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import path as paths
 from ipfsfuse.dag import traversal
 from ipfsfuse.dag.nodes import Directory, Node, Shard, Symlink
 from ipfsfuse.dag.path import IpfsPath
@@ -120,11 +119,11 @@ class Filesystem:
     async def resolve(self, path: str) -> str:
         """`path` with its IPNS name, if it has one, replaced by what that stands for now: `/ipfs/CID/...`.
         Raises NotFound, Unavailable, NotACid, UsageError."""
-        return str(await self._resolved(path))
+        return str(await self._content.names.path_of(path))
 
     async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
         """Raises NotFound, NotADirectory, Unavailable, WrongBlock, Malformed, Unsupported."""
-        node = await self._node(await self._resolved(path), follow_symlinks)
+        node = await self._node(await self._content.names.path_of(path), follow_symlinks)
         found = attributes.of_node(node)
         kind: Kind = "directory" if found.is_directory else "symlink" if modes.S_ISLNK(found.mode) else "file"
         return Stat(cids.text(node.cid), kind, found.size, modes.S_IMODE(found.mode), found.mtime)
@@ -132,7 +131,7 @@ class Filesystem:
     async def ls(self, path: str) -> Sequence[Entry]:
         """The entries of a directory, in its own order. No child is fetched. Raises NotADirectory, and as
         `stat`."""
-        node = await self._node(await self._resolved(path), follow=True)
+        node = await self._node(await self._content.names.path_of(path), follow=True)
         if not isinstance(node, Directory | Shard):
             raise NotADirectory(f"{path} is not a directory")
         found: list[Entry] = []
@@ -151,7 +150,7 @@ class Filesystem:
 
     async def open(self, path: str) -> File:
         """Opening costs the blocks on the way, and no content. Raises IsADirectory, and as `stat`."""
-        node = await self._node(await self._resolved(path), follow=True)
+        node = await self._node(await self._content.names.path_of(path), follow=True)
         if isinstance(node, Directory | Shard):
             raise IsADirectory(f"{path} is a directory")
         with request_of(None, trio.current_time() + self._deadline):
@@ -165,19 +164,11 @@ class Filesystem:
 
     async def readlink(self, path: str) -> str:
         """The target of a symlink, as stored. Raises NotALink, and as `stat`."""
-        node = await self._node(await self._resolved(path), follow=False)
+        node = await self._node(await self._content.names.path_of(path), follow=False)
         target = await self._tree.readlink(node.cid)
         return target.decode("utf-8", "surrogateescape")
 
     # -- paths -----------------------------------------------------------------------------------------------
-
-    async def _resolved(self, path: str) -> IpfsPath:
-        named = paths.split_ipns(path)
-        if named is None:
-            return paths.parse(path)
-        resolver = await self._content.names.resolver()
-        found = (await resolver.resolve_text(named[0])).path
-        return IpfsPath(found.root, found.names + named[1])
 
     async def _node(self, path: IpfsPath, follow: bool) -> Node:
         """What `path` leads to. Symlinks on the way are followed, and at its end if `follow`."""

@@ -192,6 +192,10 @@ class PinsetCache:
         itself."""
         for cid in self._pinned.pins:
             yield cid, self._names.spelling(cid)
+        yield from self.opened_roots()
+
+    def opened_roots(self) -> Iterator[tuple[Cid, str]]:
+        """(CID, as first spelled) of what was opened by name and is still staged itself."""
         yield from self._names.staged()
 
     def pinned(self) -> Sequence[Cid]:

@@ -142,7 +142,10 @@ class SingleFlight(Generic[K, V]):
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
-        raise late
+        try:
+            raise late
+        finally:
+            del late  # its traceback would hold this frame, which holds it
 
     def start_batch(
         self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool = False
@@ -220,6 +223,7 @@ class SingleFlight(Generic[K, V]):
                     elif not flight.fetch.abandoned:
                         flight.error = exc
                         if isinstance(exc, IpfsFuseError):
+                            exc.__traceback__ = None  # it would hold this frame, which holds the flight
                             self._note_failure(key, exc)
         finally:
             if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
@@ -239,7 +243,8 @@ class SingleFlight(Generic[K, V]):
 
     def _note_failure(self, key: K, error: Exception) -> None:
         self._failed.pop(key, None)
-        self._failed[key] = (trio.current_time() + self._remember, error)
+        bare = copy.copy(error)  # without its traceback, which holds all that the call used
+        self._failed[key] = (trio.current_time() + self._remember, bare)
         if len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)
 

@@ -6,25 +6,59 @@ would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
 """
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
+_SGR = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
+"""Select Graphic Rendition (ECMA-48, 8.3.117)."""
+COLOURS = {
+    "healthy": "green", "good": "green", "ok": "green", "untried": "yellow", "degraded": "yellow",
+    "half_open": "yellow", "note": "yellow", "open": "red", "quarantined": "red", "bad": "red",
+}  # fmt: skip
+"""Of words that say how something is doing."""
 
-def line(text: str) -> None:
+
+def paint(text: str, style: str | None, stream: TextIO | None = None) -> str:
+    """`text`, printable already, in a colour where `stream` (standard output) is a terminal that shows
+    colours and the user wants them (https://no-color.org)."""
+    out = sys.stdout if stream is None else stream
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb" or not out.isatty()
+    return text if style is None or plain else f"\x1b[{_SGR[style]}m{text}\x1b[0m"
+
+
+def line(text: str, style: str | None = None) -> None:
     """One line of the command's output."""
-    print(printable(text))
+    print(paint(printable(text), style))
+
+
+def text(content: str) -> None:
+    """Lines that we made ourselves, and in which all that came from outside is escaped already."""
+    print(content, end="")
 
 
 def note(text: str) -> None:
     """One line on standard error: a reason, a warning, progress."""
     print(printable(text), file=sys.stderr)
+
+
+def failure(exc: BaseException) -> None:
+    """Why the command fails, on standard error."""
+    print(f"{paint('ipfsfuse:', 'red', sys.stderr)} {one_line(exc)}", file=sys.stderr)
+
+
+def failure_values(exc: BaseException, code: int) -> dict[str, Any]:
+    """The same for programs."""
+    return {"error": one_line(exc), "kind": type(exc).__name__, "code": code}
 
 
 def values(value: object, indent: int | None = 2) -> None:
@@ -69,11 +103,16 @@ def show(answer: Mapping[str, Any], indent: str = "") -> None:
             for item in inner:
                 line(f"{indent}  {said('', item)}")
         else:
-            line(f"{label} {said(key, inner)}")
+            _labelled(label, said(key, inner))
+
+
+def _labelled(label: str, text: str) -> None:
+    print(f"{printable(label)} {paint(printable(text), COLOURS.get(text))}")
 
 
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of the same keys, one line each below a line of the keys; numbers to the right."""
+    """Rows of the same keys, one line each below a line of the keys; numbers to the right. In a terminal that
+    is too narrow for that, a line for each value."""
     if not rows:
         line(f"{name}: none")
         return
@@ -84,38 +123,93 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     ]
     right = [isinstance(value, int | float | None) for value in rows[0].values()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns:
+        for row_cells in cells[1:]:
+            for number, (label, cell) in enumerate(zip(cells[0], row_cells, strict=True)):
+                _labelled(f"  {'  ' if number else ''}{label}:", cell)
+        return
     for row_cells in cells:
         padded = [
-            cell.rjust(width) if to_right else cell.ljust(width)
+            paint(cell.rjust(width) if to_right else cell.ljust(width), COLOURS.get(cell))
             for cell, width, to_right in zip(row_cells, widths, right, strict=True)
         ]
-        line(f"  {'  '.join(padded)}".rstrip())
+        print(f"  {'  '.join(padded)}".rstrip())
 
 
 def status(answer: Mapping[str, Any]) -> None:
     """What `status` says."""
     show({key: value for key, value in answer.items() if key not in ("pins", "sources")})
     table("pins", [{"node": name, **values} for name, values in answer["pins"].items()])
-    table(
-        "sources",
-        [
-            {**{key: value for key, value in source.items() if key != "why"}, "why": source["why"]}
-            for source in answer["sources"]
-        ],
-    )
+    sources = [
+        {**{key: value for key, value in source.items() if key != "why"}, "why": source["why"]}
+        for source in answer["sources"]
+    ]
+    table("sources", sources)
+
+
+def finding(state: str, found: str, todo: str) -> None:
+    """What `doctor` found, and what to do about it."""
+    print(f"{paint(f'{state:5}', COLOURS.get(state))}{printable(found)}")
+    if todo:
+        line(f"     to do: {todo}")
+
+
+def local_time(iso: str) -> str:
+    """A time of an answer, for people."""
+    return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def ls(answer: Mapping[str, Any]) -> None:
-    """What `ls` says: a line for each staging file, one for all that lies in packs."""
+    """What `ls` says: a line for each staging file, with a path that leads to it and a further line for each
+    other path; one line for all that lies in packs."""
     for each in answer["entries"]:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each["last_used"]))
-        whole = "whole" if each["complete"] else f"{human(each['staged'])} of"
-        marks = f"pinned:{each['pinned']}" if each["pinned"] else ""
-        line(
-            f"{each['cid']}  {whole:>12} {human(each['size']):>10}  {used}  {each['source']:10} "
-            f"{marks}".rstrip()
-        )
-    small = answer["small"]
+        shown = f"{each['cid']}  {_extent(each)}  {local_time(each['last_used'])}  {each['source']:10} "
+        marks = f"pinned:{each['pinned']}  " if each["pinned"] else ""
+        first, *others = each["paths"] or [""]
+        line(f"{shown}{marks}{first}".rstrip())
+        for other in others:
+            line(f"    also {other}")
+    _small(answer["small"])
+
+
+def tree(answer: Mapping[str, Any]) -> None:
+    """What `ls --tree` says: every path that is staged, below its directory."""
+    shown: list[str] = []
+    for each in answer["tree"]:
+        parents = each["path"].split("/")
+        name = parents.pop() if each["path"].rpartition("/")[0] in shown else each["path"]
+        while shown and not each["path"].startswith(f"{shown[-1]}/"):
+            shown.pop()
+        marks = f"  pinned:{each['pinned']}" if each["pinned"] == "user" else ""
+        extent = " " * 23 if each["kind"] == "directory" else _extent(each)
+        ending = {"directory": "/", "symlink": "@"}.get(each["kind"], "")
+        line(f"{extent}  {'  ' * len(shown)}{name}{ending}{marks}")
+        if each["kind"] == "directory":
+            shown.append(each["path"])
+    nameless = [each for each in answer["entries"] if not each["paths"]]
+    if nameless:
+        line("by no path that is known:")
+    for each in nameless:
+        line(f"{_extent(each)}  {each['cid']}")
+    _small(answer["small"])
+
+
+def pins(answer: Mapping[str, Any]) -> None:
+    """What `pin ls` says."""
+    for cid in answer["pinned"]:
+        names = [path for path in answer["paths"].get(cid, ()) if path != f"/ipfs/{cid}"]
+        line(f"{cid}  {'  '.join(names)}".rstrip())
+    if not answer["pinned"]:
+        line("pinned: none")
+
+
+def _extent(each: Mapping[str, Any]) -> str:
+    """How much is here of how much."""
+    whole = "whole" if each["complete"] else f"{human(each['staged'])} of"
+    return f"{whole:>12} {human(each['size']):>10}"
+
+
+def _small(small: Mapping[str, int]) -> None:
     if small["bytes"]:
         line(
             f"and {small['blocks']} small blocks (files up to 64 KiB, directories, links): "

@@ -61,7 +61,10 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
         elif arguments.json:
             console.values(answer, indent=None)
 
+    configured = asked.budget
+
     def reload() -> int | None:
+        nonlocal configured
         log_to.reopen()
         try:
             again = parser.parse(arguments.argv)
@@ -69,8 +72,8 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
             log.warning("nothing is changed: %s", exc)
             return None
         logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
-        budget: int = again.budget
-        return budget if budget != asked.budget else None
+        before, configured = configured, again.budget
+        return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
 
     try:
         hangup = None if starter is None and _has_terminal() else reload

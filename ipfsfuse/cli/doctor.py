@@ -1,6 +1,7 @@
 """`ipfsfuse doctor`: what a mount needs of this machine, each with what to do where it is missing."""
 
 import argparse
+import errno
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from ipfsfuse import client, units
 from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders
+from ipfsfuse.cli import console, folders, settings
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
@@ -31,7 +32,7 @@ OK, NOTE, BAD = "ok", "note", "bad"
 
 class Finding(NamedTuple):
     state: str
-    """`ok`, `note` (works, with a limit) or `bad` (a mount fails)."""
+    """`ok`, `note` (works, with a limit) or `bad` (a mount fails, or has failed)."""
     about: str
     found: str
     todo: str = ""
@@ -43,9 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.values([finding._asdict() for finding in findings])
     else:
         for finding in findings:
-            console.line(f"{finding.state:5}{finding.about}: {finding.found}")
-            if finding.todo:
-                console.line(f"     to do: {finding.todo}")
+            console.finding(finding.state, f"{finding.about}: {finding.found}", finding.todo)
     return 1 if any(finding.state == BAD for finding in findings) else 0
 
 
@@ -62,8 +61,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from _space(cache_dir, arguments.budget, arguments.reserve)
     yield _library(library)
     yield _descriptors()
-    yield _mount_of(cache_dir)
-    yield from _running(cache_dir)
+    yield from _mounts(cache_dir)
     if arguments.sources:
         for source, failure in _source_failures(defaults.chosen(arguments.sources), library, cache_dir):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
@@ -142,15 +140,16 @@ def _kernel() -> Finding:
 def _guest_sandbox() -> Finding:
     """What locks in the process of a guest of ipfsfuse-run."""
     try:
-        from ipfsfuse_run import lockdown
+        from ipfsfuse_run import lockdown, places
     except ImportError:
         return Finding(NOTE, "guests", "the package ipfsfuse_run is not installed: no guest can be run")
     active = lockdown.available()
     missing = [each for each in lockdown.LAYERS if each not in active]
+    tmp = "/tmp is a tmpfs" if places.tmpfs_is_offered() else "/tmp is a folder that is measured as it grows"
     if missing:
-        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}"
+        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}; {tmp}"
         return Finding(NOTE, "guests", found, "a kernel from 5.13 on, with landlock and seccomp, has them")
-    return Finding(OK, "guests", f"locked in by {', '.join(active)}")
+    return Finding(OK, "guests", f"locked in by {', '.join(active)}; {tmp}")
 
 
 def _user_requests() -> Iterator[Finding]:
@@ -201,25 +200,6 @@ def _descriptors() -> Finding:
 
 FEW_FILES = 4096
 """Descriptors: late requests hold up to 144 connections at each source, two descriptors each."""
-
-
-def _running(cache_dir: Path) -> Iterator[Finding]:
-    """What the mount of the cache folder says of itself."""
-    if cache_folder.is_free(cache_dir):
-        return
-    try:
-        told = client.call(cache_folder.socket_path(cache_dir), "status", timeout=ANSWER_SECONDS)
-    except IpfsFuseError as exc:
-        yield Finding(BAD, "running mount", str(exc), "look into `ipfsfuse logs`; `ipfsfuse unmount` it")
-        return
-    for reason in told["reasons"]:
-        yield Finding(NOTE, "running mount", reason, "`ipfsfuse status` and `ipfsfuse logs` say more")
-    if not told["reasons"]:
-        yield Finding(OK, "running mount", "healthy")
-    cache = told["cache"]
-    if cache["effective_budget"] < cache["budget"]:
-        cut = f"{units.human(cache['budget'])} is cut to {units.human(cache['effective_budget'])}"
-        yield Finding(NOTE, "running mount", f"its budget of {cut}", "make room on the disk")
 
 
 ANSWER_SECONDS = 5.0
@@ -279,23 +259,58 @@ def _library(folder: Path) -> Finding:
     return Finding(BAD, "library", f"{folder} may not be used by this user", "name another with --library")
 
 
-def _mount_of(cache_dir: Path) -> Finding:
+def _mounts(cache_dir: Path) -> Iterator[Finding]:
+    """What the mounts of this user say of themselves: those whose daemon is known here, those that the
+    configuration names, and the one that uses the cache folder."""
     said = cache_folder.announced(cache_dir)
+    expected = {*map(str, settings.mounts().values()), *([said[1]] if said else [])}
+    asked = set[Path]()
+    for mounted in mountpoints.table():
+        if mounted.type != mountpoints.TYPE or mounted.owner != os.geteuid():
+            continue
+        point = Path(mounted.mountpoint)
+        live = folders.live_mount(point, str(cache_dir), must=False)
+        if live is not None and live.control not in asked:
+            asked.add(live.control)
+            yield from _mount(point, live.control)
+        elif live is None and mounted.mountpoint in expected and not mountpoints.answers(point):
+            yield _dead(point)
     if cache_folder.is_free(cache_dir):
-        dead = [
-            mounted.mountpoint
-            for mounted in mountpoints.table()
-            if said and mounted.type == mountpoints.TYPE and mounted.mountpoint == said[1]
-        ]
-        if dead:
-            return Finding(
-                NOTE,
-                "mount",
-                f"{dead[0]} is left from a daemon that has ended",
-                f"ipfsfuse mount {dead[0]} takes its place",
-            )
-        return Finding(OK, "mount", "none uses the cache folder now")
-    return Finding(OK, "mount", f"process {said[0]} serves {said[1]}" if said else "a daemon is starting")
+        if not asked:
+            yield Finding(OK, "mount", "none uses the cache folder now")
+    elif cache_folder.socket_path(cache_dir) not in asked:  # `serve`, or a mount that is not seen here
+        what = f"process {said[0]} serves {said[1]}" if said else "a daemon is starting"
+        yield Finding(OK, "mount", what)
+
+
+def _mount(point: Path, control: Path) -> Iterator[Finding]:
+    try:
+        told = client.call(control, "status", timeout=ANSWER_SECONDS)
+    except IpfsFuseError as exc:
+        if not mountpoints.answers(point):
+            yield _dead(point)
+        else:
+            todo = f"look into `ipfsfuse logs`; end it by `ipfsfuse unmount {point}`"
+            yield Finding(BAD, "running mount", f"{point}: {exc}", todo)
+        return
+    yield Finding(OK, "mount", f"process {told['pid']} serves {point}")
+    for reason in told["reasons"]:
+        yield Finding(
+            NOTE, "running mount", f"{point}: {reason}", "`ipfsfuse status` and `ipfsfuse logs` say more"
+        )
+    if not told["reasons"]:
+        yield Finding(OK, "running mount", f"{point}: healthy")
+    cache = told["cache"]
+    if cache["effective_budget"] < cache["budget"]:
+        cut = f"{units.human(cache['budget'])} is cut to {units.human(cache['effective_budget'])}"
+        yield Finding(NOTE, "running mount", f"{point}: its budget of {cut}", "make room on the disk")
+
+
+def _dead(point: Path) -> Finding:
+    error = os.strerror(errno.ENOTCONN)  # "Transport endpoint is not connected"
+    found = f'{point} is left from a daemon that has ended: programs there get "{error}"'
+    todo = f"`ipfsfuse mount {point}` takes its place; `fusermount3 -u {point}` removes it"
+    return Finding(BAD, "mount", found, todo)
 
 
 EMPTY_DIRECTORY = "bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354"

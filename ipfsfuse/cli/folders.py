@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
@@ -26,6 +27,48 @@ def mountpoint(given: str) -> Path:
         if any(mounted.mountpoint == point for mounted in mountpoints.table()):
             return Path(point)
     return absolute(given)
+
+
+class InMount(NamedTuple):
+    mountpoint: Path
+    below: str
+    """The path in the file system that is mounted there, "" for its root."""
+
+
+MAX_LINKS = 40
+"""As in Linux."""
+
+
+def in_mount(text: str) -> InMount | None:
+    """Where `text`, a path of this machine, is in a mount of ipfsfuse; None where it is in none. Symlinks are
+    followed up to the mountpoint. The mount is not asked: its daemon may hang."""
+    from ipfsfuse.fuse import mountpoint as mountpoints
+
+    points = {each.mountpoint: each for each in mountpoints.table() if each.type == mountpoints.TYPE}
+    try:
+        left = deque(Path(os.path.abspath(text)).parts[1:])
+    except OSError:  # the working directory is gone
+        return None
+    here, links = "/", 0
+    while True:
+        if here in points:
+            root = points[here].root.strip("/")
+            return InMount(Path(here), "/".join(filter(None, [root, *left])))
+        if not left:
+            return None
+        further = os.path.join(here, left.popleft())
+        try:
+            target = (
+                os.path.abspath(os.path.join(here, os.readlink(further))) if further not in points else ""
+            )
+        except OSError:
+            target = ""
+        links += bool(target)
+        if links > MAX_LINKS:
+            return None
+        if target:
+            left.extendleft(reversed(Path(target).parts[1:]))
+        here = "/" if target else further
 
 
 def live_mount(point: Path, given_cache_dir: str | None, must: bool = True) -> "LiveMount | None":

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TextIO
 
 from ipfsfuse.cli import console, parser
-from ipfsfuse.cli.console import one_line, unwrapped
+from ipfsfuse.cli.console import unwrapped
 from ipfsfuse.errors import UsageError
 
 
@@ -19,8 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody
     reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # what the locale's encoding lacks is no reason to fail
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # A character that the locale's encoding lacks is escaped. Each line is written at once, also into a
+        # pipe: `serve` and `metrics --listen` say where they listen, and then run on.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return _run(argv)
     finally:
@@ -60,10 +61,10 @@ def _ended_by(exc: BaseException, as_json: bool) -> int:
     if isinstance(exc, BrokenPipeError):
         _discard_unwritable(sys.stdout)
         return 128 + signal.SIGPIPE
-    console.note(f"ipfsfuse: {one_line(exc)}")
+    console.failure(exc)
     code = 2 if isinstance(exc, UsageError) else 1
     if as_json and sys.stdout is not None:
-        console.values({"error": one_line(exc), "kind": type(exc).__name__, "code": code}, indent=None)
+        console.values(console.failure_values(exc, code), indent=None)
     return code
 
 

@@ -8,7 +8,7 @@ called.
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from ipfsfuse import __version__, units
@@ -35,9 +35,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises UsageError; SystemExit for --help and --version."""
     words = _of_mount_8(sys.argv[1:] if argv is None else list(argv))
-    if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
     parser, commands = build()
+    if words and not words[0].startswith("-"):
+        _refuse_unknown(words[0], commands)
     options: dict[str, list[tuple[argparse.Action, object]]] = {}
     for name, command in commands.items():
         found = [each for each in command._actions if each.option_strings and each.dest != "help"]
@@ -47,6 +47,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(words, argparse.Namespace(argv=words))
     settings.fill(arguments, options[arguments.command])
     return arguments
+
+
+def _refuse_unknown(word: str, commands: Iterable[str]) -> None:
+    if word not in commands:
+        close = difflib.get_close_matches(word, commands, 1)
+        todo = f"did you mean {close[0]}?" if close else "`ipfsfuse help` lists the commands"
+        raise UsageError(f"{word!r} is not a command: {todo}")
 
 
 _IGNORED = {
@@ -88,7 +95,10 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and those of the commands."""
     codes = "Exit codes: 0; 1 it failed; 2 usage; of status also 3: degraded."
     parser = Parser(
-        prog="ipfsfuse", allow_abbrev=False, description="IPFS as a read-only directory.", epilog=codes
+        prog="ipfsfuse",
+        allow_abbrev=False,
+        description="IPFS as a read-only directory.",
+        epilog=codes,
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -134,7 +144,17 @@ def _library(commands: Any) -> None:
     add.add_argument(
         "paths", nargs="+", metavar="PATH", help="a file, a folder, a symlink; - for standard input"
     )
+    add.add_argument("-q", "--quiet", action="store_true", help="print CIDs alone")
     add.add_argument("-Q", "--quieter", action="store_true", help="print the last CID alone")
+    add.add_argument(
+        "-r",
+        "--recursive",
+        action="store_true",
+        help="accepted, as of `ipfs add`: a folder is always added whole",
+    )
+    add.add_argument(
+        "--cid-version", type=int, choices=[0, 1], help="1 is the profile unixfs-v1-2025, 0 is unixfs-v0-2015"
+    )
     add.add_argument(
         "--profile",
         default="unixfs-v1-2025",
@@ -153,7 +173,7 @@ def _library(commands: Any) -> None:
     library = _command(commands, "library", "library:show", "list what `add` put into the library")
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
     export = _command(
-        commands, "export", "library:export", "write a CID with all below it to a CAR file, verified"
+        commands, "export", "reading:export", "write a CID with all below it to a CAR file, verified"
     )
     for parser in (remove, export):
         parser.add_argument("cid", metavar="CID")
@@ -162,17 +182,24 @@ def _library(commands: Any) -> None:
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, library, remove, export):
-        parser.add_argument("--json", action="store_true")
+    for parser in (add, cars, library, remove, export):
+        _json(parser)
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
     )
-    cat = _command(commands, "cat", "library:cat", "write a file to standard output, without a mount")
-    cat.add_argument("path", metavar="PATH", help="/ipfs/CID/a/b, or CID/a/b")
+    cat = _command(commands, "cat", "reading:cat", "write a file to standard output, without a mount")
+    cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, or CID/a/b")
     cat.add_argument("--raw", action="store_true", help="the block of the CID as it is, of any codec")
+    cat.add_argument(
+        "--json", action="store_true", help="lines of JSON: pieces of the content in base64, then their sum"
+    )
     cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     for parser in (add, cars, library, remove, export, cat):
         _folders(parser)
+
+
+def _json(parser: argparse.ArgumentParser, says: str = "print JSON, of a failure too") -> None:
+    parser.add_argument("--json", action="store_true", help=says)
 
 
 def _folders(parser: argparse.ArgumentParser, library: bool = True) -> None:
@@ -211,13 +238,13 @@ def _mounts(commands: Any) -> None:
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
     unmount.add_argument("--all", action="store_true", help="every mount of this user")
-    unmount.add_argument("--json", action="store_true")
+    _json(unmount)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
     _folders(unmount, library=False)
     doctor = _command(
         commands, "doctor", "doctor:run", "check this machine for what a mount needs, and say what to do"
     )
-    doctor.add_argument("--json", action="store_true")
+    _json(doctor)
     doctor.add_argument(
         "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)"
     )
@@ -377,35 +404,41 @@ class _CheckLibrary(argparse.Action):
 def _remote(commands: Any) -> None:
     """Commands to a running mount, through its control socket."""
     about = {
-        "status": "show a running mount: sources, staging, pins",
-        "ls": "list what is staged: sizes, completeness, last use, pins",
+        "status": "show how a running mount is doing: sources, cache, pins",
+        "ls": "list what is staged: names, sizes, completeness, last use, pins",
         "pin": "keep CIDs for good, fetched whole; `pin ls` lists what is pinned",
         "unpin": "let pinned CIDs be evicted again",
-        "prefetch": "fetch a CID with all below it into staging",
-        "evict": "remove a CID from staging",
+        "prefetch": "fetch CIDs with all below them into the cache",
+        "evict": "remove CIDs from the cache",
         "budget": "change how many bytes the cache of a running mount may take",
         "fsck": "hash everything that is staged again, quarantine what is wrong",
     }
     for name, says in about.items():
-        parser = _command(commands, name, f"remote:{name}", says)
-        if name == "pin":
+        parser = _command(commands, name, "status:run" if name == "status" else f"remote:{name}", says)
+        if name in ("pin", "unpin", "prefetch", "evict"):
             parser.add_argument(
-                "cids", metavar="CID", nargs="+", help="a CID, or /ipfs/CID; or the word ls, to list pins"
+                "items",
+                metavar="CID|PATH",
+                nargs="*" if name == "evict" else "+",
+                help="a CID, CID/a/b, /ipns/NAME, or a path in a mount"
+                + ("; or the word ls, to list pins" if name == "pin" else ""),
             )
-        if name == "unpin":
-            parser.add_argument("cids", metavar="CID", nargs="+", help="a CID, or /ipfs/CID")
-        if name == "prefetch":
-            parser.add_argument("cid", metavar="CID", help="a CID, or /ipfs/CID")
+        if name == "ls":
+            parser.add_argument(
+                "--tree", action="store_true", help="small files and directories too, below their directories"
+            )
         if name == "prefetch":
             parser.add_argument(
                 "--depth", type=_type(units.count), metavar="N", help="levels of folders to go down (all)"
             )
         if name == "status":
             parser.add_argument("--watch", action="store_true", help="a live view, until Ctrl-C")
+            parser.add_argument(
+                "--html", metavar="FILE", type=_PATH, help="write a page for a browser; - for standard output"
+            )
         if name == "budget":
             parser.add_argument("size", metavar="SIZE", type=_SIZE)
         if name == "evict":
-            parser.add_argument("cid", metavar="CID", nargs="?")
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
         if name == "fsck":
             parser.add_argument(
@@ -419,12 +452,12 @@ def _remote(commands: Any) -> None:
                 action=_CheckLibrary,
                 help="check the library instead (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
             )
-        parser.add_argument("--json", action="store_true")
+        _json(parser)
         parser.add_argument(
             "--mount",
-            metavar="MOUNTPOINT",
+            metavar="MOUNTPOINT|NAME",
             type=_PATH,
-            help="the mount to ask, or its name; without it, that of the cache folder",
+            help="the mount to ask; without it, that of the cache folder",
         )
         _folders(parser, library=False)
 
@@ -433,39 +466,41 @@ def _others(commands: Any) -> None:
     mounts = _command(
         commands, "mounts", "mounting:show_mounts", "list mounts: by whom, since when, whether they answer"
     )
-    mounts.add_argument("--json", action="store_true")
+    _json(mounts)
     config = _command(
         commands, "config", "settings:show", "show which settings hold for a mount, and where each comes from"
     )
     config.add_argument("mountpoint", metavar="NAME", nargs="?", help="a mount that the configuration names")
     config.add_argument("--init", action="store_true", help="write a commented file for this user")
-    config.add_argument("--json", action="store_true")
+    _json(config)
     _mount_options(config)
-    help_ = _command(commands, "help", "", "explain a command")
+    help_ = _command(commands, "help", "parser:print_help", "explain a command, or list all commands")
     help_.add_argument("about", metavar="COMMAND", nargs="?")
+    _json(help_)
     logs = _command(commands, "logs", "logs:show", "show the log of a mount")
     logs.add_argument("-n", "--lines", type=_COUNT, default=50, metavar="N", help="the last N lines (50)")
     logs.add_argument("-f", "--follow", action="store_true", help="and go on with what is logged")
     logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="where the mount was told to log")
-    logs.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
-    logs.add_argument("--json", action="store_true")
+    logs.add_argument("--mount", metavar="MOUNTPOINT|NAME", type=_PATH, help="the mount to ask")
+    _json(logs)
     _folders(logs, library=False)
     metrics = _command(
         commands, "metrics", "metrics:run", "print what a running mount counts, as OpenMetrics"
     )
     metrics.add_argument("--listen", metavar="HOST:PORT", help="serve it over HTTP instead")
     metrics.add_argument("--textfile", metavar="FILE", type=_PATH, help="write it there, for a node exporter")
-    metrics.add_argument("--mount", metavar="MOUNTPOINT", type=_PATH, help="the mount, or its name")
-    metrics.add_argument("--json", action="store_true")
+    metrics.add_argument("--mount", metavar="MOUNTPOINT|NAME", type=_PATH, help="the mount to ask")
+    _json(metrics)
     _folders(metrics, library=False)
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
     get.add_argument("path", metavar="CID/PATH")
     get.add_argument("-o", "--output", metavar="PATH", type=_PATH, help="where to (the name, here)")
-    get.add_argument("--json", action="store_true")
+    _json(get)
     get.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     _folders(get)
     completion = _command(commands, "completion", "parser:print_completion", "print a shell's completions")
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+    _json(completion)
 
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -477,8 +512,25 @@ def print_completion(arguments: argparse.Namespace) -> int:
 
     if arguments.shell not in shtab.SUPPORTED_SHELLS:
         raise UsageError(f"shtab {shtab.__version__} makes no completions for {arguments.shell}")
-    for line in shtab.complete(build()[0], arguments.shell).splitlines():
-        console.line(line)
+    script = shtab.complete(build()[0], arguments.shell)
+    if arguments.json:
+        console.values({"shell": arguments.shell, "script": script})
+    else:
+        for line in script.splitlines():
+            console.line(line)
+    return 0
+
+
+def print_help(arguments: argparse.Namespace) -> int:
+    parser, commands = build()
+    if arguments.about is not None:
+        _refuse_unknown(arguments.about, commands)
+        parser = commands[arguments.about]
+    if arguments.json:
+        console.values({"command": arguments.about, "help": parser.format_help()})
+    else:
+        for line in parser.format_help().splitlines():
+            console.line(line)
     return 0
 
 

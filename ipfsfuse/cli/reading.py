@@ -1,26 +1,37 @@
-"""`ipfsfuse get`: a copy of a file or a directory, without a mount.
+"""`get`, `cat` and `export`: content without a mount.
 
-Where a mount uses the cache folder, it is read through that mount, which has a cache and sources of its own.
-Else the sources are opened, and what is fetched is kept in the cache folder as a mount would keep it.
+`get` reads through the mount that uses the cache folder, if there is one: it has a cache and sources of its
+own. Else the sources are opened, and what is fetched is kept in the cache folder as a mount would keep it.
+`cat` and `export` read from the sources, and ask a running mount for what those lack.
 """
 
 import argparse
+import base64
 import os
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import trio
 
+from ipfsfuse import client, importer
 from ipfsfuse.api.filesystem import Filesystem, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.cli.mounting import source
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import path as paths
-from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.path import cid_alone
+from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import defaults
+from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings
+from ipfsfuse.sources.spec import opened as opened_sources
 from ipfsfuse.units import human
 
 PIECE = 4 << 20
@@ -125,3 +136,125 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
         with target.open("xb") as out:
             await _write(filesystem, path, out, done)
         done.files += 1
+
+
+# -- `cat` and `export` --------------------------------------------------------------------------------------
+
+STANDARD_OUTPUT = "-"
+BLOCK_DEADLINE = 30.0
+"""Seconds for one block."""
+
+
+def export(arguments: argparse.Namespace) -> int:
+    cache_dir = folders.cache_dir(arguments.cache_dir)
+    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
+    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir  # only CAR files need that folder
+    return trio.run(_export, arguments, cache_dir, indexes)
+
+
+async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+    cid, to_stdout = cid_alone(arguments.cid), arguments.file == STANDARD_OUTPUT
+    if to_stdout:
+        _check_standard_output(arguments.v2)
+    with Progress("indexing") as indexing, Progress("exporting") as progress:
+        settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
+        async with opened_sources(_library_or(arguments.sources), settings) as sources:
+            get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
+
+            def show(_blocks: int, written: int) -> None:
+                progress({"done": written})
+
+            if to_stdout:
+                # a write that waits for a slow reader can't be cancelled,
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
+                await importer.export_to_stream(cid, get, sys.stdout.fileno(), show)
+            else:
+                size = await importer.export(cid, get, Path(arguments.file), arguments.v2, show)
+                if arguments.json:
+                    told = {"exported": cids.text(cid), "file": arguments.file, "bytes": size}
+                    console.values(told)
+                    return 0
+                console.line(f"exported {cids.text(cid)} to {arguments.file}, {human(size)}")
+    return 0
+
+
+def cat(arguments: argparse.Namespace) -> int:
+    cache_dir = folders.cache_dir(arguments.cache_dir)
+    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
+    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir
+    return trio.run(_cat, arguments, cache_dir, indexes)
+
+
+async def _cat(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+    path = paths.parse(arguments.path)
+    if sys.stdout is None:
+        raise UsageError("standard output is closed")
+    if arguments.raw and path.names:
+        raise UsageError("--raw takes a CID alone: a block has no path")
+    settings = OpenSettings(folders.library(arguments.library), indexes)
+    async with opened_sources(_library_or(arguments.sources), settings) as sources:
+        get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
+        parts = _block(path.root, get) if arguments.raw else importer.content(path, get)
+        size = 0
+        async for part in parts:
+            if arguments.json:
+                data = base64.b64encode(part).decode("ascii")
+                await threads.run_sync(_print_values, {"offset": size, "data": data})
+            else:
+                await threads.run_sync(sys.stdout.buffer.write, part)
+            size += len(part)
+    if arguments.json:
+        await threads.run_sync(_print_values, {"path": str(path), "bytes": size})
+    await threads.run_sync(sys.stdout.buffer.flush)
+    return 0
+
+
+def _print_values(values: Mapping[str, object]) -> None:
+    """A line of JSON. It may wait for a slow reader: call it in a thread."""
+    console.values(values, indent=None)
+
+
+async def _block(cid: Cid, get: importer.GetBlock) -> AsyncIterator[bytes]:
+    yield await importer.verified(cid, get)
+
+
+def _check_standard_output(v2: bool) -> None:
+    """Raises UsageError where no CAR can go there."""
+    if v2:
+        raise UsageError("--v2 needs a file: the place of its index is known only at the end")
+    if sys.stdout is None:
+        raise UsageError("standard output is closed: name a FILE")
+    if sys.stdout.isatty():
+        raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
+
+
+def _library_or(given: Sequence[str] | None) -> Sequence[str]:
+    return defaults.chosen(given) if given else [defaults.LIBRARY]
+
+
+def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:
+    """Gets a block from the sources, else from a running mount, which has a cache and sources of its own."""
+
+    async def get(wanted: Cid) -> bytes:
+        try:
+            with trio.fail_after(BLOCK_DEADLINE):
+                return (await pool.get(wanted)).block
+        except (Unavailable, trio.TooSlowError) as exc:
+            block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
+            if block is None:
+                raise Unavailable(
+                    f"{cids.text(wanted)} is in no source and no running mount: name one that has it "
+                    "with --from"
+                ) from exc
+            return block
+
+    return get
+
+
+def _from_mount(control: Path, cid: Cid) -> bytes | None:
+    """The block that a running mount has or fetches. None if no mount runs."""
+    try:
+        return base64.b64decode(client.call(control, "block", cid=cids.text(cid))["data"])
+    except DaemonFailed:
+        return None

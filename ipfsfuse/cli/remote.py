@@ -2,17 +2,17 @@
 JSON."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
-from ipfsfuse.errors import UsageError
-
-STATUS_SECONDS = 30.0
-"""How long a mount may take for an answer that needs no network."""
+from ipfsfuse.cli.status import ANSWER_SECONDS
+from ipfsfuse.errors import IpfsFuseError, NotACid, UsageError
 
 NAMED = 5
 """Lost blocks that `fsck` names in its last line; all are in its report."""
@@ -20,29 +20,16 @@ NAMED = 5
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
-DEGRADED = 3
-"""Exit code of `status` where the mount serves, but not as well as it should. 1 says that it does not
-answer."""
-
-
-def status(arguments: argparse.Namespace) -> int:
-    if arguments.watch:
-        from ipfsfuse.cli import watch  # with rich, 100 ms
-
-        return watch.run(folders.control_socket(arguments))
-    answer = _call(arguments, "status", timeout=STATUS_SECONDS)
-    _told(arguments, answer, console.status)
-    return 0 if answer["health"] == "healthy" else DEGRADED
-
-
 def ls(arguments: argparse.Namespace) -> int:
-    return _told(arguments, _call(arguments, "ls", timeout=STATUS_SECONDS), console.ls)
+    sent = {"tree": True} if arguments.tree else NOTHING
+    answer = _call(folders.control_socket(arguments), "ls", sent, timeout=ANSWER_SECONDS)
+    return _told(arguments, answer, console.tree if arguments.tree else console.ls)
 
 
 def pin(arguments: argparse.Namespace) -> int:
-    if arguments.cids == ["ls"]:
-        answer = _call(arguments, "ls", timeout=STATUS_SECONDS)
-        return _told(arguments, {"pinned": answer["pinned"]}, console.show)
+    if arguments.items == ["ls"]:
+        answer = _call(folders.control_socket(arguments), "ls", timeout=ANSWER_SECONDS)
+        return _told(arguments, {key: answer[key] for key in ("pinned", "paths")}, console.pins)
     return _each(arguments, "pin")
 
 
@@ -50,34 +37,18 @@ def unpin(arguments: argparse.Namespace) -> int:
     return _each(arguments, "unpin")
 
 
-def _each(arguments: argparse.Namespace, command: str) -> int:
-    """One command for each CID. What was done before one fails stays done."""
-    cids = [_cid(text) for text in arguments.cids]
-    if len(cids) == 1:
-        return _work(arguments, command, cid=cids[0])
-    answers = []
-    for cid in cids:
-        answers.append(_call(arguments, command, {"cid": cid}))
-        if not arguments.json:
-            console.show(answers[-1])
-    if arguments.json:
-        console.values(answers)
-    return 0
-
-
 def prefetch(arguments: argparse.Namespace) -> int:
-    depth = {} if arguments.depth is None else {"depth": arguments.depth}
-    return _work(arguments, "prefetch", cid=_cid(arguments.cid), **depth)
+    return _each(arguments, "prefetch", {} if arguments.depth is None else {"depth": arguments.depth})
 
 
 def evict(arguments: argparse.Namespace) -> int:
-    if arguments.all == (arguments.cid is not None):
-        raise UsageError("evict takes one CID, or --all")
-    return _work(arguments, "evict", **({"all": True} if arguments.all else {"cid": _cid(arguments.cid)}))
+    if arguments.all == bool(arguments.items):
+        raise UsageError("evict takes CIDs or paths, or --all")
+    return _work(arguments, "evict", {"all": True}) if arguments.all else _each(arguments, "evict")
 
 
 def budget(arguments: argparse.Namespace) -> int:
-    return _work(arguments, "budget", size=arguments.size)
+    return _work(arguments, "budget", {"size": arguments.size})
 
 
 def fsck(arguments: argparse.Namespace) -> int:
@@ -86,7 +57,7 @@ def fsck(arguments: argparse.Namespace) -> int:
         from ipfsfuse.cli import library  # it imports what the other commands here do not need
 
         return library.check(arguments)
-    answer = _call(arguments, "fsck")
+    answer = _call(folders.control_socket(arguments), "fsck")
     _told(arguments, answer, console.show)
     lost = answer["wrong"] - answer["mended"]
     if lost:
@@ -95,27 +66,73 @@ def fsck(arguments: argparse.Namespace) -> int:
     return 1 if lost else 0
 
 
-def _work(arguments: argparse.Namespace, command: str, **sent: object) -> int:
-    return _told(arguments, _call(arguments, command, sent), console.show)
+# -- what is named by a CID, by a path below one, or by a path in a mount ------------------------------------
+
+
+class Target(NamedTuple):
+    control: Path
+    """The mount to ask."""
+    path: str
+    """`/ipfs/CID/a/b` or `/ipns/NAME/a/b`."""
+
+
+def _each(arguments: argparse.Namespace, command: str, sent: Mapping[str, object] = NOTHING) -> int:
+    """One command for each of the things that are named. All are looked at before anything is done. If one
+    fails, the others are done all the same, and the exit code is 1."""
+    targets = [_target(arguments, text) for text in arguments.items]
+    if len(targets) == 1:
+        answer = _call(targets[0].control, command, {**sent, "path": targets[0].path})
+        return _told(arguments, answer, console.show)
+    answers, code = list[Mapping[str, Any]](), 0
+    for text, target in zip(arguments.items, targets, strict=True):
+        try:
+            answers.append(_call(target.control, command, {**sent, "path": target.path}))
+        except IpfsFuseError as exc:
+            code = 1
+            console.failure(exc)
+            answers.append({"item": text, **console.failure_values(exc, code)})
+        else:
+            if not arguments.json:
+                console.show(answers[-1])
+    if arguments.json:
+        console.values(answers)
+    return code
+
+
+def _target(arguments: argparse.Namespace, text: str) -> Target:
+    """Raises UsageError, whether or not there is a mount to ask."""
+    from ipfsfuse.dag import path as paths  # with multiformats, 100 ms that other commands needn't wait
+
+    try:
+        if paths.split_ipns(text) is None:
+            text = os.fsdecode(bytes(paths.parse(text)))
+        path = text
+    except (UsageError, NotACid) as exc:
+        found = folders.in_mount(text)
+        if found is None:
+            where = ", nor is it in a mount of ipfsfuse" if os.path.lexists(text) else ""
+            raise UsageError(f"{exc}{where}") from exc
+        if not found.below:
+            raise UsageError(f"{text} is a mountpoint: name something in it") from exc
+        control = folders.control(None, str(found.mountpoint))
+        live = folders.live_mount(found.mountpoint, None)
+        main = client.call(control, "status", timeout=ANSWER_SECONDS)["mountpoint"]
+        top = "ipfs" if live is None or str(live.mountpoint) == main else "ipns"
+        path = f"/{top}/{found.below}"
+        if arguments.mount is None and arguments.origins.get("cache-dir") != "argument":
+            return Target(control, path)
+    return Target(folders.control_socket(arguments), path)
+
+
+def _work(arguments: argparse.Namespace, command: str, sent: Mapping[str, object]) -> int:
+    return _told(arguments, _call(folders.control_socket(arguments), command, sent), console.show)
 
 
 def _call(
-    arguments: argparse.Namespace,
-    command: str,
-    sent: Mapping[str, object] = NOTHING,
-    timeout: float | None = None,
+    control: Path, command: str, sent: Mapping[str, object] = NOTHING, timeout: float | None = None
 ) -> dict[str, Any]:
-    path = folders.control_socket(arguments)
     with Progress(command) as progress:
-        return client.call(path, command, progress, timeout=timeout, **sent)
-
-
-def _cid(text: str) -> str:
-    """The CID's usual spelling. Raises UsageError, whether or not there is a mount to ask."""
-    from ipfsfuse.dag import cid as cids  # with multiformats, 100 ms that `status` needn't wait
-    from ipfsfuse.dag.path import cid_alone
-
-    return cids.text(cid_alone(text))
+        return client.call(control, command, progress, timeout=timeout, **sent)
 
 
 def _told(

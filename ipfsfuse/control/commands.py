@@ -5,21 +5,24 @@ import base64
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import trio
 
-from ipfsfuse import __version__
+from ipfsfuse import __version__, units
 from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
 from ipfsfuse.content import Names
 from ipfsfuse.control.blocks import WholeBlocks
+from ipfsfuse.control.listing import staged_paths
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
@@ -27,12 +30,15 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import request_of
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.vfs.fetch_dag import Totals, fetch_all
+from ipfsfuse.vfs.fetch_dag import OnProgress, Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
 log = logging.getLogger("ipfsfuse.mount")
 
 LAG_SECONDS = 1.0
+SAMPLE_SECONDS = 10.0
+MAX_SAMPLES = 600
+"""Samples of the history, of some 100 bytes each. When there are more, each second one is dropped."""
 TELL_SECONDS = 0.2
 """Seconds between two lines of progress."""
 
@@ -57,6 +63,8 @@ class Commands:
         self.latencies: Mapping[str, Histogram] = {}
         """Of the calls of the kernel, by their names."""
         self._lag = Histogram()
+        self._history = [self._sample()]
+        self._sample_seconds = SAMPLE_SECONDS
         self._started = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
 
     def table(self) -> dict[str, Handler]:
@@ -70,6 +78,7 @@ class Commands:
             "evict": self.evict,
             "budget": self.budget,
             "metrics": self.metrics,
+            "history": self.history,
             "fsck": self.fsck,
             "block": self.block,
             "resolve": self.resolve,
@@ -86,10 +95,11 @@ class Commands:
             "mountpoint": str(self._config.mountpoint),
             "cache_dir": str(self._config.cache_dir),
             "offline": self._config.offline,
+            "since": units.timestamp(time.time() - self._uptime()),
             "uptime": round(self._uptime(), 1),
             "cache": asdict(self._cache.statistics()),
             "pins": {name: asdict(status) for name, status in self._pins.status().items()},
-            "unasked": self._pool.unasked,
+            "no_source_to_ask": self._pool.no_source_to_ask,
             "sources": [asdict(source) for source in self._pool.statistics()],
             "served": dict(self._served),
         }
@@ -124,13 +134,34 @@ class Commands:
     def _uptime(self) -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
-    async def ls(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        entries = await threads.run_sync(_entries, await self._cache.store.listed())
-        pinned = [cids.text(cid) for cid in self._cache.pinned()]
+    async def ls(self, arguments: Arguments, progress: Progress) -> Answer:
+        """Staging files, each with the paths that lead to it. With `tree` also every path that is staged."""
+        tree: list[dict[str, Any]] = []
+        paths = defaultdict[Cid, list[str]](list)
+        tell, found = _Teller(progress), 0
+        pinned = self._cache.pinned()
+
+        def roots() -> Iterator[tuple[Cid, str]]:
+            yield from self._cache.opened_roots()
+            for pin in pinned:
+                if pin not in paths:  # else it was found below what was opened by name
+                    yield pin, cids.text(pin)
+
+        async for each in staged_paths(self._cache.reader, roots()):
+            path = os.fsdecode(each.path)
+            paths[each.kept.cid].append(path)
+            if arguments.get("tree") is True:
+                entry = {"path": path, "kind": each.kind, **_entry(each.kept), "size": each.size}
+                tree.append(entry)
+            found += 1
+            await tell({"done": found, "unit": "paths"})
+        entries = await threads.run_sync(_entries, await self._cache.store.listed(), paths)
         return {
             "entries": entries,
-            "pinned": pinned,
+            "pinned": [cids.text(cid) for cid in pinned],
+            "paths": {cids.text(cid): paths[cid] for cid in pinned},
             "small": (await self._cache.store.blocks.count())._asdict(),
+            **({"tree": tree} if arguments.get("tree") is True else {}),
         }
 
     async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
@@ -149,13 +180,19 @@ class Commands:
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
         with request_of(os.getuid()):  # who mounted is who commands
-            totals = await fetch_all(self._tree, _cid(arguments), depth, _Teller(progress))
-        return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
+            cid = await self._named(arguments)
+            totals = await fetch_all(self._tree, cid, depth, _fetched(progress))
+        return {
+            "prefetched": cids.text(cid),
+            "files": totals.files,
+            "directories": totals.directories,
+            "bytes": totals.bytes,
+        }
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
-        cid = _cid(arguments)
+        cid = await self._named(arguments)
         async with self._cache.pinning(cid) as pinning:
-            totals = await fetch_all(self._tree, cid, None, _Teller(progress), pinning.file)
+            totals = await fetch_all(self._tree, cid, None, _fetched(progress), pinning.file)
         self._pins.pin(cid)
         return {
             "pinned": cids.text(cid),
@@ -165,14 +202,28 @@ class Commands:
         }
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
-        cid = _cid(arguments)
+        cid = await self._named(arguments)
         await self._cache.unpin(cid)
         self._pins.unpin(cid)
         return {"unpinned": cids.text(cid)}
 
     async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:
-        freed = await self._cache.evict(None if arguments.get("all") is True else _cid(arguments))
-        return {"freed": freed}
+        if arguments.get("all") is True:
+            return {"freed": await self._cache.evict()}
+        cid = await self._named(arguments)
+        return {"evicted": cids.text(cid), "freed": await self._cache.evict(cid)}
+
+    async def _named(self, arguments: Arguments) -> Cid:
+        """What `path` leads to, or `cid` names. Blocks on the way are fetched; symlinks are not followed."""
+        if "path" not in arguments:
+            return _cid(arguments)
+        path = await self._names.path_of(str(arguments["path"]))
+        if not path.names:
+            return path.root
+        with request_of(os.getuid()):
+            node = await self._tree.drive(traversal.resolve(path))
+        self._cache.note_root(path.root, cids.text(path.root))  # `ls` finds the names below it
+        return node.cid
 
     async def budget(self, arguments: Arguments, _progress: Progress) -> Answer:
         """Changes the budget until this mount ends."""
@@ -194,11 +245,34 @@ class Commands:
             await self._cache.store.budget.resize(budget)
 
     async def measure_lag(self) -> None:
-        """Notes how late the event loop is, once a second."""
+        """Notes how late the event loop is, once a second, and what `history` tells."""
+        sampled = trio.current_time()
         while True:
             due = trio.current_time() + LAG_SECONDS
             await trio.sleep_until(due)
             self._lag.add(trio.current_time() - due)
+            if due - sampled >= self._sample_seconds:
+                sampled = due
+                self._history.append(self._sample())
+                if len(self._history) > MAX_SAMPLES:
+                    del self._history[1::2]
+                    self._sample_seconds *= 2
+
+    def _sample(self) -> dict[str, Any]:
+        cache = self._cache.statistics()
+        fetched = sum(each.bytes for each in self._pool.statistics())
+        return {
+            "time": units.timestamp(time.time()),
+            "hits": cache.hits,
+            "misses": cache.misses,
+            "evictions": cache.evictions,
+            "used": cache.used,
+            "fetched": fetched,
+        }
+
+    async def history(self, _arguments: Arguments, _progress: Progress) -> Answer:
+        """What was counted since the mount began, at some hundred moments."""
+        return {"samples": [*self._history, self._sample()]}
 
     async def metrics(self, arguments: Arguments, progress: Progress) -> Answer:
         """What `status` says, and latencies in classes."""
@@ -235,8 +309,13 @@ class Commands:
         return {"data": base64.b64encode(data).decode("ascii")}
 
 
-def _entries(listed: Sequence[Kept]) -> list[dict[str, Any]]:
-    return [kept._asdict() | {"cid": cids.text(kept.cid)} for kept in listed]
+def _entries(listed: Sequence[Kept], paths: Mapping[Cid, Sequence[str]]) -> list[dict[str, Any]]:
+    return [{**_entry(kept), "paths": paths.get(kept.cid, [])} for kept in listed]
+
+
+def _entry(kept: Kept) -> dict[str, Any]:
+    used = units.timestamp(kept.last_used) if kept.last_used else None
+    return kept._asdict() | {"cid": cids.text(kept.cid), "last_used": used}
 
 
 def _cid(arguments: Arguments) -> Cid:
@@ -245,17 +324,25 @@ def _cid(arguments: Arguments) -> Cid:
     return cid_alone(str(arguments["cid"]))
 
 
+def _fetched(progress: Progress) -> OnProgress:
+    """Tells of what has been fetched."""
+    tell = _Teller(progress)
+
+    async def told(totals: Totals) -> None:
+        await tell({"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files})
+
+    return told
+
+
 class _Teller:
-    """Passes totals on as progress, a few times a second."""
+    """Passes progress on, a few times a second."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._last = 0.0
 
-    async def __call__(self, totals: Totals) -> None:
+    async def __call__(self, values: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if now - self._last >= TELL_SECONDS:
             self._last = now
-            await self._progress(
-                {"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files}
-            )
+            await self._progress(values)

@@ -198,7 +198,7 @@ def _cbor_links(data: bytes, at: int) -> tuple[tuple[Cid, ...], int]:
         tag, at = _cbor_expect(data, at, 6, "CID")
         link, at = _cbor_bytes(data, at, 2, "CID")
         if tag != 42 or link[:1] != b"\0":
-            raise Malformed("a root in the CAR's header is no CID")
+            raise Malformed("a root in the CAR's header is not a CID")
         try:
             roots.append(cids.decode(link[1:]))
         except NotACid as exc:

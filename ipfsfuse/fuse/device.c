@@ -5,7 +5,10 @@
  * fuse_session_mount instead of libfuse's. It starts the thread, and gives libfuse our read and writev
  * (fuse_session_custom_io). libfuse reads from the queue, and takes an eventfd for its device: pyfuse3 is woken for
  * what it must answer and for nothing else, since a turn of its event loop costs 0.1 ms.
- * Concurrency: one lock for both queues. The thread uses nothing of Python's.
+ *
+ * Users take turns (round robin): the oldest request of each is taken before the second of any, so that thousands
+ * of requests of one user delay another's by one turn each.
+ * Concurrency: one lock for all queues. The thread uses nothing of Python's.
  */
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 314
@@ -27,14 +30,26 @@
 #include <unistd.h>
 
 #define REQUEST (132U << 10) /* bytes of the largest request: libfuse's buffer is larger. See MAX_WRITE in replies.c */
-#define QUEUED (1U << 20)    /* bytes of requests that may wait for Python */
+#define QUEUED (16U << 20)   /* bytes of requests that may wait for Python: a lookup has about 100 */
+#define FORGETS (1U << 20)   /* bytes of them that may be FORGETs: nobody waits for these */
+#define KERNEL UINT32_MAX    /* in the place of a user id: FORGETs. The kernel gives them no user of their own */
+#define BUCKETS 4096         /* of the table by which an INTERRUPT finds its request */
 #define SPIN_NS 20000        /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
 
-struct request { struct request *next; size_t size; struct fuse_in_header *bytes; int64_t read_at; };
-struct queue { struct request *first, **last; size_t size; };
+struct request {
+	struct request *next;    /* of the same user */
+	struct request *in_bucket;
+	size_t size;
+	struct fuse_in_header *bytes;
+	int64_t read_at;
+	int interrupted;         /* its caller got a signal while it waited */
+};
+struct user { struct user *next; uint32_t id; struct request *first, **last; };
 
-static struct queue waiting = {.last = &waiting.first};         /* for libfuse */
-static struct queue interrupted = {.last = &interrupted.first}; /* FUSE_INTERRUPT, for device_interrupted */
+static struct user *users, **last_user = &users; /* those who have requests waiting for libfuse; the first is next */
+static size_t queued, queued_forgets;            /* bytes of those requests, and of the FORGETs among them */
+static struct request *buckets[BUCKETS];         /* those requests by their numbers */
+static struct { uint64_t *numbers; size_t count, room; } interrupted; /* of requests, for device_interrupted */
 static int over;                /* 1 when no more requests come, -errno when reading failed */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
@@ -65,10 +80,15 @@ static void discard(struct request *one)
 	free(one);
 }
 
+/* Leaves the value of a SETXATTR out, which is refused whatever it is: up to 64 KiB each would soon fill QUEUED. */
 static struct request *copy_of(const char *bytes, size_t size)
 {
+	static const size_t longest = sizeof(struct fuse_in_header) + sizeof(struct fuse_setxattr_in) + 256;
+	int is_setxattr = ((const struct fuse_in_header *)bytes)->opcode == FUSE_SETXATTR && size > longest;
 	struct request *one = calloc(1, sizeof *one);
 
+	if (is_setxattr)
+		size = longest; /* the name has 255 bytes at most */
 	if (!one || !(one->bytes = malloc(size))) {
 		discard(one);
 		return NULL;
@@ -76,48 +96,137 @@ static struct request *copy_of(const char *bytes, size_t size)
 	one->size = size;
 	one->read_at = now_ns();
 	memcpy(one->bytes, bytes, size);
+	if (is_setxattr)
+		((struct fuse_setxattr_in *)(one->bytes + 1))->size = 0;
 	return one;
 }
 
-static void append(struct queue *queue, struct request *one)
+static uint32_t user_of(const struct request *one)
 {
-	one->next = NULL;
-	*queue->last = one;
-	queue->last = &one->next;
-	queue->size += one->size;
+	uint32_t opcode = one->bytes->opcode;
+
+	return opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET ? KERNEL : one->bytes->uid;
 }
 
-static struct request *pop(struct queue *queue)
-{
-	struct request *one = queue->first;
+static struct request **bucket_of(uint64_t unique) { return &buckets[unique / 2 % BUCKETS]; } /* they are even */
 
-	if (one) {
-		queue->first = one->next;
-		if (!queue->first)
-			queue->last = &queue->first;
-		queue->size -= one->size;
+/* Returns 0 if there is no memory. */
+static int append(struct request *one)
+{
+	uint32_t id = user_of(one);
+	struct request **bucket = bucket_of(one->bytes->unique);
+	struct user *user = users;
+
+	while (user && user->id != id)
+		user = user->next;
+	if (!user) {
+		if (!(user = calloc(1, sizeof *user)))
+			return 0;
+		user->id = id;
+		user->last = &user->first;
+		*last_user = user;
+		last_user = &user->next;
 	}
+	*user->last = one;
+	user->last = &one->next;
+	one->in_bucket = *bucket;
+	*bucket = one;
+	queued += one->size;
+	queued_forgets += id == KERNEL ? one->size : 0;
+	return 1;
+}
+
+/* The next user's oldest request; the user goes to the end of the line. NULL if there is none. */
+static struct request *pop(void)
+{
+	struct user *user = users;
+	struct request *one, **place;
+
+	if (!user)
+		return NULL;
+	one = user->first;
+	for (place = bucket_of(one->bytes->unique); *place != one; place = &(*place)->in_bucket)
+		;
+	*place = one->in_bucket;
+	queued -= one->size;
+	queued_forgets -= user->id == KERNEL ? one->size : 0;
+	users = user->next;
+	if (!users)
+		last_user = &users;
+	user->next = NULL;
+	user->first = one->next;
+	if (one->next) {
+		*last_user = user;
+		last_user = &user->next;
+	} else
+		free(user);
 	return one;
+}
+
+/* The request `unique` is to be interrupted; its handler waits by now. Without memory it is answered all the same,
+ * when it has what it waits for. */
+static void interrupt(uint64_t unique)
+{
+	size_t room = interrupted.room ? 2 * interrupted.room : 64;
+	uint64_t *more;
+
+	if (interrupted.count == interrupted.room) {
+		if (!(more = realloc(interrupted.numbers, room * sizeof *more)))
+			return;
+		interrupted.numbers = more;
+		interrupted.room = room;
+	}
+	interrupted.numbers[interrupted.count++] = unique;
+	eventfd_write(notify_fd, 1);
+}
+
+/* The caller of a request got a signal. One that still waits here is interrupted after it has been taken. */
+static void note_interrupt(const char *bytes, size_t size)
+{
+	const struct fuse_interrupt_in *what = (const void *)(bytes + sizeof(struct fuse_in_header));
+	struct request *one;
+
+	if (size < sizeof(struct fuse_in_header) + sizeof *what)
+		return;
+	pthread_mutex_lock(&lock);
+	for (one = *bucket_of(what->unique); one && one->bytes->unique != what->unique; one = one->in_bucket)
+		;
+	if (one)
+		one->interrupted = 1;
+	else
+		interrupt(what->unique);
+	pthread_mutex_unlock(&lock);
 }
 
 static void wake(void) { eventfd_write(wakeup_fd, 1); }
 
+static int is_full(const struct request *one)
+{
+	return user_of(one) == KERNEL ? queued_forgets > FORGETS : queued > QUEUED;
+}
+
+/* A caller waits for it, so it can't be dropped. */
 static void pass_on(const char *bytes, size_t size)
 {
 	struct request *one;
+	int was_empty, done = 0;
 
-	while (!(one = copy_of(bytes, size))) { /* a caller waits for it: it can't be dropped */
-		if (stopping)
-			return;
+	while (!(one = copy_of(bytes, size)) && !stopping)
 		usleep(1000);
+	while (one && !done && !stopping) {
+		pthread_mutex_lock(&lock);
+		while (is_full(one) && !over)
+			pthread_cond_wait(&taken, &lock);
+		was_empty = !users;
+		done = append(one);
+		if (done && was_empty)
+			wake();
+		pthread_mutex_unlock(&lock);
+		if (!done)
+			usleep(1000);
 	}
-	pthread_mutex_lock(&lock);
-	while (waiting.size > QUEUED && !over)
-		pthread_cond_wait(&taken, &lock);
-	if (!waiting.first)
-		wake();
-	append(&waiting, one);
-	pthread_mutex_unlock(&lock);
+	if (!done)
+		discard(one);
 }
 
 static void end_with(int how)
@@ -159,8 +268,11 @@ static void *run(void *unused)
 	ssize_t size = 0;
 
 	while (!stopping && (size = receive()) > 0)
-		if ((size_t)size >= sizeof *request && !opens_answer(device, request, size) &&
-		    !reads_answer(device, request, size))
+		if ((size_t)size < sizeof *request)
+			continue;
+		else if (request->opcode == FUSE_INTERRUPT)
+			note_interrupt(buffer, size);
+		else if (!opens_answer(device, request, size) && !reads_answer(device, request, size))
 			pass_on(buffer, size);
 	end_with(size < 0 ? (int)size : 1);
 	return unused;
@@ -172,13 +284,12 @@ static struct request *take(int *how)
 	eventfd_t ignored;
 
 	pthread_mutex_lock(&lock);
-	while ((one = pop(&waiting)) && one->bytes->opcode == FUSE_INTERRUPT) {
-		append(&interrupted, one); /* the request was taken before this: its handler waits already */
-		eventfd_write(notify_fd, 1);
-	}
+	one = pop();
+	if (one && one->interrupted)
+		interrupt(one->bytes->unique); /* which reaches Python after its handler has begun */
 	*how = over;
 	pthread_cond_signal(&taken);
-	if (!waiting.first && !over)
+	if (!users && !over)
 		eventfd_read(wakeup_fd, &ignored);
 	pthread_mutex_unlock(&lock);
 	return one;
@@ -270,15 +381,12 @@ void device_prepare(int notify, int readahead)
 /* The number of a request whose caller got a signal, each once; 0 if there is none. */
 uint64_t device_interrupted(void)
 {
-	struct request *one;
 	uint64_t unique = 0;
 
 	pthread_mutex_lock(&lock);
-	one = pop(&interrupted);
+	if (interrupted.count)
+		unique = interrupted.numbers[--interrupted.count];
 	pthread_mutex_unlock(&lock);
-	if (one && one->size >= sizeof *one->bytes + sizeof(struct fuse_interrupt_in))
-		unique = ((const struct fuse_interrupt_in *)(one->bytes + 1))->unique;
-	discard(one);
 	return unique;
 }
 
@@ -296,8 +404,9 @@ void device_stop(void)
 		pthread_mutex_unlock(&lock);
 		pthread_join(thread, NULL);
 	}
-	while ((gone = pop(&waiting)) || (gone = pop(&interrupted)))
+	while ((gone = pop()))
 		discard(gone);
+	interrupted.count = 0;
 	opens_clear();
 	free(buffer);
 	buffer = NULL;

@@ -14,6 +14,7 @@ import pyfuse3
 import trio
 
 from ipfsfuse import errors
+from ipfsfuse.log_limiter import LogLimiter
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -55,22 +56,16 @@ class FailureLog:
     """Logs failures by their kind, which is the exception's type."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._logged: dict[type[BaseException], tuple[float, int]] = {}
-        """When a kind was logged last, and how many there were since."""
+        self._limiter = LogLimiter(EVERY, clock)
 
     def note(self, exc: BaseException, number: int, *, foreseen: bool = True) -> None:
         """A call is answered with the errno `number` because of `exc`. What was not `foreseen` is logged with
         its traceback."""
         if isinstance(exc, ORDINARY):
             return
-        kind, now = type(exc), self._clock()
-        since, count = self._logged.get(kind, (float("-inf"), 0))
-        if now - since < EVERY:
-            self._logged[kind] = since, count + 1
+        more = self._limiter.admit(type(exc))
+        if more is None:
             return
-        self._logged[kind] = now, 0
-        more = f" ({count} more like it in the {now - since:.0f} s before)" if count else ""
         answer = errno.errorcode.get(number, str(number))
         if foreseen:
             log.warning("a call was answered %s: %s%s", answer, _one_line(str(exc)), more)

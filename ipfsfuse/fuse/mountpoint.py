@@ -27,6 +27,8 @@ class Mounted(NamedTuple):
     type: str
     owner: int | None = None
     """The user who mounted it, if it is a FUSE mount."""
+    root: str = "/"
+    """What of the file system is mounted there: of a bind mount a directory in it."""
 
 
 def table() -> list[Mounted]:
@@ -40,7 +42,9 @@ def table() -> list[Mounted]:
                 (each[8:] for each in fields[-1].strip().split(",") if each.startswith("user_id=")), None
             )
             uid = None if owner is None else int(owner)
-            found.append(Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind, uid))
+            found.append(
+                Mounted(int(fields[0]), fields[2], _unescaped(fields[4]), kind, uid, _unescaped(fields[3]))
+            )
     return found
 
 
@@ -61,7 +65,7 @@ def prepare(mountpoint: Path) -> None:
 
     Raises MountFailed, naming it, where it is missing, no folder, not empty, or a live mount."""
     if ours_at(mountpoint) is not None:
-        if _answers(mountpoint):
+        if answers(mountpoint):
             raise MountFailed(f"{mountpoint} is mounted already: ipfsfuse unmount {mountpoint} first")
         subprocess.run(
             [fusermount(), "-u", "-z", "-q", "--", str(mountpoint)], check=False, stderr=subprocess.DEVNULL
@@ -123,7 +127,7 @@ class Place:
     def clear(self) -> None:
         """Takes away what was mounted elsewhere; its daemon, which we are, must have let go of it."""
         for mounted in self._new():
-            if not _answers(Path(mounted.mountpoint)):
+            if not answers(Path(mounted.mountpoint)):
                 command = [fusermount(), "-u", "-z", "-q", "--", mounted.mountpoint]
                 subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
 
@@ -139,7 +143,7 @@ def fusermount() -> str:
     return found
 
 
-def _answers(mountpoint: Path) -> bool:
+def answers(mountpoint: Path) -> bool:
     """True unless the mount's daemon is gone; one that does not answer in time counts as alive."""
     try:
         done = subprocess.run(

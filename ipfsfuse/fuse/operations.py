@@ -48,6 +48,12 @@ NAME_MAX = 255
 GRACE = 0.5
 """Seconds beyond its deadline after which a call is answered in any case. Before that, who waits for a block
 says which."""
+LEAST = 0.5
+"""Seconds that a call has in any case, however long its request waited for us: the cache answers within
+them."""
+SPREAD, APART = 2.0, 0.0004
+"""Seconds. Calls that wait together end so far apart, and so long before their deadlines at most (and at most
+a quarter of the deadline): the ends of thousands at one moment would hold the event loop for a second."""
 
 
 class Operations(ReadOnlyOperations):
@@ -95,11 +101,11 @@ class Operations(ReadOnlyOperations):
         its caller gets a signal. Begin it before anything waits. `what` it asks, of which node or handle, is
         for the log.
 
-        The deadline is counted from when the request was read. It leaves at least half of the time, for what
-        could be answered from the cache. Any error leaves as FUSEError (`errnos`)."""
+        The deadline is counted from when the request was read. Any error leaves as FUSEError (`errnos`)."""
         number, waited = device.REQUEST_NUMBER.value, device.NANOSECONDS_WAITED.value * 1e-9
         began = trio.current_time()
-        request = Request(caller, began + max(self._deadline - waited, self._deadline / 2))
+        early = len(self._calls) * APART % min(SPREAD, self._deadline / 4)
+        request = Request(caller, began + max(self._deadline - waited - early, LEAST))
         token = current_request.set(request)
         outcome = "failed"
         try:

@@ -14,9 +14,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import growth, limits, lockdown, sandbox, signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused, say
-from ipfsfuse_run.growth import Growth
+from ipfsfuse_run import growth, limits, lockdown, places, sandbox, signals
+from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
+from ipfsfuse_run.growth import Growth, Watched
 from ipfsfuse_run.lockdown import Access
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
@@ -62,10 +62,10 @@ class Reports:
     """The child's end of the pipe to its parent."""
 
     def __init__(self, file: int) -> None:
-        self._file = file
+        self.file = file
 
     def send(self, message: Mapping[str, object]) -> None:
-        os.write(self._file, json.dumps(message).encode() + b"\n")
+        os.write(self.file, json.dumps(message).encode() + b"\n")
 
 
 def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
@@ -134,9 +134,9 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  
     if plan.compile_only:
         return 0
     with sandbox.opened_folders(plan.box) as folders:
-        grown = _growth(plan.box)
-        sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
-        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}")
+        grown = _writable(plan.box, folders, reports)
+        sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
+        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
         reports.send({"started": True, "kind": ready.kind, "growth": grown, "command": True})
         command.execute(path, plan.box, folders, ready.file)
 
@@ -147,13 +147,13 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     given = plan.box.limits
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
-        wasi = guest.wasi_config(plan.box, folders)
         ready = _ready(plan, settings, data, reports)
         if plan.compile_only:
             return 0
-        grown = _growth(plan.box)
-        sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
-        _lock(plan, folders, [], "the library")
+        grown = _writable(plan.box, folders, reports)
+        wasi = guest.wasi_config(plan.box, folders)
+        sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
+        _lock(plan, folders, [], "the library", reports)
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
@@ -165,7 +165,9 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     return end.code
 
 
-def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str) -> None:
+def _lock(
+    plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str, reports: Reports
+) -> None:
     """From here on the kernel refuses this process what a guest does not need. On a mount of ours, landlock
     allows writing, so that the mount's EPERM answers. Raises GuestRefused with --require-sandbox."""
     allowed = [Access(each.file, each.writable or each.in_mount) for each in folders]
@@ -173,7 +175,7 @@ def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], eng
     missing = [each for each in lockdown.LAYERS if each not in active]
     if plan.verbose:
         without = f", without {', '.join(missing)}" if missing else ""
-        say(f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}")
+        reports.send({"says": f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}"})
     if missing and plan.require_sandbox:
         raise GuestRefused(f"--require-sandbox: this machine lacks {', '.join(missing)}")
 
@@ -203,19 +205,26 @@ def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
     return result[0]
 
 
-def _growth(box: Sandbox) -> Growth | None:
-    """What the guest may write to, as it is now."""
-    folders = [each.host for each in box.preopens if each.writable]
-    if not folders:
-        return None
-    bound = limits.MAX_OUT if box.limits.max_out is None else box.limits.max_out
-    try:
-        return Growth(folders, growth.measure(folders), bound)
-    except growth.TooDeep as exc:
-        raise GuestRefused(
-            "a writable folder holds others nested so deeply that they can't be measured: give it as "
-            "read-only"
-        ) from exc
+def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Growth:
+    """What the guest may write to and must be watched, as it is now. Adds its /tmp to `folders`."""
+    found = []
+    given = [each.host for each in box.preopens if each.writable]
+    if given:
+        bound = limits.MAX_OUT if box.limits.max_out is None else box.limits.max_out
+        try:
+            found.append(Watched("max_out", given, growth.measure(given), bound))
+        except growth.TooDeep as exc:
+            raise GuestRefused(
+                "a writable folder holds others nested so deeply that they can't be measured: give it as "
+                "read-only"
+            ) from exc
+    if box.tmp:
+        tmp = places.make_tmp(box.tmp, reports.file)
+        names = [sandbox.TMP, "."] if sandbox.is_tmp(box.cwd) else [sandbox.TMP]
+        folders += [OpenFolder(sandbox.TMP, tmp.file, each, writable=True) for each in names]
+        if tmp.folder is not None:
+            found.append(Watched(growth.TMP, [tmp.folder], growth.Usage(0, 0), box.tmp))
+    return found
 
 
 def _ready(plan: Plan, settings: "Settings", known: bytes | None, reports: Reports) -> "Guest":

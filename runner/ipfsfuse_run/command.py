@@ -145,7 +145,7 @@ def _compiled(
         if status:
             errors.seek(0)
             said = " ".join(errors.read(4096).decode(errors="replace").split())
-            raise GuestRefused(f"{name} is no valid WebAssembly {kind}: {said or 'the command failed'}")
+            raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {said or 'the command failed'}")
         guest.form_of(kind)  # imports what is needed, as long as this process can
         lockdown.lock(access)
         guest.check(kind, data, name)

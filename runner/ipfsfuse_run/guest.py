@@ -87,7 +87,7 @@ def binary(code: bytes, name: str) -> tuple[str, bytes]:
     try:
         return binary(bytes(wasmtime.wat2wasm(code)), name)
     except wasmtime.WasmtimeError as exc:
-        raise GuestRefused(f"{name} is no WebAssembly text: {one_line(exc)}") from exc
+        raise GuestRefused(f"{name} is not WebAssembly text: {one_line(exc)}") from exc
 
 
 def one_line(error: Exception) -> str:
@@ -134,7 +134,7 @@ def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) ->
         wanted = _PREVIEW_3.search(code)
         if wanted is not None:
             raise GuestRefused(_preview_3(name, wanted[0].decode())) from exc
-        raise GuestRefused(f"{name} is no valid WebAssembly {kind}: {one_line(exc)}") from exc
+        raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {one_line(exc)}") from exc
 
 
 def check(kind: str, code: bytes, name: str) -> None:
@@ -244,7 +244,7 @@ def _run_module(
     begin()
     start = linker.instantiate(store, module).exports(store)["_start"]
     if not isinstance(start, wasmtime.Func):
-        raise GuestRefused(f"{guest.name} is no command: its _start is no function")
+        raise GuestRefused(f"{guest.name} is not a command: its _start is not a function")
     start(store)
     return 0
 
@@ -294,7 +294,7 @@ def _entry(guest: Guest, parts: "component.Component") -> str:
         if _PREVIEW_3.fullmatch(name.encode()):
             raise GuestRefused(_preview_3(guest.name, name))
     what = f"it exports {', '.join(exports[:3])}" if exports else "it exports nothing"
-    raise GuestRefused(f"{guest.name} is no command: {what}, not wasi:cli/run@0.2")
+    raise GuestRefused(f"{guest.name} is not a command: {what}, not wasi:cli/run@0.2")
 
 
 # -- a deterministic clock and random numbers --------------------------------------------------------------

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-from ipfsfuse import __version__
+from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits as limiting
 from ipfsfuse_run.limits import NO_LIMITS, Limits
@@ -31,6 +31,12 @@ class Options(NamedTuple):
     env: tuple[tuple[str, str], ...] = ()
     dirs: tuple[Dir, ...] = ()
     cwd: str | None = None
+    tmp: int | None = None
+    """Bytes that the guest's own /tmp may hold: 0 for none, None for the default."""
+    out: str | None = None
+    """A folder for the guest's results: its /out."""
+    root: str | None = None
+    """CID[/path] of the directory that is the guest's `/`."""
     limits: Limits = NO_LIMITS
     mount: str | None = None
     """A mount to use as it is."""
@@ -122,6 +128,17 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="HOST[::GUEST[::ro]]",
         help="a folder of the host, to write too but for ::ro",
+    )
+    group.add_argument(
+        "--tmp",
+        metavar="SIZE",
+        help="what the guest's own /tmp may hold, 256 MiB by default; 0 for none",
+    )
+    group.add_argument("--out", metavar="DIR", help="a new or empty folder for the guest's results: its /out")
+    group.add_argument(
+        "--root",
+        metavar="CID[/path]",
+        help="the guest's / is this directory, with /ipfs, /tmp and /out over it",
     )
     group.add_argument(
         "--engine",
@@ -234,6 +251,9 @@ def parse(argv: Sequence[str]) -> Options:
         env=tuple(_variable(each) for each in seen["env"]),
         dirs=tuple(_dir(each) for each in seen["dir"]),
         cwd=seen["cwd"],
+        tmp=None if seen["tmp"] is None else units.size_or_zero(seen["tmp"]),
+        out=seen["out"],
+        root=None if seen["root"] is None else _root(seen["root"]),
         limits=limiting.parse(seen["limits"]),
         mount=seen["mount"],
         mount_options=_passed_on(seen),
@@ -296,6 +316,14 @@ def _dir(text: str) -> Dir:
     return Dir(host, guest, writable=rest[1:] != ["ro"])
 
 
+def _root(text: str) -> str:
+    """Raises UsageError."""
+    path = text.removeprefix("/ipfs/")
+    if not path.strip("/") or path.startswith("/"):
+        raise UsageError(f"--root {text} is not CID or CID/path")
+    return path
+
+
 def _check(options: Options) -> None:
     if options.replay is not None:
         if options != Options(replay=options.replay, limits=options.limits):
@@ -320,6 +348,8 @@ def _check(options: Options) -> None:
         raise UsageError(
             "--record with --ipns: what a name stands for can't be repeated; give the guest /ipfs/CID instead"
         )
+    if options.out is not None and options.record is not None:
+        raise UsageError("--record takes no --out")
     if options.limits.max_stdin is not None and options.record is None:
         raise UsageError(
             "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"

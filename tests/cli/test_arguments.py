@@ -42,6 +42,9 @@ COMMANDS = [
     "cat",
     "get",
     "completion",
+    "help",
+    "import",
+    "serve",
 ]
 
 SIZES = {
@@ -120,7 +123,7 @@ def test_every_command_explains_itself(
 
 USAGE = [
     ([], "COMMAND"),
-    (["fly"], "'fly'"),
+    (["fly"], "'fly' is not a command: `ipfsfuse help` lists the commands"),
     (["mount"], "MOUNTPOINT"),
     (["mount", "x", "--budget", "much"], "'much' is not a size"),
     (["mount", "x", "--budget", "0"], "'0' is too small a size"),
@@ -132,16 +135,19 @@ USAGE = [
     (["mount", "x", "--allow", "nonsense"], "--allow 'nonsense' is neither a CID nor a file"),
     (["mount", "x", "--allow", CID + "/../../etc"], "neither a CID nor a file"),
     (["pin", "nonsense"], "'nonsense' is not a CID"),
-    (["pin", f"/ipfs/{CID}/a/b"], "a path below one"),
-    (["pin", f"/ipfs/{CID}/.."], "a path below one"),
+    (["pin", f"/ipfs/{CID}/.."], "'..' is not the name of an entry"),
+    (["unpin", CID, "/tmp"], "'/tmp': not a path below /ipfs, nor is it in a mount of ipfsfuse"),
+    (["help", "muont"], "'muont' is not a command: did you mean mount?"),
+    (["add", "x", "--cid-version", "0", "--profile", "unixfs-v1-2025"], "give one of both"),
+    (["status", "--watch", "--html", "x"], "not both"),
     (["prefetch", CID[:-1] + "1"], "is not a CID"),
     (
         ["prefetch", CID, "--depth", "-1"],
         "--depth: '-1' is not a number: it must be a whole number, 0 or more",
     ),
     (["mount", "x", "--reserve", "-1"], "--reserve: '-1' is not a size"),
-    (["evict"], "one CID, or --all"),
-    (["evict", CID, "--all"], "one CID, or --all"),
+    (["evict"], "CIDs or paths, or --all"),
+    (["evict", CID, "--all"], "CIDs or paths, or --all"),
     (["rm", "nonsense"], "'nonsense' is not a CID"),
     (["rm", "../../etc"], "'../../etc' is not a CID"),
     (["add", "x", "--profile", "mine"], "'mine'"),

@@ -158,4 +158,4 @@ def test_export_of_what_nobody_has(user: Home) -> None:
 
 
 def test_rm_of_what_is_not_there(user: Home) -> None:
-    user.refused("rm", "bafkqaaa", names="bafkqaaa is no root of the library")
+    user.refused("rm", "bafkqaaa", names="bafkqaaa is not a root of the library")

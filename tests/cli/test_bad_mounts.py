@@ -49,9 +49,19 @@ def test_a_stale_mount_is_freed_and_used(user: Home) -> None:
         wait_until(lambda: not alive(first.pid), "the daemon ended")
         with pytest.raises(OSError, match=r"not connected|connection abort"):
             os.listdir(user.mountpoint)
+        doctor = user.run("doctor", check=False)
+        assert doctor.returncode == 1
+        assert (
+            f"bad  mount: {first.path} is left from a daemon that has ended: programs there" in doctor.stdout
+        )
+        assert f"to do: `ipfsfuse mount {first.path}` takes its place;" in doctor.stdout
+        [listed] = [each for each in user.json("mounts", "--json") if each["mountpoint"] == str(first.path)]
+        assert (listed["answers"], listed["since"]) == (False, None)
+        assert "no mount uses" in user.run("status", "--mount", first.path, check=False).stderr
         second = user.json("mount", "--json", user.mountpoint)
         assert second["pid"] != first.pid
         assert os.listdir(user.mountpoint) == []
+        assert f" serves {first.path}\n" in user.run("doctor").stdout
         user.run("unmount", user.mountpoint)
 
 

@@ -166,11 +166,11 @@ def test_a_mount_says_what_it_asks_and_when_there_was_nobody_to_ask(user: Home, 
         f"ipfsfuse: blocks come from library alone: there is no Kubo node at {node}, and no gateway is "
         "configured; name other sources with --from\n"
     )
-    assert user.json("status", "--json")["unasked"] == ""
+    assert user.json("status", "--json")["no_source_to_ask"] == ""
     with pytest.raises(OSError, match="timed out"):
         (user.mountpoint / cids.text(cids.make(cids.RAW, b"\x12\x20" + bytes(32)))).stat()
     said = "no source could be asked for a block that is not here: the sources are library; name others with --from"
-    assert user.json("status", "--json")["unasked"].startswith(said)
+    assert user.json("status", "--json")["no_source_to_ask"].startswith(said)
     assert said in user.run("status").stdout
     assert said in (user.cache / "ipfsfuse-cache" / "log").read_text()
     user.run("unmount", user.mountpoint)

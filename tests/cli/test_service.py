@@ -88,6 +88,16 @@ def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: H
         file.write_text('budget = "32MiB"\n')
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: budget() == 32 << 20, "the new budget")
+        user.run("budget", "48MiB")
+        process.send_signal(signal.SIGHUP)  # of a log rotation: the file has not changed
+        assert any(line == "READY=1" for line in until(manager, "READY=1"))
+        assert budget() == 48 << 20
+        file.write_text('budget = "64MiB"\n')  # as at the start
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: budget() == 64 << 20, "the budget of the start")
+        file.write_text('budget = "32MiB"\n')
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: budget() == 32 << 20, "the smaller budget again")
         file.write_text("bugdet = 1\n")
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the complaint")
@@ -176,13 +186,31 @@ def test_status_watch_is_a_live_view(user: Home) -> None:
 @pytest.mark.fuse
 def test_doctor_asks_the_running_mount(user: Home) -> None:
     def running() -> list[dict[str, str]]:
-        return [each for each in user.json("doctor", "--json") if each["about"] == "running mount"]
+        told = [each for each in user.json("doctor", "--json") if each["about"] == "running mount"]
+        return [each for each in told if each["found"].startswith(f"{user.mountpoint}: ")]
 
     assert running() == []
     with user.mounted("--from", "library"):
-        assert [(each["state"], each["found"]) for each in running()] == [("ok", "healthy")]
+        assert [(each["state"], each["found"]) for each in running()] == [
+            ("ok", f"{user.mountpoint}: healthy")
+        ]
     with user.mounted("--budget", "1000TiB"):
         assert any("is cut to" in each["found"] for each in running())
+
+
+@pytest.mark.fuse
+def test_doctor_names_a_mount_that_hangs(user: Home) -> None:
+    with user.mounted("--from", "library") as mount:
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            done = user.run("doctor", check=False)
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+        assert done.returncode == 1
+        assert (
+            f"bad  running mount: {mount.path}: the mount did not answer `status` within 5 s\n" in done.stdout
+        )
+        assert f"look into `ipfsfuse logs`; end it by `ipfsfuse unmount {mount.path}`\n" in done.stdout
 
 
 @pytest.mark.fuse

@@ -52,7 +52,7 @@ def test_pin_takes_many_and_pin_ls_lists_them(user: Home) -> None:
         assert [each["pinned"] for each in user.json("pin", *cids, "--json")] == cids
         assert sorted(user.json("pin", "ls", "--json")["pinned"]) == sorted(cids)
         user.run("unpin", *cids)
-        assert user.json("pin", "ls", "--json") == {"pinned": []}
+        assert user.json("pin", "ls", "--json") == {"pinned": [], "paths": {}}
 
 
 def test_completions_know_the_commands(user: Home) -> None:

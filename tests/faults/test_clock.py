@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import pytest
 
@@ -67,7 +68,10 @@ def test_a_clock_that_is_set_changes_no_deadline_and_needs_no_remount(home: Home
                 assert len((home.mountpoint / cids.text(second)).read_bytes()) == 100_000
                 status = home.json("status", "--json")
                 assert 0 < status["uptime"] < 60
-                used = [entry["last_used"] for entry in home.json("ls", "--json")["entries"]]
+                used = [
+                    datetime.fromisoformat(entry["last_used"]).timestamp()
+                    for entry in home.json("ls", "--json")["entries"]
+                ]
                 assert len(used) == 2
                 assert all(abs(time.time() + years * YEAR - each) < 60 for each in used)
             finally:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -133,13 +134,16 @@ def test_ls_tells_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -
         }
         assert LEAF <= told[cid["f0"]]["staged"] <= LEAF + (1 << 16)
         assert all(
-            before - 1 <= entry["last_used"] <= time.time() + 1 and entry["source"] == gateway.url
+            before - 1 <= datetime.fromisoformat(entry["last_used"]).timestamp() <= time.time() + 1
+            and entry["source"] == gateway.url
             for entry in told.values()
         )
         lines = {line.split()[0]: line for line in home.run("ls").stdout.splitlines()}
         assert "256.0 KiB of  768.0 KiB" in lines[cid["f0"]]
         assert "whole  768.0 KiB" in lines[cid["g"]]
-        assert lines[cid["h"]].endswith("pinned:user")
+        below = told[cid["h"]]["paths"]
+        assert below == [f"/ipfs/{cid['h']}"] or below[0].endswith("/h")
+        assert f"pinned:user  {below[0]}" in lines[cid["h"]]
 
 
 PATHS = {"f0": Path("f0"), "g": Path("zbelow/g"), "h": Path("zbelow/deep/h")}

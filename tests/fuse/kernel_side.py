@@ -86,11 +86,11 @@ class Kernel:
         assert await self.ask(RELEASE, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
         return self.operations.released.total() > before
 
-    def send(self, opcode: int, inode: int, body: bytes) -> int:
+    def send(self, opcode: int, inode: int, body: bytes, user: int = 0) -> int:
         """Sends a request. Returns its number."""
         self._unique += 2
         self._ours.send(
-            struct.pack("<IIQQIIII", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0) + body
+            struct.pack("<IIQQIIII", 40 + len(body), opcode, self._unique, inode, user, 0, 0, 0) + body
         )
         return self._unique
 

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from ipfsfuse.errors import NotFound
 from ipfsfuse.fuse import device
-from ipfsfuse.fuse.operations import GRACE, Operations
+from ipfsfuse.fuse.operations import GRACE, LEAST, SPREAD, Operations
 from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import current_request
 
@@ -40,7 +40,7 @@ def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadli
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-@pytest.mark.parametrize(("waited", "left"), [(0.0, 30), (10.0, 20), (1000.0, 15)])
+@pytest.mark.parametrize(("waited", "left"), [(0.0, 30), (10.0, 20), (1000.0, LEAST)])
 def test_the_deadline_is_counted_from_when_the_request_was_read(
     waited: float, left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +51,29 @@ def test_the_deadline_is_counted_from_when_the_request_was_read(
             assert current_request.get().deadline == trio.current_time() + left
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_calls_that_wait_together_end_one_after_the_other() -> None:
+    """Else the ends of thousands at one moment would hold the event loop."""
+    ends = list[float]()
+
+    async def wait(calls: Operations, number: int) -> None:
+        device.REQUEST_NUMBER.value = number
+        with calls._call(1000, "read"):
+            await trio.sleep_until(current_request.get().deadline)
+            ends.append(trio.current_time())
+
+    async def main() -> None:
+        calls = operations(30)
+        async with trio.open_nursery() as nursery:
+            for number in range(5000):
+                nursery.start_soon(wait, calls, number)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert len(ends) == 5000
+    assert 30 - SPREAD < ends[0] < ends[-1] <= 30
+    together = max(sum(1 for end in ends if at <= end < at + 0.01) for at in ends[::100])
+    assert together <= 50
 
 
 def test_a_call_knows_who_made_it_and_its_deadline_and_leaves_nothing_behind() -> None:

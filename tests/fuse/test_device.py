@@ -14,6 +14,8 @@ from ipfsfuse.fuse import device
 from tests.fuse.kernel_side import BATCH_FORGET, OPEN, kernel
 from tests.mounting import wait_until
 
+OPENING = struct.pack("<II", os.O_RDONLY, 0)
+
 
 def forgets(first: int) -> bytes:
     return struct.pack("<II", 1_000, 0) + b"".join(
@@ -41,8 +43,35 @@ def test_more_than_may_wait_for_python_comes_in_the_end() -> None:
                     time.sleep(0.2)  # noqa: ASYNC251  # that is what it is for
                 assert not sending.done(), "3 MB, of which 1 may wait"
                 await trio.to_thread.run_sync(sending.result)
-            await asking.open(1)
+            forgotten = asking.operations.forgotten
+            all_of_them = 200_000 * 200_001 // 2
+            await trio.to_thread.run_sync(wait_until, lambda: forgotten.total() == all_of_them, "all")
             assert asking.operations.forgotten == Counter({inode: inode for inode in range(1, 200_001)})
+
+    trio.run(main)
+
+
+def test_users_take_turns() -> None:
+    """However many requests of one user wait for Python, another's are taken in between. FORGETs, which name
+    no user, delay none either."""
+
+    async def main() -> None:
+        async with kernel() as asking:
+            order = dict[int, str]()
+            for number in range(500):
+                asking.send(BATCH_FORGET, 0, struct.pack("<IIQQ", 1, 0, 5, 1))
+                order[asking.send(OPEN, 5, OPENING, user=1000)] = f"crowd {number}"
+            for number in range(3):
+                order[asking.send(OPEN, 6, OPENING, user=1001)] = f"other {number}"
+                order[asking.send(OPEN, 7, OPENING, user=0)] = f"root {number}"
+            time.sleep(0.3)  # noqa: ASYNC251  # the event loop stands still until the thread has read all
+            answers = [order[(await asking.answer())[0]] for _ in order]
+            assert [each for each in answers if each.startswith("crowd")] == [
+                f"crowd {n}" for n in range(500)
+            ]
+            assert [each for each in answers if each.startswith("other")] == [f"other {n}" for n in range(3)]
+            assert max(answers.index(f"{user} 2") for user in ("other", "root")) < 20, answers[:30]
+            assert asking.operations.forgotten == {5: 500}
 
     trio.run(main)
 
@@ -56,7 +85,7 @@ def test_a_session_ends_while_requests_go_on() -> None:
         def go_on() -> None:
             with suppress(OSError):  # nobody reads the answers: at some time there is no room for more
                 while not stop.is_set():
-                    asking.send(OPEN, 7, struct.pack("<II", os.O_RDONLY, 0))
+                    asking.send(OPEN, 7, OPENING)
 
         def watch() -> bool:
             in_time = ended.wait(30)

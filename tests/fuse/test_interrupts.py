@@ -10,6 +10,7 @@ import trio
 
 from ipfsfuse.fuse import device
 from tests.fuse.kernel_side import INIT, OPEN, Kernel, Operations, uninitialized
+from tests.mounting import wait_until
 
 INTERRUPT = 36
 EVERYTHING = (1 << 20) - 1
@@ -40,6 +41,8 @@ def test_it_reaches_the_call_that_it_names_and_no_other(monkeypatch: pytest.Monk
             asking.send(INTERRUPT, 0, struct.pack("<Q", number))
         asking.send(INTERRUPT, 0, struct.pack("<Q", 99_999))  # of a call that was answered meanwhile
         answers = [await asking.answer() for _ in ended]
+        # an interrupt overtakes requests that still wait
+        await trio.to_thread.run_sync(wait_until, lambda: len(calls) == len(numbers), "all are being served")
         assert sorted(answers) == [(number, -errno.EINTR, b"") for number in ended]
         assert {number: inode for number, (inode, _scope) in calls.items()} == numbers
         assert sorted(number for number, (_, scope) in calls.items() if scope.cancel_called) == ended

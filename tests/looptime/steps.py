@@ -12,9 +12,9 @@ LONGEST = 0.05
 
 
 @contextmanager
-def none_is_long(home: Home, collector: bool = True) -> Iterator[None]:
-    """No event loop of what `home` starts within the block has a step of over LONGEST; with `collector`, no
-    pass of the cycle collector either."""
+def none_is_long(home: Home) -> Iterator[None]:
+    """No event loop of what `home` starts within the block has a step of over LONGEST, and no pass of the
+    cycle collector takes longer."""
     notes = home.folder / "steps"
     here = {
         "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{home.env['PYTHONPATH']}",
@@ -27,5 +27,4 @@ def none_is_long(home: Home, collector: bool = True) -> Iterator[None]:
     finally:
         home.env |= {name: value for name, value in before.items() if value is not None}
     lines = notes.read_text().splitlines() if notes.exists() else []
-    asked = [line for line in lines if collector or not line.startswith("collector")]
-    assert [line for line in asked if float(line.split()[1]) > LONGEST] == []
+    assert [line for line in lines if float(line.split()[1]) > LONGEST] == []

@@ -32,7 +32,10 @@ BAD_GUESTS = {
     "its text is wrong": (b"(module (func", "text"),
     "it is a library": (b'(module (func (export "add")))', "exports no _start"),
     "it has nothing": (b"(module)", "exports no _start"),
-    "its start is no function": (b'(module (global (export "_start") i32 (i32.const 0)))', "no function"),
+    "its start is not a function": (
+        b'(module (global (export "_start") i32 (i32.const 0)))',
+        "not a function",
+    ),
     "an import that nobody offers": (
         b'(module (import "env" "magic" (func)) (func (export "_start")))',
         "env::magic",

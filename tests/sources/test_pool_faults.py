@@ -256,7 +256,7 @@ def test_the_log_names_it_in_one_line_and_not_each_time(caplog: pytest.LogCaptur
             await trio.sleep(LOG_EVERY)
             await read_all()
             assert len(caplog.messages) == 2
-            assert "more such failures before" in caplog.messages[1]
+            assert "more like it in the" in caplog.messages[1]
 
     run(main)
 

@@ -390,13 +390,14 @@ class BlockStore:
             self.index_failed(exc)
             return None
 
-    async def get(self, cid: Cid) -> bytes | None:
+    async def get(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The block, hashed after it was read; None where it is not kept, or not right (then it is
-        forgotten)."""
+        forgotten). Without `use` its pack is evicted no later for it."""
         place = self.place(cid)
         if place is None:
             return None
-        self._used_pack(place.pack)
+        if use:
+            self._used_pack(place.pack)
         try:
             if place.size <= ON_LOOP:
                 return _proved(self.packs.read, cid, place)

@@ -20,7 +20,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import leaf_ranges
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Hashed, LeafRange, Subtree, too_large
 from ipfsfuse.sources.defaults import repository
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
@@ -67,8 +67,13 @@ class Kubo:
         self._asked_for_gateway = False
 
     async def get(self, cid: Cid) -> bytes:
+        block = await self.get_hashed(cid)
+        return block.block if isinstance(block, Hashed) else block
+
+    async def get_hashed(self, cid: Cid) -> bytes | Hashed:
+        """As `get`. A block from the repository may come with its hash."""
         if self._blocks is not None:
-            block = await threads.run_sync(self._blocks.read, cid, limiter=self._threads)
+            block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
             if block is not None:
                 return block
         gateway = await self._find_gateway()

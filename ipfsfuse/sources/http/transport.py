@@ -202,6 +202,7 @@ class Connection:
     def close(self) -> None:
         self._raw.close()
         self._stream.socket.close()
+        self._parser = HttpResponseParser(None)  # it held this connection, which held it
 
 
 class ConnectionPool:

@@ -386,7 +386,7 @@ class Library:
         path = library_folder.root_path(self.folder, cid)
         entry = library_folder.read_root(path)
         if entry is None:
-            raise NotFound(f"{cids.text(cid)} is no root of the library: `ipfsfuse library` lists them")
+            raise NotFound(f"{cids.text(cid)} is not a root of the library: `ipfsfuse library` lists them")
         with store_errors(f"the library {self.folder}"):
             path.unlink(missing_ok=True)
             library_folder.sync_folder(path.parent)

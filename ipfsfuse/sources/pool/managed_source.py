@@ -19,7 +19,8 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Block, Source, current_request
+from ipfsfuse.log_limiter import LogLimiter
+from ipfsfuse.sources.base import Block, Hashed, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
@@ -49,13 +50,23 @@ INLINE_BYTES = 64 * 1024
 meanwhile."""
 
 
-async def check(cid: Cid, block: bytes) -> None:
-    """Raises WrongBlock unless `block` is what `cid` names, Unsupported for a hash that is not allowed."""
+SHA2_256 = b"\x12\x20"
+"""How a multihash of SHA-256 begins: its code, and the length of the digest."""
+
+
+async def check(cid: Cid, block: bytes | Hashed) -> bytes:
+    """The block. Raises WrongBlock unless it is what `cid` names, Unsupported for a hash that is not
+    allowed."""
+    if isinstance(block, Hashed):
+        if SHA2_256 + block.digest != cids.multihash(cid):
+            raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
+        return block.block
     if len(block) <= INLINE_BYTES:
         cids.verify(cid, block)
     else:
         # Left to itself when cancelled: it ends within a millisecond, holds nothing, its answer is dropped.
         await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
+    return block
 
 
 async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
@@ -76,14 +87,14 @@ class ManagedSource:
     def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
+        self._get: Callable[[Cid], Awaitable[bytes | Hashed]] = getattr(source, "get_hashed", source.get)
         self.remote = not getattr(source, "local", True)
         slow = SLOW_FAR if self.remote else SLOW_HERE
         self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
         running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
         self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
         self._answered = float("-inf")
-        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
-        """By kind and cause: when it was logged last, and how often it came since."""
+        self._log_limiter = LogLimiter(LOG_EVERY, trio.current_time)
 
     # -- asking ------------------------------------------------------------------------------------------
 
@@ -106,8 +117,7 @@ class ManagedSource:
         outcome = "did not give"
         try:
             with self.as_its_failure():
-                block = await self.source.get(cid)
-                await check(cid, block)
+                block = await check(cid, await self._get(cid))
             outcome = "gave"
         except NotHere:
             outcome = "lacks"
@@ -223,13 +233,9 @@ class ManagedSource:
 
     def _log(self, failure: SourceFailed) -> None:
         """One line for each kind of failure now and then."""
-        now, key = trio.current_time(), (failure.kind, type(failure.__cause__).__name__)
-        last, since = self._logged.get(key, (float("-inf"), 0))
-        if now - last < LOG_EVERY:
-            self._logged[key] = last, since + 1
+        more = self._log_limiter.admit((failure.kind, type(failure.__cause__).__name__))
+        if more is None:
             return
-        self._logged[key] = now, 0
-        more = f" ({since} more such failures before)" if since else ""
         if failure.kind == FAULT:
             log.error("%s; it counts as a failure of that source%s", failure, more)
         else:

@@ -140,7 +140,7 @@ class SourcePool:
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._known_wrong: set[tuple[str, Cid]] = set()
         self._known_large: set[Cid] = set()
-        self.unasked = ""
+        self.no_source_to_ask = ""
         """Why no source could be asked for a block that was not here; "" if that never happened."""
         self._under_way: dict[bytes, HedgedFetch] = {}
         """Fetches by multihash."""
@@ -209,11 +209,11 @@ class SourcePool:
         """The line for a block that no source gave; `said` is what each of them said last."""
         if not self._network and not self.offline:
             here = ", ".join(each.source.name for each in self.in_place) or "nothing"
-            self.unasked = (
+            self.no_source_to_ask = (
                 f"no source could be asked for a block that is not here: the sources are {here}; name others "
                 "with --from, such as kubo, https://GATEWAY or network"
             )
-            return f"no source has {cids.text(cid)}; {self.unasked}"
+            return f"no source has {cids.text(cid)}; {self.no_source_to_ask}"
         offline = " (offline)" if self.offline else ""
         return f"no source has {cids.text(cid)}{offline}" + "".join(f"; {each}" for each in said.values())
 

@@ -1,0 +1,57 @@
+"""The collector of cycles holds the event loop for a moment only, however much is alive."""
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from ipfsfuse.mount import short_collections
+
+MOST = 0.05
+"""Seconds of CPU time. With a limit of 10 ms for what is frozen, a pass is half of that."""
+
+
+@dataclass(slots=True)
+class Held:
+    key: tuple[int, bytes]
+
+
+@pytest.fixture
+def passes() -> Iterator[list[float]]:
+    """The seconds of each pass."""
+    took, began = list[float](), 0.0
+
+    def note(phase: str, _info: dict[str, int]) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.thread_time()
+        else:
+            took.append(time.thread_time() - began)
+
+    gc.collect()
+    gc.freeze()  # what other tests left
+    gc.callbacks.append(note)
+    yield took
+    gc.callbacks.remove(note)
+    gc.unfreeze()
+
+
+def test_no_pass_of_the_collector_grows_with_what_is_alive(passes: list[float]) -> None:
+    with short_collections():
+        table = {number: Held((number, b"%d" % number)) for number in range(1_000_000)}
+    assert len(passes) > 100
+    assert max(passes) < MOST
+    assert gc.get_freeze_count() > len(table)
+
+
+def test_what_is_small_is_never_frozen(passes: list[float]) -> None:
+    """Else cycles in it would stay for good."""
+    before = gc.get_freeze_count()
+    with short_collections():
+        for _ in range(20):
+            made = [Held((number, b"")) for number in range(2_000)]
+            gc.collect()
+            del made
+    assert gc.get_freeze_count() <= before
