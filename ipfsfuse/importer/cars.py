@@ -114,7 +114,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
         if cid not in fetched:
             await _fetch([cid, *walk.upcoming(_FETCHED_AHEAD - 1)], get, fetched)
         block = fetched.pop(cid)
-        below = _links(cid, block)
+        below = links(cid, block)
         walk.add(below, None)
         multihash = cids.multihash(cid)
         if multihash in written or (not below and cids.inline(cid) is not None):
@@ -125,7 +125,8 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
             progress(writer.blocks, writer.size)
 
 
-def _links(cid: Cid, block: bytes) -> list[Cid]:
+def links(cid: Cid, block: bytes) -> list[Cid]:
+    """What a block links. Raises Unsupported for a codec whose links can't be known, Malformed."""
     if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return nodes.links(cid, block)
@@ -225,7 +226,7 @@ def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot
             for cid, _state in walk:
                 try:
                     block = _verified(cid, get)
-                    walk.add(_links(cid, block), None)
+                    walk.add(links(cid, block), None)
                 except IpfsFuseError as exc:
                     raise AddFailed(f"{file}: nothing was imported: {exc}") from exc
                 writer.put(cid, block)

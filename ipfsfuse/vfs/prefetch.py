@@ -160,7 +160,7 @@ class SubtreePrefetcher:
         return [link.cid for link in _links(node)] if node is not None else ()
 
     def _parsed(self, cid: Cid, block: bytes) -> Node | None:
-        if len(block) > nodes.MAX_PARSED_ON_LOOP:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP or nodes.holds_values(cid):
             return None
         try:
             node = nodes.parse(cid, block)

@@ -91,7 +91,7 @@ class Tree:
         if nodes.holds_values(cid):
             document = await self.document(cid)
             node = nodes.value_node(cid, document)
-            self._remember(node, node.links.size if isinstance(node, Directory) else 0)
+            self._remember(node, node.links.size + document.size if isinstance(node, Directory) else 0)
             return node
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
