@@ -182,7 +182,15 @@ def _library(commands: Any) -> None:
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, cars, library, remove, export):
+    push = _command(
+        commands, "push", "reading:push", "send a CID with all below it to a Kubo node, and pin it there"
+    )
+    push.add_argument("cid", metavar="CID")
+    push.add_argument(
+        "--to", metavar="NODE", default="kubo", help="kubo (this machine's), or kubo+http://HOST:PORT"
+    )
+    push.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (add, cars, library, remove, export, push):
         _json(parser)
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
@@ -194,7 +202,7 @@ def _library(commands: Any) -> None:
         "--json", action="store_true", help="lines of JSON: pieces of the content in base64, then their sum"
     )
     cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, cars, library, remove, export, cat):
+    for parser in (add, cars, library, remove, export, push, cat):
         _folders(parser)
 
 
