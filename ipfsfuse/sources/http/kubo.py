@@ -153,6 +153,10 @@ class Kubo:
         """The node's RPC API, also for its pins. Raises SourceFailed if no node is running."""
         if self._rpc is None:
             origin = self._api or self._read("api")
+            if self._offline and not origin.is_local:
+                raise SourceFailed(
+                    f"{origin.text} is not on this machine, and this mount is offline", CONNECT
+                )
             token, advice = kubo_token(None if self._api else self._repository / "api")
             headers = self._settings.headers.with_token(origin, token)
             self._rpc = Rpc(Http(origin, replace(self._settings, headers=headers)), self.name, advice)
@@ -172,11 +176,12 @@ class Kubo:
         """The gateway port of a node on this machine, as the node says; never a port of another host."""
         try:
             if self._api is None:
-                return self._read("gateway")
-            if not self._api.is_local:
+                found = self._read("gateway")
+            elif not self._api.is_local:
                 return None
-            said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
-            found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
+            else:
+                said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
+                found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
         except (IpfsFuseError, ValueError):
             return None
         return found if found.is_local else None

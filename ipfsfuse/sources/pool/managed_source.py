@@ -11,6 +11,7 @@ import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import trio
 
@@ -261,7 +262,8 @@ class ManagedSource:
         concurrency = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
         if not self.source.in_place:
             concurrency |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
-        return self.health.statistics(self.source.name, trio.current_time(), concurrency)
+        statistics = self.health.statistics(self.source.name, trio.current_time(), concurrency)
+        return replace(statistics, in_place=self.source.in_place)
 
 
 class Deliveries:
