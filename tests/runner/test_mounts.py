@@ -62,8 +62,8 @@ def test_two_at_once_share_one_mount(run: Runner, cid: str, habits: Path, home: 
     wait_until(lambda: len(fuse_mounts(folder)) == 1 and home.json("status", "--json"), "one mount serves")
     assert lines(run(READER, f"/ipfs/{cid}/file").stdout)[0] == "content"
     for each in runs:
-        each.communicate(b"")
-        assert each.returncode == 0
+        _stdout, stderr = each.communicate(b"")
+        assert (each.returncode, stderr) == (0, b"")
     wait_until(lambda: nothing_is_left(run), "the mount ended with its last user")
 
 
