@@ -4,7 +4,9 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -37,6 +39,9 @@ LEAVES_TOGETHER = 4
 READ_TASKS = 2
 """Tasks that read staged leaves ahead: one reads while the other hashes."""
 
+BEHIND_SECONDS = 0.01
+"""How long after its reader a block is staged. Small blocks are written on the event loop: the answer, and
+what its reader asks for next, need not wait for that."""
 MAX_BEHIND = 4 << 20
 """Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a
 slow disk."""
@@ -174,7 +179,7 @@ class Reader:
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    async def block(self, cid: Cid) -> bytes:
+    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
         """As `Cache.block`."""
         carried = cids.known(cid)
         if carried is not None:
@@ -183,7 +188,9 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        result = await self._flights.join(block_key(cid), lambda: self._bring_block(cid))
+        result = await self._flights.join_early(
+            block_key(cid), partial(self._bring_block, cid, early), ended=not early
+        )
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
@@ -204,13 +211,39 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _bring_block(self, cid: Cid) -> FetchResult:
-        """A block that is not in a pack: from the staging file of a raw file, or fetched."""
+    async def _bring_block(
+        self, cid: Cid, early: bool, resolve: Callable[[FetchResult], None]
+    ) -> FetchResult:
+        """A block that is not in a pack: from the staging file of a raw file, or fetched and staged."""
         content = await self._raw_file(cid)
         if content is not None:
             self.hits += 1
             return FetchResult(content, None, False)
-        return (await self.stage_blocks({cid: await self._blocks.get(cid)}))[cid]
+        fetched = await self._blocks.get(cid)
+        staged = not fetched.source.in_place and cids.codec(cid) == cids.RAW
+        result = FetchResult(fetched.block, fetched.source, staged)
+        async with self._behind_reader(result, resolve if early else None):
+            await self.stage_blocks({cid: fetched})
+        return result
+
+    @asynccontextmanager
+    async def _behind_reader(
+        self, result: FetchResult, resolve: Callable[[FetchResult], None] | None
+    ) -> AsyncIterator[None]:
+        """Around the staging of what was fetched. With `resolve`, readers get it before, if not too much
+        waits to be staged. Then it is staged even if the mount ends meanwhile: it was read."""
+        size = len(result.content)
+        if resolve is None or self._behind + size > MAX_BEHIND:
+            yield
+            return
+        resolve(result)
+        self._behind += size
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(BEHIND_SECONDS)
+                yield
+        finally:
+            self._behind -= size
 
     async def stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
@@ -280,7 +313,7 @@ class Reader:
                 return await content_of(leaf, block)
         result = await self._flights.join_early(
             leaf_key(leaf),
-            lambda resolve: self._bring_leaf(file, leaf, resolve if early else None),
+            partial(self._bring_leaf, file, leaf, early),
             ended=not early,
         )
         # not remembered as a failure: another file may state the right size of this leaf
@@ -302,10 +335,9 @@ class Reader:
         return part
 
     async def _bring_leaf(
-        self, file: FileRef, leaf: Leaf, resolve: Callable[[FetchResult], None] | None
+        self, file: FileRef, leaf: Leaf, early: bool, resolve: Callable[[FetchResult], None]
     ) -> FetchResult:
-        """A leaf from its staging file, or fetched and staged. With `resolve`, readers get what was fetched
-        before it is staged, if not too much waits for that."""
+        """A leaf from its staging file, or fetched and staged."""
         if file.cid in self.store.staging.entries:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
@@ -314,16 +346,8 @@ class Reader:
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        if resolve is None or self._behind + leaf.size > MAX_BEHIND:
+        async with self._behind_reader(result, resolve if early else None):
             await self._stage(file, leaf, result)
-            return result
-        resolve(result)
-        self._behind += leaf.size
-        try:
-            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
-                await self._stage(file, leaf, result)
-        finally:
-            self._behind -= leaf.size
         return result
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:

@@ -140,15 +140,16 @@ def _kernel() -> Finding:
 def _guest_sandbox() -> Finding:
     """What locks in the process of a guest of ipfsfuse-run."""
     try:
-        from ipfsfuse_run import lockdown
+        from ipfsfuse_run import lockdown, places
     except ImportError:
         return Finding(NOTE, "guests", "the package ipfsfuse_run is not installed: no guest can be run")
     active = lockdown.available()
     missing = [each for each in lockdown.LAYERS if each not in active]
+    tmp = "/tmp is a tmpfs" if places.tmpfs_is_offered() else "/tmp is a folder that is measured as it grows"
     if missing:
-        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}"
+        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}; {tmp}"
         return Finding(NOTE, "guests", found, "a kernel from 5.13 on, with landlock and seccomp, has them")
-    return Finding(OK, "guests", f"locked in by {', '.join(active)}")
+    return Finding(OK, "guests", f"locked in by {', '.join(active)}; {tmp}")
 
 
 def _user_requests() -> Iterator[Finding]:

@@ -36,6 +36,7 @@ from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
+from ipfsfuse.sources.spec import is_remote, parse_sources
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
@@ -137,9 +138,10 @@ def run(arguments: argparse.Namespace) -> int:
     told = _start_daemon(arguments.argv)
     if not arguments.json:
         by_default = not arguments.sources
-        console.note(
-            "ipfsfuse: " + defaults.described(asked.sources, by_default=by_default, offline=asked.offline)
-        )
+        specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
+        remote = [text for text, spec in specs if is_remote(spec)]
+        said = defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
+        console.note(f"ipfsfuse: {said}")
     if asked.allow_other:
         console.note(f"ipfsfuse: {settings.ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):

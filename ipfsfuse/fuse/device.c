@@ -60,6 +60,7 @@ uint64_t device_current;
 /* How long that request had waited for pyfuse3, in nanoseconds. */
 int64_t device_waited;
 
+static int start_error;
 static int notify_fd = -1, wakeup_fd = -1, device = -1, stop_fd = -1;
 static atomic_int stopping;
 static pthread_t thread;
@@ -362,8 +363,12 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 	wakeup_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (wakeup_fd < 0 || fuse_session_custom_io(session, &io, wakeup_fd)) /* which closes it at the end */
 		return -1;
-	return start(from) ? -1 : 0;
+	start_error = start(from);
+	return start_error ? -1 : 0;
 }
+
+/* errno of what prevented the thread's start, 0 if nothing did. */
+int device_start_error(void) { return start_error; }
 
 /* Whether the thread runs. If not, pyfuse3 has called libfuse's fuse_session_mount: it was imported before this
  * library was loaded. */
@@ -374,7 +379,7 @@ int device_started(void) { return device >= 0; }
 void device_prepare(int notify, int readahead)
 {
 	notify_fd = notify;
-	over = stopping = 0;
+	over = stopping = start_error = 0;
 	reply_prepare(readahead);
 }
 

@@ -68,6 +68,11 @@ class Device:
         module."""
         return bool(_LIBRARY.device_started())
 
+    @property
+    def start_error(self) -> int:
+        """The errno of what prevented the thread's start, 0 if nothing did."""
+        return int(_LIBRARY.device_start_error())
+
     async def initialized(self) -> bool:
         """Waits until INIT is answered. Returns whether the kernel offered parallel directory operations.
         Raises MountFailed if libfuse refused."""

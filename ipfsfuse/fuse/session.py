@@ -113,7 +113,13 @@ def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahea
         try:
             pyfuse3.init(operations, f"/dev/fd/{mount.fd}", set())
         except RuntimeError as exc:
+            failed = device.start_error
             device.stop()
+            if failed:
+                raise MountFailed(
+                    f"{mountpoint} can't be served: the thread that reads the device can't be started: "
+                    f"{os.strerror(failed)}"
+                ) from exc
             raise MountFailed(
                 f"{mountpoint} can't be served: this libfuse takes no device from outside ({exc}): 3.14 or "
                 "newer is needed"

@@ -215,14 +215,14 @@ class TrustlessGateway:
         name = records.parse_name(wanted.name)
         if not isinstance(name, KeyName):
             raise Refused(400, f"{wanted.name[:200]!r} is not the name of a key")
-        data = await self._content.record(name, fetch=self._fetch and not wanted.only_if_cached)
         try:
+            data = await self._content.record(name, fetch=self._fetch and not wanted.only_if_cached)
             found = records.verify(name, data)
-        except WrongRecord as exc:
-            raise NotHere(str(exc)) from exc
-        seconds = _seconds_left(found)
-        if seconds <= 0:
-            raise NotHere(f"{name}: the record that is here has expired")
+            seconds = _seconds_left(found)
+            if seconds <= 0:
+                raise NotHere(f"{name}: the record that is here has expired")
+        except (NotHere, WrongRecord) as exc:
+            raise Refused(412 if wanted.only_if_cached else 404, str(exc)) from exc
         self.served.bytes += len(data)
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
         headers = _common(wanted, "", tag) | {"content-type": requests.RECORD}

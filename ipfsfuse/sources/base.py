@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -176,6 +176,14 @@ class Fetched:
 
     block: bytes
     source: Source
+
+
+class Hashed(NamedTuple):
+    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
+    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
+
+    block: bytes
+    digest: bytes
 
 
 DeliverFetched = Callable[[int, Sequence[Block], Source], Awaitable[None]]

@@ -93,12 +93,15 @@ def chosen(given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def described(texts: Sequence[str], *, by_default: bool, offline: bool) -> str:
-    """One line about what will be asked for blocks."""
-    named = [f"kubo ({repository()})" if text == KUBO else text for text in texts]
-    line = f"blocks come from {', then '.join(named)}"
+def described(texts: Sequence[str], *, by_default: bool, offline: bool, remote: Sequence[str] = ()) -> str:
+    """One line about what will be asked for blocks. `remote`: those of `texts` that are not on this
+    machine."""
+    used = [text for text in texts if not (offline and text in remote)]
+    named = [f"kubo ({repository()})" if text == KUBO else text for text in used]
+    line = f"blocks come from {', then '.join(named) or 'the cache alone'}"
     if offline:
-        line += "; --offline: no gateway is asked, and a node only for what it has"
+        left_out = f"{', '.join(remote)} is not asked, and " if remote else ""
+        line += f"; --offline: {left_out}a node or gateway on this machine only for what it has"
     elif by_default and list(texts) == [LIBRARY]:
         line += (
             f" alone: there is no Kubo node at {repository()}, and no gateway is configured; "

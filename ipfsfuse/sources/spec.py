@@ -133,8 +133,16 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
     return tuple(specs)
 
 
+def is_remote(spec: Spec) -> bool:
+    """Whether it is known to be beyond this machine. Of `kubo`, the node's repository tells that later."""
+    return spec.kind == NETWORK or (spec.origin is not None and not spec.origin.is_local)
+
+
 def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
-    """The open source; None for a remote gateway of an offline mount. Raises SourceFailed, UsageError."""
+    """The open source; None for one that is not on this machine, if the mount is offline. Raises
+    SourceFailed, UsageError."""
+    if settings.offline and is_remote(spec):
+        return None
     if spec.kind == CAR:
         from ipfsfuse.sources.local.car_source import CarSource
 
@@ -149,13 +157,11 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     if spec.kind == KUBO:
         return _open_kubo(spec, settings)
     if spec.kind == NETWORK:
-        return None if settings.offline else _open_network(settings)
+        return _open_network(settings)
     from ipfsfuse.sources.http.client import Http
     from ipfsfuse.sources.http.gateway import Gateway
 
     assert spec.origin is not None
-    if settings.offline and not spec.origin.is_local:
-        return None
     return Gateway(
         Http(spec.origin, settings.http), spec.name, local=spec.origin.is_local, only_cached=settings.offline
     )

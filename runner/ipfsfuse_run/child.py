@@ -14,13 +14,15 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import growth, limits, lockdown, sandbox, signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused, say
-from ipfsfuse_run.growth import Growth
+from ipfsfuse_run import growth, limits, lockdown, places, sandbox, signals
+from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
+from ipfsfuse_run.growth import Growth, Watched
 from ipfsfuse_run.lockdown import Access
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
+    import wasmtime
+
     from ipfsfuse_run.guest import End, Guest, Settings
 
 MAX_GUEST = 256 << 20
@@ -50,6 +52,10 @@ class Plan(NamedTuple):
     engine: str = "auto"
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
+    invoke: str | None = None
+    """The function to call in place of `_start`, with the arguments of `box`."""
+    preload: Sequence[tuple[str, str]] = ()
+    """Modules that the guest imports from: (name, place)."""
     max_data: int | None = None
     """Bytes of memory that the guest's process may write to, its own needs included."""
 
@@ -62,17 +68,17 @@ class Reports:
     """The child's end of the pipe to its parent."""
 
     def __init__(self, file: int) -> None:
-        self._file = file
+        self.file = file
 
     def send(self, message: Mapping[str, object]) -> None:
-        os.write(self._file, json.dumps(message).encode() + b"\n")
+        os.write(self.file, json.dumps(message).encode() + b"\n")
 
 
 def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
-        _close_inherited(plan)
+        _close_others(plan, reports)
         signals.restore_defaults()
         signals.die_with(parent)
         code = _run(plan, reports)
@@ -88,15 +94,15 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         os._exit(code)  # at once: wasmtime's threads may still wait in a read
 
 
-def _close_inherited(plan: Plan) -> None:
-    """Closes what the caller of the runner had open: what this program opened itself is not inheritable."""
-    kept = {0, 1, 2, plan.keep}
+def _close_others(plan: Plan, reports: Reports) -> None:
+    """Closes what the runner and its caller had open: the guest's process needs none of it."""
+    kept = {0, 1, 2, plan.keep, reports.file}
     named = os.path.split(plan.guest)
     if named[0] in ("/proc/self/fd", "/dev/fd") and named[1].isdigit():
         kept.add(int(named[1]))
     for each in map(int, os.listdir("/proc/self/fd")):
         try:
-            if each not in kept and os.get_inheritable(each):
+            if each not in kept:
                 os.close(each)
         except OSError:
             pass  # the listing's own
@@ -134,9 +140,9 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  
     if plan.compile_only:
         return 0
     with sandbox.opened_folders(plan.box) as folders:
-        grown = _growth(plan.box)
-        sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
-        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}")
+        grown = _writable(plan.box, folders, reports)
+        sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
+        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
         reports.send({"started": True, "kind": ready.kind, "growth": grown, "command": True})
         command.execute(path, plan.box, folders, ready.file)
 
@@ -147,25 +153,39 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     given = plan.box.limits
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
-        wasi = guest.wasi_config(plan.box, folders)
-        ready = _ready(plan, settings, data, reports)
+        engine = guest.make_engine(settings)
+        preloads = {
+            name: _ready(
+                plan._replace(guest=place, keep=None, shown_as=None), engine, settings, None, reports
+            )
+            for name, place in plan.preload
+        }
+        ready = _ready(plan, engine, settings, data, reports)
         if plan.compile_only:
             return 0
-        grown = _growth(plan.box)
-        sandbox.limit_process(given, None if grown is None else grown.file_limit, plan.max_data)
-        _lock(plan, folders, [], "the library")
+        grown = _writable(plan.box, folders, reports)
+        wasi = guest.wasi_config(plan.box, folders)
+        sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
+        _lock(plan, folders, [], "the library", reports)
+    call = None if plan.invoke is None else guest.Call(plan.invoke, plan.box.argv[1:])
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
-        lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.send(begun)),
+        lambda: guest.run(
+            ready, wasi, given, plan.deterministic, lambda: reports.send(begun), call, preloads
+        ),
     )
+    sys.stdout.write("".join(f"{each}\n" for each in end.results))
+    sys.stdout.flush()
     reports.send(
         {"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]}
     )
     return end.code
 
 
-def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str) -> None:
+def _lock(
+    plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str, reports: Reports
+) -> None:
     """From here on the kernel refuses this process what a guest does not need. On a mount of ours, landlock
     allows writing, so that the mount's EPERM answers. Raises GuestRefused with --require-sandbox."""
     allowed = [Access(each.file, each.writable or each.in_mount) for each in folders]
@@ -173,7 +193,7 @@ def _lock(plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], eng
     missing = [each for each in lockdown.LAYERS if each not in active]
     if plan.verbose:
         without = f", without {', '.join(missing)}" if missing else ""
-        say(f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}")
+        reports.send({"says": f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}"})
     if missing and plan.require_sandbox:
         raise GuestRefused(f"--require-sandbox: this machine lacks {', '.join(missing)}")
 
@@ -203,27 +223,36 @@ def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
     return result[0]
 
 
-def _growth(box: Sandbox) -> Growth | None:
-    """What the guest may write to, as it is now."""
-    folders = [each.host for each in box.preopens if each.writable]
-    if not folders:
-        return None
-    bound = limits.MAX_OUT if box.limits.max_out is None else box.limits.max_out
-    try:
-        return Growth(folders, growth.measure(folders), bound)
-    except growth.TooDeep as exc:
-        raise GuestRefused(
-            "a writable folder holds others nested so deeply that they can't be measured: give it as "
-            "read-only"
-        ) from exc
+def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Growth:
+    """What the guest may write to and must be watched, as it is now. Adds its /tmp to `folders`."""
+    found = []
+    given = [each.host for each in box.preopens if each.writable]
+    if given:
+        bound = limits.MAX_OUT if box.limits.max_out is None else box.limits.max_out
+        try:
+            found.append(Watched("max_out", given, growth.measure(given), bound))
+        except growth.TooDeep as exc:
+            raise GuestRefused(
+                "a writable folder holds others nested so deeply that they can't be measured: give it as "
+                "read-only"
+            ) from exc
+    if box.tmp:
+        tmp = places.make_tmp(box.tmp, reports.file)
+        names = [sandbox.TMP, "."] if sandbox.is_tmp(box.cwd) else [sandbox.TMP]
+        folders += [OpenFolder(sandbox.TMP, tmp.file, each, writable=True) for each in names]
+        if tmp.folder is not None:
+            found.append(Watched(growth.TMP, [tmp.folder], growth.Usage(0, 0), box.tmp))
+    return found
 
 
-def _ready(plan: Plan, settings: "Settings", known: bytes | None, reports: Reports) -> "Guest":
+def _ready(
+    plan: Plan, engine: "wasmtime.Engine", settings: "Settings", known: bytes | None, reports: Reports
+) -> "Guest":
     """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
     from ipfsfuse_run import guest
     from ipfsfuse_run.code_cache import CodeCache
 
-    cache, engine = CodeCache.of_user(), guest.make_engine(settings)
+    cache = CodeCache.of_user()
     with _opened(plan) if known is None else io.BytesIO(known) as file:
         try:
             kept = cache.kept(engine, file, plan.name, settings) if plan.keep is None else None

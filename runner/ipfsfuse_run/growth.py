@@ -31,9 +31,10 @@ class Usage(NamedTuple):
     """Bytes of the largest file."""
 
 
-class Growth(NamedTuple):
-    """What to watch, decided before the run."""
+class Watched(NamedTuple):
+    """Folders that may grow together by `bound` bytes. `what` is the field of Limits, or TMP."""
 
+    what: str
     folders: Sequence[str]
     before: Usage
     bound: int
@@ -42,6 +43,16 @@ class Growth(NamedTuple):
     def file_limit(self) -> int:
         """RLIMIT_FSIZE of the guest's process: no file that is there already is above it."""
         return min(self.before.largest + self.bound, (1 << 63) - 1)
+
+    @property
+    def text(self) -> str:
+        """As it is named to the user."""
+        return f"{'--tmp ' if self.what == TMP else 'max-out='}{self.bound} bytes"
+
+
+TMP = "tmp"
+Growth = Sequence[Watched]
+"""What to watch, decided before the run. The first bounds the size of a single file."""
 
 
 class TooDeep(Exception):
@@ -95,7 +106,7 @@ def watch(growth: Growth, guest: int) -> tuple[int, int]:
     """Forks the watching process: it ends when the process of the pidfd `guest` has ended and was looked
     after once more.
 
-    Gives its pid, and a pipe that tells why the run must end, where it must."""
+    Gives its pid, and a pipe that tells what grew and why the run must end, where it must."""
     told, teller = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()
@@ -112,7 +123,7 @@ def _watcher(growth: Growth, guest: int, parent: int, teller: int) -> NoReturn:
         for each in signals.ENDING:
             signal.signal(each, signal.SIG_IGN)  # the runner ends this process, or its end does
         signals.die_with(parent)
-        _let_go_of_all_but(guest, teller)
+        let_go_of_all_but(guest, teller)
         _look(growth, guest, teller)
     finally:
         os._exit(0)
@@ -124,20 +135,27 @@ def _look(growth: Growth, guest: int, teller: int) -> None:
     while True:
         over = bool(ended.poll(1000 * pause))
         begun = time.monotonic()
-        try:
-            grown = measure(growth.folders).size - growth.before.size
-        except TooDeep:
-            os.write(teller, b"made folders nested so deeply that they can't be measured for max-out")
-            return
-        if grown > growth.bound:
-            os.write(teller, b"made its writable folders grow by more than max-out=%d bytes" % growth.bound)
+        for each in growth:
+            try:
+                grown = measure(each.folders).size - each.before.size
+            except TooDeep:
+                why = "made folders nested so deeply that they can't be measured for"
+            else:
+                if grown <= each.bound:
+                    continue
+                why = (
+                    "made /tmp grow by more than"
+                    if each.what == TMP
+                    else ("made its writable folders grow by more than")
+                )
+            os.write(teller, f"{each.what} {why} {each.text}".encode())
             return
         if over:
             return
         pause = max(INTERVAL, 2 * (time.monotonic() - begun))
 
 
-def _let_go_of_all_but(*kept: int) -> None:
+def let_go_of_all_but(*kept: int) -> None:
     """A copy of a pipe's reading end would keep the guest's writes from failing, and the control socket's the
     mount alive."""
     null = os.open(os.devnull, os.O_RDWR)

@@ -364,11 +364,6 @@ def _network_sources(mount: Mount) -> list[str]:
         told = mount.control.ask("status")
         if told["offline"] or told.get("allow"):
             return []
-        return [str(each["name"]) for each in told["sources"] if not _is_local(str(each["name"]))]
+        return [str(each["name"]) for each in told["sources"] if not each["in_place"]]
     except (IpfsFuseError, KeyError, TypeError):
         return ["its mount's sources"]
-
-
-def _is_local(source: str) -> bool:
-    """The library, and CAR files, are read in place."""
-    return source == "library" or os.path.isabs(source)

@@ -1,8 +1,9 @@
-"""What a guest can reach: `/`, `/ipfs` and the folders given with --dir. It gets no socket and none of the
-host's variables.
+"""What a guest can reach: `/`, `/ipfs`, `/tmp`, `/out` if results are wanted, and the folders given with
+--dir. It gets no socket and none of the host's variables.
 
-`/` is a read-only folder that holds the other names, for programs that walk from the root. It lies in the
-runner's cache folder, named after what it holds, so nothing is left to remove after a kill.
+`/` is the directory given with --root, else a read-only folder that holds the other names, for programs that
+walk from the root. That one lies in the runner's cache folder, named after what it holds, so nothing is left
+to remove after a kill.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Dir, Options
 
-IPFS, IPNS = "/ipfs", "/ipns"
+IPFS, IPNS, TMP, OUT = "/ipfs", "/ipns", "/tmp", "/out"
 
 
+TMP_BYTES = 256 << 20
+"""What /tmp may hold by default."""
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -36,6 +39,8 @@ class Preopen(NamedTuple):
     writable: bool
     mount_id: int | None = None
     """The kernel's number of the mount that `host` must be in; None for any folder."""
+    below: str | None = None
+    """`host` is the path of a folder below this one, which no symlink may lead out of."""
 
 
 class Sandbox(NamedTuple):
@@ -46,6 +51,8 @@ class Sandbox(NamedTuple):
     preopens: Sequence[Preopen]
     cwd: str | None
     limits: Limits
+    tmp: int = 0
+    """Bytes that the guest's own `/tmp` may hold; 0 for none. It is not among `preopens`."""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -58,12 +65,23 @@ def build(
 ) -> Sandbox:
     """`names`: what each IPNS name stands for, a path below the mountpoint. Raises UsageError,
     StoreFailed."""
-    argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
+    argv = (
+        options.argv0 or posixpath.basename(options.guest),
+        *options.args,
+    )  # with --invoke, the function's
     guests = [options.cwd or "", *(each.guest for each in options.dirs)]
     for text in (*argv, *guests, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)
-    folders = preopens(mountpoint, options.dirs, mount_id, names)
-    return Sandbox(argv, options.env, folders, options.cwd, options.limits)
+    tmp = _tmp_size(options)
+    folders = preopens(mountpoint, options, mount_id, names, [TMP] * bool(tmp))
+    return Sandbox(argv, options.env, folders, options.cwd, options.limits, tmp)
+
+
+def _tmp_size(options: Options) -> int:
+    given = any(_name(each) == TMP for each in options.dirs)
+    if given and options.tmp:
+        raise UsageError("--tmp goes with no --dir for /tmp: the folder given is the guest's /tmp")
+    return 0 if given else TMP_BYTES if options.tmp is None else options.tmp
 
 
 def _check_text(text: str) -> None:
@@ -76,27 +94,49 @@ def _check_text(text: str) -> None:
 
 
 def preopens(
-    mountpoint: str, dirs: Sequence[Dir], mount_id: int | None = None, names: Mapping[str, str] = NO_NAMES
+    mountpoint: str,
+    options: Options,
+    mount_id: int | None = None,
+    names: Mapping[str, str] = NO_NAMES,
+    more: Sequence[str] = (),
 ) -> list[Preopen]:
-    """`/`, `/ipfs`, what is below `/ipns`, and `dirs`, in this order. Nothing is opened. Raises UsageError
-    for a name that the guest can't have."""
+    """`/`, `/ipfs`, what is below `/ipns`, `/out`, and the folders of --dir, in this order. Nothing is
+    opened. `more`: other names that `/` must have. Raises UsageError for a name that the guest can't have."""
     found = [Preopen(mountpoint, IPFS, writable=False, mount_id=mount_id)]
     for name, path in names.items():
         found.append(
             Preopen(os.path.join(mountpoint, path), f"{IPNS}/{name}", writable=False, mount_id=mount_id)
         )
-    for each in dirs:
-        guest = posixpath.normpath(each.guest)
+    if options.out is not None:
+        found.append(Preopen(options.out, OUT, writable=True))
+    for each in options.dirs:
+        guest = _name(each)
         if guest == ".." or guest.startswith("../") or "\0" in guest:
             raise UsageError(f"--dir {each.host}::{each.guest}: the guest's name for it can't lead upward")
         if _below("/" + guest.lstrip("/"), IPFS):  # WASI's C library takes `ipfs` and `//ipfs` for it too
             raise UsageError(f"--dir {each.host}::{each.guest}: /ipfs is the mount's")
         if names and _below("/" + guest.lstrip("/"), IPNS):
             raise UsageError(f"--dir {each.host}::{each.guest}: /ipns has the names given with --ipns")
+        if options.out is not None and _below("/" + guest.lstrip("/"), OUT):
+            raise UsageError(f"--dir {each.host}::{each.guest}: /out is the folder of --out")
+        if options.root is not None and guest == "/":
+            raise UsageError(f"--dir {each.host}::/: / is the directory of --root")
         found.append(Preopen(each.host, guest, each.writable))
-    if not any(each.guest == "/" for each in found):
-        found.insert(0, Preopen(str(_root([each.guest for each in found])), "/", writable=False))
+    if options.root is not None:
+        found.insert(0, Preopen(options.root, "/", writable=False, mount_id=mount_id, below=mountpoint))
+    elif not any(each.guest == "/" for each in found):
+        root = _root([*(each.guest for each in found), *more])
+        found.insert(0, Preopen(str(root), "/", writable=False))
     return found
+
+
+def is_tmp(cwd: str | None) -> bool:
+    return cwd is not None and posixpath.normpath(cwd) == TMP
+
+
+def _name(given: Dir) -> str:
+    """The guest's name for the folder."""
+    return posixpath.normpath(given.guest)
 
 
 def _root(names: Sequence[str]) -> Path:
@@ -137,6 +177,12 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
     with contextlib.ExitStack() as stack:
         found = []
         for each in box.preopens:
+            if each.below is not None:
+                name = f"--root {each.host}"
+                root = inside(each.below, each.host, name, os.O_DIRECTORY, each.mount_id)
+                file = int(os.path.basename(stack.enter_context(root)))
+                found.append(OpenFolder(name, file, each.guest, each.writable, each.mount_id is not None))
+                continue
             try:
                 folder = os.open(each.host, _LOOK | os.O_DIRECTORY)
             except OSError as exc:
@@ -147,9 +193,10 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
             stack.callback(os.close, folder)
             _check_mount(folder, each.mount_id, each.host)
             found.append(OpenFolder(each.host, folder, each.guest, each.writable, each.mount_id is not None))
-        if box.cwd is not None:
+        if box.cwd is not None and not (box.tmp and is_tmp(box.cwd)):
             base, rest = _working_folder(box.cwd, box.preopens)
-            place = inside(base.host, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id)
+            top = base.host if base.below is None else os.path.join(base.below, base.host)
+            place = inside(top, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id)
             file = int(os.path.basename(stack.enter_context(place)))
             found.append(OpenFolder(box.cwd, file, ".", base.writable, base.mount_id is not None))
         yield found

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 from ipfsfuse import units
 from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
-from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_text
-from ipfsfuse_run.growth import Growth
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason, trap_text
+from ipfsfuse_run.growth import Growth, Usage, Watched
 from ipfsfuse_run.limits import Limits
 
 OUT_OF_TIME = 124
@@ -60,7 +60,11 @@ class Outcome(NamedTuple):
     """wasmtime's message and back-trace, several lines."""
     kind: str | None = None
     limit: str | None = None
-    """The field of Limits that ended the run, where the runner ended it for one."""
+    """The field of Limits that ended the run, or `tmp`, where the runner ended it for one."""
+    killed: bool = False
+    """Whether a signal ended the guest's process, and not for a reason of the runner's."""
+    why: str | None = None
+    """Why a guest that was started did not exit by itself: one sentence."""
 
 
 class LimitReached(Exception):
@@ -82,7 +86,7 @@ class _Supervisor:
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
         self._compiling = False
-        self._growth: Growth | None = None
+        self._growth: Growth = ()
         self._watcher: int | None = None
         self._watched: int | None = None
         self._outcome = Outcome(128 + signal.SIGKILL)
@@ -185,16 +189,20 @@ class _Supervisor:
             message = json.loads(line)
             if self._final:
                 continue
-            if "compiling" in message:
+            if "says" in message:
+                say(message["says"])
+            elif "compiling" in message:
                 self._compiling = message["compiling"]
                 self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
             elif "started" in message:
                 self._started(message)
             else:
+                trap = message.get("trap")
                 self._outcome = self._outcome._replace(
                     refused=message.get("refused"),
                     trapped=message.get("trapped", False),
-                    trap=message.get("trap"),
+                    trap=trap,
+                    why=None if trap is None else trap_reason(self._plan.name, trap),
                 )
 
     def _compile_timeout(self) -> float:
@@ -206,9 +214,11 @@ class _Supervisor:
         self._is_command = "command" in message
         timeout = self._plan.box.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        if message["growth"] is not None and not self._dead:
-            folders, before, bound = message["growth"]
-            self._growth = Growth(folders, growth.Usage(*before), bound)
+        if message["growth"] and not self._dead:
+            self._growth = [
+                Watched(what, folders, Usage(*before), bound)
+                for what, folders, before, bound in message["growth"]
+            ]
             self._watcher, watched = growth.watch(self._growth, self._pidfd)
             self._watched = watched
             self._selector.register(watched, selectors.EVENT_READ, self._on_watched)
@@ -222,7 +232,8 @@ class _Supervisor:
         if self._dead:
             self._deadline = None
         if why:
-            self._end(Outcome(TRAPPED, limit="max_out"), f"{self._plan.name} {why.decode()}")
+            what, _space, text = why.decode().partition(" ")
+            self._end(Outcome(TRAPPED, limit=what), f"{self._plan.name} {text}")
 
     def _stop_watcher(self) -> None:
         if self._watched is not None and self._watcher is not None:
@@ -240,18 +251,21 @@ class _Supervisor:
         self._deadline = None if self._watched is None else time.monotonic() + LAST_LOOK
         code = os.waitstatus_to_exitcode(status)
         self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
+        if code < 0:
+            why = f"{self._plan.name} was ended by {signal.Signals(-code).name}"
+            self._outcome = self._outcome._replace(killed=True, why=why)
         if self._is_command and code == TRAPPED:  # a guest's own 134 would be 1 there
-            self._outcome = self._outcome._replace(trapped=True)
-        if code == -signal.SIGXFSZ and self._growth is not None:
-            bound = self._growth.bound
+            self._outcome = self._outcome._replace(trapped=True, why=f"{self._plan.name} trapped")
+        if code == -signal.SIGXFSZ and self._growth:
+            first = self._growth[0]
             self._end(
-                Outcome(TRAPPED, limit="max_out"),
-                f"{self._plan.name} wrote more than max-out={bound} bytes to one file",
+                Outcome(TRAPPED, limit=first.what),
+                f"{self._plan.name} wrote more than {first.text} to one file",
             )
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
         """Ends the guest for a reason of ours."""
-        self._outcome, self._final = outcome._replace(kind=self._outcome.kind), True
+        self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
         self._deadline = time.monotonic() + GRACE
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)

@@ -1,12 +1,16 @@
 """INIT: what libfuse answers, and what we add to it."""
 
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import trio
 
 from ipfsfuse.errors import MountFailed
 from tests.fuse.kernel_side import INIT, uninitialized
+from tests.mounting import fuse_mounts
 
 PARALLEL_DIROPS, CACHE_SYMLINKS = 1 << 18, 1 << 23
 NEEDED = 1 | 1 << 13 | 1 << 14
@@ -43,6 +47,37 @@ def test_the_answer_asks_for_nothing_that_was_not_offered() -> None:
 
 def test_a_recording_mount_has_no_kernel_read_ahead() -> None:
     assert init(NEEDED, readahead=False)[0] == 0
+
+
+NO_THREAD = """
+import resource, sys
+from pathlib import Path
+from ipfsfuse.errors import MountFailed
+from ipfsfuse.fuse import device, session
+import pyfuse3
+
+class Limited(device.Device):
+    def __init__(self, readahead):
+        super().__init__(readahead)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 20), -1))  # a thread's stack takes 8 MiB
+
+session.Device = Limited
+resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, -1))
+try:
+    with session.opened(pyfuse3.Operations(), Path(sys.argv[1]), False, True):
+        pass
+except MountFailed as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.fuse
+def test_a_thread_that_can_not_be_started_is_told_as_that(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NO_THREAD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "the thread that reads the device can't be started: " in done.stdout, done.stderr
+    assert not fuse_mounts(tmp_path)
 
 
 def test_a_refusal_of_libfuse_is_told(capfd: pytest.CaptureFixture[str]) -> None:

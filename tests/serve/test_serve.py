@@ -231,6 +231,7 @@ def test_records_of_names_that_were_seen_are_given_out(home: Home) -> None:
         source.records[str(name)] = make(KEY, f"/ipfs/{cid}", 3, ttl=60)
         with serving(home, "--from", "library", "--from", source.url) as server:
             assert server.ask(target).status == 404
+            assert server.ask(target, Cache_Control="only-if-cached").status == 412
             assert not source.asked
         with home.mounted("--from", "library", "--from", source.url, "--ipns", names):
             assert (names / str(name) / "sub").is_dir()
@@ -246,6 +247,7 @@ def test_records_of_names_that_were_seen_are_given_out(home: Home) -> None:
         (home.store / "names" / str(name)).write_bytes(make(KEY, f"/ipfs/{cid}", 3, valid=-1))
         with serving(home) as server:
             assert server.ask(target).status == 404
+            assert server.ask(target, Cache_Control="only-if-cached").status == 412
         with serving(home, "--from", source.url, "--fetch") as server:
             assert server.ask(target).body == source.records[str(name)]
 

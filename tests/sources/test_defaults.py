@@ -68,4 +68,7 @@ def test_one_line_says_what_is_asked(home: Path, monkeypatch: pytest.MonkeyPatch
     )
     several = defaults.described(["library", "kubo", "https://a.example"], by_default=True, offline=False)
     assert several == f"blocks come from library, then kubo ({home}/.ipfs), then https://a.example"
-    assert "no gateway is asked" in defaults.described(["library", "kubo"], by_default=False, offline=True)
+    far = ["https://a.example", "kubo+http://192.0.2.1:5001"]
+    offline = defaults.described(["library", "kubo", *far], by_default=False, offline=True, remote=far)
+    assert offline.startswith(f"blocks come from library, then kubo ({home}")
+    assert f"--offline: {', '.join(far)} is not asked, and a node or gateway on this machine" in offline

@@ -1,5 +1,6 @@
 """A Kubo repository read where it lies: recognised, or left alone; and a node that need not be asked."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -365,3 +366,31 @@ def test_who_may_read_everything_may_read_a_repository_of_others(tmp_path: Path)
         ).returncode
         == 0
     )
+
+
+@pytest.mark.logs("wrong bytes")
+@pytest.mark.parametrize("size", [100, 300_000, cids.MAX_BLOCK])
+def test_a_block_that_is_hashed_while_it_is_read_is_refused_if_a_bit_is_wrong(
+    tmp_path: Path, size: int
+) -> None:
+    """Wherever the bit lies: the repository's file is read and hashed piece by piece."""
+    right = os.urandom(size)
+    cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(right).digest())
+    blocks = Flatfs(tmp_path, 2)
+    path = Path(blocks._path(cid))
+    path.parent.mkdir()
+
+    path.write_bytes(right)
+
+    async def main() -> None:
+        pool = SourcePool([Kubo("kubo", HttpSettings(), blocks=blocks)])
+        assert (await pool.get(cid)).block == right
+        for at in (0, size // 2, size - 1):
+            wrong = bytearray(right)
+            wrong[at] ^= 1
+            await trio.Path(path).write_bytes(bytes(wrong))
+            with pytest.raises(WrongBlock):
+                await pool.get(cid)
+        await pool.aclose()
+
+    trio.run(main)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import trio
 
+from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.base import Block, Source
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import unix_origin
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.spec import OpenSettings, opened
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources import evil
@@ -55,6 +57,31 @@ def test_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
     with node:
         put(node, file)
         trio.run(main)
+
+
+def test_offline_no_node_on_another_machine_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that the user names nor one that a repository names."""
+    monkeypatch.setenv("IPFS_PATH", str(tmp_path))
+    for file in ("api", "gateway"):
+        (tmp_path / file).write_text("http://192.0.2.1:5001")
+    far = ["kubo+http://192.0.2.1:5001", "https://192.0.2.1", "http://192.0.2.1:8080"]
+
+    async def main() -> None:
+        settings = OpenSettings(tmp_path / "library", tmp_path / "indexes", offline=True)
+        async with opened(
+            ["library", *far, "kubo+http://127.0.0.1:5001", "http://localhost:8080"], settings
+        ) as all_:
+            assert [source.name for source in all_] == [
+                "library", "kubo+http://127.0.0.1:5001", "http://localhost:8080"
+            ]  # fmt: skip
+        source = Kubo("kubo", HttpSettings(), offline=True)
+        with (
+            trio.fail_after(1),
+            pytest.raises(SourceFailed, match="is not on this machine, and this mount is offline"),
+        ):
+            await source.get(sample(20).leaves[0].cid)
+
+    trio.run(main)
 
 
 def test_a_gateway_port_that_gives_blocks_alone_and_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

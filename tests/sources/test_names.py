@@ -44,6 +44,8 @@ class Ask:
         self.folder = folder
         self.servers = servers
         self.dns = dns
+        self.called = ""
+        """What all sources are called, if not by their addresses."""
 
     def __call__(self, *names: Name | str, seconds: float = 5.0) -> list[Resolved | IpfsFuseError]:
         """What each name stands for, asked one after the other."""
@@ -60,7 +62,10 @@ class Ask:
         return found
 
     async def _ask(self, names: Sequence[Name | str], seconds: float) -> list[Resolved | IpfsFuseError]:
-        sources = [Gateway(Http(parse_origin(each.url), HttpSettings()), each.url) for each in self.servers]
+        sources = [
+            Gateway(Http(parse_origin(each.url), HttpSettings()), self.called or each.url)
+            for each in self.servers
+        ]
         store = NameRecords(self.folder)
         dns = self.dns() if self.dns else None
         resolver = Resolver(sources, store, dns, seconds=seconds)
@@ -101,6 +106,18 @@ def test_of_two_records_that_of_the_higher_sequence_counts(ask: Ask, servers: li
     servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{OTHER}", 7)
     servers[1].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{CID}", 8)
     assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
+
+
+def test_a_source_that_is_named_twice_is_asked_twice(
+    ask: Ask, servers: list[NameServer], tmp_path: Path
+) -> None:
+    """As a router may be: the first answer is not the answer of both."""
+    ask.called = "https://router.example"
+    for lacks, has in (servers, reversed(servers)):
+        lacks.records.clear()
+        has.records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{CID}", 8)
+        (tmp_path / "names" / str(NAMES[0])).unlink(missing_ok=True)
+        assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
 
 
 @EXPECTED

@@ -1,7 +1,9 @@
 """Secrets go to one origin, from a file that nobody else may read, and are never shown or logged."""
 
+import grp
 import logging
 import os
+import pwd
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
-from ipfsfuse.sources.http.secrets import BoundHeaders
+from ipfsfuse.sources.http.secrets import BoundHeaders, kubo_token
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import with_headers
 from tests.mounting import NOBODY
@@ -61,6 +63,35 @@ def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) 
     file.chmod(mode)
     with pytest.raises(UsageError, match=f"run: chmod 600 {file}"):
         bound([("https://a.example", file)], "https://a.example")
+
+
+@pytest.mark.parametrize(
+    ("mode", "folder", "private", "taken"),
+    [
+        (0o644, 0o755, False, True),
+        (0o664, 0o755, False, False),
+        (0o664, 0o775, True, True),
+        (0o644, 0o775, False, False),
+        (0o646, 0o755, True, False),
+        (0o644, 0o757, True, False),
+    ],
+)
+def test_a_node_is_sent_a_token_unless_another_user_may_have_named_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, folder: int, private: bool, taken: bool
+) -> None:
+    """Where each user has a group of their own, it may write: so Kubo leaves its files with umask 0002."""
+    monkeypatch.setenv("IPFSFUSE_KUBO_AUTH", f"bearer:{SECRET}")
+    (tmp_path / "repository").mkdir()
+    api = tmp_path / "repository" / "api"
+    api.write_text("/ip4/127.0.0.1/tcp/5001")
+    api.chmod(mode)
+    api.parent.chmod(folder)
+    user = pwd.getpwuid(os.geteuid())
+    name = user.pw_name if private else "staff"
+    monkeypatch.setattr(grp, "getgrgid", lambda number: grp.struct_group((name, "x", number, [user.pw_name])))
+    token, advice = kubo_token(api)
+    assert token == (f"Bearer {SECRET}" if taken else "")
+    assert taken or "may be written by another user" in advice
 
 
 @as_root

@@ -191,6 +191,11 @@ class Index:
             with _translated(self.path):
                 raise exc
 
+    def stay_in_memory(self) -> None:
+        """What a write changed is read again, so that the next question need not wait for the disk: a new
+        version of the database empties the connection's cache. Raises Damaged or StoreFailed."""
+        self.row("SELECT 1 FROM blocks WHERE key = ?", (b"",))
+
     def rows(self, sql: str, read: Callable[..., T]) -> list[T]:
         """`read` of the columns of each row. Raises StoreFailed, and Damaged for values too that `read` can't
         use: SQLite has no checksums, a bit that turned in a row is found here or never."""

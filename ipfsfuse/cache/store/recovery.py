@@ -199,6 +199,8 @@ async def _flush(store: Store) -> None:
         await replace_index(store, exc)
     else:
         store.blocks.packs.written(batch)
+        with contextlib.suppress(StoreFailed, Damaged):  # a question will say so
+            store.blocks.index.stay_in_memory()
         await measure(store)
 
 

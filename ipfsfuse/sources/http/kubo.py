@@ -20,7 +20,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import leaf_ranges
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Hashed, LeafRange, Subtree, too_large
 from ipfsfuse.sources.defaults import repository
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
@@ -67,8 +67,13 @@ class Kubo:
         self._asked_for_gateway = False
 
     async def get(self, cid: Cid) -> bytes:
+        block = await self.get_hashed(cid)
+        return block.block if isinstance(block, Hashed) else block
+
+    async def get_hashed(self, cid: Cid) -> bytes | Hashed:
+        """As `get`. A block from the repository may come with its hash."""
         if self._blocks is not None:
-            block = await threads.run_sync(self._blocks.read, cid, limiter=self._threads)
+            block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
             if block is not None:
                 return block
         gateway = await self._find_gateway()
@@ -148,6 +153,10 @@ class Kubo:
         """The node's RPC API, also for its pins. Raises SourceFailed if no node is running."""
         if self._rpc is None:
             origin = self._api or self._read("api")
+            if self._offline and not origin.is_local:
+                raise SourceFailed(
+                    f"{origin.text} is not on this machine, and this mount is offline", CONNECT
+                )
             token, advice = kubo_token(None if self._api else self._repository / "api")
             headers = self._settings.headers.with_token(origin, token)
             self._rpc = Rpc(Http(origin, replace(self._settings, headers=headers)), self.name, advice)
@@ -167,11 +176,12 @@ class Kubo:
         """The gateway port of a node on this machine, as the node says; never a port of another host."""
         try:
             if self._api is None:
-                return self._read("gateway")
-            if not self._api.is_local:
+                found = self._read("gateway")
+            elif not self._api.is_local:
                 return None
-            said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
-            found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
+            else:
+                said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
+                found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
         except (IpfsFuseError, ValueError):
             return None
         return found if found.is_local else None

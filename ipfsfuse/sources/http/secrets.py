@@ -3,7 +3,9 @@
 No message and no repr shows a secret. Small files are read at the start.
 """
 
+import grp
 import os
+import pwd
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,7 +98,7 @@ def kubo_token(api: Path | None) -> tuple[str, str]:
     if not token:
         return "", "set IPFSFUSE_KUBO_AUTH_FILE to a file with bearer:TOKEN or basic:USER:PASSWORD"
     if api is not None and not is_ours(api):
-        why = f"because {api} belongs to another user; name the node by its address"
+        why = f"because {api} or its folder may be written by another user; name the node by its address"
         return "", f"it was not sent the token in {where}, {why}"
     return token, f"look at the token in {where}"
 
@@ -107,4 +109,17 @@ def is_ours(path: Path) -> bool:
         found = [each.stat() for each in (path, path.parent)]
     except OSError:
         return False
-    return all(each.st_uid in (os.geteuid(), 0) and not each.st_mode & 0o002 for each in found)
+    return all(each.st_uid in (os.geteuid(), 0) and not _others_may_write(each) for each in found)
+
+
+def _others_may_write(info: os.stat_result) -> bool:
+    """Kubo leaves the modes of its files to the umask. Where each user has a group of their own, that is
+    often 0002: such a group may write, as pam_umask(8) with `usergroups` has it."""
+    if not info.st_mode & 0o020:
+        return bool(info.st_mode & 0o002)
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(info.st_gid)
+    except KeyError:
+        return True
+    is_private = user.pw_gid == group.gr_gid and user.pw_name == group.gr_name
+    return not is_private or bool(set(group.gr_mem) - {user.pw_name}) or bool(info.st_mode & 0o002)

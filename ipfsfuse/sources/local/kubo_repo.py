@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
-from ipfsfuse.sources.base import Block, fits, too_large
+from ipfsfuse.fileio.files import Direct, read_file, read_hashed, read_whole, regular, size_of
+from ipfsfuse.sources.base import Block, Hashed, fits, too_large
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -34,6 +35,7 @@ SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
 """Folders are named by so many characters before the last one; Kubo makes no others."""
 
 
+SHA2_256 = bytes([multihashes.SHA2_256])
 MAX_CONFIG = 1 << 20
 """Bytes of the largest file of a repository's configuration that is read."""
 LOOK_SECONDS = 1.0
@@ -97,10 +99,20 @@ class Flatfs:
         """What is kept as the block; None where it is not there, or can't be read: then the node has its say.
 
         Raises BlockTooLarge."""
+        found = self.read_hashed(cid)
+        return found.block if isinstance(found, Hashed) else found
+
+    def read_hashed(self, cid: Cid) -> bytes | Hashed | None:
+        """As `read`, with its hash where that is SHA-256 and worthwhile: nodes are small."""
         if self._is_blocked():
             return None
         path = self._path(cid)
-        block = read_file(path, cids.MAX_BLOCK)
+        block: bytes | Hashed | None = None
+        if cids.codec(cid) == cids.RAW and cids.multihash(cid)[:1] == SHA2_256:
+            found = read_hashed(path, cids.MAX_BLOCK)
+            block = None if found is None else Hashed(*found)
+        else:
+            block = read_file(path, cids.MAX_BLOCK)
         if block is None and (size := size_of(path)) is not None and size > cids.MAX_BLOCK:
             raise too_large("kubo", cid, size)
         return block

@@ -214,32 +214,33 @@ class Resolver:
     async def _answers(self, name: KeyName) -> AsyncIterator[tuple[str, Record | IpfsFuseError]]:
         """(Source, its verified record or why there is none), as they come. When a valid record has come, the
         others have `GRACE_SECONDS`."""
-        send, receive = trio.open_memory_channel[tuple[str, Record | IpfsFuseError]](len(self._sources))
+        send, receive = trio.open_memory_channel[tuple[int, Record | IpfsFuseError]](len(self._sources))
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + self._seconds
-            for source in self._sources:
-                nursery.start_soon(self._ask, source, name, send)
-            missing = {source.name for source in self._sources}
-            found = list[tuple[str, Record | IpfsFuseError]]()
+            for number in range(len(self._sources)):
+                nursery.start_soon(self._ask, number, name, send)
+            missing = set(range(len(self._sources)))
+            found = list[tuple[int, Record | IpfsFuseError]]()
             while missing:
-                answer = await receive.receive()
-                missing.discard(answer[0])
-                found.append(answer)
-                if isinstance(answer[1], Record):
+                number, answer = await receive.receive()
+                missing.discard(number)
+                found.append((number, answer))
+                if isinstance(answer, Record):
                     nursery.cancel_scope.deadline = min(
                         nursery.cancel_scope.deadline, trio.current_time() + GRACE_SECONDS
                     )
-        for answer in found:
-            yield answer
-        for late in sorted(missing):
-            yield late, Unavailable("no answer in time")
+        for number, answer in found:
+            yield self._sources[number].name, answer
+        for number in sorted(missing):
+            yield self._sources[number].name, Unavailable("no answer in time")
 
     async def _ask(
         self,
-        source: RecordSource,
+        number: int,
         name: KeyName,
-        send: "trio.MemorySendChannel[tuple[str, Record | IpfsFuseError]]",
+        send: "trio.MemorySendChannel[tuple[int, Record | IpfsFuseError]]",
     ) -> None:
+        source = self._sources[number]
         answer: Record | IpfsFuseError
         try:
             data = await source.ipns_record(str(name))
@@ -250,7 +251,7 @@ class Resolver:
         except Exception as exc:  # whatever one source does, the others are asked
             log.exception("%s: asking for the record of %s failed", source.name, name)
             answer = Unavailable(f"it failed in a way that was not foreseen ({type(exc).__name__})")
-        await send.send((source.name, answer))
+        await send.send((number, answer))
 
     async def _stored(self, name: KeyName) -> Record | None:
         data = await threads.run_sync(self._store.get, str(name))

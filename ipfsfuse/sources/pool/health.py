@@ -64,6 +64,8 @@ class Statistics:
     """The most of them that may be one caller's (user id)."""
     found: bool = False
     """Whether a router named it, not the user."""
+    in_place: bool = False
+    """Whether its blocks are files on this machine: the library, and CAR files."""
 
 
 class Health:

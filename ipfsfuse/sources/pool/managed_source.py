@@ -11,6 +11,7 @@ import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import trio
 
@@ -20,7 +21,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
 from ipfsfuse.log_limiter import LogLimiter
-from ipfsfuse.sources.base import Block, Source, current_request
+from ipfsfuse.sources.base import Block, Hashed, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
@@ -50,13 +51,23 @@ INLINE_BYTES = 64 * 1024
 meanwhile."""
 
 
-async def check(cid: Cid, block: bytes) -> None:
-    """Raises WrongBlock unless `block` is what `cid` names, Unsupported for a hash that is not allowed."""
+SHA2_256 = b"\x12\x20"
+"""How a multihash of SHA-256 begins: its code, and the length of the digest."""
+
+
+async def check(cid: Cid, block: bytes | Hashed) -> bytes:
+    """The block. Raises WrongBlock unless it is what `cid` names, Unsupported for a hash that is not
+    allowed."""
+    if isinstance(block, Hashed):
+        if SHA2_256 + block.digest != cids.multihash(cid):
+            raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
+        return block.block
     if len(block) <= INLINE_BYTES:
         cids.verify(cid, block)
     else:
         # Left to itself when cancelled: it ends within a millisecond, holds nothing, its answer is dropped.
         await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
+    return block
 
 
 async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
@@ -77,6 +88,7 @@ class ManagedSource:
     def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
         """One of `shared_by` sources that the bound over all is divided among."""
         self.source = source
+        self._get: Callable[[Cid], Awaitable[bytes | Hashed]] = getattr(source, "get_hashed", source.get)
         self.remote = not getattr(source, "local", True)
         slow = SLOW_FAR if self.remote else SLOW_HERE
         self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
@@ -106,8 +118,7 @@ class ManagedSource:
         outcome = "did not give"
         try:
             with self.as_its_failure():
-                block = await self.source.get(cid)
-                await check(cid, block)
+                block = await check(cid, await self._get(cid))
             outcome = "gave"
         except NotHere:
             outcome = "lacks"
@@ -254,7 +265,8 @@ class ManagedSource:
         concurrency = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
         if not self.source.in_place:
             concurrency |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
-        return self.health.statistics(self.source.name, trio.current_time(), concurrency)
+        statistics = self.health.statistics(self.source.name, trio.current_time(), concurrency)
+        return replace(statistics, in_place=self.source.in_place)
 
 
 class Deliveries:

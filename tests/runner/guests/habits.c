@@ -73,6 +73,7 @@ int main(int argc, char **argv) {
   else if (!strcmp(what, "write")) return fputs("written\n", fopen(argv[2], "w")) < 0;
   else if (!strcmp(what, "flood")) for (long left = atol(argv[2]); left > 0; left -= 1000) printf("%*d\n", 999, 0);
   else if (!strcmp(what, "fill")) return fill(argv[2], atol(argv[3]));
+  else if (!strcmp(what, "fill-then-sleep")) fill(argv[2], atol(argv[3])), puts("sleeping"), fflush(stdout), sleep(1000);
   else if (!strcmp(what, "fill-when")) {
     for (puts("waiting"), fflush(stdout); access(argv[2], F_OK);) usleep(10000);
     return fill(argv[3], atol(argv[4]));

@@ -1,0 +1,224 @@
+"""Where a guest may write beside the folders of --dir: /tmp, which is private, bounded and gone at the end;
+and /out, the folder of its results.
+
+/tmp is a tmpfs without a name, where the machine lets this user mount one (in a user and mount namespace for
+others than root). Elsewhere it is a folder that is measured as it grows. A process of its own removes that
+folder when the guest's process has ended, however it ended.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import stat
+import sys
+from typing import NamedTuple, NoReturn
+
+from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse_run import growth, sandbox, signals
+
+_LOOK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Tmp(NamedTuple):
+    """The guest's /tmp, open. `folder` is its path where it must be measured; a tmpfs has none."""
+
+    file: int
+    folder: str | None
+
+
+def make_tmp(size: int, held: int) -> Tmp:
+    """An empty folder for `size` bytes, in the guest's process, which has one thread. It may get namespaces
+    of its own. The descriptor `held` stays open somewhere until the folder is removed. Raises
+    StoreFailed."""
+    file = _tmpfs(size)
+    if file is not None:
+        return Tmp(file, None)
+    folder = scratch_folder("tmp", os.getpid(), held)
+    return Tmp(os.open(folder, _LOOK), folder)
+
+
+def tmpfs_is_offered() -> bool:
+    """Whether /tmp is a tmpfs on this machine. Tried in a process of its own."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if _tmpfs(1 << 20) is not None else 1)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+# -- a tmpfs without a name (fsopen(2), fsconfig(2), fsmount(2)) --------------------------------------------
+
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_CLOEXEC = 1
+_SET_STRING, _CREATE = 1, 6
+_NOSUID, _NODEV, _NOEXEC = 2, 4, 8
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
+_PR_SET_DUMPABLE = 4
+
+
+def _tmpfs(size: int) -> int | None:
+    """A descriptor of an empty tmpfs; None where the kernel refuses it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    made = _mounted_tmpfs(libc, size)
+    if made is None and _enter_namespaces(libc):
+        made = _mounted_tmpfs(libc, size)
+    return made
+
+
+def _mounted_tmpfs(libc: ctypes.CDLL, size: int) -> int | None:
+    context = libc.syscall(_FSOPEN, b"tmpfs", _CLOEXEC)
+    if context < 0:
+        return None
+    try:
+        # an empty file or folder takes no page, but an inode
+        for name, value in (("size", size), ("nr_inodes", 64 + size // growth.NAME_BYTES), ("mode", 700)):
+            if libc.syscall(_FSCONFIG, context, _SET_STRING, name.encode(), b"%d" % value, 0) != 0:
+                return None
+        if libc.syscall(_FSCONFIG, context, _CREATE, None, None, 0) != 0:
+            return None
+        file = int(libc.syscall(_FSMOUNT, context, _CLOEXEC, _NOSUID | _NODEV | _NOEXEC))
+        return file if file >= 0 else None
+    finally:
+        os.close(context)
+
+
+def _enter_namespaces(libc: ctypes.CDLL) -> bool:
+    """A user namespace, in which this user keeps its number and may mount, and a mount namespace. Mounts that
+    others make or remove are seen there, too: the kernel makes all of them slaves
+    (mount_namespaces(7))."""
+    user, group, parent = os.geteuid(), os.getegid(), os.getppid()
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
+        return False
+    libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self belongs to root
+    try:
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+                file.write(text)
+    except OSError:
+        return False
+    finally:
+        signals.die_with(parent)  # a change of rights can undo it (prctl(2))
+    return True
+
+
+# -- folders that are removed when a process ends ----------------------------------------------------------
+
+
+def scratch_folder(kind: str, owner: int, *held: int) -> str:
+    """A new folder in the runner's own, removed when the process `owner` has ended. The descriptors `held`
+    are closed after that. Forks. Raises StoreFailed."""
+    folder = str(sandbox.private_folder(kind, os.urandom(8).hex()))
+    watched = os.pidfd_open(owner)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        if os.fork():  # the remover is nobody's child: no one waits for it
+            os._exit(0)
+        _remove_after(folder, watched, *held)
+    os.waitpid(pid, 0)
+    os.close(watched)
+    return folder
+
+
+def _remove_after(folder: str, owner: int, *held: int) -> NoReturn:
+    try:
+        signal.set_wakeup_fd(-1)
+        for each in signals.ENDING:
+            signal.signal(each, signal.SIG_IGN)  # it ends with its owner
+        os.setsid()
+        growth.let_go_of_all_but(owner, *held)
+        poll = select.poll()
+        poll.register(owner, select.POLLIN)
+        poll.poll()
+        remove_tree(folder)
+    finally:
+        os._exit(0)
+
+
+def remove_tree(path: str) -> None:
+    """Removes the folder `path` and all in it, however deeply it is nested; what can't be removed stays.
+
+    A guest can nest folders more deeply than a path can say or Python can call: so what lies deeper is moved
+    up first."""
+    with contextlib.suppress(OSError):
+        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _empty(top)
+        finally:
+            os.close(top)
+        os.rmdir(path)
+
+
+def _empty(top: int) -> None:
+    moved = 0
+    while True:
+        names = os.listdir(top)
+        before = moved
+        for name in names:
+            if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
+                os.unlink(name, dir_fd=top)
+                continue
+            os.chmod(name, 0o700, dir_fd=top)  # a guest's native code may have locked it
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            try:
+                for inner in os.listdir(folder):
+                    if stat.S_ISDIR(os.lstat(inner, dir_fd=folder).st_mode):
+                        moved += 1
+                        fresh = f".{os.urandom(8).hex()}"
+                        os.rename(inner, fresh, src_dir_fd=folder, dst_dir_fd=top)
+                    else:
+                        os.unlink(inner, dir_fd=folder)
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=top)
+        if moved == before:
+            return
+
+
+# -- the folder of results ---------------------------------------------------------------------------------
+
+
+class Results(NamedTuple):
+    """The folder for the guest's results. `path` has no symlink in it."""
+
+    path: str
+    made: bool
+
+    def forget(self) -> None:
+        """Removes the folder if it was made for a run that did not begin."""
+        if self.made:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)
+
+
+def results_folder(path: str) -> Results:
+    """The folder `path`, made or found empty. Raises UsageError, StoreFailed."""
+    made = False
+    try:
+        os.mkdir(path)
+        made = True
+    except FileExistsError:
+        _check_empty(path)
+    except OSError as exc:
+        raise StoreFailed(f"--out {path} can't be made: {exc.strerror}") from exc
+    return Results(os.path.realpath(path), made)
+
+
+def _check_empty(path: str) -> None:
+    try:
+        with os.scandir(path) as entries:
+            first = next(entries, None)
+    except OSError as exc:
+        raise StoreFailed(f"--out {path} can't be used: {exc.strerror}") from exc
+    if first is not None:
+        raise UsageError(f"--out {path} is not empty: it would mix the results with what is there")
