@@ -41,6 +41,7 @@ from ipfsfuse.sources.spec import is_remote, parse_sources
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
 
+CAP_SYS_ADMIN = 21
 PROGRESS = "progress "
 """What a line of the daemon's begins with that tells how far it is (see `daemon`)."""
 
@@ -59,6 +60,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         allow=None if arguments.allow is None else _allowed(arguments.allow),
         record=None if arguments.record is None else Path(arguments.record).absolute(),
         allow_other=arguments.allow_other,
+        passthrough=_passthrough(arguments),
         isolated=arguments.isolated,
         while_held=arguments.while_held,
         pins=arguments.pins,
@@ -72,6 +74,28 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         routers=tuple(arguments.routers or ()),
         allow_private_providers=arguments.allow_private_providers,
     )
+
+
+def _passthrough(arguments: argparse.Namespace) -> bool:
+    """Raises MountFailed for those who may not. Whether the kernel and the cache folder's file system do
+    their part is known once it is mounted (`fuse.passthrough`)."""
+    if arguments.passthrough and not _is_capable(CAP_SYS_ADMIN):
+        raise MountFailed(
+            "--passthrough: only root (CAP_SYS_ADMIN) may let the kernel read files itself: run it as root, "
+            "or without"
+        )
+    if arguments.passthrough and arguments.record is not None:
+        raise UsageError(
+            "--record needs to see every read, and --passthrough hides them: leave one of them out"
+        )
+    return bool(arguments.passthrough)
+
+
+def _is_capable(capability: int) -> bool:
+    """Whether this process has it in effect (capabilities(7))."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    in_effect = next(line for line in lines if line.startswith("CapEff")).split()[1]
+    return bool(int(in_effect, 16) >> capability & 1)
 
 
 def _allowed(texts: Iterable[str]) -> frozenset[Cid]:

@@ -182,7 +182,15 @@ def _library(commands: Any) -> None:
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, cars, library, remove, export):
+    push = _command(
+        commands, "push", "reading:push", "send a CID with all below it to a Kubo node, and pin it there"
+    )
+    push.add_argument("cid", metavar="CID")
+    push.add_argument(
+        "--to", metavar="NODE", default="kubo", help="kubo (this machine's), or kubo+http://HOST:PORT"
+    )
+    push.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (add, cars, library, remove, export, push):
         _json(parser)
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
@@ -194,7 +202,7 @@ def _library(commands: Any) -> None:
         "--json", action="store_true", help="lines of JSON: pieces of the content in base64, then their sum"
     )
     cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, cars, library, remove, export, cat):
+    for parser in (add, cars, library, remove, export, push, cat):
         _folders(parser)
 
 
@@ -312,6 +320,11 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         "--allow-other",
         action="store_true",
         help="let other users in: they can read all that the mount shows, the whole library too",
+    )
+    parser.add_argument(
+        "--passthrough",
+        action="store_true",
+        help="let the kernel read staged files itself, once they were verified whole: for root, Linux 6.9",
     )
     parser.add_argument(
         "--isolated", action="store_true", help="a cache folder of its own, gone with the mount"

@@ -14,6 +14,7 @@ import trio
 
 from ipfsfuse import __version__, units
 from ipfsfuse.cache.base import Kept
+from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
@@ -54,9 +55,10 @@ class Commands:
         pins: NodePins,
         tree: Tree,
         names: Names,
+        passthrough: PassthroughFiles | None = None,
     ) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
-        self._names = names
+        self._names, self._passthrough = names, passthrough
         self._served = {"blocks": 0, "bytes": 0}
         """What `ipfsfuse serve` got of this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
@@ -102,6 +104,7 @@ class Commands:
             "no_source_to_ask": self._pool.no_source_to_ask,
             "sources": [asdict(source) for source in self._pool.statistics()],
             "served": dict(self._served),
+            **({"passthrough": asdict(self._passthrough.status())} if self._passthrough else {}),
         }
 
     def _degraded(self) -> list[str]:

@@ -23,6 +23,7 @@ from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.fuse.page_cache_pusher import PageCachePusher
+from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.sources.base import Caller
 from ipfsfuse.vfs import attributes
 from ipfsfuse.vfs.attributes import Attributes
@@ -43,12 +44,15 @@ class Handle:
     """The user id of who opened it, which a read does not tell; None where it was opened in C."""
     opens: int = 1
     """More than one only for a handle that was given in C: all opens of an inode have the same there."""
+    in_one_block: bool = True
 
 
 class OpenFiles:
-    def __init__(self, tree: Tree, inodes: Inodes, push: bool) -> None:
+    def __init__(
+        self, tree: Tree, inodes: Inodes, push: bool, passthrough: Passthrough | None = None
+    ) -> None:
         """Without `push` no data is pushed to the kernel, and Python answers each open and read."""
-        self._tree, self._inodes, self._push = tree, inodes, push
+        self._tree, self._inodes, self._push, self._passthrough = tree, inodes, push, passthrough
         self._pusher = PageCachePusher()
         self.handles: dict[int, Handle] = {}
         """Those that Python answers for."""
@@ -84,12 +88,21 @@ class OpenFiles:
             inode.opens -= 1
             raise
         self._correct(inode, attributes.of_node(file))
+        in_one_block = file.inline == file.size  # the thread may open it, and its pages may be pushed
+        if self._passthrough is not None and not in_one_block:
+            handle = self._passthrough.open(inode)
+            if handle is not None:
+                self._tree.used(inode.cid, file.size)
+                return handle
         if self._push:
             self._push_following(inode.cid)
-            if file.inline == file.size:
+            if in_one_block:
                 device.allow(inode.number)
         self._last_handle += 1
-        self.handles[self._last_handle] = Handle(self._opened(file, self._last_handle), inode, opener)
+        inode.cached_opens += not in_one_block
+        self.handles[self._last_handle] = Handle(
+            self._opened(file, self._last_handle), inode, opener, in_one_block=in_one_block
+        )
         return self._last_handle
 
     def _opened(self, file: File, handle: int) -> OpenFile:
@@ -120,6 +133,9 @@ class OpenFiles:
         return self.handles[handle]
 
     def release(self, handle: int) -> None:
+        if self._passthrough is not None and (inode := self._passthrough.release(handle)) is not None:
+            inode.opens -= 1
+            return
         found = self.handles.get(handle)
         if found is None and device.inode_of(handle) is not None:
             return  # C has counted it, but could not answer it
@@ -129,6 +145,7 @@ class OpenFiles:
         found.opens -= 1
         if not found.opens:
             del self.handles[handle]
+            found.inode.cached_opens -= not found.in_one_block
             found.file.close()
 
     def forget(self, number: int, count: int) -> None:

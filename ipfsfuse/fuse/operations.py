@@ -34,6 +34,7 @@ from ipfsfuse.fuse.errnos import fuse_error, translated
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.open_files import OpenFiles
+from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.fuse.readonly import ReadOnlyOperations
 from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import Caller, Request, current_request
@@ -70,6 +71,7 @@ class Operations(ReadOnlyOperations):
         push: bool = True,
         owner: tuple[int | None, int | None] = (None, None),
         umask: int = 0,
+        passthrough: Passthrough | None = None,
     ) -> None:
         """`deadline`: seconds in which each call is answered. Without `push` the kernel is given nothing that
         it did not ask for, and asks for everything: a recording mount."""
@@ -77,7 +79,7 @@ class Operations(ReadOnlyOperations):
         self._deadline = deadline
         self._tree, self._roots, self._inodes, self._budget = tree, roots, inodes, budget
         self._replies = replies.Replies(owner, umask)
-        self._files = OpenFiles(tree, inodes, push)
+        self._files = OpenFiles(tree, inodes, push, passthrough)
         self._calls: dict[int, trio.CancelScope] = {}
         """Those that wait, by the kernel's number."""
         self._listings: dict[int, Listing | RootListing] = {}

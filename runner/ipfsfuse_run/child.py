@@ -21,6 +21,8 @@ from ipfsfuse_run.lockdown import Access
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
+    import wasmtime
+
     from ipfsfuse_run.guest import End, Guest, Settings
 
 MAX_GUEST = 256 << 20
@@ -50,6 +52,10 @@ class Plan(NamedTuple):
     engine: str = "auto"
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
+    invoke: str | None = None
+    """The function to call in place of `_start`, with the arguments of `box`."""
+    preload: Sequence[tuple[str, str]] = ()
+    """Modules that the guest imports from: (name, place)."""
     max_data: int | None = None
     """Bytes of memory that the guest's process may write to, its own needs included."""
 
@@ -72,7 +78,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
-        _close_inherited(plan)
+        _close_others(plan, reports)
         signals.restore_defaults()
         signals.die_with(parent)
         code = _run(plan, reports)
@@ -88,15 +94,15 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         os._exit(code)  # at once: wasmtime's threads may still wait in a read
 
 
-def _close_inherited(plan: Plan) -> None:
-    """Closes what the caller of the runner had open: what this program opened itself is not inheritable."""
-    kept = {0, 1, 2, plan.keep}
+def _close_others(plan: Plan, reports: Reports) -> None:
+    """Closes what the runner and its caller had open: the guest's process needs none of it."""
+    kept = {0, 1, 2, plan.keep, reports.file}
     named = os.path.split(plan.guest)
     if named[0] in ("/proc/self/fd", "/dev/fd") and named[1].isdigit():
         kept.add(int(named[1]))
     for each in map(int, os.listdir("/proc/self/fd")):
         try:
-            if each not in kept and os.get_inheritable(each):
+            if each not in kept:
                 os.close(each)
         except OSError:
             pass  # the listing's own
@@ -147,18 +153,30 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     given = plan.box.limits
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
-        ready = _ready(plan, settings, data, reports)
+        engine = guest.make_engine(settings)
+        preloads = {
+            name: _ready(
+                plan._replace(guest=place, keep=None, shown_as=None), engine, settings, None, reports
+            )
+            for name, place in plan.preload
+        }
+        ready = _ready(plan, engine, settings, data, reports)
         if plan.compile_only:
             return 0
         grown = _writable(plan.box, folders, reports)
         wasi = guest.wasi_config(plan.box, folders)
         sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
         _lock(plan, folders, [], "the library", reports)
+    call = None if plan.invoke is None else guest.Call(plan.invoke, plan.box.argv[1:])
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
         given.max_wasm_stack,
-        lambda: guest.run(ready, wasi, given, plan.deterministic, lambda: reports.send(begun)),
+        lambda: guest.run(
+            ready, wasi, given, plan.deterministic, lambda: reports.send(begun), call, preloads
+        ),
     )
+    sys.stdout.write("".join(f"{each}\n" for each in end.results))
+    sys.stdout.flush()
     reports.send(
         {"ended": end.code, "trapped": end.trap is not None, "trap": end.trap and end.trap[:_MAX_TRAP]}
     )
@@ -227,12 +245,14 @@ def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Grow
     return found
 
 
-def _ready(plan: Plan, settings: "Settings", known: bytes | None, reports: Reports) -> "Guest":
+def _ready(
+    plan: Plan, engine: "wasmtime.Engine", settings: "Settings", known: bytes | None, reports: Reports
+) -> "Guest":
     """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
     from ipfsfuse_run import guest
     from ipfsfuse_run.code_cache import CodeCache
 
-    cache, engine = CodeCache.of_user(), guest.make_engine(settings)
+    cache = CodeCache.of_user()
     with _opened(plan) if known is None else io.BytesIO(known) as file:
         try:
             kept = cache.kept(engine, file, plan.name, settings) if plan.keep is None else None

@@ -9,7 +9,7 @@ from ipfsfuse import extras
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import options as parsing
 from ipfsfuse_run import signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, say
+from ipfsfuse_run.errors import COULD_NOT_RUN, say, trap_text
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -50,6 +50,8 @@ def _main(argv: Sequence[str]) -> int:
     from ipfsfuse_run.execute import execute
 
     outcome = execute(options)
+    if outcome.trap is not None and options.record is None:  # a recorded one is among the guest's output
+        sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
     if outcome.refused is not None:
         say(outcome.refused)
     return outcome.code if outcome.signal is None else -outcome.signal

@@ -58,6 +58,8 @@ def unsuited(options: Options) -> str | None:
     """Why this run needs the library."""
     if options.record is not None or options.deterministic:
         return "--record and --deterministic need the library"
+    if options.invoke is not None or options.preload:
+        return "--invoke and --preload need the library"
     if any(not each.writable for each in options.dirs):
         return "the command has no read-only folders: --dir with ::ro needs the library"
     if any("::" in text for each in options.dirs for text in (each.host, each.guest)):

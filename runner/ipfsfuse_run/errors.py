@@ -26,8 +26,13 @@ def say(message: object) -> None:
     print(f"ipfsfuse-run: {printable(str(message))}", file=sys.stderr)
 
 
+def trap_reason(name: str, trap: str) -> str:
+    """The first line of `trap_text`."""
+    first = (trap.strip().splitlines() or [""])[0]
+    return f"{printable(name)} trapped: {printable(first)}"
+
+
 def trap_text(name: str, trap: str) -> str:
     """wasmtime's message and back-trace, several lines. The module chose the function names in it."""
-    first, *rest = trap.strip().splitlines() or [""]
-    lines = [f"ipfsfuse-run: {printable(name)} trapped: {printable(first)}", *map(printable, rest)]
-    return "\n".join(lines) + "\n"
+    rest = trap.strip().splitlines()[1:]
+    return "\n".join([f"ipfsfuse-run: {trap_reason(name, trap)}", *map(printable, rest)]) + "\n"

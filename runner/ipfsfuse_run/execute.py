@@ -4,13 +4,12 @@ What takes long to import is imported when it is needed: a guest on a live mount
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 
 from ipfsfuse.errors import MountFailed, UsageError
 from ipfsfuse_run import places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.errors import say, trap_text
+from ipfsfuse_run.errors import say
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.supervisor import Outcome
 
@@ -92,10 +91,9 @@ def _run_on(
         require_sandbox=options.require_sandbox,
         engine=options.engine,
         command=_command(options, mount_id is not None),
+        invoke=options.invoke,
+        preload=options.preload,
     )
     writes = options.out is not None or any(each.writable for each in options.dirs)
     streams = supervisor.direct_streams(options.limits, writes)
-    outcome = supervisor.run(plan, streams, close)
-    if outcome.trap is not None:
-        sys.stderr.write(trap_text(plan.name, outcome.trap))
-    return outcome
+    return supervisor.run(plan, streams, close)

@@ -6,8 +6,11 @@ Runs in the guest's own process, on any one thread; keeps no state of its own.
 
 import ctypes
 import hashlib
+import math
 import re
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wasmtime
@@ -50,6 +53,15 @@ class End(NamedTuple):
 
     code: int
     trap: str | None = None
+    results: Sequence[str] = ()
+    """Of the function that was called by name."""
+
+
+class Call(NamedTuple):
+    """A function to call in place of `_start`."""
+
+    name: str
+    args: Sequence[str]
 
 
 class _Exit(Exception):
@@ -183,7 +195,13 @@ def _preview_3(name: str, wanted: str) -> str:
 
 
 def run(
-    guest: Guest, wasi: wasmtime.WasiConfig, limits: Limits, deterministic: bool, begin: Callable[[], None]
+    guest: Guest,
+    wasi: wasmtime.WasiConfig,
+    limits: Limits,
+    deterministic: bool,
+    begin: Callable[[], None],
+    call: Call | None = None,
+    preloads: Mapping[str, Guest] = MappingProxyType({}),
 ) -> End:
     """Runs the guest to its end, calling `begin` right before its first instruction. Raises GuestRefused."""
     store = wasmtime.Store(guest.engine)
@@ -191,7 +209,9 @@ def run(
     _apply(limits, store)
     try:
         if isinstance(guest.compiled, wasmtime.Module):
-            return End(_run_module(guest, guest.compiled, store, deterministic, begin))
+            return _run_module(guest, guest.compiled, store, deterministic, begin, call, preloads)
+        if call is not None or preloads:
+            raise GuestRefused(f"{guest.name} is a component: --invoke and --preload take core modules")
         return End(_run_component(guest, guest.compiled, store, deterministic, begin))
     except _Exit as exc:
         return End(_exit_code(exc.code))
@@ -230,8 +250,14 @@ def _run_module(
     store: wasmtime.Store,
     deterministic: bool,
     begin: Callable[[], None],
-) -> int:
-    _check_start(guest.name, module)
+    call: Call | None,
+    preloads: Mapping[str, Guest],
+) -> End:
+    values: list[int | float] = []
+    if call is None:
+        _check_start(guest.name, module)
+    else:
+        values = _arguments(guest.name, module, call)
     linker = wasmtime.Linker(guest.engine)
     linker.allow_shadowing = True
     linker.define_wasi()
@@ -242,11 +268,85 @@ def _run_module(
     if deterministic:
         make_module_deterministic(linker)
     begin()
-    start = linker.instantiate(store, module).exports(store)["_start"]
-    if not isinstance(start, wasmtime.Func):
-        raise GuestRefused(f"{guest.name} is not a command: its _start is not a function")
-    start(store)
-    return 0
+    for name, preloaded in preloads.items():
+        if not isinstance(preloaded.compiled, wasmtime.Module):
+            raise GuestRefused(f"--preload {name}: {preloaded.name} is a component, not a core module")
+        linker.define_module(store, name, preloaded.compiled)
+    exports = linker.instantiate(store, module).exports(store)
+    if call is None:
+        start = exports["_start"]
+        if not isinstance(start, wasmtime.Func):
+            raise GuestRefused(f"{guest.name} is not a command: its _start is not a function")
+        start(store)
+        return End(0)
+    initialize = exports.get("_initialize")  # of a reactor (WASI's application ABI)
+    if isinstance(initialize, wasmtime.Func) and call.name != "_initialize":
+        initialize(store)
+    function = exports[call.name]
+    assert isinstance(function, wasmtime.Func)  # checked
+    given = function(store, *values)
+    results = [] if given is None else given if isinstance(given, list) else [given]
+    return End(0, results=[_text(*each) for each in zip(results, function.type(store).results, strict=True)])
+
+
+def _arguments(name: str, module: wasmtime.Module, call: Call) -> list[int | float]:
+    """The values that the function is called with. Raises GuestRefused."""
+    functions = {each.name: each.type for each in module.exports if isinstance(each.type, wasmtime.FuncType)}
+    found = functions.get(call.name)
+    if found is None:
+        there = ", ".join(sorted(functions)[:10]) or "none"
+        raise GuestRefused(f"{name} exports no function {call.name}; its functions: {there}")
+    if len(found.params) != len(call.args):
+        raise GuestRefused(f"{call.name} takes {len(found.params)} arguments, {len(call.args)} were given")
+    return [_value(call.name, text, kind) for text, kind in zip(call.args, found.params, strict=True)]
+
+
+def _value(name: str, text: str, kind: wasmtime.ValType) -> int | float:
+    """Raises GuestRefused."""
+    try:
+        if str(kind) in _BITS:
+            value, bits = int(text, 16 if "0x" in text.lower() else 10), _BITS[str(kind)]
+            if -(1 << bits - 1) <= value < 1 << bits:
+                return value - (value >> bits - 1 << bits) if value >= 0 else value
+        elif str(kind) in ("f32", "f64"):
+            return float(text)
+    except ValueError:
+        pass
+    raise GuestRefused(f"{name}: {text[:80]} is not a value of the type {kind}")
+
+
+_BITS = {"i32": 32, "i64": 64}
+
+
+def _text(value: object, kind: wasmtime.ValType) -> str:
+    """As `wasmtime run --invoke` prints it: the shortest decimal digits that give the same number."""
+    if not isinstance(value, float):
+        return (
+            str(value) if isinstance(value, int) else "<null reference>" if value is None else "<reference>"
+        )
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    digits = repr(value)
+    if str(kind) == "f32":
+        shorter = (f"{value:.{count}g}" for count in range(1, 10))
+        digits = next(
+            each for each in shorter if struct.unpack("f", struct.pack("f", float(each)))[0] == value
+        )
+    return _without_exponent(digits).removesuffix(".0")
+
+
+def _without_exponent(digits: str) -> str:
+    """`decimal` does that, too: it can't be imported any more by a process that is locked in."""
+    mantissa, _, exponent = digits.partition("e")
+    if not exponent:
+        return digits
+    sign = "-" if mantissa.startswith("-") else ""
+    whole, _, part = mantissa.removeprefix("-").partition(".")
+    point = len(whole) + int(exponent)
+    if point <= 0:
+        return f"{sign}0.{'0' * -point}{whole}{part}"
+    shown = (whole + part).ljust(point, "0")
+    return f"{sign}{shown[:point]}.{shown[point:] or '0'}"
 
 
 WASI_P1 = ("wasi_snapshot_preview1", "wasi_unstable")

@@ -58,8 +58,9 @@ SIZES = frozenset(
     {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"}
 )
 PROPOSALS = frozenset(
-    {"bulk-memory", "component-model", "extended-const", "multi-memory", "multi-value"}
-    | {"reference-types", "relaxed-simd", "simd", "tail-call"}
+    {"bulk-memory", "component-model", "exceptions", "extended-const", "function-references", "gc"}
+    | {"memory64", "multi-memory", "multi-value", "reference-types", "relaxed-simd", "simd", "tail-call"}
+    | {"threads", "wide-arithmetic"}
 )
 """Proposals that `wasmtime run -W` can switch on, and that are on here anyway."""
 _YEAR = 366 * 86400.0
@@ -91,14 +92,26 @@ def parse(given: Sequence[str]) -> Limits:
                 f"-W {item[:80] or given[0]} is not a limit; there are "
                 f"{', '.join(map(option, Limits._fields))}"
             )
-        convert = (
-            units.duration if field in DURATIONS else units.size_or_zero if field in SIZES else units.count
-        )
-        try:
-            found[field] = convert(text)
-        except UsageError as exc:
-            raise UsageError(f"-W {name}: {exc}") from exc
+        found[field] = _number(field, text)
     return checked(found)
+
+
+def from_names(given: Mapping[str, float | str]) -> Limits:
+    """The limits of a Python program: numbers, or texts as the command line has them. Raises UsageError."""
+    return checked(
+        {
+            name: _number(name, value) if isinstance(value, str) and name in Limits._fields else value
+            for name, value in given.items()
+        }
+    )
+
+
+def _number(field: str, text: str) -> int | float:
+    convert = units.duration if field in DURATIONS else units.size_or_zero if field in SIZES else units.count
+    try:
+        return convert(text)
+    except UsageError as exc:
+        raise UsageError(f"-W {option(field)}: {exc}") from exc
 
 
 def checked(numbers: Mapping[str, object]) -> Limits:

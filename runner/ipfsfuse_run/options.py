@@ -7,12 +7,14 @@ Pure but for `--env NAME`, which reads that variable.
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ipfsfuse import __version__, units
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits as limiting
 from ipfsfuse_run.limits import NO_LIMITS, Limits
+
+ENGINES = ("auto", "library", "command")
 
 
 class Dir(NamedTuple):
@@ -31,6 +33,10 @@ class Options(NamedTuple):
     env: tuple[tuple[str, str], ...] = ()
     dirs: tuple[Dir, ...] = ()
     cwd: str | None = None
+    invoke: str | None = None
+    """The exported function that is called in place of `_start`; `args` are its arguments."""
+    preload: tuple[tuple[str, str], ...] = ()
+    """Modules that the guest may import from: (name, file or /ipfs/CID/path)."""
     tmp: int | None = None
     """Bytes that the guest's own /tmp may hold: 0 for none, None for the default."""
     out: str | None = None
@@ -68,6 +74,60 @@ class Options(NamedTuple):
             or self.record is not None
             or any(each.partition("=")[0] in own for each in self.mount_options)
         )
+
+
+class _Habits(NamedTuple):
+    """Names behind one of wasmtime's options."""
+
+    on: tuple[str, ...]
+    """Taken, because they are on anyway."""
+    reasons: Mapping[str, str]
+    """Why others are not."""
+
+
+_NETWORK = ("inherit-network", "http", "tcp", "udp", "allow-ip-name-lookup", "tls", "listenfd", "tcplisten")
+_STREAMS = ("inherit-stdin", "inherit-stdout", "inherit-stderr")
+_HABITS = {
+    "S": _Habits(
+        ("cli", "common", "preview2", "preview0", *_STREAMS),
+        dict.fromkeys(_NETWORK, "a guest gets no network")
+        | dict.fromkeys(("nn", "config", "keyvalue"), "that interface is not offered")
+        | {
+            "threads": "a guest gets no threads of its own",
+            "inherit-env": "a guest gets only the variables of --env; --env NAME passes one on",
+            "p3": "WASI preview 3 is not offered",
+            "cwd": "give --cwd DIR",
+        },
+    ),
+    "C": _Habits(
+        ("cache", "parallel-compilation"),
+        {
+            "compiler": "code is compiled by Cranelift",
+            "cache-config": "code is kept in the runner's own cache",
+        },
+    ),
+    "O": _Habits(("opt-level=2", "memory-init-cow"), {}),
+    "D": _Habits(("address-map",), {"coredump": "a guest's memory is not written to a file"}),
+}
+_NOT_TAKEN = {
+    "-g/--gdbstub": "no debugger can be attached to a guest: it gets no network",
+    "--profile": "a guest can't be profiled here: use `wasmtime run --profile` on the mount",
+    "--config": "settings of wasmtime are not read: give the options themselves",
+    "--target": "a guest runs on this machine",
+    "--allow-precompiled": "precompiled code could do anything: give the WebAssembly, its code is kept",
+    "-R": "wasmtime's own recording is not offered: give --record RUN.car",
+}
+"""Options of `wasmtime run` that are refused, each for its reason."""
+
+
+class _Refused(argparse.Action):
+    """An option of _NOT_TAKEN, with or without a value."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", **more)
+
+    def __call__(self, *_given: Any) -> NoReturn:
+        raise UsageError(f"{self.option_strings[0]}: {_NOT_TAKEN['/'.join(self.option_strings)]}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,7 +202,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--engine",
-        choices=("auto", "library", "command"),
+        choices=ENGINES,
         default="auto",
         help="what runs the guest: the wasmtime command on PATH, or the library; auto takes the command if "
         "it can",
@@ -156,21 +216,28 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         "-v", "--verbose", action="store_true", help="say what runs the guest, and what locks it in"
     )
     group.add_argument(
-        "-S",
-        "--wasi",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="cli (is on anyway)",
+        "--invoke",
+        metavar="FUNC",
+        help="call this exported function of a core module with the ARGs, and print its results, one a line",
     )
     group.add_argument(
-        "-C",
-        "--codegen",
+        "--preload",
         action="append",
         default=[],
-        metavar="NAME",
-        help="cache (is on anyway)",
+        metavar="NAME=MODULE",
+        help="a core module that the guest imports from under this name; a file, or /ipfs/CID/path",
     )
+    for letter, name in (("S", "wasi"), ("C", "codegen"), ("O", "optimize"), ("D", "debug")):
+        group.add_argument(
+            f"-{letter}",
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help=f"as `wasmtime run` has it, for what is on anyway: {', '.join(_HABITS[letter].on)}",
+        )
+    for names in _NOT_TAKEN:
+        group.add_argument(*names.split("/"), action=_Refused, help=argparse.SUPPRESS)
     group.add_argument("-V", "--version", action="version", version=f"ipfsfuse-run {__version__}")
     group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
@@ -210,13 +277,28 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="an IPNS name or a domain: what it stands for when the run begins is the folder /ipns/NAME",
     )
-    for name in PASSED_ON:
-        group.add_argument(name, action="append", default=[], metavar=name[2:].upper().replace("-", "_"))
-    group.add_argument("--cache-dir", metavar="DIR")
-    group.add_argument("--offline", action="store_true")
+    for name, (metavar, text) in PASSED_ON.items():
+        group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+    group.add_argument(
+        "--cache-dir", metavar="DIR", help="the cache folder: its live mount is used, or one is made for it"
+    )
+    group.add_argument(
+        "--offline", action="store_true", help="ask no gateway, and a node only for what it has"
+    )
 
 
-PASSED_ON = ("--from", "--budget", "--reserve", "--deadline", "--library", "--dns", "--router")
+PASSED_ON = {
+    "--from": (
+        "SOURCE",
+        "where blocks come from: library, a CAR file, kubo, kubo:URL, a gateway's URL, network",
+    ),
+    "--budget": ("SIZE", "bytes that the cache may take on the disk"),
+    "--reserve": ("SIZE", "bytes of the disk that stay free"),
+    "--deadline": ("TIME", "how long a read waits for a block that no source gives; 30s by default"),
+    "--library": ("DIR", "the library that `ipfsfuse add` fills"),
+    "--dns": ("URL", "the DNS server, by HTTPS, that is asked for domains under /ipns"),
+    "--router": ("URL", "a delegated router, asked for IPNS records and for who has a block"),
+}
 """Options of `ipfsfuse mount` with a value, passed on unread."""
 
 
@@ -242,18 +324,20 @@ def parse(argv: Sequence[str]) -> Options:
     parser.add_argument("guest", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("args", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     seen = vars(parser.parse_args(list(argv)))
-    _check_habits("-S", seen["wasi"], ("cli", "common", "preview2"), _WASI)
-    _check_habits("-C", seen["codegen"], ("cache", "parallel-compilation"), {})
+    for letter, name in (("S", "wasi"), ("C", "codegen"), ("O", "optimize"), ("D", "debug")):
+        _check_habits(f"-{letter}", seen[name], _HABITS[letter])
     options = Options(
         guest=seen["guest"],
         args=tuple(seen["args"]),
         argv0=seen["argv0"],
         env=tuple(_variable(each) for each in seen["env"]),
-        dirs=tuple(_dir(each) for each in seen["dir"]),
+        dirs=tuple(folder(each) for each in seen["dir"]),
         cwd=seen["cwd"],
+        invoke=seen["invoke"],
+        preload=tuple(_preload(each) for each in seen["preload"]),
         tmp=None if seen["tmp"] is None else units.size_or_zero(seen["tmp"]),
         out=seen["out"],
-        root=None if seen["root"] is None else _root(seen["root"]),
+        root=root(seen["root"]),
         limits=limiting.parse(seen["limits"]),
         mount=seen["mount"],
         mount_options=_passed_on(seen),
@@ -268,28 +352,27 @@ def parse(argv: Sequence[str]) -> Options:
         verbose=seen["verbose"],
         require_sandbox=seen["require_sandbox"],
     )
-    _check(options)
+    check(options)
     return options
 
 
-_NO_NETWORK = "a guest gets no network"
-_NETWORK = ("inherit-network", "http", "tcp", "udp", "allow-ip-name-lookup", "tls", "listenfd", "tcplisten")
-_WASI = dict.fromkeys(_NETWORK, _NO_NETWORK) | {
-    "inherit-env": "a guest gets only the variables of --env",
-    "p3": "WASI preview 3 is not offered",
-    "cwd": "give --cwd DIR",
-}
-"""Options of `wasmtime run -S` that are refused for a reason of their own."""
-
-
-def _check_habits(option: str, given: Sequence[str], on: Sequence[str], reasons: Mapping[str, str]) -> None:
+def _check_habits(option: str, given: Sequence[str], habits: _Habits) -> None:
     """Accepts what `wasmtime run` takes and is on here anyway. Raises UsageError for anything else."""
     for text in ",".join(given).split(",") if given else ():
         name, _, value = text.partition("=")
-        if name in on and value in ("", "y", "yes", "true"):
+        if text in habits.on or (name in habits.on and value in ("y", "yes", "true")):
             continue
-        why = reasons.get(name, f"ipfsfuse-run takes only {', '.join(on)} there, which are on anyway")
+        why = habits.reasons.get(name)
+        if why is None:
+            why = f"ipfsfuse-run takes only {', '.join(habits.on)} there, which are on anyway"
         raise UsageError(f"{option} {text[:80]}: {why}")
+
+
+def _preload(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise UsageError(f"--preload {text} is not NAME=MODULE")
+    return name, path
 
 
 def _passed_on(seen: dict[str, list[str]]) -> tuple[str, ...]:
@@ -308,7 +391,8 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _dir(text: str) -> Dir:
+def folder(text: str) -> Dir:
+    """What --dir says. Raises UsageError."""
     host, *rest = text.split("::")
     guest = rest[0] if rest and rest[0] else host
     if len(rest) > 2 or (len(rest) == 2 and rest[1] not in ("ro", "rw")):
@@ -316,15 +400,18 @@ def _dir(text: str) -> Dir:
     return Dir(host, guest, writable=rest[1:] != ["ro"])
 
 
-def _root(text: str) -> str:
-    """Raises UsageError."""
+def root(text: str | None) -> str | None:
+    """What --root says. Raises UsageError."""
+    if text is None:
+        return None
     path = text.removeprefix("/ipfs/")
     if not path.strip("/") or path.startswith("/"):
         raise UsageError(f"--root {text} is not CID or CID/path")
     return path
 
 
-def _check(options: Options) -> None:
+def check(options: Options) -> None:
+    """Raises UsageError for options that do not go together."""
     if options.replay is not None:
         if options != Options(replay=options.replay, limits=options.limits):
             raise UsageError("--replay takes everything else from the receipt; only -W goes with it")
@@ -348,6 +435,8 @@ def _check(options: Options) -> None:
         raise UsageError(
             "--record with --ipns: what a name stands for can't be repeated; give the guest /ipfs/CID instead"
         )
+    if options.record is not None and (options.invoke is not None or options.preload):
+        raise UsageError("--record of a run with --invoke or --preload is not offered")
     if options.out is not None and options.record is not None:
         raise UsageError("--record takes no --out")
     if options.limits.max_stdin is not None and options.record is None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from ipfsfuse import units
 from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
-from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_text
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason, trap_text
 from ipfsfuse_run.growth import Growth, Usage, Watched
 from ipfsfuse_run.limits import Limits
 
@@ -61,6 +61,10 @@ class Outcome(NamedTuple):
     kind: str | None = None
     limit: str | None = None
     """The field of Limits that ended the run, or `tmp`, where the runner ended it for one."""
+    killed: bool = False
+    """Whether a signal ended the guest's process, and not for a reason of the runner's."""
+    why: str | None = None
+    """Why a guest that was started did not exit by itself: one sentence."""
 
 
 class LimitReached(Exception):
@@ -193,10 +197,12 @@ class _Supervisor:
             elif "started" in message:
                 self._started(message)
             else:
+                trap = message.get("trap")
                 self._outcome = self._outcome._replace(
                     refused=message.get("refused"),
                     trapped=message.get("trapped", False),
-                    trap=message.get("trap"),
+                    trap=trap,
+                    why=None if trap is None else trap_reason(self._plan.name, trap),
                 )
 
     def _compile_timeout(self) -> float:
@@ -245,8 +251,11 @@ class _Supervisor:
         self._deadline = None if self._watched is None else time.monotonic() + LAST_LOOK
         code = os.waitstatus_to_exitcode(status)
         self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
+        if code < 0:
+            why = f"{self._plan.name} was ended by {signal.Signals(-code).name}"
+            self._outcome = self._outcome._replace(killed=True, why=why)
         if self._is_command and code == TRAPPED:  # a guest's own 134 would be 1 there
-            self._outcome = self._outcome._replace(trapped=True)
+            self._outcome = self._outcome._replace(trapped=True, why=f"{self._plan.name} trapped")
         if code == -signal.SIGXFSZ and self._growth:
             first = self._growth[0]
             self._end(
@@ -256,7 +265,7 @@ class _Supervisor:
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
         """Ends the guest for a reason of ours."""
-        self._outcome, self._final = outcome._replace(kind=self._outcome.kind), True
+        self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
         self._deadline = time.monotonic() + GRACE
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)

@@ -1,0 +1,286 @@
+"""Runs of guests for Python programs: what `ipfsfuse-run` does, with results in place of exit codes.
+
+What is public stands in `ipfsfuse_run.__all__`. A run is made by the same code as the command's, in a process
+that the fork server (`forkserver`) has ready.
+"""
+
+import json
+import os
+import selectors
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, TypedDict, Unpack
+
+from ipfsfuse import errors, units
+from ipfsfuse.errors import IpfsFuseError, UsageError
+from ipfsfuse_run import errors as own_errors
+from ipfsfuse_run import forkserver
+from ipfsfuse_run import limits as limiting
+from ipfsfuse_run import options as parsing
+from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
+from ipfsfuse_run.options import Options
+
+MAX_STDOUT = 64 << 20
+"""Bytes of standard output, and of standard error, that a run may have where `limits` has no max_stdout."""
+_ENDING_S = 2.0
+"""Seconds that a run which is cancelled gets to end."""
+
+Path = str | os.PathLike[str]
+Ended = Literal["exited", "trapped", "timeout", "limit", "killed"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a guest's run ended, and what it gave."""
+
+    exit_code: int
+    """As the command's: the guest's own, or 124 out of time, 134 trapped or over a limit, 128 + a signal."""
+    stdout: bytes
+    stderr: bytes
+    ended: Ended
+    """`exited`: by itself, whatever its code. `killed`: by a signal from outside, or for want of memory."""
+    reason: str = ""
+    """The sentence that the command would print; "" for a guest that exited."""
+    limit: str | None = None
+    """The limit that ended the run, by its name in `limits`."""
+    trap: str | None = None
+    """wasmtime's message and back-trace; None where the command ran the guest, which writes it to stderr."""
+    out: str | None = None
+    """The CID of what the guest left in `out`."""
+    receipt: Mapping[str, Any] | None = None
+    """The receipt that `record` was given for."""
+    notes: Sequence[str] = ()
+    """What else the command would have printed, line by line."""
+
+    def check(self) -> "Result":
+        """This result, if the guest exited with 0. Raises GuestFailed."""
+        if self.ended != "exited" or self.exit_code:
+            raise GuestFailed(self)
+        return self
+
+
+class GuestFailed(IpfsFuseError):
+    """A guest that ended in another way than with exit code 0. `result` has all that it gave."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.reason or f"the guest exited with {result.exit_code}")
+        self.result = result
+
+
+class Asked(TypedDict, total=False):
+    """What a run is given beside its guest and arguments; the command has options of the same names."""
+
+    env: Mapping[str, str]
+    stdin: bytes | BinaryIO | None
+    """Bytes, or an open file; nothing by default."""
+    dirs: Sequence[str]
+    """`HOST`, `HOST::GUEST` or `HOST::GUEST::ro`, as --dir takes them."""
+    cwd: str | None
+    root: str | None
+    """CID[/path] of the directory that is the guest's `/`."""
+    tmp: int | str
+    """Bytes that its /tmp may hold, or a text such as "64MiB"; 0 for none."""
+    out: Path | None
+    """A new or empty folder for its results: /out."""
+    limits: Mapping[str, float | str]
+    """The names of -W with `_`; bytes and seconds, or texts such as "64MiB". MAX_STDOUT holds by default."""
+    mount: Path | None
+    record: Path | None
+    allow: Sequence[str]
+    sources: Sequence[str]
+    """What --from takes."""
+    offline: bool
+    isolated: bool
+    cache_dir: Path | None
+    engine: Literal["auto", "library", "command"]
+    deterministic: bool
+    require_sandbox: bool
+
+
+def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
+    """Runs the guest (a file, or /ipfs/CID/path) to its end, whatever that is.
+
+    Raises UsageError for arguments that can't be used, GuestRefused for a guest that can't be run, and
+    MountFailed, DaemonFailed or StoreFailed where there is no mount for it.
+    """
+    options = _options(guest, args, asked)
+    with _Run(options, asked.get("stdin")) as started:
+        with selectors.DefaultSelector() as selector:
+            selector.register(started.socket, selectors.EVENT_READ)
+            while not started.received():
+                selector.select()
+        return started.result()
+
+
+async def run_trio(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
+    """As `run`, in trio: a run that is cancelled has ended when this returns."""
+    import trio
+
+    options = _options(guest, args, asked)
+    with _Run(options, asked.get("stdin")) as started:
+        try:
+            while not started.received():
+                await trio.lowlevel.wait_readable(started.socket)
+        except trio.Cancelled:
+            started.socket.shutdown(socket.SHUT_WR)
+            with trio.move_on_after(_ENDING_S, shield=True):
+                while not started.received():
+                    await trio.lowlevel.wait_readable(started.socket)
+            raise
+        return started.result()
+
+
+def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
+    """Raises UsageError, and TypeError for a keyword that there is not."""
+    unknown = asked.keys() - Asked.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"run() has no keyword {min(unknown)!r}")
+    texts = _texts("the guest and its arguments", (os.fspath(guest), *args))
+    env = dict(asked.get("env") or {})
+    _texts("env", [*env, *env.values()])
+    for name in env:
+        if not name or "=" in name:
+            raise UsageError(f"env: {name!r} is not the name of a variable")
+    if asked.get("engine", "auto") not in parsing.ENGINES:
+        raise UsageError(f"engine {asked['engine']!r} is not one of {', '.join(parsing.ENGINES)}")
+    limits = limiting.from_names(asked.get("limits") or {})
+    if limits.max_stdout is None:
+        limits = limits._replace(max_stdout=MAX_STDOUT)
+    sources = [f"--from={each}" for each in asked.get("sources", ())]
+    found = Options(
+        guest=texts[0],
+        args=texts[1:],
+        env=tuple(env.items()),
+        dirs=tuple(map(parsing.folder, asked.get("dirs", ()))),
+        cwd=asked.get("cwd"),
+        tmp=None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
+        out=_text(asked.get("out")),
+        root=parsing.root(asked.get("root")),
+        limits=limits,
+        mount=_text(asked.get("mount")),
+        mount_options=(*sources, *["--offline"] * asked.get("offline", False)),
+        allow=tuple(asked.get("allow", ())),
+        cache_dir=_text(asked.get("cache_dir")),
+        isolated=asked.get("isolated", False),
+        record=_text(asked.get("record")),
+        deterministic=asked.get("deterministic", False),
+        engine=asked.get("engine", "auto"),
+        require_sandbox=asked.get("require_sandbox", False),
+    )
+    parsing.check(found)
+    return found
+
+
+def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
+    """Raises UsageError for what is not a text, or can't be handed to a program."""
+    for each in given:
+        if not isinstance(each, str) or "\0" in each:
+            raise UsageError(f"{what}: {each!r} is not a text without null bytes")
+    return tuple(map(str, given))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+class _Run:
+    """A run that has begun: its socket, and the files that it writes to. They have no names."""
+
+    def __init__(self, asked: Options, stdin: bytes | BinaryIO | None) -> None:
+        self._asked = asked
+        self._answer = b""
+        with ExitStack() as stack:
+            self._stdout, self._stderr, self._said = (
+                _spare(stack, name) for name in ("stdout", "stderr", "said")
+            )
+            with ExitStack() as begun:
+                given = _opened(begun, stdin)
+                request = forkserver.Request(asked, os.getcwd(), dict(os.environ))
+                self.socket = forkserver.start(request, given, self._stdout, self._stderr, self._said)
+                self.socket.setblocking(False)
+            stack.callback(self.socket.close)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    def received(self) -> bool:
+        """Whether the answer is complete. Never waits."""
+        while True:
+            try:
+                data = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                return True
+            if not data:
+                return True
+            self._answer += data
+
+    def result(self) -> Result:
+        if not self._answer:
+            raise IpfsFuseError(f"the process that ran {self._asked.guest} was killed, and its guest with it")
+        said = _content(self._said).decode(errors="replace").splitlines()
+        notes = tuple(each.removeprefix("ipfsfuse-run: ") for each in said)
+        told = json.loads(self._answer)
+        if "error" in told:
+            raise _error(told["error"])(told["text"])
+        outcome = told["outcome"]
+        if outcome["refused"] is not None:
+            raise (UsageError if outcome["code"] != COULD_NOT_RUN else GuestRefused)(outcome["refused"])
+        reason = outcome["why"] or ""
+        return Result(
+            exit_code=outcome["code"],
+            stdout=_content(self._stdout),
+            stderr=_content(self._stderr),
+            ended=_ended(outcome),
+            reason=reason,
+            limit=outcome["limit"],
+            trap=outcome["trap"],
+            notes=tuple(each for each in notes if each != reason),
+        )
+
+
+def _ended(outcome: Mapping[str, Any]) -> Ended:
+    if outcome["limit"] is not None:
+        return "timeout" if outcome["limit"] == "timeout" else "limit"
+    if outcome["trapped"]:
+        return "trapped"
+    return "killed" if outcome["killed"] else "exited"
+
+
+def _error(name: str) -> type[IpfsFuseError]:
+    found = getattr(errors, name, None) or getattr(own_errors, name, IpfsFuseError)
+    return found if isinstance(found, type) and issubclass(found, IpfsFuseError) else IpfsFuseError
+
+
+def _spare(stack: ExitStack, name: str) -> int:
+    file = os.memfd_create(name, os.MFD_CLOEXEC)
+    stack.callback(os.close, file)
+    return file
+
+
+def _opened(stack: ExitStack, stdin: bytes | BinaryIO | None) -> int:
+    if stdin is None:
+        file = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, file)
+        return file
+    if not isinstance(stdin, bytes | bytearray | memoryview):
+        return stdin.fileno()
+    file = _spare(stack, "stdin")
+    view = memoryview(stdin)
+    while view:
+        view = view[os.write(file, view) :]
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
+
+
+def _content(file: int) -> bytes:
+    size = os.fstat(file).st_size
+    with open(f"/proc/self/fd/{file}", "rb") as opened:
+        return opened.read(size)

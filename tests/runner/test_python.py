@@ -1,0 +1,286 @@
+"""Runs from Python: what the command gives, as values and exceptions, from a process with threads too."""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import ipfsfuse_run
+from ipfsfuse.errors import IpfsFuseError, UsageError
+from tests.mounting import alive, wait_until
+from tests.runner.conftest import Runner, lines
+
+EMPTY = '(module (func (export "_start")))'
+SPIN = '(module (func (export "_start") (loop (br 0))))'
+TRAP = '(module (func (export "_start") unreachable))'
+
+Run = Callable[..., ipfsfuse_run.Result]
+
+
+@pytest.fixture
+def python(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`ipfsfuse_run.run` on the folder `tree`, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+    def run(guest: str | Path, *args: str, **asked: Any) -> ipfsfuse_run.Result:
+        return ipfsfuse_run.run(guest, *args, **{"mount": tree, **asked})
+
+    return run
+
+
+def guest(tmp_path: Path, text: str) -> Path:
+    made = tmp_path / "guest.wat"
+    made.write_text(text)
+    return made
+
+
+def children(pid: int) -> list[int]:
+    """Of the process `pid`, at any depth."""
+    own = [
+        int(each)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for each in (task / "children").read_text().split()
+    ]
+    return own + [below for each in own for below in children(each)]
+
+
+def test_what_a_guest_is_given_and_gives(python: Run, habits: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    done = python(habits, "args", "--env", "B=2")
+    assert lines(done.stdout) == ["habits.wasm", "args", "--env", "B=2"]
+    assert lines(python(habits, "env", env={"A": "1=2"}).stdout) == ["A=1=2"]
+    data = bytes(range(256)) * 1000
+    assert python(habits, "cat", stdin=data).stdout == data
+    assert python(habits, "cat").stdout == b""
+    with (tmp_path / "input").open("wb+") as file:
+        file.write(b"from a file")
+        file.seek(0)
+        assert python(habits, "cat", stdin=file).stdout == b"from a file"
+    assert python(habits, "err").stderr == b"to stderr\n"
+    assert python(habits, "cat", "file", cwd="/ipfs/root").stdout == b"content\n"
+    done = python(habits, "write", "/data/one", dirs=[f"{tmp_path}/given::/data"])
+    assert (done.exit_code, (tmp_path / "given" / "one").read_text()) == (0, "written\n")
+    done = python(habits, "exit", "3")
+    assert (done.exit_code, done.ended, done.reason) == (3, "exited", "")
+    with pytest.raises(ipfsfuse_run.GuestFailed, match="exited with 3") as caught:
+        done.check()
+    assert caught.value.result is done
+    with pytest.raises(AttributeError):
+        done.exit_code = 0  # type: ignore[misc] # that is the test
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "code", "ended", "limit"),
+    [
+        (TRAP, {}, 134, "trapped", None),
+        (SPIN, {"timeout": 0.3}, 124, "timeout", "timeout"),
+        (SPIN, {"timeout": "300ms"}, 124, "timeout", "timeout"),
+        (SPIN, {"fuel": 1000}, 134, "trapped", None),
+    ],
+)
+def test_a_run_that_ended_otherwise_says_what_the_command_says(
+    python: Run,
+    run: Runner,
+    tmp_path: Path,
+    text: str,
+    limits: dict[str, Any],
+    code: int,
+    ended: str,
+    limit: str | None,
+) -> None:
+    asked = guest(tmp_path, text)
+    done = python(asked, limits=limits)
+    assert (done.exit_code, done.ended, done.limit, done.notes) == (code, ended, limit, ())
+    given = [f"-W{name}={value}{'s' if type(value) is float else ''}" for name, value in limits.items()]
+    command = run(*given, asked)
+    assert command.returncode == code
+    assert lines(command.stderr)[0] == f"ipfsfuse-run: {done.reason}"
+
+
+def test_too_much_output_ends_a_run(python: Run, habits: Path) -> None:
+    done = python(habits, "cat", stdin=b"x" * 5000, limits={"max_stdout": "1KiB"})
+    assert (done.exit_code, done.ended, done.limit, done.stdout) == (134, "limit", "max_stdout", b"x" * 1024)
+    assert done.reason == "the guest wrote more than max-stdout=1KiB to standard output"
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({"guest": "/nothing"}, ipfsfuse_run.GuestRefused, "/nothing can't be read: No such file"),
+        ({"mount": "/nothing"}, ipfsfuse_run.GuestRefused, "the folder /nothing can't be opened"),
+        ({"limits": {"frobs": 1}}, UsageError, "frobs is not a limit"),
+        ({"limits": {"timeout": "soon"}}, UsageError, "timeout"),
+        ({"limits": {"timeout": float("nan")}}, UsageError, "timeout"),
+        ({"allow": ["x"]}, UsageError, "--allow can't go with it"),
+        ({"env": {"A=": "x"}}, UsageError, "not the name of a variable"),
+        ({"env": {"A": 1}}, UsageError, "is not a text"),
+        ({"cwd": "relative"}, UsageError, "must be absolute"),
+        ({"dirs": ["a::b::c::d"]}, UsageError, "is not HOST"),
+        ({"engine": "other"}, UsageError, "engine"),
+        ({"args": ["\0"]}, UsageError, "null byte"),
+        ({"frobs": 1}, TypeError, "no keyword 'frobs'"),
+    ],
+)
+def test_a_run_that_can_not_be_started(
+    python: Run, tmp_path: Path, asked: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    given = dict(asked)
+    name, args = given.pop("guest", guest(tmp_path, EMPTY)), given.pop("args", [])
+    with pytest.raises(error, match=said) as caught:
+        python(name, *args, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_of_the_program_reaches_the_guests_process(python: Run, habits: Path, tree: Path) -> None:
+    """Not its memory, its descriptors, or the socket over which the result is told."""
+    python(habits, "args", engine="library")  # compiled
+    with open("/dev/null", "rb") as kept:
+        os.set_inheritable(kept.fileno(), True)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(python, habits, "spin", limits={"timeout": 1.5}, engine="library")
+            wait_until(lambda: any(_runs_guest(each) for each in children(os.getpid())), "the guest runs")
+            (pid,) = (each for each in children(os.getpid()) if _runs_guest(each))
+            held = {
+                int(each): os.readlink(f"/proc/{pid}/fd/{each}") for each in os.listdir(f"/proc/{pid}/fd")
+            }
+            assert running.result().ended == "timeout"
+    assert not any(each.startswith("socket:") for each in held.values()), held
+    assert "said" not in str(held)
+
+
+def _runs_guest(pid: int) -> bool:
+    try:
+        return "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_a_hundred_side_by_side_stay_within_their_limits_and_leave_nothing(
+    python: Run, habits: Path, tmp_path: Path
+) -> None:
+    python(habits, "args")
+    asked, before = guest(tmp_path, SPIN), sorted(os.listdir("/proc/self/fd"))
+
+    def one(number: int) -> tuple[str, bytes]:
+        if number % 5 == 0:
+            return python(asked, limits={"timeout": 0.5}).ended, b""
+        done = python(habits, "cat", stdin=b"%d" % number)
+        return done.ended, done.stdout
+
+    with ThreadPoolExecutor(100) as pool:
+        found = list(pool.map(one, range(100)))
+    assert found == [("timeout", b"") if each % 5 == 0 else ("exited", b"%d" % each) for each in range(100)]
+    (server,) = [each for each in children(os.getpid()) if b"forkserver" in _cmdline(each)][:1]
+    wait_until(lambda: not children(server), "the runs are gone")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_in_trio_a_cancelled_run_has_ended(python: Run, tree: Path, tmp_path: Path) -> None:
+    asked = guest(tmp_path, SPIN)
+    assert python(asked, limits={"timeout": 0.1}).ended == "timeout"  # compiled
+
+    async def one() -> None:
+        await ipfsfuse_run.run_trio(asked, mount=tree)
+
+    async def main() -> bool:
+        with trio.move_on_after(0.5) as scope:
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(one)
+        done = await ipfsfuse_run.run_trio(asked, mount=tree, limits={"timeout": 0.1})
+        return scope.cancelled_caught and done.ended == "timeout"
+
+    assert trio.run(main)
+    assert not [each for each in children(os.getpid()) if _runs_guest(each)]
+
+
+PROGRAM = """
+import os, sys, threading, ipfsfuse_run
+threading.Thread(target=ipfsfuse_run.run, args=[sys.argv[1]], kwargs={"mount": sys.argv[2]}).start()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_program_that_is_killed_takes_its_runs_with_it(
+    run: Runner, tree: Path, tmp_path: Path, number: int
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, guest(tmp_path, SPIN), tree], env=run.env
+    ) as program:
+        wait_until(lambda: any(_runs_guest(each) for each in children(program.pid)), "the guest runs")
+        left = children(program.pid)
+        program.send_signal(number)
+    wait_until(lambda: not any(alive(each) for each in left), "all is gone")
+
+
+def test_a_server_that_was_killed_is_started_again_and_a_fork_has_its_own(
+    python: Run, tmp_path: Path
+) -> None:
+    asked = guest(tmp_path, EMPTY)
+    python(asked)
+    (server,) = [each for each in children(os.getpid()) if b"forkserver" in _cmdline(each)]
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: not alive(server), "the server is gone")
+    assert python(asked).exit_code == 0
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(40 + python(asked).exit_code)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 40
+    assert python(asked).exit_code == 0
+
+
+def test_a_run_that_is_killed_says_so(python: Run, habits: Path) -> None:
+    python(habits, "args", engine="library")  # compiled
+    with ThreadPoolExecutor(1) as pool:
+        for parent in (False, True):
+            running = pool.submit(python, habits, "spin", engine="library")
+            wait_until(lambda: any(_runs_guest(each) for each in children(os.getpid())), "the guest runs")
+            (pid,) = (each for each in children(os.getpid()) if _runs_guest(each))
+            stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            os.kill(int(stat[1]) if parent else pid, signal.SIGKILL)
+            if parent:
+                with pytest.raises(IpfsFuseError, match="was killed, and its guest with it"):
+                    running.result()
+            else:
+                done = running.result()
+                assert (done.exit_code, done.ended) == (137, "killed")
+                assert done.reason == f"{habits} was ended by SIGKILL"
+
+
+def test_a_tiny_guest_takes_25_ms_from_a_warm_process(python: Run, tmp_path: Path) -> None:
+    """Where an interpreter starts in 30 ms: on a slower or a busy machine, in proportion."""
+    asked = guest(tmp_path, EMPTY)
+    python(asked)
+
+    def seconds(call: Callable[[], object]) -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+
+    pairs = [
+        (
+            seconds(lambda: python(asked)),
+            seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)),
+        )
+        for _ in range(9)
+    ]
+    assert statistics.median(own / python for own, python in pairs) < 1, pairs
