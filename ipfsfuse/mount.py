@@ -295,7 +295,7 @@ async def _serving(
             umask=config.umask,
             passthrough=passthrough,
         )
-        commands.latencies = operations.latencies
+        commands.latencies, commands.bytes = operations.latencies, operations.bytes
         yield operations, passthrough, commands, names, nursery, server
 
 

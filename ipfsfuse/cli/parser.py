@@ -245,7 +245,7 @@ def _mounts(commands: Any) -> None:
         commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
-    unmount.add_argument("--all", action="store_true", help="every mount of this user")
+    unmount.add_argument("--all", action="store_true", help="every mount of this user whose daemon is known")
     _json(unmount)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
     _folders(unmount, library=False)
@@ -374,7 +374,10 @@ def _log_options(parser: argparse.ArgumentParser) -> None:
 
 def _serving(commands: Any) -> None:
     serve = _command(
-        commands, "serve", "serving:run", "give out what is here as a trustless gateway, to other hosts too"
+        commands,
+        "serve",
+        "mounting:serve",
+        "give out what is here as a trustless gateway",
     )
     serve.add_argument(
         "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"
