@@ -34,6 +34,8 @@ class MountConfig:
     """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the
     page cache."""
     allow_other: bool = False
+    passthrough: bool = False
+    """Whether the kernel reads staging files that were verified whole itself."""
     isolated: bool = False
     """A cache folder of its own, made for this mount and gone with it."""
     while_held: bool = False

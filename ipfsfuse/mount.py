@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
@@ -37,6 +38,7 @@ from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.operations import Operations
+from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
@@ -63,8 +65,8 @@ LONG_PASS = 0.01
 """Seconds."""
 THRESHOLDS = 700, 10, 4
 """As gc.set_threshold: a full pass comes after 28,000 new objects, not after 70,000."""
-TOUCHED = 3 << 20
-"""Bytes that the first leaf takes on its way: its pieces, and their sum."""
+LEAF, TOUCHED = 1 << 20, 3
+"""Bytes of a leaf, and how many times as much the first takes on its way: its pieces, and their sum."""
 END_SECONDS = 0.5
 """How long those who use an unmounted mount may go on before they are cut off."""
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
@@ -117,11 +119,11 @@ def _raise_descriptors() -> None:
 
 def _reuse_memory() -> None:
     """Leaves of 1 MiB come and go: glibc must not give each back to the kernel, which clears its pages for
-    the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Other C libraries have no such
-    call."""
+    the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Larger blocks are given back:
+    forty directories of 2 MiB each left holes of 25 MiB. Other C libraries have no such call."""
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 3 << 19)
         libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
         libc.mallopt(_M_ARENA_MAX, 1)  # else each worker thread would have memory of its own to be cleared
 
@@ -153,7 +155,7 @@ def short_collections() -> Iterator[None]:
 def _touch_memory() -> None:
     """Has the kernel clear now, and not while the first reader waits, what its leaf needs: 1 ms, a page at a
     time."""
-    _ = b"\1" * TOUCHED
+    _ = [b"\1" * LEAF for _ in range(TOUCHED)]
 
 
 @contextmanager
@@ -170,12 +172,16 @@ async def _main(
     config: MountConfig, folder: CacheFolder, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
 ) -> None:
     async with (
-        _serving(config, folder, indexing) as (operations, commands, names, nursery, server),
+        _serving(config, folder, indexing) as (operations, passthrough, commands, names, nursery, server),
         AsyncExitStack() as stack,
     ):
         session = stack.enter_context(
             sessions.opened(
-                operations, config.mountpoint, config.allow_other, readahead=config.record is None
+                operations,
+                config.mountpoint,
+                config.allow_other,
+                readahead=config.record is None,
+                passthrough=config.passthrough,
             )
         )
         end = config.mountpoint, nursery.cancel_scope
@@ -188,6 +194,8 @@ async def _main(
             nursery.start_soon(_end_when_let_go, server, *end)
 
         def answers() -> None:
+            if passthrough is not None:
+                passthrough.check(session.device.passes_through)
             if config.record is None:
                 mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
             _touch_memory()
@@ -230,7 +238,7 @@ async def _names_mounted(
 @asynccontextmanager
 async def _serving(
     config: MountConfig, folder: CacheFolder, indexing: Indexing | None
-) -> AsyncIterator[tuple[Operations, Commands, Names, trio.Nursery, ControlServer]]:
+) -> AsyncIterator[tuple[Operations, Passthrough | None, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
     http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
@@ -267,7 +275,13 @@ async def _serving(
         names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
             await names.resolver()  # what is wrong with its settings is told before anything is mounted
-        commands = Commands(config, cache, pool, pins, tree, names)
+        passthrough, passed = None, None
+        if config.passthrough:
+            passed = PassthroughFiles(cache.store, cache.reader)
+            stack.callback(passed.close)
+            nursery.start_soon(passed.run)
+            passthrough = Passthrough(passed)
+        commands = Commands(config, cache, pool, pins, tree, names, passed)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
         operations = Operations(
@@ -279,9 +293,10 @@ async def _serving(
             push=record is None,
             owner=(config.uid, config.gid),
             umask=config.umask,
+            passthrough=passthrough,
         )
-        commands.latencies = operations.latencies
-        yield operations, commands, names, nursery, server
+        commands.latencies, commands.bytes = operations.latencies, operations.bytes
+        yield operations, passthrough, commands, names, nursery, server
 
 
 def _ignore_signals(also_hangup: bool) -> None:

@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 import ipfsfuse.fuse as _before_pyfuse3  # noqa: F401  # our C stands in front of libfuse's calls only if it is loaded first
+from tests.mounting import Home
 
 hypothesis.settings.register_profile(
     "shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -127,3 +128,9 @@ def conformance() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the conformance fixtures are not at {folder}")
     return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """Folders and environment of one imaginary user."""
+    return Home(tmp_path / "home")

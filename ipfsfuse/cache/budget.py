@@ -69,25 +69,34 @@ class Budget:
         self._overhead = 0
         self._margin = 0
         self._stuck = 0
-        self._kept: dict[Key, int] = {}
-        self._kept_bytes = 0
+        self._exempt: dict[Key, int] = {}
+        """Bytes of what may not be evicted: what is kept for good, or held."""
+        self._exempt_bytes = 0
+        self._kept: set[Key] = set()
+        self._held: dict[Key, bool] = {}
+        """Whether ARC had it among what was used again."""
         self._pending = 0
         self._unlooked = 0
 
     @property
     def used(self) -> int:
-        return self._overhead + self._margin + self._stuck + self._kept_bytes + self.arc.bytes
+        return self._overhead + self._margin + self._stuck + self._exempt_bytes + self.arc.bytes
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of what is kept for good."""
-        return self._kept_bytes
+        return self._exempt_bytes - sum(self._exempt[key] for key in self._held if key not in self._kept)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is held."""
+        return sum(self._exempt[key] for key in self._held)
 
     def kept(self, key: Key) -> bool:
         return key in self._kept
 
     def size(self, key: Key) -> int:
-        return self._kept.get(key) or self.arc.size(key)
+        return self._exempt.get(key) or self.arc.size(key)
 
     async def reserve(self, key: Key, size: int) -> bool:
         """Counts `size` more bytes for `key`, after what must leave for them has left. False: they can't fit.
@@ -99,8 +108,8 @@ class Budget:
                 done = await self._reserve(key, size)
         else:
             done = True
-            if key in self._kept:
-                self._keep(key, size)
+            if key in self._exempt:
+                self._add_exempt(key, size)
             else:
                 self.arc.admit(key, size, current_request.get().caller)
         if done:
@@ -114,11 +123,14 @@ class Budget:
             if key in self._kept:
                 self.refused.add(key)
             return False
-        if key in self._kept:
-            self._keep(key, size)
+        if key in self._exempt:
+            self._add_exempt(key, size)
             await self._leave(self._shrink())
         else:
             await self._leave(self.arc.admit(key, size, current_request.get().caller))
+            if self.used > self.limit:  # someone still reads what had to leave: its space is not free yet
+                await self._leave(self._shrink())
+                return key in self.arc
         return True
 
     def settle(self, size: int) -> None:
@@ -130,8 +142,8 @@ class Budget:
         if not by:
             return
         size = self.size(key) + by
-        if key in self._kept:
-            self._keep(key, by)
+        if key in self._exempt:
+            self._add_exempt(key, by)
         elif size <= 0:
             self.arc.remove(key)
         else:
@@ -139,27 +151,52 @@ class Budget:
 
     def remove(self, key: Key) -> None:
         """`key` has left the disk for other reasons."""
-        if key in self._kept:
-            self._keep(key, -self._kept[key])
+        if key in self._exempt:
+            self._add_exempt(key, -self._exempt[key])
         else:
             self.arc.remove(key)
 
     def keep(self, key: Key) -> None:
         """Exempts `key` from eviction, whether or not it is there yet."""
-        if key not in self._kept:
-            self._kept[key] = 0
-            held = self.arc.size(key)
-            self.arc.remove(key)
-            self._keep(key, held)
+        self._kept.add(key)
+        self._exempt_from_arc(key)
 
     def release(self, key: Key) -> None:
         """`key` may be evicted again."""
         if key in self._kept:
-            held = self._kept[key]
-            self.remove(key)
-            del self._kept[key]
-            if held:
-                self.arc.restore(key, held, True)
+            self._kept.remove(key)
+            self._back_to_arc(key, True)
+
+    def hold(self, key: Key) -> None:
+        """Exempts `key` from eviction for as long as it is read past the cache."""
+        if key not in self._held:
+            self._held[key] = self.arc.frequent(key)
+            self._exempt_from_arc(key)
+
+    def evictable(self) -> list[Key]:
+        """All that is not kept for good: what is held leaves too when a user asks for it."""
+        return [*self.arc, *(key for key in self._held if key not in self._kept)]
+
+    def let_go(self, key: Key) -> None:
+        """Ends what `hold` began."""
+        if key in self._held:
+            self._back_to_arc(key, self._held.pop(key))
+
+    def _exempt_from_arc(self, key: Key) -> None:
+        if key not in self._exempt:
+            self._exempt[key] = 0
+            size = self.arc.size(key)
+            self.arc.remove(key)
+            self._add_exempt(key, size)
+
+    def _back_to_arc(self, key: Key, frequent: bool) -> None:
+        if key in self._kept or key in self._held:
+            return
+        size = self._exempt[key]
+        self.remove(key)
+        del self._exempt[key]
+        if size:
+            self.arc.restore(key, size, frequent)
 
     async def refit(self, overhead: int, margin: int) -> None:
         """Takes in what else lies in the cache folder (`overhead` bytes, which may grow by `margin` before
@@ -201,15 +238,15 @@ class Budget:
             self.limit = max(0, min(self.configured, on_disk + spare))
             self._set_capacity()
 
-    def _keep(self, key: Key, size: int) -> None:
-        self._kept[key] = self._kept.get(key, 0) + size
-        self._kept_bytes += size
+    def _add_exempt(self, key: Key, size: int) -> None:
+        self._exempt[key] += size
+        self._exempt_bytes += size
         self._set_capacity()
 
     @property
     def _room(self) -> int:
         """What is left of the limit for all that ARC may evict; negative where the rest alone is too much."""
-        return self.limit - self._overhead - self._margin - self._stuck - self._kept_bytes
+        return self.limit - self._overhead - self._margin - self._stuck - self._exempt_bytes
 
     def _set_capacity(self) -> None:
         """Without evicting: what is too much leaves with the next reservation, or by `refit`."""
@@ -219,7 +256,8 @@ class Budget:
         return self.arc.set_capacity(self._room)
 
     def stuck(self, size: int) -> None:
-        """Something of `size` bytes could not be removed: it is counted until the next start."""
+        """Something of `size` bytes could not be removed: it is counted until the next start, or until this
+        is called with a negative size."""
         self._stuck += size
         self._set_capacity()
 

@@ -67,7 +67,7 @@ async def fsck(store: Store, reader: Reader, report_progress: Progress | None = 
     for entry in entries:
         report.files += 1
         try:
-            async for leaf in _leaves(reader, entry):
+            async for leaf in leaves_of(reader, entry):
                 await _check_leaf(store, reader, entry, leaf, report)
                 await _tell(report_progress, report, total)
         except IpfsFuseError:
@@ -174,7 +174,7 @@ async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None
         report.mended += 1
 
 
-async def _leaves(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
+async def leaves_of(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
     """The leaves of a staging file, by its root's word. Raises what its blocks meet."""
     if cids.codec(entry.cid) == cids.RAW:
         yield Leaf(entry.cid, 0, entry.size)

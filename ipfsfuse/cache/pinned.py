@@ -87,7 +87,7 @@ def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
         prove."""
         return cids.codec(child) != cids.RAW and store.blocks.place(child) is not None
 
-    large = isinstance(node, File) and (in_file or node.size > SMALL)
+    large = isinstance(node, File) and (in_file or node.size > SMALL) and not nodes.holds_values(node.cid)
     return [child for child in nodes.children(node) if not large or is_structure(child)], large
 
 
@@ -174,7 +174,7 @@ class PinnedDags:
                     node = await threads.run_sync(nodes.parse, cid, block)
             except (Malformed, Unsupported):
                 continue
-            if isinstance(node, File) and node.size > SMALL and not in_file:
+            if isinstance(node, File) and node.size > SMALL and not in_file and not nodes.holds_values(cid):
                 found.add(file)
                 missing += file not in store.staging.entries
             walk.add(*_below(store, node, in_file))

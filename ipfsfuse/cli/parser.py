@@ -182,7 +182,15 @@ def _library(commands: Any) -> None:
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
     export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, cars, library, remove, export):
+    push = _command(
+        commands, "push", "reading:push", "send a CID with all below it to a Kubo node, and pin it there"
+    )
+    push.add_argument("cid", metavar="CID")
+    push.add_argument(
+        "--to", metavar="NODE", default="kubo", help="kubo (this machine's), or kubo+http://HOST:PORT"
+    )
+    push.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (add, cars, library, remove, export, push):
         _json(parser)
     library.add_argument(
         "--compact", action="store_true", help="give back the space of what was removed, first"
@@ -194,7 +202,7 @@ def _library(commands: Any) -> None:
         "--json", action="store_true", help="lines of JSON: pieces of the content in base64, then their sum"
     )
     cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    for parser in (add, cars, library, remove, export, cat):
+    for parser in (add, cars, library, remove, export, push, cat):
         _folders(parser)
 
 
@@ -237,7 +245,7 @@ def _mounts(commands: Any) -> None:
         commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
-    unmount.add_argument("--all", action="store_true", help="every mount of this user")
+    unmount.add_argument("--all", action="store_true", help="every mount of this user whose daemon is known")
     _json(unmount)
     unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
     _folders(unmount, library=False)
@@ -314,6 +322,11 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         help="let other users in: they can read all that the mount shows, the whole library too",
     )
     parser.add_argument(
+        "--passthrough",
+        action="store_true",
+        help="let the kernel read staged files itself, once they were verified whole: for root, Linux 6.9",
+    )
+    parser.add_argument(
         "--isolated", action="store_true", help="a cache folder of its own, gone with the mount"
     )
     parser.add_argument(
@@ -361,7 +374,10 @@ def _log_options(parser: argparse.ArgumentParser) -> None:
 
 def _serving(commands: Any) -> None:
     serve = _command(
-        commands, "serve", "serving:run", "give out what is here as a trustless gateway, to other hosts too"
+        commands,
+        "serve",
+        "mounting:serve",
+        "give out what is here as a trustless gateway",
     )
     serve.add_argument(
         "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"

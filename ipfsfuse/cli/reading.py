@@ -1,8 +1,8 @@
-"""`get`, `cat` and `export`: content without a mount.
+"""`get`, `cat`, `export` and `push`: content without a mount.
 
 `get` reads through the mount that uses the cache folder, if there is one: it has a cache and sources of its
 own. Else the sources are opened, and what is fetched is kept in the cache folder as a mount would keep it.
-`cat` and `export` read from the sources, and ask a running mount for what those lack.
+`cat`, `export` and `push` read from the sources, and ask a running mount for what those lack.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import defaults
+from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import OpenSettings
+from ipfsfuse.sources.spec import OpenSettings, parse_source
 from ipfsfuse.sources.spec import opened as opened_sources
 from ipfsfuse.units import human
 
@@ -58,7 +59,9 @@ def get(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.values({"path": str(target), "files": done.files, "bytes": done.bytes})
     else:
-        console.line(f"got {target}, {done.files} files, {human(done.bytes)}")
+        console.line(
+            f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}"
+        )
     return 0
 
 
@@ -138,7 +141,7 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
         done.files += 1
 
 
-# -- `cat` and `export` --------------------------------------------------------------------------------------
+# -- `cat`, `export` and `push` ------------------------------------------------------------------------------
 
 STANDARD_OUTPUT = "-"
 BLOCK_DEADLINE = 30.0
@@ -146,10 +149,14 @@ BLOCK_DEADLINE = 30.0
 
 
 def export(arguments: argparse.Namespace) -> int:
+    return trio.run(_export, arguments, *_cache_and_indexes(arguments))
+
+
+def _cache_and_indexes(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """The cache folder, and the folder for the indexes of CAR files, which is made if there are any."""
     cache_dir = folders.cache_dir(arguments.cache_dir)
     with_cars = any(os.path.exists(source) for source in arguments.sources or ())
-    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir  # only CAR files need that folder
-    return trio.run(_export, arguments, cache_dir, indexes)
+    return cache_dir, cache_folder.indexes(cache_dir) if with_cars else cache_dir
 
 
 async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
@@ -179,11 +186,39 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
     return 0
 
 
+def push(arguments: argparse.Namespace) -> int:
+    return trio.run(_push, arguments, *_cache_and_indexes(arguments))
+
+
+async def _push(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+    cid = cid_alone(arguments.cid)
+    if parse_source(arguments.to).kind != defaults.KUBO:
+        raise UsageError(f"--to {arguments.to}: not a Kubo node; write kubo, or kubo+http://host:port")
+    with Progress("indexing") as indexing, Progress("pushing") as progress:
+        settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
+        async with (
+            opened_sources(_library_or(arguments.sources), settings) as sources,
+            opened_sources([arguments.to], settings) as (node,),
+        ):
+            assert isinstance(node, Kubo)
+            get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
+
+            def show(done: int, total: int | None) -> None:
+                progress({"done": done, "total": total if total and total >= done else None})
+
+            sent = await importer.push(cid, get, node.rpc(), show)
+    if arguments.json:
+        console.values({"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict())
+    else:
+        console.line(
+            f"pushed {cids.text(cid)} to {node.name} and pinned it there: {sent.blocks} blocks sent, "
+            f"{human(sent.bytes)}; {sent.present} were there"
+        )
+    return 0
+
+
 def cat(arguments: argparse.Namespace) -> int:
-    cache_dir = folders.cache_dir(arguments.cache_dir)
-    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
-    indexes = cache_folder.indexes(cache_dir) if with_cars else cache_dir
-    return trio.run(_cat, arguments, cache_dir, indexes)
+    return trio.run(_cat, arguments, *_cache_and_indexes(arguments))
 
 
 async def _cat(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:

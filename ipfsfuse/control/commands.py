@@ -14,6 +14,7 @@ import trio
 
 from ipfsfuse import __version__, units
 from ipfsfuse.cache.base import Kept
+from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.config import MountConfig
@@ -54,14 +55,17 @@ class Commands:
         pins: NodePins,
         tree: Tree,
         names: Names,
+        passthrough: PassthroughFiles | None = None,
     ) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
-        self._names = names
+        self._names, self._passthrough = names, passthrough
         self._served = {"blocks": 0, "bytes": 0}
         """What `ipfsfuse serve` got of this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
         self.latencies: Mapping[str, Histogram] = {}
         """Of the calls of the kernel, by their names."""
+        self.bytes: Mapping[str, int] = {}
+        """What they gave."""
         self._lag = Histogram()
         self._history = [self._sample()]
         self._sample_seconds = SAMPLE_SECONDS
@@ -102,6 +106,7 @@ class Commands:
             "no_source_to_ask": self._pool.no_source_to_ask,
             "sources": [asdict(source) for source in self._pool.statistics()],
             "served": dict(self._served),
+            **({"passthrough": asdict(self._passthrough.status())} if self._passthrough else {}),
         }
 
     def _degraded(self) -> list[str]:
@@ -279,6 +284,8 @@ class Commands:
         return {
             **await self.status(arguments, progress),
             "operations": {name: each.as_dict() for name, each in self.latencies.items()},
+            "operation_bytes": dict(self.bytes),
+            "pinned": len(self._cache.pinned()),
             "latencies": {name: each.as_dict() for name, each in self._pool.latencies().items()},
             "lag": self._lag.as_dict(),
             "stalled": sum(each.in_flight + each.waiting for each in self._pool.statistics()),

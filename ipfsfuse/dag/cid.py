@@ -22,6 +22,9 @@ multihash."""
 RAW = 0x55
 DAG_PB = 0x70
 DAG_CBOR = 0x71
+DAG_JSON = 0x0129
+VALUE = 0x300000
+"""Of the range that the multicodec table leaves for private use: a value within a block (`value`)."""
 
 MAX_CID_BYTES = 512
 """No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be
@@ -42,7 +45,7 @@ _CODEC_NAMES = {
     DAG_CBOR: "dag-cbor",
     0x72: "libp2p-key",
     0x78: "git-raw",
-    0x0129: "dag-json",
+    DAG_JSON: "dag-json",
     0x0200: "json",
 }
 CODECS = tuple(_CODEC_NAMES)
@@ -190,10 +193,45 @@ def inline(cid: Cid) -> bytes | None:
     """The block that an identity CID carries in itself; None for every other CID. Raises Unsupported for one
     of over 128 bytes."""
     carried = multihash(cid)
-    if carried[:1] != b"\0":
+    if carried[:1] != b"\0" or is_value(cid):
         return None
     multihashes.check_allowed(carried)
     return multihashes.split(carried)[1]
+
+
+def value(block: Cid, number: int) -> Cid:
+    """How ipfsfuse alone names a value within a dag-cbor or dag-json block, which has no CID of its own: the
+    identity hash of its number and the block's CID. It needs no memory of the block."""
+    carried = varint.put(number) + block
+    return make(VALUE, b"\0" + varint.put(len(carried)) + carried)
+
+
+_VALUE_PREFIX = b"\x01" + varint.put(VALUE) + b"\0"
+
+
+def is_value(cid: Cid) -> bool:
+    return cid[: len(_VALUE_PREFIX)] == _VALUE_PREFIX
+
+
+def block_of(cid: Cid) -> Cid:
+    """The CID of the block that has to be read for `cid`: its own, except for a value within a block."""
+    return value_place(cid)[0] if is_value(cid) else cid
+
+
+def value_place(cid: Cid) -> tuple[Cid, int]:
+    """The block that holds a value, and its number there; of any other CID itself and 0: the whole. Raises
+    Malformed for a `VALUE` that `value` does not make."""
+    if not is_value(cid):
+        return cid, 0
+    try:
+        _size, at = varint.get(cid, len(_VALUE_PREFIX))
+        number, at = varint.get(cid, at)
+        block = decode(cid[at:])
+    except (Malformed, NotACid) as exc:
+        raise Malformed(f"{text(cid)} does not name a value in a block: {exc}") from exc
+    if codec(block) not in (DAG_CBOR, DAG_JSON):
+        raise Malformed(f"{text(cid)} does not name a value in a dag-cbor or dag-json block")
+    return block, number
 
 
 EMPTY = make(RAW, b"\x12\x20" + hashlib.sha256(b"").digest())

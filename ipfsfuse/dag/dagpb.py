@@ -77,6 +77,11 @@ class Links(Sequence[Link]):
         block = self.block
         return [block[start:end] for start, end in zip(self.spans[2::4], self.spans[3::4], strict=True)]
 
+    @property
+    def size(self) -> int:
+        """Bytes of memory."""
+        return len(self.block) + 24 * len(self)
+
     def cid(self, index: int) -> Cid:
         """The CID of the link at `index`, not negative."""
         return Cid(self.block[self.spans[4 * index] : self.spans[4 * index + 1]])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ipfsfuse.dag import hamt
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.hamt import Spot
-from ipfsfuse.dag.nodes import Directory, Node, Shard
+from ipfsfuse.dag.nodes import Directory, Node, Shard, holds_values
 from ipfsfuse.dag.path import can_hold
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
 
@@ -26,8 +26,8 @@ MAX_FRONTIER = 4 * PAGE
 
 
 class Entry(NamedTuple):
-    """One name. `tsize` is its publisher's claim. 0 < `place` < 2**63, greater than that of every entry
-    before it."""
+    """One name. `tsize` is its publisher's claim, negative if there is none. 0 < `place` < 2**63, greater
+    than that of every entry before it."""
 
     name: bytes
     cid: Cid
@@ -73,9 +73,10 @@ def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
     links = directory.links
     stop = min(after + PAGE, len(links))
     found: list[Entry] = []
+    claims = not holds_values(directory.cid)
     for place, link in enumerate(links[after:stop], after + 1):
         name = link.name if directory.counts(place - 1) else b""
-        found.append(Entry(name, link.cid, link.tsize, place))
+        found.append(Entry(name, link.cid, link.tsize if claims else -1, place))
     return found, stop >= len(links)
 
 

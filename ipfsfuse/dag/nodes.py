@@ -18,20 +18,21 @@ from functools import cache
 from itertools import accumulate, islice
 from typing import NamedTuple, overload
 
-import libipld
-
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import dagpb, unixfs
+from ipfsfuse.dag import dagpb, unixfs, values
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link as Link
 from ipfsfuse.dag.dagpb import Links
 from ipfsfuse.dag.unixfs import Type, UnixFS
+from ipfsfuse.dag.values import Document, Kind
 from ipfsfuse.errors import Malformed, Unsupported
 
 MAX_FILE = (1 << 63) - 1
 """The largest file, in bytes, whose offsets a file system can express."""
 MAX_PARSED_ON_LOOP = 100 << 10
 """Bytes of the largest block that is parsed on the event loop: about 10 ms."""
+MAX_VALUES_ON_LOOP = 8 << 10
+"""The same of dag-cbor and dag-json, which can have a value in each byte."""
 MAX_TARGET = 4095
 """The longest target of a symlink that Linux can follow, in bytes."""
 MURMUR3 = 0x22
@@ -136,6 +137,8 @@ class Directory:
     cid: Cid
     links: Links
     meta: Meta = NO_META
+    block: Document | None = None
+    """Of a dag-cbor or dag-json block, which links more than its entries: all its values."""
     _by_name: Sequence[int] = field(init=False, repr=False, compare=False)
     """The indices of the links, sorted by name. The sort is stable: of equal names the first counts."""
 
@@ -185,17 +188,17 @@ Node = File | Directory | Shard | Symlink
 
 
 def parse(cid: Cid, block: bytes) -> Node:
-    """What `block`, verified, is. Raises Malformed, or Unsupported for another codec than raw and dag-pb.
+    """What `block`, verified, is. Raises Malformed, or Unsupported for a codec that is not shown.
 
-    For an identity CID `block` is what it carries (`cid.inline`).
+    For an identity CID `block` is what it carries (`cid.inline`), for a value in a block that block
+    (`cid.block_of`).
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
         return File(cid, len(block), len(block), ())
+    refuse_unshown(cid)
     if codec != cids.DAG_PB:
-        raise Unsupported(
-            f"{cids.brief(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS and raw ones"
-        )
+        return value_node(cid, document(cid, block))
     try:
         node = dagpb.decode(block)
         if node.data is None:
@@ -205,46 +208,63 @@ def parse(cid: Cid, block: bytes) -> Node:
         raise Malformed(f"{cids.brief(cid)}: {exc}") from exc
 
 
+def refuse_unshown(cid: Cid) -> None:
+    """Raises Unsupported for a codec that is not shown."""
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS) and not cids.is_value(cid):
+        raise Unsupported(
+            f"{cids.brief(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS, raw, dag-cbor and "
+            "dag-json"
+        )
+
+
+def holds_values(cid: Cid) -> bool:
+    """Whether `cid` is a dag-cbor or dag-json block, or a value within one."""
+    return cids.is_value(cid) or cids.codec(cid) in values.CODECS
+
+
+def document(cid: Cid, block: bytes) -> Document:
+    """The values of `block`, that of `cid` or of the value `cid`. Raises Malformed, Unsupported."""
+    try:
+        return values.shown(cids.codec(cids.block_of(cid)), block)
+    except Malformed as exc:
+        raise Malformed(f"{cids.brief(cids.block_of(cid))}: {exc}") from exc
+    except Unsupported as exc:
+        raise Unsupported(f"{cids.brief(cids.block_of(cid))}: {exc}") from exc
+
+
+def value_node(cid: Cid, found: Document) -> Node:
+    """The directory or file that the value `cid` of a document is. Raises Malformed for a number that the
+    document does not have."""
+    block, number = cids.value_place(cid)
+    if number >= len(found):
+        raise Malformed(f"{cids.brief(block)} has {len(found)} values, and none with the number {number}")
+    if found.kind(number) in (Kind.MAP, Kind.LIST):
+        return Directory(cid, found.links(number, block), block=None if number else found)
+    size = found.content_size(number)
+    return File(cid, size, size, ())
+
+
 def children(node: Node) -> list[Cid]:
-    """The CIDs that a node links."""
+    """The CIDs that the block of a node links; none of a value within a block."""
+    if isinstance(node, Directory) and holds_values(node.cid):
+        return node.block.targets() if node.block is not None else []
     if isinstance(node, File):
         return node.children.cids() if isinstance(node.children, Children) else []
     return [] if isinstance(node, Symlink) else node.links.cids()
 
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
-    """The CIDs that a block links, in their order: of dag-pb and dag-cbor; none of other codecs. Raises
-    Malformed."""
+    """The CIDs that a block links, in their order: of dag-pb, dag-cbor and dag-json; none of other codecs.
+    Raises Malformed."""
     codec = cids.codec(cid)
     if codec == cids.DAG_PB:
         return dagpb.decode(block).links.cids()
-    if codec != cids.DAG_CBOR:
+    if codec not in values.CODECS:
         return []
     try:
-        libipld.decode_dag_cbor(block)  # strict, where the pass below only looks for links
-    except (ValueError, RecursionError) as exc:
-        raise Malformed(f"{cids.brief(cid)}: not dag-cbor: {exc}") from exc
-    return _cbor_links(block)
-
-
-def _cbor_links(block: bytes) -> list[Cid]:
-    """The links in well-formed dag-cbor, in their order: a tag 42 and the bytes behind it. `libipld` gives
-    links and bytes alike, as bytes."""
-    found: list[Cid] = []
-    at, tagged = 0, False
-    while at < len(block):
-        major, value = block[at] >> 5, block[at] & 31
-        at += 1
-        if value >= 24:
-            size = 1 << (value - 24)
-            value = int.from_bytes(block[at : at + size])
-            at += size
-        if major in (2, 3):  # bytes or text
-            if tagged:
-                found.append(cids.decode(block[at + 1 : at + value]))  # behind a zero: the identity multibase
-            at += value
-        tagged = major == 6
-    return found
+        return values.decode(codec, block).targets()
+    except Malformed as exc:
+        raise Malformed(f"{cids.brief(cid)}: {exc}") from exc
 
 
 def _node(cid: Cid, links: Links, message: UnixFS) -> Node:

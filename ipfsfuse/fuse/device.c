@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -35,6 +36,11 @@
 #define KERNEL UINT32_MAX    /* in the place of a user id: FORGETs. The kernel gives them no user of their own */
 #define BUCKETS 4096         /* of the table by which an INTERRUPT finds its request */
 #define SPIN_NS 20000        /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
+
+/* Of Linux 6.9 and later; headers may be older. */
+struct backing_map { int32_t fd; uint32_t flags; uint64_t padding; };
+#define BACKING_OPEN _IOW(229, 1, struct backing_map)
+#define BACKING_CLOSE _IOW(229, 2, uint32_t)
 
 struct request {
 	struct request *next;    /* of the same user */
@@ -376,11 +382,28 @@ int device_started(void) { return device >= 0; }
 
 /* Call this before a session. The eventfd `notify` will say when there is something new from device_interrupted or
  * reply_init_result. */
-void device_prepare(int notify, int readahead)
+void device_prepare(int notify, int readahead, int passthrough)
 {
 	notify_fd = notify;
 	over = stopping = start_error = 0;
-	reply_prepare(readahead);
+	reply_prepare(readahead, passthrough);
+}
+
+/* Lets the kernel read the open file `file` itself. Returns the backing id, which is positive, or -errno. */
+int device_backing_open(int file)
+{
+	struct backing_map map = {.fd = file};
+	int id = ioctl(device, BACKING_OPEN, &map);
+
+	return id < 0 ? -errno : id;
+}
+
+/* Files that are open with this backing id stay so. */
+void device_backing_close(int id)
+{
+	uint32_t backing = id;
+
+	ioctl(device, BACKING_CLOSE, &backing);
 }
 
 /* The number of a request whose caller got a signal, each once; 0 if there is none. */

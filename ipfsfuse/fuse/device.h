@@ -25,8 +25,9 @@ ssize_t reply_from_libfuse(int device, struct iovec *parts, int count);
 /* Prepares a request for libfuse, so that the reply to it can be recognized. Returns its size. */
 size_t reply_expect(struct fuse_in_header *request, size_t size);
 
-/* Call this before a session. Without `readahead` the kernel asks only for what was read. */
-void reply_prepare(int readahead);
+/* Call this before a session. Without `readahead` the kernel asks only for what was read. With `passthrough` it is asked
+ * to let files be opened with a backing file. */
+void reply_prepare(int readahead, int passthrough);
 
 /* What became of INIT: 0 if it has not been answered yet, -errno if it was refused, else INIT_DONE and what else is on. */
 int reply_init_result(void);

@@ -24,8 +24,9 @@ from ipfsfuse.fileio.native import load
 NAME_ONLY = (1 << 64) - 1
 """The generation that marks a directory entry which goes out with node id 0. As in `replies.c`."""
 _CACHE_LISTING = 1 << 62
-_INIT_PARALLEL = 2
-"""Both as in `replies.c`."""
+_PASSTHROUGH = 1 << 61
+_INIT_PARALLEL, _INIT_PASSTHROUGH = 2, 4
+"""All as in `replies.c`."""
 _ANSWERED_HERE = 1 << 63
 _UNDRAINED = 32
 """Both as in `opens.c`."""
@@ -40,7 +41,9 @@ _LIBRARY.opens_revoke.restype = ctypes.c_uint32
 _LIBRARY.opens_revoke_idle.restype = None
 _LIBRARY.opens_drain.argtypes = (_Drained,)
 _LIBRARY.opens_drain.restype = ctypes.c_uint32
-_LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int)
+_LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
+_LIBRARY.device_backing_open.argtypes = _LIBRARY.device_backing_close.argtypes = (ctypes.c_int,)
+_LIBRARY.device_backing_close.restype = None
 _LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
 _LIBRARY.device_interrupted.restype = ctypes.c_uint64
 REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
@@ -57,16 +60,22 @@ _WITH_LOCK.reads_add.restype = _WITH_LOCK.reads_remove.restype = _WITH_LOCK.read
 class Device:
     """The thread of one session. Make it before pyfuse3.init, which starts it."""
 
-    def __init__(self, readahead: bool) -> None:
-        """Without `readahead` the kernel asks for nothing that was not read. Raises OSError."""
+    def __init__(self, readahead: bool, passthrough: bool = False) -> None:
+        """Without `readahead` the kernel asks for nothing that was not read. With `passthrough` it is asked
+        to read backing files itself. Raises OSError."""
         self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        _LIBRARY.device_prepare(self._notify_fd, readahead)
+        _LIBRARY.device_prepare(self._notify_fd, readahead, passthrough)
 
     @property
     def started(self) -> bool:
         """Whether the thread runs. It does not after pyfuse3.init if pyfuse3 was imported before this
         module."""
         return bool(_LIBRARY.device_started())
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether the kernel agreed to read backing files itself. Known when `initialized` has returned."""
+        return bool(_LIBRARY.reply_init_result() & _INIT_PASSTHROUGH)
 
     @property
     def start_error(self) -> int:
@@ -142,6 +151,25 @@ def drain() -> Sequence[int]:
 def inode_of(handle: int) -> int | None:
     """The inode of a file handle that the thread gave; None for any other handle."""
     return handle & ~_ANSWERED_HERE if handle & _ANSWERED_HERE else None
+
+
+def open_backing(file: int) -> int:
+    """Lets the kernel read the open file `file` itself, which stays open there until `close_backing` and the
+    last release. Returns its backing id. Raises OSError; EPERM without CAP_SYS_ADMIN."""
+    backing = int(_LIBRARY.device_backing_open(file))
+    if backing < 0:
+        raise OSError(-backing, os.strerror(-backing))
+    return backing
+
+
+def close_backing(backing: int) -> None:
+    """No more files will be opened with this id."""
+    _LIBRARY.device_backing_close(backing)
+
+
+def passthrough_handle(backing: int) -> int:
+    """The file handle whose opens the kernel serves from the backing file: the same for all opens of it."""
+    return _PASSTHROUGH | backing
 
 
 def with_cached_listing(handle: int) -> int:

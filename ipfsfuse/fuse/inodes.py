@@ -53,6 +53,8 @@ class Inode:
     """References that the kernel holds."""
     opens: int = 0
     """Open files, and files that are being opened."""
+    cached_opens: int = 0
+    """Open files of more than one block that the kernel reads through its page cache."""
 
 
 class Inodes:

@@ -109,7 +109,7 @@ class Place:
         except MountFailed:
             os.close(self._fd)
             raise
-        self._before = {mounted.number for mounted in table()}
+        self._before = {(mounted.number, mounted.mountpoint) for mounted in table()}
 
     def __enter__(self) -> "Place":
         return self
@@ -132,7 +132,10 @@ class Place:
                 subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
 
     def _new(self) -> list[Mounted]:
-        return [mounted for mounted in table() if mounted.number not in self._before and mounted.type == TYPE]
+        """Mounts of ours that were not there before. The kernel gives the number of a mount that is gone to
+        the next one."""
+        ours = [mounted for mounted in table() if mounted.type == TYPE]
+        return [mounted for mounted in ours if (mounted.number, mounted.mountpoint) not in self._before]
 
 
 def fusermount() -> str:

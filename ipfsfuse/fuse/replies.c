@@ -16,6 +16,7 @@
 #define LIBFUSE_TRIES 100          /* the same, up to 64 ms each: nobody else will answer */
 
 #define CACHE_LISTING (1ULL << 62) /* as in device.py: in a directory's handle */
+#define PASSTHROUGH (1ULL << 61)   /* as in device.py: in a file's handle, whose lower 31 bits are then a backing id */
 #define NAME_ONLY UINT64_MAX       /* as in device.py: in an entry's generation */
 
 /* INIT. With libfuse's 12 background requests, that many stalled reads would stop the mount. A request that
@@ -27,9 +28,17 @@
 /* As in device.py */
 #define INIT_DONE 1
 #define INIT_PARALLEL 2
+#define INIT_PASSTHROUGH 4
 
-static uint32_t offered;
-static int with_readahead;
+/* Of protocol 7.40; headers may be older. max_stack_depth is the first unused word after flags2, and backing_id the padding
+ * of struct fuse_open_out. With a depth of 1, backing files may not lie on an overlay, and an overlay may lie on this mount:
+ * the kernel allows two in all. */
+#define OPEN_PASSTHROUGH (1 << 7)
+#define FLAGS2_PASSTHROUGH (1U << 5)
+#define MAX_STACK_DEPTH 1
+
+static uint32_t offered, offered2;
+static int with_readahead, with_passthrough;
 static atomic_int init_result;
 
 /* What a failed write means is in fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the request is over.
@@ -60,11 +69,12 @@ enum reply reply_send(int device, uint64_t unique, const void *body, size_t size
 	return errno == ENOMEM ? REPLY_FAILED : REPLY_GONE;
 }
 
-void reply_prepare(int readahead)
+void reply_prepare(int readahead, int passthrough)
 {
 	with_readahead = readahead;
+	with_passthrough = passthrough;
 	init_result = 0;
-	offered = 0;
+	offered = offered2 = 0;
 }
 
 int reply_init_result(void) { return init_result; }
@@ -75,14 +85,23 @@ size_t reply_expect(struct fuse_in_header *request, size_t size)
 
 	if (request->opcode == FUSE_INIT && size >= sizeof *request + offsetof(struct fuse_init_in, flags2))
 		offered = init->flags;
+	if (request->opcode == FUSE_INIT && size >= sizeof *request + sizeof *init && offered & FUSE_INIT_EXT)
+		offered2 = init->flags2;
 	request->unique |= (uint64_t)request->opcode << OPCODE_SHIFT;
 	return size;
 }
 
 /* libfuse before 3.17 does not ask for parallel directory operations, and none asks for cached symlinks unless
  * pyfuse3 does. */
-static void extend_init(struct fuse_init_out *out)
+static void extend_init(struct fuse_init_out *out, size_t size)
 {
+	if (with_passthrough && size >= sizeof *out && offered2 & FLAGS2_PASSTHROUGH) {
+		out->flags |= FUSE_INIT_EXT;
+		out->flags2 |= FLAGS2_PASSTHROUGH;
+		out->unused[0] = MAX_STACK_DEPTH;
+	} else {
+		offered2 = 0;
+	}
 	out->flags |= offered & (FUSE_PARALLEL_DIROPS | FUSE_CACHE_SYMLINKS);
 	if (!with_readahead)
 		out->max_readahead = 0;
@@ -118,12 +137,17 @@ static void extend(uint32_t opcode, void *body, size_t size)
 	struct fuse_open_out *opened = body;
 
 	if (opcode == FUSE_INIT && size >= offsetof(struct fuse_init_out, time_gran))
-		extend_init(body);
+		extend_init(body, size);
 	else if (opcode == FUSE_READDIRPLUS)
 		extend_listing(body, size);
 	else if (opcode == FUSE_OPENDIR && size >= sizeof *opened && opened->fh & CACHE_LISTING)
 		/* a directory that never changes: the kernel may keep its listing */
 		opened->open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+	else if (opcode == FUSE_OPEN && size >= sizeof *opened && opened->fh & PASSTHROUGH) {
+		/* the kernel (fs/fuse/iomode.c) takes no other flag beside this one that we would want */
+		opened->open_flags = OPEN_PASSTHROUGH;
+		opened->padding = opened->fh & INT32_MAX;
+	}
 }
 
 ssize_t reply_from_libfuse(int device, struct iovec *parts, int count)
@@ -139,6 +163,7 @@ ssize_t reply_from_libfuse(int device, struct iovec *parts, int count)
 	if (opcode == FUSE_INIT)
 		init_result = header->error ? header->error
 			    : written < 0 ? -errno
-			    : INIT_DONE | (offered & FUSE_PARALLEL_DIROPS ? INIT_PARALLEL : 0);
+			    : INIT_DONE | (offered & FUSE_PARALLEL_DIROPS ? INIT_PARALLEL : 0) |
+			      (offered2 & FLAGS2_PASSTHROUGH ? INIT_PASSTHROUGH : 0);
 	return written;
 }

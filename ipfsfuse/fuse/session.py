@@ -99,7 +99,9 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
 
 
 @contextlib.contextmanager
-def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahead: bool) -> Iterator[Session]:
+def opened(
+    operations: Operations, mountpoint: Path, allow_other: bool, readahead: bool, passthrough: bool = False
+) -> Iterator[Session]:
     """Mounts, and starts to read the device; nothing is answered yet. The mount is gone after the block.
 
     Without `readahead` the kernel asks for nothing that was not read. Raises MountFailed."""
@@ -107,7 +109,7 @@ def opened(operations: Operations, mountpoint: Path, allow_other: bool, readahea
         mount = open_mount(mountpoint, allow_other)
         stack.callback(close_mount, mount)
         try:
-            device = Device(readahead)
+            device = Device(readahead, passthrough)
         except OSError as exc:
             raise MountFailed(f"{mountpoint} can't be served: {exc.strerror}") from exc
         try:

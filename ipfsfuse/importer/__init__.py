@@ -1,4 +1,5 @@
-"""Takes files, folders and CAR files into the library, writes DAGs to CAR files, and checks both."""
+"""Takes files, folders and CAR files into the library, writes DAGs to CAR files and to nodes, and
+checks what is there."""
 
 from ipfsfuse.importer.add import Added, AddOptions, AddProgress, add
 from ipfsfuse.importer.cars import (
@@ -11,6 +12,7 @@ from ipfsfuse.importer.cars import (
     library_damage,
     verified,
 )
+from ipfsfuse.importer.push import push
 
 __all__ = [
     "AddOptions",
@@ -24,5 +26,6 @@ __all__ = [
     "export_to_stream",
     "import_car",
     "library_damage",
+    "push",
     "verified",
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout, nodes
+from ipfsfuse.dag import file_layout, nodes, values
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink, parse, prefix_length
 from ipfsfuse.dag.path import IpfsPath
@@ -114,7 +114,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
         if cid not in fetched:
             await _fetch([cid, *walk.upcoming(_FETCHED_AHEAD - 1)], get, fetched)
         block = fetched.pop(cid)
-        below = _links(cid, block)
+        below = links(cid, block)
         walk.add(below, None)
         multihash = cids.multihash(cid)
         if multihash in written or (not below and cids.inline(cid) is not None):
@@ -125,8 +125,9 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
             progress(writer.blocks, writer.size)
 
 
-def _links(cid: Cid, block: bytes) -> list[Cid]:
-    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, cids.DAG_CBOR):
+def links(cid: Cid, block: bytes) -> list[Cid]:
+    """What a block links. Raises Unsupported for a codec whose links can't be known, Malformed."""
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return nodes.links(cid, block)
 
@@ -173,12 +174,17 @@ async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
     `verified` and the parser raise."""
 
     async def fetch(wanted: Sequence[Cid]) -> list[Node]:
-        return [await threads.run_sync(parse, cid, await verified(cid, get)) for cid in wanted]
+        return [await threads.run_sync(parse, cid, await verified(cids.block_of(cid), get)) for cid in wanted]
 
     node = await drive(resolve(path), fetch)
     if not isinstance(node, File):
         kind = "a symlink" if isinstance(node, Symlink) else "a directory"
         raise IsADirectory(f"{path} is {kind}: only a file has content")
+    if nodes.holds_values(node.cid):
+        block, number = cids.value_place(node.cid)
+        found = await threads.run_sync(nodes.document, block, await verified(block, get))
+        yield memoryview(found.content(number))
+        return
     at = 0
     while at < node.size:
         for leaf in await drive(file_layout.leaves(node, at, _WINDOW, sure=True), fetch):
@@ -220,7 +226,7 @@ def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot
             for cid, _state in walk:
                 try:
                     block = _verified(cid, get)
-                    walk.add(_links(cid, block), None)
+                    walk.add(links(cid, block), None)
                 except IpfsFuseError as exc:
                     raise AddFailed(f"{file}: nothing was imported: {exc}") from exc
                 writer.put(cid, block)

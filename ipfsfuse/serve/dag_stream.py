@@ -44,8 +44,10 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
     way: list[Cid] = []
 
     async def node(cid: Cid) -> Node:
-        way.append(cid)
-        return await _parsed(cid, await get(cid))
+        block = cids.block_of(cid)
+        if block not in way[-1:]:
+            way.append(block)
+        return await _parsed(cid, await get(block))
 
     async def all_nodes(wanted: Sequence[Cid]) -> list[Node]:
         return [await node(cid) for cid in wanted]
@@ -59,6 +61,8 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
         if link is None:
             raise NotFound(f"{cids.brief(entity)} has no entry {name!r}")
         entity = link.cid
+    if cids.is_value(entity):  # the path ends within the last block of the way
+        entity = way.pop()
     return Place(way, entity)
 
 

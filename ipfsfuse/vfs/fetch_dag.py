@@ -12,7 +12,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout
+from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
 from ipfsfuse.dag.traversal import BlockWalk
@@ -95,10 +95,13 @@ class _Job:
 
     async def _file(self, file: File, scope: trio.CancelScope) -> None:
         try:
-            ref = FileRef(cids.canonical(file.cid), file.size)
-            if self._on_file is not None:
-                await self._on_file(ref)
-            await self._leaves(file, ref)
+            if nodes.holds_values(file.cid):  # it came with its block
+                self.totals.bytes += file.size
+            else:
+                ref = FileRef(cids.canonical(file.cid), file.size)
+                if self._on_file is not None:
+                    await self._on_file(ref)
+                await self._leaves(file, ref)
             self.totals.files += 1
             await self._on_progress(self.totals)
         except Exception as exc:

@@ -13,7 +13,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout
+from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request
@@ -89,7 +89,7 @@ class OpenFile:
         self._sure = False
         """True once a supposed leaf turned out to be an interior node: then every node is looked at."""
         self._scopes: set[trio.CancelScope] = set()
-        tree.cache.opened(self._ref)
+        tree.opened(self._ref)
 
     def close(self) -> None:
         """Ends what is still being fetched ahead."""
@@ -102,6 +102,9 @@ class OpenFile:
         size = min(size, self._file.size - offset)
         if size <= 0:
             return b""
+        if nodes.holds_values(self._file.cid):
+            document = await self._tree.document(self._file.cid)
+            return document.content(cids.value_place(self._file.cid)[1])[offset : offset + size]
         window = self._ahead.note(offset, size)
         if window is not None:
             self._tree.nursery.start_soon(self._bring, window)

@@ -160,7 +160,7 @@ class SubtreePrefetcher:
         return [link.cid for link in _links(node)] if node is not None else ()
 
     def _parsed(self, cid: Cid, block: bytes) -> Node | None:
-        if len(block) > nodes.MAX_PARSED_ON_LOOP:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP or nodes.holds_values(cid):
             return None
         try:
             node = nodes.parse(cid, block)
@@ -175,8 +175,9 @@ def _deeper(shard: Shard) -> list[Cid]:
 
 
 def _links(node: Node) -> Sequence[Link]:
-    """The links of a directory, or of one node of a HAMT. Nothing for any other node."""
-    return node.links if isinstance(node, Directory | Shard) else ()
+    """The links of a directory of UnixFS, or of one node of a HAMT. Nothing for any other node: the links of
+    other codecs state no sizes."""
+    return node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else ()
 
 
 class DirectoryPrefetcher:

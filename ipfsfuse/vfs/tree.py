@@ -17,6 +17,7 @@ from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
 from ipfsfuse.dag.traversal import Walk
+from ipfsfuse.dag.values import Document
 from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, NotFound, Unsupported
 from ipfsfuse.fileio import threads
 from ipfsfuse.vfs import attributes
@@ -28,6 +29,12 @@ T = TypeVar("T")
 
 NODES_WEIGHT = 8 << 20
 """Bytes of blocks whose parsed form is kept: it takes about one and a half times its block."""
+PARSED_TOGETHER = 2
+"""Large blocks that are parsed at a time: while it is, one takes several times its size."""
+REREAD_SECONDS = 1.0
+"""For which a large block may be read while it is its turn."""
+LARGE = 1000
+"""Large blocks that are remembered as such."""
 KNOWN = 50_000
 """CIDs whose attributes are remembered after their node is not, for listings."""
 
@@ -48,7 +55,11 @@ class Tree:
         self.use = use
         self.buffer_budget = BufferBudget()
         self.small_files = SmallFileBuffer()
+        self._parsing = trio.CapacityLimiter(PARSED_TOGETHER)
+        self._large: Lru[Cid, bool] = Lru(LARGE)
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
+        self._documents: Lru[Cid, Document] = Lru(NODES_WEIGHT)
+        """Of dag-cbor and dag-json blocks: what is in them may be looked up value by value."""
         self._known: Lru[Cid, Attributes] = Lru(known)
         """By canonical CID: what was seen by one spelling is known by the others."""
         self._subtrees = SubtreePrefetcher(cache, self._remember, self.small_files) if use is None else None
@@ -58,6 +69,7 @@ class Tree:
             else None
         )
         cache.when_blocks_leave(self._nodes.clear)
+        cache.when_blocks_leave(self._documents.clear)
         if self._subtrees is not None:
             cache.when_blocks_leave(self._subtrees.forget)
 
@@ -79,17 +91,45 @@ class Tree:
         if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
             found = File(cid, known.size, known.size, ())
         if found is not None and self.use is not None:
-            self.use(cid, ahead=False)
+            self.use(cids.block_of(cid), ahead=False)
         return found
 
     async def _fetched(self, cid: Cid) -> Node:
-        _refuse_unshown(cid)
+        nodes.refuse_unshown(cid)
+        if self._large.get(cid):
+            return await self._parsed_in_turn(cid)
+        if nodes.holds_values(cid):
+            document = await self.document(cid)
+            node = nodes.value_node(cid, document)
+            self._remember(node, node.links.size + document.size if isinstance(node, Directory) else 0)
+            return node
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
         if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
-            node = await threads.run_sync(nodes.parse, cid, block)
-        else:
-            node = nodes.parse(cid, block)
+            self._large.put(cid, True)
+            if self._parsing.available_tokens < 1:
+                del block
+                return await self._parsed_in_turn(cid)
+            async with self._parsing:
+                return await self._parsed(cid, block)
+        node = nodes.parse(cid, block)
+        self._remember(node, len(block))
+        return node
+
+    async def _parsed_in_turn(self, cid: Cid) -> Node:
+        """The node of a large block. It is read, from where it was staged or lies, when it is its turn: forty
+        of 2 MiB in hand would take 300 MiB with what lies between them. If that takes long, its turn
+        passes."""
+        async with self._parsing:
+            block = None
+            with trio.move_on_after(REREAD_SECONDS):
+                block = await self._block(cid)
+            if block is not None:
+                return await self._parsed(cid, block)
+        return await self._parsed(cid, await self._block(cid))
+
+    async def _parsed(self, cid: Cid, block: bytes) -> Node:
+        node = await threads.run_sync(nodes.parse, cid, block)
         self._remember(node, len(block))
         return node
 
@@ -98,6 +138,23 @@ class Tree:
         if cids.codec(node.cid) != cids.RAW:
             self._nodes.put(node.cid, node, size + 64)
         self._known.put(cids.canonical(node.cid), attributes.of_node(node))
+
+    async def document(self, cid: Cid) -> Document:
+        """The values of a dag-cbor or dag-json block: that of `cid`, or of the value `cid`."""
+        block_cid = cids.block_of(cid)
+        found = self._documents.get(block_cid)
+        if found is not None:
+            if self.use is not None:
+                self.use(block_cid, ahead=False)
+            return found
+        inline = cids.inline(block_cid)
+        block = await self._block(block_cid) if inline is None else inline
+        if len(block) > nodes.MAX_VALUES_ON_LOOP:
+            found = await threads.run_sync(nodes.document, cid, block)
+        else:
+            found = nodes.document(cid, block)
+        self._documents.put(block_cid, found, found.size + 64)
+        return found
 
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
@@ -202,9 +259,14 @@ class Tree:
     def used(self, cid: Cid, size: int) -> None:
         """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it
         already."""
-        self.cache.opened(FileRef(cids.canonical(cid), size))
+        self.opened(FileRef(cids.canonical(cid), size))
         if self._prefetcher is not None:
             self._prefetcher.used(cid)
+
+    def opened(self, file: FileRef) -> None:
+        """Someone opened `file`. What is within a dag-cbor or dag-json block is no file of the cache."""
+        if not nodes.holds_values(file.cid):
+            self.cache.opened(file)
 
     def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
         """The contents of the files behind `cid` in its directory, as far as they have come and its reader
@@ -233,10 +295,3 @@ def _carried(cid: Cid) -> Attributes | None:
         return attributes.of_node(nodes.parse(cid, block)) if block is not None else None
     except (Malformed, Unsupported):  # a lookup of it will raise
         return None
-
-
-def _refuse_unshown(cid: Cid) -> None:
-    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB):
-        raise Unsupported(
-            f"{cids.text(cid)} is {cids.codec_name(cid)}: only UnixFS (dag-pb) and raw blocks are shown"
-        )

@@ -4,6 +4,7 @@ cache."""
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def make(scale: Scale) -> Path:
 def _once(where: Path, scale: Scale, fill: Callable[[Path, Scale], None]) -> None:
     if where.exists():
         return
-    print(f"making {where}", flush=True)
+    print(f"making {where}", file=sys.stderr, flush=True)
     unfinished = where.with_suffix(".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ipfsfuse import client
+from scripts.benches import _jobs
 from scripts.benches._jobs import Prefix
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, Mounted, command_of, wait_until
@@ -50,8 +52,8 @@ class Way:
     def cold(self) -> None:
         drop_caches()
 
-    def page_cache_dropped(self) -> None:
-        drop_caches()
+    def settle(self, path: Path) -> None:
+        """Before a warm run is timed: waits until what the way does behind its first reader is done."""
 
     def close(self) -> None:
         pass
@@ -69,10 +71,11 @@ class Ours(Way):
         cids: dict[str, str],
         places: dict[str, str],
         user: bool = False,
+        options: tuple[str, ...] = (),
     ) -> None:
         """`places`: what its environment says about the library and the node's repository."""
         super().__init__(name, {})
-        self._source, self._cids = source, cids
+        self._source, self._cids, self._options = source, cids, options
         self.prefix = tuple(command_of(NOBODY)) if user else ()
         self._home = Home(folder)
         self._home.env |= places
@@ -109,15 +112,27 @@ class Ours(Way):
             "20GiB",
             "--pins",
             "none",
+            *self._options,
         ]
-        told = subprocess.run(
-            [*command, str(self._home.mountpoint)],
-            env=self._home.env,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        return _mount_of(told, self._home)
+        done = subprocess.run(
+            [*command, str(self._home.mountpoint)], env=self._home.env, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"scripts/bench: the way {self.name} can't be mounted: {done.stderr.strip()}")
+        return _mount_of(done.stdout, self._home)
+
+    def settle(self, path: Path) -> None:
+        """With --passthrough the file is read whole once, and then verified whole."""
+        if self.mount is None or "--passthrough" not in self._options:
+            return
+        _jobs.read(self.prefix, path)
+        control = self.mount.control
+        wait_until(
+            lambda: (
+                (state := client.call(control, "status")["passthrough"])["verified"] and not state["waiting"]
+            ),
+            "it is verified",
+        )
 
     def close(self) -> None:
         if self.mount is not None:

@@ -25,7 +25,7 @@ from scripts.benches._datasets import Scale
 from scripts.benches._ways import KuboMount, Ours, Rclone, Way, cpu_seconds, drop_caches
 from tests.kubo.node import Node
 
-NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY = (
+NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY, PASSTHROUGH = (
     "native",
     "root",
     "user",
@@ -33,11 +33,14 @@ NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY = (
     "kubo",
     "rclone",
     "library",
+    "passthrough",
 )
-"""`http`: as root, from the node's ports alone."""
+"""`http`: as root, from the node's ports alone. `passthrough`: as root, with --passthrough, after the file
+was verified whole."""
 ALL = (NATIVE, ROOT, USER, KUBO)
 WITH_HTTP = (*ALL, HTTP)
 WITH_RCLONE = (*ALL, HTTP, RCLONE)
+EVERY = (*WITH_RCLONE, LIBRARY, PASSTHROUGH)
 
 
 class Row(NamedTuple):
@@ -57,8 +60,10 @@ ROWS = {
         _jobs.read, "big", "large", "cold", WITH_RCLONE, KUBO, "5 times, and faster than rclone"
     ),
     "read-cold-library": Row(_jobs.read, "big", "large", "cold", (NATIVE, LIBRARY), NATIVE, "0.5 GB/s"),
-    "read-warm": Row(_jobs.read, "big", "large", "again", WITH_RCLONE, NATIVE, "0.95"),
-    "read-staged": Row(_jobs.read, "big", "large", "staged", (NATIVE, ROOT, USER), NATIVE, "0.5"),
+    "read-warm": Row(_jobs.read, "big", "large", "again", (*WITH_RCLONE, PASSTHROUGH), NATIVE, "0.95"),
+    "read-staged": Row(
+        _jobs.read, "big", "large", "staged", (NATIVE, ROOT, USER, PASSTHROUGH), NATIVE, "0.5"
+    ),
     "first-byte-large": Row(
         _jobs.first_byte, "big", "large", "cold", WITH_HTTP, KUBO, "1, and 1.2 of first-byte-1MiB at most"
     ),
@@ -72,7 +77,7 @@ ROWS = {
     "find-warm": Row(_jobs.find, "tree", "", "again", ALL, KUBO, "12"),
     "tar-cold": Row(_jobs.tar, "tree", "", "cold", WITH_HTTP, KUBO, "1"),
     "tar-warm": Row(_jobs.tar, "tree", "", "again", ALL, KUBO, "3.5"),
-    "random": Row(_jobs.random_reads, "big", "large", "staged", ALL, KUBO, "1"),
+    "random": Row(_jobs.random_reads, "big", "large", "staged", (*ALL, PASSTHROUGH), KUBO, "1"),
 }
 MEMORY = "memory"
 
@@ -85,13 +90,13 @@ def main() -> int:
         )
         return 1
     scale = _datasets.SMALL if options.small else _datasets.FULL
-    with _ways(scale, options.only or [*WITH_RCLONE, LIBRARY]) as ways:
+    with _ways(scale, options.only or list(EVERY)) as ways:
         results = [_measure(name, ROWS[name], ways, options.runs) for name in ROWS if name in options.rows]
         memory = _memory(ways[ROOT], scale) if MEMORY in options.rows and ROOT in ways else {}
     if options.json:
         print(json.dumps({"rows": [one.as_json() for one in results], "memory": memory}, indent=1))
     else:
-        print(_table.text(results, [name for name in (*WITH_RCLONE, LIBRARY) if name in ways]))
+        print(_table.text(results, [name for name in EVERY if name in ways]))
         for what, size in memory.items():
             print(f"resident, {what}: {size >> 20} MiB")
     return 0
@@ -108,7 +113,7 @@ def _options() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="WAY",
-        choices=[*WITH_RCLONE, LIBRARY],
+        choices=EVERY,
         help="measure this way alone; repeatable",
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*ROWS, MEMORY])}")
@@ -144,12 +149,21 @@ def _ways(scale: Scale, wanted: list[str]) -> Iterator[dict[str, Way]]:
             HTTP: lambda: Ours(HTTP, f"kubo+{node.api_url}", folder / HTTP, cids, {}),
             KUBO: lambda: KuboMount(KUBO, node, cids, folder / KUBO),
             RCLONE: lambda: Rclone(RCLONE, node, cids, folder / RCLONE),
+            PASSTHROUGH: lambda: Ours(
+                PASSTHROUGH, "kubo", folder / PASSTHROUGH, cids, places, options=("--passthrough",)
+            ),
             LIBRARY: lambda: Ours(
                 LIBRARY, "library", folder / LIBRARY, in_library, {"IPFSFUSE_LIBRARY": str(library)}
             ),
         }
-        if shutil.which("rclone") is None:
-            del makers[RCLONE]
+        missing = {
+            RCLONE: "" if shutil.which("rclone") else "there is no rclone",
+            USER: "" if os.stat("/dev/fuse").st_mode & 0o006 == 0o006 else "/dev/fuse is for root alone",
+        }
+        for name, why in missing.items():
+            if why:
+                del makers[name]
+                print(f"without the way {name}: {why}", file=sys.stderr, flush=True)
         ways = {name: make() for name, make in makers.items() if name in wanted}
         for way in ways.values():
             stack.callback(way.close)
@@ -188,6 +202,7 @@ def _measure(name: str, row: Row, ways: dict[str, Way], runs: int) -> _table.Res
             way.cold()
         for way in chosen:  # only now: making one cold drops all page caches
             row.job(way.prefix, way.path(row.data, row.below))
+            way.settle(way.path(row.data, row.below))
     for _ in range(runs):
         for way in chosen:
             _run(row, way, result)

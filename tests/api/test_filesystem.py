@@ -20,11 +20,6 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 ABSENT = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
-
-
 def tree(home: Home) -> str:
     folder = home.folder / "tree"
     (folder / "a" / "b").mkdir(parents=True)

@@ -15,11 +15,6 @@ TOP = Path(__file__).parents[2]
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
-
-
 def python(home: Home, program: str, *arguments: str) -> str:
     """What a Python program prints that knows nothing of ipfsfuse but its environment."""
     ran = subprocess.run(

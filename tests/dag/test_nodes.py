@@ -125,8 +125,6 @@ def test_what_breaks_a_rule_is_refused_by_name(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("codec", "name"),
     [
-        (0x71, "dag-cbor"),
-        (0x0129, "dag-json"),
         (0x51, "cbor"),
         (0x0200, "json"),
         (0x72, "libp2p-key"),

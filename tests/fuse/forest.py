@@ -121,7 +121,7 @@ def forest(many: int = 12) -> Forest:
     large = made.large([bytes([number]) * 5000 for number in range(4)])
     link, empty = made.symlink(b"raw-0"), made.directory({})
     malformed = made.bad(made.dag.block(b"\x12\x01no", cids.DAG_PB))
-    unshown = made.bad(cids.make(0x71, b"\x12\x20" + hashlib.sha256(b"unshown").digest()))
+    unshown = made.bad(cids.make(0x51, b"\x12\x20" + hashlib.sha256(b"unshown").digest()))
 
     def named(kind: str, some: list[Cid]) -> dict[bytes, Cid]:
         return {f"{kind}-{number}".encode(): cid for number, cid in enumerate(some)}

@@ -57,8 +57,8 @@ from ipfsfuse.fuse import device, session
 import pyfuse3
 
 class Limited(device.Device):
-    def __init__(self, readahead):
-        super().__init__(readahead)
+    def __init__(self, readahead, passthrough):
+        super().__init__(readahead, passthrough)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 20), -1))  # a thread's stack takes 8 MiB
 

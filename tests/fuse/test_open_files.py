@@ -44,6 +44,7 @@ class SmallTree:
 
     def __init__(self) -> None:
         self.cache, self.buffer_budget, self.small_files = Cache(), BufferBudget(), SmallFileBuffer()
+        self.opened = self.cache.opened
 
     async def file(self, cid: Cid) -> File:
         return File(cid, len(CONTENT), len(CONTENT), ())

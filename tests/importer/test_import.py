@@ -1,8 +1,10 @@
 """`import` and `fsck` of CAR files and of the library: all of it verified, and nothing kept of what is not whole."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,11 +99,11 @@ def test_damage_of_the_library_is_named_by_its_path(tmp_path: Path) -> None:
 def test_what_can_not_be_imported_is_one_line(tmp_path: Path, roots: int) -> None:
     home = Home(tmp_path)
     block = b"{}"
-    json_root = (cids.make(0x0129, multihash(block)), block)
-    file = write_car(tmp_path / "odd.car", [json_root[0]][:roots], [json_root])
+    git_root = (cids.make(0x78, multihash(block)), block)
+    file = write_car(tmp_path / "odd.car", [git_root[0]][:roots], [git_root])
     (tmp_path / "text").write_text("not a CAR")
     for path, why in [
-        (file, "dag-json" if roots else "names no roots"),
+        (file, "git-raw" if roots else "names no roots"),
         (tmp_path / "text", "not a CAR"),
         (tmp_path / "none", "not a file"),
         (tmp_path, "not a file"),
@@ -134,3 +136,37 @@ def test_cat_writes_files_and_blocks(tmp_path: Path) -> None:
     done = run(home, "cat", "--raw", cids.text(cbor[0]), "--from", wrong)
     assert (done.returncode, done.stdout) == (1, "")
     assert "do not match its CID" in done.stderr
+
+
+def test_a_library_is_backed_up_while_it_is_mounted_and_added_to(home: Home) -> None:
+    """By the lines in docs/SOURCES.md."""
+    before = [home.add(_file(home, f"before-{number}")) for number in range(3)]
+    backup, page = home.folder / "backup", Path("docs/SOURCES.md").read_text()
+    (lines,) = [line.strip() for line in page.splitlines() if line.startswith("    cp -a LIBRARY/roots")]
+    script = lines.replace("LIBRARY", str(home.library)).replace("BACKUP", str(backup))
+    script = script.replace("&&", "&& sleep 1 &&")  # roots that are written between the two are not copied
+    adding = [sys.executable, "-m", "ipfsfuse", "add", "-Q"]
+    with home.mounted("--from", "library") as mount:
+        for _ in range(2):
+            backup.mkdir(mode=0o700, exist_ok=True)
+            copy = subprocess.Popen(["sh", "-c", script])
+            new = _file(home, f"meanwhile-{time.monotonic_ns()}")
+            subprocess.run([*adding, new], env=home.env, check=True, capture_output=True)
+            assert copy.wait() == 0
+            assert all((mount.path / cid).read_text().startswith("before") for cid in before)
+    shutil.rmtree(home.library)
+    shutil.copytree(backup, home.library, symlinks=True)
+    home.library.chmod(0o700)
+    home.run("fsck", "--library")
+    kept = home.json("library", "--json")
+    assert {entry["cid"] for entry in kept} >= set(before)
+    with home.mounted("--from", "library") as mount:
+        for entry in kept:
+            assert (mount.path / entry["cid"]).read_text()
+    home.add(_file(home, "after"))
+
+
+def _file(home: Home, name: str) -> Path:
+    file = home.folder / name
+    file.write_text(f"{name} " * 50_000)
+    return file

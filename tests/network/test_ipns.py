@@ -24,11 +24,6 @@ NAMES = [str(name_of(key)) for key in KEYS]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
-
-
-@pytest.fixture
 def server() -> Iterator[NameServer]:
     with NameServer().serving() as server:
         yield server

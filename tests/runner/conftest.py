@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import PATIENCE, Home
+from tests.mounting import PATIENCE
 
 GUESTS = Path(__file__).parent / "guests"
 TOP = Path(__file__).parents[2]
@@ -105,11 +105,6 @@ def run(tree: Path, tmp_path: Path) -> Runner:
     return Runner(
         {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"}, tree
     )
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
 
 
 def lines(data: bytes) -> Sequence[str]:

@@ -1,11 +1,13 @@
 """`--ipns NAME`: what a name stands for when the run begins is a folder of the guest's."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.runner.conftest import DEMO, Runner, lines
 from tests.sources.ipns import NameServer, make, name_of
@@ -14,11 +16,6 @@ pytestmark = pytest.mark.fuse
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NAME = str(name_of(KEY))
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
 
 
 @pytest.fixture
@@ -96,3 +93,17 @@ def test_a_name_that_can_not_be_resolved_and_what_can_not_go_with_it(home: Home,
     server.records[NAME] = make(KEY, f"/ipfs/{tree(home)}/sub")
     clash = ["--from", "library", "--from", server.url, "--ipns", NAME, "--dir", f"{home.folder}::/ipns/x"]
     assert run(*clash, reader, "x").returncode == 2
+
+
+@pytest.mark.kubo
+def test_a_guest_reads_paths_through_dag_cbor(
+    home: Home, kubo_node: Node, build_guest: Callable[[str], Path]
+) -> None:
+    file = kubo_node.add(b"a file")
+    whole = {"file": {"/": file}, "list": [1, "two"]}
+    root = kubo_node.cmd("dag", "put", stdin=json.dumps(whole))
+    paths = [f"/ipfs/{root}/{name}" for name in ("file", "list/0", "list/1")]
+    said = Runner(home.env)("--from", kubo_node.gateway_url, build_guest("reach"), *paths).stdout
+    assert [line for line in lines(said) if line] == [
+        f"{path}: {content}" for path, content in zip(paths, ("a file", "1", "two"), strict=True)
+    ]

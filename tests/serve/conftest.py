@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from tests.mounting import PATIENCE, Home
@@ -79,8 +77,3 @@ def serving(home: Home, *options: str | Path) -> Iterator[Server]:
         _out, said = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, said
         assert "Traceback" not in said, said
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")

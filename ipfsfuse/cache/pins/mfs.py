@@ -6,7 +6,6 @@ Nothing here makes the node fetch anything. Concurrency: any number of tasks; on
 """
 
 import json
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -42,7 +41,7 @@ class NodeRpc(Protocol):
     for what the node says itself, and of kind "long" for an answer of more than `limit` bytes."""
 
     async def call(
-        self, command: str, arguments: Pairs = (), limit: int = ..., body: bytes = b"", headers: Pairs = ()
+        self, command: str, arguments: Pairs = (), limit: int = ..., file: bytes | None = None
     ) -> bytes: ...
 
 
@@ -59,10 +58,9 @@ class Mfs:
 
     async def put(self, cid: Cid, block: bytes) -> None:
         """Stores a block, unprotected until it is linked."""
-        body, headers = _form(block)
         codec = "raw" if cids.codec(cid) == cids.RAW else "dag-pb"
         arguments = [("cid-codec", codec), ("mhtype", "sha2-256"), ("pin", "false")]
-        answer = await self._call("block/put", arguments, body=body, headers=headers)
+        answer = await self._call("block/put", arguments, file=block)
         with _understood("block/put"):
             if cids.canonical(cids.parse(json.loads(answer)["Key"])) != cid:
                 raise SourceFailed("the node stored another block than it was sent", "node")
@@ -105,13 +103,12 @@ class Mfs:
         """Makes `path` a file that holds `data`, in place of whatever stands there. Folders above it are
         made."""
         arguments = [("arg", path), ("create", "true"), ("truncate", "true"), ("parents", "true")]
-        body, headers = _form(data)
         try:
-            await self._call("files/write", arguments, body=body, headers=headers)
+            await self._call("files/write", arguments, file=data)
         except (NotHere, SourceFailed):  # a folder of that name, or a file whose block the node has lost
             await self.remove(path)
             try:
-                await self._call("files/write", arguments, body=body, headers=headers)
+                await self._call("files/write", arguments, file=data)
             except NotHere as exc:
                 raise SourceFailed(str(exc), "node") from exc
 
@@ -166,38 +163,29 @@ class Mfs:
             return await threads.run_sync(_links, answer)
 
     async def _call(
-        self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, body: bytes = b"", headers: Pairs = ()
+        self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, file: bytes | None = None
     ) -> bytes:
         for pause in PAUSES:
             try:
-                return await self._once(command, arguments, limit, body, headers)
+                return await self._once(command, arguments, limit, file)
             except SourceFailed as exc:
                 if exc.kind == "long":  # as it will be the next time
                     raise
                 await trio.sleep(pause)
-        return await self._once(command, arguments, limit, body, headers)
+        return await self._once(command, arguments, limit, file)
 
     async def _once(
-        self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, body: bytes = b"", headers: Pairs = ()
+        self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, file: bytes | None = None
     ) -> bytes:
         self.requests += 1
         with trio.move_on_after(REQUEST_TIMEOUT):
             try:
-                return await self._rpc().call(command, arguments, limit, body, headers)
+                return await self._rpc().call(command, arguments, limit, file)
             except SourceFailed as exc:
                 if _NO_ENTRY in str(exc) and exc.kind == "node":
                     raise NotHere(str(exc)) from exc
                 raise
         raise SourceFailed(f"the node did not answer {command} within {REQUEST_TIMEOUT:g} s", "timeout")
-
-
-def _form(data: bytes) -> tuple[bytes, Pairs]:
-    """`data` as the file of a multipart form: the body, and its header."""
-    mark = secrets.token_hex(16)
-    head = 'Content-Disposition: form-data; name="data"; filename="data"'
-    start = f"--{mark}\r\n{head}\r\nContent-Type: application/octet-stream\r\n\r\n"
-    body = start.encode() + data + f"\r\n--{mark}--\r\n".encode()
-    return body, [("Content-Type", f"multipart/form-data; boundary={mark}")]
 
 
 def _links(answer: bytes) -> dict[str, Cid]:

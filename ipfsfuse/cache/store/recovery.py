@@ -208,6 +208,7 @@ async def measure(store: Store) -> None:
     """Counts all that lies in the folder besides staging files and packs, with what that may grow before the
     next time, and follows the free space of the file system."""
     rest = await threads.run_sync(store.rest_on_disk, limiter=store.io.upkeep)
+    store.free_lingering()
     await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
     store.note_room()
 
@@ -287,5 +288,6 @@ async def close(store: Store) -> None:
 def close_folders(store: Store) -> None:
     """After the last task of the store: a descriptor that is closed too early may be another file's by
     then."""
+    store.close_lingering()
     for each in (store.blocks.packs, store.staging, store.pin_records):
         each.folder.close()

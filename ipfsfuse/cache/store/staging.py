@@ -11,6 +11,7 @@ worker threads, and take the entry's lock for what must not cross a removal. Fil
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -88,6 +89,10 @@ class Extents:
         self._ends[low:high] = [part[1] for part in kept]
 
 
+Stamp = tuple[int, int, int, int]
+"""Inode number, size, and times of the last change: what differs once anybody has written to a file."""
+
+
 class Removed(Exception):
     """The entry was removed while a thread was about to write to it. Never leaves the cache."""
 
@@ -122,6 +127,12 @@ class Entry:
     """By `cache.clock`."""
     noted: float = field(default_factory=clock.now)
     """When its last use was written to the disk."""
+    stamp: Stamp | None = None
+    """Of a file that is being verified whole, or was: as it was then."""
+    verified: bool = False
+    """All of it was read back and found right in this run, and nothing was written since."""
+    held: bool = False
+    """The kernel reads it itself: nothing may be taken away from it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def gone(self) -> bool:
@@ -311,21 +322,38 @@ class Staging:
         finally:
             os.close(file)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: Entry) -> int | None:
         """Gives its space back at once, though threads may be reading it: they find it short.
 
-        The name goes first: a crash never leaves an empty file under a name that says it is whole."""
+        The name goes first: a crash never leaves an empty file under a name that says it is whole. Where the
+        kernel may still read it for others, nothing but the name goes. Then this returns the open file: its
+        space is free once `is_free` and it is closed."""
         with entry.lock:
             entry.dead = True
             try:
                 file = self._open(entry, os.O_RDWR)
             except FileNotFoundError:
-                return
+                return None
+            keep = False
             try:
                 self.folder.unlink(_name(entry))
-                os.ftruncate(file, 0)
+                keep = not self._is_ours_alone(entry, file)
+                if not keep:
+                    os.ftruncate(file, 0)
             finally:
-                os.close(file)
+                if not keep:
+                    os.close(file)
+            return file if keep else None
+
+    def _is_ours_alone(self, entry: Entry, file: int) -> bool:
+        """Whether nobody but us reads `entry`, which is open as `file`. Readers of a mount that has died may
+        still read what an earlier run left."""
+        if not entry.held and (entry.fresh or not entry.complete):
+            return True
+        try:
+            return not entry.held and is_free(file)
+        except OSError:  # no leases here, and so no passthrough
+            return True
 
     def punch(self, entry: Entry, start: int, end: int) -> int:
         """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not
@@ -335,7 +363,8 @@ class Staging:
                 return 0
             file = self._open(entry, os.O_RDWR)
             try:
-                punch_hole(file, start, end - start)
+                if self._is_ours_alone(entry, file):  # else what is fetched again is written over it
+                    punch_hole(file, start, end - start)
                 return _grown(entry, file)
             finally:
                 os.close(file)
@@ -343,7 +372,28 @@ class Staging:
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
         when = clock.to_wall(entry.last_used)
-        os.utime(_name(entry), (when, when), dir_fd=self.folder.fd(), follow_symlinks=False)
+        with entry.lock:
+            name, folder = _name(entry), self.folder.fd()
+            before = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))
+            os.utime(name, (when, when), dir_fd=folder, follow_symlinks=False)
+            if entry.stamp == before:
+                entry.stamp = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))
+
+    def stamp(self, entry: Entry) -> Stamp:
+        """As the file is now. Raises OSError."""
+        file = self._open_to_read(entry)
+        try:
+            return _stamp(os.fstat(file))
+        finally:
+            os.close(file)
+
+    def open_verified(self, entry: Entry) -> int | None:
+        """The file, open for reading, if it is as it was when it was verified whole. Raises OSError."""
+        file = self._open_to_read(entry)
+        if entry.verified and entry.stamp == _stamp(os.fstat(file)):
+            return file
+        os.close(file)
+        return None
 
     def _open_to_read(self, entry: Entry) -> int:
         try:
@@ -387,6 +437,21 @@ def digests_of(content: bytes | bytearray) -> bytes:
     """The BLAKE3 digests of the pieces of `content`, one behind the other."""
     view = memoryview(content)
     return b"".join([blake3(view[at : at + PIECE]).digest() for at in range(0, len(view), PIECE)])
+
+
+def _stamp(info: os.stat_result) -> Stamp:
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def is_free(file: int) -> bool:
+    """Whether nobody but the owner of the open file `file` has that file open or mapped. The kernel grants a
+    write lease only then (fcntl(2)). Raises OSError where the file system has no leases."""
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
 
 
 def _grown(entry: Entry, file: int) -> int:

@@ -8,7 +8,7 @@ threads.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
 from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
-from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging
+from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging, is_free
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -78,6 +78,10 @@ class Store:
         packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
+        self.completed: Callable[[Entry], None] = lambda _entry: None
+        """Called when a staging file got its final name."""
+        self._lingering: dict[int, int] = {}
+        """Bytes of files that have left while the kernel still reads them for others, by descriptor."""
         self._digests: Lru[Cid, bytes] = Lru(MAX_DIGESTS)
         """Those of the pieces of leaves that were verified, by the CIDs of the leaves."""
 
@@ -174,6 +178,7 @@ class Store:
 
     async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
         """A leaf that is not what its CID says: its space is given back."""
+        entry.verified = False
         if entry.fresh or entry.complete:  # else a crash may well have cut it short
             log.warning("%s: wrong bytes in the cache at %d, set aside", cids.text(entry.cid), leaf.offset)
         if entry.extents is not None:
@@ -259,6 +264,8 @@ class Store:
             if not entry.dead:
                 self.backoff.failed(cids.text(entry.cid), exc)
         self._settle(entry)
+        if entry.complete:
+            self.completed(entry)
 
     def note_use(self, file: FileRef) -> None:
         """A new use of a file. Its time is written to the disk now and then."""
@@ -333,18 +340,40 @@ class Store:
                 size = entry.disk
                 entry.dead = True
                 self.staging.forget(entry)
-                await threads.run_sync(self.staging.remove, entry, limiter=self.io.upkeep)
+                self.budget.let_go(key)
+                still_read = await threads.run_sync(self.staging.remove, entry, limiter=self.io.upkeep)
+                if still_read is not None:
+                    self._lingering[still_read] = size
+                    self.budget.stuck(size)
                 self.pins.remove(key)
         except OSError as exc:
             self.backoff.failed(f"{self.folder}: nothing can be removed", exc)
             self.budget.stuck(size)
+
+    @property
+    def lingering(self) -> int:
+        """Bytes on disk of what has left while the kernel still reads it for others."""
+        return sum(self._lingering.values())
+
+    def free_lingering(self) -> None:
+        """Stops counting what nobody reads any more."""
+        for file, size in list(self._lingering.items()):
+            if is_free(file):
+                os.close(file)
+                del self._lingering[file]
+                self.budget.stuck(-size)
+
+    def close_lingering(self) -> None:
+        """At the end."""
+        while self._lingering:
+            os.close(self._lingering.popitem()[0])
 
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""
         if cid is None:
             # else pinned meanwhile
             return sum(
-                [await self.budget.evict(key) for key in list(self.budget.arc) if key in self.budget.arc]
+                [await self.budget.evict(key) for key in self.budget.evictable() if not self.budget.kept(key)]
             )
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:

@@ -7,6 +7,7 @@ three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where th
 
 import base64
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -246,13 +247,13 @@ class Rpc:
         command: str,
         arguments: Headers = (),
         limit: int = 65536,
-        body: bytes = b"",
-        headers: Headers = (),
+        file: bytes | None = None,
     ) -> bytes:
-        """The response's body, of at most `limit` bytes. Raises NotHere if the node can't find something,
-        SourceFailed otherwise, also for a body that broke off."""
+        """The response's body, of at most `limit` bytes. `file` is sent as the file of a form. Raises NotHere
+        if the node can't find something, SourceFailed otherwise, also for a body that broke off."""
         repeatable = command in _REPEATABLE
         target = f"/api/v0/{command}" + (f"?{urlencode(arguments)}" if arguments else "")
+        headers, body = ((), b"") if file is None else _form(file)
         async with self.http.ask("POST", target, headers, body, repeatable=repeatable) as response:
             if response.status == 200:
                 return await response.read(limit)
@@ -272,3 +273,12 @@ class Rpc:
         if any(absent in message for absent in _ABSENT):
             raise NotHere(f"{self.name}: {message}")
         raise SourceFailed(f"{self.name} {command}: {message}", "node")
+
+
+def _form(file: bytes) -> tuple[Headers, bytes]:
+    """The header and the body of a multipart form with one file."""
+    mark = secrets.token_hex(16)
+    head = 'Content-Disposition: form-data; name="data"; filename="data"'
+    start = f"--{mark}\r\n{head}\r\nContent-Type: application/octet-stream\r\n\r\n"
+    body = b"".join((start.encode(), file, f"\r\n--{mark}--\r\n".encode()))
+    return [("Content-Type", f"multipart/form-data; boundary={mark}")], body

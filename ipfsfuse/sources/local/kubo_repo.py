@@ -260,9 +260,7 @@ class RepoWalk:
 
 def _below(cid: Cid, block: bytes) -> list[Cid]:
     """What a block links, but for what needs no source."""
-    if cids.codec(cid) != cids.DAG_PB:
-        return []
     try:
-        return [child for child in nodes.children(nodes.parse(cid, block)) if cids.known(child) is None]
+        return [child for child in nodes.links(cid, block) if cids.known(child) is None]
     except IpfsFuseError:  # the program that reads it gets the error
         return []

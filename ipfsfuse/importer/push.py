@@ -1,0 +1,179 @@
+"""`push`: a DAG to a Kubo node, in CARs of some blocks each, and a pin of it there.
+
+Concurrency: one task per push. The node is asked for some blocks side by side, so that what an earlier push
+brought is not sent again.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import trio
+
+from ipfsfuse.dag import car, dagpb
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.traversal import BlockWalk, Unexpanded
+from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.importer.cars import GetBlock, links, verified
+
+_TOGETHER = 32
+"""Blocks that are looked at together."""
+_ASKED_TOGETHER = 8
+"""Questions to the node at a time: with more it answers no faster."""
+_BATCH = 8 << 20
+"""Bytes of blocks after which they are sent."""
+_ROUNDS = 3
+"""How often what the node's garbage collection took meanwhile is sent again."""
+_ANSWER = 4 << 20
+"""Bytes of the answer to a pin: it says how far it is twice a second."""
+
+PushProgress = Callable[[int, int | None], None]
+"""Called with the bytes done so far, and the bytes in all as the root's links claim them."""
+
+
+class Node(Protocol):
+    """The RPC API of a node (`sources.http.kubo.Rpc`)."""
+
+    name: str
+
+    async def call(
+        self,
+        command: str,
+        arguments: Sequence[tuple[str, str]] = (),
+        limit: int = ...,
+        file: bytes | None = None,
+    ) -> bytes: ...
+
+
+class Pushed(NamedTuple):
+    """Blocks and bytes that were sent, and the blocks that were at the node already."""
+
+    blocks: int
+    bytes: int
+    present: int
+
+
+async def push(root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> Pushed:
+    """Sends all below `root` that the node does not have, and pins `root` there, recursively.
+
+    After a failure the next push goes on where this one ended, unless the node collects its garbage in
+    between. Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be
+    known, and SourceFailed."""
+    job = _Job(root, get, node, progress)
+    for last in [False] * (_ROUNDS - 1) + [True]:
+        await job.send_all()
+        try:
+            await _pin(root, node)
+            break
+        except NotHere as exc:
+            if last:
+                raise SourceFailed(
+                    f"{node.name} lost blocks while it got others: push again while it collects no garbage",
+                    "node",
+                ) from exc
+    return Pushed(job.blocks, job.bytes, job.present)
+
+
+async def _pin(root: Cid, node: Node) -> None:
+    """Raises NotHere for a block that the node does not have."""
+    text = cids.text(root)
+    said = await node.call("pin/add", [("arg", text), ("progress", "true"), ("offline", "true")], _ANSWER)
+    try:
+        pins = [str(pin) for line in said.splitlines() for pin in json.loads(line).get("Pins") or ()]
+        if [cids.canonical(cids.parse(pin)) for pin in pins] == [cids.canonical(root)]:
+            return
+    except Exception as exc:  # whatever it sent
+        raise SourceFailed(f"{node.name} pin/add: its answer can't be understood", "node") from exc
+    raise NotHere(f"{node.name}: the pin of {text} was not made")  # it failed after the answer had begun
+
+
+class _Job:
+    def __init__(self, root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> None:
+        self.blocks = self.bytes = self.present = 0
+        self._root, self._get, self._node, self._progress = root, get, node, progress
+        self._done = 0
+        self._total: int | None = None
+        self._batch: list[bytes] = []
+        self._waiting = 0
+
+    async def send_all(self) -> None:
+        self._done = self.present = 0
+        walk = BlockWalk([self._root], None)
+        while items := walk.take(_TOGETHER):
+            present = await self._present([item.cid for item in items])
+            below: list[Cid] = []
+            for item in items:
+                below += await self._one(item, item.cid in present)
+            walk.add(below, None)
+        await self._send()
+
+    async def _one(self, item: Unexpanded[None], present: bool) -> list[Cid]:
+        """Handles one block. Returns what it links."""
+        cid = item.cid
+        if present and cids.codec(cid) == cids.RAW:
+            self.present += 1
+            return []
+        block = await verified(cid, self._get)
+        if self._total is None:
+            self._total = _claimed(cid, block)
+        if present:
+            self.present += 1
+        elif cids.inline(cid) is None:
+            section = car.section_head(cid, len(block)) + block
+            self._batch.append(section)
+            self._waiting += len(section)
+            self.blocks += 1
+            self.bytes += len(block)
+            if self._waiting >= _BATCH:
+                await self._send()
+        self._done += len(block)
+        self._progress(self._done, self._total)
+        return links(cid, block)
+
+    async def _present(self, wanted: Sequence[Cid]) -> set[Cid]:
+        """Those that the node has itself."""
+        found: set[Cid] = set()
+        limit = trio.Semaphore(_ASKED_TOGETHER)
+        failed: list[Exception] = []
+
+        async def one(cid: Cid, scope: trio.CancelScope) -> None:
+            async with limit:
+                try:
+                    said = await self._node.call("block/stat", [("arg", cids.text(cid)), ("offline", "true")])
+                    found.add(cid)
+                    if cids.codec(cid) == cids.RAW:
+                        self._done += _size(said)
+                except NotHere:
+                    pass
+                except Exception as exc:
+                    failed.append(exc)
+                    scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for cid in wanted:
+                if cids.inline(cid) is None:
+                    nursery.start_soon(one, cid, nursery.cancel_scope)
+        if failed:
+            raise failed[0]
+        return found
+
+    async def _send(self) -> None:
+        if self._batch:
+            data = b"".join([car.encode_header([self._root]), *self._batch])
+            self._batch, self._waiting = [], 0
+            await self._node.call("dag/import", [("pin-roots", "false"), ("silent", "true")], file=data)
+
+
+def _size(said: bytes) -> int:
+    try:
+        return int(json.loads(said)["Size"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _claimed(cid: Cid, block: bytes) -> int | None:
+    """Bytes of the whole DAG, as the links of its root claim."""
+    if cids.codec(cid) != cids.DAG_PB:
+        return None
+    return len(block) + sum(link.tsize for link in dagpb.decode(block).links)

@@ -1,0 +1,166 @@
+"""`push`: a DAG of the library on a real Kubo node, and pinned there."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from tests.kubo.node import Node
+from tests.mounting import Home, wait_until
+
+
+def tree(home: Home, size: int = 6 << 20) -> str:
+    folder = home.folder / "tree"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "large").write_bytes(os.urandom(size))
+    (folder / "deep" / "er" / "small").write_text("small")
+    (folder / "deep" / "link").symlink_to("er/small")
+    return home.add(folder)
+
+
+def pinned(node: Node, cid: str) -> bool:
+    return cid in str(node.rpc("pin/ls", type="recursive").get("Keys", {}))
+
+
+@pytest.fixture
+def to(own_node: Node) -> str:
+    return f"kubo+{own_node.api_url}"
+
+
+def test_a_dag_of_the_library_is_pushed_pinned_and_there(home: Home, own_node: Node, to: str) -> None:
+    cid = tree(home)
+    first = home.json("push", cid, "--to", to, "--json")
+    assert first["blocks"] > 6
+    assert (first["present"], first["pinned"]) == (0, True)
+    assert pinned(own_node, cid)
+    own_node.gc()
+    assert own_node.cmd("cat", f"{cid}/deep/er/small") == "small"
+    large = (home.folder / "tree" / "large").read_bytes()
+    assert own_node.cmd("cat", f"{cid}/large", text=False) == large
+    again = home.json("push", cid, "--to", to, "--json")
+    assert (again["blocks"], again["bytes"], again["present"]) == (0, 0, first["blocks"])
+    home.env["IPFS_PATH"] = str(own_node.repo)
+    assert "pinned it there: 0 blocks sent" in home.run("push", cid).stdout
+
+
+def test_a_push_that_was_killed_goes_on_where_it_ended(home: Home, own_node: Node, to: str) -> None:
+    cid = tree(home, 64 << 20)
+    command = [sys.executable, "-m", "ipfsfuse", "push", cid, "--to", to]
+    process = subprocess.Popen(command, env=home.env)
+    try:
+        wait_until(lambda: own_node.rpc("repo/stat")["RepoSize"] > 12 << 20, "some blocks are there")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not pinned(own_node, cid)
+    told = home.json("push", cid, "--to", to, "--json")
+    assert told["present"] >= 8
+    assert told["blocks"] >= 1
+    assert pinned(own_node, cid)
+    assert int(own_node.rpc("dag/stat", arg=cid, progress=False)["TotalSize"]) > 64 << 20
+
+
+def test_a_terminal_sees_a_bar(home: Home, to: str) -> None:
+    cid = tree(home, 24 << 20)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, "-m", "ipfsfuse", "push", cid, "--to", to]
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(command, env=home.env, stdout=subprocess.PIPE, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := terminal.read(4096):
+                shown += data
+        except OSError:  # the other side is closed
+            pass
+        assert process.wait() == 0
+        assert process.stdout is not None
+        process.stdout.close()
+    assert b"pushing:" in shown
+    assert b"/24.0M" in shown
+
+
+def test_dag_cbor_and_identity_blocks_are_pushed(home: Home, own_node: Node, to: str) -> None:
+    other = own_node.cmd("dag", "put", "--pin=false", stdin=json.dumps({"a": [1, {"/": tree(home)}]}))
+    car = home.folder / "one.car"
+    car.write_bytes(own_node.cmd("block", "get", other, text=False))
+    raw = ("--from", to, "--from", "library")
+    told = home.json("push", other, "--to", to, "--json", *raw)
+    assert told["present"] == 1
+    assert pinned(own_node, other)
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A node that takes all and keeps nothing, or answers nonsense."""
+
+    answers: ClassVar[dict[str, tuple[int, bytes]]] = {}
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        command = self.path.partition("?")[0].removeprefix("/api/v0/")
+        status, body = self.answers.get(command, (200, b""))
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def odd() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"kubo+http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+MISSING = 500, b'{"Message": "block was not found locally (offline): ipld: could not find", "Code": 0}'
+
+
+@pytest.mark.parametrize(
+    ("pin", "says"),
+    [
+        (MISSING, "lost blocks"),
+        ((200, b'{"Progress":1}\n'), "lost blocks"),
+        ((200, b"\xff"), "can't be understood"),
+        ((200, b"[" * 100_000), "can't be understood"),
+        ((403, b"no"), "refused us"),
+    ],
+)
+def test_a_node_that_does_not_keep_what_it_was_sent_is_told_in_one_line(
+    home: Home, odd: str, pin: tuple[int, bytes], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cid = tree(home, 1000)
+    monkeypatch.setattr(Odd, "answers", {"block/stat": MISSING, "pin/add": pin})
+    home.refused("push", cid, "--to", odd, names=says)
+
+
+def test_what_can_not_be_pushed_is_said_in_one_line(home: Home, odd: str, tmp_path: Path) -> None:
+    absent = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
+    home.refused("push", absent, "--to", "https://gateway.example", names="not a Kubo node", code=2)
+    home.refused("push", "nothing", "--to", odd, names="not a CID", code=2)
+    home.refused("push", absent, "--to", "kubo", names="set IPFS_PATH")
+    Odd.answers = {"block/stat": MISSING}
+    home.refused("push", absent, "--to", odd, names="in no source")
+    began = time.monotonic()
+    home.refused("push", absent, "--to", "kubo+http://127.0.0.1:9", names="127.0.0.1:9")
+    assert time.monotonic() - began < 20

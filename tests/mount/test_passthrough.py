@@ -1,0 +1,363 @@
+"""`--passthrough`: the kernel reads staging files that were verified whole itself."""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipfsfuse import client
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from tests.dagging import Dag
+from tests.faults.gateway import Gateway, mounted
+from tests.mounting import NOBODY, Home, Mounted, command_of, wait_until
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="passthrough is for root")
+
+MIB = 1 << 20
+LEAF, LEAVES = 256 << 10, 6
+FILES = 20
+
+
+class Passed:
+    """A mount with --passthrough, and one file at its gateway that nobody has read yet."""
+
+    def __init__(self, home: Home, gateway: Gateway, mount: Mounted, cid: Cid, content: bytes) -> None:
+        self.home, self.gateway, self.mount, self.cid, self.content = home, gateway, mount, cid, content
+        self.path = mount.path / cids.text(cid)
+        self.staged = home.store / "staging" / cids.text(cid)
+        self._before = self.state()["verified"]
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = client.call(self.mount.control, "status")["passthrough"]
+        return state
+
+    def read_and_verify(self) -> None:
+        """Reads it once, and waits until it was verified whole."""
+        assert self.path.read_bytes() == self.content
+        self.wait_until_verified()
+
+    def wait_until_verified(self) -> None:
+        wait_until(
+            lambda: (state := self.state())["verified"] > self._before and not state["waiting"],
+            "it is verified",
+        )
+
+    def is_passed(self) -> bool:
+        return bool(self.state()["open"])
+
+    def evict(self) -> None:
+        client.call(self.mount.control, "evict", cid=cids.text(self.cid))
+
+
+def files_of(dag: Dag, count: int, size: int = LEAF) -> dict[Cid, bytes]:
+    dice = random.Random(3)
+    made = {}
+    for _ in range(count):
+        leaves = [dice.randbytes(size) for _ in range(LEAVES)]
+        made[dag.file(leaves)] = b"".join(leaves)
+    return made
+
+
+@pytest.fixture(scope="module")
+def unread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Passed]]:
+    """Files of one mount, each once."""
+    dag = Dag()
+    home = Home(tmp_path_factory.mktemp("passthrough"))
+    made = files_of(dag, FILES)
+    with mounted(home, dag, "--passthrough") as (gateway, mount):
+        yield (Passed(home, gateway, mount, cid, content) for cid, content in made.items())
+
+
+@pytest.fixture
+def passed(unread: Iterator[Passed]) -> Passed:
+    return next(unread)
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        old = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([old ^ 1]))
+
+
+def test_the_kernel_reads_a_file_that_was_verified_whole(passed: Passed) -> None:
+    """By read, pread, mmap, sendfile and copy, after a fork, and however many have it open."""
+    passed.read_and_verify()
+    asked = sum(passed.gateway.asked.values())
+    with passed.path.open("rb") as file, passed.path.open("rb") as other:
+        assert passed.state()["open"] == 1
+        assert "disk is trusted" in passed.state()["trust"]
+        assert file.read() == other.read() == passed.content
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[:] == passed.content
+        copy = passed.home.folder / "copy"
+        with copy.open("wb") as out:
+            at = 0
+            while at < len(passed.content):
+                at += os.sendfile(out.fileno(), file.fileno(), at, len(passed.content))
+        assert copy.read_bytes() == passed.content
+        shutil.copyfile(passed.path, copy)
+        assert copy.read_bytes() == passed.content
+        child = os.fork()
+        if not child:
+            os._exit(
+                os.pread(file.fileno(), 100, 5 * LEAF - 50) != passed.content[5 * LEAF - 50 : 5 * LEAF + 50]
+            )
+        assert os.waitpid(child, 0)[1] == 0
+        assert passed.is_passed()
+    wait_until(lambda: not passed.is_passed(), "it is closed")
+    assert sum(passed.gateway.asked.values()) == asked
+
+
+def test_an_inode_that_is_open_through_the_daemon_stays_so_until_its_last_release(passed: Passed) -> None:
+    """Else the kernel fails the open with EIO."""
+    with passed.path.open("rb") as first:
+        assert first.read() == passed.content
+        passed.wait_until_verified()
+        with passed.path.open("rb") as second:
+            assert second.read() == passed.content
+            assert not passed.is_passed()
+        with passed.path.open("rb") as third:
+            assert not passed.is_passed()
+            first.close()
+            assert third.read() == passed.content
+    with passed.path.open("rb") as fourth:
+        assert passed.is_passed()
+        assert fourth.read() == passed.content
+
+
+def test_many_open_and_close_while_it_is_being_verified(passed: Passed) -> None:
+    failed: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        dice = random.Random(seed)
+        try:
+            for _ in range(60):
+                with passed.path.open("rb") as file:
+                    at = dice.randrange(len(passed.content) - 5000)
+                    assert os.pread(file.fileno(), 5000, at) == passed.content[at : at + 5000]
+                    if dice.random() < 0.2:
+                        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                            assert mapped[at : at + 5000] == passed.content[at : at + 5000]
+        except BaseException as exc:
+            failed.append(exc)
+
+    passed.read_and_verify()
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    assert failed == []
+    wait_until(lambda: not passed.is_passed(), "all are closed")
+
+
+@pytest.mark.parametrize("how", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND])
+def test_nobody_writes_to_a_backing_file(passed: Passed, how: int) -> None:
+    passed.read_and_verify()
+    with passed.path.open("rb"):
+        assert passed.is_passed()
+        with pytest.raises(PermissionError):
+            os.open(passed.path, how)
+    with pytest.raises(PermissionError):
+        os.open(passed.path, how)
+    assert passed.staged.read_bytes() == passed.content
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_changed_the_staging_file_has_it_verified_again(passed: Passed, when: str) -> None:
+    """Before the proof a flip fails it; after it, the file's times tell."""
+    if when == "after":
+        passed.read_and_verify()
+    else:
+        assert passed.path.read_bytes() == passed.content
+        wait_until(passed.staged.exists, "it is staged")
+    for leaf in range(3):
+        flip(passed.staged, leaf * LEAF + 77)
+        with passed.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert file.read() == passed.content
+    assert passed.path.read_bytes() == passed.content
+    passed.wait_until_verified()
+    with passed.path.open("rb") as file:
+        assert passed.is_passed()
+        assert file.read() == passed.content
+
+
+def test_an_evicted_file_is_read_to_its_end_and_counts_until_then(passed: Passed) -> None:
+    passed.read_and_verify()
+    used = client.call(passed.mount.control, "status")["cache"]["used"]
+    with passed.path.open("rb") as file:
+        assert passed.is_passed()
+        passed.evict()
+        assert not passed.staged.exists()
+        assert passed.state()["lingering"] >= len(passed.content)
+        assert client.call(passed.mount.control, "status")["cache"]["used"] >= used - LEAF
+        assert file.read() == passed.content
+    assert passed.path.read_bytes() == passed.content, "fetched again"
+    wait_until(lambda: not passed.state()["lingering"], "its space is free")
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+@contextlib.contextmanager
+def mapped_alone(path: Path, size: int) -> Iterator[int]:
+    """The address of a mapping of a file that is not open any more (Python's mmap keeps it open)."""
+    with path.open("rb") as file:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    try:
+        yield address
+    finally:
+        _libc.munmap(address, size)
+
+
+def is_intact(address: int, content: bytes) -> bool:
+    """Whether `content` is mapped there. A hole in it would end a process by SIGBUS: a child looks."""
+    child = os.fork()
+    if not child:
+        os._exit(ctypes.string_at(address, len(content)) != content)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_mapping_outlives_the_last_release_and_is_never_cut_short(passed: Passed) -> None:
+    """The kernel maps the backing file itself: no RELEASE tells when that ends."""
+    passed.read_and_verify()
+    with mapped_alone(passed.path, len(passed.content)) as address:
+        wait_until(lambda: passed.state()["mapped"] and not passed.state()["open"], "it is closed")
+        with passed.path.open("rb") as file:
+            assert passed.is_passed(), "and may be opened again"
+            assert file.read() == passed.content
+        wait_until(lambda: not passed.state()["open"], "it is closed again")
+        passed.evict()
+        assert passed.state()["lingering"] >= len(passed.content)
+        assert is_intact(address, passed.content)
+    wait_until(lambda: not passed.state()["lingering"] and not passed.state()["mapped"], "its space is free")
+
+
+def test_what_is_open_is_not_chosen_for_eviction_and_the_budget_holds(home: Home) -> None:
+    budget = 20 * MIB
+    dag = Dag()
+    made = files_of(dag, 5, MIB)
+    with mounted(home, dag, "--passthrough", "--budget", "20MiB", "--reserve", "0") as (gateway, mount):
+        first, *others = [Passed(home, gateway, mount, cid, content) for cid, content in made.items()]
+        first.read_and_verify()
+        with first.path.open("rb") as file:
+            assert first.is_passed()
+            for other in others:
+                assert other.path.read_bytes() == other.content
+                files = [each for each in home.store.rglob("*") if each.is_file()]
+                assert sum(each.stat().st_blocks * 512 for each in files) <= budget
+            assert first.staged.exists()
+            assert file.read() == first.content
+            wait_until(lambda: first.state()["verified"] > 1, "another one is verified")
+            with others[-1].path.open("rb") as more:
+                assert first.state()["open"] == 1, "no more than half of the budget is held"
+                assert more.read() == others[-1].content
+
+
+def test_readers_of_a_mount_that_was_killed_are_not_cut_short(home: Home) -> None:
+    dag = Dag()
+    [(cid, content)] = files_of(dag, 1).items()
+    with mounted(home, dag, "--passthrough") as (gateway, mount):
+        one = Passed(home, gateway, mount, cid, content)
+        one.read_and_verify()
+        file = one.path.open("rb")
+        with mapped_alone(one.path, len(content)) as address:
+            os.kill(mount.pid, signal.SIGKILL)
+            wait_until(lambda: not os.path.ismount(mount.path), "it is unmounted")
+            with mounted(home, dag) as (_gateway, next_mount):
+                client.call(next_mount.control, "evict", cid=cids.text(cid))
+                assert not one.staged.exists()
+                assert is_intact(address, content)
+                assert file.read() == content
+        file.close()
+
+
+def test_an_overlay_on_the_mount_shows_the_same(passed: Passed) -> None:
+    passed.read_and_verify()
+    upper = passed.home.folder / "overlay"
+    upper.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", upper], check=True)
+    try:
+        for name in ("upper", "work", "merged"):
+            (upper / name).mkdir()
+        options = f"lowerdir={passed.mount.path},upperdir={upper}/upper,workdir={upper}/work"
+        made = subprocess.run(
+            ["mount", "-t", "overlay", "overlay", "-o", options, upper / "merged"], capture_output=True
+        )
+        if made.returncode:
+            pytest.skip(f"no overlay on a mount here: {made.stderr.decode()}")
+        try:
+            with (upper / "merged" / cids.text(passed.cid)).open("rb") as file:
+                assert passed.is_passed()
+                assert file.read() == passed.content
+                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                    assert mapped[:] == passed.content
+        finally:
+            subprocess.run(["umount", upper / "merged"], check=True)
+    finally:
+        subprocess.run(["umount", upper], check=True)
+
+
+def test_a_cache_folder_on_an_overlay_is_refused(home: Home) -> None:
+    folder = home.folder / "on-overlay"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    try:
+        for name in ("lower", "upper", "work", "merged"):
+            (folder / name).mkdir()
+        options = f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, folder / "merged"], check=True)
+        try:
+            cache = folder / "merged" / "cache"
+            home.refused(
+                "mount", "--passthrough", "--cache-dir", cache, home.mountpoint, names="on a local disk"
+            )
+        finally:
+            subprocess.run(["umount", folder / "merged"], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_root_without_the_capability_is_refused(home: Home) -> None:
+    drop = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+    home.refused("mount", "--passthrough", home.mountpoint, names="root (CAP_SYS_ADMIN)", wrapper=drop)
+
+
+def test_an_ordinary_user_is_refused(home: Home) -> None:
+    for path in (home.folder, home.mountpoint, home.runtime):
+        os.chown(path, NOBODY, NOBODY)
+    for parent in home.folder.parents[:2]:
+        parent.chmod(0o755)
+    home.refused("mount", "--passthrough", home.mountpoint, names="root", wrapper=command_of(NOBODY))
+
+
+def test_recording_needs_to_see_every_read(home: Home) -> None:
+    record = home.folder / "record"
+    home.refused("mount", "--passthrough", "--record", record, home.mountpoint, names="--record", code=2)
+
+
+def test_content_that_is_read_in_place_is_read_through_the_daemon(home: Home) -> None:
+    (home.folder / "large").write_bytes(content := random.Random(1).randbytes(5 * LEAF))
+    cid = home.add(home.folder / "large")
+    with home.mounted("--passthrough", "--from", "library") as mount:
+        for _ in range(2):
+            with (mount.path / cid).open("rb") as file:
+                assert file.read() == content
+                assert not mount.status()["passthrough"]["open"]
