@@ -257,6 +257,8 @@ def _mounts(commands: Any) -> None:
     doctor.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    doctor.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
+    doctor.add_argument("--allow-private-providers", action="store_true", help="as for mount")
     _folders(doctor)
 
 
