@@ -142,7 +142,11 @@ def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = Tr
 def _has_ended(pid: int, folder: Path) -> bool:
     """Whether the daemon of a cache folder has ended. In a PID namespace a living one may not be seen; the
     lock of its folder tells."""
-    return not os.path.exists(f"/proc/{pid}") and cache_folder.is_free(folder)
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        state = "X"
+    return state in ("X", "Z") and cache_folder.is_free(folder)  # dead, or a zombie (proc_pid_stat(5))
 
 
 def control_socket(arguments: argparse.Namespace) -> Path:
