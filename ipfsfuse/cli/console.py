@@ -96,8 +96,7 @@ def one_line(exc: BaseException) -> str:
             said = f"standard output can't be written: {said}"  # what has a name is named where it is written
     else:
         said = (
-            f"an error that nobody foresaw, {type(exc).__name__}: {str(exc).strip()} "
-            "(IPFSFUSE_TRACEBACK=1 shows where)"
+            f"unexpected error, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"
         )
     return printable(said.strip())
 
