@@ -87,13 +87,13 @@ class Names:
         if self._resolver is None:
             from ipfsfuse.sources.names.dnslink import open_dns
             from ipfsfuse.sources.names.resolver import Resolver
-            from ipfsfuse.sources.names.router import Router
+            from ipfsfuse.sources.routing.router import open_routers
 
             config = self._config
             dns = None if config.offline else open_dns(config.dns, self._http)
             if dns is not None:
                 self._stack.push_async_callback(dns.aclose)
-            routers = [] if config.offline else [Router(url, self._http) for url in config.routers]
+            routers = open_routers(() if config.offline else config.routers, self._http)
             for router in routers:
                 self._stack.push_async_callback(router.aclose)
             sources = [each for each in self._sources if isinstance(each, Gateway | Kubo)]

@@ -56,10 +56,6 @@ def block_key(cid: Cid) -> bytes:
     return cids.canonical(cid) if cids.codec(cid) == cids.RAW else cids.multihash(cid)
 
 
-def leaf_key(leaf: Leaf) -> bytes:
-    return cids.canonical(leaf.cid)
-
-
 def cid_of(key: bytes) -> Cid:
     """The CID that a key stands for: itself, or that of a dag-pb block with this multihash."""
     return Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key)
@@ -312,7 +308,7 @@ class Reader:
                 self.hits += 1
                 return await content_of(leaf, block)
         result = await self._flights.join_early(
-            leaf_key(leaf),
+            cids.canonical(leaf.cid),
             partial(self._bring_leaf, file, leaf, early),
             ended=not early,
         )
@@ -386,7 +382,7 @@ class Reader:
         staged: list[Leaf] = []
         rest: list[Leaf] = []
         for leaf in leaves:
-            flies = leaf_key(leaf) in self._flights
+            flies = cids.canonical(leaf.cid) in self._flights
             if not flies and file.size > SMALL and await self.store.has_leaf(file, leaf):
                 staged.append(leaf)
             else:
@@ -408,7 +404,7 @@ class Reader:
         listening = True
         by_key: dict[bytes, list[Leaf]] = {}
         for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
-            by_key.setdefault(leaf_key(leaf), []).append(leaf)
+            by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
 
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
             keys = batch.keys
@@ -473,7 +469,7 @@ async def read_staged_ahead(
     that are right, and returns them. A caller that wants one of them meanwhile waits for this."""
     came: set[Leaf] = set()
     listening = True
-    by_key: dict[bytes, Leaf] = {leaf_key(leaf): leaf for leaf in leaves}
+    by_key: dict[bytes, Leaf] = {cids.canonical(leaf.cid): leaf for leaf in leaves}
 
     async def fetch(batch: Batch[bytes, FetchResult]) -> None:
         queue = _stretches([by_key[key] for key in batch.keys])
@@ -482,7 +478,7 @@ async def read_staged_ahead(
             for stretch in queue:
                 for leaf, data in zip(stretch, await store.leaves(file, stretch), strict=True):
                     if data is not None:
-                        key = leaf_key(leaf)
+                        key = cids.canonical(leaf.cid)
                         batch.resolve(key, FetchResult(data, None, False))
                         batch.staged(key)
                         if listening:

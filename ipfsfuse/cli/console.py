@@ -5,6 +5,7 @@ gateways and nodes, and arguments can hold escape codes, which a terminal would 
 would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
 """
 
+import errno
 import json
 import os
 import shutil
@@ -28,17 +29,28 @@ COLOURS = {
 """Of words that say how something is doing."""
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """None is a standard stream that was closed when the program started."""
+    return stream is not None and stream.isatty()
+
+
 def paint(text: str, style: str | None, stream: TextIO | None = None) -> str:
     """`text`, printable already, in a colour where `stream` (standard output) is a terminal that shows
     colours and the user wants them (https://no-color.org)."""
-    out = sys.stdout if stream is None else stream
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb" or not out.isatty()
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    plain = unwanted or not is_terminal(sys.stdout if stream is None else stream)
     return text if style is None or plain else f"\x1b[{_SGR[style]}m{text}\x1b[0m"
 
 
 def line(text: str, style: str | None = None) -> None:
     """One line of the command's output."""
     print(paint(printable(text), style))
+
+
+def flush() -> None:
+    """Writes what was printed. Raises OSError where it can't be written."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def text(content: str) -> None:
@@ -79,11 +91,12 @@ def one_line(exc: BaseException) -> str:
     if isinstance(exc, IpfsFuseError):
         said = str(exc)
     elif isinstance(exc, OSError):
-        said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else str(exc)
+        said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else exc.strerror or str(exc)
+        if exc.filename is None and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            said = f"standard output can't be written: {said}"  # what has a name is named where it is written
     else:
         said = (
-            f"an error that nobody foresaw, {type(exc).__name__}: {str(exc).strip()} "
-            "(IPFSFUSE_TRACEBACK=1 shows where)"
+            f"unexpected error, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"
         )
     return printable(said.strip())
 
@@ -123,7 +136,7 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     ]
     right = [isinstance(value, int | float | None) for value in rows[0].values()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns:
+    if is_terminal(sys.stdout) and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns:
         for row_cells in cells[1:]:
             for number, (label, cell) in enumerate(zip(cells[0], row_cells, strict=True)):
                 _labelled(f"  {'  ' if number else ''}{label}:", cell)
@@ -266,7 +279,7 @@ class Progress:
 
     def __call__(self, values: Mapping[str, Any]) -> None:
         done, total, unit = values.get("done", 0), values.get("total"), values.get("unit", "B")
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             self._show_bar(done, total, unit, values.get("what"))
         elif time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()

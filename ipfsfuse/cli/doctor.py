@@ -63,7 +63,9 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _descriptors()
     yield from _mounts(cache_dir)
     if arguments.sources:
-        for source, failure in _source_failures(defaults.chosen(arguments.sources), library, cache_dir):
+        sources, routers = defaults.chosen(arguments.sources), arguments.routers or ()
+        private = arguments.allow_private_providers
+        for source, failure in _source_failures(sources, library, cache_dir, routers, private):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
                 yield Finding(OK, shown, "answers")
@@ -319,7 +321,7 @@ PROBE_SECONDS = 10.0
 
 
 def _source_failures(
-    sources: Sequence[str], library: Path, cache_dir: Path
+    sources: Sequence[str], library: Path, cache_dir: Path, routers: Sequence[str], allow_private: bool
 ) -> Iterator[tuple[str, str | None]]:
     """(SOURCE, why it can't be used or None) for each: opened as a mount would, and asked for one block."""
     import trio  # 200 ms with what follows, and only where sources are named
@@ -327,8 +329,12 @@ def _source_failures(
     from ipfsfuse.dag import cid as cids
     from ipfsfuse.sources.spec import OpenSettings, opened
 
+    settings = OpenSettings(
+        library, cache_folder.indexes(cache_dir), routers=routers, allow_private_providers=allow_private
+    )
+
     async def probe(text: str) -> None:
-        async with opened([text], OpenSettings(library, cache_folder.indexes(cache_dir))) as opened_sources:
+        async with opened([text], settings) as opened_sources:
             for source in opened_sources:
                 with suppress(NotHere), trio.fail_after(PROBE_SECONDS):  # an answer too
                     await source.get(cids.parse(EMPTY_DIRECTORY))

@@ -90,17 +90,29 @@ def live_mount(point: Path, given_cache_dir: str | None, must: bool = True) -> "
     return None
 
 
-def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Path:
-    """The control socket of the mount that the arguments mean. Raises DaemonFailed where `mounted_at` is not
+class Daemon(NamedTuple):
+    """Whoever serves a mount, or served it last."""
+
+    control: Path
+    """Its control socket."""
+    pid: int | None
+    mountpoint: Path | None
+
+
+def last_daemon(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Daemon:
+    """That of the mount that the arguments mean, dead or alive. Raises DaemonFailed where `mounted_at` is not
     one that can be asked."""
     if mounted_at is None:
-        return cache_folder.socket_path(cache_dir(given_cache_dir))
+        folder = cache_dir(given_cache_dir)
+        said = cache_folder.announced(folder)
+        socket = cache_folder.socket_path(folder)
+        return Daemon(socket, None, None) if said is None else Daemon(socket, said[0], Path(said[1]))
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     point = mountpoint(mounted_at)
     found = live_mount(point, given_cache_dir, must)
     if found is not None:
-        return found.control
+        return Daemon(found.control, found.pid, point)
     if mountpoints.ours_at(point) is None:
         raise errors.DaemonFailed(f"{point} is not a mount of ipfsfuse")
     if given_cache_dir is not None and must:
@@ -112,7 +124,37 @@ def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = Tr
     )
 
 
+def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Path:
+    """The control socket of the mount that the arguments mean. Raises DaemonFailed as `last_daemon`, and
+    where the daemon has left a dead mount."""
+    daemon = last_daemon(given_cache_dir, mounted_at, must)
+    if daemon.pid is not None and _has_ended(daemon.pid, daemon.control.parents[1]):
+        from ipfsfuse.fuse import mountpoint as mountpoints  # 0.5 s that other commands needn't wait
+
+        point = daemon.mountpoint
+        if point is not None and mountpoints.ours_at(point) is not None:
+            raise errors.DaemonFailed(
+                f"the daemon of the mount at {point} has ended: `ipfsfuse mount {point}` takes its place"
+            )
+    return daemon.control
+
+
+def _has_ended(pid: int, folder: Path) -> bool:
+    """Whether the daemon of a cache folder has ended. In a PID namespace a living one may not be seen; the
+    lock of its folder tells."""
+    return not os.path.exists(f"/proc/{pid}") and cache_folder.is_free(folder)
+
+
 def control_socket(arguments: argparse.Namespace) -> Path:
     """Of the mount that is meant. A cache folder that only the configuration names need not be its own."""
+    return control(*_meant(arguments))
+
+
+def last_daemon_of(arguments: argparse.Namespace) -> Daemon:
+    """As `control_socket`, dead or alive."""
+    return last_daemon(*_meant(arguments))
+
+
+def _meant(arguments: argparse.Namespace) -> tuple[str | None, str | None, bool]:
     mount = None if arguments.mount is None else settings.mountpoint_of(arguments.mount)
-    return control(arguments.cache_dir, mount, must=arguments.origins.get("cache-dir") == "argument")
+    return arguments.cache_dir, mount, arguments.origins.get("cache-dir") == "argument"

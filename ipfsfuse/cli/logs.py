@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from ipfsfuse import client
 from ipfsfuse.cache.store.folder import LOG
-from ipfsfuse.cli import console
-from ipfsfuse.cli.folders import control_socket
-from ipfsfuse.errors import StoreFailed
+from ipfsfuse.cli import console, folders
+from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
 from ipfsfuse.text import printable
 
 INDENT = "    "
@@ -200,37 +200,66 @@ def _lead_to(target: int) -> None:
 # -- `ipfsfuse logs` -----------------------------------------------------------------------------------------
 
 FOLLOW_SECONDS = 0.3
+ANSWER_SECONDS = 5.0
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """The last lines of a mount's log; with --follow also those that come."""
-    path = Path(arguments.log_file) if arguments.log_file else control_socket(arguments).parent / LOG
+    """The last lines of a mount's log, which may be in the older file; with --follow also those that come."""
+    path = Path(arguments.log_file) if arguments.log_file else _log_of(arguments)
+    last = deque[str](maxlen=arguments.lines)
+    with suppress(OSError), _text(path.with_name(f"{path.name}.1")) as older:
+        last.extend(older)
     try:
-        file = path.open(encoding="utf-8", errors="surrogateescape")
+        file = _text(path)
     except OSError as exc:
         raise StoreFailed(f"there is no log to show: {path}: {exc.strerror}") from exc
     with file:
-        last = deque(file, maxlen=arguments.lines)
+        last.extend(file)
         if arguments.json and not arguments.follow:
             console.values({"log": str(path), "lines": [printable(each.rstrip("\n")) for each in last]})
             return 0
         for each in last:
-            console.line(each.rstrip("\n"))
-    if arguments.follow:
-        _follow(path)
+            _show(each, arguments.json)
+        if arguments.follow:
+            _follow(path, file, arguments.json)
     return 0
 
 
-def _follow(path: Path) -> None:
+def _log_of(arguments: argparse.Namespace) -> Path:
+    """Where the daemon logs: its standard error leads there. Raises UsageError if that is not a file. Where
+    no daemon answers, the log in the cache folder."""
+    daemon = folders.last_daemon_of(arguments)
+    try:
+        pid = client.call(daemon.control, "status", timeout=ANSWER_SECONDS)["pid"]
+        target = os.readlink(f"/proc/{pid}/fd/2")
+    except (IpfsFuseError, OSError):
+        return daemon.control.parent / LOG
+    if not target.startswith("/") or target.startswith("/dev/"):
+        where = "a terminal" if target.startswith("/dev/") else f"a {target.partition(':')[0]}"
+        raise UsageError(f"process {pid} logs to {where}, not to a file: look there (a service: journalctl)")
+    return Path(target.removesuffix(" (deleted)"))
+
+
+def _text(path: Path) -> TextIO:
+    return path.open(encoding="utf-8", errors="surrogateescape")
+
+
+def _show(each: str, as_json: bool) -> None:
+    """A line of the log. One that is JSON already is printed as it is."""
+    if as_json and not each.startswith("{"):
+        console.values({"line": printable(each.rstrip("\n"))}, indent=None)
+    else:
+        console.line(each.rstrip("\n"))
+
+
+def _follow(path: Path, file: TextIO, as_json: bool) -> None:
     """Prints what is added to `path`, also after the daemon has begun a new file there."""
-    file = path.open(encoding="utf-8", errors="surrogateescape")
-    file.seek(0, os.SEEK_END)
     while True:
         for each in file:
-            console.line(each.rstrip("\n"))
-        sys.stdout.flush()
+            _show(each, as_json)
+        console.flush()
         time.sleep(FOLLOW_SECONDS)
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
                 file.close()
-                file = path.open(encoding="utf-8", errors="surrogateescape")
+                file = _text(path)

@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TextIO
 
@@ -34,7 +34,7 @@ def _run(argv: Sequence[str] | None) -> int:
         module, function = arguments.run.split(":")
         with nullcontext() if arguments.command in ("mount", "serve") else _terminated_as_interrupted():
             code: int = getattr(import_module(f"ipfsfuse.cli.{module}"), function)(arguments)
-        sys.stdout.flush()
+        console.flush()
         return code
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:
         if "IPFSFUSE_TRACEBACK" in os.environ:
@@ -64,13 +64,17 @@ def _ended_by(exc: BaseException, as_json: bool) -> int:
     console.failure(exc)
     code = 2 if isinstance(exc, UsageError) else 1
     if as_json and sys.stdout is not None:
-        console.values(console.failure_values(exc, code), indent=None)
+        with suppress(OSError):  # what can't be written is why it failed
+            console.values(console.failure_values(exc, code), indent=None)
+    _discard_unwritable(sys.stdout)
     return code
 
 
-def _discard_unwritable(stream: TextIO) -> None:
+def _discard_unwritable(stream: TextIO | None) -> None:
     """Discards what `stream` still buffers if it can't be written: the terminal hung up, or the reader
     has gone. The interpreter's last flush would fail on it, and make 120 of our exit code."""
+    if stream is None:  # it was closed when we were started
+        return
     try:
         stream.flush()
     except OSError:

@@ -26,13 +26,17 @@ ANSWER_SECONDS = 10.0
 
 def run(arguments: argparse.Namespace) -> int:
     control = folders.control_socket(arguments)
+    if arguments.listen is not None and arguments.textfile is not None:
+        raise UsageError("metrics takes --listen or --textfile, not both")
     if arguments.listen is not None:
-        return _serve(control, arguments.listen)
+        return _serve(control, arguments.listen, arguments.json)
     answer = client.call(control, "metrics", timeout=ANSWER_SECONDS)
-    if arguments.json:
-        console.values(answer)
-    elif arguments.textfile is not None:
+    if arguments.textfile is not None:
         _write(Path(arguments.textfile), openmetrics(answer))
+        if arguments.json:
+            console.values({"written": arguments.textfile})
+    elif arguments.json:
+        console.values(answer)
     else:
         for line in openmetrics(answer).splitlines():
             console.line(line)
@@ -49,7 +53,7 @@ def _write(path: Path, text: str) -> None:
         raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
 
 
-def _serve(control: Path, listen: str) -> int:
+def _serve(control: Path, listen: str, as_json: bool) -> int:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{listen} is not HOST:PORT: write it as 127.0.0.1:9710")
@@ -75,7 +79,12 @@ def _serve(control: Path, listen: str) -> int:
     except OSError as exc:
         raise UsageError(f"--listen {listen}: {exc.strerror or exc}") from exc
     with server:
-        console.line(f"serving metrics at http://{host}:{server.server_address[1]}/metrics")
+        url = f"http://{host}:{server.server_address[1]}/metrics"
+        if as_json:
+            console.values({"listening": [url], "pid": os.getpid()}, indent=None)
+        else:
+            console.line(f"serving metrics at {url}")
+        console.flush()
         server.serve_forever()
     return 0
 
@@ -113,6 +122,11 @@ class _Collector:
             "ipfsfuse_operation_seconds", "Calls of the kernel that Python answered", ["operation"],
             {(name,): each for name, each in answer["operations"].items()},
         )  # fmt: skip
+        given = CounterMetricFamily("ipfsfuse_operation_bytes", "What those calls gave", labels=["operation"])
+        for name, count in answer["operation_bytes"].items():
+            given.add_metric([name], count)
+        yield given
+        yield GaugeMetricFamily("ipfsfuse_pins", "CIDs kept until they are unpinned", answer["pinned"])
         yield _histogram(
             "ipfsfuse_source_seconds", "Verified blocks", ["source"],
             {(name,): each for name, each in answer["latencies"].items()},
@@ -130,10 +144,14 @@ class _Collector:
                 failures.add_metric([source["name"], kind], count)
         yield failures
         yield state
-        pins = GaugeMetricFamily("ipfsfuse_node_up", "1 if the node takes pins", labels=["node"])
+        up = GaugeMetricFamily("ipfsfuse_node_up", "1 if the node takes pins", labels=["node"])
+        held = GaugeMetricFamily("ipfsfuse_node_held", "CIDs held at the node", labels=["node"])
+        queued = GaugeMetricFamily("ipfsfuse_node_queued", "CIDs it is to be told of", labels=["node"])
         for node, each in answer["pins"].items():
-            pins.add_metric([node], not each["failing"])
-        yield pins
+            up.add_metric([node], not each["failing"])
+            held.add_metric([node], each["held"])
+            queued.add_metric([node], each["queued"])
+        yield from (up, held, queued)
 
 
 _CACHE_BYTES = {

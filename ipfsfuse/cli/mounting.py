@@ -1,4 +1,4 @@
-"""`ipfsfuse mount` and `ipfsfuse unmount`.
+"""`ipfsfuse mount`, `unmount`, `mounts` and `serve`.
 
 `mount` makes a MountConfig of its arguments and serves it in the foreground, or starts a daemon and waits
 until it is mounted. The daemon is this program, started anew in a session of its own (`--foreground
@@ -6,7 +6,9 @@ until it is mounted. The daemon is this program, started anew in a session of it
 """
 
 import argparse
+import ipaddress
 import json
+import logging
 import os
 import pwd
 import select
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +28,8 @@ from ipfsfuse import client
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders, settings
 from ipfsfuse.cli.console import Progress
-from ipfsfuse.config import MountConfig
+from ipfsfuse.cli.logs import escape_the_log
+from ipfsfuse.config import ContentConfig, MountConfig
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.live_mounts import LiveMount
 from ipfsfuse.dag import cid as cids
@@ -50,13 +53,8 @@ def config(arguments: argparse.Namespace) -> MountConfig:
     """Raises UsageError."""
     return MountConfig(
         mountpoint=folders.mountpoint(arguments.mountpoint),
-        cache_dir=folders.cache_dir(arguments.cache_dir),
-        library=folders.library(arguments.library),
-        sources=tuple(source(text) for text in defaults.chosen(arguments.sources)),
+        **_content(arguments),
         offline=arguments.offline,
-        budget=arguments.budget,
-        reserve=arguments.reserve,
-        deadline=arguments.deadline,
         allow=None if arguments.allow is None else _allowed(arguments.allow),
         record=None if arguments.record is None else Path(arguments.record).absolute(),
         allow_other=arguments.allow_other,
@@ -65,15 +63,27 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         while_held=arguments.while_held,
         pins=arguments.pins,
         ipns=None if arguments.ipns is None else folders.mountpoint(arguments.ipns),
-        dns=arguments.dns,
         uid=arguments.uid,
         gid=arguments.gid,
         umask=arguments.umask,
         bwlimit=arguments.bwlimit,
-        header_files=tuple(header_file(text) for text in arguments.header_files or ()),
-        routers=tuple(arguments.routers or ()),
-        allow_private_providers=arguments.allow_private_providers,
     )
+
+
+def _content(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `mount` and `serve` have in common: where content is kept, and where it comes from."""
+    return {
+        "cache_dir": folders.cache_dir(arguments.cache_dir),
+        "library": folders.library(arguments.library),
+        "sources": tuple(source(text) for text in defaults.chosen(arguments.sources)),
+        "budget": arguments.budget,
+        "reserve": arguments.reserve,
+        "deadline": arguments.deadline,
+        "dns": arguments.dns,
+        "header_files": tuple(header_file(text) for text in arguments.header_files or ()),
+        "routers": tuple(arguments.routers or ()),
+        "allow_private_providers": arguments.allow_private_providers,
+    }
 
 
 def _passthrough(arguments: argparse.Namespace) -> bool:
@@ -145,7 +155,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.all == (arguments.mountpoint is not None):
         raise UsageError("mount takes one MOUNTPOINT or NAME, or --all")
     if arguments.all:
-        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], settings.mounts())
+        named = settings.mounts()
+        if not named:
+            raise UsageError("the configuration names no mount: write [mount.NAME] (see `ipfsfuse config`)")
+        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], named)
     asked = config(arguments)
     _refuse_below(asked)
     if not asked.isolated:
@@ -277,9 +290,8 @@ def unmount(arguments: argparse.Namespace) -> int:
         raise UsageError("unmount takes one MOUNTPOINT or NAME, or --all")
     if arguments.all:
         words = ["unmount", *(each for each in arguments.argv[1:] if each != "--all")]
-        return _all(
-            words, {each["mountpoint"]: Path(each["mountpoint"]) for each in _mounts() if each["mine"]}
-        )
+        known = [each["mountpoint"] for each in _mounts() if each["mine"] and each["pid"] is not None]
+        return _all(words, {point: Path(point) for point in known})
     point = folders.mountpoint(settings.mountpoint_of(arguments.mountpoint))
     _must_be_ours(point)
     explicit = arguments.origins.get("cache-dir") == "argument"
@@ -297,13 +309,19 @@ def unmount(arguments: argparse.Namespace) -> int:
 def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
     """Runs one command for each mount. 1 where one of them failed, and the others are done all the same."""
     mounted = {each["mountpoint"] for each in _mounts() if each["answers"]}
-    code = 0
+    code, answers = 0, []
     for name, point in mounts.items():
         if words[0] == "mount" and str(point) in mounted:
             console.note(f"ipfsfuse: {name} is mounted already at {point}")
             continue
-        done = subprocess.run([sys.executable, "-P", "-m", "ipfsfuse", *words, name], env=_environment())
+        command = [sys.executable, "-P", "-m", "ipfsfuse", *words, name]
+        output = subprocess.PIPE if "--json" in words else None
+        done = subprocess.run(command, env=_environment(), stdout=output)
+        if done.stdout:
+            answers.append(json.loads(done.stdout))
         code = code or (1 if done.returncode else 0)
+    if "--json" in words:
+        console.values(answers)
     return code
 
 
@@ -448,3 +466,38 @@ def _command(pid: str) -> str:
         return os.fsdecode(said)[:60] or Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return "?"
+
+
+# -- `serve` -------------------------------------------------------------------------------------------------
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    # with trio and hypercorn, 200 ms: only the process that serves needs them
+    from ipfsfuse.serve import run as serving
+    from ipfsfuse.serve.server import parse_listen
+
+    host, port = parse_listen(arguments.listen)
+    config = ContentConfig(offline=not arguments.fetch, **_content(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    escape_the_log()
+    if not _is_loopback(host):
+        console.note(
+            f"ipfsfuse: {host} is not this machine alone: whoever reaches it can read the whole library, and "
+            "all that is staged"
+        )
+
+    def ready(urls: Sequence[str]) -> None:
+        if arguments.json:
+            console.values({"listening": list(urls), "pid": os.getpid()}, indent=None)
+        else:
+            console.line(f"serving at {', '.join(urls)}")
+
+    serving.run(config, host, port, arguments.fetch, ready)
+    return 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

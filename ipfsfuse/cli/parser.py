@@ -22,7 +22,7 @@ SOURCES_HELP = (
     "and `gateway`"
 )
 
-RESERVE_HELP = "what the cache leaves free of its disk (a twentieth, at most 2GiB; 0 for nothing)"
+RESERVE_HELP = "bytes of the disk that the cache leaves free (a twentieth, at most 2GiB; 0 for none)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,16 +159,16 @@ def _library(commands: Any) -> None:
         "--profile",
         default="unixfs-v1-2025",
         choices=["unixfs-v1-2025", "unixfs-v0-2015"],
-        help="the rules that give the CID",
+        help="how files are cut into blocks, and so which CID they get (unixfs-v1-2025)",
     )
     add.add_argument(
         "-w", "--wrap-with-directory", action="store_true", help="put the PATHs into a folder of their own"
     )
-    add.add_argument("-H", "--hidden", action="store_true", help="take names that begin with a dot too")
-    add.add_argument("--only-hash", "-n", action="store_true", help="print the CIDs and keep nothing")
+    add.add_argument("-H", "--hidden", action="store_true", help="add files whose names begin with a dot too")
+    add.add_argument("--only-hash", "-n", action="store_true", help="print the CIDs and add nothing")
     add.add_argument("--preserve-mode", action="store_true", help="store permissions")
     add.add_argument("--preserve-mtime", action="store_true", help="store modification times")
-    cars = _command(commands, "import", "library:import_cars", "take CAR files into the library, verified")
+    cars = _command(commands, "import", "library:import_cars", "add CAR files to the library, verified")
     cars.add_argument("files", nargs="+", metavar="FILE.car", type=_PATH, help="a CAR file with roots")
     library = _command(commands, "library", "library:show", "list what `add` put into the library")
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
@@ -192,9 +192,7 @@ def _library(commands: Any) -> None:
     push.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     for parser in (add, cars, library, remove, export, push):
         _json(parser)
-    library.add_argument(
-        "--compact", action="store_true", help="give back the space of what was removed, first"
-    )
+    library.add_argument("--compact", action="store_true", help="first free the space of what was removed")
     cat = _command(commands, "cat", "reading:cat", "write a file to standard output, without a mount")
     cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, or CID/a/b")
     cat.add_argument("--raw", action="store_true", help="the block of the CID as it is, of any codec")
@@ -227,30 +225,30 @@ def _folders(parser: argparse.ArgumentParser, library: bool = True) -> None:
 
 
 def _mounts(commands: Any) -> None:
-    mount = _command(
-        commands, "mount", "mounting:run", "mount IPFS at an empty folder; returns when it is mounted"
-    )
+    mount = _command(commands, "mount", "mounting:run", "mount IPFS at an empty folder, in the background")
     mount.add_argument(
         "mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH,
         help="an empty folder, or the name of a mount in the configuration",
     )  # fmt: skip
     mount.add_argument("--all", action="store_true", help="every mount that the configuration names")
     _mount_options(mount)
-    mount.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
+    mount.add_argument(
+        "--foreground", action="store_true", help="stay in the foreground, and log to standard error"
+    )
     mount.add_argument(
         "--json", action="store_true", help="print where it is mounted, the control socket and the pid"
     )
     mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
     unmount = _command(
-        commands, "unmount", "mounting:unmount", "end a mount; names who holds it where it is busy"
+        commands, "unmount", "mounting:unmount", "unmount; if it is busy, say which process uses it"
     )
     unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
-    unmount.add_argument("--all", action="store_true", help="every mount of this user")
+    unmount.add_argument("--all", action="store_true", help="every mount of this user whose daemon is known")
     _json(unmount)
-    unmount.add_argument("--lazy", action="store_true", help="take it away now, let those who use it finish")
+    unmount.add_argument("--lazy", action="store_true", help="unmount now; programs that use it may finish")
     _folders(unmount, library=False)
     doctor = _command(
-        commands, "doctor", "doctor:run", "check this machine for what a mount needs, and say what to do"
+        commands, "doctor", "doctor:run", "check this machine and its mounts, and say what to do"
     )
     _json(doctor)
     doctor.add_argument(
@@ -259,6 +257,8 @@ def _mounts(commands: Any) -> None:
     doctor.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    doctor.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
+    doctor.add_argument("--allow-private-providers", action="store_true", help="as for mount")
     _folders(doctor)
 
 
@@ -274,7 +274,7 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         "--dns",
         default="system",
         metavar="URL",
-        help="whom to ask for DNSLink: a DNS-over-HTTPS server (this system's resolver)",
+        help="a DNS-over-HTTPS server to ask for DNSLink (this system's resolver)",
     )
     parser.add_argument(
         "--router",
@@ -289,7 +289,7 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         help="let `network` ask providers at loopback and private addresses too: for private networks",
     )
     parser.add_argument(
-        "--offline", action="store_true", help="show what is here, fail at once for anything else"
+        "--offline", action="store_true", help="show what is here; anything else fails at once"
     )
     _folders(parser)
     parser.add_argument(
@@ -374,13 +374,16 @@ def _log_options(parser: argparse.ArgumentParser) -> None:
 
 def _serving(commands: Any) -> None:
     serve = _command(
-        commands, "serve", "serving:run", "give out what is here as a trustless gateway, to other hosts too"
+        commands,
+        "serve",
+        "mounting:serve",
+        "give out what is here as a trustless gateway",
     )
     serve.add_argument(
         "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"
     )
     serve.add_argument(
-        "--fetch", action="store_true", help="get what is not here from the sources, for whoever asks"
+        "--fetch", action="store_true", help="fetch what is not here from the sources, whoever asks"
     )
     serve.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     serve.add_argument(
@@ -420,11 +423,11 @@ def _remote(commands: Any) -> None:
         "status": "show how a running mount is doing: sources, cache, pins",
         "ls": "list what is staged: names, sizes, completeness, last use, pins",
         "pin": "keep CIDs for good, fetched whole; `pin ls` lists what is pinned",
-        "unpin": "let pinned CIDs be evicted again",
+        "unpin": "stop keeping pinned CIDs",
         "prefetch": "fetch CIDs with all below them into the cache",
         "evict": "remove CIDs from the cache",
         "budget": "change how many bytes the cache of a running mount may take",
-        "fsck": "hash everything that is staged again, quarantine what is wrong",
+        "fsck": "hash everything in the cache again, and replace what is wrong",
     }
     for name, says in about.items():
         parser = _command(commands, name, "status:run" if name == "status" else f"remote:{name}", says)
@@ -492,7 +495,7 @@ def _others(commands: Any) -> None:
     _json(help_)
     logs = _command(commands, "logs", "logs:show", "show the log of a mount")
     logs.add_argument("-n", "--lines", type=_COUNT, default=50, metavar="N", help="the last N lines (50)")
-    logs.add_argument("-f", "--follow", action="store_true", help="and go on with what is logged")
+    logs.add_argument("-f", "--follow", action="store_true", help="then print what is logged from now on")
     logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="where the mount was told to log")
     logs.add_argument("--mount", metavar="MOUNTPOINT|NAME", type=_PATH, help="the mount to ask")
     _json(logs)
@@ -507,7 +510,9 @@ def _others(commands: Any) -> None:
     _folders(metrics, library=False)
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
     get.add_argument("path", metavar="CID/PATH")
-    get.add_argument("-o", "--output", metavar="PATH", type=_PATH, help="where to (the name, here)")
+    get.add_argument(
+        "-o", "--output", metavar="PATH", type=_PATH, help="where to write it (its name, in this folder)"
+    )
     _json(get)
     get.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     _folders(get)

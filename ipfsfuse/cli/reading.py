@@ -59,7 +59,9 @@ def get(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.values({"path": str(target), "files": done.files, "bytes": done.bytes})
     else:
-        console.line(f"got {target}, {done.files} files, {human(done.bytes)}")
+        console.line(
+            f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}"
+        )
     return 0
 
 

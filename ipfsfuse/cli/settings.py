@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipfsfuse import places, units
 from ipfsfuse.cli import console
 from ipfsfuse.errors import UsageError
 from ipfsfuse.places import xdg
+from ipfsfuse.sources import defaults
 
 SYSTEM = Path("/etc/ipfsfuse/config.toml")
 
@@ -33,6 +35,7 @@ SETTINGS: Mapping[str, str] = {
     "pins": "kubo or none",
     "allow": "only these CIDs, or files that list some: a list",
     "allow-other": "let other users in",
+    "passthrough": "let the kernel read staged files itself, as root",
     "isolated": "a cache folder of its own, gone with the mount",
     "record": "write the CID of every block that is used",
     "header-file": "HTTP headers, as URL=FILE: a list",
@@ -250,20 +253,22 @@ def _path(where: str, text: str) -> Path:
 
 def show(arguments: argparse.Namespace) -> int:
     """What holds for a mount, and where each value comes from; or writes a template."""
+    if arguments.init and arguments.mountpoint is not None:
+        raise UsageError("config takes a NAME or --init, not both")
     if arguments.init:
         return _write_template(arguments)
-    shown = {
-        name: {
-            "value": _shown(getattr(arguments, _DESTINATIONS.get(name, name.replace("-", "_")))),
-            "origin": each,
-        }
-        for name, each in arguments.origins.items()
-    }
     named = {name: str(point) for name, point in mounts().items()}
+    if arguments.mountpoint is not None and arguments.mountpoint not in named.values():
+        close = difflib.get_close_matches(arguments.mountpoint, named, 1)
+        todo = f"did you mean {close[0]}?" if close else "write [mount.NAME]"
+        raise UsageError(f"{arguments.mountpoint} is not a mount that the configuration names: {todo}")
+    values = {name: _in_force(arguments, name) for name in arguments.origins}
+    shown = {name: {"value": values[name], "origin": each} for name, each in arguments.origins.items()}
     if arguments.json:
         console.values({"files": [str(each.path) for each in files()], "settings": shown, "mounts": named})
         return 0
-    console.table("settings", [{"setting": name, **each} for name, each in shown.items()])
+    rows = [{"setting": name, **each, "value": _as_typed(name, values[name])} for name, each in shown.items()]
+    console.table("settings", rows)
     console.table("mounts", [{"name": name, "mountpoint": point} for name, point in named.items()])
     return 0
 
@@ -271,8 +276,29 @@ def show(arguments: argparse.Namespace) -> int:
 _DESTINATIONS = {"from": "sources", "header-file": "header_files", "router": "routers"}
 
 
-def _shown(value: object) -> object:
+def _in_force(arguments: argparse.Namespace, name: str) -> object:
+    """The value that holds, also where nothing sets it."""
+    value = getattr(arguments, _DESTINATIONS.get(name, name.replace("-", "_")))
+    if name == "from":
+        return list(defaults.chosen(value))
+    if value is None and name in ("cache-dir", "library"):
+        value = places.cache_dir(None) if name == "cache-dir" else places.library(None)
     return value if value is None or isinstance(value, int | float | str | list) else str(value)
+
+
+def _as_typed(name: str, value: object) -> str:
+    """As it would be written on the command line."""
+    if name == "reserve" and value is None:
+        return "a twentieth of the disk, at most 2GiB"
+    if value is None or value == []:
+        return "-"
+    if name in ("budget", "reserve", "bwlimit") and isinstance(value, int):
+        return units.size_text(value)
+    if name == "deadline" and isinstance(value, float):
+        return units.duration_text(value)
+    if name == "umask" and isinstance(value, int):
+        return f"{value:03o}"
+    return " ".join(map(str, value)) if isinstance(value, list) else console.said(name, value)
 
 
 def _write_template(arguments: argparse.Namespace) -> int:
@@ -295,7 +321,8 @@ _EXAMPLES = {
     "from": '["library", "kubo", "https://trustless-gateway.link"]',
     "cache-dir": '"~/.cache/ipfsfuse"', "library": '"~/.local/share/ipfsfuse/library"', "budget": '"10GiB"',
     "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"', "pins": '"kubo"',
-    "allow": "[]", "allow-other": "false", "isolated": "false", "record": '"/tmp/blocks.jsonl"',
+    "allow": "[]", "allow-other": "false", "passthrough": "false", "isolated": "false",
+    "record": '"/tmp/blocks.jsonl"',
     "header-file": '["https://gateway.example=/etc/ipfsfuse/headers"]', "ipns": '"~/ipns"', "dns": '"system"',
     "router": '["https://delegated-ipfs.dev"]', "allow-private-providers": "false",
     "uid": "1000", "gid": "1000",

@@ -64,6 +64,8 @@ class Commands:
         self._blocks = WholeBlocks(cache.reader, pool)
         self.latencies: Mapping[str, Histogram] = {}
         """Of the calls of the kernel, by their names."""
+        self.bytes: Mapping[str, int] = {}
+        """What they gave."""
         self._lag = Histogram()
         self._history = [self._sample()]
         self._sample_seconds = SAMPLE_SECONDS
@@ -282,6 +284,8 @@ class Commands:
         return {
             **await self.status(arguments, progress),
             "operations": {name: each.as_dict() for name, each in self.latencies.items()},
+            "operation_bytes": dict(self.bytes),
+            "pinned": len(self._cache.pinned()),
             "latencies": {name: each.as_dict() for name, each in self._pool.latencies().items()},
             "lag": self._lag.as_dict(),
             "stalled": sum(each.in_flight + each.waiting for each in self._pool.statistics()),

@@ -158,7 +158,7 @@ class ControlServer:
                 return _HELD
             handler = self._commands.get(command)
             if handler is None:
-                raise UsageError(f"this mount knows no command {command[:80]!r}")
+                raise UsageError(f"{command[:80]!r} is not a command of a mount")
             return {"ok": True, **await handler(arguments, progress)}
         except Exception as exc:  # whatever a command raises ends that command alone
             return _refusal(exc)
@@ -178,7 +178,7 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _refusal(exc: BaseException) -> Mapping[str, Any]:
-    """The answer that tells of `exc`. Broken connections are passed on, anything unforeseen is logged."""
+    """The answer that tells of `exc`. Broken connections are passed on, an unexpected error is logged."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]  # a nursery's wrapping
     if isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
@@ -188,7 +188,7 @@ def _refusal(exc: BaseException) -> Mapping[str, Any]:
     log.error("a command of the control socket failed", exc_info=exc)
     return {
         "ok": False,
-        "error": f"the mount met something unforeseen ({type(exc).__name__}): its log says more",
+        "error": f"unexpected error in the mount ({type(exc).__name__}): its log says more",
         "kind": "DaemonFailed",
     }
 

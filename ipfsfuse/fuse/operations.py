@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Never
 
 import pyfuse3
 import trio
@@ -35,7 +36,6 @@ from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
 from ipfsfuse.fuse.listing import Listing, RootListing
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.fuse.passthrough import Passthrough
-from ipfsfuse.fuse.readonly import ReadOnlyOperations
 from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import Caller, Request, current_request
 from ipfsfuse.vfs.attributes import Attributes
@@ -55,6 +55,68 @@ them."""
 SPREAD, APART = 2.0, 0.0004
 """Seconds. Calls that wait together end so far apart, and so long before their deadlines at most (and at most
 a quarter of the deadline): the ends of thousands at one moment would hold the event loop for a second."""
+
+
+def _refuse() -> Never:
+    raise pyfuse3.FUSEError(errno.EPERM)
+
+
+class ReadOnlyOperations(pyfuse3.Operations):
+    """Every call that would change something, and its one answer: EPERM. Whoever calls, root included."""
+
+    async def setattr(
+        self, inode: InodeT, attr: object, fields: object, fh: object, ctx: RequestContext
+    ) -> Never:
+        _refuse()
+
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, rdev: int, ctx: RequestContext
+    ) -> Never:
+        _refuse()
+
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: int, ctx: RequestContext) -> Never:
+        _refuse()
+
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> Never:
+        _refuse()
+
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> Never:
+        _refuse()
+
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> Never:
+        _refuse()
+
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: int,
+        ctx: RequestContext,
+    ) -> Never:
+        _refuse()
+
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> Never:
+        _refuse()
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, flags: int, ctx: RequestContext
+    ) -> Never:
+        _refuse()
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> Never:
+        _refuse()
+
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> Never:
+        _refuse()
+
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> Never:
+        _refuse()
 
 
 class Operations(ReadOnlyOperations):
@@ -86,6 +148,8 @@ class Operations(ReadOnlyOperations):
         self._handles = 0
         self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
         """Of the calls that Python answers, by their names."""
+        self.bytes: defaultdict[str, int] = defaultdict(int)
+        """What those calls gave, by their names."""
         self._listers: dict[int, int] = {}
         """The user id of who opened a directory, by its handle: `readdir` does not tell."""
 
@@ -207,7 +271,9 @@ class Operations(ReadOnlyOperations):
         with self._call(handle.opener if handle else None, "read", (fh, off, size)):
             if handle is None:
                 handle = await self._files.take_over(fh)
-            return await handle.file.read(off, size)
+            content = await handle.file.read(off, size)
+            self.bytes["read"] += len(content)
+            return content
 
     async def flush(self, fh: FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close

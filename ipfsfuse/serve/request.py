@@ -123,7 +123,8 @@ def _format(asked: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]
         kind = next((each for each in accepted if each in _FORMATS.values()), "")
     if not kind:
         raise Refused(
-            406, "this is a trustless gateway: ask for format=raw, format=car or format=ipns-record"
+            406 if accept else 400,  # as the specification has it where Accept is missing
+            "this is a trustless gateway: ask for format=raw, format=car or format=ipns-record",
         )
     return kind, accepted.get(kind, {})
 

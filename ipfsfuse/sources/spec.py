@@ -185,16 +185,12 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
 
 
 def _open_network(settings: OpenSettings) -> "Source":
-    from ipfsfuse.sources.http.client import Http
     from ipfsfuse.sources.routing.network import Network
-    from ipfsfuse.sources.routing.router import Router
+    from ipfsfuse.sources.routing.router import open_routers
 
     if not settings.routers:
         raise UsageError("--from network: name at least one router, as in --router https://router.example")
-    origins = dict.fromkeys(
-        parse_origin(url.rstrip("/").removesuffix("/routing/v1")) for url in settings.routers
-    )
-    routers = [Router(Http(origin, settings.http)) for origin in origins]
+    routers = open_routers(settings.routers, settings.http)
     return Network(routers, settings.http, allow_private=settings.allow_private_providers)
 
 

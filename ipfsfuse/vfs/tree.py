@@ -29,6 +29,12 @@ T = TypeVar("T")
 
 NODES_WEIGHT = 8 << 20
 """Bytes of blocks whose parsed form is kept: it takes about one and a half times its block."""
+PARSED_TOGETHER = 2
+"""Large blocks that are parsed at a time: while it is, one takes several times its size."""
+REREAD_SECONDS = 1.0
+"""For which a large block may be read while it is its turn."""
+LARGE = 1000
+"""Large blocks that are remembered as such."""
 KNOWN = 50_000
 """CIDs whose attributes are remembered after their node is not, for listings."""
 
@@ -49,6 +55,8 @@ class Tree:
         self.use = use
         self.buffer_budget = BufferBudget()
         self.small_files = SmallFileBuffer()
+        self._parsing = trio.CapacityLimiter(PARSED_TOGETHER)
+        self._large: Lru[Cid, bool] = Lru(LARGE)
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._documents: Lru[Cid, Document] = Lru(NODES_WEIGHT)
         """Of dag-cbor and dag-json blocks: what is in them may be looked up value by value."""
@@ -88,6 +96,8 @@ class Tree:
 
     async def _fetched(self, cid: Cid) -> Node:
         nodes.refuse_unshown(cid)
+        if self._large.get(cid):
+            return await self._parsed_in_turn(cid)
         if nodes.holds_values(cid):
             document = await self.document(cid)
             node = nodes.value_node(cid, document)
@@ -96,9 +106,30 @@ class Tree:
         inline = cids.inline(cid)
         block = await self._block(cid) if inline is None else inline
         if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
-            node = await threads.run_sync(nodes.parse, cid, block)
-        else:
-            node = nodes.parse(cid, block)
+            self._large.put(cid, True)
+            if self._parsing.available_tokens < 1:
+                del block
+                return await self._parsed_in_turn(cid)
+            async with self._parsing:
+                return await self._parsed(cid, block)
+        node = nodes.parse(cid, block)
+        self._remember(node, len(block))
+        return node
+
+    async def _parsed_in_turn(self, cid: Cid) -> Node:
+        """The node of a large block. It is read, from where it was staged or lies, when it is its turn: forty
+        of 2 MiB in hand would take 300 MiB with what lies between them. If that takes long, its turn
+        passes."""
+        async with self._parsing:
+            block = None
+            with trio.move_on_after(REREAD_SECONDS):
+                block = await self._block(cid)
+            if block is not None:
+                return await self._parsed(cid, block)
+        return await self._parsed(cid, await self._block(cid))
+
+    async def _parsed(self, cid: Cid, block: bytes) -> Node:
+        node = await threads.run_sync(nodes.parse, cid, block)
         self._remember(node, len(block))
         return node
 

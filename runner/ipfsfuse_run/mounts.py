@@ -142,14 +142,21 @@ def _is_held(options: Options) -> bool:
     with _opened(_daemon_folder(options)) as folder:
         if folder is None:
             return False
-        try:
-            with open(_read(folder, _LOCK), "rb") as file:
+        # A daemon locks the folder before it makes the lock file in it.
+        for name in (".", _LOCK):
+            try:
+                file = _read(folder, name)
+            except OSError:
+                continue
+            try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+            except BlockingIOError:
+                return True
+            except OSError:  # NFS locks no folders
+                pass
+            finally:
+                os.close(file)
+    return False
 
 
 def _live(options: Options) -> Mount | None:

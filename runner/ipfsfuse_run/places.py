@@ -41,7 +41,6 @@ def make_tmp(size: int, held: int) -> Tmp:
 
 def tmpfs_is_offered() -> bool:
     """Whether /tmp is a tmpfs on this machine. Tried in a process of its own."""
-    sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         try:

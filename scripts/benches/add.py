@@ -1,8 +1,9 @@
-"""`ipfsfuse add` beside `ipfs add` on the same input, ratios first: 1 GiB in one file, 10,000 small files.
+"""`ipfsfuse add` beside `ipfs add`, and beside `cp` with a sync of what was copied, on the same input, ratios
+first: 1 GiB in one file, 10,000 small files.
 
 Both as a user runs them, start-up included, into a fresh library and a fresh repository under the profile
 unixfs-v1-2025; without a daemon, flatfs (Kubo's default) for `ipfs`. `ipfs` is $IPFSFUSE_IPFS, or the one on
-PATH, or the tests' own; without one its column is empty.
+PATH, or the tests' own; without one its column is empty. The copy shows what the disk allows.
 """
 
 import os
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def _compare(title: str, source: Path, top: Path, ipfs: str | None) -> None:
-    ours, theirs, memory, cids = [], [], 0, set[str]()
+    ours, theirs, copies, memory, cids = [], [], [], 0, set[str]()
     for _ in range(ROUNDS):  # in turns, so that a busy machine is busy for both
         with _fresh(top / "library") as library:
             seconds, cid, peak = _run(
@@ -46,6 +47,7 @@ def _compare(title: str, source: Path, top: Path, ipfs: str | None) -> None:
                 seconds, cid, _peak = _run([ipfs, "add", "-r", "-Q", "--pin=true", str(source)], environment)
                 theirs.append(seconds)
                 cids.add(cid)
+        copies.append(_copy(source, top / "copy"))
     ratio = (
         f"{statistics.median(theirs) / statistics.median(ours):.2f} times as fast as ipfs"
         if theirs
@@ -53,13 +55,26 @@ def _compare(title: str, source: Path, top: Path, ipfs: str | None) -> None:
     )
     equal = "same CID" if len(cids) == 1 else f"DIFFERENT CIDS {cids}"
     print(
-        f"{title}: {ratio}; ours {_shown(ours)}, ipfs {_shown(theirs)}; {memory // MIB} MiB at most; {equal}",
+        f"{title}: {ratio}, {statistics.median(copies) / statistics.median(ours):.2f} times as fast as cp; "
+        f"ours {_shown(ours)}, ipfs {_shown(theirs)}, cp {_shown(copies)}; "
+        f"{memory // MIB} MiB at most; {equal}",
         flush=True,
     )
 
 
 def _shown(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})" if seconds else "-"
+
+
+def _copy(source: Path, to: Path) -> float:
+    """Seconds until a copy is on the disk."""
+    os.sync()
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(to)], check=True)
+    subprocess.run(["sync", "-f", str(to)], check=True)
+    seconds = time.perf_counter() - started
+    subprocess.run(["rm", "-r", str(to)], check=True)
+    return seconds
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[float, str, int]:

@@ -197,6 +197,17 @@ def test_nobody_reads_the_output(home: Path) -> None:
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"], ["help"], ["config", "--json"]])
+def test_output_that_can_not_be_written_is_one_line(home: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", *arguments]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr == "ipfsfuse: standard output can't be written: No space left on device\n"
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 # -- configuration -------------------------------------------------------------------------------------------
 
 

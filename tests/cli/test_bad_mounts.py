@@ -57,7 +57,10 @@ def test_a_stale_mount_is_freed_and_used(user: Home) -> None:
         assert f"to do: `ipfsfuse mount {first.path}` takes its place;" in doctor.stdout
         [listed] = [each for each in user.json("mounts", "--json") if each["mountpoint"] == str(first.path)]
         assert (listed["answers"], listed["since"]) == (False, None)
-        assert "no mount uses" in user.run("status", "--mount", first.path, check=False).stderr
+        ended = f"ipfsfuse: the daemon of the mount at {first.path} has ended: `ipfsfuse mount {first.path}` takes"
+        assert user.run("status", "--mount", first.path, check=False).stderr.startswith(ended)
+        assert user.run("status", check=False).stderr.startswith(ended)
+        assert "mounted at" in user.run("logs").stdout
         second = user.json("mount", "--json", user.mountpoint)
         assert second["pid"] != first.pid
         assert os.listdir(user.mountpoint) == []

@@ -116,7 +116,7 @@ def test_arguments_in_reasons(
     ran = ipfsfuse(*(word.replace("{}", "".join(NAMES)) for word in command))
     assert ran.code in (1, 2), ran
     assert ran.err.startswith("ipfsfuse: ")
-    assert "foresaw" not in ran.err
+    assert "unexpected error" not in ran.err
     check(ran.out, 0)
     check(ran.err, 1)
 

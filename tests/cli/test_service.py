@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from ipfsfuse.dag import cid as cids
 from tests.mounting import PATIENCE, Home, wait_until
 
 TOP = Path(__file__).parents[2]
@@ -139,6 +140,9 @@ def test_metrics_are_openmetrics(user: Home) -> None:
         ]
         assert looked_up[0] >= 1
         assert [each.labels["source"] for each in families["ipfsfuse_source_requests"].samples] == ["f.car"]
+        [read] = families["ipfsfuse_operation_bytes"].samples
+        assert (read.labels, read.value) == ({"operation": "read"}, 300_000)
+        assert families["ipfsfuse_pins"].samples[0].value == 0
         dashboard = json.loads((TOP / "packaging" / "grafana.json").read_text())
         asked = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
         names = set(re.findall(r"ipfsfuse_\w+", " ".join(asked)))
@@ -241,3 +245,49 @@ def test_mount_8_mounts_and_fstab_would(user: Home) -> None:
     assert done.stdout.startswith("hello")
     assert json.loads(done.stdout.removeprefix("hello"))["cache"]["budget"] == 64 << 20
     assert "Operation not permitted" in done.stderr
+
+
+@pytest.mark.fuse
+def test_logs_are_found_where_the_mount_logs(user: Home) -> None:
+    log = user.folder / "my.log"
+    with user.mounted("--log-file", log, "--log-format", "json", "--from", "library") as mount:
+        assert user.json("logs", "--json")["log"] == str(log)
+        with open(log, "a") as out:  # as a longer log
+            out.write('{"message": "the last of the older file"}\n')
+        log.rename(f"{log}.1")
+        os.kill(mount.pid, signal.SIGHUP)
+        wait_until(lambda: log.exists() and log.stat().st_size, "the new file")
+        lines = user.run("logs", "-n", "500").stdout.splitlines()
+        assert json.loads(lines[0])["level"] == "info"
+        assert '{"message": "the last of the older file"}' in lines
+        assert json.loads(lines[-1])["message"] == "this log was opened anew"
+        command = [sys.executable, "-m", "ipfsfuse", "logs", "-f", "-n", "1", "--json"]
+        with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE) as following:
+            assert following.stdout is not None
+            assert json.loads(following.stdout.readline())["message"] == "this log was opened anew"
+            os.kill(mount.pid, signal.SIGUSR1)
+            assert json.loads(following.stdout.readline())["message"].startswith("status: up")
+            following.terminate()
+    with service(user, "--log-format", "journal") as (_process, manager):
+        until(manager, "READY=1")
+        user.refused_while_mounted("logs", names="logs to a terminal, not to a file", code=2)
+
+
+@pytest.mark.fuse
+def test_journal_lines_have_priorities(user: Home) -> None:
+    """sd-daemon(3): 6 is information, 4 a warning."""
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--log-format", "journal"]
+    with subprocess.Popen(
+        [*command, "--from", "library", user.mountpoint], env=user.env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_until(lambda: os.path.ismount(user.mountpoint), "the mount")
+            with pytest.raises(OSError, match="timed out"):
+                (user.mountpoint / cids.text(cids.make(cids.RAW, b"\x12\x20" + bytes(32)))).stat()
+        finally:
+            process.terminate()
+        assert process.stderr is not None
+        lines = process.stderr.read().splitlines()
+    assert any(re.fullmatch("<6>ipfsfuse.mount: mounted at .*", line) for line in lines)
+    [failed] = [line for line in lines if line.startswith("<4>")]
+    assert re.fullmatch(r"<4>ipfsfuse\.fuse: a call was answered ETIMEDOUT: no source has bafkrei.*", failed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -149,7 +150,14 @@ def test_config_tells_where_each_value_comes_from(
     assert (origins["budget"], origins["reserve"]) == (str(path), f"{path} [mount.media]")
     assert (origins["pins"], origins["deadline"], origins["dns"]) == ("IPFSFUSE_PINS", "argument", "built in")
     assert told["mounts"] == {"media": "/media"}
-    assert "budget" in ipfsfuse("config").out
+    shown = ipfsfuse("config", "media").out
+    for line in ("budget +1MiB", "deadline +30s", "from +library", "umask +000", "library +/.*/library"):
+        assert re.search(rf"(?m)^  {line} ", shown), line
+    assert (
+        "mdeia is not a mount that the configuration names: did you mean media?"
+        in ipfsfuse("config", "mdeia").err
+    )
+    assert "not both" in ipfsfuse("config", "media", "--init").err
 
 
 def test_config_init_writes_a_file_that_changes_nothing(ipfsfuse: Ipfsfuse, home: Path) -> None:
@@ -266,14 +274,17 @@ def test_all_named_mounts_at_once(user: Home) -> None:
     script = """
     for fs in $(awk '$3 == "fuse.ipfsfuse" {print $2}' /proc/mounts); do umount -l $fs; done
     set -e
-    "$@" mount --all; "$@" mounts --json; "$@" status --mount two >/dev/null; "$@" unmount one; "$@" mount --all
-    "$@" unmount --all; ! grep -q "fuse.ipfsfuse" /proc/mounts
+    "$@" mount --all --json; "$@" mounts --json; "$@" status --mount two >/dev/null; "$@" unmount one; "$@" mount --all
+    "$@" unmount --all --json; ! grep -q "fuse.ipfsfuse" /proc/mounts
     """
     command = ["unshare", "-m", "bash", "-c", script, "bash", sys.executable, "-m", "ipfsfuse"]
     env = {name: value for name, value in user.env.items() if not name.startswith("IPFSFUSE_")}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {each["mountpoint"] for each in json.loads(done.stdout)} == {str(point) for point in points}
+    made, listed, ended = json.loads("[" + done.stdout.replace("]\n[", "],\n[") + "]")
+    for answers in (made, listed):
+        assert {each["mountpoint"] for each in answers} == {str(point) for point in points}
+    assert {each["unmounted"] for each in ended} == {str(point) for point in points}
     assert f"two is mounted already at {points[1]}" in done.stderr
 
 

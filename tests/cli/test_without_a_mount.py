@@ -1,13 +1,16 @@
 """`get`, `pin ls`, completions and man pages."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ipfsfuse.cli import parser
 from tests.mounting import Home
 
 CID = "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
@@ -78,12 +81,48 @@ def test_man_pages_have_every_option(tmp_path: Path, module: str) -> None:
 
 
 def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Path, str]) -> None:
-    _folder, cid = tree
-    for command in (["status"], ["rm", CID], ["unmount", str(user.folder)], ["mount", "x", "--budget", "0"]):
+    folder, cid = tree
+    failing = [
+        ["status"], ["rm", CID], ["unmount", str(user.folder)], ["mount", "x", "--budget", "0"], ["cat", f"{cid}/none"],
+        ["import", "/none"], ["completion", "ksh"], ["help", "none"], ["get", f"{cid}/none"], ["logs"], ["metrics"],
+    ]  # fmt: skip
+    commands = parser.build()[1]
+    assert [name for name, each in commands.items() if "--json" not in each._option_string_actions] == []
+    for command in failing:
         done = user.run(*command, "--json", check=False)
         told = json.loads(done.stdout)
         assert (told["code"], f"ipfsfuse: {told['error']}\n") == (done.returncode, done.stderr)
     (user.folder / "f").write_text("x")
     assert [each["name"] for each in user.json("add", "--json", user.folder / "f")] == ["f"]
     assert user.json("export", cid, user.folder / "x.car", "--json")["exported"] == cid
+    [added] = [each["added"] for each in user.json("library", "--json") if each["cid"] == cid]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}\+00:00", added)
+    assert (
+        user.json("completion", "bash", "--json")["script"].strip()
+        == user.run("completion", "bash").stdout.strip()
+    )
+    assert user.json("import", user.folder / "x.car", "--json")[0]["cid"] == cid
+    *pieces, whole = map(json.loads, user.run("cat", f"{cid}/sub/big", "--json").stdout.splitlines())
+    content = b"".join(base64.b64decode(each["data"]) for each in pieces)
+    assert content == (folder / "sub" / "big").read_bytes()
+    assert (whole["path"], whole["bytes"]) == (f"/ipfs/{cid}/sub/big", len(content))
     assert user.json("rm", cid, "--json") == {"removed": cid, "name": "tree"}
+
+
+def test_add_as_fingers_type_it(user: Home) -> None:
+    (user.folder / "d").mkdir()
+    (user.folder / "d" / "f").write_text("x")
+    plain = user.run("add", user.folder / "d").stdout.split()[1::3]
+    assert user.run("add", "-r", "-q", user.folder / "d").stdout.split() == plain
+    versions = [
+        user.run("add", "-Q", f"--cid-version={number}", user.folder / "d").stdout for number in (0, 1)
+    ]
+    by_profile = [
+        user.run("add", "-Q", f"--profile={name}", user.folder / "d").stdout
+        for name in ("unixfs-v0-2015", "unixfs-v1-2025")
+    ]
+    assert versions == by_profile
+    assert versions[0].startswith("Qm")
+    user.env["IPFSFUSE_CID_VERSION"] = "0"
+    assert user.run("add", "-Q", user.folder / "d").stdout == versions[0]
+    assert user.run("add", "-Q", "--profile=unixfs-v1-2025", user.folder / "d").stdout == versions[1]

@@ -8,7 +8,7 @@ import pytest
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse.inodes import Inode
-from ipfsfuse.fuse.page_cache_pusher import MAX_WAITING, PageCachePusher
+from ipfsfuse.fuse.open_files import MAX_WAITING, PageCachePusher
 from ipfsfuse.vfs import attributes
 from tests.mounting import wait_until
 

@@ -236,3 +236,16 @@ def test_a_second_mountpoint_that_can_not_be_used_is_refused_in_one_line(home: H
     home.refused(
         "mount", "--ipns", home.folder / "x", "--dns", "nonsense", home.mountpoint, names="nonsense", code=2
     )
+
+
+@pytest.mark.kubo
+def test_doctor_asks_the_routers_it_is_given(home: Home) -> None:
+    need_kubo()
+    settings = {"Routing": {"Type": "dhtclient"}, "Gateway": {"ExposeRoutingAPI": True}}
+    with Node(settings=settings) as node:
+        ask = "doctor", "--from", "network"
+        good = home.run(*ask, "--router", node.gateway_url, "--allow-private-providers", check=False).stdout
+        assert "  network: answers" in good
+    assert "name at least one router" in home.run(*ask, check=False).stdout
+    gone = home.run(*ask, "--router", node.gateway_url, check=False).stdout
+    assert "bad  network: " in gone

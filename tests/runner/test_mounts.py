@@ -1,5 +1,6 @@
 """The runner and its mount: the live one, or one of its own that ends with it, in whatever way it ends."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -62,9 +63,26 @@ def test_two_at_once_share_one_mount(run: Runner, cid: str, habits: Path, home: 
     wait_until(lambda: len(fuse_mounts(folder)) == 1 and home.json("status", "--json"), "one mount serves")
     assert lines(run(READER, f"/ipfs/{cid}/file").stdout)[0] == "content"
     for each in runs:
-        each.communicate(b"")
-        assert each.returncode == 0
+        _stdout, stderr = each.communicate(b"")
+        assert (each.returncode, stderr) == (0, b"")
     wait_until(lambda: nothing_is_left(run), "the mount ended with its last user")
+
+
+def test_a_daemon_that_only_has_the_folder_yet_is_waited_for(run: Runner, cid: str, home: Home) -> None:
+    """It locks the folder first, and makes the lock file in it afterwards."""
+    assert run(READER, f"/ipfs/{cid}/file").returncode == 0
+    (home.store / "lock").unlink(missing_ok=True)
+    folder = os.open(home.store, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with run.start(READER, f"/ipfs/{cid}/file") as process:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)  # longer than a daemon waits for the folder
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            stdout, stderr = process.communicate()
+    finally:
+        os.close(folder)
+    assert (process.returncode, lines(stdout)[0]) == (0, "content"), stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

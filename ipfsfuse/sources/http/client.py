@@ -67,8 +67,8 @@ FAILURES: Final = (
 """Types, kind of failure, what to say: the first row that fits the exception, or one that it came from."""
 
 
-class translated:  # noqa: N801  # a context manager that costs a fourth of contextlib's
-    """Turns whatever a request to the server called `name` raises into SourceFailed: its failure, no more."""
+class _Translated:
+    """A context manager of its own costs a fourth of contextlib's."""
 
     __slots__ = ("_name",)
 
@@ -82,6 +82,12 @@ class translated:  # noqa: N801  # a context manager that costs a fourth of cont
         if isinstance(exc, Exception) and not isinstance(exc, SourceFailed | NotHere):
             kind, message = _explain(exc)
             raise SourceFailed(f"{self._name}: {one_line(message)}", kind) from exc
+
+
+@functools.lru_cache(maxsize=64)
+def translated(name: str) -> _Translated:
+    """Turns whatever a request to the server called `name` raises into SourceFailed: its failure, no more."""
+    return _Translated(name)
 
 
 def _explain(exc: Exception) -> tuple[str, str]:
@@ -171,7 +177,7 @@ class Response:
         pieces, size = list[bytes](), 0
         with translated(self._name), trio.fail_after(self._total):
             if self.left is not None and self.left > SMALL:
-                pieces, self.left = [bytes(each) for each in await self._receive_into([self.left])], 0
+                pieces, self.left = list(map(bytes, await self._receive_into([self.left]))), 0
                 self._ended = True
                 if self._rate is not None:
                     await self._rate.spend(len(pieces[0]))
@@ -214,7 +220,7 @@ class Response:
     async def _receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
         if isinstance(self._body, Connection):
             return await self._body.receive_into(sizes)
-        filled = [buffers.lend(size) for size in sizes]
+        filled = list(map(buffers.lend, sizes))
         left = [*filled]
         while left:
             piece = await self._body.receive(sum(map(len, left)))
@@ -225,15 +231,20 @@ class Response:
 
     async def _hold(self, count: int) -> None:
         """Large bodies wait until there is room for them; what was read before is the reader's own by now."""
-        self.detach()()
+        self._let_go()
         if count > SMALL:
             await self._share.take(count)
             self._held = count
 
+    def _let_go(self) -> None:
+        if self._held:
+            self._share.give(self._held)
+            self._held = 0
+
     def detach(self) -> Callable[[], None]:
         """What was read last stays counted until the function returned is called, whatever is read then."""
         held, self._held = self._held, 0
-        return functools.partial(self._share.give, held) if held else lambda: None
+        return functools.partial(self._share.give, held)
 
     async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
         """What this response to a request for `what` means where it is no success."""
@@ -242,7 +253,7 @@ class Response:
 
     async def aclose(self) -> bool:
         """Whether the body was read to its end, so that the connection may be used again."""
-        self.detach()()
+        self._let_go()
         if isinstance(self._body, _HttpcoreBody):
             await self._body.close(whole=self._ended)
         with suppress(Exception):
@@ -264,7 +275,7 @@ class OwnTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
-        lines += [b"%s: %s" % header for header in request.headers.raw]
+        lines += map(b"%s: %s".__mod__, request.headers.raw)
         data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
         own = await self.pool.request(data, self._settings.idle_seconds)
         release = functools.partial(self.pool.release, own, self._settings.idle_connections)
@@ -401,7 +412,7 @@ class Http:
         """Seconds after which a request is sent again over a new connection. A kept one may be dead in
         silence: after the machine has slept or has changed its network."""
         own = None if self._own is None else self._own.pool
-        if not (self._idle if own is None else own.has_kept):
+        if not (self._idle if own is None else own.kept):
             return math.inf
         request = current_request.get()
         left = min(request.deadline, request.wanted_until) - now
@@ -418,7 +429,7 @@ class Http:
     ) -> tuple[_Client, Response]:
         named, opening = origin == self._named, list[Any]()
         host = origin.host if named and not self.settings.public_only else await public_host(origin)
-        client = self._client(named, proxy_for(origin))
+        client = self._own if named and self._own is not None else self._client(named, proxy_for(origin))
 
         async def trace(event: str, info: dict[str, Any]) -> None:
             """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
@@ -457,8 +468,6 @@ class Http:
         return httpx.Headers(every + [("Content-Length", str(length))] * (length > 0 or method == "POST"))
 
     def _client(self, named: bool, proxy: Proxy | None) -> _Client:
-        if named and self._own is not None:
-            return self._own
         if named and self._idle:
             return self._idle.pop()
         unix = self.origin.unix if named else None

@@ -26,18 +26,17 @@ class Origin:
     port: int
     base: str = ""
     unix: str | None = None
+    authority: str = field(init=False, repr=False, compare=False)
+    """The Host header: without the scheme's default port, IPv6 addresses in brackets."""
+    text: str = field(init=False, repr=False, compare=False)
+    """For people."""
 
-    @property
-    def authority(self) -> str:
-        """The Host header: without the scheme's default port, IPv6 addresses in brackets."""
+    def __post_init__(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @property
-    def text(self) -> str:
-        """For people."""
-        server = f"unix://{self.unix}" if self.unix else f"{self.scheme}://{self.authority}"
-        return server + self.base
+        authority = host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+        server = f"unix://{self.unix}" if self.unix else f"{self.scheme}://{authority}"
+        object.__setattr__(self, "authority", authority)
+        object.__setattr__(self, "text", server + self.base)
 
     @property
     def is_local(self) -> bool:

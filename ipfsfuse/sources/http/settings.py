@@ -20,11 +20,6 @@ class BodyBudget:
         self.used = 0
         self.freed = trio.Event()
 
-    def give(self, size: int) -> None:
-        self.used -= size
-        self.freed.set()
-        self.freed = trio.Event()
-
 
 class BodyShare:
     """One source's part of a `BodyBudget`, first come, first served.
@@ -52,8 +47,11 @@ class BodyShare:
             self._budget.used += size
 
     def give(self, size: int) -> None:
+        budget = self._budget
         self.used -= size
-        self._budget.give(size)
+        budget.used -= size
+        budget.freed.set()
+        budget.freed = trio.Event()
 
 
 class RateLimit:

@@ -151,7 +151,7 @@ class Connection:
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
         """The next bytes, in a buffer for each of `sizes`. What is in the socket is copied once."""
-        filled = [buffers.lend(size) for size in sizes]
+        filled = list(map(buffers.lend, sizes))
         left = [*filled]
         while left:
             wanted = sum(map(len, left))
@@ -212,14 +212,14 @@ class ConnectionPool:
         """Seconds for a connection, for the next byte, for a head."""
         self._origin, self._connect, self._idle, self._total = origin, connect, idle, total
         self._threads = trio.CapacityLimiter(MAX_THREADS)
-        self._waiting: list[Connection] | None = []
+        self.kept: list[Connection] | None = []
         """None once the pool is closed."""
 
     async def request(self, data: bytes, keep: float) -> Connection:
         """A connection that received the head of the response to `data`; it goes to `release` then. One that
         has waited for longer than `keep` seconds is not used."""
-        while self._waiting:
-            connection = self._waiting.pop()
+        while self.kept:
+            connection = self.kept.pop()
             if trio.current_time() - connection.idle_since < keep and connection.is_fresh:
                 break
             connection.close()
@@ -239,21 +239,17 @@ class ConnectionPool:
         return await trio.open_tcp_stream(self._origin.host, self._origin.port)
 
     def release(self, connection: Connection, most: int) -> None:
-        """Keeps `connection` where it can be used again and fewer than `most` wait."""
-        if self._waiting is not None and connection.is_reusable and len(self._waiting) < most:
+        """Keeps `connection` where it can be used again and fewer than `most` are kept."""
+        if self.kept is not None and connection.is_reusable and len(self.kept) < most:
             connection.idle_since = trio.current_time()
-            self._waiting.append(connection)
+            self.kept.append(connection)
         else:
             connection.close()
 
-    @property
-    def has_kept(self) -> bool:
-        return bool(self._waiting)
-
     def drop_kept(self) -> None:
-        while self._waiting:
-            self._waiting.pop().close()
+        while self.kept:
+            self.kept.pop().close()
 
     def close(self) -> None:
         self.drop_kept()
-        self._waiting = None
+        self.kept = None

@@ -103,7 +103,7 @@ def _records(fd: int, at: int, count: int, width: int) -> Iterator[bytes]:
 
 
 _BUFFER = 1 << 20
-_SEND_EVERY = 32 << 20
+_SEND_EVERY = 8 << 20
 
 
 class CarWriter:

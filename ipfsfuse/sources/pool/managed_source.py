@@ -136,17 +136,14 @@ class ManagedSource:
             self.health.record_cancelled()
             raise
         finally:
-            self._log_answer(start, outcome, cid)
+            if log.isEnabledFor(logging.DEBUG):
+                number, milliseconds = current_request.get().number, (trio.current_time() - start) * 1e3
+                line = "request %d: %s %s %s, after %.1f ms"
+                log.debug(line, number, self.source.name, outcome, cids.text(cid), milliseconds)
         self._answered = trio.current_time()
         self.health.record_success(self._answered - start, len(block))
         self.limiter.note_success()
         return block
-
-    def _log_answer(self, start: float, outcome: str, cid: Cid) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            number, milliseconds = current_request.get().number, (trio.current_time() - start) * 1e3
-            line = "request %d: %s %s %s, after %.1f ms"
-            log.debug(line, number, self.source.name, outcome, cids.text(cid), milliseconds)
 
     @contextmanager
     def asked_for_many(self) -> Iterator["Deliveries"]:

@@ -1,7 +1,8 @@
-"""A router: who provides a CID, by `GET /routing/v1/providers/{cid}` of the delegated routing HTTP API.
+"""A router: who provides a CID, and the IPNS record of a name, by the delegated routing HTTP API
+(https://specs.ipfs.tech/routing/http-routing-v1/).
 
-Nothing that a router says is trusted: it names servers, whose blocks are verified. A list is read as far as
-it is useful, and no further.
+Nothing that a router says is trusted: it names servers, whose blocks are verified, and records are verified
+by who asked for them. A list is read as far as it is useful, and no further.
 """
 
 import json
@@ -14,8 +15,11 @@ from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.sources.http.addresses import special_purpose
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import LONG, PROTOCOL, refused
+from ipfsfuse.sources.http.gateway import ask_for_record
 from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin
+from ipfsfuse.sources.http.settings import HttpSettings
 
+API: Final = "/routing/v1"
 TRANSPORT: Final = "transport-ipfs-gateway-http"
 LINES, ONE = "application/x-ndjson", "application/json"
 MAX_ANSWER: Final = 1 << 20
@@ -27,15 +31,31 @@ MAX_ADDRESSES: Final = 20
 """Addresses of one record that are looked at."""
 
 
+def open_routers(urls: Sequence[str], settings: HttpSettings) -> Sequence["Router"]:
+    """The routers at `urls`, each once; an URL may end in the API's own path. Raises UsageError."""
+    try:
+        origins = dict.fromkeys(parse_origin(url.rstrip("/").removesuffix(API)) for url in urls)
+    except UsageError as exc:
+        raise UsageError(f"--router {exc}") from exc
+    return [Router(Http(origin, settings)) for origin in origins]
+
+
 class Router:
     def __init__(self, http: Http) -> None:
         self.http = http
         self.name = http.origin.text
 
+    async def ipns_record(self, name: str) -> bytes:
+        """The newest record it has of `name`, unverified. Raises NotHere, SourceFailed."""
+        return await ask_for_record(self.http, self.name, f"{API}/ipns/{name}")
+
+    async def aclose(self) -> None:
+        await self.http.aclose()
+
     async def providers(self, cid: Cid) -> AsyncIterator[Sequence[str]]:
         """The addresses of each provider of `cid` that speaks HTTP, as multiaddrs, as they come. Raises
         SourceFailed; a router that knows nobody has no items."""
-        target = f"/routing/v1/providers/{cids.text(cid)}?filter-protocols={TRANSPORT},unknown"
+        target = f"{API}/providers/{cids.text(cid)}?filter-protocols={TRANSPORT},unknown"
         async with self.http.ask("GET", target, [("Accept", f"{LINES}, {ONE}")]) as response:
             if response.status == 404:
                 return
