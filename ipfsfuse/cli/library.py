@@ -33,12 +33,16 @@ def add(arguments: argparse.Namespace) -> int:
 
         rows = []
         for last in importer.add(arguments.paths, options, library, show):
+            if arguments.quieter:
+                continue
             rows.append({"cid": cids.text(last.cid), "name": last.name})
-            if not arguments.quieter and not arguments.json:
+            if not arguments.json:
                 shown = cids.text(last.cid) if arguments.quiet else f"added {cids.text(last.cid)} {last.name}"
                 progress.line(shown.rstrip())
     if arguments.json:
-        console.values(rows[-1:] if arguments.quieter else rows)
+        if arguments.quieter and last is not None:
+            rows = [{"cid": cids.text(last.cid), "name": last.name}]
+        console.values(rows)
     elif arguments.quieter and last is not None:
         console.line(cids.text(last.cid))
     return 0

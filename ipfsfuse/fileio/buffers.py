@@ -11,27 +11,17 @@ import ctypes
 import mmap
 import weakref
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 SIZES = tuple(1 << power for power in range(16, 22))
 """Of buffers that are used again, in bytes: 64 KiB to 2 MiB, the largest block."""
-KEPT = 16 << 20
-"""Bytes of unused buffers that are kept: as much as one range of leaves needs at a time."""
+KEPT = 8 << 20
+"""Bytes of unused buffers that are kept of each size: those of two calls that read leaves together."""
 
-
-class _Pool:
-    def __init__(self) -> None:
-        self.unused: dict[int, list[mmap.mmap]] = {size: [] for size in SIZES}
-        self.size = 0
-        """Bytes of unused buffers. Threads may miscount it a little: only how many are kept depends on it."""
-
-    def put(self, pages: mmap.mmap, size: int) -> None:
-        if self.size < KEPT:
-            self.size += size
-            self.unused[size].append(pages)
-
-
-_POOL = _Pool()
+_unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in SIZES}
+"""By size. A deque that is full drops its oldest. `append` and `pop` are atomic: no Python code of ours runs
+where a buffer returns, which may be anywhere."""
 
 
 def lend(size: int) -> memoryview:
@@ -39,13 +29,12 @@ def lend(size: int) -> memoryview:
     at = bisect_left(SIZES, size)
     kept = SIZES[at] if at < len(SIZES) else 0
     try:
-        pages = _POOL.unused[kept].pop()
-        _POOL.size -= kept
+        pages = _unused[kept].pop()
     except LookupError:  # none is left, or it is larger than those that are kept
         pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
     if kept:  # an mmap does not say when its last view ends, an array on it does
-        weakref.finalize(array, _POOL.put, pages, kept).atexit = False
+        weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
 
 

@@ -10,9 +10,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
+from types import TracebackType
 from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
@@ -87,13 +88,22 @@ class _Open:
     names: Iterator[str]
 
 
-@contextmanager
-def naming(path: str) -> Iterator[None]:
+class naming:  # noqa: N801 - used as a function; contextlib's takes as long as the system call in it
     """The operating system's errors as AddFailed that names the path."""
-    try:
-        yield
-    except OSError as exc:
-        raise AddFailed(f"{path}: {exc.strerror}") from exc
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            raise AddFailed(f"{self._path}: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)

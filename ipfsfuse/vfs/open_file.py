@@ -76,6 +76,7 @@ class OpenFile:
         self._tree = tree
         self._file = file
         self._ref = FileRef(cids.canonical(file.cid), file.size)
+        self._is_value = nodes.holds_values(file.cid)
         self._ahead = ReadAhead(file.size)
         self._buffer = PrefetchBuffer(tree.buffer_budget, file.size, windows)
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
@@ -102,7 +103,7 @@ class OpenFile:
         size = min(size, self._file.size - offset)
         if size <= 0:
             return b""
-        if nodes.holds_values(self._file.cid):
+        if self._is_value:
             document = await self._tree.document(self._file.cid)
             return document.content(cids.value_place(self._file.cid)[1])[offset : offset + size]
         window = self._ahead.note(offset, size)

@@ -51,8 +51,8 @@ def text(results: list[Result], ways: list[str]) -> str:
     ]
     plain = [[one.name, *(_seconds(one, way) for way in ways)] for one in results]
     return (
-        f"{_markdown(head, ratios)}\n\nseconds (CPU seconds of the process that "
-        f"answers)\n\n{_markdown(['row', *ways], plain)}"
+        f"{markdown(head, ratios)}\n\nseconds (CPU seconds of the process that "
+        f"answers)\n\n{markdown(['row', *ways], plain)}"
     )
 
 
@@ -67,7 +67,7 @@ def _seconds(one: Result, way: str) -> str:
     return f"{one.median(way):.4g}" + (f" ({cpu:.2f})" if cpu else "")
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
