@@ -4,7 +4,6 @@ missing.
 The names are those of the extras in pyproject.toml."""
 
 import functools
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +42,11 @@ def _is_installed(extra: str) -> bool:
 
 
 def _how_to_install(extra: str) -> str:
+    from importlib import metadata  # 10 ms, and rarely needed
+
     try:
-        stated = importlib.metadata.requires("ipfsfuse") or []
-    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        stated = metadata.requires("ipfsfuse") or []
+    except metadata.PackageNotFoundError:  # a checkout that was not installed
         stated = []
     wanted = [each.partition(";")[0].strip() for each in stated if f'extra == "{extra}"' in each]
     command = "".join(f" '{each}'" for each in wanted)

@@ -117,10 +117,10 @@ def _watch_as_json(control: Path) -> int:
 
 def _watch(control: Path) -> int:
     """Until Ctrl-C, or until the mount ends. Raises DaemonFailed, and UsageError without a terminal."""
-    if not console.is_terminal(sys.stdout):
-        raise UsageError("--watch needs a terminal: add --json, or use `ipfsfuse metrics`")
     with optional("watch"):
         from rich.live import Live  # with what it imports, 100 ms
+    if not console.is_terminal(sys.stdout):
+        raise UsageError("--watch needs a terminal: add --json, or use `ipfsfuse metrics`")
     before = _observed(control)
     with Live(view(before, before, WATCH_SECONDS), refresh_per_second=4) as live:
         while True:

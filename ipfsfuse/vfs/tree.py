@@ -159,7 +159,8 @@ class Tree:
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
             self.use(cid, ahead=False)
-        return await self.cache.block(cid, early=True)
+        # Not early: what was opened by name is listed at once, and a small file is pinned when it is opened.
+        return await self.cache.block(cid)
 
     async def attributes(self, cid: Cid) -> Attributes:
         """The attributes of what `cid` names, from memory where they are there."""

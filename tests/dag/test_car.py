@@ -131,7 +131,7 @@ def test_headers_of_many_roots_and_all_kinds_of_cids() -> None:
         (b"\xa3eroots\x80gversion\x01dmore\x01", "does not belong"),
         (b"\xa2eroots\x81\x40gversion\x01", "no CID"),
         (b"\xa2eroots\x81\xd8\x2a\x43\x00\x01\x55gversion\x01", "a root in the CAR's header"),
-        (b"\xa2eroots\x81\xd8\x2b\x41\x00gversion\x01", "no CID"),
+        (b"\xa2eroots\x81\xd8\x2b\x41\x00gversion\x01", "not a CID"),
         (b"\xa2eroots\x9b\xff\xff\xff\xff\xff\xff\xff\xffgversion\x01", "no CID"),
         (b"\xbf", "not a CAR"),
     ],

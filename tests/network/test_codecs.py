@@ -109,7 +109,7 @@ def test_commands_go_through_such_blocks_too(home: Home, kubo_node: Node, codec:
         home.run("export", root, car)
         assert car.read_bytes() == kubo_node.cmd("dag", "export", "--progress=false", root, text=False)
         os.kill(mount.pid, signal.SIGKILL)
-        subprocess.run(["fusermount3", "-u", "-z", mount.path], check=True)
+        subprocess.run(["fusermount3", "-u", "-z", mount.path], check=False)  # auto_unmount may be first
     with home.mounted("--offline") as mount:
         check_offline(mount, root)
         home.run("fsck")

@@ -67,7 +67,7 @@ def told(run: Runner, guest: Path, *args: str) -> list[dict[str, Any]]:
 
 def test_a_program_in_python_reads_and_lists(world: World, python: Path) -> None:
     (seen,) = told(world.run, python, "look", world.path, "file")
-    assert seen == {"content": "content of file\n", "size": 16, "names": ENTRIES, "root": ["ipfs"]}
+    assert seen == {"content": "content of file\n", "size": 16, "names": ENTRIES, "root": ["ipfs", "tmp"]}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,23 +262,3 @@ def test_a_run_that_is_killed_says_so(python: Run, habits: Path) -> None:
                 done = running.result()
                 assert (done.exit_code, done.ended) == (137, "killed")
                 assert done.reason == f"{habits} was ended by SIGKILL"
-
-
-def test_a_tiny_guest_takes_25_ms_from_a_warm_process(python: Run, tmp_path: Path) -> None:
-    """Where an interpreter starts in 30 ms: on a slower or a busy machine, in proportion."""
-    asked = guest(tmp_path, EMPTY)
-    python(asked)
-
-    def seconds(call: Callable[[], object]) -> float:
-        begun = time.perf_counter()
-        call()
-        return time.perf_counter() - begun
-
-    pairs = [
-        (
-            seconds(lambda: python(asked)),
-            seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)),
-        )
-        for _ in range(9)
-    ]
-    assert statistics.median(own / python for own, python in pairs) < 1, pairs
