@@ -64,9 +64,9 @@ class Cache(Protocol):
         forgotten, so that they are asked for again: the source may have lost them too."""
         ...
 
-    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
+    async def block(self, cid: Cid) -> bytes:
         """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw
-        file. `early` as for `leaf`.
+        file.
 
         Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
         ...

@@ -4,8 +4,7 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -175,7 +174,7 @@ class Reader:
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
+    async def block(self, cid: Cid) -> bytes:
         """As `Cache.block`."""
         carried = cids.known(cid)
         if carried is not None:
@@ -184,9 +183,7 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        result = await self._flights.join_early(
-            block_key(cid), partial(self._bring_block, cid, early), ended=not early
-        )
+        result = await self._flights.join(block_key(cid), partial(self._bring_block, cid))
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
@@ -207,39 +204,13 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _bring_block(
-        self, cid: Cid, early: bool, resolve: Callable[[FetchResult], None]
-    ) -> FetchResult:
+    async def _bring_block(self, cid: Cid) -> FetchResult:
         """A block that is not in a pack: from the staging file of a raw file, or fetched and staged."""
         content = await self._raw_file(cid)
         if content is not None:
             self.hits += 1
             return FetchResult(content, None, False)
-        fetched = await self._blocks.get(cid)
-        staged = not fetched.source.in_place and cids.codec(cid) == cids.RAW
-        result = FetchResult(fetched.block, fetched.source, staged)
-        async with self._behind_reader(result, resolve if early else None):
-            await self.stage_blocks({cid: fetched})
-        return result
-
-    @asynccontextmanager
-    async def _behind_reader(
-        self, result: FetchResult, resolve: Callable[[FetchResult], None] | None
-    ) -> AsyncIterator[None]:
-        """Around the staging of what was fetched. With `resolve`, readers get it before, if not too much
-        waits to be staged. Then it is staged even if the mount ends meanwhile: it was read."""
-        size = len(result.content)
-        if resolve is None or self._behind + size > MAX_BEHIND:
-            yield
-            return
-        resolve(result)
-        self._behind += size
-        try:
-            with trio.CancelScope(shield=True):
-                await trio.sleep(BEHIND_SECONDS)
-                yield
-        finally:
-            self._behind -= size
+        return (await self.stage_blocks({cid: await self._blocks.get(cid)}))[cid]
 
     async def stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
@@ -333,7 +304,8 @@ class Reader:
     async def _bring_leaf(
         self, file: FileRef, leaf: Leaf, early: bool, resolve: Callable[[FetchResult], None]
     ) -> FetchResult:
-        """A leaf from its staging file, or fetched and staged."""
+        """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched
+        before it is staged, unless too much waits for that."""
         if file.cid in self.store.staging.entries:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
@@ -342,8 +314,17 @@ class Reader:
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        async with self._behind_reader(result, resolve if early else None):
+        if not early or self._behind + leaf.size > MAX_BEHIND:
             await self._stage(file, leaf, result)
+            return result
+        resolve(result)
+        self._behind += leaf.size
+        try:
+            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
+                await trio.sleep(BEHIND_SECONDS)
+                await self._stage(file, leaf, result)
+        finally:
+            self._behind -= leaf.size
         return result
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:

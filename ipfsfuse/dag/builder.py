@@ -12,11 +12,10 @@ from typing import Literal, NamedTuple
 
 from ipfsfuse.dag import dagpb, hamt, unixfs
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.multihash import SHA2_256_PREFIX
 from ipfsfuse.dag.nodes import MURMUR3, Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Unsupported
-
-_SHA2_256 = b"\x12\x20"
 
 Sink = Callable[[Cid, bytes], object]
 
@@ -96,7 +95,7 @@ def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
 
 
 def _dag_pb_cid(profile: Profile, block: bytes) -> Cid:
-    multihash = _SHA2_256 + hashlib.sha256(block).digest()
+    multihash = SHA2_256_PREFIX + hashlib.sha256(block).digest()
     return Cid(multihash) if profile.cid_version == 0 else Cid(b"\x01\x70" + multihash)
 
 
@@ -106,7 +105,7 @@ def _dag_pb_cid(profile: Profile, block: bytes) -> Cid:
 def leaf(profile: Profile, chunk: bytes, stored: Stored = NOTHING) -> Block:
     """A leaf that holds `chunk`. Hashing lets other threads run."""
     if profile.raw_leaves:
-        cid = Cid(b"\x01\x55" + _SHA2_256 + hashlib.sha256(chunk).digest())
+        cid = Cid(b"\x01\x55" + SHA2_256_PREFIX + hashlib.sha256(chunk).digest())
         return Block(Built(cid, len(chunk), len(chunk)), chunk)
     return node(profile, (), stored.on(UnixFS(Type.FILE, chunk or None, len(chunk))))
 

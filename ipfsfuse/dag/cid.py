@@ -35,7 +35,7 @@ MAX_BLOCK = 2 << 20
 """Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
 Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
 
-_V0_PREFIX = b"\x12\x20"
+_V0_PREFIX = multihashes.SHA2_256_PREFIX
 _BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
 _AS_INT = str.maketrans(_BASE32.decode(), "0123456789abcdefghijklmnopqrstuv")
 _COMMON_V1 = (b"\x01\x70\x12\x20", b"\x01\x55\x12\x20")
@@ -236,7 +236,7 @@ def value_place(cid: Cid) -> tuple[Cid, int]:
     return block, number
 
 
-EMPTY = make(RAW, b"\x12\x20" + hashlib.sha256(b"").digest())
+EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
 
 
 def known(cid: Cid) -> bytes | None:

@@ -13,6 +13,8 @@ from ipfsfuse.errors import Malformed, NotACid, Unsupported
 
 IDENTITY = 0x00
 SHA2_256 = 0x12
+SHA2_256_PREFIX = b"\x12\x20"
+"""How nearly every multihash begins: SHA-256, and the length of its digest."""
 MIN_DIGEST = 20
 MAX_DIGEST = 128
 

@@ -159,7 +159,6 @@ class Tree:
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
             self.use(cid, ahead=False)
-        # Not early: what was opened by name is listed at once, and a small file is pinned when it is opened.
         return await self.cache.block(cid)
 
     async def attributes(self, cid: Cid) -> Attributes:
@@ -265,7 +264,7 @@ class Tree:
             self._prefetcher.used(cid)
 
     def opened(self, file: FileRef) -> None:
-        """Someone opened `file`. What is within a dag-cbor or dag-json block is no file of the cache."""
+        """Someone opened `file`. The cache has no file for a value within a block."""
         if not nodes.holds_values(file.cid):
             self.cache.opened(file)
 

@@ -65,10 +65,8 @@ def build(
 ) -> Sandbox:
     """`names`: what each IPNS name stands for, a path below the mountpoint. Raises UsageError,
     StoreFailed."""
-    argv = (
-        options.argv0 or posixpath.basename(options.guest),
-        *options.args,
-    )  # with --invoke, the function's
+    # with --invoke, these are the function's
+    argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
     guests = [options.cwd or "", *(each.guest for each in options.dirs)]
     for text in (*argv, *guests, *names, *(part for variable in options.env for part in variable)):
         _check_text(text)

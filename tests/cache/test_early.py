@@ -65,25 +65,6 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
     trio.run(main)
 
 
-def test_a_reader_has_a_block_before_it_is_written_and_who_wants_it_staged_waits(tmp_path: Path) -> None:
-    async def main() -> None:
-        chain = Chain()
-        cid = chain.add(b"small")
-        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            for _ in range(2):
-                assert await cache.reader.block(cid, early=True) == b"small"
-                assert cache.store.blocks.place(cid) is None
-            assert await cache.reader.block(cid) == b"small"
-            assert cache.store.blocks.place(cid) is not None
-            assert len(chain.asked) == 1
-            left = chain.add(b"left")
-            await cache.reader.block(left, early=True)
-        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:  # closing waits for what was read
-            assert cache.store.blocks.place(left) is not None
-
-    trio.run(main)
-
-
 def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 2 * MIB, MIB)

@@ -18,6 +18,7 @@ import pytest
 from ipfsfuse import client
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from tests.cache.standin import flip
 from tests.dagging import Dag
 from tests.faults.gateway import Gateway, mounted
 from tests.mounting import NOBODY, Home, Mounted, command_of, wait_until
@@ -82,14 +83,6 @@ def unread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Passed
 @pytest.fixture
 def passed(unread: Iterator[Passed]) -> Passed:
     return next(unread)
-
-
-def flip(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        old = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([old ^ 1]))
 
 
 def test_the_kernel_reads_a_file_that_was_verified_whole(passed: Passed) -> None:

@@ -29,6 +29,7 @@ from ipfsfuse.cache.pins.mfs import Mfs, NodeRpc
 from ipfsfuse.cache.pins.mfs_pin_folder import PINNED, STAGED, MfsPinFolder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.multihash import SHA2_256_PREFIX
 from ipfsfuse.errors import IpfsFuseError, SourceFailed
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,6 @@ LOOKUPS_PER_TURN = 100
 
 REPAIRS_PER_ROUND = 100
 """Files that are looked after before what changed meanwhile has its turn."""
-
-_SHA2_256 = b"\x12\x20"
 
 
 class KuboPins:
@@ -272,7 +271,7 @@ class BlockRepair:
         missing = [root]
         while missing:
             cid = missing.pop()
-            if not cids.multihash(cid).startswith(_SHA2_256) or await self._mfs.has(cid):
+            if not cids.multihash(cid).startswith(SHA2_256_PREFIX) or await self._mfs.has(cid):
                 continue
             try:
                 found = await self._copies.copy(cid, self._name)

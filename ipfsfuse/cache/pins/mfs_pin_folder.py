@@ -22,6 +22,7 @@ from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.cache.store.folder import is_mount_id
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.multihash import SHA2_256_PREFIX
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.fileio import threads
 
@@ -88,7 +89,7 @@ class MfsPinFolder:
         """Writes the step's batches; nothing of the step may count as done before this returned."""
         for batch in step.writes:
             block = await threads.run_sync(batches.directory, batch.members)
-            cid = cids.make(cids.DAG_PB, b"\x12\x20" + hashlib.sha256(block).digest())
+            cid = cids.make(cids.DAG_PB, SHA2_256_PREFIX + hashlib.sha256(block).digest())
             entry = f"{prefix}{batch.number}"
             await self._mfs.place(cid, block, f"{self.path}/{entry}")
             self._written[entry] = cid

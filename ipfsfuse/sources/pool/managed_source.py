@@ -51,15 +51,11 @@ INLINE_BYTES = 64 * 1024
 meanwhile."""
 
 
-SHA2_256 = b"\x12\x20"
-"""How a multihash of SHA-256 begins: its code, and the length of the digest."""
-
-
 async def check(cid: Cid, block: bytes | Hashed) -> bytes:
     """The block. Raises WrongBlock unless it is what `cid` names, Unsupported for a hash that is not
     allowed."""
     if isinstance(block, Hashed):
-        if SHA2_256 + block.digest != cids.multihash(cid):
+        if multihashes.SHA2_256_PREFIX + block.digest != cids.multihash(cid):
             raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
         return block.block
     if len(block) <= INLINE_BYTES:
