@@ -91,6 +91,13 @@ size_t reply_expect(struct fuse_in_header *request, size_t size)
 	return size;
 }
 
+/* Sets the word behind `word`. The headers of Linux 6.9 and later have names for these words; in older ones they
+ * are padding or unused. */
+static void set_behind(uint32_t *word, uint32_t value)
+{
+	memcpy((char *)word + sizeof *word, &value, sizeof value);
+}
+
 /* libfuse before 3.17 does not ask for parallel directory operations, and none asks for cached symlinks unless
  * pyfuse3 does. */
 static void extend_init(struct fuse_init_out *out, size_t size)
@@ -98,7 +105,7 @@ static void extend_init(struct fuse_init_out *out, size_t size)
 	if (with_passthrough && size >= sizeof *out && offered2 & FLAGS2_PASSTHROUGH) {
 		out->flags |= FUSE_INIT_EXT;
 		out->flags2 |= FLAGS2_PASSTHROUGH;
-		out->unused[0] = MAX_STACK_DEPTH;
+		set_behind(&out->flags2, MAX_STACK_DEPTH); /* max_stack_depth */
 	} else {
 		offered2 = 0;
 	}
@@ -146,7 +153,7 @@ static void extend(uint32_t opcode, void *body, size_t size)
 	else if (opcode == FUSE_OPEN && size >= sizeof *opened && opened->fh & PASSTHROUGH) {
 		/* the kernel (fs/fuse/iomode.c) takes no other flag beside this one that we would want */
 		opened->open_flags = OPEN_PASSTHROUGH;
-		opened->padding = opened->fh & INT32_MAX;
+		set_behind(&opened->open_flags, opened->fh & INT32_MAX); /* backing_id */
 	}
 }
 
