@@ -47,10 +47,6 @@ class Result:
     """The limit that ended the run, by its name in `limits`."""
     trap: str | None = None
     """wasmtime's message and back-trace; None where the command ran the guest, which writes it to stderr."""
-    out: str | None = None
-    """The CID of what the guest left in `out`."""
-    receipt: Mapping[str, Any] | None = None
-    """The receipt that `record` was given for."""
     notes: Sequence[str] = ()
     """What else the command would have printed, line by line."""
 

@@ -21,7 +21,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-import ipfsfuse_run
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse_run import signals
 from ipfsfuse_run.options import Options
@@ -65,6 +64,8 @@ class _Server:
             socket.send_fds(self._control, [b"run"], files)
 
     def _start(self) -> None:
+        from ipfsfuse_run.mounts import child_environment
+
         if self._process is not None and self._owner == os.getpid():
             self._process.wait()  # its socket is closed: it is gone
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -75,23 +76,12 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=_environment(),
+                env=child_environment(),
                 cwd="/",
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # the terminal's Ctrl-C reaches the program alone, which ends the run
             )
         self._control, self._owner = ours, os.getpid()
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the folders that the packages were imported from: a checkout need not be installed."""
-    import ipfsfuse
-
-    tops = [os.path.dirname(os.path.dirname(str(each.__file__))) for each in (ipfsfuse, ipfsfuse_run)]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*tops, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
 
 
 _server = _Server()

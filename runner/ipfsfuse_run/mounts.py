@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ipfsfuse
+import ipfsfuse_run
 from ipfsfuse.client import Connection
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run.errors import GuestRefused, say
@@ -269,7 +270,7 @@ def _ask_for_mount(command: Sequence[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_environment(),
+        env=child_environment(),
     ) as starter:
         try:
             out, err = starter.communicate()
@@ -284,10 +285,13 @@ def _ask_for_mount(command: Sequence[str]) -> str:
     return out
 
 
-def _environment() -> dict[str, str]:
-    """Ours, with the folder that ipfsfuse was imported from: a checkout need not be installed."""
-    top = str(Path(ipfsfuse.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
+def child_environment() -> dict[str, str]:
+    """Ours, with the folders that the packages were imported from: a checkout need not be installed."""
+    tops = [str(Path(str(each.__file__)).parents[1]) for each in (ipfsfuse, ipfsfuse_run)]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*tops, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
 
 
 def _parse(told: str) -> tuple[Path, int]:
