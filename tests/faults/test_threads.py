@@ -16,12 +16,13 @@ LIMITED = """
 import os, sys, threading
 from trio._core import _thread_cache
 _thread_cache.IDLE_TIMEOUT = 0.02  # else threads that were started before the limit would go on to serve
-start = threading._start_new_thread
-def limited(*arguments):
+name = "_start_joinable_thread" if sys.version_info >= (3, 13) else "_start_new_thread"
+start = getattr(threading, name)
+def limited(*arguments, **more):
     if os.path.exists("limited"):
         raise RuntimeError("can't start new thread")  # as under RLIMIT_NPROC or a cgroup's pids.max
-    return start(*arguments)
-threading._start_new_thread = limited
+    return start(*arguments, **more)
+setattr(threading, name, limited)
 from ipfsfuse.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
