@@ -29,7 +29,7 @@ def unpacked(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [sdist] = release.glob("*.tar.gz")
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     [top] = folder.iterdir()
     return top
 

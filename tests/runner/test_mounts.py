@@ -82,7 +82,8 @@ def test_a_daemon_that_only_has_the_folder_yet_is_waited_for(run: Runner, cid: s
             stdout, stderr = process.communicate()
     finally:
         os.close(folder)
-    assert (process.returncode, lines(stdout)[0]) == (0, "content"), stderr
+    assert process.returncode == 0, stderr
+    assert lines(stdout)[0] == "content"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

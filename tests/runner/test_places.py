@@ -14,7 +14,7 @@ import pytest
 
 from ipfsfuse_run import places
 from ipfsfuse_run.errors import TRAPPED
-from tests.mounting import NOBODY, PATIENCE, Home, command_of, wait_until
+from tests.mounting import NOBODY, PATIENCE, Home, alive, command_of, wait_until
 from tests.runner.conftest import Runner, lines
 
 NO_TMPFS = """
@@ -111,7 +111,7 @@ def test_nothing_of_tmp_is_left_after_a_kill(either: Runner, habits: Path, who: 
     os.kill(process.pid if who == "runner" else guest, signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
     wait_until(lambda: not left(either), "the folder is removed")
-    wait_until(lambda: not Path(f"/proc/{guest}").exists(), "the guest is gone")
+    wait_until(lambda: not alive(guest), "the guest is gone")
 
 
 class AsNobody(Runner):

@@ -157,7 +157,7 @@ def test_nothing_of_the_program_reaches_the_guests_process(python: Run, habits: 
 
 def _runs_guest(pid: int) -> bool:
     try:
-        return "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+        return alive(pid) and "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
 
