@@ -4,10 +4,17 @@ again."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ipfsfuse.dag.cid import Cid
 
 GIB = 1 << 30
+
+
+class User(NamedTuple):
+    name: str
+    uid: int
+    gid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,10 @@ class MountConfig:
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
     allow_private_providers: bool = False
     """Whether providers at loopback and private addresses are asked too."""
+    user: User | None = None
+    """Whose rights the daemon keeps once it is started by root, and whose mount it is."""
+    confined: bool = True
+    """Whether the daemon gives up new privileges, and by landlock the files that it does not need."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ipfsfuse import mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
-from ipfsfuse.cli import console, logs, parser
+from ipfsfuse.cli import console, logs, parser, settings
 from ipfsfuse.cli.settings import ALLOW_OTHER
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import UsageError
@@ -77,7 +77,9 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
 
     try:
         hangup = None if starter is None and _has_terminal() else reload
-        mount.run(asked, ready, _Indexing(starter), hangup)
+        reads = [path.parent for path in settings.candidates()]
+        writes = [] if file is None else [file.parent]
+        mount.run(asked, ready, _Indexing(starter), hangup, reads, writes)
     except BaseException as exc:
         if starter is not None:
             starter.tell(f"error {console.one_line(console.unwrapped(exc))}")
