@@ -120,9 +120,10 @@ def run(
             if config.user is not None:
                 _become(config.user, [config.cache_dir])
             folder = stack.enter_context(_folder(config))
+            record = None if config.record is None else stack.enter_context(Record.create(config.record))
             said = _confine(config, folder, reads, writes) if config.confined else "nothing: --unconfined"
             with short_collections():
-                trio.run(_main, config, folder, helpers, said, ready, indexing, hangup)
+                trio.run(_main, config, folder, record, helpers, said, ready, indexing, hangup)
     finally:
         if config.while_held:
             with suppress(OSError):
@@ -176,7 +177,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     places += [Path(os.environ[name]) for name in files if os.environ.get(name)]
     cache = next(path for path in folder.path.parents if path.exists())  # on a full disk it comes later
     own = [cache, *writes, Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
-    own += [path for path in (live_mounts.usable_folder(), config.record and config.record.parent) if path]
+    own += [path for path in [live_mounts.usable_folder()] if path]
     emptied = [Path(tempfile.gettempdir())] if config.isolated else []
     emptied += [config.mountpoint.parent] if config.while_held else []
     os.environ["SQLITE_TMPDIR"] = str(folder.path)
@@ -264,6 +265,7 @@ def _folder(config: MountConfig) -> Iterator[CacheFolder]:
 async def _main(
     config: MountConfig,
     folder: CacheFolder,
+    record: Record | None,
     helpers: Sequence[sessions.MountHelper],
     confined_by: str,
     ready: Ready,
@@ -271,7 +273,14 @@ async def _main(
     hangup: Hangup | None,
 ) -> None:
     async with (
-        _serving(config, folder, indexing) as (operations, passthrough, commands, names, nursery, server),
+        _serving(config, folder, record, indexing) as (
+            operations,
+            passthrough,
+            commands,
+            names,
+            nursery,
+            server,
+        ),
         AsyncExitStack() as stack,
     ):
         session = stack.enter_context(
@@ -343,7 +352,7 @@ async def _names_mounted(
 
 @asynccontextmanager
 async def _serving(
-    config: MountConfig, folder: CacheFolder, indexing: Indexing | None
+    config: MountConfig, folder: CacheFolder, record: Record | None, indexing: Indexing | None
 ) -> AsyncIterator[tuple[Operations, Passthrough | None, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
@@ -373,7 +382,6 @@ async def _serving(
             )
         )
         pins.reconcile([kept.cid for kept in cache.store.kept()], cache.pinned(), cache.store.kept_of, cache)
-        record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
