@@ -5,8 +5,9 @@ What takes long to import is imported when it is needed: a guest on a live mount
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from ipfsfuse.errors import MountFailed, UsageError
+from ipfsfuse.errors import MountFailed, StoreFailed, UsageError
 from ipfsfuse_run import places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import say
@@ -16,33 +17,67 @@ from ipfsfuse_run.supervisor import Outcome
 
 def execute(options: Options) -> Outcome:
     """Raises IpfsFuseError."""
-    if options.out is None or options.compile_only:
-        return _execute(options)
+    if options.compile_only:
+        return _execute(options._replace(out=None)).outcome
+    if options.cid_file is not None and os.path.lexists(options.cid_file):
+        raise UsageError(f"--cid-file {options.cid_file} is there already: remove it, or name another")
+    if options.out is None:
+        return _execute(options).outcome
     results = places.results_folder(options.out)
     try:
-        outcome = _execute(options._replace(out=results.path))
+        ended = _execute(options._replace(out=results.path))
     except BaseException:
         results.forget()
         raise
-    if outcome.refused is not None:
+    if ended.outcome.refused is not None:
         results.forget()
-    return outcome
+    elif ended.outcome.signal is None and ended.outcome.limit != "max_out":
+        _tell_results(options, results.path, ended.out)
+    return ended.outcome
 
 
-def _execute(options: Options) -> Outcome:
+class _Ended(NamedTuple):
+    outcome: Outcome
+    out: str | None
+    """The CID of the results where it is known already."""
+
+
+def _execute(options: Options) -> _Ended:
     if options.record is not None:
         from ipfsfuse_run import recording  # with the codecs, 100 ms
 
-        return recording.record(options)
+        return _Ended(*recording.record(options))
     if options.mount is not None:
         mountpoint = os.path.abspath(options.mount)
-        return _run_on(mountpoint, options, _our_mount(mountpoint))
+        return _Ended(_run_on(mountpoint, options, _our_mount(mountpoint)), None)
     from ipfsfuse_run import mounts  # with what starts a daemon, 10 ms
 
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
         names = mounts.resolved(options, mount)
-        return _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
+        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
+        return _Ended(outcome, None)
+
+
+def _tell_results(options: Options, folder: str, cid: str | None) -> None:
+    """Takes the results into the library with --add, and says their CID. Raises StoreFailed."""
+    if options.add:
+        from ipfsfuse_run import results
+
+        cid = results.add(options, folder)
+    elif options.cid_file is not None and cid is None:
+        from ipfsfuse_run import results
+
+        cid = results.cid_of(options, folder)
+    if cid is None:
+        return
+    say(f"results /ipfs/{cid}")
+    if options.cid_file is not None:
+        try:
+            with open(options.cid_file, "x", encoding="ascii") as file:
+                file.write(cid)
+        except OSError as exc:
+            raise StoreFailed(f"--cid-file {options.cid_file} can't be written: {exc.strerror}") from exc
 
 
 def _command(options: Options, in_our_mount: bool) -> str | None:

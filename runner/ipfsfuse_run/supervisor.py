@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from ipfsfuse import units
 from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
-from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason, trap_text
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason
 from ipfsfuse_run.growth import Growth, Usage, Watched
 from ipfsfuse_run.limits import Limits
 
@@ -170,6 +170,8 @@ class _Supervisor:
                     return
             except OSError:  # whoever read our output is gone: the guest's next write tells it
                 pass
+            except NotKept as exc:
+                self._end(Outcome(COULD_NOT_RUN, refused=str(exc)))
             except LimitReached as exc:
                 self._end(Outcome(TRAPPED, limit=exc.limit), str(exc))
             self._drop(end)
@@ -381,18 +383,39 @@ def bounded(through: Sink, bound: int | None, what: str) -> Sink:
     return sink
 
 
-def run_hashed(
-    plan: Plan, stdin: BinaryIO, through: tuple[Sink | None, Sink | None], close: Sequence[int]
-) -> tuple[Outcome, Digest, Digest]:
-    """Runs the guest on `stdin`. Gives also the digests of its standard output and error, which pass on to
-    `through`; a trap's message counts as standard error."""
-    out, err = map(HashingSink, through)
+def run_kept(
+    plan: Plan, stdin: BinaryIO, kept: tuple[BinaryIO, BinaryIO], show: bool, close: Sequence[int]
+) -> Outcome:
+    """Runs the guest on `stdin`. Its standard output and error go to the files `kept`, and to the runner's
+    own if `show`."""
     bound = plan.box.limits.max_stdout
-    sinks = bounded(out, bound, "standard output"), bounded(err, bound, "standard error")
+    sinks = [
+        bounded(_keep(file, target, show), bound, name)
+        for file, target, name in zip(kept, (1, 2), ("standard output", "standard error"), strict=True)
+    ]
     outcome = run(plan, Streams(stdin.fileno(), *sinks), close)
-    if outcome.trap is not None:
-        err(trap_text(plan.name, outcome.trap).encode())
-    return outcome, out.digest(), err.digest()
+    for file in kept:
+        file.seek(0)
+    return outcome
+
+
+class NotKept(Exception):
+    """Raised by a sink: what the guest wrote can't be kept."""
+
+
+def _keep(file: BinaryIO, target: int, show: bool) -> Sink:
+    shown = to_descriptor(target) if show else None
+
+    def sink(data: bytes) -> None:
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as exc:
+            raise NotKept(f"what the guest writes can't be kept for the receipt: {exc.strerror}") from exc
+        if shown is not None:
+            shown(data)
+
+    return sink
 
 
 def direct_streams(given: Limits, writes_files: bool) -> Streams:
