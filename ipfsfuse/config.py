@@ -60,6 +60,8 @@ class MountConfig:
     gid: int | None = None
     umask: int = 0
     """Permission bits that are taken from every file."""
+    max_fetch: int | None = None
+    """Bytes that may be fetched, of all sources together; None for any number."""
     bwlimit: int | None = None
     """Bytes a second that are fetched, of all sources together."""
     header_files: Sequence[tuple[str, Path]] = ()

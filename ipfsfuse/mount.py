@@ -46,7 +46,7 @@ from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.record import Record
 from ipfsfuse.sources.defaults import KUBO, LIBRARY, repository
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
+from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
 from ipfsfuse.sources.local import library_folder
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
@@ -63,7 +63,6 @@ READ_AHEAD_KIB = 4096
 HOLD_SECONDS = 30
 """How long a mount that lives while it is held waits for the first to hold it."""
 
-_PR_SET_DUMPABLE = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Of mallopt(3)."""
 _OLDEST = 2
@@ -146,8 +145,6 @@ def _become(user: User, folders: Sequence[Path]) -> None:
         os.setresuid(user.uid, user.uid, user.uid)
     except OSError as exc:
         raise MountFailed(f"--user {user.name}: can't be changed to: {exc.strerror}") from exc
-    # the kernel took /proc/self from us with that (PR_SET_DUMPABLE, prctl(2))
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 SYSTEM_FOLDERS = (
@@ -356,7 +353,8 @@ async def _serving(
 ) -> AsyncIterator[tuple[Operations, Passthrough | None, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
-    http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
+    quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
+    http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
     settings = OpenSettings(
         config.library,
         folder.indexes,
@@ -395,7 +393,7 @@ async def _serving(
             stack.callback(passed.close)
             nursery.start_soon(passed.run)
             passthrough = Passthrough(passed)
-        commands = Commands(config, cache, pool, pins, tree, names, passed)
+        commands = Commands(config, cache, pool, pins, tree, names, passed, quota)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
         operations = Operations(

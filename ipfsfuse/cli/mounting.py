@@ -69,6 +69,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         bwlimit=arguments.bwlimit,
         user=None if arguments.user is None else _user(arguments.user),
         confined=not arguments.unconfined,
+        max_fetch=arguments.max_fetch,
     )
 
 

@@ -345,6 +345,12 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
     )  # fmt: skip
     parser.add_argument(
+        "--max-fetch",
+        type=_type(units.size_or_zero),
+        metavar="SIZE",
+        help="bytes to fetch at most, of all sources together; then reads of what is not here fail with EIO",
+    )
+    parser.add_argument(
         "--bwlimit", type=_SIZE, metavar="RATE", help="bytes a second to fetch, of all sources together"
     )
     parser.add_argument(

@@ -32,6 +32,7 @@ SETTINGS: Mapping[str, str] = {
     "deadline": "a read fails after this long without a block",
     "offline": "ask nothing of the network",
     "bwlimit": "bytes a second that are fetched, of all sources together",
+    "max-fetch": "bytes that are fetched at most, of all sources together",
     "pins": "kubo or none",
     "allow": "only these CIDs, or files that list some: a list",
     "allow-other": "let other users in",
@@ -328,7 +329,8 @@ def _write_template(arguments: argparse.Namespace) -> int:
 _EXAMPLES = {
     "from": '["library", "kubo", "https://trustless-gateway.link"]',
     "cache-dir": '"~/.cache/ipfsfuse"', "library": '"~/.local/share/ipfsfuse/library"', "budget": '"10GiB"',
-    "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"', "pins": '"kubo"',
+    "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"',
+    "max-fetch": '"1GiB"', "pins": '"kubo"',
     "allow": "[]", "allow-other": "false", "passthrough": "false", "isolated": "false",
     "record": '"/tmp/blocks.jsonl"',
     "header-file": '["https://gateway.example=/etc/ipfsfuse/headers"]', "ipns": '"~/ipns"', "dns": '"system"',

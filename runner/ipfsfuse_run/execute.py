@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ipfsfuse.errors import MountFailed, StoreFailed, UsageError
-from ipfsfuse_run import places, sandbox, supervisor
+from ipfsfuse_run import limits, places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import say
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.supervisor import Outcome
+from ipfsfuse_run.supervisor import Alarm, Outcome
 
 
 def execute(options: Options) -> Outcome:
@@ -55,7 +55,14 @@ def _execute(options: Options) -> _Ended:
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
         names = mounts.resolved(options, mount)
-        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
+        alarm = None
+        if mount.quota is not None:
+            bound = limits.value_text("max_fetch", options.limits.max_fetch or 0)
+            alarm = Alarm(mount.quota.fileno(), "max_fetch", f"had more than max-fetch={bound} fetched")
+        close = [each.fileno() for each in (mount.control, mount.quota) if each is not None]
+        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close, alarm)
+        if alarm is not None and mount.control.ask("quota")["reached"]:
+            outcome = supervisor.over_limit(outcome, alarm)
         return _Ended(outcome, None)
 
 
@@ -115,6 +122,7 @@ def _run_on(
     mount_id: int | None = None,
     names: Mapping[str, str] = sandbox.NO_NAMES,
     close: Sequence[int] = (),
+    alarm: Alarm | None = None,
 ) -> Outcome:
     plan = Plan(
         options.guest,
@@ -131,4 +139,4 @@ def _run_on(
     )
     writes = options.out is not None or any(each.writable for each in options.dirs)
     streams = supervisor.direct_streams(options.limits, writes)
-    return supervisor.run(plan, streams, close)
+    return supervisor.run(plan, streams, close, alarm)

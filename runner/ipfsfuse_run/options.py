@@ -84,6 +84,7 @@ class Options(NamedTuple):
             self.isolated
             or bool(self.allow)
             or self.record is not None
+            or self.limits.max_fetch is not None
             or any(each.partition("=")[0] in own for each in self.mount_options)
         )
 
@@ -476,6 +477,7 @@ def check(options: Options) -> None:
             "--allow": options.allow,
             "--record": options.record,
             "--ipns": options.ipns,
+            "-W max-fetch": options.limits.max_fetch is not None,
             "--cache-dir": options.cache_dir,
         }
         for name in [
@@ -489,6 +491,8 @@ def check(options: Options) -> None:
         )
     if options.record is not None and (options.invoke is not None or options.preload):
         raise UsageError("--record of a run with --invoke or --preload is not offered")
+    if options.record is not None and options.limits.max_fetch is not None:
+        raise UsageError("--record of a run with -W max-fetch is not offered")
     if options.limits.max_stdin is not None and options.record is None:
         raise UsageError(
             "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"

@@ -67,6 +67,27 @@ class Outcome(NamedTuple):
     """Why a guest that was started did not exit by itself: one sentence."""
 
 
+class Alarm(NamedTuple):
+    """Something outside that ends a run for one of its limits."""
+
+    file: int
+    """A descriptor that can be read when that is so."""
+    limit: str
+    said: str
+    """What the guest did: the rest of a sentence that begins with its name."""
+
+
+def over_limit(outcome: Outcome, alarm: Alarm) -> Outcome:
+    """A run whose alarm went while it ended for a reason of its own."""
+    if outcome.limit is not None or outcome.signal is not None:
+        return outcome
+    if outcome.refused is not None:
+        return outcome._replace(refused=f"{outcome.refused}: it {alarm.said}")
+    why = f"the guest {alarm.said}"
+    say(why)
+    return outcome._replace(code=TRAPPED, limit=alarm.limit, why=why, trapped=False, trap=None)
+
+
 class LimitReached(Exception):
     """Raised by a sink: the guest wrote more than the field `limit` of Limits allows."""
 
@@ -75,14 +96,20 @@ class LimitReached(Exception):
         self.limit = limit
 
 
-def run(plan: Plan, streams: Streams = Streams(), close: Sequence[int] = ()) -> Outcome:  # noqa: B008 # frozen
+def run(
+    plan: Plan,
+    streams: Streams = Streams(),  # noqa: B008 # frozen
+    close: Sequence[int] = (),
+    alarm: Alarm | None = None,
+) -> Outcome:
     """Runs the guest in a process of its own, which closes the descriptors `close` first."""
-    return _Supervisor(plan, streams, close).watch()
+    return _Supervisor(plan, streams, close, alarm).watch()
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, streams: Streams, close: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, streams: Streams, close: Sequence[int], alarm: Alarm | None) -> None:
         self._plan = plan
+        self._alarm = alarm
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
         self._compiling = False
@@ -145,11 +172,14 @@ class _Supervisor:
             for each in (reports, *close):
                 os.close(each)
             child.main(self._plan, parent, Reports(told))
+        signals.hide_memory()  # not before: the guest's process makes a user namespace, which asks for more
         os.close(told)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
         for sink, target, (end, write) in pumped:
             os.close(write)
             self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink, target))
+        if self._alarm is not None:
+            self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
         self._pidfd = os.pidfd_open(self._pid)
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
 
@@ -244,8 +274,20 @@ class _Supervisor:
             os.waitpid(self._watcher, 0)
             self._watched = self._watcher = None
 
+    def _on_alarm(self) -> None:
+        alarm = self._stop_alarm()
+        if not self._final and alarm is not None and _is_yes(os.read(alarm.file, _CHUNK)):
+            self._end(Outcome(TRAPPED, limit=alarm.limit), f"{self._plan.name} {alarm.said}")
+
+    def _stop_alarm(self) -> Alarm | None:
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            self._selector.unregister(alarm.file)
+        return alarm
+
     def _on_exit(self) -> None:
         self._drop(self._pidfd)
+        self._stop_alarm()
         self._dead = True
         _pid, status = os.waitpid(self._pid, 0)
         if self._final:
@@ -272,6 +314,7 @@ class _Supervisor:
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
         self._stop_watcher()
+        self._stop_alarm()
         if why is not None and _is_writable(2, GRACE):
             say(why)
 
@@ -313,6 +356,14 @@ class _Supervisor:
             self._stop_watcher()
         self._restore_signals()
         return self._outcome
+
+
+def _is_yes(answer: bytes) -> bool:
+    """Whether a mount's daemon answered, and did not only end or refuse."""
+    try:
+        return json.loads(answer).get("ok") is True
+    except (ValueError, RecursionError, AttributeError):
+        return False
 
 
 def _is_writable(file: int, seconds: float = 0) -> bool:
