@@ -50,12 +50,22 @@ async def open_store(
     def make() -> Store:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins, reserve)
-            recover(store)
-            tag(folder)
+            try:
+                recover(store)
+                tag(folder)
+            except BaseException:
+                _close_files(store)
+                close_folders(store)
+                raise
             return store
 
     store = await threads.run_sync(make)
-    await measure(store)
+    try:
+        await measure(store)
+    except BaseException:
+        _close_files(store)
+        close_folders(store)
+        raise
     if store.budget.limit < budget:
         said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
         log.info(
@@ -281,6 +291,10 @@ async def close(store: Store) -> None:
         await threads.run_sync(store.blocks.index.write, statements)
     except (StoreFailed, Damaged) as exc:
         log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
+    _close_files(store)
+
+
+def _close_files(store: Store) -> None:
     store.blocks.packs.close()
     store.blocks.index.close()
 

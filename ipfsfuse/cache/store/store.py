@@ -6,6 +6,7 @@ was hashed after it was read. Concurrency: the event loop's; files are read, has
 threads.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -70,12 +71,17 @@ class Store:
         self.budget = Budget(budget, self._evict, self.space.spare)
         self.backoff = WriteBackoff()
         self.io = IoLimits()
-        self.staging = Staging(folder / STAGING)
-        self.pin_records = PinRecords(folder / PINNED)
+        with contextlib.ExitStack() as opened:
+            self.staging = Staging(folder / STAGING)
+            opened.callback(self.staging.folder.close)
+            self.pin_records = PinRecords(folder / PINNED)
+            opened.callback(self.pin_records.folder.close)
+            index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
+            opened.callback(index.close)
+            packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+            opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
         """What was pinned when the store was opened."""
-        index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
-        packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
         self.completed: Callable[[Entry], None] = lambda _entry: None
