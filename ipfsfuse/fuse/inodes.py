@@ -25,8 +25,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ipfsfuse.dag.cid import Cid, canonical
-from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, Attributes
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -64,7 +63,7 @@ class Inodes:
         """`key` has 32 bytes. Fewer `bits` make collisions likely: for tests."""
         self._key = key
         self._mask = (1 << bits) - 1
-        root = Inode(ROOT, Cid(b""), "root", attributes.ROOT, lookups=1)
+        root = Inode(ROOT, Cid(b""), "root", ROOT_ATTRIBUTES, lookups=1)
         self._by_number: dict[int, Inode] = {ROOT: root}
         self._by_key: dict[Hashable, Inode] = {root.key: root}
 
