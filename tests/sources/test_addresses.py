@@ -5,7 +5,7 @@ import ipaddress
 
 import pytest
 
-from ipfsfuse.sources.http.origin import special_purpose
+from ipfsfuse.sources.http.addresses import special_purpose
 
 # iana-ipv4-special-registry, and the multicast and reserved space beside it
 IPV4 = {

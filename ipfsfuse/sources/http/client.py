@@ -26,8 +26,9 @@ from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import buffers
 from ipfsfuse.sources.base import current_request
 from ipfsfuse.sources.http import failures
+from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
-from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, public_host, redirected
+from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
 from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, RateLimit, tls_context
 from ipfsfuse.sources.http.transport import Connection, ConnectionPool
 

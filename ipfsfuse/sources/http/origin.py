@@ -1,24 +1,16 @@
-"""Servers as frozen values, where a redirect may lead, which proxy is used, and which addresses a stranger
-may send us to.
+"""Servers as frozen values, where a redirect may lead, and which proxy is used.
 
-Pure, except that the environment names the proxies, a Kubo repository its node's addresses, and that
-`public_host` asks the resolver.
+Pure, except that the environment names the proxies and a Kubo repository its node's addresses.
 """
 
 import functools
 import ipaddress
-import socket
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
-import trio
-
-from ipfsfuse.errors import SourceFailed, UsageError
-from ipfsfuse.sources.http.failures import REDIRECT
+from ipfsfuse.errors import UsageError
 
 _URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=-._~"
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -173,99 +165,3 @@ def proxy_for(origin: Origin) -> Proxy | None:
         )
     auth = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
     return Proxy(Origin("http", parts.hostname, parts.port or 3128), auth)
-
-
-# -- addresses that a stranger may send us to: not this machine's, not private ones, not special ones --------
-
-# The table follows the IANA registries (iana-ipv4-special-registry, iana-ipv6-special-registry; RFC 6890) and
-# not Python's `ipaddress`, whose list differs between releases.
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-_SPECIAL: Final = {
-    # IPv4
-    "0.0.0.0/8": "this network",
-    "10.0.0.0/8": "private use",
-    "100.64.0.0/10": "a provider's shared network",
-    "127.0.0.0/8": "loopback",
-    "169.254.0.0/16": "link-local use",
-    "172.16.0.0/12": "private use",
-    "192.0.0.0/24": "protocol assignments",
-    "192.0.2.0/24": "documentation",
-    "192.31.196.0/24": "AS112",
-    "192.52.193.0/24": "AMT",
-    "192.88.99.0/24": "6to4 relays",
-    "192.168.0.0/16": "private use",
-    "192.175.48.0/24": "AS112",
-    "198.18.0.0/15": "benchmarks",
-    "198.51.100.0/24": "documentation",
-    "203.0.113.0/24": "documentation",
-    "224.0.0.0/4": "multicast",
-    "240.0.0.0/4": "reserved use",
-    # IPv6. Everything outside 2000::/3 is special, except addresses that contain an IPv4 address.
-    "::1/128": "loopback",
-    "64:ff9b:1::/48": "a local NAT64",
-    "100::/64": "discarding",
-    "2001::/32": "Teredo",
-    "2001::/23": "protocol assignments",
-    "2001:db8::/32": "documentation",
-    "2002::/16": "6to4",
-    "2620:4f:8000::/48": "AS112",
-    "3fff::/20": "documentation",
-    "5f00::/16": "segment routing",
-    "fc00::/7": "private use",
-    "fe80::/10": "link-local use",
-    "fec0::/10": "site-local use",
-    "ff00::/8": "multicast",
-}
-_NETWORKS: Final[Sequence[tuple[Network, str]]] = [
-    (ipaddress.ip_network(text), purpose) for text, purpose in _SPECIAL.items()
-]
-_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
-_EMBEDDING: Final = [ipaddress.IPv6Network(text) for text in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
-"""IPv4-mapped, IPv4-compatible and NAT64: a connection to one goes to the IPv4 address in it."""
-
-
-def special_purpose(address: str) -> str:
-    """What `address` is reserved for, "" for a public one. Raises ValueError if it is not an address."""
-    value = ipaddress.ip_address(address.partition("%")[0])
-    for network, purpose in _NETWORKS:
-        if value.version == network.version and value in network:
-            return purpose
-    if isinstance(value, ipaddress.IPv6Address):
-        if any(value in network for network in _EMBEDDING):
-            return special_purpose(str(ipaddress.IPv4Address(int(value) & 0xFFFFFFFF)))
-        if value not in _GLOBAL_UNICAST:
-            return "reserved use"
-    return ""
-
-
-async def public_host(origin: Origin) -> str:
-    """The address to connect to where a stranger (a redirect, a router) sends us to `origin`. Every address
-    that its name has must be public. The address is returned, not the name: a second answer of the resolver
-    could lead elsewhere.
-
-    A proxy resolves names itself, so it is given the name; if that can't be resolved here, the proxy decides.
-    Raises SourceFailed, socket.gaierror."""
-    proxied = proxy_for(origin) is not None
-    addresses = await _addresses(origin.host, origin.port, may_lack=proxied)
-    for address in addresses:
-        if purpose := special_purpose(address):
-            why = f"{address} is for {purpose}"
-            raise SourceFailed(f"{origin.text} is not asked, because a stranger named it and {why}", REDIRECT)
-    return origin.host if proxied else addresses[0]
-
-
-async def _addresses(host: str, port: int, *, may_lack: bool) -> Sequence[str]:
-    """All addresses of `host`; none if it can't be resolved and `may_lack`."""
-    if is_address(host):
-        return [host]
-    if f".{host.rstrip('.').lower()}".endswith(".localhost"):  # always this machine (RFC 6761, 6.3)
-        return ["127.0.0.1"]
-    try:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        if not may_lack:
-            raise
-        return []
-    return [str(address[4][0]) for address in found]

@@ -12,10 +12,11 @@ from typing import Any, Final
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed, UsageError
+from ipfsfuse.sources.http.addresses import special_purpose
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import LONG, PROTOCOL, refused
 from ipfsfuse.sources.http.gateway import ask_for_record
-from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin, special_purpose
+from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
 
 API: Final = "/routing/v1"
