@@ -30,8 +30,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ipfsfuse.dag.cid import Cid, canonical
-from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.attributes import Attributes
+from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, Attributes
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -71,7 +70,7 @@ class Inodes:
         self._key = key
         self._limit = limit
         self._mask = (1 << bits) - 1
-        root = Inode(ROOT, Cid(b""), "root", attributes.ROOT, lookups=1)
+        root = Inode(ROOT, Cid(b""), "root", ROOT_ATTRIBUTES, lookups=1)
         self._by_number: dict[int, Inode] = {ROOT: root}
         self._by_key: dict[Hashable, Inode] = {root.key: root}
 

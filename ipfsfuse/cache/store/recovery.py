@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.budget import Key
+from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import as_store_failed, tag
 from ipfsfuse.cache.store.index import Damaged, Statements
 from ipfsfuse.cache.store.packs import ROWS, Place
@@ -119,7 +119,7 @@ def recover(store: Store) -> None:
         found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
     found.sort(key=lambda item: item[0])
     for (_last, frequent, key, size), moment in zip(
-        found, clock.from_wall([last for last, *_ in found]), strict=True
+        found, staging.from_wall([last for last, *_ in found]), strict=True
     ):
         store.budget.arc.restore(key, size, frequent)
         if not isinstance(key, int):
@@ -272,7 +272,7 @@ def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
         if frequent != was_frequent:  # the second list begins
             last, was_frequent = 0.0, frequent
         # of a pack only its place is known
-        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)
+        last = max(last + 1e-6, staging.to_wall(entry.last_used) if entry else 0.0)
         out.append((key, last, frequent))
     return out
 

@@ -15,10 +15,9 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_cost, disk_usage
-from ipfsfuse.cache.lru import Lru
+from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
@@ -30,6 +29,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import current_request
+from ipfsfuse.structures import Lru
 
 T = TypeVar("T")
 
@@ -279,7 +279,7 @@ class Store:
         if entry is None:
             return
         self.budget.arc.use(file.cid, current_request.get().caller)
-        entry.last_used = clock.now()
+        entry.last_used = staging.now()
         if entry.last_used - entry.noted > NOTE_USE:
             entry.noted = entry.last_used
             self.nursery.start_soon(self._note_use, entry)
@@ -319,7 +319,7 @@ class Store:
         return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
 
     def _told(self, entry: Entry) -> Kept:
-        used = clock.to_wall(entry.last_used)
+        used = staging.to_wall(entry.last_used)
         return Kept(
             entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
         )
