@@ -37,15 +37,14 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
+from ipfsfuse.fuse.open_files import Passthrough
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.record import Record
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
-from ipfsfuse.vfs.roots import Roots
-from ipfsfuse.vfs.tree import Tree
+from ipfsfuse.vfs.tree import Roots, Tree
 
 if TYPE_CHECKING:
     pass

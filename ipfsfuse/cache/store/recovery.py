@@ -17,9 +17,9 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.budget import RETRY, Key
+from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import as_store_failed, tag
 from ipfsfuse.cache.store.index import Damaged, Statements
 from ipfsfuse.cache.store.packs import ROWS, Place
@@ -62,18 +62,20 @@ async def open_store(
     def make() -> tuple[Store, Inventory, bool]:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins, reserve)
-            inventory = Inventory(store)
-            ended = inventory.look(AT_FIRST)
-            tag(folder)
+            with _closed_after_failure(store):
+                inventory = Inventory(store)
+                ended = inventory.look(AT_FIRST)
+                tag(folder)
             return store, inventory, ended
 
     store, inventory, ended = await threads.run_sync(make)
-    inventory.take()
-    if ended:
-        await inventory.complete()
-    else:
-        nursery.start_soon(inventory.run)
-        await measure(store)
+    with _closed_after_failure(store):
+        inventory.take()
+        if ended:
+            await inventory.complete()
+        else:
+            nursery.start_soon(inventory.run)
+            await measure(store)
     if store.budget.limit < budget:
         said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
         log.info(
@@ -144,7 +146,7 @@ class Inventory:
             (*used(pack, info.st_mtime), pack, float(info.st_blocks * 512 + unit)) for pack, info in packs
         ]
         of_files = sorted(((*used(entry.cid, entry.last_used), entry) for entry in entries), key=_when)
-        moments = clock.from_wall([last for last, _frequent, _entry in of_files])
+        moments = staging.from_wall([last for last, _frequent, _entry in of_files])
         for (last, frequent, entry), moment in zip(of_files, moments, strict=True):
             entry.last_used = moment
             found.append((last, frequent, entry.cid, moment))
@@ -198,23 +200,23 @@ class Inventory:
 
     async def complete(self) -> None:
         """Counts all that was found. From then on new things are kept. Raises StoreFailed."""
-        store, packs, staging = self._store, self._store.blocks.packs, self._store.staging
+        store, packs, files = self._store, self._store.blocks.packs, self._store.staging
         indexed = await threads.run_sync(self._indexed)
         packs.last = max(packs.sizes, default=0)
-        early, used_again = staging.found_early, list[Entry]()
+        early, used_again = files.found_early, list[Entry]()
         for number, (_last, frequent, key, what) in enumerate(heapq.merge(*self._looks, key=_when)):
             if number % RESTORED_AT_ONCE == RESTORED_AT_ONCE - 1:
                 await trio.lowlevel.checkpoint()
             if isinstance(key, int):
                 store.budget.restore(key, int(what), frequent)
-            elif (entry := staging.entries.get(key)) is not None:
+            elif (entry := files.entries.get(key)) is not None:
                 if entry.last_used is early.pop(key, what):
                     store.budget.restore(key, entry.charged, frequent)
                 else:
                     used_again.append(entry)
         self._looks.clear()
         # some were renamed while the folder was read, and not found so
-        used_again += [entry for key in early if (entry := staging.entries.get(key)) is not None]
+        used_again += [entry for key in early if (entry := files.entries.get(key)) is not None]
         for entry in sorted(used_again, key=lambda entry: entry.last_used):
             store.budget.restore(entry.cid, entry.charged, True)
         if self._damaged is not None:
@@ -233,7 +235,7 @@ class Inventory:
         if not store.blocks.index.anew:
             _take(store, await threads.run_sync(_tails, store, indexed))
             store.blocks.packs_indexed.set()
-        staging.known = packs.known = True
+        files.known = packs.known = True
         early.clear()
         store.budget.counted.set()
         await measure(store)
@@ -372,7 +374,7 @@ def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
         if frequent != was_frequent:  # the second list begins
             last, was_frequent = 0.0, frequent
         # of a pack only its place is known
-        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)
+        last = max(last + 1e-6, staging.to_wall(entry.last_used) if entry else 0.0)
         out.append((key, last, frequent))
     return out
 
@@ -392,8 +394,22 @@ async def close(store: Store) -> None:
             await threads.run_sync(store.blocks.index.write, statements)
         except (StoreFailed, Damaged) as exc:
             log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
+    _close_files(store)
+
+
+def _close_files(store: Store) -> None:
     store.blocks.packs.close()
     store.blocks.index.close()
+
+
+@contextlib.contextmanager
+def _closed_after_failure(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _close_files(store)
+        close_folders(store)
+        raise
 
 
 def close_folders(store: Store) -> None:

@@ -28,7 +28,6 @@ from ipfsfuse.errors import (
     Unsupported,
     WrongBlock,
 )
-from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import (
     Block,
     Deliver,
@@ -45,6 +44,7 @@ from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.limiter import Place
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
+from ipfsfuse.structures import Histogram
 
 log = logging.getLogger(__name__)
 
