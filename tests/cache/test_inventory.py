@@ -143,7 +143,7 @@ def test_the_order_of_use_is_the_same_whether_it_takes_one_look_or_many(
             async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
                 await cache.store.budget.counted.wait()
                 assert list(cache.store.budget.arc) == at_once
-                assert [kept.cid for kept in cache.store.kept()][0] == files[28][0].cid
+                assert next(kept.cid for kept in cache.store.kept()) == files[28][0].cid
 
     trio.run(main)
 
@@ -215,12 +215,11 @@ def test_without_an_index_the_packs_are_read_once_all_are_counted(
 def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk], damaged: bool) -> None:
     async def main() -> None:
         chain = Chain()
-        files, _small = await filled(tmp_path, chain)
+        _files, _small = await filled(tmp_path, chain)
         raw = chain.add(random_bytes(200_000, 50))
-        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            async with cache.pinning(raw) as pinning:
-                await pinning.file(FileRef(raw, 200_000))
-                await cache.reader.leaf(FileRef(raw, 200_000), Leaf(raw, 0, 200_000))
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, cache.pinning(raw) as pinning:
+            await pinning.file(FileRef(raw, 200_000))
+            await cache.reader.leaf(FileRef(raw, 200_000), Leaf(raw, 0, 200_000))
         if damaged:
             (tmp_path / "pinned" / cids.text(raw)).write_text("{")
         slow = disk()

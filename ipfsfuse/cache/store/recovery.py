@@ -32,9 +32,11 @@ from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
-AT_FIRST = 10_000
-"""Files of an earlier run that are looked at before the mount is up: 0.1 s. What is beyond them is looked at
+AT_FIRST = 2000
+"""Files of an earlier run that are looked at before the mount is up: 0.02 s. What is beyond them is looked at
 while reads are served."""
+HEAD_START = 0.3
+"""Seconds after which that begins: the mount comes up first, and both need the interpreter."""
 AT_ONCE = 2000
 """Files that are looked at by one thread hop after that."""
 RESTORED_AT_ONCE = 500
@@ -148,7 +150,7 @@ class Inventory:
         of_files = sorted(((*used(entry.cid, entry.last_used), entry) for entry in entries), key=_when)
         moments = staging.from_wall([last for last, _frequent, _entry in of_files])
         for (last, frequent, entry), moment in zip(of_files, moments, strict=True):
-            entry.last_used = moment
+            entry.last_used = entry.noted = moment
             found.append((last, frequent, entry.cid, moment))
         found.sort(key=_when)
         self._looks.append(found)
@@ -175,6 +177,7 @@ class Inventory:
 
     async def run(self) -> None:
         """Looks at what is left to look at. A disk in trouble is tried again."""
+        await trio.sleep(HEAD_START)
         while True:
             try:
                 ended = False
@@ -214,7 +217,9 @@ class Inventory:
                     store.budget.restore(key, entry.charged, frequent)
                 else:
                     used_again.append(entry)
-        self._looks.clear()
+        while self._looks:  # a million at once would take a tenth of a second
+            self._looks.pop()
+            await trio.lowlevel.checkpoint()
         # some were renamed while the folder was read, and not found so
         used_again += [entry for key in early if (entry := files.entries.get(key)) is not None]
         for entry in sorted(used_again, key=lambda entry: entry.last_used):

@@ -136,6 +136,9 @@ class Removed(Exception):
     """The entry was removed while a thread was about to write to it. Never leaves the cache."""
 
 
+_LOCKS = [threading.Lock() for _ in range(1024)]
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One staging file."""
@@ -172,7 +175,12 @@ class Entry:
     """All of it was read back and found right in this run, and nothing was written since."""
     held: bool = False
     """The kernel reads it itself: nothing may be taken away from it."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Shared with few others: a lock for each of a million files would take 40 MB. A thread takes one at
+        a time."""
+        return _LOCKS[hash(self.cid) % len(_LOCKS)]
 
     def gone(self) -> bool:
         """`dead` once more: it may have been set since the lock was last released."""
@@ -217,6 +225,7 @@ class Staging:
             entry = next(filter(None, (self._recognised(cids.text(cid) + end) for end in ("", PART))), None)
             if entry is not None:
                 (entry.last_used,) = from_wall([entry.last_used])
+                entry.noted = entry.last_used
                 entry.charged = self.charge(entry)
                 self.entries[cid] = entry
                 self.found_early[cid] = entry.last_used
@@ -254,8 +263,8 @@ class Staging:
     def charge(self, entry: Entry) -> int:
         """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
         tree that the file system writes later, until the file is whole and on disk."""
-        if entry.complete:
-            return entry.disk + entry.reserved
+        if entry.complete:  # mostly the same number, and not one more in memory
+            return entry.disk + entry.reserved if entry.reserved else entry.disk
         pieces = len(entry.extents) if entry.extents is not None else 1
         return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
 
@@ -494,8 +503,9 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
         return None
     disk = info.st_blocks * 512
     return Entry(
-        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime
-    )
+        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, disk, False, "",
+        (when := info.st_mtime), when,
+    )  # fmt: skip
 
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
