@@ -112,9 +112,9 @@ class PinnedDags:
         self._busy: set[Cid] = set()
         self._writing = trio.Lock()
         self._jobs: dict[Cid, Pinning] = {}
-        self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
-        if self._lost:
-            _report_lost(self._lost)
+        self._lost: dict[Cid, int] = {}
+        if store.budget.counted.is_set():
+            self._note_lost()
 
     @property
     def pins(self) -> Sequence[Cid]:
@@ -124,6 +124,11 @@ class PinnedDags:
     def lost(self) -> int:
         """How many staging files and packs of pinned DAGs are not there any more, as far as that is known."""
         return sum(self._lost.values())
+
+    def _note_lost(self) -> None:
+        self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
+        if self._lost:
+            _report_lost(self._lost)
 
     def _count_lost(self, pin: Cid) -> int:
         store = self._store
@@ -135,8 +140,11 @@ class PinnedDags:
     async def recover(self) -> None:
         """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
 
-        Until then everything that was found at the start is kept (`recovery.recover`). What is not here is
+        Until then everything that was found at the start is kept (`recovery.Inventory`). What is not here is
         not fetched: that is done when it is used."""
+        if not self._store.budget.counted.is_set():
+            await self._store.budget.counted.wait()
+            self._note_lost()
         if not self._unknown:
             return
         await self._store.blocks.packs_indexed.wait()
@@ -188,6 +196,7 @@ class PinnedDags:
     async def pinning(self, cid: Cid) -> AsyncIterator[Pinning]:
         """Within it the DAG is fetched; at its end what was fetched is kept, and after an error nothing."""
         root = cids.canonical(cid)
+        await self._store.budget.counted.wait()
         with self._alone(root):
             job = self._jobs[root] = Pinning(self._store, root)
             try:
@@ -223,6 +232,7 @@ class PinnedDags:
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""
         root = cids.canonical(cid)
+        await self._store.budget.counted.wait()
         if root not in self._pins:
             raise UsageError(f"{cids.text(cid)} is not pinned")
         with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
