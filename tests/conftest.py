@@ -29,7 +29,6 @@ pytest_plugins = ["tests.kubo.fixtures"] if importlib.util.find_spec("tests.kubo
 
 NEED_FUSE = ("tests/mount/", "tests/faults/", "tests/network/")
 KUBO_FIXTURES = {"kubo_node", "own_node", "two_nodes"}
-_skipped_for_fuse = pytest.StashKey[int]()
 
 
 @functools.cache
@@ -67,7 +66,6 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.stash[_skipped_for_fuse] = 0
     for item in items:
         place = item.path.relative_to(config.rootpath).as_posix()
         if place.startswith(NEED_FUSE):
@@ -82,12 +80,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("fuse") and (reason := why_no_fuse()):
         if os.environ.get("CI") == "true":
             pytest.fail(f"needs FUSE: {reason}", pytrace=False)
-        item.config.stash[_skipped_for_fuse] += 1
         pytest.skip(f"needs FUSE: {reason}")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(_skipped_for_fuse, 0):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if count := sum("needs FUSE" in str(report.longrepr) for report in skipped):
         terminalreporter.section("not shown here")
         terminalreporter.line(f"{count} tests need FUSE and were skipped: {why_no_fuse()}")
 
