@@ -48,7 +48,7 @@ def _main(argv: Sequence[str]) -> int:
         return replay.replay(options)
     from ipfsfuse_run.execute import execute
 
-    outcome = execute(options)
+    outcome = execute(options).outcome
     if outcome.trap is not None:
         sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
     if outcome.refused is not None:

@@ -63,6 +63,8 @@ class Options(NamedTuple):
     """Take the results into the library."""
     cid_file: str | None = None
     """A new file for the CID of the results."""
+    return_cid: bool = False
+    """Give the CID of the results to the caller, and don't print it."""
     replay: str | None = None
     show: bool = False
     """Print what the replay's guest printed."""
