@@ -158,7 +158,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps names such as max-memory-size on one line."""
+    """Keeps names such as max-memory-size on one line. Does not import shutil to learn the terminal's width."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            width = int(os.environ.get("COLUMNS", "")) or 80
+        except ValueError:
+            width = os.get_terminal_size(1).columns or 80 if os.isatty(1) else 80
+        super().__init__(prog, width=width - 2)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         import textwrap
