@@ -41,17 +41,16 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
+from ipfsfuse.fuse.open_files import Passthrough
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.record import Record
 from ipfsfuse.sources.defaults import KUBO, LIBRARY, repository
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
-from ipfsfuse.sources.local import library_folder
+from ipfsfuse.sources.local import library
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
-from ipfsfuse.vfs.roots import Roots
-from ipfsfuse.vfs.tree import Tree
+from ipfsfuse.vfs.tree import Roots, Tree
 
 if TYPE_CHECKING:
     pass
@@ -163,7 +162,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     places = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
     if LIBRARY in config.sources:
         with suppress(StoreFailed):  # whoever opens the source says so
-            library_folder.prepare(config.library)
+            library.prepare(config.library)
         places.append(config.library)
     places += [path for _url, path in config.header_files]
     places += [Path(source) for source in config.sources if os.path.isabs(source)]
@@ -379,8 +378,8 @@ async def _serving(
                 folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
             )
         )
-        pins.reconcile([kept.cid for kept in cache.store.kept()], cache.pinned(), cache.store.kept_of, cache)
         nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_reconcile, pins, cache)
         tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
@@ -409,6 +408,12 @@ async def _serving(
         )
         commands.latencies, commands.bytes = operations.latencies, operations.bytes
         yield operations, passthrough, commands, names, nursery, server
+
+
+async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
+    """Once it is known what an earlier run left."""
+    staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
+    pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
 
 
 def _ignore_signals(also_hangup: bool) -> None:

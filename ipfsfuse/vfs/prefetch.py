@@ -14,19 +14,19 @@ Concurrency: the event loop's. At most FETCHED_TOGETHER blocks of one page are o
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import trio
 
 from ipfsfuse.cache.base import Cache
-from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
+from ipfsfuse.dag.dagpb import Links
+from ipfsfuse.dag.nodes import Directory, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request
-from ipfsfuse.vfs.buffers import SmallFileBuffer
+from ipfsfuse.structures import Lru
 
 SMALL_FILE = 64 << 10
 """Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of
@@ -56,6 +56,8 @@ SLACK = 1 << 20
 """Bytes that an answer may have beyond the claims of the links."""
 MAX_DONE = 10_000
 """Directories that are remembered as fetched."""
+MAX_SMALL_FILES = 16 << 20
+"""Bytes of small files that may be in flight: fetched, and their reader still to come."""
 
 
 class ScanTracker:
@@ -112,6 +114,38 @@ class ScanTracker:
         return self.children[self._next_deep - 1]
 
 
+class SmallFileBuffer:
+    """Small files that arrived with their directory, and whose reader is still to come.
+
+    Each is given away once: to the page cache when the reader comes near, or to the program that opens it. If
+    there are too many, the oldest are dropped."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Cid, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, cid: Cid, content: bytes) -> None:
+        """The verified content of a raw file that has just arrived."""
+        if cid not in self._files:
+            self._files[cid] = content
+            self._bytes += len(content)
+            while self._bytes > MAX_SMALL_FILES:
+                self._bytes -= len(self._files.popitem(last=False)[1])
+
+    def take(self, cid: Cid) -> bytes | None:
+        content = self._files.pop(cid, None)
+        if content is not None:
+            self._bytes -= len(content)
+        return content
+
+    def take_all(self, wanted: Iterable[Cid]) -> Iterator[tuple[Cid, bytes]]:
+        """Those of `wanted` that are here."""
+        for cid in wanted:
+            content = self.take(cid)
+            if content is not None:
+                yield cid, content
+
+
 class SubtreePrefetcher:
     """Fetches the blocks of a directory by one request, where a request for each block would cost more."""
 
@@ -139,15 +173,17 @@ class SubtreePrefetcher:
     def contents_of(self, directory: Node) -> trio.Event | None:
         """Starts to fetch the children of `directory`. The event is set when they have arrived.
 
-        None if they are too large to be fetched together, or were fetched already."""
-        links = _links(directory)
-        total = sum(link.tsize for link in links)
-        small = sum(link.tsize for link in links if link.tsize <= SMALL_FILE)
-        if not links or total > MAX_CONTENTS or 2 * small < total or self._done.get(directory.cid):
+        None if they are too large to be fetched together, or if this was asked before."""
+        if self._done.get(directory.cid):
             return None
         self._done.put(directory.cid, True)
+        links = _links(directory)
+        total = sum(links.tsizes)
+        small = sum(size for size in links.tsizes if size <= SMALL_FILE)
+        if not links or total > MAX_CONTENTS or 2 * small < total:
+            return None
         subtree = Subtree(directory.cid, True, 2 * total + SLACK)
-        return self._cache.gather(subtree, [link.cid for link in links], self._content_arrived)
+        return self._cache.gather(subtree, links.cids(), self._content_arrived)
 
     def _node_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
         node = self._parsed(cid, block)
@@ -174,10 +210,12 @@ def _deeper(shard: Shard) -> list[Cid]:
     return [link.cid for link in shard.links if not hamt.entry_name(shard, link)]
 
 
-def _links(node: Node) -> Sequence[Link]:
+def _links(node: Node) -> Links:
     """The links of a directory of UnixFS, or of one node of a HAMT. Nothing for any other node: the links of
     other codecs state no sizes."""
-    return node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else ()
+    return (
+        node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else Links()
+    )
 
 
 class DirectoryPrefetcher:

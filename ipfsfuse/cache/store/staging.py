@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +24,53 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.errors import NotACid, Unsupported
+from ipfsfuse.errors import NotACid, StoreFailed, Unsupported
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
+
+# -- when things were used last, by a clock that nobody sets
+
+# In memory a time is the machine's: seconds since it was started, sleep included (CLOCK_BOOTTIME). People and
+# disks get the wall clock's time of it, as that clock stands then. So a wall clock that is set, forwards or
+# backwards, changes no order and makes no duration negative.
+
+CLOCK_WAS_SET = 0.5
+"""Seconds by which the wall clock must differ from the machine's to be taken for set. Less is how long we
+took to look."""
+
+_start = float("-inf")
+"""The wall clock's time at the start of the machine."""
+
+
+def now() -> float:
+    """The machine's time, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def to_wall(moment: float) -> float:
+    """Seconds since 1970 of a moment of the machine's time: of one moment the same, until the wall clock is
+    set."""
+    global _start
+    start = time.time() - now()
+    if abs(start - _start) > CLOCK_WAS_SET:
+        _start = start
+    return max(0.0, _start + moment)
+
+
+def from_wall(whens: Sequence[float]) -> list[float]:
+    """The machine's times of what was written with the wall clock's, the earliest first; their order is kept.
+    What lies in the future was written before the wall clock was set back: that is taken for now."""
+    machine, wall = now(), time.time()
+    latest = machine - len(whens) * 1e-6
+    return [min(machine - (wall - when), latest + number * 1e-6) for number, when in enumerate(whens, 1)]
+
+
+# -- staging files -------------------------------------------------------------------------------------------
 
 PART = ".part"
 PIECE = 16 << 10
@@ -97,6 +136,9 @@ class Removed(Exception):
     """The entry was removed while a thread was about to write to it. Never leaves the cache."""
 
 
+_LOCKS = [threading.Lock() for _ in range(1024)]
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One staging file."""
@@ -123,9 +165,9 @@ class Entry:
     """What the budget counts for it, reservations that its writers hold included."""
     dead: bool = False
     source: str = ""
-    last_used: float = field(default_factory=clock.now)
-    """By `cache.clock`."""
-    noted: float = field(default_factory=clock.now)
+    last_used: float = field(default_factory=now)
+    """By `now`."""
+    noted: float = field(default_factory=now)
     """When its last use was written to the disk."""
     stamp: Stamp | None = None
     """Of a file that is being verified whole, or was: as it was then."""
@@ -133,7 +175,12 @@ class Entry:
     """All of it was read back and found right in this run, and nothing was written since."""
     held: bool = False
     """The kernel reads it itself: nothing may be taken away from it."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Shared with few others: a lock for each of a million files would take 40 MB. A thread takes one at
+        a time."""
+        return _LOCKS[hash(self.cid) % len(_LOCKS)]
 
     def gone(self) -> bool:
         """`dead` once more: it may have been set since the lock was last released."""
@@ -154,6 +201,11 @@ class Staging:
         """Raises StoreFailed, OSError."""
         self.path = path
         self.entries: dict[Cid, Entry] = {}
+        """Those that are known: until `known`, not all of what an earlier run left."""
+        self.known = False
+        self.found_early: dict[Cid, float] = {}
+        """When what was asked for, before the scan came to it, was used last in an earlier run."""
+        self._removed_early: set[Cid] = set()
         self.folder = Subfolder(path)
         self._direct = Direct()
         self.unit = 4096
@@ -164,6 +216,37 @@ class Staging:
             self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
 
     # -- on the event loop -----------------------------------------------------------------------------------
+
+    def find(self, cid: Cid) -> Entry | None:
+        """The entry of `cid`. Until all entries are known, one that is not is looked for on the disk: two
+        system calls."""
+        entry = self.entries.get(cid)
+        if entry is None and not self.known and cid not in self._removed_early:
+            entry = next(filter(None, (self._recognised(cids.text(cid) + end) for end in ("", PART))), None)
+            if entry is not None:
+                (entry.last_used,) = from_wall([entry.last_used])
+                entry.noted = entry.last_used
+                entry.charged = self.charge(entry)
+                self.entries[cid] = entry
+                self.found_early[cid] = entry.last_used
+        return entry
+
+    def _recognised(self, name: str) -> Entry | None:
+        """The entry of a file of this name that an earlier run left and that may be used."""
+        try:
+            info = self.folder.stat(name)
+        except (OSError, StoreFailed):
+            return None
+        entry = _recognise(name, info)
+        return entry if entry is not None and entry.size and is_our_own(info) else None
+
+    def take(self, entry: Entry) -> bool:
+        """Takes in what `scan` found. False where it is known already, or was removed meanwhile."""
+        if entry.cid in self.entries or entry.cid in self._removed_early:
+            return False
+        self.entries[entry.cid] = entry
+        entry.charged = self.charge(entry)
+        return True
 
     def entry(self, cid: Cid, size: int) -> Entry:
         """The entry of `cid`, new and empty where there is none: a CID fixes its size."""
@@ -180,42 +263,40 @@ class Staging:
     def charge(self, entry: Entry) -> int:
         """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
         tree that the file system writes later, until the file is whole and on disk."""
-        if entry.complete:
-            return entry.disk + entry.reserved
+        if entry.complete:  # mostly the same number, and not one more in memory
+            return entry.disk + entry.reserved if entry.reserved else entry.disk
         pieces = len(entry.extents) if entry.extents is not None else 1
         return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
 
     def forget(self, entry: Entry) -> None:
         if self.entries.get(entry.cid) is entry:
             del self.entries[entry.cid]
+        if not self.known:
+            self._removed_early.add(entry.cid)
 
     # -- in a thread -----------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
         """What an earlier run left. Links, an empty part, and a part beside its whole file are removed;
         strays are left alone."""
-        found: dict[Cid, Entry] = {}
         strays = []
-        for name in self.folder.names():
-            info = self.folder.stat(name)
-            entry = _recognise(name, info)
-            if entry is None or stat.S_ISDIR(info.st_mode):
-                strays.append(name)
+        for name in self.folder.each_name():
+            try:
+                info = self.folder.stat(name)
+                entry = _recognise(name, info)
+                if entry is None or stat.S_ISDIR(info.st_mode):
+                    strays.append(name)
+                    continue
+                # A file of size 0 is left by a kill between its making and its first write.
+                # Through a link, what lies elsewhere would be written.
+                usable = entry.size and is_our_own(info)
+                if usable and (entry.complete or self._recognised(cids.text(entry.cid)) is None):
+                    yield entry
+                else:
+                    self.folder.unlink(name)
+            except FileNotFoundError:  # evicted or renamed meanwhile
                 continue
-            # A file of size 0 is left by a kill between its making and its first write.
-            # Through a link, what lies elsewhere would be written.
-            if not entry.size or not is_our_own(info):
-                self.folder.unlink(name)
-                continue
-            known = found.get(entry.cid)
-            if known is not None:
-                if entry.complete:  # a whole file, and before it the part of the same
-                    found[entry.cid], entry = entry, known
-                self.folder.unlink(_name(entry))
-            else:
-                found[entry.cid] = entry
         self.folder.report_strays(strays)
-        return iter(found.values())
 
     def look(self, entry: Entry) -> Extents:
         """Which bytes of `entry` may be present, by what the file system says."""
@@ -371,7 +452,7 @@ class Staging:
 
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
-        when = clock.to_wall(entry.last_used)
+        when = to_wall(entry.last_used)
         with entry.lock:
             name, folder = _name(entry), self.folder.fd()
             before = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))
@@ -422,8 +503,9 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
         return None
     disk = info.st_blocks * 512
     return Entry(
-        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime
-    )
+        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, disk, False, "",
+        (when := info.st_mtime), when,
+    )  # fmt: skip
 
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
