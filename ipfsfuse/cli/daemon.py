@@ -74,14 +74,21 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
             log.warning("nothing is changed: %s", exc)
             return None
         logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
+        later = [
+            name
+            for name in arguments.origins
+            if name not in ("budget", "log-level")
+            and settings.value(again, name) != settings.value(arguments, name)
+        ]
+        if later:
+            log.warning("a new value of %s holds from the next mount on", ", ".join(later))
         before, configured = configured, again.budget
         return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
 
     try:
         hangup = None if starter is None and _has_terminal() else reload
-        reads = [path.parent for path in settings.candidates()]
-        writes = [] if file is None else [file.parent]
-        mount.run(asked, ready, _Indexing(starter), hangup, reads, writes)
+        writes = [] if file is None else [file]
+        mount.run(asked, ready, _Indexing(starter), hangup, settings.candidates(), writes)
     except BaseException as exc:
         if starter is not None:
             starter.tell(f"error {console.one_line(console.unwrapped(exc))}")
