@@ -18,7 +18,6 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -41,20 +40,16 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
+from ipfsfuse.fuse.open_files import Passthrough
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.fuse.passthrough import Passthrough
 from ipfsfuse.record import Record
 from ipfsfuse.sources.defaults import LIBRARY
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
-from ipfsfuse.sources.local import library_folder
+from ipfsfuse.sources.local import library
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, source_files, with_headers
-from ipfsfuse.vfs.roots import Roots
-from ipfsfuse.vfs.tree import Tree
-
-if TYPE_CHECKING:
-    pass
+from ipfsfuse.vfs.tree import Roots, Tree
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -165,7 +160,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     places = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
     if LIBRARY in config.sources:
         with suppress(StoreFailed):  # whoever opens the source says so
-            library_folder.prepare(config.library)
+            library.prepare(config.library)
     places += source_files(config.sources, config.library)
     places += [path for _url, path in config.header_files]
     files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")

@@ -34,9 +34,8 @@ from ipfsfuse.errors import IsADirectory, NotADirectory, NotAllowed, NotFound
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.base import request_of
-from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.open_file import OpenFile
-from ipfsfuse.vfs.tree import Tree
+from ipfsfuse.vfs.open_file import BufferBudget, OpenFile
+from ipfsfuse.vfs.tree import Tree, attributes_of
 
 MAX_LINKS = 40
 """Symlinks that are followed on one way, as in Linux."""
@@ -111,6 +110,7 @@ class Filesystem:
 
     def __init__(self, opened: content.Content, tree: Tree, deadline: float) -> None:
         self._content, self._tree, self._deadline = opened, tree, deadline
+        self._buffer_budget = BufferBudget()
 
     async def roots(self) -> Sequence[str]:
         """The CIDs of what the library and the CAR files hold."""
@@ -124,7 +124,7 @@ class Filesystem:
     async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
         """Raises NotFound, NotADirectory, Unavailable, WrongBlock, Malformed, Unsupported."""
         node = await self._node(await self._content.names.path_of(path), follow_symlinks)
-        found = attributes.of_node(node)
+        found = attributes_of(node)
         kind: Kind = "directory" if found.is_directory else "symlink" if modes.S_ISLNK(found.mode) else "file"
         return Stat(cids.text(node.cid), kind, found.size, modes.S_IMODE(found.mode), found.mtime)
 
@@ -155,7 +155,9 @@ class Filesystem:
             raise IsADirectory(f"{path} is a directory")
         with request_of(None, trio.current_time() + self._deadline):
             file = await self._tree.file(node.cid)
-        return File(OpenFile(self._tree, file), file.size, cids.text(file.cid), self._deadline)
+        return File(
+            OpenFile(self._tree, file, self._buffer_budget), file.size, cids.text(file.cid), self._deadline
+        )
 
     async def read_bytes(self, path: str) -> bytes:
         """The whole content of a file."""

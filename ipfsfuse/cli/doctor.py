@@ -21,7 +21,7 @@ from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
 from ipfsfuse.sources import defaults
-from ipfsfuse.sources.local import library_folder
+from ipfsfuse.sources.local import library
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -270,7 +270,7 @@ def _library(folder: Path) -> Finding:
     if not folder.exists():
         return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
     try:
-        library_folder.examine(folder)
+        library.examine(folder)
     except (IpfsFuseError, OSError) as exc:
         return Finding(BAD, "library", str(exc), "mend that, or name another with --library")
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):

@@ -91,7 +91,7 @@ def _content(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _passthrough(arguments: argparse.Namespace) -> bool:
     """Raises MountFailed for those who may not. Whether the kernel and the cache folder's file system do
-    their part is known once it is mounted (`fuse.passthrough`)."""
+    their part is known once it is mounted (`fuse.open_files.Passthrough`)."""
     if arguments.passthrough and not _is_capable(CAP_SYS_ADMIN):
         raise MountFailed(
             "--passthrough: only root (CAP_SYS_ADMIN) may let the kernel read files itself: run it as root, "

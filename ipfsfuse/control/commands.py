@@ -6,9 +6,9 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -17,21 +17,22 @@ from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.reader import Reader
 from ipfsfuse.config import MountConfig
 from ipfsfuse.content import Names
 from ipfsfuse.control.blocks import WholeBlocks
-from ipfsfuse.control.listing import staged_paths
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import traversal
+from ipfsfuse.dag import hamt, nodes, traversal
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import UsageError
+from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink
+from ipfsfuse.dag.path import can_hold, cid_alone
+from ipfsfuse.errors import Malformed, Unsupported, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import request_of
 from ipfsfuse.sources.http.settings import FetchQuota
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.structures import Histogram
 from ipfsfuse.vfs.fetch_dag import OnProgress, Totals, fetch_all
 from ipfsfuse.vfs.tree import Tree
 
@@ -368,3 +369,88 @@ class _Teller:
         if now - self._last >= TELL_SECONDS:
             self._last = now
             await self._progress(values)
+
+
+# -- what is staged, by path ---------------------------------------------------------------------------------
+
+# The cache knows CIDs alone. So the names come from the directories themselves: the walk begins at the names
+# that were opened in the mount's root, and goes down through directory blocks that are here. It asks no
+# source, and what it looks at does not count as used. Each directory is entered once, by the first path that
+# leads to it, so that the walk takes no longer than there are entries.
+
+AT_ONCE = 500
+"""Entries that are looked at before other tasks can run: some milliseconds."""
+
+
+class Staged(NamedTuple):
+    """One path that is here, at least in part."""
+
+    path: bytes
+    """`/ipfs/NAME/a/b`, NAME as it was opened."""
+    kept: Kept
+    kind: str
+    """`directory`, `file` or `symlink`."""
+    size: int | None
+    """Content bytes; None for a directory."""
+
+
+async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> AsyncIterator[Staged]:
+    """Every path below `roots` (CIDs and their names) that is staged, a directory before what is in it. The
+    next root is asked for when all below the one before it was yielded."""
+    entered = set[Cid]()
+    looked_at = 0
+    for root, name in roots:
+        waiting = [(b"/ipfs/" + name.encode(), root)]
+        while waiting:
+            looked_at += 1
+            if looked_at % AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            path, cid = waiting.pop()
+            kept = reader.store.kept_of(cid)
+            if kept is None:
+                continue
+            node = await _node(reader, cid) if cids.codec(cid) == cids.DAG_PB else None
+            if isinstance(node, Directory | Shard):
+                yield Staged(path, kept, "directory", None)
+                if cids.canonical(cid) not in entered:
+                    entered.add(cids.canonical(cid))
+                    entries = sorted([entry async for entry in _entries_here(reader, node)], reverse=True)
+                    waiting += [(path + b"/" + child, below) for child, below in entries]
+            else:
+                kind = "symlink" if isinstance(node, Symlink) else "file"
+                yield Staged(path, kept, kind, node.size if isinstance(node, File) else kept.size)
+
+
+async def _entries_here(reader: Reader, directory: Directory | Shard) -> AsyncIterator[tuple[bytes, Cid]]:
+    """The names in a directory. Of a HAMT those in the nodes that are here."""
+    if isinstance(directory, Directory):
+        for index, link in enumerate(directory.links):
+            if can_hold(link.name) and directory.counts(index):
+                yield link.name, link.cid
+        return
+    shards, entered = [directory], set[Cid]()
+    while shards:
+        shard = shards.pop()
+        for link in shard.links:
+            name = hamt.entry_name(shard, link)
+            if name:
+                if can_hold(name):
+                    yield name, link.cid
+            elif link.cid not in entered:  # a broken HAMT may have one node twice
+                entered.add(link.cid)
+                below = await _node(reader, link.cid)
+                if isinstance(below, Shard):
+                    shards.append(below)
+
+
+async def _node(reader: Reader, cid: Cid) -> Node | None:
+    """The node of a block that is staged."""
+    block = await reader.staged_block(cid, use=False)
+    if block is None:
+        return None
+    try:
+        if len(block) > nodes.MAX_PARSED_ON_LOOP:
+            return await threads.run_sync(nodes.parse, cid, block)
+        return nodes.parse(cid, block)
+    except (Malformed, Unsupported):
+        return None

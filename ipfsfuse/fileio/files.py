@@ -8,20 +8,38 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import is_aligned, lend
-from ipfsfuse.fileio.native import load
+
+
+def load_library(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
+    """The library of the extension module `name`. With RTLD_GLOBAL its functions come before those of the
+    same names in whatever is loaded later. Raises IpfsFuseError if it is missing or can't be loaded."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise IpfsFuseError(
+            f"the compiled part {name} is missing: install ipfsfuse again (in a checkout: scripts/setup)"
+        )
+    try:
+        return ctypes.CDLL(found.origin, mode=mode)
+    except OSError as exc:
+        raise IpfsFuseError(
+            f"the compiled part {name} can't be loaded ({exc}): install ipfsfuse again"
+        ) from exc
+
 
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
-_LIBRARY = load("ipfsfuse.fileio._native")
+_LIBRARY = load_library("ipfsfuse.fileio._native")
 _LIBRARY.whole_files.argtypes = (
     ctypes.c_void_p,
     ctypes.c_int,

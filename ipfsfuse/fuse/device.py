@@ -19,7 +19,7 @@ import trio
 
 from ipfsfuse.cache.base import Content
 from ipfsfuse.errors import MountFailed
-from ipfsfuse.fileio.native import load
+from ipfsfuse.fileio.files import load_library
 
 NAME_ONLY = (1 << 64) - 1
 """The generation that marks a directory entry which goes out with node id 0. As in `replies.c`."""
@@ -33,7 +33,7 @@ _UNDRAINED = 32
 
 _Drained = ctypes.c_uint64 * _UNDRAINED
 
-_LIBRARY = load("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
+_LIBRARY = load_library("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
 _LIBRARY.opens_allow.argtypes = (ctypes.c_uint64,)
 _LIBRARY.opens_allow.restype = None
 _LIBRARY.opens_revoke.argtypes = (ctypes.c_uint64, ctypes.c_int)
@@ -111,7 +111,7 @@ class Device:
 
 class ReadWindows:
     """Verified bytes of one open file that the thread may give to its reader: a
-    `vfs.buffers.ReadWindows`."""
+    `vfs.open_file.ReadWindows`."""
 
     __slots__ = ("add", "remove")
 

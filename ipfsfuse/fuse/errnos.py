@@ -14,7 +14,7 @@ import pyfuse3
 import trio
 
 from ipfsfuse import errors
-from ipfsfuse.log_limiter import LogLimiter
+from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger("ipfsfuse.fuse")
 

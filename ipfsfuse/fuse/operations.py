@@ -33,14 +33,11 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse import device, replies
 from ipfsfuse.fuse.errnos import fuse_error, translated
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
-from ipfsfuse.fuse.listing import Listing, RootListing
-from ipfsfuse.fuse.open_files import OpenFiles
-from ipfsfuse.fuse.passthrough import Passthrough
-from ipfsfuse.histogram import Histogram
+from ipfsfuse.fuse.open_files import OpenFiles, Passthrough
+from ipfsfuse.fuse.replies import Listing, RootListing
 from ipfsfuse.sources.base import Caller, Request, current_request
-from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.roots import Roots
-from ipfsfuse.vfs.tree import Tree
+from ipfsfuse.structures import Histogram
+from ipfsfuse.vfs.tree import Attributes, Roots, Tree
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -196,6 +193,10 @@ class Operations(ReadOnlyOperations):
             if log.isEnabledFor(logging.DEBUG):
                 line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
                 log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
+
+    def surplus(self) -> list[int]:
+        """As `Inodes.surplus`."""
+        return self._inodes.surplus()
 
     def interrupt(self, number: int) -> None:
         """The caller of the request `number` got a signal."""

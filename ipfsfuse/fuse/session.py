@@ -6,9 +6,11 @@ writes it.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import pyfuse3
 import trio
 
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fileio import threads
 from ipfsfuse.fuse.device import Device
 from ipfsfuse.fuse.mountpoint import HELPER, Place, fusermount
 from ipfsfuse.fuse.operations import Operations
@@ -30,6 +33,11 @@ MAX_TASKS = 100_000
 """Waiting calls are bounded by memory, not by number: pyfuse3's default of 99 would stop the whole mount."""
 
 INIT_SECONDS = 10
+
+PRUNE_SECONDS = 0.5
+"""Between two looks at how many inodes the kernel holds: it looks up some thousands in that time."""
+_NOTIFY_PRUNE, _PRUNED_AT_ONCE = 9, 4096
+"""The code of the notification (linux/fuse.h of 6.18), and the node ids in one of them."""
 
 
 @dataclass
@@ -226,12 +234,36 @@ async def serve(session: Session, ready: Callable[[], None]) -> None:
                 "this kernel offers no parallel directory operations: a stalled lookup holds up its directory"
             )
         nursery.start_soon(_interrupt, session)
+        nursery.start_soon(_prune, session)
         ready()
 
 
 async def _interrupt(session: Session) -> None:
     async for number in session.device.interrupted():
         session.operations.interrupt(number)
+
+
+async def _prune(session: Session) -> None:
+    """Asks the kernel to forget what no program uses, while it holds too many inodes."""
+    while True:
+        await trio.sleep(PRUNE_SECONDS)
+        surplus = session.operations.surplus()
+        for first in range(0, len(surplus), _PRUNED_AT_ONCE):
+            numbers = surplus[first : first + _PRUNED_AT_ONCE]
+            if not await threads.run_sync(prune, session.mount.fd, numbers):
+                return
+
+
+def prune(fd: int, numbers: Sequence[int]) -> bool:
+    """Asks the kernel to drop the names of `numbers` that nothing uses. It then forgets the inodes that have
+    no names left. Returns whether it knows this: Linux 6.18 and later do. The others forget when memory is
+    short."""
+    body = struct.pack(f"=IIQ{len(numbers)}Q", len(numbers), 0, 0, *numbers)
+    try:
+        os.write(fd, struct.pack("=IiQ", 16 + len(body), _NOTIFY_PRUNE, 0) + body)
+    except OSError as exc:
+        return exc.errno != errno.EINVAL
+    return True
 
 
 async def _main(scope: trio.CancelScope) -> None:

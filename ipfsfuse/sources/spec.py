@@ -16,8 +16,7 @@ from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.defaults import CAR, GATEWAY, KUBO, LIBRARY, NETWORK, is_repository, repository
 from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, unix_origin
-from ipfsfuse.sources.http.secrets import BoundHeaders, Headers, is_ours, read_headers
-from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.http.settings import BoundHeaders, Headers, HttpSettings, is_ours, read_headers
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.base import Source
@@ -159,7 +158,7 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     if settings.offline and is_remote(spec):
         return None
     if spec.kind == CAR:
-        from ipfsfuse.sources.local.car_source import CarSource
+        from ipfsfuse.sources.local.car_file import CarSource
 
         assert spec.path is not None
         return CarSource.open(
@@ -213,7 +212,7 @@ def _open_network(settings: OpenSettings) -> "Source":
 async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
     """The sources in their order, without those that an offline mount does not use; closed at the end. Raises
     UsageError, SourceFailed."""
-    from ipfsfuse.sources.local.car_source import CarSource
+    from ipfsfuse.sources.local.car_file import CarSource
 
     async with AsyncExitStack() as stack:
         sources: list[Source] = []

@@ -14,19 +14,18 @@ Concurrency: the event loop's. At most FETCHED_TOGETHER blocks of one page are o
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import trio
 
 from ipfsfuse.cache.base import Cache
-from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request
-from ipfsfuse.vfs.buffers import SmallFileBuffer
+from ipfsfuse.structures import Lru
 
 SMALL_FILE = 64 << 10
 """Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of
@@ -56,6 +55,8 @@ SLACK = 1 << 20
 """Bytes that an answer may have beyond the claims of the links."""
 MAX_DONE = 10_000
 """Directories that are remembered as fetched."""
+MAX_SMALL_FILES = 16 << 20
+"""Bytes of small files that may be in flight: fetched, and their reader still to come."""
 
 
 class ScanTracker:
@@ -110,6 +111,38 @@ class ScanTracker:
             return None
         self._next_deep += 1
         return self.children[self._next_deep - 1]
+
+
+class SmallFileBuffer:
+    """Small files that arrived with their directory, and whose reader is still to come.
+
+    Each is given away once: to the page cache when the reader comes near, or to the program that opens it. If
+    there are too many, the oldest are dropped."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Cid, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, cid: Cid, content: bytes) -> None:
+        """The verified content of a raw file that has just arrived."""
+        if cid not in self._files:
+            self._files[cid] = content
+            self._bytes += len(content)
+            while self._bytes > MAX_SMALL_FILES:
+                self._bytes -= len(self._files.popitem(last=False)[1])
+
+    def take(self, cid: Cid) -> bytes | None:
+        content = self._files.pop(cid, None)
+        if content is not None:
+            self._bytes -= len(content)
+        return content
+
+    def take_all(self, wanted: Iterable[Cid]) -> Iterator[tuple[Cid, bytes]]:
+        """Those of `wanted` that are here."""
+        for cid in wanted:
+            content = self.take(cid)
+            if content is not None:
+                yield cid, content
 
 
 class SubtreePrefetcher:

@@ -5,25 +5,77 @@ runs in the nursery given. Parsed nodes are kept for a while (`nodes`), bounded 
 file bytes never are.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import trio
 
 from ipfsfuse.cache.base import Cache, FileRef
-from ipfsfuse.cache.lru import Lru
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, File, Link, Node, Shard, Symlink
+from ipfsfuse.dag.nodes import NO_META, Directory, File, Link, Meta, Node, Shard, Symlink
 from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.dag.values import Document
-from ipfsfuse.errors import IsADirectory, Malformed, NotADirectory, NotALink, NotFound, Unsupported
+from ipfsfuse.errors import (
+    IsADirectory,
+    Malformed,
+    NotACid,
+    NotADirectory,
+    NotALink,
+    NotAllowed,
+    NotFound,
+    Unsupported,
+)
 from ipfsfuse.fileio import threads
-from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.attributes import Attributes
-from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
-from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SubtreePrefetcher
+from ipfsfuse.structures import Lru
+from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SmallFileBuffer, SubtreePrefetcher
+
+# -- attributes ----------------------------------------------------------------------------------------------
+
+
+class Attributes(NamedTuple):
+    """Of one file, directory or symlink."""
+
+    mode: int
+    """Type and permission bits, as in st_mode."""
+    size: int
+    """Content bytes."""
+    mtime: int
+    """Nanoseconds since 1970."""
+    exact: bool = True
+    """False while the size is only its link's claim."""
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+def attributes_of(node: Node) -> Attributes:
+    """The attributes of a node, from its own verified block."""
+    match node:
+        case File():
+            return _attributes(stat.S_IFREG, 0o444, node.size, node.meta)
+        case Symlink():
+            return _attributes(stat.S_IFLNK, 0o777, len(node.target), node.meta)
+        case Directory() | Shard():
+            return _attributes(stat.S_IFDIR, 0o555, 0, node.meta)
+
+
+def claimed_attributes(tsize: int) -> Attributes:
+    """Of a raw child by its link's word: surely a file, of that size if the publisher told the truth."""
+    return Attributes(stat.S_IFREG | 0o444, tsize, 0, exact=False)
+
+
+def _attributes(kind: int, mode: int, size: int, meta: Meta) -> Attributes:
+    return Attributes(kind | (mode if meta.mode is None else meta.mode), size, meta.mtime or 0)
+
+
+ROOT_ATTRIBUTES = _attributes(stat.S_IFDIR, 0o555, 0, NO_META)
+
+
+# -- nodes ---------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 
@@ -53,7 +105,6 @@ class Tree:
         self.cache = cache
         self.nursery = nursery
         self.use = use
-        self.buffer_budget = BufferBudget()
         self.small_files = SmallFileBuffer()
         self._parsing = trio.CapacityLimiter(PARSED_TOGETHER)
         self._large: Lru[Cid, bool] = Lru(LARGE)
@@ -137,7 +188,7 @@ class Tree:
         """`node`, whose block has `size` bytes."""
         if cids.codec(node.cid) != cids.RAW:
             self._nodes.put(node.cid, node, size + 64)
-        self._known.put(cids.canonical(node.cid), attributes.of_node(node))
+        self._known.put(cids.canonical(node.cid), attributes_of(node))
 
     async def document(self, cid: Cid) -> Document:
         """The values of a dag-cbor or dag-json block: that of `cid`, or of the value `cid`."""
@@ -164,7 +215,7 @@ class Tree:
     async def attributes(self, cid: Cid) -> Attributes:
         """The attributes of what `cid` names, from memory where they are there."""
         found = self.known(cid)
-        return found if found is not None else attributes.of_node(await self.node(cid))
+        return found if found is not None else attributes_of(await self.node(cid))
 
     def known(self, cid: Cid) -> Attributes | None:
         """The attributes of `cid` if no block is needed for them."""
@@ -234,7 +285,7 @@ class Tree:
         known = self.known(cid)
         if known is not None:
             return known
-        return attributes.claimed(tsize) if tsize >= 0 and cids.codec(cid) == cids.RAW else None
+        return claimed_attributes(tsize) if tsize >= 0 and cids.codec(cid) == cids.RAW else None
 
     # -- files and links -------------------------------------------------------------------------------------
 
@@ -292,6 +343,67 @@ def _carried(cid: Cid) -> Attributes | None:
     """The attributes of a node that an identity CID carries in itself."""
     try:
         block = cids.inline(cid)
-        return attributes.of_node(nodes.parse(cid, block)) if block is not None else None
+        return attributes_of(nodes.parse(cid, block)) if block is not None else None
     except (Malformed, Unsupported):  # a lookup of it will raise
         return None
+
+
+# -- the root ------------------------------------------------------------------------------------------------
+
+# A name is a CID in any spelling that fits a file name. A name that is not a CID is proved absent without
+# asking anyone.
+
+Named = tuple[Cid, str]
+"""A CID and how it is spelled."""
+Listed = tuple[Cid, str | Cid]
+"""A canonical CID and its name: as it is spelled, or a CID whose usual spelling it is. `name_of` gives it: a
+text for each of 200,000 roots would take more memory and time than the rest."""
+
+
+def name_of(listed: Listed) -> bytes:
+    """What the root calls it; longer than NAME_MAX where no file system can hold that."""
+    spelled = listed[1]
+    return (spelled if isinstance(spelled, str) else cids.text(spelled)).encode()
+
+
+class Roots:
+    """`of_sources` gives the roots of all sources, and is called in a worker thread: a library's are files.
+    `named` gives what else is listed, on the event loop. `opened` is told of each CID used by name."""
+
+    def __init__(
+        self,
+        of_sources: Callable[[], Iterable[Cid]],
+        named: Callable[[], Iterable[Named]],
+        opened: Callable[[Cid, str], None],
+        allow: frozenset[Cid] | None,
+    ) -> None:
+        self._of_sources = of_sources
+        self._named = named
+        self._opened = opened
+        self._allow = allow
+
+    def parse(self, name: bytes) -> Cid:
+        """The CID of a name. Raises NotFound for a name that is none, NotAllowed outside the allow-list."""
+        try:
+            cid = cids.parse(name.decode("utf-8"))
+        except (NotACid, UnicodeDecodeError) as exc:
+            raise NotFound(f"{name[:80]!r} is not a CID") from exc
+        if self._allow is not None and cids.canonical(cid) not in self._allow:
+            raise NotAllowed(f"{cids.text(cid)} is not on this mount's allow-list")
+        return cid
+
+    def note(self, cid: Cid, name: bytes) -> None:
+        """`name` was opened and is really there."""
+        self._opened(cid, name.decode("utf-8"))
+
+    async def entries(self) -> Sequence[Listed]:
+        """What the root lists now: each CID once, as first spelled."""
+        return await threads.run_sync(self._entries, list(self._named()))
+
+    def _entries(self, named: Sequence[Named]) -> Sequence[Listed]:
+        seen: dict[Cid, str | Cid] = {}
+        for root in self._of_sources():
+            seen.setdefault(cids.canonical(root), root)
+        for cid, spelling in named:
+            seen.setdefault(cids.canonical(cid), spelling)
+        return [item for item in seen.items() if self._allow is None or item[0] in self._allow]

@@ -28,8 +28,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.vfs.roots import Roots
-from ipfsfuse.vfs.tree import Tree
+from ipfsfuse.vfs.tree import Roots, Tree
 from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Path, Thing
 
 LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, RELEASE, GETXATTR = 1, 2, 3, 5, 14, 15, 18, 22

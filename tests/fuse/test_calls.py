@@ -12,8 +12,8 @@ from trio.testing import MockClock
 from ipfsfuse.errors import NotFound
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.operations import GRACE, LEAST, SPREAD, Operations
-from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import current_request
+from ipfsfuse.structures import Histogram
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,8 @@ from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import OpenFiles
-from ipfsfuse.vfs import attributes
-from ipfsfuse.vfs.buffers import BufferBudget, SmallFileBuffer
-from ipfsfuse.vfs.tree import Tree
+from ipfsfuse.vfs.prefetch import SmallFileBuffer
+from ipfsfuse.vfs.tree import Tree, attributes_of
 from tests.sources.content import raw_blocks
 
 ((CID, CONTENT),) = raw_blocks(95, 1).items()
@@ -43,7 +42,7 @@ class SmallTree:
     use = None
 
     def __init__(self) -> None:
-        self.cache, self.buffer_budget, self.small_files = Cache(), BufferBudget(), SmallFileBuffer()
+        self.cache, self.small_files = Cache(), SmallFileBuffer()
         self.opened = self.cache.opened
 
     async def file(self, cid: Cid) -> File:
@@ -69,7 +68,7 @@ def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: py
     monkeypatch.setattr(device, "revoke", revoke)
     monkeypatch.setattr(pyfuse3, "notify_store", lambda inode, _offset, _content: stored.append(inode))
     inodes, tree = Inodes(bytes(32)), cast(Tree, SmallTree())
-    held = inodes.file(CID, attributes.of_node(File(CID, len(CONTENT), len(CONTENT), ())))
+    held = inodes.file(CID, attributes_of(File(CID, len(CONTENT), len(CONTENT), ())))
 
     async def main() -> None:
         files = OpenFiles(tree, inodes, push=True)

@@ -9,7 +9,7 @@ import pytest
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse.inodes import Inode
 from ipfsfuse.fuse.open_files import MAX_WAITING, PageCachePusher
-from ipfsfuse.vfs import attributes
+from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES
 from tests.mounting import wait_until
 
 
@@ -30,7 +30,7 @@ class Kernel:
 
 
 def inode(number: int) -> Inode:
-    return Inode(number, Cid(b""), number, attributes.ROOT)
+    return Inode(number, Cid(b""), number, ROOT_ATTRIBUTES)
 
 
 @pytest.fixture

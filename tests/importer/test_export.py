@@ -12,8 +12,7 @@ from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.importer import AddOptions, add, export
-from ipfsfuse.sources.local.car_file import CarFile, sections
-from ipfsfuse.sources.local.car_source import CarSource
+from ipfsfuse.sources.local.car_file import CarFile, CarSource, sections
 from ipfsfuse.sources.local.library import Library, LibrarySource
 from tests.importer.repo import Repo
 from tests.importer.trees import LINKS, Bytes, Dir, at_threshold, write

@@ -14,7 +14,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import Block, LeafRange
-from ipfsfuse.sources.local.car_source import CarSource
+from ipfsfuse.sources.local.car_file import CarSource
 from ipfsfuse.sources.local.car_writer import RecordSorter
 from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
 

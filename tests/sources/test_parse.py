@@ -6,7 +6,7 @@ import pytest
 
 from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.http.origin import parse_multiaddr, parse_origin, proxy_for
-from ipfsfuse.sources.http.secrets import kubo_authorization, read_headers
+from ipfsfuse.sources.http.settings import kubo_authorization, read_headers
 from ipfsfuse.sources.spec import parse_source, parse_sources
 
 GOOD = {

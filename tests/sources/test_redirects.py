@@ -14,7 +14,7 @@ from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Rpc
 from ipfsfuse.sources.http.origin import parse_origin, proxy_for
-from ipfsfuse.sources.http.secrets import BoundHeaders
+from ipfsfuse.sources.http.settings import BoundHeaders
 from tests.kubo.node import Node
 from tests.sources.content import raw_blocks, sample
 from tests.sources.proxies import Proxy

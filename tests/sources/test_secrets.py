@@ -16,7 +16,7 @@ from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
-from ipfsfuse.sources.http.secrets import BoundHeaders, kubo_token
+from ipfsfuse.sources.http.settings import BoundHeaders, kubo_token
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import with_headers
 from tests.mounting import NOBODY

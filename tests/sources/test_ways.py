@@ -10,7 +10,7 @@ from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.http.client import Http, HttpSettings, tls_context
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin, proxy_for
-from ipfsfuse.sources.http.secrets import BoundHeaders
+from ipfsfuse.sources.http.settings import BoundHeaders
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks
 from tests.sources.proxies import Proxy

@@ -1,7 +1,7 @@
 """What waits for a reader: how long, and what he may take unasked."""
 
 from ipfsfuse.cache.base import Content
-from ipfsfuse.vfs.buffers import BEHIND, UNSEEN, BufferBudget, PrefetchBuffer
+from ipfsfuse.vfs.open_file import BEHIND, UNSEEN, BufferBudget, PrefetchBuffer
 
 LEAF = 1 << 20
 

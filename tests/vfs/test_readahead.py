@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cache.lru import Lru
+from ipfsfuse.structures import Lru
 from ipfsfuse.vfs.open_file import MAX_WINDOW, MIN_WINDOW, SLACK, ReadAhead
 
 GIB = 1 << 30

@@ -12,8 +12,15 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.sources.base import Subtree
-from ipfsfuse.vfs.buffers import SmallFileBuffer
-from ipfsfuse.vfs.prefetch import FEW_NODES, MAX_CONTENTS, MAX_NODES, SLACK, SMALL_FILE, SubtreePrefetcher
+from ipfsfuse.vfs.prefetch import (
+    FEW_NODES,
+    MAX_CONTENTS,
+    MAX_NODES,
+    SLACK,
+    SMALL_FILE,
+    SmallFileBuffer,
+    SubtreePrefetcher,
+)
 from tests.dag.blocks import Blocks, shard
 
 

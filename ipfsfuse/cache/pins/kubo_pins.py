@@ -1,6 +1,6 @@
 """Pins of ours at Kubo nodes: each node is brought to what is desired, behind the reads.
 
-Content stays at a node while it stands in any mount's folder there (`mfs_pin_folder`); the node's own pins
+Content stays at a node while it stands in any mount's folder there (`mfs`); the node's own pins
 are never looked at, so a pin that its user made is never touched. `add` and `remove` only change what is
 desired. A task for each node follows in rounds. A node that is down or hangs makes that task wait, and nobody
 else.
@@ -25,8 +25,7 @@ from ipfsfuse.cache.base import Copies, PinStatus
 from ipfsfuse.cache.pins import batches, lease
 from ipfsfuse.cache.pins.batches import QUEUED, BatchPlanner, Round
 from ipfsfuse.cache.pins.lease import MountId
-from ipfsfuse.cache.pins.mfs import Mfs, NodeRpc
-from ipfsfuse.cache.pins.mfs_pin_folder import PINNED, STAGED, MfsPinFolder
+from ipfsfuse.cache.pins.mfs import PINNED, STAGED, Mfs, MfsPinFolder, NodeRpc
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.multihash import SHA2_256_PREFIX

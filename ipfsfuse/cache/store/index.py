@@ -121,9 +121,17 @@ class Index:
             self._open()
 
     def _open(self) -> None:
+        """Nothing stays open where it fails."""
         if not self.in_memory:
             with as_store_failed(f"{self.path} can't be opened"):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        try:
+            self._connect_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect_all(self) -> None:
         with _translated(self.path):
             self._writer = self._connect()
             self._reader = self._writer if self.in_memory else self._connect()

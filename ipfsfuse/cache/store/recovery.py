@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.budget import Key
+from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import as_store_failed, tag
 from ipfsfuse.cache.store.index import Damaged, Statements
 from ipfsfuse.cache.store.packs import ROWS, Place
@@ -50,12 +50,22 @@ async def open_store(
     def make() -> Store:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins, reserve)
-            recover(store)
-            tag(folder)
+            try:
+                recover(store)
+                tag(folder)
+            except BaseException:
+                _close_files(store)
+                close_folders(store)
+                raise
             return store
 
     store = await threads.run_sync(make)
-    await measure(store)
+    try:
+        await measure(store)
+    except BaseException:
+        _close_files(store)
+        close_folders(store)
+        raise
     if store.budget.limit < budget:
         said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
         log.info(
@@ -109,7 +119,7 @@ def recover(store: Store) -> None:
         found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
     found.sort(key=lambda item: item[0])
     for (_last, frequent, key, size), moment in zip(
-        found, clock.from_wall([last for last, *_ in found]), strict=True
+        found, staging.from_wall([last for last, *_ in found]), strict=True
     ):
         store.budget.arc.restore(key, size, frequent)
         if not isinstance(key, int):
@@ -262,7 +272,7 @@ def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
         if frequent != was_frequent:  # the second list begins
             last, was_frequent = 0.0, frequent
         # of a pack only its place is known
-        last = max(last + 1e-6, clock.to_wall(entry.last_used) if entry else 0.0)
+        last = max(last + 1e-6, staging.to_wall(entry.last_used) if entry else 0.0)
         out.append((key, last, frequent))
     return out
 
@@ -281,6 +291,10 @@ async def close(store: Store) -> None:
         await threads.run_sync(store.blocks.index.write, statements)
     except (StoreFailed, Damaged) as exc:
         log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
+    _close_files(store)
+
+
+def _close_files(store: Store) -> None:
     store.blocks.packs.close()
     store.blocks.index.close()
 

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
@@ -32,6 +32,45 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, Unsupported
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
+
+# -- when things were used last, by a clock that nobody sets
+
+# In memory a time is the machine's: seconds since it was started, sleep included (CLOCK_BOOTTIME). People and
+# disks get the wall clock's time of it, as that clock stands then. So a wall clock that is set, forwards or
+# backwards, changes no order and makes no duration negative.
+
+CLOCK_WAS_SET = 0.5
+"""Seconds by which the wall clock must differ from the machine's to be taken for set. Less is how long we
+took to look."""
+
+_start = float("-inf")
+"""The wall clock's time at the start of the machine."""
+
+
+def now() -> float:
+    """The machine's time, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def to_wall(moment: float) -> float:
+    """Seconds since 1970 of a moment of the machine's time: of one moment the same, until the wall clock is
+    set."""
+    global _start
+    start = time.time() - now()
+    if abs(start - _start) > CLOCK_WAS_SET:
+        _start = start
+    return max(0.0, _start + moment)
+
+
+def from_wall(whens: Sequence[float]) -> list[float]:
+    """The machine's times of what was written with the wall clock's, the earliest first; their order is kept.
+    What lies in the future was written before the wall clock was set back: that is taken for now."""
+    machine, wall = now(), time.time()
+    latest = machine - len(whens) * 1e-6
+    return [min(machine - (wall - when), latest + number * 1e-6) for number, when in enumerate(whens, 1)]
+
+
+# -- staging files -------------------------------------------------------------------------------------------
 
 PART = ".part"
 PIECE = 16 << 10
@@ -123,9 +162,9 @@ class Entry:
     """What the budget counts for it, reservations that its writers hold included."""
     dead: bool = False
     source: str = ""
-    last_used: float = field(default_factory=clock.now)
-    """By `cache.clock`."""
-    noted: float = field(default_factory=clock.now)
+    last_used: float = field(default_factory=now)
+    """By `now`."""
+    noted: float = field(default_factory=now)
     """When its last use was written to the disk."""
     stamp: Stamp | None = None
     """Of a file that is being verified whole, or was: as it was then."""
@@ -371,7 +410,7 @@ class Staging:
 
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
-        when = clock.to_wall(entry.last_used)
+        when = to_wall(entry.last_used)
         with entry.lock:
             name, folder = _name(entry), self.folder.fd()
             before = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))

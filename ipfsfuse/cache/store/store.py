@@ -6,6 +6,7 @@ was hashed after it was read. Concurrency: the event loop's; files are read, has
 threads.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,10 +15,9 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache import clock
 from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_cost, disk_usage
-from ipfsfuse.cache.lru import Lru
+from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
@@ -29,6 +29,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import current_request
+from ipfsfuse.structures import Lru
 
 T = TypeVar("T")
 
@@ -70,12 +71,17 @@ class Store:
         self.budget = Budget(budget, self._evict, self.space.spare)
         self.backoff = WriteBackoff()
         self.io = IoLimits()
-        self.staging = Staging(folder / STAGING)
-        self.pin_records = PinRecords(folder / PINNED)
+        with contextlib.ExitStack() as opened:
+            self.staging = Staging(folder / STAGING)
+            opened.callback(self.staging.folder.close)
+            self.pin_records = PinRecords(folder / PINNED)
+            opened.callback(self.pin_records.folder.close)
+            index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
+            opened.callback(index.close)
+            packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+            opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
         """What was pinned when the store was opened."""
-        index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
-        packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
         self.completed: Callable[[Entry], None] = lambda _entry: None
@@ -273,7 +279,7 @@ class Store:
         if entry is None:
             return
         self.budget.arc.use(file.cid, current_request.get().caller)
-        entry.last_used = clock.now()
+        entry.last_used = staging.now()
         if entry.last_used - entry.noted > NOTE_USE:
             entry.noted = entry.last_used
             self.nursery.start_soon(self._note_use, entry)
@@ -313,7 +319,7 @@ class Store:
         return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
 
     def _told(self, entry: Entry) -> Kept:
-        used = clock.to_wall(entry.last_used)
+        used = staging.to_wall(entry.last_used)
         return Kept(
             entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
         )

@@ -29,8 +29,7 @@ from ipfsfuse.sources.http import failures
 from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
 from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
-from ipfsfuse.sources.http.secrets import Headers
-from ipfsfuse.sources.http.settings import BodyShare, HttpSettings, tls_context
+from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls_context
 from ipfsfuse.sources.http.transport import Connection, ConnectionPool
 
 OWN_TRANSPORT = True

@@ -19,7 +19,7 @@ from ipfsfuse.sources import leaf_ranges
 from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response, translated
 from ipfsfuse.sources.http.failures import LONG, NOT_SUPPORTED, PAGE, STATUS
-from ipfsfuse.sources.http.secrets import Headers
+from ipfsfuse.sources.http.settings import Headers
 
 BELIEVED = 1 << 30
 """A server that offers more bytes than that for a block does not have a large block: it lies."""

@@ -27,8 +27,7 @@ from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin
-from ipfsfuse.sources.http.secrets import Headers, kubo_authorization, kubo_token
-from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
 
 CONNECTIONS = 2

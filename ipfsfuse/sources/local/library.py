@@ -1,34 +1,287 @@
 """The library on this machine: what `ipfsfuse add` stored. It is a source, and can be listed and changed.
 
+    <folder>/          0700
+      format           the marker: one line, `ipfsfuse library 1`
+      lock             shared by who adds, exclusive for who removes packs
+      <time>-<8 hex digits>.car   a pack: the blocks that one `add` brought, a CARv2 file with its index
+                                  that is never changed
+      <time>-<8 hex digits>.tmp   a pack while it is written, locked (flock) by its writer
+      roots/<CID>      a root: JSON of its name, size, time and the packs that its blocks lie in
+
+A root's file is made after its packs are complete and removed before any of them goes, so that a root that is
+listed can be read at any moment, whoever is killed. Only what has one of these names is ever read, replaced
+or removed; links are never followed.
+
 `Library` blocks and may be used by any number of threads and processes at once. `LibrarySource` sees what
-another process adds or removes with the next call. `library_folder` describes the layout.
+another process adds or removes with the next call.
 """
 
+import errno
+import fcntl
+import json
 import logging
 import os
+import re
+import secrets
+import stat
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import trio
 
+from ipfsfuse import __version__
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
-from ipfsfuse.errors import IpfsFuseError, NotFound, NotHere, SourceFailed, StoreFailed
+from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, NotHere, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.files import regular
 from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
-from ipfsfuse.sources.local import library_folder
-from ipfsfuse.sources.local.car_file import CarFile, Place, Read, read_cached, read_disk, sections
-from ipfsfuse.sources.local.car_source import Found, stream_places
+from ipfsfuse.sources.local.car_file import (
+    CarFile,
+    Found,
+    Place,
+    Read,
+    read_cached,
+    read_disk,
+    sections,
+    stream_places,
+)
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.local.library_folder import Entry, pack_names, store_errors
+
+MARKER, VERSION = "ipfsfuse library", 1
+FORMAT, LOCK, ROOTS = "format", "lock", "roots"
+PACK = ".car"
+TEMPORARY = ".tmp"
+_STEM = r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}"
+_PACK_NAME = re.compile(_STEM + r"\.car")
+_TEMPORARY_NAME = re.compile(_STEM + r"\.tmp")
+_OLDER_NAMES = re.compile(_STEM + r"\.(car|tmp)|lock|roots|tmp[a-z0-9_]{8}")
+"""All that a library held before it had a marker."""
+MAX_ROOT = 1 << 24
+"""Bytes of a root's file that are read at most: some 400,000 packs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One root of the library."""
+
+    cid: Cid
+    """As it was first spelled."""
+    name: str
+    size: int
+    """Bytes of its DAG, by its own nodes' word."""
+    added: float
+    """Seconds since 1970."""
+    packs: tuple[str, ...]
+    """File names of the packs that together hold all its blocks."""
+
+
+@contextmanager
+def store_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StoreFailed(f"{what}: {exc.strerror}") from exc
+    except SourceFailed as exc:  # a pack that is damaged
+        raise StoreFailed(str(exc)) from exc
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder where there is none, and marks it. Raises StoreFailed where it is not a library of
+    ours alone."""
+    with store_errors(f"the library {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not examine(folder):
+            with suppress(OSError):  # a library that can only be read needs no marker yet
+                _mark(folder)
+        with suppress(FileExistsError):
+            (folder / ROOTS).mkdir(mode=0o700)
+        _check(folder / ROOTS, stat.S_IFDIR)
+
+
+def examine(folder: Path) -> bool:
+    """Whether the folder is marked as a library; False for an empty one, and for one from before there was a
+    marker.
+
+    Raises StoreFailed for a folder of anything else, or not ours alone. Raises OSError."""
+    _check(folder, stat.S_IFDIR)
+    for name, kind in ((FORMAT, stat.S_IFREG), (LOCK, stat.S_IFREG), (ROOTS, stat.S_IFDIR)):
+        with suppress(FileNotFoundError):
+            _check(folder / name, kind)
+    content = _read(folder / FORMAT, 100)
+    if content is None:
+        others = sorted(name for name in os.listdir(folder) if not _OLDER_NAMES.fullmatch(name))
+        if others:
+            found = f"{folder} holds {others[0]} and is not marked as a library"
+            raise StoreFailed(f"{found}: give --library a folder of its own")
+        return False
+    name, _space, number = content.decode("ascii", "replace").strip().rpartition(" ")
+    if name != MARKER or not number.isdecimal():
+        raise StoreFailed(
+            f"{folder / FORMAT} is not the marker of a library: give --library a folder of its own"
+        )
+    if int(number) != VERSION:
+        raise StoreFailed(
+            f"the library {folder} has format {number}, and ipfsfuse {__version__} knows format {VERSION}: "
+            "use the ipfsfuse that wrote it, or give another --library"
+        )
+    return True
+
+
+def _check(path: Path, kind: int) -> None:
+    """Raises StoreFailed unless it is of that kind, and ours alone. Raises OSError."""
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise StoreFailed(f"{path} is a symbolic link: remove it, or give another --library")
+    if stat.S_IFMT(status.st_mode) != kind:
+        expected = "folder" if kind == stat.S_IFDIR else "regular file"
+        raise StoreFailed(f"{path} is not a {expected}: give another --library")
+    if status.st_uid != os.geteuid():
+        raise StoreFailed(f"{path} belongs to another user: give another --library")
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        raise StoreFailed(
+            f"{path} may be written by others: run chmod go-w {path}, or give another --library"
+        )
+
+
+def _mark(folder: Path) -> None:
+    path, fd = new_temporary(folder)
+    try:
+        with open(fd, "w") as out:
+            out.write(f"{MARKER} {VERSION}\n")
+            out.flush()
+            os.fsync(fd)
+            os.rename(path, folder / FORMAT)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+
+
+def _read(path: Path, most: int) -> bytes | None:
+    """What a regular file holds; None where there is none, a link included. Raises OSError."""
+    try:
+        with regular(str(path), most) as (fd, size):
+            return os.pread(fd, size, 0)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+
+
+@contextmanager
+def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
+    """Holds the library's lock. Gives False, holding nothing, where it is taken and `wait` is False."""
+    with store_errors(f"the library {folder}"):
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)
+
+
+# -- packs ---------------------------------------------------------------------------------------------------
+
+
+def pack_names(folder: Path) -> set[str]:
+    """Of files that an add wrote: a CAR file of another name is not ours."""
+    with os.scandir(folder) as items:
+        named = [item for item in items if _PACK_NAME.fullmatch(item.name)]
+        return {item.name for item in named if item.is_file(follow_symlinks=False)}
+
+
+def new_temporary(folder: Path) -> tuple[Path, int]:
+    """An empty temporary file, locked for as long as its descriptor is open."""
+    while True:
+        path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}{TEMPORARY}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)  # a sweep came between
+
+
+def sweep(folder: Path) -> None:
+    """Removes what dead writers left: temporary files that nobody locks."""
+    for name in os.listdir(folder):
+        path = folder / name
+        with suppress(OSError):
+            if not _TEMPORARY_NAME.fullmatch(name) or not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
+
+
+# -- roots ---------------------------------------------------------------------------------------------------
+
+
+def root_path(folder: Path, cid: Cid) -> Path:
+    return folder / ROOTS / cids.text(cids.canonical(cid))
+
+
+def write_root(folder: Path, entry: Entry) -> None:
+    """Makes the root known, or known anew. Raises OSError."""
+    path, fd = new_temporary(folder)
+    try:
+        with open(fd, "w") as out:
+            json.dump({**asdict(entry), "cid": cids.text(entry.cid)}, out)
+            out.flush()
+            os.fsync(fd)
+            os.rename(path, root_path(folder, entry.cid))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    sync_folder(folder / ROOTS)
+
+
+def read_root(path: Path) -> Entry | None:
+    """None where the file is gone or none of ours."""
+    try:
+        fields = json.loads(_read(path, MAX_ROOT) or b"")
+        return Entry(
+            cids.parse(fields["cid"]),
+            str(fields["name"]),
+            int(fields["size"]),
+            float(fields["added"]),
+            tuple(map(str, fields["packs"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, NotACid):
+        return None
+
+
+def read_roots(folder: Path) -> list[Entry]:
+    """All roots, in the order added. A file that does not have its root's name is not ours."""
+    found = [(path, read_root(path)) for path in (folder / ROOTS).iterdir()]
+    entries = [entry for path, entry in found if entry is not None and root_path(folder, entry.cid) == path]
+    return sorted(entries, key=lambda entry: (entry.added, entry.cid))
+
+
+def sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 # -- the packs, kept up with what other processes add and remove ---------------------------------------------
 
@@ -159,7 +412,7 @@ class LibraryWriter:
         self._folder = folder
         self._packs = packs
         self._held = ExitStack()
-        self._held.enter_context(library_folder.lock(folder, exclusive=False))
+        self._held.enter_context(lock(folder, exclusive=False))
         packs.refresh()  # what went until now; nothing goes from here on
         self._pack: CarWriter | None = None
         self._path = folder
@@ -191,7 +444,7 @@ class LibraryWriter:
 
     def _writer(self) -> CarWriter:
         if self._pack is None:
-            self._path, self._fd = library_folder.new_temporary(self._folder)
+            self._path, self._fd = new_temporary(self._folder)
             self._pack = CarWriter(self._fd, self._folder)
         return self._pack
 
@@ -202,9 +455,9 @@ class LibraryWriter:
             if self._pack is not None:
                 self._pack.finish()
                 self._pack = None
-                final = self._path.with_suffix(library_folder.PACK)
+                final = self._path.with_suffix(PACK)
                 os.rename(self._path, final)
-                library_folder.sync_folder(self._folder)
+                sync_folder(self._folder)
                 self._used.add(final.name)
             self._write_roots(roots)
         self.abort()
@@ -214,14 +467,14 @@ class LibraryWriter:
         new: list[Path] = []
         try:
             for root in roots:
-                path = library_folder.root_path(self._folder, root.cid)
-                known = library_folder.read_root(path)
+                path = root_path(self._folder, root.cid)
+                known = read_root(path)
                 packs = tuple(sorted(self._used.union(known.packs if known else ())))
                 if known is None:
                     new.append(path)
-                    library_folder.write_root(self._folder, Entry(*root, time.time(), packs))
+                    write_root(self._folder, Entry(*root, time.time(), packs))
                 elif known.packs != packs:
-                    library_folder.write_root(self._folder, replace(known, packs=packs))
+                    write_root(self._folder, replace(known, packs=packs))
         except BaseException:
             for path in new:
                 path.unlink(missing_ok=True)
@@ -253,7 +506,7 @@ MANY = 64
 def _drop_unneeded(folder: Path, entries: Iterable[Entry]) -> set[str]:
     """Removes the packs that no root names. Gives the names of those that stay. Raises OSError."""
     needed = {pack for entry in entries for pack in entry.packs}
-    names = library_folder.pack_names(folder)
+    names = pack_names(folder)
     for name in names - needed:
         (folder / name).unlink(missing_ok=True)
     return names & needed
@@ -282,9 +535,7 @@ def _rewrite_one(folder: Path, path: Path, live: set[bytes]) -> None:
 def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
     """Makes one pack of all small ones if those are many. Raises OSError, SourceFailed; the library is whole
     at any moment."""
-    paths = [
-        path for name in library_folder.pack_names(folder) if (path := folder / name).stat().st_size < SMALL
-    ]
+    paths = [path for name in pack_names(folder) if (path := folder / name).stat().st_size < SMALL]
     if len(paths) < MANY:
         return
     packs = [CarFile(path) for path in paths]
@@ -292,9 +543,7 @@ def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
     old = {pack.name for pack in packs}
     for entry in entries:
         if not old.isdisjoint(entry.packs):
-            library_folder.write_root(
-                folder, replace(entry, packs=tuple(sorted({*entry.packs, merged} - old)))
-            )
+            write_root(folder, replace(entry, packs=tuple(sorted({*entry.packs, merged} - old))))
     for path in paths:
         path.unlink()
 
@@ -304,8 +553,8 @@ def _write(
 ) -> str:
     """A new pack of those sections in the place of the pack `name`, or under a name of its own, which is
     returned."""
-    temporary, fd = library_folder.new_temporary(folder)
-    path = temporary.with_suffix(library_folder.PACK) if name is None else folder / name
+    temporary, fd = new_temporary(folder)
+    path = temporary.with_suffix(PACK) if name is None else folder / name
     try:
         writer = CarWriter(fd, folder)
         for pack, keep in contents:
@@ -313,7 +562,7 @@ def _write(
                 writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
         writer.finish()
         os.rename(temporary, path)
-        library_folder.sync_folder(folder)
+        sync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(fd)
@@ -356,7 +605,7 @@ class Library:
     """A folder of packs and roots, made where there is none. Raises StoreFailed if it isn't ours alone."""
 
     def __init__(self, folder: Path) -> None:
-        library_folder.prepare(folder)
+        prepare(folder)
         self.folder = folder
         self.packs = Packs(folder)
         self._watch = FolderWatch(folder / "roots")
@@ -366,7 +615,7 @@ class Library:
         """All roots, in the order added. One stat where nothing has changed. Raises StoreFailed."""
         with store_errors(f"the library {self.folder}"):
             if self._watch.changed():
-                self._entries = tuple(library_folder.read_roots(self.folder))
+                self._entries = tuple(read_roots(self.folder))
         return self._entries
 
     def roots(self) -> Sequence[Cid]:
@@ -383,19 +632,19 @@ class Library:
     def open_writer(self) -> LibraryWriter:
         """For one `add`. Raises StoreFailed. Waits while a compaction runs."""
         with store_errors(f"the library {self.folder}"):
-            library_folder.sweep(self.folder)
+            sweep(self.folder)
         return LibraryWriter(self.folder, self.packs)
 
     def remove(self, cid: Cid) -> Entry:
         """Removes a root, then gives back what no other root needs, unless something is just being added: the
         next removal does it then. Raises NotFound, StoreFailed."""
-        path = library_folder.root_path(self.folder, cid)
-        entry = library_folder.read_root(path)
+        path = root_path(self.folder, cid)
+        entry = read_root(path)
         if entry is None:
             raise NotFound(f"{cids.text(cid)} is not a root of the library: `ipfsfuse library` lists them")
         with store_errors(f"the library {self.folder}"):
             path.unlink(missing_ok=True)
-            library_folder.sync_folder(path.parent)
+            sync_folder(path.parent)
         self.tidy(entry.packs)
         return entry
 
@@ -404,12 +653,12 @@ class Library:
         together. False if the library was busy and `wait` is False. Raises StoreFailed."""
         with (
             store_errors(f"the library {self.folder}"),
-            library_folder.lock(self.folder, exclusive=True, wait=wait) as held,
+            lock(self.folder, exclusive=True, wait=wait) as held,
         ):
             if not held:
                 return False
-            library_folder.sweep(self.folder)
-            entries = library_folder.read_roots(self.folder)
+            sweep(self.folder)
+            entries = read_roots(self.folder)
             staying = _drop_unneeded(self.folder, entries)
             shrinking = sorted(staying if only is None else staying.intersection(only))
             if shrinking:

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ipfsfuse.histogram import Histogram
+from ipfsfuse.structures import Histogram
 
 OPENS_AFTER = 3
 """Failures in a row after which a source is not asked for a while. One in three at random does so once in

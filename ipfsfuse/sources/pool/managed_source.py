@@ -20,11 +20,11 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.log_limiter import LogLimiter
 from ipfsfuse.sources.base import Block, Hashed, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
+from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from ipfsfuse.errors import (
     Unsupported,
     WrongBlock,
 )
-from ipfsfuse.histogram import Histogram
 from ipfsfuse.sources.base import (
     Block,
     Deliver,
@@ -46,6 +45,7 @@ from ipfsfuse.sources.leaf_ranges import all_of
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.limiter import Place
 from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
+from ipfsfuse.structures import Histogram
 
 log = logging.getLogger(__name__)
 

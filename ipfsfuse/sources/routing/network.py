@@ -23,8 +23,7 @@ from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.failures import TIMEOUT
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin
-from ipfsfuse.sources.http.secrets import BoundHeaders
-from ipfsfuse.sources.http.settings import HttpSettings
+from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
 from ipfsfuse.sources.pool.health import Statistics
 from ipfsfuse.sources.pool.pool import RangeFetch, SourcePool, SubtreeFetch
 from ipfsfuse.sources.routing.router import Router, provider_origin
