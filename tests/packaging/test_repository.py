@@ -80,6 +80,17 @@ def test_ci_runs_every_python_both_debians_the_sanitizers_and_fuzzing() -> None:
         assert yaml.safe_load(path.read_text()), path
 
 
+def test_the_workflow_does_what_ci_run_does() -> None:
+    ci = yaml.safe_load((TOP / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run", "") for job in ci["jobs"].values() for step in job["steps"]]
+    called = set(re.findall(r"scripts/\w+", (TOP / ".ci/run").read_text()))
+    assert len(called) == 3
+    assert {each for each in called if not any(each in step for step in steps)} == set()
+    assert ci["env"]["IPFSFUSE_REQUIRE_KUBO"] == "1"
+    whole = [step for step in steps if re.search(r"(scripts/test|\.ci/run tests)$", step)]
+    assert len(whole) == 2, "all tests, on Ubuntu and on both Debians"
+
+
 def package(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([TOP / "scripts/package", *words], capture_output=True, text=True, check=False)
 
