@@ -115,6 +115,12 @@ def test_every_page_is_in_the_site_and_every_example_is_run() -> None:
     assert [path.name for path in examples if path.name not in tests] == []
 
 
+def test_the_installation_page_names_every_extra() -> None:
+    extras = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (TOP / "docs" / "INSTALL.md").read_text()
+    assert [each for each in extras if f"| `{each}` |" not in page] == []
+
+
 def test_scripts_are_programs() -> None:
     scripts = [path for path in (TOP / "scripts").iterdir() if path.is_file()]
     scripts += list((TOP / "packaging/deb").iterdir())
