@@ -92,8 +92,8 @@ def run(
 
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
-    process began. A confined daemon reads the files `reads` and writes `writes` besides its own, and what takes
-    their places: what `hangup` and the log need."""
+    process began. A confined daemon reads the files `reads` and writes `writes` besides its own, and what
+    takes their places: what `hangup` and the log need."""
     _ignore_signals(hangup is not None)
     deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:

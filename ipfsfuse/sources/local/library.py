@@ -347,8 +347,8 @@ class Packs:
                 names = set()
             except PermissionError as exc:
                 raise SourceFailed(
-                    f"the library {self._folder} can't be read: {exc.strerror}; if it was made anew since the "
-                    "mount began, mount again",
+                    f"the library {self._folder} can't be read: {exc.strerror}; if it was made anew since "
+                    "the mount began, mount again",
                     "disk",
                 ) from exc
             found = {key: path for name in names if (key := _key(path := self._folder / name))}
