@@ -395,8 +395,8 @@ async def _serving(
                 folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
             )
         )
-        pins.reconcile([kept.cid for kept in cache.store.kept()], cache.pinned(), cache.store.kept_of, cache)
         nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_reconcile, pins, cache)
         tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
@@ -425,6 +425,12 @@ async def _serving(
         )
         commands.latencies, commands.bytes = operations.latencies, operations.bytes
         yield operations, passthrough, commands, names, nursery, server
+
+
+async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
+    """Once it is known what an earlier run left."""
+    staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
+    pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
 
 
 def _ignore_signals(also_hangup: bool) -> None:

@@ -178,8 +178,6 @@ class _Supervisor:
         for sink, target, (end, write) in pumped:
             os.close(write)
             self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink, target))
-        if self._alarm is not None:
-            self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
         self._pidfd = os.pidfd_open(self._pid)
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
 
@@ -246,6 +244,8 @@ class _Supervisor:
         self._is_command = "command" in message
         timeout = self._plan.box.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
+        if self._alarm is not None:  # before, the guest's process itself says what it can't fetch
+            self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
         if message["growth"] and not self._dead:
             self._growth = [
                 Watched(what, folders, Usage(*before), bound)
@@ -281,7 +281,7 @@ class _Supervisor:
 
     def _stop_alarm(self) -> Alarm | None:
         alarm, self._alarm = self._alarm, None
-        if alarm is not None:
+        if alarm is not None and alarm.file in self._selector.get_map():
             self._selector.unregister(alarm.file)
         return alarm
 
