@@ -56,12 +56,12 @@ def block_key(cid: Cid) -> bytes:
 
 
 def cid_of(key: bytes) -> Cid:
-    """The CID that a key stands for: itself, or that of a dag-pb block with this multihash."""
+    """A CID with the multihash of a key: the key itself if it is a CID, else that of a dag-pb block."""
     return Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key)
 
 
 def spelled(key: bytes) -> str:
-    """A key for messages."""
+    """A key for messages, or the CID that a caller asked for."""
     return cids.text(cid_of(key))
 
 
@@ -183,7 +183,7 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        result = await self._flights.join(block_key(cid), partial(self._bring_block, cid))
+        result = await self._flights.join(block_key(cid), partial(self._bring_block, cid), cids.canonical(cid))
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:

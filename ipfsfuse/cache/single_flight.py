@@ -11,6 +11,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -97,18 +98,25 @@ class SingleFlight(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: K, fetch: Callable[[], Awaitable[V]]) -> V:
-        """The value of `key`, from the fetch under way or from a new `fetch()`.
+    async def join(self, key: K, fetch: Callable[[], Awaitable[V]], asked: K | None = None) -> V:
+        """The value of `key`, from the fetch under way or from a new `fetch()`. `asked` is how this caller
+        writes the key: messages say that.
 
         Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
         that this is for. A caller that asks again within the next seconds gets the same error at once."""
-        return await self.join_early(key, lambda _resolve: fetch())
+        return await self.join_early(key, lambda _resolve: fetch(), asked)
 
     async def join_early(
-        self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False
+        self,
+        key: K,
+        fetch: Callable[[Callable[[V], None]], Awaitable[V]],
+        asked: K | None = None,
+        *,
+        ended: bool = False,
     ) -> V:
         """Like `join`, for a fetch that may resolve its value before it ends. From then on it serves all
         callers, and is not cancelled when they leave. With `ended`, returns when the fetch has ended."""
+        name = partial(self._name, key if asked is None else asked)
         began = trio.current_time()
         known = self._failed.get(key)
         if known is not None:
@@ -121,7 +129,7 @@ class SingleFlight(Generic[K, V]):
                 flight = self._flights.get(key)
                 if flight is None:
                     flight = self._flights[key] = Flight(Fetch())
-                    self._nursery.start_soon(self._run_fetch, key, flight, fetch)
+                    self._nursery.start_soon(self._run_fetch, key, flight, fetch, name)
                 if flight.fetch.abandoned:
                     await flight.done.wait()
                 else:
@@ -138,7 +146,7 @@ class SingleFlight(Generic[K, V]):
                     raise copy.copy(flight.error) from flight.error
         cause = self._cause(key)
         waited = trio.current_time() - began
-        said = f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s"
+        said = f"{name()}: no source gave it within {min(waited, self._deadline):.3g} s"
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
@@ -204,7 +212,11 @@ class SingleFlight(Generic[K, V]):
         return flight
 
     async def _run_fetch(
-        self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]
+        self,
+        key: K,
+        flight: Flight[V],
+        fetch: Callable[[Callable[[V], None]], Awaitable[V]],
+        name: Callable[[], str],
     ) -> None:
         def resolve(value: V) -> None:
             flight.fetch.interest += 1  # the fetch itself waits
@@ -227,7 +239,7 @@ class SingleFlight(Generic[K, V]):
                             self._note_failure(key, exc)
         finally:
             if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
-                flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
+                flight.error = Unavailable(f"{name()}: the cache is being closed")
             self._end(key, flight)
 
     def _resolve(self, key: K, flight: Flight[V], value: V) -> None:
