@@ -183,7 +183,9 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        result = await self._flights.join(block_key(cid), partial(self._bring_block, cid), cids.canonical(cid))
+        result = await self._flights.join(
+            block_key(cid), partial(self._bring_block, cid), cids.canonical(cid)
+        )
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
