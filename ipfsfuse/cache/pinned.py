@@ -72,11 +72,18 @@ class Pinning:
         files."""
         walk = BlockWalk([self._root], False)
         for cid, in_file in walk:
+            await trio.lowlevel.checkpoint()  # reading a small block is none
             block = await reader.block(cid)
             if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
                 await self._store.blocks.keep(cid, block, self._pack_set)
-            walk.add(*_below(self._store, nodes.parse(cid, block), in_file))
+            walk.add(*_below(self._store, await _parsed(cid, block), in_file))
             self.check()
+
+
+async def _parsed(cid: Cid, block: bytes) -> Node:
+    if len(block) <= SMALL:
+        return nodes.parse(cid, block)
+    return await threads.run_sync(nodes.parse, cid, block)
 
 
 def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
@@ -176,10 +183,7 @@ class PinnedDags:
                     continue
                 found.add(place.pack)
             try:
-                if len(block) <= SMALL:
-                    node = nodes.parse(cid, block)
-                else:
-                    node = await threads.run_sync(nodes.parse, cid, block)
+                node = await _parsed(cid, block)
             except (Malformed, Unsupported):
                 continue
             if isinstance(node, File) and node.size > SMALL and not in_file and not nodes.holds_values(cid):
