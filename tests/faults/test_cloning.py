@@ -117,7 +117,7 @@ def test_what_was_cloned_is_hashed_and_a_wrong_block_is_never_given(disk: Path) 
     with content.block(WRONG).open("r+b") as file:
         file.seek(1000)
         file.write(bytes([content.leaves[WRONG][1000] ^ 1]))
-    with content.home.mounted("--from", "kubo", "--deadline", "1s") as mount:
+    with content.home.mounted("--from", "kubo", "--deadline", "10s") as mount:
         with (mount.path / content.cid).open("rb") as reader:
             for number, leaf in enumerate(content.leaves):
                 if number == WRONG:

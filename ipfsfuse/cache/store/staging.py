@@ -208,7 +208,7 @@ class Staging:
         self._removed_early: set[Cid] = set()
         self.folder = Subfolder(path)
         self._direct = Direct()
-        self._shares: bool | None = None
+        self.shares: bool | None = None
         """Whether the file system shares extents with a node's repository; None before that was tried."""
         self.unit = 4096
         """Bytes of a file-system block."""
@@ -370,44 +370,47 @@ class Staging:
         """Makes `entry` share the extents of `files`, which may hold the blocks of raw `leaves` that lie one
         behind the other. By how many bytes it grew on disk, and what it holds now of the first leaves, as
         many as could be shared: unproved. Raises Removed."""
+        shared = 0
         with entry.lock:
             if entry.dead:
                 raise Removed
             file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
-            shared = 0
-            try:
-                with contextlib.suppress(OSError):  # what was shared until then is; the rest is written
-                    if not entry.seen:
-                        os.ftruncate(file, entry.size)
-                    for leaf, path in zip(leaves, files, strict=True):
-                        with regular(path, leaf.size) as (source, size):
-                            if size != leaf.size:
-                                break
-                            share_extents(source, file, size, leaf.offset)
-                        shared += 1
-                found = self._read_into_buffers(file, leaves[:shared]) if shared else []
-                return _grown(entry, file), found
-            finally:
-                os.close(file)
+            with contextlib.suppress(OSError):  # what was shared until then is; the rest is written
+                if not entry.seen:
+                    os.ftruncate(file, entry.size)
+                for leaf, path in zip(leaves, files, strict=True):
+                    with regular(path, leaf.size) as (source, size):
+                        if size != leaf.size:
+                            break
+                        share_extents(source, file, size, leaf.offset)
+                    shared += 1
+            grown = _grown(entry, file)
+        try:
+            found = self._read_into_buffers(file, leaves[:shared]) if shared else []
+            if os.fstat(file).st_size != entry.size:
+                raise Removed  # and cut off while it was read
+            return grown, found
+        finally:
+            os.close(file)
 
     def can_share(self, path: str, size: int) -> bool:
         """Whether staging files can share extents with files such as `path`, of `size` bytes: tried once, on
         a file without a name."""
-        if self._shares is None:
+        if self.shares is None:
             try:
                 with regular(path, size) as (source, found):
                     place = f"/proc/self/fd/{self.folder.fd()}"
                     to = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
                     try:
                         share_extents(source, to, found, 0)
-                        self._shares = True
+                        self.shares = True
                     finally:
                         os.close(to)
             except OSError as exc:
                 if exc.errno not in NOT_SHARED:  # the file is gone, the disk is full: the next one tells
                     return False
-                self._shares = False
-        return self._shares
+                self.shares = False
+        return self.shares
 
     def write(
         self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]

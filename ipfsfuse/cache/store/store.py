@@ -269,12 +269,14 @@ class Store:
         Extents are shared block by block of the file system: of raw leaves, which begin where a block
         does."""
         start, end, unit = leaves[0].offset, leaves[-1].offset + leaves[-1].size, self.staging.unit
-        if any(
+        if self.staging.shares is False or any(
             cids.codec(leaf.cid) != cids.RAW
             or leaf.offset % unit
             or (leaf.size % unit and leaf.offset + leaf.size != file.size)
             for leaf in leaves
-        ) or not await threads.run_sync(
+        ):
+            return []
+        if self.staging.shares is None and not await threads.run_sync(
             self.staging.can_share, files[0], leaves[0].size, limiter=self.io.writing
         ):
             return []
