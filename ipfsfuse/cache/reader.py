@@ -107,6 +107,11 @@ async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
+def _memory(content: Content) -> object:
+    """What holds the bytes: the same of all views of one buffer."""
+    return memoryview(content).obj
+
+
 def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
     """Whether all are to be staged, without gaps between them."""
     ends = [leaf.offset + leaf.size for leaf, _of in arrived]
@@ -385,9 +390,16 @@ class Reader:
         """Fetches leaves by one request. Returns those that arrived and were handed over."""
         came: set[Leaf] = set()
         listening = True
+        cloned: dict[int, object] = {}
+        """The memory of what was read from clones, by the offset of the leaf in the file."""
         by_key: dict[bytes, list[Leaf]] = {}
         for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
+
+        async def clone(wanted: Sequence[Leaf], files: Sequence[str], source: str) -> Sequence[Block]:
+            found = await self.store.clone_leaves(file, wanted, files, source)
+            cloned.update((leaf.offset, data.obj) for leaf, data in zip(wanted, found, strict=False))
+            return found
 
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
             keys = batch.keys
@@ -408,7 +420,10 @@ class Reader:
                         ):
                             came.add(leaf)
                             arrived(leaf, result.content)
-                await self._stage_all(file, came_now)
+                if all(_memory(result.content) is cloned.get(leaf.offset, self) for leaf, result in came_now):
+                    self.store.note_proved(file, [leaf for leaf, _result in came_now])
+                else:
+                    await self._stage_all(file, came_now)
                 for key, (_leaf, result) in zip(keys[index:], came_now, strict=False):
                     for leaf in by_key[key][1:]:
                         if result.stage and not await self._has(file, leaf):
@@ -416,7 +431,7 @@ class Reader:
                     batch.staged(key)
 
             await self._blocks.stream(
-                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
+                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys], clone), deliver
             )
 
         try:

@@ -75,6 +75,13 @@ def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
         current_request.reset(token)
 
 
+Block = bytes | memoryview
+Clone = Callable[[Sequence[Leaf], Sequence[str], str], Awaitable[Sequence[Block]]]
+"""Awaited with consecutive leaves, the files that hold their blocks, and the source's name. Has the file
+system share these files' extents with the cache, and returns what it reads from there: the blocks of the
+first leaves, as many as can be shared."""
+
+
 @dataclass(frozen=True, slots=True)
 class LeafRange:
     """Consecutive leaves of one file that are wanted soon: a source sends them as it does best."""
@@ -84,6 +91,8 @@ class LeafRange:
     file_size: int
     """Bytes of the whole file's content."""
     leaves: Sequence[Leaf]
+    clone: Clone | None = None
+    """For a source that keeps each block in a file of its own."""
 
 
 ENVELOPE = 64
@@ -111,7 +120,6 @@ def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
     )
 
 
-Block = bytes | memoryview
 Deliver = Callable[[int, Sequence[Block]], Awaitable[None]]
 """Awaited with an index in `LeafRange.leaves` and the blocks of that leaf and of those after it, in any
 order. It may wait, to slow the source down. Blocks of one call are verified and written together: a call in

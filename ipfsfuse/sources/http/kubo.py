@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
@@ -21,7 +22,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import leaf_ranges
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Hashed, LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import Block, Clone, Deliver, DeliverBlocks, Hashed, LeafRange, Subtree, too_large
 from ipfsfuse.sources.defaults import repository
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
@@ -117,17 +118,25 @@ class Kubo:
         if self._blocks is not None and await threads.run_sync(
             self._blocks.have, blocks, limiter=self._threads
         ):
-            await leaf_ranges.in_stretches(wanted.leaves, self._read_leaves, deliver)
+            read = partial(self._read_leaves, wanted.clone)
+            await leaf_ranges.in_stretches(wanted.leaves, read, deliver)
         elif gateway := await self._find_gateway():
             await gateway.stream(wanted, deliver)
         else:
             await leaf_ranges.by_blocks(self.get, wanted, deliver, CONNECTIONS)
 
-    async def _read_leaves(self, leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
+    async def _read_leaves(
+        self, clone: Clone | None, leaves: Sequence[Leaf]
+    ) -> tuple[Sequence[Block], Callable[[], None]]:
         assert self._blocks is not None
         await self._stretches.acquire()
         try:
-            blocks = await threads.run_sync(self._blocks.read_each, leaves, limiter=self._threads)
+            blocks: list[Block] = []
+            if clone is not None and (files := self._blocks.files(leaves)):
+                blocks += await clone(leaves, files, self.name)
+            if len(blocks) < len(leaves):
+                rest = leaves[len(blocks) :]
+                blocks += await threads.run_sync(self._blocks.read_each, rest, limiter=self._threads)
         except BaseException:
             self._stretches.release()
             raise

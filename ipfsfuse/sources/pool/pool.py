@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import trio
 
@@ -482,9 +483,7 @@ class RangeFetch:
     def part(self) -> tuple[Sequence[int], LeafRange]:
         """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
         places = self.missing
-        return places, LeafRange(
-            self._run.file, self._run.file_size, [self._run.leaves[place] for place in places]
-        )
+        return places, replace(self._run, leaves=[self._run.leaves[place] for place in places])
 
     async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
         """Verifies and delivers the blocks of leaves. False if one was wrong."""
