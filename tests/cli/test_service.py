@@ -1,5 +1,6 @@
 """What a service manager and a monitor see: the notify socket, reload, the units, metrics."""
 
+import io
 import json
 import os
 import pty
@@ -13,7 +14,9 @@ import termios
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -174,16 +177,27 @@ def test_metrics_are_openmetrics(user: Home) -> None:
 
 @pytest.mark.fuse
 def test_metrics_over_http(user: Home) -> None:
+    """Started as a script starts it with `&`: Ctrl-C at the terminal is not for it, SIGTERM ends it."""
     command = [sys.executable, "-m", "ipfsfuse", "metrics", "--listen", "127.0.0.1:0"]
-    with user.mounted(), subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE) as server:
+    started: dict[str, Any] = {"env": user.env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with user.mounted(), subprocess.Popen(command, preexec_fn=ignored, **started) as server:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().decode().split()[-1]
             with urllib.request.urlopen(url) as answer:
                 assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
                 assert answer.read().endswith(b"# EOF\n")
+            server.send_signal(signal.SIGINT)
+            with urllib.request.urlopen(url) as answer:
+                assert answer.status == 200
         finally:
             server.terminate()
+        try:
+            assert server.wait(PATIENCE) == 130
+        finally:
+            server.kill()
+        assert b"Traceback" not in (server.stderr or io.BytesIO()).read()
 
 
 @pytest.mark.fuse
