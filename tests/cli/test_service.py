@@ -171,8 +171,16 @@ def test_metrics_are_openmetrics(user: Home) -> None:
         assert len(names) > 8
         assert {re.sub("_total$|_bucket$", "", name) for name in names} <= set(families)
         user.run("metrics", "--textfile", user.folder / "node.prom")
-        assert (user.folder / "node.prom").read_text().endswith("# EOF\n")
+        assert_prometheus((user.folder / "node.prom").read_text())
         assert user.json("metrics", "--json")["lag"]["bounds"]
+
+
+def assert_prometheus(text: str) -> None:
+    """Prometheus' format 0.0.4 has no other types: the node exporter refuses a file with one."""
+    types = set(re.findall("^# TYPE \\S+ (.*)$", text, re.MULTILINE))
+    assert types == {"counter", "gauge", "histogram"}
+    assert "# EOF" not in text
+    assert "ipfsfuse_healthy 1.0" in text
 
 
 @pytest.mark.fuse
@@ -185,9 +193,15 @@ def test_metrics_over_http(user: Home) -> None:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().decode().split()[-1]
-            with urllib.request.urlopen(url) as answer:
+            accept = {
+                "Accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3"
+            }
+            with urllib.request.urlopen(urllib.request.Request(url, headers=accept)) as answer:
                 assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
                 assert answer.read().endswith(b"# EOF\n")
+            with urllib.request.urlopen(url) as answer:
+                assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+                assert_prometheus(answer.read().decode())
             server.send_signal(signal.SIGINT)
             with urllib.request.urlopen(url) as answer:
                 assert answer.status == 200
