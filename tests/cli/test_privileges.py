@@ -80,12 +80,13 @@ with locked(cache) as folder:
 
 
 @needs_landlock
-def test_a_confined_daemon_reaches_its_own_files_alone(user: Home) -> None:
+@pytest.mark.parametrize("cache", ["cache", "."], ids=["a folder", "the home folder"])
+def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -> None:
     secret = user.folder / "home" / ".ssh" / "id"
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
     user.run("library")
-    command = [sys.executable, "-c", CONFINED, user.cache, user.library, user.mountpoint, secret]
+    command = [sys.executable, "-c", CONFINED, user.folder / cache, user.library, user.mountpoint, secret]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     refused = done.stdout.splitlines()
