@@ -20,7 +20,8 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Blocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.streams import Block
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ OF_BUDGET = 4
 other."""
 REGISTERED_AT_A_TIME = 2000
 """Blocks of one answer that are registered in one step of the event loop: about 10 ms."""
+STAGED_TOGETHER = 2
+"""Deliveries of one `ahead` that are written while the next one arrives."""
 LEAVES_TOGETHER = 4
 """Leaves that one `ahead` fetches one by one, side by side."""
 READ_TASKS = 2
@@ -114,22 +117,20 @@ def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
     return whole and all(leaf.offset == end for (leaf, _result), end in zip(arrived[1:], ends, strict=False))
 
 
-class SubtreeSink:
-    """Takes the blocks of one answer into the cache (`sources.base.Taker`): those that a batch expects."""
+class _Expected:
+    """Of one answer, the blocks that a batch expects (`sources.base.Wanted`)."""
 
     def __init__(self, reader: "Reader", batch: Batch[bytes, FetchResult], seen: Seen) -> None:
         self._reader, self._batch, self._seen = reader, batch, seen
+        self._came = set[bytes]()
 
     def wants(self, cid: Cid) -> bool:
-        return block_key(cid) in self._batch
+        key = block_key(cid)
+        return key in self._batch and key not in self._came
 
     def came(self, cid: Cid, block: bytes) -> None:
+        self._came.add(block_key(cid))
         self._batch.expect(self._reader.absent(self._seen(cid, block)))
-
-    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
-        for cid, result in (await self._reader.stage_blocks(blocks)).items():
-            self._batch.resolve(block_key(cid), result)
-            self._batch.staged(block_key(cid))
 
 
 # -- the reader ---------------------------------------------------------------------------------------------
@@ -246,7 +247,11 @@ class Reader:
                 batch.expect(self.absent(rest[at : at + REGISTERED_AT_A_TIME]))
             if len(batch.keys) >= FEW:
                 with trio.move_on_after(self._patience):
-                    await self._blocks.subtree(subtree, SubtreeSink(self, batch, seen))
+                    async with self._blocks.subtree(subtree, _Expected(self, batch, seen)) as stream:
+                        async for blocks in stream:
+                            for cid, result in (await self.stage_blocks(blocks)).items():
+                                batch.resolve(block_key(cid), result)
+                                batch.staged(block_key(cid))
 
         return self._flights.start_batch(
             self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
@@ -389,33 +394,38 @@ class Reader:
 
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
             keys = batch.keys
+            wanted = LeafRange(file.cid, file.size, [by_key[key][0] for key in keys])
+            room = trio.Semaphore(STAGED_TOGETHER)
+            async with trio.open_nursery() as nursery, self._blocks.stream(wanted) as stream:
+                async for index, blocks, source, release in stream:
+                    self.misses += len(blocks)
+                    came_now: list[tuple[bytes, FetchResult]] = []
+                    for key, block in zip(keys[index:], blocks, strict=False):
+                        result = await result_of_leaf(file, by_key[key][0], block, source)
+                        batch.resolve(key, result)  # a reader does not wait until it is written
+                        came_now.append((key, result))
+                        for leaf in by_key[key]:
+                            fits = len(result.content) == leaf.size
+                            if listening and arrived is not None and fits and leaf not in came:
+                                came.add(leaf)
+                                arrived(leaf, result.content)
+                    await room.acquire()
+                    nursery.start_soon(stage, batch, came_now, release, room)
 
-            async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
-                self.misses += len(blocks)
-                came_now: list[tuple[Leaf, FetchResult]] = []
-                for key, block in zip(keys[index:], blocks, strict=False):
-                    result = await result_of_leaf(file, by_key[key][0], block, source)
-                    batch.resolve(key, result)  # a reader does not wait until it is written
-                    came_now.append((by_key[key][0], result))
-                    for leaf in by_key[key]:
-                        if (
-                            listening
-                            and arrived is not None
-                            and leaf not in came
-                            and len(result.content) == leaf.size
-                        ):
-                            came.add(leaf)
-                            arrived(leaf, result.content)
-                await self._stage_all(file, came_now)
-                for key, (_leaf, result) in zip(keys[index:], came_now, strict=False):
-                    for leaf in by_key[key][1:]:
-                        if result.stage and not await self._has(file, leaf):
-                            await self._stage(file, leaf, result)
-                    batch.staged(key)
-
-            await self._blocks.stream(
-                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
-            )
+        async def stage(
+            batch: Batch[bytes, FetchResult],
+            came_now: Sequence[tuple[bytes, FetchResult]],
+            release: Callable[[], None],
+            room: trio.Semaphore,
+        ) -> None:
+            await self._stage_all(file, [(by_key[key][0], result) for key, result in came_now])
+            for key, result in came_now:
+                for leaf in by_key[key][1:]:
+                    if result.stage and not await self._has(file, leaf):
+                        await self._stage(file, leaf, result)
+                batch.staged(key)
+            release()
+            room.release()
 
         try:
             await self._flights.run_batch(by_key, fetch)

@@ -186,13 +186,11 @@ class SingleFlight(Generic[K, V]):
             with batch.scope:
                 try:
                     await fetch(batch)
-                except IpfsFuseError:
+                except* IpfsFuseError:
                     # each waiter fetches its block alone, and gets the error of that block
                     pass
-                except Exception:
-                    log.exception(
-                        "a fetch of several blocks ended by what no one foresaw; each is fetched alone"
-                    )
+                except* Exception:
+                    log.exception("a fetch of several blocks ended unexpectedly; each block is fetched alone")
         finally:
             batch.end()
 
