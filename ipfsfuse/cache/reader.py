@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -97,6 +97,12 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
     return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
 
 
+def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
+    """A block as its waiters get it."""
+    is_file = cids.codec(cid) == cids.RAW and not fetched.source.in_place
+    return FetchResult(fetched.block, fetched.source, is_file)
+
+
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
     raw = cids.codec(leaf.cid) == cids.RAW
@@ -175,7 +181,7 @@ class Reader:
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    async def block(self, cid: Cid) -> bytes:
+    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
         """As `Cache.block`."""
         carried = cids.known(cid)
         if carried is not None:
@@ -184,7 +190,8 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        result = await self._flights.join(block_key(cid), partial(self._bring_block, cid))
+        fetch = partial(self._bring_block, cid, early)
+        result = await self._flights.join(block_key(cid), fetch, ended=not early)
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
@@ -205,35 +212,50 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _bring_block(self, cid: Cid) -> FetchResult:
+    async def _bring_block(self, cid: Cid, early: bool) -> AsyncGenerator[FetchResult]:
         """A block that is not in a pack: from the staging file of a raw file, or fetched and staged."""
         content = await self._raw_file(cid)
         if content is not None:
             self.hits += 1
-            return FetchResult(content, None, False)
-        return (await self.stage_blocks({cid: await self._blocks.get(cid)}))[cid]
+            yield FetchResult(content, None, False)
+            return
+        fetched = await self._blocks.get(cid)
+        result = result_of_block(cid, fetched)
+        stage = partial(self._stage_blocks, {cid: fetched})
+        if early and self._behind + len(fetched.block) <= MAX_BEHIND and not fetched.source.in_place:
+            with self.store.arriving(cid):
+                yield result
+                await self._stage_behind(len(fetched.block), stage)
+        else:
+            await stage()
+            yield result
 
-    async def stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
+    async def _stage_behind(self, size: int, stage: Callable[[], Awaitable[None]]) -> None:
+        """Stages `size` bytes that their readers have already."""
+        self._behind += size
+        try:
+            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
+                await trio.sleep(BEHIND_SECONDS)
+                await stage()
+        finally:
+            self._behind -= size
+
+    async def _stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> None:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
         writes."""
         self.misses += len(blocks)
-        to_stage = {cid: of for cid, of in blocks.items() if not of.source.in_place}
-        files = {
-            cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL
-        }
-        if len(to_stage) > len(files):
-            await self.store.blocks.keep_many(
-                (cid, of.block) for cid, of in to_stage.items() if cid not in files
-            )
-        for cid, of in files.items():
-            size = len(of.block)
-            await self.store.keep_leaves(
-                FileRef(cids.canonical(cid), size), [Leaf(cid, 0, size)], [of.block], of.source.name
-            )
-        return {
-            cid: FetchResult(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW)
-            for cid, of in blocks.items()
-        }
+        small: list[tuple[Cid, bytes]] = []
+        for cid, fetched in blocks.items():
+            size = len(fetched.block)
+            if fetched.source.in_place:
+                continue
+            if cids.codec(cid) == cids.RAW and size > SMALL:
+                file, leaf = FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
+                await self.store.keep_leaves(file, [leaf], [fetched.block], fetched.source.name)
+            else:
+                small.append((cid, fetched.block))
+        if small:
+            await self.store.blocks.keep_many(small)
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         """As `Cache.gather`."""
@@ -249,8 +271,9 @@ class Reader:
                 with trio.move_on_after(self._patience):
                     async with self._blocks.subtree(subtree, _Expected(self, batch, seen)) as stream:
                         async for blocks in stream:
-                            for cid, result in (await self.stage_blocks(blocks)).items():
-                                batch.resolve(block_key(cid), result)
+                            await self._stage_blocks(blocks)
+                            for cid, fetched in blocks.items():
+                                batch.resolve(block_key(cid), result_of_block(cid, fetched))
                                 batch.staged(block_key(cid))
 
         return self._flights.start_batch(
@@ -277,20 +300,17 @@ class Reader:
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """As `Cache.leaf`."""
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
-            return await content_of(leaf, await self.block(leaf.cid))
+            return await content_of(leaf, await self.block(leaf.cid, early=early))
         if cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
             if block is not None:
                 self.hits += 1
                 return await content_of(leaf, block)
-        result = await self._flights.join_early(
-            cids.canonical(leaf.cid),
-            partial(self._bring_leaf, file, leaf, early),
-            ended=not early,
-        )
+        fetch = partial(self._bring_leaf, file, leaf, early)
+        result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
         # not remembered as a failure: another file may state the right size of this leaf
         if len(result.content) != leaf.size:
-            return await content_of(leaf, await self.block(leaf.cid))
+            return await content_of(leaf, await self.block(leaf.cid, early=early))
         if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
             # another file's leaf, or another place in this one, of the same bytes
             await self._stage(file, leaf, result)
@@ -306,31 +326,26 @@ class Reader:
         self.hits += 1
         return part
 
-    async def _bring_leaf(
-        self, file: FileRef, leaf: Leaf, early: bool, resolve: Callable[[FetchResult], None]
-    ) -> FetchResult:
+    async def _bring_leaf(self, file: FileRef, leaf: Leaf, early: bool) -> AsyncGenerator[FetchResult]:
         """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched
         before it is staged, unless too much waits for that."""
         if file.cid in self.store.staging.entries:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
                 self.hits += 1
-                return FetchResult(staged, None, False)
+                yield FetchResult(staged, None, False)
+                return
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        if not early or self._behind + leaf.size > MAX_BEHIND:
-            await self._stage(file, leaf, result)
-            return result
-        resolve(result)
-        self._behind += leaf.size
-        try:
-            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
-                await trio.sleep(BEHIND_SECONDS)
-                await self._stage(file, leaf, result)
-        finally:
-            self._behind -= leaf.size
-        return result
+        stage = partial(self._stage, file, leaf, result)
+        if early and self._behind + leaf.size <= MAX_BEHIND and not fetched.source.in_place:
+            with self.store.arriving(file.cid):
+                yield result
+                await self._stage_behind(leaf.size, stage)
+        else:
+            await stage()
+            yield result
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""

@@ -10,7 +10,9 @@ import copy
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import trio
@@ -55,18 +57,22 @@ class Fetch:
             self.scope.cancel()
 
 
+@dataclass(slots=True, eq=False)
 class Flight(Generic[V]):
-    __slots__ = ("done", "ended", "error", "fetch", "resolved", "value")
+    """One key, and the fetch that brings it."""
 
-    def __init__(self, fetch: Fetch) -> None:
-        self.fetch = fetch
-        self.done = trio.Event()
-        """Set when there is a value or an error."""
-        self.ended = trio.Event()
-        """Set when the value is staged as well, or the fetch has ended."""
-        self.resolved = False
-        self.value: V | None = None
-        self.error: Exception | None = None
+    fetch: Fetch
+    done: trio.Event = field(default_factory=trio.Event)
+    """Set when there is a value or an error."""
+    ended: trio.Event = field(default_factory=trio.Event)
+    """Set when the value is staged as well, or the fetch has ended."""
+    resolved: bool = False
+    value: V | None = None
+    error: Exception | None = None
+
+
+Fetching = Callable[[], AsyncGenerator[V]]
+"""Yields the value of a key. What it does after that, its callers need not wait for."""
 
 
 class SingleFlight(Generic[K, V]):
@@ -97,18 +103,13 @@ class SingleFlight(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: K, fetch: Callable[[], Awaitable[V]]) -> V:
-        """The value of `key`, from the fetch under way or from a new `fetch()`.
+    async def join(self, key: K, fetch: Fetching[V], *, ended: bool = False) -> V:
+        """The value of `key`, from the fetch under way or from a new `fetch()`. A fetch that has yielded its
+        value serves all callers until it ends, and is not cancelled when they leave. With `ended`, returns
+        when the fetch has ended.
 
         Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
         that this is for. A caller that asks again within the next seconds gets the same error at once."""
-        return await self.join_early(key, lambda _resolve: fetch())
-
-    async def join_early(
-        self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False
-    ) -> V:
-        """Like `join`, for a fetch that may resolve its value before it ends. From then on it serves all
-        callers, and is not cancelled when they leave. With `ended`, returns when the fetch has ended."""
         began = trio.current_time()
         known = self._failed.get(key)
         if known is not None:
@@ -201,23 +202,18 @@ class SingleFlight(Generic[K, V]):
         flight = self._flights[key] = Flight[V](fetch)
         return flight
 
-    async def _run_fetch(
-        self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]
-    ) -> None:
-        def resolve(value: V) -> None:
-            flight.fetch.interest += 1  # the fetch itself waits
-            self._resolve(key, flight, value)
-
+    async def _run_fetch(self, key: K, flight: Flight[V], fetch: Fetching[V]) -> None:
         current_request.set(flight.fetch.request)
         try:
             with flight.fetch.scope:
                 try:
-                    value = await fetch(resolve)
-                    if not flight.resolved:
-                        self._resolve(key, flight, value)
+                    async with aclosing(fetch()) as values:
+                        async for value in values:
+                            flight.fetch.interest += 1  # the fetch itself waits
+                            self._resolve(key, flight, value)
                 except Exception as exc:
                     if flight.resolved:
-                        log.exception("a fetch whose value was resolved ended by what no one foresaw")
+                        log.exception("a fetch failed unexpectedly after it had given its value")
                     elif not flight.fetch.abandoned:
                         flight.error = exc
                         if isinstance(exc, IpfsFuseError):

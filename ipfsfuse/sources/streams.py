@@ -5,12 +5,13 @@
             ...
 
 A stream is a channel without a buffer: its source reads the next blocks while the last ones are worked on,
-and then waits. Leaving the block ends the stream.
+and then waits. In a stream with `turns` it waits until it is asked for the next ones: reading them would only
+take Python's lock from those who work on the last ones. Leaving the block ends the stream.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import trio
 
@@ -22,8 +23,6 @@ from ipfsfuse.errors import NotHere
 T = TypeVar("T")
 
 Block = bytes | memoryview
-Stream = AbstractAsyncContextManager[trio.MemoryReceiveChannel[T]]
-Send = trio.MemorySendChannel[T]
 
 
 def nothing() -> None:
@@ -46,27 +45,61 @@ Blocks = Sequence[tuple[Cid, bytes]]
 """Blocks with their CIDs as their source claims them, parents before children."""
 
 
+class Send(Generic[T]):
+    """The source's end of a stream."""
+
+    def __init__(self, channel: trio.MemorySendChannel[T], turn: trio.Semaphore | None) -> None:
+        self._channel, self._turn = channel, turn
+
+    async def send(self, value: T) -> None:
+        """Returns when `value` was received, and with turns when the next one is asked for."""
+        await self._channel.send(value)
+        if self._turn is not None:
+            await self._turn.acquire()
+
+
+class Receive(Generic[T]):
+    """What a stream sends, to iterate over."""
+
+    def __init__(self, channel: trio.MemoryReceiveChannel[T], turn: trio.Semaphore | None) -> None:
+        self._channel, self._turn = channel, turn
+
+    def __aiter__(self) -> "Receive[T]":
+        return self
+
+    async def __anext__(self) -> T:
+        if self._turn is not None:
+            self._turn.release()
+        return await self._channel.__anext__()
+
+
+Stream = AbstractAsyncContextManager[Receive[T]]
+
+
 @asynccontextmanager
 async def streaming(
-    produce: Callable[[Send[T]], Awaitable[None]],
-) -> AsyncIterator[trio.MemoryReceiveChannel[T]]:
+    produce: Callable[[Send[T]], Awaitable[None]], *, turns: bool = False
+) -> AsyncIterator[Receive[T]]:
     """The stream of what `produce` sends. At its end it raises what `produce` raised. That, and what is
     raised in the block, leaves as it is, not in a group."""
-    send, receive = trio.open_memory_channel[T](0)
+    channel, receive = trio.open_memory_channel[T](0)
+    turn = trio.Semaphore(0) if turns else None
     failure: Exception | None = None
 
     async def run() -> None:
         nonlocal failure
-        async with send:
+        async with channel:
             try:
-                await produce(send)
+                if turn is not None:
+                    await turn.acquire()
+                await produce(Send(channel, turn))
             except Exception as exc:
                 failure = exc
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         try:
-            yield receive
+            yield Receive(receive, turn)
         except Exception as exc:
             failure = exc
         nursery.cancel_scope.cancel()

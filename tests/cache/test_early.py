@@ -1,6 +1,6 @@
 """Readers get a leaf as soon as it is verified; it is written behind that, and who needs it written waits."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -112,19 +112,17 @@ def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
     trio.run(main)
 
 
-@pytest.mark.logs("what no one foresaw")
-def test_what_fails_behind_a_value_that_landed_is_told_to_the_log_alone(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.mark.logs("after it had given its value")
+def test_a_failure_after_the_value_was_given_goes_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)
 
-            async def fetch(land: Callable[[str], None]) -> str:
-                land("value")
+            async def fetch() -> AsyncGenerator[str]:
+                yield "value"
                 raise ValueError("a bug")
 
-            assert await flights.join_early("k", fetch) == "value"
+            assert await flights.join("k", fetch) == "value"
             await wait_all_tasks_blocked()
             assert len(flights) == 0
 

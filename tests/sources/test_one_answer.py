@@ -232,7 +232,7 @@ def test_what_was_received_stays_counted_until_its_release_and_no_byte_of_a_stre
             meanwhile = sum(leaf.size for leaf in FILE.run.leaves[3:7])  # after one, and two
             for _ in range(3):
                 async with gateway.stream(FILE.run) as stream:
-                    first, second = await stream.receive(), await stream.receive()
+                    first, second = await anext(stream), await anext(stream)
                     held = [sum(map(len, each.blocks)) for each in (first, second)]
                     await wait_all_tasks_blocked(0.05)
                     assert settings.budget.used == sum(held) + meanwhile, "and what is read meanwhile"

@@ -6,9 +6,11 @@ was hashed after it was read. Concurrency: the event loop's; files are read, has
 threads.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,6 +80,8 @@ class Store:
         packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
+        self._arriving: Counter[Cid] = Counter()
+        """What its readers have, and what is still being staged."""
         self.completed: Callable[[Entry], None] = lambda _entry: None
         """Called when a staging file got its final name."""
         self._lingering: dict[int, int] = {}
@@ -386,8 +390,24 @@ class Store:
         return await self.budget.evict(key)
 
     def holds(self, cid: Cid) -> bool:
-        """Whether `cid` itself is staged, at least in part."""
-        return cids.canonical(cid) in self.staging.entries or self.blocks.place(cid) is not None
+        """Whether `cid` itself is staged, or is being staged, at least in part."""
+        own = cids.canonical(cid)
+        return own in self.staging.entries or own in self._arriving or self.blocks.place(cid) is not None
+
+    @contextlib.contextmanager
+    def arriving(self, cid: Cid) -> Iterator[None]:
+        """While `cid`, which its reader has already, is being staged: it counts as here. If it could not be
+        staged, its pin is released."""
+        own = cids.canonical(cid)
+        self._arriving[own] += 1
+        try:
+            yield
+        finally:
+            self._arriving[own] -= 1
+            if not self._arriving[own]:
+                del self._arriving[own]
+                if not self.holds(cid):
+                    self.pins.remove(own)
 
     def rest_on_disk(self) -> int:
         """Bytes on disk of all that lies in the folder besides staging files and packs, the folders

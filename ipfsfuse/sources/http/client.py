@@ -22,7 +22,7 @@ import trio
 from httptools import HttpParserError
 
 import ipfsfuse
-from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
+from ipfsfuse.errors import BlockTooLarge, Malformed, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import buffers
 from ipfsfuse.sources.base import current_request
 from ipfsfuse.sources.http import failures
@@ -330,7 +330,7 @@ class Http:
                     await response.read(ERROR_BODY)
                 finally:
                     await self._release(client, response)
-        except (SourceFailed, NotHere):
+        except (SourceFailed, NotHere, BlockTooLarge):
             raise
         except Exception as exc:
             raise source_failed(origin.text, exc) from exc

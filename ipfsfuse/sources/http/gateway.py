@@ -114,7 +114,7 @@ class Gateway:
         return await streams.send_singly(self.get, wanted.leaves, send, self._connections)
 
     def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        return streaming(partial(self.send_subtree, subtree))
+        return streaming(partial(self.send_subtree, subtree), turns=True)
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         if self._cars:

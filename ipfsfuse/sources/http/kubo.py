@@ -139,7 +139,7 @@ class Kubo:
                 await send.send(Delivery(index, blocks, release))
 
     def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        return streaming(partial(self.send_subtree, subtree))
+        return streaming(partial(self.send_subtree, subtree), turns=True)
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found

@@ -213,7 +213,7 @@ class SourcePool:
         return streaming(RangeFetch(self, wanted, singly).run)
 
     def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
-        return streaming(SubtreeFetch(self, subtree, wanted).run)
+        return streaming(SubtreeFetch(self, subtree, wanted).run, turns=True)
 
     # -- for those who ask on its behalf ---------------------------------------------------------------------
 

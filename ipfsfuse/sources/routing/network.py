@@ -129,7 +129,7 @@ class Network:
             self._remove_liars()
 
     def subtree(self, subtree: Subtree) -> Stream[Blocks]:
-        return streaming(partial(self._send_subtree, subtree))
+        return streaming(partial(self._send_subtree, subtree), turns=True)
 
     async def _send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
         if not self._providers:
