@@ -4,10 +4,17 @@ again."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ipfsfuse.dag.cid import Cid
 
 GIB = 1 << 30
+
+
+class User(NamedTuple):
+    name: str
+    uid: int
+    gid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +60,18 @@ class MountConfig:
     gid: int | None = None
     umask: int = 0
     """Permission bits that are taken from every file."""
+    max_fetch: int | None = None
+    """Bytes that may be fetched, of all sources together; None for any number."""
     bwlimit: int | None = None
     """Bytes a second that are fetched, of all sources together."""
     header_files: Sequence[tuple[str, Path]] = ()
     """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
     allow_private_providers: bool = False
     """Whether providers at loopback and private addresses are asked too."""
+    user: User | None = None
+    """Whose rights the daemon keeps once it is started by root, and whose mount it is."""
+    confined: bool = True
+    """Whether the daemon gives up new privileges, and by landlock the files that it does not need."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,10 @@ class SourceFailed(IpfsFuseError):
         """Seconds the source asked us to stay away, where it did."""
 
 
+class QuotaReached(SourceFailed):
+    """This mount has fetched as many bytes as it may (--max-fetch)."""
+
+
 # -- the local machine ---------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ EXTRAS = {
     "run": ("a guest is run by the package wasmtime", "wasmtime"),
     "keccak": ("keccak hashes need the package pycryptodome", "Crypto"),
     "names": ("IPNS names and domains need the packages cryptography and dnspython", "cryptography", "dns"),
+    "sign": ("signed receipts need the package cryptography", "cryptography"),
     "watch": ("the live view needs the package rich", "rich"),
 }
 """extra: (what needs it, its modules...)"""

@@ -10,6 +10,8 @@ import logging
 import os
 import resource
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
@@ -20,18 +22,20 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ipfsfuse import confinement
 from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
-from ipfsfuse.config import MountConfig
+from ipfsfuse.config import MountConfig, User
+from ipfsfuse.confinement import Access
 from ipfsfuse.content import Names
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.notify import Notifier
 from ipfsfuse.control.server import ControlServer
-from ipfsfuse.errors import NotFound
+from ipfsfuse.errors import MountFailed, NotFound, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import name_links
@@ -40,8 +44,10 @@ from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import Passthrough
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.record import Record
+from ipfsfuse.sources.defaults import KUBO, LIBRARY, repository
 from ipfsfuse.sources.http.kubo import Kubo
-from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
+from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
+from ipfsfuse.sources.local import library
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
 from ipfsfuse.vfs.tree import Roots, Tree
@@ -82,13 +88,16 @@ def run(
     ready: Ready,
     indexing: Indexing | None = None,
     hangup: Hangup | None = None,
+    reads: Sequence[Path] = (),
+    writes: Sequence[Path] = (),
 ) -> None:
     """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that
     prevents it.
 
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
-    process began."""
+    process began. A confined daemon reads the folders `reads` and writes to `writes` besides its own: what
+    `hangup` and the log need."""
     _ignore_signals(hangup is not None)
     deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:
@@ -96,16 +105,98 @@ def run(
         config = replace(config, deadline=deadline)
     _raise_descriptors()
     _reuse_memory()
-    mountpoints.prepare(config.mountpoint)
-    if config.ipns is not None:
-        mountpoints.prepare(config.ipns)
+    points = [config.mountpoint] if config.ipns is None else [config.mountpoint, config.ipns]
     try:
-        with _folder(config) as folder, short_collections():
-            trio.run(_main, config, folder, ready, indexing, hangup)
+        with ExitStack() as stack:
+            helpers = []
+            for point in points:
+                mountpoints.prepare(point)
+                owner = None if config.user is None else (config.user.uid, config.user.gid)
+                ahead = READ_AHEAD_KIB if config.record is None and point == config.mountpoint else 0
+                helpers.append(sessions.MountHelper(point, config.allow_other, owner, ahead))
+                stack.callback(helpers[-1].close)
+            if config.user is not None:
+                _become(config.user, [config.cache_dir])
+            folder = stack.enter_context(_folder(config))
+            record = None if config.record is None else stack.enter_context(Record.create(config.record))
+            said = _confine(config, folder, reads, writes) if config.confined else "nothing: --unconfined"
+            with short_collections():
+                trio.run(_main, config, folder, record, helpers, said, ready, indexing, hangup)
     finally:
         if config.while_held:
             with suppress(OSError):
                 config.mountpoint.rmdir()
+
+
+def _become(user: User, folders: Sequence[Path]) -> None:
+    """Root becomes `user` for good. Of `folders` those that root alone can make are made for the user.
+    Raises MountFailed."""
+    for path in folders:
+        trusted = [os.stat(parent) for parent in path.parents if parent.exists()]
+        if path.parent.exists() and not any(info.st_uid or info.st_mode & 0o022 for info in trusted):
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            if os.lstat(path).st_uid == 0 and not os.listdir(path):
+                os.chown(path, user.uid, user.gid, follow_symlinks=False)
+    try:
+        os.initgroups(user.name, user.gid)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as exc:
+        raise MountFailed(f"--user {user.name}: can't be changed to: {exc.strerror}") from exc
+
+
+SYSTEM_FOLDERS = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/dev", "/run",
+    "/nix", "/gnu", "/snap",
+)  # fmt: skip
+"""Where programs, certificates, name servers and what the kernel tells are found."""
+
+
+def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:
+    """Gives up new privileges, and by landlock all files but those that this mount needs. Whoever takes the
+    daemon over by what a source sends then reads no keys in a home folder, and writes nothing but the cache.
+
+    It holds for the threads that begin later. Until `ready`, one more watches whether the starter has gone.
+    Gives what confines it."""
+    places = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
+    if LIBRARY in config.sources:
+        with suppress(StoreFailed):  # whoever opens the source says so
+            library.prepare(config.library)
+        places.append(config.library)
+    places += [path for _url, path in config.header_files]
+    places += [Path(source) for source in config.sources if os.path.isabs(source)]
+    if KUBO in config.sources:
+        node = repository()
+        places += [node, (node / "blocks").resolve(), (node / "datastore").resolve()]
+    files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")
+    places += [Path(os.environ[name]) for name in files if os.environ.get(name)]
+    cache = next(path for path in folder.path.parents if path.exists())  # on a full disk it comes later
+    own = [cache, *writes, Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
+    own += [path for path in [live_mounts.usable_folder()] if path]
+    emptied = [Path(tempfile.gettempdir())] if config.isolated else []
+    emptied += [config.mountpoint.parent] if config.while_held else []
+    os.environ["SQLITE_TMPDIR"] = str(folder.path)
+    with ExitStack() as stack:
+
+        def opened(path: Path) -> int | None:
+            with suppress(OSError):
+                file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                stack.callback(os.close, file)
+                return file
+            return None
+
+        allowed = [Access(file) for path in (*places, *reads) if (file := opened(path))]
+        allowed += [Access(file, write=True) for path in own if (file := opened(path))]
+        allowed += [Access(file, remove_folders=True) for path in emptied if (file := opened(path))]
+        layers = ["no_new_privs"] if confinement.refuse_new_privileges() else []
+        # an abstract socket may be the service manager's
+        scopes = confinement.SIGNALS
+        if not os.environ.get("NOTIFY_SOCKET", "").startswith("@"):
+            scopes |= confinement.ABSTRACT_SOCKETS
+        if confinement.restrict(allowed, confinement.BIND_TCP, scopes):
+            layers.append("landlock")
+    return " and ".join(layers) or "nothing that this kernel has"
 
 
 def _raise_descriptors() -> None:
@@ -168,24 +259,37 @@ def _folder(config: MountConfig) -> Iterator[CacheFolder]:
 
 
 async def _main(
-    config: MountConfig, folder: CacheFolder, ready: Ready, indexing: Indexing | None, hangup: Hangup | None
+    config: MountConfig,
+    folder: CacheFolder,
+    record: Record | None,
+    helpers: Sequence[sessions.MountHelper],
+    confined_by: str,
+    ready: Ready,
+    indexing: Indexing | None,
+    hangup: Hangup | None,
 ) -> None:
     async with (
-        _serving(config, folder, indexing) as (operations, passthrough, commands, names, nursery, server),
+        _serving(config, folder, record, indexing) as (
+            operations,
+            passthrough,
+            commands,
+            names,
+            nursery,
+            server,
+        ),
         AsyncExitStack() as stack,
     ):
         session = stack.enter_context(
             sessions.opened(
                 operations,
-                config.mountpoint,
-                config.allow_other,
+                helpers[0],
                 readahead=config.record is None,
                 passthrough=config.passthrough,
             )
         )
-        end = config.mountpoint, nursery.cancel_scope
+        end = helpers[0], nursery.cancel_scope
         if config.ipns is not None:
-            await stack.enter_async_context(_names_mounted(config, config.ipns, names, partial(_end, *end)))
+            await stack.enter_async_context(_names_mounted(config, helpers[1], names, partial(_end, *end)))
             stack.enter_context(live_mounts.registered(config.ipns, folder.control))
         notifier = Notifier()
         nursery.start_soon(_heed_signals, *end, hangup, commands, notifier)
@@ -198,6 +302,11 @@ async def _main(
             if config.record is None:
                 mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
             _touch_memory()
+            if config.user is not None:
+                log.info("the daemon goes on as user %s", config.user.name)
+            elif os.geteuid() == 0:
+                log.info("the daemon stays root: --user NAME lets it go on as another user")
+            log.info("the daemon is confined by %s", confined_by)
             log.info("mounted at %s", config.mountpoint)
             ready(folder.control)
             notifier.send("READY=1", f"STATUS=mounted at {config.mountpoint}")
@@ -214,7 +323,10 @@ async def _main(
 
 @asynccontextmanager
 async def _names_mounted(
-    config: MountConfig, mountpoint: Path, names: Names, ended: Callable[[], Awaitable[None]]
+    config: MountConfig,
+    helper: sessions.MountHelper,
+    names: Names,
+    ended: Callable[[], Awaitable[None]],
 ) -> AsyncIterator[None]:
     """Names as symlinks into the mount, at a mountpoint of their own."""
 
@@ -229,18 +341,19 @@ async def _names_mounted(
     def listed() -> Sequence[bytes]:
         return [name.encode() for name in names.known()]
 
-    async with name_links.mounted(mountpoint, config.allow_other, target, listed, config.deadline, ended):
-        log.info("names are at %s", mountpoint)
+    async with name_links.mounted(helper, target, listed, config.deadline, ended):
+        log.info("names are at %s", helper.mountpoint)
         yield
 
 
 @asynccontextmanager
 async def _serving(
-    config: MountConfig, folder: CacheFolder, indexing: Indexing | None
+    config: MountConfig, folder: CacheFolder, record: Record | None, indexing: Indexing | None
 ) -> AsyncIterator[tuple[Operations, Passthrough | None, Commands, Names, trio.Nursery, ControlServer]]:
     """All that answers behind the kernel, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
-    http = with_headers(HttpSettings(rate=rate), config.header_files, config.sources)
+    quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
+    http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
     settings = OpenSettings(
         config.library,
         folder.indexes,
@@ -265,9 +378,8 @@ async def _serving(
                 folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
             )
         )
-        pins.reconcile([kept.cid for kept in cache.store.kept()], cache.pinned(), cache.store.kept_of, cache)
-        record = stack.enter_context(Record.create(config.record)) if config.record is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_reconcile, pins, cache)
         tree = Tree(cache.reader, nursery, record)
         roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
@@ -280,7 +392,7 @@ async def _serving(
             stack.callback(passed.close)
             nursery.start_soon(passed.run)
             passthrough = Passthrough(passed)
-        commands = Commands(config, cache, pool, pins, tree, names, passed)
+        commands = Commands(config, cache, pool, pins, tree, names, passed, quota)
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
         operations = Operations(
@@ -296,6 +408,12 @@ async def _serving(
         )
         commands.latencies, commands.bytes = operations.latencies, operations.bytes
         yield operations, passthrough, commands, names, nursery, server
+
+
+async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
+    """Once it is known what an earlier run left."""
+    staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
+    pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
 
 
 def _ignore_signals(also_hangup: bool) -> None:
@@ -315,7 +433,7 @@ def _ignore_signals(also_hangup: bool) -> None:
 
 
 async def _heed_signals(
-    mountpoint: Path,
+    helper: sessions.MountHelper,
     everything: trio.CancelScope,
     hangup: Hangup | None,
     commands: Commands,
@@ -343,24 +461,21 @@ async def _heed_signals(
             else:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 notifier.send("STOPPING=1")
-                await _end(mountpoint, everything)
+                await _end(helper, everything)
 
 
-async def _end_when_let_go(server: ControlServer, mountpoint: Path, everything: trio.CancelScope) -> None:
+async def _end_when_let_go(
+    server: ControlServer, helper: sessions.MountHelper, everything: trio.CancelScope
+) -> None:
     with trio.move_on_after(HOLD_SECONDS):
         await server.held.wait()
     await server.until_let_go()
     log.info("nobody holds this mount any more: unmounting")
-    await _end(mountpoint, everything)
+    await _end(helper, everything)
 
 
-async def _end(mountpoint: Path, everything: trio.CancelScope) -> None:
+async def _end(helper: sessions.MountHelper, everything: trio.CancelScope) -> None:
     """Unmounts; what then still keeps the mount alive (an open file, another mount namespace) is cut off."""
-    try:
-        if not await sessions.unmount(mountpoint, lazy=False):
-            await sessions.unmount(mountpoint, lazy=True)
-    except (OSError, RuntimeError) as exc:  # no more processes, or threads to wait for one
-        # The fusermount3 that mounted it unmounts it when this process ends.
-        log.warning("fusermount3 can't be started: %s", exc)
+    await helper.unmount()
     await trio.sleep(END_SECONDS)
     everything.cancel()

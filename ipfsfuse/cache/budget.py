@@ -5,6 +5,8 @@ way, what is kept for good, and everything else in the cache folder with what th
 must leave. That has left the disk before the reservation returns, and no other reservation returns in
 between. So the sum on disk never exceeds `limit`.
 
+Until what an earlier run left has been `counted`, nothing is reserved and nothing leaves.
+
 `limit` is the configured budget, or less where the file system is too full for it: a reserve stays free for
 others. It follows the free space, which is asked for again after each `LOOK_BYTES` reserved and whenever
 `refit` is called.
@@ -53,12 +55,18 @@ class Budget:
         configured: int,
         evict: Callable[[Key], Awaitable[None]],
         spare: Callable[[], int | None] = _unknown,
+        counted: bool = True,
     ) -> None:
         """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
         bytes the file system can take before the reserve is touched: negative where others have taken from
-        the reserve, None where that can't be known."""
+        the reserve, None where that can't be known. If an earlier run left something that is not
+        `counted` yet, it is told by `restore`, and then `counted` is set."""
         self.configured = configured
         self.limit = configured
+        self.counted = trio.Event()
+        """Set when `used` has all that an earlier run left."""
+        if counted:
+            self.counted.set()
         self.arc: Arc[Key] = Arc(configured)
         self.evictions = 0
         self.refused: set[Key] = set()
@@ -102,6 +110,8 @@ class Budget:
         """Counts `size` more bytes for `key`, after what must leave for them has left. False: they can't fit.
 
         Where True was returned, the caller calls `settle` with the same size once the write has ended."""
+        if not self.counted.is_set():
+            return False
         self._unlooked += size
         if self._lock.locked() or self._unlooked >= LOOK_BYTES or self.used + size > self.limit:
             async with self._lock:
@@ -136,6 +146,13 @@ class Budget:
     def settle(self, size: int) -> None:
         """A write that `size` bytes were reserved for has ended: what it took is on the disk, and counted."""
         self._pending -= size
+
+    def restore(self, key: Key, size: int, frequent: bool) -> None:
+        """Counts `size` bytes that an earlier run left of `key`, which is the one used last so far."""
+        if key in self._exempt:
+            self._add_exempt(key, size)
+        else:
+            self.arc.restore(key, size, frequent)
 
     def adjust(self, key: Key, by: int) -> None:
         """Corrects what is counted for `key` by so many bytes: what was reserved meanwhile stays counted."""
@@ -231,7 +248,7 @@ class Budget:
         """Sets the limit to what the file system lets us have now. Under the lock: what is leaving is counted
         nowhere."""
         self._unlooked = 0
-        spare = self._spare()
+        spare = self._spare() if self.counted.is_set() else None
         if spare is not None:
             # What is reserved and not written yet is still free there.
             on_disk = self.used - self._pending - self._margin
@@ -253,6 +270,8 @@ class Budget:
         self.arc.capacity = max(0, self._room)
 
     def _shrink(self) -> list[Key]:
+        if not self.counted.is_set():
+            return []
         return self.arc.set_capacity(self._room)
 
     def stuck(self, size: int) -> None:

@@ -99,7 +99,7 @@ class PassthroughFiles:
 
     def consider(self, cid: Cid) -> None:
         """`cid` was opened, and could not be held: if it is complete, it may be held the next time."""
-        entry = self._store.staging.entries.get(cids.canonical(cid))
+        entry = self._store.staging.find(cids.canonical(cid))
         if entry is not None and entry.complete and not entry.verified:
             self.verify_later(entry)
 
@@ -147,7 +147,7 @@ class PassthroughFiles:
     def hold(self, cid: Cid) -> tuple[Entry, int] | None:
         """The staging file of `cid`, and a descriptor of it, if all of it was verified and there is room to
         hold it. The caller lets go of it."""
-        entry = self._store.staging.entries.get(cids.canonical(cid))
+        entry = self._store.staging.find(cids.canonical(cid))
         if entry is None or not entry.verified or entry in self._held:
             return None
         budget = self._store.budget

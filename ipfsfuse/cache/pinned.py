@@ -72,11 +72,18 @@ class Pinning:
         files."""
         walk = BlockWalk([self._root], False)
         for cid, in_file in walk:
+            await trio.lowlevel.checkpoint()  # reading a small block is none
             block = await reader.block(cid)
             if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
                 await self._store.blocks.keep(cid, block, self._pack_set)
-            walk.add(*_below(self._store, nodes.parse(cid, block), in_file))
+            walk.add(*_below(self._store, await _parsed(cid, block), in_file))
             self.check()
+
+
+async def _parsed(cid: Cid, block: bytes) -> Node:
+    if len(block) <= SMALL:
+        return nodes.parse(cid, block)
+    return await threads.run_sync(nodes.parse, cid, block)
 
 
 def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
@@ -105,9 +112,9 @@ class PinnedDags:
         self._busy: set[Cid] = set()
         self._writing = trio.Lock()
         self._jobs: dict[Cid, Pinning] = {}
-        self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
-        if self._lost:
-            _report_lost(self._lost)
+        self._lost: dict[Cid, int] = {}
+        if store.budget.counted.is_set():
+            self._note_lost()
 
     @property
     def pins(self) -> Sequence[Cid]:
@@ -117,6 +124,11 @@ class PinnedDags:
     def lost(self) -> int:
         """How many staging files and packs of pinned DAGs are not there any more, as far as that is known."""
         return sum(self._lost.values())
+
+    def _note_lost(self) -> None:
+        self._lost = {pin: count for pin in self._pins if (count := self._count_lost(pin))}
+        if self._lost:
+            _report_lost(self._lost)
 
     def _count_lost(self, pin: Cid) -> int:
         store = self._store
@@ -128,8 +140,11 @@ class PinnedDags:
     async def recover(self) -> None:
         """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
 
-        Until then everything that was found at the start is kept (`recovery.recover`). What is not here is
+        Until then everything that was found at the start is kept (`recovery.Inventory`). What is not here is
         not fetched: that is done when it is used."""
+        if not self._store.budget.counted.is_set():
+            await self._store.budget.counted.wait()
+            self._note_lost()
         if not self._unknown:
             return
         await self._store.blocks.packs_indexed.wait()
@@ -168,10 +183,7 @@ class PinnedDags:
                     continue
                 found.add(place.pack)
             try:
-                if len(block) <= SMALL:
-                    node = nodes.parse(cid, block)
-                else:
-                    node = await threads.run_sync(nodes.parse, cid, block)
+                node = await _parsed(cid, block)
             except (Malformed, Unsupported):
                 continue
             if isinstance(node, File) and node.size > SMALL and not in_file and not nodes.holds_values(cid):
@@ -184,6 +196,7 @@ class PinnedDags:
     async def pinning(self, cid: Cid) -> AsyncIterator[Pinning]:
         """Within it the DAG is fetched; at its end what was fetched is kept, and after an error nothing."""
         root = cids.canonical(cid)
+        await self._store.budget.counted.wait()
         with self._alone(root):
             job = self._jobs[root] = Pinning(self._store, root)
             try:
@@ -219,6 +232,7 @@ class PinnedDags:
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""
         root = cids.canonical(cid)
+        await self._store.budget.counted.wait()
         if root not in self._pins:
             raise UsageError(f"{cids.text(cid)} is not pinned")
         with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more

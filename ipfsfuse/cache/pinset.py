@@ -58,6 +58,8 @@ class Statistics:
     misses: int
     """Blocks and leaves asked of the sources."""
     evictions: int
+    counted: bool
+    """Whether all that an earlier run left is counted in `used`. Until then nothing new is kept."""
     trouble: str
     """What is wrong with the disk just now, "" where nothing is."""
     per_caller_bytes: int
@@ -172,7 +174,8 @@ class PinsetCache:
         held = {str(owner): size for owner, size in budget.arc.held_by().items()}
         return Statistics(
             budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes,
-            self._pinned.lost, self.reader.hits, self.reader.misses, budget.evictions, self.trouble,
+            self._pinned.lost, self.reader.hits, self.reader.misses, budget.evictions,
+            budget.counted.is_set(), self.trouble,
             budget.arc.capacity // arc.SHARE, held,
         )  # fmt: skip
 
@@ -211,11 +214,11 @@ class PinsetCache:
 
     def joins(self, cid: Cid) -> bool:
         """As `Copies.joins`."""
-        return cids.codec(cid) == cids.DAG_PB and cids.canonical(cid) in self.store.staging.entries
+        return cids.codec(cid) == cids.DAG_PB and self.store.staging.find(cids.canonical(cid)) is not None
 
     async def copy(self, cid: Cid, node: str) -> Copy | None:
         """As `Copies.copy`."""
-        entry = self.store.staging.entries.get(cids.canonical(cid))
+        entry = self.store.staging.find(cids.canonical(cid))
         if self.store.blocks.place(cid) is None and (
             entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW
         ):
@@ -232,6 +235,7 @@ class PinsetCache:
 
     async def fsck(self, report_progress: Progress | None = None) -> FsckReport:
         """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
+        await self.store.budget.counted.wait()
         return await fsck(self.store, self.reader, report_progress)
 
 

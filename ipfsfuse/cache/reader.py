@@ -207,7 +207,7 @@ class Reader:
     async def _raw_file(self, cid: Cid) -> Content | None:
         """The block that is the whole of a staged raw file."""
         own = cids.canonical(cid)
-        entry = self.store.staging.entries.get(own) if cids.codec(cid) == cids.RAW else None
+        entry = self.store.staging.find(own) if cids.codec(cid) == cids.RAW else None
         if entry is None:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
@@ -292,7 +292,7 @@ class Reader:
 
     def _is_staged_file(self, cid: Cid) -> bool:
         """Whether it is a raw file that is complete, as far as is known without looking at the disk."""
-        entry = self.store.staging.entries.get(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
+        entry = self.store.staging.find(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
         return entry is not None and entry.whole()
 
     # -- leaves ----------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ class Reader:
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
         """As `Cache.part`."""
         part = None
-        if file.cid in self.store.staging.entries:
+        if self.store.staging.find(file.cid) is not None:
             part = await self.store.part(file, leaf, start, stop)
         if part is None:
             return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
@@ -329,7 +329,7 @@ class Reader:
     async def _bring_leaf(self, file: FileRef, leaf: Leaf, early: bool) -> AsyncGenerator[FetchResult]:
         """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched
         before it is staged, unless too much waits for that."""
-        if file.cid in self.store.staging.entries:
+        if self.store.staging.find(file.cid) is not None:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
                 self.hits += 1

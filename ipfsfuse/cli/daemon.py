@@ -11,6 +11,7 @@ In the foreground of a terminal it says that the terminal has gone: then the mou
 """
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from ipfsfuse import mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
-from ipfsfuse.cli import console, logs, parser
+from ipfsfuse.cli import console, logs, parser, settings
 from ipfsfuse.cli.settings import ALLOW_OTHER
 from ipfsfuse.config import MountConfig
 from ipfsfuse.errors import UsageError
@@ -39,6 +40,7 @@ WATCH_MS = 500
 
 def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
     """Mounts and serves until the mount is gone. Raises what prevents it."""
+    _hide_memory()
     log_to = logs.DaemonLog()
     logging.basicConfig(level=logging.INFO, handlers=[log_to])
     logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
@@ -77,11 +79,22 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
 
     try:
         hangup = None if starter is None and _has_terminal() else reload
-        mount.run(asked, ready, _Indexing(starter), hangup)
+        reads = [path.parent for path in settings.candidates()]
+        writes = [] if file is None else [file.parent]
+        mount.run(asked, ready, _Indexing(starter), hangup, reads, writes)
     except BaseException as exc:
         if starter is not None:
             starter.tell(f"error {console.one_line(console.unwrapped(exc))}")
         raise
+
+
+_PR_SET_DUMPABLE = 4
+
+
+def _hide_memory() -> None:
+    """No other process of this user may trace this one, read its memory or open its files by /proc, and no
+    core is dumped (prctl(2)): a guest that broke out of its room is a process of this user, too."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class _Indexing:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse import client, units
+from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders, settings
@@ -53,6 +53,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from _helper()
     yield _allow_other()
     yield _kernel()
+    yield _confinement()
     yield _guest_sandbox()
     yield from _user_requests()
     yield from _request_timeout(arguments.deadline)
@@ -96,6 +97,14 @@ def _device() -> Finding:
 
 def _helper() -> Iterator[Finding]:
     found = shutil.which("fusermount3")
+    if found is None and os.geteuid() == 0:
+        yield Finding(
+            NOTE,
+            "fusermount3",
+            "missing: root mounts without it, other users can't",
+            "install the package fuse3, if they should",
+        )
+        return
     if found is None:
         yield Finding(BAD, "fusermount3", "missing", "install the package fuse3")
         return
@@ -137,6 +146,14 @@ def _kernel() -> Finding:
             "a kernel from 4.20 on is quicker",
         )
     return Finding(OK, "kernel", release)
+
+
+def _confinement() -> Finding:
+    """What a mount's daemon gives up."""
+    if confinement.landlock_abi() == 0:
+        found = "by no_new_privs alone: this kernel has no landlock"
+        return Finding(NOTE, "the daemon is confined", found, "a kernel from 5.13 on, with landlock, has it")
+    return Finding(OK, "the daemon is confined", "by no_new_privs and landlock")
 
 
 def _guest_sandbox() -> Finding:

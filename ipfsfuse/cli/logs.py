@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import stat
 import sys
 import threading
@@ -143,12 +142,12 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                 return
             sys.stderr.flush()
             if stat.S_ISREG(os.fstat(2).st_mode):  # a pipe or a terminal has had it, and a read would block
-                with (
-                    suppress(OSError),  # a full disk: what was said so far is lost, and the mount goes on
-                    open("/proc/self/fd/2", "rb") as so_far,
-                    open(target, "wb", closefd=False) as out,
-                ):
-                    shutil.copyfileobj(so_far, out)
+                # on a full disk, or from a file opened for writing alone, that is lost; the mount goes on
+                with suppress(OSError), open(target, "wb", closefd=False) as out:
+                    at = 0
+                    while said := os.pread(2, 1 << 16, at):
+                        out.write(said)
+                        at += len(said)
             _lead_to(target)
             self._path = path
 

@@ -29,7 +29,7 @@ from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders, settings
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.cli.logs import escape_the_log
-from ipfsfuse.config import ContentConfig, MountConfig
+from ipfsfuse.config import ContentConfig, MountConfig, User
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.live_mounts import LiveMount
 from ipfsfuse.dag import cid as cids
@@ -67,6 +67,9 @@ def config(arguments: argparse.Namespace) -> MountConfig:
         gid=arguments.gid,
         umask=arguments.umask,
         bwlimit=arguments.bwlimit,
+        user=None if arguments.user is None else _user(arguments.user),
+        confined=not arguments.unconfined,
+        max_fetch=arguments.max_fetch,
     )
 
 
@@ -94,6 +97,8 @@ def _passthrough(arguments: argparse.Namespace) -> bool:
             "--passthrough: only root (CAP_SYS_ADMIN) may let the kernel read files itself: run it as root, "
             "or without"
         )
+    if arguments.passthrough and arguments.user is not None:
+        raise UsageError("--passthrough needs root's rights, and --user gives them up: leave one of them out")
     if arguments.passthrough and arguments.record is not None:
         raise UsageError(
             "--record needs to see every read, and --passthrough hides them: leave one of them out"
@@ -106,6 +111,27 @@ def _is_capable(capability: int) -> bool:
     lines = Path("/proc/self/status").read_text().splitlines()
     in_effect = next(line for line in lines if line.startswith("CapEff")).split()[1]
     return bool(int(in_effect, 16) >> capability & 1)
+
+
+def _user(name: str) -> User | None:
+    """None for the user who runs this. Raises UsageError."""
+    try:
+        found = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except (KeyError, ValueError) as exc:
+        raise UsageError(f"--user {name}: this machine has no such user") from exc
+    if found.pw_uid == os.geteuid():
+        return None
+    if os.geteuid() != 0:
+        raise UsageError(f"--user {name}: only root may go on as another user")
+    return User(found.pw_name, found.pw_uid, found.pw_gid)
+
+
+def _at_home(name: str) -> None:
+    """Lets the folders that nobody named be those of the user `name`, not root's."""
+    if (user := _user(name)) is not None:
+        os.environ.update(HOME=pwd.getpwuid(user.uid).pw_dir, USER=user.name, LOGNAME=user.name)
+        for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+            os.environ.pop(variable, None)
 
 
 def _allowed(texts: Iterable[str]) -> frozenset[Cid]:
@@ -159,6 +185,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not named:
             raise UsageError("the configuration names no mount: write [mount.NAME] (see `ipfsfuse config`)")
         return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], named)
+    environment = _environment()
+    if arguments.user is not None:
+        _at_home(arguments.user)
     asked = config(arguments)
     _refuse_below(asked)
     if not asked.isolated:
@@ -172,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
         console.note(f"ipfsfuse: {shortened}")
-    told = _start_daemon(arguments.argv)
+    told = _start_daemon(arguments.argv, environment)
     if not arguments.json:
         by_default = not arguments.sources
         specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
@@ -218,7 +247,7 @@ def _await_ending(cache_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def _start_daemon(argv: list[str]) -> dict[str, Any]:
+def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
     """Starts the daemon and waits for its line. Raises MountFailed or UsageError with its reason."""
     reading, writing = os.pipe()
     with tempfile.TemporaryFile() as said, open(reading, "rb") as line_from:
@@ -242,7 +271,7 @@ def _start_daemon(argv: list[str]) -> dict[str, Any]:
                 stderr=said,
                 pass_fds=[writing],
                 start_new_session=True,
-                env=_environment(),
+                env=environment,
             )
         finally:
             os.close(writing)
@@ -387,7 +416,7 @@ def _must_be_ours(point: Path) -> None:
 
 def take_away(point: Path, lazy: bool) -> None:
     """Unmounts. Raises MountFailed that names who holds it."""
-    command = [mountpoints.fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
+    command = [*mountpoints.fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"}
     )

@@ -62,7 +62,7 @@ _IGNORED = {
     "diratime", "nodiratime", "lazytime", "nolazytime", "default_permissions",
 }  # fmt: skip
 """Options of mount(8) that change nothing here: every mount is nosuid and nodev, and refuses to write."""
-_OF_MOUNT = frozenset(settings.SETTINGS) - {"listen", "fetch", "cid-version", "profile"}
+_OF_MOUNT = frozenset(settings.SETTINGS) - {"listen", "fetch", "cid-version", "profile", "user"}
 
 
 def _of_mount_8(words: list[str]) -> list[str]:
@@ -345,6 +345,12 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
     )  # fmt: skip
     parser.add_argument(
+        "--max-fetch",
+        type=_type(units.size_or_zero),
+        metavar="SIZE",
+        help="bytes to fetch at most, of all sources together; then reads of what is not here fail with EIO",
+    )
+    parser.add_argument(
         "--bwlimit", type=_SIZE, metavar="RATE", help="bytes a second to fetch, of all sources together"
     )
     parser.add_argument(
@@ -352,6 +358,16 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gid", type=_type(units.owner), metavar="N", help="show this group (the group who mounts)"
+    )
+    parser.add_argument(
+        "--user",
+        metavar="NAME",
+        help="started by root, go on as this user, whose mount it then is",
+    )
+    parser.add_argument(
+        "--unconfined",
+        action="store_true",
+        help="let the daemon reach every file of its user: no landlock, and no no_new_privs",
     )
     parser.add_argument(
         "--umask", type=_type(units.octal), metavar="MODE", default=0, help="permissions to take away (000)"

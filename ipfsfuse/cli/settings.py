@@ -32,6 +32,7 @@ SETTINGS: Mapping[str, str] = {
     "deadline": "a read fails after this long without a block",
     "offline": "ask nothing of the network",
     "bwlimit": "bytes a second that are fetched, of all sources together",
+    "max-fetch": "bytes that are fetched at most, of all sources together",
     "pins": "kubo or none",
     "allow": "only these CIDs, or files that list some: a list",
     "allow-other": "let other users in",
@@ -46,6 +47,8 @@ SETTINGS: Mapping[str, str] = {
     "uid": "the owner that every file is shown with",
     "gid": "the group that every file is shown with",
     "umask": "permissions that are taken from every file, in octal",
+    "user": "the user as whom a daemon that root started goes on",
+    "unconfined": "whether the daemon may reach every file of its user",
     "log-level": "debug, info, warning or error",
     "log-file": "where the daemon logs",
     "log-format": "text, json or journal",
@@ -84,12 +87,18 @@ def user_file() -> Path:
     return xdg("XDG_CONFIG_HOME", ".config") / "ipfsfuse" / "config.toml"
 
 
+def candidates() -> list[Path]:
+    """Where configuration files may lie, the one that goes first first."""
+    named = os.environ.get("IPFSFUSE_CONFIG")
+    return [Path(named)] if named else [user_file(), SYSTEM]
+
+
 def files() -> list[File]:
     """The configuration files that exist, the one that goes first first. Raises UsageError, naming file and
     key."""
     named = os.environ.get("IPFSFUSE_CONFIG")
     found = []
-    for path in [Path(named)] if named else [user_file(), SYSTEM]:
+    for path in candidates():
         try:
             with path.open("rb") as file:
                 info = os.fstat(file.fileno())
@@ -320,13 +329,15 @@ def _write_template(arguments: argparse.Namespace) -> int:
 _EXAMPLES = {
     "from": '["library", "kubo", "https://trustless-gateway.link"]',
     "cache-dir": '"~/.cache/ipfsfuse"', "library": '"~/.local/share/ipfsfuse/library"', "budget": '"10GiB"',
-    "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"', "pins": '"kubo"',
+    "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"',
+    "max-fetch": '"1GiB"', "pins": '"kubo"',
     "allow": "[]", "allow-other": "false", "passthrough": "false", "isolated": "false",
     "record": '"/tmp/blocks.jsonl"',
     "header-file": '["https://gateway.example=/etc/ipfsfuse/headers"]', "ipns": '"~/ipns"', "dns": '"system"',
     "router": '["https://delegated-ipfs.dev"]', "allow-private-providers": "false",
     "uid": "1000", "gid": "1000",
-    "umask": '"022"', "log-level": '"info"', "log-file": '"~/ipfsfuse.log"',
+    "user": '"nobody"', "unconfined": "false", "umask": '"022"',
+    "log-level": '"info"', "log-file": '"~/ipfsfuse.log"',
     "log-format": '"text"', "listen": '"127.0.0.1:8080"', "fetch": "false", "cid-version": "1",
     "profile": '"unixfs-v1-2025"',
 }  # fmt: skip

@@ -30,6 +30,7 @@ from ipfsfuse.dag.path import can_hold, cid_alone
 from ipfsfuse.errors import Malformed, Unsupported, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import request_of
+from ipfsfuse.sources.http.settings import FetchQuota
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.structures import Histogram
 from ipfsfuse.vfs.fetch_dag import OnProgress, Totals, fetch_all
@@ -57,9 +58,10 @@ class Commands:
         tree: Tree,
         names: Names,
         passthrough: PassthroughFiles | None = None,
+        quota: FetchQuota | None = None,
     ) -> None:
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
-        self._names, self._passthrough = names, passthrough
+        self._names, self._passthrough, self._quota = names, passthrough, quota
         self._served = {"blocks": 0, "bytes": 0}
         """What `ipfsfuse serve` got of this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
@@ -77,6 +79,7 @@ class Commands:
         return {
             "status": self.status,
             "ls": self.ls,
+            "quota": self.quota,
             "pin": self.pin,
             "unpin": self.unpin,
             "prefetch": self.prefetch,
@@ -139,6 +142,18 @@ class Commands:
 
     def _uptime(self) -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
+
+    async def quota(self, arguments: Mapping[str, Any], _progress: Progress) -> dict[str, Any]:
+        """What was fetched of what --max-fetch allows. With `wait`, once that is reached."""
+        if self._quota is None:
+            raise UsageError("this mount has no --max-fetch")
+        if arguments.get("wait") is True:
+            await self._quota.reached.wait()
+        return {
+            "fetched": self._quota.fetched,
+            "max_fetch": self._quota.bound,
+            "reached": self._quota.reached.is_set(),
+        }
 
     async def ls(self, arguments: Arguments, progress: Progress) -> Answer:
         """Staging files, each with the paths that lead to it. With `tree` also every path that is staged."""

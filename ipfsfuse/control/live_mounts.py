@@ -90,12 +90,19 @@ def _folders() -> Iterator[Path]:
 
 def _open_folder() -> int | None:
     """The first folder that can be used, made where it is missing."""
+    found = usable_folder()
+    return None if found is None else _opened(found)
+
+
+def usable_folder() -> Path | None:
+    """The first of this user's folders that can be used, made where it is missing."""
     for path in _folders():
         with suppress(OSError):
             os.mkdir(path, 0o700)
-        folder = _opened(path)
-        if folder is not None:
-            return folder
+        opened = _opened(path)
+        if opened is not None:
+            os.close(opened)
+            return path
     return None
 
 

@@ -38,16 +38,16 @@ class Links(Sequence[Link]):
     Python's cycle collector would visit each of them, during which nothing else runs.
     """
 
-    __slots__ = ("_tsizes", "block", "spans")
+    __slots__ = ("block", "spans", "tsizes")
 
     def __init__(self, block: bytes = b"") -> None:
         self.block = block
         self.spans = array("I")
         """Of each link the start and end of its CID, then of its name."""
-        self._tsizes = array("Q")
+        self.tsizes = array("Q")
 
     def __len__(self) -> int:
-        return len(self._tsizes)
+        return len(self.tsizes)
 
     @overload
     def __getitem__(self, index: int) -> Link: ...
@@ -56,14 +56,14 @@ class Links(Sequence[Link]):
     def __getitem__(self, index: int | slice) -> Link | list[Link]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        tsize = self._tsizes[index]
+        tsize = self.tsizes[index]
         at = 4 * (index % len(self))
         start, end, name, name_end = self.spans[at : at + 4]
         return Link(Cid(self.block[start:end]), self.block[name:name_end], tsize)
 
     def __iter__(self) -> Iterator[Link]:
         block, spans = self.block, iter(self.spans)
-        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, self._tsizes, strict=False):
+        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, self.tsizes, strict=False):
             yield Link(Cid(block[start:end]), block[name:name_end], tsize)
 
     def __eq__(self, other: object) -> bool:
@@ -93,7 +93,7 @@ class Links(Sequence[Link]):
     def add(self, cid: int, cid_end: int, name: int, name_end: int, tsize: int) -> None:
         """Appends a link whose CID and name lie at these indices of the block."""
         self.spans.extend((cid, cid_end, name, name_end))
-        self._tsizes.append(tsize)
+        self.tsizes.append(tsize)
 
 
 _NO_LINKS = Links()
@@ -155,7 +155,7 @@ def _links(block: bytes, at: int, links: Links, absent: bytearray) -> int:
     The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
     """
     end = len(block)
-    add_span, add_tsize = links.spans.append, links._tsizes.append
+    add_span, add_tsize = links.spans.append, links.tsizes.append
     tsize, tail_before = -1, b""
     while at < end and block[at] == _LINKS:
         start = at + 2

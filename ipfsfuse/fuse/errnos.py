@@ -36,6 +36,7 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
     errors.Interrupted: errno.EINTR,
     errors.NotHere: errno.ETIMEDOUT,
     errors.SourceFailed: errno.ETIMEDOUT,
+    errors.QuotaReached: errno.EIO,
     errors.StoreFailed: errno.EIO,
 }
 

@@ -17,12 +17,17 @@ answer and counts it (fs/fuse/dev.c, request_wait_answer). The kernel never forg
 since it holds the inode until RELEASE is answered (fs/fuse/file.c, fuse_file_release). Generation numbers
 stay 0: a number is only given to something else after the kernel has forgotten it. After an unmount no FORGET
 comes; the table goes with the mount.
+
+Bound: an inode takes some 450 bytes here, and more in the kernel, which forgets only when memory is short.
+Beyond `LIMIT` inodes a listing gives names alone (`full`), and the kernel is asked to forget what nobody uses
+(`surplus`).
 """
 
 import hashlib
 import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import islice
 
 from ipfsfuse.dag.cid import Cid, canonical
 from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, Attributes
@@ -31,6 +36,7 @@ log = logging.getLogger("ipfsfuse.fuse")
 
 ROOT = 1
 KEY_BYTES = 32
+LIMIT = 250_000
 BITS = 63
 """Of a number: `opens.c` makes a file handle of a number and the highest bit."""
 
@@ -59,9 +65,10 @@ class Inode:
 class Inodes:
     """The table of all inodes that the kernel holds."""
 
-    def __init__(self, key: bytes, bits: int = BITS) -> None:
+    def __init__(self, key: bytes, bits: int = BITS, limit: int = LIMIT) -> None:
         """`key` has 32 bytes. Fewer `bits` make collisions likely: for tests."""
         self._key = key
+        self._limit = limit
         self._mask = (1 << bits) - 1
         root = Inode(ROOT, Cid(b""), "root", ROOT_ATTRIBUTES, lookups=1)
         self._by_number: dict[int, Inode] = {ROOT: root}
@@ -69,6 +76,20 @@ class Inodes:
 
     def __len__(self) -> int:
         return len(self._by_number)
+
+    @property
+    def full(self) -> bool:
+        """Whether a listing should give no more inodes. A lookup can't be answered without one."""
+        return len(self._by_number) >= self._limit
+
+    def surplus(self) -> list[int]:
+        """The oldest numbers that the kernel should forget if it does not use them: enough to go an eighth
+        below the limit. The next call names others, since these may be in use."""
+        count = len(self._by_number) - self._limit * 7 // 8 if self.full else 0
+        numbers = list(islice(self._by_number, 1, 1 + count))  # the first is the root
+        for number in numbers:
+            self._by_number[number] = self._by_number.pop(number)
+        return numbers
 
     def get(self, number: int) -> Inode:
         """The inode of a number that the kernel holds."""

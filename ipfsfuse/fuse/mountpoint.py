@@ -6,6 +6,8 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -67,9 +69,8 @@ def prepare(mountpoint: Path) -> None:
     if ours_at(mountpoint) is not None:
         if answers(mountpoint):
             raise MountFailed(f"{mountpoint} is mounted already: ipfsfuse unmount {mountpoint} first")
-        subprocess.run(
-            [fusermount(), "-u", "-z", "-q", "--", str(mountpoint)], check=False, stderr=subprocess.DEVNULL
-        )
+        command = [*fusermount(), "-u", "-z", "-q", "--", str(mountpoint)]
+        subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
     try:
         names = os.listdir(mountpoint)
     except FileNotFoundError as exc:
@@ -124,12 +125,9 @@ class Place:
             todo = "choose a folder whose path only you can change"
             raise MountFailed(f"{self._path} was replaced while it was being mounted: {todo}")
 
-    def clear(self) -> None:
-        """Takes away what was mounted elsewhere; its daemon, which we are, must have let go of it."""
-        for mounted in self._new():
-            if not answers(Path(mounted.mountpoint)):
-                command = [fusermount(), "-u", "-z", "-q", "--", mounted.mountpoint]
-                subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+    def made(self) -> list[str]:
+        """Where something was mounted since."""
+        return [mounted.mountpoint for mounted in self._new()]
 
     def _new(self) -> list[Mounted]:
         """Mounts of ours that were not there before. The kernel gives the number of a mount that is gone to
@@ -138,23 +136,27 @@ class Place:
         return [mounted for mounted in ours if (mounted.number, mounted.mountpoint) not in self._before]
 
 
-def fusermount() -> str:
-    """The path of fusermount3. Raises MountFailed."""
+HELPER = (sys.executable, "-I", str(Path(__file__).with_name("mount_helper.py")))
+"""Our own fusermount3, for root."""
+
+
+def fusermount() -> Sequence[str]:
+    """The command fusermount3, or what stands in for it where root has none. Raises MountFailed."""
     found = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin:/usr/local/bin")
-    if not found:
+    if found:
+        return [found]
+    if os.geteuid() != 0:
         raise MountFailed("fusermount3 is missing: install the package fuse3")
-    return found
+    return HELPER
 
 
 def answers(mountpoint: Path) -> bool:
     """True unless the mount's daemon is gone; one that does not answer in time counts as alive."""
+    # opened, not asked for its attributes: those may be cached
+    script = "import os, sys; os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)"
+    command = [sys.executable, "-I", "-S", "-c", script, str(mountpoint)]
     try:
-        done = subprocess.run(
-            ["stat", "--", str(mountpoint)],
-            env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            timeout=TRY_SECONDS,
-        )
+        done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, timeout=TRY_SECONDS)
     except subprocess.TimeoutExpired:
         return True
     return not any(gone in done.stderr for gone in (b"not connected", b"connection abort"))

@@ -18,13 +18,12 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 
 import trio
 
 from ipfsfuse.errors import MountFailed, NameTooLong, NotFound, ReadOnly, Unavailable
 from ipfsfuse.fuse import errnos
-from ipfsfuse.fuse.session import INIT_SECONDS, Mount, close_mount, open_mount, unmount
+from ipfsfuse.fuse.session import INIT_SECONDS, Mount, MountHelper, close_mount
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -312,16 +311,15 @@ def _inode(name: bytes) -> int:
 
 @contextlib.asynccontextmanager
 async def mounted(
-    mountpoint: Path,
-    allow_other: bool,
+    helper: MountHelper,
     target: Target,
     listed: Listed,
     deadline: float,
     ended: Callable[[], Awaitable[None]],
 ) -> AsyncIterator[None]:
-    """The directory of names at `mountpoint` for the length of the block. `ended` is awaited when somebody
-    else unmounts it. Raises MountFailed."""
-    mount = open_mount(mountpoint, allow_other)
+    """The directory of names at the mountpoint of `helper` for the length of the block. `ended` is awaited
+    when somebody else unmounts it. Raises MountFailed."""
+    mount = helper.mount()
     links = NameLinks(mount, target, listed, deadline)
     ending = False
 
@@ -335,14 +333,13 @@ async def mounted(
             with trio.move_on_after(INIT_SECONDS) as scope:
                 await nursery.start(serve)
             if scope.cancelled_caught:
-                raise MountFailed(f"{mountpoint} can't be served: the kernel did not begin with INIT")
+                raise MountFailed(f"{helper.mountpoint} can't be served: the kernel did not begin with INIT")
             try:
                 yield
             finally:
                 ending = True
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-                    if not await unmount(mountpoint, lazy=False):
-                        await unmount(mountpoint, lazy=True)
+                    await helper.unmount()
                 nursery.cancel_scope.cancel()
     finally:
         close_mount(mount)

@@ -194,6 +194,10 @@ class Operations(ReadOnlyOperations):
                 line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
                 log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
 
+    def surplus(self) -> list[int]:
+        """As `Inodes.surplus`."""
+        return self._inodes.surplus()
+
     def interrupt(self, number: int) -> None:
         """The caller of the request `number` got a signal."""
         if number in self._calls:

@@ -2,8 +2,8 @@
 directory, which are given to the kernel a buffer at a time.
 
 An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. An entry whose
-attributes are known carries them, and is a reference for the kernel to count; of any other the kernel is told
-the name alone, and the type where that is known.
+attributes are known carries them, and is a reference for the kernel to count; of any other, and where the
+table of inodes is full, the kernel is told the name alone, and the type where that is known.
 
 Concurrency: the kernel asks for one buffer of a handle at a time.
 """
@@ -190,9 +190,9 @@ class _Reply:
             self._inodes.drop_unused(inode)
 
     def _inode(self, entry: Entry) -> Inode | None:
-        """None where nothing tells its attributes."""
+        """None where nothing tells its attributes, or the table of inodes is full."""
         attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
-        if attributes is None:
+        if attributes is None or self._inodes.full:
             return self._inodes.find(entry.cid)
         if attributes.is_directory:
             return self._inodes.directory(self._directory.number, entry.name, entry.cid, attributes)

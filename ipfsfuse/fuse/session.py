@@ -1,24 +1,29 @@
 """The FUSE session: mounting, serving, unmounting.
 
 pyfuse3 holds one session per process in module globals, so this module serves one mount per process.
-fusermount3 mounts and gives us the device. libfuse never touches it: `device` reads and writes it.
+fusermount3 mounts and gives us the device (`MountHelper`). libfuse never touches it: `device` reads and
+writes it.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import socket
+import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import pyfuse3
 import trio
 
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fileio import threads
 from ipfsfuse.fuse.device import Device
-from ipfsfuse.fuse.mountpoint import Place, fusermount
+from ipfsfuse.fuse.mountpoint import HELPER, Place, fusermount
 from ipfsfuse.fuse.operations import Operations
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -28,6 +33,11 @@ MAX_TASKS = 100_000
 """Waiting calls are bounded by memory, not by number: pyfuse3's default of 99 would stop the whole mount."""
 
 INIT_SECONDS = 10
+
+PRUNE_SECONDS = 0.5
+"""Between two looks at how many inodes the kernel holds: it looks up some thousands in that time."""
+_NOTIFY_PRUNE, _PRUNED_AT_ONCE = 9, 4096
+"""The code of the notification (linux/fuse.h of 6.18), and the node ids in one of them."""
 
 
 @dataclass
@@ -48,42 +58,117 @@ class Session:
     operations: Operations
 
 
-def open_mount(mountpoint: Path, allow_other: bool) -> Mount:
-    """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
-    one."""
-    with Place(mountpoint) as place:
-        mount = _mount(mountpoint, allow_other)
+class MountHelper:
+    """Mounts and unmounts at one mountpoint, by shells that were started before this process gave up the
+    right to start programs. They wait to be told, and end with this process."""
+
+    _MOUNT = 'trap "" INT TERM HUP; read -r go && exec "$@"'
+    _UNMOUNT = """
+    trap "" INT TERM HUP
+    while read -r wanted line; do
+      point=$(printf %b_ "$line")
+      point=${point%_}
+      if [ "$wanted" = dead ]; then
+        case $(LC_ALL=C ls -U -- "$point" 2>&1 >/dev/null) in
+          *"not connected"* | *"connection abort"*) ;;
+          *) echo alive; continue ;;
+        esac
+      fi
+      "$@" -u -q -- "$point" || "$@" -u -q -z -- "$point"
+      echo done
+    done 2>/dev/null
+    """
+
+    def __init__(
+        self, mountpoint: Path, allow_other: bool, owner: tuple[int, int] | None = None, readahead: int = 0
+    ) -> None:
+        """The mount belongs to the user and group `owner`, by default to who calls; then root's helper sets
+        `readahead` in KiB too. Raises MountFailed."""
+        if not os.path.exists("/dev/fuse"):
+            raise MountFailed(
+                "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the "
+                "device"
+            )
+        self.mountpoint = mountpoint
+        self._allow_other = allow_other
+        program = fusermount() if owner is None else HELPER
+        options = OPTIONS + ",auto_unmount" + (",allow_other" if allow_other else "")
+        if owner is not None:
+            options += f",user_id={owner[0]},group_id={owner[1]},readahead={readahead}"
+        self._ours, theirs = socket.socketpair()
         try:
-            place.check()
-        except MountFailed:
-            close_mount(mount)
-            place.clear()
-            raise
-        return mount
+            with theirs:
+                self._mounting = self._waiting(
+                    self._MOUNT,
+                    [*program, "-o", options, "--", str(mountpoint)],
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno()), "LC_ALL": "C"},
+                    stderr=subprocess.PIPE,
+                )
+            if owner is not None:
+                program = [*program, "-o", f"user_id={owner[0]}"]
+            self._unmounting = self._waiting(self._UNMOUNT, program, stdout=subprocess.PIPE)
+        except OSError as exc:
+            raise MountFailed(f"{mountpoint} can't be mounted: {exc.strerror}") from exc
 
+    @staticmethod
+    def _waiting(script: str, words: Sequence[str], **more: Any) -> "subprocess.Popen[bytes]":
+        command = ["/bin/sh", "-c", script, "sh", *words]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/", **more)
 
-def _mount(mountpoint: Path, allow_other: bool) -> Mount:
-    if not os.path.exists("/dev/fuse"):
-        raise MountFailed(
-            "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the device"
-        )
-    options = OPTIONS + ",auto_unmount" + (",allow_other" if allow_other else "")
-    ours, theirs = socket.socketpair()
-    with theirs:
-        helper = subprocess.Popen(
-            [fusermount(), "-o", options, "--", str(mountpoint)],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno()), "LC_ALL": "C"},
-            stderr=subprocess.PIPE,
-        )
-    _message, fds, _flags, _address = socket.recv_fds(ours, 1, 1)
-    if not fds:
-        ours.close()
-        _out, said = helper.communicate()
-        raise MountFailed(_why(said.decode(errors="replace"), mountpoint, allow_other))
-    if helper.stderr:
-        helper.stderr.close()
-    return Mount(fds[0], ours)
+    def mount(self) -> Mount:
+        """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
+        one."""
+        with Place(self.mountpoint) as place:
+            mount = self._mount()
+            try:
+                place.check()
+            except MountFailed:
+                close_mount(mount)
+                for point in place.made():
+                    self._ask_to_unmount(point, "dead").readline()
+                raise
+            return mount
+
+    def _mount(self) -> Mount:
+        assert self._mounting.stdin is not None
+        assert self._mounting.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._mounting.stdin.write(b"go\n")
+            self._mounting.stdin.close()
+        _message, fds, _flags, _address = socket.recv_fds(self._ours, 1, 1)
+        if not fds:
+            self._ours.close()
+            _out, said = self._mounting.communicate()
+            raise MountFailed(_why(said.decode(errors="replace"), self.mountpoint, self._allow_other))
+        self._mounting.stderr.close()
+        return Mount(fds[0], self._ours)
+
+    async def unmount(self) -> None:
+        """Unmounts, lazily where it is busy, while the loop goes on answering."""
+        told = self._ask_to_unmount(str(self.mountpoint))
+        await trio.lowlevel.wait_readable(told)
+        told.readline()
+
+    def _ask_to_unmount(self, mountpoint: str, wanted: str = "any") -> IO[bytes]:
+        """Where a line says that it is done. `wanted` is "dead" for a mount that nobody answers, or "any"."""
+        assert self._unmounting.stdin is not None
+        assert self._unmounting.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the shell was killed: its end is told there too
+            escaped = b"".join(b"\\0%03o" % byte for byte in os.fsencode(mountpoint))
+            self._unmounting.stdin.write(wanted.encode() + b" " + escaped + b"\n")
+            self._unmounting.stdin.flush()
+        return self._unmounting.stdout
+
+    def close(self) -> None:
+        """Ends the shells. What is mounted stays until `close_mount`."""
+        for process in (self._mounting, self._unmounting):
+            if process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+        if self._unmounting.stdout is not None:
+            self._unmounting.stdout.close()
+        self._unmounting.wait()
 
 
 def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
@@ -100,13 +185,13 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
 
 @contextlib.contextmanager
 def opened(
-    operations: Operations, mountpoint: Path, allow_other: bool, readahead: bool, passthrough: bool = False
+    operations: Operations, helper: MountHelper, readahead: bool, passthrough: bool = False
 ) -> Iterator[Session]:
     """Mounts, and starts to read the device; nothing is answered yet. The mount is gone after the block.
 
     Without `readahead` the kernel asks for nothing that was not read. Raises MountFailed."""
     with contextlib.ExitStack() as stack:
-        mount = open_mount(mountpoint, allow_other)
+        mount, mountpoint = helper.mount(), helper.mountpoint
         stack.callback(close_mount, mount)
         try:
             device = Device(readahead, passthrough)
@@ -149,6 +234,7 @@ async def serve(session: Session, ready: Callable[[], None]) -> None:
                 "this kernel offers no parallel directory operations: a stalled lookup holds up its directory"
             )
         nursery.start_soon(_interrupt, session)
+        nursery.start_soon(_prune, session)
         ready()
 
 
@@ -157,16 +243,32 @@ async def _interrupt(session: Session) -> None:
         session.operations.interrupt(number)
 
 
+async def _prune(session: Session) -> None:
+    """Asks the kernel to forget what no program uses, while it holds too many inodes."""
+    while True:
+        await trio.sleep(PRUNE_SECONDS)
+        surplus = session.operations.surplus()
+        for first in range(0, len(surplus), _PRUNED_AT_ONCE):
+            numbers = surplus[first : first + _PRUNED_AT_ONCE]
+            if not await threads.run_sync(prune, session.mount.fd, numbers):
+                return
+
+
+def prune(fd: int, numbers: Sequence[int]) -> bool:
+    """Asks the kernel to drop the names of `numbers` that nothing uses. It then forgets the inodes that have
+    no names left. Returns whether it knows this: Linux 6.18 and later do. The others forget when memory is
+    short."""
+    body = struct.pack(f"=IIQ{len(numbers)}Q", len(numbers), 0, 0, *numbers)
+    try:
+        os.write(fd, struct.pack("=IiQ", 16 + len(body), _NOTIFY_PRUNE, 0) + body)
+    except OSError as exc:
+        return exc.errno != errno.EINVAL
+    return True
+
+
 async def _main(scope: trio.CancelScope) -> None:
     await pyfuse3.main(max_tasks=MAX_TASKS)
     scope.cancel()
-
-
-async def unmount(mountpoint: Path, lazy: bool) -> bool:
-    """Asks fusermount3 to unmount, while the loop goes on answering. True if it did."""
-    command = [fusermount(), "-u", "-q", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    done = await trio.run_process(command, check=False, capture_stderr=True)
-    return done.returncode == 0
 
 
 def close_mount(mount: Mount) -> None:

@@ -44,6 +44,8 @@ ANSWER_SECONDS: Final = 3600.0
 """The longest answer. It is cut off then: blocks that came are right, and the rest can be asked for."""
 PIECE: Final = 64 << 10
 """Small blocks are sent together."""
+SEND_SECONDS: Final = 30.0
+"""For a client to take `PIECE` bytes: 2 KiB a second at least."""
 IMMUTABLE: Final = "public, max-age=29030400, immutable"
 
 Scope = Mapping[str, Any]
@@ -303,7 +305,12 @@ class _Reply:
             await self.send(b"", end=True)
 
     async def send(self, data: bytes, *, end: bool = False) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": not end})
+        """Raises Broken where the client is too slow: a client of HTTP/2 can take nothing of one answer, and
+        hold its connection by others."""
+        with trio.move_on_after(SEND_SECONDS * (1 + len(data) // PIECE)) as sending:
+            await self._send({"type": "http.response.body", "body": data, "more_body": not end})
+        if sending.cancelled_caught:
+            raise Broken("the client reads too slowly")
 
     async def whole(self, status: int, headers: Headers, data: bytes) -> None:
         await self.start(status, headers | {"content-length": str(len(data))})

@@ -6,6 +6,8 @@ Concurrency: one task a stream. What is held is one block, and the links of its 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+import trio
+
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes, traversal
 from ipfsfuse.dag.cid import Cid
@@ -15,6 +17,10 @@ from ipfsfuse.fileio import threads
 
 MAX_BLOCKS: Final = 200_000
 """Blocks of one stream. It ends there, cut off: the CIDs that were sent are kept, 20 MB."""
+MAX_INLINE: Final = 1_000_000
+"""Nodes in identity CIDs that are looked at for one stream: they are in no CAR."""
+INLINE_AT_A_TIME: Final = 200
+"""Of these between two turns of other requests: about 10 ms."""
 MAX_DEPTH: Final = 2000
 """Levels below the entity: each holds the links of one block."""
 
@@ -81,7 +87,7 @@ async def blocks(
 
     Raises TooMuch, and what `get` and the parser raise."""
     sent: set[Cid] = set()
-    count = 0
+    count = inlined = 0
     for cid in place.way:
         if cids.inline(cid) is None and (dups or cid not in sent):
             sent.add(cid)
@@ -95,6 +101,12 @@ async def blocks(
         if not dups and visit.cid in sent and len(levels) > 1:
             continue
         inline = cids.inline(visit.cid)
+        if inline is not None:
+            inlined += 1
+            if inlined > MAX_INLINE:
+                raise TooMuch(f"over {MAX_INLINE} nodes in identity CIDs")
+            if not inlined % INLINE_AT_A_TIME:
+                await trio.lowlevel.checkpoint()
         block = inline if inline is not None else await get(visit.cid)
         if inline is None and (dups or visit.cid not in sent):
             count += 1

@@ -22,6 +22,7 @@ from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
 from ipfsfuse.errors import UsageError
+from ipfsfuse.serve.app import PIECE, SEND_SECONDS
 
 log = logging.getLogger("ipfsfuse.serve")
 
@@ -32,9 +33,6 @@ HEAD_SECONDS: Final = 60.0
 """From the first byte of a request's head until something of its answer was sent."""
 IDLE_SECONDS: Final = 15.0
 """Between two requests on one connection."""
-SEND_SECONDS: Final = 30.0
-"""For a client to take `PIECE` bytes: 2 KiB a second at least."""
-PIECE: Final = 64 << 10
 END_SECONDS: Final = 3.0
 """For answers that are under way when the server ends."""
 MAX_HEAD: Final = 16 << 10

@@ -55,7 +55,7 @@ async def fetch_all(
 
 
 def _claimed(node: Node) -> int:
-    return sum(link.tsize for link in node.links) if isinstance(node, Directory | Shard) else 0
+    return sum(node.links.tsizes) if isinstance(node, Directory | Shard) else 0
 
 
 class _Job:
@@ -81,6 +81,8 @@ class _Job:
                 elif isinstance(node, File):
                     await self._free.acquire()
                     nursery.start_soon(self._file, node, nursery.cancel_scope)
+                else:
+                    await trio.lowlevel.checkpoint()  # getting a node that its CID holds is none
         if self._failed:
             raise self._failed[0]
 

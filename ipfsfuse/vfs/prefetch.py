@@ -22,7 +22,8 @@ from ipfsfuse.cache.base import Cache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, Link, Node, Shard
+from ipfsfuse.dag.dagpb import Links
+from ipfsfuse.dag.nodes import Directory, Node, Shard
 from ipfsfuse.errors import IpfsFuseError, Malformed, Unsupported
 from ipfsfuse.sources.base import Subtree, current_request
 from ipfsfuse.structures import Lru
@@ -172,15 +173,17 @@ class SubtreePrefetcher:
     def contents_of(self, directory: Node) -> trio.Event | None:
         """Starts to fetch the children of `directory`. The event is set when they have arrived.
 
-        None if they are too large to be fetched together, or were fetched already."""
-        links = _links(directory)
-        total = sum(link.tsize for link in links)
-        small = sum(link.tsize for link in links if link.tsize <= SMALL_FILE)
-        if not links or total > MAX_CONTENTS or 2 * small < total or self._done.get(directory.cid):
+        None if they are too large to be fetched together, or if this was asked before."""
+        if self._done.get(directory.cid):
             return None
         self._done.put(directory.cid, True)
+        links = _links(directory)
+        total = sum(links.tsizes)
+        small = sum(size for size in links.tsizes if size <= SMALL_FILE)
+        if not links or total > MAX_CONTENTS or 2 * small < total:
+            return None
         subtree = Subtree(directory.cid, True, 2 * total + SLACK)
-        return self._cache.gather(subtree, [link.cid for link in links], self._content_arrived)
+        return self._cache.gather(subtree, links.cids(), self._content_arrived)
 
     def _node_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
         node = self._parsed(cid, block)
@@ -207,10 +210,12 @@ def _deeper(shard: Shard) -> list[Cid]:
     return [link.cid for link in shard.links if not hamt.entry_name(shard, link)]
 
 
-def _links(node: Node) -> Sequence[Link]:
+def _links(node: Node) -> Links:
     """The links of a directory of UnixFS, or of one node of a HAMT. Nothing for any other node: the links of
     other codecs state no sizes."""
-    return node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else ()
+    return (
+        node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else Links()
+    )
 
 
 class DirectoryPrefetcher:

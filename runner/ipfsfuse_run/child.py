@@ -4,6 +4,7 @@ The kernel ends it with its parent. SIGINT and SIGTERM have their default effect
 guest whatever it does, without help from wasmtime.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -58,6 +59,8 @@ class Plan(NamedTuple):
     """Modules that the guest imports from: (name, place)."""
     max_data: int | None = None
     """Bytes of memory that the guest's process may write to, its own needs included."""
+    guest_sha256: str | None = None
+    """Of the guest's binary form, where it must be that very one."""
 
     @property
     def name(self) -> str:
@@ -255,7 +258,8 @@ def _ready(
     cache = CodeCache.of_user()
     with _opened(plan) if known is None else io.BytesIO(known) as file:
         try:
-            kept = cache.kept(engine, file, plan.name, settings) if plan.keep is None else None
+            checked = plan.keep is not None or plan.guest_sha256 is not None
+            kept = None if checked else cache.kept(engine, file, plan.name, settings)
             if kept is not None:
                 return kept
             data = file.read(MAX_GUEST + 1)
@@ -264,6 +268,8 @@ def _ready(
     _check_size(plan, data)
     reports.send({"compiling": True})
     kind, code = guest.binary(data, plan.name)
+    if plan.guest_sha256 not in (None, hashlib.sha256(code).hexdigest()):
+        raise GuestRefused(f"{plan.name} is not the guest that was recorded")
     if plan.keep is not None:
         with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)

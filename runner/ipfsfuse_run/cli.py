@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from ipfsfuse import extras
@@ -46,11 +45,11 @@ def _main(argv: Sequence[str]) -> int:
     if options.replay is not None:
         from ipfsfuse_run import replay
 
-        return replay.replay(Path(options.replay), options.limits)
+        return replay.replay(options)
     from ipfsfuse_run.execute import execute
 
     outcome = execute(options)
-    if outcome.trap is not None and options.record is None:  # a recorded one is among the guest's output
+    if outcome.trap is not None:
         sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
     if outcome.refused is not None:
         say(outcome.refused)

@@ -5,44 +5,86 @@ What takes long to import is imported when it is needed: a guest on a live mount
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from ipfsfuse.errors import MountFailed, UsageError
-from ipfsfuse_run import places, sandbox, supervisor
+from ipfsfuse.errors import MountFailed, StoreFailed, UsageError
+from ipfsfuse_run import limits, places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import say
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.supervisor import Outcome
+from ipfsfuse_run.supervisor import Alarm, Outcome
 
 
 def execute(options: Options) -> Outcome:
     """Raises IpfsFuseError."""
-    if options.out is None or options.compile_only:
-        return _execute(options)
+    if options.compile_only:
+        return _execute(options._replace(out=None)).outcome
+    if options.cid_file is not None and os.path.lexists(options.cid_file):
+        raise UsageError(f"--cid-file {options.cid_file} is there already: remove it, or name another")
+    if options.out is None:
+        return _execute(options).outcome
     results = places.results_folder(options.out)
     try:
-        outcome = _execute(options._replace(out=results.path))
+        ended = _execute(options._replace(out=results.path))
     except BaseException:
         results.forget()
         raise
-    if outcome.refused is not None:
+    if ended.outcome.refused is not None:
         results.forget()
-    return outcome
+    elif ended.outcome.signal is None and ended.outcome.limit != "max_out":
+        _tell_results(options, results.path, ended.out)
+    return ended.outcome
 
 
-def _execute(options: Options) -> Outcome:
+class _Ended(NamedTuple):
+    outcome: Outcome
+    out: str | None
+    """The CID of the results where it is known already."""
+
+
+def _execute(options: Options) -> _Ended:
     if options.record is not None:
         from ipfsfuse_run import recording  # with the codecs, 100 ms
 
-        return recording.record(options)
+        return _Ended(*recording.record(options))
     if options.mount is not None:
         mountpoint = os.path.abspath(options.mount)
-        return _run_on(mountpoint, options, _our_mount(mountpoint))
+        return _Ended(_run_on(mountpoint, options, _our_mount(mountpoint)), None)
     from ipfsfuse_run import mounts  # with what starts a daemon, 10 ms
 
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
         names = mounts.resolved(options, mount)
-        return _run_on(mount.mountpoint, options, mount.mount_id, names, close=(mount.control.fileno(),))
+        alarm = None
+        if mount.quota is not None:
+            bound = limits.value_text("max_fetch", options.limits.max_fetch or 0)
+            alarm = Alarm(mount.quota.fileno(), "max_fetch", f"had more than max-fetch={bound} fetched")
+        close = [each.fileno() for each in (mount.control, mount.quota) if each is not None]
+        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close, alarm)
+        if alarm is not None and mount.control.ask("quota")["reached"]:
+            outcome = supervisor.over_limit(outcome, alarm)
+        return _Ended(outcome, None)
+
+
+def _tell_results(options: Options, folder: str, cid: str | None) -> None:
+    """Takes the results into the library with --add, and says their CID. Raises StoreFailed."""
+    if options.add:
+        from ipfsfuse_run import results
+
+        cid = results.add(options, folder)
+    elif options.cid_file is not None and cid is None:
+        from ipfsfuse_run import results
+
+        cid = results.cid_of(options, folder)
+    if cid is None:
+        return
+    say(f"results /ipfs/{cid}")
+    if options.cid_file is not None:
+        try:
+            with open(options.cid_file, "x", encoding="ascii") as file:
+                file.write(cid)
+        except OSError as exc:
+            raise StoreFailed(f"--cid-file {options.cid_file} can't be written: {exc.strerror}") from exc
 
 
 def _command(options: Options, in_our_mount: bool) -> str | None:
@@ -80,6 +122,7 @@ def _run_on(
     mount_id: int | None = None,
     names: Mapping[str, str] = sandbox.NO_NAMES,
     close: Sequence[int] = (),
+    alarm: Alarm | None = None,
 ) -> Outcome:
     plan = Plan(
         options.guest,
@@ -96,4 +139,4 @@ def _run_on(
     )
     writes = options.out is not None or any(each.writable for each in options.dirs)
     streams = supervisor.direct_streams(options.limits, writes)
-    return supervisor.run(plan, streams, close)
+    return supervisor.run(plan, streams, close, alarm)

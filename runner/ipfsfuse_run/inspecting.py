@@ -1,177 +1,178 @@
-"""`inspect`: what a recorded run read, by path, as a table or as JSON."""
+"""`inspect`: a receipt as a table or as JSON, what a recorded run printed and wrote, and who signed it."""
 
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hamt
-from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
-from ipfsfuse.errors import Malformed
+from ipfsfuse.dag.nodes import Directory
+from ipfsfuse.errors import StoreFailed, UsageError
 from ipfsfuse.text import printable
-from ipfsfuse_run import options, receipts
+from ipfsfuse_run import limits, options, places, read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused, say
+from ipfsfuse_run.read_paths import Row, Walk
 from ipfsfuse_run.receipts import Bundle, Receipt
-from ipfsfuse_run.replay import check_stdin, opened
+from ipfsfuse_run.replay import check_content, check_signature, opened, receipt_alone
 
-
-class Row(NamedTuple):
-    """One thing of which at least its first block was read."""
-
-    path: str
-    type: str
-    size: int
-    """Bytes of a file's content; of a symlink's target; 0 for a directory."""
-    read: int
-    """Bytes of a file's content in the blocks that were read."""
-    cid: str
+_PARTS = (receipts.STDOUT, receipts.STDERR, "signature", receipts.OUT)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`inspect RUN.car [--json]`. Raises UsageError, ReceiptRefused."""
+    """`inspect RUN.car [stdout|stderr|signature|out DIR] [--json] [--key PUB]`. Raises UsageError,
+    ReceiptRefused, StoreFailed."""
     parser = options.Parser(
-        prog="ipfsfuse-run inspect", allow_abbrev=False, description="What a recorded run read, by path."
+        prog="ipfsfuse-run inspect",
+        allow_abbrev=False,
+        description="What a recorded run read, by path; or one part of its record.",
     )
-    parser.add_argument("record", metavar="RUN.car")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("record", metavar="RUN.car|RUN.json")
+    parser.add_argument("part", nargs="?", choices=_PARTS, help="print this part, or write out into DIR")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--json", action="store_true", help="print the receipt")
+    parser.add_argument("--key", metavar="PUB", help="exit with 1 if this Ed25519 key did not sign")
+    parser.add_argument(
+        "-W", action="append", default=[], metavar="max-out=SIZE", help="how large results may be (1 GiB)"
+    )
     asked: argparse.Namespace = parser.parse_args(list(argv))
+    if (asked.part == receipts.OUT) != (asked.folder is not None):
+        raise UsageError("inspect RUN.car out DIR writes the results into DIR, a new or empty folder")
+    given = limits.parse(asked.W)
+    most = limits.MAX_OUT if given.max_out is None else given.max_out
     path = Path(asked.record)
+    alone = receipt_alone(path)
+    if alone is not None:
+        return _inspect_alone(path, alone, asked)
+    key = None
+    if asked.key is not None:
+        from ipfsfuse_run import signatures
+
+        key = signatures.public_key(asked.key)
     with opened(path) as (record, receipt):
-        check_stdin(record, receipt)
-        walk = Walk(record, receipt)
-        found = list(walk.rows())
-    if asked.json:
-        shown = {
-            "guest": receipt.name,
-            "argv": list(receipt.argv),
-            "exit_code": receipt.exit_code,
-            "read": [each._asdict() for each in found],
-        }
-        print(json.dumps(shown, indent=1))
-    else:
-        print(printable(" ".join(receipt.argv)))
-        print(
-            f"  {printable(receipt.name)} ended with {receipt.exit_code} at "
-            f"{printable(receipt.started)}, {receipt.seconds} s"
-        )
-        print(f"{'TYPE':<10} {'SIZE':>14} {'READ':>14}  PATH")
-        for each in found:
-            print(f"{each.type:<10} {each.size:>14,} {each.read:>14,}  {printable(each.path)}")
-    if walk.left_out:
+        if key is not None:
+            check_signature(record, receipt, key, most)
+        if asked.part == receipts.OUT:
+            _write_results(record, receipt, asked.folder, most)
+            return 0
+        if asked.part is not None:
+            _print_part(record, receipt, asked.part)
+            return 0
+        found, left_out = checked_rows(record, receipt)
+        if asked.json:
+            _print_json(record, receipt, found)
+        else:
+            _show(receipt, found)
+            print(_signed_by(record, asked.key))
+    if left_out:
         say(f"{path}: more paths than these lead to what was read; the rest is left out")
     return 0
 
 
-class _Node(NamedTuple):
-    """What is shown of one node, wherever it stands."""
+def checked_rows(record: Bundle, receipt: Receipt) -> tuple[list[Row], bool]:
+    """What was read by path, and whether there are more paths. Raises ReceiptRefused where the recorded
+    streams or paths are not what the blocks say."""
+    for name in receipt.contents or [receipts.STDIN]:
+        check_content(record, receipt, name)
+    walk = Walk(record.node, _roots(record, receipt), receipt.read)
+    try:
+        found = list(walk.rows())
+    except ReceiptRefused as exc:
+        raise ReceiptRefused(f"{record.path}: {exc}") from exc
+    if receipt.format > 1 and [*receipt.paths] != found:
+        raise ReceiptRefused(f"{record.path}: the paths in its receipt are not those of its blocks")
+    return found, walk.left_out
 
-    type: str
-    size: int
-    read: int
-    entries: Sequence[tuple[Cid, bytes]]
-    """A directory's children of which something was read."""
+
+def _print_json(record: Bundle, receipt: Receipt, rows: Sequence[Row]) -> None:
+    """The receipt; one of format 1 does not have the paths itself."""
+    place = record.find(receipts.RECEIPT)
+    assert place is not None
+    fields = json.loads(record.receipt(place))
+    print(json.dumps(fields | {"paths": [each._asdict() for each in rows]}, indent=1))
 
 
-class Walk:
-    """Every path to what was read. A few blocks can make up a tree of any number of paths, so each block is
-    looked at once, and the paths are bounded by the number of blocks."""
+def _inspect_alone(path: Path, receipt: Receipt, asked: argparse.Namespace) -> int:
+    if asked.part is not None or asked.key is not None:
+        what = asked.part or "signature"
+        raise ReceiptRefused(f"{path} is a receipt alone and holds no {what}: record to a .car for that")
+    if asked.json:
+        print(json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1))
+    else:
+        _show(receipt, receipt.paths)
+        if receipt.format == 1:
+            say(f"{path}: a receipt of format 1 alone does not say what was read by path")
+    return 0
 
-    def __init__(self, record: Bundle, receipt: Receipt) -> None:
-        self._record = record
-        self._read = {cids.multihash(each) for each in receipt.read}
-        self._nodes: dict[Cid, _Node] = {}
-        self._counted: dict[Cid, int] = {}
-        self._rows_left = 10_000 + 4 * len(receipt.read)
-        self._text_left = 16 << 20
-        self.left_out = False
-        """Whether there are more paths than `rows` gave."""
 
-    def rows(self) -> Iterator[Row]:
-        """Raises ReceiptRefused."""
-        try:
-            yield from self._rows()
-        except (RecursionError, Malformed) as exc:
-            raise ReceiptRefused(
-                f"{self._record.path}: a file or sharded folder in it is made as none can be: {exc}"
-            ) from exc
+def _show(receipt: Receipt, rows: Iterable[Row]) -> None:
+    print(printable(" ".join(receipt.argv)))
+    print(
+        f"  {printable(receipt.name)} ended with {receipt.exit_code} at "
+        f"{printable(receipt.started)}, {receipt.seconds} s"
+    )
+    for name in (receipts.STDOUT, receipts.STDERR):
+        print(f"  {name}: {getattr(receipt, name)}")
+    if receipt.out is not None:
+        print(f"  out: {cids.text(receipt.out)}")
+    print(f"{'TYPE':<10} {'SIZE':>14} {'READ':>14}  PATH")
+    for each in rows:
+        print(f"{printable(each.type):<10} {each.size:>14,} {each.read:>14,}  {printable(each.path)}")
 
-    def _rows(self) -> Iterator[Row]:
-        place = self._record.find(receipts.IPFS)
-        # a tree may be far deeper than Python's calls
-        stack = [] if place is None else [(place, f"/{receipts.IPFS}")]
-        top = True
-        while stack:
-            cid, path = stack.pop()
-            node = self._node(cid, all_entries=top)
-            if not top:
-                yield Row(path, node.type, node.size, node.read, cids.text(cid))
-            stack.extend(reversed(list(self._children(path, node))))
-            top = False
 
-    def _children(self, path: str, node: _Node) -> Iterator[tuple[Cid, str]]:
-        for child, name in node.entries:
-            if self._was_read(child):
-                self._rows_left -= 1
-                self._text_left -= len(path) + len(name) + 1
-                if self._rows_left < 0 or self._text_left < 0:
-                    self.left_out = True
-                    return
-                yield child, f"{path}/{os.fsdecode(name)}"
+def _signed_by(record: Bundle, key: str | None) -> str:
+    place = record.find(receipts.SIGNATURE)
+    if place is None:
+        return "not signed"
+    from ipfsfuse_run import signatures
 
-    def _was_read(self, cid: Cid) -> bool:
-        return cids.multihash(cid) in self._read or cids.inline(cid) is not None
+    if key is not None:
+        return f"signed by {signatures.fingerprint(signatures.public_key(key))}"
+    names = signatures.signers(b"".join(record.content(place, min(signatures.MAX_BYTES, record.size))))
+    return f"says it is signed by {', '.join(map(printable, names))}: check it with --key PUB"
 
-    def _node(self, cid: Cid, all_entries: bool) -> _Node:
-        if cid not in self._nodes:
-            node = self._record.node(cid)
-            if isinstance(node, File):
-                self._nodes[cid] = _Node("file", node.size, self._bytes_read(node), ())
-            elif isinstance(node, Symlink):
-                self._nodes[cid] = _Node("symlink", len(node.target), len(node.target), ())
-            else:
-                entries = [
-                    each
-                    for each in self._entries(node, hamt.TOP, set())
-                    if all_entries or self._was_read(each[0])
-                ]
-                self._nodes[cid] = _Node("directory", 0, 0, entries)
-        return self._nodes[cid]
 
-    def _entries(
-        self, node: Directory | Shard, spot: hamt.Spot, seen: set[Cid]
-    ) -> Iterator[tuple[Cid, bytes]]:
-        """Of a sharded folder, what stands where its name belongs: so no node of it can stand there twice.
-        Raises Malformed."""
-        if isinstance(node, Directory):
-            yield from ((link.cid, link.name) for link in node.links)
-            return
-        for index, link in zip(node.indices, node.links, strict=True):
-            below = hamt.below(spot, node, index)
-            entry = hamt.entry_name(node, link)
-            if entry:
-                hamt.placed(entry, below, node)
-                yield link.cid, entry
-            elif cids.multihash(link.cid) in self._read:
-                if link.cid in seen:
-                    raise Malformed(f"{cids.brief(link.cid)} stands twice in one sharded folder")
-                seen.add(link.cid)
-                yield from self._entries(hamt.subshard(self._record.node(link.cid)), below, seen)
+def _roots(record: Bundle, receipt: Receipt) -> list[cids.Cid]:
+    if receipt.format > 1:
+        return read_paths.roots(receipt.read, record.block)
+    place = record.find(receipts.IPFS)
+    node = None if place is None else record.node(place)
+    read = {cids.multihash(each) for each in receipt.read}
+    links = node.links if isinstance(node, Directory) else ()
+    return [
+        each.cid for each in links if cids.multihash(each.cid) in read or cids.inline(each.cid) is not None
+    ]
 
-    def _bytes_read(self, node: File) -> int:
-        if node.cid not in self._counted:
-            total = node.inline
-            for child in node.children:
-                if cids.multihash(child.cid) in self._read:
-                    below = self._counted.get(child.cid)
-                    if below is None:
-                        opened = self._record.node(child.cid)
-                        below = self._counted[child.cid] = (
-                            self._bytes_read(opened) if isinstance(opened, File) else 0
-                        )
-                    total += below
-            self._counted[node.cid] = total
-        return self._counted[node.cid]
+
+def _print_part(record: Bundle, receipt: Receipt, part: str) -> None:
+    if part == "signature":
+        place = record.find(receipts.SIGNATURE)
+        if place is None:
+            raise ReceiptRefused(f"{record.path} has no signature")
+        content = record.content(place, record.size)
+    else:
+        place = record.find(part)
+        if place is None:
+            raise ReceiptRefused(f"{record.path} holds no {part}: a receipt of format 1 has its hash alone")
+        check_content(record, receipt, part)
+        content = record.content(place, record.size + (64 << 20))
+    sys.stdout.flush()
+    for data in content:
+        sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _write_results(record: Bundle, receipt: Receipt, folder: str, most: int) -> None:
+    if receipt.out is None:
+        raise ReceiptRefused(f"{record.path}: the recorded run had no /out")
+    results = places.results_folder(folder)
+    try:
+        record.extract(receipt.out, results.path, most)
+    except StoreFailed:
+        raise
+    except ReceiptRefused:
+        for each in os.listdir(results.path):
+            places.remove_tree(os.path.join(results.path, each))
+        results.forget()
+        raise

@@ -36,6 +36,8 @@ class Limits(NamedTuple):
     """Of standard output, and as much again of standard error."""
     max_out: int | None = None
     """By how much the writable folders together may grow; MAX_OUT by default."""
+    max_fetch: int | None = None
+    """Of what the sources send: such a run has a mount of its own."""
     max_stdin: int | None = None
     """Of standard input that a record keeps, or that a replay reads from one."""
 
@@ -55,7 +57,7 @@ MAX_STACK = 1 << 30
 
 DURATIONS = frozenset({"timeout", "compile_timeout"})
 SIZES = frozenset(
-    {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin"}
+    {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin", "max_fetch"}
 )
 PROPOSALS = frozenset(
     {"bulk-memory", "component-model", "exceptions", "extended-const", "function-references", "gc"}

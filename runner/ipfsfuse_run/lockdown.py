@@ -1,29 +1,24 @@
 """The locked room around the guest's process: what the kernel refuses even to a guest that breaks out of
 wasmtime.
 
-no_new_privs, no capabilities, landlock and a static seccomp filter, by ctypes: the packages for them take
-50 ms to import. Each layer is used where the kernel has it; `lock` says which are active. The guest's process
-keeps its user, because a FUSE mount answers EACCES to another.
+no_new_privs, no capabilities, landlock (`ipfsfuse.confinement`) and a static seccomp filter. Each layer is
+used where the kernel has it; `lock` says which are active. The guest's process keeps its user, because a FUSE
+mount answers EACCES to another.
 """
 
 import ctypes
 import errno
 import os
 import platform
-import stat
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from ipfsfuse import confinement
+from ipfsfuse.confinement import Access, landlock_abi
+
+__all__ = ["LAYERS", "Access", "available", "landlock_abi", "lock", "seccomp_filter"]
 
 LAYERS = ("no_new_privs", "capabilities", "landlock", "seccomp")
-
-
-class Access(NamedTuple):
-    """What landlock allows below the open file or folder `file`."""
-
-    file: int
-    write: bool = False
-    execute: bool = False
 
 
 def available() -> list[str]:
@@ -40,18 +35,18 @@ def lock(allowed: Sequence[Access]) -> list[str]:
     """Locks this process, which has one thread, and all that it starts. Gives the LAYERS that are active."""
     libc = ctypes.CDLL(None, use_errno=True)
     active = []
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
+    if confinement.refuse_new_privileges():
         active.append(LAYERS[0])
     if _drop_capabilities(libc):
         active.append(LAYERS[1])
-    if _landlock(libc, allowed):
+    if confinement.restrict(allowed):
         active.append(LAYERS[2])
     if _seccomp(libc):
         active.append(LAYERS[3])
     return active
 
 
-_PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 24, 47, 4
+_PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -62,51 +57,6 @@ def _drop_capabilities(libc: ctypes.CDLL) -> bool:
     libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
     return bool(libc.capset(header, ctypes.create_string_buffer(24)) == 0)
-
-
-# -- landlock (linux/landlock.h) ---------------------------------------------------------------------------
-
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
-_ALL_FS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
-_ON_FILES = _EXECUTE | _READ_FILE | 1 << 1 | 1 << 14 | 1 << 15
-_TCP, _SCOPES = 3, 3
-"""Binding and connecting; abstract sockets and signals."""
-
-
-def landlock_abi() -> int:
-    """0 if the kernel has no landlock."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return max(0, int(libc.syscall(_CREATE_RULESET, None, 0, 1)))
-
-
-def _landlock(libc: ctypes.CDLL, allowed: Sequence[Access]) -> bool:
-    abi = landlock_abi()
-    if abi == 0:
-        return False
-    handled = _ALL_FS[min(abi, 5)]
-    words = [handled, *[_TCP] * (abi >= 4), *[_SCOPES] * (abi >= 6)]
-    attributes = struct.pack(f"{len(words)}Q", *words)
-    ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
-    if ruleset < 0:
-        return False
-    try:
-        for each in allowed:
-            rights = handled & ~_EXECUTE if each.write else _READ_FILE | _READ_DIR
-            if each.execute:
-                rights |= _EXECUTE
-            if not _is_folder(each.file):
-                rights &= _ON_FILES
-            rule = struct.pack("=Qi", rights & handled, each.file)
-            if libc.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0:
-                return False
-        return bool(libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0)
-    finally:
-        os.close(ruleset)
-
-
-def _is_folder(file: int) -> bool:
-    return stat.S_ISDIR(os.fstat(file).st_mode)
 
 
 # -- seccomp (linux/seccomp.h, linux/filter.h) -------------------------------------------------------------

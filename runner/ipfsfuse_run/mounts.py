@@ -30,6 +30,8 @@ _RACE_S = 30.0
 _ANSWER_S = 40.0
 """Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
 _GONE_S = 2.0
+_MAX_ALLOW = 1000
+"""CIDs that are named in a command line."""
 
 
 class Mount(NamedTuple):
@@ -42,6 +44,8 @@ class Mount(NamedTuple):
     """The held connection to its daemon."""
     daemon: int | None = None
     """The process that serves it, where it was started for this run: it ends with the mount's last user."""
+    quota: Connection | None = None
+    """One that answers when the mount has fetched as much as -W max-fetch allows."""
 
 
 @contextlib.contextmanager
@@ -51,6 +55,8 @@ def mounted(options: Options) -> Iterator[Mount]:
     try:
         yield mount
     finally:
+        if mount.quota is not None:
+            mount.quota.close()
         if mount.control.release() and mount.daemon is not None:
             _wait_until_gone(mount.daemon)
 
@@ -252,7 +258,11 @@ def _start(options: Options, isolated: bool) -> Mount:
         if mount_id is None:
             control.release()
             raise MountFailed(f"nothing is mounted at {mountpoint}, though ipfsfuse mount said so")
-        return Mount(mountpoint, mount_id, control, daemon)
+        quota = None
+        if options.limits.max_fetch is not None:
+            quota = Connection(path, timeout=_ANSWER_S)
+            quota.socket.sendall(b'{"command": "quota", "wait": true}\n')
+        return Mount(mountpoint, mount_id, control, daemon, quota)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(mountpoint)
@@ -304,9 +314,17 @@ def _parse(told: str) -> tuple[Path, int]:
 
 
 def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
-    passed = [*options.mount_options, *(f"--allow={each}" for each in options.allow)]
+    allow = options.allow
+    if len(allow) > _MAX_ALLOW:  # a command line holds no more than 2 MB
+        listed = os.memfd_create("allow", os.MFD_CLOEXEC)
+        with open(listed, "w", encoding="utf-8", closefd=False) as file:  # open until this process ends
+            file.write("".join(f"{each}\n" for each in allow))
+        allow = (f"/proc/{os.getpid()}/fd/{listed}",)
+    passed = [*options.mount_options, *(f"--allow={each}" for each in allow)]
     if options.cache_dir is not None:
         passed.append(f"--cache-dir={options.cache_dir}")
+    if options.limits.max_fetch is not None:
+        passed.append(f"--max-fetch={options.limits.max_fetch}")
     return [*passed, *["--isolated"] * isolated]
 
 

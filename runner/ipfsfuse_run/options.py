@@ -55,7 +55,19 @@ class Options(NamedTuple):
     cache_dir: str | None = None
     isolated: bool = False
     record: str | None = None
+    record_env: bool = False
+    """Record the values of `env`, not only their hashes."""
+    sign: str | None = None
+    """A private key that signs the receipt."""
+    add: bool = False
+    """Take the results into the library."""
+    cid_file: str | None = None
+    """A new file for the CID of the results."""
     replay: str | None = None
+    show: bool = False
+    """Print what the replay's guest printed."""
+    key: str | None = None
+    """A public key that must have signed the receipt."""
     deterministic: bool = False
     engine: str = "auto"
     """What runs the guest: `auto`, `library` or `command`."""
@@ -72,6 +84,7 @@ class Options(NamedTuple):
             self.isolated
             or bool(self.allow)
             or self.record is not None
+            or self.limits.max_fetch is not None
             or any(each.partition("=")[0] in own for each in self.mount_options)
         )
 
@@ -195,6 +208,10 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         help="what the guest's own /tmp may hold, 256 MiB by default; 0 for none",
     )
     group.add_argument("--out", metavar="DIR", help="a new or empty folder for the guest's results: its /out")
+    group.add_argument("--add", action="store_true", help="take the results of --out into the library")
+    group.add_argument(
+        "--cid-file", metavar="FILE", help="write the CID of the results of --out to this new file"
+    )
     group.add_argument(
         "--root",
         metavar="CID[/path]",
@@ -312,6 +329,22 @@ def _receipt_options(group: argparse._ArgumentGroup) -> None:
         help="with --record: clock, random and NaN bits are the same in every run",
     )
     group.add_argument(
+        "--record-env",
+        action="store_true",
+        help="with --record: the values of --env, too, not only their hashes",
+    )
+    group.add_argument(
+        "--sign", metavar="KEY", help="with --record RUN.car: sign the receipt with this Ed25519 key"
+    )
+    group.add_argument(
+        "--show",
+        action="store_true",
+        help="with --replay: print what the guest prints; the verdict on stderr",
+    )
+    group.add_argument(
+        "--key", metavar="PUB", help="with --replay: refuse a receipt that this Ed25519 key did not sign"
+    )
+    group.add_argument(
         "--replay",
         metavar="RUN.car",
         help="run a recorded run again, offline, and say whether it gives the same",
@@ -346,7 +379,13 @@ def parse(argv: Sequence[str]) -> Options:
         cache_dir=seen["cache_dir"],
         isolated=seen["isolated"],
         record=seen["record"],
+        record_env=seen["record_env"],
+        sign=seen["sign"],
+        add=seen["add"],
+        cid_file=seen["cid_file"],
         replay=seen["replay"],
+        show=seen["show"],
+        key=seen["key"],
         deterministic=seen["deterministic"],
         engine=seen["engine"],
         verbose=seen["verbose"],
@@ -413,9 +452,23 @@ def root(text: str | None) -> str | None:
 def check(options: Options) -> None:
     """Raises UsageError for options that do not go together."""
     if options.replay is not None:
-        if options != Options(replay=options.replay, limits=options.limits):
-            raise UsageError("--replay takes everything else from the receipt; only -W goes with it")
+        allowed = ("replay", "limits", "env", "tmp", "out", "show", "key")
+        if options != Options(**{name: getattr(options, name) for name in allowed}):
+            raise UsageError(
+                "--replay takes everything else from the receipt; only -W, --env, --tmp, --out, --show and "
+                "--key go with it"
+            )
         return
+    for name, lonely, needed in (
+        ("--show", options.show, "--replay"),
+        ("--key", options.key, "--replay or inspect"),
+        ("--sign", options.sign and options.record is None, "--record"),
+        ("--record-env", options.record_env and options.record is None, "--record"),
+        ("--add", options.add and options.out is None, "--out"),
+        ("--cid-file", options.cid_file and options.out is None, "--out"),
+    ):
+        if lonely:
+            raise UsageError(f"{name} goes with {needed}")
     if not options.guest:
         raise UsageError("no GUEST given: ipfsfuse-run [OPTION]... GUEST [ARG]...")
     if options.mount is not None:
@@ -424,6 +477,7 @@ def check(options: Options) -> None:
             "--allow": options.allow,
             "--record": options.record,
             "--ipns": options.ipns,
+            "-W max-fetch": options.limits.max_fetch is not None,
             "--cache-dir": options.cache_dir,
         }
         for name in [
@@ -437,8 +491,8 @@ def check(options: Options) -> None:
         )
     if options.record is not None and (options.invoke is not None or options.preload):
         raise UsageError("--record of a run with --invoke or --preload is not offered")
-    if options.out is not None and options.record is not None:
-        raise UsageError("--record takes no --out")
+    if options.record is not None and options.limits.max_fetch is not None:
+        raise UsageError("--record of a run with -W max-fetch is not offered")
     if options.limits.max_stdin is not None and options.record is None:
         raise UsageError(
             "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"

@@ -4,6 +4,7 @@ What the run needs on the way lies in files without a name: a runner that is kil
 """
 
 import base64
+import contextlib
 import datetime
 import importlib.metadata
 import io
@@ -12,62 +13,101 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import ipfsfuse
 from ipfsfuse.client import Connection
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError, WrongBlock
-from ipfsfuse_run import mounts, receipts, sandbox, supervisor
+from ipfsfuse.dag.nodes import Node, parse
+from ipfsfuse.errors import (
+    DaemonFailed,
+    Malformed,
+    StoreFailed,
+    Unavailable,
+    Unsupported,
+    UsageError,
+    WrongBlock,
+)
+from ipfsfuse_run import mounts, read_paths, receipts, sandbox, supervisor
 from ipfsfuse_run.child import Plan
+from ipfsfuse_run.errors import ReceiptRefused, say
+from ipfsfuse_run.limits import MAX_OUT
 from ipfsfuse_run.options import Options
+from ipfsfuse_run.read_paths import Row
 from ipfsfuse_run.receipts import GivenDir, Receipt, Writer
 from ipfsfuse_run.sandbox import Sandbox
-from ipfsfuse_run.supervisor import Digest, Outcome
+from ipfsfuse_run.supervisor import Outcome
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
 class _Material(NamedTuple):
-    """What a run leaves behind, for its receipt."""
+    """What a run leaves behind, for its receipt: files without a name."""
 
     used: BinaryIO
     """The daemon's record: JSON lines."""
     guest: BinaryIO
     stdin: BinaryIO
-    control: Connection
+    stdout: BinaryIO
+    stderr: BinaryIO
 
 
 class _Run(NamedTuple):
     outcome: Outcome
-    stdout: Digest
-    stderr: Digest
     started: str
     seconds: float
 
 
-def record(options: Options) -> Outcome:
+class Recorded(NamedTuple):
+    outcome: Outcome
+    out: str | None
+    """The CID of the results."""
+
+
+def record(options: Options) -> Recorded:
     """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves
     none."""
     target = _target(options)
-    with (
-        tempfile.TemporaryFile() as used,
-        tempfile.TemporaryFile() as guest,
-        supervisor.spooled_stdin(options.limits.max_stdin) as stdin,
-    ):
+    key = None
+    if options.sign is not None:
+        from ipfsfuse_run import signatures
+
+        key = signatures.private_key(options.sign)
+    out = None
+    with contextlib.ExitStack() as files:
+        # beside the receipt: what is kept of the output may be more than TMPDIR holds
+        folder = target.parent if target.parent.is_dir() else None
+        used, guest, stdout, stderr = (
+            files.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(4)
+        )
+        stdin = files.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
+        material = _Material(used, guest, stdin, stdout, stderr)
         # the daemon opens the file through this process, which outlives it
         told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
         with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
             plan = Plan(
-                options.guest, mount.mountpoint, box, mount.mount_id, options.deterministic, guest.fileno()
+                options.guest,
+                mount.mountpoint,
+                box,
+                mount.mount_id,
+                options.deterministic,
+                guest.fileno(),
+                verbose=options.verbose,
+                require_sandbox=options.require_sandbox,
             )
-            run = _run(plan, stdin, mount.control)
+            run = _run(plan, material, mount.control)
             if run.outcome.refused is None and run.outcome.signal is None:
-                _write(target, options, box, run, _Material(used, guest, stdin, mount.control))
-    return run.outcome
+                if run.outcome.limit == "max_out":
+                    say(f"{target} is not written: its results would be larger than max-out")
+                else:
+                    out = _write(target, options, box, run, material, mount.control, key)
+    return Recorded(run.outcome, out)
 
 
 def _target(options: Options) -> Path:
@@ -77,74 +117,127 @@ def _target(options: Options) -> Path:
         raise UsageError(
             f"--record {target}: name it .json for the receipt alone, .car for the receipt with all blocks"
         )
-    if target.suffix == ".car" and any(each.writable for each in options.dirs):
+    if options.sign is not None and target.suffix != ".car":
+        raise UsageError("--sign goes with --record RUN.car: the signature lies in it")
+    if any(each.writable for each in options.dirs):
         raise UsageError(
-            "--record to a CAR takes --dir read-only alone (HOST::GUEST::ro): a folder that changes "
-            "can't be repeated"
+            "--record takes --dir read-only alone (HOST::GUEST::ro): a folder that changes can't be "
+            "repeated. Results go to --out DIR, the guest's /out"
         )
-    if (
-        receipts.arguments_size((options.argv0 or options.guest, *options.args), options.env)
-        > receipts.MAX_ARGUMENTS
-    ):
+    size = receipts.arguments_size((options.argv0 or options.guest, *options.args), options.env)
+    if size > receipts.MAX_ARGUMENTS:
         raise UsageError(
             f"--record: arguments and variables of more than {receipts.MAX_ARGUMENTS} bytes can't be recorded"
         )
     return target
 
 
-def _run(plan: Plan, stdin: BinaryIO, control: Connection) -> _Run:
+def _run(plan: Plan, material: _Material, control: Connection) -> _Run:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    through = supervisor.to_descriptor(1), supervisor.to_descriptor(2)
-    outcome, out, err = supervisor.run_hashed(plan, stdin, through, close=[control.fileno()])
-    return _Run(
-        outcome,
-        out,
-        err,
-        started.isoformat(timespec="milliseconds"),
-        round(time.monotonic() - begin, 3),
-    )
+    kept = material.stdout, material.stderr
+    outcome = supervisor.run_kept(plan, material.stdin, kept, show=True, close=[control.fileno()])
+    return _Run(outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
 
 
-def _write(target: Path, options: Options, box: Sandbox, run: _Run, material: _Material) -> None:
+def _write(
+    target: Path,
+    options: Options,
+    box: Sandbox,
+    run: _Run,
+    material: _Material,
+    control: Connection,
+    key: "Ed25519PrivateKey | None",
+) -> str | None:
+    """Writes the receipt, and gives the CID of the results."""
     if options.guest == "-":  # standard input was the guest: none was left for it
         material.stdin.truncate(0)
-    receipt = _receipt(options, box, run, material)
-    with receipts.written(target) as out:
-        if target.suffix == ".json":
-            with open(os.devnull, "wb") as nowhere:
-                receipt, _roots = _with_blocks(Writer(nowhere), receipt, material.control)
-            out.write(_encoded(receipt))
+    with receipts.written(target) as file, open(os.devnull, "wb") as nowhere:
+        is_car = target.suffix == ".car"
+        writer = Writer(file if is_car else nowhere)
+        asked, ahead = used(material.used)
+        blocks = _take_blocks(writer, asked, control)
+        material.guest.seek(0)
+        parts = {receipts.GUEST: writer.add_file(material.guest)}
+        contents = (
+            (receipts.STDIN, material.stdin),
+            (receipts.STDOUT, material.stdout),
+            (
+                receipts.STDERR,
+                material.stderr,
+            ),
+        )
+        for name, held in contents:
+            held.seek(0)
+            parts[name] = writer.add_file(held)
+        results = None
+        if options.out is not None:
+            bound = MAX_OUT if box.limits.max_out is None else box.limits.max_out
+            results = writer.add_results(options.out, bound)
+            parts[receipts.OUT] = results.built
+        dirs = [writer.add_tree(Path(each.host)) for each in options.dirs]
+        if dirs:
+            parts[receipts.DIRS] = writer.add_folder(
+                [(str(number), built) for number, built in enumerate(dirs)]
+            )
+        salt = os.urandom(16).hex()
+        receipt = Receipt(
+            guest=parts[receipts.GUEST].cid,
+            name=os.fsencode(options.guest).decode(errors="replace"),
+            argv=box.argv,
+            env=[
+                receipts.variable(salt, name, value, options.record_env)
+                for name, value in dict(box.env).items()
+            ],
+            cwd=box.cwd,
+            limits=box.limits,
+            dirs=[
+                GivenDir(each.guest, False, built.cid) for each, built in zip(options.dirs, dirs, strict=True)
+            ],
+            deterministic=options.deterministic,
+            versions=this_machine(),
+            read=blocks.read,
+            missing=blocks.missing,
+            ahead=ahead,
+            stdin=supervisor.digest_of(material.stdin),
+            stdout=supervisor.digest_of(material.stdout),
+            stderr=supervisor.digest_of(material.stderr),
+            exit_code=run.outcome.code,
+            trapped=run.outcome.trapped,
+            started=run.started,
+            seconds=run.seconds,
+            format=receipts.FORMAT,
+            salt=salt,
+            root=options.root,
+            tmp=box.tmp,
+            paths=blocks.rows(),
+            contents={name: parts[name].cid for name, _held in contents},
+            out=None if results is None else results.built.cid,
+            limit=run.outcome.limit,
+        )
+        data = _encoded(receipt)
+        if not is_car:
+            file.write(data)
         else:
-            _write_car(Writer(out), receipt, options, material)
+            parts[receipts.RECEIPT] = writer.add_file(io.BytesIO(data))
+            parts[receipts.IPFS] = writer.add_folder(
+                [(cids.text(each), writer.add_symlink(f"../../{cids.text(each)}")) for each in blocks.roots]
+            )
+            if key is not None:
+                from ipfsfuse_run import signatures
+
+                envelope = signatures.signed(key, receipt, data, [] if results is None else results.files)
+                parts[receipts.SIGNATURE] = writer.add_file(io.BytesIO(envelope))
+            writer.close(writer.add_folder(list(parts.items())))
+        return None if receipt.out is None else cids.text(receipt.out)
 
 
-def _receipt(options: Options, box: Sandbox, run: _Run, material: _Material) -> Receipt:
-    read, ahead = _used(material.used)
-    return Receipt(
-        guest=receipts.cid_of(material.guest),
-        name=os.fsencode(options.guest).decode(errors="replace"),
-        argv=box.argv,
-        env=box.env,
-        cwd=box.cwd,
-        limits=box.limits,
-        dirs=[GivenDir(each.guest, each.writable, None) for each in options.dirs],
-        deterministic=options.deterministic,
-        versions={
-            "ipfsfuse": ipfsfuse.__version__,
-            "wasmtime": importlib.metadata.version("wasmtime"),
-            "machine": platform.machine(),
-        },
-        read=read,
-        missing=(),
-        ahead=ahead,
-        stdin=supervisor.digest_of(material.stdin),
-        stdout=run.stdout,
-        stderr=run.stderr,
-        exit_code=run.outcome.code,
-        trapped=run.outcome.trapped,
-        started=run.started,
-        seconds=run.seconds,
-    )
+def this_machine() -> dict[str, str]:
+    """What may make a run differ elsewhere."""
+    return {
+        "ipfsfuse": ipfsfuse.__version__,
+        "wasmtime": importlib.metadata.version("wasmtime"),
+        "machine": platform.machine(),
+    }
 
 
 def _encoded(receipt: Receipt) -> bytes:
@@ -157,8 +250,8 @@ def _encoded(receipt: Receipt) -> bytes:
     return data
 
 
-def _used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
-    """(read, only fetched ahead), each in the order of first use."""
+def used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
+    """What a daemon wrote down: (read, only fetched ahead), each in the order of first use."""
     record.seek(0)
     found: dict[str, list[Cid]] = {"read": [], "ahead": []}
     for line in record:
@@ -168,46 +261,55 @@ def _used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
     return list(read), [each for each in dict.fromkeys(found["ahead"]) if each not in read]
 
 
-def _write_car(writer: Writer, receipt: Receipt, options: Options, material: _Material) -> None:
-    receipt, roots = _with_blocks(writer, receipt, material.control)
-    dirs = [writer.add_tree(Path(each.host)) for each in options.dirs]
-    given = [each._replace(cid=built.cid) for each, built in zip(receipt.dirs, dirs, strict=True)]
-    material.guest.seek(0)
-    children = [
-        (receipts.RECEIPT, writer.add_file(io.BytesIO(_encoded(receipt._replace(dirs=given))))),
-        (receipts.GUEST, writer.add_file(material.guest)),
-        (receipts.STDIN, writer.add_file(material.stdin)),
-        (receipts.IPFS, writer.add_folder([(cids.text(cid), built) for cid, built in roots.items()])),
-    ]
-    if dirs:
-        children.append(
-            (receipts.DIRS, writer.add_folder([(str(number), built) for number, built in enumerate(dirs)]))
-        )
-    writer.close(writer.add_folder(children))
+class _Blocks:
+    """What was read, without what no source had."""
+
+    def __init__(self) -> None:
+        self.read: list[Cid] = []
+        self.missing: list[Cid] = []
+        self.roots: list[Cid] = []
+        self._nodes: dict[Cid, Node] = {}
+        self._below: set[bytes] = set()
+
+    def add(self, cid: Cid, block: bytes) -> None:
+        self.read.append(cid)
+        if cids.multihash(cid) not in self._below:
+            self.roots.append(cid)
+        self._below.update(cids.multihash(each) for each in read_paths.links(cid, block))
+        with contextlib.suppress(Malformed, Unsupported):  # the guest saw an error: no path leads through it
+            self._nodes[cid] = parse(cid, block)
+
+    def _node(self, cid: Cid) -> Node:
+        inline = cids.inline(cid)
+        if cid not in self._nodes and inline is not None:
+            return parse(cid, inline)
+        try:
+            return self._nodes[cid]
+        except KeyError as exc:
+            raise Malformed(f"{cids.brief(cid)} is not a node of a file or folder") from exc
+
+    def rows(self) -> list[Row]:
+        """By path; none where no path can be told."""
+        try:
+            return list(read_paths.Walk(self._node, self.roots, self.read).rows())
+        except ReceiptRefused:
+            return []
 
 
-def _with_blocks(writer: Writer, receipt: Receipt, control: Connection) -> tuple[Receipt, dict[Cid, Built]]:
-    """Puts every block that was read into the CAR. Gives the receipt without what no source had, and the
-    roots that were used: the blocks that no block read before them links to."""
-    roots: dict[Cid, Built] = {}
-    below: set[bytes] = set()
-    missing = []
-    for cid in receipt.read:
+def _take_blocks(writer: Writer, asked: Sequence[Cid], control: Connection) -> _Blocks:
+    """Puts every block that was read into the CAR."""
+    blocks = _Blocks()
+    for cid in asked:
         block = cids.inline(cid)
         try:
             if block is None:
                 block = _ask(control, cid)
                 writer.put(cid, block)
         except Unavailable:
-            missing.append(cid)
+            blocks.missing.append(cid)
             continue
-        if cids.multihash(cid) not in below:
-            roots[cid] = Built(cid, 0, len(block))
-        below.update(cids.multihash(each) for each in receipts.links(cid, block))
-    lacking = set(missing)
-    return receipt._replace(
-        read=[each for each in receipt.read if each not in lacking], missing=missing
-    ), roots
+        blocks.add(cid, block)
+    return blocks
 
 
 def _ask(control: Connection, cid: Cid) -> bytes:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from ipfsfuse import units
 from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
-from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason, trap_text
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason
 from ipfsfuse_run.growth import Growth, Usage, Watched
 from ipfsfuse_run.limits import Limits
 
@@ -67,6 +67,27 @@ class Outcome(NamedTuple):
     """Why a guest that was started did not exit by itself: one sentence."""
 
 
+class Alarm(NamedTuple):
+    """Something outside that ends a run for one of its limits."""
+
+    file: int
+    """A descriptor that can be read when that is so."""
+    limit: str
+    said: str
+    """What the guest did: the rest of a sentence that begins with its name."""
+
+
+def over_limit(outcome: Outcome, alarm: Alarm) -> Outcome:
+    """A run whose alarm went while it ended for a reason of its own."""
+    if outcome.limit is not None or outcome.signal is not None:
+        return outcome
+    if outcome.refused is not None:
+        return outcome._replace(refused=f"{outcome.refused}: it {alarm.said}")
+    why = f"the guest {alarm.said}"
+    say(why)
+    return outcome._replace(code=TRAPPED, limit=alarm.limit, why=why, trapped=False, trap=None)
+
+
 class LimitReached(Exception):
     """Raised by a sink: the guest wrote more than the field `limit` of Limits allows."""
 
@@ -75,14 +96,20 @@ class LimitReached(Exception):
         self.limit = limit
 
 
-def run(plan: Plan, streams: Streams = Streams(), close: Sequence[int] = ()) -> Outcome:  # noqa: B008 # frozen
+def run(
+    plan: Plan,
+    streams: Streams = Streams(),  # noqa: B008 # frozen
+    close: Sequence[int] = (),
+    alarm: Alarm | None = None,
+) -> Outcome:
     """Runs the guest in a process of its own, which closes the descriptors `close` first."""
-    return _Supervisor(plan, streams, close).watch()
+    return _Supervisor(plan, streams, close, alarm).watch()
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, streams: Streams, close: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, streams: Streams, close: Sequence[int], alarm: Alarm | None) -> None:
         self._plan = plan
+        self._alarm = alarm
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
         self._compiling = False
@@ -145,6 +172,7 @@ class _Supervisor:
             for each in (reports, *close):
                 os.close(each)
             child.main(self._plan, parent, Reports(told))
+        signals.hide_memory()  # not before: the guest's process makes a user namespace, which asks for more
         os.close(told)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
         for sink, target, (end, write) in pumped:
@@ -170,6 +198,8 @@ class _Supervisor:
                     return
             except OSError:  # whoever read our output is gone: the guest's next write tells it
                 pass
+            except NotKept as exc:
+                self._end(Outcome(COULD_NOT_RUN, refused=str(exc)))
             except LimitReached as exc:
                 self._end(Outcome(TRAPPED, limit=exc.limit), str(exc))
             self._drop(end)
@@ -214,6 +244,8 @@ class _Supervisor:
         self._is_command = "command" in message
         timeout = self._plan.box.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
+        if self._alarm is not None:  # before, the guest's process itself says what it can't fetch
+            self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
         if message["growth"] and not self._dead:
             self._growth = [
                 Watched(what, folders, Usage(*before), bound)
@@ -242,8 +274,20 @@ class _Supervisor:
             os.waitpid(self._watcher, 0)
             self._watched = self._watcher = None
 
+    def _on_alarm(self) -> None:
+        alarm = self._stop_alarm()
+        if not self._final and alarm is not None and _is_yes(os.read(alarm.file, _CHUNK)):
+            self._end(Outcome(TRAPPED, limit=alarm.limit), f"{self._plan.name} {alarm.said}")
+
+    def _stop_alarm(self) -> Alarm | None:
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None and alarm.file in self._selector.get_map():
+            self._selector.unregister(alarm.file)
+        return alarm
+
     def _on_exit(self) -> None:
         self._drop(self._pidfd)
+        self._stop_alarm()
         self._dead = True
         _pid, status = os.waitpid(self._pid, 0)
         if self._final:
@@ -270,6 +314,7 @@ class _Supervisor:
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
         self._stop_watcher()
+        self._stop_alarm()
         if why is not None and _is_writable(2, GRACE):
             say(why)
 
@@ -311,6 +356,14 @@ class _Supervisor:
             self._stop_watcher()
         self._restore_signals()
         return self._outcome
+
+
+def _is_yes(answer: bytes) -> bool:
+    """Whether a mount's daemon answered, and did not only end or refuse."""
+    try:
+        return json.loads(answer).get("ok") is True
+    except (ValueError, RecursionError, AttributeError):
+        return False
 
 
 def _is_writable(file: int, seconds: float = 0) -> bool:
@@ -381,18 +434,39 @@ def bounded(through: Sink, bound: int | None, what: str) -> Sink:
     return sink
 
 
-def run_hashed(
-    plan: Plan, stdin: BinaryIO, through: tuple[Sink | None, Sink | None], close: Sequence[int]
-) -> tuple[Outcome, Digest, Digest]:
-    """Runs the guest on `stdin`. Gives also the digests of its standard output and error, which pass on to
-    `through`; a trap's message counts as standard error."""
-    out, err = map(HashingSink, through)
+def run_kept(
+    plan: Plan, stdin: BinaryIO, kept: tuple[BinaryIO, BinaryIO], show: bool, close: Sequence[int]
+) -> Outcome:
+    """Runs the guest on `stdin`. Its standard output and error go to the files `kept`, and to the runner's
+    own if `show`."""
     bound = plan.box.limits.max_stdout
-    sinks = bounded(out, bound, "standard output"), bounded(err, bound, "standard error")
+    sinks = [
+        bounded(_keep(file, target, show), bound, name)
+        for file, target, name in zip(kept, (1, 2), ("standard output", "standard error"), strict=True)
+    ]
     outcome = run(plan, Streams(stdin.fileno(), *sinks), close)
-    if outcome.trap is not None:
-        err(trap_text(plan.name, outcome.trap).encode())
-    return outcome, out.digest(), err.digest()
+    for file in kept:
+        file.seek(0)
+    return outcome
+
+
+class NotKept(Exception):
+    """Raised by a sink: what the guest wrote can't be kept."""
+
+
+def _keep(file: BinaryIO, target: int, show: bool) -> Sink:
+    shown = to_descriptor(target) if show else None
+
+    def sink(data: bytes) -> None:
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as exc:
+            raise NotKept(f"what the guest writes can't be kept for the receipt: {exc.strerror}") from exc
+        if shown is not None:
+            shown(data)
+
+    return sink
 
 
 def direct_streams(given: Limits, writes_files: bool) -> Streams:

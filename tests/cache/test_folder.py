@@ -1,6 +1,7 @@
 """The cache folder: one daemon each, marked as ours, and nothing in it or beside it that is not ours ever
 changed."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -76,11 +77,17 @@ def use(cache_dir: Path) -> None:
         trio.run(main, held)
 
 
-def refused(cache_dir: Path) -> str:
-    """Why the folder is refused: one line that says what to do."""
+def refusal(cache_dir: Path) -> str:
+    """What is said; nothing stays open, although the exception is still alive."""
     with pytest.raises(StoreFailed) as raised:
         use(cache_dir)
-    line = str(raised.value)
+    assert open_files_below(cache_dir) == []
+    return str(raised.value)
+
+
+def refused(cache_dir: Path) -> str:
+    """Why the folder is refused: one line that says what to do."""
+    line = refusal(cache_dir)
     assert "\n" not in line
     assert any(
         todo in line
@@ -93,6 +100,15 @@ def refused(cache_dir: Path) -> str:
         )
     ), line
     return line
+
+
+def open_files_below(path: Path) -> list[str]:
+    """What this process has open there."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [name for name in found if Path(name).is_relative_to(path)]
 
 
 def contents(path: Path) -> dict[str, object]:
@@ -474,7 +490,7 @@ def test_a_newer_index_is_refused_by_the_version_to_use_and_kept(cache_dir: Path
     database.execute("PRAGMA user_version = 99")
     database.close()
     (ours / "CACHEDIR.TAG").write_text((ours / "CACHEDIR.TAG").read_text().replace(__version__, "7.8.9"))
-    line = refused(cache_dir)
+    line = refusal(cache_dir)
     assert "use ipfsfuse 7.8.9" in line
     assert "damaged" not in line
     assert not (ours / "index.malformed").exists()

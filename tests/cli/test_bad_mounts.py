@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Home, alive, fuse_mounts, wait_until
+from tests.mounting import NOBODY, Home, alive, command_of, fuse_mounts, wait_until
 
 pytestmark = pytest.mark.fuse
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change what others see of the machine")
@@ -43,6 +43,7 @@ def test_mounted_already(user: Home) -> None:
 
 def test_a_stale_mount_is_freed_and_used(user: Home) -> None:
     with user.mounted() as first:
+        os.stat(user.mountpoint)  # its attributes are cached from here on
         helper = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_helper_of(first.pid, pid)]
         for pid in [*helper, first.pid]:
             os.kill(pid, signal.SIGKILL)
@@ -99,10 +100,12 @@ def test_no_fusermount3(user: Home) -> None:
     empty = user.folder / "not-a-program"
     empty.touch(0o644)
     hidden = machine(f"mount --bind {empty} $(readlink -f $(command -v fusermount3))")
-    user.refused("mount", user.mountpoint, names="install the package fuse3", wrapper=hidden)
-    doctor = subprocess.run(
-        [*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True
-    )
+    for folder in (user.folder, user.mountpoint):
+        os.chown(folder, NOBODY, NOBODY)
+    wrapper = [*hidden, *command_of(NOBODY)]
+    user.refused("mount", user.mountpoint, names="install the package fuse3", wrapper=wrapper)
+    command = [*wrapper, sys.executable, "-m", "ipfsfuse", "doctor"]
+    doctor = subprocess.run(command, env=user.env, capture_output=True, text=True)
     assert (doctor.returncode, "install the package fuse3" in doctor.stdout) == (1, True)
 
 

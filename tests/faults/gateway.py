@@ -1,11 +1,10 @@
 """A small trustless gateway of real blocks, on loopback, that can be told to stall, to lie and to refuse."""
 
 import errno
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.dagging import Dag
 from tests.mounting import Home, Mounted
+from tests.sources.listening import HttpAnswering
 
 
 def blocks_of(path: Path) -> dict[bytes, bytes]:
@@ -28,56 +28,24 @@ def blocks_of(path: Path) -> dict[bytes, bytes]:
     return found
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 1024
-    """With the usual 5, a crowd's connections are dropped by the kernel and tried again seconds later."""
-
-
-class Gateway:
+class Gateway(HttpAnswering):
     """Serves `format=raw` alone (a CAR is refused with 406, as the specification allows)."""
 
     def __init__(self, blocks: dict[bytes, bytes]) -> None:
+        super().__init__()
         self.blocks = blocks
         self.asked: Counter[str] = Counter()
         self.stalled: set[str] = set()
         """CIDs whose answer never comes while the server lives."""
         self.lying: set[str] = set()
         """CIDs that are answered with other bytes."""
-        self.url = ""
-        self._end = threading.Event()
 
-    @contextmanager
-    def serving(self) -> Iterator["Gateway"]:
-        gateway = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                gateway._answer(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        server = _Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._end.set()
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
         path, _, query = request.path.partition("?")
         name = path.removeprefix("/ipfs/")
         self.asked[name] += 1
         if name in self.stalled:
-            self._end.wait()
+            self.ended.wait()
             request.close_connection = True
             return
         block = self.blocks.get(cids.multihash(Cid(cids.parse(name))))

@@ -44,6 +44,7 @@ def test_a_clock_that_is_set_changes_no_deadline_and_needs_no_remount(home: Home
             gateway.url,
             "--deadline",
             "2s",
+            "--unconfined",
             str(home.mountpoint),
         ]
         with subprocess.Popen(

@@ -173,10 +173,14 @@ def said_no_more(read: Callable[[], None], mount: Mounted) -> None:
     wait_until(over, "the trouble is over")
 
 
-def test_the_cache_folder_is_deleted(home: Home, content: Content) -> None:
-    with mounted(home, content.dag) as (_gateway, mount):
+@pytest.mark.parametrize(("deleted", "options"), [("store", ()), ("cache", ("--unconfined",))])
+def test_the_cache_folder_is_deleted(
+    home: Home, content: Content, deleted: str, options: tuple[str, ...]
+) -> None:
+    """Only an unconfined daemon may make what `--cache-dir` names again."""
+    with mounted(home, content.dag, *options) as (_gateway, mount):
         content.read(mount)
-        shutil.rmtree(home.cache)
+        shutil.rmtree(getattr(home, deleted))
         content.read(mount)
         wait_until((home.store / "control").exists, "the mount can be asked again")
         assert "No such file or directory" in trouble(mount)

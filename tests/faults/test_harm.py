@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from ipfsfuse.dag.nodes import MURMUR3, Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from tests.dagging import Dag
 from tests.faults.gateway import errno_of, mounted
+from tests.fuse.forest import identity
 from tests.looptime.steps import none_is_long
 from tests.mounting import Home, Mounted
 from tests.sources.cars import index as index_of
@@ -81,6 +82,32 @@ def test_a_directory_of_a_million_entries_is_listed_and_looked_up(home: Home) ->
         assert listed.stdout.strip() == "1000000"
         assert (mount.path / cids.text(leaf)).read_bytes() == b"x"
         assert mount.peak_memory() < MEMORY
+
+
+def in_its_cid(message: UnixFS, links: Sequence[Link] = ()) -> Cid:
+    """A node that its CID holds: no block need be fetched for it."""
+    return identity(cids.DAG_PB, dagpb.encode(links, unixfs.encode(message)))
+
+
+def thousands_of_nodes_in_cids(dag: Dag, count: int) -> Cid:
+    """A directory of `count` directories and as many symlinks, each different, all in one block."""
+    file = identity(cids.RAW, b"x")
+    entries = {}
+    for number in range(count):
+        name = b"%d" % number
+        entries[b"d" + name] = in_its_cid(UnixFS(type=Type.DIRECTORY), [Link(file, name, 1)]), 1
+        entries[b"l" + name] = in_its_cid(UnixFS(type=Type.SYMLINK, data=name)), 1
+    return dag.directory(entries)
+
+
+def test_thousands_of_nodes_in_cids_hold_nobody_up(home: Home) -> None:
+    """Nothing waits for a source there, so commands must let others have their turns. The time for each does
+    not grow with the number of its neighbours."""
+    dag = Dag()
+    root = cids.text(thousands_of_nodes_in_cids(dag, 2500))
+    with home.mounted("--from", dag.car(home.folder / "inline.car")):
+        assert home.json("prefetch", "--json", root)["directories"] == 2501
+        home.run("pin", root)
 
 
 def test_a_zip_bomb_costs_what_is_read(home: Home) -> None:

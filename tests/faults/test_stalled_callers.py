@@ -40,12 +40,12 @@ class Timed(Gateway):
         super().__init__(blocks)
         self.asked_at: dict[str, float] = {}
 
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
         name = request.path.partition("?")[0].removeprefix("/ipfs/")
         self.asked_at.setdefault(name, time.monotonic())
         if name not in self.stalled:
             time.sleep(self.seconds)
-        super()._answer(request)
+        super().answer(request)
 
 
 @pytest.fixture(scope="session")

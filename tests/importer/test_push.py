@@ -7,17 +7,15 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import ClassVar
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from tests.kubo.node import Node
 from tests.mounting import Home, wait_until
+from tests.sources.listening import HttpAnswering
 
 
 def tree(home: Home, size: int = 6 << 20) -> str:
@@ -102,35 +100,31 @@ def test_dag_cbor_and_identity_blocks_are_pushed(home: Home, own_node: Node, to:
     assert pinned(own_node, other)
 
 
-class Odd(BaseHTTPRequestHandler):
+class OddNode(HttpAnswering):
     """A node that takes all and keeps nothing, or answers nonsense."""
 
-    answers: ClassVar[dict[str, tuple[int, bytes]]] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, tuple[int, bytes]] = {}
 
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("content-length") or 0))
-        command = self.path.partition("?")[0].removeprefix("/api/v0/")
+    @property
+    def source(self) -> str:
+        return f"kubo+{self.url}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        request.rfile.read(int(request.headers.get("content-length") or 0))
+        command = request.path.partition("?")[0].removeprefix("/api/v0/")
         status, body = self.answers.get(command, (200, b""))
-        self.send_response(status)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_arguments: object) -> None:
-        pass
+        request.send_response(status)
+        request.send_header("content-length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
 
 
 @pytest.fixture
-def odd() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"kubo+http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def odd() -> Iterator[OddNode]:
+    with OddNode().serving() as node:
+        yield node
 
 
 MISSING = 500, b'{"Message": "block was not found locally (offline): ipld: could not find", "Code": 0}'
@@ -147,20 +141,20 @@ MISSING = 500, b'{"Message": "block was not found locally (offline): ipld: could
     ],
 )
 def test_a_node_that_does_not_keep_what_it_was_sent_is_told_in_one_line(
-    home: Home, odd: str, pin: tuple[int, bytes], says: str, monkeypatch: pytest.MonkeyPatch
+    home: Home, odd: OddNode, pin: tuple[int, bytes], says: str
 ) -> None:
     cid = tree(home, 1000)
-    monkeypatch.setattr(Odd, "answers", {"block/stat": MISSING, "pin/add": pin})
-    home.refused("push", cid, "--to", odd, names=says)
+    odd.answers = {"block/stat": MISSING, "pin/add": pin}
+    home.refused("push", cid, "--to", odd.source, names=says)
 
 
-def test_what_can_not_be_pushed_is_said_in_one_line(home: Home, odd: str, tmp_path: Path) -> None:
+def test_what_can_not_be_pushed_is_said_in_one_line(home: Home, odd: OddNode) -> None:
     absent = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
     home.refused("push", absent, "--to", "https://gateway.example", names="not a Kubo node", code=2)
-    home.refused("push", "nothing", "--to", odd, names="not a CID", code=2)
+    home.refused("push", "nothing", "--to", odd.source, names="not a CID", code=2)
     home.refused("push", absent, "--to", "kubo", names="set IPFS_PATH")
-    Odd.answers = {"block/stat": MISSING}
-    home.refused("push", absent, "--to", odd, names="in no source")
+    odd.answers = {"block/stat": MISSING}
+    home.refused("push", absent, "--to", odd.source, names="in no source")
     began = time.monotonic()
     home.refused("push", absent, "--to", "kubo+http://127.0.0.1:9", names="127.0.0.1:9")
     assert time.monotonic() - began < 20

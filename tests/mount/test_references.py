@@ -4,6 +4,7 @@ each path gives its own bytes and its own CID."""
 import ctypes
 import os
 import random
+import re
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fuse.inodes import LIMIT
 from tests.counting import counted
 from tests.dagging import Dag
 from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Thing, dagpb_file, forest, identity, v0
@@ -24,6 +26,10 @@ from tests.mounting import Home, wait_until
 STEPS = int(os.environ.get("IPFSFUSE_WALK_STEPS", "120"))
 DROP = Path("/proc/sys/vm/drop_caches")
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can have the kernel drop its caches")
+since_6_18 = pytest.mark.skipif(
+    tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2]) < (6, 18),
+    reason="older kernels forget only when memory is short",
+)
 
 FEW_KNOWN = """
 import functools, os
@@ -31,10 +37,19 @@ import ipfsfuse.mount as mount
 mount.Tree = functools.partial(mount.Tree, known=%d)
 noted = os.open(%r, os.O_WRONLY | os.O_CREAT, 0o600)
 class Inodes(mount.Inodes):
+    def __init__(self, key):
+        super().__init__(key, limit=%d)
+        self.most = 0
+    def refer(self, inode):
+        super().refer(inode)
+        self.note()
     def forget(self, number, count):
         inode = super().forget(number, count)
-        os.pwrite(noted, b"%%8d" %% len(self), 0)
+        self.note()
         return inode
+    def note(self):
+        self.most = max(self.most, len(self))
+        os.pwrite(noted, b"%%8d %%8d" %% (len(self), self.most), 0)
 mount.Inodes = Inodes
 """
 
@@ -56,13 +71,24 @@ mount.Tree = Tree
 
 @contextmanager
 def mounted(
-    home: Home, dag: Dag, known: int = 50_000, roots: Sequence[Cid] = (), slow: str = ""
+    home: Home,
+    dag: Dag,
+    known: int = 50_000,
+    roots: Sequence[Cid] = (),
+    slow: str = "",
+    limit: int = LIMIT,
 ) -> Iterator[Path]:
-    """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, and notes how many inodes
-    it holds in the file `held`."""
+    """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, should hold `limit`
+    inodes at most, and notes how many it holds in the file `held`."""
     car = dag.car(home.folder / "content.car", roots)
-    with counted(home, str(car), slow + FEW_KNOWN % (known, str(home.folder / "held"))):
+    with counted(home, str(car), slow + FEW_KNOWN % (known, str(home.folder / "held"), limit)):
         yield home.mountpoint
+
+
+def held(home: Home) -> tuple[int, int]:
+    """How many inodes the daemon holds, and held at most."""
+    now, most = (home.folder / "held").read_text().split() or ("2", "2")
+    return int(now), int(most)
 
 
 def names_by_small_buffers(folder: Path) -> Iterator[list[str]]:
@@ -143,6 +169,63 @@ def test_files_read_after_their_directory_was_listed_by_another_path_and_their_a
                 b"%d" % n for n in range(200)
             ]
             assert len(os.listdir(mount / root / "two")) == 200
+
+
+# -- as many inodes as the daemon can bear -------------------------------------------------------------------
+
+
+def raw_leaves(dag: Dag, count: int) -> dict[bytes, tuple[Cid, int]]:
+    return {b"%05d" % number: (dag.block(b"leaf %d" % number), 9) for number in range(count)}
+
+
+def test_a_listing_of_millions_of_names_does_not_fill_the_daemon(home: Home) -> None:
+    """Beyond the limit it gives names alone."""
+    dag = Dag()
+    root = cids.text(dag.directory(raw_leaves(dag, 4000)))
+    with mounted(home, dag, limit=500) as mount, (mount / root / "00000").open("rb") as opened:
+        for _ in range(2):
+            assert sorted(os.listdir(mount / root)) == [f"{number:05}" for number in range(4000)]
+            drop_listing(mount / root)
+        assert held(home)[1] <= 501
+        assert opened.read() == b"leaf 0"
+        for number in (0, 1, 3998, 3999):
+            path = mount / root / f"{number:05}"
+            assert path.read_bytes() == b"leaf %d" % number
+            assert cids.parse(os.getxattr(path, "ipfs.cid").decode()) == dag.block(b"leaf %d" % number)
+
+
+def drop_listing(folder: Path) -> None:
+    """The kernel asks for it again."""
+    file = os.open(folder, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+@since_6_18
+def test_what_programs_have_looked_up_is_forgotten_when_it_is_too_much_and_not_in_use(home: Home) -> None:
+    """Names that are looked up one by one, as a guest can with CIDs that it makes up."""
+    dag = Dag()
+    below = dag.directory({b"file": (dag.block(b"below"), 5)})
+    root = cids.text(dag.directory({**raw_leaves(dag, 3000), b"below": (below, 5)}))
+    with mounted(home, dag, limit=500) as mount, (mount / root / "00000").open("rb") as opened:
+        inside = subprocess.Popen(
+            ["sh", "-c", "read line; pwd -P; cat file"],
+            cwd=mount / root / "below",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        number = os.stat(mount / root / "00000").st_ino
+        for name in range(3000):
+            os.stat(mount / root / f"{name:05}")
+        assert held(home)[1] > 500
+        wait_until(lambda: held(home)[0] < 500, "the kernel has forgotten what nobody uses")
+        assert os.readlink(f"/proc/self/fd/{opened.fileno()}") == str(mount / root / "00000")
+        assert opened.read() == b"leaf 0"
+        assert os.stat(mount / root / "00000").st_ino == number
+        assert inside.communicate(b"go\n")[0].decode() == f"{mount}/{root}/below\nbelow"
+        for name in range(0, 3000, 37):
+            assert (mount / root / f"{name:05}").read_bytes() == b"leaf %d" % name
+    assert "forgets inode" not in (home.folder / "told").read_text()
 
 
 # -- numbers can't be chosen ---------------------------------------------------------------------------------
@@ -291,12 +374,13 @@ def drop_caches() -> None:
 
 
 @as_root
-@pytest.mark.parametrize("crowd", [1, 4])
+@pytest.mark.parametrize(("crowd", "limit"), [(1, LIMIT), (4, LIMIT), (4, 15)])
 def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_cid(
-    home: Home, crowd: int
+    home: Home, crowd: int, limit: int
 ) -> None:
+    """Also where the daemon asks the kernel all the time to forget."""
     content = forest()
-    with mounted(home, content.dag, known=10, roots=content.listed) as mount:
+    with mounted(home, content.dag, known=10, roots=content.listed, limit=limit) as mount:
 
         def walk(seed: int) -> None:
             walker = Walker(mount, content, seed)
@@ -321,7 +405,7 @@ def wait_until_forgotten(home: Home) -> None:
 
     def only_the_root_is_held() -> bool:
         drop_caches()
-        return int((home.folder / "held").read_text() or 2) == 1
+        return held(home)[0] == 1
 
     wait_until(only_the_root_is_held, "the daemon has let go of all that the kernel has forgotten")
     assert "forgets inode" not in (home.folder / "told").read_text()

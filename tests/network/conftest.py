@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.mounting import Home
+from tests.sources.ipns import server as server
 
 
 @pytest.fixture

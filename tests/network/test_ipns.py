@@ -23,12 +23,6 @@ KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in range(9)]
 NAMES = [str(name_of(key)) for key in KEYS]
 
 
-@pytest.fixture
-def server() -> Iterator[NameServer]:
-    with NameServer().serving() as server:
-        yield server
-
-
 @contextmanager
 def both(home: Home, *options: str | Path) -> Iterator[tuple[Mounted, Path]]:
     names = home.folder / "ipns"

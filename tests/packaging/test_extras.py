@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,6 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(without: Home) ->
         ("run", "ipfsfuse_run", [guest]),
         ("keccak", "ipfsfuse", ["cat", "--raw", KECCAK]),
         ("names", "ipfsfuse", ["mount", "--ipns", without.folder / "names", without.mountpoint]),
-        ("watch", "ipfsfuse", ["status", "--watch"]),
     ):
         (without.folder / "names").mkdir(exist_ok=True)
         code, line = said(without, module, *words)
@@ -48,6 +48,22 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(without: Home) ->
         assert line.count("\n") == 1, line
         assert f"ipfsfuse with its extra [{extra}]" in line
         assert "pip install '" in line
+
+
+def test_the_live_view_needs_rich(without: Home) -> None:
+    """It needs a terminal too, and a mount; neither is looked for first."""
+    leader, follower = pty.openpty()
+    try:
+        command = [sys.executable, "-m", "ipfsfuse", "status", "--watch"]
+        done = subprocess.run(
+            command, env=without.env, stdin=follower, stdout=follower, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
+    assert b"the live view needs the package rich" in done.stderr
 
 
 def test_the_runners_help_and_receipts_need_no_wasmtime(without: Home) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mounting import PATIENCE
+from tests.sources.ipns import server as server
 
 GUESTS = Path(__file__).parent / "guests"
 TOP = Path(__file__).parents[2]

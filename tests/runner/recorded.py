@@ -60,6 +60,39 @@ def receipt(guest: bytes, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any
     } | changed
 
 
+def receipt_2(guest: bytes, out: Cid, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any]:
+    """The same run in format 2, with the results `out`."""
+    told = receipt(guest, stdin) | {
+        "format": 2,
+        "root": None,
+        "tmp": 1 << 20,
+        "engine": "library",
+        "paths": [],
+    }
+    streams = {name: told.pop(name) for name in ("stdin", "stdout", "stderr")}
+    for name, data in (("stdin", stdin), ("stdout", stdin), ("stderr", b"")):
+        streams[name]["cid"] = cids.text(cid_of(io.BytesIO(data)))
+    salt = "00" * 16
+    hashed = hashlib.sha256(bytes(16) + b"A=1").hexdigest()
+    exit_code, trapped = told.pop("exit_code"), told.pop("trapped")
+    return (
+        told
+        | {
+            "env": {"salt": salt, "variables": [{"name": "A", "sha256": hashed, "value": "1"}]},
+            "stdin": streams["stdin"],
+            "results": {
+                "out": cids.text(out),
+                "stdout": streams["stdout"],
+                "stderr": streams["stderr"],
+                "exit_code": exit_code,
+                "trapped": trapped,
+                "limit": None,
+            },
+        }
+        | changed
+    )
+
+
 class Blocks:
     """Nodes that no importer makes, for a record."""
 

@@ -23,11 +23,10 @@ from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run import receipts
+from ipfsfuse_run import inspecting, receipts
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.inspecting import Walk
 from ipfsfuse_run.limits import NO_LIMITS
-from ipfsfuse_run.replay import check_stdin, limits_for, opened
+from ipfsfuse_run.replay import limits_for, opened
 from tests.mounting import Home, wait_until
 from tests.runner import recorded
 from tests.runner.conftest import TOP, Runner
@@ -127,9 +126,9 @@ NASTY: list[Any] = [
 ]
 
 
-def changed(rng: random.Random) -> bytes:
+def changed(rng: random.Random, whole: dict[str, Any]) -> bytes:
     """A receipt of which something was changed."""
-    told = json.loads(json.dumps(WHOLE))
+    told = json.loads(json.dumps(whole))
     if rng.random() < 0.7:
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
             _change(rng, told)
@@ -175,9 +174,8 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 def looked_at(path: Path) -> receipts.Receipt:
     """What `inspect` and `--replay` do before a guest runs."""
     with opened(path) as (record, told):
-        check_stdin(record, told)
         limits_for(path, told, NO_LIMITS)
-        list(Walk(record, told).rows())
+        inspecting.checked_rows(record, told)
         return told
 
 
@@ -192,13 +190,17 @@ def accepted(path: Path) -> receipts.Receipt | None:
 
 def test_many_changed_records_in_one_process(tmp_path: Path) -> None:
     blocks, target = Blocks(), tmp_path / "run.car"
-    tree = _tree(blocks)
+    tree, empty = _tree(blocks), blocks.folder([])
+    second = recorded.receipt_2(GUEST, tree.cid)
+    parts = {"guest": GUEST, "stdin": STDIN, "stdout": STDIN, "stderr": b"", "out": tree, "ipfs": empty}
     taken, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     for seed in range(MUTATIONS):
         rng, begun = random.Random(seed), time.process_time()
-        if seed % 4:
-            data = changed(rng)
-            told = accepted(recorded.write(target, data, blocks, guest=GUEST, stdin=STDIN, ipfs=tree))
+        if seed % 4 == 1:
+            accepted(recorded.write(target, changed(rng, WHOLE), blocks, guest=GUEST, stdin=STDIN, ipfs=tree))
+        elif seed % 4:
+            data = changed(rng, second)
+            told = accepted(recorded.write(target, data, blocks, **parts))
             if told is not None:  # then nothing in it was taken for something else
                 taken += 1
                 again = json.loads(receipts.encode(told))
@@ -206,7 +208,7 @@ def test_many_changed_records_in_one_process(tmp_path: Path) -> None:
                     f"seed {seed}"
                 )
         else:
-            recorded.write(target, WHOLE, blocks, guest=GUEST, stdin=STDIN, ipfs=tree)
+            recorded.write(target, second, blocks, **parts)
             target.write_bytes(damaged(rng, target.read_bytes()))
             accepted(target)
         assert time.process_time() - begun < SECONDS, f"seed {seed}"

@@ -12,10 +12,9 @@ import pytest
 from ipfsfuse.dag import builder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
-from ipfsfuse_run import receipts, supervisor
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.limits import NO_LIMITS
-from ipfsfuse_run.receipts import Bundle, Receipt, Writer
+from ipfsfuse_run.receipts import Bundle, Writer
+from tests.runner import recorded
 from tests.runner.conftest import TOP, Runner
 
 GUEST = b"any guest"
@@ -23,30 +22,9 @@ GUEST = b"any guest"
 
 def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
     """Ends a record of a run that read `read` of the DAG `root`."""
-    empty = supervisor.HashingSink(None).digest()
     guest, stdin = writer.add_file(io.BytesIO(GUEST)), writer.add_file(io.BytesIO())
-    told = Receipt(
-        guest=guest.cid,
-        name="guest",
-        argv=["guest"],
-        env=[],
-        cwd=None,
-        limits=NO_LIMITS,
-        dirs=[],
-        deterministic=False,
-        versions={},
-        read=[each.cid for each in read],
-        missing=[],
-        ahead=[],
-        stdin=empty,
-        stdout=empty,
-        stderr=empty,
-        exit_code=0,
-        trapped=False,
-        started="2026-01-01T00:00:00+00:00",
-        seconds=0.0,
-    )
-    held = writer.add_file(io.BytesIO(receipts.encode(told)))
+    told = recorded.receipt(GUEST, b"", read=[cids.text(each.cid) for each in read])
+    held = writer.add_file(io.BytesIO(json.dumps(told).encode()))
     below = writer.add_folder([(cids.text(root.cid), root)])
     writer.close(
         writer.add_folder([("receipt.json", held), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", below)])
@@ -56,7 +34,7 @@ def write(target: Path, writer: Writer, root: Built, read: list[Built]) -> None:
 def inspected(target: Path) -> list[dict[str, Any]]:
     done = Runner({**os.environ, "PYTHONPATH": str(TOP)})("inspect", target, "--json")
     assert done.returncode == 0, done
-    rows: list[dict[str, Any]] = json.loads(done.stdout)["read"]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["paths"]
     return rows
 
 

@@ -141,3 +141,38 @@ def test_doctor_names_the_layers(home: Home) -> None:
     assert found["guests"]["found"].startswith(
         "locked in by no_new_privs, capabilities, landlock, seccomp; /tmp is a "
     )
+
+
+READS = "import sys; open(f'/proc/{sys.argv[1]}/mem', 'rb').close()"
+DAEMON = "import sys; from ipfsfuse.cli import daemon; daemon._hide_memory(); print('hidden', flush=True); sys.stdin.read()"
+WITHOUT = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+"""Root's capabilities would open every memory, and close that of who has more of them."""
+
+
+def may_read(pid: int) -> bool:
+    """Whether another process of this user may read the memory of `pid`."""
+    done = subprocess.run(
+        [*WITHOUT, sys.executable, "-c", READS, str(pid)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 or "PermissionError" in done.stderr, done
+    return done.returncode == 0
+
+
+def test_the_memory_of_daemon_and_supervisor_is_hidden(run: Runner, habits: Path) -> None:
+    with subprocess.Popen([*WITHOUT, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(b"begun\n")
+        other.stdin.flush()
+        other.stdout.readline()
+        if not may_read(other.pid):
+            pytest.skip("this machine lets no process read another's memory (kernel.yama.ptrace_scope)")
+        other.stdin.close()
+    for command in ([sys.executable, "-c", DAEMON], run.command(habits, "spin")):
+        with subprocess.Popen(
+            [*WITHOUT, *command], env=run.env, cwd=TOP, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() in (b"hidden\n", b"spinning\n")
+            assert not may_read(process.pid)
+            process.terminate()

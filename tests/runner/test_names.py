@@ -1,7 +1,7 @@
 """`--ipns NAME`: what a name stands for when the run begins is a folder of the guest's."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,6 @@ pytestmark = pytest.mark.fuse
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NAME = str(name_of(KEY))
-
-
-@pytest.fixture
-def server() -> Iterator[NameServer]:
-    with NameServer().serving() as server:
-        yield server
 
 
 def tree(home: Home) -> str:

@@ -17,6 +17,7 @@ from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
 
 pytestmark = pytest.mark.fuse
 
+SAME = [f"{what}: the same" for what in ("stdout", "stderr", "exit code", "read", "missing")]
 READER = DEMO / "reader-p2.wat"
 
 
@@ -68,7 +69,7 @@ def test_a_recorded_run_is_repeated_elsewhere(
     done = record(run, target, READER, f"/ipfs/{cid}/dir/file")
     assert lines(done.stdout)[0] == "content"
     again = elsewhere("--replay", target)
-    assert lines(again.stdout) == ["stdout: the same", "stderr: the same", "exit code: the same"]
+    assert lines(again.stdout) == SAME
     assert again.returncode == 0
 
 
@@ -76,7 +77,7 @@ def test_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Pa
     target = tmp_path / "run.car"
     record(run, target, habits, "cat", f"/ipfs/{cid}/dir/file")
     rows = [
-        (each["path"], each["type"], each["size"], each["read"]) for each in inspected(run, target)["read"]
+        (each["path"], each["type"], each["size"], each["read"]) for each in inspected(run, target)["paths"]
     ]
     assert rows == [
         (f"/ipfs/{cid}", "directory", 0, 0),
@@ -93,11 +94,13 @@ def test_the_receipt_alone(run: Runner, cid: str, tmp_path: Path, habits: Path) 
     record(run, target, "--env", "A=1", "-W", "fuel=100000000", habits, "cat", f"/ipfs/{cid}/big")
     told = json.loads(target.read_text())
     assert told["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
-    assert (told["env"], told["limits"], told["exit_code"]) == ([["A", "1"]], {"fuel": 100000000}, 0)
+    assert (told["limits"], told["results"]["exit_code"]) == ({"fuel": 100000000}, 0)
+    (variable,) = told["env"]["variables"]
+    assert (variable["name"], "value" in variable) == ("A", False)
     assert told["read"][0] == cid
     # the folder, the file's root, its leaves: the first two are one block
     assert len(told["read"]) == 1 + 1 + 2
-    assert (told["stdout"]["size"], told["stdin"]["size"]) == (256 * 12_000, 0)
+    assert (told["results"]["stdout"]["size"], told["stdin"]["size"]) == (256 * 12_000, 0)
     assert "clocks" in told["differs"]
 
 
@@ -108,7 +111,9 @@ def test_standard_input_arguments_environment_and_exit_code_are_recorded(
         [(["cat"], b"some input"), (["exit", "7"], b""), (["env"], b""), (["abort"], b"")]
     ):
         target = tmp_path / f"run{number}.car"
-        done = record(run, target, "--env", "A=1", "--argv0", "me", habits, *args, stdin=stdin)
+        done = record(
+            run, target, "--record-env", "--env", "A=1", "--argv0", "me", habits, *args, stdin=stdin
+        )
         assert done.stdout == {"cat": stdin, "env": b"A=1\n"}.get(args[0], b"")
         assert elsewhere("--replay", target).returncode == 0
 
@@ -160,6 +165,7 @@ def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(
     (given / "file").write_text("from the host\n")
     refused = run("--record", tmp_path / "run.car", "--dir", f"{given}::/data", habits, "cat", "/data/file")
     assert (refused.returncode, len(lines(refused.stderr))) == (2, 1)
+    assert b"--out DIR" in refused.stderr
     record(run, tmp_path / "run.car", "--dir", f"{given}::/data::ro", habits, "cat", "/data/file")
     (given / "file").unlink()
     assert elsewhere("--replay", tmp_path / "run.car").returncode == 0
@@ -172,8 +178,10 @@ def test_the_record_mounts_as_a_folder(run: Runner, elsewhere: Runner, cid: str,
     with other.mounted("--from", target, "--offline") as mount:
         (root,) = [path for path in mount.path.iterdir() if (path / "receipt.json").exists()]
         assert root.parent == mount.path
-        assert json.loads((root / "receipt.json").read_text())["exit_code"] == done.returncode
-        assert sorted(path.name for path in root.iterdir()) == ["guest.wasm", "ipfs", "receipt.json", "stdin"]
+        assert json.loads((root / "receipt.json").read_text())["results"]["exit_code"] == done.returncode
+        names = ["guest.wasm", "ipfs", "receipt.json", "stderr", "stdin", "stdout"]
+        assert sorted(path.name for path in root.iterdir()) == names
+        assert (root / "stdout").read_bytes() == done.stdout
         assert (root / "ipfs" / cid / "dir" / "file").read_text() == "content\n"
 
 
@@ -212,8 +220,7 @@ def with_receipt(target: Path, data: bytes, **files: bytes) -> None:
 def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(
     run: Runner, tmp_path: Path, habits: Path
 ) -> None:
-    record(run, tmp_path / "run.json", habits, "cat", stdin=b"input")
-    told = json.loads((tmp_path / "run.json").read_text())
+    told = recorded.receipt(habits.read_bytes(), b"input", argv=["habits.wasm", "cat"], env=[])
     guest, folder = habits.read_bytes(), [{"guest": "/data", "writable": False, "cid": told["guest"]["cid"]}]
     right = {"guest.wasm": guest, "stdin": b"input"}
     wrong = {
@@ -250,7 +257,7 @@ BAD_RECEIPTS = {
     "nested without end": (b"[" * 100_000, "not JSON"),
     "of another kind": (b'{"kind": "shopping list"}', "not a receipt"),
     "no object": (b"[1, 2]", "not a receipt"),
-    "of a newer format": (RECEIPT_HEAD + b"2}", "format 2"),
+    "of a newer format": (RECEIPT_HEAD + b"3}", "format 3"),
     "of no format": (b'{"kind": "ipfsfuse-run receipt"}', "format None"),
     "without its fields": (RECEIPT_HEAD + b"1}", "no usable field"),
     "with fields of a wrong kind": (RECEIPT_HEAD + b'1, "guest": 7}', "no usable field"),
@@ -284,7 +291,10 @@ def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path
     limits: list[object] = [{"fuel": "much"}, {"fuel": -1}, {"time": 1}, []]
     wrong: dict[str, list[object]] = {
         "argv": [[], "cat"],
-        "env": [[["A"]]],
+        "env": [[["A"]], {"salt": "", "variables": []}],
+        "results": [{}, whole["results"] | {"exit_code": 256}, whole["results"] | {"limit": "luck"}],
+        "paths": [[{}], 1],
+        "root": ["", "/x", 1],
         "limits": limits,
         "read": [7],
         "stdin": [{"size": 1}],

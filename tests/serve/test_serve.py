@@ -11,16 +11,24 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from multiformats import multibase
+from trio.testing import MockClock
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.serve import app as gateway
 from ipfsfuse.serve import server as bounds
+from tests.dagging import Dag
 from tests.faults.gateway import Gateway, blocks_of
+from tests.faults.test_harm import thousands_of_nodes_in_cids
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node, free_port
+from tests.looptime.steps import none_is_long
 from tests.mounting import Home, wait_until
 from tests.serve.conftest import Server, serving
 from tests.sources.ipns import NameServer, make, name_of
@@ -307,6 +315,39 @@ def test_a_client_that_reads_nothing_delays_no_other_and_not_the_end(home: Home)
         assert time.monotonic() - began < 15
         for each in stalled:
             each.close()
+
+
+def test_an_answer_that_is_not_taken_is_given_up_however_it_is_sent() -> None:
+    """A client of HTTP/2 can open no window for one answer, and go on asking for others."""
+
+    class Content:
+        async def block(self, cid: Cid, *, fetch: bool) -> bytes:
+            return bytes(2 << 20)
+
+        async def record(self, name: object, *, fetch: bool) -> bytes:
+            raise NotImplementedError
+
+    async def main() -> float:
+        app, began = gateway.TrustlessGateway(Content()), trio.current_time()
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                await trio.sleep_forever()
+
+        with pytest.RaisesGroup(gateway.Broken):
+            await app({"type": "http", "method": "GET", "raw_path": f"/ipfs/{ABSENT}".encode(), "query_string": b"format=raw", "headers": []},
+                      trio.sleep_forever, send)  # fmt: skip
+        return trio.current_time() - began
+
+    assert trio.run(main, clock=MockClock(autojump_threshold=0)) <= 33 * gateway.SEND_SECONDS
+
+
+def test_a_car_of_thousands_of_nodes_in_cids_delays_no_other(home: Home) -> None:
+    """They are in no CAR, so nothing is sent between them."""
+    dag = Dag()
+    root = cids.text(thousands_of_nodes_in_cids(dag, 10_000))
+    with none_is_long(home), serving(home, "--from", dag.car(home.folder / "inline.car")) as server:
+        assert len(server.ask(f"/ipfs/{root}?format=car").blocks()) == 1
 
 
 def test_garbage_ends_one_connection(home: Home) -> None:

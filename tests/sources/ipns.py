@@ -1,16 +1,15 @@
 """IPNS records made for tests, and a server on loopback that gives them out, truly or not."""
 
 import hashlib
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import libipld
+import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ipfsfuse.dag import varint
 from ipfsfuse.sources.names import record as records
 from ipfsfuse.sources.names.record import KeyName
+from tests.sources.listening import HttpAnswering
 
 PrivateKey = Ed25519PrivateKey | rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 DAY = 86400.0
@@ -99,47 +99,21 @@ def signed(key: PrivateKey, data: bytes) -> bytes:
     return inlined + field(8, sign(key, records.PREFIX + data)) + field(9, data)
 
 
-class NameServer:
+class NameServer(HttpAnswering):
     """Answers `/ipns/NAME?format=ipns-record` and `/routing/v1/ipns/NAME` with what stands in `records`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.records: dict[str, bytes] = {}
         self.content_type = "application/vnd.ipfs.ipns-record"
         self.stalled = False
         self.asked: Counter[str] = Counter()
-        self.url = ""
-        self._end = threading.Event()
-
-    @contextmanager
-    def serving(self) -> Iterator["NameServer"]:
-        ours = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                ours.answer(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._end.set()
-            server.shutdown()
-            server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         name = request.path.partition("?")[0].rpartition("/")[2]
         self.asked[name] += 1
         if self.stalled:
-            self._end.wait()
+            self.ended.wait()
             return
         data = self.records.get(name)
         request.send_response(200 if data is not None else 404)
@@ -147,3 +121,9 @@ class NameServer:
         request.send_header("Content-Length", str(len(data or b"")))
         request.end_headers()
         request.wfile.write(data or b"")
+
+
+@pytest.fixture
+def server() -> Iterator[NameServer]:
+    with NameServer().serving() as server:
+        yield server

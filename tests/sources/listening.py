@@ -1,7 +1,11 @@
-"""A listener on 127.0.0.1 with a thread per connection, all ended with it."""
+"""Servers on 127.0.0.1 with a thread per connection, all ended with them: `Listening` for bare connections,
+`HttpAnswering` for requests."""
 
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 
@@ -46,4 +50,49 @@ class Listening:
         """Called once nobody can connect any more."""
 
     def _serve(self, connection: socket.socket, number: int, /) -> None:
+        raise NotImplementedError
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+    """With the usual 5, a crowd's connections are dropped by the kernel and tried again seconds later."""
+
+
+class HttpAnswering:
+    """`answer` gets each request; one that answers nothing waits for `ended`."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.ended = threading.Event()
+
+    @contextmanager
+    def serving(self) -> Iterator[Self]:
+        ours = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                ours.answer(self)
+
+            def do_POST(self) -> None:
+                ours.answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        server = _HttpServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.ended.set()
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
         raise NotImplementedError

@@ -173,6 +173,13 @@ class Subfolder:
         """What lies in it; nothing while it can't be made."""
         return os.listdir(self._fd) if self._fd >= 0 else []
 
+    def each_name(self) -> Iterator[str]:
+        """As `names`, of any number, a part at a time."""
+        if self._fd >= 0:
+            with os.scandir(self._fd) as items:
+                for item in items:
+                    yield item.name
+
     def stat(self, name: str) -> os.stat_result:
         """Of `name` itself, where it is a link. Raises OSError."""
         return os.stat(name, dir_fd=self.fd(), follow_symlinks=False)

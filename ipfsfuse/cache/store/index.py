@@ -52,6 +52,8 @@ _CHECKPOINT = 128
 the budget."""
 
 
+_PARAMETERS = 500
+"""Of one statement."""
 Statements = Sequence[tuple[str, Sequence[Sequence[Any]]]]
 """(SQL, argument lists) of one transaction."""
 
@@ -121,9 +123,17 @@ class Index:
             self._open()
 
     def _open(self) -> None:
+        """Nothing stays open where it fails."""
         if not self.in_memory:
             with as_store_failed(f"{self.path} can't be opened"):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        try:
+            self._connect_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect_all(self) -> None:
         with _translated(self.path):
             self._writer = self._connect()
             self._reader = self._writer if self.in_memory else self._connect()
@@ -221,6 +231,29 @@ class Index:
                 "SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,)
             ).fetchall()
             return [key for (key,) in rows if isinstance(key, bytes)]
+
+    def uses(self, keys: Sequence[bytes | int | str]) -> dict[bytes | int | str, tuple[float, bool]]:
+        """(last use, whether it was used again) of those of `keys` that were in use at the last unmount. In
+        any thread, as `count_blocks`. Raises Damaged or StoreFailed."""
+        found: dict[bytes | int | str, tuple[float, bool]] = {}
+        with self._counting, _translated(self.path):
+            for at in range(0, len(keys), _PARAMETERS):
+                some = keys[at : at + _PARAMETERS]
+                sql = f"SELECT key, last, frequent FROM uses WHERE key IN ({','.join('?' * len(some))})"
+                for key, last, frequent in self._counter.execute(sql, some):
+                    if not isinstance(last, float):  # SQLite has no checksums
+                        raise Damaged(f"a row holds {last!r}")
+                    found[key] = last, bool(frequent)
+        return found
+
+    def packs(self) -> dict[int, int]:
+        """How many bytes of each pack are indexed. In any thread, as `count_blocks`. Raises Damaged or
+        StoreFailed."""
+        with self._counting, _translated(self.path):
+            rows = self._counter.execute("SELECT pack, indexed FROM packs").fetchall()
+        if not all(isinstance(number, int) for row in rows for number in row):
+            raise Damaged("a row holds no number")
+        return dict(rows)
 
     def write(self, statements: Statements) -> None:
         """Raises Damaged or StoreFailed, with nothing written."""

@@ -94,7 +94,8 @@ class Packs:
         self.limit = limit
         self._files: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
-        """Bytes written of each pack that is there."""
+        """Bytes written of each pack that is there: until `known`, not of all."""
+        self.known = False
         self.last = 0
         """The highest number in use."""
         self.pending: dict[bytes, Place | None] = {}
@@ -111,9 +112,20 @@ class Packs:
         if place is None and key not in self.pending:
             row = self._index.row("SELECT pack, at, size FROM blocks WHERE key = ?", (key,))
             place = Place(*row) if row is not None and all(type(number) is int for number in row) else None
-        if place is None or not 0 <= place.at <= place.at + place.size <= self.sizes.get(place.pack, -1):
+        if place is None or not 0 <= place.at <= place.at + place.size <= self._size(place.pack):
             return None  # evicted; or a bit turned in the row, for SQLite has no checksums
         return place
+
+    def _size(self, pack: int) -> int:
+        """Bytes written of a pack, -1 where it is not there. Until all packs are known, one that is not is
+        looked for on the disk."""
+        size = self.sizes.get(pack, -1)
+        if size < 0 and not self.known:
+            with contextlib.suppress(OSError, StoreFailed):
+                info = self.folder.stat(_name(pack))
+                if is_our_own(info):
+                    size = self.sizes[pack] = info.st_size
+        return size
 
     def read(self, place: Place) -> bytes:
         """What is stored at `place`: unproved. Raises OSError."""
@@ -222,20 +234,19 @@ class Packs:
         finally:
             os.close(file)
 
-    def scan(self) -> list[tuple[int, os.stat_result]]:
+    def scan(self) -> Iterator[tuple[int, os.stat_result]]:
         """The packs that an earlier run left. Links that have the name of a pack are removed; strays are left
         alone."""
-        found, strays = [], []
-        for name in self.folder.names():
+        strays = []
+        for name in self.folder.each_name():
             matched, info = _NAME.fullmatch(name), self.folder.stat(name)
             if matched is None or stat.S_ISDIR(info.st_mode):
                 strays.append(name)
             elif is_our_own(info):
-                found.append((int(matched[1]), info))
+                yield int(matched[1]), info
             else:
                 self.folder.unlink(name)
         self.folder.report_strays(strays)
-        return sorted(found)
 
     def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
         """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
@@ -436,7 +447,7 @@ class BlockStore:
     async def keep(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
         """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are
         never evicted)."""
-        if self._backoff.waiting:
+        if self._backoff.waiting or not self._budget.counted.is_set():
             return False
         made = section(cids.canonical(cid), block)
         async with self._my_turn():
@@ -450,7 +461,7 @@ class BlockStore:
     async def keep_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
         """As `keep` for several that were not kept when they were asked for, in few writes: opening a
         pack costs as much as writing a small block to it."""
-        if self._backoff.waiting:
+        if self._backoff.waiting or not self._budget.counted.is_set():
             return
         async with self._my_turn():
             together: list[Section] = []

@@ -1,25 +1,29 @@
 """The store's life: what an earlier run left is found at the start, and the index is written behind the
 reads.
 
-Concurrency: `recover` blocks and runs before anything else; `write_behind` is one task.
+Concurrency: `Inventory.run` and `write_behind` are one task each.
 """
 
 import contextlib
 import gc
+import heapq
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import trio
 
 from ipfsfuse.cache.base import Pins
-from ipfsfuse.cache.budget import Key
+from ipfsfuse.cache.budget import RETRY, Key
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import as_store_failed, tag
 from ipfsfuse.cache.store.index import Damaged, Statements
 from ipfsfuse.cache.store.packs import ROWS, Place
+from ipfsfuse.cache.store.staging import Entry
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -28,8 +32,15 @@ from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
+AT_FIRST = 2000
+"""Files of an earlier run that are looked at before the mount is up: 0.02 s. What is beyond them is looked at
+while reads are served."""
+HEAD_START = 0.3
+"""Seconds after which that begins: the mount comes up first, and both need the interpreter."""
+AT_ONCE = 2000
+"""Files that are looked at by one thread hop after that."""
+RESTORED_AT_ONCE = 500
+"""Files that are counted in one step of the event loop: some milliseconds."""
 WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
 MAX_PENDING = 50_000
@@ -45,17 +56,28 @@ MEASURE_SECONDS = 5.0
 async def open_store(
     folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None = None
 ) -> Store:
-    """The store in `folder`, with what lies there taken up, and within its budget. Raises StoreFailed."""
+    """The store in `folder`, within its budget. Raises StoreFailed.
 
-    def make() -> Store:
+    What lies there is counted before this returns, or, where that is much, by a task of `nursery`: see
+    `Inventory`."""
+
+    def make() -> tuple[Store, Inventory, bool]:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
             store = Store(folder, budget, nursery, pins, reserve)
-            recover(store)
-            tag(folder)
-            return store
+            with _closed_after_failure(store):
+                inventory = Inventory(store)
+                ended = inventory.look(AT_FIRST)
+                tag(folder)
+            return store, inventory, ended
 
-    store = await threads.run_sync(make)
-    await measure(store)
+    store, inventory, ended = await threads.run_sync(make)
+    with _closed_after_failure(store):
+        inventory.take()
+        if ended:
+            await inventory.complete()
+        else:
+            nursery.start_soon(inventory.run)
+            await measure(store)
     if store.budget.limit < budget:
         said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
         log.info(
@@ -78,84 +100,178 @@ def _no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def recover(store: Store) -> None:
-    """Finds what lies in the folder, last used last, so that what ARC gives back first is what it would
-    have."""
-    recency = dict(
-        _rows(
-            store,
-            "SELECT key, last, frequent FROM uses",
-            lambda key, last, frequent: (key, (float(last), bool(frequent))),
-        )
-    )
-    in_order = recency.pop(IN_ORDER, None) is not None
+class Inventory:
+    """Finds what an earlier run left, and counts it in the budget, in the order of use: what ARC gives back
+    first is what it would have.
 
-    def used(key: Key, changed: float) -> tuple[float, bool]:
-        """When something was used last, whose file says that it was `changed` then; and whether it was used
-        again."""
-        last, frequent = recency.get(key, (0.0, False))
-        return (last if in_order and key in recency else max(last, changed)), frequent
+    Each file is looked at, for only the disk knows its size: some seconds for a million. Meanwhile reads find
+    what they ask for by its name (`Staging.find`, `Packs.find`), and nothing new is kept
+    (`Budget.counted`)."""
 
-    found: list[tuple[float, bool, Key, int]] = []
-    for entry in store.staging.scan():
-        entry.last_used, frequent = used(entry.cid, entry.last_used)
-        store.staging.entries[entry.cid] = entry
-        entry.charged = store.staging.charge(entry)
-        found.append((entry.last_used, frequent, entry.cid, entry.charged))
-    for pack, info in store.blocks.packs.scan():
-        store.blocks.packs.sizes[pack] = info.st_size
-        store.blocks.packs.last = max(store.blocks.packs.last, pack)
-        last, frequent = used(pack, info.st_mtime)
-        found.append((last, frequent, pack, info.st_blocks * 512 + store.staging.unit))
-    found.sort(key=lambda item: item[0])
-    for (_last, frequent, key, size), moment in zip(
-        found, staging.from_wall([last for last, *_ in found]), strict=True
-    ):
-        store.budget.arc.restore(key, size, frequent)
-        if not isinstance(key, int):
-            store.staging.entries[key].last_used = moment
-    indexed = dict(_rows(store, "SELECT pack, indexed FROM packs", lambda pack, size: (int(pack), int(size))))
-    gone = [pack for pack in indexed if pack not in store.blocks.packs.sizes]
-    if gone:  # deleted before the index was told: their numbers are not used again until it has been
-        store.blocks.packs.last = max(store.blocks.packs.last, *gone)
-        store.blocks.statements = [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
-        store.blocks.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
-    store.blocks.write_later(
-        "DELETE FROM uses WHERE key = ?", (IN_ORDER,)
-    )  # from now on the files' times say more
-    if store.blocks.index.in_memory:  # the one on the disk may know any lower number
-        store.blocks.packs.last = max(store.blocks.packs.last, int(time.time()))
-    _keep_pinned(store)
-    if not store.blocks.index.anew:
-        _read_tails(store, indexed)
-        store.blocks.packs_indexed.set()
+    def __init__(self, store: Store) -> None:
+        """Blocks for some system calls. Raises OSError, StoreFailed."""
+        self._store = store
+        self._damaged: Damaged | None = None
+        store.pinned = store.pin_records.load()
+        for record in store.pinned.values():
+            for key in record.keys or ():
+                store.budget.keep(key)
+        self._in_order = bool(self._uses([IN_ORDER]))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._packs, self._entries = self._store.blocks.packs.scan(), self._store.staging.scan()
+        self._new: tuple[list[tuple[int, os.stat_result]], list[Entry]] = [], []
+        """What the last look found."""
+        self._looks: list[list[tuple[float, bool, Key, float]]] = []
+        """What each look found, last used last: (when by the wall clock, whether it was used again, key,
+        moment of that use; for a pack, bytes on disk)."""
+
+    # -- in a thread -----------------------------------------------------------------------------------------
+
+    def look(self, count: int) -> bool:
+        """Looks at so many more files. Whether those were the last. Raises OSError, StoreFailed."""
+        packs = list(islice(self._packs, count))
+        entries = list(islice(self._entries, count - len(packs)))
+        keys: list[Key] = [pack for pack, _info in packs]
+        keys += [entry.cid for entry in entries]
+        uses = self._uses(keys)
+
+        def used(key: Key, changed: float) -> tuple[float, bool]:
+            """When something was used last, whose file says that it was `changed` then; and whether it was
+            used again."""
+            last, frequent = uses.get(key, (0.0, False))
+            return (last if self._in_order and key in uses else max(last, changed)), frequent
+
+        unit = self._store.staging.unit
+        found: list[tuple[float, bool, Key, float]] = [
+            (*used(pack, info.st_mtime), pack, float(info.st_blocks * 512 + unit)) for pack, info in packs
+        ]
+        of_files = sorted(((*used(entry.cid, entry.last_used), entry) for entry in entries), key=_when)
+        moments = staging.from_wall([last for last, _frequent, _entry in of_files])
+        for (last, frequent, entry), moment in zip(of_files, moments, strict=True):
+            entry.last_used = entry.noted = moment
+            found.append((last, frequent, entry.cid, moment))
+        found.sort(key=_when)
+        self._looks.append(found)
+        self._new = packs, entries
+        return len(packs) + len(entries) < count
+
+    def _uses(self, keys: Sequence[Key | str]) -> Mapping[bytes | int | str, tuple[float, bool]]:
+        """What the index says of the use of `keys`."""
+        try:
+            return self._store.blocks.index.uses(keys) if self._damaged is None else {}
+        except Damaged as exc:
+            self._damaged = exc
+            return {}
+
+    def _indexed(self) -> dict[int, int]:
+        """How many bytes of each pack the index knows."""
+        try:
+            return self._store.blocks.index.packs() if self._damaged is None else {}
+        except Damaged as exc:
+            self._damaged = exc
+            return {}
+
+    # -- on the event loop -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Looks at what is left to look at. A disk in trouble is tried again."""
+        await trio.sleep(HEAD_START)
+        while True:
+            try:
+                ended = False
+                while not ended:
+                    ended = await threads.run_sync(self.look, AT_ONCE, limiter=self._store.io.upkeep)
+                    self.take()
+                    gc.freeze()  # as in `_no_collections`
+                await self.complete()
+                self._store.backoff.succeeded()
+                return
+            except (OSError, StoreFailed) as exc:
+                self._store.backoff.failed(f"{self._store.folder}: what is there can't be counted", exc)
+                await trio.sleep(RETRY)
+                self._begin()
+
+    def take(self) -> None:
+        """Takes in what the last look found."""
+        packs, entries = self._new
+        for pack, info in packs:
+            self._store.blocks.packs.sizes.setdefault(pack, info.st_size)
+        for entry in entries:
+            self._store.staging.take(entry)
+
+    async def complete(self) -> None:
+        """Counts all that was found. From then on new things are kept. Raises StoreFailed."""
+        store, packs, files = self._store, self._store.blocks.packs, self._store.staging
+        indexed = await threads.run_sync(self._indexed)
+        packs.last = max(packs.sizes, default=0)
+        early, used_again = files.found_early, list[Entry]()
+        for number, (_last, frequent, key, what) in enumerate(heapq.merge(*self._looks, key=_when)):
+            if number % RESTORED_AT_ONCE == RESTORED_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+            if isinstance(key, int):
+                store.budget.restore(key, int(what), frequent)
+            elif (entry := files.entries.get(key)) is not None:
+                if entry.last_used is early.pop(key, what):
+                    store.budget.restore(key, entry.charged, frequent)
+                else:
+                    used_again.append(entry)
+        while self._looks:  # a million at once would take a tenth of a second
+            self._looks.pop()
+            await trio.lowlevel.checkpoint()
+        # some were renamed while the folder was read, and not found so
+        used_again += [entry for key in early if (entry := files.entries.get(key)) is not None]
+        for entry in sorted(used_again, key=lambda entry: entry.last_used):
+            store.budget.restore(entry.cid, entry.charged, True)
+        if self._damaged is not None:
+            store.blocks.index.replace(str(self._damaged))
+        gone = [pack for pack in indexed if pack not in packs.sizes]
+        if gone:  # deleted before the index was told: their numbers are not used again until it has been
+            packs.last = max(packs.last, *gone)
+            store.blocks.statements += [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
+            store.blocks.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
+        store.blocks.write_later(
+            "DELETE FROM uses WHERE key = ?", (IN_ORDER,)
+        )  # from now on the files' times say more
+        if store.blocks.index.in_memory:  # the one on the disk may know any lower number
+            packs.last = max(packs.last, int(time.time()))
+        self._keep_pinned()
+        if not store.blocks.index.anew:
+            _take(store, await threads.run_sync(_tails, store, indexed))
+            store.blocks.packs_indexed.set()
+        files.known = packs.known = True
+        early.clear()
+        store.budget.counted.set()
+        await measure(store)
+
+    def _keep_pinned(self) -> None:
+        """Where it is not known what belongs to a pin, nothing at all may be evicted until
+        `PinnedDags.recover` has found out. The number of a pack that is lost is not given to another."""
+        store = self._store
+        for record in store.pinned.values():
+            if record.keys is None:
+                for key in list(store.budget.arc):
+                    store.budget.keep(key)
+            store.blocks.packs.last = max(
+                store.blocks.packs.last, *(key for key in record.keys or () if isinstance(key, int)), 0
+            )
 
 
-def _keep_pinned(store: Store) -> None:
-    """Nothing that is pinned may be evicted. Where it is not known what belongs to a pin, nothing at all may
-    be, until `PinnedDags.recover` has found out."""
-    store.pinned = store.pin_records.load()
-    for record in store.pinned.values():
-        for key in list(store.budget.arc) if record.keys is None else record.keys:
-            store.budget.keep(key)
-            if isinstance(key, int):  # the number of a pack that is lost is not given to another
-                store.blocks.packs.last = max(store.blocks.packs.last, key)
+def _when(found: tuple[Any, ...]) -> float:
+    last: float = found[0]
+    return last
 
 
-def _rows(store: Store, sql: str, read: Callable[..., T]) -> Sequence[T]:
-    try:
-        return store.blocks.index.rows(sql, read)
-    except Damaged as exc:
-        store.blocks.index.replace(str(exc))
-        return ()
-
-
-def _read_tails(store: Store, indexed: Mapping[int, int]) -> None:
-    """Rows that a crash kept from being written are read from the packs, behind the bytes that are
-    `indexed`."""
-    for pack, size in store.blocks.packs.sizes.items():
-        if indexed.get(pack, 0) < size:
-            _take(store, store.blocks.packs.sections(pack, indexed.get(pack, 0)))
+def _tails(store: Store, indexed: Mapping[int, int]) -> list[tuple[Cid, Place]]:
+    """What lies in packs behind the bytes that are `indexed`: rows that a crash kept from being written."""
+    packs = store.blocks.packs
+    return [
+        found
+        for pack, size in list(packs.sizes.items())
+        if indexed.get(pack, 0) < size
+        for found in packs.sections(pack, indexed.get(pack, 0))
+    ]
 
 
 def _take(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
@@ -165,6 +281,7 @@ def _take(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
 
 async def write_behind(store: Store) -> None:
     """Writes rows as they come, for as long as the cache lives."""
+    await store.budget.counted.wait()
     if store.blocks.index.anew:
         await _read_packs(store)
     while True:
@@ -252,7 +369,7 @@ async def _read_packs(store: Store) -> None:
 
 
 def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
-    """(key, last use, whether it was used again) of all that ARC holds, as `take_up` reads it. Times grow
+    """(key, last use, whether it was used again) of all that ARC holds, as `Inventory` reads it. Times grow
     with ARC's order."""
     out: list[tuple[Key | str, float, bool]] = [(IN_ORDER, 0.0, False)]
     last, was_frequent = 0.0, False
@@ -273,16 +390,31 @@ async def close(store: Store) -> None:
         if entry.all_proved():
             await store.finish(entry)
     await flush(store)
-    statements: Statements = [
-        ("DELETE FROM uses", [()]),
-        ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store)),
-    ]
-    try:
-        await threads.run_sync(store.blocks.index.write, statements)
-    except (StoreFailed, Damaged) as exc:
-        log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
+    if store.budget.counted.is_set():  # else what the index says of the uses is still the best there is
+        statements: Statements = [
+            ("DELETE FROM uses", [()]),
+            ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store)),
+        ]
+        try:
+            await threads.run_sync(store.blocks.index.write, statements)
+        except (StoreFailed, Damaged) as exc:
+            log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
+    _close_files(store)
+
+
+def _close_files(store: Store) -> None:
     store.blocks.packs.close()
     store.blocks.index.close()
+
+
+@contextlib.contextmanager
+def _closed_after_failure(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _close_files(store)
+        close_folders(store)
+        raise
 
 
 def close_folders(store: Store) -> None:

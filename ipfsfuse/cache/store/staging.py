@@ -29,7 +29,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.errors import NotACid, Unsupported
+from ipfsfuse.errors import NotACid, StoreFailed, Unsupported
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
 
@@ -136,6 +136,9 @@ class Removed(Exception):
     """The entry was removed while a thread was about to write to it. Never leaves the cache."""
 
 
+_LOCKS = [threading.Lock() for _ in range(1024)]
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One staging file."""
@@ -172,7 +175,12 @@ class Entry:
     """All of it was read back and found right in this run, and nothing was written since."""
     held: bool = False
     """The kernel reads it itself: nothing may be taken away from it."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Shared with few others: a lock for each of a million files would take 40 MB. A thread takes one at
+        a time."""
+        return _LOCKS[hash(self.cid) % len(_LOCKS)]
 
     def gone(self) -> bool:
         """`dead` once more: it may have been set since the lock was last released."""
@@ -193,6 +201,11 @@ class Staging:
         """Raises StoreFailed, OSError."""
         self.path = path
         self.entries: dict[Cid, Entry] = {}
+        """Those that are known: until `known`, not all of what an earlier run left."""
+        self.known = False
+        self.found_early: dict[Cid, float] = {}
+        """When what was asked for, before the scan came to it, was used last in an earlier run."""
+        self._removed_early: set[Cid] = set()
         self.folder = Subfolder(path)
         self._direct = Direct()
         self.unit = 4096
@@ -203,6 +216,37 @@ class Staging:
             self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
 
     # -- on the event loop -----------------------------------------------------------------------------------
+
+    def find(self, cid: Cid) -> Entry | None:
+        """The entry of `cid`. Until all entries are known, one that is not is looked for on the disk: two
+        system calls."""
+        entry = self.entries.get(cid)
+        if entry is None and not self.known and cid not in self._removed_early:
+            entry = next(filter(None, (self._recognised(cids.text(cid) + end) for end in ("", PART))), None)
+            if entry is not None:
+                (entry.last_used,) = from_wall([entry.last_used])
+                entry.noted = entry.last_used
+                entry.charged = self.charge(entry)
+                self.entries[cid] = entry
+                self.found_early[cid] = entry.last_used
+        return entry
+
+    def _recognised(self, name: str) -> Entry | None:
+        """The entry of a file of this name that an earlier run left and that may be used."""
+        try:
+            info = self.folder.stat(name)
+        except (OSError, StoreFailed):
+            return None
+        entry = _recognise(name, info)
+        return entry if entry is not None and entry.size and is_our_own(info) else None
+
+    def take(self, entry: Entry) -> bool:
+        """Takes in what `scan` found. False where it is known already, or was removed meanwhile."""
+        if entry.cid in self.entries or entry.cid in self._removed_early:
+            return False
+        self.entries[entry.cid] = entry
+        entry.charged = self.charge(entry)
+        return True
 
     def entry(self, cid: Cid, size: int) -> Entry:
         """The entry of `cid`, new and empty where there is none: a CID fixes its size."""
@@ -219,42 +263,40 @@ class Staging:
     def charge(self, entry: Entry) -> int:
         """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
         tree that the file system writes later, until the file is whole and on disk."""
-        if entry.complete:
-            return entry.disk + entry.reserved
+        if entry.complete:  # mostly the same number, and not one more in memory
+            return entry.disk + entry.reserved if entry.reserved else entry.disk
         pieces = len(entry.extents) if entry.extents is not None else 1
         return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
 
     def forget(self, entry: Entry) -> None:
         if self.entries.get(entry.cid) is entry:
             del self.entries[entry.cid]
+        if not self.known:
+            self._removed_early.add(entry.cid)
 
     # -- in a thread -----------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
         """What an earlier run left. Links, an empty part, and a part beside its whole file are removed;
         strays are left alone."""
-        found: dict[Cid, Entry] = {}
         strays = []
-        for name in self.folder.names():
-            info = self.folder.stat(name)
-            entry = _recognise(name, info)
-            if entry is None or stat.S_ISDIR(info.st_mode):
-                strays.append(name)
+        for name in self.folder.each_name():
+            try:
+                info = self.folder.stat(name)
+                entry = _recognise(name, info)
+                if entry is None or stat.S_ISDIR(info.st_mode):
+                    strays.append(name)
+                    continue
+                # A file of size 0 is left by a kill between its making and its first write.
+                # Through a link, what lies elsewhere would be written.
+                usable = entry.size and is_our_own(info)
+                if usable and (entry.complete or self._recognised(cids.text(entry.cid)) is None):
+                    yield entry
+                else:
+                    self.folder.unlink(name)
+            except FileNotFoundError:  # evicted or renamed meanwhile
                 continue
-            # A file of size 0 is left by a kill between its making and its first write.
-            # Through a link, what lies elsewhere would be written.
-            if not entry.size or not is_our_own(info):
-                self.folder.unlink(name)
-                continue
-            known = found.get(entry.cid)
-            if known is not None:
-                if entry.complete:  # a whole file, and before it the part of the same
-                    found[entry.cid], entry = entry, known
-                self.folder.unlink(_name(entry))
-            else:
-                found[entry.cid] = entry
         self.folder.report_strays(strays)
-        return iter(found.values())
 
     def look(self, entry: Entry) -> Extents:
         """Which bytes of `entry` may be present, by what the file system says."""
@@ -461,8 +503,9 @@ def _recognise(name: str, info: os.stat_result) -> Entry | None:
         return None
     disk = info.st_blocks * 512
     return Entry(
-        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, 0, False, "", info.st_mtime
-    )
+        cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, disk, False, "",
+        (when := info.st_mtime), when,
+    )  # fmt: skip
 
 
 def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:

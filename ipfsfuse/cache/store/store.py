@@ -69,15 +69,20 @@ class Store:
         self.space = FreeSpace(folder, reserve)
         self.small_budget = min(budget, self.space.total or budget)
         """What the sizes of packs, of the index's write-ahead log and of its margin are derived from."""
-        self.budget = Budget(budget, self._evict, self.space.spare)
+        self.budget = Budget(budget, self._evict, self.space.spare, counted=False)
         self.backoff = WriteBackoff()
         self.io = IoLimits()
-        self.staging = Staging(folder / STAGING)
-        self.pin_records = PinRecords(folder / PINNED)
+        with contextlib.ExitStack() as opened:
+            self.staging = Staging(folder / STAGING)
+            opened.callback(self.staging.folder.close)
+            self.pin_records = PinRecords(folder / PINNED)
+            opened.callback(self.pin_records.folder.close)
+            index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
+            opened.callback(index.close)
+            packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+            opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
         """What was pinned when the store was opened."""
-        index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
-        packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
         self._arriving: Counter[Cid] = Counter()
@@ -105,7 +110,7 @@ class Store:
         given up)."""
         if not await self.has_leaf(file, leaf):
             return None
-        entry = self.staging.entries.get(file.cid)
+        entry = self.staging.find(file.cid)
         if entry is None:
             return None
         try:
@@ -122,7 +127,7 @@ class Store:
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> memoryview | None:
         """The bytes [start, stop) of the leaf, if they can be proved without the rest of it: it was verified
         before. None where that is not so, or they are not right."""
-        entry, digests = self.staging.entries.get(file.cid), self._digests.get(leaf.cid)
+        entry, digests = self.staging.find(file.cid), self._digests.get(leaf.cid)
         if digests is None or entry is None or entry.dead or entry.extents is None:
             return None
         if not entry.extents.covers(leaf.offset, leaf.offset + leaf.size):
@@ -169,7 +174,7 @@ class Store:
 
     async def _entry(self, cid: Cid) -> Entry | None:
         """The live entry of `cid`, with its extents known."""
-        entry = self.staging.entries.get(cid)
+        entry = self.staging.find(cid)
         if entry is not None and entry.extents is None:
             try:
                 found = await threads.run_sync(self.staging.look, entry, limiter=self.io.reading)
@@ -273,7 +278,7 @@ class Store:
 
     def note_use(self, file: FileRef) -> None:
         """A new use of a file. Its time is written to the disk now and then."""
-        entry = self.staging.entries.get(file.cid)
+        entry = self.staging.find(file.cid)
         if entry is None:
             return
         self.budget.arc.use(file.cid, current_request.get().caller)
@@ -295,7 +300,9 @@ class Store:
         return [self._told(entry) for entry in _by_use(list(self.staging.entries.values()))]
 
     async def listed(self) -> Sequence[Kept]:
-        """As `kept`, of any number without stopping other calls: 100,000 take half a second."""
+        """As `kept`, of all that there is, and of any number without stopping other calls: 100,000 take half
+        a second."""
+        await self.budget.counted.wait()
         entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
         found = []
         for number, entry in enumerate(entries):
@@ -307,7 +314,7 @@ class Store:
 
     def kept_of(self, cid: Cid) -> Kept | None:
         """A staging file, or a small block: of that its pack knows no use of its own."""
-        entry = self.staging.entries.get(cids.canonical(cid))
+        entry = self.staging.find(cids.canonical(cid))
         if entry is not None:
             return self._told(entry)
         place = self.blocks.place(cid)
@@ -339,7 +346,7 @@ class Store:
                     if not self.holds(cid):
                         self.pins.remove(cid)
                 return
-            entry = self.staging.entries.get(key)
+            entry = self.staging.find(key)
             if entry is not None:
                 size = entry.disk
                 entry.dead = True
@@ -374,6 +381,7 @@ class Store:
 
     async def evict(self, cid: Cid | None = None) -> int:
         """As `PinsetCache.evict`."""
+        await self.budget.counted.wait()
         if cid is None:
             # else pinned meanwhile
             return sum(
@@ -392,7 +400,8 @@ class Store:
     def holds(self, cid: Cid) -> bool:
         """Whether `cid` itself is staged, or is being staged, at least in part."""
         own = cids.canonical(cid)
-        return own in self.staging.entries or own in self._arriving or self.blocks.place(cid) is not None
+        here = own in self._arriving or self.staging.find(own) is not None
+        return here or self.blocks.place(cid) is not None
 
     @contextlib.contextmanager
     def arriving(self, cid: Cid) -> Iterator[None]:
@@ -417,6 +426,9 @@ class Store:
     def no_room(self) -> str:
         """Why nothing new can be kept, "" where that is not so."""
         budget, space = self.budget, self.space
+        if not budget.counted.is_set():
+            count = len(self.staging.entries) + len(self.blocks.packs.sizes)
+            return f"{self.folder}: what is there is being counted, {count} files so far: nothing new is kept"
         if budget.arc.capacity >= SMALL:
             return ""
         if budget.limit < budget.configured:
@@ -429,7 +441,7 @@ class Store:
 
     def note_room(self) -> None:
         """Logs when there is no room any more, and when there is again."""
-        reason = self.no_room()
+        reason = self.no_room() if self.budget.counted.is_set() else ""
         if bool(reason) != self._full:
             self._full = bool(reason)
             if reason:

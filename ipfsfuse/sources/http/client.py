@@ -29,7 +29,7 @@ from ipfsfuse.sources.http import failures
 from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
 from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
-from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, RateLimit, tls_context
+from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls_context
 from ipfsfuse.sources.http.transport import Connection, ConnectionPool
 from ipfsfuse.sources.streams import Leases, nothing
 
@@ -136,20 +136,18 @@ class _HttpcoreBody:
 class Response:
     """A response's head, and its body to be read once, by one task."""
 
-    def __init__(
-        self, response: httpx.Response, name: str, total: float, share: BodyShare, rate: RateLimit | None
-    ) -> None:
+    def __init__(self, response: httpx.Response, name: str, share: BodyShare, settings: HttpSettings) -> None:
         self.connection = own = cast("Connection | None", response.extensions.get("connection"))
         """Of our transport; None with httpcore."""
         self.status = response.status_code
         self.headers: dict[str, str] = dict(response.headers) if own is None else own.headers
         """By names in lower case."""
         self._body: Connection | _HttpcoreBody = own or _HttpcoreBody(response)
-        self._response, self._name, self._total, self._share = response, name, total, share
+        self._response, self._name, self._total, self._share = response, name, settings.total, share
         self.leases = Leases(share.give)
         self._release: Callable[[], None] = nothing
         """Of what was received last."""
-        self._rate = rate
+        self._rate, self._quota = settings.rate, settings.quota
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
         self.left = int(length[:18]) if known else None
@@ -190,8 +188,7 @@ class Response:
             if not piece:
                 raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
         self._ended = not piece or self.left == 0
-        if self._rate is not None:
-            await self._rate.spend(len(piece))
+        await self._spend(len(piece))
         return piece
 
     async def receive_into(self, sizes: Sequence[int], seconds: float = math.inf) -> Sequence[memoryview]:
@@ -208,9 +205,14 @@ class Response:
             filled = await self._body.receive_into(sizes)
         self.left -= count
         self._ended = self.left == 0
+        await self._spend(count)
+        return filled
+
+    async def _spend(self, count: int) -> None:
+        if self._quota is not None:
+            self._quota.spend(count)
         if self._rate is not None:
             await self._rate.spend(count)
-        return filled
 
     def lease(self) -> Callable[[], None]:
         """What was received last counts as in memory until the function returned is called, or until the
@@ -316,6 +318,8 @@ class Http:
     ) -> AsyncIterator[Response]:
         """One request for `target`, a path and query below the origin's base. Redirects are followed as the
         rules let. A `repeatable` one is sent again where a kept connection is dead. Raises SourceFailed."""
+        if self.settings.quota is not None:
+            self.settings.quota.check()
         origin, path = self._named, self.origin.base + target
         try:
             for _ in range(MAX_REDIRECTS + 1):
@@ -416,7 +420,7 @@ class Http:
             with limit:
                 sent = await client.send(request, stream=True)
             self._answered = trio.current_time()
-            response = Response(sent, self.origin.text, self.settings.total, self._share, self.settings.rate)
+            response = Response(sent, self.origin.text, self._share, self.settings)
             return client, response
         finally:
             if response is None:

@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from ipfsfuse.errors import UsageError
+from ipfsfuse.errors import QuotaReached, UsageError
 from ipfsfuse.sources.http.origin import Origin
 
 # -- secrets -------------------------------------------------------------------------------------------------
@@ -194,6 +194,31 @@ class RateLimit:
             await trio.sleep_until(self._paid_until)
 
 
+class FetchQuota:
+    """Bounds the bytes of all bodies together. One that is on its way when the bound is reached is not read
+    on; no request is made from then on. Concurrency: any number of tasks."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self.fetched = 0
+        self.reached = trio.Event()
+
+    def check(self) -> None:
+        """Raises QuotaReached."""
+        if self.reached.is_set():
+            raise QuotaReached(
+                f"this mount has fetched {self.fetched} bytes: more than --max-fetch {self.bound} allows",
+                "quota",
+            )
+
+    def spend(self, count: int) -> None:
+        """Raises QuotaReached."""
+        self.fetched += count
+        if self.fetched > self.bound:
+            self.reached.set()
+        self.check()
+
+
 GRACE_SECONDS = 0.01
 """Waits that are shorter are saved up."""
 
@@ -214,6 +239,8 @@ class HttpSettings:
     """Whether only servers at public addresses are asked: for servers that strangers name."""
     rate: RateLimit | None = None
     """For all bodies of all sources together."""
+    quota: FetchQuota | None = None
+    """As `rate`."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
 

@@ -24,6 +24,7 @@ from ipfsfuse.errors import (
     BlockTooLarge,
     Malformed,
     NotHere,
+    QuotaReached,
     SourceFailed,
     Unavailable,
     Unsupported,
@@ -293,6 +294,7 @@ class HedgedFetch:
         self._pool = pool
         self._cid = cid
         self._wrong: WrongBlock | None = None
+        self._quota: QuotaReached | None = None
         self._too_large: BlockTooLarge | None = None
         """Set once a source says that the block is too large. That may be a lie, so each other source is
         asked once, and has `patience` seconds to answer."""
@@ -303,7 +305,8 @@ class HedgedFetch:
         """What each source that was asked has said last, by its name."""
 
     async def run(self) -> Fetched:
-        """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more."""
+        """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more,
+        QuotaReached where none may be asked."""
         for managed in self._pool.in_place:
             block = await self.once(managed)
             if isinstance(block, bytes):
@@ -316,7 +319,12 @@ class HedgedFetch:
                 await self._race(network)
         if self._found is not None:
             return self._found
-        raise self._too_large or self._wrong or Unavailable(self._pool.why_not(self._cid, self.said))
+        raise (
+            self._quota
+            or self._too_large
+            or self._wrong
+            or Unavailable(self._pool.why_not(self._cid, self.said))
+        )
 
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
@@ -385,6 +393,9 @@ class HedgedFetch:
         except (NotHere, SourceFailed) as exc:
             log.debug("%s", exc)
             self.said[name] = str(exc)
+            if isinstance(exc, QuotaReached):
+                self._quota = exc
+                self._network_scope.cancel()
             return exc
         except BlockTooLarge as exc:
             self._too_large = exc

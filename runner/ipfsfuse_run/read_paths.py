@@ -1,0 +1,169 @@
+"""What a run read, by path: from the blocks that it read."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb, hamt
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink
+from ipfsfuse.errors import Malformed
+from ipfsfuse_run.errors import ReceiptRefused
+
+
+class Row(NamedTuple):
+    """One thing of which at least its first block was read."""
+
+    path: str
+    type: str
+    size: int
+    """Bytes of a file's content; of a symlink's target; 0 for a directory."""
+    read: int
+    """Bytes of a file's content in the blocks that were read."""
+    cid: str
+
+
+def links(cid: Cid, block: bytes) -> Iterable[Cid]:
+    """What a verified block links to; nothing for one that is not a dag-pb node."""
+    if cids.codec(cid) != cids.DAG_PB:
+        return ()
+    try:
+        return [each.cid for each in dagpb.decode(block).links]
+    except Malformed:
+        return ()
+
+
+def roots(read: Sequence[Cid], block: Callable[[Cid], bytes]) -> list[Cid]:
+    """The blocks of `read`, in the order of first use, that no block before them links to."""
+    found: list[Cid] = []
+    below: set[bytes] = set()
+    for cid in read:
+        if cids.multihash(cid) not in below:
+            found.append(cid)
+        below.update(cids.multihash(each) for each in links(cid, block(cid)))
+    return found
+
+
+def entries(
+    node: Directory | Shard, opened: Callable[[Cid], Node], wanted: Callable[[Cid], bool] = lambda _cid: True
+) -> Iterator[tuple[Cid, bytes]]:
+    """The names of a folder with what they link to. Of a sharded folder, `opened` gives the shards below that
+    are `wanted`, and what is given stands where its name belongs: so no node of it can stand there twice.
+    Raises Malformed."""
+    yield from _entries(node, hamt.TOP, set(), opened, wanted)
+
+
+def _entries(
+    node: Directory | Shard,
+    spot: hamt.Spot,
+    seen: set[Cid],
+    opened: Callable[[Cid], Node],
+    wanted: Callable[[Cid], bool],
+) -> Iterator[tuple[Cid, bytes]]:
+    if isinstance(node, Directory):
+        yield from ((link.cid, link.name) for link in node.links)
+        return
+    for index, link in zip(node.indices, node.links, strict=True):
+        below = hamt.below(spot, node, index)
+        entry = hamt.entry_name(node, link)
+        if entry:
+            hamt.placed(entry, below, node)
+            yield link.cid, entry
+        elif wanted(link.cid):
+            if link.cid in seen:
+                raise Malformed(f"{cids.brief(link.cid)} stands twice in one sharded folder")
+            seen.add(link.cid)
+            yield from _entries(hamt.subshard(opened(link.cid)), below, seen, opened, wanted)
+
+
+class _Node(NamedTuple):
+    """What is shown of one node, wherever it stands."""
+
+    type: str
+    size: int
+    read: int
+    entries: Sequence[tuple[Cid, bytes]]
+    """A directory's children of which something was read."""
+
+
+class Walk:
+    """Every path to what was read. A few blocks can make up a tree of any number of paths, so each block is
+    looked at once, and the paths are bounded by the number of blocks."""
+
+    def __init__(self, node: Callable[[Cid], Node], roots: Sequence[Cid], read: Sequence[Cid]) -> None:
+        """`node` gives each of the nodes `read`; `roots` are those that the paths begin with."""
+        self._opened = node
+        self._roots = roots
+        self._read = {cids.multihash(each) for each in read}
+        self._nodes: dict[Cid, _Node] = {}
+        self._counted: dict[Cid, int] = {}
+        self._rows_left = 10_000 + 4 * len(read)
+        self._text_left = 16 << 20
+        self.left_out = False
+        """Whether there are more paths than `rows` gave."""
+
+    def rows(self) -> Iterator[Row]:
+        """Raises ReceiptRefused."""
+        try:
+            yield from self._rows()
+        except (RecursionError, Malformed) as exc:
+            raise ReceiptRefused(
+                f"a file or sharded folder that was read is made as none can be: {exc}"
+            ) from exc
+
+    def _rows(self) -> Iterator[Row]:
+        # a tree may be far deeper than Python's calls
+        stack = [(each, f"/ipfs/{cids.text(each)}") for each in reversed(self._roots)]
+        while stack:
+            cid, path = stack.pop()
+            node = self._node(cid)
+            yield Row(path, node.type, node.size, node.read, cids.text(cid))
+            stack.extend(reversed(list(self._children(path, node))))
+
+    def _children(self, path: str, node: _Node) -> Iterator[tuple[Cid, str]]:
+        for child, name in node.entries:
+            if self._was_read(child):
+                self._rows_left -= 1
+                self._text_left -= len(path) + len(name) + 1
+                if self._rows_left < 0 or self._text_left < 0:
+                    self.left_out = True
+                    return
+                yield child, f"{path}/{os.fsdecode(name)}"
+
+    def _is_node_read(self, cid: Cid) -> bool:
+        return cids.multihash(cid) in self._read
+
+    def _was_read(self, cid: Cid) -> bool:
+        return cids.multihash(cid) in self._read or cids.inline(cid) is not None
+
+    def _node(self, cid: Cid) -> _Node:
+        if cid not in self._nodes:
+            node = self._opened(cid)
+            if isinstance(node, File):
+                self._nodes[cid] = _Node("file", node.size, self._bytes_read(node), ())
+            elif isinstance(node, Symlink):
+                self._nodes[cid] = _Node("symlink", len(node.target), len(node.target), ())
+            else:
+                found = [
+                    each
+                    for each in entries(node, self._opened, self._is_node_read)
+                    if self._was_read(each[0])
+                ]
+                self._nodes[cid] = _Node("directory", 0, 0, found)
+        return self._nodes[cid]
+
+    def _bytes_read(self, node: File) -> int:
+        if node.cid not in self._counted:
+            total = node.inline
+            for child in node.children:
+                if cids.multihash(child.cid) in self._read:
+                    below = self._counted.get(child.cid)
+                    if below is None:
+                        opened = self._opened(child.cid)
+                        below = self._counted[child.cid] = (
+                            self._bytes_read(opened) if isinstance(opened, File) else 0
+                        )
+                    total += below
+            self._counted[node.cid] = total
+        return self._counted[node.cid]

@@ -1,0 +1,272 @@
+"""A start on a large cache: reads are served while what an earlier run left is still being counted, and
+nothing new is kept until then."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import recovery
+from ipfsfuse.cache.store.staging import PART, Entry, Staging
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Leaf
+from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.test_budget import taken
+
+BUDGET = 64 << 20
+FILES = 40
+PARTS = 5
+"""Of the files, those that are not whole."""
+
+Made = tuple[FileRef, list[Leaf], bytes]
+
+
+class SlowDisk:
+    """The look at all but the first staging files waits until `go`, and fails so many times."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.failures = 0
+        scan = Staging.scan
+
+        def slowly(staging: Staging) -> Iterator[Entry]:
+            for number, entry in enumerate(scan(staging)):
+                if number >= 2:
+                    self.go.wait(10)
+                    self.go.set()  # a test that failed ends at once
+                    if self.failures:
+                        self.failures -= 1
+                        raise OSError(5, "Input/output error")
+                yield entry
+
+        patch.setattr(Staging, "scan", slowly)
+        patch.setattr(recovery, "AT_FIRST", 2)
+        patch.setattr(recovery, "AT_ONCE", 7)
+        patch.setattr(recovery, "RETRY", 0.01)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], SlowDisk]]:
+    made: list[SlowDisk] = []
+
+    def make() -> SlowDisk:
+        made.append(SlowDisk(monkeypatch))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.go.set()
+
+
+def kept_bytes(folder: Path) -> int:
+    """All but the index, which grows by what is noted in it."""
+    return taken(folder / "staging") + taken(folder / "packs")
+
+
+async def filled(folder: Path, chain: Chain) -> tuple[list[Made], Cid]:
+    """Staged by an earlier run: FILES files, the first PARTS of them without their last leaf, and a small
+    block."""
+    files = [make_file(chain, 200_000 + number, seed=number) for number in range(FILES)]
+    async with PinsetCache.open(folder, chain, BUDGET) as cache:
+        for number, (file, leaves, _content) in enumerate(files):
+            for leaf in leaves[:-1] if number < PARTS else leaves:
+                await cache.reader.leaf(file, leaf)
+            cache.reader.opened(file)
+        small = chain.add(random_bytes(1000, 1000))
+        await cache.reader.block(small)
+    chain.asked.clear()
+    return files, small
+
+
+def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
+    tmp_path: Path, disk: Callable[[], SlowDisk]
+) -> None:
+    async def main() -> None:
+        chain = Chain()
+        files, small = await filled(tmp_path, chain)
+        before = kept_bytes(tmp_path)
+        new, new_leaves, new_content = make_file(chain, 300_000, seed=100)
+        slow = disk()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for number, (file, leaves, content) in enumerate(files[::2]):
+                for leaf in leaves[:-1] if 2 * number < PARTS else leaves:
+                    got = await cache.reader.leaf(file, leaf)
+                    assert bytes(got) == content[leaf.offset : leaf.offset + leaf.size]
+            assert await cache.reader.block(small) == random_bytes(1000, 1000)
+            assert chain.asked == []
+            for leaf in new_leaves:
+                got = await cache.reader.leaf(new, leaf)
+                assert bytes(got) == new_content[leaf.offset : leaf.offset + leaf.size]
+            assert (await cache.reader.leaf(files[0][0], files[0][1][-1])) == files[0][2][-3392:]
+            await cache.reader.block(chain.add(random_bytes(1000, 1001)))
+            cache.reader.opened(files[-1][0])
+            assert not cache.statistics().counted
+            assert "is being counted" in cache.trouble
+            assert kept_bytes(tmp_path) == before
+            slow.go.set()
+            with trio.fail_after(30):
+                assert len(await cache.store.listed()) == FILES
+            assert cache.statistics().counted
+            assert not cache.trouble
+            assert taken(tmp_path) <= cache.statistics().used <= BUDGET
+            assert sum(map(cache.store.budget.size, cache.store.staging.entries)) >= FILES * 200_000
+            assert cache.store.budget.arc.frequent(files[-1][0].cid), "it was used again meanwhile"
+            assert list(cache.store.budget.arc)[-1] == files[-1][0].cid
+            chain.asked.clear()
+            for _ in range(2):
+                for leaf in new_leaves:
+                    await cache.reader.leaf(new, leaf)
+            assert len(chain.asked) == len(new_leaves)
+            assert cache.store.staging.entries[new.cid].whole()
+
+    trio.run(main)
+
+
+def test_the_order_of_use_is_the_same_whether_it_takes_one_look_or_many(
+    tmp_path: Path, disk: Callable[[], SlowDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        chain = Chain()
+        files, _small = await filled(tmp_path, chain)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for file, _leaves, _content in files[10:30:3]:
+                cache.reader.opened(file)
+            at_once = list(cache.store.budget.arc)
+        disk().go.set()
+        for _ in range(2):
+            async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+                await cache.store.budget.counted.wait()
+                assert list(cache.store.budget.arc) == at_once
+                assert next(kept.cid for kept in cache.store.kept()) == files[28][0].cid
+
+    trio.run(main)
+
+
+def test_a_mount_that_ends_before_all_is_counted_keeps_the_order_of_use(
+    tmp_path: Path, disk: Callable[[], SlowDisk]
+) -> None:
+    async def main() -> None:
+        chain = Chain()
+        await filled(tmp_path, chain)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            order = list(cache.store.budget.arc)
+        slow = disk()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            threading.Timer(0.2, slow.go.set).start()  # the thread that looks can't be cancelled
+            assert not cache.statistics().counted
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await cache.store.budget.counted.wait()
+            assert list(cache.store.budget.arc) == order
+
+    trio.run(main)
+
+
+@pytest.mark.logs("can't be counted")
+def test_what_is_too_much_for_a_smaller_budget_leaves_once_all_is_counted(
+    tmp_path: Path, disk: Callable[[], SlowDisk]
+) -> None:
+    async def main() -> None:
+        chain = Chain()
+        await filled(tmp_path, chain)
+        before = kept_bytes(tmp_path)
+        slow = disk()
+        async with PinsetCache.open(tmp_path, chain, 4 << 20) as cache:
+            await recovery.measure(cache.store)
+            await cache.store.budget.resize(3 << 20)
+            assert kept_bytes(tmp_path) == before
+            slow.failures = 2  # a disk in trouble is asked again
+            slow.go.set()
+            with trio.fail_after(30):
+                await cache.store.budget.counted.wait()
+                await recovery.measure(cache.store)
+            assert taken(tmp_path) <= 3 << 20
+            assert not slow.failures
+
+    trio.run(main)
+
+
+def test_without_an_index_the_packs_are_read_once_all_are_counted(
+    tmp_path: Path, disk: Callable[[], SlowDisk]
+) -> None:
+    async def main() -> None:
+        chain = Chain()
+        _files, small = await filled(tmp_path, chain)
+        (tmp_path / "index.sqlite").unlink()
+        slow = disk()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            slow.go.set()
+            with trio.fail_after(30):
+                await cache.store.blocks.packs_indexed.wait()
+            assert cache.store.blocks.place(small) is not None
+            await cache.reader.block(small)
+            assert chain.asked == []
+
+    trio.run(main)
+
+
+@pytest.mark.logs("what belongs to that pin is looked for")
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk], damaged: bool) -> None:
+    async def main() -> None:
+        chain = Chain()
+        _files, _small = await filled(tmp_path, chain)
+        raw = chain.add(random_bytes(200_000, 50))
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, cache.pinning(raw) as pinning:
+            await pinning.file(FileRef(raw, 200_000))
+            await cache.reader.leaf(FileRef(raw, 200_000), Leaf(raw, 0, 200_000))
+        if damaged:
+            (tmp_path / "pinned" / cids.text(raw)).write_text("{")
+        slow = disk()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            freed: list[int] = []
+
+            async def evict() -> None:
+                freed.append(await cache.evict())
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(evict)
+                await trio.sleep(0.05)
+                assert not freed
+                slow.go.set()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            await cache.evict()
+            assert list(cache.store.staging.entries) == [raw]
+            assert cache.statistics().pinned >= 200_000
+            assert cache.statistics().pinned_lost == 0
+        assert [path.name for path in (tmp_path / "staging").iterdir()] == [cids.text(raw)]
+
+    trio.run(main)
+
+
+def test_what_is_evicted_or_renamed_meanwhile_is_counted_once(
+    tmp_path: Path, disk: Callable[[], SlowDisk]
+) -> None:
+    async def main() -> None:
+        chain = Chain()
+        files, _small = await filled(tmp_path, chain)
+        (tmp_path / "staging" / (cids.text(files[-1][0].cid) + PART)).write_bytes(b"beside its whole file")
+        slow = disk()
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            store = cache.store
+            gone, renamed = files[20][0], files[21][0]
+            assert await store.has_leaf(gone, files[20][1][0])
+            await store.budget.evict(gone.cid)
+            assert not await store.has_leaf(gone, files[20][1][0])
+            assert await store.has_leaf(renamed, files[21][1][0])
+            slow.go.set()
+            with trio.fail_after(30):
+                await store.budget.counted.wait()
+            assert gone.cid not in store.staging.entries
+            assert gone.cid not in store.budget.arc
+            assert len(store.staging.entries) == len(store.budget.arc) - 1 == FILES - 1
+        names = {path.name for path in (tmp_path / "staging").iterdir()}
+        assert len(names) == FILES - 1
+        assert sum(name.endswith(PART) for name in names) == PARTS
+
+    trio.run(main)

@@ -1,0 +1,225 @@
+"""What the daemon may do: it gives up new privileges and most files, goes on as another user, and mounts
+without fusermount3 and in a user namespace."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.confinement import landlock_abi
+from tests.mounting import NOBODY, Home, alive, wait_until
+
+pytestmark = pytest.mark.fuse
+TOP = Path(__file__).parents[2]
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+needs_landlock = pytest.mark.skipif(landlock_abi() == 0, reason="this kernel has no landlock")
+
+
+def status(pid: int, key: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{key}:"))
+
+
+# -- confinement ---------------------------------------------------------------------------------------------
+
+
+def test_the_daemon_gives_up_new_privileges_and_says_so(user: Home) -> None:
+    with user.mounted() as mount:
+        assert status(mount.pid, "NoNewPrivs") == "1"
+        said = user.run("logs").stdout
+        assert "the daemon is confined by no_new_privs" in said
+        assert ("stays root" in said) == (os.getuid() == 0)
+        found = {each["about"]: each["found"] for each in user.json("doctor", "--json")}
+        assert "no_new_privs" in found["the daemon is confined"]
+    with user.mounted("--unconfined") as mount:
+        assert status(mount.pid, "NoNewPrivs") == "0"
+
+
+CONFINED = """
+import os, socket, subprocess, sys
+from pathlib import Path
+from ipfsfuse import mount
+from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.config import MountConfig
+
+cache, library, point, secret = map(Path, sys.argv[1:])
+with locked(cache) as folder:
+    for name in ("staging", "packs"):
+        (folder.path / name).mkdir(exist_ok=True)
+    mount._confine(MountConfig(point, cache, library), folder, [], [])
+    (folder.path / "staging" / "x").write_text("x")  # its own
+    (folder.path / "staging" / "x").replace(folder.path / "packs" / "x")
+    sorted(library.iterdir())
+    Path("/etc/hosts").read_text()
+
+    def refused(name, call, *arguments, kind=PermissionError):
+        try:
+            call(*arguments)
+        except kind:
+            print(name)
+
+    refused("reads no secret", secret.read_text)
+    refused("writes no other file", (secret.parent / "new").write_text, "x")
+    refused("writes nothing into the library", (library / "new").write_text, "x")
+    refused("lists no home", os.listdir, secret.parent)
+    refused("starts no program", subprocess.run, ["/bin/true"])
+    with socket.socket() as listener:
+        refused("listens nowhere", listener.bind, ("127.0.0.1", 0))
+    refused("ends no other process", os.kill, os.getppid(), 0)
+"""
+
+
+@needs_landlock
+def test_a_confined_daemon_reaches_its_own_files_alone(user: Home) -> None:
+    secret = user.folder / "home" / ".ssh" / "id"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    user.run("library")
+    command = [sys.executable, "-c", CONFINED, user.cache, user.library, user.mountpoint, secret]
+    done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    refused = done.stdout.splitlines()
+    expected = ["reads no secret", "writes no other file", "writes nothing into the library", "lists no home"]
+    expected += ["starts no program"]
+    expected += ["listens nowhere"] * (landlock_abi() >= 4) + ["ends no other process"] * (
+        landlock_abi() >= 6
+    )
+    assert refused == expected
+
+
+# -- another user --------------------------------------------------------------------------------------------
+
+
+def open_to_all() -> str:
+    """A script that lets every user reach this Python and this checkout, for this mount namespace alone."""
+    script = "set -e; "
+    for path in {Path(sys.base_prefix).resolve(), Path(sys.prefix), TOP}:
+        closed = [each for each in reversed(path.parents) if not os.stat(each).st_mode & 0o001]
+        if closed:
+            top = closed[0]
+            script += (
+                f"mkdir -p /mnt/here && mount --bind {path} /mnt/here && mount -t tmpfs -o mode=755 none {top} "
+                f"&& mkdir -p {path} && mount --move /mnt/here {path}; "
+            )
+    return script
+
+
+@as_root
+def test_root_mounts_and_goes_on_as_another_user(user: Home, tmp_path: Path) -> None:
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    os.chown(user.folder, NOBODY, NOBODY)  # the mountpoint stays root's: root mounts
+    point = user.mountpoint
+    script = f"""
+    {open_to_all()}
+    run() {{ {sys.executable} -m ipfsfuse "$@"; }}
+    nobody() {{ setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups "$@"; }}
+    echo hello > /tmp/hello.$$
+    cid=$(nobody {sys.executable} -m ipfsfuse add -Q /tmp/hello.$$); rm /tmp/hello.$$
+    run mount --json --user {NOBODY} {point} | tr ',' '\\n' | sed -n 's/.*"pid": *\\([0-9]*\\).*/\\1/p' > {tmp_path}/pid
+    pid=$(cat {tmp_path}/pid)
+    grep -E '^(Uid|Gid|Groups|CapEff):' /proc/$pid/status
+    nobody cat {point}/$cid
+    ls {point} 2>&1 || echo root may not enter
+    stat -c '%u' {user.cache}/ipfsfuse-cache
+    sed -n '\\|{point} |s/.*fuse.ipfsfuse.*\\(user_id=[0-9]*\\).*/\\1/p' /proc/self/mountinfo
+    nobody {sys.executable} -m ipfsfuse logs | grep -c 'goes on as user'
+    {"kill -9" if False else "kill"} $pid
+    while kill -0 $pid 2>/dev/null; do sleep 0.05; done
+    grep -c {point} /proc/self/mountinfo || echo unmounted
+    run mount --user {NOBODY} {point} 2>/dev/null
+    nobody {sys.executable} -m ipfsfuse unmount {point} && echo by its user
+    """
+    command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", script]
+    done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.split("\n")
+    assert said[:4] == [
+        "Uid:\t" + "\t".join([str(NOBODY)] * 4),
+        "Gid:\t" + "\t".join([str(NOBODY)] * 4),
+        said[2],
+        "CapEff:\t0000000000000000",
+    ]
+    assert said[4] == "hello"
+    assert said[6:] == [
+        "root may not enter", str(NOBODY), f"user_id={NOBODY}", "1", "0", "unmounted", "by its user", "",
+    ]  # fmt: skip
+
+
+@as_root
+def test_users_that_are_not_there_and_others_that_are_not_root(user: Home) -> None:
+    user.refused("mount", "--user", "no-such-user", user.mountpoint, names="has no such user", code=2)
+    wrapper = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    wrapper += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
+    user.refused("mount", "--user", "daemon", user.mountpoint, names="only root", code=2, wrapper=wrapper)
+
+
+# -- without fusermount3, and without root ------------------------------------------------------------------
+
+HIDE = "mount --bind /dev/null $(readlink -f $(command -v fusermount3)); "
+
+
+def in_namespace(user: Home, options: list[str], script: str) -> "subprocess.CompletedProcess[str]":
+    command = ["unshare", *options, "--propagation", "private", "sh", "-ec", script]
+    return subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
+
+
+def user_namespaces() -> bool:
+    return (
+        bool(shutil.which("unshare"))
+        and not subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode
+    )
+
+
+@pytest.mark.skipif(not user_namespaces(), reason="this machine has no user namespaces for this user")
+@pytest.mark.parametrize("hide", ["", HIDE], ids=["with fusermount3", "without fusermount3"])
+def test_a_user_namespace(user: Home, hide: str) -> None:
+    """What a rootless container is made of: root inside, an ordinary user outside."""
+    (user.folder / "f").write_text("hello\n")
+    cid = user.add(user.folder / "f")
+    run = f"{sys.executable} -m ipfsfuse"
+    script = f"""
+    {hide}
+    {run} mount {user.mountpoint} 2>/dev/null
+    cat {user.mountpoint}/{cid}
+    ! touch {user.mountpoint}/x 2>/dev/null
+    {run} status >/dev/null
+    {run} unmount {user.mountpoint}
+    ls -A {user.mountpoint}
+    """
+    done = in_namespace(user, ["-Urm"], script)
+    assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+@as_root
+def test_root_mounts_without_fusermount3_and_a_killed_daemon_leaves_nothing(user: Home) -> None:
+    run = f"{sys.executable} -m ipfsfuse"
+    script = f"""
+    {HIDE}
+    {run} mount --json {user.mountpoint} 2>/dev/null | sed 's/.*"pid": *\\([0-9]*\\).*/\\1/' > {user.folder}/pid
+    {run} doctor | grep -c 'root mounts without it'
+    cd {user.mountpoint}
+    {run} unmount {user.mountpoint} 2>&1 | grep -c 'is busy'
+    cd /
+    kill -9 $(cat {user.folder}/pid)
+    while grep -q {user.mountpoint} /proc/self/mountinfo; do sleep 0.02; done
+    echo freed
+    """
+    done = in_namespace(user, ["-m"], script)
+    assert (done.returncode, done.stdout) == (0, "1\n1\nfreed\n"), done.stderr
+
+
+def test_a_daemon_whose_shells_were_killed_still_ends(user: Home) -> None:
+    with user.mounted() as mount:
+        children = Path(f"/proc/{mount.pid}/task/{mount.pid}/children").read_text().split()
+        shells = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "sh"]
+        assert shells
+        for pid in shells:
+            os.kill(int(pid), signal.SIGKILL)
+        os.kill(mount.pid, signal.SIGTERM)
+        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+        wait_until(lambda: not os.path.ismount(mount.path), "it was unmounted")
