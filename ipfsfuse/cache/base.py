@@ -73,6 +73,10 @@ class Cache(Protocol):
         Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
         ...
 
+    async def settle(self) -> None:
+        """Returns when all that readers were given so far is staged, or was found not to be."""
+        ...
+
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged
         now.

@@ -230,6 +230,10 @@ class Reader:
             await stage()
             yield result
 
+    async def settle(self) -> None:
+        """As `Cache.settle`."""
+        await self._flights.settle()
+
     async def _stage_behind(self, size: int, stage: Callable[[], Awaitable[None]]) -> None:
         """Stages `size` bytes that their readers have already."""
         self._behind += size

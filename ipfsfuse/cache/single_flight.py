@@ -148,6 +148,12 @@ class SingleFlight(Generic[K, V]):
         finally:
             del late  # its traceback would hold this frame, which holds it
 
+    async def settle(self) -> None:
+        """Returns when all fetches that have given their values have ended."""
+        for flight in list(self._flights.values()):
+            if flight.resolved:
+                await flight.ended.wait()
+
     def start_batch(
         self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool = False
     ) -> "Batch[K, V]":
