@@ -143,7 +143,7 @@ class _Expected:
 
 
 class Reader:
-    """Reads blocks and leaves, as `cache.base.Cache` describes."""
+    """Reads blocks and leaves: the `cache.base.Cache`, whose methods are described there."""
 
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         self.store = store
@@ -160,7 +160,6 @@ class Reader:
     # -- uses ------------------------------------------------------------------------------------------------
 
     def opened(self, file: FileRef) -> None:
-        """As `Cache.opened`."""
         # first what costs least: a small file is opened in as much time as the index takes to answer
         pins = self.store.pins
         if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
@@ -168,21 +167,17 @@ class Reader:
         self.store.note_use(file)
 
     def kept_of(self, cid: Cid) -> Kept | None:
-        """As `Cache.kept_of`."""
         return self.store.kept_of(cid)
 
     def used(self) -> int:
-        """As `Cache.used`."""
         return self.store.budget.used
 
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
-        """As `Cache.when_blocks_leave`."""
         self.store.blocks.when_blocks_leave.append(call)
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid, *, early: bool = False) -> bytes:
-        """As `Cache.block`."""
         carried = cids.known(cid)
         if carried is not None:
             return carried
@@ -231,7 +226,6 @@ class Reader:
             yield result
 
     async def settle(self) -> None:
-        """As `Cache.settle`."""
         await self._flights.settle()
 
     async def _stage_behind(self, size: int, stage: Callable[[], Awaitable[None]]) -> None:
@@ -262,8 +256,6 @@ class Reader:
             await self.store.blocks.keep_many(small)
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
-        """As `Cache.gather`."""
-
         some = list(wanted) if subtree.limit <= self.store.budget.limit // OF_BUDGET else []
         rest = some[REGISTERED_AT_A_TIME:]
 
@@ -302,7 +294,6 @@ class Reader:
     # -- leaves ----------------------------------------------------------------------------------------------
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
-        """As `Cache.leaf`."""
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
             return await content_of(leaf, await self.block(leaf.cid, early=early))
         if cids.codec(leaf.cid) != cids.RAW:
@@ -321,7 +312,6 @@ class Reader:
         return result.content
 
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
-        """As `Cache.part`."""
         part = None
         if self.store.staging.find(file.cid) is not None:
             part = await self.store.part(file, leaf, start, stop)
@@ -382,7 +372,6 @@ class Reader:
     # -- ahead -----------------------------------------------------------------------------------------------
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
-        """As `Cache.ahead`."""
         missing: list[Leaf] = []
         staged: list[Leaf] = []
         rest: list[Leaf] = []

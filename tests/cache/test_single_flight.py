@@ -223,12 +223,12 @@ def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery, remember=5)
-            fetch, heard = Fetcher(error=Malformed("bad block")), list[str]()
+            fetch, failed = Fetcher(error=Malformed("bad block")), list[str]()
 
             async def reader() -> None:
                 with pytest.raises(Malformed, match="bad block"):
                     await flights.join("k", fetch)
-                heard.append("k")
+                failed.append("k")
 
             async with trio.open_nursery() as readers:
                 readers.start_soon(reader)
@@ -236,7 +236,7 @@ def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() 
                 await wait_all_tasks_blocked()
                 fetch.gate.set()
             await reader()
-            assert (len(heard), fetch.calls) == (3, 1)
+            assert (len(failed), fetch.calls) == (3, 1)
             fetch.error = None
             assert await flights.join("other", fetch) == "value"
 

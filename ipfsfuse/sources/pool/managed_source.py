@@ -43,7 +43,7 @@ SLOW_HERE, SLOW_FAR = 0.01, 0.5
 SIDE_BY_SIDE = 4
 """Requests that one call for many blocks may make at a time."""
 FAULT = "fault"
-"""The kind of a failure that no one foresaw."""
+"""The kind of a failure that is a bug: of ours, or of a library."""
 BUSY = "busy"
 """The kind of a failure by which a source says that it has too much to do."""
 LOG_EVERY = 60.0
@@ -217,7 +217,7 @@ class ManagedSource:
             return cause
         if isinstance(cause, IpfsFuseError):  # a library folder that can't be read
             return SourceFailed(f"{self.source.name}: {cause}", "store")
-        log.debug("%s: what no one foresaw", self.source.name, exc_info=exc)
+        log.debug("%s failed unexpectedly", self.source.name, exc_info=exc)
         place = traceback.extract_tb(cause.__traceback__)[-1:]
         where = f" at {place[0].filename.rpartition('/')[2]}:{place[0].lineno}" if place else ""
         said = str(cause)[:200].encode("unicode_escape").decode()
