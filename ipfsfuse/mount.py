@@ -18,7 +18,6 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -44,16 +43,13 @@ from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import Passthrough
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.record import Record
-from ipfsfuse.sources.defaults import KUBO, LIBRARY, repository
+from ipfsfuse.sources.defaults import LIBRARY
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
 from ipfsfuse.sources.local import library
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, with_headers
+from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, source_files, with_headers
 from ipfsfuse.vfs.tree import Roots, Tree
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -96,8 +92,8 @@ def run(
 
     `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
     none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
-    process began. A confined daemon reads the folders `reads` and writes to `writes` besides its own: what
-    `hangup` and the log need."""
+    process began. A confined daemon reads the files `reads` and writes `writes` besides its own, and what
+    takes their places: what `hangup` and the log need."""
     _ignore_signals(hangup is not None)
     deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:
@@ -149,8 +145,10 @@ def _become(user: User, folders: Sequence[Path]) -> None:
 SYSTEM_FOLDERS = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/dev", "/run",
     "/nix", "/gnu", "/snap",
+    "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",
 )  # fmt: skip
-"""Where programs, certificates, name servers and what the kernel tells are found."""
+"""Where programs, certificates, name servers and what the kernel tells are found. Those of /etc may be links
+to somewhere else, as openSUSE has it."""
 
 
 def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:
@@ -163,16 +161,13 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     if LIBRARY in config.sources:
         with suppress(StoreFailed):  # whoever opens the source says so
             library.prepare(config.library)
-        places.append(config.library)
+    places += source_files(config.sources, config.library)
     places += [path for _url, path in config.header_files]
-    places += [Path(source) for source in config.sources if os.path.isabs(source)]
-    if KUBO in config.sources:
-        node = repository()
-        places += [node, (node / "blocks").resolve(), (node / "datastore").resolve()]
     files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")
-    places += [Path(os.environ[name]) for name in files if os.environ.get(name)]
+    replaced = [*reads, *(Path(os.environ[name]) for name in files if os.environ.get(name))]
+    places += [place for path in replaced for place in (path, _room_of(path), _room_of(path.resolve()))]
     cache = next(path for path in folder.path.parents if path.exists())  # on a full disk it comes later
-    own = [cache, *writes, Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
+    own = [cache, *map(_writable, writes), Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
     own += [path for path in [live_mounts.usable_folder()] if path]
     emptied = [Path(tempfile.gettempdir())] if config.isolated else []
     emptied += [config.mountpoint.parent] if config.while_held else []
@@ -186,7 +181,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
                 return file
             return None
 
-        allowed = [Access(file) for path in (*places, *reads) if (file := opened(path))]
+        allowed = [Access(file) for path in places if (file := opened(path))]
         allowed += [Access(file, write=True) for path in own if (file := opened(path))]
         allowed += [Access(file, remove_folders=True) for path in emptied if (file := opened(path))]
         layers = ["no_new_privs"] if confinement.refuse_new_privileges() else []
@@ -197,6 +192,28 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
         if confinement.restrict(allowed, confinement.BIND_TCP, scopes):
             layers.append("landlock")
     return " and ".join(layers) or "nothing that this kernel has"
+
+
+def _room_of(file: Path) -> Path:
+    """The folder of `file`, because another may take its place; `file` alone where the folder holds this
+    user's home."""
+    home = Path(os.path.realpath(os.path.expanduser("~")))
+    return file if home.is_relative_to(file.parent.resolve()) else file.parent
+
+
+def _writable(file: Path) -> Path:
+    """As `_room_of`, for a log."""
+    place = _room_of(file)
+    if place == file:
+        with suppress(OSError):  # whoever opens it says so
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        log.warning(
+            "--log-file %s: a confined daemon may not write all of %s, so this log can't be put aside, and "
+            "begins again when it is full: give it a folder of its own, or mount with --unconfined",
+            file,
+            file.parent,
+        )
+    return place
 
 
 def _raise_descriptors() -> None:

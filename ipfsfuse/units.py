@@ -3,7 +3,6 @@
 What can't be used raises UsageError, whose message says what could be."""
 
 import re
-from datetime import UTC, datetime
 
 from ipfsfuse.errors import UsageError
 
@@ -78,6 +77,8 @@ def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None
 def timestamp(seconds: float) -> str:
     """`seconds` since 1970 in ISO 8601, in UTC: `2026-01-31T12:00:00+00:00`. A clock that is wrong by more
     than the format can say gives its first or last time."""
+    from datetime import UTC, datetime  # late: a guest that starts would wait for it
+
     return datetime.fromtimestamp(min(max(seconds, _YEAR_1), _YEAR_9999), UTC).isoformat("T", "seconds")
 
 

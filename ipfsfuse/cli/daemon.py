@@ -3,8 +3,8 @@
 On the descriptor `--ready-fd` it writes lines: any number of `progress {"done": ..., "total": ..., "what":
 ...}` while the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` once
 the mount answers, or `error REASON`. What it logs before goes to its starter's standard error, what it logs
-afterwards to the log in the cache folder (`cache.store.folder`). If the starter goes before it was told, the
-mount is not wanted any more: it ends.
+afterwards to the log in the cache folder (`cache.store.folder`). If the starter ends before that, nobody
+wants the mount any more, and it ends.
 
 SIGHUP makes a daemon open its log anew, and read the budget and the log level from the configuration again.
 In the foreground of a terminal it says that the terminal has gone: then the mount ends.
@@ -59,7 +59,7 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
         if asked.allow_other:
             log.info("%s", ALLOW_OTHER)
         if starter is not None:
-            starter.tell(f"ok {json.dumps(answer)}")
+            starter.report(f"ok {json.dumps(answer)}")
         elif arguments.json:
             console.values(answer, indent=None)
 
@@ -74,17 +74,24 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
             log.warning("nothing is changed: %s", exc)
             return None
         logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
+        later = [
+            name
+            for name in arguments.origins
+            if name not in ("budget", "log-level")
+            and settings.value(again, name) != settings.value(arguments, name)
+        ]
+        if later:
+            log.warning("a new value of %s holds from the next mount on", ", ".join(later))
         before, configured = configured, again.budget
         return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
 
     try:
         hangup = None if starter is None and _has_terminal() else reload
-        reads = [path.parent for path in settings.candidates()]
-        writes = [] if file is None else [file.parent]
-        mount.run(asked, ready, _Indexing(starter), hangup, reads, writes)
+        writes = [] if file is None else [file]
+        mount.run(asked, ready, _Indexing(starter), hangup, settings.candidates(), writes)
     except BaseException as exc:
         if starter is not None:
-            starter.tell(f"error {console.one_line(console.unwrapped(exc))}")
+            starter.report(f"error {console.one_line(console.unwrapped(exc))}")
         raise
 
 
@@ -115,25 +122,26 @@ class _Indexing:
 
 
 class _Starter:
-    """The other end of the descriptor `fd`: told how it went, once, and watched until then."""
+    """The process at the other end of the descriptor `fd`. It gets the result once, and is watched
+    until then."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._told = False
+        self._reported = False
         os.set_inheritable(fd, False)
         os.chdir("/")
         threading.Thread(target=self._watch, daemon=True).start()
 
     def progress(self, values: Mapping[str, object]) -> None:
-        """For `cli.progress`; before anything is told, from any thread."""
+        """For `cli.progress`. Before the result, from any thread."""
         with suppress(OSError):  # it has gone: `_watch` sees that
             os.write(self._fd, b"progress " + json.dumps(values).encode() + b"\n")
 
-    def tell(self, line: str) -> None:
-        """Tells `line`, unless something was told before."""
-        if self._told:
+    def report(self, line: str) -> None:
+        """Sends `line` as the result, unless there was one before."""
+        if self._reported:
             return
-        self._told = True
+        self._reported = True
         try:
             os.write(self._fd, line.encode(errors="surrogateescape") + b"\n")
         except OSError:
@@ -143,8 +151,8 @@ class _Starter:
     def _watch(self) -> None:
         poll = select.poll()
         poll.register(self._fd, 0)  # only that nobody reads it any more
-        while not self._told:
-            if poll.poll(WATCH_MS) and not self._told:
+        while not self._reported:
+            if poll.poll(WATCH_MS) and not self._reported:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

@@ -304,7 +304,7 @@ def _mounts(cache_dir: Path) -> Iterator[Finding]:
 
 def _mount(point: Path, control: Path) -> Iterator[Finding]:
     try:
-        told = client.call(control, "status", timeout=STATUS_SECONDS)
+        state = client.call(control, "status", timeout=STATUS_SECONDS)
     except IpfsFuseError as exc:
         if not mountpoints.answers(point):
             yield _dead(point)
@@ -312,14 +312,14 @@ def _mount(point: Path, control: Path) -> Iterator[Finding]:
             todo = f"look into `ipfsfuse logs`; end it by `ipfsfuse unmount {point}`"
             yield Finding(BAD, "running mount", f"{point}: {exc}", todo)
         return
-    yield Finding(OK, "mount", f"process {told['pid']} serves {point}")
-    for reason in told["reasons"]:
+    yield Finding(OK, "mount", f"process {state['pid']} serves {point}")
+    for reason in state["reasons"]:
         yield Finding(
             NOTE, "running mount", f"{point}: {reason}", "`ipfsfuse status` and `ipfsfuse logs` say more"
         )
-    if not told["reasons"]:
+    if not state["reasons"]:
         yield Finding(OK, "running mount", f"{point}: healthy")
-    cache = told["cache"]
+    cache = state["cache"]
     if cache["effective_budget"] < cache["budget"]:
         cut = f"{units.human(cache['budget'])} is cut to {units.human(cache['effective_budget'])}"
         yield Finding(NOTE, "running mount", f"{point}: its budget of {cut}", "make room on the disk")

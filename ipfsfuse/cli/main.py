@@ -54,7 +54,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _ended_by(exc: BaseException, as_json: bool) -> int:
-    """Says why, and gives the exit code. A program that asked for JSON is told in JSON too."""
+    """Says why, and gives the exit code. With `as_json` standard output says it in JSON too."""
     exc = unwrapped(exc)
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT

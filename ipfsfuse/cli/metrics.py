@@ -146,7 +146,7 @@ class _Collector:
         yield state
         up = GaugeMetricFamily("ipfsfuse_node_up", "1 if the node takes pins", labels=["node"])
         held = GaugeMetricFamily("ipfsfuse_node_held", "CIDs held at the node", labels=["node"])
-        queued = GaugeMetricFamily("ipfsfuse_node_queued", "CIDs it is to be told of", labels=["node"])
+        queued = GaugeMetricFamily("ipfsfuse_node_queued", "CIDs that wait to be held there", labels=["node"])
         for node, each in answer["pins"].items():
             up.add_metric([node], not each["failing"])
             held.add_metric([node], each["held"])

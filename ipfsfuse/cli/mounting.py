@@ -6,6 +6,7 @@ until it is mounted. The daemon is this program, started anew in a session of it
 """
 
 import argparse
+import difflib
 import ipaddress
 import json
 import logging
@@ -46,7 +47,7 @@ END_SECONDS = 10.0
 
 CAP_SYS_ADMIN = 21
 PROGRESS = "progress "
-"""What a line of the daemon's begins with that tells how far it is (see `daemon`)."""
+"""A line of the daemon's that begins so says how far it is (see `daemon`)."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -188,6 +189,7 @@ def run(arguments: argparse.Namespace) -> int:
     environment = _environment()
     if arguments.user is not None:
         _at_home(arguments.user)
+    _check_name(arguments.mountpoint)
     asked = config(arguments)
     _refuse_below(asked)
     if not asked.isolated:
@@ -201,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
         console.note(f"ipfsfuse: {shortened}")
-    told = _start_daemon(arguments.argv, environment)
+    mounted = _start_daemon(arguments.argv, environment)
     if not arguments.json:
         by_default = not arguments.sources
         specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
@@ -215,8 +217,17 @@ def run(arguments: argparse.Namespace) -> int:
             "ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE"
         )
     if arguments.json:
-        console.values(told, indent=None)
+        console.values(mounted, indent=None)
     return 0
+
+
+def _check_name(text: str) -> None:
+    """Raises UsageError for a word that is not a folder, and nearly the name of a mount."""
+    close = difflib.get_close_matches(text, settings.mounts(), 1)
+    if close and "/" not in text and not os.path.lexists(text):
+        raise UsageError(
+            f"{text} is neither a folder nor a mount that the configuration names: did you mean {close[0]}?"
+        )
 
 
 def _refuse_below(asked: MountConfig) -> None:
@@ -276,22 +287,22 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
         finally:
             os.close(writing)
         try:
-            line = _told(line_from)
+            line = _result(line_from)
         except KeyboardInterrupt:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait()
             raise
         if line.startswith("ok "):
             daemon.returncode = 0  # it goes on without us: nothing is left to wait for
-            told: dict[str, Any] = json.loads(line.removeprefix("ok "))
-            return told
+            mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
+            return mounted
         code = daemon.wait()
         reason = line.removeprefix("error ") or _last_words(said, code)
         raise UsageError(reason) if code == 2 else MountFailed(reason)
 
 
-def _told(lines: BinaryIO) -> str:
-    """The daemon's last line, "" where it gave none; what it tells of its progress before is shown."""
+def _result(lines: BinaryIO) -> str:
+    """The daemon's last line, "" where it gave none. Its progress before that is shown."""
     with Progress("indexing") as show:
         for each in lines:
             line = each.decode(errors="surrogateescape").rstrip("\n")

@@ -43,8 +43,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         found = [each for each in command._actions if each.option_strings and each.dest != "help"]
         options[name] = [(each, each.default) for each in found]
         for each in found:
-            each.default = argparse.SUPPRESS  # what is given is told from what is not
-    arguments = parser.parse_args(words, argparse.Namespace(argv=words))
+            each.default = argparse.SUPPRESS  # so that an option that was given differs from one that was not
+    arguments, unknown = parser.parse_known_args(words, argparse.Namespace(argv=words))
+    if unknown:
+        command = commands[arguments.command]
+        known = [name for each in command._actions for name in each.option_strings if name.startswith("--")]
+        raise UsageError(_not_taken(unknown[0], arguments.command, known))
     settings.fill(arguments, options[arguments.command])
     return arguments
 
@@ -54,6 +58,15 @@ def _refuse_unknown(word: str, commands: Iterable[str]) -> None:
         close = difflib.get_close_matches(word, commands, 1)
         todo = f"did you mean {close[0]}?" if close else "`ipfsfuse help` lists the commands"
         raise UsageError(f"{word!r} is not a command: {todo}")
+
+
+def _not_taken(word: str, command: str, known: Iterable[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} is one word too many for {command} (see ipfsfuse {command} --help)"
+    name = word.partition("=")[0]
+    close = difflib.get_close_matches(name, known, 1)
+    todo = f"did you mean {close[0]}?" if close else f"`ipfsfuse help {command}` lists them"
+    return f"{name} is not an option of {command}: {todo}"
 
 
 _IGNORED = {
@@ -175,8 +188,8 @@ def _library(commands: Any) -> None:
     export = _command(
         commands, "export", "reading:export", "write a CID with all below it to a CAR file, verified"
     )
-    for parser in (remove, export):
-        parser.add_argument("cid", metavar="CID")
+    remove.add_argument("cid", metavar="CID", help="a CID that `ipfsfuse library` lists")
+    export.add_argument("cid", metavar="CID", help="the root of what is written")
     export.add_argument(
         "file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output"
     )
@@ -185,7 +198,7 @@ def _library(commands: Any) -> None:
     push = _command(
         commands, "push", "reading:push", "send a CID with all below it to a Kubo node, and pin it there"
     )
-    push.add_argument("cid", metavar="CID")
+    push.add_argument("cid", metavar="CID", help="the root of what is sent")
     push.add_argument(
         "--to", metavar="NODE", default="kubo", help="kubo (this machine's), or kubo+http://HOST:PORT"
     )
@@ -242,7 +255,10 @@ def _mounts(commands: Any) -> None:
     unmount = _command(
         commands, "unmount", "mounting:unmount", "unmount; if it is busy, say which process uses it"
     )
-    unmount.add_argument("mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH)
+    unmount.add_argument(
+        "mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH,
+        help="where it is mounted, or its name in the configuration",
+    )  # fmt: skip
     unmount.add_argument("--all", action="store_true", help="every mount of this user whose daemon is known")
     _json(unmount)
     unmount.add_argument("--lazy", action="store_true", help="unmount now; programs that use it may finish")
@@ -377,7 +393,10 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
 
 def _log_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="(info)"
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        default="info",
+        help="the least that is logged (info)",
     )
     parser.add_argument(
         "--log-file", metavar="FILE", type=_PATH, help="log there, and keep one older file (the cache folder)"
@@ -403,7 +422,7 @@ def _serving(commands: Any) -> None:
     )
     serve.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     serve.add_argument(
-        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount"
+        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)"
     )
     serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
@@ -469,7 +488,9 @@ def _remote(commands: Any) -> None:
                 "--html", metavar="FILE", type=_PATH, help="write a page for a browser; - for standard output"
             )
         if name == "budget":
-            parser.add_argument("size", metavar="SIZE", type=_SIZE)
+            parser.add_argument(
+                "size", metavar="SIZE", type=_SIZE, help="such as 10GiB; what is too much is evicted"
+            )
         if name == "evict":
             parser.add_argument("--all", action="store_true", help="everything that is not pinned")
         if name == "fsck":
@@ -507,12 +528,12 @@ def _others(commands: Any) -> None:
     _json(config)
     _mount_options(config)
     help_ = _command(commands, "help", "parser:print_help", "explain a command, or list all commands")
-    help_.add_argument("about", metavar="COMMAND", nargs="?")
+    help_.add_argument("about", metavar="COMMAND", nargs="?", help="without one, all commands are listed")
     _json(help_)
     logs = _command(commands, "logs", "logs:show", "show the log of a mount")
     logs.add_argument("-n", "--lines", type=_COUNT, default=50, metavar="N", help="the last N lines (50)")
     logs.add_argument("-f", "--follow", action="store_true", help="then print what is logged from now on")
-    logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="where the mount was told to log")
+    logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="the file that the mount logs to")
     logs.add_argument("--mount", metavar="MOUNTPOINT|NAME", type=_PATH, help="the mount to ask")
     _json(logs)
     _folders(logs, library=False)
@@ -525,7 +546,7 @@ def _others(commands: Any) -> None:
     _json(metrics)
     _folders(metrics, library=False)
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
-    get.add_argument("path", metavar="CID/PATH")
+    get.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, or CID/a/b")
     get.add_argument(
         "-o", "--output", metavar="PATH", type=_PATH, help="where to write it (its name, in this folder)"
     )

@@ -179,8 +179,7 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
             else:
                 size = await importer.export(cid, get, Path(arguments.file), arguments.v2, show)
                 if arguments.json:
-                    told = {"exported": cids.text(cid), "file": arguments.file, "bytes": size}
-                    console.values(told)
+                    console.values({"exported": cids.text(cid), "file": arguments.file, "bytes": size})
                     return 0
                 console.line(f"exported {cids.text(cid)} to {arguments.file}, {human(size)}")
     return 0

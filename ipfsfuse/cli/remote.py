@@ -23,13 +23,13 @@ NOTHING: Mapping[str, object] = MappingProxyType({})
 def ls(arguments: argparse.Namespace) -> int:
     sent = {"tree": True} if arguments.tree else NOTHING
     answer = _call(folders.control_socket(arguments), "ls", sent, timeout=ANSWER_SECONDS)
-    return _told(arguments, answer, console.tree if arguments.tree else console.ls)
+    return _show(arguments, answer, console.tree if arguments.tree else console.ls)
 
 
 def pin(arguments: argparse.Namespace) -> int:
     if arguments.items == ["ls"]:
         answer = _call(folders.control_socket(arguments), "ls", timeout=ANSWER_SECONDS)
-        return _told(arguments, {key: answer[key] for key in ("pinned", "paths")}, console.pins)
+        return _show(arguments, {key: answer[key] for key in ("pinned", "paths")}, console.pins)
     return _each(arguments, "pin")
 
 
@@ -58,7 +58,7 @@ def fsck(arguments: argparse.Namespace) -> int:
 
         return library.check(arguments)
     answer = _call(folders.control_socket(arguments), "fsck")
-    _told(arguments, answer, console.show)
+    _show(arguments, answer, console.show)
     lost = answer["wrong"] - answer["mended"]
     if lost:
         named = ", ".join(answer["lost"][:NAMED]) + (", ..." if lost > NAMED else "")
@@ -82,7 +82,7 @@ def _each(arguments: argparse.Namespace, command: str, sent: Mapping[str, object
     targets = [_target(arguments, text) for text in arguments.items]
     if len(targets) == 1:
         answer = _call(targets[0].control, command, {**sent, "path": targets[0].path})
-        return _told(arguments, answer, console.show)
+        return _show(arguments, answer, console.show)
     answers, code = list[Mapping[str, Any]](), 0
     for text, target in zip(arguments.items, targets, strict=True):
         try:
@@ -125,7 +125,7 @@ def _target(arguments: argparse.Namespace, text: str) -> Target:
 
 
 def _work(arguments: argparse.Namespace, command: str, sent: Mapping[str, object]) -> int:
-    return _told(arguments, _call(folders.control_socket(arguments), command, sent), console.show)
+    return _show(arguments, _call(folders.control_socket(arguments), command, sent), console.show)
 
 
 def _call(
@@ -135,7 +135,7 @@ def _call(
         return client.call(control, command, progress, timeout=timeout, **sent)
 
 
-def _told(
+def _show(
     arguments: argparse.Namespace, answer: dict[str, Any], show: Callable[[dict[str, Any]], None]
 ) -> int:
     if arguments.json:

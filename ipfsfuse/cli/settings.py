@@ -282,17 +282,22 @@ def show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def value(arguments: argparse.Namespace, name: str) -> Any:
+    """Of the setting `name`, as parsed."""
+    return getattr(arguments, _DESTINATIONS.get(name, name.replace("-", "_")))
+
+
 _DESTINATIONS = {"from": "sources", "header-file": "header_files", "router": "routers"}
 
 
 def _in_force(arguments: argparse.Namespace, name: str) -> object:
     """The value that holds, also where nothing sets it."""
-    value = getattr(arguments, _DESTINATIONS.get(name, name.replace("-", "_")))
+    found = value(arguments, name)
     if name == "from":
-        return list(defaults.chosen(value))
-    if value is None and name in ("cache-dir", "library"):
-        value = places.cache_dir(None) if name == "cache-dir" else places.library(None)
-    return value if value is None or isinstance(value, int | float | str | list) else str(value)
+        return list(defaults.chosen(found))
+    if found is None and name in ("cache-dir", "library"):
+        found = places.cache_dir(None) if name == "cache-dir" else places.library(None)
+    return found if found is None or isinstance(found, int | float | str | list) else str(found)
 
 
 def _as_typed(name: str, value: object) -> str:
@@ -337,7 +342,7 @@ _EXAMPLES = {
     "router": '["https://delegated-ipfs.dev"]', "allow-private-providers": "false",
     "uid": "1000", "gid": "1000",
     "user": '"nobody"', "unconfined": "false", "umask": '"022"',
-    "log-level": '"info"', "log-file": '"~/ipfsfuse.log"',
+    "log-level": '"info"', "log-file": '"/var/log/ipfsfuse/mount.log"',
     "log-format": '"text"', "listen": '"127.0.0.1:8080"', "fetch": "false", "cid-version": "1",
     "profile": '"unixfs-v1-2025"',
 }  # fmt: skip

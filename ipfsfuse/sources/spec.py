@@ -132,6 +132,21 @@ def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
     return tuple(specs)
 
 
+def source_files(texts: Sequence[str], library: Path) -> list[Path]:
+    """The files and folders that these sources read; some may not exist. Raises UsageError."""
+    from ipfsfuse.sources.local import kubo_repo
+
+    files: list[Path] = []
+    for spec in parse_sources(texts):
+        if spec.kind == LIBRARY:
+            files.append(library)
+        elif spec.path is not None:
+            files.append(spec.path)
+        elif spec.kind == KUBO and spec.origin is None:
+            files += kubo_repo.files(repository())
+    return files
+
+
 def is_remote(spec: Spec) -> bool:
     """Whether it is known to be beyond this machine. Of `kubo`, the node's repository tells that later."""
     return spec.kind == NETWORK or (spec.origin is not None and not spec.origin.is_local)

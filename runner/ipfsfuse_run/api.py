@@ -47,6 +47,10 @@ class Result:
     """The limit that ended the run, by its name in `limits`."""
     trap: str | None = None
     """wasmtime's message and back-trace; None where the command ran the guest, which writes it to stderr."""
+    out: str | None = None
+    """The CID of the results in the folder `out`; None for a run that max_out ended."""
+    receipt: Mapping[str, Any] | None = None
+    """The receipt, where `record` asked for one: what `ipfsfuse-run inspect --json` prints of it."""
     notes: Sequence[str] = ()
     """What else the command would have printed, line by line."""
 
@@ -80,11 +84,22 @@ class Asked(TypedDict, total=False):
     """Bytes that its /tmp may hold, or a text such as "64MiB"; 0 for none."""
     out: Path | None
     """A new or empty folder for its results: /out."""
+    add: bool
+    """Take the results into the library, too."""
+    invoke: str | None
+    """The exported function that is called in place of `_start`, with `args`."""
+    preload: Mapping[str, Path]
+    """Modules that the guest may import from, by name: files, or /ipfs/CID/path."""
     limits: Mapping[str, float | str]
     """The names of -W with `_`; bytes and seconds, or texts such as "64MiB". MAX_STDOUT holds by default."""
     mount: Path | None
     record: Path | None
+    """A file for the receipt: RUN.json, or RUN.car with all that was read."""
+    record_env: bool
+    sign: Path | None
+    """An Ed25519 key that signs the record: a PEM file."""
     allow: Sequence[str]
+    ipns: Sequence[str]
     sources: Sequence[str]
     """What --from takes."""
     offline: bool
@@ -153,14 +168,21 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
         cwd=asked.get("cwd"),
         tmp=None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
         out=_text(asked.get("out")),
+        add=asked.get("add", False),
+        return_cid="out" in asked,
+        invoke=asked.get("invoke"),
+        preload=tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
         root=parsing.root(asked.get("root")),
         limits=limits,
         mount=_text(asked.get("mount")),
         mount_options=(*sources, *["--offline"] * asked.get("offline", False)),
         allow=tuple(asked.get("allow", ())),
+        ipns=tuple(asked.get("ipns", ())),
         cache_dir=_text(asked.get("cache_dir")),
         isolated=asked.get("isolated", False),
         record=_text(asked.get("record")),
+        record_env=asked.get("record_env", False),
+        sign=_text(asked.get("sign")),
         deterministic=asked.get("deterministic", False),
         engine=asked.get("engine", "auto"),
         require_sandbox=asked.get("require_sandbox", False),
@@ -238,6 +260,8 @@ class _Run:
             reason=reason,
             limit=outcome["limit"],
             trap=outcome["trap"],
+            out=told["out"],
+            receipt=None if told["receipt"] is None else json.loads(told["receipt"]),
             notes=tuple(each for each in notes if each != reason),
         )
 

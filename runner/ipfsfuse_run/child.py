@@ -9,7 +9,6 @@ import io
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -151,6 +150,8 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  
 
 
 def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
+    import threading  # noqa: F401 # for _in_thread: a process that is locked can't read it
+
     from ipfsfuse_run import guest
 
     given = plan.box.limits
@@ -203,6 +204,8 @@ def _lock(
 
 def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
     """Runs the guest in a thread whose stack is deep enough, and raises what it raised."""
+    import threading
+
     result: list[End | BaseException] = []
 
     def work() -> None:

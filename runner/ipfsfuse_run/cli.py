@@ -1,5 +1,6 @@
 """`ipfsfuse-run`: the command line, and how a run's end becomes an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -25,7 +26,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = -exc.number
     if code < 0:
         signals.exit_by_signal(-code)
-    sys.exit(code)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leaves at once: what Python does at its end takes 5 ms, and nothing here needs it."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # whoever read our output is gone
+        code = code or 1
+    os._exit(code)
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -48,7 +59,7 @@ def _main(argv: Sequence[str]) -> int:
         return replay.replay(options)
     from ipfsfuse_run.execute import execute
 
-    outcome = execute(options)
+    outcome = execute(options).outcome
     if outcome.trap is not None:
         sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
     if outcome.refused is not None:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import signal
 import stat
@@ -280,7 +279,7 @@ def _key(digest: str, kind: str, settings: "Settings") -> str:
 def entry_key(digest: str, wasmtime: os.stat_result, settings: Sequence[str]) -> str:
     """The name of an entry. Size and time of `wasmtime` (the library or the command) stand for its version,
     which takes 20 ms to ask for; wasmtime checks the version itself, too."""
-    parts = (str(wasmtime.st_size), str(wasmtime.st_mtime_ns), platform.machine(), *settings)
+    parts = (str(wasmtime.st_size), str(wasmtime.st_mtime_ns), os.uname().machine, *settings)
     return f"{digest}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 

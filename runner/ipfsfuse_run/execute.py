@@ -15,14 +15,24 @@ from ipfsfuse_run.options import Options
 from ipfsfuse_run.supervisor import Alarm, Outcome
 
 
-def execute(options: Options) -> Outcome:
+class Ended(NamedTuple):
+    """A run that was made: how it ended, and what it left."""
+
+    outcome: Outcome
+    out: str | None = None
+    """The CID of the results, where --add, --cid-file, --record or `return_cid` asked for it."""
+    receipt: bytes | None = None
+    """The receipt that --record wrote: JSON."""
+
+
+def execute(options: Options) -> Ended:
     """Raises IpfsFuseError."""
     if options.compile_only:
-        return _execute(options._replace(out=None)).outcome
+        return _execute(options._replace(out=None))
     if options.cid_file is not None and os.path.lexists(options.cid_file):
         raise UsageError(f"--cid-file {options.cid_file} is there already: remove it, or name another")
     if options.out is None:
-        return _execute(options).outcome
+        return _execute(options)
     results = places.results_folder(options.out)
     try:
         ended = _execute(options._replace(out=results.path))
@@ -32,24 +42,18 @@ def execute(options: Options) -> Outcome:
     if ended.outcome.refused is not None:
         results.forget()
     elif ended.outcome.signal is None and ended.outcome.limit != "max_out":
-        _tell_results(options, results.path, ended.out)
-    return ended.outcome
+        return ended._replace(out=_hash_results(options, results.path, ended.out))
+    return ended
 
 
-class _Ended(NamedTuple):
-    outcome: Outcome
-    out: str | None
-    """The CID of the results where it is known already."""
-
-
-def _execute(options: Options) -> _Ended:
+def _execute(options: Options) -> Ended:
     if options.record is not None:
         from ipfsfuse_run import recording  # with the codecs, 100 ms
 
-        return _Ended(*recording.record(options))
+        return Ended(*recording.record(options))
     if options.mount is not None:
         mountpoint = os.path.abspath(options.mount)
-        return _Ended(_run_on(mountpoint, options, _our_mount(mountpoint)), None)
+        return Ended(_run_on(mountpoint, options, _our_mount(mountpoint)))
     from ipfsfuse_run import mounts  # with what starts a daemon, 10 ms
 
     with mounts.mounted(options) as mount:
@@ -63,28 +67,31 @@ def _execute(options: Options) -> _Ended:
         outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close, alarm)
         if alarm is not None and mount.control.ask("quota")["reached"]:
             outcome = supervisor.over_limit(outcome, alarm)
-        return _Ended(outcome, None)
+        return Ended(outcome)
 
 
-def _tell_results(options: Options, folder: str, cid: str | None) -> None:
-    """Takes the results into the library with --add, and says their CID. Raises StoreFailed."""
+def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
+    """The CID of the results, if it is known already or asked for; it is printed for the command. With --add
+    they are taken into the library. Raises StoreFailed."""
     if options.add:
         from ipfsfuse_run import results
 
         cid = results.add(options, folder)
-    elif options.cid_file is not None and cid is None:
+    elif cid is None and (options.cid_file is not None or options.return_cid):
         from ipfsfuse_run import results
 
         cid = results.cid_of(options, folder)
     if cid is None:
-        return
-    say(f"results /ipfs/{cid}")
+        return None
+    if not options.return_cid:
+        say(f"results /ipfs/{cid}")
     if options.cid_file is not None:
         try:
             with open(options.cid_file, "x", encoding="ascii") as file:
                 file.write(cid)
         except OSError as exc:
             raise StoreFailed(f"--cid-file {options.cid_file} can't be written: {exc.strerror}") from exc
+    return cid
 
 
 def _command(options: Options, in_our_mount: bool) -> str | None:

@@ -221,7 +221,9 @@ def _answer(request: Request) -> dict[str, Any]:
     os.environ.update(request.environment)
     try:
         os.chdir(request.cwd)
-        return {"outcome": execute(request.options)._asdict()}
+        ended = execute(request.options)
+        receipt = None if ended.receipt is None else ended.receipt.decode()
+        return {"outcome": ended.outcome._asdict(), "out": ended.out, "receipt": receipt}
     except IpfsFuseError as exc:
         return {"error": type(exc).__name__, "text": str(exc)}
     except Exception as exc:

@@ -9,7 +9,6 @@ mount answers EACCES to another.
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Sequence
 
@@ -26,7 +25,7 @@ def available() -> list[str]:
     layers = list(LAYERS[:2])
     if landlock_abi() > 0:
         layers.append(LAYERS[2])
-    if platform.machine() in _ARCH and os.path.exists("/proc/sys/kernel/seccomp/actions_avail"):
+    if os.uname().machine in _ARCH and os.path.exists("/proc/sys/kernel/seccomp/actions_avail"):
         layers.append(LAYERS[3])
     return layers
 
@@ -126,7 +125,7 @@ def seccomp_filter(machine: str, pid: int) -> bytes | None:
 
 
 def _seccomp(libc: ctypes.CDLL) -> bool:
-    made = seccomp_filter(platform.machine(), os.getpid())
+    made = seccomp_filter(os.uname().machine, os.getpid())
     if made is None:
         return False
     held = ctypes.create_string_buffer(made, len(made))

@@ -77,10 +77,11 @@ def _shared(options: Options) -> Mount:
         live = _live(options)
         if live is not None:
             return live
+        held = _is_held(options)  # a daemon that has the folder now may have let go when the start has failed
         try:
             return _start(options, isolated=False)
         except MountFailed:
-            if not _is_held(options) or time.monotonic() > until:
+            if not (held or _is_held(options)) or time.monotonic() > until:
                 raise
         time.sleep(0.05)
 

@@ -63,6 +63,8 @@ class Options(NamedTuple):
     """Take the results into the library."""
     cid_file: str | None = None
     """A new file for the CID of the results."""
+    return_cid: bool = False
+    """Give the CID of the results to the caller, and don't print it."""
     replay: str | None = None
     show: bool = False
     """Print what the replay's guest printed."""
@@ -156,7 +158,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps names such as max-memory-size on one line."""
+    """Keeps names such as max-memory-size on one line, and learns the terminal's width without shutil."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            width = int(os.environ.get("COLUMNS", "")) or 80
+        except ValueError:
+            width = os.get_terminal_size(1).columns or 80 if os.isatty(1) else 80
+        super().__init__(prog, width=width - 2)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         import textwrap

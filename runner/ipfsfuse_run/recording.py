@@ -64,8 +64,10 @@ class _Run(NamedTuple):
 
 class Recorded(NamedTuple):
     outcome: Outcome
-    out: str | None
+    out: str | None = None
     """The CID of the results."""
+    receipt: bytes | None = None
+    """As it was written."""
 
 
 def record(options: Options) -> Recorded:
@@ -77,7 +79,6 @@ def record(options: Options) -> Recorded:
         from ipfsfuse_run import signatures
 
         key = signatures.private_key(options.sign)
-    out = None
     with contextlib.ExitStack() as files:
         # beside the receipt: what is kept of the output may be more than TMPDIR holds
         folder = target.parent if target.parent.is_dir() else None
@@ -106,8 +107,8 @@ def record(options: Options) -> Recorded:
                 if run.outcome.limit == "max_out":
                     say(f"{target} is not written: its results would be larger than max-out")
                 else:
-                    out = _write(target, options, box, run, material, mount.control, key)
-    return Recorded(run.outcome, out)
+                    return _write(target, options, box, run, material, mount.control, key)
+    return Recorded(run.outcome)
 
 
 def _target(options: Options) -> Path:
@@ -147,8 +148,8 @@ def _write(
     material: _Material,
     control: Connection,
     key: "Ed25519PrivateKey | None",
-) -> str | None:
-    """Writes the receipt, and gives the CID of the results."""
+) -> Recorded:
+    """Writes the receipt."""
     if options.guest == "-":  # standard input was the guest: none was left for it
         material.stdin.truncate(0)
     with receipts.written(target) as file, open(os.devnull, "wb") as nowhere:
@@ -228,7 +229,7 @@ def _write(
                 envelope = signatures.signed(key, receipt, data, [] if results is None else results.files)
                 parts[receipts.SIGNATURE] = writer.add_file(io.BytesIO(envelope))
             writer.close(writer.add_folder(list(parts.items())))
-        return None if receipt.out is None else cids.text(receipt.out)
+        return Recorded(run.outcome, None if receipt.out is None else cids.text(receipt.out), data)
 
 
 def this_machine() -> dict[str, str]:

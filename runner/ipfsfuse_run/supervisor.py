@@ -19,17 +19,22 @@ from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
 from ipfsfuse import units
+from ipfsfuse.text import printable
 from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
 from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason
 from ipfsfuse_run.growth import Growth, Usage, Watched
 from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.sandbox import IPFS
 
 OUT_OF_TIME = 124
 GRACE = 0.4
 """Seconds that a killed guest gets to end. One that hangs in the mount ends when the daemon answers."""
 LAST_LOOK = 10.0
 """Seconds for the last measurement of the writable folders after the guest has ended."""
+
+PROGRESS = 1.0
+"""Seconds between two updates of what a terminal is shown while a guest has not begun."""
 
 _CHUNK = select.PIPE_BUF
 """Bytes that a pipe which polls as writable takes without waiting."""
@@ -88,6 +93,43 @@ def over_limit(outcome: Outcome, alarm: Alarm) -> Outcome:
     return outcome._replace(code=TRAPPED, limit=alarm.limit, why=why, trapped=False, trap=None)
 
 
+class _Progress:
+    """What a guest that has not begun waits for: one line on a terminal, from the first second on, that is
+    erased again."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._name = printable(plan.name)
+        self._next = time.monotonic() + PROGRESS if os.isatty(2) else None
+        self._shown = 0
+        self.phase("fetching" if plan.guest.startswith(IPFS + "/") else "reading")
+
+    def phase(self, what: str) -> None:
+        self._what, self._begun = what, time.monotonic()
+
+    def wait(self) -> float | None:
+        """Seconds until the next update; None where there is none."""
+        return None if self._next is None else max(0.0, self._next - time.monotonic())
+
+    def update(self) -> None:
+        """If it is time for that."""
+        now = time.monotonic()
+        if self._next is None or now < self._next or not _is_writable(2):
+            return
+        self.erase()
+        text = f"ipfsfuse-run: {self._what} for {now - self._begun:.0f} s: {self._name}"
+        text = text[: (os.get_terminal_size(2).columns or 80) - 1]
+        self._next, self._shown = now + PROGRESS, os.write(2, text.encode())
+
+    def erase(self) -> None:
+        if self._shown and _is_writable(2):
+            os.write(2, b"\r" + b" " * self._shown + b"\r")
+        self._shown = 0
+
+    def stop(self) -> None:
+        self.erase()
+        self._next = None
+
+
 class LimitReached(Exception):
     """Raised by a sink: the guest wrote more than the field `limit` of Limits allows."""
 
@@ -110,6 +152,7 @@ class _Supervisor:
     def __init__(self, plan: Plan, streams: Streams, close: Sequence[int], alarm: Alarm | None) -> None:
         self._plan = plan
         self._alarm = alarm
+        self._progress = _Progress(plan)
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
         self._compiling = False
@@ -220,9 +263,11 @@ class _Supervisor:
             if self._final:
                 continue
             if "says" in message:
+                self._progress.erase()
                 say(message["says"])
             elif "compiling" in message:
                 self._compiling = message["compiling"]
+                self._progress.phase("compiling" if self._compiling else "starting")
                 self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
             elif "started" in message:
                 self._started(message)
@@ -240,6 +285,7 @@ class _Supervisor:
         return limits.COMPILE_TIMEOUT if given is None else given
 
     def _started(self, message: Mapping[str, Any]) -> None:
+        self._progress.stop()
         self._outcome = self._outcome._replace(kind=message["kind"])
         self._is_command = "command" in message
         timeout = self._plan.box.limits.timeout
@@ -287,6 +333,7 @@ class _Supervisor:
 
     def _on_exit(self) -> None:
         self._drop(self._pidfd)
+        self._progress.stop()
         self._stop_alarm()
         self._dead = True
         _pid, status = os.waitpid(self._pid, 0)
@@ -311,6 +358,7 @@ class _Supervisor:
         """Ends the guest for a reason of ours."""
         self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
         self._deadline = time.monotonic() + GRACE
+        self._progress.stop()
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
         self._stop_watcher()
@@ -343,14 +391,14 @@ class _Supervisor:
         """Until the guest is gone and its output is carried."""
         with self._selector:
             while len(self._selector.get_map()) > 1 or not self._dead:  # the signals' pipe is always there
-                wait = (
-                    None if self._deadline is None else min(max(0.0, self._deadline - time.monotonic()), _DAY)
-                )
-                for key, _events in self._selector.select(wait):
+                left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+                waits = [each for each in (left, self._progress.wait()) if each is not None]
+                for key, _events in self._selector.select(min(*waits, _DAY) if waits else None):
                     # An earlier call of this round may have closed this file: the guest's end and its
                     # watcher's are often found together.
                     if self._selector.get_map().get(key.fileobj) is key:
                         key.data()
+                self._progress.update()
                 if self._past_deadline():
                     break
             self._stop_watcher()

@@ -1,6 +1,8 @@
 """What the daemon may do: it gives up new privileges and most files, goes on as another user, and mounts
 without fusermount3 and in a user namespace."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.confinement import landlock_abi
+from ipfsfuse.dag import cid as cids
 from tests.mounting import NOBODY, Home, alive, wait_until
 
 pytestmark = pytest.mark.fuse
@@ -89,6 +92,92 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home) -> None:
         landlock_abi() >= 6
     )
     assert refused == expected
+
+
+def test_a_confined_mount_follows_links_to_other_places(user: Home) -> None:
+    """The cache, the library, a CAR file and the configuration lie elsewhere and are reached by links; the
+    configuration is replaced, and the log is moved away, while the mount runs."""
+    away = user.folder.with_name("away")
+    for name in ("cache", "library", "cars", "dotfiles", "logs"):
+        (away / name).mkdir(parents=True, mode=0o700)
+    user.cache.symlink_to(away / "cache")
+    user.library.symlink_to(away / "library")
+    (user.folder / "in-car").write_bytes(in_car := os.urandom(100_000))
+    carried = user.add(user.folder / "in-car")
+    user.run("export", carried, away / "cars" / "real.car")
+    user.run("rm", carried)
+    (user.folder / "link.car").symlink_to(away / "cars" / "real.car")
+    config = user.folder / ".config" / "ipfsfuse" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.symlink_to(away / "dotfiles" / "ipfsfuse.toml")
+    config.write_text('budget = "64MiB"\n')
+    log = away / "logs" / "mount.log"
+    options = ["--from", "library", "--from", "link.car", "--log-file", str(log)]
+    told = json.loads(user.run("mount", "--json", *options, user.mountpoint, cwd=user.folder).stdout)
+    try:
+        assert (user.mountpoint / carried).read_bytes() == in_car
+        (user.folder / "later").write_bytes(later := os.urandom(100_000))
+        assert (user.mountpoint / user.add(user.folder / "later")).read_bytes() == later
+        (away / "dotfiles" / "new").write_text('budget = "32MiB"\n')
+        (away / "dotfiles" / "new").replace(away / "dotfiles" / "ipfsfuse.toml")
+        log.rename(away / "logs" / "mount.log.1")
+        os.kill(told["pid"], signal.SIGHUP)
+        wait_until(lambda: user.json("status", "--json")["cache"]["budget"] == 32 << 20, "the new budget")
+        assert "opened anew" in log.read_text()
+    finally:
+        user.run("unmount", user.mountpoint)
+
+
+def test_a_confined_mount_reads_a_repository_whose_blocks_lie_elsewhere(user: Home) -> None:
+    """No node runs: what is read comes from the repository's files."""
+    block = os.urandom(1000)
+    cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest())
+    name = cids.multihash_base32(cid)
+    blocks = user.folder.with_name("disk") / "blocks"
+    (blocks / name[-3:-1]).mkdir(parents=True)
+    (blocks / name[-3:-1] / f"{name}.data").write_bytes(block)
+    (blocks / "SHARDING").write_text("/repo/flatfs/shard/v1/next-to-last/2\n")
+    place = {"mountpoint": "/blocks", "type": "flatfs", "shardFunc": "/repo/flatfs/shard/v1/next-to-last/2"}
+    repository = user.folder.with_name("disk") / "repo"
+    repository.mkdir()
+    (repository / "datastore_spec").write_text(json.dumps({"mounts": [{**place, "path": str(blocks)}]}))
+    (user.folder / ".ipfs").symlink_to(repository)
+    user.env["IPFS_PATH"] = str(user.folder / ".ipfs")
+    (user.folder / ".config" / "ipfs" / "denylists").mkdir(parents=True)
+    with user.mounted("--from", "kubo") as mount:
+        assert (mount.path / cids.text(cid)).read_bytes() == block
+        assert "blocks that the node has are read in its repository" in mount.log()
+        assert "blocked" not in mount.log()
+
+
+@needs_landlock
+def test_a_log_in_a_home_folder_opens_no_home_folder(user: Home) -> None:
+    """The file alone is written, and the log says what that means."""
+    log = user.folder / "mount.log"
+    with user.mounted("--log-file", log) as mount:
+        assert f"--log-file {log}: a confined daemon may not write all of {user.folder}" in log.read_text()
+        log.rename(user.folder / "moved.log")
+        os.kill(mount.pid, signal.SIGHUP)
+        moved = user.folder / "moved.log"
+        wait_until(lambda: "the log can't be opened anew" in moved.read_text(), "the complaint")
+        assert not log.exists()
+
+
+@needs_landlock
+def test_a_library_that_was_made_anew_is_said_in_one_line(user: Home) -> None:
+    """Landlock knows folders by their inodes: the new one is not the one that was allowed."""
+    with user.mounted() as mount:
+        shutil.rmtree(user.library)
+        (user.folder / "f").write_text("hello\n")
+        cid = user.add(user.folder / "f")
+        with pytest.raises(OSError):
+            (mount.path / cid).read_text()
+        [said] = [line for line in mount.log().splitlines() if "made anew" in line]
+        assert f"the library {user.library} can't be read" in said
+        assert "mount again" in said
+        assert "Traceback" not in mount.log()
+    with user.mounted() as mount:
+        assert (mount.path / cid).read_text() == "hello\n"
 
 
 # -- another user --------------------------------------------------------------------------------------------

@@ -99,6 +99,10 @@ def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: H
         file.write_text('budget = "32MiB"\n')
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: budget() == 32 << 20, "the smaller budget again")
+        file.write_text('budget = "32MiB"\nfrom = "library"\n')
+        process.send_signal(signal.SIGHUP)
+        later = "a new value of from holds from the next mount on"
+        wait_until(lambda: later in (user.folder / "log").read_text(), "the reload says what it leaves")
         file.write_text("bugdet = 1\n")
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the complaint")

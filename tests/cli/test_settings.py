@@ -191,6 +191,32 @@ def test_the_spelling_of_mount_8(home: Path, tmp_path: Path) -> None:
         parser.parse(["none", "/m", "-o", "bugdet=1"])
 
 
+def test_every_argument_has_a_help_text() -> None:
+    for name, command in parser.build()[1].items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.metavar or action.dest}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mount", "--bugdet", "3", "m"], "--bugdet is not an option of mount: did you mean --budget?"),
+        (["ls", "--frob=3"], "--frob is not an option of ls: `ipfsfuse help ls` lists them"),
+        (["mounts", "all"], "'all' is one word too many for mounts (see ipfsfuse mounts --help)"),
+        (
+            ["mount", "medai"],
+            "medai is neither a folder nor a mount that the configuration names: did you mean media?",
+        ),
+    ],
+)
+def test_a_typing_error_gets_a_suggestion(
+    ipfsfuse: Ipfsfuse, write: Write, words: list[str], said: str
+) -> None:
+    write('[mount.media]\nmountpoint = "/media"\n')
+    ran = ipfsfuse(*words)
+    assert (ran.code, ran.err) == (2, f"ipfsfuse: {said}\n")
+
+
 def test_help_explains_a_command_and_lists_them_all(ipfsfuse: Ipfsfuse) -> None:
     assert ipfsfuse("help", "mount").out.startswith("usage: ipfsfuse mount")
     listed = ipfsfuse("help").out

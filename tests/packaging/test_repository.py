@@ -80,6 +80,17 @@ def test_ci_runs_every_python_both_debians_the_sanitizers_and_fuzzing() -> None:
         assert yaml.safe_load(path.read_text()), path
 
 
+def test_the_workflow_does_what_ci_run_does() -> None:
+    ci = yaml.safe_load((TOP / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run", "") for job in ci["jobs"].values() for step in job["steps"]]
+    called = set(re.findall(r"scripts/\w+", (TOP / ".ci/run").read_text()))
+    assert len(called) == 3
+    assert {each for each in called if not any(each in step for step in steps)} == set()
+    assert ci["env"]["IPFSFUSE_REQUIRE_KUBO"] == "1"
+    whole = [step for step in steps if re.search(r"(scripts/test|\.ci/run tests)$", step)]
+    assert len(whole) == 2, "all tests, on Ubuntu and on both Debians"
+
+
 def package(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([TOP / "scripts/package", *words], capture_output=True, text=True, check=False)
 
@@ -102,6 +113,12 @@ def test_every_page_is_in_the_site_and_every_example_is_run() -> None:
     examples = [path for path in (TOP / "examples").rglob("*") if path.suffix in (".py", ".sh")]
     assert len(examples) >= 2
     assert [path.name for path in examples if path.name not in tests] == []
+
+
+def test_the_installation_page_names_every_extra() -> None:
+    extras = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (TOP / "docs" / "INSTALL.md").read_text()
+    assert [each for each in extras if f"| `{each}` |" not in page] == []
 
 
 def test_scripts_are_programs() -> None:

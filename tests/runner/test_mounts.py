@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.errors import MountFailed
+from ipfsfuse_run import mounts as run_mounts
+from ipfsfuse_run.options import Options
 from tests.cache.pinning import mounts
 from tests.dagging import Dag
 from tests.kubo.node import Node
@@ -84,6 +87,32 @@ def test_a_daemon_that_only_has_the_folder_yet_is_waited_for(run: Runner, cid: s
         os.close(folder)
     assert process.returncode == 0, stderr
     assert lines(stdout)[0] == "content"
+
+
+def test_a_daemon_that_lets_go_while_a_start_fails_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start has failed because of it, and then it is not there any more."""
+    store = tmp_path / "ipfsfuse-cache"
+    store.mkdir(mode=0o700)
+    folder = os.open(store, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    starts: list[object] = []
+
+    def start(_options: Options, isolated: bool) -> object:
+        starts.append(isolated)
+        if len(starts) == 1:
+            os.close(folder)
+        if len(starts) != 2:
+            raise MountFailed("in use by another daemon")
+        return starts
+
+    monkeypatch.setattr(run_mounts, "_start", start)
+    options = Options(guest="guest", cache_dir=str(tmp_path))
+    assert run_mounts._shared(options) is starts
+    with pytest.raises(MountFailed):
+        run_mounts._shared(options)
+    assert len(starts) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,5 +1,6 @@
 """Runs from Python: what the command gives, as values and exceptions, from a process with threads too."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import trio
 
 import ipfsfuse_run
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from tests.mounting import alive, wait_until
+from tests.mounting import Home, alive, wait_until
 from tests.runner.conftest import Runner, lines
+from tests.runner.test_results import key_pair
 
 EMPTY = '(module (func (export "_start")))'
 SPIN = '(module (func (export "_start") (loop (br 0))))'
@@ -262,3 +264,43 @@ def test_a_run_that_is_killed_says_so(python: Run, habits: Path) -> None:
                 done = running.result()
                 assert (done.exit_code, done.ended) == (137, "killed")
                 assert done.reason == f"{habits} was ended by SIGKILL"
+
+
+ADD = """(module (import "lib" "twice" (func $twice (param i32) (result i32)))
+(func (export "quadruple") (param i32) (result i32) (call $twice (call $twice (local.get 0)))))"""
+LIB = '(module (func (export "twice") (param i32) (result i32) (i32.mul (local.get 0) (i32.const 2))))'
+
+
+def test_a_function_is_called_by_name(python: Run, tmp_path: Path) -> None:
+    asked, library = guest(tmp_path, ADD), tmp_path / "lib.wat"
+    library.write_text(LIB)
+    done = python(asked, "5", invoke="quadruple", preload={"lib": library})
+    assert (done.exit_code, done.stdout) == (0, b"20\n"), done
+    with pytest.raises(UsageError, match="--record of a run with --invoke"):
+        python(asked, "5", invoke="quadruple", record="run.car", mount=None)
+
+
+@pytest.mark.fuse
+def test_results_and_receipt_come_with_the_result(
+    home: Home, run: Runner, habits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they are those of the folder, of the command and of the file."""
+    for name, value in {**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}.items():
+        monkeypatch.setenv(name, value)
+    private, public = key_pair(tmp_path, "key")
+    out, record = tmp_path / "out", tmp_path / "run.car"
+    done = ipfsfuse_run.run(
+        habits, "write", "/out/file", out=out, record=record, sign=private, limits={"timeout": 20}
+    )
+    assert (done.exit_code, (out / "file").read_text(), done.notes) == (0, "written\n", ())
+    assert done.out == home.add("--hidden", out)
+    assert done.receipt is not None
+    assert done.receipt["results"]["out"] == done.out
+    run.mount = None
+    shown = run("inspect", record, "--json", "--key", public)
+    assert (shown.returncode, json.loads(shown.stdout)) == (0, done.receipt), shown
+    again = ipfsfuse_run.run(habits, "write", "/out/file", out=tmp_path / "again", add=True)
+    assert (again.out, again.receipt, again.notes) == (done.out, None, ())
+    assert done.out in home.run("library").stdout
+    done = ipfsfuse_run.run(habits, "args")
+    assert (done.out, done.receipt) == (None, None)

@@ -54,7 +54,7 @@ class Denylists:
         homes = [Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")]
         with suppress(OSError, KeyError):  # this process may be root's, and the node another user's
             homes.append(Path(pwd.getpwuid(repository.stat().st_uid).pw_dir) / ".config")
-        self._folders = [
+        self.folders = [
             repository / "denylists",
             *(home / "ipfs" / "denylists" for home in homes),
             Path("/etc/ipfs/denylists"),
@@ -67,7 +67,7 @@ class Denylists:
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            where = next((folder for folder in self._folders if _has_denylist(folder)), None)
+            where = next((folder for folder in self.folders if _has_denylist(folder)), None)
             if where is not None and not self._found:
                 log.warning(
                     "%s: content is blocked by a list in %s: the node is asked for every block",
@@ -181,6 +181,17 @@ def open_flatfs(repository: Path) -> Flatfs | None:
         )
         return None
     return Flatfs(folder, kept[1], denylists)
+
+
+def files(repository: Path) -> list[Path]:
+    """All that is read of a repository; some may not exist. Its blocks may lie on another disk."""
+    lists = Denylists(repository).folders
+    found = [repository, *lists, *(each.parent for each in lists if each.parent.name == "ipfs")]
+    with suppress(OSError, ValueError, RecursionError):  # `open_flatfs` says so
+        kept = _flatfs_of(json.loads(_config(repository / "datastore_spec")))
+        if kept is not None:
+            found.append(repository / kept[0])
+    return found
 
 
 def _config(path: Path) -> str:

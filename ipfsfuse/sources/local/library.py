@@ -348,6 +348,12 @@ class Packs:
                 names = pack_names(self._folder)
             except FileNotFoundError:
                 names = set()
+            except PermissionError as exc:
+                raise SourceFailed(
+                    f"the library {self._folder} can't be read: {exc.strerror}; if it was made anew since "
+                    "the mount began, mount again",
+                    "disk",
+                ) from exc
             found = {key: path for name in names if (key := _key(path := self._folder / name))}
             gone = [key for key in self._open if key not in found]
             new = [
