@@ -6,7 +6,7 @@ blocks as they were sent. The pool verifies them, so nobody else needs to.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -77,6 +77,12 @@ def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
         current_request.reset(token)
 
 
+Clone = Callable[[Sequence[Leaf], Sequence[str], str], Awaitable[Sequence[Block]]]
+"""Awaited with consecutive leaves, the files that hold their blocks, and the source's name. Has the file
+system share these files' extents with the cache, and returns what it reads from there: the blocks of the
+first leaves, as many as can be shared."""
+
+
 @dataclass(frozen=True, slots=True)
 class LeafRange:
     """Consecutive leaves of one file that are wanted soon: a source sends them as it does best."""
@@ -86,6 +92,8 @@ class LeafRange:
     file_size: int
     """Bytes of the whole file's content."""
     leaves: Sequence[Leaf]
+    clone: Clone | None = None
+    """For a source that keeps each block in a file of its own."""
 
 
 ENVELOPE = 64

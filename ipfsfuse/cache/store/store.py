@@ -10,7 +10,8 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -213,22 +214,16 @@ class Store:
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if (self.backoff.reason and self.backoff.waiting) or file.size >= self.staging.too_large:
-            return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
-        cost = disk_cost(self.staging.unit, start, end)
-        if not await self.budget.reserve(file.cid, cost):
-            return False
-        if file.cid not in self.staging.entries:
-            self.pins.add(file.cid)
-        entry = self.staging.entry(file.cid, file.size)
-        entry.reserved += cost
-        entry.charged += cost
-        entry.source = source
-        try:
-            grown, error = await threads.run_sync(
-                self.staging.write, entry, start, contents, limiter=self.io.writing
-            )
+        async with self._writing(file, start, end, source) as entry:
+            if entry is None:
+                return False
+            try:
+                grown, error = await threads.run_sync(
+                    self.staging.write, entry, start, contents, limiter=self.io.writing
+                )
+            except Removed:
+                return False
             entry.disk += grown
             if error is not None:
                 if file.size < self.staging.too_large:
@@ -241,12 +236,73 @@ class Store:
                 entry.extents.add(start, end)
                 self._proved(entry, start, end)
             return True
-        except Removed:
-            return False
+
+    @asynccontextmanager
+    async def _writing(self, file: FileRef, start: int, end: int, source: str) -> AsyncIterator[Entry | None]:
+        """The entry of `file`, with room in the budget for a write of [start, end); None where there is
+        none."""
+        cost = disk_cost(self.staging.unit, start, end)
+        if (
+            (self.backoff.reason and self.backoff.waiting)
+            or file.size >= self.staging.too_large
+            or not await self.budget.reserve(file.cid, cost)
+        ):
+            yield None
+            return
+        if file.cid not in self.staging.entries:
+            self.pins.add(file.cid)
+        entry = self.staging.entry(file.cid, file.size)
+        entry.reserved += cost
+        entry.charged += cost
+        entry.source = source
+        try:
+            yield entry
         finally:
             entry.reserved -= cost
             self.budget.settle(cost)
             self._settle(entry)
+
+    async def clone_leaves(
+        self, file: FileRef, leaves: Sequence[Leaf], files: Sequence[str], source: str
+    ) -> Sequence[memoryview]:
+        """Stages leaves that lie one behind the other, at least one, by sharing the extents of `files`, which
+        may hold their blocks. What is there now of the first ones, as many as could be shared: unproved, and
+        hashed when it is read again, unless the caller verifies it and calls `note_proved`.
+
+        Extents are shared block by block of the file system: of raw leaves, which begin where a block
+        does."""
+        start, end, unit = leaves[0].offset, leaves[-1].offset + leaves[-1].size, self.staging.unit
+        if self.staging.shares is False or any(
+            cids.codec(leaf.cid) != cids.RAW
+            or leaf.offset % unit
+            or (leaf.size % unit and leaf.offset + leaf.size != file.size)
+            for leaf in leaves
+        ):
+            return []
+        if self.staging.shares is None and not await threads.run_sync(
+            self.staging.can_share, files[0], leaves[0].size, limiter=self.io.writing
+        ):
+            return []
+        async with self._writing(file, start, end, source) as entry:
+            if entry is None:
+                return []
+            try:
+                grown, found = await threads.run_sync(
+                    self.staging.clone, entry, leaves, files, limiter=self.io.writing
+                )
+            except (OSError, Removed):  # it is written then, and that reports it
+                return []
+            entry.disk += grown
+            if found and entry.extents is not None:
+                last = leaves[len(found) - 1]
+                entry.extents.add(start, last.offset + last.size)
+            return found
+
+    def note_proved(self, file: FileRef, leaves: Sequence[Leaf]) -> None:
+        """What `clone_leaves` gave of leaves that lie one behind the other was found right."""
+        entry = self.staging.entries.get(file.cid)
+        if entry is not None and not entry.dead:
+            self._proved(entry, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
 
     def _proved(self, entry: Entry, start: int, end: int) -> None:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""

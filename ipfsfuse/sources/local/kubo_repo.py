@@ -135,6 +135,10 @@ class Flatfs:
             blocks.append(block)
         return blocks
 
+    def files(self, leaves: Sequence[Leaf]) -> Sequence[str]:
+        """The files that hold the blocks of `leaves`, if they are there; none while content is blocked."""
+        return [] if self._is_blocked() else [self._path(leaf.cid) for leaf in leaves]
+
     def _into_buffer(self, leaf: Leaf) -> memoryview | None:
         try:
             with regular(self._path(leaf.cid), cids.MAX_BLOCK) as (file, size):

@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -449,7 +450,7 @@ class RangeFetch:
             patience = min(PATIENCE_ALONE, self._pool.deadline / 2) if alone else self._pool.patience
         missing = sorted(self._left)
         leaves = self._wanted.leaves
-        part = LeafRange(self._wanted.file, self._wanted.file_size, [leaves[index] for index in missing])
+        part = replace(self._wanted, leaves=[leaves[index] for index in missing])
         async with managed.place() as place, managed.source.stream(part) as stream:
             while True:
                 with trio.move_on_after(patience) as waiting:
