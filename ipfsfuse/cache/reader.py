@@ -59,12 +59,12 @@ def block_key(cid: Cid) -> bytes:
 
 
 def cid_of(key: bytes) -> Cid:
-    """The CID that a key stands for: itself, or that of a dag-pb block with this multihash."""
+    """A CID with the multihash of a key: the key itself if it is a CID, else that of a dag-pb block."""
     return Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key)
 
 
 def spelled(key: bytes) -> str:
-    """A key for messages."""
+    """A key for messages, or the CID that a caller asked for."""
     return cids.text(cid_of(key))
 
 
@@ -191,7 +191,7 @@ class Reader:
             self.hits += 1
             return kept
         fetch = partial(self._bring_block, cid, early)
-        result = await self._flights.join(block_key(cid), fetch, ended=not early)
+        result = await self._flights.join(block_key(cid), fetch, cids.canonical(cid), ended=not early)
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:

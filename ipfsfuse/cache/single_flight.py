@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -103,13 +104,14 @@ class SingleFlight(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: K, fetch: Fetching[V], *, ended: bool = False) -> V:
+    async def join(self, key: K, fetch: Fetching[V], asked: K | None = None, *, ended: bool = False) -> V:
         """The value of `key`, from the fetch under way or from a new `fetch()`. A fetch that has yielded its
         value serves all callers until it ends, and is not cancelled when they leave. With `ended`, returns
-        when the fetch has ended.
+        when the fetch has ended. `asked` is how this caller writes the key: messages say that.
 
         Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
         that this is for. A caller that asks again within the next seconds gets the same error at once."""
+        name = partial(self._name, key if asked is None else asked)
         began = trio.current_time()
         known = self._failed.get(key)
         if known is not None:
@@ -122,7 +124,7 @@ class SingleFlight(Generic[K, V]):
                 flight = self._flights.get(key)
                 if flight is None:
                     flight = self._flights[key] = Flight(Fetch())
-                    self._nursery.start_soon(self._run_fetch, key, flight, fetch)
+                    self._nursery.start_soon(self._run_fetch, key, flight, fetch, name)
                 if flight.fetch.abandoned:
                     await flight.done.wait()
                 else:
@@ -139,7 +141,7 @@ class SingleFlight(Generic[K, V]):
                     raise copy.copy(flight.error) from flight.error
         cause = self._cause(key)
         waited = trio.current_time() - began
-        said = f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s"
+        said = f"{name()}: no source gave it within {min(waited, self._deadline):.3g} s"
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
@@ -208,7 +210,9 @@ class SingleFlight(Generic[K, V]):
         flight = self._flights[key] = Flight[V](fetch)
         return flight
 
-    async def _run_fetch(self, key: K, flight: Flight[V], fetch: Fetching[V]) -> None:
+    async def _run_fetch(
+        self, key: K, flight: Flight[V], fetch: Fetching[V], name: Callable[[], str]
+    ) -> None:
         current_request.set(flight.fetch.request)
         try:
             with flight.fetch.scope:
@@ -227,7 +231,7 @@ class SingleFlight(Generic[K, V]):
                             self._note_failure(key, exc)
         finally:
             if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
-                flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
+                flight.error = Unavailable(f"{name()}: the cache is being closed")
             self._end(key, flight)
 
     def _resolve(self, key: K, flight: Flight[V], value: V) -> None:

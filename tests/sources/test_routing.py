@@ -395,7 +395,7 @@ def test_in_a_pool_it_is_a_source_as_others(tmp_path: Any) -> None:
                 for cid, block in FILE.blocks.items():
                     assert (await pool.get(cid)).block == block
                 assert [each.name for each in pool.statistics()] == ["network", f"network: {gateway.url}"]
-            with pytest.raises(UsageError, match="name at least one router"):
+            with pytest.raises(UsageError, match="name a router"):
                 async with opened(["network"], OpenSettings(tmp_path / "l", tmp_path / "i")):
                     pass
             async with opened(

@@ -145,7 +145,7 @@ class Resolver:
                     value, seconds = await self._asked(name)
                 step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
             except IpfsFuseError as exc:
-                log.warning("%s", exc)
+                log.info("%s", exc)
                 step = _Step(exc.with_traceback(None), trio.current_time() + FAILURE_SECONDS)
             self._steps[name] = step
             self._steps.move_to_end(name)
