@@ -199,7 +199,7 @@ def _lead_to(target: int) -> None:
 # -- `ipfsfuse logs` -----------------------------------------------------------------------------------------
 
 FOLLOW_SECONDS = 0.3
-ANSWER_SECONDS = 5.0
+PID_SECONDS = 5.0
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -229,7 +229,7 @@ def _log_of(arguments: argparse.Namespace) -> Path:
     the log in the cache folder."""
     daemon = folders.last_daemon_of(arguments)
     try:
-        state = client.call(daemon.control, "status", timeout=ANSWER_SECONDS)
+        state = client.call(daemon.control, "status", timeout=PID_SECONDS)
     except IpfsFuseError:
         return daemon.control.parent / LOG
     if "log" not in state:  # a daemon of an older version

@@ -24,7 +24,7 @@ from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
 
-ANSWER_SECONDS = 10.0
+METRICS_SECONDS = 10.0
 OPENMETRICS = "application/openmetrics-text"
 TYPES = {
     True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("metrics takes --listen or --textfile, not both")
     if arguments.listen is not None:
         return _serve(control, arguments.listen, arguments.json)
-    answer = client.call(control, "metrics", timeout=ANSWER_SECONDS)
+    answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
         _write(Path(arguments.textfile), text(answer, openmetrics=False))
         if arguments.json:
@@ -71,7 +71,7 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
         def do_GET(self) -> None:
             wanted = OPENMETRICS in self.headers.get("Accept", "")  # as Prometheus asks
             try:
-                body = text(client.call(control, "metrics", timeout=ANSWER_SECONDS), wanted).encode()
+                body = text(client.call(control, "metrics", timeout=METRICS_SECONDS), wanted).encode()
                 code = 200
             except IpfsFuseError as exc:
                 body, code = f"{exc}\n".encode(), 503
