@@ -9,7 +9,8 @@ threads.
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -85,6 +86,8 @@ class Store:
         """What was pinned when the store was opened."""
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
+        self._arriving: Counter[Cid] = Counter()
+        """What its readers have, and what is still being staged."""
         self.completed: Callable[[Entry], None] = lambda _entry: None
         """Called when a staging file got its final name."""
         self._lingering: dict[int, int] = {}
@@ -451,8 +454,25 @@ class Store:
         return await self.budget.evict(key)
 
     def holds(self, cid: Cid) -> bool:
-        """Whether `cid` itself is staged, at least in part."""
-        return self.staging.find(cids.canonical(cid)) is not None or self.blocks.place(cid) is not None
+        """Whether `cid` itself is staged, or is being staged, at least in part."""
+        own = cids.canonical(cid)
+        here = own in self._arriving or self.staging.find(own) is not None
+        return here or self.blocks.place(cid) is not None
+
+    @contextlib.contextmanager
+    def arriving(self, cid: Cid) -> Iterator[None]:
+        """While `cid`, which its reader has already, is being staged: it counts as here. If it could not be
+        staged, its pin is released."""
+        own = cids.canonical(cid)
+        self._arriving[own] += 1
+        try:
+            yield
+        finally:
+            self._arriving[own] -= 1
+            if not self._arriving[own]:
+                del self._arriving[own]
+                if not self.holds(cid):
+                    self.pins.remove(own)
 
     def rest_on_disk(self) -> int:
         """Bytes on disk of all that lies in the folder besides staging files and packs, the folders

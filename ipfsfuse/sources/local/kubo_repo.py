@@ -27,7 +27,8 @@ from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Direct, read_file, read_hashed, read_whole, regular, size_of
-from ipfsfuse.sources.base import Block, Hashed, fits, too_large
+from ipfsfuse.sources.base import Hashed, fits, too_large
+from ipfsfuse.sources.streams import Block
 
 log = logging.getLogger("ipfsfuse.sources")
 

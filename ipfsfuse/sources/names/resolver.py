@@ -250,7 +250,7 @@ class Resolver:
             answer = exc
         except Exception as exc:  # whatever one source does, the others are asked
             log.exception("%s: asking for the record of %s failed", source.name, name)
-            answer = Unavailable(f"it failed in a way that was not foreseen ({type(exc).__name__})")
+            answer = Unavailable(f"it failed unexpectedly ({type(exc).__name__})")
         await send.send((number, answer))
 
     async def _stored(self, name: KeyName) -> Record | None:
