@@ -199,7 +199,7 @@ def _lead_to(target: int) -> None:
 # -- `ipfsfuse logs` -----------------------------------------------------------------------------------------
 
 FOLLOW_SECONDS = 0.3
-ANSWER_SECONDS = 5.0
+PID_SECONDS = 5.0
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -229,7 +229,7 @@ def _log_of(arguments: argparse.Namespace) -> Path:
     no daemon answers, the log in the cache folder."""
     daemon = folders.last_daemon_of(arguments)
     try:
-        pid = client.call(daemon.control, "status", timeout=ANSWER_SECONDS)["pid"]
+        pid = client.call(daemon.control, "status", timeout=PID_SECONDS)["pid"]
         target = os.readlink(f"/proc/{pid}/fd/2")
     except (IpfsFuseError, OSError):
         return daemon.control.parent / LOG

@@ -21,7 +21,7 @@ from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
 
-ANSWER_SECONDS = 10.0
+METRICS_SECONDS = 10.0
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("metrics takes --listen or --textfile, not both")
     if arguments.listen is not None:
         return _serve(control, arguments.listen, arguments.json)
-    answer = client.call(control, "metrics", timeout=ANSWER_SECONDS)
+    answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
         _write(Path(arguments.textfile), openmetrics(answer))
         if arguments.json:
@@ -61,7 +61,7 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             try:
-                body = openmetrics(client.call(control, "metrics", timeout=ANSWER_SECONDS)).encode()
+                body = openmetrics(client.call(control, "metrics", timeout=METRICS_SECONDS)).encode()
                 code = 200
             except IpfsFuseError as exc:
                 body, code = f"{exc}\n".encode(), 503

@@ -12,7 +12,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, UsageError
-from ipfsfuse.sources.base import Block, LeafRange, Subtree
+from ipfsfuse.sources.base import LeafRange, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
@@ -21,11 +21,13 @@ from ipfsfuse.sources.routing import network as networks
 from ipfsfuse.sources.routing.network import Network
 from ipfsfuse.sources.routing.router import MAX_ANSWER, Router, provider_origin
 from ipfsfuse.sources.spec import OpenSettings, opened
+from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.sources import evil
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Server
+from tests.sources.streamed import give_each
 
 FILE = sample(301)
 TREE = trees()["basic"]
@@ -104,14 +106,14 @@ def test_a_provider_gives_blocks_ranges_and_directories(
                 async def deliver(index: int, blocks: Sequence[Block]) -> None:
                     got.update({index + at: bytes(block) for at, block in enumerate(blocks)})
 
-                await source.stream(LeafRange(FILE.root, len(FILE.data), FILE.leaves), deliver)
+                await give_each(source.stream(LeafRange(FILE.root, len(FILE.data), FILE.leaves)), deliver)
                 assert b"".join(got[index] for index in sorted(got)) == FILE.data
                 found: dict[Cid, bytes] = {}
 
                 async def take(blocks: Sequence[tuple[Cid, bytes]]) -> None:
                     found.update(blocks)
 
-                await source.subtree(Subtree(TREE.root, True, 1 << 20), take)
+                await give_each(source.subtree(Subtree(TREE.root, True, 1 << 20)), take)
                 assert found
                 assert found.items() <= TREE.blocks.items()
                 (told,) = source.statistics()
@@ -393,7 +395,7 @@ def test_in_a_pool_it_is_a_source_as_others(tmp_path: Any) -> None:
                 for cid, block in FILE.blocks.items():
                     assert (await pool.get(cid)).block == block
                 assert [each.name for each in pool.statistics()] == ["network", f"network: {gateway.url}"]
-            with pytest.raises(UsageError, match="name at least one router"):
+            with pytest.raises(UsageError, match="name a router"):
                 async with opened(["network"], OpenSettings(tmp_path / "l", tmp_path / "i")):
                     pass
             async with opened(

@@ -9,8 +9,9 @@ Concurrency: any number of tasks. Calls that want providers of the same CID shar
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import trio
@@ -18,15 +19,16 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, WrongBlock
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.base import LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.failures import TIMEOUT
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin
 from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
 from ipfsfuse.sources.pool.health import Statistics
-from ipfsfuse.sources.pool.pool import RangeFetch, SourcePool, SubtreeFetch
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.routing.router import Router, provider_origin
+from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, streaming
 
 log = logging.getLogger(__name__)
 
@@ -112,23 +114,32 @@ class Network:
             return fetched.block
         return None
 
-    async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
-        async def give(index: int, blocks: Sequence[Block], source: Source) -> None:
-            self._note_used(source, len(blocks))
-            await deliver(index, blocks)
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(self._send_leaves, wanted))
 
+    async def _send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         if not self._providers:
             await self._look_up(wanted.file)
         try:
-            await RangeFetch(self._pool, wanted, give).from_each()
+            async with self._pool.stream(wanted, singly=False) as stream:
+                async for index, blocks, source, release in stream:
+                    self._note_used(source, len(blocks))
+                    await send.send(Delivery(index, blocks, release))
         finally:
             self._remove_liars()
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
+        return streaming(partial(self._send_subtree, subtree), turns=True)
+
+    async def _send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
         if not self._providers:
             await self._look_up(subtree.root)
         try:
-            await SubtreeFetch(self._pool, subtree, _Passed(self, deliver)).run()
+            async with self._pool.subtree(subtree, _Everything()) as stream:
+                async for blocks in stream:
+                    for fetched in blocks.values():
+                        self._note_used(fetched.source, 1)
+                    await send.send([(cid, fetched.block) for cid, fetched in blocks.items()])
         finally:
             self._remove_liars()
 
@@ -255,19 +266,11 @@ class Network:
         return False, failures[0] if failures else late
 
 
-class _Passed:
-    """Passes the verified blocks of a subtree on, as a `base.Taker`."""
-
-    def __init__(self, network: Network, deliver: DeliverBlocks) -> None:
-        self._network, self._deliver = network, deliver
+class _Everything:
+    """Wants all blocks of a subtree (`base.Wanted`)."""
 
     def wants(self, _cid: Cid) -> bool:
         return True
 
     def came(self, _cid: Cid, _block: bytes) -> None:
         pass
-
-    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
-        for fetched in blocks.values():
-            self._network._note_used(fetched.source, 1)
-        await self._deliver([(cid, fetched.block) for cid, fetched in blocks.items()])
