@@ -166,7 +166,8 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")
     replaced = [*reads, *(Path(os.environ[name]) for name in files if os.environ.get(name))]
     places += [place for path in replaced for place in (path, _room_of(path), _room_of(path.resolve()))]
-    cache = next(path for path in folder.path.parents if path.exists())  # on a full disk it comes later
+    # on a full disk it comes later
+    cache = next(path for path in [_room_of(folder.path), *folder.path.parents] if path.exists())
     own = [cache, *map(_writable, writes), Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
     own += [path for path in [live_mounts.usable_folder()] if path]
     emptied = [Path(tempfile.gettempdir())] if config.isolated else []

@@ -16,6 +16,9 @@ from ipfsfuse.confinement import landlock_abi
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.fuse.session import MountHelper
 from tests.mounting import NOBODY, Home, alive, wait_until
+from tests.sources.authority import Authority
+from tests.sources.content import raw_blocks
+from tests.sources.servers import Server
 
 pytestmark = pytest.mark.fuse
 TOP = Path(__file__).parents[2]
@@ -79,12 +82,13 @@ with locked(cache) as folder:
 
 
 @needs_landlock
-def test_a_confined_daemon_reaches_its_own_files_alone(user: Home) -> None:
+@pytest.mark.parametrize("cache", ["cache", "."], ids=["a folder", "the home folder"])
+def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -> None:
     secret = user.folder / "home" / ".ssh" / "id"
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
     user.run("library")
-    command = [sys.executable, "-c", CONFINED, user.cache, user.library, user.mountpoint, secret]
+    command = [sys.executable, "-c", CONFINED, user.folder / cache, user.library, user.mountpoint, secret]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     refused = done.stdout.splitlines()
@@ -150,6 +154,24 @@ def test_a_confined_mount_reads_a_repository_whose_blocks_lie_elsewhere(user: Ho
         assert (mount.path / cids.text(cid)).read_bytes() == block
         assert "blocks that the node has are read in its repository" in mount.log()
         assert "blocked" not in mount.log()
+
+
+def test_a_confined_mount_reads_certificates_and_headers_elsewhere(user: Home) -> None:
+    folder = user.folder.with_name("secrets")
+    folder.mkdir()
+    authority = Authority(folder)
+    user.env["SSL_CERT_FILE"] = str(user.folder / "authority.pem")
+    (user.folder / "authority.pem").symlink_to(authority.certificate)
+    (folder / "headers").write_text("X-Key: secret\n")
+    (folder / "headers").chmod(0o600)
+    (user.folder / "headers").symlink_to(folder / "headers")
+    blocks = raw_blocks(3, 1)
+    with Server(blocks, tls=authority.vouch("IP:127.0.0.1")) as server:
+        headers = f"{server.url}={user.folder / 'headers'}"
+        with user.mounted("--from", server.url, "--header-file", headers) as mount:
+            for cid, block in blocks.items():
+                assert (mount.path / cids.text(cid)).read_bytes() == block
+        assert {ask.headers.get("x-key") for ask in server.asked} == {"secret"}
 
 
 @needs_landlock
