@@ -143,8 +143,8 @@ def _become(user: User, folders: Sequence[Path]) -> None:
 
 
 SYSTEM_FOLDERS = (
-    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/dev", "/run",
-    "/nix", "/gnu", "/snap",
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/run",
+    "/nix", "/gnu", "/snap", "/dev/urandom", "/dev/zero",
     "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",
 )  # fmt: skip
 """Where programs, certificates, name servers and what the kernel tells are found. Those of /etc may be links
