@@ -143,8 +143,8 @@ def _become(user: User, folders: Sequence[Path]) -> None:
 
 
 SYSTEM_FOLDERS = (
-    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/dev",
-    "/nix", "/gnu", "/snap",
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys",
+    "/nix", "/gnu", "/snap", "/dev/urandom", "/dev/zero",
     "/run/systemd", "/run/NetworkManager", "/run/resolvconf", "/run/netconfig", "/run/connman", "/run/nscd",
     "/run/current-system", "/run/opengl-driver",
     "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",

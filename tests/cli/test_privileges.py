@@ -14,6 +14,7 @@ import pytest
 
 from ipfsfuse.confinement import landlock_abi
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.fuse.session import MountHelper
 from tests.mounting import NOBODY, Home, alive, wait_until
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks
@@ -73,6 +74,7 @@ with locked(cache) as folder:
     refused("writes nothing into the library", (library / "new").write_text, "x")
     refused("lists no home", os.listdir, secret.parent)
     refused("lists no secrets of services", os.listdir, "/run")
+    refused("reads no disk", open, "/dev/full", "rb")  # nor any other device
     refused("starts no program", subprocess.run, ["/bin/true"])
     with socket.socket() as listener:
         refused("listens nowhere", listener.bind, ("127.0.0.1", 0))
@@ -92,8 +94,7 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
     assert done.returncode == 0, done.stderr
     refused = done.stdout.splitlines()
     expected = ["reads no secret", "writes no other file", "writes nothing into the library", "lists no home"]
-    expected += ["lists no secrets of services"]
-    expected += ["starts no program"]
+    expected += ["lists no secrets of services", "reads no disk", "starts no program"]
     expected += ["listens nowhere"] * (landlock_abi() >= 4) + ["ends no other process"] * (
         landlock_abi() >= 6
     )
@@ -202,6 +203,22 @@ def test_a_library_that_was_made_anew_is_said_in_one_line(user: Home) -> None:
         assert "Traceback" not in mount.log()
     with user.mounted() as mount:
         assert (mount.path / cid).read_text() == "hello\n"
+
+
+def test_the_shell_that_unmounts_for_a_daemon_unmounts_no_other_living_mount(tmp_path: Path) -> None:
+    """It is not confined, and root's may unmount anything."""
+    program = tmp_path / "program"
+    program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
+    program.chmod(0o755)
+    other = "".join(f"\\0{byte:03o}" for byte in os.fsencode(tmp_path))
+    subprocess.run(
+        ["/bin/sh", "-c", MountHelper._UNMOUNT, "sh", "/mnt/ours", program],
+        input=f"any {other}\ndead {other}\nother {other}\n",
+        text=True,
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "asked").read_text().split("\n") == ["-u -q -- /mnt/ours", "-u -q -- /mnt/ours", ""]
 
 
 # -- another user --------------------------------------------------------------------------------------------
