@@ -236,6 +236,45 @@ def test_a_good_router_counts_beside_a_bad_one(behave: Callable[[Ask], None]) ->
     trio.run(main)
 
 
+def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The good router answers after the others' half second. Its provider keeps its place afterwards."""
+    monkeypatch.setattr(networks, "TRY_SECONDS", 2.0)
+
+    async def main() -> None:
+        with Server(FILE.blocks) as gateway, Server({}, flood_of_providers()) as bad:
+
+            def slow(ask: Ask) -> None:
+                time.sleep(1.2)
+                naming(gateway)(ask)
+
+            with Server({}, slow) as router:
+                async with Net(bad, router) as source:
+                    for cid, block in FILE.blocks.items():
+                        assert await source.get(cid) == block
+                    assert len(router.asked) == 2
+                    absent = cids.make(cids.RAW, b"\x12\x20" + bytes(32))
+                    with pytest.raises(NotHere):
+                        await source.get(absent)
+                    names = [each.name for each in source.statistics()]
+                    assert f"network: {gateway.url}" in names
+                    assert len(names) <= networks.MAX_PROVIDERS // 2 + 1
+
+    trio.run(main)
+
+
+def flood_of_providers() -> Callable[[Ask], None]:
+    """A router that names other servers in each answer, at which nothing listens."""
+    answers = iter(range(1, 200))
+
+    def behave(ask: Ask) -> None:
+        answer = next(answers)
+        lines([peer(f"/ip4/127.2.{answer}.{number}/tcp/9/http") for number in range(1, 200)])(ask)
+
+    return behave
+
+
 def test_a_router_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "LOOKUP_SECONDS", 0.3)
 
