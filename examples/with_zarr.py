@@ -7,5 +7,8 @@ import sys
 
 import zarr
 
+if len(sys.argv) != 2:
+    print("usage: python with_zarr.py CID/array.zarr", file=sys.stderr)
+    raise SystemExit(2)
 array = zarr.open_array(f"ipfs://{sys.argv[1]}", mode="r")
 print(array.shape, array[:2, :2])

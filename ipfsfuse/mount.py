@@ -143,12 +143,15 @@ def _become(user: User, folders: Sequence[Path]) -> None:
 
 
 SYSTEM_FOLDERS = (
-    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/dev", "/run",
-    "/nix", "/gnu", "/snap",
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys",
+    "/nix", "/gnu", "/snap", "/dev/urandom", "/dev/zero",
+    "/run/systemd", "/run/NetworkManager", "/run/resolvconf", "/run/netconfig", "/run/connman", "/run/nscd",
+    "/run/current-system", "/run/opengl-driver",
     "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",
 )  # fmt: skip
 """Where programs, certificates, name servers and what the kernel tells are found. Those of /etc may be links
-to somewhere else, as openSUSE has it."""
+to somewhere else, as openSUSE has it. Of /run only what tells where name servers are: it also holds secrets
+of containers and of users."""
 
 
 def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:
@@ -166,7 +169,8 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")
     replaced = [*reads, *(Path(os.environ[name]) for name in files if os.environ.get(name))]
     places += [place for path in replaced for place in (path, _room_of(path), _room_of(path.resolve()))]
-    cache = next(path for path in folder.path.parents if path.exists())  # on a full disk it comes later
+    # on a full disk it comes later
+    cache = next(path for path in [_room_of(folder.path), *folder.path.parents] if path.exists())
     own = [cache, *map(_writable, writes), Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
     own += [path for path in [live_mounts.usable_folder()] if path]
     emptied = [Path(tempfile.gettempdir())] if config.isolated else []

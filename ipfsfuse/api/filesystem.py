@@ -119,7 +119,7 @@ class Filesystem:
     async def resolve(self, path: str) -> str:
         """`path` with its IPNS name, if it has one, replaced by what that stands for now: `/ipfs/CID/...`.
         Raises NotFound, Unavailable, NotACid, UsageError."""
-        return str(await self._content.names.path_of(path))
+        return os.fsdecode(bytes(await self._content.names.path_of(path)))
 
     async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
         """Raises NotFound, NotADirectory, Unavailable, WrongBlock, Malformed, Unsupported."""
@@ -219,6 +219,7 @@ async def open_filesystem(
     deadline: float = 30.0,
     dns: str = "system",
     routers: Sequence[str] = (),
+    allow_private_providers: bool = False,
 ) -> AsyncIterator[Filesystem]:
     """A file system for the length of the block.
 
@@ -235,6 +236,7 @@ async def open_filesystem(
         deadline=deadline,
         dns=dns,
         routers=tuple(routers),
+        allow_private_providers=allow_private_providers,
     )
     failure: Exception | None = None
     async with AsyncExitStack() as stack:

@@ -64,11 +64,17 @@ class Cache(Protocol):
         forgotten, so that they are asked for again: the source may have lost them too."""
         ...
 
-    async def block(self, cid: Cid) -> bytes:
+    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
         """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw
         file.
 
+        `early`: what is fetched may be given as soon as it is verified, and staged behind that.
+
         Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
+        ...
+
+    async def settle(self) -> None:
+        """Returns when all that readers were given so far is staged, or was found not to be."""
         ...
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:

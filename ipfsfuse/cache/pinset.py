@@ -213,11 +213,9 @@ class PinsetCache:
         return self._pinned.pinning(cid)
 
     def joins(self, cid: Cid) -> bool:
-        """As `Copies.joins`."""
         return cids.codec(cid) == cids.DAG_PB and self.store.staging.find(cids.canonical(cid)) is not None
 
     async def copy(self, cid: Cid, node: str) -> Copy | None:
-        """As `Copies.copy`."""
         entry = self.store.staging.find(cids.canonical(cid))
         if self.store.blocks.place(cid) is None and (
             entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW

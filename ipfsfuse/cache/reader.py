@@ -4,7 +4,7 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -20,7 +20,8 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Block, Blocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.streams import Block
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ OF_BUDGET = 4
 other."""
 REGISTERED_AT_A_TIME = 2000
 """Blocks of one answer that are registered in one step of the event loop: about 10 ms."""
+STAGED_TOGETHER = 2
+"""Deliveries of one `ahead` that are written while the next one arrives."""
 LEAVES_TOGETHER = 4
 """Leaves that one `ahead` fetches one by one, side by side."""
 READ_TASKS = 2
@@ -56,12 +59,12 @@ def block_key(cid: Cid) -> bytes:
 
 
 def cid_of(key: bytes) -> Cid:
-    """The CID that a key stands for: itself, or that of a dag-pb block with this multihash."""
+    """A CID with the multihash of a key: the key itself if it is a CID, else that of a dag-pb block."""
     return Cid(key) if key[:1] == b"\x01" else cids.make(cids.DAG_PB, key)
 
 
 def spelled(key: bytes) -> str:
-    """A key for messages."""
+    """A key for messages, or the CID that a caller asked for."""
     return cids.text(cid_of(key))
 
 
@@ -94,6 +97,12 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
     return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
 
 
+def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
+    """A block as its waiters get it."""
+    is_file = cids.codec(cid) == cids.RAW and not fetched.source.in_place
+    return FetchResult(fetched.block, fetched.source, is_file)
+
+
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The content of a leaf of `file`, from its block."""
     raw = cids.codec(leaf.cid) == cids.RAW
@@ -107,6 +116,11 @@ async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
+def _memory(content: Content) -> object:
+    """What holds the bytes: the same of all views of one buffer."""
+    return memoryview(content).obj
+
+
 def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
     """Whether all are to be staged, without gaps between them."""
     ends = [leaf.offset + leaf.size for leaf, _of in arrived]
@@ -114,29 +128,27 @@ def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
     return whole and all(leaf.offset == end for (leaf, _result), end in zip(arrived[1:], ends, strict=False))
 
 
-class SubtreeSink:
-    """Takes the blocks of one answer into the cache (`sources.base.Taker`): those that a batch expects."""
+class _Expected:
+    """Of one answer, the blocks that a batch expects (`sources.base.Wanted`)."""
 
     def __init__(self, reader: "Reader", batch: Batch[bytes, FetchResult], seen: Seen) -> None:
         self._reader, self._batch, self._seen = reader, batch, seen
+        self._came = set[bytes]()
 
     def wants(self, cid: Cid) -> bool:
-        return block_key(cid) in self._batch
+        key = block_key(cid)
+        return key in self._batch and key not in self._came
 
     def came(self, cid: Cid, block: bytes) -> None:
+        self._came.add(block_key(cid))
         self._batch.expect(self._reader.absent(self._seen(cid, block)))
-
-    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
-        for cid, result in (await self._reader.stage_blocks(blocks)).items():
-            self._batch.resolve(block_key(cid), result)
-            self._batch.staged(block_key(cid))
 
 
 # -- the reader ---------------------------------------------------------------------------------------------
 
 
 class Reader:
-    """Reads blocks and leaves, as `cache.base.Cache` describes."""
+    """Reads blocks and leaves: the `cache.base.Cache`, whose methods are described there."""
 
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         self.store = store
@@ -153,7 +165,6 @@ class Reader:
     # -- uses ------------------------------------------------------------------------------------------------
 
     def opened(self, file: FileRef) -> None:
-        """As `Cache.opened`."""
         # first what costs least: a small file is opened in as much time as the index takes to answer
         pins = self.store.pins
         if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
@@ -161,21 +172,17 @@ class Reader:
         self.store.note_use(file)
 
     def kept_of(self, cid: Cid) -> Kept | None:
-        """As `Cache.kept_of`."""
         return self.store.kept_of(cid)
 
     def used(self) -> int:
-        """As `Cache.used`."""
         return self.store.budget.used
 
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
-        """As `Cache.when_blocks_leave`."""
         self.store.blocks.when_blocks_leave.append(call)
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    async def block(self, cid: Cid) -> bytes:
-        """As `Cache.block`."""
+    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
         carried = cids.known(cid)
         if carried is not None:
             return carried
@@ -183,7 +190,8 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        result = await self._flights.join(block_key(cid), partial(self._bring_block, cid))
+        fetch = partial(self._bring_block, cid, early)
+        result = await self._flights.join(block_key(cid), fetch, cids.canonical(cid), ended=not early)
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
@@ -204,39 +212,55 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _bring_block(self, cid: Cid) -> FetchResult:
+    async def _bring_block(self, cid: Cid, early: bool) -> AsyncGenerator[FetchResult]:
         """A block that is not in a pack: from the staging file of a raw file, or fetched and staged."""
         content = await self._raw_file(cid)
         if content is not None:
             self.hits += 1
-            return FetchResult(content, None, False)
-        return (await self.stage_blocks({cid: await self._blocks.get(cid)}))[cid]
+            yield FetchResult(content, None, False)
+            return
+        fetched = await self._blocks.get(cid)
+        result = result_of_block(cid, fetched)
+        stage = partial(self._stage_blocks, {cid: fetched})
+        if early and self._behind + len(fetched.block) <= MAX_BEHIND and not fetched.source.in_place:
+            with self.store.arriving(cid):
+                yield result
+                await self._stage_behind(len(fetched.block), stage)
+        else:
+            await stage()
+            yield result
 
-    async def stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> Mapping[Cid, FetchResult]:
+    async def settle(self) -> None:
+        await self._flights.settle()
+
+    async def _stage_behind(self, size: int, stage: Callable[[], Awaitable[None]]) -> None:
+        """Stages `size` bytes that their readers have already."""
+        self._behind += size
+        try:
+            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
+                await trio.sleep(BEHIND_SECONDS)
+                await stage()
+        finally:
+            self._behind -= size
+
+    async def _stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> None:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
         writes."""
         self.misses += len(blocks)
-        to_stage = {cid: of for cid, of in blocks.items() if not of.source.in_place}
-        files = {
-            cid: of for cid, of in to_stage.items() if cids.codec(cid) == cids.RAW and len(of.block) > SMALL
-        }
-        if len(to_stage) > len(files):
-            await self.store.blocks.keep_many(
-                (cid, of.block) for cid, of in to_stage.items() if cid not in files
-            )
-        for cid, of in files.items():
-            size = len(of.block)
-            await self.store.keep_leaves(
-                FileRef(cids.canonical(cid), size), [Leaf(cid, 0, size)], [of.block], of.source.name
-            )
-        return {
-            cid: FetchResult(of.block, of.source, cid in to_stage and cids.codec(cid) == cids.RAW)
-            for cid, of in blocks.items()
-        }
+        small: list[tuple[Cid, bytes]] = []
+        for cid, fetched in blocks.items():
+            size = len(fetched.block)
+            if fetched.source.in_place:
+                continue
+            if cids.codec(cid) == cids.RAW and size > SMALL:
+                file, leaf = FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
+                await self.store.keep_leaves(file, [leaf], [fetched.block], fetched.source.name)
+            else:
+                small.append((cid, fetched.block))
+        if small:
+            await self.store.blocks.keep_many(small)
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
-        """As `Cache.gather`."""
-
         some = list(wanted) if subtree.limit <= self.store.budget.limit // OF_BUDGET else []
         rest = some[REGISTERED_AT_A_TIME:]
 
@@ -246,7 +270,12 @@ class Reader:
                 batch.expect(self.absent(rest[at : at + REGISTERED_AT_A_TIME]))
             if len(batch.keys) >= FEW:
                 with trio.move_on_after(self._patience):
-                    await self._blocks.subtree(subtree, SubtreeSink(self, batch, seen))
+                    async with self._blocks.subtree(subtree, _Expected(self, batch, seen)) as stream:
+                        async for blocks in stream:
+                            await self._stage_blocks(blocks)
+                            for cid, fetched in blocks.items():
+                                batch.resolve(block_key(cid), result_of_block(cid, fetched))
+                                batch.staged(block_key(cid))
 
         return self._flights.start_batch(
             self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
@@ -270,29 +299,24 @@ class Reader:
     # -- leaves ----------------------------------------------------------------------------------------------
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
-        """As `Cache.leaf`."""
         if file.size <= SMALL or cids.inline(leaf.cid) is not None:
-            return await content_of(leaf, await self.block(leaf.cid))
+            return await content_of(leaf, await self.block(leaf.cid, early=early))
         if cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
             if block is not None:
                 self.hits += 1
                 return await content_of(leaf, block)
-        result = await self._flights.join_early(
-            cids.canonical(leaf.cid),
-            partial(self._bring_leaf, file, leaf, early),
-            ended=not early,
-        )
+        fetch = partial(self._bring_leaf, file, leaf, early)
+        result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
         # not remembered as a failure: another file may state the right size of this leaf
         if len(result.content) != leaf.size:
-            return await content_of(leaf, await self.block(leaf.cid))
+            return await content_of(leaf, await self.block(leaf.cid, early=early))
         if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
             # another file's leaf, or another place in this one, of the same bytes
             await self._stage(file, leaf, result)
         return result.content
 
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
-        """As `Cache.part`."""
         part = None
         if self.store.staging.find(file.cid) is not None:
             part = await self.store.part(file, leaf, start, stop)
@@ -301,31 +325,26 @@ class Reader:
         self.hits += 1
         return part
 
-    async def _bring_leaf(
-        self, file: FileRef, leaf: Leaf, early: bool, resolve: Callable[[FetchResult], None]
-    ) -> FetchResult:
+    async def _bring_leaf(self, file: FileRef, leaf: Leaf, early: bool) -> AsyncGenerator[FetchResult]:
         """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched
         before it is staged, unless too much waits for that."""
         if self.store.staging.find(file.cid) is not None:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
                 self.hits += 1
-                return FetchResult(staged, None, False)
+                yield FetchResult(staged, None, False)
+                return
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        if not early or self._behind + leaf.size > MAX_BEHIND:
-            await self._stage(file, leaf, result)
-            return result
-        resolve(result)
-        self._behind += leaf.size
-        try:
-            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
-                await trio.sleep(BEHIND_SECONDS)
-                await self._stage(file, leaf, result)
-        finally:
-            self._behind -= leaf.size
-        return result
+        stage = partial(self._stage, file, leaf, result)
+        if early and self._behind + leaf.size <= MAX_BEHIND and not fetched.source.in_place:
+            with self.store.arriving(file.cid):
+                yield result
+                await self._stage_behind(leaf.size, stage)
+        else:
+            await stage()
+            yield result
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""
@@ -358,7 +377,6 @@ class Reader:
     # -- ahead -----------------------------------------------------------------------------------------------
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
-        """As `Cache.ahead`."""
         missing: list[Leaf] = []
         staged: list[Leaf] = []
         rest: list[Leaf] = []
@@ -383,39 +401,55 @@ class Reader:
         """Fetches leaves by one request. Returns those that arrived and were handed over."""
         came: set[Leaf] = set()
         listening = True
+        cloned: dict[int, object] = {}
+        """The memory of what was read from clones, by the offset of the leaf in the file."""
         by_key: dict[bytes, list[Leaf]] = {}
         for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
 
+        async def clone(wanted: Sequence[Leaf], files: Sequence[str], source: str) -> Sequence[Block]:
+            found = await self.store.clone_leaves(file, wanted, files, source)
+            cloned.update((leaf.offset, data.obj) for leaf, data in zip(wanted, found, strict=False))
+            return found
+
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
             keys = batch.keys
+            wanted = LeafRange(file.cid, file.size, [by_key[key][0] for key in keys], clone)
+            room = trio.Semaphore(STAGED_TOGETHER)
+            async with trio.open_nursery() as nursery, self._blocks.stream(wanted) as stream:
+                async for index, blocks, source, release in stream:
+                    self.misses += len(blocks)
+                    came_now: list[tuple[bytes, FetchResult]] = []
+                    for key, block in zip(keys[index:], blocks, strict=False):
+                        result = await result_of_leaf(file, by_key[key][0], block, source)
+                        batch.resolve(key, result)  # a reader does not wait until it is written
+                        came_now.append((key, result))
+                        for leaf in by_key[key]:
+                            fits = len(result.content) == leaf.size
+                            if listening and arrived is not None and fits and leaf not in came:
+                                came.add(leaf)
+                                arrived(leaf, result.content)
+                    await room.acquire()
+                    nursery.start_soon(stage, batch, came_now, release, room)
 
-            async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
-                self.misses += len(blocks)
-                came_now: list[tuple[Leaf, FetchResult]] = []
-                for key, block in zip(keys[index:], blocks, strict=False):
-                    result = await result_of_leaf(file, by_key[key][0], block, source)
-                    batch.resolve(key, result)  # a reader does not wait until it is written
-                    came_now.append((by_key[key][0], result))
-                    for leaf in by_key[key]:
-                        if (
-                            listening
-                            and arrived is not None
-                            and leaf not in came
-                            and len(result.content) == leaf.size
-                        ):
-                            came.add(leaf)
-                            arrived(leaf, result.content)
-                await self._stage_all(file, came_now)
-                for key, (_leaf, result) in zip(keys[index:], came_now, strict=False):
-                    for leaf in by_key[key][1:]:
-                        if result.stage and not await self._has(file, leaf):
-                            await self._stage(file, leaf, result)
-                    batch.staged(key)
-
-            await self._blocks.stream(
-                LeafRange(file.cid, file.size, [by_key[key][0] for key in keys]), deliver
-            )
+        async def stage(
+            batch: Batch[bytes, FetchResult],
+            came_now: Sequence[tuple[bytes, FetchResult]],
+            release: Callable[[], None],
+            room: trio.Semaphore,
+        ) -> None:
+            of_leaves = [(by_key[key][0], result) for key, result in came_now]
+            if all(_memory(result.content) is cloned.get(leaf.offset, self) for leaf, result in of_leaves):
+                self.store.note_proved(file, [leaf for leaf, _result in of_leaves])
+            else:
+                await self._stage_all(file, of_leaves)
+            for key, result in came_now:
+                for leaf in by_key[key][1:]:
+                    if result.stage and not await self._has(file, leaf):
+                        await self._stage(file, leaf, result)
+                batch.staged(key)
+            release()
+            room.release()
 
         try:
             await self._flights.run_batch(by_key, fetch)

@@ -10,7 +10,10 @@ import copy
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -55,18 +58,22 @@ class Fetch:
             self.scope.cancel()
 
 
+@dataclass(slots=True, eq=False)
 class Flight(Generic[V]):
-    __slots__ = ("done", "ended", "error", "fetch", "resolved", "value")
+    """One key, and the fetch that brings it."""
 
-    def __init__(self, fetch: Fetch) -> None:
-        self.fetch = fetch
-        self.done = trio.Event()
-        """Set when there is a value or an error."""
-        self.ended = trio.Event()
-        """Set when the value is staged as well, or the fetch has ended."""
-        self.resolved = False
-        self.value: V | None = None
-        self.error: Exception | None = None
+    fetch: Fetch
+    done: trio.Event = field(default_factory=trio.Event)
+    """Set when there is a value or an error."""
+    ended: trio.Event = field(default_factory=trio.Event)
+    """Set when the value is staged as well, or the fetch has ended."""
+    resolved: bool = False
+    value: V | None = None
+    error: Exception | None = None
+
+
+Fetching = Callable[[], AsyncGenerator[V]]
+"""Yields the value of a key. What it does after that, its callers need not wait for."""
 
 
 class SingleFlight(Generic[K, V]):
@@ -97,18 +104,14 @@ class SingleFlight(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: K, fetch: Callable[[], Awaitable[V]]) -> V:
-        """The value of `key`, from the fetch under way or from a new `fetch()`.
+    async def join(self, key: K, fetch: Fetching[V], asked: K | None = None, *, ended: bool = False) -> V:
+        """The value of `key`, from the fetch under way or from a new `fetch()`. A fetch that has yielded its
+        value serves all callers until it ends, and is not cancelled when they leave. With `ended`, returns
+        when the fetch has ended. `asked` is how this caller writes the key: messages say that.
 
         Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
         that this is for. A caller that asks again within the next seconds gets the same error at once."""
-        return await self.join_early(key, lambda _resolve: fetch())
-
-    async def join_early(
-        self, key: K, fetch: Callable[[Callable[[V], None]], Awaitable[V]], *, ended: bool = False
-    ) -> V:
-        """Like `join`, for a fetch that may resolve its value before it ends. From then on it serves all
-        callers, and is not cancelled when they leave. With `ended`, returns when the fetch has ended."""
+        name = partial(self._name, key if asked is None else asked)
         began = trio.current_time()
         known = self._failed.get(key)
         if known is not None:
@@ -121,7 +124,7 @@ class SingleFlight(Generic[K, V]):
                 flight = self._flights.get(key)
                 if flight is None:
                     flight = self._flights[key] = Flight(Fetch())
-                    self._nursery.start_soon(self._run_fetch, key, flight, fetch)
+                    self._nursery.start_soon(self._run_fetch, key, flight, fetch, name)
                 if flight.fetch.abandoned:
                     await flight.done.wait()
                 else:
@@ -138,7 +141,7 @@ class SingleFlight(Generic[K, V]):
                     raise copy.copy(flight.error) from flight.error
         cause = self._cause(key)
         waited = trio.current_time() - began
-        said = f"{self._name(key)}: no source gave it within {min(waited, self._deadline):.3g} s"
+        said = f"{name()}: no source gave it within {min(waited, self._deadline):.3g} s"
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
@@ -146,6 +149,12 @@ class SingleFlight(Generic[K, V]):
             raise late
         finally:
             del late  # its traceback would hold this frame, which holds it
+
+    async def settle(self) -> None:
+        """Returns when all fetches that have given their values have ended."""
+        for flight in list(self._flights.values()):
+            if flight.resolved:
+                await flight.ended.wait()
 
     def start_batch(
         self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool = False
@@ -186,13 +195,11 @@ class SingleFlight(Generic[K, V]):
             with batch.scope:
                 try:
                     await fetch(batch)
-                except IpfsFuseError:
+                except* IpfsFuseError:
                     # each waiter fetches its block alone, and gets the error of that block
                     pass
-                except Exception:
-                    log.exception(
-                        "a fetch of several blocks ended by what no one foresaw; each is fetched alone"
-                    )
+                except* Exception:
+                    log.exception("a fetch of several blocks ended unexpectedly; each block is fetched alone")
         finally:
             batch.end()
 
@@ -204,22 +211,19 @@ class SingleFlight(Generic[K, V]):
         return flight
 
     async def _run_fetch(
-        self, key: K, flight: Flight[V], fetch: Callable[[Callable[[V], None]], Awaitable[V]]
+        self, key: K, flight: Flight[V], fetch: Fetching[V], name: Callable[[], str]
     ) -> None:
-        def resolve(value: V) -> None:
-            flight.fetch.interest += 1  # the fetch itself waits
-            self._resolve(key, flight, value)
-
         current_request.set(flight.fetch.request)
         try:
             with flight.fetch.scope:
                 try:
-                    value = await fetch(resolve)
-                    if not flight.resolved:
-                        self._resolve(key, flight, value)
+                    async with aclosing(fetch()) as values:
+                        async for value in values:
+                            flight.fetch.interest += 1  # the fetch itself waits
+                            self._resolve(key, flight, value)
                 except Exception as exc:
                     if flight.resolved:
-                        log.exception("a fetch whose value was resolved ended by what no one foresaw")
+                        log.exception("a fetch failed unexpectedly after it had given its value")
                     elif not flight.fetch.abandoned:
                         flight.error = exc
                         if isinstance(exc, IpfsFuseError):
@@ -227,7 +231,7 @@ class SingleFlight(Generic[K, V]):
                             self._note_failure(key, exc)
         finally:
             if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
-                flight.error = Unavailable(f"{self._name(key)}: the cache is being closed")
+                flight.error = Unavailable(f"{name()}: the cache is being closed")
             self._end(key, flight)
 
     def _resolve(self, key: K, flight: Flight[V], value: V) -> None:

@@ -221,7 +221,7 @@ FEW_FILES = 4096
 """Descriptors: late requests hold up to 144 connections at each source, two descriptors each."""
 
 
-ANSWER_SECONDS = 5.0
+STATUS_SECONDS = 5.0
 
 
 def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
@@ -304,7 +304,7 @@ def _mounts(cache_dir: Path) -> Iterator[Finding]:
 
 def _mount(point: Path, control: Path) -> Iterator[Finding]:
     try:
-        state = client.call(control, "status", timeout=ANSWER_SECONDS)
+        state = client.call(control, "status", timeout=STATUS_SECONDS)
     except IpfsFuseError as exc:
         if not mountpoints.answers(point):
             yield _dead(point)

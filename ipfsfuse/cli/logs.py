@@ -199,7 +199,7 @@ def _lead_to(target: int) -> None:
 # -- `ipfsfuse logs` -----------------------------------------------------------------------------------------
 
 FOLLOW_SECONDS = 0.3
-ANSWER_SECONDS = 5.0
+PID_SECONDS = 5.0
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -225,18 +225,20 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def _log_of(arguments: argparse.Namespace) -> Path:
-    """Where the daemon logs: its standard error leads there. Raises UsageError if that is not a file. Where
-    no daemon answers, the log in the cache folder."""
+    """Where the daemon says that it logs. Raises UsageError if that is not a file. Where no daemon answers,
+    the log in the cache folder."""
     daemon = folders.last_daemon_of(arguments)
     try:
-        pid = client.call(daemon.control, "status", timeout=ANSWER_SECONDS)["pid"]
-        target = os.readlink(f"/proc/{pid}/fd/2")
-    except (IpfsFuseError, OSError):
+        state = client.call(daemon.control, "status", timeout=PID_SECONDS)
+    except IpfsFuseError:
         return daemon.control.parent / LOG
-    if not target.startswith("/") or target.startswith("/dev/"):
-        where = "a terminal" if target.startswith("/dev/") else f"a {target.partition(':')[0]}"
-        raise UsageError(f"process {pid} logs to {where}, not to a file: look there (a service: journalctl)")
-    return Path(target.removesuffix(" (deleted)"))
+    if "log" not in state:  # a daemon of an older version
+        return daemon.control.parent / LOG
+    if state["log"] is None:
+        raise UsageError(
+            f"process {state['pid']} logs to no file: look where it was started (a service: journalctl)"
+        )
+    return Path(state["log"])
 
 
 def _text(path: Path) -> TextIO:

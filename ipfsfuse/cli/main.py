@@ -46,11 +46,24 @@ def _run(argv: Sequence[str] | None) -> int:
 def _terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (`mount` and `serve`
     know themselves what to do.)"""
-    before = signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    terminal = {signal.SIGINT}
+    in_background = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if in_background:  # as a shell's script starts what ends with &: Ctrl-C is not for it, SIGTERM is
+        signal.pthread_sigmask(signal.SIG_BLOCK, terminal)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def end(_number: int, _frame: object) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, terminal)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if in_background:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, terminal)
 
 
 def _ended_by(exc: BaseException, as_json: bool) -> int:

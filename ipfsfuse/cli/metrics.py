@@ -1,4 +1,7 @@
-"""`ipfsfuse metrics`: what a running mount counts, as OpenMetrics text; also in a file, or over HTTP."""
+"""`ipfsfuse metrics`: what a running mount counts, as OpenMetrics text; also in a file, or over HTTP.
+
+The file is in Prometheus' own text format: the node exporter refuses OpenMetrics.
+"""
 
 import argparse
 import os
@@ -7,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -15,13 +18,19 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics_exposition
 
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
 
-ANSWER_SECONDS = 10.0
+METRICS_SECONDS = 10.0
+OPENMETRICS = "application/openmetrics-text"
+TYPES = {
+    True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
+    False: "text/plain; version=0.0.4; charset=utf-8",
+}
+"""Of OpenMetrics, and of Prometheus' own format."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,24 +39,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("metrics takes --listen or --textfile, not both")
     if arguments.listen is not None:
         return _serve(control, arguments.listen, arguments.json)
-    answer = client.call(control, "metrics", timeout=ANSWER_SECONDS)
+    answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
-        _write(Path(arguments.textfile), openmetrics(answer))
+        _write(Path(arguments.textfile), text(answer, openmetrics=False))
         if arguments.json:
             console.values({"written": arguments.textfile})
     elif arguments.json:
         console.values(answer)
     else:
-        for line in openmetrics(answer).splitlines():
+        for line in text(answer).splitlines():
             console.line(line)
     return 0
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str) -> None:
     """By a rename, because the node exporter may read at any time."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(text)
+        fresh.write_text(content)
         fresh.replace(path)
     except OSError as exc:
         raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
@@ -60,13 +69,14 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            wanted = OPENMETRICS in self.headers.get("Accept", "")  # as Prometheus asks
             try:
-                body = openmetrics(client.call(control, "metrics", timeout=ANSWER_SECONDS)).encode()
+                body = text(client.call(control, "metrics", timeout=METRICS_SECONDS), wanted).encode()
                 code = 200
             except IpfsFuseError as exc:
                 body, code = f"{exc}\n".encode(), 503
             self.send_response(code)
-            self.send_header("Content-Type", CONTENT_TYPE_LATEST if code == 200 else "text/plain")
+            self.send_header("Content-Type", TYPES[wanted] if code == 200 else "text/plain")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -89,12 +99,13 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
     return 0
 
 
-def openmetrics(answer: Mapping[str, Any]) -> str:
-    """The answer to `metrics` as OpenMetrics text (the OpenMetrics specification 1.0)."""
+def text(answer: Mapping[str, Any], openmetrics: bool = True) -> str:
+    """The answer to `metrics` as text: OpenMetrics 1.0, else Prometheus' format 0.0.4."""
     registry = CollectorRegistry()
     registry.register(_Collector(answer))
-    text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call] # it has no types of its own
-    return text.decode()
+    generate: Any = openmetrics_exposition.generate_latest if openmetrics else generate_latest
+    made: bytes = generate(registry)
+    return made.decode()
 
 
 class _Collector:

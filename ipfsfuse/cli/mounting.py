@@ -376,7 +376,7 @@ def show_mounts(arguments: argparse.Namespace) -> int:
     return 0
 
 
-ANSWER_SECONDS = 2.0
+UPTIME_SECONDS = 2.0
 
 
 def _mounts() -> list[dict[str, Any]]:
@@ -389,7 +389,7 @@ def _mounts() -> list[dict[str, Any]]:
         since, answers = None, False
         if live is not None:
             try:
-                uptime = client.call(live.control, "status", timeout=ANSWER_SECONDS)["uptime"]
+                uptime = client.call(live.control, "status", timeout=UPTIME_SECONDS)["uptime"]
                 since, answers = (
                     datetime.fromtimestamp(time.time() - uptime, UTC).isoformat("T", "seconds"),
                     True,

@@ -194,7 +194,6 @@ def _library(commands: Any) -> None:
         "file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output"
     )
     export.add_argument("--v2", action="store_true", help="a CARv2 with an index")
-    export.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     push = _command(
         commands, "push", "reading:push", "send a CID with all below it to a Kubo node, and pin it there"
     )
@@ -202,19 +201,27 @@ def _library(commands: Any) -> None:
     push.add_argument(
         "--to", metavar="NODE", default="kubo", help="kubo (this machine's), or kubo+http://HOST:PORT"
     )
-    push.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     for parser in (add, cars, library, remove, export, push):
         _json(parser)
     library.add_argument("--compact", action="store_true", help="first free the space of what was removed")
     cat = _command(commands, "cat", "reading:cat", "write a file to standard output, without a mount")
-    cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, or CID/a/b")
+    cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
     cat.add_argument("--raw", action="store_true", help="the block of the CID as it is, of any codec")
     cat.add_argument(
         "--json", action="store_true", help="lines of JSON: pieces of the content in base64, then their sum"
     )
-    cat.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    for parser in (export, push, cat):
+        _sources(parser)
     for parser in (add, cars, library, remove, export, push, cat):
         _folders(parser)
+
+
+def _sources(parser: argparse.ArgumentParser) -> None:
+    """Where a command gets content and names."""
+    parser.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    parser.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
+    parser.add_argument("--allow-private-providers", action="store_true", help="as for mount")
+    parser.add_argument("--dns", default="system", metavar="URL", help="as for mount")
 
 
 def _json(parser: argparse.ArgumentParser, says: str = "print JSON, of a failure too") -> None:
@@ -420,15 +427,12 @@ def _serving(commands: Any) -> None:
     serve.add_argument(
         "--fetch", action="store_true", help="fetch what is not here from the sources, whoever asks"
     )
-    serve.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    _sources(serve)
     serve.add_argument(
         "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)"
     )
     serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
-    serve.add_argument("--dns", default="system", metavar="URL", help="as for mount")
-    serve.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
-    serve.add_argument("--allow-private-providers", action="store_true", help="as for mount")
     serve.add_argument(
         "--header-file",
         dest="header_files",
@@ -546,12 +550,12 @@ def _others(commands: Any) -> None:
     _json(metrics)
     _folders(metrics, library=False)
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
-    get.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, or CID/a/b")
+    get.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
     get.add_argument(
         "-o", "--output", metavar="PATH", type=_PATH, help="where to write it (its name, in this folder)"
     )
     _json(get)
-    get.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
+    _sources(get)
     _folders(get)
     completion = _command(commands, "completion", "parser:print_completion", "print a shell's completions")
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))

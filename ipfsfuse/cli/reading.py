@@ -2,7 +2,8 @@
 
 `get` reads through the mount that uses the cache folder, if there is one: it has a cache and sources of its
 own. Else the sources are opened, and what is fetched is kept in the cache folder as a mount would keep it.
-`cat`, `export` and `push` read from the sources, and ask a running mount for what those lack.
+`cat`, `export` and `push` read from the sources, and ask a running mount for what those lack. An IPNS name is
+resolved by the mount that uses the cache folder, else by the sources.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +28,7 @@ from ipfsfuse.cli.mounting import source
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import path as paths
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.path import cid_alone
+from ipfsfuse.dag.path import IpfsPath, cid_alone
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import defaults
@@ -36,14 +39,79 @@ from ipfsfuse.sources.spec import opened as opened_sources
 from ipfsfuse.units import human
 
 PIECE = 4 << 20
+BLOCK_DEADLINE = 30.0
+"""Seconds for one block."""
+
+
+# -- sources and names ---------------------------------------------------------------------------------------
+
+
+def _given(arguments: argparse.Namespace) -> Sequence[str]:
+    """The sources that the command line names. Those of a configuration are what a mount has too."""
+    return arguments.sources if arguments.origins["from"] == "argument" else ()
+
+
+def _sources(arguments: argparse.Namespace) -> Sequence[str]:
+    return [source(text) for text in defaults.chosen(arguments.sources)]
+
+
+def _settings(arguments: argparse.Namespace, indexes: Path, indexing: Progress | None = None) -> OpenSettings:
+    return OpenSettings(
+        folders.library(arguments.library),
+        indexes,
+        progress=indexing.of_file if indexing is not None else None,
+        routers=tuple(arguments.routers or ()),
+        allow_private_providers=arguments.allow_private_providers,
+    )
+
+
+def _mount(arguments: argparse.Namespace) -> Path | None:
+    """The mountpoint of the mount that uses the cache folder; None where there is none, or where sources
+    were named."""
+    folder = folders.cache_dir(arguments.cache_dir)
+    if _given(arguments) or cache_folder.is_free(folder):
+        return None
+    said = cache_folder.announced(folder)
+    return None if said is None or not os.path.isabs(said[1]) else Path(said[1])
+
+
+def _filesystem(arguments: argparse.Namespace, *, isolated: bool) -> AbstractAsyncContextManager[Filesystem]:
+    return open_filesystem(
+        sources=_sources(arguments),
+        cache_dir=folders.cache_dir(arguments.cache_dir),
+        library=folders.library(arguments.library),
+        isolated=isolated,
+        dns=arguments.dns,
+        routers=tuple(arguments.routers or ()),
+        allow_private_providers=arguments.allow_private_providers,
+    )
+
+
+async def _path(arguments: argparse.Namespace, text: str) -> IpfsPath:
+    """What `text` spells, an IPNS name in it replaced by what it stands for now. Raises NotACid, NotFound,
+    Unavailable, UsageError."""
+    named = paths.split_ipns(text)
+    if named is None:
+        return paths.parse(text)
+    cache_dir = folders.cache_dir(arguments.cache_dir)
+    if _mount(arguments) is None:
+        free = not _given(arguments) and cache_folder.is_free(cache_dir)
+        async with _filesystem(arguments, isolated=not free) as filesystem:
+            return paths.parse(await filesystem.resolve(text))
+    control = cache_folder.socket_path(cache_dir)
+    ask = partial(client.call, control, "resolve", name=named[0])
+    found = paths.parse(str((await threads.run_sync(ask, abandon_on_cancel=True))["path"]))
+    return IpfsPath(found.root, found.names + named[1])
+
+
+# -- `get` ---------------------------------------------------------------------------------------------------
 
 
 def get(arguments: argparse.Namespace) -> int:
-    parsed = paths.parse(arguments.path)
-    name = bytes(parsed).rpartition(b"/")[2]
-    target = Path(arguments.output or os.fsdecode(name))
+    name = _name(arguments.path)
+    target = Path(arguments.output or name)
     if target.is_dir() and arguments.output:
-        target /= os.fsdecode(name)
+        target /= name
     if os.path.lexists(target):
         raise UsageError(f"{target} exists already: name another place with -o")
     mount = _mount(arguments)
@@ -53,7 +121,8 @@ def get(arguments: argparse.Namespace) -> int:
             if mount is None:
                 trio.run(_get, arguments, target, done)
             else:
-                _copy(mount / os.fsdecode(bytes(parsed).removeprefix(b"/ipfs/")), target, done)
+                path = bytes(trio.run(_path, arguments, arguments.path))
+                _copy(mount / os.fsdecode(path.removeprefix(b"/ipfs/")), target, done)
         except OSError as exc:
             raise StoreFailed(f"{exc.filename or target}: {exc.strerror}") from exc
     if arguments.json:
@@ -63,6 +132,14 @@ def get(arguments: argparse.Namespace) -> int:
             f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}"
         )
     return 0
+
+
+def _name(path: str) -> str:
+    """The last name in a path, else its CID or IPNS name."""
+    named = paths.split_ipns(path)
+    if named is not None:
+        return os.fsdecode(named[1][-1]) if named[1] else named[0]
+    return os.fsdecode(bytes(paths.parse(path)).rpartition(b"/")[2])
 
 
 class _Got:
@@ -75,16 +152,6 @@ class _Got:
     def add(self, count: int) -> None:
         self.bytes += count
         self._progress({"done": self.bytes})
-
-
-def _mount(arguments: argparse.Namespace) -> Path | None:
-    """The mountpoint of the mount that uses the cache folder; None where there is none, or where sources
-    were named."""
-    folder = folders.cache_dir(arguments.cache_dir)
-    if arguments.sources or cache_folder.is_free(folder):
-        return None
-    said = cache_folder.announced(folder)
-    return None if said is None or not os.path.isabs(said[1]) else Path(said[1])
 
 
 def _copy(path: Path, target: Path, done: _Got) -> None:
@@ -103,10 +170,6 @@ def _copy(path: Path, target: Path, done: _Got) -> None:
         done.files += 1
 
 
-def _sources(arguments: argparse.Namespace) -> Sequence[str]:
-    return [source(text) for text in defaults.chosen(arguments.sources)]
-
-
 async def _write(filesystem: Filesystem, path: str, out: BinaryIO, done: _Got) -> None:
     async with await filesystem.open(path) as file:
         place = 0
@@ -117,13 +180,8 @@ async def _write(filesystem: Filesystem, path: str, out: BinaryIO, done: _Got) -
 
 
 async def _get(arguments: argparse.Namespace, target: Path, done: _Got) -> None:
-    async with open_filesystem(
-        sources=_sources(arguments),
-        cache_dir=folders.cache_dir(arguments.cache_dir),
-        library=folders.library(arguments.library),
-        isolated=bool(arguments.sources),
-    ) as filesystem:
-        await _get_tree(filesystem, str(paths.parse(arguments.path)), target, done)
+    async with _filesystem(arguments, isolated=bool(_given(arguments))) as filesystem:
+        await _get_tree(filesystem, await filesystem.resolve(arguments.path), target, done)
 
 
 async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got) -> None:
@@ -144,8 +202,6 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
 # -- `cat`, `export` and `push` ------------------------------------------------------------------------------
 
 STANDARD_OUTPUT = "-"
-BLOCK_DEADLINE = 30.0
-"""Seconds for one block."""
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -160,12 +216,13 @@ def _cache_and_indexes(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 
 async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
-    cid, to_stdout = cid_alone(arguments.cid), arguments.file == STANDARD_OUTPUT
+    to_stdout = arguments.file == STANDARD_OUTPUT
     if to_stdout:
         _check_standard_output(arguments.v2)
+    cid = await _root(arguments)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
-        settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
-        async with opened_sources(_library_or(arguments.sources), settings) as sources:
+        settings = _settings(arguments, indexes, indexing)
+        async with opened_sources(_sources_beside_mount(arguments), settings) as sources:
             get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
 
             def show(_blocks: int, written: int) -> None:
@@ -190,13 +247,14 @@ def push(arguments: argparse.Namespace) -> int:
 
 
 async def _push(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
-    cid = cid_alone(arguments.cid)
     if parse_source(arguments.to).kind != defaults.KUBO:
         raise UsageError(f"--to {arguments.to}: not a Kubo node; write kubo, or kubo+http://host:port")
+    cid = await _root(arguments)
     with Progress("indexing") as indexing, Progress("pushing") as progress:
-        settings = OpenSettings(folders.library(arguments.library), indexes, progress=indexing.of_file)
+        settings = _settings(arguments, indexes, indexing)
+        given = _given(arguments)
         async with (
-            opened_sources(_library_or(arguments.sources), settings) as sources,
+            opened_sources(defaults.chosen(given) if given else [defaults.LIBRARY], settings) as sources,
             opened_sources([arguments.to], settings) as (node,),
         ):
             assert isinstance(node, Kubo)
@@ -221,13 +279,12 @@ def cat(arguments: argparse.Namespace) -> int:
 
 
 async def _cat(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
-    path = paths.parse(arguments.path)
+    path = await _path(arguments, arguments.path)
     if sys.stdout is None:
         raise UsageError("standard output is closed")
     if arguments.raw and path.names:
         raise UsageError("--raw takes a CID alone: a block has no path")
-    settings = OpenSettings(folders.library(arguments.library), indexes)
-    async with opened_sources(_library_or(arguments.sources), settings) as sources:
+    async with opened_sources(_sources_beside_mount(arguments), _settings(arguments, indexes)) as sources:
         get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
         parts = _block(path.root, get) if arguments.raw else importer.content(path, get)
         size = 0
@@ -263,8 +320,17 @@ def _check_standard_output(v2: bool) -> None:
         raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
 
 
-def _library_or(given: Sequence[str] | None) -> Sequence[str]:
-    return defaults.chosen(given) if given else [defaults.LIBRARY]
+async def _root(arguments: argparse.Namespace) -> Cid:
+    """The CID that is named. Raises UsageError for a path below one, and as `_path`."""
+    if paths.split_ipns(arguments.cid) is None:
+        return cid_alone(arguments.cid)
+    return cid_alone(os.fsdecode(bytes(await _path(arguments, arguments.cid))))
+
+
+def _sources_beside_mount(arguments: argparse.Namespace) -> Sequence[str]:
+    """What is asked before a running mount is: the library, as the mount has the other sources. Where there
+    is none, all sources of the configuration."""
+    return [defaults.LIBRARY] if _mount(arguments) is not None else _sources(arguments)
 
 
 def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:

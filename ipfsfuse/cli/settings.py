@@ -24,7 +24,10 @@ from ipfsfuse.sources import defaults
 SYSTEM = Path("/etc/ipfsfuse/config.toml")
 
 SETTINGS: Mapping[str, str] = {
-    "from": "sources, in the order to ask: a list",
+    "from": "sources, in the order to ask: a list; these two and the router below need neither "
+    "a node nor a gateway of yours",
+    "router": "delegated routers, for `network` and for IPNS records: a list; this public one sees the CIDs "
+    "that it is asked for",
     "cache-dir": "the cache folder",
     "library": "the library",
     "budget": "bytes that the cache may take on disk",
@@ -42,7 +45,6 @@ SETTINGS: Mapping[str, str] = {
     "header-file": "HTTP headers, as URL=FILE: a list",
     "ipns": "a folder that shows IPNS names and domains",
     "dns": "a DNS-over-HTTPS server, or system",
-    "router": "delegated routers, for `network` and for IPNS records: a list",
     "allow-private-providers": "let `network` ask providers at private addresses",
     "uid": "the owner that every file is shown with",
     "gid": "the group that every file is shown with",
@@ -332,14 +334,14 @@ def _write_template(arguments: argparse.Namespace) -> int:
 
 
 _EXAMPLES = {
-    "from": '["library", "kubo", "https://trustless-gateway.link"]',
+    "from": '["library", "network"]', "router": '["https://delegated-ipfs.dev"]',
     "cache-dir": '"~/.cache/ipfsfuse"', "library": '"~/.local/share/ipfsfuse/library"', "budget": '"10GiB"',
     "reserve": '"2GiB"', "deadline": '"30s"', "offline": "false", "bwlimit": '"10MiB"',
     "max-fetch": '"1GiB"', "pins": '"kubo"',
     "allow": "[]", "allow-other": "false", "passthrough": "false", "isolated": "false",
     "record": '"/tmp/blocks.jsonl"',
     "header-file": '["https://gateway.example=/etc/ipfsfuse/headers"]', "ipns": '"~/ipns"', "dns": '"system"',
-    "router": '["https://delegated-ipfs.dev"]', "allow-private-providers": "false",
+    "allow-private-providers": "false",
     "uid": "1000", "gid": "1000",
     "user": '"nobody"', "unconfined": "false", "umask": '"022"',
     "log-level": '"info"', "log-file": '"/var/log/ipfsfuse/mount.log"',

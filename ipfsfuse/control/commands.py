@@ -4,9 +4,11 @@ tree."""
 import base64
 import logging
 import os
+import stat
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -46,6 +48,15 @@ TELL_SECONDS = 0.2
 """Seconds between two lines of progress."""
 
 Answer = Mapping[str, Any]
+
+
+def _log() -> str | None:
+    """The file that standard error leads to; None where that is not a file. Others can't look: this process's
+    descriptors are hidden from them."""
+    with suppress(OSError):
+        if stat.S_ISREG(os.fstat(2).st_mode):
+            return os.readlink("/proc/self/fd/2").removesuffix(" (deleted)")
+    return None
 
 
 class Commands:
@@ -102,6 +113,7 @@ class Commands:
             "pid": os.getpid(),
             "mountpoint": str(self._config.mountpoint),
             "cache_dir": str(self._config.cache_dir),
+            "log": _log(),
             "offline": self._config.offline,
             "since": units.timestamp(time.time() - self._uptime()),
             "uptime": round(self._uptime(), 1),

@@ -24,6 +24,8 @@ RAW = 0x55
 DAG_PB = 0x70
 DAG_CBOR = 0x71
 DAG_JSON = 0x0129
+LIBP2P_KEY = 0x72
+"""Of the names of keys: such a CID is not that of a block."""
 VALUE = 0x300000
 """Of the range that the multicodec table leaves for private use: a value within a block (`value`)."""
 
@@ -47,7 +49,7 @@ _CODEC_NAMES = {
     DAG_PB: "dag-pb",
     0x51: "cbor",
     DAG_CBOR: "dag-cbor",
-    0x72: "libp2p-key",
+    LIBP2P_KEY: "libp2p-key",
     0x78: "git-raw",
     DAG_JSON: "dag-json",
     0x0200: "json",

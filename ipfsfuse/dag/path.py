@@ -49,7 +49,10 @@ def parse(text: str) -> IpfsPath:
     root, _, tail = rest.partition("/")
     if not root:
         raise UsageError(f"{_shown(text)} has no CID: write /ipfs/CID or /ipfs/CID/PATH")
-    return IpfsPath(cids.parse(root), names(tail, quoted, text))
+    cid = cids.parse(root)
+    if cids.codec(cid) == cids.LIBP2P_KEY:
+        raise UsageError(f"{_shown(root)} is the name of a key: write /ipns/{root}")
+    return IpfsPath(cid, names(tail, quoted, text))
 
 
 def split_ipns(text: str) -> tuple[str, tuple[bytes, ...]] | None:

@@ -7,6 +7,7 @@ then done with it.
 Concurrency: any thread. A buffer returns by itself when its last view is gone.
 """
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -18,6 +19,9 @@ SIZES = tuple(1 << power for power in range(16, 22))
 """Of buffers that are used again, in bytes: 64 KiB to 2 MiB, the largest block."""
 KEPT = 8 << 20
 """Bytes of unused buffers that are kept of each size: those of two calls that read leaves together."""
+KEPT_IN_ALL = 16 << 20
+"""Bytes of them, of all sizes, beyond which those of another size go when one is made: files mostly have
+leaves of one size."""
 
 _unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in SIZES}
 """By size. A deque that is full drops its oldest. `append` and `pop` are atomic: no Python code of ours runs
@@ -31,11 +35,22 @@ def lend(size: int) -> memoryview:
     try:
         pages = _unused[kept].pop()
     except LookupError:  # none is left, or it is larger than those that are kept
+        _drop_others(kept)
         pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
     if kept:  # an mmap does not say when its last view ends, an array on it does
         weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
+
+
+def _drop_others(size: int) -> None:
+    """Drops unused buffers that are not of `size` bytes, the largest first, while there are too many."""
+    left = sum(each * len(buffers) for each, buffers in list(_unused.items()))
+    for each in reversed(SIZES):
+        while left > KEPT_IN_ALL and each != size and _unused[each]:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                _unused[each].pop()
+            left -= each
 
 
 def is_aligned(data: memoryview, to: int) -> bool:

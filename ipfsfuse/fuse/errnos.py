@@ -59,8 +59,8 @@ class FailureLog:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = LogLimiter(EVERY, clock)
 
-    def note(self, exc: BaseException, number: int, *, foreseen: bool = True) -> None:
-        """A call is answered with the errno `number` because of `exc`. What was not `foreseen` is logged with
+    def note(self, exc: BaseException, number: int, *, expected: bool = True) -> None:
+        """A call is answered with the errno `number` because of `exc`. What was not `expected` is logged with
         its traceback."""
         if isinstance(exc, ORDINARY):
             return
@@ -68,12 +68,10 @@ class FailureLog:
         if more is None:
             return
         answer = errno.errorcode.get(number, str(number))
-        if foreseen:
+        if expected:
             log.warning("a call was answered %s: %s%s", answer, _one_line(str(exc)), more)
         else:
-            log.error(
-                "a call was answered %s: it failed in a way that no one foresaw%s", answer, more, exc_info=exc
-            )
+            log.error("a call was answered %s: it failed unexpectedly%s", answer, more, exc_info=exc)
 
 
 def _one_line(text: str) -> str:
@@ -86,13 +84,13 @@ failures = FailureLog()
 
 
 def of(exc: BaseException) -> int:
-    """The errno for anything that a handler raised, which goes to the log (see `FailureLog`). What no one
-    foresaw is EIO."""
+    """The errno for anything that a handler raised, which goes to the log (see `FailureLog`). What was not
+    expected is EIO."""
     if isinstance(exc, BaseExceptionGroup):
         return _of_group(exc)
     no_memory = errno.ENOMEM if isinstance(exc, MemoryError) else 0
     number = next((TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE), no_memory)
-    failures.note(exc, number or errno.EIO, foreseen=bool(number))
+    failures.note(exc, number or errno.EIO, expected=bool(number))
     return number or errno.EIO
 
 

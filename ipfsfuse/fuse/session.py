@@ -65,9 +65,11 @@ class MountHelper:
     _MOUNT = 'trap "" INT TERM HUP; read -r go && exec "$@"'
     _UNMOUNT = """
     trap "" INT TERM HUP
+    mountpoint=$1; shift
     while read -r wanted line; do
       point=$(printf %b_ "$line")
       point=${point%_}
+      [ "$wanted" = dead ] || point=$mountpoint
       if [ "$wanted" = dead ]; then
         case $(LC_ALL=C ls -U -- "$point" 2>&1 >/dev/null) in
           *"not connected"* | *"connection abort"*) ;;
@@ -107,7 +109,9 @@ class MountHelper:
                 )
             if owner is not None:
                 program = [*program, "-o", f"user_id={owner[0]}"]
-            self._unmounting = self._waiting(self._UNMOUNT, program, stdout=subprocess.PIPE)
+            self._unmounting = self._waiting(
+                self._UNMOUNT, [str(mountpoint), *program], stdout=subprocess.PIPE
+            )
         except OSError as exc:
             raise MountFailed(f"{mountpoint} can't be mounted: {exc.strerror}") from exc
 
@@ -146,12 +150,13 @@ class MountHelper:
 
     async def unmount(self) -> None:
         """Unmounts, lazily where it is busy, while the loop goes on answering."""
-        told = self._ask_to_unmount(str(self.mountpoint))
+        told = self._ask_to_unmount("")
         await trio.lowlevel.wait_readable(told)
         told.readline()
 
     def _ask_to_unmount(self, mountpoint: str, wanted: str = "any") -> IO[bytes]:
-        """Where a line says that it is done. `wanted` is "dead" for a mount that nobody answers, or "any"."""
+        """Where a line says that it is done. `wanted` is "dead" for a mount that nobody answers, or "any" for
+        the one at `self.mountpoint`: whoever takes this process over can have no other unmounted."""
         assert self._unmounting.stdin is not None
         assert self._unmounting.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the shell was killed: its end is told there too

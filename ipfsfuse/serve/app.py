@@ -40,7 +40,7 @@ log = logging.getLogger("ipfsfuse.serve")
 MAX_REQUESTS: Final = 64
 WAIT_SECONDS: Final = 10.0
 """How long a request waits for its turn before it is told to come again."""
-ANSWER_SECONDS: Final = 3600.0
+WHOLE_ANSWER_SECONDS: Final = 3600.0
 """The longest answer. It is cut off then: blocks that came are right, and the rest can be asked for."""
 PIECE: Final = 64 << 10
 """Small blocks are sent together."""
@@ -107,7 +107,7 @@ class TrustlessGateway:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
-            nursery.cancel_scope.deadline = trio.current_time() + ANSWER_SECONDS
+            nursery.cancel_scope.deadline = trio.current_time() + WHOLE_ANSWER_SECONDS
             await self._answer(scope, _Reply(send, scope["method"] == "HEAD"))
             nursery.cancel_scope.cancel()
 
@@ -142,8 +142,8 @@ class TrustlessGateway:
             return Refused(501, str(exc))
         if isinstance(exc, IpfsFuseError):
             return Refused(500, str(exc))
-        log.error("a request failed in a way that no one foresaw", exc_info=exc)
-        return Refused(500, "this gateway met something unforeseen: its log says more")
+        log.error("a request failed unexpectedly", exc_info=exc)
+        return Refused(500, "this gateway failed unexpectedly: its log says more")
 
     async def _give(self, wanted: Wanted, reply: "_Reply") -> None:
         if wanted.format == RAW:

@@ -16,6 +16,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge
+from ipfsfuse.sources import streams
+from ipfsfuse.sources.streams import Block, Delivery, Stream
 
 Caller = int | None
 """The user id behind a call; None for work that no call asked for, and where the kernel does not say."""
@@ -75,6 +77,12 @@ def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
         current_request.reset(token)
 
 
+Clone = Callable[[Sequence[Leaf], Sequence[str], str], Awaitable[Sequence[Block]]]
+"""Awaited with consecutive leaves, the files that hold their blocks, and the source's name. Has the file
+system share these files' extents with the cache, and returns what it reads from there: the blocks of the
+first leaves, as many as can be shared."""
+
+
 @dataclass(frozen=True, slots=True)
 class LeafRange:
     """Consecutive leaves of one file that are wanted soon: a source sends them as it does best."""
@@ -84,6 +92,8 @@ class LeafRange:
     file_size: int
     """Bytes of the whole file's content."""
     leaves: Sequence[Leaf]
+    clone: Clone | None = None
+    """For a source that keeps each block in a file of its own."""
 
 
 ENVELOPE = 64
@@ -111,13 +121,6 @@ def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
     )
 
 
-Block = bytes | memoryview
-Deliver = Callable[[int, Sequence[Block]], Awaitable[None]]
-"""Awaited with an index in `LeafRange.leaves` and the blocks of that leaf and of those after it, in any
-order. It may wait, to slow the source down. Blocks of one call are verified and written together: a call in
-a thread costs 60 us."""
-
-
 @dataclass(frozen=True, slots=True)
 class Subtree:
     """The blocks of a directory that are wanted soon: a source may send many in one answer."""
@@ -127,10 +130,6 @@ class Subtree:
     """With everything below the directory; else only the directory's own nodes, of which a HAMT has many."""
     limit: int
     """Bytes after which the source may stop."""
-
-
-DeliverBlocks = Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[None]]
-"""Awaited with pairs of a block and its CID as the source claims it, parents before children. It may wait."""
 
 
 class Source(Protocol):
@@ -150,14 +149,14 @@ class Source(Protocol):
         """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `too_large`), SourceFailed."""
         ...
 
-    async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
-        """Delivers the blocks of `wanted` that this source has, unverified, each at most once. Those that
-        are missing are asked for elsewhere. Raises SourceFailed if it broke off."""
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        """The blocks of `wanted` that this source has, unverified, each at most once, in any order. Those
+        that are missing are asked for elsewhere. Raises SourceFailed if it broke off."""
         ...
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
-        """Delivers the blocks of `subtree` that this source can send in one answer, unverified; possibly
-        none, or others among them. Raises NotHere, SourceFailed."""
+    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
+        """The blocks of `subtree` that this source can send in one answer, unverified; possibly none, or
+        others among them. Raises NotHere, SourceFailed."""
         ...
 
     def roots(self) -> Sequence[Cid]:
@@ -186,12 +185,17 @@ class Hashed(NamedTuple):
     digest: bytes
 
 
-DeliverFetched = Callable[[int, Sequence[Block], Source], Awaitable[None]]
-"""As `Deliver`, for verified blocks and the source that sent them."""
+class Verified(NamedTuple):
+    """A `Delivery` of blocks that are verified, and the source that sent them."""
+
+    first: int
+    blocks: Sequence[Block]
+    source: Source
+    release: Callable[[], None]
 
 
-class Taker(Protocol):
-    """Receives the blocks of one answer."""
+class Wanted(Protocol):
+    """Which blocks of an answer are wanted. What arrives may change that."""
 
     def wants(self, cid: Cid) -> bool:
         """Whether the block that has just arrived is to be verified and taken."""
@@ -199,10 +203,6 @@ class Taker(Protocol):
 
     def came(self, cid: Cid, block: bytes) -> None:
         """The block is verified. Its links may change what is wanted from now on."""
-        ...
-
-    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
-        """Takes all wanted blocks that arrived together."""
         ...
 
 
@@ -218,15 +218,15 @@ class Blocks(Protocol):
         allowed."""
         ...
 
-    async def stream(self, wanted: LeafRange, deliver: DeliverFetched) -> None:
-        """Delivers every block of `wanted`, verified, in any order. Raises as `get` does for the first that
-        no source has, and Malformed for the first that does not fit its leaf: then the file's claims are
-        false, and the other blocks are not read."""
+    def stream(self, wanted: LeafRange) -> Stream[Verified]:
+        """Every block of `wanted`, verified, in any order. Raises as `get` does for the first that no source
+        has, and Malformed for the first that does not fit its leaf: then the file's claims are false, and the
+        other blocks are not read."""
         ...
 
-    async def subtree(self, subtree: Subtree, taker: Taker) -> None:
-        """Gives `taker` the blocks of `subtree` that it wants, verified, as many as one source sends in one
-        answer without a pause. A block that did not arrive is not an error: it is asked for alone."""
+    def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
+        """The blocks of `subtree` that are `wanted`, verified, as many as one source sends in one answer
+        without a pause. A block that did not arrive is not an error: it is asked for alone."""
         ...
 
     def said(self, cid: Cid) -> str:

@@ -203,7 +203,10 @@ def _open_network(settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.routing.router import open_routers
 
     if not settings.routers:
-        raise UsageError("--from network: name at least one router, as in --router https://router.example")
+        raise UsageError(
+            "--from network: name a router, as in --router https://router.example; "
+            "`ipfsfuse config --init` writes a file with a public one in it"
+        )
     routers = open_routers(settings.routers, settings.http)
     return Network(routers, settings.http, allow_private=settings.allow_private_providers)
 

@@ -51,6 +51,7 @@ async def fetch_all(
     node = await tree.node(root)
     job.totals.expected = node.size if isinstance(node, File) else _claimed(node)
     await job.run(node, depth)
+    await tree.cache.settle()
     return job.totals
 
 

@@ -210,7 +210,7 @@ class Tree:
     async def _block(self, cid: Cid) -> bytes:
         if self.use is not None:
             self.use(cid, ahead=False)
-        return await self.cache.block(cid)
+        return await self.cache.block(cid, early=True)
 
     async def attributes(self, cid: Cid) -> Attributes:
         """The attributes of what `cid` names, from memory where they are there."""

@@ -245,10 +245,10 @@ class _Run:
             raise IpfsFuseError(f"the process that ran {self._asked.guest} was killed, and its guest with it")
         said = _content(self._said).decode(errors="replace").splitlines()
         notes = tuple(each.removeprefix("ipfsfuse-run: ") for each in said)
-        told = json.loads(self._answer)
-        if "error" in told:
-            raise _error(told["error"])(told["text"])
-        outcome = told["outcome"]
+        answer = json.loads(self._answer)
+        if "error" in answer:
+            raise _error(answer["error"])(answer["text"])
+        outcome = answer["outcome"]
         if outcome["refused"] is not None:
             raise (UsageError if outcome["code"] != COULD_NOT_RUN else GuestRefused)(outcome["refused"])
         reason = outcome["why"] or ""
@@ -260,8 +260,8 @@ class _Run:
             reason=reason,
             limit=outcome["limit"],
             trap=outcome["trap"],
-            out=told["out"],
-            receipt=None if told["receipt"] is None else json.loads(told["receipt"]),
+            out=answer["out"],
+            receipt=None if answer["receipt"] is None else json.loads(answer["receipt"]),
             notes=tuple(each for each in notes if each != reason),
         )
 

@@ -291,15 +291,15 @@ def _in_own_process(make: Callable[[], bytes | None], name: str, memory: int) ->
     this one for taking too long ends the compilation. Raises GuestRefused as `make` does, and if the process
     ended otherwise."""
     spare = os.memfd_create("code", os.MFD_CLOEXEC)
-    told, teller = os.pipe2(os.O_CLOEXEC)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        os.close(told)
-        _compiler(make, parent, teller, spare, memory)
-    os.close(teller)
-    with open(told, "rb") as answers, open(spare, "rb") as code:
+        os.close(read_end)
+        _compiler(make, parent, write_end, spare, memory)
+    os.close(write_end)
+    with open(read_end, "rb") as answers, open(spare, "rb") as code:
         answer = answers.read(_MAX_ANSWER)
         _pid, status = os.waitpid(pid, 0)
         if status or not answer:
@@ -316,7 +316,7 @@ def _in_own_process(make: Callable[[], bytes | None], name: str, memory: int) ->
 
 
 def _compiler(
-    make: Callable[[], bytes | None], parent: int, teller: int, spare: int, memory: int
+    make: Callable[[], bytes | None], parent: int, write_end: int, spare: int, memory: int
 ) -> NoReturn:
     try:
         signals.die_with(parent)
@@ -327,12 +327,12 @@ def _compiler(
         except MemoryError:
             os._exit(1)
         except GuestRefused as exc:
-            os.write(teller, json.dumps({"refused": str(exc)[: _MAX_ANSWER // 16]}).encode())
+            os.write(write_end, json.dumps({"refused": str(exc)[: _MAX_ANSWER // 16]}).encode())
             os._exit(0)
         if code is not None:
             with open(spare, "wb", closefd=False) as out:
                 out.write(code)
-        os.write(teller, json.dumps({"apart": code is not None}).encode())
+        os.write(write_end, json.dumps({"apart": code is not None}).encode())
         os._exit(0)
     finally:
         os._exit(1)

@@ -126,13 +126,13 @@ def _compiled(
     GuestRefused."""
     from ipfsfuse_run import guest
 
-    source, made, told = (os.memfd_create(each) for each in ("guest", "code", "errors"))
+    source, made, errors_file = (os.memfd_create(each) for each in ("guest", "code", "errors"))
     with open(source, "wb", closefd=False) as out:
         out.write(data)
     pid = os.fork()
     if pid == 0:
         try:
-            os.dup2(told, 2)
+            os.dup2(errors_file, 2)
             for each in (source, made):
                 os.set_inheritable(each, True)
             lockdown.lock(_program_files(command))
@@ -141,7 +141,7 @@ def _compiled(
         finally:
             os._exit(127)
     _pid, status = os.waitpid(pid, 0)
-    with open(made, "rb") as code, open(told, "rb") as errors:
+    with open(made, "rb") as code, open(errors_file, "rb") as errors:
         if os.WIFSIGNALED(status):  # most likely for want of memory: the process that waits says so
             os._exit(1)
         if status:

@@ -94,8 +94,8 @@ def start(request: Request, stdin: int, stdout: int, stderr: int, said: int) -> 
     try:
         with theirs:
             _server.send([theirs.fileno(), stdin, stdout, stderr, said])
-        told = pickle.dumps(request)
-        ours.sendall(_LENGTH.pack(len(told)) + told)
+        data = pickle.dumps(request)
+        ours.sendall(_LENGTH.pack(len(data)) + data)
     except BaseException:
         ours.close()
         raise

@@ -107,29 +107,29 @@ def watch(growth: Growth, guest: int) -> tuple[int, int]:
     after once more.
 
     Gives its pid, and a pipe that tells what grew and why the run must end, where it must."""
-    told, teller = os.pipe2(os.O_CLOEXEC)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        os.close(told)
-        _watcher(growth, guest, parent, teller)
-    os.close(teller)
-    return pid, told
+        os.close(read_end)
+        _watcher(growth, guest, parent, write_end)
+    os.close(write_end)
+    return pid, read_end
 
 
-def _watcher(growth: Growth, guest: int, parent: int, teller: int) -> NoReturn:
+def _watcher(growth: Growth, guest: int, parent: int, write_end: int) -> NoReturn:
     try:
         signal.set_wakeup_fd(-1)
         for each in signals.ENDING:
             signal.signal(each, signal.SIG_IGN)  # the runner ends this process, or its end does
         signals.die_with(parent)
-        let_go_of_all_but(guest, teller)
-        _look(growth, guest, teller)
+        let_go_of_all_but(guest, write_end)
+        _look(growth, guest, write_end)
     finally:
         os._exit(0)
 
 
-def _look(growth: Growth, guest: int, teller: int) -> None:
+def _look(growth: Growth, guest: int, write_end: int) -> None:
     ended, pause = select.poll(), INTERVAL
     ended.register(guest, select.POLLIN)
     while True:
@@ -148,7 +148,7 @@ def _look(growth: Growth, guest: int, teller: int) -> None:
                     if each.what == TMP
                     else ("made its writable folders grow by more than")
                 )
-            os.write(teller, f"{each.what} {why} {each.text}".encode())
+            os.write(write_end, f"{each.what} {why} {each.text}".encode())
             return
         if over:
             return

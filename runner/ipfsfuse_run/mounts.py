@@ -305,10 +305,10 @@ def child_environment() -> dict[str, str]:
     }
 
 
-def _parse(told: str) -> tuple[Path, int]:
+def _parse(output: str) -> tuple[Path, int]:
     """The control socket and the daemon's pid."""
     try:
-        answer = json.loads(told.splitlines()[-1])
+        answer = json.loads(output.splitlines()[-1])
         return Path(answer["control"]), int(answer["pid"])
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
@@ -391,9 +391,9 @@ def _network_sources(mount: Mount) -> list[str]:
     """The sources of the mount that lead beyond this machine's disks. A mount that does not tell is taken to
     have some."""
     try:
-        told = mount.control.ask("status")
-        if told["offline"] or told.get("allow"):
+        status = mount.control.ask("status")
+        if status["offline"] or status.get("allow"):
             return []
-        return [str(each["name"]) for each in told["sources"] if not each["in_place"]]
+        return [str(each["name"]) for each in status["sources"] if not each["in_place"]]
     except (IpfsFuseError, KeyError, TypeError):
         return ["its mount's sources"]

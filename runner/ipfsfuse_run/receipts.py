@@ -378,10 +378,10 @@ def _variables(env: Mapping[str, Any]) -> list[Variable]:
         name, value = _text(fields["name"], "env", MAX_ARGUMENTS), fields.get("value")
         if not name or "=" in name or name in found:
             raise _Unfit("env")
-        told = _sha256(fields["sha256"], "env")
-        if "value" in fields and variable_hash(salt, name, _text(value, "env", MAX_ARGUMENTS)) != told:
+        hashed = _sha256(fields["sha256"], "env")
+        if "value" in fields and variable_hash(salt, name, _text(value, "env", MAX_ARGUMENTS)) != hashed:
             raise _Unfit(f"env: the value of {name[:80]!r} is not the one whose hash is given")
-        found[name] = Variable(name, told, value)
+        found[name] = Variable(name, hashed, value)
     return list(found.values())
 
 

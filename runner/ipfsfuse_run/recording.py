@@ -88,8 +88,8 @@ def record(options: Options) -> Recorded:
         stdin = files.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
         material = _Material(used, guest, stdin, stdout, stderr)
         # the daemon opens the file through this process, which outlives it
-        told = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
-        with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
+        option = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
+        with mounts.mounted(options._replace(mount_options=(*options.mount_options, option))) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
             plan = Plan(
@@ -162,10 +162,7 @@ def _write(
         contents = (
             (receipts.STDIN, material.stdin),
             (receipts.STDOUT, material.stdout),
-            (
-                receipts.STDERR,
-                material.stderr,
-            ),
+            (receipts.STDERR, material.stderr),
         )
         for name, held in contents:
             held.seek(0)

@@ -114,13 +114,13 @@ def check_content(
     the one that the receipt names.
 
     `most` bytes are looked at, by default as many as the CAR file can hold and 64 MiB more."""
-    told: Digest = getattr(receipt, name)
+    recorded: Digest = getattr(receipt, name)
     given = supervisor.HashingSink(None if out is None else _into(out))
     place = record.find(name)
-    if place is not None and record.file(place).size == told.size:
+    if place is not None and record.file(place).size == recorded.size:
         for data in record.content(place, record.size + (64 << 20) if most is None else most):
             given(data)
-    if given.digest() != told:
+    if given.digest() != recorded:
         raise ReceiptRefused(f"{record.path}: its {_STREAMS[name]} is not the one that its receipt names")
 
 
@@ -135,8 +135,8 @@ def check_signature(record: Bundle, receipt: Receipt, key: "Ed25519PublicKey", m
     """Raises ReceiptRefused unless `key` signed the receipt and the results, of `most` bytes."""
     from ipfsfuse_run import signatures
 
-    place, told = record.find(receipts.SIGNATURE), record.find(receipts.RECEIPT)
-    assert told is not None
+    place, receipt_node = record.find(receipts.SIGNATURE), record.find(receipts.RECEIPT)
+    assert receipt_node is not None
     if place is None:
         raise ReceiptRefused(f"{record.path} has no signature: {signatures.fingerprint(key)} did not sign it")
     envelope = b"".join(record.content(place, min(signatures.MAX_BYTES, record.size)))
@@ -151,7 +151,7 @@ def check_signature(record: Bundle, receipt: Receipt, key: "Ed25519PublicKey", m
         ]
 
     try:
-        signatures.check(envelope, key, receipt, record.receipt(told), files)
+        signatures.check(envelope, key, receipt, record.receipt(receipt_node), files)
     except ReceiptRefused as exc:
         raise ReceiptRefused(f"{record.path}: {exc}") from exc
 
@@ -281,9 +281,9 @@ def _say_verdicts(receipt: Receipt, verdicts: Sequence[Verdict], ours: Mapping[s
     """With `show`, standard output is the guest's, and the verdict goes to standard error."""
     to = sys.stderr if show else sys.stdout
     now = recording.this_machine()
-    for name, told in receipt.versions.items():
-        if name in now and told != now[name]:
-            print(f"{name}: {printable(told)} then, {now[name]} now", file=to)
+    for name, then in receipt.versions.items():
+        if name in now and then != now[name]:
+            print(f"{name}: {printable(then)} then, {now[name]} now", file=to)
     for each in verdicts:
         print(
             f"{each.what}: the same"
@@ -425,9 +425,9 @@ def _blocks_below(record: Bundle, receipt: Receipt) -> frozenset[bytes]:
 
 
 def _run(options: Options, receipt: Receipt, streams: _Streams, results: places.Results | None) -> _Repeated:
-    told = f"--record=/proc/{os.getpid()}/fd/{streams.used.fileno()}"
+    option = f"--record=/proc/{os.getpid()}/fd/{streams.used.fileno()}"
     chosen = options.limits
-    with mounts.mounted(options._replace(mount_options=(*options.mount_options, told))) as mount:
+    with mounts.mounted(options._replace(mount_options=(*options.mount_options, option))) as mount:
         box = sandbox.build(
             options._replace(
                 guest=options.guest or "guest",

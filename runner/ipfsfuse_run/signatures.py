@@ -149,11 +149,11 @@ def check(
     else:
         raise ReceiptRefused(f"the receipt is not signed by {name}")
     try:
-        told = json.loads(payload)
+        found = json.loads(payload)
     except (ValueError, RecursionError) as exc:
         raise ReceiptRefused("its signature is of something that is not JSON") from exc
     wanted = json.dumps(statement(receipt, encoded, files()), sort_keys=True)
-    if json.dumps(told, sort_keys=True) != wanted:
+    if json.dumps(found, sort_keys=True) != wanted:
         raise ReceiptRefused(f"the signature of {name} is of another receipt, or of other results")
 
 

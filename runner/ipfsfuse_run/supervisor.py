@@ -194,7 +194,7 @@ class _Supervisor:
             self._end(Outcome(128 + self._signals[0], signal=self._signals[0]))
 
     def _fork(self, streams: Streams, close: Sequence[int]) -> None:
-        reports, told = os.pipe2(os.O_CLOEXEC)
+        reports, write_end = os.pipe2(os.O_CLOEXEC)
         pumped = [
             (sink, target, os.pipe2(os.O_CLOEXEC))
             for sink, target in ((streams.stdout, 1), (streams.stderr, 2))
@@ -214,9 +214,9 @@ class _Supervisor:
                 os.dup2(streams.stdin, 0)
             for each in (reports, *close):
                 os.close(each)
-            child.main(self._plan, parent, Reports(told))
+            child.main(self._plan, parent, Reports(write_end))
         signals.hide_memory()  # not before: the guest's process makes a user namespace, which asks for more
-        os.close(told)
+        os.close(write_end)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
         for sink, target, (end, write) in pumped:
             os.close(write)

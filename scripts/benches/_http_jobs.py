@@ -49,21 +49,17 @@ async def blocks(gateway: Gateway, plan: dict[str, Any]) -> None:
 
 async def ranges(gateway: Gateway, plan: dict[str, Any]) -> None:
     leaves = [Leaf(cids.parse(text), at << 20, 1 << 20) for at, text in enumerate(plan["leaves"])]
-
-    async def deliver(_index: int, _blocks: object) -> None:
-        await trio.lowlevel.checkpoint()
-
     for start in range(0, len(leaves), RANGE):
-        await gateway.stream(
-            LeafRange(cids.parse(plan["file"]), len(leaves) << 20, leaves[start : start + RANGE]), deliver
-        )
+        wanted = LeafRange(cids.parse(plan["file"]), len(leaves) << 20, leaves[start : start + RANGE])
+        async with gateway.stream(wanted) as stream:
+            async for delivery in stream:
+                delivery.release()
 
 
 async def directory(gateway: Gateway, plan: dict[str, Any]) -> None:
-    async def deliver(_blocks: object) -> None:
-        await trio.lowlevel.checkpoint()
-
-    await gateway.subtree(Subtree(cids.parse(plan["directory"]), True, 1 << 30), deliver)
+    async with gateway.subtree(Subtree(cids.parse(plan["directory"]), True, 1 << 30)) as stream:
+        async for _blocks in stream:
+            pass
 
 
 JOBS = {"get-8KiB": blocks, "range-16MiB": ranges, "car-directory": directory}

@@ -140,6 +140,16 @@ def example(home: Home, name: str, argument: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.parametrize("name", ["with_pandas", "with_zarr"])
+def test_an_example_without_an_argument_says_how_to_use_it(home: Home, name: str) -> None:
+    pytest.importorskip(name.removeprefix("with_"))
+    ran = subprocess.run(
+        [sys.executable, TOP / "examples" / f"{name}.py"], env=home.env, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert ran.stderr.startswith(f"usage: python {name}.py CID/")
+
+
 def test_the_example_for_pandas(home: Home) -> None:
     pytest.importorskip("pandas")
     (home.folder / "table.csv").write_text("x,y\n" + "".join(f"{n},{2 * n}\n" for n in range(101)))

@@ -1,7 +1,8 @@
 """A chain of sources for the cache's tests: blocks in memory, answers and faults as a test wants them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -13,7 +14,8 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, Unavailable
-from ipfsfuse.sources.base import Deliver, DeliverFetched, Fetched, LeafRange, Subtree, Taker
+from ipfsfuse.sources.base import Fetched, LeafRange, Subtree, Verified, Wanted
+from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, nothing, send_nothing, streaming
 
 
 class Place:
@@ -26,8 +28,11 @@ class Place:
     async def get(self, cid: Cid) -> bytes:
         raise NotHere(cids.text(cid))
 
-    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
-        pass
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(send_nothing)
+
+    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
+        return streaming(send_nothing)
 
     def roots(self) -> Sequence[Cid]:
         return ()
@@ -72,27 +77,33 @@ class Chain:
             raise Unavailable(f"{cids.text(cid)}: nobody has it")
         return Fetched(self.blocks[cids.multihash(cid)], self.source)
 
-    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
-        self.runs.append(run)
-        for index, leaf in enumerate(run.leaves):
-            fetched = await self.get(leaf.cid)
-            await deliver(index, [fetched.block], fetched.source)
+    def stream(self, wanted: LeafRange) -> Stream[Verified]:
+        self.runs.append(wanted)
+        return streaming(partial(self._send_leaves, wanted))
 
-    async def subtree(self, subtree: Subtree, taker: Taker) -> None:
+    async def _send_leaves(self, wanted: LeafRange, send: Send[Verified]) -> None:
+        for index, leaf in enumerate(wanted.leaves):
+            fetched = await self.get(leaf.cid)
+            await send.send(Verified(index, [fetched.block], fetched.source, nothing))
+
+    def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
         """Up to two blocks together."""
         self.subtrees.append(subtree)
+        return streaming(partial(self._send_subtree, wanted))
+
+    async def _send_subtree(self, wanted: Wanted, send: Send[Mapping[Cid, Fetched]]) -> None:
         together: dict[Cid, Fetched] = {}
         for each in self.sends:
-            if not isinstance(each, trio.Event) and taker.wants(each):
+            if not isinstance(each, trio.Event) and wanted.wants(each):
                 self.sent.append(each)
                 together[each] = Fetched(self.blocks[cids.multihash(each)], self.source)
-                taker.came(each, together[each].block)
+                wanted.came(each, together[each].block)
             if together and (len(together) == 2 or isinstance(each, trio.Event)):
-                await taker.take(together)
+                await send.send(together)
                 together = {}
             if isinstance(each, trio.Event):
                 await each.wait()
-        await taker.take(together)
+        await send.send(together)
 
     def said(self, cid: Cid) -> str:
         return ""

@@ -1,6 +1,7 @@
 """Readers get a leaf as soon as it is verified; it is written behind that, and who needs it written waits."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import errno
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import MAX_BEHIND
 from ipfsfuse.cache.single_flight import SingleFlight
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
-from tests.cache.standin import Chain, make_file, staged
+from tests.cache.standin import Chain, Recorder, make_file, staged
 
 BUDGET = 64 << 20
 MIB = 1 << 20
@@ -112,19 +114,54 @@ def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
     trio.run(main)
 
 
-@pytest.mark.logs("what no one foresaw")
-def test_what_fails_behind_a_value_that_landed_is_told_to_the_log_alone(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_block_counts_as_here_while_it_is_being_staged(tmp_path: Path) -> None:
+    """Else a small file that is opened at once is not pinned, and the root does not list it."""
+
+    async def main() -> None:
+        chain, pins = Chain(), Recorder()
+        small = chain.add(b"a small file")
+        async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
+            assert await cache.reader.block(small, early=True) == b"a small file"
+            assert cache.store.blocks.place(small) is None, "it is not written yet"
+            cache.note_root(small, cids.text(small))
+            cache.reader.opened(FileRef(small, 12))
+            assert pins.asked == [("add", small)]
+            assert list(cache.opened_roots()) == [(small, cids.text(small))]
+            await cache.reader.settle()
+            assert cache.store.blocks.place(small) is not None
+            assert list(cache.opened_roots()) == [(small, cids.text(small))]
+            assert pins.asked == [("add", small)]
+
+    trio.run(main)
+
+
+@pytest.mark.logs("reads go on without the cache")
+def test_a_block_that_could_not_be_staged_is_not_kept_pinned(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain, pins = Chain(), Recorder()
+        small = chain.add(b"a small file")
+        async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
+            cache.store.backoff.failed("the folder", OSError(errno.ENOSPC, "No space left on device"))
+            await cache.reader.block(small, early=True)
+            cache.reader.opened(FileRef(small, 12))
+            await cache.reader.settle()
+            assert not cache.store.holds(small)
+            assert pins.asked == [("add", small), ("remove", small)]
+
+    trio.run(main)
+
+
+@pytest.mark.logs("after it had given its value")
+def test_a_failure_after_the_value_was_given_goes_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)
 
-            async def fetch(land: Callable[[str], None]) -> str:
-                land("value")
+            async def fetch() -> AsyncGenerator[str]:
+                yield "value"
                 raise ValueError("a bug")
 
-            assert await flights.join_early("k", fetch) == "value"
+            assert await flights.join("k", fetch) == "value"
             await wait_all_tasks_blocked()
             assert len(flights) == 0
 

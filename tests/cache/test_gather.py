@@ -234,7 +234,7 @@ def test_a_cache_that_is_closed_waits_for_no_answer(tmp_path: Path) -> None:
     assert ended[0].is_set()
 
 
-@pytest.mark.logs("ended by what no one foresaw")
+@pytest.mark.logs("ended unexpectedly")
 def test_trouble_of_who_is_told_what_comes_ends_the_answer_alone(tmp_path: Path) -> None:
     chain = Chain()
     wanted = small(chain, 6)

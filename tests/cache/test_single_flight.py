@@ -1,6 +1,7 @@
 """Single flight: one fetch for all who wait, for as long as anyone does."""
 
 import math
+from collections.abc import AsyncGenerator
 
 import pytest
 import trio
@@ -22,7 +23,7 @@ class Fetcher:
         self.answer = answer
         self.error = error
 
-    async def __call__(self) -> str:
+    async def __call__(self) -> AsyncGenerator[str]:
         self.calls += 1
         self.running += 1
         try:
@@ -34,7 +35,7 @@ class Fetcher:
             self.running -= 1
         if self.error is not None:
             raise self.error
-        return self.answer
+        yield self.answer
 
 
 def test_all_who_wait_share_one_fetch() -> None:
@@ -93,18 +94,18 @@ def test_the_last_waiter_cancels_the_fetch_which_holds_its_slot_until_it_has_rol
             flights: SingleFlight[str, str] = SingleFlight(nursery)
             rolled_back, order = trio.Event(), list[str]()
 
-            async def slow_to_roll_back() -> str:
+            async def slow_to_roll_back() -> AsyncGenerator[str]:
                 try:
                     await trio.sleep_forever()
                 finally:
                     with trio.CancelScope(shield=True):
                         await rolled_back.wait()
                     order.append("rolled back")
-                return ""
+                yield ""
 
-            async def anew() -> str:
+            async def anew() -> AsyncGenerator[str]:
                 order.append("fetched anew")
-                return "new"
+                yield "new"
 
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as readers:
@@ -172,10 +173,10 @@ def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_dea
             flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30)
             seen: list[Request] = []
 
-            async def fetch() -> str:
+            async def fetch() -> AsyncGenerator[str]:
                 seen.append(current_request.get())
                 await trio.sleep(10)
-                return "value"
+                yield "value"
 
             async def reader(caller: int, deadline: float) -> None:
                 with request_of(caller, deadline):
@@ -222,12 +223,12 @@ def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery, remember=5)
-            fetch, heard = Fetcher(error=Malformed("bad block")), list[str]()
+            fetch, failed = Fetcher(error=Malformed("bad block")), list[str]()
 
             async def reader() -> None:
                 with pytest.raises(Malformed, match="bad block"):
                     await flights.join("k", fetch)
-                heard.append("k")
+                failed.append("k")
 
             async with trio.open_nursery() as readers:
                 readers.start_soon(reader)
@@ -235,7 +236,7 @@ def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() 
                 await wait_all_tasks_blocked()
                 fetch.gate.set()
             await reader()
-            assert (len(heard), fetch.calls) == (3, 1)
+            assert (len(failed), fetch.calls) == (3, 1)
             fetch.error = None
             assert await flights.join("other", fetch) == "value"
 

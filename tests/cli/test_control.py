@@ -112,7 +112,7 @@ def test_unknown_command_is_a_usage_error(running: Running) -> None:
 
 
 @pytest.mark.logs("a command of the control socket failed")
-def test_the_unforeseen_ends_one_command_alone(running: Running) -> None:
+def test_an_unexpected_failure_ends_one_command_alone(running: Running) -> None:
     with pytest.raises(errors.DaemonFailed, match="ZeroDivisionError"):
         client.call(running.path, "break_down")
     assert client.call(running.path, "echo")["got"] == {}

@@ -14,7 +14,11 @@ import pytest
 
 from ipfsfuse.confinement import landlock_abi
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.fuse.session import MountHelper
 from tests.mounting import NOBODY, Home, alive, wait_until
+from tests.sources.authority import Authority
+from tests.sources.content import raw_blocks
+from tests.sources.servers import Server
 
 pytestmark = pytest.mark.fuse
 TOP = Path(__file__).parents[2]
@@ -69,6 +73,8 @@ with locked(cache) as folder:
     refused("writes no other file", (secret.parent / "new").write_text, "x")
     refused("writes nothing into the library", (library / "new").write_text, "x")
     refused("lists no home", os.listdir, secret.parent)
+    refused("lists no secrets of services", os.listdir, "/run")
+    refused("reads no disk", open, "/dev/full", "rb")  # nor any other device
     refused("starts no program", subprocess.run, ["/bin/true"])
     with socket.socket() as listener:
         refused("listens nowhere", listener.bind, ("127.0.0.1", 0))
@@ -77,17 +83,18 @@ with locked(cache) as folder:
 
 
 @needs_landlock
-def test_a_confined_daemon_reaches_its_own_files_alone(user: Home) -> None:
+@pytest.mark.parametrize("cache", ["cache", "."], ids=["a folder", "the home folder"])
+def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -> None:
     secret = user.folder / "home" / ".ssh" / "id"
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
     user.run("library")
-    command = [sys.executable, "-c", CONFINED, user.cache, user.library, user.mountpoint, secret]
+    command = [sys.executable, "-c", CONFINED, user.folder / cache, user.library, user.mountpoint, secret]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     refused = done.stdout.splitlines()
     expected = ["reads no secret", "writes no other file", "writes nothing into the library", "lists no home"]
-    expected += ["starts no program"]
+    expected += ["lists no secrets of services", "reads no disk", "starts no program"]
     expected += ["listens nowhere"] * (landlock_abi() >= 4) + ["ends no other process"] * (
         landlock_abi() >= 6
     )
@@ -150,6 +157,24 @@ def test_a_confined_mount_reads_a_repository_whose_blocks_lie_elsewhere(user: Ho
         assert "blocked" not in mount.log()
 
 
+def test_a_confined_mount_reads_certificates_and_headers_elsewhere(user: Home) -> None:
+    folder = user.folder.with_name("secrets")
+    folder.mkdir()
+    authority = Authority(folder)
+    user.env["SSL_CERT_FILE"] = str(user.folder / "authority.pem")
+    (user.folder / "authority.pem").symlink_to(authority.certificate)
+    (folder / "headers").write_text("X-Key: secret\n")
+    (folder / "headers").chmod(0o600)
+    (user.folder / "headers").symlink_to(folder / "headers")
+    blocks = raw_blocks(3, 1)
+    with Server(blocks, tls=authority.vouch("IP:127.0.0.1")) as server:
+        headers = f"{server.url}={user.folder / 'headers'}"
+        with user.mounted("--from", server.url, "--header-file", headers) as mount:
+            for cid, block in blocks.items():
+                assert (mount.path / cids.text(cid)).read_bytes() == block
+        assert {ask.headers.get("x-key") for ask in server.asked} == {"secret"}
+
+
 @needs_landlock
 def test_a_log_in_a_home_folder_opens_no_home_folder(user: Home) -> None:
     """The file alone is written, and the log says what that means."""
@@ -178,6 +203,22 @@ def test_a_library_that_was_made_anew_is_said_in_one_line(user: Home) -> None:
         assert "Traceback" not in mount.log()
     with user.mounted() as mount:
         assert (mount.path / cid).read_text() == "hello\n"
+
+
+def test_the_shell_that_unmounts_for_a_daemon_unmounts_no_other_living_mount(tmp_path: Path) -> None:
+    """It is not confined, and root's may unmount anything."""
+    program = tmp_path / "program"
+    program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
+    program.chmod(0o755)
+    other = "".join(f"\\0{byte:03o}" for byte in os.fsencode(tmp_path))
+    subprocess.run(
+        ["/bin/sh", "-c", MountHelper._UNMOUNT, "sh", "/mnt/ours", program],
+        input=f"any {other}\ndead {other}\nother {other}\n",
+        text=True,
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "asked").read_text().split("\n") == ["-u -q -- /mnt/ours", "-u -q -- /mnt/ours", ""]
 
 
 # -- another user --------------------------------------------------------------------------------------------

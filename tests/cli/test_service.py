@@ -1,5 +1,6 @@
 """What a service manager and a monitor see: the notify socket, reload, the units, metrics."""
 
+import io
 import json
 import os
 import pty
@@ -13,7 +14,9 @@ import termios
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -168,22 +171,47 @@ def test_metrics_are_openmetrics(user: Home) -> None:
         assert len(names) > 8
         assert {re.sub("_total$|_bucket$", "", name) for name in names} <= set(families)
         user.run("metrics", "--textfile", user.folder / "node.prom")
-        assert (user.folder / "node.prom").read_text().endswith("# EOF\n")
+        assert_prometheus((user.folder / "node.prom").read_text())
         assert user.json("metrics", "--json")["lag"]["bounds"]
+
+
+def assert_prometheus(text: str) -> None:
+    """Prometheus' format 0.0.4 has no other types: the node exporter refuses a file with one."""
+    types = set(re.findall("^# TYPE \\S+ (.*)$", text, re.MULTILINE))
+    assert types == {"counter", "gauge", "histogram"}
+    assert "# EOF" not in text
+    assert "ipfsfuse_healthy 1.0" in text
 
 
 @pytest.mark.fuse
 def test_metrics_over_http(user: Home) -> None:
+    """Started as a script starts it with `&`: Ctrl-C at the terminal is not for it, SIGTERM ends it."""
     command = [sys.executable, "-m", "ipfsfuse", "metrics", "--listen", "127.0.0.1:0"]
-    with user.mounted(), subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE) as server:
+    started: dict[str, Any] = {"env": user.env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with user.mounted(), subprocess.Popen(command, preexec_fn=ignored, **started) as server:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().decode().split()[-1]
-            with urllib.request.urlopen(url) as answer:
+            accept = {
+                "Accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3"
+            }
+            with urllib.request.urlopen(urllib.request.Request(url, headers=accept)) as answer:
                 assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
                 assert answer.read().endswith(b"# EOF\n")
+            with urllib.request.urlopen(url) as answer:
+                assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+                assert_prometheus(answer.read().decode())
+            server.send_signal(signal.SIGINT)
+            with urllib.request.urlopen(url) as answer:
+                assert answer.status == 200
         finally:
             server.terminate()
+        try:
+            assert server.wait(PATIENCE) == 130
+        finally:
+            server.kill()
+        assert b"Traceback" not in (server.stderr or io.BytesIO()).read()
 
 
 @pytest.mark.fuse
@@ -268,7 +296,8 @@ def test_mount_8_mounts_and_fstab_would(user: Home) -> None:
 
 @pytest.mark.fuse
 def test_logs_are_found_where_the_mount_logs(user: Home) -> None:
-    log = user.folder / "my.log"
+    log = user.folder / "logs" / "my.log"
+    log.parent.mkdir()
     with user.mounted("--log-file", log, "--log-format", "json", "--from", "library") as mount:
         assert user.json("logs", "--json")["log"] == str(log)
         with open(log, "a") as out:  # as a longer log
@@ -289,7 +318,7 @@ def test_logs_are_found_where_the_mount_logs(user: Home) -> None:
             following.terminate()
     with service(user, "--log-format", "journal") as (_process, manager):
         until(manager, "READY=1")
-        user.refused_while_mounted("logs", names="logs to a terminal, not to a file", code=2)
+        user.refused_while_mounted("logs", names="logs to no file", code=2)
 
 
 @pytest.mark.fuse

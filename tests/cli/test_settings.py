@@ -165,6 +165,12 @@ def test_config_init_writes_a_file_that_changes_nothing(ipfsfuse: Ipfsfuse, home
     assert ipfsfuse("config", "--init").code == 0
     assert config("m") == before
     assert (home / ".config/ipfsfuse/config.toml").stat().st_mode & 0o777 == 0o600
+    text = (home / ".config/ipfsfuse/config.toml").read_text()
+    for key in ("from", "router"):  # what a user without a node and a gateway takes the # away from
+        text = text.replace(f"#{key} = ", f"{key} = ", 1)
+    (home / ".config/ipfsfuse/config.toml").write_text(text)
+    made = config("m")
+    assert (made.sources, list(made.routers)) == (("library", "network"), ["https://delegated-ipfs.dev"])
     again = ipfsfuse("config", "--init")
     assert (again.code, "exists already" in again.err) == (2, True)
 

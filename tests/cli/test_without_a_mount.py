@@ -46,6 +46,20 @@ def test_get_uses_the_mount_of_the_cache_folder(user: Home, tree: tuple[Path, st
 
 
 @pytest.mark.fuse
+def test_sources_of_a_configuration_do_not_keep_get_from_the_mount(
+    user: Home, tree: tuple[Path, str]
+) -> None:
+    folder, cid = tree
+    user.run("export", cid, user.folder / "tree.car")
+    user.run("rm", cid)
+    with user.mounted("--from", user.folder / "tree.car"):
+        user.env["IPFSFUSE_FROM"] = "library"
+        user.run("get", cid, "-o", user.folder / "copy")
+        assert user.run("cat", f"{cid}/hello").stdout == "hello\n"
+    subprocess.run(["diff", "-r", "--no-dereference", folder, user.folder / "copy"], check=True)
+
+
+@pytest.mark.fuse
 def test_pin_takes_many_and_pin_ls_lists_them(user: Home) -> None:
     cids = []
     for number in range(2):

@@ -44,6 +44,15 @@ def test_a_source_that_has_not_answered_is_named_as_the_cause(home: Home) -> Non
         assert f"no source gave it within 1 s: {gateway.url} has not answered" in mount.log()
 
 
+def test_a_block_that_is_missing_is_named_as_it_was_asked_for(home: Home) -> None:
+    """A codec other than dag-pb shows in the CID, though blocks are kept by their hash alone."""
+    dag = Dag()
+    absent = cids.text(cids.make(cids.DAG_CBOR, b"\x12\x20" + bytes(32)))
+    with mounted(home, dag, "--deadline", "1s"):
+        said = home.run("cat", "--raw", absent, check=False).stderr
+        assert said.startswith(f"ipfsfuse: {absent}: no source gave it within 1 s: ")
+
+
 def test_status_says_what_is_untried_and_by_its_exit_code_what_is_degraded_or_dead(home: Home) -> None:
     dag = Dag()
     there, absent = dag.block(b"there\n"), cids.make(cids.RAW, b"\x12\x20" + bytes(32))

@@ -36,6 +36,16 @@ def test_so_many_wait_and_no_more() -> None:
     assert all(size * len(pages) <= buffers.KEPT for size, pages in buffers._unused.items())
 
 
+def test_those_of_other_sizes_go_when_one_is_made() -> None:
+    lent = [buffers.lend(size) for size in buffers.SIZES for _ in range(buffers.KEPT // size)]
+    lent.clear()
+    assert sum(size * len(pages) for size, pages in buffers._unused.items()) == 6 * buffers.KEPT
+    lent = [buffers.lend(1 << 20) for _ in range(9)]
+    assert sum(size * len(pages) for size, pages in buffers._unused.items()) <= buffers.KEPT_IN_ALL
+    lent.clear()
+    assert len(buffers._unused[1 << 20]) == 8
+
+
 def test_what_can_not_be_written_to_or_begins_elsewhere_is_not_aligned() -> None:
     lent = buffers.lend(1 << 20)
     assert buffers.is_aligned(lent[4096:], 4096)

@@ -353,7 +353,7 @@ class Memory:
 
     def when_blocks_leave(self, call: Callable[[], None]) -> None: ...
 
-    async def block(self, cid: Cid) -> bytes:
+    async def block(self, cid: Cid, *, early: bool = False) -> bytes:
         for _ in range(len(cid) % 3):
             await trio.lowlevel.checkpoint()
         return self._blocks[cids.multihash(cid)]

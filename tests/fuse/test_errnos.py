@@ -38,8 +38,8 @@ def test_an_answer_for_the_kernel_stays_as_it_is() -> None:
     assert errnos.fuse_error(given) is given
 
 
-@pytest.mark.logs("no one foresaw")
-def test_what_no_one_foresaw_is_eio_and_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.logs("failed unexpectedly")
+def test_what_was_not_expected_is_eio_and_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     assert errnos.of(RuntimeError("surprise")) == errno.EIO
     assert caplog.records[0].exc_info is not None
 
@@ -74,12 +74,12 @@ def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_o
 
 
 @pytest.mark.logs("a call was answered")
-def test_what_no_one_foresaw_leaves_one_traceback_however_often_it_comes(
+def test_what_was_not_expected_leaves_one_traceback_however_often_it_comes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0
     log = FailureLog(lambda: now)
     for _ in range(100):
-        log.note(ZeroDivisionError("a bug"), errno.EIO, foreseen=False)
+        log.note(ZeroDivisionError("a bug"), errno.EIO, expected=False)
     (record,) = caplog.records
     assert record.exc_info is not None

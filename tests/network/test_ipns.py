@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -66,6 +67,9 @@ def test_names_of_a_real_node_are_links_to_what_it_published(home: Home) -> None
                     assert os.readlink(link) == f"{mount.path}/{cid}"
                     assert link.read_bytes() == b"hello"
                 assert len(os.listdir(names)) == 2  # each in its usual spelling
+        home.env["IPFS_PATH"] = str(node.repo)
+        for line in keys[:2]:  # without a mount, the node is a source by default
+            assert home.run("cat", f"/ipns/{line.split()[0]}").stdout == "hello"
         newer = node.add(b"newer")
         with both(home, "--from", f"kubo+{node.api_url}") as (mount, names):
             link = names / keys[0].split()[0]
@@ -115,6 +119,30 @@ def test_a_name_is_a_symlink_that_costs_no_block_and_is_kept_for_its_time_to_liv
         wait_until(lambda: link.read_text() == "two", "the newer record is seen")
         answer = subprocess.run(["stat", "-f", names], check=True, capture_output=True)
         assert b"Namelen: 255" in answer.stdout
+
+
+def test_commands_take_names(home: Home, server: NameServer) -> None:
+    """With a mount and without one, and with paths below the names' own folder."""
+    cid = added(home, "one")
+    server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}")
+    named = f"/ipns/{NAMES[0]}"
+
+    def check(*sources: str) -> None:
+        assert home.run("cat", *sources, f"{named}/file").stdout == "one"
+        home.run("get", *sources, f"ipns://{NAMES[0]}", "-o", home.folder / "copy")
+        assert (home.folder / "copy" / "file").read_text() == "one"
+        shutil.rmtree(home.folder / "copy")
+        absent = home.run("cat", *sources, f"/ipns/{NAMES[1]}", check=False)
+        assert absent.returncode == 1
+        assert absent.stderr.startswith(f"ipfsfuse: {NAMES[1]} can't be resolved: {server.url} ")
+        assert absent.stderr.count("\n") == 1
+
+    check("--from", "library", "--from", server.url)
+    home.refused("cat", f"{NAMES[0]}/file", names=f"is the name of a key: write {named}", code=2)
+    with both(home, "--from", "library", "--from", server.url, "--deadline", "5s") as (_mount, names):
+        check()
+        path = names / NAMES[0] / "file"
+        assert home.json("pin", f"{named}/file", path, "--json")[1]["files"] == 1
 
 
 def test_enoent_is_what_is_proved_absent_and_all_else_is_etimedout(home: Home, server: NameServer) -> None:
@@ -240,6 +268,6 @@ def test_doctor_asks_the_routers_it_is_given(home: Home) -> None:
         ask = "doctor", "--from", "network"
         good = home.run(*ask, "--router", node.gateway_url, "--allow-private-providers", check=False).stdout
         assert "  network: answers" in good
-    assert "name at least one router" in home.run(*ask, check=False).stdout
+    assert "name a router" in home.run(*ask, check=False).stdout
     gone = home.run(*ask, "--router", node.gateway_url, check=False).stdout
     assert "bad  network: " in gone

@@ -3,6 +3,8 @@ adapter. They read what is there, change nothing, end as they say, and their run
 record."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -143,6 +145,20 @@ def test_an_adapted_command_ends_as_it_says(
 ) -> None:
     """The adapter calls wasi:cli/exit, which tells success from failure alone."""
     assert world.run(jco.component(habits), "exit", given).returncode == code
+
+
+@pytest.mark.parametrize("engine", ["library", "command"])
+def test_an_adapted_command_writes_where_it_may(
+    world: World, jco: Jco, habits: Path, wasmtime: Path, tmp_path: Path, engine: str
+) -> None:
+    """The lock around its process lets /tmp and /out through."""
+    run = Runner({**world.run.env, "PATH": f"{wasmtime}{os.pathsep}{os.environ['PATH']}"}, world.run.mount)
+    component, out = jco.component(habits), tmp_path / "out"
+    given = ["--require-sandbox", "--engine", engine, "--out", out, component, "write"]
+    for path, names in (("/out/result", ["result"]), ("/tmp/file", [])):
+        done = run(*given, path)
+        assert (done.returncode, [each.name for each in out.iterdir()]) == (0, names), done
+        shutil.rmtree(out)
 
 
 def test_an_adapted_command_walks_a_real_tree_and_its_run_is_repeated(

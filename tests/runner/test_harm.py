@@ -1,7 +1,8 @@
 """Recorded runs that were changed, or made to do harm: `inspect` and `--replay` end soon, use little, print
 nothing that a terminal acts on, and never say "the same" for what is not.
 
-IPFSFUSE_MUTATIONS is how many changed records are tried (400 by default)."""
+IPFSFUSE_MUTATIONS is how many changed records are tried in one process (400 by default),
+IPFSFUSE_COMMAND_MUTATIONS how many by the commands (3)."""
 
 import json
 import os
@@ -33,6 +34,7 @@ from tests.runner.conftest import TOP, Runner
 from tests.runner.recorded import STDIN, Blocks, digest
 
 MUTATIONS = int(os.environ.get("IPFSFUSE_MUTATIONS", "400"))
+COMMAND_MUTATIONS = int(os.environ.get("IPFSFUSE_COMMAND_MUTATIONS", "3"))
 SECONDS, BYTES = 5.0, 300 << 20
 
 GUEST = bytes(wasmtime.wat2wasm(recorded.GUEST))
@@ -241,6 +243,29 @@ def test_a_record_that_is_right_is_the_same(run: Runner, tmp_path: Path) -> None
     target = recorded.write(tmp_path / "run.car", WHOLE, guest=GUEST, stdin=STDIN)
     ended = Ended(run, "--replay", target).check()
     assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.fuse
+def test_changed_records_by_the_commands(run: Runner, tmp_path: Path) -> None:
+    """What is replayed as the same is what was recorded, but for words that a replay only shows."""
+    blocks, target = Blocks(), tmp_path / "run.car"
+    empty = blocks.folder([])
+    second = recorded.receipt_2(GUEST, empty.cid)
+    parts = {"guest": GUEST, "stdin": STDIN, "stdout": STDIN, "stderr": b"", "out": empty, "ipfs": empty}
+    for seed in range(COMMAND_MUTATIONS):
+        rng = random.Random(seed)
+        data = changed(rng, second)
+        recorded.write(target, data, blocks, **parts)
+        if seed % 4 == 3:
+            data = json.dumps(second).encode()
+            recorded.write(target, data, blocks, **parts)
+            target.write_bytes(damaged(rng, target.read_bytes()))
+        for word in ("inspect", "--replay"):
+            ended = Ended(run, word, target).check()
+            assert ended.code in ((0, 1) if word == "inspect" else (0, 3, 125)), (seed, word, ended.err)
+            if word == "--replay" and ended.code == 0:
+                results = json.loads(data)["results"]
+                assert _exact(results) == _exact(second["results"]), seed
 
 
 OTHER: dict[str, dict[str, Any]] = {

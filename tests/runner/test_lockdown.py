@@ -14,10 +14,10 @@ from tests.mounting import Home
 from tests.runner.conftest import TOP, Runner
 
 NATIVE = """
-import json, os, signal, socket, sys, threading, ctypes
+import json, mmap, os, signal, socket, sys, threading, ctypes
 from ipfsfuse_run import lockdown
 from ipfsfuse_run.lockdown import Access
-given, writable, secret, port, control = sys.argv[1:]
+given, writable, secret, port, control, code = sys.argv[1:]
 tried = {}
 def attempt(name, call):
     try:
@@ -32,8 +32,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 def call(number, *args):
     if libc.syscall(number, *args) < 0:
         raise OSError(ctypes.get_errno(), "")
+held = os.open(code, os.O_RDONLY)  # as the guest's process has it
 active = lockdown.lock([
-    Access(os.open(given, os.O_PATH)), Access(os.open(writable, os.O_PATH), write=True),
+    Access(os.open(given, os.O_PATH)), Access(os.open(writable, os.O_PATH), write=True), Access(held),
 ])
 attempt("read given", lambda: os.listdir(given))
 attempt("write writable", lambda: open(writable + "/new", "w").close())
@@ -54,6 +55,20 @@ attempt("kill", lambda: os.kill(os.getppid(), 0))
 attempt("unshare", lambda: call(272, 0x10000000))
 attempt("io_uring", lambda: call(425, 1, 0))
 attempt("keys", lambda: call(250, 0, -3, 0))
+attempt("read code", lambda: os.pread(held, 1, 0))
+open(writable + "/poison", "w").close()
+attempt("open code anew", lambda: os.open(f"/proc/self/fd/{held}", os.O_WRONLY))
+attempt("write code", lambda: os.open(code, os.O_WRONLY))
+attempt("map code", lambda: mmap.mmap(held, 1, mmap.MAP_SHARED, mmap.PROT_WRITE))
+attempt("cut code", lambda: os.truncate(code, 0))
+attempt("remove code", lambda: os.unlink(code))
+attempt("replace code", lambda: os.rename(writable + "/poison", code))
+attempt("link other code", lambda: os.link(writable + "/poison", code + "0"))
+attempt("make other code", lambda: os.open(code + "0", os.O_WRONLY | os.O_CREAT))
+attempt("list the code", lambda: os.listdir(os.path.dirname(code)))
+attempt("let others write code", lambda: os.chmod(code, 0o666))
+attempt("let others write code (open)", lambda: os.fchmod(held, 0o666))
+attempt("exchange the folder", lambda: os.rename(os.path.dirname(code), os.path.dirname(code) + "0"))
 started = []
 thread = threading.Thread(target=lambda: started.append(1))
 thread.start()
@@ -70,6 +85,11 @@ FULL = pytest.mark.skipif(
 @FULL
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the test's own numbers are those of x86-64")
 def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
+    """It reads the compiled code that it was given, and changes neither that nor any other in the cache."""
+    code = tmp_path / "code" / "entry"
+    code.parent.mkdir(mode=0o700)
+    code.write_bytes(b"compiled")
+    code.chmod(0o600)
     given, writable, secret = tmp_path / "given", tmp_path / "writable", tmp_path / "secret"
     given.mkdir()
     writable.mkdir()
@@ -80,7 +100,7 @@ def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
         done = subprocess.run(
             [
                 *(sys.executable, "-c", NATIVE, given, writable, secret),
-                *(str(server.getsockname()[1]), tmp_path / "control"),
+                *(str(server.getsockname()[1]), tmp_path / "control", code),
             ],
             env={**os.environ, "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"},
             capture_output=True,
@@ -88,9 +108,11 @@ def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
         )
     active, tried, started = json.loads(done.stdout)
     assert active == list(lockdown.LAYERS)
-    allowed = {"read given", "write writable", "remove writable", "socketpair"}
+    allowed = {"read given", "write writable", "remove writable", "socketpair", "read code"}
     assert {name for name, error in tried.items() if error == 0} == allowed, tried
     assert started == [1]
+    assert [each.name for each in code.parent.iterdir()] == ["entry"]
+    assert (code.read_bytes(), code.stat().st_mode & 0o777) == (b"compiled", 0o600)
 
 
 @FULL

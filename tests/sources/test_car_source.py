@@ -13,10 +13,12 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Block, LeafRange
+from ipfsfuse.sources.base import LeafRange
 from ipfsfuse.sources.local.car_file import CarSource
 from ipfsfuse.sources.local.car_writer import RecordSorter
+from ipfsfuse.sources.streams import Block
 from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
+from tests.sources.streamed import give_each
 
 
 @need_fixtures
@@ -109,7 +111,7 @@ def test_a_run_is_delivered_in_order_without_what_is_missing(tmp_path: Path) -> 
 
     async def main() -> None:
         source = opened.open()
-        await source.stream(LeafRange(here[0][0], 1, leaves), deliver)
+        await give_each(source.stream(LeafRange(here[0][0], 1, leaves)), deliver)
         await source.aclose()
 
     trio.run(main)
@@ -125,8 +127,11 @@ def test_an_error_in_the_receiver_ends_the_stream_as_it_is(tmp_path: Path) -> No
 
     async def main() -> None:
         with pytest.raises(LookupError):
-            await opened.open().stream(
-                LeafRange(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks]), deliver
+            await give_each(
+                opened.open().stream(
+                    LeafRange(blocks[0][0], 1, [Leaf(cid, 0, 1000) for cid, _block in blocks])
+                ),
+                deliver,
             )
 
     trio.run(main)

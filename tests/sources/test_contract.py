@@ -11,7 +11,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere
-from ipfsfuse.sources.base import Block, Source, Subtree
+from ipfsfuse.sources.base import Source, Subtree
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
@@ -20,9 +20,11 @@ from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.car_file import CarSource
 from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
+from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 from tests.sources.servers import Ask, Server, answer_well
+from tests.sources.streamed import give_each
 
 FILES = (
     sample(1),
@@ -158,7 +160,7 @@ def test_a_run_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
             got.update(enumerate(blocks, index))
 
         async with source() as opened:
-            await opened.stream(file.run, deliver)
+            await give_each(opened.stream(file.run), deliver)
         assert got == file.expected
 
     trio.run(main)
@@ -193,7 +195,7 @@ def test_a_cancelled_run_leaves_the_source_usable(source: Open) -> None:
                     scope.cancel()
                     await trio.sleep_forever()
 
-                await opened.stream(file.run, deliver)
+                await give_each(opened.stream(file.run), deliver)
             assert scope.cancelled_caught
             assert await opened.get(file.root) == file.blocks[file.root]
 
@@ -216,7 +218,7 @@ def test_a_directory_comes_in_one_answer_or_not_at_all(
 
         async with source() as opened:
             for _ in range(2):
-                await opened.subtree(Subtree(tree.root, whole, 1 << 30), deliver)
+                await give_each(opened.subtree(Subtree(tree.root, whole, 1 << 30)), deliver)
         kind = request.node.callspec.params["source"]
         given = kind in IN_ONE_ANSWER or (kind == READ_IN_PLACE and whole)
         each = (
@@ -246,8 +248,8 @@ def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(
             # a node looks for it on the network first
             if request.node.callspec.params["source"] == "gateway":
                 with pytest.raises(NotHere):
-                    await opened.subtree(Subtree(ABSENT, True, 1 << 20), deliver)
-            await opened.subtree(Subtree(tree.root, True, 1), deliver)
+                    await give_each(opened.subtree(Subtree(ABSENT, True, 1 << 20)), deliver)
+            await give_each(opened.subtree(Subtree(tree.root, True, 1)), deliver)
             assert len(got) < len(tree.blocks), "what came with the first bytes, if anything"
             assert got.items() <= tree.blocks.items()
 

@@ -9,15 +9,17 @@ import pytest
 import trio
 
 from ipfsfuse.errors import NotHere, SourceFailed, WrongBlock
-from ipfsfuse.sources.base import Block, Source
+from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Block
 from tests.sources import evil
 from tests.sources.content import encode_car, raw_blocks, sample
 from tests.sources.servers import Ask, Behaviour, Server, answer_well, self_signed
+from tests.sources.streamed import give_each
 
 HASTY = HttpSettings(connect=2.0, idle=0.3, total=0.6)
 BLOCKS = raw_blocks(7, 3, size=3000)
@@ -229,7 +231,7 @@ def test_a_run_is_right_whatever_car_comes(behave: Behaviour) -> None:
                 assert got.keys().isdisjoint(range(index, index + len(blocks)))
                 got.update(enumerate(blocks, index))
 
-            await pool.stream(file.run, deliver)
+            await give_each(pool.stream(file.run), deliver)
             assert got == file.expected
             await pool.aclose()
 

@@ -17,16 +17,18 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
-from ipfsfuse.sources.base import Block, Subtree
+from ipfsfuse.sources.base import Subtree
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, open_source, parse_sources
+from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
+from tests.sources.streamed import give_each
 
 FILE = sample(31, count=9)
 MOUNT = {
@@ -213,7 +215,7 @@ async def streamed(source: Kubo, file: SampleFile) -> dict[int, bytes]:
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
         got.update((index + at, bytes(block)) for at, block in enumerate(blocks))
 
-    await source.stream(file.run, deliver)
+    await give_each(source.stream(file.run), deliver)
     return got
 
 
@@ -281,7 +283,7 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
     async def main() -> None:
         source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(60):
-            await source.subtree(Subtree(tree.root, True, 1 << 30), deliver)
+            await give_each(source.subtree(Subtree(tree.root, True, 1 << 30)), deliver)
         await source.aclose()
 
     assert not blocks.have([missing])

@@ -15,14 +15,16 @@ import pytest
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.sources.base import Block, Source, Subtree
+from ipfsfuse.sources.base import Source, Subtree
 from ipfsfuse.sources.http import client
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Block
 from tests.sources.content import raw_blocks, sample, trees
 from tests.sources.servers import CAR, RAW, Ask, Server
+from tests.sources.streamed import give_each
 from tests.sources.timed import Takes
 
 CASES = int(os.environ.get("IPFSFUSE_HTTP_CASES", "2000"))
@@ -224,14 +226,14 @@ async def read_run(chain: SourcePool, _chance: random.Random) -> None:
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update({index + at: bytes(block) for at, block in enumerate(blocks)})
 
-    await chain.stream(FILE.run, deliver)
+    await give_each(chain.stream(FILE.run), deliver)
     assert got == FILE.expected
 
 
 async def read_directory(chain: SourcePool, chance: random.Random) -> None:
     takes = Takes()
     whole = chance.random() < 0.5
-    await chain.subtree(Subtree(TREE.root, whole, 1 << 20), takes)
+    await give_each(chain.subtree(Subtree(TREE.root, whole, 1 << 20), takes), takes.take)
     assert takes.blocks.items() <= TREE.blocks.items()
 
 

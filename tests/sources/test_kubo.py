@@ -11,15 +11,17 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable
-from ipfsfuse.sources.base import Block, Subtree
+from ipfsfuse.sources.base import Subtree
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Block
 from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, tree
 from tests.sources.servers import Ask, Server
+from tests.sources.streamed import give_each
 from tests.sources.timed import Takes
 
 ABSENT = next(iter(raw_blocks(98, 1)))
@@ -61,8 +63,8 @@ def test_offline_never_makes_the_node_look_on_the_network(
                 async def deliver_blocks(blocks: Sequence[tuple[Cid, bytes]]) -> None:
                     raise AssertionError(blocks)
 
-                await source.stream(file.run, deliver)
-                await source.subtree(Subtree(file.root, True, 1 << 20), deliver_blocks)
+                await give_each(source.stream(file.run), deliver)
+                await give_each(source.subtree(Subtree(file.root, True, 1 << 20)), deliver_blocks)
                 assert got == {}
                 assert not asked.has(cids.text(file.root))
             else:
@@ -86,7 +88,7 @@ def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node
         pool = SourcePool([Kubo("kubo", HttpSettings())])
         takes = Takes()
         with trio.fail_after(20):  # the node looks for it for 30 s
-            await pool.subtree(Subtree(sent.root, True, 1 << 20), takes)
+            await give_each(pool.subtree(Subtree(sent.root, True, 1 << 20), takes), takes.take)
         assert list(takes.blocks.items()) == list(sent.blocks.items())[: len(takes.got)]
         assert 1 < len(takes.got) <= 61
         assert pool.statistics()[0].failures == {}

@@ -8,17 +8,19 @@ import pytest
 import trio
 
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.base import Block, Source
+from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import unix_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, opened
+from ipfsfuse.sources.streams import Block
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources import evil
 from tests.sources.content import SampleFile, sample
 from tests.sources.servers import Ask, Behaviour, Server
+from tests.sources.streamed import give_each
 
 
 def put(node: Node, file: SampleFile) -> None:
@@ -34,7 +36,7 @@ async def all_blocks(source: Source, file: SampleFile) -> None:
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
         got.update(enumerate(blocks, index))
 
-    await source.stream(file.run, deliver)
+    await give_each(source.stream(file.run), deliver)
     assert got == {index: file.blocks[leaf.cid] for index, leaf in enumerate(file.leaves)}
 
 

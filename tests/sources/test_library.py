@@ -12,10 +12,12 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import BlockTooLarge, NotFound, NotHere, StoreFailed
-from ipfsfuse.sources.base import Block, LeafRange
+from ipfsfuse.sources.base import LeafRange
 from ipfsfuse.sources.local import library as libraries
 from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
+from ipfsfuse.sources.streams import Block
 from tests.sources.libraries import add, dag, multihash, packs, parent, raw
+from tests.sources.streamed import give_each
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_the_source_gets_and_streams(library: Library) -> None:
         assert await source.get(large[0][0]) == large[0][1]
         with pytest.raises(NotHere):
             await source.get(raw(9999)[0])
-        await source.stream(LeafRange(small[-1][0], 1, leaves), deliver)
+        await give_each(source.stream(LeafRange(small[-1][0], 1, leaves)), deliver)
         assert list(source.roots()) == [small[-1][0], large[-1][0]]
         await source.aclose()
 
@@ -218,7 +220,7 @@ def test_a_block_that_is_too_large_is_named_and_left_out_of_runs(library: Librar
         ):
             await source.get(large[0])
         assert await source.get(small[0]) == small[1]
-        await source.stream(LeafRange(large[0], 3 * cids.MAX_BLOCK, leaves), deliver)
+        await give_each(source.stream(LeafRange(large[0], 3 * cids.MAX_BLOCK, leaves)), deliver)
         await source.aclose()
 
     with pytest.raises(BlockTooLarge):

@@ -13,17 +13,18 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources import leaf_ranges
-from ipfsfuse.sources.base import Block, LeafRange, Subtree
+from ipfsfuse.sources.base import LeafRange, Subtree
 from ipfsfuse.sources.http import client, gateway
 from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Block
 from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
+from tests.sources.streamed import give_each
 from tests.sources.timed import Takes
 
 FILE, OTHER = sample(31), sample(32)
@@ -60,7 +61,7 @@ async def brought(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, byt
     async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
         got.update(blocks)
 
-    await gateway.subtree(subtree, deliver)
+    await give_each(gateway.subtree(subtree), deliver)
     return got
 
 
@@ -70,7 +71,7 @@ async def streamed(gateway: Gateway, of: LeafRange = FILE.run) -> dict[int, Bloc
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
         got.update(enumerate(blocks, index))
 
-    await gateway.stream(of, deliver)
+    await give_each(gateway.stream(of), deliver)
     return got
 
 
@@ -187,7 +188,7 @@ def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_i
             takes = Takes()
             try:
                 for _ in range(4):
-                    await pool.subtree(SUBTREE, takes)
+                    await give_each(pool.subtree(SUBTREE, takes), takes.take)
                 assert takes.got == {}
                 assert (await pool.get(TREE.root)).block == TREE.blocks[TREE.root]
                 assert (pool.statistics()[0].failures, pool.statistics()[0].state) == ({}, "good")
@@ -213,44 +214,30 @@ def test_a_car_that_is_cut_short_gives_what_came(ended: bool) -> None:
                 got.update(blocks)
 
             if ended:
-                await gateway.subtree(SUBTREE, deliver)
+                await give_each(gateway.subtree(SUBTREE), deliver)
             else:
                 with pytest.raises(SourceFailed) as caught:
-                    await gateway.subtree(SUBTREE, deliver)
+                    await give_each(gateway.subtree(SUBTREE), deliver)
                 assert caught.value.kind == "short"
             assert list(got.items()) == list(TREE.blocks.items())[:-1]
 
         with_gateway(server, main)
 
 
-def test_what_is_being_delivered_stays_counted_and_no_byte_of_a_run_that_was_left() -> None:
+def test_what_was_received_stays_counted_until_its_release_and_no_byte_of_a_stream_that_was_left() -> None:
     settings = HttpSettings()
     with Server({}, files=(FILE,)) as server:
 
         async def main(gateway: Gateway) -> None:
             meanwhile = sum(leaf.size for leaf in FILE.run.leaves[3:7])  # after one, and two
             for _ in range(3):
-                delivering, all_busy = list[int](), trio.Event()
-
-                async def deliver(
-                    _index: int,
-                    blocks: Sequence[Block],
-                    delivering: list[int] = delivering,
-                    all_busy: trio.Event = all_busy,
-                ) -> None:
-                    delivering.append(sum(map(len, blocks)))
-                    if len(delivering) == leaf_ranges.DELIVERED_AT_ONCE:
-                        all_busy.set()
-                    await trio.sleep_forever()
-
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(gateway.stream, FILE.run, deliver)
-                    await all_busy.wait()
+                async with gateway.stream(FILE.run) as stream:
+                    first, second = await anext(stream), await anext(stream)
+                    held = [sum(map(len, each.blocks)) for each in (first, second)]
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.budget.used in (sum(delivering), sum(delivering) + meanwhile), (
-                        "and what is read meanwhile"
-                    )
-                    nursery.cancel_scope.cancel()
+                    assert settings.budget.used == sum(held) + meanwhile, "and what is read meanwhile"
+                    first.release()
+                    assert settings.budget.used == held[1] + meanwhile
                 assert settings.budget.used == 0
             assert await streamed(gateway) == FILE.expected
             assert settings.budget.used == 0
@@ -268,7 +255,7 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
                 raise SourceFailed("no room", "reader")
 
             with pytest.raises(SourceFailed, match="no room"):
-                await gateway.stream(FILE.run, deliver)
+                await give_each(gateway.stream(FILE.run), deliver)
             assert settings.budget.used == 0
 
         with_gateway(server, main, local=True, settings=settings)
@@ -288,7 +275,7 @@ def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
             async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
                 most.append(len(blocks))
 
-            await gateway.subtree(SUBTREE, deliver)
+            await give_each(gateway.subtree(SUBTREE), deliver)
 
         with Server({}, behave) as server:
             with_gateway(server, main)

@@ -8,8 +8,10 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.base import Block, Source, Subtree
+from ipfsfuse.sources.base import Source, Subtree
+from ipfsfuse.sources.streams import Block
 from tests.sources.content import sample, trees
+from tests.sources.streamed import give_each
 from tests.sources.timed import BLOCKS, CID, InPlace, Takes, Timed, after, fails, never, pool_of, run
 
 DEADLINES = [0.3, 1.0, 3.0, 30.0]
@@ -57,7 +59,7 @@ def test_a_run_that_stalls_goes_on_elsewhere_within_the_deadline(deadline: float
             got.update((index + at, block) for at, block in enumerate(blocks))
 
         with trio.fail_after(deadline / 2):
-            await pool.stream(FILE.run, deliver)
+            await give_each(pool.stream(FILE.run), deliver)
         assert got == FILE.expected
 
     run(main)
@@ -78,7 +80,7 @@ def test_a_run_at_the_only_source_is_broken_off_in_half_of_the_deadline(deadline
             pass
 
         with trio.fail_after(deadline * 0.6):
-            await pool_of(Timed("one", answer), deadline=deadline).stream(FILE.run, deliver)
+            await give_each(pool_of(Timed("one", answer), deadline=deadline).stream(FILE.run), deliver)
 
     run(main)
 
@@ -90,7 +92,8 @@ def test_a_directory_that_does_not_begin_is_given_up_in_a_third_of_the_deadline(
         for _ in range(40):
             pool.network()[0].health.record_success(20.0, 1)
         start = trio.current_time()
-        await pool.subtree(Subtree(TREE.root, True, 1 << 20), Takes())
+        takes = Takes()
+        await give_each(pool.subtree(Subtree(TREE.root, True, 1 << 20), takes), takes.take)
         assert trio.current_time() - start <= deadline / 3 + 0.07
 
     run(main)
@@ -160,7 +163,7 @@ def test_a_source_that_bears_one_request_at_a_time_serves_all_the_same(readers: 
 def test_a_run_that_asks_for_too_much_at_a_time_is_taken_leaf_by_leaf() -> None:
     async def main() -> None:
         class Busy(OneAtATime):
-            async def stream(self, run: object, deliver: object) -> None:
+            async def send_leaves(self, wanted: object, send: object) -> None:
                 raise SourceFailed("too many requests", "busy", retry_after=60)
 
         source = Busy("one", blocks=FILE.blocks)
@@ -171,7 +174,7 @@ def test_a_run_that_asks_for_too_much_at_a_time_is_taken_leaf_by_leaf() -> None:
             got.update((index + at, block) for at, block in enumerate(blocks))
 
         with trio.fail_after(5):
-            await pool.stream(FILE.run, deliver)
+            await give_each(pool.stream(FILE.run), deliver)
         assert got == FILE.expected
 
     run(main)

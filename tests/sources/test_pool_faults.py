@@ -8,15 +8,17 @@ import pytest
 import trio
 
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import SourceFailed, StoreFailed, Unavailable
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.errors import StoreFailed, Unavailable
+from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import FAULT, LOG_EVERY
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Block, Blocks, Delivery, Send
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Server
+from tests.sources.streamed import give_each
 from tests.sources.timed import BLOCKS, CID, Answer, InPlace, Takes, Timed, pool_of, run
 
 TREE = trees()["hamt"]
@@ -66,14 +68,14 @@ ANSWERS: dict[str, Answer] = {
 class Faulty(Timed):
     """Raises as its answers do, by whichever call; in runs and directories after two blocks."""
 
-    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
-        for index, leaf in enumerate(run.leaves[:2]):
-            await deliver(index, [FILE.blocks[leaf.cid]])
-        await self.get(run.leaves[2].cid)
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        for index, leaf in enumerate(wanted.leaves[:2]):
+            await send.send(Delivery(index, [FILE.blocks[leaf.cid]]))
+        await self.get(wanted.leaves[2].cid)
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    async def send_subtree(self, send: Send[Blocks]) -> None:
         for cid, block in list(TREE.blocks.items())[:2]:
-            await deliver([(cid, block)])
+            await send.send([(cid, block)])
         await self.get(CID)
 
     def roots(self) -> Sequence[Cid]:
@@ -108,10 +110,10 @@ def test_so_it_is_in_a_run_of_leaves_and_in_a_directory(kind: str) -> None:
         async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
             got.update((index + at, block) for at, block in enumerate(blocks))
 
-        await pool.stream(FILE.run, deliver)
+        await give_each(pool.stream(FILE.run), deliver)
         assert got == FILE.expected
         takes = Takes()
-        await pool.subtree(Subtree(TREE.root, True, 1 << 20), takes)
+        await give_each(pool.subtree(Subtree(TREE.root, True, 1 << 20), takes), takes.take)
         assert list(takes.got) == list(TREE.blocks)[:2], "what came before is taken"
         assert sum(pool.statistics()[0].failures.values()) == 2
 
@@ -137,7 +139,7 @@ def test_a_source_in_place_that_fails_so_keeps_no_other_from_being_asked_nor_fro
         assert (await pool.get(CID)).source is good
         assert pool.roots() == [CID]
         takes = Takes()
-        await pool.subtree(Subtree(TREE.root, True, 1 << 20), takes)
+        await give_each(pool.subtree(Subtree(TREE.root, True, 1 << 20), takes), takes.take)
         assert takes.got
         await pool.aclose()
         assert closed == ["good"]
@@ -205,27 +207,6 @@ def test_the_end_of_the_program_is_not_taken_for_a_fault() -> None:
                 await pool_of(
                     Timed("one", raising(lambda: BaseExceptionGroup("x", [ending(), ValueError()])))  # noqa: B023
                 ).get(CID)
-
-    run(main)
-
-
-def test_the_takers_own_fault_is_the_callers_to_hear_whatever_the_source_makes_of_it() -> None:
-    async def main() -> None:
-        class Swallows(Timed):
-            async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
-                try:
-                    await super().subtree(subtree, deliver)
-                except Exception as exc:
-                    raise SourceFailed("something is wrong", "car") from exc
-
-        class Broken(Takes):
-            async def take(self, blocks: object) -> None:
-                raise ZeroDivisionError
-
-        pool = pool_of(Swallows("one", blocks=TREE.blocks))
-        with pytest.raises(ZeroDivisionError):
-            await pool.subtree(Subtree(TREE.root, True, 1 << 20), Broken())
-        assert pool.statistics()[0].failures == {}
 
     run(main)
 

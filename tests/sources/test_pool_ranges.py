@@ -7,9 +7,11 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.base import Block, Source
+from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Block
 from tests.sources.content import SampleFile, sample
+from tests.sources.streamed import give_each
 from tests.sources.timed import Timed, never, pool_of, run
 
 
@@ -39,7 +41,7 @@ async def collect(pool: SourcePool, file: SampleFile) -> dict[int, tuple[Block, 
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update((index + at, (block, source)) for at, block in enumerate(blocks))
 
-    await pool.stream(file.run, deliver)
+    await give_each(pool.stream(file.run), deliver)
     return got
 
 
@@ -68,7 +70,7 @@ def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
         async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
             await trio.sleep(100)
 
-        await pool.stream(file.run, deliver)
+        await give_each(pool.stream(file.run), deliver)
         assert (len(source.asked), pool.statistics()[0].failures) == (4, {})
 
     run(main)
@@ -84,7 +86,7 @@ def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
             raise SourceFailed("a reader's own", "reader")
 
         with pytest.raises(SourceFailed, match="reader's own"):
-            await pool.stream(file.run, deliver)
+            await give_each(pool.stream(file.run), deliver)
         assert pool.statistics()[0].failures == {}
 
     run(main)

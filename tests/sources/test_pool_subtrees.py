@@ -15,6 +15,7 @@ from ipfsfuse.sources.pool.managed_source import SLOW_FAR
 from ipfsfuse.sources.pool.pool import FIRST_BLOCK, STALL, SourcePool
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
+from tests.sources.streamed import give_each
 from tests.sources.timed import InPlace, Takes, Timed, fails, never, pool_of, run
 
 TREE = trees()["hamt"]
@@ -32,7 +33,7 @@ async def gathered(
     pool: SourcePool, wants: Callable[[Cid], bool] = everything, subtree: Subtree = SUBTREE
 ) -> dict[Cid, Fetched]:
     takes = Takes(wants)
-    await pool.subtree(subtree, takes)
+    await give_each(pool.subtree(subtree, takes), takes.take)
     return takes.got
 
 
@@ -145,7 +146,7 @@ def test_a_slow_taker_is_not_taken_for_a_source_that_stops() -> None:
                 await super().take(blocks)
 
         slow = Slow()
-        await pool_of(Timed("one", blocks=TREE.blocks)).subtree(SUBTREE, slow)
+        await give_each(pool_of(Timed("one", blocks=TREE.blocks)).subtree(SUBTREE, slow), slow.take)
         assert list(slow.got) == CIDS
 
     run(main)
@@ -160,7 +161,7 @@ def test_the_takers_own_trouble_is_not_held_against_the_source() -> None:
                 raise ValueError("a taker's own")
 
         with pytest.raises(ValueError, match="taker's own"):
-            await pool.subtree(SUBTREE, Broken())
+            await give_each(pool.subtree(SUBTREE, Broken()), Broken().take)
         assert pool.statistics()[0].failures == {}
 
     run(main)

@@ -12,7 +12,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, UsageError
-from ipfsfuse.sources.base import Block, LeafRange, Subtree
+from ipfsfuse.sources.base import LeafRange, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
@@ -21,11 +21,13 @@ from ipfsfuse.sources.routing import network as networks
 from ipfsfuse.sources.routing.network import Network
 from ipfsfuse.sources.routing.router import MAX_ANSWER, Router, provider_origin
 from ipfsfuse.sources.spec import OpenSettings, opened
+from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.sources import evil
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Server
+from tests.sources.streamed import give_each
 
 FILE = sample(301)
 TREE = trees()["basic"]
@@ -104,14 +106,14 @@ def test_a_provider_gives_blocks_ranges_and_directories(
                 async def deliver(index: int, blocks: Sequence[Block]) -> None:
                     got.update({index + at: bytes(block) for at, block in enumerate(blocks)})
 
-                await source.stream(LeafRange(FILE.root, len(FILE.data), FILE.leaves), deliver)
+                await give_each(source.stream(LeafRange(FILE.root, len(FILE.data), FILE.leaves)), deliver)
                 assert b"".join(got[index] for index in sorted(got)) == FILE.data
                 found: dict[Cid, bytes] = {}
 
                 async def take(blocks: Sequence[tuple[Cid, bytes]]) -> None:
                     found.update(blocks)
 
-                await source.subtree(Subtree(TREE.root, True, 1 << 20), take)
+                await give_each(source.subtree(Subtree(TREE.root, True, 1 << 20)), take)
                 assert found
                 assert found.items() <= TREE.blocks.items()
                 (told,) = source.statistics()
@@ -232,6 +234,45 @@ def test_a_good_router_counts_beside_a_bad_one(behave: Callable[[Ask], None]) ->
                 assert time.monotonic() - start < networks.LOOKUP_SECONDS
 
     trio.run(main)
+
+
+def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The good router answers after the others' half second. Its provider keeps its place afterwards."""
+    monkeypatch.setattr(networks, "TRY_SECONDS", 2.0)
+
+    async def main() -> None:
+        with Server(FILE.blocks) as gateway, Server({}, flood_of_providers()) as bad:
+
+            def slow(ask: Ask) -> None:
+                time.sleep(1.2)
+                naming(gateway)(ask)
+
+            with Server({}, slow) as router:
+                async with Net(bad, router) as source:
+                    for cid, block in FILE.blocks.items():
+                        assert await source.get(cid) == block
+                    assert len(router.asked) == 2
+                    absent = cids.make(cids.RAW, b"\x12\x20" + bytes(32))
+                    with pytest.raises(NotHere):
+                        await source.get(absent)
+                    names = [each.name for each in source.statistics()]
+                    assert f"network: {gateway.url}" in names
+                    assert len(names) <= networks.MAX_PROVIDERS // 2 + 1
+
+    trio.run(main)
+
+
+def flood_of_providers() -> Callable[[Ask], None]:
+    """A router that names other servers in each answer, at which nothing listens."""
+    answers = iter(range(1, 200))
+
+    def behave(ask: Ask) -> None:
+        answer = next(answers)
+        lines([peer(f"/ip4/127.2.{answer}.{number}/tcp/9/http") for number in range(1, 200)])(ask)
+
+    return behave
 
 
 def test_a_router_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +434,7 @@ def test_in_a_pool_it_is_a_source_as_others(tmp_path: Any) -> None:
                 for cid, block in FILE.blocks.items():
                     assert (await pool.get(cid)).block == block
                 assert [each.name for each in pool.statistics()] == ["network", f"network: {gateway.url}"]
-            with pytest.raises(UsageError, match="name at least one router"):
+            with pytest.raises(UsageError, match="name a router"):
                 async with opened(["network"], OpenSettings(tmp_path / "l", tmp_path / "i")):
                     pass
             async with opened(

@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
 import trio
 from trio.testing import MockClock
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, Fetched, LeafRange, Subtree
+from ipfsfuse.sources.base import Fetched, LeafRange, Subtree
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, streaming
 from tests.sources.content import raw_blocks
 
 BLOCKS = raw_blocks(3, 200)
@@ -49,18 +51,24 @@ class Timed:
             raise NotHere(f"{self.name} does not have it")
         return self.blocks[cid]
 
-    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
-        for index, leaf in enumerate(run.leaves):
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(self.send_leaves, wanted))
+
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        for index, leaf in enumerate(wanted.leaves):
             try:
-                await deliver(index, [await self.get(leaf.cid)])
+                await send.send(Delivery(index, [await self.get(leaf.cid)]))
             except NotHere:
                 continue
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
         """All of its blocks, in their order, each alone."""
         self.subtrees.append(subtree)
+        return streaming(self.send_subtree)
+
+    async def send_subtree(self, send: Send[Blocks]) -> None:
         for cid in self.blocks:
-            await deliver([(cid, await self.get(cid))])
+            await send.send([(cid, await self.get(cid))])
 
     def roots(self) -> Sequence[Cid]:
         return ()
@@ -117,5 +125,5 @@ class Takes:
 
     async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
         assert not self.got.keys() & blocks.keys()
-        assert list(blocks) == self.seen[len(self.got) :]
+        assert list(blocks) == self.seen[len(self.got) : len(self.got) + len(blocks)]
         self.got.update(blocks)

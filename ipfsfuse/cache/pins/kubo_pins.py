@@ -177,7 +177,7 @@ class KuboPins:
         try:
             async with self._busy:
                 await self._round()
-        except Exception as exc:  # the unforeseen too: it may cost the pins, never the mount
+        except Exception as exc:  # a bug too: it may cost the pins, never the mount
             self._failed(exc)
             return False
         if self._failing:
@@ -190,8 +190,8 @@ class KuboPins:
     def _failed(self, error: Exception) -> None:
         """A node that fails is logged once, until it takes pins again."""
         if not self._failing:
-            unforeseen = None if isinstance(error, IpfsFuseError) else error
-            log.warning("pins wait until %s takes them: %s", self.name, error, exc_info=unforeseen)
+            bug = None if isinstance(error, IpfsFuseError) else error
+            log.warning("pins wait until %s takes them: %s", self.name, error, exc_info=bug)
         self._failing, self._read_back_due = str(error) or repr(error), -math.inf
 
     async def _round(self) -> None:

@@ -205,6 +205,9 @@ class Inventory:
         """Counts all that was found. From then on new things are kept. Raises StoreFailed."""
         store, packs, files = self._store, self._store.blocks.packs, self._store.staging
         indexed = await threads.run_sync(self._indexed)
+        if self._damaged is not None:
+            store.blocks.index.replace(str(self._damaged))
+            self._damaged = None
         packs.last = max(packs.sizes, default=0)
         early, used_again = files.found_early, list[Entry]()
         for number, (_last, frequent, key, what) in enumerate(heapq.merge(*self._looks, key=_when)):
@@ -224,8 +227,6 @@ class Inventory:
         used_again += [entry for key in early if (entry := files.entries.get(key)) is not None]
         for entry in sorted(used_again, key=lambda entry: entry.last_used):
             store.budget.restore(entry.cid, entry.charged, True)
-        if self._damaged is not None:
-            store.blocks.index.replace(str(self._damaged))
         gone = [pack for pack in indexed if pack not in packs.sizes]
         if gone:  # deleted before the index was told: their numbers are not used again until it has been
             packs.last = max(packs.last, *gone)

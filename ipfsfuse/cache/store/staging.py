@@ -31,7 +31,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, StoreFailed, Unsupported
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import ALIGNED, Direct, punch_hole
+from ipfsfuse.fileio.files import ALIGNED, NOT_SHARED, Direct, punch_hole, regular, share_extents
 
 # -- when things were used last, by a clock that nobody sets
 
@@ -208,6 +208,8 @@ class Staging:
         self._removed_early: set[Cid] = set()
         self.folder = Subfolder(path)
         self._direct = Direct()
+        self.shares: bool | None = None
+        """Whether the file system shares extents with a node's repository; None before that was tried."""
         self.unit = 4096
         """Bytes of a file-system block."""
         self.too_large = 1 << 64
@@ -349,15 +351,66 @@ class Staging:
 
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """As `read`, of leaves that lie one behind the other, at least one."""
-        buffers = [lend(leaf.size) for leaf in wanted[:-1]]
-        buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
         file = self._open_to_read(entry)
         try:
-            self._direct.read(file, buffers, wanted[0].offset)
+            found = self._read_into_buffers(file, wanted)
         finally:
             os.close(file)
-        found = [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
+
+    def _read_into_buffers(self, file: int, wanted: Sequence[Leaf]) -> list[memoryview]:
+        buffers = [lend(leaf.size) for leaf in wanted[:-1]]
+        buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
+        self._direct.read(file, buffers, wanted[0].offset)
+        return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
+
+    def clone(
+        self, entry: Entry, leaves: Sequence[Leaf], files: Sequence[str]
+    ) -> tuple[int, Sequence[memoryview]]:
+        """Makes `entry` share the extents of `files`, which may hold the blocks of raw `leaves` that lie one
+        behind the other. By how many bytes it grew on disk, and what it holds now of the first leaves, as
+        many as could be shared: unproved. Raises Removed."""
+        shared = 0
+        with entry.lock:
+            if entry.dead:
+                raise Removed
+            file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+            with contextlib.suppress(OSError):  # what was shared until then is; the rest is written
+                if not entry.seen:
+                    os.ftruncate(file, entry.size)
+                for leaf, path in zip(leaves, files, strict=True):
+                    with regular(path, leaf.size) as (source, size):
+                        if size != leaf.size:
+                            break
+                        share_extents(source, file, size, leaf.offset)
+                    shared += 1
+            grown = _grown(entry, file)
+        try:
+            found = self._read_into_buffers(file, leaves[:shared]) if shared else []
+            if os.fstat(file).st_size != entry.size:
+                raise Removed  # and cut off while it was read
+            return grown, found
+        finally:
+            os.close(file)
+
+    def can_share(self, path: str, size: int) -> bool:
+        """Whether staging files can share extents with files such as `path`, of `size` bytes: tried once, on
+        a file without a name."""
+        if self.shares is None:
+            try:
+                with regular(path, size) as (source, found):
+                    place = f"/proc/self/fd/{self.folder.fd()}"
+                    to = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                    try:
+                        share_extents(source, to, found, 0)
+                        self.shares = True
+                    finally:
+                        os.close(to)
+            except OSError as exc:
+                if exc.errno not in NOT_SHARED:  # the file is gone, the disk is full: the next one tells
+                    return False
+                self.shares = False
+        return self.shares
 
     def write(
         self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]

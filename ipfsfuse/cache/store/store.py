@@ -9,7 +9,9 @@ threads.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,6 +86,8 @@ class Store:
         """What was pinned when the store was opened."""
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
+        self._arriving: Counter[Cid] = Counter()
+        """What its readers have, and what is still being staged."""
         self.completed: Callable[[Entry], None] = lambda _entry: None
         """Called when a staging file got its final name."""
         self._lingering: dict[int, int] = {}
@@ -210,22 +214,16 @@ class Store:
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
         """Whether leaves that lie one behind the other, at least one, are kept now."""
-        if (self.backoff.reason and self.backoff.waiting) or file.size >= self.staging.too_large:
-            return False
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
-        cost = disk_cost(self.staging.unit, start, end)
-        if not await self.budget.reserve(file.cid, cost):
-            return False
-        if file.cid not in self.staging.entries:
-            self.pins.add(file.cid)
-        entry = self.staging.entry(file.cid, file.size)
-        entry.reserved += cost
-        entry.charged += cost
-        entry.source = source
-        try:
-            grown, error = await threads.run_sync(
-                self.staging.write, entry, start, contents, limiter=self.io.writing
-            )
+        async with self._writing(file, start, end, source) as entry:
+            if entry is None:
+                return False
+            try:
+                grown, error = await threads.run_sync(
+                    self.staging.write, entry, start, contents, limiter=self.io.writing
+                )
+            except Removed:
+                return False
             entry.disk += grown
             if error is not None:
                 if file.size < self.staging.too_large:
@@ -238,12 +236,75 @@ class Store:
                 entry.extents.add(start, end)
                 self._proved(entry, start, end)
             return True
-        except Removed:
-            return False
+
+    @asynccontextmanager
+    async def _writing(self, file: FileRef, start: int, end: int, source: str) -> AsyncIterator[Entry | None]:
+        """The entry of `file`, with room in the budget for a write of [start, end); None where there is
+        none."""
+        cost = disk_cost(self.staging.unit, start, end)
+        if (
+            (self.backoff.reason and self.backoff.waiting)
+            or file.size >= self.staging.too_large
+            or not await self.budget.reserve(file.cid, cost)
+        ):
+            yield None
+            return
+        if file.cid not in self.staging.entries:
+            self.pins.add(file.cid)
+        entry = self.staging.entry(file.cid, file.size)
+        entry.reserved += cost
+        entry.charged += cost
+        entry.source = source
+        try:
+            yield entry
         finally:
             entry.reserved -= cost
             self.budget.settle(cost)
             self._settle(entry)
+
+    async def clone_leaves(
+        self, file: FileRef, leaves: Sequence[Leaf], files: Sequence[str], source: str
+    ) -> Sequence[memoryview]:
+        """Stages leaves that lie one behind the other, at least one, by sharing the extents of `files`, which
+        may hold their blocks. What is there now of the first ones, as many as could be shared: unproved, and
+        hashed when it is read again, unless the caller verifies it and calls `note_proved`.
+
+        Extents are shared block by block of the file system: of raw leaves, which begin where a block
+        does."""
+        start, end, unit = leaves[0].offset, leaves[-1].offset + leaves[-1].size, self.staging.unit
+        if self.staging.shares is False or any(
+            cids.codec(leaf.cid) != cids.RAW
+            or leaf.offset % unit
+            or (leaf.size % unit and leaf.offset + leaf.size != file.size)
+            for leaf in leaves
+        ):
+            return []
+        if self.staging.shares is None and not await threads.run_sync(
+            self.staging.can_share, files[0], leaves[0].size, limiter=self.io.writing
+        ):
+            return []
+        async with self._writing(file, start, end, source) as entry:
+            if entry is None:
+                return []
+            try:
+                grown, found = await threads.run_sync(
+                    self.staging.clone, entry, leaves, files, limiter=self.io.writing
+                )
+            except (OSError, Removed):  # it is written then, and that reports it
+                return []
+            entry.disk += grown
+            if found and entry.extents is not None:
+                if entry.proved is entry.extents:  # until now all that is there was proved
+                    entry.proved = Extents(entry.extents)
+                last = leaves[len(found) - 1]
+                entry.extents.add(start, last.offset + last.size)
+            return found
+
+    def note_proved(self, file: FileRef, leaves: Sequence[Leaf]) -> None:
+        """What `clone_leaves` gave of leaves that lie one behind the other was found right."""
+        entry = self.staging.entries.get(file.cid)
+        if entry is not None and not entry.dead:
+            self._proved(entry, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
 
     def _proved(self, entry: Entry, start: int, end: int) -> None:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""
@@ -395,8 +456,25 @@ class Store:
         return await self.budget.evict(key)
 
     def holds(self, cid: Cid) -> bool:
-        """Whether `cid` itself is staged, at least in part."""
-        return self.staging.find(cids.canonical(cid)) is not None or self.blocks.place(cid) is not None
+        """Whether `cid` itself is staged, or is being staged, at least in part."""
+        own = cids.canonical(cid)
+        here = own in self._arriving or self.staging.find(own) is not None
+        return here or self.blocks.place(cid) is not None
+
+    @contextlib.contextmanager
+    def arriving(self, cid: Cid) -> Iterator[None]:
+        """While `cid`, which its reader has already, is being staged: it counts as here. If it could not be
+        staged, its pin is released."""
+        own = cids.canonical(cid)
+        self._arriving[own] += 1
+        try:
+            yield
+        finally:
+            self._arriving[own] -= 1
+            if not self._arriving[own]:
+                del self._arriving[own]
+                if not self.holds(cid):
+                    self.pins.remove(own)
 
     def rest_on_disk(self) -> int:
         """Bytes on disk of all that lies in the folder besides staging files and packs, the folders

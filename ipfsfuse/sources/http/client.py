@@ -15,14 +15,14 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 import trio
 from httptools import HttpParserError
 
 import ipfsfuse
-from ipfsfuse.errors import Malformed, NotHere, SourceFailed, UsageError
+from ipfsfuse.errors import BlockTooLarge, Malformed, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import buffers
 from ipfsfuse.sources.base import current_request
 from ipfsfuse.sources.http import failures
@@ -31,6 +31,7 @@ from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRE
 from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
 from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls_context
 from ipfsfuse.sources.http.transport import Connection, ConnectionPool
+from ipfsfuse.sources.streams import Leases, nothing
 
 OWN_TRANSPORT = True
 """Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
@@ -66,27 +67,10 @@ FAILURES: Final = (
 """Types, kind of failure, what to say: the first row that fits the exception, or one that it came from."""
 
 
-class _Translated:
-    """A context manager of its own costs a fourth of contextlib's."""
-
-    __slots__ = ("_name",)
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, exc: BaseException | None, _trace: object) -> None:
-        if isinstance(exc, Exception) and not isinstance(exc, SourceFailed | NotHere):
-            kind, message = _explain(exc)
-            raise SourceFailed(f"{self._name}: {one_line(message)}", kind) from exc
-
-
-@functools.lru_cache(maxsize=64)
-def translated(name: str) -> _Translated:
-    """Turns whatever a request to the server called `name` raises into SourceFailed: its failure, no more."""
-    return _Translated(name)
+def source_failed(name: str, exc: Exception) -> SourceFailed:
+    """What a request to the server called `name` raised, as that server's failure."""
+    kind, message = _explain(exc)
+    return SourceFailed(f"{name}: {one_line(message)}", kind)
 
 
 def _explain(exc: Exception) -> tuple[str, str]:
@@ -130,6 +114,16 @@ class _HttpcoreBody:
         self._rest = piece[most:]
         return piece[:most]
 
+    async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        filled = list(map(buffers.lend, sizes))
+        left = [*filled]
+        while left:
+            piece = await self.receive(sum(map(len, left)))
+            if not piece:
+                raise SourceFailed("the body was cut short", SHORT)
+            buffers.fill(left, piece)
+        return filled
+
     async def close(self, *, whole: bool) -> None:
         """Ends the generators of httpx and httpcore, of which trio would warn: a cancelled wait ends all.
         Behind a body that is `whole` its end is read, so that the connection can be used again."""
@@ -143,13 +137,16 @@ class Response:
     """A response's head, and its body to be read once, by one task."""
 
     def __init__(self, response: httpx.Response, name: str, share: BodyShare, settings: HttpSettings) -> None:
-        own: Connection | None = response.extensions.get("connection")
+        self.connection = own = cast("Connection | None", response.extensions.get("connection"))
+        """Of our transport; None with httpcore."""
         self.status = response.status_code
         self.headers: dict[str, str] = dict(response.headers) if own is None else own.headers
         """By names in lower case."""
-        self._body = own or _HttpcoreBody(response)
+        self._body: Connection | _HttpcoreBody = own or _HttpcoreBody(response)
         self._response, self._name, self._total, self._share = response, name, settings.total, share
-        self._held = 0
+        self.leases = Leases(share.give)
+        self._release: Callable[[], None] = nothing
+        """Of what was received last."""
         self._rate, self._quota = settings.rate, settings.quota
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
@@ -168,15 +165,12 @@ class Response:
         if self.left is not None:
             if self.left > limit:
                 raise SourceFailed(f"{self._name} offered {self.left} bytes: {limit} are the most", LONG)
-            await self._hold(self.left)
             if self.left <= self._body.buffered:
                 return await self.receive()
+            if self.left > SMALL:
+                return bytes((await self.receive_into([self.left], self._total))[0])
         pieces, size = list[bytes](), 0
-        with translated(self._name), trio.fail_after(self._total):
-            if self.left is not None and self.left > SMALL:
-                pieces, self.left = list(map(bytes, await self._receive_into([self.left]))), 0
-                self._ended = True
-                await self._spend(len(pieces[0]))
+        with trio.fail_after(self._total):
             while piece := await self.receive():
                 pieces.append(piece)
                 size += len(piece)
@@ -188,8 +182,7 @@ class Response:
         """The next piece of the body, b"" at its end."""
         if self.left == 0:
             return b""
-        with translated(self._name):
-            piece = await self._body.receive(min(self.left or PIECE, PIECE))
+        piece = await self._body.receive(min(self.left or PIECE, PIECE))
         if self.left is not None:
             self.left -= len(piece)
             if not piece:
@@ -198,14 +191,18 @@ class Response:
         await self._spend(len(piece))
         return piece
 
-    async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`."""
+    async def receive_into(self, sizes: Sequence[int], seconds: float = math.inf) -> Sequence[memoryview]:
+        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`. A large body
+        waits until there is room for it; then it has `seconds`."""
         count = sum(sizes)
         if self.left is None or self.left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        await self._hold(count)
-        with translated(self._name):
-            filled = await self._receive_into(sizes)
+        self._release()  # what was received before is the reader's own by now
+        if count > SMALL:
+            await self._share.take(count)
+            self._release = self.leases.take(count)
+        with trio.fail_after(seconds):
+            filled = await self._body.receive_into(sizes)
         self.left -= count
         self._ended = self.left == 0
         await self._spend(count)
@@ -217,34 +214,11 @@ class Response:
         if self._rate is not None:
             await self._rate.spend(count)
 
-    async def _receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        if isinstance(self._body, Connection):
-            return await self._body.receive_into(sizes)
-        filled = list(map(buffers.lend, sizes))
-        left = [*filled]
-        while left:
-            piece = await self._body.receive(sum(map(len, left)))
-            if not piece:
-                raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
-            buffers.fill(left, piece)
-        return filled
-
-    async def _hold(self, count: int) -> None:
-        """Large bodies wait until there is room for them; what was read before is the reader's own by now."""
-        self._let_go()
-        if count > SMALL:
-            await self._share.take(count)
-            self._held = count
-
-    def _let_go(self) -> None:
-        if self._held:
-            self._share.give(self._held)
-            self._held = 0
-
-    def detach(self) -> Callable[[], None]:
-        """What was read last stays counted until the function returned is called, whatever is read then."""
-        held, self._held = self._held, 0
-        return functools.partial(self._share.give, held)
+    def lease(self) -> Callable[[], None]:
+        """What was received last counts as in memory until the function returned is called, or until the
+        response is closed."""
+        release, self._release = self._release, nothing
+        return release
 
     async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
         """What this response to a request for `what` means where it is no success."""
@@ -252,8 +226,8 @@ class Response:
         return failures.declined(name, self.status, retry_after, await self.read(ERROR_BODY), what)
 
     async def aclose(self) -> bool:
-        """Whether the body was read to its end, so that the connection may be used again."""
-        self._let_go()
+        """Whether the connection of httpcore may be used again: the body was read to its end."""
+        self.leases.close()
         if isinstance(self._body, _HttpcoreBody):
             await self._body.close(whole=self._ended)
         with suppress(Exception):
@@ -278,21 +252,10 @@ class OwnTransport(httpx.AsyncBaseTransport):
         lines += map(b"%s: %s".__mod__, request.headers.raw)
         data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
         own = await self.pool.request(data, self._settings.idle_seconds)
-        release = functools.partial(self.pool.release, own, self._settings.idle_connections)
-        return httpx.Response(own.status, stream=_Released(release), extensions={"connection": own})
+        return httpx.Response(own.status, extensions={"connection": own})
 
     async def aclose(self) -> None:
         self.pool.close()
-
-
-class _Released(httpx.AsyncByteStream):
-    """Gives a connection back when its response is closed."""
-
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release = release
-
-    async def aclose(self) -> None:
-        self._release()
 
 
 class _NoCookies(httpx.Cookies):
@@ -310,8 +273,8 @@ class _Client(httpx.AsyncClient):
         super().__init__(transport=transport, trust_env=False)
         self.keep = keep
         self.pool = transport.pool if isinstance(transport, OwnTransport) else None
-        self.is_own = self.pool is not None
-        """Then it has many connections, bounds the time for heads itself, and has the path beside the URL."""
+        """None with httpcore. Our transport has many connections, bounds the time for heads itself, and has
+        the path beside the URL."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -358,19 +321,23 @@ class Http:
         if self.settings.quota is not None:
             self.settings.quota.check()
         origin, path = self._named, self.origin.base + target
-        for _ in range(MAX_REDIRECTS + 1):
-            client, response = await self._send(origin, method, path, headers, body, repeatable)
-            try:
-                if response.status not in REDIRECTS or "location" not in response.headers:
-                    if response.headers.get("content-encoding", "identity").lower() != "identity":
-                        raise SourceFailed(f"{self.origin.text} compressed its answer", failures.ENCODING)
-                    yield response
-                    return
-                with translated(self.origin.text):
+        try:
+            for _ in range(MAX_REDIRECTS + 1):
+                client, response = await self._send(origin, method, path, headers, body, repeatable)
+                try:
+                    if response.status not in REDIRECTS or "location" not in response.headers:
+                        if response.headers.get("content-encoding", "identity").lower() != "identity":
+                            raise SourceFailed(f"{self.origin.text} compressed its answer", failures.ENCODING)
+                        yield response
+                        return
                     origin, path = self._follow(origin, path, method, response.headers["location"])
                     await response.read(ERROR_BODY)
-            finally:
-                await self._release(client, response)
+                finally:
+                    await self._release(client, response)
+        except (SourceFailed, NotHere, BlockTooLarge):
+            raise
+        except Exception as exc:
+            raise source_failed(origin.text, exc) from exc
         raise SourceFailed(f"{self.origin.text} redirects in a circle", REDIRECT)
 
     def _follow(self, origin: Origin, path: str, method: str, location: str) -> tuple[Origin, str]:
@@ -397,18 +364,17 @@ class Http:
         if not TARGET.fullmatch(path):
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
         every = self._headers(origin, method, tuple(headers), len(body))
-        with translated(origin.text):
-            began = trio.current_time()
-            patience = self._patience(began) if repeatable and origin == self._named else math.inf
-            try:
-                with trio.move_on_after(patience):
-                    return await self._send_once(origin, method, path, every, body)
-                if self._answered < began:  # else it is this answer alone that does not come
-                    await self._drop_kept()
-            except DEAD:
-                if not repeatable:
-                    raise
-            return await self._send_once(origin, method, path, every, body)
+        began = trio.current_time()
+        patience = self._patience(began) if repeatable and origin == self._named else math.inf
+        try:
+            with trio.move_on_after(patience):
+                return await self._send_once(origin, method, path, every, body)
+            if self._answered < began:  # else it is this answer alone that does not come
+                await self._drop_kept()
+        except DEAD:
+            if not repeatable:
+                raise
+        return await self._send_once(origin, method, path, every, body)
 
     def _patience(self, now: float) -> float:
         """Seconds after which a request is sent again over a new connection. A kept one may be dead in
@@ -442,7 +408,7 @@ class Http:
 
         extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host, "trace": trace}
         limit: AbstractContextManager[object] = nullcontext()
-        if client.is_own:
+        if client.pool is not None:
             url = _url(origin)
         else:
             url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path.encode())
@@ -481,9 +447,10 @@ class Http:
         return _Client(transport, keep=named)
 
     async def _release(self, client: _Client, response: Response | None) -> None:
-        if client.is_own:
-            if response is not None:
-                await response.aclose()
+        if client.pool is not None:
+            if response is not None and response.connection is not None:
+                response.leases.close()
+                client.pool.release(response.connection, self.settings.idle_connections)
             return
         with trio.CancelScope(shield=True):
             whole = response is not None and await response.aclose()

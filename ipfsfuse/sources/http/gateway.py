@@ -4,22 +4,24 @@ and CARs.
 Nothing is verified here. A slow reader slows the request down.
 """
 
-import functools
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.car import StreamParser
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources import leaf_ranges
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, LeafRange, Subtree, too_large
-from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response, translated
+from ipfsfuse.fileio.buffers import together
+from ipfsfuse.sources import streams
+from ipfsfuse.sources.base import LeafRange, Subtree, too_large
+from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response
 from ipfsfuse.sources.http.failures import LONG, NOT_SUPPORTED, PAGE, STATUS
 from ipfsfuse.sources.http.settings import Headers
+from ipfsfuse.sources.streams import Delivery, Send, Stream, streaming
 
 BELIEVED = 1 << 30
 """A server that offers more bytes than that for a block does not have a large block: it lies."""
@@ -34,11 +36,32 @@ SECTIONS = 1000
 RANGE_PART = 16 << 20
 """A range of a file is cut into requests of at least so many bytes."""
 
-Take = Callable[[Sequence[tuple[Cid, bytes]]], Awaitable[bool]]
-
 
 class NotOffered(SourceFailed):
     """The server does not support such a request. Its health does not suffer: another kind may work."""
+
+
+class _Car:
+    """The sections of a CAR, some at a time, until it ends or has more than `limit` bytes (`too_long`)."""
+
+    def __init__(self, response: Response, limit: int) -> None:
+        self._response, self._left = response, limit
+        self._parser = StreamParser()
+        self._found: Iterator[tuple[Cid, bytes]] = iter(())
+        self.too_long = False
+
+    def __aiter__(self) -> "_Car":
+        return self
+
+    async def __anext__(self) -> streams.Blocks:
+        await trio.lowlevel.checkpoint()
+        while not (blocks := list(itertools.islice(self._found, SECTIONS))):
+            if self.too_long or not (piece := await self._response.receive()):
+                raise StopAsyncIteration
+            self._left -= len(piece)
+            self.too_long = self._left < 0
+            self._found = self._parser.feed(piece)
+        return blocks
 
 
 class Gateway:
@@ -73,29 +96,33 @@ class Gateway:
         target = f"/ipns/{name}?format=ipns-record"
         return await ask_for_record(self._http, self.name, target, self._headers[1:])
 
-    async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(self.send_leaves, wanted))
+
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         if len(wanted.leaves) > FEW:
-            if self._ranges and leaf_ranges.can_range(wanted.leaves):
+            if self._ranges and streams.can_range(wanted.leaves):
                 try:
-                    return await self._by_range(wanted, deliver)
+                    return await self._send_ranges(wanted, send)
                 except NotOffered:
                     self._ranges = False
             if self._cars and not self.local:
                 try:
-                    return await self._by_car(wanted, deliver)
+                    return await self._send_car_of_range(wanted, send)
                 except NotOffered:
                     self._cars = False
-        return await leaf_ranges.by_blocks(self.get, wanted, deliver, self._connections)
+        return await streams.send_singly(self.get, wanted.leaves, send, self._connections)
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
-        async def take(blocks: Sequence[tuple[Cid, bytes]]) -> bool:
-            await deliver(blocks)
-            return True
+    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
+        return streaming(partial(self.send_subtree, subtree), turns=True)
 
+    async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         if self._cars:
             scope = f"dag-scope={'all' if subtree.whole else 'entity'}"
             try:
-                await self._car(subtree.root, scope, subtree.limit, take)
+                async with self._car(subtree.root, scope, subtree.limit) as car:
+                    async for blocks in car:
+                        await send.send(blocks)
             except NotOffered:
                 self._cars = False
 
@@ -107,14 +134,14 @@ class Gateway:
 
     # -- several blocks by one request -------------------------------------------------------------------
 
-    async def _by_range(self, wanted: LeafRange, deliver: Deliver) -> None:
-        """The file's bytes by HTTP ranges, cut where its leaves end (`leaf_ranges.can_range` must hold).
-        Raises NotOffered, SourceFailed."""
+    async def _send_ranges(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        """The file's bytes by HTTP ranges, cut where its leaves end (`streams.can_range` must hold). Raises
+        NotOffered, SourceFailed."""
         count, size = len(wanted.leaves), sum(leaf.size for leaf in wanted.leaves)
         parts = max(1, min(self._connections, size // RANGE_PART))
         bounds = [count * part // parts for part in range(parts + 1)]
 
-        async def fetch(start: int, end: int) -> None:
+        async def send_part(start: int, end: int) -> None:
             leaves = wanted.leaves[start:end]
             first, last = leaves[0].offset, leaves[-1].offset + leaves[-1].size - 1
             target, header = f"/ipfs/{cids.text(wanted.file)}", ("Range", f"bytes={first}-{last}")
@@ -126,18 +153,13 @@ class Gateway:
                     )
                 if response.status != 206:
                     raise await self._not_offered(response, wanted.file, "ranges of files")
+                for index, sizes in together([leaf.size for leaf in leaves]):
+                    blocks = await response.receive_into(sizes)
+                    await send.send(Delivery(start + index, blocks, response.lease()))
 
-                async def read(some: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
-                    return await response.receive_into([leaf.size for leaf in some]), response.detach()
+        await streams.all_of([partial(send_part, *part) for part in itertools.pairwise(bounds)])
 
-                async def give(index: int, blocks: Sequence[Block]) -> None:
-                    await deliver(start + index, blocks)
-
-                await leaf_ranges.in_stretches(leaves, read, give)
-
-        await leaf_ranges.all_of([functools.partial(fetch, *part) for part in itertools.pairwise(bounds)])
-
-    async def _by_car(self, wanted: LeafRange, deliver: Deliver) -> None:
+    async def _send_car_of_range(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         """The blocks by a CAR of the range. Other blocks in it are dropped; missing ones are not an error
         here. Raises NotOffered, NotHere, SourceFailed."""
         first, last = wanted.leaves[0], wanted.leaves[-1]
@@ -145,39 +167,29 @@ class Gateway:
         indexes: dict[bytes, list[int]] = {}
         for index, leaf in enumerate(wanted.leaves):
             indexes.setdefault(cids.multihash(leaf.cid), []).append(index)
-
-        async def take(blocks: Sequence[tuple[Cid, bytes]]) -> bool:
-            for cid, block in blocks:
-                for index in indexes.pop(cids.multihash(cid), ()):
-                    await deliver(index, [block])
-            return bool(indexes)
-
         limit = 2 * sum(leaf.size for leaf in wanted.leaves) + (8 << 20)
         scope = f"dag-scope=entity&entity-bytes={first.offset}:{end}"
-        if await self._car(wanted.file, scope, limit, take):
+        async with self._car(wanted.file, scope, limit) as car:
+            async for blocks in car:
+                for cid, block in blocks:
+                    for index in indexes.pop(cids.multihash(cid), ()):
+                        await send.send(Delivery(index, [block]))
+                if not indexes:
+                    return
+        if car.too_long:
             raise SourceFailed(
                 f"{self._http.origin.text} sent far more than the blocks that were asked for", LONG
             )
 
-    async def _car(self, root: Cid, scope: str, limit: int, take: Take) -> bool:
-        """Gives the blocks of a CAR to `take` until that returns False. True if the CAR exceeds `limit`
-        bytes; one that ends early is not an error here. Raises NotOffered, NotHere, SourceFailed."""
-        parser, accept = StreamParser(), ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
+    @asynccontextmanager
+    async def _car(self, root: Cid, scope: str, limit: int) -> AsyncIterator[_Car]:
+        """A CAR, to iterate over. One that ends early is not an error here. Raises NotOffered, NotHere,
+        SourceFailed."""
+        accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
         async with self._http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
             if response.status != 200 or response.content_type != CAR_TYPE:
                 raise await self._not_offered(response, root, "CARs")
-            while limit >= 0 and (piece := await response.receive()):
-                limit -= len(piece)
-                found = parser.feed(piece)
-                while True:
-                    with translated(self._http.origin.text):
-                        blocks = list(itertools.islice(found, SECTIONS))
-                    if not blocks:
-                        break
-                    if not await take(blocks):
-                        return False
-                    await trio.lowlevel.checkpoint()
-        return limit < 0
+            yield _Car(response, limit)
 
     async def _not_offered(self, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
         """The error for a response that does not contain `what`."""

@@ -8,8 +8,10 @@ three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where th
 import base64
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
@@ -20,8 +22,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources import leaf_ranges
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Hashed, LeafRange, Subtree, too_large
+from ipfsfuse.fileio.buffers import together
+from ipfsfuse.sources import streams
+from ipfsfuse.sources.base import Clone, Hashed, LeafRange, Subtree, too_large
 from ipfsfuse.sources.defaults import repository
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
@@ -29,6 +32,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
+from ipfsfuse.sources.streams import Block, Delivery, Leases, Send, Stream, streaming
 
 CONNECTIONS = 2
 """Requests of one range at a time: on 2 cores a second one gained 5 to 25 % over 64 MiB, a third nothing."""
@@ -112,40 +116,57 @@ class Kubo:
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as exc:
             raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
 
-    async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(self.send_leaves, wanted))
+
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         blocks = [leaf.cid for leaf in wanted.leaves]
-        if self._blocks is not None and await threads.run_sync(
-            self._blocks.have, blocks, limiter=self._threads
-        ):
-            await leaf_ranges.in_stretches(wanted.leaves, self._read_leaves, deliver)
+        here = self._blocks
+        if here is not None and await threads.run_sync(here.have, blocks, limiter=self._threads):
+            await self._send_from_repository(here, wanted, send)
         elif gateway := await self._find_gateway():
-            await gateway.stream(wanted, deliver)
+            await gateway.send_leaves(wanted, send)
         else:
-            await leaf_ranges.by_blocks(self.get, wanted, deliver, CONNECTIONS)
+            await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS)
 
-    async def _read_leaves(self, leaves: Sequence[Leaf]) -> tuple[Sequence[Block], Callable[[], None]]:
-        assert self._blocks is not None
-        await self._stretches.acquire()
-        try:
-            blocks = await threads.run_sync(self._blocks.read_each, leaves, limiter=self._threads)
-        except BaseException:
-            self._stretches.release()
-            raise
-        return blocks, self._stretches.release
+    async def _send_from_repository(self, here: Flatfs, wanted: LeafRange, send: Send[Delivery]) -> None:
+        with closing(Leases(lambda _one: self._stretches.release())) as leases:
+            for index, sizes in together([leaf.size for leaf in wanted.leaves]):
+                await self._stretches.acquire()
+                release = leases.take(1)
+                blocks = await self._read_leaves(
+                    here, wanted.leaves[index : index + len(sizes)], wanted.clone
+                )
+                await send.send(Delivery(index, blocks, release))
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    async def _read_leaves(
+        self, here: Flatfs, leaves: Sequence[Leaf], clone: Clone | None
+    ) -> Sequence[Block]:
+        """The blocks of `leaves` from the repository, up to the first that is not there."""
+        blocks: list[Block] = []
+        if clone is not None and (files := here.files(leaves)):
+            blocks += await clone(leaves, files, self.name)
+        if len(blocks) < len(leaves):
+            rest = leaves[len(blocks) :]
+            blocks += await threads.run_sync(here.read_each, rest, limiter=self._threads)
+        return blocks
+
+    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
+        return streaming(partial(self.send_subtree, subtree), turns=True)
+
+    async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
         here."""
         if subtree.whole and self._blocks is not None:
             walk = RepoWalk(self._blocks.read_some, subtree.root, subtree.limit)
             while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
-                await deliver(blocks)
+                await send.send(blocks)
             if not walk.incomplete:
                 return
         gateway = await self._find_gateway()
         if gateway is not None:
             try:
-                await gateway.subtree(subtree, deliver)
+                await gateway.send_subtree(subtree, send)
             except SourceFailed as exc:
                 await self._note_gateway(exc)
 

@@ -16,13 +16,12 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import outcome
 import trio
-from outcome import Outcome
 
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
@@ -32,8 +31,11 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed, Unsupported
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, fits, too_large
+from ipfsfuse.fileio.buffers import together
+from ipfsfuse.sources import streams
+from ipfsfuse.sources.base import LeafRange, Subtree, fits, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
+from ipfsfuse.sources.streams import Delivery, Leases, Send, Stream, streaming
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
@@ -378,41 +380,32 @@ def _room_of_run() -> trio.Semaphore:
         return room
 
 
-async def stream_places(run: LeafRange, find: Find, deliver: Deliver) -> None:
-    """Delivers the blocks of `run` that `find` finds and that fit, in the run's order. Raises
-    SourceFailed."""
-    send, receive = trio.open_memory_channel[Outcome[Blocks]](0)
+async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -> None:
+    """Sends the blocks of `leaves` that `find` finds and that fit, in their order. Raises SourceFailed."""
     room = _room_of_run()
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery, receive:
-        nursery.start_soon(_read_ahead, run.leaves, find, send, room)
-        try:
-            async for blocks in receive:
-                try:
-                    for index, block in blocks.unwrap():
-                        await deliver(index, [block])
-                finally:
-                    del blocks  # before the next group is read in its place
-                    room.release()
-        except Exception as exc:  # kept out of the nursery, which would wrap it
-            failure = exc
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-
-
-async def _read_ahead(
-    leaves: Sequence[Leaf], find: Find, send: trio.MemorySendChannel[Outcome[Blocks]], room: trio.Semaphore
-) -> None:
-    """Sends group by group, each with a place in the `room`, which its receiver gives back."""
-    async with send:
+    with closing(Leases(lambda _one: room.release())) as leases:
         for start, group in _groups(leaves):
             await room.acquire()
-            try:
-                await send.send(await threads.run_sync(outcome.capture, _read_group, start, group, find))
-            except BaseException:
-                room.release()
-                raise
+            release = leases.take(1)
+            rows = list(_rows(await threads.run_sync(_read_group, start, group, find)))
+            for index, blocks in rows[:-1]:
+                await send.send(Delivery(index, blocks))
+            if rows:
+                await send.send(Delivery(*rows.pop(), release))
+            else:
+                release()
+            del rows  # before the next group is read in its place
+
+
+def _rows(found: Blocks) -> Iterator[tuple[int, Sequence[bytes]]]:
+    """`found`, cut into blocks of consecutive leaves that are worth verifying together."""
+    first = 0
+    for at in range(1, len(found) + 1):
+        if at == len(found) or found[at][0] != found[at - 1][0] + 1:
+            row = found[first:at]
+            for start, sizes in together([len(block) for _index, block in row]):
+                yield row[start][0], [block for _index, block in row[start : start + len(sizes)]]
+            first = at
 
 
 def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
@@ -474,7 +467,7 @@ class CarSource:
     """One file as a source.
 
     Blocks that the page cache holds are read at once on the event loop (10 us; a worker thread costs 80).
-    Everything else is read in worker threads. For long reads (`stream_places`), blocks that lie side by side
+    Everything else is read in worker threads. For long reads (`send_found`), blocks that lie side by side
     are read together, and the next read runs while one is delivered. Only blocks that fit their leaves are
     read, so the leaves' sizes, which are claims, bound the memory of a group. All calls together hold GROUPS
     groups.
@@ -522,11 +515,12 @@ class CarSource:
             return self._file.read_small(place)
         return await threads.run_sync(self._file.read, place)
 
-    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
-        await stream_places(run, self._find, deliver)
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(send_found, wanted.leaves, self._find))
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
         """Nothing: each block is at hand."""
+        return streaming(streams.send_nothing)
 
     def _find(self, cid: Cid) -> Found | None:
         place = self._file.find(cids.multihash(cid))

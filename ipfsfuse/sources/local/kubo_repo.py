@@ -27,7 +27,8 @@ from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Direct, read_file, read_hashed, read_whole, regular, size_of
-from ipfsfuse.sources.base import Block, Hashed, fits, too_large
+from ipfsfuse.sources.base import Hashed, fits, too_large
+from ipfsfuse.sources.streams import Block
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -133,6 +134,10 @@ class Flatfs:
                 break
             blocks.append(block)
         return blocks
+
+    def files(self, leaves: Sequence[Leaf]) -> Sequence[str]:
+        """The files that hold the blocks of `leaves`, if they are there; none while content is blocked."""
+        return [] if self._is_blocked() else [self._path(leaf.cid) for leaf in leaves]
 
     def _into_buffer(self, leaf: Leaf) -> memoryview | None:
         try:

@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,8 @@ from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, NotHere, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.files import regular
-from ipfsfuse.sources.base import Deliver, DeliverBlocks, LeafRange, Subtree, too_large
+from ipfsfuse.sources import streams
+from ipfsfuse.sources.base import LeafRange, Subtree, too_large
 from ipfsfuse.sources.local.car_file import (
     CarFile,
     Found,
@@ -52,9 +54,10 @@ from ipfsfuse.sources.local.car_file import (
     read_cached,
     read_disk,
     sections,
-    stream_places,
+    send_found,
 )
 from ipfsfuse.sources.local.car_writer import CarWriter
+from ipfsfuse.sources.streams import Delivery, Stream, streaming
 
 MARKER, VERSION = "ipfsfuse library", 1
 FORMAT, LOCK, ROOTS = "format", "lock", "roots"
@@ -711,11 +714,12 @@ class LibrarySource:
             return found.file.read_small(found.place)
         return await threads.run_sync(found.file.read, found.place)
 
-    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
-        await stream_places(run, self._find, deliver)
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(send_found, wanted.leaves, self._find))
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
         """Nothing: each block is at hand."""
+        return streaming(streams.send_nothing)
 
     def _find(self, cid: Cid) -> Found | None:
         return self.library.packs.find(cids.multihash(cid))

@@ -23,7 +23,6 @@ with optional("names"):
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-LIBP2P_KEY: Final = 0x72
 MAX_RECORD: Final = 10 * 1024
 """Bytes of a record (section "Record Size Limit")."""
 MAX_NAME_TEXT: Final = 253
@@ -50,7 +49,7 @@ class KeyName:
 
     def __str__(self) -> str:
         """The usual spelling, a CID in base36 (`k51...`, `k2k4...`)."""
-        return multibase.encode(cids.make(LIBP2P_KEY, self.multihash), "base36")
+        return multibase.encode(cids.make(cids.LIBP2P_KEY, self.multihash), "base36")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def _parse_key(text: str) -> KeyName | None:
             multihash = multibase.decode("z" + text)
         else:
             cid = cids.parse(text)
-            if cids.codec(cid) != LIBP2P_KEY:
+            if cids.codec(cid) != cids.LIBP2P_KEY:
                 return None
             multihash = cids.multihash(cid)
         code, digest = multihashes.split(multihash)

@@ -145,7 +145,7 @@ class Resolver:
                     value, seconds = await self._asked(name)
                 step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
             except IpfsFuseError as exc:
-                log.warning("%s", exc)
+                log.info("%s", exc)
                 step = _Step(exc.with_traceback(None), trio.current_time() + FAILURE_SECONDS)
             self._steps[name] = step
             self._steps.move_to_end(name)
@@ -250,7 +250,7 @@ class Resolver:
             answer = exc
         except Exception as exc:  # whatever one source does, the others are asked
             log.exception("%s: asking for the record of %s failed", source.name, name)
-            answer = Unavailable(f"it failed in a way that was not foreseen ({type(exc).__name__})")
+            answer = Unavailable(f"it failed unexpectedly ({type(exc).__name__})")
         await send.send((number, answer))
 
     async def _stored(self, name: KeyName) -> Record | None:

@@ -20,10 +20,11 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Block, Hashed, Source, current_request
+from ipfsfuse.sources.base import Hashed, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
+from ipfsfuse.sources.streams import Block
 from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,14 @@ RUNNING = 16
 """Requests at one source that are not late. More made a node on this machine no faster."""
 LATE = 128
 """Late requests at one source: a connection each."""
+UNBOUNDED = 1 << 30
+"""Requests at a source in place, late or not."""
 SLOW_HERE, SLOW_FAR = 0.01, 0.5
 """What a local node's and a remote gateway's slowest answers are taken for before we know."""
 SIDE_BY_SIDE = 4
 """Requests that one call for many blocks may make at a time."""
 FAULT = "fault"
-"""The kind of a failure that no one foresaw."""
+"""The kind of a failure that is a bug: of ours, or of a library."""
 BUSY = "busy"
 """The kind of a failure by which a source says that it has too much to do."""
 LOG_EVERY = 60.0
@@ -89,6 +92,8 @@ class ManagedSource:
         slow = SLOW_FAR if self.remote else SLOW_HERE
         self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
         running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
+        if source.in_place:
+            running = late = UNBOUNDED
         self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
         self._answered = float("-inf")
         self._log_limiter = LogLimiter(LOG_EVERY, trio.current_time)
@@ -142,24 +147,27 @@ class ManagedSource:
         return block
 
     @contextmanager
-    def asked_for_many(self) -> Iterator["Deliveries"]:
+    def asked_for_many(self) -> Iterator[None]:
         """Around one answer that may hold many blocks: notes what it says about the source. What the source
-        lacks and how it fails ends here: blocks that did not come are asked for elsewhere. Raises what the
-        reader of them raised."""
+        lacks and how it fails ends here: blocks that did not come are asked for elsewhere."""
         start = trio.current_time()
         self.health.asked(start)
-        deliveries = Deliveries(self)
         try:
-            yield deliveries
+            with self.as_its_failure():
+                yield
         except NotHere:
             self.health.record_miss()
-        except SourceFailed as exc:
+        except (SourceFailed, WrongBlock, BlockTooLarge) as exc:
             log.debug("%s", exc)
+            if not isinstance(exc, SourceFailed):
+                exc = SourceFailed(f"{self.source.name}: {exc}", FAULT)
             self.note(exc, start, SIDE_BY_SIDE)
         finally:
             self.health.record_cancelled()
-        if deliveries.trouble is not None:
-            raise deliveries.trouble
+
+    def place(self, retried: bool = False, again: bool = False) -> Place:
+        """A request's place among those at this source."""
+        return Place(self.limiter, retried, again)
 
     @property
     def takes_many(self) -> bool:
@@ -209,7 +217,7 @@ class ManagedSource:
             return cause
         if isinstance(cause, IpfsFuseError):  # a library folder that can't be read
             return SourceFailed(f"{self.source.name}: {cause}", "store")
-        log.debug("%s: what no one foresaw", self.source.name, exc_info=exc)
+        log.debug("%s failed unexpectedly", self.source.name, exc_info=exc)
         place = traceback.extract_tb(cause.__traceback__)[-1:]
         where = f" at {place[0].filename.rpartition('/')[2]}:{place[0].lineno}" if place else ""
         said = str(cause)[:200].encode("unicode_escape").decode()
@@ -260,37 +268,3 @@ class ManagedSource:
             concurrency |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
         statistics = self.health.statistics(self.source.name, trio.current_time(), concurrency)
         return replace(statistics, in_place=self.source.in_place)
-
-
-class Deliveries:
-    """Of one answer that may hold many blocks: tells the reader's own trouble from the source's."""
-
-    def __init__(self, managed: ManagedSource) -> None:
-        self._managed = managed
-        self.place: Place | None = None
-        """That of the request, where it needs one."""
-        self.trouble: Exception | None = None
-        """What the reader raised."""
-
-    @contextmanager
-    def to_reader(self) -> Iterator[None]:
-        """Around what the reader does with one delivery."""
-        if self.place is not None:
-            self.place.progress()
-        try:
-            yield
-        except Exception as exc:
-            self.trouble = self.trouble or exc
-            raise
-
-    async def run(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Awaits a call of the source that delivers. Raises NotHere, SourceFailed; nothing where the reader
-        had trouble, whatever the source made of that."""
-        try:
-            with self._managed.as_its_failure():
-                await call()
-        except (NotHere, SourceFailed):
-            if self.trouble is None:
-                raise
-        except (WrongBlock, BlockTooLarge) as exc:
-            raise SourceFailed(f"{self._managed.source.name}: {exc}", FAULT) from exc

@@ -13,6 +13,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import trio
 
@@ -29,22 +31,11 @@ from ipfsfuse.errors import (
     Unsupported,
     WrongBlock,
 )
-from ipfsfuse.sources.base import (
-    Block,
-    Deliver,
-    DeliverBlocks,
-    DeliverFetched,
-    Fetched,
-    LeafRange,
-    Source,
-    Subtree,
-    Taker,
-    fits,
-)
-from ipfsfuse.sources.leaf_ranges import all_of
+from ipfsfuse.sources import streams
+from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree, Verified, Wanted, fits
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
-from ipfsfuse.sources.pool.limiter import Place
-from ipfsfuse.sources.pool.managed_source import Deliveries, ManagedSource, check, check_each
+from ipfsfuse.sources.pool.managed_source import ManagedSource, check, check_each
+from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, all_of, streaming
 from ipfsfuse.structures import Histogram
 
 log = logging.getLogger(__name__)
@@ -94,14 +85,11 @@ class Inline:
             raise NotHere(f"{cids.text(cid)} holds no block of its own")
         return block
 
-    async def stream(self, run: LeafRange, deliver: Deliver) -> None:
-        for index, leaf in enumerate(run.leaves):
-            block = cids.inline(leaf.cid)
-            if block is not None:
-                await deliver(index, [block])
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(streams.send_singly, self.get, wanted.leaves, connections=1))
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
-        pass
+    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
+        return streaming(streams.send_nothing)
 
     def roots(self) -> Sequence[Cid]:
         return ()
@@ -222,26 +210,12 @@ class SourcePool:
         fetch = self._under_way.get(cids.multihash(cid))
         return "" if fetch is None else "; ".join(fetch.said.values())
 
-    async def stream(self, run: LeafRange, deliver: DeliverFetched) -> None:
-        fetch = RangeFetch(self, run, deliver)
-        await fetch.from_each()
-        left = iter(fetch.missing)
+    def stream(self, wanted: LeafRange, *, singly: bool = True) -> Stream[Verified]:
+        """As `Blocks.stream`. Without `singly`, what no source sends together is left out."""
+        return streaming(RangeFetch(self, wanted, singly).run)
 
-        async def singly() -> None:
-            for index in left:
-                leaf = run.leaves[index]
-                fetched = await self.get(leaf.cid)
-                if not fits(leaf, len(fetched.block)):
-                    raise Malformed(
-                        f"{cids.text(leaf.cid)}: a block of {len(fetched.block)} bytes, but its "
-                        f"file states {leaf.size}"
-                    )
-                await deliver(index, [fetched.block], fetched.source)
-
-        await all_of([singly] * min(SINGLY, len(fetch.missing)))
-
-    async def subtree(self, subtree: Subtree, taker: Taker) -> None:
-        await SubtreeFetch(self, subtree, taker).run()
+    def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
+        return streaming(SubtreeFetch(self, subtree, wanted).run, turns=True)
 
     # -- for those who ask on its behalf ---------------------------------------------------------------------
 
@@ -339,7 +313,6 @@ class HedgedFetch:
             if isinstance(block, bytes):
                 return Fetched(block, managed.source)
         network = self._pool.network()
-        self._pool.hedges.request()
         with self._network_scope:
             if len(network) == 1:
                 await self._poll_source(network[0], trio.Event(), hedge=False)
@@ -357,6 +330,7 @@ class HedgedFetch:
     async def _race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
         it."""
+        self._pool.hedges.request()
         async with trio.open_nursery() as nursery:
 
             async def poll(managed: ManagedSource, failed: trio.Event, hedge: bool) -> None:
@@ -445,126 +419,108 @@ class HedgedFetch:
 
 
 class RangeFetch:
-    def __init__(self, pool: SourcePool, run: LeafRange, deliver: DeliverFetched) -> None:
-        self._pool = pool
-        self._run = run
-        self._deliver = deliver
-        self._left = set(range(len(run.leaves)))
+    """Sends the blocks of a range, verified: from one source after the other what each sends together, and at
+    last one by one what is still missing."""
 
-    @property
-    def missing(self) -> Sequence[int]:
-        return sorted(self._left)
+    def __init__(self, pool: SourcePool, wanted: LeafRange, singly: bool) -> None:
+        self._pool, self._wanted, self._singly = pool, wanted, singly
+        self._left = set(range(len(wanted.leaves)))
 
-    async def from_each(self) -> None:
-        for place, leaf in enumerate(self._run.leaves):
+    async def run(self, send: Send[Verified]) -> None:
+        for index, leaf in enumerate(self._wanted.leaves):
+            multihashes.check_allowed(cids.multihash(leaf.cid))
             block = cids.known(leaf.cid)
             if block is not None:
-                self._left.discard(place)
-                await self._deliver(place, [block], INLINE)
+                self._left.discard(index)
+                await send.send(Verified(index, [block], INLINE, streams.nothing))
         for managed in [*self._pool.in_place, *self._pool.network()]:
-            if not self._left:
-                return
-            if managed.takes_many and self._pool.wait(managed) == 0:
-                await self._from(managed)
+            if self._left and managed.takes_many and self._pool.wait(managed) == 0:
+                with managed.asked_for_many():
+                    await self._send_from(managed, send)
+        if self._singly and self._left:
+            left = iter(sorted(self._left))
+            await all_of([lambda: self._send_singly(left, send)] * min(SINGLY, len(self._left)))
 
-    async def _from(self, managed: ManagedSource) -> None:
-        with managed.asked_for_many() as deliveries:
-            if managed.source.in_place:
-                await _RangeAttempt(self, managed, deliveries).run(float("inf"))
-                return
+    async def _send_from(self, managed: ManagedSource, send: Send[Verified]) -> None:
+        """What one source sends of what is missing. It is broken off if no block comes for too long, and when
+        a remote source sends a wrong one. Raises NotHere, SourceFailed."""
+        patience = math.inf
+        if not managed.source.in_place:
             alone = len(self._pool.network()) == 1
             patience = min(PATIENCE_ALONE, self._pool.deadline / 2) if alone else self._pool.patience
-            async with Place(managed.limiter) as deliveries.place:
-                await _RangeAttempt(self, managed, deliveries).run(patience)
+        missing = sorted(self._left)
+        leaves = self._wanted.leaves
+        part = replace(self._wanted, leaves=[leaves[index] for index in missing])
+        async with managed.place() as place, managed.source.stream(part) as stream:
+            while True:
+                with trio.move_on_after(patience) as waiting:
+                    delivery = await anext(stream, None)
+                if waiting.cancelled_caught:
+                    why = f"{managed.source.name} sent no block for {patience:g} s"
+                    raise SourceFailed(why, "timeout")
+                if delivery is None:
+                    return
+                place.progress()
+                indexes = missing[delivery.first : delivery.first + len(delivery.blocks)]
+                right = await check_each([leaves[index].cid for index in indexes], delivery.blocks)
+                await self._send(managed, indexes, delivery, right, send)
+                if managed.remote and not all(right):
+                    return
 
-    # -- for the attempt -------------------------------------------------------------------------------------
-
-    def part(self) -> tuple[Sequence[int], LeafRange]:
-        """What is still missing, as a run of its own, and which leaves of the whole its leaves are."""
-        places = self.missing
-        return places, LeafRange(
-            self._run.file, self._run.file_size, [self._run.leaves[place] for place in places]
-        )
-
-    async def take(self, managed: ManagedSource, places: Sequence[int], blocks: Sequence[Block]) -> bool:
-        """Verifies and delivers the blocks of leaves. False if one was wrong."""
-        wanted = [self._run.leaves[place].cid for place in places]
-        right = await check_each(wanted, blocks)
-        for cid, is_right in zip(wanted, right, strict=True):
+    async def _send(
+        self,
+        managed: ManagedSource,
+        indexes: Sequence[int],
+        delivery: Delivery,
+        right: Sequence[bool],
+        send: Send[Verified],
+    ) -> None:
+        """Sends the right blocks of a delivery, those of consecutive leaves together."""
+        good: list[tuple[int, Block]] = []
+        for index, block, is_right in zip(indexes, delivery.blocks, right, strict=True):
             if not is_right:
-                self._pool.wrong(managed, cid)
-        good = [at for at, place in enumerate(places) if right[at] and place in self._left]
-        for at in good:
-            self._left.discard(places[at])
-            managed.health.record_success(-1, len(blocks[at]))
-        for first, end in _rows([places[at] for at in good]):
-            await self._deliver(places[good[first]], [blocks[at] for at in good[first:end]], managed.source)
-        return all(right)
+                self._pool.wrong(managed, self._wanted.leaves[index].cid)
+            elif index in self._left:
+                self._left.discard(index)
+                managed.health.record_success(-1, len(block))
+                good.append((index, block))
+        if not good:
+            delivery.release()
+        first = 0
+        for end in range(1, len(good) + 1):
+            if end == len(good) or good[end][0] != good[end - 1][0] + 1:
+                release = delivery.release if end == len(good) else streams.nothing
+                blocks = [block for _index, block in good[first:end]]
+                await send.send(Verified(good[first][0], blocks, managed.source, release))
+                first = end
 
-
-def _rows(places: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Stretches of `places` that follow each other without a gap: from where to before where."""
-    first = 0
-    for at in range(1, len(places) + 1):
-        if at == len(places) or places[at] != places[at - 1] + 1:
-            yield first, at
-            first = at
-
-
-class _RangeAttempt:
-    """One source's share. Broken off when no block came for too long, and when a remote source sent a wrong
-    one."""
-
-    def __init__(self, fetch: RangeFetch, managed: ManagedSource, deliveries: Deliveries) -> None:
-        self._fetch = fetch
-        self._managed = managed
-        self._deliveries = deliveries
-        self._scope = trio.CancelScope()
-        self._busy = 0
-
-    async def run(self, patience: float) -> None:
-        """Raises NotHere, SourceFailed."""
-        places, part = self._fetch.part()
-
-        async def take(index: int, blocks: Sequence[Block]) -> None:
-            self._busy += 1
-            self._scope.deadline = float("inf")  # the time that the reader takes is not the source's
-            try:
-                with self._deliveries.to_reader():
-                    right = await self._fetch.take(self._managed, places[index : index + len(blocks)], blocks)
-                if not right and self._managed.remote:
-                    self._scope.cancel()
-            finally:
-                self._busy -= 1
-                if not self._busy:
-                    self._scope.deadline = trio.current_time() + patience
-
-        with self._scope:
-            self._scope.deadline = trio.current_time() + patience
-            await self._deliveries.run(lambda: self._managed.source.stream(part, take))
-        if self._scope.cancelled_caught and trio.current_time() >= self._scope.deadline:
-            raise SourceFailed(f"{self._managed.source.name} sent no block for {patience:g} s", "timeout")
+    async def _send_singly(self, left: Iterator[int], send: Send[Verified]) -> None:
+        for index in left:
+            leaf = self._wanted.leaves[index]
+            fetched = await self._pool.get(leaf.cid)
+            if not fits(leaf, len(fetched.block)):
+                raise Malformed(
+                    f"{cids.text(leaf.cid)}: a block of {len(fetched.block)} bytes, but its file states "
+                    f"{leaf.size}"
+                )
+            await send.send(Verified(index, [fetched.block], fetched.source, streams.nothing))
 
 
 # -- a directory's blocks ------------------------------------------------------------------------------------
 
 
 class SubtreeFetch:
-    def __init__(self, pool: SourcePool, subtree: Subtree, taker: Taker) -> None:
-        self._pool = pool
-        self._subtree = subtree
-        self._taker = taker
-        self._scope = trio.CancelScope()
-        self._stall = STALL
-        self._until = 0.0
-        """When the answer is given up, unless a block comes before."""
-        self._taking = False
+    """Sends the blocks of a directory that are wanted, verified, from the first source that may have them."""
 
-    async def run(self) -> None:
+    def __init__(self, pool: SourcePool, subtree: Subtree, wanted: Wanted) -> None:
+        self._pool, self._subtree, self._wanted = pool, subtree, wanted
+
+    async def run(self, send: Send[Mapping[Cid, Fetched]]) -> None:
         if not await self._is_at_hand():
             for managed in self._pool.network():
                 if managed.takes_many and self._pool.wait(managed) == 0:
-                    await self._from(managed)
+                    with managed.asked_for_many():
+                        await self._send_from(managed, send)
                     return
 
     async def _is_at_hand(self) -> bool:
@@ -578,41 +534,25 @@ class SubtreeFetch:
             return True
         return False
 
-    async def _from(self, managed: ManagedSource) -> None:
-        with managed.asked_for_many() as deliveries:
-            async with Place(managed.limiter) as deliveries.place:
-                slow = managed.health.slow_after()
-                self._stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
-                first = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)
-                self._until = trio.current_time() + first
-                with self._scope:
-                    await all_of([lambda: self._ask(managed, deliveries), self._watch])
-
-    async def _ask(self, managed: ManagedSource, deliveries: Deliveries) -> None:
-        async def take(blocks: Sequence[tuple[Cid, bytes]]) -> None:
-            self._taking = True
-            with deliveries.to_reader():
+    async def _send_from(self, managed: ManagedSource, send: Send[Mapping[Cid, Fetched]]) -> None:
+        """Gives up when nothing comes for too long, and after a wrong block. Raises NotHere,
+        SourceFailed."""
+        slow = managed.health.slow_after()
+        stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
+        patience = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)
+        async with managed.place() as place, managed.source.subtree(self._subtree) as stream:
+            while True:
+                with trio.move_on_after(patience) as waiting:
+                    blocks = await anext(stream, None)
+                if waiting.cancelled_caught or blocks is None:
+                    return
+                place.progress()
                 right, lied = await self._verified(managed, blocks)
                 if right:
-                    await self._taker.take(right)
-            if lied:
-                await self._give_up()
-            self._taking = False
-            self._until = trio.current_time() + self._stall
-
-        await deliveries.run(lambda: managed.source.subtree(self._subtree, take))
-        self._scope.cancel()
-
-    async def _watch(self) -> None:
-        """Ends what has stopped; the time that the reader takes is not the source's. A deadline that moves
-        with each block would cost as much as a small block's hash."""
-        while self._taking or trio.current_time() < self._until:  # noqa: ASYNC110  # an event for each block costs more
-            await trio.sleep(STALL / 4)
-        await self._give_up()
-
-    async def _give_up(self) -> None:
-        self._scope.cancel()
-        await trio.lowlevel.checkpoint()  # now, not where the source next waits for something
+                    await send.send(right)
+                if lied:
+                    return
+                patience = stall
 
     async def _verified(
         self, managed: ManagedSource, blocks: Sequence[tuple[Cid, bytes]]
@@ -620,7 +560,7 @@ class SubtreeFetch:
         """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
         right: dict[Cid, Fetched] = {}
         for cid, block in blocks:
-            if cid in right or not self._taker.wants(cid):
+            if cid in right or not self._wanted.wants(cid):
                 continue
             try:
                 await check(cid, block)
@@ -631,5 +571,5 @@ class SubtreeFetch:
                 continue
             managed.health.record_success(-1, len(block))
             right[cid] = Fetched(block, managed.source)
-            self._taker.came(cid, block)
+            self._wanted.came(cid, block)
         return right, False

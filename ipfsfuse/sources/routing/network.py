@@ -9,8 +9,10 @@ Concurrency: any number of tasks. Calls that want providers of the same CID shar
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import trio
@@ -18,27 +20,30 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, WrongBlock
-from ipfsfuse.sources.base import Block, Deliver, DeliverBlocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.base import LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.failures import TIMEOUT
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin
 from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
 from ipfsfuse.sources.pool.health import Statistics
-from ipfsfuse.sources.pool.pool import RangeFetch, SourcePool, SubtreeFetch
+from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.routing.router import Router, provider_origin
+from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, all_of, streaming
 
 log = logging.getLogger(__name__)
 
 MAX_PROVIDERS: Final = 16
-"""Providers that are kept; the least useful one makes room."""
+"""Providers that are kept. Each router has an even share, in which the least useful one makes room: so a
+router that floods displaces its own providers alone."""
 MAX_NEW: Final = 8
-"""Providers of one lookup."""
+"""Providers that one router may name in one lookup."""
 MAX_LOOKUPS: Final = 8
 """Lookups at a time."""
 LOOKUP_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 0.5
-"""How long the other routers may take once one has named a provider."""
+"""How long the other routers may take once one has named a provider. If no provider gives the block within
+`HEAD_START`, the routers are asked again, and each has `LOOKUP_SECONDS`."""
 FOUND_SECONDS, NONE_SECONDS = 60.0, 10.0
 """How long the outcome of a lookup holds: with providers and without."""
 MAX_KEPT: Final = 1000
@@ -54,15 +59,21 @@ IDLE_SECONDS: Final = 600.0
 
 
 class _Lookup:
-    def __init__(self) -> None:
+    def __init__(self, patient: bool) -> None:
+        self.patient = patient
+        """Whether every router has its whole time."""
         self.done = trio.Event()
         self.until = float("inf")
+        self.complete = False
+        """Whether every router answered, or failed."""
         self.failure: SourceFailed | None = None
 
 
 class _Provider:
-    def __init__(self, source: Gateway) -> None:
+    def __init__(self, source: Gateway, router: Router) -> None:
         self.source = source
+        self.router = router
+        """Which named it first."""
         self.used = trio.current_time()
         self.blocks = 0
 
@@ -92,11 +103,36 @@ class Network:
     async def get(self, cid: Cid) -> bytes:
         block = await self._from_providers(cid, HEAD_START) if self._providers else None
         if block is None:
-            await self._look_up(cid)
-            block = await self._from_providers(cid, TRY_SECONDS)
+            block = await self._from_named(cid, await self._look_up(cid))
         if block is None:
             said = "".join(f"; {each.name}: {each.why}" for each in self._pool.statistics() if each.why)
             raise NotHere(f"no provider on the network has {cids.text(cid)}{said}")
+        return block
+
+    async def _from_named(self, cid: Cid, lookup: _Lookup) -> bytes | None:
+        """The block, from the providers that `lookup` found. Routers that had no time to answer it are asked
+        again beside that, and their providers too. Raises BlockTooLarge."""
+        block: bytes | None = None
+        scope = trio.CancelScope()
+
+        async def ask_providers() -> None:
+            nonlocal block
+            found = await self._from_providers(cid, TRY_SECONDS)
+            if found is not None:
+                block = found
+                scope.cancel()
+
+        async def ask_routers_again() -> None:
+            nonlocal lookup
+            await trio.sleep(HEAD_START)
+            with suppress(SourceFailed):
+                lookup = await self._look_up(cid, patient=True)
+            await ask_providers()
+
+        with scope:
+            await all_of([ask_providers] if lookup.complete else [ask_providers, ask_routers_again])
+        if block is None:
+            lookup.until = min(lookup.until, trio.current_time() + NONE_SECONDS)
         return block
 
     async def _from_providers(self, cid: Cid, seconds: float) -> bytes | None:
@@ -112,23 +148,32 @@ class Network:
             return fetched.block
         return None
 
-    async def stream(self, wanted: LeafRange, deliver: Deliver) -> None:
-        async def give(index: int, blocks: Sequence[Block], source: Source) -> None:
-            self._note_used(source, len(blocks))
-            await deliver(index, blocks)
+    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
+        return streaming(partial(self._send_leaves, wanted))
 
+    async def _send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         if not self._providers:
             await self._look_up(wanted.file)
         try:
-            await RangeFetch(self._pool, wanted, give).from_each()
+            async with self._pool.stream(wanted, singly=False) as stream:
+                async for index, blocks, source, release in stream:
+                    self._note_used(source, len(blocks))
+                    await send.send(Delivery(index, blocks, release))
         finally:
             self._remove_liars()
 
-    async def subtree(self, subtree: Subtree, deliver: DeliverBlocks) -> None:
+    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
+        return streaming(partial(self._send_subtree, subtree), turns=True)
+
+    async def _send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
         if not self._providers:
             await self._look_up(subtree.root)
         try:
-            await SubtreeFetch(self._pool, subtree, _Passed(self, deliver)).run()
+            async with self._pool.subtree(subtree, _Everything()) as stream:
+                async for blocks in stream:
+                    for fetched in blocks.values():
+                        self._note_used(fetched.source, 1)
+                    await send.send([(cid, fetched.block) for cid, fetched in blocks.items()])
         finally:
             self._remove_liars()
 
@@ -154,14 +199,25 @@ class Network:
                 provider.used = trio.current_time()
                 provider.blocks += count
 
-    def _add(self, origin: Origin) -> bool:
-        """Whether it is a new one."""
+    def _add_first(self, addresses: Sequence[str], router: Router) -> bool:
+        """Takes a provider by the first of its addresses that can be used. Whether it is a provider now."""
+        for each in addresses:
+            origin = provider_origin(each, allow_private=self._allow_private)
+            if origin is not None:
+                return self._add(origin, router)
+        return False
+
+    def _add(self, origin: Origin, router: Router) -> bool:
+        """Whether it is a provider now."""
         if origin in self._providers or self._liars.get(origin, 0.0) > trio.current_time():
-            return False
-        if len(self._providers) >= MAX_PROVIDERS:
+            return origin in self._providers
+        of_router = [each for each, provider in self._providers.items() if provider.router is router]
+        if len(of_router) >= max(1, MAX_PROVIDERS // len(self._routers)):
+            self._remove(min(of_router, key=self._usefulness))
+        elif len(self._providers) >= MAX_PROVIDERS:
             self._remove(min(self._providers, key=self._usefulness))
         source = Gateway(Http(origin, self._settings), f"network: {origin.text}")
-        self._providers[origin] = _Provider(source)
+        self._providers[origin] = _Provider(source, router)
         self._pool.add(source)
         log.info("%s is a provider", origin.text)
         return True
@@ -198,20 +254,24 @@ class Network:
 
     # -- lookups -----------------------------------------------------------------------------------------
 
-    async def _look_up(self, cid: Cid) -> None:
-        """Asks the routers for providers of `cid`, at most once in a while. Raises SourceFailed if none of
-        them answered."""
+    async def _look_up(self, cid: Cid, patient: bool = False) -> _Lookup:
+        """Asks the routers for providers of `cid`, at most once in a while. If `patient`, an outcome that
+        came before all routers had answered does not count. Raises SourceFailed if none of them answered."""
         key = cids.multihash(cid)
         lookup = self._lookups.get(key)
-        if lookup is None or lookup.until <= trio.current_time():
-            lookup = self._lookups[key] = _Lookup()
+        if (
+            lookup is None
+            or lookup.until <= trio.current_time()
+            or (patient and not lookup.patient and not lookup.complete)
+        ):
+            lookup = self._lookups[key] = _Lookup(patient)
             self._lookups.move_to_end(key)
             while len(self._lookups) > MAX_KEPT:
                 self._lookups.popitem(last=False)[1].done.set()
             try:
                 async with self._looking:
                     await self._tidy()
-                    found, lookup.failure = await self._ask_routers(cid)
+                    found = await self._ask_routers(cid, lookup)
                     lookup.until = trio.current_time() + (FOUND_SECONDS if found else NONE_SECONDS)
             finally:
                 if lookup.until == float("inf"):  # cancelled: who waits asks anew
@@ -220,54 +280,50 @@ class Network:
         else:
             await lookup.done.wait()
             if lookup.until == -float("inf"):
-                await self._look_up(cid)
-                return
+                return await self._look_up(cid, patient)
         if lookup.failure is not None:
             raise SourceFailed(str(lookup.failure), lookup.failure.kind)
+        return lookup
 
-    async def _ask_routers(self, cid: Cid) -> tuple[bool, SourceFailed | None]:
-        """Whether some provider is known now, and why no router could say."""
+    async def _ask_routers(self, cid: Cid, lookup: _Lookup) -> bool:
+        """Whether some provider is known now. `lookup` has why no router could say."""
         named, failures, answered = 0, list[SourceFailed](), 0
 
         async def ask(router: Router, scope: trio.CancelScope) -> None:
             nonlocal named, answered
+            of_router = 0
             try:
-                async for addresses in router.providers(cid):
-                    origins = (provider_origin(each, allow_private=self._allow_private) for each in addresses)
-                    for origin in list(dict.fromkeys(each for each in origins if each is not None))[:1]:
-                        named += self._add(origin) or origin in self._providers
-                        scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
-                    if named >= MAX_NEW:
-                        scope.cancel()
+                async with aclosing(router.providers(cid)) as found:
+                    async for addresses in found:
+                        of_router += self._add_first(addresses, router)
+                        if of_router and not lookup.patient:
+                            scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
+                        if of_router >= MAX_NEW:
+                            break
                 answered += 1
             except SourceFailed as exc:
                 log.info("%s", exc)
                 failures.append(exc)
+            finally:
+                named += of_router
 
         with trio.CancelScope(deadline=trio.current_time() + LOOKUP_SECONDS) as scope:
             async with trio.open_nursery() as nursery:
                 for router in self._routers:
                     nursery.start_soon(ask, router, scope)
-        if named or answered:
-            return named > 0, None
-        names = ", ".join(router.name for router in self._routers)
-        late = SourceFailed(f"no router answered within {LOOKUP_SECONDS:g} s: {names}", TIMEOUT)
-        return False, failures[0] if failures else late
+        lookup.complete = lookup.patient or not named or not scope.cancelled_caught
+        if not named and not answered:
+            names = ", ".join(router.name for router in self._routers)
+            late = SourceFailed(f"no router answered within {LOOKUP_SECONDS:g} s: {names}", TIMEOUT)
+            lookup.failure = failures[0] if failures else late
+        return named > 0
 
 
-class _Passed:
-    """Passes the verified blocks of a subtree on, as a `base.Taker`."""
-
-    def __init__(self, network: Network, deliver: DeliverBlocks) -> None:
-        self._network, self._deliver = network, deliver
+class _Everything:
+    """Wants all blocks of a subtree (`base.Wanted`)."""
 
     def wants(self, _cid: Cid) -> bool:
         return True
 
     def came(self, _cid: Cid, _block: bytes) -> None:
         pass
-
-    async def take(self, blocks: Mapping[Cid, Fetched]) -> None:
-        for fetched in blocks.values():
-            self._network._note_used(fetched.source, 1)
-        await self._deliver([(cid, fetched.block) for cid, fetched in blocks.items()])

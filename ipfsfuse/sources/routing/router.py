@@ -6,7 +6,7 @@ by who asked for them. A list is read as far as it is useful, and no further.
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from ipfsfuse.dag import cid as cids
@@ -52,7 +52,7 @@ class Router:
     async def aclose(self) -> None:
         await self.http.aclose()
 
-    async def providers(self, cid: Cid) -> AsyncIterator[Sequence[str]]:
+    async def providers(self, cid: Cid) -> AsyncGenerator[Sequence[str], None]:
         """The addresses of each provider of `cid` that speaks HTTP, as multiaddrs, as they come. Raises
         SourceFailed; a router that knows nobody has no items."""
         target = f"{API}/providers/{cids.text(cid)}?filter-protocols={TRANSPORT},unknown"

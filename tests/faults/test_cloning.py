@@ -1,0 +1,132 @@
+"""Staging from a node's repository on the same file system, where that can share extents: nothing is written,
+and what is staged is proved as ever. On images of XFS and btrfs."""
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipfsfuse.dag import cid as cids
+from tests.dagging import Dag
+from tests.faults.test_harm import repository
+from tests.mounting import Home, Mounted, wait_until
+
+MIB = 1 << 20
+LEAVES = 44
+TAIL = 12_345
+"""Bytes of the last leaf: it ends within a block of the file system."""
+WRONG = 40
+"""The leaf that is damaged where a test says so."""
+MAKE = {
+    "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+}
+
+
+@pytest.fixture(params=list(MAKE))
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system in a file."""
+    command = MAKE[request.param]
+    if os.getuid() or shutil.which(command[0]) is None:
+        pytest.skip(f"needs root and {command[0]}")
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(400 * MIB)
+    subprocess.run([*command, str(image)], check=True, stdout=subprocess.DEVNULL)
+    made = subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no image of {request.param} can be mounted here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        # A process that ends may still be in it. The loop device goes with the last mount of it: a mount
+        # namespace that was made meanwhile has one, too.
+        wait_until(lambda: not subprocess.run(["umount", str(folder)]).returncode, "it is unmounted")
+
+
+class Content:
+    """A file in a repository on `disk`, whose node does not run."""
+
+    def __init__(self, disk: Path) -> None:
+        dice, dag = random.Random(5), Dag()
+        self.leaves = [*(dice.randbytes(MIB) for _ in range(LEAVES)), dice.randbytes(TAIL)]
+        self.bytes = b"".join(self.leaves)
+        self.cid = cids.text(dag.file(self.leaves))
+        self.blocks = [cids.multihash_base32(dag.block(leaf)) for leaf in self.leaves]
+        self.repository = disk / "repository"
+        repository(self.repository, dag)
+        self.home = Home(disk / "home")
+        self.home.env["IPFS_PATH"] = str(self.repository)
+
+    def block(self, number: int) -> Path:
+        name = self.blocks[number]
+        return self.repository / "blocks" / name[-3:-1] / f"{name}.data"
+
+    @property
+    def staged(self) -> Path:
+        return self.home.store / "staging" / self.cid
+
+    def read(self, mount: Mounted) -> bytes:
+        return (mount.path / self.cid).read_bytes()
+
+
+def used(disk: Path) -> int:
+    os.sync()
+    info = os.statvfs(disk)
+    return (info.f_blocks - info.f_bfree) * info.f_frsize
+
+
+@pytest.mark.logs("wrong bytes in the cache")
+def test_what_is_staged_shares_the_repositorys_extents(disk: Path) -> None:
+    """And neither side changes the other: a write into one of two files that share extents goes to new
+    blocks."""
+    content = Content(disk)
+    with content.home.mounted("--from", "kubo") as mount:
+        before = used(disk)
+        assert content.read(mount) == content.bytes
+        wait_until(content.staged.exists, "the file is whole")
+        # leaves that were read before read-ahead began are copied: on a busy machine more of them
+        assert used(disk) - before < len(content.bytes) // 4
+        status = mount.status()
+        assert status["cache"]["used"] > len(content.bytes), "what is shared counts in the budget"
+        assert status["sources"][0]["blocks"] >= LEAVES
+        with content.staged.open("r+b") as file:
+            file.seek(30 * MIB)
+            file.write(bytes(4096))
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        assert content.read(mount) == content.bytes, "the wrong leaf is set aside and fetched again"
+        for number in (20, 21):
+            with content.block(number).open("r+b") as file:
+                file.write(bytes(4096))
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        assert content.read(mount) == content.bytes
+        assert mount.status()["cache"]["misses"] == 1 + LEAVES + 1 + 1, "the root, each leaf, one again"
+        content.home.run("evict", content.cid)
+        assert not content.staged.exists()
+    for number in (0, 30, 40, LEAVES):
+        assert content.block(number).read_bytes() == content.leaves[number]
+
+
+@pytest.mark.logs(".")
+def test_what_was_cloned_is_hashed_and_a_wrong_block_is_never_given(disk: Path) -> None:
+    content = Content(disk)
+    with content.block(WRONG).open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes([content.leaves[WRONG][1000] ^ 1]))
+    with content.home.mounted("--from", "kubo", "--deadline", "10s") as mount:
+        with (mount.path / content.cid).open("rb") as reader:
+            for number, leaf in enumerate(content.leaves):
+                if number == WRONG:
+                    with pytest.raises(OSError):
+                        reader.read(len(leaf))
+                    reader.seek((WRONG + 1) * MIB)
+                else:
+                    assert reader.read(len(leaf)) == leaf
+        (kept,) = content.home.json("ls", "--json")["entries"]
+        assert not kept["complete"], "a wrong leaf was never proved"
+        assert not content.staged.exists()
