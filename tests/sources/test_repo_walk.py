@@ -64,7 +64,8 @@ def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
     assert walk.incomplete
 
 
-def test_the_limit_ends_it_and_one_call_gives_some() -> None:
+def test_the_limit_ends_it_and_one_call_gives_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubo_repo.time, "monotonic", lambda: 0.0)  # a call ends by its time, too
     large = raw_blocks(5, 40, size=200_000)
     root_block = dagpb.encode(
         [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(large)], b"\x08\x01"
