@@ -143,12 +143,15 @@ def _become(user: User, folders: Sequence[Path]) -> None:
 
 
 SYSTEM_FOLDERS = (
-    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys", "/run",
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys",
     "/nix", "/gnu", "/snap", "/dev/urandom", "/dev/zero",
+    "/run/systemd", "/run/NetworkManager", "/run/resolvconf", "/run/netconfig", "/run/connman", "/run/nscd",
+    "/run/current-system", "/run/opengl-driver",
     "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",
 )  # fmt: skip
 """Where programs, certificates, name servers and what the kernel tells are found. Those of /etc may be links
-to somewhere else, as openSUSE has it."""
+to somewhere else, as openSUSE has it. Of /run only what tells where name servers are: it also holds secrets
+of containers and of users."""
 
 
 def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             "import sys; from scripts.benches.calls import daemon; sys.exit(daemon(sys.argv[1], "
             "sys.argv[2:]))"
         )
-        mount = ["mount", "--foreground", "--from", node.gateway_url, str(home.mountpoint)]
+        mount = ["mount", "--foreground", "--unconfined", "--from", node.gateway_url, str(home.mountpoint)]
         process = subprocess.Popen([sys.executable, "-c", code, str(out), *mount], env=home.env)
         try:
             wait_until(home.mountpoint.is_mount, "mounted")

@@ -73,6 +73,7 @@ with locked(cache) as folder:
     refused("writes no other file", (secret.parent / "new").write_text, "x")
     refused("writes nothing into the library", (library / "new").write_text, "x")
     refused("lists no home", os.listdir, secret.parent)
+    refused("lists no secrets of services", os.listdir, "/run")
     refused("reads no disk", open, "/dev/full", "rb")  # nor any other device
     refused("starts no program", subprocess.run, ["/bin/true"])
     with socket.socket() as listener:
@@ -93,7 +94,7 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
     assert done.returncode == 0, done.stderr
     refused = done.stdout.splitlines()
     expected = ["reads no secret", "writes no other file", "writes nothing into the library", "lists no home"]
-    expected += ["reads no disk", "starts no program"]
+    expected += ["lists no secrets of services", "reads no disk", "starts no program"]
     expected += ["listens nowhere"] * (landlock_abi() >= 4) + ["ends no other process"] * (
         landlock_abi() >= 6
     )

@@ -10,16 +10,22 @@ import pytest
 from tests.mounting import Home
 
 TOP = Path(__file__).parents[2]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", ".*_cache", ".hypothesis", "build", "dist", "*.egg-info", "*.so", "__pycache__", "*.pyc"
+_MADE = shutil.ignore_patterns(
+    ".git", ".venv", ".*_cache", ".hypothesis", "*.egg-info", "*.so", "__pycache__", "*.pyc"
 )
+
+
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """What a copy of the checkout leaves out. Below the top, `build` is the name of scripts."""
+    top = {"build", "dist"} if Path(folder) == TOP else set()
+    return _MADE(folder, names) | top
 
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
     folder = tmp_path_factory.mktemp("release")
-    shutil.copytree(TOP, folder / "source", ignore=NOT_SOURCE)
+    shutil.copytree(TOP, folder / "source", ignore=not_source)
     command = [
         sys.executable,
         "-m",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.packaging.conftest import not_source
+
 TOP = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
@@ -84,10 +86,7 @@ def test_the_debian_package_in_a_fresh_debian(suite: str, tmp_path: Path) -> Non
         if path.exists():
             shutil.copy(path, base / path.relative_to("/"))
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", ".*_cache", "build", "dist", "*.so", "*.egg-info", "__pycache__"
-    )
-    shutil.copytree(TOP, source, ignore=ignored)
+    shutil.copytree(TOP, source, ignore=not_source)
     (source / "dist").mkdir()
     script = f"""
     set -e

@@ -43,6 +43,7 @@ def wheel(release: Path) -> Path:
 def test_the_sdist_has_every_file_of_the_checkout(release: Path, unpacked: Path) -> None:
     source = files(release.parent / "source")
     assert len(source) > 300
+    assert {"packaging/deb/build", "tests/kubo/build"} <= source
     missing = {path for path in source if ".egg-info/" not in path} - files(unpacked)
     assert missing <= {".setup.lock"}
     modes = {path: os.stat(unpacked / path).st_mode & 0o777 for path in source & files(unpacked)}

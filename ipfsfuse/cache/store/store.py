@@ -294,6 +294,8 @@ class Store:
                 return []
             entry.disk += grown
             if found and entry.extents is not None:
+                if entry.proved is entry.extents:  # until now all that is there was proved
+                    entry.proved = Extents(entry.extents)
                 last = leaves[len(found) - 1]
                 entry.extents.add(start, last.offset + last.size)
             return found
