@@ -15,6 +15,7 @@ from ipfsfuse_run.errors import COULD_NOT_RUN, say, trap_text
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Exits with the guest's code, 125 if the guest could not be run, 2 for a usage error, or by the signal
     that ended the run."""
+    _open_streams()
     signals.raise_on_signals()
     given = sys.argv[1:] if argv is None else argv
     try:
@@ -27,6 +28,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if code < 0:
         signals.exit_by_signal(-code)
     _exit(code)
+
+
+def _open_streams() -> None:
+    """Puts /dev/null in the place of each standard stream that the caller closed. Else a file of the runner's
+    own would get that number, and the guest would have it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            file = os.open(os.devnull, os.O_RDWR)
+            if file != number:
+                os.dup2(file, number)
+                os.close(file)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 # as long as the process
 
 
 def _exit(code: int) -> NoReturn:

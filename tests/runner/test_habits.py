@@ -151,3 +151,13 @@ def test_a_guest_killed_from_outside_is_137(run: Runner, habits: Path) -> None:
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         assert process.wait() == 137
+
+
+@pytest.mark.parametrize("engine", ["auto", "library"])
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_stream_that_the_caller_closed_is_empty(
+    run: Runner, habits: Path, stream: int, engine: str
+) -> None:
+    command = ["sh", "-c", f'exec "$@" {stream}>&-', "sh", *run.command("--engine", engine, habits, "cat")]
+    done = subprocess.run(command, env=run.env, cwd=TOP, input=b"", capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
