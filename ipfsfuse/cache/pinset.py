@@ -152,7 +152,12 @@ class PinsetCache:
                     async with _living(folder, budget, nursery, pins, reserve) as store:
                         cache = cls(store, Reader(store, blocks, nursery, deadline))
                         nursery.start_soon(cache._pinned.recover)
-                        yield cache
+                        try:
+                            yield cache
+                        finally:
+                            # what was read is staged before the store closes
+                            with trio.CancelScope(shield=True):
+                                await cache.reader.settle()
                 except BaseException as exc:
                     failure = exc
                     raise

@@ -20,7 +20,7 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree
+from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree, Verified
 from ipfsfuse.sources.streams import Block
 
 T = TypeVar("T")
@@ -417,20 +417,30 @@ class Reader:
             wanted = LeafRange(file.cid, file.size, [by_key[key][0] for key in keys], clone)
             room = trio.Semaphore(STAGED_TOGETHER)
             async with trio.open_nursery() as nursery, self._blocks.stream(wanted) as stream:
-                async for index, blocks, source, release in stream:
-                    self.misses += len(blocks)
-                    came_now: list[tuple[bytes, FetchResult]] = []
-                    for key, block in zip(keys[index:], blocks, strict=False):
-                        result = await result_of_leaf(file, by_key[key][0], block, source)
-                        batch.resolve(key, result)  # a reader does not wait until it is written
-                        came_now.append((key, result))
-                        for leaf in by_key[key]:
-                            fits = len(result.content) == leaf.size
-                            if listening and arrived is not None and fits and leaf not in came:
-                                came.add(leaf)
-                                arrived(leaf, result.content)
-                    await room.acquire()
-                    nursery.start_soon(stage, batch, came_now, release, room)
+                async for delivery in stream:
+                    with trio.CancelScope(
+                        shield=True
+                    ):  # what was given to readers is staged, though they leave
+                        came_now = await give(batch, keys, delivery)
+                        await room.acquire()
+                        nursery.start_soon(stage, batch, came_now, delivery.release, room)
+
+        async def give(
+            batch: Batch[bytes, FetchResult], keys: Sequence[bytes], delivery: Verified
+        ) -> Sequence[tuple[bytes, FetchResult]]:
+            """Readers do not wait until it is written."""
+            self.misses += len(delivery.blocks)
+            came_now: list[tuple[bytes, FetchResult]] = []
+            for key, block in zip(keys[delivery.first :], delivery.blocks, strict=False):
+                result = await result_of_leaf(file, by_key[key][0], block, delivery.source)
+                batch.resolve(key, result)
+                came_now.append((key, result))
+                for leaf in by_key[key]:
+                    fits = len(result.content) == leaf.size
+                    if listening and arrived is not None and fits and leaf not in came:
+                        came.add(leaf)
+                        arrived(leaf, result.content)
+            return came_now
 
         async def stage(
             batch: Batch[bytes, FetchResult],
@@ -439,15 +449,18 @@ class Reader:
             room: trio.Semaphore,
         ) -> None:
             of_leaves = [(by_key[key][0], result) for key, result in came_now]
-            if all(_memory(result.content) is cloned.get(leaf.offset, self) for leaf, result in of_leaves):
-                self.store.note_proved(file, [leaf for leaf, _result in of_leaves])
-            else:
-                await self._stage_all(file, of_leaves)
-            for key, result in came_now:
-                for leaf in by_key[key][1:]:
-                    if result.stage and not await self._has(file, leaf):
-                        await self._stage(file, leaf, result)
-                batch.staged(key)
+            with trio.CancelScope(shield=True):
+                if all(
+                    _memory(result.content) is cloned.get(leaf.offset, self) for leaf, result in of_leaves
+                ):
+                    self.store.note_proved(file, [leaf for leaf, _result in of_leaves])
+                else:
+                    await self._stage_all(file, of_leaves)
+                for key, result in came_now:
+                    for leaf in by_key[key][1:]:
+                        if result.stage and not await self._has(file, leaf):
+                            await self._stage(file, leaf, result)
+                    batch.staged(key)
             release()
             room.release()
 

@@ -96,6 +96,41 @@ def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(t
     trio.run(main)
 
 
+def test_what_was_fetched_ahead_is_staged_though_its_reader_leaves(tmp_path: Path) -> None:
+    """A reader closes a file once it has the last leaf, and its fetches ahead end with it."""
+
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, _content = make_file(chain, 4 * MIB, MIB)
+        arrived: list[Leaf] = []
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            async with trio.open_nursery() as nursery, nothing_written(cache):
+                nursery.start_soon(
+                    cache.reader.ahead, file, leaves, lambda leaf, _content: arrived.append(leaf)
+                )
+                await wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            await cache.reader.settle()
+            assert arrived
+            for leaf in arrived:
+                assert await cache.store.has_leaf(file, leaf)
+
+    trio.run(main)
+
+
+def test_a_block_that_was_read_just_before_the_close_is_in_the_index(tmp_path: Path) -> None:
+    chain = Chain()
+    small = chain.add(b"a small file")
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            await cache.reader.block(small, early=True)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            assert (await cache.store.blocks.count()).blocks == 1
+
+    trio.run(main)
+
+
 def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
