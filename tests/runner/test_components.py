@@ -101,9 +101,10 @@ def test_a_recorded_run_in_python_is_repeated(world: World, python: Path, tmp_pa
     target = tmp_path / "run.car"
     done = world.recording("--record", target, python, "look", world.path, "file")
     assert json.loads(done.stdout)["content"] == "content of file\n", done
-    assert replayed(world, target) == (0, ["stdout: the same", "stderr: the same", "exit code: the same"])
+    same = [f"{what}: the same" for what in ("stdout", "stderr", "exit code", "read", "missing")]
+    assert replayed(world, target) == (0, same)
     shown = json.loads(world.elsewhere("inspect", target, "--json").stdout)
-    read = {each["path"].removeprefix(world.path): each["read"] for each in shown["read"]}
+    read = {each["path"].removeprefix(world.path): each["read"] for each in shown["paths"]}
     assert read.items() >= {"": 0, "/file": 16}.items()
 
 
