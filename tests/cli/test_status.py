@@ -119,7 +119,7 @@ def test_history_tells_what_was_counted_and_when(read: tuple[Mounted, str]) -> N
 def test_the_live_view_shows_who_reads_what(user: Home, read: tuple[Mounted, str]) -> None:
     mount, root = read
     leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (40, 160))
+    termios.tcsetwinsize(follower, (40, 240))
     path = os.fsencode(mount.path) + b"/" + root.encode() + b"/unread"
     with open(path, "rb") as opened:
         opened.read(4096)
@@ -135,6 +135,7 @@ def test_the_live_view_shows_who_reads_what(user: Home, read: tuple[Mounted, str
         assert watching.wait(PATIENCE) == 130
     os.close(leader)
     assert f" {os.getpid()} (".encode() in shown
+    assert b"/unread" in shown
     assert b"hit rate" in shown
     assert b"Traceback" not in shown
 
