@@ -128,6 +128,16 @@ def conformance() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def others_may_pass(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Some tests become another user. pytest makes its folders for one user alone."""
+    base = tmp_path_factory.getbasetemp()
+    for folder in (base, *base.parents):
+        if folder == Path(tempfile.gettempdir()) or folder.stat().st_uid != os.getuid():
+            break
+        folder.chmod(folder.stat().st_mode | 0o011)
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """Folders and environment of one imaginary user."""
