@@ -1,4 +1,5 @@
-"""What a process gives up for good: new privileges, and by landlock the files that it has no business with.
+"""What a process gives up for good: new privileges, and by landlock the files that it has no business with;
+and how it hides its memory.
 
 By ctypes: packages for this take 50 ms to import. Used by the daemon of a mount and by the process of a guest
 (`ipfsfuse_run.lockdown`). Both calls hold for the calling thread and for what it starts from then on, so make
@@ -23,7 +24,14 @@ class Access(NamedTuple):
     """Empty ones, where nothing else may be written."""
 
 
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+
+
+def hide_memory() -> None:
+    """From now on, no other process of this user may trace this one, read its memory or open its files by
+    /proc, and no core is dumped: a guest that broke out of its room is a process of this user, too. A process
+    that is forked from it later is the same, until it is another program (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def refuse_new_privileges() -> bool:

@@ -14,7 +14,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
-from ipfsfuse.cache.reader import Reader
+from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.cache.store.packs import PackSet
 from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
@@ -76,14 +76,8 @@ class Pinning:
             block = await reader.block(cid)
             if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
                 await self._store.blocks.keep(cid, block, self._pack_set)
-            walk.add(*_below(self._store, await _parsed(cid, block), in_file))
+            walk.add(*_below(self._store, await parsed_node(cid, block, SMALL), in_file))
             self.check()
-
-
-async def _parsed(cid: Cid, block: bytes) -> Node:
-    if len(block) <= SMALL:
-        return nodes.parse(cid, block)
-    return await threads.run_sync(nodes.parse, cid, block)
 
 
 def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
@@ -183,7 +177,7 @@ class PinnedDags:
                     continue
                 found.add(place.pack)
             try:
-                node = await _parsed(cid, block)
+                node = await parsed_node(cid, block, SMALL)
             except (Malformed, Unsupported):
                 continue
             if isinstance(node, File) and node.size > SMALL and not in_file and not nodes.holds_values(cid):

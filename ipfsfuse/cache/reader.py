@@ -14,9 +14,9 @@ from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout
+from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf
+from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
@@ -90,6 +90,14 @@ async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
     return await threads.run_sync(parse)
+
+
+async def parsed_node(cid: Cid, block: bytes, most: int = MAX_PARSED_ON_LOOP) -> Node:
+    """The node of `block`, parsed in a thread if that has more than `most` bytes. Raises what `nodes.parse`
+    raises."""
+    if len(block) <= most:
+        return nodes.parse(cid, block)
+    return await threads.run_sync(nodes.parse, cid, block)
 
 
 async def content_of(leaf: Leaf, block: Block) -> Content:
@@ -418,9 +426,8 @@ class Reader:
             room = trio.Semaphore(STAGED_TOGETHER)
             async with trio.open_nursery() as nursery, self._blocks.stream(wanted) as stream:
                 async for delivery in stream:
-                    with trio.CancelScope(
-                        shield=True
-                    ):  # what was given to readers is staged, though they leave
+                    # what was given to readers is staged, though they leave
+                    with trio.CancelScope(shield=True):
                         came_now = await give(batch, keys, delivery)
                         await room.acquire()
                         nursery.start_soon(stage, batch, came_now, delivery.release, room)

@@ -11,7 +11,6 @@ In the foreground of a terminal it says that the terminal has gone: then the mou
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ipfsfuse import mount
+from ipfsfuse import confinement, mount
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli import console, logs, parser, settings
 from ipfsfuse.cli.settings import ALLOW_OTHER
@@ -40,7 +39,7 @@ WATCH_MS = 500
 
 def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
     """Mounts and serves until the mount is gone. Raises what prevents it."""
-    _hide_memory()
+    confinement.hide_memory()
     log_to = logs.DaemonLog()
     logging.basicConfig(level=logging.INFO, handlers=[log_to])
     logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
@@ -93,15 +92,6 @@ def serve(asked: MountConfig, arguments: argparse.Namespace) -> None:
         if starter is not None:
             starter.report(f"error {console.one_line(console.unwrapped(exc))}")
         raise
-
-
-_PR_SET_DUMPABLE = 4
-
-
-def _hide_memory() -> None:
-    """No other process of this user may trace this one, read its memory or open its files by /proc, and no
-    core is dumped (prctl(2)): a guest that broke out of its room is a process of this user, too."""
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class _Indexing:

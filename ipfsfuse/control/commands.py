@@ -19,13 +19,13 @@ from ipfsfuse.cache.base import Kept
 from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reader import Reader
+from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.config import MountConfig
 from ipfsfuse.content import Names
 from ipfsfuse.control.blocks import WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import hamt, nodes, traversal
+from ipfsfuse.dag import hamt, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink
 from ipfsfuse.dag.path import can_hold, cid_alone
@@ -461,8 +461,6 @@ async def _node(reader: Reader, cid: Cid) -> Node | None:
     if block is None:
         return None
     try:
-        if len(block) > nodes.MAX_PARSED_ON_LOOP:
-            return await threads.run_sync(nodes.parse, cid, block)
-        return nodes.parse(cid, block)
+        return await parsed_node(cid, block)
     except (Malformed, Unsupported):
         return None

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 import trio
 
+from ipfsfuse.cache.reader import parsed_node
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes, traversal
 from ipfsfuse.dag.cid import Cid
@@ -53,7 +54,7 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
         block = cids.block_of(cid)
         if block not in way[-1:]:
             way.append(block)
-        return await _parsed(cid, await get(block))
+        return await parsed_node(cid, await get(block))
 
     async def all_nodes(wanted: Sequence[Cid]) -> list[Node]:
         return [await node(cid) for cid in wanted]
@@ -70,12 +71,6 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
     if cids.is_value(entity):  # the path ends within the last block of the way
         entity = way.pop()
     return Place(way, entity)
-
-
-async def _parsed(cid: Cid, block: bytes) -> Node:
-    if len(block) <= MAX_PARSED_ON_LOOP:
-        return nodes.parse(cid, block)
-    return await threads.run_sync(nodes.parse, cid, block)
 
 
 async def blocks(

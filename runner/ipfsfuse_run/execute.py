@@ -73,14 +73,10 @@ def _execute(options: Options) -> Ended:
 def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
     """The CID of the results, if it is known already or asked for; it is printed for the command. With --add
     they are taken into the library. Raises StoreFailed."""
-    if options.add:
+    if options.add or (cid is None and (options.cid_file is not None or options.return_cid)):
         from ipfsfuse_run import results
 
-        cid = results.add(options, folder)
-    elif cid is None and (options.cid_file is not None or options.return_cid):
-        from ipfsfuse_run import results
-
-        cid = results.cid_of(options, folder)
+        cid = results.add(options, folder) if options.add else results.cid_of(options, folder)
     if cid is None:
         return None
     if not options.return_cid:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(BaseException):
@@ -45,13 +45,6 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
-
-
-def hide_memory() -> None:
-    """From now on, no other process of this user may trace this one, read its memory or open its files by
-    /proc, and no core is dumped. A process that is forked from it later is the same, until it is another
-    program (prctl(2))."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def exit_by_signal(number: int) -> NoReturn:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
-from ipfsfuse import units
+from ipfsfuse import confinement, units
 from ipfsfuse.text import printable
 from ipfsfuse_run import child, growth, limits, signals
 from ipfsfuse_run.child import Plan, Reports
@@ -215,7 +215,8 @@ class _Supervisor:
             for each in (reports, *close):
                 os.close(each)
             child.main(self._plan, parent, Reports(write_end))
-        signals.hide_memory()  # not before: the guest's process makes a user namespace, which asks for more
+        # not before: the guest's process makes a user namespace, which asks for more
+        confinement.hide_memory()
         os.close(write_end)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
         for sink, target, (end, write) in pumped:

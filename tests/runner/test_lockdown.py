@@ -166,7 +166,7 @@ def test_doctor_names_the_layers(home: Home) -> None:
 
 
 READS = "import sys; open(f'/proc/{sys.argv[1]}/mem', 'rb').close()"
-DAEMON = "import sys; from ipfsfuse.cli import daemon; daemon._hide_memory(); print('hidden', flush=True); sys.stdin.read()"
+DAEMON = "import sys; from ipfsfuse import confinement; confinement.hide_memory(); print('hidden', flush=True); sys.stdin.read()"
 WITHOUT = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
 """Root's capabilities would open every memory, and close that of who has more of them."""
 
