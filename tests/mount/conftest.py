@@ -47,8 +47,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sample]:
     """Mounted with --allow-other where root runs the tests, so that other users may try too."""
     folder = tmp_path_factory.mktemp("sample")
     os.chmod(folder, 0o755)
-    os.chmod(folder.parent, 0o755)
-    os.chmod(folder.parent.parent, 0o755)
     home = Home(folder)
     source = sample_tree(folder)
     cid = home.add(source)
