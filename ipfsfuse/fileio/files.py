@@ -198,8 +198,9 @@ def read_file(path: str, most: int) -> bytes | None:
     return content if len(content) == size else None
 
 
-HASHED_TOGETHER = 128 << 10
-"""Bytes that are read and then hashed, while the disk reads the next ones."""
+HASHED_TOGETHER = 256 << 10
+"""Bytes that are read and then hashed, while the disk reads the next ones. Asked for by one call, the disk
+gives all of them at the same time, after some 1.2 ms for 1 MiB: then hashing begins only there."""
 
 
 def read_hashed(path: str, most: int) -> tuple[bytes, bytes] | None:
@@ -207,7 +208,8 @@ def read_hashed(path: str, most: int) -> tuple[bytes, bytes] | None:
     hasher, pieces = hashlib.sha256(), list[bytes]()
     try:
         with regular(path, most) as (file, size):
-            os.posix_fadvise(file, 0, size, os.POSIX_FADV_WILLNEED)
+            for at in range(0, size, HASHED_TOGETHER):
+                os.posix_fadvise(file, at, HASHED_TOGETHER, os.POSIX_FADV_WILLNEED)
             for at in range(0, size, HASHED_TOGETHER):
                 piece = os.pread(file, min(HASHED_TOGETHER, size - at), at)
                 hasher.update(piece)
