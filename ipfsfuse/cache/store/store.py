@@ -202,7 +202,10 @@ class Store:
             )
         except OSError as exc:
             self.backoff.failed(cids.text(entry.cid), exc)
-        self._settle(entry)
+        if entry.disk or entry.reserved or entry.dead:
+            self._settle(entry)
+        else:  # nothing is left of it: the name goes too, before the leaves come back under another
+            await self.budget.evict(entry.cid)
 
     async def _lost(self, entry: Entry, error: OSError) -> None:
         """A staging file that can't be read: it is there no more."""
