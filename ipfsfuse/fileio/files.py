@@ -125,44 +125,36 @@ class Direct:
         self._supported = True
         """False once the file system refused O_DIRECT."""
 
-    def write(self, file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
-        """Writes `parts` at `offset` of an open file. Raises OSError."""
-        if not self._direct(write_parts, file, parts, offset):
-            write_parts(file, parts, offset)
-
-    def read(self, file: int, parts: Sequence[memoryview], offset: int) -> None:
-        """Fills `parts` from `offset` on, as far as the file goes. Raises OSError."""
-        if not self._direct(os.preadv, file, parts, offset):
-            os.preadv(file, parts, offset)
-
-    def _direct(
+    def transfer(
         self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
-    ) -> bool:
-        """Whether `call` was made with O_DIRECT."""
-        if not self._supported or offset % ALIGNED:
-            return False
+    ) -> None:
+        """Calls `call(file, parts, offset)`: `write_parts`, or `os.preadv`, which fills `parts` as far as the
+        file goes. Raises OSError."""
+        direct = self._supported and not offset % ALIGNED
         for part in parts:
-            if not isinstance(part, memoryview) or not is_aligned(part, ALIGNED):
-                return False
-        if self._buffered_calls:
+            direct = direct and isinstance(part, memoryview) and is_aligned(part, ALIGNED)
+        if direct and self._buffered_calls:
             self._buffered_calls -= 1
-            return False
-        flags, start = fcntl.fcntl(file, fcntl.F_GETFL), time.monotonic()
-        try:
-            fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+            direct = False
+        start = time.monotonic()
+        if direct:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL)
+            try:
+                fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+                call(file, parts, offset)
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:
+                    raise
+                self._supported = direct = False
+            finally:
+                fcntl.fcntl(file, fcntl.F_SETFL, flags)
+        if not direct:
             call(file, parts, offset)
-        except OSError as exc:
-            if exc.errno != errno.EINVAL:
-                raise
-            self._supported = False
-            return False
-        finally:
-            fcntl.fcntl(file, fcntl.F_SETFL, flags)
+            return
         pace = (time.monotonic() - start - THREAD_SWITCH) / sum(map(len, parts))
         self._pace += WEIGHT * (max(pace, 0.0) - self._pace)
         if self._pace > SLOW:
             self._buffered_calls, self._pace = BUFFERED_CALLS, SLOW  # the next direct call decides
-        return True
 
 
 # -- whole files ---------------------------------------------------------------------------------------------
