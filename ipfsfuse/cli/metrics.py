@@ -102,7 +102,7 @@ class _Server(ThreadingHTTPServer):
         self._open: dict[int, socket.socket] = {}
         self._changing = threading.Lock()
         super().__init__(address, _Handler)
-        self.private = ip_address(self.server_address[0]).is_loopback
+        self.private = ip_address(str(self.server_address[0])).is_loopback
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._changing:
