@@ -51,7 +51,8 @@ class Home:
         self.mountpoint.mkdir(parents=True)
         self.runtime = folder.with_name(f"{folder.name}-runtime")
         self.runtime.mkdir(mode=0o700, exist_ok=True)
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("IPFS", "XDG"))} | {
+        of_others = ("IPFS", "XDG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(of_others)} | {
             "HOME": str(folder),
             "XDG_RUNTIME_DIR": str(self.runtime),
             "IPFS_PATH": str(folder / "no-node"),

@@ -27,18 +27,14 @@ async def run_sync(
     abandon_on_cancel: bool = False,
     limiter: trio.CapacityLimiter | None = None,
 ) -> T:
-    """`trio.to_thread.run_sync`; where no thread can be started, `function` is called on the event loop."""
-    began = False
-
-    def work() -> T:
-        nonlocal began
-        began = True
-        return function(*arguments)
-
+    """`trio.to_thread.run_sync`; where no thread can be started, `function` is called on the event loop. It
+    must not start threads itself."""
     try:
-        return await trio.to_thread.run_sync(work, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
+        return await trio.to_thread.run_sync(
+            function, *arguments, abandon_on_cancel=abandon_on_cancel, limiter=limiter
+        )
     except RuntimeError as exc:
-        if began or "start new thread" not in str(exc):
+        if "start new thread" not in str(exc):
             raise
     _note()
     return function(*arguments)

@@ -174,9 +174,8 @@ def in_terminal(user: Home, variables: dict[str, str], columns: int, *arguments:
     """What a command shows in a terminal so wide, on standard output and error."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
-    env = {key: value for key, value in user.env.items() if key not in ("NO_COLOR", "COLUMNS")} | variables
     command = [sys.executable, "-m", "ipfsfuse", *arguments]
-    running = subprocess.Popen(command, env=env, stdout=follower, stderr=follower)
+    running = subprocess.Popen(command, env=user.env | variables, stdout=follower, stderr=follower)
     os.close(follower)
     shown = b""
     try:
