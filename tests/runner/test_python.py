@@ -321,7 +321,7 @@ def test_a_run_whose_results_can_not_be_kept_gives_its_result(
     for name, value in home.env.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "run.car").mkdir()
-    with pytest.raises(ipfsfuse_run.ResultsNotKept, match="run[.]car can't be written") as caught:
+    with pytest.raises(ipfsfuse_run.ResultsNotKept, match=r"run\.car can't be written") as caught:
         ipfsfuse_run.run(habits, "err", record=tmp_path / "run.car")
     assert (caught.value.result.stderr, caught.value.result.receipt) == (b"to stderr\n", None)
     with pytest.raises(UsageError, match="there is no folder /nowhere"):
