@@ -200,7 +200,7 @@ class Filesystem:
                 continue
             if not isinstance(here, Directory | Shard):
                 raise NotADirectory(f"{path}: a file was used as a directory")
-            link = await self._tree.drive(traversal.child(here, name))
+            link = await traversal.drive(traversal.child(here, name), self._tree.nodes)
             if link is None:
                 raise NotFound(f"{path}: no such entry")
             ways.append(await self._tree.node(link.cid))

@@ -113,7 +113,7 @@ class Budget:
         if not self.counted.is_set():
             return False
         self._unlooked += size
-        if self._lock.locked() or self._unlooked >= LOOK_BYTES or self.used + size > self.limit:
+        if self._lock.locked() or self._unlooked >= LOOK_BYTES or self.arc.bytes + size > self.arc.capacity:
             async with self._lock:
                 done = await self._reserve(key, size)
         else:
@@ -143,10 +143,6 @@ class Budget:
                 return key in self.arc
         return True
 
-    def settle(self, size: int) -> None:
-        """A write that `size` bytes were reserved for has ended: what it took is on the disk, and counted."""
-        self._pending -= size
-
     def restore(self, key: Key, size: int, frequent: bool) -> None:
         """Counts `size` bytes that an earlier run left of `key`, which is the one used last so far."""
         if key in self._exempt:
@@ -154,8 +150,10 @@ class Budget:
         else:
             self.arc.restore(key, size, frequent)
 
-    def adjust(self, key: Key, by: int) -> None:
-        """Corrects what is counted for `key` by so many bytes: what was reserved meanwhile stays counted."""
+    def settle(self, key: Key, by: int, reserved: int = 0) -> None:
+        """Corrects what is counted for `key` by so many bytes: what was reserved meanwhile stays counted.
+        `reserved` where a write has ended for which so many bytes were reserved."""
+        self._pending -= reserved
         if not by:
             return
         size = self.size(key) + by

@@ -106,9 +106,10 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
 
 
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
-    """A block as its waiters get it."""
-    is_file = cids.codec(cid) == cids.RAW and not fetched.source.in_place
-    return FetchResult(fetched.block, fetched.source, is_file)
+    """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
+    if cids.codec(cid) != cids.RAW or fetched.source.in_place:
+        return FetchResult(fetched.block, fetched.source, False)
+    return FetchResult(fetched.block, fetched.source, True, fetched.block, (cids.canonical(cid), 0))
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:

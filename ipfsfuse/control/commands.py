@@ -254,7 +254,7 @@ class Commands:
         if not path.names:
             return path.root
         with request_of(os.getuid()):
-            node = await self._tree.drive(traversal.resolve(path))
+            node = await traversal.drive(traversal.resolve(path), self._tree.nodes)
         self._cache.note_root(path.root, cids.text(path.root))  # `ls` finds the names below it
         return node.cid
 

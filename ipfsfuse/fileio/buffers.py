@@ -14,6 +14,7 @@ import weakref
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from operator import mul
 
 SIZES = tuple(1 << power for power in range(16, 22))
 """Of buffers that are used again, in bytes: 64 KiB to 2 MiB, the largest block."""
@@ -45,7 +46,7 @@ def lend(size: int) -> memoryview:
 
 def _drop_others(size: int) -> None:
     """Drops unused buffers that are not of `size` bytes, the largest first, while there are too many."""
-    left = sum(each * len(buffers) for each, buffers in list(_unused.items()))
+    left = sum(map(mul, _unused, map(len, _unused.values())))
     for each in reversed(SIZES):
         while left > KEPT_IN_ALL and each != size and _unused[each]:
             with contextlib.suppress(IndexError):  # another thread took the last one

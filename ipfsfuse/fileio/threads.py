@@ -27,21 +27,24 @@ async def run_sync(
     abandon_on_cancel: bool = False,
     limiter: trio.CapacityLimiter | None = None,
 ) -> T:
-    """`trio.to_thread.run_sync`; where no thread can be started, `function` is called on the event loop."""
-    began = False
-
-    def work() -> T:
-        nonlocal began
-        began = True
-        return function(*arguments)
-
+    """`trio.to_thread.run_sync`; where no thread can be started, `function` is called on the event loop. It
+    must not start threads itself."""
     try:
-        return await trio.to_thread.run_sync(work, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
+        return await trio.to_thread.run_sync(
+            function, *arguments, abandon_on_cancel=abandon_on_cancel, limiter=limiter
+        )
     except RuntimeError as exc:
-        if began or "start new thread" not in str(exc):
+        if "start new thread" not in str(exc):
             raise
     _note()
     return function(*arguments)
+
+
+def on_loop(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """Calls `function` on the event loop, from a thread of `run_sync` or from the loop itself."""
+    if trio.lowlevel.in_trio_run():
+        return function(*arguments)
+    return trio.from_thread.run_sync(function, *arguments)
 
 
 def _note() -> None:

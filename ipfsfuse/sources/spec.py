@@ -147,6 +147,18 @@ def source_files(texts: Sequence[str], library: Path) -> list[Path]:
     return files
 
 
+def source_sockets(texts: Sequence[str]) -> list[Path]:
+    """The Unix sockets that these sources connect to, or the folder of the node that may name one. Raises
+    UsageError."""
+    found = []
+    for spec in parse_sources(texts):
+        if spec.origin is not None and spec.origin.unix is not None:
+            found.append(Path(spec.origin.unix))
+        elif spec.kind == KUBO and spec.origin is None and (folder := repository()).exists():
+            found.append(folder)
+    return found
+
+
 def is_remote(spec: Spec) -> bool:
     """Whether it is known to be beyond this machine. Of `kubo`, the node's repository tells that later."""
     return spec.kind == NETWORK or (spec.origin is not None and not spec.origin.is_local)

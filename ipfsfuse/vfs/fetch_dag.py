@@ -12,7 +12,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout, nodes
+from ipfsfuse.dag import file_layout, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
 from ipfsfuse.dag.traversal import BlockWalk
@@ -116,7 +116,7 @@ class _Job:
     async def _leaves(self, file: File, ref: FileRef) -> None:
         offset, sure = 0, False
         while offset < file.size:
-            window = await self._tree.drive(file_layout.leaves(file, offset, WINDOW, sure))
+            window = await traversal.drive(file_layout.leaves(file, offset, WINDOW, sure), self._tree.nodes)
             try:
                 await self._window(ref, window)
             except NotALeaf:

@@ -13,7 +13,7 @@ import trio
 
 from ipfsfuse.cache.base import Content, FileRef
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout, nodes
+from ipfsfuse.dag import file_layout, nodes, traversal
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request
@@ -233,8 +233,10 @@ class OpenFile:
             return await self._range(offset, size)
 
     async def _range(self, offset: int, size: int) -> Content:
-        """The bytes of all leaves that lie under a read."""
+        """The bytes of all leaves that lie under a read. What is left of the last one a sequential reader
+        finds in the buffer, so that its hash pays once."""
         parts: list[Content] = []
+        sequential = self._ahead.sequential
         end = offset + size
         while offset < end:
             leaves: Sequence[Leaf] = ()
@@ -244,33 +246,29 @@ class OpenFile:
                     leaves = stretch[first_leaf : bisect_left(stretch, end, key=_OFFSET)]
             for leaf in leaves or await self._walk(offset, end - offset):
                 first, last = offset - leaf.offset, min(end - leaf.offset, leaf.size)
-                parts.append(await self._part(leaf, first, last))
                 offset = leaf.offset + last
+                if self._tree.use is not None:
+                    self._tree.use(leaf.cid, ahead=False)
+                self._asked.append(leaf.offset)
+                data = self._buffer.leaves.get(leaf.offset)
+                if data is None and not sequential:
+                    parts.append(await self._tree.cache.part(self._ref, leaf, first, last))
+                    continue
+                if data is None:
+                    data = await self._tree.cache.leaf(self._ref, leaf, early=True)
+                parts.append(memoryview(data)[first:last])
+                if sequential and offset == self._file.size:
+                    self._buffer.clear()  # what was read from the windows is still there
+                elif last == leaf.size:
+                    self._buffer.drop(leaf.offset)
+                elif sequential:
+                    self._buffer.put(leaf.offset, data)
+                self._buffer.passed(leaf.offset)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _part(self, leaf: Leaf, first: int, last: int) -> Content:
-        """The bytes [first, last) of a leaf. What is left of it a sequential reader finds in the buffer, so
-        that its hash pays once."""
-        cache, sequential = self._tree.cache, self._ahead.sequential
-        if self._tree.use is not None:
-            self._tree.use(leaf.cid, ahead=False)
-        self._asked.append(leaf.offset)
-        data = self._buffer.leaves.get(leaf.offset)
-        if data is None:
-            if last - first < leaf.size and not sequential:
-                return await cache.part(self._ref, leaf, first, last)
-            data = await cache.leaf(self._ref, leaf, early=True)
-        if sequential and leaf.offset + last == self._file.size:
-            self._buffer.clear()  # what was read from the windows is still there
-        elif last == leaf.size:
-            self._buffer.drop(leaf.offset)
-        elif sequential:
-            self._buffer.put(leaf.offset, data)
-        self._buffer.passed(leaf.offset)
-        return memoryview(data)[first:last]
-
     async def _walk(self, offset: int, size: int) -> Sequence[Leaf]:
-        leaves = await self._tree.drive(file_layout.leaves(self._file, offset, size, self._sure))
+        walk = file_layout.leaves(self._file, offset, size, self._sure)
+        leaves = await traversal.drive(walk, self._tree.nodes)
         if leaves:
             self._stretches.appendleft(leaves)
         return leaves

@@ -7,7 +7,7 @@ file bytes never are.
 
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -16,7 +16,6 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import directory_pages, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import NO_META, Directory, File, Link, Meta, Node, Shard, Symlink
-from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.dag.values import Document
 from ipfsfuse.errors import (
     IsADirectory,
@@ -76,8 +75,6 @@ ROOT_ATTRIBUTES = _attributes(stat.S_IFDIR, 0o555, 0, NO_META)
 
 
 # -- nodes ---------------------------------------------------------------------------------------------------
-
-T = TypeVar("T")
 
 NODES_WEIGHT = 8 << 20
 """Bytes of blocks whose parsed form is kept: it takes about one and a half times its block."""
@@ -222,11 +219,9 @@ class Tree:
         found = self._known.get(cids.canonical(cid))
         return found if found is not None else _carried(cid)
 
-    async def drive(self, steps: Walk[T]) -> T:
-        """Runs a walk to its value, side by side where it wants several nodes at once."""
-        return await traversal.drive(steps, self._all)
-
-    async def _all(self, wanted: Sequence[Cid]) -> list[Node]:
+    async def nodes(self, wanted: Sequence[Cid]) -> list[Node]:
+        """The nodes of `wanted`, fetched side by side: what `traversal.drive` asks for. Without any, other
+        tasks have their turn."""
         if not wanted:
             await trio.lowlevel.checkpoint()
         found = {cid: node for cid in wanted if (node := self._at_hand(cid)) is not None}
@@ -262,7 +257,7 @@ class Tree:
     async def child(self, parent: Cid, name: bytes) -> Link:
         """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no
         such name."""
-        link = await self.drive(traversal.child(await self.directory(parent), name))
+        link = await traversal.drive(traversal.child(await self.directory(parent), name), self.nodes)
         if link is None:
             raise NotFound(f"{name!r} is not in {cids.text(parent)}")
         return link
@@ -272,7 +267,7 @@ class Tree:
         directory = await self.directory(parent)
         if self._subtrees is not None and not after:
             self._subtrees.nodes_of(directory)
-        page = await self.drive(directory_pages.entries(directory, after))
+        page = await traversal.drive(directory_pages.entries(directory, after), self.nodes)
         # a page has some thousand entries: they are not handled in one step of the loop
         await trio.lowlevel.checkpoint()
         if self._prefetcher is not None:  # else every block that is used must be told of

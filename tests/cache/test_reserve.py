@@ -71,11 +71,11 @@ def test_what_is_reserved_and_not_written_yet_is_still_free() -> None:
         for _ in range(2):
             await budget.refit(0, MIB)
             assert budget.limit == 64 * MIB
-            budget.settle(8 * MIB)
+            budget.settle(1, 0, 8 * MIB)
             written = 8 * MIB
             await budget.refit(0, MIB)
             assert budget.limit == 64 * MIB
-            budget.adjust(1, -8 * MIB)
+            budget.settle(1, -8 * MIB)
             written = 0
             assert await budget.reserve(1, 8 * MIB)
 

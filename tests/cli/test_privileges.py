@@ -47,6 +47,59 @@ def test_the_daemon_gives_up_new_privileges_and_says_so(user: Home) -> None:
         assert status(mount.pid, "NoNewPrivs") == "0"
 
 
+DAC_OVERRIDE, DAC_READ_SEARCH, SYS_ADMIN = 1 << 1, 1 << 2, 1 << 21
+
+
+def capabilities(pid: int) -> set[int]:
+    """Of every thread, in all sets."""
+    return {
+        int(line.split()[1], 16)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for line in (task / "status").read_text().splitlines()
+        if line.startswith(("CapPrm", "CapEff", "CapBnd", "CapAmb", "CapInh"))
+    }
+
+
+@as_root
+@pytest.mark.parametrize("where", ["root's", "another's", "--passthrough", "--unconfined"])
+def test_a_daemon_that_stays_root_keeps_few_capabilities(user: Home, where: str) -> None:
+    """It reads a CAR file that is another's, writes a log in another's folder, unmounts, and may give the
+    kernel files to read where it was asked to."""
+    (user.folder / "in-car").write_bytes(data := os.urandom(100_000))
+    cid = user.add(user.folder / "in-car")
+    car = user.folder / "others.car"
+    user.run("export", cid, car)
+    user.run("rm", cid)
+    os.chown(car, NOBODY, NOBODY)
+    car.chmod(0o600)
+    options, expected = ["--from", str(car)], DAC_READ_SEARCH
+    if where == "another's":
+        logs = user.folder / "logs"
+        logs.mkdir(mode=0o700)
+        os.chown(logs, NOBODY, NOBODY)
+        options += ["--log-file", str(logs / "log")]
+        expected |= DAC_OVERRIDE
+    elif where == "--passthrough":
+        options.append(where)
+        expected |= SYS_ADMIN
+    elif where == "--unconfined":
+        options.append(where)
+    if where == "--passthrough" and user.run("mount", *options, user.mountpoint, check=False).returncode:
+        pytest.skip("this machine has no FUSE passthrough")
+    if where == "--passthrough":
+        user.run("unmount", user.mountpoint)
+    with user.mounted(*options) as mount:
+        assert (mount.path / cid).read_bytes() == data
+        if where == "--unconfined":
+            assert max(capabilities(mount.pid)) > SYS_ADMIN
+            return
+        held = capabilities(mount.pid)
+        assert held - {0} == {expected}, [f"{each:x}" for each in held]
+        if where == "another's":
+            assert "capabilities (kept: dac_read_search, dac_override)" in (logs / "log").read_text()
+    assert not os.path.ismount(user.mountpoint)
+
+
 CONFINED = """
 import os, socket, subprocess, sys
 from pathlib import Path
@@ -80,6 +133,10 @@ with locked(cache) as folder:
     with socket.socket() as listener:
         refused("listens nowhere", listener.bind, ("127.0.0.1", 0))
     refused("ends no other process", os.kill, os.getppid(), 0)
+    if os.getuid() == 0:
+        refused("reads no environment", Path(f"/proc/{os.getppid()}/environ").read_bytes)
+        refused("gives nothing away", os.chown, cache, 1, 1)
+        refused("changes no mode of another's", os.chmod, secret, 0o644)
 """
 
 
@@ -89,6 +146,8 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
     secret = user.folder / "home" / ".ssh" / "id"
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
+    if os.getuid() == 0:
+        os.chown(secret, NOBODY, NOBODY)
     user.run("library")
     command = [sys.executable, "-c", CONFINED, user.folder / cache, user.library, user.mountpoint, secret]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
@@ -99,6 +158,8 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
     expected += ["listens nowhere"] * (landlock_abi() >= 4) + ["ends no other process"] * (
         landlock_abi() >= 6
     )
+    if os.getuid() == 0:
+        expected += ["reads no environment", "gives nothing away", "changes no mode of another's"]
     assert refused == expected
 
 

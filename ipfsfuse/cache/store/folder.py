@@ -186,7 +186,8 @@ class Subfolder:
 
     def open(self, name: str, flags: int) -> int:
         """A descriptor of a file; a link is not followed. Raises OSError."""
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd())
+        folder = self._fd if self._fd >= 0 else self.fd()
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder)
 
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd())
@@ -379,7 +380,7 @@ def _announced_in(folder: Path) -> tuple[int, str] | None:
         finally:
             os.close(fd)
         return int(said["pid"]), str(said["mountpoint"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -523,9 +523,8 @@ class BlockStore:
                 return None
             if self.packs.sizes.get(pack, 0) == held:
                 return pack, cost
-            self._budget.settle(cost)
             # it had to leave, to make room for itself: its number is not used again
-            self._budget.adjust(pack, -cost)
+            self._budget.settle(pack, -cost, reserved=cost)
 
     async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
         """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is
@@ -538,8 +537,7 @@ class BlockStore:
         try:
             return await self._write(pack, data, sections)
         finally:
-            self._budget.settle(cost)
-            self._settle_pack(pack)
+            self._settle_pack(pack, cost)
 
     async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
         at = self.packs.sizes.setdefault(pack, 0)
@@ -562,10 +560,10 @@ class BlockStore:
             self.tell_index()
             return True
 
-    def _settle_pack(self, pack: int) -> None:
+    def _settle_pack(self, pack: int, reserved: int = 0) -> None:
         size, unit = self.packs.sizes.get(pack, 0), self._unit
         charge = -(-size // unit) * unit + unit if size else 0
-        self._budget.adjust(pack, charge - self._budget.size(pack))
+        self._budget.settle(pack, charge - self._budget.size(pack), reserved)
 
     # -- eviction and the index ------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ import stat
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -31,7 +32,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, StoreFailed, Unsupported
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import ALIGNED, NOT_SHARED, Direct, punch_hole, regular, share_extents
+from ipfsfuse.fileio.files import ALIGNED, NOT_SHARED, Direct, punch_hole, regular, share_extents, write_parts
 
 # -- when things were used last, by a clock that nobody sets
 
@@ -47,9 +48,8 @@ _start = float("-inf")
 """The wall clock's time at the start of the machine."""
 
 
-def now() -> float:
-    """The machine's time, in seconds."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+now = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+"""The machine's time, in seconds."""
 
 
 def to_wall(moment: float) -> float:
@@ -82,50 +82,43 @@ _NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")
 """base32, as `cids.text` spells."""
 
 
+@dataclass(slots=True, eq=False)
 class Extents:
     """Which bytes of a file are present: sorted half-open intervals of byte offsets, joined where they
     touch."""
 
-    __slots__ = ("_ends", "_starts")
-
-    def __init__(self, intervals: Iterable[tuple[int, int]] = ()) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        for start, end in intervals:
-            self.add(start, end)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(zip(self._starts, self._ends, strict=True))
-
-    def __len__(self) -> int:
-        return len(self._starts)
+        return iter(zip(self.starts, self.ends, strict=True))
 
     def covers(self, start: int, end: int) -> bool:
-        at = bisect_right(self._starts, start) - 1
-        return at >= 0 and self._ends[at] >= end
+        at = bisect_right(self.starts, start) - 1
+        return at >= 0 and self.ends[at] >= end
 
     def add(self, start: int, end: int) -> None:
         if start >= end:
             return
-        low = bisect_left(self._ends, start)
-        high = bisect_right(self._starts, end)
+        low = bisect_left(self.ends, start)
+        high = bisect_right(self.starts, end)
         if low < high:
-            start = min(start, self._starts[low])
-            end = max(end, self._ends[high - 1])
-        self._starts[low:high] = [start]
-        self._ends[low:high] = [end]
+            start = min(start, self.starts[low])
+            end = max(end, self.ends[high - 1])
+        self.starts[low:high] = [start]
+        self.ends[low:high] = [end]
 
     def remove(self, start: int, end: int) -> None:
         if start >= end:
             return
-        low = bisect_right(self._ends, start)
-        high = bisect_left(self._starts, end)
+        low = bisect_right(self.ends, start)
+        high = bisect_left(self.starts, end)
         if low >= high:
             return
-        left, right = (self._starts[low], start), (end, self._ends[high - 1])
+        left, right = (self.starts[low], start), (end, self.ends[high - 1])
         kept = [part for part in (left, right) if part[0] < part[1]]
-        self._starts[low:high] = [part[0] for part in kept]
-        self._ends[low:high] = [part[1] for part in kept]
+        self.starts[low:high] = [part[0] for part in kept]
+        self.ends[low:high] = [part[1] for part in kept]
 
 
 Stamp = tuple[int, int, int, int]
@@ -257,17 +250,12 @@ class Staging:
             known = self.entries[cid] = Entry(cid, size, extents=(there := Extents()), proved=there)
         return known
 
-    def cost(self, start: int, end: int) -> int:
-        """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it
-        included."""
-        return (-(-end // self.unit) - start // self.unit + 1) * self.unit
-
     def charge(self, entry: Entry) -> int:
         """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
         tree that the file system writes later, until the file is whole and on disk."""
         if entry.complete:  # mostly the same number, and not one more in memory
             return entry.disk + entry.reserved if entry.reserved else entry.disk
-        pieces = len(entry.extents) if entry.extents is not None else 1
+        pieces = len(entry.extents.starts) if entry.extents is not None else 1
         return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
 
     def forget(self, entry: Entry) -> None:
@@ -303,7 +291,7 @@ class Staging:
     def look(self, entry: Entry) -> Extents:
         """Which bytes of `entry` may be present, by what the file system says."""
         if entry.complete:
-            return Extents([(0, entry.size)])
+            return Extents([0], [entry.size])
         found = Extents()
         file = self._open_to_read(entry)
         try:
@@ -361,7 +349,7 @@ class Staging:
     def _read_into_buffers(self, file: int, wanted: Sequence[Leaf]) -> list[memoryview]:
         buffers = [lend(leaf.size) for leaf in wanted[:-1]]
         buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
-        self._direct.read(file, buffers, wanted[0].offset)
+        self._direct.transfer(os.preadv, file, buffers, wanted[0].offset)
         return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
 
     def clone(
@@ -427,7 +415,7 @@ class Staging:
             try:
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
-                self._direct.write(file, parts, offset)
+                self._direct.transfer(write_parts, file, parts, offset)
             except OSError as exc:
                 if exc.errno == errno.EFBIG and not entry.seen:
                     self.too_large = min(self.too_large, entry.size)
@@ -522,9 +510,10 @@ class Staging:
             os.close(file)
 
     def open_verified(self, entry: Entry) -> int | None:
-        """The file, open for reading, if it is as it was when it was verified whole. Raises OSError."""
+        """The file, open for reading, if it is as it was when it was verified whole, and nobody else has it
+        open for writing. Raises OSError."""
         file = self._open_to_read(entry)
-        if entry.verified and entry.stamp == _stamp(os.fstat(file)):
+        if entry.verified and entry.stamp == _stamp(os.fstat(file)) and not _has_writer(file):
             return file
         os.close(file)
         return None
@@ -537,8 +526,8 @@ class Staging:
                 return self._open(entry, os.O_RDONLY)
 
     def _open(self, entry: Entry, flags: int) -> int:
-        name = cids.text(entry.cid)
-        return self.folder.open(name if entry.complete else name + PART, flags)
+        name = cids.text(entry.cid) if entry.complete else cids.text(entry.cid) + PART
+        return self.folder.open(name, flags)
 
 
 def _name(entry: Entry) -> str:
@@ -576,6 +565,17 @@ def digests_of(content: bytes | bytearray) -> bytes:
 
 def _stamp(info: os.stat_result) -> Stamp:
     return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _has_writer(file: int) -> bool:
+    """Whether anybody has the file open for writing, or mapped so: what is stored through a mapping may
+    change no time. `file` is open for reading; the kernel grants a read lease only if there is no writer."""
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def is_free(file: int) -> bool:

@@ -261,9 +261,7 @@ class Store:
         try:
             yield entry
         finally:
-            entry.reserved -= cost
-            self.budget.settle(cost)
-            self._settle(entry)
+            self._settle(entry, cost)
 
     async def clone_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], files: Sequence[str], source: str
@@ -298,7 +296,7 @@ class Store:
             entry.disk += grown
             if found and entry.extents is not None:
                 if entry.proved is entry.extents:  # until now all that is there was proved
-                    entry.proved = Extents(entry.extents)
+                    entry.proved = Extents([*entry.extents.starts], [*entry.extents.ends])
                 last = leaves[len(found) - 1]
                 entry.extents.add(start, last.offset + last.size)
             return found
@@ -313,18 +311,21 @@ class Store:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""
         if not entry.complete and entry.proved is not None:
             entry.proved.add(start, end)
-            if entry.all_proved() and not self.backoff.waiting:
+            if entry.proved.covers(0, entry.size) and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
-    def _settle(self, entry: Entry) -> None:
-        if entry.dead:
-            return
-        empty = not entry.disk and not entry.reserved
-        charge = 0 if empty else self.staging.charge(entry)
-        self.budget.adjust(entry.cid, charge - entry.charged)
-        entry.charged = charge
-        if empty:
-            self.staging.forget(entry)
+    def _settle(self, entry: Entry, reserved: int = 0) -> None:
+        """Corrects what the budget counts for `entry`. `reserved` where a write has ended for which so many
+        bytes were reserved."""
+        entry.reserved -= reserved
+        by = 0
+        if not entry.dead:
+            empty = not entry.disk and not entry.reserved
+            charge = 0 if empty else self.staging.charge(entry)
+            by, entry.charged = charge - entry.charged, charge
+            if empty:
+                self.staging.forget(entry)
+        self.budget.settle(entry.cid, by, reserved)
 
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
