@@ -511,9 +511,10 @@ class Staging:
             os.close(file)
 
     def open_verified(self, entry: Entry) -> int | None:
-        """The file, open for reading, if it is as it was when it was verified whole. Raises OSError."""
+        """The file, open for reading, if it is as it was when it was verified whole, and nobody else has it
+        open for writing. Raises OSError."""
         file = self._open_to_read(entry)
-        if entry.verified and entry.stamp == _stamp(os.fstat(file)):
+        if entry.verified and entry.stamp == _stamp(os.fstat(file)) and not _has_writer(file):
             return file
         os.close(file)
         return None
@@ -559,6 +560,17 @@ def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
 
 def _stamp(info: os.stat_result) -> Stamp:
     return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _has_writer(file: int) -> bool:
+    """Whether anybody has the file open for writing, or mapped so: what is stored through a mapping may
+    change no time. `file` is open for reading; the kernel grants a read lease only if there is no writer."""
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def is_free(file: int) -> bool:
