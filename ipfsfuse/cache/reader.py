@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Pieces, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import SMALL, Store
 from ipfsfuse.dag import cid as cids
@@ -333,6 +333,9 @@ class Reader:
             return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
         self.hits += 1
         return part
+
+    def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
+        return self.store.pieces(file, leaf)
 
     async def _bring_leaf(self, file: FileRef, leaf: Leaf, early: bool) -> AsyncGenerator[FetchResult]:
         """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched

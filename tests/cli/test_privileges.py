@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,28 @@ def test_a_user_namespace(user: Home, hide: str) -> None:
     """
     done = in_namespace(user, ["-Urm"], script)
     assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+@as_root
+def test_the_first_process_of_a_container_ends_while_it_starts(user: Home, tmp_path: Path) -> None:
+    """The kernel drops a signal to it that it has no handler for."""
+    (tmp_path / "trio.py").write_text("import time\ntime.sleep(20)\n")  # a start that takes long
+    env = user.env | {"PYTHONPATH": f"{tmp_path}:{user.env['PYTHONPATH']}"}
+    mount = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", user.mountpoint]
+    with subprocess.Popen(["unshare", "--pid", "--fork", *mount], env=env) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        while running.poll() is None and not (first := children.read_text().split()):
+            time.sleep(0.02)
+        status = Path(f"/proc/{first[0]}/status")
+        while running.poll() is None and not caught(status) >> (signal.SIGTERM - 1) & 1:
+            time.sleep(0.02)
+        os.kill(int(first[0]), signal.SIGTERM)
+        assert running.wait(20) == 128 + signal.SIGTERM
+
+
+def caught(status: Path) -> int:
+    """The signals that a process has handlers for, as a mask."""
+    return int(status.read_text().split("SigCgt:")[1].split()[0], 16)
 
 
 @as_root
