@@ -36,7 +36,7 @@ class Callers:
             retried, first, waited = False, True, 0.0
             while True:
                 began = trio.current_time()
-                async with Place(self.limiter, retried, again=not first) as place:
+                async with self.limiter.place(retried, again=not first) as place:
                     if first:
                         waited = trio.current_time() - began
                         self.waited.append(waited)
@@ -127,7 +127,7 @@ def test_of_callers_that_both_want_all_each_gets_half() -> None:
             async def reader(caller: Caller) -> None:
                 with request_of(caller):
                     while True:
-                        async with Place(limiter):
+                        async with limiter.place():
                             await trio.sleep(0.05)
                             done.append(caller)
 
@@ -179,7 +179,7 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
 
             async def old() -> None:
                 current_request.set(request)
-                async with Place(limiter):
+                async with limiter.place():
                     started.append(trio.current_time())
 
             with request_of(ALICE):
@@ -215,7 +215,7 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
                     current_request.set(request)
                     retried = False
                     while True:
-                        async with Place(limiter, retried):
+                        async with limiter.place(retried):
                             began.append(trio.current_time())
                             await trio.sleep_forever()
                         retried = True
@@ -290,7 +290,7 @@ def test_a_cancelled_waiter_takes_no_place() -> None:
 
         async def work() -> None:
             nonlocal running, most
-            async with Place(limiter):
+            async with limiter.place():
                 running += 1
                 most = max(most, running)
                 await trio.sleep(1)
@@ -347,7 +347,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
             await trio.sleep(chance.uniform(0, 10))
             with request_of(caller), trio.move_on_after(chance.choice([0.01, 1, 10, 100])):
                 for _ in range(chance.randrange(1, 10)):
-                    async with Place(limiter, retried) as place:
+                    async with limiter.place(retried) as place:
                         inside.add(place)
                         assert limiter.in_flight <= running + late
                         try:
