@@ -12,7 +12,7 @@ import math
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Final, cast
@@ -30,8 +30,7 @@ from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
 from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
 from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls_context
-from ipfsfuse.sources.http.transport import Connection, ConnectionPool
-from ipfsfuse.sources.streams import Leases, nothing
+from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
 """Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
@@ -43,7 +42,10 @@ ERROR_BODY: Final = 64 * 1024
 PIECE: Final = 256 * 1024
 SMALL: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
+MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
+"""Seconds, at least and at most, after which a request over a kept connection is sent again over a new
+one."""
 END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
@@ -103,8 +105,6 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 class _HttpcoreBody:
     """The body of a response that came by httpcore, read as that of a `loopback.Connection` is."""
 
-    buffered = 0
-
     def __init__(self, response: httpx.Response) -> None:
         self._pieces = response.aiter_raw()
         self._rest = b""
@@ -142,12 +142,11 @@ class Response:
         self.status = response.status_code
         self.headers: dict[str, str] = dict(response.headers) if own is None else own.headers
         """By names in lower case."""
+        self.content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         self._body: Connection | _HttpcoreBody = own or _HttpcoreBody(response)
         self._response, self._name, self._total, self._share = response, name, settings.total, share
-        self.leases = Leases(share.give)
-        self._release: Callable[[], None] = nothing
-        """Of what was received last."""
         self._rate, self._quota = settings.rate, settings.quota
+        self._counted = self._rate is not None or self._quota is not None
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
         self.left = int(length[:18]) if known else None
@@ -156,27 +155,31 @@ class Response:
             self.left = 0
         self._ended = self.left == 0
 
-    @property
-    def content_type(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
     async def read(self, limit: int) -> bytes:
-        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset."""
-        if self.left is not None:
-            if self.left > limit:
-                raise SourceFailed(f"{self._name} offered {self.left} bytes: {limit} are the most", LONG)
-            if self.left <= self._body.buffered:
-                return await self.receive()
-            if self.left > SMALL:
-                return bytes((await self.receive_into([self.left], self._total))[0])
-        pieces, size = list[bytes](), 0
+        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset. A large
+        one waits until there is room for it, and has its time from then on."""
+        size = self.left
+        if size is not None and size > limit:
+            raise SourceFailed(f"{self._name} offered {size} bytes: {limit} are the most", LONG)
+        if size is not None and size > SMALL:
+            await self._share.take(size)
+            try:
+                with trio.fail_after(self._total):
+                    (content,) = await self._body.receive_into([size])
+            finally:
+                self._share.give(size)
+            self.left, self._ended = 0, True
+            if self._counted:
+                await self._spend(size)
+            return bytes(content)
+        pieces, count = list[bytes](), 0
         with trio.fail_after(self._total):
             while piece := await self.receive():
                 pieces.append(piece)
-                size += len(piece)
-                if size > limit:
+                count += len(piece)
+                if count > limit:
                     raise SourceFailed(f"{self._name} sent more than {limit} bytes", LONG)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     async def receive(self) -> bytes:
         """The next piece of the body, b"" at its end."""
@@ -188,24 +191,20 @@ class Response:
             if not piece:
                 raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
         self._ended = not piece or self.left == 0
-        await self._spend(len(piece))
+        if self._counted:
+            await self._spend(len(piece))
         return piece
 
-    async def receive_into(self, sizes: Sequence[int], seconds: float = math.inf) -> Sequence[memoryview]:
-        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`. A large body
-        waits until there is room for it; then it has `seconds`."""
+    async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`."""
         count = sum(sizes)
         if self.left is None or self.left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        self._release()  # what was received before is the reader's own by now
-        if count > SMALL:
-            await self._share.take(count)
-            self._release = self.leases.take(count)
-        with trio.fail_after(seconds):
-            filled = await self._body.receive_into(sizes)
+        filled = await self._body.receive_into(sizes)
         self.left -= count
         self._ended = self.left == 0
-        await self._spend(count)
+        if self._counted:
+            await self._spend(count)
         return filled
 
     async def _spend(self, count: int) -> None:
@@ -214,20 +213,13 @@ class Response:
         if self._rate is not None:
             await self._rate.spend(count)
 
-    def lease(self) -> Callable[[], None]:
-        """What was received last counts as in memory until the function returned is called, or until the
-        response is closed."""
-        release, self._release = self._release, nothing
-        return release
-
     async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
         """What this response to a request for `what` means where it is no success."""
         retry_after = self.headers.get("retry-after", "")
         return failures.declined(name, self.status, retry_after, await self.read(ERROR_BODY), what)
 
     async def aclose(self) -> bool:
-        """Whether the connection of httpcore may be used again: the body was read to its end."""
-        self.leases.close()
+        """Whether the connection may be used again: the body was read to its end."""
         if isinstance(self._body, _HttpcoreBody):
             await self._body.close(whole=self._ended)
         with suppress(Exception):
@@ -239,23 +231,48 @@ class Response:
 
 
 class OwnTransport(httpx.AsyncBaseTransport):
-    """Plain HTTP/1.1 to one origin on this machine by `loopback`.
+    """Plain HTTP/1.1 to one origin on this machine, by `transport.Connection`.
 
     The response's extension `connection` has its headers and its body; httpx is not told them."""
 
     def __init__(self, origin: Origin, settings: HttpSettings) -> None:
-        self.pool = ConnectionPool(origin, settings.connect, settings.idle, settings.total)
-        self._settings = settings
+        self._origin, self._settings = origin, settings
+        self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self.kept: list[Connection] | None = []
+        """Connections that can be used again; None once it is closed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
         lines += map(b"%s: %s".__mod__, request.headers.raw)
         data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
-        own = await self.pool.request(data, self._settings.idle_seconds)
-        return httpx.Response(own.status, extensions={"connection": own})
+        while self.kept:
+            connection = self.kept.pop()
+            idle = trio.current_time() - connection.idle_since
+            if idle < self._settings.idle_seconds and connection.is_fresh():
+                break
+            connection.close()
+        else:
+            origin = self._origin
+            with trio.fail_after(self._settings.connect):
+                if origin.unix is None:
+                    stream = await trio.open_tcp_stream(origin.host, origin.port)
+                else:
+                    stream = await trio.open_unix_socket(origin.unix)
+            connection = Connection(stream, self._settings.idle, self._threads)
+        try:
+            await connection.request(data, trio.current_time() + self._settings.total)
+        except BaseException:
+            connection.close()
+            raise
+        return httpx.Response(connection.status, extensions={"connection": connection})
+
+    def drop_kept(self) -> None:
+        while self.kept:
+            self.kept.pop().close()
 
     async def aclose(self) -> None:
-        self.pool.close()
+        self.drop_kept()
+        self.kept = None
 
 
 class _NoCookies(httpx.Cookies):
@@ -272,7 +289,7 @@ class _Client(httpx.AsyncClient):
     def __init__(self, transport: httpx.AsyncBaseTransport, *, keep: bool) -> None:
         super().__init__(transport=transport, trust_env=False)
         self.keep = keep
-        self.pool = transport.pool if isinstance(transport, OwnTransport) else None
+        self.own = transport if isinstance(transport, OwnTransport) else None
         """None with httpcore. Our transport has many connections, bounds the time for heads itself, and has
         the path beside the URL."""
 
@@ -289,7 +306,8 @@ class Http:
     def __init__(self, origin: Origin, settings: HttpSettings | None = None) -> None:
         self.origin = origin
         self.settings = s = settings or HttpSettings()
-        self._share = BodyShare(s.budget)
+        self.share = BodyShare(s.budget)
+        """For bodies that are not `read` whole: who receives one takes room for it, and gives it back."""
         self._closed = False
         self._answered = -math.inf
         """When the last head came."""
@@ -364,8 +382,13 @@ class Http:
         if not TARGET.fullmatch(path):
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
         every = self._headers(origin, method, tuple(headers), len(body))
-        began = trio.current_time()
-        patience = self._patience(began) if repeatable and origin == self._named else math.inf
+        began, patience = trio.current_time(), math.inf
+        kept = self._idle if self._own is None or self._own.own is None else self._own.own.kept
+        if repeatable and kept and origin == self._named:
+            # A kept one may be dead in silence: after the machine has slept or has changed its network.
+            request = current_request.get()
+            left = min(request.deadline, request.wanted_until) - began
+            patience = max(SHORTEST_SILENCE, min(SILENCE, left / 3))
         try:
             with trio.move_on_after(patience):
                 return await self._send_once(origin, method, path, every, body)
@@ -376,19 +399,9 @@ class Http:
                 raise
         return await self._send_once(origin, method, path, every, body)
 
-    def _patience(self, now: float) -> float:
-        """Seconds after which a request is sent again over a new connection. A kept one may be dead in
-        silence: after the machine has slept or has changed its network."""
-        own = None if self._own is None else self._own.pool
-        if not (self._idle if own is None else own.kept):
-            return math.inf
-        request = current_request.get()
-        left = min(request.deadline, request.wanted_until) - now
-        return max(SHORTEST_SILENCE, min(SILENCE, left / 3))
-
     async def _drop_kept(self) -> None:
-        if self._own is not None and self._own.pool is not None:
-            self._own.pool.drop_kept()
+        if self._own is not None and self._own.own is not None:
+            self._own.own.drop_kept()
         while self._idle:
             await self._idle.pop().aclose()
 
@@ -408,7 +421,7 @@ class Http:
 
         extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host, "trace": trace}
         limit: AbstractContextManager[object] = nullcontext()
-        if client.pool is not None:
+        if client.own is not None:
             url = _url(origin)
         else:
             url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path.encode())
@@ -420,7 +433,7 @@ class Http:
             with limit:
                 sent = await client.send(request, stream=True)
             self._answered = trio.current_time()
-            response = Response(sent, self.origin.text, self._share, self.settings)
+            response = Response(sent, self.origin.text, self.share, self.settings)
             return client, response
         finally:
             if response is None:
@@ -447,15 +460,19 @@ class Http:
         return _Client(transport, keep=named)
 
     async def _release(self, client: _Client, response: Response | None) -> None:
-        if client.pool is not None:
-            if response is not None and response.connection is not None:
-                response.leases.close()
-                client.pool.release(response.connection, self.settings.idle_connections)
+        """Keeps the connection for another request where it can be used again and few enough are kept."""
+        most = self.settings.idle_connections
+        if client.own is not None:
+            connection, kept = response and response.connection, client.own.kept
+            if connection and kept is not None and len(kept) < most and connection.is_reusable():
+                connection.idle_since = trio.current_time()
+                kept.append(connection)
+            elif connection:
+                connection.close()
             return
         with trio.CancelScope(shield=True):
             whole = response is not None and await response.aclose()
-            full = len(self._idle) >= self.settings.idle_connections
-            if whole and client.keep and not self._closed and not full:
+            if whole and client.keep and not self._closed and len(self._idle) < most:
                 self._idle.append(client)
             else:
                 await client.aclose()

@@ -372,7 +372,7 @@ class HedgedFetch:
         asked."""
         pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
         retried = False
-        while True:
+        while self._found is None:
             wait = self._pool.wait(managed)
             if wait == 0:
                 self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
@@ -380,8 +380,7 @@ class HedgedFetch:
                 try:
                     answer = await managed.ask(self._cid, hedge=hedge, retried=retried)
                 except trio.Cancelled:
-                    if self._found is not None and trio.current_time() - asked >= self._pool.patience:
-                        managed.overtaken(asked)
+                    self._note_cancelled(managed, asked)
                     raise
                 if isinstance(answer, bytes):
                     self._found = Fetched(answer, managed.source)
@@ -400,6 +399,11 @@ class HedgedFetch:
             with trio.move_on_after(min(wait, longest)):  # a pause may end sooner than it was said to
                 await self._no_more_tries.wait()
                 return
+
+    def _note_cancelled(self, managed: ManagedSource, asked: float) -> None:
+        """`managed`, which was asked at the time `asked`, has not answered."""
+        if self._found is not None and trio.current_time() - asked >= self._pool.patience:
+            managed.overtaken(asked)
 
     def note(self, managed: ManagedSource, failure: Failure) -> None:
         """What `managed` said instead of giving the block, and what follows for the others."""
