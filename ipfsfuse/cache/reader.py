@@ -85,6 +85,10 @@ class FetchResult(NamedTuple):
     """The file, and the offset in it, for which it is being staged."""
 
 
+Unstaged = tuple[FetchResult, Callable[[], Awaitable[None]] | None]
+"""A result, and what stages it; None where that is not to be staged."""
+
+
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
     if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
@@ -198,7 +202,7 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        fetch = partial(self._bring_block, cid, early)
+        fetch = partial(self._bring, partial(self._fetch_block, cid), cids.canonical(cid), early)
         result = await self._flights.join(block_key(cid), fetch, cids.canonical(cid), ended=not early)
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
@@ -220,36 +224,44 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _bring_block(self, cid: Cid, early: bool) -> AsyncGenerator[FetchResult]:
-        """A block that is not in a pack: from the staging file of a raw file, or fetched and staged."""
+    async def _fetch_block(self, cid: Cid) -> Unstaged:
+        """A block that is not in a pack: from the staging file of a raw file, or fetched."""
         content = await self._raw_file(cid)
         if content is not None:
             self.hits += 1
-            yield FetchResult(content, None, False)
-            return
+            return FetchResult(content, None, False), None
         fetched = await self._blocks.get(cid)
         result = result_of_block(cid, fetched)
-        stage = partial(self._stage_blocks, {cid: fetched})
-        if early and self._behind + len(fetched.block) <= MAX_BEHIND and not fetched.source.in_place:
-            with self.store.arriving(cid):
-                yield result
-                await self._stage_behind(len(fetched.block), stage)
-        else:
+        if not fetched.source.in_place:
+            return result, partial(self._stage_blocks, {cid: fetched})
+        self.misses += 1
+        return result, None
+
+    async def _bring(
+        self, fetch: Callable[[], Awaitable[Unstaged]], own: Cid, early: bool
+    ) -> AsyncGenerator[FetchResult]:
+        """What `fetch` returns, a block of `own` or the content of one of its leaves, staged. If `early`,
+        readers get it before that, unless too much waits to be staged."""
+        result, stage = await fetch()
+        size = len(result.content)
+        if stage is None:
+            yield result
+        elif not early or self._behind + size > MAX_BEHIND:
             await stage()
             yield result
+        else:
+            self._behind += size
+            try:
+                with self.store.arriving(own):
+                    yield result
+                    with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends
+                        await trio.sleep(BEHIND_SECONDS)
+                        await stage()
+            finally:
+                self._behind -= size
 
     async def settle(self) -> None:
         await self._flights.settle()
-
-    async def _stage_behind(self, size: int, stage: Callable[[], Awaitable[None]]) -> None:
-        """Stages `size` bytes that their readers have already."""
-        self._behind += size
-        try:
-            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
-                await trio.sleep(BEHIND_SECONDS)
-                await stage()
-        finally:
-            self._behind -= size
 
     async def _stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> None:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
@@ -314,7 +326,7 @@ class Reader:
             if block is not None:
                 self.hits += 1
                 return await content_of(leaf, block)
-        fetch = partial(self._bring_leaf, file, leaf, early)
+        fetch = partial(self._bring, partial(self._fetch_leaf, file, leaf), file.cid, early)
         result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
         # not remembered as a failure: another file may state the right size of this leaf
         if len(result.content) != leaf.size:
@@ -333,26 +345,17 @@ class Reader:
         self.hits += 1
         return part
 
-    async def _bring_leaf(self, file: FileRef, leaf: Leaf, early: bool) -> AsyncGenerator[FetchResult]:
-        """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched
-        before it is staged, unless too much waits for that."""
+    async def _fetch_leaf(self, file: FileRef, leaf: Leaf) -> Unstaged:
+        """A leaf from its staging file, or fetched."""
         if self.store.staging.find(file.cid) is not None:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
                 self.hits += 1
-                yield FetchResult(staged, None, False)
-                return
+                return FetchResult(staged, None, False), None
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        stage = partial(self._stage, file, leaf, result)
-        if early and self._behind + leaf.size <= MAX_BEHIND and not fetched.source.in_place:
-            with self.store.arriving(file.cid):
-                yield result
-                await self._stage_behind(leaf.size, stage)
-        else:
-            await stage()
-            yield result
+        return result, None if fetched.source.in_place else partial(self._stage, file, leaf, result)
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""

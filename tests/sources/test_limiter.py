@@ -1,6 +1,7 @@
 """How many requests one source is sent at a time, and whose turn is next: of stalled ones, of several
 callers, of a source that is busy."""
 
+import contextlib
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -9,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from ipfsfuse.cache.single_flight import Fetch
 from ipfsfuse.sources.base import Caller, current_request, request_of
 from ipfsfuse.sources.pool.limiter import NEW, ROTATE_FRESH, SETTLE, ConcurrencyLimiter, Place
 
@@ -182,9 +184,9 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
                 async with limiter.place():
                     started.append(trio.current_time())
 
-            with request_of(ALICE):
-                request = current_request.get().for_fetch()
-            request.join(request, 1000)
+            request = Fetch(ALICE)
+            stack = contextlib.ExitStack()
+            stack.enter_context(request.waiting(1000))
             callers = Callers(limiter, nursery)
             callers.crowd(100, ALICE)
             await wait_all_tasks_blocked()
@@ -193,8 +195,8 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
             callers.crowd(3000, ALICE)
             await trio.sleep(1)
             assert not started, "those who came later go first"
-            with request_of(BOB) as bobs:
-                request.join(bobs, 1000)
+            with request_of(BOB):
+                stack.enter_context(request.waiting(1000))
             await wait_all_tasks_blocked()
             assert started == [pytest.approx(trio.current_time())]
             nursery.cancel_scope.cancel()
@@ -209,9 +211,8 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
             began: list[float] = []
 
             async def reader() -> None:
-                with request_of(ALICE) as asked, trio.move_on_at(5.0):
-                    request = asked.for_fetch()
-                    request.join(asked, 5.0)
+                request = Fetch(ALICE)
+                with trio.move_on_at(5.0), request.waiting(5.0):
                     current_request.set(request)
                     retried = False
                     while True:

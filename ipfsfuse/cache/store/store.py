@@ -252,7 +252,7 @@ class Store:
         ):
             yield None
             return
-        if file.cid not in self.staging.entries:
+        if self.pins.anywhere and file.cid not in self.staging.entries:
             self.pins.add(file.cid)
         entry = self.staging.entry(file.cid, file.size)
         entry.reserved += cost
@@ -477,7 +477,7 @@ class Store:
             self._arriving[own] -= 1
             if not self._arriving[own]:
                 del self._arriving[own]
-                if not self.holds(cid):
+                if self.pins.anywhere and not self.holds(cid):
                     self.pins.remove(own)
 
     def rest_on_disk(self) -> int:

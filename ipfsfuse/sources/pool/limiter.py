@@ -215,9 +215,9 @@ class ConcurrencyLimiter:
 
     def _put(self, place: Place) -> None:
         """Queues `place` on the account of that one of its callers that has least in flight."""
-        callers = place.request.callers
-        if len(callers) > 1:
-            place.caller = min(callers, key=lambda caller: self._all_of[caller])
+        request = place.request
+        if request.others:
+            place.caller = min((request.caller, *request.others), key=lambda caller: self._all_of[caller])
         queue = self._queues.get(place.caller)
         if queue is None:
             queue = self._queues[place.caller] = _Queue()
