@@ -116,7 +116,7 @@ class Connection:
 
     async def receive(self, most: int) -> bytes:
         """The next piece of the body, of at most `most` bytes; b"" at its end."""
-        while not self._pieces and not self._has_ended():
+        while not self._pieces and not self._complete:
             await self._readable()
             try:
                 piece = self._raw.recv(min(self._left or PIECE, most, PIECE), socket.MSG_DONTWAIT)
@@ -124,6 +124,7 @@ class Connection:
                 continue
             if self._left is not None and piece:
                 self._left -= len(piece)
+                self._complete = not self._left
                 return piece
             if piece:
                 self._feed(piece)
@@ -159,6 +160,7 @@ class Connection:
                     raise SourceFailed("the body was cut short", SHORT)
                 self._fast = count >= FAST
             self._left = (self._left or 0) - count
+            self._complete = not self._left
             buffers.advance(left, count)
         return filled
 
@@ -189,11 +191,7 @@ class Connection:
 
     def is_reusable(self) -> bool:
         """Whether the response was read to its end, and the server takes another request."""
-        return self._keep and not self._surplus and not self._pieces and self._has_ended()
-
-    def _has_ended(self) -> bool:
-        """Whether nothing of the body is left in the socket."""
-        return self._left == 0 if self._left is not None else self._complete
+        return self._keep and self._complete and not self._surplus and not self._pieces
 
     def close(self) -> None:
         self._raw.close()
