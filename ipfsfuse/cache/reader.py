@@ -318,32 +318,37 @@ class Reader:
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
-    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
-        if file.size <= SMALL or cids.inline(leaf.cid) is not None:
-            return await content_of(leaf, await self.block(leaf.cid, early=early))
-        if cids.codec(leaf.cid) != cids.RAW:
-            block = await self.store.blocks.get(leaf.cid)
-            if block is not None:
+    async def leaf(
+        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
+    ) -> Content:
+        if part is not None and self.store.staging.find(file.cid) is not None:
+            proved = await self.store.part(file, leaf, *part)
+            if proved is not None:
                 self.hits += 1
-                return await content_of(leaf, block)
-        fetch = partial(self._bring, partial(self._fetch_leaf, file, leaf), file.cid, early)
-        result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
-        # not remembered as a failure: another file may state the right size of this leaf
-        if len(result.content) != leaf.size:
-            return await content_of(leaf, await self.block(leaf.cid, early=early))
-        if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
-            # another file's leaf, or another place in this one, of the same bytes
-            await self._stage(file, leaf, result)
-        return result.content
-
-    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
-        part = None
-        if self.store.staging.find(file.cid) is not None:
-            part = await self.store.part(file, leaf, start, stop)
-        if part is None:
-            return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
-        self.hits += 1
-        return part
+                return proved
+        block: bytes | None = None
+        if file.size <= SMALL or cids.inline(leaf.cid) is not None:
+            block = await self.block(leaf.cid, early=early)
+        elif cids.codec(leaf.cid) != cids.RAW:
+            block = await self.store.blocks.get(leaf.cid)
+            self.hits += block is not None
+        content: Content = b""
+        if block is None:
+            fetch = partial(self._bring, partial(self._fetch_leaf, file, leaf), file.cid, early)
+            result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
+            content = result.content
+            if len(content) != leaf.size:
+                # not remembered as a failure: another file may state the right size of this leaf
+                block = await self.block(leaf.cid, early=early)
+            elif (
+                result.stage
+                and result.staged_for != (file.cid, leaf.offset)
+                and not await self._has(file, leaf)
+            ):  # another file's leaf, or another place in this one, of the same bytes
+                await self._stage(file, leaf, result)
+        if block is not None:
+            content = await content_of(leaf, block)
+        return content if part is None else memoryview(content)[part[0] : part[1]]
 
     async def _fetch_leaf(self, file: FileRef, leaf: Leaf) -> Unstaged:
         """A leaf from its staging file, or fetched."""

@@ -252,7 +252,8 @@ class OpenFile:
                 self._asked.append(leaf.offset)
                 data = self._buffer.leaves.get(leaf.offset)
                 if data is None and not sequential:
-                    parts.append(await self._tree.cache.part(self._ref, leaf, first, last))
+                    part = (first, last)
+                    parts.append(await self._tree.cache.leaf(self._ref, leaf, part=part, early=True))
                     continue
                 if data is None:
                     data = await self._tree.cache.leaf(self._ref, leaf, early=True)

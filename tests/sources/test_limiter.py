@@ -186,7 +186,8 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
 
             request = Fetch(ALICE)
             stack = contextlib.ExitStack()
-            stack.enter_context(request.waiting(1000))
+            with request_of(ALICE):
+                stack.enter_context(request.waiting(1000))
             callers = Callers(limiter, nursery)
             callers.crowd(100, ALICE)
             await wait_all_tasks_blocked()
@@ -212,7 +213,7 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
 
             async def reader() -> None:
                 request = Fetch(ALICE)
-                with trio.move_on_at(5.0), request.waiting(5.0):
+                with request_of(ALICE), trio.move_on_at(5.0), request.waiting(5.0):
                     current_request.set(request)
                     retried = False
                     while True:

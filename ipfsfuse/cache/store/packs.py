@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import trio
 
 from ipfsfuse.cache.base import SmallBlocks
-from ipfsfuse.cache.budget import Budget, WriteBackoff, disk_cost
+from ipfsfuse.cache.budget import Budget, WriteBackoff
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
@@ -518,8 +518,8 @@ class BlockStore:
             if pack_set is not self.pack_set:
                 self._budget.keep(pack)
             held = self.packs.sizes.get(pack, 0)
-            cost = disk_cost(self._unit, held, held + size)
-            if not await self._budget.reserve(pack, cost):
+            cost = await self._budget.reserve(pack, held, held + size)
+            if not cost:
                 return None
             if self.packs.sizes.get(pack, 0) == held:
                 return pack, cost

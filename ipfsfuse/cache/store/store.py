@@ -18,7 +18,7 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pins
-from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_cost, disk_usage
+from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
@@ -76,6 +76,7 @@ class Store:
         with contextlib.ExitStack() as opened:
             self.staging = Staging(folder / STAGING)
             opened.callback(self.staging.folder.close)
+            self.budget.unit = self.staging.unit
             self.pin_records = PinRecords(folder / PINNED)
             opened.callback(self.pin_records.folder.close)
             index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
@@ -244,12 +245,10 @@ class Store:
     async def _writing(self, file: FileRef, start: int, end: int, source: str) -> AsyncIterator[Entry | None]:
         """The entry of `file`, with room in the budget for a write of [start, end); None where there is
         none."""
-        cost = disk_cost(self.staging.unit, start, end)
-        if (
-            (self.backoff.reason and self.backoff.waiting)
-            or file.size >= self.staging.too_large
-            or not await self.budget.reserve(file.cid, cost)
-        ):
+        cost = 0
+        if not (self.backoff.reason and self.backoff.waiting) and file.size < self.staging.too_large:
+            cost = await self.budget.reserve(file.cid, start, end)
+        if not cost:
             yield None
             return
         if self.pins.anywhere and file.cid not in self.staging.entries:

@@ -75,17 +75,18 @@ class Connection:
         if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
             raise HttpParserError(f"transfer-encoding {self.headers['transfer-encoding'][:80]!r}")
 
-    def on_message_begin(self) -> None:
-        self._surplus = self._complete
-
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
-        if name in WANTED and not self._surplus:
+        if self._complete:  # it belongs to another message
+            self._surplus = True
+        elif name in WANTED:
             self.headers[name.decode()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if not self._surplus and status >= 200:  # else 100 Continue or its like: more is to come
+        if self._complete:
+            self._surplus = True
+        elif status >= 200:  # else 100 Continue or its like: more is to come
             self.status, self._keep = status, self._parser.should_keep_alive()
             length = self.headers.get("content-length")
             if length is not None and "transfer-encoding" not in self.headers and status not in (204, 304):
