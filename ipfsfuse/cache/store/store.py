@@ -251,9 +251,12 @@ class Store:
         if not cost:
             yield None
             return
-        if self.pins.anywhere and file.cid not in self.staging.entries:
-            self.pins.add(file.cid)
-        entry = self.staging.entry(file.cid, file.size)
+        entry = self.staging.entries.get(file.cid)
+        if entry is None:
+            if self.pins.anywhere:
+                self.pins.add(file.cid)
+            entry = Entry(file.cid, file.size, extents=(there := Extents()), proved=there)
+            self.staging.entries[file.cid] = entry
         entry.reserved += cost
         entry.charged += cost
         entry.source = source

@@ -143,9 +143,10 @@ class Connection:
         """The next bytes of a body of known length, in a buffer for each of `sizes`. What is in the socket is
         copied once."""
         filled = list(map(buffers.lend, sizes))
-        left = [*filled]
-        if self._pieces:
-            buffers.fill(left, await self.receive(sum(sizes)))
+        left, size = [*filled], sum(sizes)
+        piece = b"".join(self._pieces)
+        self._pieces = [piece[size:]] if len(piece) > size else []
+        buffers.fill(left, piece[:size])
         while left:
             wanted = sum(map(len, left))
             if self._fast and wanted > PIECE:
