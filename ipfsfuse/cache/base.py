@@ -181,11 +181,11 @@ class PinStatus:
     held: int
     """CIDs that the node holds for this mount."""
     queued: int
-    """CIDs that it will be told of, or has not been asked about yet."""
+    """CIDs that it will be asked to pin, or has not been asked about yet."""
     batches: int
     requests: int
     """To the node, since the start."""
     folder: str
     """The folder in the node's MFS that lists what is pinned."""
     failing: str
-    """Why the node can't be told just now, "" where it can."""
+    """Why the node can't be reached just now, "" where it can."""

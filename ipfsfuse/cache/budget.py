@@ -54,7 +54,7 @@ class Budget:
         """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
         bytes the file system can take before the reserve is touched: negative where others have taken from
         the reserve, None where that can't be known. If an earlier run left something that is not
-        `counted` yet, it is told by `restore`, and then `counted` is set."""
+        `counted` yet, `restore` is called with it, and then `counted` is set."""
         self.configured = configured
         self.limit = configured
         self.unit = 4096

@@ -12,7 +12,7 @@ import trio
 
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
-from ipfsfuse.cache.store.store import SMALL, Store
+from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 FEW = 4
 """Up to so many blocks cost less one by one than by one answer with all blocks of a directory."""
-PATIENCE = 1 / 3
+ANSWER_PART = 1 / 3
 """The part of the deadline that one such answer may take. The rest is for getting its blocks elsewhere."""
 OF_BUDGET = 4
 """The largest part of the budget, as a divisor, that one answer may fill: its blocks must not evict each
@@ -124,7 +124,7 @@ async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source
         content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and (raw or file_layout.is_canonical(leaf.cid, block))
+    stage = file.size > MAX_PACKED and (raw or file_layout.is_canonical(leaf.cid, block))
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
@@ -167,7 +167,7 @@ class Reader:
         self.hits = 0
         self.misses = 0
         self._blocks = blocks
-        self._patience = deadline * PATIENCE
+        self._patience = deadline * ANSWER_PART
         self._behind = 0
         """Bytes that readers were given and that are not written yet."""
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
@@ -272,7 +272,7 @@ class Reader:
             size = len(fetched.block)
             if fetched.source.in_place:
                 continue
-            if cids.codec(cid) == cids.RAW and size > SMALL:
+            if cids.codec(cid) == cids.RAW and size > MAX_PACKED:
                 file, leaf = FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
                 await self.store.keep_leaves(file, [leaf], [fetched.block], fetched.source.name)
             else:
@@ -327,7 +327,7 @@ class Reader:
                 self.hits += 1
                 return proved
         block: bytes | None = None
-        if file.size <= SMALL or cids.inline(leaf.cid) is not None:
+        if file.size <= MAX_PACKED or cids.inline(leaf.cid) is not None:
             block = await self.block(leaf.cid, early=early)
         elif cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
@@ -385,7 +385,7 @@ class Reader:
         """Whether it seems to be staged."""
         if cids.inline(leaf.cid) is not None:
             return True
-        in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
+        in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(
             file, leaf
         )
@@ -398,7 +398,7 @@ class Reader:
         rest: list[Leaf] = []
         for leaf in leaves:
             flies = cids.canonical(leaf.cid) in self._flights
-            if not flies and file.size > SMALL and await self.store.has_leaf(file, leaf):
+            if not flies and file.size > MAX_PACKED and await self.store.has_leaf(file, leaf):
                 staged.append(leaf)
             else:
                 (rest if flies or await self._has(file, leaf) else missing).append(leaf)

@@ -50,7 +50,7 @@ def lend(size: int) -> memoryview:
 
 
 def is_aligned(data: memoryview, to: int) -> bool:
-    """Whether the address and the length of `data` are multiples of `to`; False where that can't be told."""
+    """Whether the address and the length of `data` are multiples of `to`; False where that is not known."""
     if data.readonly or not data.contiguous or len(data) % to or not data:
         return False
     return ctypes.addressof(ctypes.c_char.from_buffer(data)) % to == 0

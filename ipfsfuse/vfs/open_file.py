@@ -91,8 +91,8 @@ class BufferBudget:
 class ReadWindows(Protocol):
     """Bytes of one open file that its reader gets without a call to Python."""
 
-    def add(self, offset: int, content: Content, told: bool) -> None:
-        """With `told`, the read of the last byte still calls Python."""
+    def add(self, offset: int, content: Content, notify: bool) -> None:
+        """With `notify`, the read of the last byte still calls Python."""
         ...
 
     def remove(self, offset: int) -> None:

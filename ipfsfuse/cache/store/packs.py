@@ -376,7 +376,7 @@ class BlockStore:
         self.damaged: Damaged | None = None
         self.telling = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()
-        """Set when the index has something to be told; when it should not wait."""
+        """Set when something is to be written to the index; when it should not wait."""
         self._budget = budget
         self._backoff = backoff
         self._io = io

@@ -41,7 +41,7 @@ MAX_REDIRECTS: Final = 5
 TARGET: Final = re.compile(r"[!-~]+")  # no space, no control character: RFC 9112, 3.2
 ERROR_BODY: Final = 64 * 1024
 PIECE: Final = 256 * 1024
-SMALL: Final = 64 * 1024
+UNCOUNTED: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
 MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
@@ -156,7 +156,7 @@ class Response:
         size = self.left
         if size is not None and size > limit:
             raise SourceFailed(f"{self._name} offered {size} bytes: {limit} are the most", LONG)
-        if size is not None and size > SMALL:
+        if size is not None and size > UNCOUNTED:
             await self._share.take(size)
             try:
                 with trio.fail_after(self._total):
@@ -191,7 +191,7 @@ class Response:
         return piece
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`."""
+        """The next bytes of a body whose length the head states, in a buffer for each of `sizes`."""
         count = sum(sizes)
         if self.left is None or self.left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
@@ -220,8 +220,8 @@ class Response:
 
 
 class OwnTransport(httpx.AsyncBaseTransport):
-    """Plain HTTP/1.1 to one origin on this machine, by `transport.Connection`. httpx is not told the headers
-    of a response: its body has them."""
+    """Plain HTTP/1.1 to one origin on this machine, by `transport.Connection`. httpx does not see the
+    headers of a response: its body has them."""
 
     def __init__(self, origin: Origin, settings: HttpSettings) -> None:
         self._origin, self._settings = origin, settings

@@ -108,7 +108,7 @@ INLINE = Inline()
 class SourcePool:
     """Implements `base.Blocks`. Sources in place are asked first, the others in the order given.
 
-    `offline`: what a network source does not have now (it was told not to look further) it will not have
+    `offline`: what a network source does not have now (it looks no further) it will not have
     later. `deadline`: seconds in which callers want an answer; how long one source may keep others from being
     asked follows. `share`: how many sources share the requests that may run at a time; as many as there are,
     where none will be added."""
