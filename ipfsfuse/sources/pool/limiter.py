@@ -157,7 +157,7 @@ class ConcurrencyLimiter:
             self._limit = min(self._limit + 1 / self._limit, float(self._most))
 
     def note_busy(self, asked: float, besides: int = 0) -> bool:
-        """A request that began at `asked` was refused, as too many run there. True where that may be for ours,
+        """A request that began at `asked` was refused, as too many run there. True if that may be for ours,
         those in flight and so many `besides`; then fewer are sent from now on."""
         together = self.in_flight + besides
         if together < 2:
