@@ -1,12 +1,13 @@
-"""What a process gives up for good: new privileges, and by landlock the files that it has no business with;
-and how it hides its memory.
+"""What a process gives up for good: new privileges, capabilities, and by landlock the files that it has no
+business with; and how it hides its memory.
 
 By ctypes: packages for this take 50 ms to import. Used by the daemon of a mount and by the process of a guest
-(`ipfsfuse_run.lockdown`). Both calls hold for the calling thread and for what it starts from then on, so make
+(`ipfsfuse_run.lockdown`). The calls hold for the calling thread and for what it starts from then on, so make
 them before there are other threads.
 """
 
 import ctypes
+import errno
 import os
 import stat
 import struct
@@ -39,6 +40,30 @@ def refuse_new_privileges() -> bool:
     holds."""
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN = 1, 2, 21
+"""Root's rights to write, and to read, whatever the modes of files say; and to do many other things
+(capabilities(7))."""
+_PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def drop_capabilities(kept: Sequence[int] = ()) -> bool:
+    """From here on this thread has no capability but those of `kept` that it had. Whether that holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for number in range(64):  # what a file's capabilities, or being root, would give back at an exec
+        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
+    held = ctypes.create_string_buffer(24)  # effective, permitted, inheritable; then the numbers from 32 up
+    if libc.capget(header, held) != 0:
+        return False
+    wanted = sum(1 << number for number in kept)
+    _effective, low, _inheritable, _effective, high, _inheritable = struct.unpack("6I", held.raw)
+    low, high = low & wanted, high & wanted >> 32
+    left = ctypes.create_string_buffer(struct.pack("6I", low, low, 0, high, high, 0))
+    return bool(libc.capset(header, left) == 0)
 
 
 # -- landlock (linux/landlock.h) ---------------------------------------------------------------------------
@@ -83,7 +108,8 @@ def restrict(
             if not stat.S_ISDIR(os.fstat(each.file).st_mode):
                 rights &= _ON_FILES
             rule = struct.pack("=Qi", rights & handled, each.file)
-            if libc.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0:
+            # EBADFD: a file that has no path (memfd_create(2)), which landlock never refuses
+            if libc.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0 and ctypes.get_errno() != errno.EBADFD:
                 return False
         return bool(libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0)
     finally:

@@ -48,7 +48,7 @@ from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
 from ipfsfuse.sources.local import library
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, source_files, with_headers
+from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, source_files, source_sockets, with_headers
 from ipfsfuse.vfs.tree import Roots, Tree
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -155,8 +155,9 @@ of containers and of users."""
 
 
 def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:
-    """Gives up new privileges, and by landlock all files but those that this mount needs. Whoever takes the
-    daemon over by what a source sends then reads no keys in a home folder, and writes nothing but the cache.
+    """Gives up new privileges, capabilities, and by landlock all files but those that this mount needs.
+    Whoever takes the daemon over by what a source sends then reads no keys in a home folder, and writes
+    nothing but the cache.
 
     It holds for the threads that begin later. Until `ready`, one more watches whether the starter has gone.
     Gives what confines it."""
@@ -188,6 +189,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
         allowed = [Access(file) for path in places if (file := opened(path))]
         allowed += [Access(file, write=True) for path in own if (file := opened(path))]
         allowed += [Access(file, remove_folders=True) for path in emptied if (file := opened(path))]
+        kept = _kept_capabilities(config, own)
         layers = ["no_new_privs"] if confinement.refuse_new_privileges() else []
         # an abstract socket may be the service manager's
         scopes = confinement.SIGNALS
@@ -195,7 +197,27 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
             scopes |= confinement.ABSTRACT_SOCKETS
         if confinement.restrict(allowed, confinement.BIND_TCP, scopes):
             layers.append("landlock")
-    return " and ".join(layers) or "nothing that this kernel has"
+        if os.geteuid() == 0 and confinement.drop_capabilities(list(kept.values())):
+            layers.append(f"capabilities (kept: {', '.join(kept)})")
+    return ", ".join(layers) or "nothing that this kernel has"
+
+
+def _kept_capabilities(config: MountConfig, written: Sequence[Path]) -> dict[str, int]:
+    """What a daemon that stays root needs when its helpers wait to mount and unmount: to read what others may
+    have made, such as a node's repository; to write where a folder, and to connect where a socket, is
+    another's; and to give the kernel files to read by itself (--passthrough)."""
+    kept = {"dac_read_search": confinement.CAP_DAC_READ_SEARCH}
+    if not all(map(_is_roots, [*written, *source_sockets(config.sources)])):
+        kept["dac_override"] = confinement.CAP_DAC_OVERRIDE
+    if config.passthrough:
+        kept["sys_admin"] = confinement.CAP_SYS_ADMIN
+    return kept
+
+
+def _is_roots(path: Path) -> bool:
+    with suppress(OSError):
+        return os.stat(path).st_uid == 0
+    return False
 
 
 def _room_of(file: Path) -> Path:

@@ -14,7 +14,7 @@ Concurrency: any number of tasks of the trio loop in which the file system was o
 
 import os
 import stat as modes
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,14 +219,16 @@ async def open_filesystem(
     deadline: float = 30.0,
     dns: str = "system",
     routers: Sequence[str] = (),
+    header_files: Mapping[str, str | Path] | None = None,
     allow_private_providers: bool = False,
 ) -> AsyncIterator[Filesystem]:
     """A file system for the length of the block.
 
     `sources` are as those of `ipfsfuse mount --from`, and the same by default. `cache_dir` and `library` are
     those of the commands unless given. `isolated`: a cache folder of its own, gone with the block. `budget`
-    in bytes; `deadline`: seconds in which each call fails that gets no verified block. Raises StoreFailed
-    where another process uses the cache folder, SourceFailed, UsageError."""
+    in bytes; `deadline`: seconds in which each call fails that gets no verified block. `header_files`: for
+    the URL of a source, the file of the HTTP headers that it gets. Raises StoreFailed where another process
+    uses the cache folder, SourceFailed, UsageError."""
     config = ContentConfig(
         cache_dir=places.cache_dir(None if cache_dir is None else str(cache_dir)),
         library=places.library(None if library is None else str(library)),
@@ -236,6 +238,7 @@ async def open_filesystem(
         deadline=deadline,
         dns=dns,
         routers=tuple(routers),
+        header_files=tuple((url, Path(path)) for url, path in (header_files or {}).items()),
         allow_private_providers=allow_private_providers,
     )
     failure: Exception | None = None

@@ -32,6 +32,18 @@ Arrived = Callable[[Leaf, Content], None]
 """Called on the event loop with the verified content of each leaf as it comes."""
 
 
+class Pieces(NamedTuple):
+    """How a verified leaf is read again from its staging file, where it lies at its place in the whole
+    file."""
+
+    folder: int
+    """The descriptor of the folder of staging files."""
+    name: bytes
+    """The file's name in it now. Another read by Python tells of the next one."""
+    tags: bytes
+    """Those of the leaf's pieces (`fileio.tags`), by which each is recognized."""
+
+
 class Kept(NamedTuple):
     """What is staged of one CID, for `ipfsfuse ls` and the xattrs."""
 
@@ -87,6 +99,11 @@ class Cache(Protocol):
         staged costs their part of the leaf, anything else the whole leaf.
 
         `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
+        ...
+
+    def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
+        """How the leaf may be read without the cache; None where it is not staged, or was not verified
+        lately."""
         ...
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:

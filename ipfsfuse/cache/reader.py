@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Seen
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Pieces, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
@@ -110,9 +110,10 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
 
 
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
-    """A block as its waiters get it."""
-    is_file = cids.codec(cid) == cids.RAW and not fetched.source.in_place
-    return FetchResult(fetched.block, fetched.source, is_file)
+    """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
+    if cids.codec(cid) != cids.RAW or fetched.source.in_place:
+        return FetchResult(fetched.block, fetched.source, False)
+    return FetchResult(fetched.block, fetched.source, True, fetched.block, (cids.canonical(cid), 0))
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
@@ -349,6 +350,9 @@ class Reader:
         if block is not None:
             content = await content_of(leaf, block)
         return content if part is None else memoryview(content)[part[0] : part[1]]
+
+    def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
+        return self.store.pieces(file, leaf) if self.store.staging.find(file.cid) is not None else None
 
     async def _fetch_leaf(self, file: FileRef, leaf: Leaf) -> Unstaged:
         """A leaf from its staging file, or fetched."""

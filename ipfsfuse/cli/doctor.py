@@ -17,6 +17,7 @@ from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders, settings
+from ipfsfuse.cli.mounting import header_files
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
@@ -64,9 +65,7 @@ def _everything(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _descriptors()
     yield from _mounts(cache_dir)
     if arguments.sources:
-        sources, routers = defaults.chosen(arguments.sources), arguments.routers or ()
-        private = arguments.allow_private_providers
-        for source, failure in _source_failures(sources, library, cache_dir, routers, private):
+        for source, failure in _source_failures(arguments, defaults.chosen(arguments.sources)):
             shown = re.sub(r"//[^/?#]*@", "//", source)  # whatever stands there is a secret
             if failure is None:
                 yield Finding(OK, shown, "answers")
@@ -338,16 +337,21 @@ PROBE_SECONDS = 10.0
 
 
 def _source_failures(
-    sources: Sequence[str], library: Path, cache_dir: Path, routers: Sequence[str], allow_private: bool
+    arguments: argparse.Namespace, sources: Sequence[str]
 ) -> Iterator[tuple[str, str | None]]:
     """(SOURCE, why it can't be used or None) for each: opened as a mount would, and asked for one block."""
     import trio  # 200 ms with what follows, and only where sources are named
 
     from ipfsfuse.dag import cid as cids
-    from ipfsfuse.sources.spec import OpenSettings, opened
+    from ipfsfuse.sources.http.settings import HttpSettings
+    from ipfsfuse.sources.spec import OpenSettings, opened, with_headers
 
     settings = OpenSettings(
-        library, cache_folder.indexes(cache_dir), routers=routers, allow_private_providers=allow_private
+        folders.library(arguments.library),
+        cache_folder.indexes(folders.cache_dir(arguments.cache_dir)),
+        with_headers(HttpSettings(), header_files(arguments, sources), sources),
+        routers=tuple(arguments.routers or ()),
+        allow_private_providers=arguments.allow_private_providers,
     )
 
     async def probe(text: str) -> None:

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    if os.getpid() == 1:  # in a container: the kernel drops what the first process has no handler for
+        signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")

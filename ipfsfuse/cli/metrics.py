@@ -5,10 +5,16 @@ The file is in Prometheus' own text format: the node exporter refuses OpenMetric
 
 import argparse
 import os
+import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -23,8 +29,12 @@ from prometheus_client.openmetrics import exposition as openmetrics_exposition
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
+from ipfsfuse.fileio.files import replace_text
 
 METRICS_SECONDS = 10.0
+CLIENT_SECONDS = 10.0
+"""For a client to send its next bytes, or to take some."""
+MAX_CONNECTIONS = 32
 OPENMETRICS = "application/openmetrics-text"
 TYPES = {
     True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
@@ -53,11 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(path: Path, content: str) -> None:
-    """By a rename, because the node exporter may read at any time."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(content)
-        fresh.replace(path)
+        replace_text(path, content)
     except OSError as exc:
         raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
 
@@ -67,27 +74,11 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{listen} is not HOST:PORT: write it as 127.0.0.1:9710")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            wanted = OPENMETRICS in self.headers.get("Accept", "")  # as Prometheus asks
-            try:
-                body = text(client.call(control, "metrics", timeout=METRICS_SECONDS), wanted).encode()
-                code = 200
-            except IpfsFuseError as exc:
-                body, code = f"{exc}\n".encode(), 503
-            self.send_response(code)
-            self.send_header("Content-Type", TYPES[wanted] if code == 200 else "text/plain")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
     try:
-        server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
-    except OSError as exc:
-        raise UsageError(f"--listen {listen}: {exc.strerror or exc}") from exc
+        server = _Server((host.strip("[]"), int(port)), control)
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else None
+        raise UsageError(f"--listen {listen}: {reason or exc}") from exc
     with server:
         url = f"http://{host}:{server.server_address[1]}/metrics"
         if as_json:
@@ -97,6 +88,82 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
         console.flush()
         server.serve_forever()
     return 0
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers `GET /metrics` and nothing else, one request a connection. A client that is slow keeps no other
+    out: beyond MAX_CONNECTIONS a new one ends the oldest."""
+
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], control: Path) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.control = control
+        self._open: dict[int, socket.socket] = {}
+        self._changing = threading.Lock()
+        super().__init__(address, _Handler)
+        self.private = ip_address(str(self.server_address[0])).is_loopback
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changing:
+            if len(self._open) >= MAX_CONNECTIONS:
+                oldest = self._open.pop(next(iter(self._open)))
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._open[id(request)] = request
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._changing:
+            self._open.pop(id(request), None)
+        super().shutdown_request(request)
+
+    def handle_error(self, _request: object, _client_address: object) -> None:
+        """A client that has gone is nobody's trouble."""
+        error = sys.exception()
+        if error is not None and not isinstance(error, OSError):
+            console.failure(error)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = CLIENT_SECONDS
+    server: _Server
+
+    def do_GET(self) -> None:
+        if self.server.private and not _is_local(self.headers.get("Host", "localhost")):
+            said = "ask by the address itself or as localhost: a web page may ask under any other name\n"
+            self._answer(403, said)
+        elif self.path.partition("?")[0] != "/metrics":
+            self._answer(404, "see /metrics\n")
+        else:
+            wanted = OPENMETRICS in self.headers.get("Accept", "")  # as Prometheus asks
+            try:
+                answer = client.call(self.server.control, "metrics", timeout=METRICS_SECONDS)
+                self._answer(200, text(answer, wanted), TYPES[wanted])
+            except IpfsFuseError as exc:
+                self._answer(503, f"{exc}\n")
+
+    def _answer(self, code: int, body: str, kind: str = "text/plain; charset=utf-8") -> None:
+        data = body.encode()
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+def _is_local(host: str) -> bool:
+    """Whether the header Host names an address, or this machine. A web page that has a name of its own lead
+    here (DNS rebinding) sends that name."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def text(answer: Mapping[str, Any], openmetrics: bool = True) -> str:

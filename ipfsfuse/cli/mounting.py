@@ -40,7 +40,7 @@ from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
-from ipfsfuse.sources.spec import is_remote, parse_sources
+from ipfsfuse.sources.spec import addresses_of_node, header_files_of, is_remote, parse_sources
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
@@ -76,15 +76,16 @@ def config(arguments: argparse.Namespace) -> MountConfig:
 
 def _content(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `mount` and `serve` have in common: where content is kept, and where it comes from."""
+    sources = tuple(source(text) for text in defaults.chosen(arguments.sources))
     return {
         "cache_dir": folders.cache_dir(arguments.cache_dir),
         "library": folders.library(arguments.library),
-        "sources": tuple(source(text) for text in defaults.chosen(arguments.sources)),
+        "sources": sources,
         "budget": arguments.budget,
         "reserve": arguments.reserve,
         "deadline": arguments.deadline,
         "dns": arguments.dns,
-        "header_files": tuple(header_file(text) for text in arguments.header_files or ()),
+        "header_files": header_files(arguments, sources),
         "routers": tuple(arguments.routers or ()),
         "allow_private_providers": arguments.allow_private_providers,
     }
@@ -168,6 +169,13 @@ def source(text: str) -> str:
     return os.path.abspath(text) if not named and os.path.exists(text) else text
 
 
+def header_files(arguments: argparse.Namespace, sources: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """URLs and files of headers for the sources. Of those that a configuration names, the ones for other
+    sources are left out. Raises UsageError."""
+    given = tuple(header_file(text) for text in arguments.header_files or ())
+    return given if arguments.origins["header-file"] == "argument" else header_files_of(given, sources)
+
+
 def header_file(text: str) -> tuple[str, Path]:
     """The URL in URL=FILE, "" where there is none, and the file. Raises UsageError."""
     url, separator, path = text.partition("=")
@@ -208,6 +216,9 @@ def run(arguments: argparse.Namespace) -> int:
         by_default = not arguments.sources
         specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
         remote = [text for text, spec in specs if is_remote(spec)]
+        node = [each.text for each in addresses_of_node()[:1] if not each.is_local]
+        if defaults.KUBO in asked.sources:
+            remote += node
         said = defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
         console.note(f"ipfsfuse: {said}")
     if asked.allow_other:

@@ -222,6 +222,14 @@ def _sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
     parser.add_argument("--allow-private-providers", action="store_true", help="as for mount")
     parser.add_argument("--dns", default="system", metavar="URL", help="as for mount")
+    _header_files(parser)
+
+
+def _header_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
+        help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
+    )  # fmt: skip
 
 
 def _json(parser: argparse.ArgumentParser, says: str = "print JSON, of a failure too") -> None:
@@ -282,6 +290,7 @@ def _mounts(commands: Any) -> None:
     doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     doctor.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
     doctor.add_argument("--allow-private-providers", action="store_true", help="as for mount")
+    _header_files(doctor)
     _folders(doctor)
 
 
@@ -363,10 +372,7 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         default="kubo",
         help="kubo (the default): hold what is staged at the Kubo nodes among the sources",
     )
-    parser.add_argument(
-        "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
-        help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
-    )  # fmt: skip
+    _header_files(parser)
     parser.add_argument(
         "--max-fetch",
         type=_type(units.size_or_zero),
@@ -433,14 +439,6 @@ def _serving(commands: Any) -> None:
     )
     serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
     serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
-    serve.add_argument(
-        "--header-file",
-        dest="header_files",
-        action="append",
-        metavar="URL=FILE",
-        type=_PATH,
-        help="as for mount",
-    )
     serve.add_argument("--json", action="store_true", help="print the addresses and the pid")
     _folders(serve)
 

@@ -24,7 +24,7 @@ from ipfsfuse.api.filesystem import Filesystem, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
-from ipfsfuse.cli.mounting import source
+from ipfsfuse.cli.mounting import header_files, source
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import path as paths
 from ipfsfuse.dag.cid import Cid
@@ -33,8 +33,9 @@ from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import OpenSettings, parse_source
+from ipfsfuse.sources.spec import OpenSettings, parse_source, with_headers
 from ipfsfuse.sources.spec import opened as opened_sources
 from ipfsfuse.units import human
 
@@ -55,10 +56,18 @@ def _sources(arguments: argparse.Namespace) -> Sequence[str]:
     return [source(text) for text in defaults.chosen(arguments.sources)]
 
 
-def _settings(arguments: argparse.Namespace, indexes: Path, indexing: Progress | None = None) -> OpenSettings:
+def _settings(
+    arguments: argparse.Namespace, indexes: Path, indexing: Progress | None = None, node: Sequence[str] = ()
+) -> OpenSettings:
+    """For the sources, and for the `node` that content is sent to."""
+    http = HttpSettings()
+    if arguments.header_files:
+        sources = [*_sources(arguments), *node]
+        http = with_headers(http, header_files(arguments, sources), sources)
     return OpenSettings(
         folders.library(arguments.library),
         indexes,
+        http,
         progress=indexing.of_file if indexing is not None else None,
         routers=tuple(arguments.routers or ()),
         allow_private_providers=arguments.allow_private_providers,
@@ -76,13 +85,15 @@ def _mount(arguments: argparse.Namespace) -> Path | None:
 
 
 def _filesystem(arguments: argparse.Namespace, *, isolated: bool) -> AbstractAsyncContextManager[Filesystem]:
+    sources = _sources(arguments)
     return open_filesystem(
-        sources=_sources(arguments),
+        sources=sources,
         cache_dir=folders.cache_dir(arguments.cache_dir),
         library=folders.library(arguments.library),
         isolated=isolated,
         dns=arguments.dns,
         routers=tuple(arguments.routers or ()),
+        header_files=dict(header_files(arguments, sources)),
         allow_private_providers=arguments.allow_private_providers,
     )
 
@@ -251,7 +262,7 @@ async def _push(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -
         raise UsageError(f"--to {arguments.to}: not a Kubo node; write kubo, or kubo+http://host:port")
     cid = await _root(arguments)
     with Progress("indexing") as indexing, Progress("pushing") as progress:
-        settings = _settings(arguments, indexes, indexing)
+        settings = _settings(arguments, indexes, indexing, [arguments.to])
         given = _given(arguments)
         async with (
             opened_sources(defaults.chosen(given) if given else [defaults.LIBRARY], settings) as sources,

@@ -16,6 +16,7 @@ from ipfsfuse import client
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import StoreFailed, UsageError
 from ipfsfuse.extras import optional
+from ipfsfuse.fileio.files import replace_text
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
@@ -52,15 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(name: str, text: str) -> None:
-    """By a rename, because a browser may load the page at any time."""
     if name == "-":
         console.text(text)
         return
     path = Path(name)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
+        replace_text(path, text)
     except OSError as exc:
         raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
 

@@ -142,7 +142,7 @@ def _read(folder: int, name: str) -> LiveMount | None:
             return None
         entry = json.loads(os.read(file, MAX_BYTES))
         return LiveMount(Path(entry["mountpoint"]), int(entry["pid"]), Path(entry["control"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
     finally:
         os.close(file)

@@ -40,6 +40,13 @@ async def run_sync(
     return function(*arguments)
 
 
+def on_loop(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """Calls `function` on the event loop, from a thread of `run_sync` or from the loop itself."""
+    if trio.lowlevel.in_trio_run():
+        return function(*arguments)
+    return trio.from_thread.run_sync(function, *arguments)
+
+
 def _note() -> None:
     global _logged
     now = trio.current_time()

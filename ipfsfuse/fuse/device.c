@@ -1,4 +1,4 @@
-/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c) and queues the rest
+/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c, pieces.c) and queues the rest
  * for Python.
  *
  * device.py loads this library into the global scope before pyfuse3 is imported. So pyfuse3 calls this
@@ -200,8 +200,10 @@ static void note_interrupt(const char *bytes, size_t size)
 		;
 	if (one)
 		one->interrupted = 1;
-	else
+	else {
+		pieces_interrupt(what->unique);
 		interrupt(what->unique);
+	}
 	pthread_mutex_unlock(&lock);
 }
 
@@ -213,7 +215,7 @@ static int is_full(const struct request *one)
 }
 
 /* A caller waits for it, so it can't be dropped. */
-static void pass_on(const char *bytes, size_t size)
+void device_pass_on(const char *bytes, size_t size, const int *was_interrupted)
 {
 	struct request *one;
 	int was_empty, done = 0;
@@ -225,6 +227,7 @@ static void pass_on(const char *bytes, size_t size)
 		while (is_full(one) && !over)
 			pthread_cond_wait(&taken, &lock);
 		was_empty = !users;
+		one->interrupted = was_interrupted && *was_interrupted;
 		done = append(one);
 		if (done && was_empty)
 			wake();
@@ -279,8 +282,9 @@ static void *run(void *unused)
 			continue;
 		else if (request->opcode == FUSE_INTERRUPT)
 			note_interrupt(buffer, size);
-		else if (!opens_answer(device, request, size) && !reads_answer(device, request, size))
-			pass_on(buffer, size);
+		else if (!opens_answer(device, request, size) && !reads_answer(device, request, size) &&
+			 !pieces_answer(device, request, size))
+			device_pass_on(buffer, size, NULL);
 	end_with(size < 0 ? (int)size : 1);
 	return unused;
 }
@@ -431,6 +435,7 @@ void device_stop(void)
 		pthread_cond_broadcast(&taken);
 		pthread_mutex_unlock(&lock);
 		pthread_join(thread, NULL);
+		pieces_stop();
 	}
 	while ((gone = pop()))
 		discard(gone);

@@ -1,4 +1,4 @@
-/* What the parts of this library use of each other: device.c calls opens.c and reads.c, and all call replies.c. */
+/* What the parts of this library use of each other: device.c calls opens.c, reads.c and pieces.c, and all call replies.c. */
 #ifndef IPFSFUSE_DEVICE_H
 #define IPFSFUSE_DEVICE_H
 
@@ -32,12 +32,21 @@ void reply_prepare(int readahead, int passthrough);
 /* What became of INIT: 0 if it has not been answered yet, -errno if it was refused, else INIT_DONE and what else is on. */
 int reply_init_result(void);
 
-/* opens.c and reads.c: each `answer` returns whether it has dealt with the request, which has `size` bytes. If not,
+/* opens.c, reads.c and pieces.c: each `answer` returns whether it has dealt with the request, which has `size` bytes. If not,
  * Python must. */
 
 int opens_answer(int device, const struct fuse_in_header *request, size_t size);
 void opens_clear(void);
 
 int reads_answer(int device, const struct fuse_in_header *request, size_t size);
+
+int pieces_answer(int device, const struct fuse_in_header *request, size_t size);
+void pieces_interrupt(uint64_t unique);
+void pieces_stop(void);
+
+/* device.c */
+
+/* Has Python answer a request. It is interrupted if `*was_interrupted`. */
+void device_pass_on(const char *request, size_t size, const int *was_interrupted);
 
 #endif

@@ -3,9 +3,10 @@
 The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the
 library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`device.c`).
 
-The thread answers two kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`); and
-opens and releases, for reading, of small files that were allowed here (`opens.c`). It counts those opens, and
-`drain` tells Python of them afterwards. After 32 opens that were not drained, the next open goes to Python.
+The thread answers three kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`);
+small reads of staged leaves that were verified before (`pieces.c`); and opens and releases, for reading, of
+small files that were allowed here (`opens.c`). It counts those opens, and `drain` tells Python of them
+afterwards. After 32 opens that were not drained, the next open goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
@@ -18,7 +19,10 @@ from functools import partial
 import trio
 
 from ipfsfuse.cache.base import Content
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fileio import tags
 from ipfsfuse.fileio.files import load_library
 
 NAME_ONLY = (1 << 64) - 1
@@ -46,6 +50,8 @@ _LIBRARY.device_backing_open.argtypes = _LIBRARY.device_backing_close.argtypes =
 _LIBRARY.device_backing_close.restype = None
 _LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
 _LIBRARY.device_interrupted.restype = ctypes.c_uint64
+_LIBRARY.pieces_key.argtypes = (ctypes.c_char_p,)
+_LIBRARY.pieces_key.restype = None
 REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
 """The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
 NANOSECONDS_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
@@ -54,6 +60,16 @@ _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
 _WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
 _WITH_LOCK.reads_remove.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
+_WITH_LOCK.pieces_allow.argtypes = (
+    ctypes.c_uint64,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint64,
+    ctypes.c_uint64,
+    ctypes.py_object,
+)
+_WITH_LOCK.pieces_open.argtypes = (ctypes.c_uint64, ctypes.c_char_p)
+_WITH_LOCK.pieces_allow.restype = _WITH_LOCK.pieces_open.restype = _WITH_LOCK.pieces_clear.restype = None
 _WITH_LOCK.reads_add.restype = _WITH_LOCK.reads_remove.restype = _WITH_LOCK.reads_remove_all.restype = None
 
 
@@ -65,6 +81,7 @@ class Device:
         to read backing files itself. Raises OSError."""
         self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         _LIBRARY.device_prepare(self._notify_fd, readahead, passthrough)
+        _LIBRARY.pieces_key(tags.KEY)
 
     @property
     def started(self) -> bool:
@@ -106,6 +123,7 @@ class Device:
         """Ends the thread. Requests that wait for Python are dropped."""
         _LIBRARY.device_stop()
         _WITH_LOCK.reads_remove_all()
+        _WITH_LOCK.pieces_clear()
         os.close(self._notify_fd)
 
 
@@ -113,11 +131,14 @@ class ReadWindows:
     """Verified bytes of one open file that the thread may give to its reader: a
     `vfs.open_file.ReadWindows`."""
 
-    __slots__ = ("add", "remove")
+    __slots__ = ("add", "allow", "remove")
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, inode: int, cid: Cid) -> None:
+        """`inode` is that of the file `cid` while it is open."""
+        _WITH_LOCK.pieces_open(inode, cids.text(cids.canonical(cid)).encode())
         self.add: Callable[[int, Content, bool], None] = partial(_WITH_LOCK.reads_add, handle)
         self.remove: Callable[[int], None] = partial(_WITH_LOCK.reads_remove, handle)
+        self.allow: Callable[[int, bytes, int, int, bytes], None] = partial(_WITH_LOCK.pieces_allow, inode)
 
 
 def allow(inode: int) -> None:

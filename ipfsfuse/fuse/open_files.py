@@ -206,14 +206,13 @@ class OpenFiles:
         self._last_handle += 1
         inode.cached_opens += not in_one_block
         self.handles[self._last_handle] = Handle(
-            self._opened(file, self._last_handle), inode, opener, in_one_block=in_one_block
+            self._opened(file, self._last_handle, inode), inode, opener, in_one_block=in_one_block
         )
         return self._last_handle
 
-    def _opened(self, file: File, handle: int) -> OpenFile:
-        return OpenFile(
-            self._tree, file, self._buffer_budget, device.ReadWindows(handle) if self._push else None
-        )
+    def _opened(self, file: File, handle: int, inode: Inode) -> OpenFile:
+        windows = device.ReadWindows(handle, inode.number, inode.cid) if self._push else None
+        return OpenFile(self._tree, file, self._buffer_budget, windows)
 
     def _correct(self, inode: Inode, true: Attributes) -> None:
         """If a link lied about the size, the kernel must ask for the attributes again before it reads."""
@@ -236,7 +235,7 @@ class OpenFiles:
             self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
-            self.handles[handle] = Handle(self._opened(file, handle), inode, opens=opens)
+            self.handles[handle] = Handle(self._opened(file, handle, inode), inode, opens=opens)
         return self.handles[handle]
 
     def release(self, handle: int) -> None:

@@ -166,10 +166,12 @@ class _Job:
 
 
 def _size(said: bytes) -> int:
+    """Bytes of a block, as the node says; 0 for what no block can have."""
     try:
-        return int(json.loads(said)["Size"])
-    except (ValueError, KeyError, TypeError):
+        size = json.loads(said)["Size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0
+    return size if type(size) is int and 0 < size <= cids.MAX_BLOCK else 0
 
 
 def _claimed(cid: Cid, block: bytes) -> int | None:

@@ -147,6 +147,18 @@ def source_files(texts: Sequence[str], library: Path) -> list[Path]:
     return files
 
 
+def source_sockets(texts: Sequence[str]) -> list[Path]:
+    """The Unix sockets that these sources connect to, or the folder of the node that may name one. Raises
+    UsageError."""
+    found = []
+    for spec in parse_sources(texts):
+        if spec.origin is not None and spec.origin.unix is not None:
+            found.append(Path(spec.origin.unix))
+        elif spec.kind == KUBO and spec.origin is None and (folder := repository()).exists():
+            found.append(folder)
+    return found
+
+
 def is_remote(spec: Spec) -> bool:
     """Whether it is known to be beyond this machine. Of `kubo`, the node's repository tells that later."""
     return spec.kind == NETWORK or (spec.origin is not None and not spec.origin.is_local)
@@ -241,10 +253,7 @@ def with_headers(
 ) -> HttpSettings:
     """`settings` with the headers of `header_files`, each bound to the origin of a source. A file comes with
     the URL of its source, or with "" if there is only one network source. Raises UsageError."""
-    specs = parse_sources(sources)
-    origins = {replace(spec.origin, base=""): spec.name for spec in specs if spec.origin is not None}
-    if header_files and any(spec.kind == KUBO and spec.origin is None for spec in specs):
-        origins |= dict.fromkeys(_addresses_of_node(), KUBO)
+    origins = _origins(sources) if header_files else {}
     bound: dict[Origin, Headers] = {}
     for url, path in header_files:
         for origin in _targets(url, path, origins):
@@ -257,14 +266,35 @@ def with_headers(
     return replace(settings, headers=BoundHeaders(bound))
 
 
+def header_files_of(
+    header_files: Sequence[tuple[str, Path]], sources: Sequence[str]
+) -> tuple[tuple[str, Path], ...]:
+    """Those of `header_files` that are bound to one of `sources`, or to no URL. Raises UsageError."""
+    origins = _origins(sources) if header_files else {}
+    return tuple(each for each in header_files if not each[0] or _origin_of(each[0]) in origins)
+
+
+def _origins(sources: Sequence[str]) -> dict[Origin, str]:
+    """The origins of sources, each with the source's name."""
+    specs = parse_sources(sources)
+    origins = {replace(spec.origin, base=""): spec.name for spec in specs if spec.origin is not None}
+    if any(spec.kind == KUBO and spec.origin is None for spec in specs):
+        origins |= dict.fromkeys(addresses_of_node(), KUBO)
+    return origins
+
+
+def _origin_of(url: str) -> Origin:
+    origin = parse_source(url).origin
+    if origin is None:
+        raise UsageError(f"--header-file {url}=…: not the address of a source")
+    return replace(origin, base="")
+
+
 def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origin]:
     """The origins that the file `path` is for, of those of the sources."""
     targets = [*origins]
     if url:
-        origin = parse_source(url).origin
-        if origin is None:
-            raise UsageError(f"--header-file {url}=…: not the address of a source")
-        targets = [replace(origin, base="")]
+        targets = [_origin_of(url)]
         if targets[0] not in origins:
             there = ", ".join(origins.values()) or "none"
             raise UsageError(f"--header-file {url}=...: no source is there; there are {there}")
@@ -275,8 +305,8 @@ def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origi
     return targets
 
 
-def _addresses_of_node() -> Sequence[Origin]:
-    """Where the node on this machine listens, if the files that say so are our own."""
+def addresses_of_node() -> Sequence[Origin]:
+    """Where the node of this machine's repository listens, if the files that say so are our own."""
     found = []
     for path in (repository() / "api", repository() / "gateway"):
         if is_ours(path):

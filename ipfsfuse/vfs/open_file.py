@@ -99,6 +99,11 @@ class ReadWindows(Protocol):
         """Nobody reads what was added at `offset` once this has returned."""
         ...
 
+    def allow(self, folder: int, name: bytes, offset: int, size: int, tags: bytes) -> None:
+        """From now on small reads within the leaf at `offset`, of `size` bytes, may be given as a `Pieces`
+        says, to all who have the file open. Some still call Python."""
+        ...
+
 
 class PrefetchBuffer:
     """The leaves of one open file, by offset.
@@ -191,6 +196,7 @@ class OpenFile:
         self._is_value = nodes.holds_values(file.cid)
         self._ahead = ReadAhead(file.size)
         self._buffer = PrefetchBuffer(budget, file.size, windows)
+        self._windows = windows
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
         """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
         if file.inline == file.size:
@@ -236,7 +242,7 @@ class OpenFile:
         """The bytes of all leaves that lie under a read. What is left of the last one a sequential reader
         finds in the buffer, so that its hash pays once."""
         parts: list[Content] = []
-        sequential = self._ahead.sequential
+        cache, sequential = self._tree.cache, self._ahead.sequential
         end = offset + size
         while offset < end:
             leaves: Sequence[Leaf] = ()
@@ -252,11 +258,13 @@ class OpenFile:
                 self._asked.append(leaf.offset)
                 data = self._buffer.leaves.get(leaf.offset)
                 if data is None and not sequential:
-                    part = (first, last)
-                    parts.append(await self._tree.cache.leaf(self._ref, leaf, part=part, early=True))
+                    parts.append(await cache.leaf(self._ref, leaf, part=(first, last), early=True))
+                    if self._windows is not None and (pieces := cache.pieces(self._ref, leaf)) is not None:
+                        folder, name, tags = pieces
+                        self._windows.allow(folder, name, leaf.offset, leaf.size, tags)
                     continue
                 if data is None:
-                    data = await self._tree.cache.leaf(self._ref, leaf, early=True)
+                    data = await cache.leaf(self._ref, leaf, early=True)
                 parts.append(memoryview(data)[first:last])
                 if sequential and offset == self._file.size:
                     self._buffer.clear()  # what was read from the windows is still there

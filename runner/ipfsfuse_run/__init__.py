@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ipfsfuse_run.api import Asked, GuestFailed, Result, run, run_trio
+    from ipfsfuse_run.api import Asked, GuestFailed, Result, ResultsNotKept, run, run_trio
     from ipfsfuse_run.errors import GuestRefused
 
-__all__ = ["Asked", "GuestFailed", "GuestRefused", "Result", "run", "run_trio"]
+__all__ = ["Asked", "GuestFailed", "GuestRefused", "Result", "ResultsNotKept", "run", "run_trio"]
 
 
 def __getattr__(name: str) -> object:

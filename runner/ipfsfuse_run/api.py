@@ -69,6 +69,16 @@ class GuestFailed(IpfsFuseError):
         self.result = result
 
 
+class ResultsNotKept(IpfsFuseError):
+    """The guest ran, but its results or its receipt could not be written or taken into the library. `result`
+    has how it ended, its streams, and the receipt if that was written. What it left in the folder `out` is
+    still there."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class Asked(TypedDict, total=False):
     """What a run is given beside its guest and arguments; the command has options of the same names."""
 
@@ -114,7 +124,8 @@ def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     """Runs the guest (a file, or /ipfs/CID/path) to its end, whatever that is.
 
     Raises UsageError for arguments that can't be used, GuestRefused for a guest that can't be run, and
-    MountFailed, DaemonFailed or StoreFailed where there is no mount for it.
+    MountFailed, DaemonFailed or StoreFailed where there is no mount for it. Raises ResultsNotKept if the
+    guest ran, but what it left could not be kept.
     """
     options = _options(guest, args, asked)
     with _Run(options, asked.get("stdin")) as started:
@@ -252,7 +263,7 @@ class _Run:
         if outcome["refused"] is not None:
             raise (UsageError if outcome["code"] != COULD_NOT_RUN else GuestRefused)(outcome["refused"])
         reason = outcome["why"] or ""
-        return Result(
+        result = Result(
             exit_code=outcome["code"],
             stdout=_content(self._stdout),
             stderr=_content(self._stderr),
@@ -264,6 +275,9 @@ class _Run:
             receipt=None if answer["receipt"] is None else json.loads(answer["receipt"]),
             notes=tuple(each for each in notes if each != reason),
         )
+        if "not_kept" in answer:
+            raise ResultsNotKept(answer["not_kept"], result)
+        return result
 
 
 def _ended(outcome: Mapping[str, Any]) -> Ended:

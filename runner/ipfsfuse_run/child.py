@@ -23,7 +23,7 @@ from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
     import wasmtime
 
-    from ipfsfuse_run.guest import End, Guest, Settings
+    from ipfsfuse_run.guest import Code, End, Settings
 
 MAX_GUEST = 256 << 20
 """Bytes of the largest guest."""
@@ -158,19 +158,29 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         engine = guest.make_engine(settings)
-        preloads = {
-            name: _ready(
+        preloaded = {
+            name: _compiled(
                 plan._replace(guest=place, keep=None, shown_as=None), engine, settings, None, reports
             )
             for name, place in plan.preload
         }
-        ready = _ready(plan, engine, settings, data, reports)
+        code = _compiled(plan, engine, settings, data, reports)
         if plan.compile_only:
             return 0
+        for each in (code, *preloaded.values()):
+            guest.form_of(each.kind)  # imports what is needed, as long as this process can
         grown = _writable(plan.box, folders, reports)
         wasi = guest.wasi_config(plan.box, folders)
         sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
-        _lock(plan, folders, [], "the library", reports)
+        _lock(
+            plan,
+            folders,
+            [Access(each.file) for each in (code, *preloaded.values())],
+            "the library",
+            reports,
+        )
+    preloads = {name: guest.load(engine, each) for name, each in preloaded.items()}
+    ready = guest.load(engine, code)
     call = None if plan.invoke is None else guest.Call(plan.invoke, plan.box.argv[1:])
     begun = {"started": True, "kind": ready.kind, "growth": grown}
     end = _in_thread(
@@ -251,9 +261,9 @@ def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Grow
     return found
 
 
-def _ready(
+def _compiled(
     plan: Plan, engine: "wasmtime.Engine", settings: "Settings", known: bytes | None, reports: Reports
-) -> "Guest":
+) -> "Code":
     """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
     from ipfsfuse_run import guest
     from ipfsfuse_run.code_cache import CodeCache
@@ -262,7 +272,7 @@ def _ready(
     with _opened(plan) if known is None else io.BytesIO(known) as file:
         try:
             checked = plan.keep is not None or plan.guest_sha256 is not None
-            kept = None if checked else cache.kept(engine, file, plan.name, settings)
+            kept = None if checked else guest.kept(cache, file, plan.name, settings)
             if kept is not None:
                 return kept
             data = file.read(MAX_GUEST + 1)
@@ -277,9 +287,9 @@ def _ready(
         with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)
     memory = limits.compile_memory(plan.box.limits)
-    ready = cache.load(engine, kind, code, plan.name, settings, memory)
+    made = guest.compiled(cache, engine, kind, code, plan.name, settings, memory)
     reports.send({"compiling": False})
-    return ready
+    return made
 
 
 def _check_size(plan: Plan, data: bytes) -> None:

@@ -9,7 +9,7 @@ from ipfsfuse import extras
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import options as parsing
 from ipfsfuse_run import signals
-from ipfsfuse_run.errors import COULD_NOT_RUN, say, trap_text
+from ipfsfuse_run.errors import COULD_NOT_RUN, NotKept, say, trap_text
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -73,9 +73,15 @@ def _main(argv: Sequence[str]) -> int:
         return replay.replay(options)
     from ipfsfuse_run.execute import execute
 
-    outcome = execute(options).outcome
+    not_kept = None
+    try:
+        outcome = execute(options).outcome
+    except NotKept as exc:
+        outcome, not_kept = exc.outcome, exc
     if outcome.trap is not None:
         sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
+    if not_kept is not None:
+        raise not_kept
     if outcome.refused is not None:
         say(outcome.refused)
     return outcome.code if outcome.signal is None else -outcome.signal

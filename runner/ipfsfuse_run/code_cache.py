@@ -1,37 +1,35 @@
 """Compiled guests, kept by what they were made from: the module's bytes, wasmtime's version and settings.
 
-Loading compiled code runs whatever it says, so it is loaded from one place only: a folder of the user's own
-cache with mode 0700, through a descriptor of the very file that was checked. Any number of processes may use
-the folder at once. An entry `KEY` is compiled into the file `KEY.part`, which is locked meanwhile, so that of
-several processes one compiles and the others wait; it appears whole, by rename. Names that are not the
-cache's own are left alone.
+wasmtime runs compiled code as it is, so it comes from one place only: a folder of the user's own cache with
+mode 0700, through a descriptor of the very file that was checked, in a process that the kernel has locked in.
+A module may break the compiler, so it is compiled in a process that reaches nothing. That process hands the
+code over in a file without a name, and this one stores it under the module's own key. So a module can spoil
+its own code, and no other's.
+
+Any number of processes may use the folder at once. While an entry `KEY` is made, the file `KEY.part` is
+locked, so that of several processes one compiles and the others wait; the entry appears whole, by rename.
+Names that are not the cache's own are left alone.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import signal
 import stat
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NoReturn
 
 from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import limits, lockdown, sandbox, signals
+from ipfsfuse_run import growth, sandbox, signals
 from ipfsfuse_run.errors import GuestRefused
-from ipfsfuse_run.lockdown import Access
-
-if TYPE_CHECKING:  # the wasmtime command needs none of the library, which takes 40 ms to import
-    import wasmtime
-
-    from ipfsfuse_run.guest import Guest, Settings
 
 BOUND = 1 << 30
 """Bytes that the whole cache may take; what was used longest ago goes first."""
@@ -41,11 +39,8 @@ _ENTRY = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.part)?|\.[0-9a-f]{16}\.part")
 """Names of our own: entries, entries that are being made, and what an earlier version left of the latter."""
 _MAX_ANSWER = 64 << 10
 
-
-class Compiled(NamedTuple):
-    """What the compiling process made: nothing where the cache has it now, else the code itself."""
-
-    code: bytes | None
+Build = Callable[[], bytes]
+"""Compiles a guest, in the compiling process, which it locks in first. Raises GuestRefused."""
 
 
 class CodeCache:
@@ -62,97 +57,51 @@ class CodeCache:
         except StoreFailed:
             return cls(None)
 
-    def kept(
-        self, engine: "wasmtime.Engine", file: io.BufferedReader | io.BytesIO, name: str, settings: "Settings"
-    ) -> "Guest | None":
-        """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
-        Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
-        from ipfsfuse_run import guest
-
-        if not file.seekable():
+    def opened(self, key: str) -> int | None:
+        """A descriptor of the entry `key`, which is ours and whole; None where there is no such entry."""
+        if self.folder is None:
             return None
-        kind = guest.kind_of(file.read(guest.HEAD_BYTES))
-        file.seek(0)
-        if kind is None:
+        try:
+            file = os.open(self.folder / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
             return None
-        digest = hashlib.file_digest(file, "sha256")
-        file.seek(0)
-        return self._guest(engine, kind, _key(digest.hexdigest(), kind, settings), name)
+        try:
+            if _is_ours(os.fstat(file)) and _is_whole(file):
+                _used_now(file)
+                return file
+        except OSError:
+            pass
+        os.close(file)
+        return None
 
-    def load(
-        self,
-        engine: "wasmtime.Engine",
-        kind: str,
-        code: bytes,
-        name: str,
-        settings: "Settings",
-        memory: int = limits.COMPILE_MEMORY,
-    ) -> "Guest":
-        """The guest `code`, compiled before or now, by a process of its own that has `memory` bytes. Forks.
-        Raises GuestRefused."""
-        from ipfsfuse_run import guest
-
-        key = _key(hashlib.sha256(code).hexdigest(), kind, settings)
-        found = self._guest(engine, kind, key, name)
-        if found is not None:
-            return found
-
-        def build() -> bytes:
-            guest.form_of(kind)  # imports what is needed, as long as this process can
-            lockdown.lock(self.access())
-            return bytes(guest.compile_guest(engine, kind, code, name).compiled.serialize())
-
-        def is_there() -> bool:
-            return self._guest(engine, kind, key, name) is not None
-
-        made = _in_own_process(lambda: self._compile(key, is_there, build), name, memory)
-        found = self._guest(engine, kind, key, name) if made.code is None else None
-        if found is not None:
-            return found
-        if made.code is None:
-            raise GuestRefused(
-                f"{name} was compiled, and its code is gone from {self.folder} again: run it once more"
-            )
-        return guest.Guest(name, engine, guest.form_of(kind).deserialize(engine, made.code))
-
-    def file(self, key: str, build: Callable[[], bytes], name: str, memory: int) -> int:
-        """A descriptor of the entry `key`, which `build` makes in a process of its own if it is missing.
-        Forks. Raises GuestRefused."""
+    def compiled(self, key: str, build: Build, name: str, memory: int) -> int:
+        """A descriptor of the entry `key`. If it is missing, a process that may write to `memory` bytes makes
+        it by `build`; what can't be kept is in memory alone: a full disk costs speed. `name` is the guest's,
+        for messages. Forks. Raises GuestRefused."""
         found = self.opened(key)
         if found is not None:
             return found
-        made = _in_own_process(
-            lambda: self._compile(key, lambda: self.opened(key) is not None, build), name, memory
-        )
-        if made.code is None:
-            found = self.opened(key)
-            if found is None:
-                raise GuestRefused(f"{name} was compiled, and its code is gone again: run it once more")
-            return found
-        spare = os.memfd_create("code", os.MFD_CLOEXEC)
-        with open(spare, "wb", closefd=False) as out:
-            out.write(made.code)
-        return spare
-
-    def access(self) -> list[Access]:
-        """What a locked process needs to keep an entry."""
-        if self.folder is None:
-            return []
-        return [Access(os.open(self.folder, os.O_PATH | os.O_CLOEXEC), write=True)]
-
-    def _compile(self, key: str, is_there: Callable[[], bool], build: Callable[[], bytes]) -> bytes | None:
-        """In the compiling process: makes the entry `key`, unless another process made it meanwhile. Gives
-        the code if it can't be kept: a full disk costs speed. Raises GuestRefused."""
         path = None if self.folder is None else self.folder / f"{key}{_PART}"
         part = None if path is None else self._locked(path)
         if path is None or part is None:
-            return build()
-        with open(part, "r+b") as out:
-            if is_there():
-                path.unlink(missing_ok=True)
-                return None
-            made = build()
-            return None if self._put(out, path, key, made) else made
+            return _in_own_process(build, name, memory)
+        is_kept = False
+        try:
+            found = self.opened(key)  # another process may have made it meanwhile
+            if found is not None:
+                return found
+            code = _in_own_process(build, name, memory)
+            is_kept = self._put(part, path, key, code)
+        finally:
+            if not is_kept:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            os.close(part)
+        kept = self.opened(key) if is_kept else None
+        if kept is None:
+            return code
+        os.close(code)
+        return kept
 
     def _locked(self, part: Path) -> int | None:
         """The file `part`, locked for us alone and made where it is missing; None where it can't be ours."""
@@ -171,54 +120,21 @@ class CodeCache:
                 os.close(file)  # it became an entry, or was removed, while we waited
         return None
 
-    def _put(self, out: io.BufferedRandom, part: Path, key: str, code: bytes) -> bool:
+    def _put(self, out: int, part: Path, key: str, code: int) -> bool:
+        """Copies the file `code` to the locked file `out`, which becomes the entry."""
         try:
-            out.truncate(0)
-            out.write(code)
-            out.flush()
-            _used_now(out.fileno())
-            os.fdatasync(out.fileno())  # a file cut short by a power failure would be run
+            os.ftruncate(out, 0)
+            size, at = os.fstat(code).st_size, 0
+            while at < size:
+                at += os.sendfile(out, code, at, size - at)
+            _used_now(out)
+            os.fdatasync(out)  # a file cut short by a power failure would be run
             os.rename(part, part.with_name(key))
         except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
             return False
         with contextlib.suppress(OSError):
             self._trim(part.parent, key)
         return True
-
-    def _guest(self, engine: "wasmtime.Engine", kind: str, key: str, name: str) -> "Guest | None":
-        import wasmtime
-
-        from ipfsfuse_run import guest
-
-        file = self.opened(key)
-        if file is None:
-            return None
-        try:
-            path = f"/proc/self/fd/{file}"
-            return guest.Guest(name, engine, guest.form_of(kind).deserialize_file(engine, path))
-        except wasmtime.WasmtimeError:
-            return None  # another machine's, in a shared home: compiled again, and replaced
-        finally:
-            os.close(file)
-
-    def opened(self, key: str) -> int | None:
-        """A descriptor of the entry `key`, checked to be ours."""
-        if self.folder is None:
-            return None
-        try:
-            file = os.open(self.folder / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            if _is_ours(os.fstat(file)):
-                _used_now(file)
-                return file
-        except OSError:
-            pass
-        os.close(file)
-        return None
 
     def _trim(self, folder: Path, made: str) -> None:
         with os.scandir(folder) as entries:
@@ -270,72 +186,99 @@ def _used_now(file: int) -> None:
     os.utime(file, ns=(now, now))
 
 
-def _key(digest: str, kind: str, settings: "Settings") -> str:
-    from wasmtime import _ffi
+_ELF64 = struct.Struct("<4s36xQ10xHH2x")
+"""Of an ELF header: the magic number; where the table of sections is; the size of each, and how many."""
 
-    return entry_key(digest, os.stat(_ffi.dll._name), (kind, *map(str, settings)))
+
+def _is_whole(file: int) -> bool:
+    """wasmtime writes an ELF file whose table of sections comes last. A file that was cut short lacks some of
+    it."""
+    head = os.pread(file, _ELF64.size, 0)
+    if len(head) < _ELF64.size:
+        return False
+    magic, table, size, count = _ELF64.unpack(head)
+    return bool(magic == b"\x7fELF" and table + size * count <= os.fstat(file).st_size)
 
 
 def entry_key(digest: str, wasmtime: os.stat_result, settings: Sequence[str]) -> str:
     """The name of an entry. Size and time of `wasmtime` (the library or the command) stand for its version,
-    which takes 20 ms to ask for; wasmtime checks the version itself, too."""
-    parts = (str(wasmtime.st_size), str(wasmtime.st_mtime_ns), os.uname().machine, *settings)
+    which takes 20 ms to ask for; wasmtime checks the version itself, too. It compiles for what this processor
+    can do, which another one that shares the home folder may lack."""
+    parts = (str(wasmtime.st_size), str(wasmtime.st_mtime_ns), os.uname().machine, _processor(), *settings)
     return f"{digest}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def _processor() -> str:
+    """What this processor can do, as the kernel names it."""
+    try:
+        file = os.open("/proc/cpuinfo", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(file, 8192)  # the first one's: all of a large machine take long
+        finally:
+            os.close(file)
+    except OSError:
+        return ""
+    found = re.search(rb"^(?:flags|Features)\s*:.*$", text, re.MULTILINE)
+    return "" if found is None else found[0].decode(errors="replace")
 
 
 # -- the compiling process ---------------------------------------------------------------------------------
 
 
-def _in_own_process(make: Callable[[], bytes | None], name: str, memory: int) -> Compiled:
-    """Runs `make` in a forked process that may write to `memory` bytes. It ends with this one: whoever kills
-    this one for taking too long ends the compilation. Raises GuestRefused as `make` does, and if the process
+def _in_own_process(build: Build, name: str, memory: int) -> int:
+    """Runs `build` in a forked process that may write to `memory` bytes, and has nothing open but what it
+    hands over. Gives a file without a name that has the code. The process ends with this one: whoever kills
+    this one for taking too long ends the compilation. Raises GuestRefused as `build` does, and if the process
     ended otherwise."""
-    spare = os.memfd_create("code", os.MFD_CLOEXEC)
+    code = os.memfd_create("code", os.MFD_CLOEXEC)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        os.close(read_end)
-        _compiler(make, parent, write_end, spare, memory)
+        _compiler(build, parent, write_end, code, memory)
     os.close(write_end)
-    with open(read_end, "rb") as answers, open(spare, "rb") as code:
-        answer = answers.read(_MAX_ANSWER)
-        _pid, status = os.waitpid(pid, 0)
-        if status or not answer:
-            code_of_end = os.waitstatus_to_exitcode(status)
-            raise GuestRefused(
-                f"{name} can't be compiled: {_end_text(code_of_end)} (it may use "
-                f"{units.size_text(memory)} of memory: give -W compile-memory=SIZE for more)"
-            )
-        said = json.loads(answer)
-        if "refused" in said:
-            raise GuestRefused(said["refused"])
-        code.seek(0)
-        return Compiled(code.read() if said["apart"] else None)
+    with open(read_end, "rb") as answers:
+        refused = answers.read(_MAX_ANSWER)
+    _pid, status = os.waitpid(pid, 0)
+    if not status and not refused and os.fstat(code).st_size:
+        return code
+    os.close(code)
+    if refused:
+        raise GuestRefused(_text(refused))
+    end = os.waitstatus_to_exitcode(status)
+    raise GuestRefused(
+        f"{name} can't be compiled: {_end_text(end)} (it may use "
+        f"{units.size_text(memory)} of memory: give -W compile-memory=SIZE for more)"
+    )
 
 
-def _compiler(
-    make: Callable[[], bytes | None], parent: int, write_end: int, spare: int, memory: int
-) -> NoReturn:
+def _compiler(build: Build, parent: int, write_end: int, code: int, memory: int) -> NoReturn:
     try:
         signals.die_with(parent)
+        growth.let_go_of_all_but(write_end, code)  # Rust writes a back-trace where it finds no memory
         sandbox.limit_memory(memory)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust writes a back-trace where it finds no memory
+        sandbox.limit_file_size(memory)
         try:
-            code = make()
+            made = build()
         except MemoryError:
             os._exit(1)
         except GuestRefused as exc:
-            os.write(write_end, json.dumps({"refused": str(exc)[: _MAX_ANSWER // 16]}).encode())
+            os.write(write_end, json.dumps(str(exc)[: _MAX_ANSWER // 16]).encode())
             os._exit(0)
-        if code is not None:
-            with open(spare, "wb", closefd=False) as out:
-                out.write(code)
-        os.write(write_end, json.dumps({"apart": code is not None}).encode())
+        with open(code, "wb", closefd=False) as out:
+            out.write(made)
         os._exit(0)
     finally:
         os._exit(1)
+
+
+def _text(answer: bytes) -> str:
+    """A compiler that was broken may answer anything."""
+    try:
+        return str(json.loads(answer))
+    except (ValueError, RecursionError):
+        return "the compiling process gave no answer that can be understood"
 
 
 def _end_text(code: int) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from ipfsfuse_run import limits, lockdown, sandbox
+from ipfsfuse_run import limits, lockdown, sandbox, signals
 from ipfsfuse_run.code_cache import CodeCache, entry_key
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.limits import Limits
@@ -99,12 +99,8 @@ def ready(command: str, data: bytes, given: Limits, name: str) -> Ready:
     found = cache.opened(key)
     if found is None:
         _check_version(command)
-        found = cache.file(
-            key,
-            lambda: _compiled(command, kind, data, options, name, cache.access()),
-            name,
-            limits.compile_memory(given),
-        )
+        memory = limits.compile_memory(given)
+        found = cache.compiled(key, lambda: _compiled(command, kind, data, options, name), name, memory)
     return Ready(kind, found)
 
 
@@ -119,9 +115,7 @@ def _check_version(command: str) -> None:
         raise TooOld
 
 
-def _compiled(
-    command: str, kind: str, data: bytes, options: Sequence[str], name: str, access: Sequence[Access]
-) -> bytes:
+def _compiled(command: str, kind: str, data: bytes, options: Sequence[str], name: str) -> bytes:
     """In the compiling process. The command and the library's check are locked in, each in its turn. Raises
     GuestRefused."""
     from ipfsfuse_run import guest
@@ -129,9 +123,11 @@ def _compiled(
     source, made, errors_file = (os.memfd_create(each) for each in ("guest", "code", "errors"))
     with open(source, "wb", closefd=False) as out:
         out.write(data)
+    waiting = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
+            signals.die_with(waiting)
             os.dup2(errors_file, 2)
             for each in (source, made):
                 os.set_inheritable(each, True)
@@ -149,7 +145,7 @@ def _compiled(
             said = " ".join(errors.read(4096).decode(errors="replace").split())
             raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {said or 'the command failed'}")
         guest.form_of(kind)  # imports what is needed, as long as this process can
-        lockdown.lock(access)
+        lockdown.lock([])
         guest.check(kind, data, name)
         code.seek(0)
         return code.read()

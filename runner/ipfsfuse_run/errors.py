@@ -2,9 +2,13 @@
 error: one line each, which names the thing."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.text import printable
+
+if TYPE_CHECKING:
+    from ipfsfuse_run.supervisor import Outcome
 
 COULD_NOT_RUN = 125
 """The exit code if no guest ran, as `env`, `timeout` and docker have it. 1 may be a guest's own."""
@@ -14,6 +18,16 @@ TRAPPED = 134
 
 class GuestRefused(IpfsFuseError):
     """The guest can't be run: no such file, not WebAssembly, no entry point, an unknown import."""
+
+
+class NotKept(IpfsFuseError):
+    """The guest ran, but its results or its receipt could not be written or taken into the library."""
+
+    def __init__(self, message: str, outcome: "Outcome", receipt: bytes | None = None) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.receipt = receipt
+        """The receipt, where that was written: JSON."""
 
 
 class ReceiptRefused(IpfsFuseError):

@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ipfsfuse.errors import MountFailed, StoreFailed, UsageError
+from ipfsfuse.errors import IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run import limits, places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.errors import say
+from ipfsfuse_run.errors import NotKept, say
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.supervisor import Alarm, Outcome
 
@@ -26,7 +26,8 @@ class Ended(NamedTuple):
 
 
 def execute(options: Options) -> Ended:
-    """Raises IpfsFuseError."""
+    """Raises NotKept if the guest ran and what it left could not be kept, another IpfsFuseError if it did not
+    run."""
     if options.compile_only:
         return _execute(options._replace(out=None))
     if options.cid_file is not None and os.path.lexists(options.cid_file):
@@ -42,7 +43,10 @@ def execute(options: Options) -> Ended:
     if ended.outcome.refused is not None:
         results.forget()
     elif ended.outcome.signal is None and ended.outcome.limit != "max_out":
-        return ended._replace(out=_hash_results(options, results.path, ended.out))
+        try:
+            return ended._replace(out=_hash_results(options, results.path, ended.out))
+        except IpfsFuseError as exc:
+            raise NotKept(str(exc), ended.outcome, ended.receipt) from exc
     return ended
 
 

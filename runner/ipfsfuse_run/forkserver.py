@@ -19,11 +19,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse_run import signals
+from ipfsfuse_run.errors import NotKept
 from ipfsfuse_run.options import Options
+
+if TYPE_CHECKING:
+    from ipfsfuse_run.supervisor import Outcome
 
 _LENGTH = struct.Struct("=Q")
 _FILES = 5
@@ -222,8 +226,9 @@ def _answer(request: Request) -> dict[str, Any]:
     try:
         os.chdir(request.cwd)
         ended = execute(request.options)
-        receipt = None if ended.receipt is None else ended.receipt.decode()
-        return {"outcome": ended.outcome._asdict(), "out": ended.out, "receipt": receipt}
+        return _told(ended.outcome, ended.out, ended.receipt)
+    except NotKept as exc:
+        return _told(exc.outcome, None, exc.receipt) | {"not_kept": str(exc)}
     except IpfsFuseError as exc:
         return {"error": type(exc).__name__, "text": str(exc)}
     except Exception as exc:
@@ -231,3 +236,11 @@ def _answer(request: Request) -> dict[str, Any]:
             "error": "IpfsFuseError",
             "text": f"{request.options.guest} met a fault of the runner's: {exc!r}",
         }
+
+
+def _told(outcome: "Outcome", out: str | None, receipt: bytes | None) -> dict[str, Any]:
+    return {
+        "outcome": outcome._asdict(),
+        "out": out,
+        "receipt": None if receipt is None else receipt.decode(),
+    }

@@ -7,17 +7,20 @@ Runs in the guest's own process, on any one thread; keeps no state of its own.
 import ctypes
 import hashlib
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import wasmtime
 from wasmtime import _ffi
 
+from ipfsfuse_run import lockdown
+from ipfsfuse_run.code_cache import CodeCache, entry_key
 from ipfsfuse_run.errors import TRAPPED, GuestRefused
-from ipfsfuse_run.limits import Limits
+from ipfsfuse_run.limits import COMPILE_MEMORY, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # 13 ms that a module need not wait for
@@ -147,6 +150,66 @@ def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) ->
         if wanted is not None:
             raise GuestRefused(_preview_3(name, wanted[0].decode())) from exc
         raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {one_line(exc)}") from exc
+
+
+class Code(NamedTuple):
+    """A compiled guest that is not loaded yet. `file` is a descriptor; `name` is for messages."""
+
+    name: str
+    kind: str
+    file: int
+
+
+def kept(cache: CodeCache, file: BinaryIO, name: str, settings: Settings) -> Code | None:
+    """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
+    Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
+    if not file.seekable():
+        return None
+    kind = kind_of(file.read(HEAD_BYTES))
+    file.seek(0)
+    if kind is None:
+        return None
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] # it reads into
+    file.seek(0)
+    found = cache.opened(_key(digest, kind, settings))
+    return None if found is None else Code(name, kind, found)
+
+
+def compiled(
+    cache: CodeCache,
+    engine: wasmtime.Engine,
+    kind: str,
+    code: bytes,
+    name: str,
+    settings: Settings,
+    memory: int = COMPILE_MEMORY,
+) -> Code:
+    """The guest `code`, compiled before or now, by a process of its own that may write to `memory` bytes.
+    Forks. Raises GuestRefused."""
+
+    def build() -> bytes:
+        form_of(kind)  # imports what is needed, as long as this process can
+        lockdown.lock([])
+        return bytes(compile_guest(engine, kind, code, name).compiled.serialize())
+
+    key = _key(hashlib.sha256(code).hexdigest(), kind, settings)
+    return Code(name, kind, cache.compiled(key, build, name, memory))
+
+
+def _key(digest: str, kind: str, settings: Settings) -> str:
+    return entry_key(digest, os.stat(_ffi.dll._name), (kind, *map(str, settings)))
+
+
+def load(engine: wasmtime.Engine, code: Code) -> Guest:
+    """Only in a process that is locked in: a module that broke the compiler may have made this code. Raises
+    GuestRefused."""
+    path = f"/proc/self/fd/{code.file}"
+    try:
+        return Guest(code.name, engine, form_of(code.kind).deserialize_file(engine, path))
+    except wasmtime.WasmtimeError as exc:
+        raise GuestRefused(
+            f"the compiled code of {code.name} is damaged ({one_line(exc)}): remove {os.readlink(path)}"
+        ) from exc
 
 
 def check(kind: str, code: bytes, name: str) -> None:

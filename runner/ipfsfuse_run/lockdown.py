@@ -36,26 +36,13 @@ def lock(allowed: Sequence[Access]) -> list[str]:
     active = []
     if confinement.refuse_new_privileges():
         active.append(LAYERS[0])
-    if _drop_capabilities(libc):
+    if confinement.drop_capabilities():
         active.append(LAYERS[1])
     if confinement.restrict(allowed):
         active.append(LAYERS[2])
     if _seccomp(libc):
         active.append(LAYERS[3])
     return active
-
-
-_PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
-_CAPABILITY_VERSION_3 = 0x20080522
-
-
-def _drop_capabilities(libc: ctypes.CDLL) -> bool:
-    """The bounding set first: it is what a file's capabilities, or being root, give back at an exec."""
-    for number in range(64):
-        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
-    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
-    return bool(libc.capset(header, ctypes.create_string_buffer(24)) == 0)
 
 
 # -- seccomp (linux/seccomp.h, linux/filter.h) -------------------------------------------------------------

@@ -24,6 +24,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Node, parse
 from ipfsfuse.errors import (
     DaemonFailed,
+    IpfsFuseError,
     Malformed,
     StoreFailed,
     Unavailable,
@@ -33,7 +34,7 @@ from ipfsfuse.errors import (
 )
 from ipfsfuse_run import mounts, read_paths, receipts, sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.errors import ReceiptRefused, say
+from ipfsfuse_run.errors import NotKept, ReceiptRefused, say
 from ipfsfuse_run.limits import MAX_OUT
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.read_paths import Row
@@ -72,7 +73,7 @@ class Recorded(NamedTuple):
 
 def record(options: Options) -> Recorded:
     """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves
-    none."""
+    none. Raises NotKept if the guest ran and the receipt could not be written."""
     target = _target(options)
     key = None
     if options.sign is not None:
@@ -107,7 +108,10 @@ def record(options: Options) -> Recorded:
                 if run.outcome.limit == "max_out":
                     say(f"{target} is not written: its results would be larger than max-out")
                 else:
-                    return _write(target, options, box, run, material, mount.control, key)
+                    try:
+                        return _write(target, options, box, run, material, mount.control, key)
+                    except IpfsFuseError as exc:
+                        raise NotKept(str(exc), run.outcome) from exc
     return Recorded(run.outcome)
 
 
@@ -118,6 +122,8 @@ def _target(options: Options) -> Path:
         raise UsageError(
             f"--record {target}: name it .json for the receipt alone, .car for the receipt with all blocks"
         )
+    if not target.parent.is_dir():
+        raise UsageError(f"--record {target}: there is no folder {target.parent}")
     if options.sign is not None and target.suffix != ".car":
         raise UsageError("--sign goes with --record RUN.car: the signature lies in it")
     if any(each.writable for each in options.dirs):

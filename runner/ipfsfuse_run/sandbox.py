@@ -268,12 +268,17 @@ def limit_process(limits: Limits, file_size: int | None = None, data: int | None
         limit_memory(data)
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        _lower(resource.RLIMIT_FSIZE, file_size)
+        limit_file_size(file_size)
 
 
 def limit_memory(size: int) -> None:
     """Bytes of memory that this process may write to, whatever it is mapped from."""
     _lower(resource.RLIMIT_DATA, size)
+
+
+def limit_file_size(size: int) -> None:
+    """Bytes of each file that this process may write to, in memory (memfd_create(2)) or on a disk."""
+    _lower(resource.RLIMIT_FSIZE, size)
 
 
 def deepen_stack(size: int) -> None:

@@ -242,7 +242,7 @@ class _Supervisor:
                     return
             except OSError:  # whoever read our output is gone: the guest's next write tells it
                 pass
-            except NotKept as exc:
+            except SpoolFailed as exc:
                 self._end(Outcome(COULD_NOT_RUN, refused=str(exc)))
             except LimitReached as exc:
                 self._end(Outcome(TRAPPED, limit=exc.limit), str(exc))
@@ -499,7 +499,7 @@ def run_kept(
     return outcome
 
 
-class NotKept(Exception):
+class SpoolFailed(Exception):
     """Raised by a sink: what the guest wrote can't be kept."""
 
 
@@ -511,7 +511,7 @@ def _keep(file: BinaryIO, target: int, show: bool) -> Sink:
             file.write(data)
             file.flush()
         except OSError as exc:
-            raise NotKept(f"what the guest writes can't be kept for the receipt: {exc.strerror}") from exc
+            raise SpoolFailed(f"what the guest writes can't be kept for the receipt: {exc.strerror}") from exc
         if shown is not None:
             shown(data)
 

@@ -67,6 +67,27 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
     trio.run(main)
 
 
+def test_a_file_of_one_leaf_that_came_as_a_block_is_read_before_it_is_written(tmp_path: Path) -> None:
+    """A lookup brings it as a block, and the read that follows wants its leaf."""
+
+    async def main() -> None:
+        chain = Chain()
+        content = bytes(range(256)) * 1024
+        cid = chain.add(content)
+        file, leaf = FileRef(cid, len(content)), Leaf(cid, 0, len(content))
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            async with nothing_written(cache):
+                assert await cache.reader.block(cid, early=True) == content
+                with trio.fail_after(5):
+                    assert await cache.reader.leaf(file, leaf, early=True) == content
+                assert not staged(tmp_path, "staging")
+            await cache.reader.settle()
+            assert len(chain.asked) == 1
+            assert await cache.store.has_leaf(file, leaf)
+
+    trio.run(main)
+
+
 def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 2 * MIB, MIB)

@@ -136,6 +136,13 @@ def test_a_second_daemon_is_refused_with_the_first_ones_pid_and_mountpoint(tmp_p
         assert folder.announced(tmp_path / "cache") is None
 
 
+@pytest.mark.parametrize("pid", ["1e999", "NaN", "1" + "0" * 5000, "[]", "{}"])
+def test_what_is_no_announcement_is_none(tmp_path: Path, pid: str) -> None:
+    with locked(tmp_path / "cache") as held:
+        (held.path / folder.DAEMON).write_text(f'{{"pid": {pid}, "mountpoint": "/mnt"}}')
+        assert folder.announced(tmp_path / "cache") is None
+
+
 def test_one_that_has_not_announced_itself_is_refused_too(tmp_path: Path) -> None:
     first, _where = holder("locked", tmp_path / "cache")
     try:

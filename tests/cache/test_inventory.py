@@ -221,7 +221,8 @@ def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk
             await pinning.file(FileRef(raw, 200_000))
             await cache.reader.leaf(FileRef(raw, 200_000), Leaf(raw, 0, 200_000))
         if damaged:
-            (tmp_path / "pinned" / cids.text(raw)).write_text("{")
+            text = '{"bytes": 1e999, "files": [], "packs": []}'
+            (tmp_path / "pinned" / cids.text(raw)).write_text(text)
         slow = disk()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             freed: list[int] = []

@@ -10,13 +10,14 @@ import trio
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import store as stores
-from ipfsfuse.cache.store.staging import DIGEST, PIECE
+from ipfsfuse.cache.store.staging import PIECE
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.fileio.tags import TAG
 from tests.cache.standin import Chain, flip, make_file, staged
 
 FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
 BUDGET = 64 << 20
-LEAF = 8 * PIECE
+LEAF = 16 * PIECE
 
 
 async def read_whole(cache: PinsetCache, file: FileRef, leaves: list[Leaf]) -> None:
@@ -105,8 +106,8 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
     trio.run(main)
 
 
-def test_the_memory_for_digests_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "MAX_DIGESTS", 3 * (8 * DIGEST + stores.DIGESTS_OVERHEAD))
+def test_the_memory_for_tags_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "MAX_TAGS", 3 * (16 * TAG + stores.TAGS_OVERHEAD))
     chain = Chain()
     file, leaves, content = make_file(chain, 8 * LEAF, LEAF)
 

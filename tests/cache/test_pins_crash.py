@@ -68,7 +68,11 @@ def test_what_a_node_that_was_down_could_not_be_told_before_a_kill_is_told_by_th
 
 
 def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
-    """Whatever was done and said, the next start holds exactly what is staged, each once."""
+    """Whatever was done and said, the next start holds all that is staged, and links no more than twice as
+    much.
+
+    A kill between a new batch and the removal of the one that it replaces leaves CIDs in both. The old one
+    stays where half of it is staged."""
     chance = random.Random(7)
     body = [
         MADE_UP,
@@ -101,7 +105,7 @@ def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
         (mount,) = mounts(own_node)
         links = held(own_node, mount)
         assert set(links) >= staged
-        assert len(links) == len(set(links)) <= 2 * len(staged)
+        assert len(links) <= 2 * len(staged)
 
 
 def test_a_restart_takes_over_what_is_held_and_writes_nothing_anew(own_node: Node, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mount --header-file`: what a user sees of it."""
+"""`--header-file`: what a user sees of it."""
 
 from pathlib import Path
 
@@ -37,6 +37,30 @@ def test_the_source_gets_its_headers_and_the_old_spelling_is_told(
             assert {ask.headers.get("authorization") for ask in server.asked} == {"Bearer s3cret"}
         finally:
             user.run("unmount", user.mountpoint)
+
+
+def test_commands_without_a_mount_send_them_too(user: Home, file: Path, tmp_path: Path) -> None:
+    with Server(BLOCKS) as server:
+        there = ("--from", server.url, "--header-file", f"{server.url}={file}")
+        (user.folder / ".config" / "ipfsfuse").mkdir(parents=True)
+        config = user.folder / ".config" / "ipfsfuse" / "config.toml"
+        for by in ("arguments", "configuration"):
+            options = there if by == "arguments" else ()
+            if by == "configuration":
+                config.write_text(
+                    f'from = "{server.url}"\n'
+                    f'header-file = ["{server.url}={file}", "https://other.example={file}"]\n'
+                )
+            copy, car = tmp_path / f"{by}.copy", tmp_path / f"{by}.car"
+            user.run("get", cids.text(CID), "-o", copy, "--cache-dir", tmp_path / by, *options)
+            user.run("cat", "--json", cids.text(CID), *options)
+            user.run("export", cids.text(CID), car, *options)
+            user.run("doctor", *options, check=False)
+            assert copy.read_bytes() == BLOCK
+        assert len(server.asked) >= 8
+        assert {ask.headers.get("authorization") for ask in server.asked} == {"Bearer s3cret"}
+    user.refused("cat", cids.text(CID), *there[:2], "--header-file", f"https://a.example={file}",
+                 names="no source is there", code=2)  # fmt: skip
 
 
 def test_what_can_not_be_used_is_refused_in_one_line(user: Home, file: Path) -> None:

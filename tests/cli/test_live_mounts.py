@@ -69,7 +69,16 @@ def test_what_a_killed_daemon_left_is_not_believed(user: Home) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{}", b"\xff", b'{"mountpoint": 1, "pid": "x", "control": []}', b"9" * 100_000, None],
+    [
+        b"",
+        b"[" * 4000,
+        b"{}",
+        b"\xff",
+        b'{"mountpoint": "/", "pid": 1e999, "control": "/"}',
+        b'{"mountpoint": 1, "pid": "x", "control": []}',
+        b"9" * 100_000,
+        None,
+    ],
 )
 def test_a_damaged_entry_is_no_entry(user: Home, content: bytes | None) -> None:
     with user.mounted() as mount:

@@ -176,6 +176,15 @@ def test_a_mount_says_what_it_asks_and_when_there_was_nobody_to_ask(user: Home, 
     user.run("unmount", user.mountpoint)
 
 
+def test_an_offline_mount_names_a_node_elsewhere_that_it_does_not_ask(user: Home) -> None:
+    node = user.folder / "no-node"
+    node.mkdir()
+    (node / "api").write_text("/ip4/192.0.2.1/tcp/5001\n")
+    ran = user.run("mount", "--offline", "--from", "kubo", user.mountpoint)
+    user.run("unmount", user.mountpoint)
+    assert "--offline: http://192.0.2.1:5001 is not asked" in ran.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="/etc/fuse.conf may not let ordinary users use --allow-other")
 def test_who_lets_others_in_is_told_what_they_see(user: Home, cid: str) -> None:
     ran = user.run("mount", "--allow-other", "--json", user.mountpoint)

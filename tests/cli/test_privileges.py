@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,59 @@ def test_the_daemon_gives_up_new_privileges_and_says_so(user: Home) -> None:
         assert status(mount.pid, "NoNewPrivs") == "0"
 
 
+DAC_OVERRIDE, DAC_READ_SEARCH, SYS_ADMIN = 1 << 1, 1 << 2, 1 << 21
+
+
+def capabilities(pid: int) -> set[int]:
+    """Of every thread, in all sets."""
+    return {
+        int(line.split()[1], 16)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for line in (task / "status").read_text().splitlines()
+        if line.startswith(("CapPrm", "CapEff", "CapBnd", "CapAmb", "CapInh"))
+    }
+
+
+@as_root
+@pytest.mark.parametrize("where", ["root's", "another's", "--passthrough", "--unconfined"])
+def test_a_daemon_that_stays_root_keeps_few_capabilities(user: Home, where: str) -> None:
+    """It reads a CAR file that is another's, writes a log in another's folder, unmounts, and may give the
+    kernel files to read where it was asked to."""
+    (user.folder / "in-car").write_bytes(data := os.urandom(100_000))
+    cid = user.add(user.folder / "in-car")
+    car = user.folder / "others.car"
+    user.run("export", cid, car)
+    user.run("rm", cid)
+    os.chown(car, NOBODY, NOBODY)
+    car.chmod(0o600)
+    options, expected = ["--from", str(car)], DAC_READ_SEARCH
+    if where == "another's":
+        logs = user.folder / "logs"
+        logs.mkdir(mode=0o700)
+        os.chown(logs, NOBODY, NOBODY)
+        options += ["--log-file", str(logs / "log")]
+        expected |= DAC_OVERRIDE
+    elif where == "--passthrough":
+        options.append(where)
+        expected |= SYS_ADMIN
+    elif where == "--unconfined":
+        options.append(where)
+    if where == "--passthrough" and user.run("mount", *options, user.mountpoint, check=False).returncode:
+        pytest.skip("this machine has no FUSE passthrough")
+    if where == "--passthrough":
+        user.run("unmount", user.mountpoint)
+    with user.mounted(*options) as mount:
+        assert (mount.path / cid).read_bytes() == data
+        if where == "--unconfined":
+            assert max(capabilities(mount.pid)) > SYS_ADMIN
+            return
+        held = capabilities(mount.pid)
+        assert held - {0} == {expected}, [f"{each:x}" for each in held]
+        if where == "another's":
+            assert "capabilities (kept: dac_read_search, dac_override)" in (logs / "log").read_text()
+    assert not os.path.ismount(user.mountpoint)
+
+
 CONFINED = """
 import os, socket, subprocess, sys
 from pathlib import Path
@@ -79,6 +133,10 @@ with locked(cache) as folder:
     with socket.socket() as listener:
         refused("listens nowhere", listener.bind, ("127.0.0.1", 0))
     refused("ends no other process", os.kill, os.getppid(), 0)
+    if os.getuid() == 0:
+        refused("reads no environment", Path(f"/proc/{os.getppid()}/environ").read_bytes)
+        refused("gives nothing away", os.chown, cache, 1, 1)
+        refused("changes no mode of another's", os.chmod, secret, 0o644)
 """
 
 
@@ -88,6 +146,8 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
     secret = user.folder / "home" / ".ssh" / "id"
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
+    if os.getuid() == 0:
+        os.chown(secret, NOBODY, NOBODY)
     user.run("library")
     command = [sys.executable, "-c", CONFINED, user.folder / cache, user.library, user.mountpoint, secret]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
@@ -98,6 +158,8 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
     expected += ["listens nowhere"] * (landlock_abi() >= 4) + ["ends no other process"] * (
         landlock_abi() >= 6
     )
+    if os.getuid() == 0:
+        expected += ["reads no environment", "gives nothing away", "changes no mode of another's"]
     assert refused == expected
 
 
@@ -323,6 +385,28 @@ def test_a_user_namespace(user: Home, hide: str) -> None:
     """
     done = in_namespace(user, ["-Urm"], script)
     assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+
+
+@as_root
+def test_the_first_process_of_a_container_ends_while_it_starts(user: Home, tmp_path: Path) -> None:
+    """The kernel drops a signal to it that it has no handler for."""
+    (tmp_path / "trio.py").write_text("import time\ntime.sleep(20)\n")  # a start that takes long
+    env = user.env | {"PYTHONPATH": f"{tmp_path}:{user.env['PYTHONPATH']}"}
+    mount = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", user.mountpoint]
+    with subprocess.Popen(["unshare", "--pid", "--fork", *mount], env=env) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        while running.poll() is None and not (first := children.read_text().split()):
+            time.sleep(0.02)
+        status = Path(f"/proc/{first[0]}/status")
+        while running.poll() is None and not caught(status) >> (signal.SIGTERM - 1) & 1:
+            time.sleep(0.02)
+        os.kill(int(first[0]), signal.SIGTERM)
+        assert running.wait(20) == 128 + signal.SIGTERM
+
+
+def caught(status: Path) -> int:
+    """The signals that a process has handlers for, as a mask."""
+    return int(status.read_text().split("SigCgt:")[1].split()[0], 16)
 
 
 @as_root

@@ -8,12 +8,13 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,15 +185,61 @@ def assert_prometheus(text: str) -> None:
 
 
 @pytest.mark.fuse
-def test_metrics_over_http(user: Home) -> None:
-    """Started as a script starts it with `&`: Ctrl-C at the terminal is not for it, SIGTERM ends it."""
+@contextmanager
+def listening(user: Home, **options: Any) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """`metrics --listen` at a free port: its URL."""
     command = [sys.executable, "-m", "ipfsfuse", "metrics", "--listen", "127.0.0.1:0"]
     started: dict[str, Any] = {"env": user.env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    with user.mounted(), subprocess.Popen(command, preexec_fn=ignored, **started) as server:
+    with subprocess.Popen(command, **started, **options) as server:
         try:
             assert server.stdout is not None
-            url = server.stdout.readline().decode().split()[-1]
+            yield server.stdout.readline().decode().split()[-1], server
+        finally:
+            server.kill()
+
+
+def test_clients_of_metrics_do_no_harm(user: Home) -> None:
+    """No mount is needed to say so."""
+    with listening(user) as (url, server):
+        port = int(url.split(":")[2].partition("/")[0])
+
+        def ask(request: bytes) -> bytes:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(request + b"\r\n\r\n")
+                return client.makefile("rb").read()
+
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        wait_until(lambda: threads(server) < 50, "the oldest make room")
+        for client in silent:  # they go away while they are answered
+            with suppress(OSError):
+                client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+        for host in (b"127.0.0.1", b"localhost:1", b"[::1]:80"):
+            assert b" 503 " in ask(b"GET /metrics HTTP/1.1\r\nHost: " + host)
+        for host in (b"rebound.example:9710", b"127.0.0.1.example", b"localhost.example", b"[::1", b""):
+            assert b" 403 " in ask(b"GET /metrics HTTP/1.1\r\nHost: " + host)
+        for path in (b"/", b"/../metrics", b"http://x/metrics", b"//x/metrics", b"/<script>"):
+            assert b" 404 " in ask(b"GET " + path + b" HTTP/1.0")
+        assert b" 501 " in ask(b"POST /metrics HTTP/1.0")
+        for garbage in (b"\x00\xff", b"GET " + b"x" * 70_000, b"GET / HTTP/1.0\r\n" + b"a: b\r\n" * 200):
+            with suppress(ConnectionError):
+                assert b" 200 " not in ask(garbage)
+        server.terminate()
+        server.wait(PATIENCE)
+        assert server.stderr is not None
+        assert server.stderr.read() == b""
+
+
+def threads(process: "subprocess.Popen[bytes]") -> int:
+    return len(os.listdir(f"/proc/{process.pid}/task"))
+
+
+def test_metrics_over_http(user: Home) -> None:
+    """Started as a script starts it with `&`: Ctrl-C at the terminal is not for it, SIGTERM ends it."""
+    ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with user.mounted(), listening(user, preexec_fn=ignored) as (url, server):
+        try:
             accept = {
                 "Accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3"
             }
@@ -207,10 +254,7 @@ def test_metrics_over_http(user: Home) -> None:
                 assert answer.status == 200
         finally:
             server.terminate()
-        try:
-            assert server.wait(PATIENCE) == 130
-        finally:
-            server.kill()
+        assert server.wait(PATIENCE) == 130
         assert b"Traceback" not in (server.stderr or io.BytesIO()).read()
 
 

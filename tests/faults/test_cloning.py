@@ -1,6 +1,7 @@
 """Staging from a node's repository on the same file system, where that can share extents: nothing is written,
 and what is staged is proved as ever. On images of XFS and btrfs."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -27,26 +28,32 @@ MAKE = {
 }
 
 
-@pytest.fixture(params=list(MAKE))
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system in a file."""
-    command = MAKE[request.param]
+@contextlib.contextmanager
+def file_system(kind: str, folder: Path) -> Iterator[Path]:
+    """A file system of that kind in a file in `folder`, mounted beside it."""
+    command = MAKE[kind]
     if os.getuid() or shutil.which(command[0]) is None:
         pytest.skip(f"needs root and {command[0]}")
-    image, folder = tmp_path / "image", tmp_path / "disk"
-    folder.mkdir()
+    image, place = folder / "image", folder / "disk"
+    place.mkdir()
     with image.open("wb") as file:
         file.truncate(400 * MIB)
     subprocess.run([*command, str(image)], check=True, stdout=subprocess.DEVNULL)
-    made = subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True, text=True)
+    made = subprocess.run(["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True)
     if made.returncode:
-        pytest.skip(f"no image of {request.param} can be mounted here: {made.stderr.strip()}")
+        pytest.skip(f"no image of {kind} can be mounted here: {made.stderr.strip()}")
     try:
-        yield folder
+        yield place
     finally:
         # A process that ends may still be in it. The loop device goes with the last mount of it: a mount
         # namespace that was made meanwhile has one, too.
-        wait_until(lambda: not subprocess.run(["umount", str(folder)]).returncode, "it is unmounted")
+        wait_until(lambda: not subprocess.run(["umount", str(place)]).returncode, "it is unmounted")
+
+
+@pytest.fixture(params=list(MAKE))
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    with file_system(request.param, tmp_path) as place:
+        yield place
 
 
 class Content:

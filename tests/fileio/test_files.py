@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.fileio.files import read_file, read_whole
+from ipfsfuse.fileio.files import read_file, read_whole, replace_text
 
 
 def read_all(paths: list[str], most: int) -> list[bytes | None]:
@@ -43,3 +43,15 @@ def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
 
 def test_nothing_asked_for() -> None:
     assert read_whole([], 100) == []
+
+
+def test_a_replaced_file_is_whole_and_no_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "page").symlink_to("secret")
+    replace_text(tmp_path / "page", "\u00e4")
+    assert (tmp_path / "page").read_text() == "\u00e4"
+    assert (tmp_path / "secret").read_text() == "secret"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "page", "secret"]

@@ -369,6 +369,8 @@ class Memory:
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> bytes:
         return (await self.leaf(file, leaf))[start:stop]
 
+    def pieces(self, file: FileRef, leaf: Leaf) -> None: ...
+
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         for leaf in leaves:
             if arrived is not None:

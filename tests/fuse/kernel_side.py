@@ -75,10 +75,16 @@ class Kernel:
         assert asked or how & 2, "an open without asking keeps the page cache"
         return handle, asked
 
-    async def read(self, handle: int, offset: int, size: int) -> tuple[bytes, bool]:
+    async def read(self, handle: int, offset: int, size: int, inode: int = 1) -> tuple[bytes, bool]:
         """What came, and whether Python was asked."""
-        got = await self.ask(READ, 1, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
+        number = self.send_read(handle, offset, size, inode)
+        answered, error, got = await self.answer()
+        assert (answered, error) == (number, 0)
         return got, got == ASKED_FOR
+
+    def send_read(self, handle: int, offset: int, size: int, inode: int = 1) -> int:
+        """Sends a READ. Returns its number."""
+        return self.send(READ, inode, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
 
     async def release(self, inode: int, handle: int) -> bool:
         """Whether Python was asked."""

@@ -1,12 +1,31 @@
-"""Reads of what waits in memory, against a model: which of them reach Python, and what the others get."""
+"""Reads of what waits in memory, and of staged leaves that were verified before, against a model: which of them
+reach Python, and what the others get."""
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import trio
 
+from ipfsfuse.cache.store.staging import PIECE
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio.tags import TAG, tags_of
 from ipfsfuse.fuse.device import ReadWindows
-from tests.fuse.kernel_side import ANSWERED_HERE, ASKED_FOR, kernel
+from tests.cache.standin import flip, random_bytes
+from tests.fuse.kernel_side import ANSWERED_HERE, ASKED_FOR, Kernel, kernel
+from tests.sources.content import raw_blocks
+
+FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
+CID, OTHER = raw_blocks(100, 2)
+NAME = cids.text(CID).encode()
+LEAF = 5 * PIECE + 1000
+TOLD = 128
+HELD = 16 << 20
+"""Both as in `pieces.c`."""
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -19,7 +38,7 @@ async def _reads_of_what_is_added(dice: random.Random) -> None:
     of some not those to its end."""
     added: dict[tuple[int, int], bytes] = {}
     told: dict[tuple[int, int], bool] = {}
-    windows_of = {handle: ReadWindows(handle) for handle in (3, ANSWERED_HERE | 4)}
+    windows_of = {handle: ReadWindows(handle, 1, CID) for handle in (3, ANSWERED_HERE | 4)}
     async with kernel() as asking:
         for _ in range(2_000):
             handle, start = dice.choice(list(windows_of)), dice.randrange(8) * 1_000
@@ -45,7 +64,7 @@ async def _reads_of_what_is_added(dice: random.Random) -> None:
 
 def test_what_is_added_is_held_until_it_is_removed_and_not_longer() -> None:
     async def main() -> None:
-        windows = ReadWindows(5)
+        windows = ReadWindows(5, 1, CID)
         async with kernel() as asking:
             content = bytearray(b"x" * 100)
             windows.add(0, content, True)
@@ -63,7 +82,7 @@ def test_what_is_added_is_held_until_it_is_removed_and_not_longer() -> None:
 
 def test_more_than_there_is_room_for_is_not_added() -> None:
     async def main() -> None:
-        windows = ReadWindows(6)
+        windows = ReadWindows(6, 1, CID)
         async with kernel() as asking:
             for number in range(300):
                 windows.add(number * 10, bytes([number % 256]) * 10, True)
@@ -71,5 +90,180 @@ def test_more_than_there_is_room_for_is_not_added() -> None:
             assert asked == [False] * 256 + [True] * 44
             for number in range(300):
                 windows.remove(number * 10)
+
+    trio.run(main)
+
+
+# -- staged leaves -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staging(folder: Path, content: bytes) -> Iterator[tuple[int, Path]]:
+    """The descriptor of a folder with one staging file, and that file."""
+    path = folder / NAME.decode()
+    path.write_bytes(content)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield opened, path
+    finally:
+        os.close(opened)
+
+
+def allow(folder: int, content: bytes, leaf: int, inode: int = 1) -> None:
+    part = content[leaf * LEAF : (leaf + 1) * LEAF]
+    ReadWindows(3, inode, CID).allow(folder, NAME, leaf * LEAF, len(part), tags_of(part, PIECE))
+
+
+def leave_page_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def read_right(asking: Kernel, content: bytes, offset: int, size: int, inode: int = 1) -> bool:
+    """Whether Python was asked; if not, the right bytes came."""
+    got, asked = await asking.read(3, offset, size, inode)
+    assert got == (ASKED_FOR if asked else content[offset : offset + size])
+    return asked
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["in the page cache", "on the disk"])
+def test_small_reads_of_allowed_leaves_are_answered(tmp_path: Path, cached: bool) -> None:
+    content, dice = random_bytes(6 * LEAF, 1), random.Random(2)
+
+    async def main() -> None:
+        with staging(tmp_path, content) as (folder, path):
+            async with kernel() as asking:
+                for leaf in (4, 0, 1, 3):
+                    allow(folder, content, leaf)
+                within = 0
+                for _ in range(1000):
+                    if not cached:
+                        leave_page_cache(path)
+                    offset, size = dice.randrange(len(content)), dice.choice([1, 4096, PIECE, 3 * PIECE])
+                    leaf, last = offset // LEAF, (offset + size - 1) // LEAF
+                    inside = leaf == last and leaf in (0, 1, 3, 4)
+                    within += inside
+                    told = inside and within % TOLD == 0
+                    assert await read_right(asking, content, offset, size) == (not inside or told)
+
+    trio.run(main)
+
+
+def test_no_flipped_bit_is_given_from_a_staging_file(tmp_path: Path) -> None:
+    content, dice = random_bytes(6 * LEAF, 3), random.Random(4)
+
+    async def main() -> None:
+        with staging(tmp_path, content) as (folder, path):
+            async with kernel() as asking:
+                for leaf in range(6):
+                    allow(folder, content, leaf)
+                answered = 0
+                for number in range(FLIPS):
+                    flip(path, at := dice.randrange(len(content)))
+                    if number % 8 == 0:
+                        leave_page_cache(path)
+                    near = min(max(0, at + dice.randrange(-2 * PIECE, PIECE)), len(content) - 1)
+                    asked = await read_right(asking, content, near, min(4096, len(content) - near))
+                    answered += not asked
+                    if near <= at < near + 4096:
+                        assert asked
+                    flip(path, at)
+                assert answered > FLIPS // 4
+
+    trio.run(main)
+
+
+def test_what_can_t_be_read_from_a_staging_file_goes_to_python(tmp_path: Path) -> None:
+    content = random_bytes(2 * LEAF, 5)
+
+    async def main() -> None:
+        with staging(tmp_path, content) as (folder, path):
+            async with kernel() as asking:
+                allow(folder, content, 0)
+                assert not await read_right(asking, content, 9, 4096)
+                assert await read_right(asking, content, 9, 4096, inode=2)
+                path.write_bytes(content[:4096])
+                assert await read_right(asking, content, 5000, 9), "it was cut off"
+                path.unlink()
+                assert await read_right(asking, content, 9, 4096), "it was evicted"
+                path.symlink_to(tmp_path / "elsewhere")
+                (tmp_path / "elsewhere").write_bytes(content)
+                assert await read_right(asking, content, 9, 4096), "it is a link"
+                path.unlink()
+                os.mkfifo(path)
+                assert await read_right(asking, content, 9, 4096), "it is a pipe"
+                path.unlink()
+                path.with_suffix(".part").write_bytes(content)
+                part = tags_of(content[:LEAF], PIECE)
+                ReadWindows(3, 1, CID).allow(folder, NAME + b".part", 0, LEAF, part)
+                assert not await read_right(asking, content, 9, 4096), "its name is known again"
+
+    trio.run(main)
+
+
+def test_an_inode_that_is_another_file_now_has_nothing_of_the_old_one(tmp_path: Path) -> None:
+    content = random_bytes(2 * LEAF, 6)
+
+    def opened(cid: Cid) -> None:
+        ReadWindows(3, 1, cid)
+
+    async def main() -> None:
+        with staging(tmp_path, content) as (folder, _path):
+            async with kernel() as asking:
+                allow(folder, content, 0)
+                opened(CID)
+                assert not await read_right(asking, content, 0, 9)
+                opened(OTHER)
+                assert await read_right(asking, content, 0, 9)
+
+    trio.run(main)
+
+
+def test_the_tags_that_are_held_are_bounded_and_the_least_recently_read_file_goes(tmp_path: Path) -> None:
+    """Four files, each with tags of a third of the bound: of leaves whose first piece alone is there."""
+    content = random_bytes(PIECE, 7)
+    count = (HELD // 3 - 2000) // TAG
+    tags = tags_of(content, PIECE) + bytes((count - 1) * TAG)
+
+    async def main() -> None:
+        with staging(tmp_path, content) as (folder, _path):
+            async with kernel() as asking:
+
+                async def asked(inode: int) -> bool:
+                    return await read_right(asking, content, 0, 9, inode)
+
+                for inode in (1, 2, 3):
+                    ReadWindows(3, inode, CID).allow(folder, NAME, 0, count * PIECE, tags)
+                assert not await asked(1)
+                ReadWindows(3, 4, CID).allow(folder, NAME, 0, count * PIECE, tags)
+                assert [await asked(inode) for inode in (1, 2, 3, 4)] == [False, True, False, False]
+                ReadWindows(3, 5, CID).allow(folder, NAME, 0, 4 * count * PIECE, 4 * tags)
+                assert await asked(5), "more than there is room for"
+
+    trio.run(main)
+
+
+def test_many_readers_of_what_is_on_the_disk(tmp_path: Path) -> None:
+    """More reads at a time than threads, and than may wait for them: each is answered once."""
+    content = random_bytes(6 * LEAF, 8)
+
+    async def main() -> None:
+        with staging(tmp_path, content) as (folder, path):
+            async with kernel() as asking:
+                for leaf in range(6):
+                    allow(folder, content, leaf)
+                for round_ in range(5):
+                    leave_page_cache(path)
+                    sent = {}
+                    for number in range(120):  # as many as the socket holds
+                        offset = (number * 7919 + round_) % (len(content) - LEAF)
+                        sent[asking.send_read(3, offset, 100)] = offset
+                    while sent:
+                        with trio.fail_after(30):
+                            number, error, got = await asking.answer()
+                        offset = sent.pop(number)
+                        assert error == 0
+                        assert got in (ASKED_FOR, content[offset : offset + 100])
 
     trio.run(main)

@@ -32,6 +32,9 @@ class Cache:
     async def part(self, file: FileRef, leaf: object, start: int, stop: int) -> bytes:
         return (await self.leaf(file, leaf))[start:stop]
 
+    def pieces(self, file: FileRef, leaf: object) -> None:
+        pass
+
     async def leaf(self, file: FileRef, leaf: object, *, early: bool = False) -> bytes:
         return CONTENT
 

@@ -148,6 +148,16 @@ def test_a_node_that_does_not_keep_what_it_was_sent_is_told_in_one_line(
     home.refused("push", cid, "--to", odd.source, names=says)
 
 
+@pytest.mark.parametrize("stat", [b'{"Size": 1e999}', b'{"Size": -1}', b"[" * 60_000, b"\xff", b"null"])
+def test_whatever_a_node_says_of_a_block_that_it_has_the_push_goes_on(
+    home: Home, odd: OddNode, stat: bytes
+) -> None:
+    (home.folder / "file").write_text("small")
+    cid = home.add(home.folder / "file")
+    odd.answers = {"block/stat": (200, stat), "pin/add": (200, json.dumps({"Pins": [cid]}).encode())}
+    assert home.json("push", cid, "--to", odd.source, "--json")["present"] == 1
+
+
 def test_what_can_not_be_pushed_is_said_in_one_line(home: Home, odd: OddNode) -> None:
     absent = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
     home.refused("push", absent, "--to", "https://gateway.example", names="not a Kubo node", code=2)

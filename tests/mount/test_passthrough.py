@@ -200,6 +200,19 @@ def test_who_changed_the_staging_file_has_it_verified_again(passed: Passed, when
         assert file.read() == passed.content
 
 
+def test_a_file_that_somebody_may_write_to_is_read_through_the_daemon(passed: Passed) -> None:
+    """A store through a mapping changes no time where the page was written to, and not cleaned, before."""
+    passed.read_and_verify()
+    with passed.staged.open("r+b") as writer, mmap.mmap(writer.fileno(), 0) as mapped:
+        writer.close()
+        with passed.path.open("rb") as file:
+            assert not passed.is_passed()
+            mapped[77] ^= 1
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert file.read() == passed.content
+    assert passed.path.read_bytes() == passed.content
+
+
 def test_an_evicted_file_is_read_to_its_end_and_counts_until_then(passed: Passed) -> None:
     passed.read_and_verify()
     used = client.call(passed.mount.control, "status")["cache"]["used"]

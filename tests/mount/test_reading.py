@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from ipfsfuse import client
+from ipfsfuse.dag import cid as cids
+from tests.cache.standin import flip
+from tests.dagging import Dag
+from tests.faults.gateway import mounted
 from tests.mount.conftest import Sample
-from tests.mounting import Home
+from tests.mounting import Home, wait_until
 
 
 @pytest.fixture
@@ -97,3 +102,37 @@ def test_the_same_tree_again_offline_after_unmount(home: Home, sample: Sample) -
                 ).returncode
                 == 0
             )
+
+
+def test_random_reads_of_what_was_verified_are_right_whatever_became_of_the_staging_file(home: Home) -> None:
+    """Most of them are answered without Python. What it is asked for is verified whole, or fetched again."""
+    dag, dice = Dag(), random.Random(7)
+    leaves = [dice.randbytes(256 << 10) for _ in range(8)]
+    cid, content = dag.file(leaves), b"".join(leaves)
+    with mounted(home, dag) as (gateway, mount):
+        path, staged = mount.path / cids.text(cid), home.store / "staging" / cids.text(cid)
+        assert path.read_bytes() == content
+        wait_until(staged.exists, "it is staged")
+
+        def read_by_python() -> int:
+            return sum(client.call(mount.control, "metrics")["operations"]["read"]["counts"])
+
+        with path.open("rb", buffering=0) as file:
+
+            def read_randomly(times: int, flips: bool) -> None:
+                for _ in range(times):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    at = dice.randrange(len(content) - 4096)
+                    if flips:
+                        flip(staged, dice.randrange(at, at + 4096))
+                    assert os.pread(file.fileno(), 4096, at) == content[at : at + 4096]
+
+            read_randomly(200, flips=False)
+            before, asked = read_by_python(), sum(gateway.asked.values())
+            read_randomly(500, flips=False)
+            assert read_by_python() - before < 50
+            assert sum(gateway.asked.values()) == asked
+            read_randomly(100, flips=True)
+            assert sum(gateway.asked.values()) > asked
+            client.call(mount.control, "evict", cid=cids.text(cid))
+            read_randomly(50, flips=False)

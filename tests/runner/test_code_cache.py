@@ -2,13 +2,12 @@
 
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import wasmtime
 
-from ipfsfuse_run import guest
+from ipfsfuse_run import code_cache, guest
 from ipfsfuse_run.code_cache import CodeCache
 from ipfsfuse_run.guest import MODULE, Settings
 from tests.runner.conftest import TOP, Runner
@@ -24,40 +23,35 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-class Compiled:
-    """How often anything was compiled: the compiling process adds a byte to a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        file.touch()
-        self.out = os.open(file, os.O_WRONLY | os.O_APPEND)  # the compiling process may open nothing
-
-    def __len__(self) -> int:
-        return self.file.stat().st_size
-
-
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
-    seen = Compiled(tmp_path / "compiled")
-    real: Callable[..., guest.Guest] = guest.compile_guest
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The guests that were compiled, by their names in messages."""
+    seen: list[str] = []
+    real = code_cache._in_own_process
 
-    def counted(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> guest.Guest:
-        os.write(seen.out, b".")
-        return real(engine, kind, code, name)
+    def counted(build: code_cache.Build, name: str, memory: int) -> int:
+        seen.append(name)
+        return real(build, name, memory)
 
-    monkeypatch.setattr(guest, "compile_guest", counted)
+    monkeypatch.setattr(code_cache, "_in_own_process", counted)
     return seen
 
 
 def load(cache: CodeCache, code: bytes = CODE, settings: Settings = PLAIN) -> guest.Guest:
-    return cache.load(guest.make_engine(settings), MODULE, code, "guest", settings)
+    engine = guest.make_engine(settings)
+    made = guest.compiled(cache, engine, MODULE, code, "guest", settings)
+    try:
+        return guest.load(engine, made)
+    finally:
+        os.close(made.file)
 
 
 def kept(cache: CodeCache, file: io.BytesIO, settings: Settings = PLAIN) -> guest.Guest | None:
-    return cache.kept(guest.make_engine(settings), file, "guest", settings)
+    found = guest.kept(cache, file, "guest", settings)
+    return None if found is None else guest.load(guest.make_engine(settings), found)
 
 
-def test_the_second_start_compiles_nothing(folder: Path, compiled: Compiled) -> None:
+def test_the_second_start_compiles_nothing(folder: Path, compiled: list[str]) -> None:
     for _ in range(2):
         load(CodeCache(folder), CODE)
     assert len(compiled) == 1
@@ -65,7 +59,7 @@ def test_the_second_start_compiles_nothing(folder: Path, compiled: Compiled) -> 
 
 
 def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(
-    folder: Path, compiled: Compiled
+    folder: Path, compiled: list[str]
 ) -> None:
     cache, file = CodeCache(folder), io.BytesIO(CODE)
     assert kept(cache, file) is None
@@ -80,7 +74,7 @@ def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(
     assert len(compiled) == 1
 
 
-def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: Compiled) -> None:
+def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: list[str]) -> None:
     other = bytes(wasmtime.wat2wasm('(module (func (export "_start") nop))'))
     for code, settings in [
         (CODE, PLAIN),
@@ -94,7 +88,7 @@ def test_other_content_and_other_settings_are_other_code(folder: Path, compiled:
 
 @pytest.mark.parametrize("spoil", ["cut short", "writable by others", "a link"])
 def test_what_is_not_ours_or_not_whole_is_compiled_anew(
-    folder: Path, compiled: Compiled, spoil: str, tmp_path: Path
+    folder: Path, compiled: list[str], spoil: str, tmp_path: Path
 ) -> None:
     load(CodeCache(folder), CODE)
     (kept,) = folder.iterdir()
@@ -111,7 +105,7 @@ def test_what_is_not_ours_or_not_whole_is_compiled_anew(
     assert len(compiled) == 2  # and put in its place
 
 
-def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: Compiled) -> None:
+def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: list[str]) -> None:
     codes = [
         bytes(wasmtime.wat2wasm(f'(module (func (export "_start")) (func (export "f{number}")))'))
         for number in range(3)
@@ -127,7 +121,7 @@ def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: Compiled) 
     assert len(compiled) == before
 
 
-def test_without_a_folder_it_still_runs(compiled: Compiled) -> None:
+def test_without_a_folder_it_still_runs(compiled: list[str]) -> None:
     load(CodeCache(None), CODE)
     assert len(compiled) == 1
 

@@ -1,5 +1,6 @@
 """The locked room, tried by native code in the guest's place: what a guest that broke out of wasmtime can't do."""
 
+import hashlib
 import json
 import os
 import socket
@@ -113,6 +114,105 @@ def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
     assert started == [1]
     assert [each.name for each in code.parent.iterdir()] == ["entry"]
     assert (code.read_bytes(), code.stat().st_mode & 0o777) == (b"compiled", 0o600)
+
+
+COMPILER = """
+import ctypes, json, os, socket, sys
+from pathlib import Path
+from ipfsfuse_run import guest
+from ipfsfuse_run.code_cache import CodeCache
+folder, secret, out = map(Path, sys.argv[1:4])
+standard = int(sys.argv[4])
+libc = ctypes.CDLL(None, use_errno=True)
+entry = folder / ("b" * 64 + "-" + "c" * 16)
+def attacker(engine, kind, code, name):
+    tried = {}
+    def attempt(name, call):
+        try:
+            call()
+            tried[name] = 0
+        except OSError as exc:
+            tried[name] = exc.errno
+    attempt("read another's code", lambda: os.open(entry, os.O_RDONLY))
+    attempt("write another's code", lambda: os.open(entry, os.O_WRONLY))
+    attempt("cut another's code", lambda: os.truncate(entry, 0))
+    attempt("remove another's code", lambda: os.unlink(entry))
+    attempt("make code", lambda: os.open(folder / ("d" * 64 + "-" + "c" * 16), os.O_WRONLY | os.O_CREAT))
+    attempt("list the code", lambda: os.listdir(folder))
+    attempt("let others write code", lambda: os.chmod(entry, 0o666))
+    attempt("read secret", lambda: open(secret))
+    attempt("write the output", lambda: os.write(standard, b"x"))
+    attempt("fork", os.fork)
+    attempt("socket", lambda: socket.socket(socket.AF_UNIX))
+    attempt("signal", lambda: os.kill(os.getppid(), 0))
+    held = [each for each in range(3, 100) if os.path.exists(f"/proc/self/fd/{each}")]
+    class Compiled:
+        def serialize(self):
+            return json.dumps([tried, len(held)]).encode()
+    return guest.Guest(name, engine, Compiled())
+guest.compile_guest = attacker
+settings = guest.Settings(False, None, False)
+made = guest.compiled(CodeCache(folder), guest.make_engine(settings), "module", b"its own", "evil", settings)
+out.write_bytes(os.pread(made.file, 10000, 0))
+"""
+
+
+@FULL
+def test_native_code_in_the_compilers_place(tmp_path: Path) -> None:
+    """It gives code for the module that broke it, under that module's key, and reaches nothing else."""
+    folder, secret, out = tmp_path / "code", tmp_path / "secret", tmp_path / "out"
+    folder.mkdir(mode=0o700)
+    secret.write_text("secret")
+    entry = folder / f"{'b' * 64}-{'c' * 16}"
+    entry.write_bytes(b"another's code")
+    entry.chmod(0o600)
+    with (tmp_path / "stdout").open("wb") as stdout:
+        subprocess.run(
+            [sys.executable, "-c", COMPILER, folder, secret, out, str(stdout.fileno())],
+            env={**os.environ, "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"},
+            stdout=stdout,
+            pass_fds=[stdout.fileno()],
+            check=True,
+        )
+    tried, held = json.loads(out.read_bytes())
+    assert {name for name, error in tried.items() if error == 0} == set(), tried
+    assert held == 2  # for the code, and for why it is refused
+    assert (tmp_path / "stdout").read_bytes() == b""
+    (own,) = (each for each in folder.iterdir() if each != entry)
+    assert own.name.startswith(hashlib.sha256(b"its own").hexdigest())
+    assert (entry.read_bytes(), entry.stat().st_mode & 0o777) == (b"another's code", 0o600)
+
+
+LOADS = """
+import ctypes, sys
+from ipfsfuse_run import cli, guest
+real, prctl = guest.load, ctypes.CDLL(None).prctl
+def load(engine, code):
+    print("seccomp", prctl(21, 0, 0, 0, 0), flush=True)
+    return real(engine, code)
+guest.load = load
+cli.main(sys.argv[1:])
+"""
+
+
+@FULL
+@pytest.mark.parametrize("cache", ["kept", "none"])
+def test_compiled_code_is_loaded_when_the_room_is_locked(run: Runner, tmp_path: Path, cache: str) -> None:
+    """A module that broke the compiler may have made it. Code that can't be kept is in memory."""
+    guest = tmp_path / "guest.wat"
+    guest.write_text('(module (func (export "_start")))')
+    if cache == "none":
+        run.env["XDG_CACHE_HOME"] = str(tmp_path / "file")
+        (tmp_path / "file").touch()
+    given = ["--engine=library", "--require-sandbox", "--dir", f"{tmp_path}::/", "--tmp=0"]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", LOADS, *given, "--mount", str(run.mount), str(guest)],
+            env=run.env,
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, b"seccomp 2\n"), done
 
 
 @FULL

@@ -304,3 +304,31 @@ def test_results_and_receipt_come_with_the_result(
     assert done.out in home.run("library").stdout
     done = ipfsfuse_run.run(habits, "args")
     assert (done.out, done.receipt) == (None, None)
+
+
+@pytest.mark.fuse
+def test_a_run_whose_results_can_not_be_kept_gives_its_result(
+    python: Run, habits: Path, run: Runner, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a library")
+    monkeypatch.setenv("IPFSFUSE_LIBRARY", str(tmp_path / "file"))
+    out = tmp_path / "out"
+    with pytest.raises(ipfsfuse_run.ResultsNotKept, match="can't be taken into the library") as caught:
+        python(habits, "write", "/out/file", out=out, add=True)
+    done = caught.value.result
+    assert (done.exit_code, done.ended, done.out) == (0, "exited", None)
+    assert (out / "file").read_text() == "written\n"
+    for name, value in home.env.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "run.car").mkdir()
+    with pytest.raises(ipfsfuse_run.ResultsNotKept, match=r"run\.car can't be written") as caught:
+        ipfsfuse_run.run(habits, "err", record=tmp_path / "run.car")
+    assert (caught.value.result.stderr, caught.value.result.receipt) == (b"to stderr\n", None)
+    with pytest.raises(UsageError, match="there is no folder /nowhere"):
+        ipfsfuse_run.run(habits, "err", record="/nowhere/run.car")
+    run.env["IPFSFUSE_LIBRARY"] = str(tmp_path / "file")
+    command = run("--engine=library", "--out", tmp_path / "results", "--add", guest(tmp_path, TRAP))
+    told = [each for each in lines(command.stderr) if each.startswith("ipfsfuse-run: ")]
+    assert (command.returncode, len(told)) == (125, 2), told
+    assert f"{tmp_path}/guest.wat trapped" in told[0]
+    assert "can't be taken into the library" in told[1]

@@ -286,14 +286,17 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
     from ipfsfuse_run.code_cache import CodeCache
-    from ipfsfuse_run.guest import MODULE, Settings, make_engine
+    from ipfsfuse_run.guest import MODULE, Settings, compiled, make_engine
 
     folder = tmp_path / "code"
     folder.mkdir(mode=0o700)
     for name in ("notes.txt", "a" * 64, f"{'b' * 64}-{'c' * 16}"):
         (folder / name).write_bytes(bytes(1000))
     settings = Settings(fuel=False, max_wasm_stack=None, deterministic=False)
-    CodeCache(folder, bound=1).load(make_engine(settings), MODULE, b"\0asm\1\0\0\0", "guest", settings)
+    made = compiled(
+        CodeCache(folder, bound=1), make_engine(settings), MODULE, b"\0asm\1\0\0\0", "guest", settings
+    )
+    os.close(made.file)
     left = {each.name for each in folder.iterdir()}
     assert {"notes.txt", "a" * 64} < left
     assert f"{'b' * 64}-{'c' * 16}" not in left

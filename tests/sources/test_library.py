@@ -1,5 +1,6 @@
 """The library: what one process adds another reads, what is removed gives back what nobody else needs."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_many_small_packs_become_one(library: Library) -> None:
     for blocks in everything:
         library.remove(blocks[-1][0])
     assert packs(library) == {}
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-1", "1" + "0" * 400, "1" + "0" * 5000, '"x"', "null"])
+@pytest.mark.parametrize("key", ["size", "added"])
+def test_a_root_with_a_number_that_can_not_be_is_no_root_and_spoils_no_other(
+    library: Library, key: str, number: str
+) -> None:
+    add(library, [raw(1)])
+    ours = {path.name for path in (library.folder / "roots").iterdir()}
+    add(library, [raw(2)])
+    (other,) = (path for path in (library.folder / "roots").iterdir() if path.name not in ours)
+    fields = json.loads(other.read_text())
+    other.write_text(json.dumps(fields | {key: "HERE"}).replace('"HERE"', number))
+    assert list(library.roots()) == [raw(1)[0]]
 
 
 def test_a_damaged_pack_is_one_line(library: Library) -> None:

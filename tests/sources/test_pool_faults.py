@@ -9,6 +9,7 @@ import trio
 
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed, Unavailable
+from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
@@ -138,6 +139,7 @@ def test_a_source_in_place_that_fails_so_keeps_no_other_from_being_asked_nor_fro
         pool = pool_of(FaultyInPlace("bad", ANSWERS["value"]), good)
         assert (await pool.get(CID)).source is good
         assert pool.roots() == [CID]
+        assert await threads.run_sync(pool.roots) == [CID], "as a mount asks for them"
         takes = Takes()
         await give_each(pool.subtree(Subtree(TREE.root, True, 1 << 20), takes), takes.take)
         assert takes.got

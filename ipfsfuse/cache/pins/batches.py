@@ -132,7 +132,8 @@ class BatchPlanner:
 
     def adopt(self, batch: Batch) -> None:
         """The node has `batch`. Of several batches that link a CID the newest is its home: when a round broke
-        off, the older ones were about to be dropped."""
+        off, the older ones were about to be dropped. An older one stays, with what both link, if at least
+        half of it is desired by now: there are never more than twice as many links as desired CIDs."""
         live = 0
         for cid in batch.members:
             home = self._home.get(cid)

@@ -380,7 +380,7 @@ def _announced_in(folder: Path) -> tuple[int, str] | None:
         finally:
             os.close(fd)
         return int(said["pid"]), str(said["mountpoint"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 30
 """Of one file: some ten million staging files."""
+MAX_SIZE = 1 << 63
+"""Bytes that no disk has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,16 @@ class PinRecords:
     def _read(self, name: str) -> PinRecord:
         try:
             values = json.loads(read_file(self.folder.fd(), name, MAX_BYTES))
-            if "files" not in values and "packs" not in values and "bytes" in values:
-                return PinRecord(int(values["bytes"]), None)
+            size = int(values["bytes"])
+            if not 0 <= size < MAX_SIZE:
+                raise ValueError("its size is none that a pin can have")
+            if "files" not in values and "packs" not in values:
+                return PinRecord(size, None)
             files = [cids.canonical(cids.parse(str(text))) for text in values["files"]]
-            return PinRecord(int(values["bytes"]), frozenset([*files, *map(int, values["packs"])]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, NotACid) as exc:
+            return PinRecord(size, frozenset([*files, *map(int, values["packs"])]))
+        except (
+            OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError, NotACid,
+        ) as exc:  # fmt: skip
             log.warning(
                 "%s is damaged (%s): what belongs to that pin is looked for", self.folder.path / name, exc
             )

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pins
+from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pieces, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
@@ -41,12 +41,12 @@ MAX_PACKED = 64 << 10
 """Files of up to so many bytes lie in packs."""
 NOTE_USE = 60.0
 """Seconds between two notes on disk of one file's use."""
-MAX_DIGESTS = 16 << 20
-"""Bytes of digests that are kept in memory: those of 7 GiB in leaves of 1 MiB."""
-LOOP_PIECES = 4
+MAX_TAGS = 16 << 20
+"""Bytes of tags that are kept in memory: those of 7 GiB in leaves of 1 MiB."""
+LOOP_PIECES = 8
 """Pieces that are read from the page cache and hashed on the event loop: some 15 us."""
-DIGESTS_OVERHEAD = 300
-"""Bytes of memory that one leaf's digests take besides themselves."""
+TAGS_OVERHEAD = 300
+"""Bytes of memory that one leaf's tags take besides themselves."""
 LISTED_TOGETHER = 500
 """Staging files that are listed before other calls have their turn: some milliseconds."""
 
@@ -93,7 +93,7 @@ class Store:
         """Called when a staging file got its final name."""
         self._lingering: dict[int, int] = {}
         """Bytes of files that have left while the kernel still reads them for others, by descriptor."""
-        self._digests: Lru[Cid, bytes] = Lru(MAX_DIGESTS)
+        self._tags: Lru[Cid, bytes] = Lru(MAX_TAGS)
         """Those of the pieces of leaves that were verified, by the CIDs of the leaves."""
 
     # -- leaves ----------------------------------------------------------------------------------------------
@@ -116,25 +116,24 @@ class Store:
         if entry is None:
             return None
         try:
-            data, right, digests = await threads.run_sync(
+            data, right, tags = await threads.run_sync(
                 self.staging.read, entry, leaf, limiter=self.io.reading
             )
         except OSError as exc:
             await self._lost(entry, exc)
             return None
         if right:
-            self._digests.put(leaf.cid, digests, len(digests) + DIGESTS_OVERHEAD)
+            self._tags.put(leaf.cid, tags, len(tags) + TAGS_OVERHEAD)
         return await self._looked_at(entry, leaf, data, right)
 
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> memoryview | None:
         """The bytes [start, stop) of the leaf, if they can be proved without the rest of it: it was verified
         before. None where that is not so, or they are not right."""
-        entry, digests = self.staging.find(file.cid), self._digests.get(leaf.cid)
-        if digests is None or entry is None or entry.dead or entry.extents is None:
+        known = self._verified_before(file, leaf)
+        if known is None:
             return None
-        if not entry.extents.covers(leaf.offset, leaf.offset + leaf.size):
-            return None
-        data, arguments = None, (entry, leaf, start, stop, digests)
+        entry, tags = known
+        data, arguments = None, (entry, leaf, start, stop, tags)
         try:
             if stop - start <= LOOP_PIECES * PIECE:  # what is in the page cache costs less than a thread
                 data = self.staging.read_pieces(*arguments, os.RWF_NOWAIT)
@@ -147,6 +146,18 @@ class Store:
         if data is not None:
             self.budget.arc.refresh(entry.cid)
         return data
+
+    def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
+        """As `cache.base.Cache.pieces`."""
+        known = self._verified_before(file, leaf)
+        return None if known is None else Pieces(*self.staging.place(known[0]), known[1])
+
+    def _verified_before(self, file: FileRef, leaf: Leaf) -> tuple[Entry, bytes] | None:
+        """The entry of a leaf that is staged and was verified, and the tags of its pieces."""
+        entry, tags = self.staging.find(file.cid), self._tags.get(leaf.cid)
+        if tags is None or entry is None or entry.dead or entry.extents is None:
+            return None
+        return (entry, tags) if entry.extents.covers(leaf.offset, leaf.offset + leaf.size) else None
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
         """As `leaf`, of leaves that lie one behind the other, at least one."""

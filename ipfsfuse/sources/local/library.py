@@ -69,6 +69,8 @@ _TEMPORARY_NAME = re.compile(_STEM + r"\.tmp")
 _OLDER_NAMES = re.compile(_STEM + r"\.(car|tmp)|lock|roots|tmp[a-z0-9_]{8}")
 """All that a library held before it had a marker."""
 MAX_ROOT = 1 << 24
+MAX_SIZE, MAX_TIME = 1 << 63, 253_402_300_800
+"""What no file has: so many bytes, and a time after the year 9999."""
 """Bytes of a root's file that are read at most: some 400,000 packs."""
 
 
@@ -260,14 +262,13 @@ def read_root(path: Path) -> Entry | None:
     """None where the file is gone or none of ours."""
     try:
         fields = json.loads(_read(path, MAX_ROOT) or b"")
+        size, added = int(fields["size"]), float(fields["added"])
+        if not (0 <= size < MAX_SIZE and 0 <= added < MAX_TIME):
+            return None
         return Entry(
-            cids.parse(fields["cid"]),
-            str(fields["name"]),
-            int(fields["size"]),
-            float(fields["added"]),
-            tuple(map(str, fields["packs"])),
+            cids.parse(fields["cid"]), str(fields["name"]), size, added, tuple(map(str, fields["packs"]))
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, NotACid):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError, NotACid):
         return None
 
 

@@ -171,13 +171,16 @@ class ManagedSource:
         return self.source.in_place or self.limiter.limit >= SIDE_BY_SIDE
 
     def roots(self) -> Sequence[Cid]:
-        """Those of the source; none where it can't tell."""
+        """Those of the source; none where it can't tell. In a worker thread, or on the loop."""
         try:
             with self.as_its_failure():
                 return self.source.roots()
         except SourceFailed as exc:
-            self.note(exc, trio.current_time())
+            threads.on_loop(self._note_now, exc)
             return ()
+
+    def _note_now(self, failure: SourceFailed) -> None:
+        self.note(failure, trio.current_time())
 
     async def aclose(self) -> None:
         """Never fails: the other sources are to be closed too."""
