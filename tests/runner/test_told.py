@@ -1,6 +1,7 @@
 """What a receipt tells of a run beside its input and output: what was only read ahead, what was missing, and
 whether NaNs were fixed."""
 
+import io
 import json
 import os
 import platform
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
-from ipfsfuse_run import receipts as told
+from ipfsfuse.dag.builder import Built
+from ipfsfuse.dag.nodes import Directory, parse
+from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from tests.dagging import Dag
 from tests.mounting import Home
@@ -72,6 +76,53 @@ def test_what_no_source_had_is_told_and_is_missing_again(
         assert {"exit code: the same", "read: the same", "missing: the same"} <= set(lines(again.stdout))
 
 
+def rewritten(source: Path, target: Path, told: dict[str, Any]) -> Path:
+    """The record `source`, with another receipt and all else as it was."""
+    data = source.read_bytes()
+    at = car.header_length(data[:9])
+    (root,) = car.decode_header(data[:at])
+    with target.open("w+b") as out:
+        writer, blocks = receipts.Writer(out), {}
+        while at < len(data):
+            found = car.section(data[at : at + car.HEAD_BYTES], at=0, base=at)
+            blocks[found.cid] = data[found.block : found.end]
+            writer.put(found.cid, blocks[found.cid])
+            at = found.end
+        folder = parse(root, blocks[root])
+        assert isinstance(folder, Directory)
+        children = {os.fsdecode(link.name): Built(link.cid, 0, link.tsize) for link in folder.links}
+        children["receipt.json"] = writer.add_file(io.BytesIO(json.dumps(told).encode()))
+        writer.close(writer.add_folder(list(children.items())))
+    return target
+
+
+def test_a_receipt_that_tells_of_other_reads_is_different(run: Runner, tmp_path: Path, habits: Path) -> None:
+    """One block less or more that was read, or was missing; and one that is told to be only fetched ahead."""
+    dag = Dag()
+    file = dag.file(LEAVES[:6])
+    other = cids.text(dag.file([b"other" * 10]))
+    del dag.blocks[cids.multihash(dag.block(LEAVES[3]))]
+    source, target = dag.car(tmp_path / "source.car"), tmp_path / "run.car"
+    given = ("--from", source, "--offline", "--record", target)
+    assert run(*given, habits, "cat", f"/ipfs/{cids.text(file)}").returncode == 1
+    recorded = json.loads(run("inspect", target, "--json").stdout)
+    assert len(recorded["missing"]) == 1
+    last = recorded["read"][-1]
+    changes: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "read less": {"read": recorded["read"][:-1]},
+        "read more": {"read": [*recorded["read"], other]},
+        "read as ahead": {"read": recorded["read"][:-1], "ahead": [*recorded["ahead"], last]},
+        "none missing": {"missing": []},
+        "more missing": {"missing": [*recorded["missing"], other]},
+        "missing as ahead": {"missing": [], "ahead": [*recorded["ahead"], *recorded["missing"]]},
+    }
+    for what, changed in changes.items():
+        again = run("--replay", rewritten(target, tmp_path / "again.car", recorded | changed))
+        expected = {"nothing": 0, "read more": 125}.get(what, 3)  # 125: the record lacks that block
+        assert again.returncode == expected, (what, again)
+
+
 def test_a_guest_whose_name_is_no_text(run: Runner, tmp_path: Path, habits: Path) -> None:
     guest = tmp_path / os.fsdecode(b"\xff.wasm")
     guest.write_bytes(habits.read_bytes())
@@ -87,7 +138,7 @@ def test_a_receipt_with_half_a_surrogate_pair_is_refused(run: Runner, tmp_path: 
     target = tmp_path / "run.json"
     run("--record", target, "--env", "A=1", habits, "args")
     whole, half = receipt(target), "\udcff"
-    told.decode(json.dumps(whole).encode())
+    receipts.decode(json.dumps(whole).encode())
     folder = {"guest": half, "cid": whole["guest"]["cid"]}
     guest = whole["guest"] | {"name": half}
     for field, value in {
@@ -99,7 +150,7 @@ def test_a_receipt_with_half_a_surrogate_pair_is_refused(run: Runner, tmp_path: 
         "started": half,
     }.items():
         with pytest.raises(ReceiptRefused, match="UTF-8"):
-            told.decode(json.dumps(whole | {field: value}).encode())
+            receipts.decode(json.dumps(whole | {field: value}).encode())
 
 
 CANONICAL = struct.pack(

@@ -301,7 +301,7 @@ class FolderWatch:
         self._seen = -1
 
     def changed(self) -> bool:
-        """True also where that can't be told: where the last change is too fresh. Raises OSError."""
+        """True also where that is not known: where the last change is too fresh. Raises OSError."""
         found = os.stat(self._folder).st_mtime_ns
         if found == self._seen:
             return False
@@ -515,7 +515,7 @@ class LibraryWriter:
 WORTHWHILE = 4
 """A pack is written anew if at least a quarter of it goes."""
 
-SMALL = 32 << 20
+MIN_PACK = 32 << 20
 """Packs of fewer bytes than this are brought together..."""
 MANY = 64
 """...when there are so many of them."""
@@ -553,7 +553,7 @@ def _rewrite_one(folder: Path, path: Path, live: set[bytes]) -> None:
 def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
     """Makes one pack of all small ones if those are many. Raises OSError, SourceFailed; the library is whole
     at any moment."""
-    paths = [path for name in pack_names(folder) if (path := folder / name).stat().st_size < SMALL]
+    paths = [path for name in pack_names(folder) if (path := folder / name).stat().st_size < MIN_PACK]
     if len(paths) < MANY:
         return
     packs = [CarFile(path) for path in paths]
