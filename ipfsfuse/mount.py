@@ -428,7 +428,7 @@ async def _serving(
         inodes = Inodes(await threads.run_sync(folder.inode_key))
         names = Names(folder.path, sources, http, config, stack)
         if config.ipns is not None:
-            await names.resolver()  # what is wrong with its settings is told before anything is mounted
+            await names.resolver()  # what is wrong with its settings is reported before anything is mounted
         passthrough, passed = None, None
         if config.passthrough:
             passed = PassthroughFiles(cache.store, cache.reader)

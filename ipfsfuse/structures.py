@@ -4,6 +4,7 @@ event. Pure. Not for several threads."""
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -48,12 +49,12 @@ BOUNDS = (0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
 """Seconds."""
 
 
+@dataclass(slots=True)
 class Histogram:
     """Counts of durations in fixed classes, cheap enough for every call."""
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)
-        self.sum = 0.0
+    counts: list[int] = field(default_factory=([0] * (len(BOUNDS) + 1)).copy)
+    sum: float = 0.0
 
     def add(self, seconds: float) -> None:
         self.counts[bisect_left(BOUNDS, seconds)] += 1

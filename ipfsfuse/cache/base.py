@@ -89,16 +89,16 @@ class Cache(Protocol):
         """Returns when all that readers were given so far is staged, or was found not to be."""
         ...
 
-    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
+    async def leaf(
+        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
+    ) -> Content:
         """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged
         now.
 
-        `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
-        ...
+        `part`: the bytes [start, stop) of it. What was verified before in this run of the daemon and is
+        staged costs their part of the leaf, anything else the whole leaf.
 
-    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
-        """The verified bytes [start, stop) of a leaf. What was verified before in this run of the daemon and
-        is staged costs their part of the leaf, anything else the whole leaf, as `leaf`."""
+        `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
         ...
 
     def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
@@ -198,11 +198,11 @@ class PinStatus:
     held: int
     """CIDs that the node holds for this mount."""
     queued: int
-    """CIDs that it will be told of, or has not been asked about yet."""
+    """CIDs that it will be asked to pin, or has not been asked about yet."""
     batches: int
     requests: int
     """To the node, since the start."""
     folder: str
     """The folder in the node's MFS that lists what is pinned."""
     failing: str
-    """Why the node can't be told just now, "" where it can."""
+    """Why the node can't be reached just now, "" where it can."""

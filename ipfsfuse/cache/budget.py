@@ -39,12 +39,6 @@ RETRY = 5.0
 """Seconds after a failed write in which nothing is written."""
 
 
-def disk_cost(unit: int, start: int, end: int) -> int:
-    """Bytes on disk that writing [start, end) can take at most, what the file system needs to find it
-    included. `unit`: bytes of its blocks."""
-    return (-(-end // unit) - start // unit + 1) * unit
-
-
 def _unknown() -> None:
     return None
 
@@ -60,9 +54,11 @@ class Budget:
         """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
         bytes the file system can take before the reserve is touched: negative where others have taken from
         the reserve, None where that can't be known. If an earlier run left something that is not
-        `counted` yet, it is told by `restore`, and then `counted` is set."""
+        `counted` yet, `restore` is called with it, and then `counted` is set."""
         self.configured = configured
         self.limit = configured
+        self.unit = 4096
+        """Bytes of a file-system block."""
         self.counted = trio.Event()
         """Set when `used` has all that an earlier run left."""
         if counted:
@@ -106,12 +102,13 @@ class Budget:
     def size(self, key: Key) -> int:
         return self._exempt.get(key) or self.arc.size(key)
 
-    async def reserve(self, key: Key, size: int) -> bool:
-        """Counts `size` more bytes for `key`, after what must leave for them has left. False: they can't fit.
-
-        Where True was returned, the caller calls `settle` with the same size once the write has ended."""
+    async def reserve(self, key: Key, start: int, end: int) -> int:
+        """Counts for `key` the bytes on disk that writing [start, end) can take at most, what the file system
+        needs to find it included. What must leave for them has left before. Returns them, or 0 if they can't
+        fit. The caller calls `settle` with them once the write has ended."""
         if not self.counted.is_set():
-            return False
+            return 0
+        size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
         self._unlooked += size
         if self._lock.locked() or self._unlooked >= LOOK_BYTES or self.arc.bytes + size > self.arc.capacity:
             async with self._lock:
@@ -122,9 +119,10 @@ class Budget:
                 self._add_exempt(key, size)
             else:
                 self.arc.admit(key, size, current_request.get().caller)
-        if done:
-            self._pending += size
-        return done
+        if not done:
+            return 0
+        self._pending += size
+        return size
 
     async def _reserve(self, key: Key, size: int) -> bool:
         if self._unlooked >= LOOK_BYTES:

@@ -36,7 +36,7 @@ MAX_HELD = 1000
 """Files that are held at once. Any more are read through the daemon."""
 HELD_PART = 2
 """The part of the budget, as a divisor, that may be held at once: the rest is left to what is read next."""
-AT_ONCE = 4 << 20
+HASHED_TOGETHER = 4 << 20
 """Bytes that are read and hashed by one thread hop while a file is verified."""
 TRIES = 2
 """How often a file is read whole in a row that was changed meanwhile, or had a leaf that was wrong."""
@@ -196,13 +196,13 @@ class PassthroughFiles:
 
 
 async def _together(leaves: AsyncIterator[Leaf]) -> AsyncIterator[Sequence[Leaf]]:
-    """`leaves` in groups of about AT_ONCE bytes."""
+    """`leaves` in groups of about HASHED_TOGETHER bytes."""
     group: list[Leaf] = []
     size = 0
     async for leaf in leaves:
         group.append(leaf)
         size += leaf.size
-        if size >= AT_ONCE:
+        if size >= HASHED_TOGETHER:
             yield group
             group, size = [], 0
     if group:

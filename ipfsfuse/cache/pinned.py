@@ -16,7 +16,7 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.cache.store.packs import PackSet
-from ipfsfuse.cache.store.store import SMALL, Store
+from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
@@ -46,7 +46,7 @@ class Pinning:
 
     async def file(self, file: FileRef) -> None:
         """Raises StoreFailed where what was kept so far did not find room."""
-        if file.size > SMALL:
+        if file.size > MAX_PACKED:
             self._files[file.cid] = file.size
             if not self._store.budget.kept(file.cid):
                 self._own_files.add(file.cid)
@@ -76,7 +76,7 @@ class Pinning:
             block = await reader.block(cid)
             if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
                 await self._store.blocks.keep(cid, block, self._pack_set)
-            walk.add(*_below(self._store, await parsed_node(cid, block, SMALL), in_file))
+            walk.add(*_below(self._store, await parsed_node(cid, block, MAX_PACKED), in_file))
             self.check()
 
 
@@ -88,7 +88,9 @@ def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
         prove."""
         return cids.codec(child) != cids.RAW and store.blocks.place(child) is not None
 
-    large = isinstance(node, File) and (in_file or node.size > SMALL) and not nodes.holds_values(node.cid)
+    large = (
+        isinstance(node, File) and (in_file or node.size > MAX_PACKED) and not nodes.holds_values(node.cid)
+    )
     return [child for child in nodes.children(node) if not large or is_structure(child)], large
 
 
@@ -177,10 +179,15 @@ class PinnedDags:
                     continue
                 found.add(place.pack)
             try:
-                node = await parsed_node(cid, block, SMALL)
+                node = await parsed_node(cid, block, MAX_PACKED)
             except (Malformed, Unsupported):
                 continue
-            if isinstance(node, File) and node.size > SMALL and not in_file and not nodes.holds_values(cid):
+            if (
+                isinstance(node, File)
+                and node.size > MAX_PACKED
+                and not in_file
+                and not nodes.holds_values(cid)
+            ):
                 found.add(file)
                 missing += file not in store.staging.entries
             walk.add(*_below(store, node, in_file))

@@ -12,7 +12,7 @@ import trio
 
 from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Pieces, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
-from ipfsfuse.cache.store.store import SMALL, Store
+from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 FEW = 4
 """Up to so many blocks cost less one by one than by one answer with all blocks of a directory."""
-PATIENCE = 1 / 3
+ANSWER_PART = 1 / 3
 """The part of the deadline that one such answer may take. The rest is for getting its blocks elsewhere."""
 OF_BUDGET = 4
 """The largest part of the budget, as a divisor, that one answer may fill: its blocks must not evict each
@@ -85,6 +85,10 @@ class FetchResult(NamedTuple):
     """The file, and the offset in it, for which it is being staged."""
 
 
+Unstaged = tuple[FetchResult, Callable[[], Awaitable[None]] | None]
+"""A result, and what stages it; None where that is not to be staged."""
+
+
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
     if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
@@ -121,7 +125,7 @@ async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source
         content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
         return FetchResult(content, source, False)
-    stage = file.size > SMALL and (raw or file_layout.is_canonical(leaf.cid, block))
+    stage = file.size > MAX_PACKED and (raw or file_layout.is_canonical(leaf.cid, block))
     return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
 
 
@@ -164,7 +168,7 @@ class Reader:
         self.hits = 0
         self.misses = 0
         self._blocks = blocks
-        self._patience = deadline * PATIENCE
+        self._patience = deadline * ANSWER_PART
         self._behind = 0
         """Bytes that readers were given and that are not written yet."""
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
@@ -199,7 +203,7 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        fetch = partial(self._bring_block, cid, early)
+        fetch = partial(self._bring, partial(self._fetch_block, cid), cids.canonical(cid), early)
         result = await self._flights.join(block_key(cid), fetch, cids.canonical(cid), ended=not early)
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
@@ -221,36 +225,44 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _bring_block(self, cid: Cid, early: bool) -> AsyncGenerator[FetchResult]:
-        """A block that is not in a pack: from the staging file of a raw file, or fetched and staged."""
+    async def _fetch_block(self, cid: Cid) -> Unstaged:
+        """A block that is not in a pack: from the staging file of a raw file, or fetched."""
         content = await self._raw_file(cid)
         if content is not None:
             self.hits += 1
-            yield FetchResult(content, None, False)
-            return
+            return FetchResult(content, None, False), None
         fetched = await self._blocks.get(cid)
         result = result_of_block(cid, fetched)
-        stage = partial(self._stage_blocks, {cid: fetched})
-        if early and self._behind + len(fetched.block) <= MAX_BEHIND and not fetched.source.in_place:
-            with self.store.arriving(cid):
-                yield result
-                await self._stage_behind(len(fetched.block), stage)
-        else:
+        if not fetched.source.in_place:
+            return result, partial(self._stage_blocks, {cid: fetched})
+        self.misses += 1
+        return result, None
+
+    async def _bring(
+        self, fetch: Callable[[], Awaitable[Unstaged]], own: Cid, early: bool
+    ) -> AsyncGenerator[FetchResult]:
+        """What `fetch` returns, a block of `own` or the content of one of its leaves, staged. If `early`,
+        readers get it before that, unless too much waits to be staged."""
+        result, stage = await fetch()
+        size = len(result.content)
+        if stage is None:
+            yield result
+        elif not early or self._behind + size > MAX_BEHIND:
             await stage()
             yield result
+        else:
+            self._behind += size
+            try:
+                with self.store.arriving(own):
+                    yield result
+                    with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends
+                        await trio.sleep(BEHIND_SECONDS)
+                        await stage()
+            finally:
+                self._behind -= size
 
     async def settle(self) -> None:
         await self._flights.settle()
-
-    async def _stage_behind(self, size: int, stage: Callable[[], Awaitable[None]]) -> None:
-        """Stages `size` bytes that their readers have already."""
-        self._behind += size
-        try:
-            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends meanwhile
-                await trio.sleep(BEHIND_SECONDS)
-                await stage()
-        finally:
-            self._behind -= size
 
     async def _stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> None:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
@@ -261,7 +273,7 @@ class Reader:
             size = len(fetched.block)
             if fetched.source.in_place:
                 continue
-            if cids.codec(cid) == cids.RAW and size > SMALL:
+            if cids.codec(cid) == cids.RAW and size > MAX_PACKED:
                 file, leaf = FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
                 await self.store.keep_leaves(file, [leaf], [fetched.block], fetched.source.name)
             else:
@@ -307,56 +319,52 @@ class Reader:
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
-    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
-        if file.size <= SMALL or cids.inline(leaf.cid) is not None:
-            return await content_of(leaf, await self.block(leaf.cid, early=early))
-        if cids.codec(leaf.cid) != cids.RAW:
-            block = await self.store.blocks.get(leaf.cid)
-            if block is not None:
+    async def leaf(
+        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
+    ) -> Content:
+        if part is not None and self.store.staging.find(file.cid) is not None:
+            proved = await self.store.part(file, leaf, *part)
+            if proved is not None:
                 self.hits += 1
-                return await content_of(leaf, block)
-        fetch = partial(self._bring_leaf, file, leaf, early)
-        result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
-        # not remembered as a failure: another file may state the right size of this leaf
-        if len(result.content) != leaf.size:
-            return await content_of(leaf, await self.block(leaf.cid, early=early))
-        if result.stage and result.staged_for != (file.cid, leaf.offset) and not await self._has(file, leaf):
-            # another file's leaf, or another place in this one, of the same bytes
-            await self._stage(file, leaf, result)
-        return result.content
-
-    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> Content:
-        part = None
-        if self.store.staging.find(file.cid) is not None:
-            part = await self.store.part(file, leaf, start, stop)
-        if part is None:
-            return memoryview(await self.leaf(file, leaf, early=True))[start:stop]
-        self.hits += 1
-        return part
+                return proved
+        block: bytes | None = None
+        if file.size <= MAX_PACKED or cids.inline(leaf.cid) is not None:
+            block = await self.block(leaf.cid, early=early)
+        elif cids.codec(leaf.cid) != cids.RAW:
+            block = await self.store.blocks.get(leaf.cid)
+            self.hits += block is not None
+        content: Content = b""
+        if block is None:
+            fetch = partial(self._bring, partial(self._fetch_leaf, file, leaf), file.cid, early)
+            result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
+            content = result.content
+            if len(content) != leaf.size:
+                # not remembered as a failure: another file may state the right size of this leaf
+                block = await self.block(leaf.cid, early=early)
+            elif (
+                result.stage
+                and result.staged_for != (file.cid, leaf.offset)
+                and not await self._has(file, leaf)
+            ):  # another file's leaf, or another place in this one, of the same bytes
+                await self._stage(file, leaf, result)
+        if block is not None:
+            content = await content_of(leaf, block)
+        return content if part is None else memoryview(content)[part[0] : part[1]]
 
     def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
-        return self.store.pieces(file, leaf)
+        return self.store.pieces(file, leaf) if self.store.staging.find(file.cid) is not None else None
 
-    async def _bring_leaf(self, file: FileRef, leaf: Leaf, early: bool) -> AsyncGenerator[FetchResult]:
-        """A leaf from its staging file, or fetched and staged. If `early`, readers get what was fetched
-        before it is staged, unless too much waits for that."""
+    async def _fetch_leaf(self, file: FileRef, leaf: Leaf) -> Unstaged:
+        """A leaf from its staging file, or fetched."""
         if self.store.staging.find(file.cid) is not None:
             staged = await self.store.leaf(file, leaf)
             if staged is not None:
                 self.hits += 1
-                yield FetchResult(staged, None, False)
-                return
+                return FetchResult(staged, None, False), None
         self.misses += 1
         fetched = await self._blocks.get(leaf.cid)
         result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        stage = partial(self._stage, file, leaf, result)
-        if early and self._behind + leaf.size <= MAX_BEHIND and not fetched.source.in_place:
-            with self.store.arriving(file.cid):
-                yield result
-                await self._stage_behind(leaf.size, stage)
-        else:
-            await stage()
-            yield result
+        return result, None if fetched.source.in_place else partial(self._stage, file, leaf, result)
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""
@@ -381,7 +389,7 @@ class Reader:
         """Whether it seems to be staged."""
         if cids.inline(leaf.cid) is not None:
             return True
-        in_pack = file.size <= SMALL or cids.codec(leaf.cid) != cids.RAW
+        in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(
             file, leaf
         )
@@ -394,7 +402,7 @@ class Reader:
         rest: list[Leaf] = []
         for leaf in leaves:
             flies = cids.canonical(leaf.cid) in self._flights
-            if not flies and file.size > SMALL and await self.store.has_leaf(file, leaf):
+            if not flies and file.size > MAX_PACKED and await self.store.has_leaf(file, leaf):
                 staged.append(leaf)
             else:
                 (rest if flies or await self._has(file, leaf) else missing).append(leaf)

@@ -10,8 +10,8 @@ import copy
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import trio
 
 from ipfsfuse.errors import IpfsFuseError, Unavailable
-from ipfsfuse.sources.base import current_request
+from ipfsfuse.sources.base import Request, current_request
 
 log = logging.getLogger(__name__)
 
@@ -33,29 +33,34 @@ LONG_ENOUGH = 0.25
 that spent its time on other keys says little about this one."""
 
 
-class Fetch:
-    """One running fetch, of one key or of a batch of them."""
+@dataclass(slots=True, eq=False)
+class Fetch(Request):
+    """One running fetch, of one key or of a batch of them: a request on the account of the caller that began
+    it, and of those that wait for it besides."""
 
-    __slots__ = ("abandoned", "interest", "request", "scope")
+    wanted_until: float = -math.inf
+    interest: int = 0
+    """How many wait for it. With the last one it is cancelled."""
+    abandoned: bool = False
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
-    def __init__(self) -> None:
-        self.request = current_request.get().for_fetch()
-        """The request that it works for: that of the caller that began it, joined by those that wait for
-        it."""
-        self.interest = 0
-        self.abandoned = False
-        self.scope = trio.CancelScope()
-
-    def join(self, until: float = math.inf) -> None:
-        """One more caller waits for it, at most until `until`."""
+    @contextmanager
+    def waiting(self, until: float = math.inf) -> Iterator[None]:
+        """While one more caller waits for it, at most until `until`."""
         self.interest += 1
-        self.request.join(current_request.get(), until)
-
-    def leave(self) -> None:
-        self.interest -= 1
-        if self.interest == 0:
-            self.abandoned = True
-            self.scope.cancel()
+        self.wanted_until = max(self.wanted_until, until)
+        caller = current_request.get().caller
+        if caller != self.caller:
+            self.others.add(caller)
+        for call in list(self.on_join):
+            call()
+        try:
+            yield
+        finally:
+            self.interest -= 1
+            if self.interest == 0:
+                self.abandoned = True
+                self.scope.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -104,14 +109,14 @@ class SingleFlight(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: K, fetch: Fetching[V], asked: K | None = None, *, ended: bool = False) -> V:
+    async def join(self, key: K, fetch: Fetching[V], spelled: K | None = None, *, ended: bool = False) -> V:
         """The value of `key`, from the fetch under way or from a new `fetch()`. A fetch that has yielded its
         value serves all callers until it ends, and is not cancelled when they leave. With `ended`, returns
-        when the fetch has ended. `asked` is how this caller writes the key: messages say that.
+        when the fetch has ended. `spelled` is how this caller writes the key: messages say that.
 
         Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
         that this is for. A caller that asks again within the next seconds gets the same error at once."""
-        name = partial(self._name, key if asked is None else asked)
+        name = partial(self._name, key if spelled is None else spelled)
         began = trio.current_time()
         known = self._failed.get(key)
         if known is not None:
@@ -123,16 +128,14 @@ class SingleFlight(Generic[K, V]):
             while trio.current_time() < until:
                 flight = self._flights.get(key)
                 if flight is None:
-                    flight = self._flights[key] = Flight(Fetch())
+                    asked = current_request.get()
+                    flight = self._flights[key] = Flight(Fetch(asked.caller, number=asked.number))
                     self._nursery.start_soon(self._run_fetch, key, flight, fetch, name)
                 if flight.fetch.abandoned:
                     await flight.done.wait()
                 else:
-                    flight.fetch.join(until)
-                    try:
+                    with flight.fetch.waiting(until):
                         await flight.done.wait()
-                    finally:
-                        flight.fetch.leave()
                 if flight.resolved:
                     if ended and not flight.ended.is_set():
                         await flight.ended.wait()
@@ -162,11 +165,18 @@ class SingleFlight(Generic[K, V]):
         """Starts one `fetch(batch)` for those of `keys` that are not under way. It resolves each when it
         arrives, and may expect more. It is not started if there are none, unless it has `more` to expect.
 
-        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises nothing.
-        The caller counts as a waiter until it leaves."""
-        batch: Batch[K, V] = Batch(self)
+        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises nothing,
+        and goes on whoever leaves."""
+        batch = self._begin_batch(keys, fetch, more)
+        batch.interest += 1
+        return batch
+
+    def _begin_batch(
+        self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool
+    ) -> "Batch[K, V]":
+        asked = current_request.get()
+        batch = Batch(asked.caller, number=asked.number, wanted_until=math.inf, flights=self)
         batch.expect(keys)
-        batch.join()
         if batch.keys or more:
             self._nursery.start_soon(self._run_batch_fetch, batch, fetch)
         else:
@@ -174,23 +184,21 @@ class SingleFlight(Generic[K, V]):
         return batch
 
     async def run_batch(self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]]) -> None:
-        """Like `start_batch`. Returns when it has ended, or when nothing was resolved for a whole
-        deadline."""
-        batch = self.start_batch(keys, fetch)
-        try:
+        """Like `start_batch`, and waits for it. Returns when it has ended, or when nothing was resolved for a
+        whole deadline."""
+        batch = self._begin_batch(keys, fetch, False)
+        with batch.waiting():
             while not batch.ended.is_set():
                 with trio.move_on_after(self._deadline) as patience:
                     await batch.arrived.wait()
                     batch.arrived = trio.Event()
                 if patience.cancelled_caught:
                     return
-        finally:
-            batch.leave()
 
     async def _run_batch_fetch(
         self, batch: "Batch[K, V]", fetch: Callable[["Batch[K, V]"], Awaitable[None]]
     ) -> None:
-        current_request.set(batch.request)
+        current_request.set(batch)
         try:
             with batch.scope:
                 try:
@@ -213,7 +221,7 @@ class SingleFlight(Generic[K, V]):
     async def _run_fetch(
         self, key: K, flight: Flight[V], fetch: Fetching[V], name: Callable[[], str]
     ) -> None:
-        current_request.set(flight.fetch.request)
+        current_request.set(flight.fetch)
         try:
             with flight.fetch.scope:
                 try:
@@ -253,20 +261,17 @@ class SingleFlight(Generic[K, V]):
             self._failed.popitem(last=False)
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Batch(Fetch, Generic[K, V]):
     """A fetch of several keys: what the fetch itself uses."""
 
-    __slots__ = ("_flights", "_resolved", "_waiting", "arrived", "ended")
-
-    def __init__(self, flights: SingleFlight[K, V]) -> None:
-        super().__init__()
-        self.ended = trio.Event()
-        self.arrived = trio.Event()
-        """Set when a key is resolved, and at the end."""
-        self._flights = flights
-        self._waiting: dict[K, Flight[V]] = {}
-        self._resolved: dict[K, Flight[V] | None] = {}
-        """None once it is staged."""
+    flights: SingleFlight[K, V]
+    ended: trio.Event = field(default_factory=trio.Event)
+    arrived: trio.Event = field(default_factory=trio.Event)
+    """Set when a key is resolved, and at the end."""
+    _waiting: dict[K, Flight[V]] = field(default_factory=dict)
+    _resolved: dict[K, Flight[V] | None] = field(default_factory=dict)
+    """None once it is staged."""
 
     @property
     def keys(self) -> Sequence[K]:
@@ -279,7 +284,7 @@ class Batch(Fetch, Generic[K, V]):
     def expect(self, keys: Iterable[K]) -> None:
         """This fetch brings `keys` too. Callers wait for it, unless another fetch of the key is under way."""
         for key in keys:
-            if key not in self._resolved and (flight := self._flights._register(key, self)) is not None:
+            if key not in self._resolved and (flight := self.flights._register(key, self)) is not None:
                 self._waiting[key] = flight
 
     def resolve(self, key: K, value: V) -> None:
@@ -287,7 +292,7 @@ class Batch(Fetch, Generic[K, V]):
         flight = self._waiting.pop(key, None)
         if flight is not None:
             self._resolved[key] = flight
-            self._flights._resolve(key, flight, value)
+            self.flights._resolve(key, flight, value)
             self.arrived.set()
 
     def staged(self, key: K) -> None:
@@ -295,12 +300,12 @@ class Batch(Fetch, Generic[K, V]):
         flight = self._resolved.get(key)
         if flight is not None:
             self._resolved[key] = None
-            self._flights._end(key, flight)
+            self.flights._end(key, flight)
 
     def end(self) -> None:
         """Nothing more arrives."""
         for key, flight in [*self._waiting.items(), *self._resolved.items()]:
             if flight is not None:
-                self._flights._end(key, flight)
+                self.flights._end(key, flight)
         self.ended.set()
         self.arrived.set()

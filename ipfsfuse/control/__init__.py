@@ -1,4 +1,4 @@
-"""The local socket through which a running mount is asked and told things.
+"""The local socket through which commands reach a running mount.
 
 A Unix socket in the mount's cache folder (`cache.store.folder`; 0600 in 0700; only the mounting user and root
 are answered). One JSON object a line, both ways, in UTF-8:

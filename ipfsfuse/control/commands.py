@@ -363,10 +363,10 @@ def _fetched(progress: Progress) -> OnProgress:
     """Tells of what has been fetched."""
     tell = _Teller(progress)
 
-    async def told(totals: Totals) -> None:
+    async def report(totals: Totals) -> None:
         await tell({"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files})
 
-    return told
+    return report
 
 
 class _Teller:
@@ -390,7 +390,7 @@ class _Teller:
 # source, and what it looks at does not count as used. Each directory is entered once, by the first path that
 # leads to it, so that the walk takes no longer than there are entries.
 
-AT_ONCE = 500
+LISTED_TOGETHER = 500
 """Entries that are looked at before other tasks can run: some milliseconds."""
 
 
@@ -415,7 +415,7 @@ async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> Asyn
         waiting = [(b"/ipfs/" + name.encode(), root)]
         while waiting:
             looked_at += 1
-            if looked_at % AT_ONCE == 0:
+            if looked_at % LISTED_TOGETHER == 0:
                 await trio.lowlevel.checkpoint()
             path, cid = waiting.pop()
             kept = reader.store.kept_of(cid)

@@ -32,7 +32,7 @@ class Notifier:
                 sender.setblocking(False)
                 sender.sendto("\n".join(lines).encode(errors="replace"), self._address)
         except OSError as exc:
-            log.warning("the service manager can't be told: %s", exc.strerror)
+            log.warning("the service manager can't be reached: %s", exc.strerror)
 
     def reloading(self) -> None:
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")

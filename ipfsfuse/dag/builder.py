@@ -32,7 +32,7 @@ class Profile:
     file_links: int
     """Children of a file node, at most."""
     estimate: Literal["block", "links"]
-    """How a directory's size is told: its encoded block, or the names and CIDs in it alone."""
+    """How a directory's size is counted: its encoded block, or the names and CIDs in it alone."""
     shard_threshold: int = 256 << 10
     """A directory of a larger size than this becomes a HAMT."""
     hamt_width: int = 256

@@ -36,7 +36,12 @@ def lend(size: int) -> memoryview:
     try:
         pages = _unused[kept].pop()
     except LookupError:  # none is left, or it is larger than those that are kept
-        _drop_others(kept)
+        left = sum(map(mul, _unused, map(len, _unused.values())))
+        for each in reversed(SIZES):  # those of another size go while there are too many, the largest first
+            while left > KEPT_IN_ALL and each != kept and _unused[each]:
+                with contextlib.suppress(IndexError):  # another thread took the last one
+                    _unused[each].pop()
+                left -= each
         pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
     if kept:  # an mmap does not say when its last view ends, an array on it does
@@ -44,18 +49,8 @@ def lend(size: int) -> memoryview:
     return memoryview(array).cast("B")[:size]
 
 
-def _drop_others(size: int) -> None:
-    """Drops unused buffers that are not of `size` bytes, the largest first, while there are too many."""
-    left = sum(map(mul, _unused, map(len, _unused.values())))
-    for each in reversed(SIZES):
-        while left > KEPT_IN_ALL and each != size and _unused[each]:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                _unused[each].pop()
-            left -= each
-
-
 def is_aligned(data: memoryview, to: int) -> bool:
-    """Whether the address and the length of `data` are multiples of `to`; False where that can't be told."""
+    """Whether the address and the length of `data` are multiples of `to`; False where that is not known."""
     if data.readonly or not data.contiguous or len(data) % to or not data:
         return False
     return ctypes.addressof(ctypes.c_char.from_buffer(data)) % to == 0

@@ -142,7 +142,7 @@ class ReadWindows:
 
 
 def allow(inode: int) -> None:
-    """From now on the thread opens `inode`, a regular file whose attributes the kernel has been told
+    """From now on the thread opens `inode`, a regular file whose attributes the kernel has
     correctly."""
     _LIBRARY.opens_allow(inode)
 

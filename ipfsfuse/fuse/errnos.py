@@ -1,4 +1,4 @@
-"""The one table of errnos: a domain exception in, what the kernel is told out. And the log of calls that
+"""The one table of errnos: a domain exception in, what the kernel gets out. And the log of calls that
 failed: each kind with its cause, at a bounded rate.
 
 Concurrency: the event loop's.

@@ -19,7 +19,7 @@ stay 0: a number is only given to something else after the kernel has forgotten 
 comes; the table goes with the mount.
 
 Bound: an inode takes some 450 bytes here, and more in the kernel, which forgets only when memory is short.
-Beyond `LIMIT` inodes a listing gives names alone (`full`), and the kernel is asked to forget what nobody uses
+Beyond `MAX_INODES` a listing gives names alone (`full`), and the kernel is asked to forget what nobody uses
 (`surplus`).
 """
 
@@ -36,7 +36,7 @@ log = logging.getLogger("ipfsfuse.fuse")
 
 ROOT = 1
 KEY_BYTES = 32
-LIMIT = 250_000
+MAX_INODES = 250_000
 BITS = 63
 """Of a number: `opens.c` makes a file handle of a number and the highest bit."""
 
@@ -65,7 +65,7 @@ class Inode:
 class Inodes:
     """The table of all inodes that the kernel holds."""
 
-    def __init__(self, key: bytes, bits: int = BITS, limit: int = LIMIT) -> None:
+    def __init__(self, key: bytes, bits: int = BITS, limit: int = MAX_INODES) -> None:
         """`key` has 32 bytes. Fewer `bits` make collisions likely: for tests."""
         self._key = key
         self._limit = limit

@@ -2,7 +2,7 @@
 
 pyfuse3 and libfuse serve one mount a process. This directory needs few of the kernel's requests, so it
 speaks the protocol itself (linux/fuse.h, version 7.31) beside them, on the same event loop. The kernel is not
-told to cache symlinks: it asks for a target each time, and keeps an entry as long as the name's value holds.
+asked to cache symlinks: it asks for a target each time, and keeps an entry as long as the name's value holds.
 
 Concurrency: requests that resolve a name run as tasks of their own, any number side by side; all others are
 answered at once.

@@ -3,7 +3,7 @@ directory, which are given to the kernel a buffer at a time.
 
 An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. An entry whose
 attributes are known carries them, and is a reference for the kernel to count; of any other, and where the
-table of inodes is full, the kernel is told the name alone, and the type where that is known.
+table of inodes is full, the kernel is given the name alone, and the type where that is known.
 
 Concurrency: the kernel asks for one buffer of a handle at a time.
 """

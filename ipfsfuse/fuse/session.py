@@ -60,7 +60,7 @@ class Session:
 
 class MountHelper:
     """Mounts and unmounts at one mountpoint, by shells that were started before this process gave up the
-    right to start programs. They wait to be told, and end with this process."""
+    right to start programs. They wait for a line, and end with this process."""
 
     _MOUNT = 'trap "" INT TERM HUP; read -r go && exec "$@"'
     _UNMOUNT = """
@@ -150,16 +150,16 @@ class MountHelper:
 
     async def unmount(self) -> None:
         """Unmounts, lazily where it is busy, while the loop goes on answering."""
-        told = self._ask_to_unmount("")
-        await trio.lowlevel.wait_readable(told)
-        told.readline()
+        answer = self._ask_to_unmount("")
+        await trio.lowlevel.wait_readable(answer)
+        answer.readline()
 
     def _ask_to_unmount(self, mountpoint: str, wanted: str = "any") -> IO[bytes]:
         """Where a line says that it is done. `wanted` is "dead" for a mount that nobody answers, or "any" for
         the one at `self.mountpoint`: whoever takes this process over can have no other unmounted."""
         assert self._unmounting.stdin is not None
         assert self._unmounting.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the shell was killed: its end is told there too
+        with contextlib.suppress(BrokenPipeError):  # the shell was killed: stdout ends then too
             escaped = b"".join(b"\\0%03o" % byte for byte in os.fsencode(mountpoint))
             self._unmounting.stdin.write(wanted.encode() + b" " + escaped + b"\n")
             self._unmounting.stdin.flush()

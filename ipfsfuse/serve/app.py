@@ -39,7 +39,7 @@ log = logging.getLogger("ipfsfuse.serve")
 
 MAX_REQUESTS: Final = 64
 WAIT_SECONDS: Final = 10.0
-"""How long a request waits for its turn before it is told to come again."""
+"""How long a request waits for its turn before the answer is to come again."""
 WHOLE_ANSWER_SECONDS: Final = 3600.0
 """The longest answer. It is cut off then: blocks that came are right, and the rest can be asked for."""
 PIECE: Final = 64 << 10
@@ -191,7 +191,7 @@ class TrustlessGateway:
 
         place = await dag_stream.find(get, wanted.root, wanted.names)
         if cids.inline(place.entity) is None:
-            await get(place.entity)  # what is not here is told before an answer is begun
+            await get(place.entity)  # what is not here is reported before an answer is begun
         headers = _common(wanted, cids.text(place.entity), _tag(wanted, place))
         dups = "y" if wanted.dups else "n"
         headers["content-type"] = f"{CAR}; version=1; order=dfs; dups={dups}"

@@ -9,7 +9,8 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from ipfsfuse.dag import cid as cids
@@ -25,41 +26,26 @@ Caller = int | None
 _numbers = itertools.count(1)
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """One call of a user, for the code that fetches for it. The call's task, and tasks that it starts, find
-    it by `current_request`."""
+    it by `current_request`. A fetch that several calls wait for is a request itself (`single_flight`)."""
 
-    __slots__ = ("caller", "callers", "deadline", "number", "on_join", "wanted_until")
-
-    def __init__(self, caller: Caller = None, deadline: float = math.inf, number: int | None = None) -> None:
-        """`deadline`, on trio's clock: the call is answered then in any case."""
-        self.number = next(_numbers) if number is None else number
-        """Of the call, in the log."""
-        self.caller = caller
-        self.deadline = deadline
-        self.callers = {caller}
-        """Everybody whose call waits for the same block."""
-        self.wanted_until = math.inf
-        """When the last of those calls ends."""
-        self.on_join: set[Callable[[], None]] = set()
-        """Called when another call begins to wait for the same block: the limiter moves it in its queue."""
+    caller: Caller = None
+    deadline: float = math.inf
+    """On trio's clock: the call is answered then in any case."""
+    number: int = field(default_factory=partial(next, _numbers))
+    """Of the call, in the log."""
+    others: set[Caller] = field(default_factory=set)
+    """Who else waits for the same block."""
+    wanted_until: float = math.inf
+    """When the last of those calls ends."""
+    on_join: set[Callable[[], None]] = field(default_factory=set)
+    """Called when another call begins to wait for the same block: the limiter moves it in its queue."""
 
     def for_background(self) -> "Request":
         """The request of work that outlives the call: on the same caller's account, without its deadline."""
         return Request(self.caller, number=self.number)
-
-    def for_fetch(self) -> "Request":
-        """The request of a fetch that ends with the last call that waits for it (`join`)."""
-        request = Request(self.caller, number=self.number)
-        request.wanted_until = -math.inf
-        return request
-
-    def join(self, other: "Request", until: float) -> None:
-        """Another call waits for the same block from now on, until the time `until` at most."""
-        self.wanted_until = max(self.wanted_until, until)
-        self.callers.add(other.caller)
-        for call in list(self.on_join):
-            call()
 
 
 current_request: ContextVar[Request] = ContextVar("request", default=Request(number=0))  # noqa: B039

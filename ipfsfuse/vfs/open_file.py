@@ -91,8 +91,8 @@ class BufferBudget:
 class ReadWindows(Protocol):
     """Bytes of one open file that its reader gets without a call to Python."""
 
-    def add(self, offset: int, content: Content, told: bool) -> None:
-        """With `told`, the read of the last byte still calls Python."""
+    def add(self, offset: int, content: Content, notify: bool) -> None:
+        """With `notify`, the read of the last byte still calls Python."""
         ...
 
     def remove(self, offset: int) -> None:
@@ -258,7 +258,7 @@ class OpenFile:
                 self._asked.append(leaf.offset)
                 data = self._buffer.leaves.get(leaf.offset)
                 if data is None and not sequential:
-                    parts.append(await cache.part(self._ref, leaf, first, last))
+                    parts.append(await cache.leaf(self._ref, leaf, part=(first, last), early=True))
                     if self._windows is not None and (pieces := cache.pieces(self._ref, leaf)) is not None:
                         folder, name, tags = pieces
                         self._windows.allow(folder, name, leaf.offset, leaf.size, tags)

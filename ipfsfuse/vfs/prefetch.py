@@ -4,7 +4,7 @@ If a program lists a directory and then uses its children in that order, the nex
 If it does so with several directories, the directories after them are fetched ahead too, with all that they
 hold. A listing alone fetches nothing, and neither does a program that picks single files.
 
-- `ScanTracker` is pure policy: it is told which children of one listed page were used, and says which to
+- `ScanTracker` is pure policy: it is given which children of one listed page were used, and says which to
   fetch.
 - `SubtreePrefetcher` decides which directories are worth one request for all their blocks (a CAR) instead of
   one request for each block.

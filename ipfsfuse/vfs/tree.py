@@ -63,7 +63,7 @@ def attributes_of(node: Node) -> Attributes:
 
 
 def claimed_attributes(tsize: int) -> Attributes:
-    """Of a raw child by its link's word: surely a file, of that size if the publisher told the truth."""
+    """Of a raw child by its link's word: surely a file, of that size if the publisher wrote the truth."""
     return Attributes(stat.S_IFREG | 0o444, tsize, 0, exact=False)
 
 
@@ -270,7 +270,7 @@ class Tree:
         page = await traversal.drive(directory_pages.entries(directory, after), self.nodes)
         # a page has some thousand entries: they are not handled in one step of the loop
         await trio.lowlevel.checkpoint()
-        if self._prefetcher is not None:  # else every block that is used must be told of
+        if self._prefetcher is not None:  # else every block that is used must be reported
             self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return page
 
@@ -363,7 +363,7 @@ def name_of(listed: Listed) -> bytes:
 
 class Roots:
     """`of_sources` gives the roots of all sources, and is called in a worker thread: a library's are files.
-    `named` gives what else is listed, on the event loop. `opened` is told of each CID used by name."""
+    `named` gives what else is listed, on the event loop. `opened` is called with each CID used by name."""
 
     def __init__(
         self,

@@ -152,7 +152,7 @@ def _compiled(command: str, kind: str, data: bytes, options: Sequence[str], name
 
 
 def _engine_options(given: Limits) -> list[str]:
-    """What both compiling and running are told."""
+    """Arguments of both compiling and running."""
     options = [] if given.fuel is None else ["-W", f"fuel={given.fuel}"]
     if given.max_wasm_stack is not None:
         stack = given.max_wasm_stack

@@ -475,7 +475,7 @@ _VERSIONS = range(100)
 
 
 class DeterministicHost:
-    """What a guest is told instead."""
+    """What a guest gets instead."""
 
     def __init__(self) -> None:
         self._reads = 0

@@ -293,7 +293,7 @@ class _Blocks:
             raise Malformed(f"{cids.brief(cid)} is not a node of a file or folder") from exc
 
     def rows(self) -> list[Row]:
-        """By path; none where no path can be told."""
+        """By path; none where no path is known."""
         try:
             return list(read_paths.Walk(self._node, self.roots, self.read).rows())
         except ReceiptRefused:

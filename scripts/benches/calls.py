@@ -53,16 +53,15 @@ class Recorder:
             return
         name = root = self._name(frame.f_code)
         above: FrameType | None = frame
-        read, task = 0, False
-        while above is not None and not (task := above.f_code.co_name == "unrolled_run"):  # trio's loop
+        read = 0
+        while above is not None and above.f_code.co_name != "unrolled_run":  # trio's loop
             if above.f_code.co_filename.startswith(self._package):
                 root = self._name(above.f_code)
             if root == "fuse/operations.py:Operations.read":
                 read = id(above)
             above = above.f_back
-        if task:
-            self._roots.add(root)
-        if self._background is None or not task or root not in self._background:
+        self._roots.add(root)
+        if self._background is None or root not in self._background:
             self._all.add(name)
             if read:
                 self._reads.setdefault(read, set()).add(name)

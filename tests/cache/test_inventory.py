@@ -47,7 +47,7 @@ class SlowDisk:
 
         patch.setattr(Staging, "scan", slowly)
         patch.setattr(recovery, "AT_FIRST", 2)
-        patch.setattr(recovery, "AT_ONCE", 7)
+        patch.setattr(recovery, "LOOKED_AT_TOGETHER", 7)
         patch.setattr(recovery, "RETRY", 0.01)
 
 

@@ -11,6 +11,7 @@ import trio
 
 from ipfsfuse.cache import pinset
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.staging import Entry, Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, random_bytes
@@ -50,9 +51,11 @@ def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_ti
 def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
+            entries = cache.store.staging.entries
             for number in range(20_000):
                 cid = cids.make(cids.RAW, b"\x12\x20" + number.to_bytes(32, "big"))
-                cache.store.staging.entry(cid, 100_000).last_used = number % 1000
+                used = number % 1000
+                entries[cid] = Entry(cid, 100_000, extents=Extents(), proved=Extents(), last_used=used)
             turns = 0
 
             async def count() -> None:

@@ -186,7 +186,7 @@ def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_dea
                 readers.start_soon(reader, 1000, 15)
                 await trio.sleep(5)
                 readers.start_soon(reader, 1001, 100)
-            assert (seen[0].caller, seen[0].callers) == (1000, {1000, 1001})
+            assert (seen[0].caller, seen[0].others) == (1000, {1001})
             assert (seen[0].deadline, seen[0].wanted_until) == (math.inf, 35)
 
     trio.run(main, clock=_from_zero())

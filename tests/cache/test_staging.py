@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cache.store.staging import Staging
+from ipfsfuse.cache.store.staging import Entry, Extents, Staging
 from tests.cache.standin import Chain, make_file
 
 
 def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, leaves, content = make_file(Chain(), 2 << 16)
     staging = Staging(tmp_path / "staging")
-    entry = staging.entry(file.cid, file.size)
+    entry = staging.entries[file.cid] = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
     assert staging.write(entry, 0, [content])[1] is None
     read: list[tuple[bytes, bool] | Exception] = []
 

@@ -17,7 +17,7 @@ import pytest
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.fuse.inodes import LIMIT
+from ipfsfuse.fuse.inodes import MAX_INODES
 from tests.counting import counted
 from tests.dagging import Dag
 from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Thing, dagpb_file, forest, identity, v0
@@ -76,7 +76,7 @@ def mounted(
     known: int = 50_000,
     roots: Sequence[Cid] = (),
     slow: str = "",
-    limit: int = LIMIT,
+    limit: int = MAX_INODES,
 ) -> Iterator[Path]:
     """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, should hold `limit`
     inodes at most, and notes how many it holds in the file `held`."""
@@ -374,7 +374,7 @@ def drop_caches() -> None:
 
 
 @as_root
-@pytest.mark.parametrize(("crowd", "limit"), [(1, LIMIT), (4, LIMIT), (4, 15)])
+@pytest.mark.parametrize(("crowd", "limit"), [(1, MAX_INODES), (4, MAX_INODES), (4, 15)])
 def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_cid(
     home: Home, crowd: int, limit: int
 ) -> None:

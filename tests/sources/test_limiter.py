@@ -1,6 +1,7 @@
 """How many requests one source is sent at a time, and whose turn is next: of stalled ones, of several
 callers, of a source that is busy."""
 
+import contextlib
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -9,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from ipfsfuse.cache.single_flight import Fetch
 from ipfsfuse.sources.base import Caller, current_request, request_of
 from ipfsfuse.sources.pool.limiter import NEW, ROTATE_FRESH, SETTLE, ConcurrencyLimiter, Place
 
@@ -36,7 +38,7 @@ class Callers:
             retried, first, waited = False, True, 0.0
             while True:
                 began = trio.current_time()
-                async with Place(self.limiter, retried, again=not first) as place:
+                async with self.limiter.place(retried, again=not first) as place:
                     if first:
                         waited = trio.current_time() - began
                         self.waited.append(waited)
@@ -127,7 +129,7 @@ def test_of_callers_that_both_want_all_each_gets_half() -> None:
             async def reader(caller: Caller) -> None:
                 with request_of(caller):
                     while True:
-                        async with Place(limiter):
+                        async with limiter.place():
                             await trio.sleep(0.05)
                             done.append(caller)
 
@@ -179,12 +181,13 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
 
             async def old() -> None:
                 current_request.set(request)
-                async with Place(limiter):
+                async with limiter.place():
                     started.append(trio.current_time())
 
+            request = Fetch(ALICE)
+            stack = contextlib.ExitStack()
             with request_of(ALICE):
-                request = current_request.get().for_fetch()
-            request.join(request, 1000)
+                stack.enter_context(request.waiting(1000))
             callers = Callers(limiter, nursery)
             callers.crowd(100, ALICE)
             await wait_all_tasks_blocked()
@@ -193,8 +196,8 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
             callers.crowd(3000, ALICE)
             await trio.sleep(1)
             assert not started, "those who came later go first"
-            with request_of(BOB) as bobs:
-                request.join(bobs, 1000)
+            with request_of(BOB):
+                stack.enter_context(request.waiting(1000))
             await wait_all_tasks_blocked()
             assert started == [pytest.approx(trio.current_time())]
             nursery.cancel_scope.cancel()
@@ -209,13 +212,12 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
             began: list[float] = []
 
             async def reader() -> None:
-                with request_of(ALICE) as asked, trio.move_on_at(5.0):
-                    request = asked.for_fetch()
-                    request.join(asked, 5.0)
+                request = Fetch(ALICE)
+                with request_of(ALICE), trio.move_on_at(5.0), request.waiting(5.0):
                     current_request.set(request)
                     retried = False
                     while True:
-                        async with Place(limiter, retried):
+                        async with limiter.place(retried):
                             began.append(trio.current_time())
                             await trio.sleep_forever()
                         retried = True
@@ -290,7 +292,7 @@ def test_a_cancelled_waiter_takes_no_place() -> None:
 
         async def work() -> None:
             nonlocal running, most
-            async with Place(limiter):
+            async with limiter.place():
                 running += 1
                 most = max(most, running)
                 await trio.sleep(1)
@@ -347,7 +349,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
             await trio.sleep(chance.uniform(0, 10))
             with request_of(caller), trio.move_on_after(chance.choice([0.01, 1, 10, 100])):
                 for _ in range(chance.randrange(1, 10)):
-                    async with Place(limiter, retried) as place:
+                    async with limiter.place(retried) as place:
                         inside.add(place)
                         assert limiter.in_flight <= running + late
                         try:

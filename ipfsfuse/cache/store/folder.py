@@ -193,7 +193,7 @@ class Subfolder:
         os.unlink(name, dir_fd=self.fd())
 
     def disk(self) -> int:
-        """Bytes on disk of the folder itself, 0 where that can't be told."""
+        """Bytes on disk of the folder itself, 0 where that is not known."""
         with contextlib.suppress(OSError):
             return os.fstat(self._fd).st_blocks * 512
         return 0

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import trio
 
 from ipfsfuse.cache.base import SmallBlocks
-from ipfsfuse.cache.budget import Budget, WriteBackoff, disk_cost
+from ipfsfuse.cache.budget import Budget, WriteBackoff
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own
 from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
@@ -376,7 +376,7 @@ class BlockStore:
         self.damaged: Damaged | None = None
         self.telling = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()
-        """Set when the index has something to be told; when it should not wait."""
+        """Set when something is to be written to the index; when it should not wait."""
         self._budget = budget
         self._backoff = backoff
         self._io = io
@@ -518,8 +518,8 @@ class BlockStore:
             if pack_set is not self.pack_set:
                 self._budget.keep(pack)
             held = self.packs.sizes.get(pack, 0)
-            cost = disk_cost(self._unit, held, held + size)
-            if not await self._budget.reserve(pack, cost):
+            cost = await self._budget.reserve(pack, held, held + size)
+            if not cost:
                 return None
             if self.packs.sizes.get(pack, 0) == held:
                 return pack, cost

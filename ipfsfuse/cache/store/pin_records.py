@@ -113,13 +113,13 @@ class PinRecords:
                     int(name) if name.isdecimal() else cids.canonical(cids.parse(name))
                 )
             except (NotACid, TypeError, ValueError, AttributeError):
-                log.warning("one thing that is pinned can't be told any more: a row of the index is damaged")
+                log.warning("one thing that is pinned is not known any more: a row of the index is damaged")
         for pin, size in database.execute("SELECT cid, bytes FROM pins").fetchall():
             try:
                 cid = cids.canonical(cids.decode(pin))
                 self._unsaved[cid] = PinRecord(int(size), frozenset(keys[pin]) if pin in keys else None)
             except (NotACid, TypeError, ValueError):
-                log.warning("one pin can't be told any more: a row of the index is damaged")
+                log.warning("one pin is not known any more: a row of the index is damaged")
         for cid, record in self._unsaved.items():
             self.write(cid, record.size, record.keys)
         self._unsaved.clear()

@@ -37,9 +37,9 @@ AT_FIRST = 2000
 while reads are served."""
 HEAD_START = 0.3
 """Seconds after which that begins: the mount comes up first, and both need the interpreter."""
-AT_ONCE = 2000
+LOOKED_AT_TOGETHER = 2000
 """Files that are looked at by one thread hop after that."""
-RESTORED_AT_ONCE = 500
+COUNTED_TOGETHER = 500
 """Files that are counted in one step of the event loop: some milliseconds."""
 WAIT = 1.0
 """Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
@@ -182,7 +182,9 @@ class Inventory:
             try:
                 ended = False
                 while not ended:
-                    ended = await threads.run_sync(self.look, AT_ONCE, limiter=self._store.io.upkeep)
+                    ended = await threads.run_sync(
+                        self.look, LOOKED_AT_TOGETHER, limiter=self._store.io.upkeep
+                    )
                     self.take()
                     gc.freeze()  # as in `_no_collections`
                 await self.complete()
@@ -211,7 +213,7 @@ class Inventory:
         packs.last = max(packs.sizes, default=0)
         early, used_again = files.found_early, list[Entry]()
         for number, (_last, frequent, key, what) in enumerate(heapq.merge(*self._looks, key=_when)):
-            if number % RESTORED_AT_ONCE == RESTORED_AT_ONCE - 1:
+            if number % COUNTED_TOGETHER == COUNTED_TOGETHER - 1:
                 await trio.lowlevel.checkpoint()
             if isinstance(key, int):
                 store.budget.restore(key, int(what), frequent)
@@ -228,7 +230,7 @@ class Inventory:
         for entry in sorted(used_again, key=lambda entry: entry.last_used):
             store.budget.restore(entry.cid, entry.charged, True)
         gone = [pack for pack in indexed if pack not in packs.sizes]
-        if gone:  # deleted before the index was told: their numbers are not used again until it has been
+        if gone:  # deleted before the index has it: their numbers are not used again until it has
             packs.last = max(packs.last, *gone)
             store.blocks.statements += [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
             store.blocks.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())

@@ -240,13 +240,6 @@ class Staging:
         entry.charged = self.charge(entry)
         return True
 
-    def entry(self, cid: Cid, size: int) -> Entry:
-        """The entry of `cid`, new and empty where there is none: a CID fixes its size."""
-        known = self.entries.get(cid)
-        if known is None:
-            known = self.entries[cid] = Entry(cid, size, extents=(there := Extents()), proved=there)
-        return known
-
     def charge(self, entry: Entry) -> int:
         """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
         tree that the file system writes later, until the file is whole and on disk."""

@@ -18,7 +18,7 @@ from typing import TypeVar
 import trio
 
 from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pieces, Pins
-from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_cost, disk_usage
+from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-SMALL = 64 << 10
+MAX_PACKED = 64 << 10
 """Files of up to so many bytes lie in packs."""
 NOTE_USE = 60.0
 """Seconds between two notes on disk of one file's use."""
@@ -47,8 +47,8 @@ LOOP_PIECES = 8
 """Pieces that are read from the page cache and hashed on the event loop: some 15 us."""
 TAGS_OVERHEAD = 300
 """Bytes of memory that one leaf's tags take besides themselves."""
-TOLD_AT_ONCE = 500
-"""Staging files that are told of before other calls have their turn: some milliseconds."""
+LISTED_TOGETHER = 500
+"""Staging files that are listed before other calls have their turn: some milliseconds."""
 
 
 class Store:
@@ -76,11 +76,12 @@ class Store:
         with contextlib.ExitStack() as opened:
             self.staging = Staging(folder / STAGING)
             opened.callback(self.staging.folder.close)
+            self.budget.unit = self.staging.unit
             self.pin_records = PinRecords(folder / PINNED)
             opened.callback(self.pin_records.folder.close)
             index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
             opened.callback(index.close)
-            packs = Packs(folder / PACKS, index, max(SMALL, min(1 << 20, self.small_budget // 64)))
+            packs = Packs(folder / PACKS, index, max(MAX_PACKED, min(1 << 20, self.small_budget // 64)))
             opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
         """What was pinned when the store was opened."""
@@ -255,17 +256,18 @@ class Store:
     async def _writing(self, file: FileRef, start: int, end: int, source: str) -> AsyncIterator[Entry | None]:
         """The entry of `file`, with room in the budget for a write of [start, end); None where there is
         none."""
-        cost = disk_cost(self.staging.unit, start, end)
-        if (
-            (self.backoff.reason and self.backoff.waiting)
-            or file.size >= self.staging.too_large
-            or not await self.budget.reserve(file.cid, cost)
-        ):
+        cost = 0
+        if not (self.backoff.reason and self.backoff.waiting) and file.size < self.staging.too_large:
+            cost = await self.budget.reserve(file.cid, start, end)
+        if not cost:
             yield None
             return
-        if file.cid not in self.staging.entries:
-            self.pins.add(file.cid)
-        entry = self.staging.entry(file.cid, file.size)
+        entry = self.staging.entries.get(file.cid)
+        if entry is None:
+            if self.pins.anywhere:
+                self.pins.add(file.cid)
+            entry = Entry(file.cid, file.size, extents=(there := Extents()), proved=there)
+            self.staging.entries[file.cid] = entry
         entry.reserved += cost
         entry.charged += cost
         entry.source = source
@@ -370,7 +372,7 @@ class Store:
 
     def kept(self) -> Sequence[Kept]:
         """Staging files, last used first."""
-        return [self._told(entry) for entry in _by_use(list(self.staging.entries.values()))]
+        return [self._kept_entry(entry) for entry in _by_use(list(self.staging.entries.values()))]
 
     async def listed(self) -> Sequence[Kept]:
         """As `kept`, of all that there is, and of any number without stopping other calls: 100,000 take half
@@ -379,24 +381,24 @@ class Store:
         entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
         found = []
         for number, entry in enumerate(entries):
-            if number % TOLD_AT_ONCE == 0:
+            if number % LISTED_TOGETHER == 0:
                 await trio.lowlevel.checkpoint()
             if not entry.dead:
-                found.append(self._told(entry))
+                found.append(self._kept_entry(entry))
         return found
 
     def kept_of(self, cid: Cid) -> Kept | None:
         """A staging file, or a small block: of that its pack knows no use of its own."""
         entry = self.staging.find(cids.canonical(cid))
         if entry is not None:
-            return self._told(entry)
+            return self._kept_entry(entry)
         place = self.blocks.place(cid)
         if place is None:
             return None
         pinned = "user" if self.budget.kept(place.pack) else self._pin_state(cids.canonical(cid))
         return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
 
-    def _told(self, entry: Entry) -> Kept:
+    def _kept_entry(self, entry: Entry) -> Kept:
         used = staging.to_wall(entry.last_used)
         return Kept(
             entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
@@ -488,7 +490,7 @@ class Store:
             self._arriving[own] -= 1
             if not self._arriving[own]:
                 del self._arriving[own]
-                if not self.holds(cid):
+                if self.pins.anywhere and not self.holds(cid):
                     self.pins.remove(own)
 
     def rest_on_disk(self) -> int:
@@ -502,7 +504,7 @@ class Store:
         if not budget.counted.is_set():
             count = len(self.staging.entries) + len(self.blocks.packs.sizes)
             return f"{self.folder}: what is there is being counted, {count} files so far: nothing new is kept"
-        if budget.arc.capacity >= SMALL:
+        if budget.arc.capacity >= MAX_PACKED:
             return ""
         if budget.limit < budget.configured:
             free, reserve = (f"{count / (1 << 20):.1f} MiB" for count in (space.free, space.reserve))

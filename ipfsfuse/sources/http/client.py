@@ -12,10 +12,11 @@ import math
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any, Final
 
 import httpx
 import trio
@@ -28,10 +29,9 @@ from ipfsfuse.sources.base import current_request
 from ipfsfuse.sources.http import failures
 from ipfsfuse.sources.http.addresses import public_host
 from ipfsfuse.sources.http.failures import CONNECT, HOST, LONG, PROTOCOL, REDIRECT, RESET, SHORT, one_line
-from ipfsfuse.sources.http.origin import Origin, Proxy, proxy_for, redirected
+from ipfsfuse.sources.http.origin import Origin, proxy_for, redirected
 from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls_context
-from ipfsfuse.sources.http.transport import Connection, ConnectionPool
-from ipfsfuse.sources.streams import Leases, nothing
+from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
 """Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
@@ -41,9 +41,12 @@ MAX_REDIRECTS: Final = 5
 TARGET: Final = re.compile(r"[!-~]+")  # no space, no control character: RFC 9112, 3.2
 ERROR_BODY: Final = 64 * 1024
 PIECE: Final = 256 * 1024
-SMALL: Final = 64 * 1024
+UNCOUNTED: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
+MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
+"""Seconds, at least and at most, after which a request over a kept connection is sent again over a new
+one."""
 END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
@@ -101,16 +104,15 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 
 
 class _HttpcoreBody:
-    """The body of a response that came by httpcore, read as that of a `loopback.Connection` is."""
-
-    buffered = 0
+    """The body of a response that came by httpcore, read as that of a `Connection` is."""
 
     def __init__(self, response: httpx.Response) -> None:
-        self._pieces = response.aiter_raw()
+        self.headers = dict(response.headers)
+        self.pieces = response.aiter_raw()
         self._rest = b""
 
     async def receive(self, most: int) -> bytes:
-        piece = self._rest or await anext(self._pieces, b"")
+        piece = self._rest or await anext(self.pieces, b"")
         self._rest = piece[most:]
         return piece[:most]
 
@@ -124,59 +126,55 @@ class _HttpcoreBody:
             buffers.fill(left, piece)
         return filled
 
-    async def close(self, *, whole: bool) -> None:
-        """Ends the generators of httpx and httpcore, of which trio would warn: a cancelled wait ends all.
-        Behind a body that is `whole` its end is read, so that the connection can be used again."""
-        deadline = trio.current_time() + END_SECONDS if whole else 0.0
-        with trio.CancelScope(shield=True, deadline=deadline), suppress(Exception):
-            async for _ in self._pieces:
-                pass
-
 
 class Response:
     """A response's head, and its body to be read once, by one task."""
 
     def __init__(self, response: httpx.Response, name: str, share: BodyShare, settings: HttpSettings) -> None:
-        self.connection = own = cast("Connection | None", response.extensions.get("connection"))
-        """Of our transport; None with httpcore."""
+        """A response of one of our transports, from the server called `name`."""
+        self._body: Connection | _HttpcoreBody = response.extensions["body"]
+        self.release: Callable[[bool], Awaitable[None]] = response.extensions["release"]
+        """To be called at last, with whether the body has `ended`: the connection is kept or closed."""
         self.status = response.status_code
-        self.headers: dict[str, str] = dict(response.headers) if own is None else own.headers
+        self.headers: dict[str, str] = self._body.headers
         """By names in lower case."""
-        self._body: Connection | _HttpcoreBody = own or _HttpcoreBody(response)
-        self._response, self._name, self._total, self._share = response, name, settings.total, share
-        self.leases = Leases(share.give)
-        self._release: Callable[[], None] = nothing
-        """Of what was received last."""
+        self.content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self._name, self._total, self._share = name, settings.total, share
         self._rate, self._quota = settings.rate, settings.quota
+        self._counted = self._rate is not None or self._quota is not None
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
         self.left = int(length[:18]) if known else None
         """Bytes of the body still to come; None where only its end tells."""
         if self.status in (204, 304):
             self.left = 0
-        self._ended = self.left == 0
-
-    @property
-    def content_type(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.ended = self.left == 0
 
     async def read(self, limit: int) -> bytes:
-        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset."""
-        if self.left is not None:
-            if self.left > limit:
-                raise SourceFailed(f"{self._name} offered {self.left} bytes: {limit} are the most", LONG)
-            if self.left <= self._body.buffered:
-                return await self.receive()
-            if self.left > SMALL:
-                return bytes((await self.receive_into([self.left], self._total))[0])
-        pieces, size = list[bytes](), 0
+        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset. A large
+        one waits until there is room for it, and has its time from then on."""
+        size = self.left
+        if size is not None and size > limit:
+            raise SourceFailed(f"{self._name} offered {size} bytes: {limit} are the most", LONG)
+        if size is not None and size > UNCOUNTED:
+            await self._share.take(size)
+            try:
+                with trio.fail_after(self._total):
+                    (content,) = await self._body.receive_into([size])
+            finally:
+                self._share.give(size)
+            self.left, self.ended = 0, True
+            if self._counted:
+                await self._spend(size)
+            return bytes(content)
+        pieces, count = list[bytes](), 0
         with trio.fail_after(self._total):
             while piece := await self.receive():
                 pieces.append(piece)
-                size += len(piece)
-                if size > limit:
+                count += len(piece)
+                if count > limit:
                     raise SourceFailed(f"{self._name} sent more than {limit} bytes", LONG)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     async def receive(self) -> bytes:
         """The next piece of the body, b"" at its end."""
@@ -187,25 +185,21 @@ class Response:
             self.left -= len(piece)
             if not piece:
                 raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
-        self._ended = not piece or self.left == 0
-        await self._spend(len(piece))
+        self.ended = not piece or self.left == 0
+        if self._counted:
+            await self._spend(len(piece))
         return piece
 
-    async def receive_into(self, sizes: Sequence[int], seconds: float = math.inf) -> Sequence[memoryview]:
-        """The next bytes of a body whose length the head told, in a buffer for each of `sizes`. A large body
-        waits until there is room for it; then it has `seconds`."""
+    async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """The next bytes of a body whose length the head states, in a buffer for each of `sizes`."""
         count = sum(sizes)
         if self.left is None or self.left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        self._release()  # what was received before is the reader's own by now
-        if count > SMALL:
-            await self._share.take(count)
-            self._release = self.leases.take(count)
-        with trio.fail_after(seconds):
-            filled = await self._body.receive_into(sizes)
+        filled = await self._body.receive_into(sizes)
         self.left -= count
-        self._ended = self.left == 0
-        await self._spend(count)
+        self.ended = self.left == 0
+        if self._counted:
+            await self._spend(count)
         return filled
 
     async def _spend(self, count: int) -> None:
@@ -214,48 +208,152 @@ class Response:
         if self._rate is not None:
             await self._rate.spend(count)
 
-    def lease(self) -> Callable[[], None]:
-        """What was received last counts as in memory until the function returned is called, or until the
-        response is closed."""
-        release, self._release = self._release, nothing
-        return release
-
     async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
         """What this response to a request for `what` means where it is no success."""
         retry_after = self.headers.get("retry-after", "")
         return failures.declined(name, self.status, retry_after, await self.read(ERROR_BODY), what)
 
-    async def aclose(self) -> bool:
-        """Whether the connection of httpcore may be used again: the body was read to its end."""
-        self.leases.close()
-        if isinstance(self._body, _HttpcoreBody):
-            await self._body.close(whole=self._ended)
-        with suppress(Exception):
-            await self._response.aclose()
-        return self._ended
 
+# -- transports ----------------------------------------------------------------------------------------------
 
-# -- transports and clients ----------------------------------------------------------------------------------
+# Both put into the extensions of a response its `body`, and `release`, which is to be called at last.
 
 
 class OwnTransport(httpx.AsyncBaseTransport):
-    """Plain HTTP/1.1 to one origin on this machine by `loopback`.
-
-    The response's extension `connection` has its headers and its body; httpx is not told them."""
+    """Plain HTTP/1.1 to one origin on this machine, by `transport.Connection`. httpx does not see the
+    headers of a response: its body has them."""
 
     def __init__(self, origin: Origin, settings: HttpSettings) -> None:
-        self.pool = ConnectionPool(origin, settings.connect, settings.idle, settings.total)
-        self._settings = settings
+        self._origin, self._settings = origin, settings
+        self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self.kept: list[Connection] | None = []
+        """Connections that can be used again; None once it is closed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
         lines += map(b"%s: %s".__mod__, request.headers.raw)
         data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
-        own = await self.pool.request(data, self._settings.idle_seconds)
-        return httpx.Response(own.status, extensions={"connection": own})
+        while self.kept:
+            connection = self.kept.pop()
+            idle = trio.current_time() - connection.idle_since
+            if idle < self._settings.idle_seconds and connection.is_fresh():
+                break
+            connection.close()
+        else:
+            origin = self._origin
+            with trio.fail_after(self._settings.connect):
+                if origin.unix is None:
+                    stream = await trio.open_tcp_stream(origin.host, origin.port)
+                else:
+                    stream = await trio.open_unix_socket(origin.unix)
+            connection = Connection(stream, self._settings.idle, self._threads)
+        try:
+            await connection.request(data, trio.current_time() + self._settings.total)
+        except BaseException:
+            connection.close()
+            raise
+        extensions = {"body": connection, "release": partial(self._release, connection)}
+        return httpx.Response(connection.status, extensions=extensions)
+
+    async def _release(self, connection: Connection, _whole: bool) -> None:
+        kept, most = self.kept, self._settings.idle_connections
+        if kept is not None and len(kept) < most and connection.is_reusable():
+            connection.idle_since = trio.current_time()
+            kept.append(connection)
+        else:
+            connection.close()
+
+    async def drop_kept(self) -> None:
+        while self.kept:
+            self.kept.pop().close()
 
     async def aclose(self) -> None:
-        self.pool.close()
+        await self.drop_kept()
+        self.kept = None
+
+
+class HttpcoreTransport(httpx.AsyncBaseTransport):
+    """Any server, by httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three
+    streams that stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks
+    all."""
+
+    def __init__(self, origin: Origin, settings: HttpSettings) -> None:
+        """`origin` is the one whose connections are kept."""
+        self._named, self._settings = origin, settings
+        connect, idle = settings.connect, settings.idle
+        self._timeout = {"connect": connect, "read": idle, "write": idle, "pool": None}
+        self.kept: list[httpx.AsyncHTTPTransport] | None = []
+        """Those with a connection that can be used again; None once it is closed."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        origin: Origin = request.extensions["origin"]
+        named, opening, settings = origin == self._named, list[Any](), self._settings
+        host = origin.host if named and not settings.public_only else await public_host(origin)
+
+        async def trace(event: str, info: dict[str, Any]) -> None:
+            """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
+            if event.endswith("connect_tcp.complete"):
+                opening.append(info["return_value"])
+            elif event.endswith("start_tls.complete"):
+                opening.clear()
+
+        path = request.extensions["path"].encode()
+        far = httpx.Request(
+            request.method,
+            httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path),
+            headers=request.headers,
+            stream=request.stream,
+            extensions={"timeout": self._timeout, "sni_hostname": origin.host, "trace": trace},
+        )
+        transport = self.kept.pop() if named and self.kept else self._open(origin)
+        try:
+            with trio.fail_after(2 * settings.connect + settings.total):
+                response = await transport.handle_async_request(far)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for stream in opening:
+                    await stream.aclose()
+                await transport.aclose()
+            raise
+        body = _HttpcoreBody(response)
+
+        async def release(whole: bool) -> None:
+            """Ends the generators of httpx and httpcore, of which trio would warn: a cancelled wait ends all.
+            Behind a body that is `whole` its end is read, so that the connection can be used again."""
+            deadline = trio.current_time() + END_SECONDS if whole else 0.0
+            with trio.CancelScope(shield=True):
+                with trio.CancelScope(deadline=deadline), suppress(Exception):
+                    async for _ in body.pieces:
+                        pass
+                with suppress(Exception):
+                    await response.aclose()
+                most = settings.idle_connections
+                if whole and named and self.kept is not None and len(self.kept) < most:
+                    self.kept.append(transport)
+                else:
+                    await transport.aclose()
+
+        response.extensions |= {"body": body, "release": release}
+        return response
+
+    def _open(self, origin: Origin) -> httpx.AsyncHTTPTransport:
+        proxy, unix = proxy_for(origin), self._named.unix if origin == self._named else None
+        via = httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None
+        limits = httpx.Limits(keepalive_expiry=self._settings.idle_seconds)
+        return httpx.AsyncHTTPTransport(
+            tls_context(), trust_env=False, http2=True, limits=limits, proxy=via, uds=unix
+        )
+
+    async def drop_kept(self) -> None:
+        while self.kept:
+            await self.kept.pop().aclose()
+
+    async def aclose(self) -> None:
+        await self.drop_kept()
+        self.kept = None
+
+
+# -- the client ----------------------------------------------------------------------------------------------
 
 
 class _NoCookies(httpx.Cookies):
@@ -264,22 +362,13 @@ class _NoCookies(httpx.Cookies):
 
 
 class _Client(httpx.AsyncClient):
-    """With httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three streams
-    that stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks all."""
-
     cookies = _NoCookies()  # type: ignore[override]  # a property there
-
-    def __init__(self, transport: httpx.AsyncBaseTransport, *, keep: bool) -> None:
-        super().__init__(transport=transport, trust_env=False)
-        self.keep = keep
-        self.pool = transport.pool if isinstance(transport, OwnTransport) else None
-        """None with httpcore. Our transport has many connections, bounds the time for heads itself, and has
-        the path beside the URL."""
 
 
 @functools.lru_cache(maxsize=64)
 def _url(origin: Origin) -> httpx.URL:
-    """Without a path, for `OwnTransport`: to parse a URL takes 100 us, as all else for a small block."""
+    """Without a path, which is an extension for our transports: to parse a URL takes 100 us, as all else for
+    a small block."""
     return httpx.URL(scheme=origin.scheme, host=origin.host, port=origin.port)
 
 
@@ -289,27 +378,25 @@ class Http:
     def __init__(self, origin: Origin, settings: HttpSettings | None = None) -> None:
         self.origin = origin
         self.settings = s = settings or HttpSettings()
-        self._share = BodyShare(s.budget)
-        self._closed = False
+        self.share = BodyShare(s.budget)
+        """For bodies that are not `read` whole: who receives one takes room for it, and gives it back."""
         self._answered = -math.inf
         """When the last head came."""
         self._named = replace(origin, base="")
         self._host = origin.authority
         """The Host header for the origin itself."""
         own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http" and not s.public_only
-        self._own = _Client(OwnTransport(origin, s), keep=True) if own else None
-        self._idle: list[_Client] = []
-        """Clients with a kept connection to the origin itself."""
-        self._timeout = {"connect": s.connect, "read": s.idle, "write": s.idle, "pool": None}
+        self._far = HttpcoreTransport(replace(origin, base=""), s)
+        self._near = OwnTransport(origin, s) if own else self._far
+        """For the origin itself: `_far` is for where it redirects."""
+        self._near_client = _Client(transport=self._near, trust_env=False)
+        self._far_client = _Client(transport=self._far, trust_env=False)
         self._headers = functools.lru_cache(64)(self._make_headers)  # costs as much as half of a small block
 
     async def aclose(self) -> None:
-        self._closed = True
-        while self._idle:
-            await self._idle.pop().aclose()
-        own, self._own = self._own, None  # who still asks gets a connection that is not kept
-        if own is not None:
-            await own.aclose()
+        """Who still asks gets a connection that is not kept."""
+        await self._near.aclose()
+        await self._far.aclose()
         await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
@@ -323,7 +410,7 @@ class Http:
         origin, path = self._named, self.origin.base + target
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                client, response = await self._send(origin, method, path, headers, body, repeatable)
+                response = await self._send(origin, method, path, headers, body, repeatable)
                 try:
                     if response.status not in REDIRECTS or "location" not in response.headers:
                         if response.headers.get("content-encoding", "identity").lower() != "identity":
@@ -333,7 +420,7 @@ class Http:
                     origin, path = self._follow(origin, path, method, response.headers["location"])
                     await response.read(ERROR_BODY)
                 finally:
-                    await self._release(client, response)
+                    await response.release(response.ended)
         except (SourceFailed, NotHere, BlockTooLarge):
             raise
         except Exception as exc:
@@ -359,103 +446,39 @@ class Http:
 
     async def _send(
         self, origin: Origin, method: str, path: str, headers: Headers, body: bytes, repeatable: bool
-    ) -> tuple[_Client, Response]:
-        """The response's head; at the second try where a kept connection turned out dead."""
+    ) -> Response:
+        """The response's head. If a kept connection turns out to be dead, it is asked for again."""
         if not TARGET.fullmatch(path):
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
         every = self._headers(origin, method, tuple(headers), len(body))
-        began = trio.current_time()
-        patience = self._patience(began) if repeatable and origin == self._named else math.inf
+        client = self._near_client if origin == self._named else self._far_client
+        extensions = {"origin": origin, "path": path}
+        stream = httpx.ByteStream(body)
+        request = httpx.Request(method, _url(origin), headers=every, stream=stream, extensions=extensions)
+        began, patience = trio.current_time(), math.inf
+        if repeatable and self._near.kept and origin == self._named:
+            # A kept one may be dead in silence: after the machine has slept or has changed its network.
+            current = current_request.get()
+            left = min(current.deadline, current.wanted_until) - began
+            patience = max(SHORTEST_SILENCE, min(SILENCE, left / 3))
+        sent: httpx.Response | None = None
         try:
-            with trio.move_on_after(patience):
-                return await self._send_once(origin, method, path, every, body)
-            if self._answered < began:  # else it is this answer alone that does not come
-                await self._drop_kept()
+            with trio.move_on_after(patience) as silence:
+                sent = await client.send(request, stream=True)
+            if (
+                silence.cancelled_caught and self._answered < began
+            ):  # else it is this answer that does not come
+                await self._near.drop_kept()
         except DEAD:
             if not repeatable:
                 raise
-        return await self._send_once(origin, method, path, every, body)
-
-    def _patience(self, now: float) -> float:
-        """Seconds after which a request is sent again over a new connection. A kept one may be dead in
-        silence: after the machine has slept or has changed its network."""
-        own = None if self._own is None else self._own.pool
-        if not (self._idle if own is None else own.kept):
-            return math.inf
-        request = current_request.get()
-        left = min(request.deadline, request.wanted_until) - now
-        return max(SHORTEST_SILENCE, min(SILENCE, left / 3))
-
-    async def _drop_kept(self) -> None:
-        if self._own is not None and self._own.pool is not None:
-            self._own.pool.drop_kept()
-        while self._idle:
-            await self._idle.pop().aclose()
-
-    async def _send_once(
-        self, origin: Origin, method: str, path: str, headers: httpx.Headers, body: bytes
-    ) -> tuple[_Client, Response]:
-        named, opening = origin == self._named, list[Any]()
-        host = origin.host if named and not self.settings.public_only else await public_host(origin)
-        client = self._own if named and self._own is not None else self._client(named, proxy_for(origin))
-
-        async def trace(event: str, info: dict[str, Any]) -> None:
-            """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
-            if event.endswith("connect_tcp.complete"):
-                opening.append(info["return_value"])
-            elif event.endswith("start_tls.complete"):
-                opening.clear()
-
-        extensions = {"timeout": self._timeout, "path": path, "sni_hostname": origin.host, "trace": trace}
-        limit: AbstractContextManager[object] = nullcontext()
-        if client.pool is not None:
-            url = _url(origin)
-        else:
-            url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path.encode())
-            limit = trio.fail_after(2 * self.settings.connect + self.settings.total)
-        stream = httpx.ByteStream(body)
-        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=extensions)
-        response: Response | None = None
-        try:
-            with limit:
-                sent = await client.send(request, stream=True)
-            self._answered = trio.current_time()
-            response = Response(sent, self.origin.text, self._share, self.settings)
-            return client, response
-        finally:
-            if response is None:
-                with trio.CancelScope(shield=True):
-                    for stream in opening:
-                        await stream.aclose()
-                await self._release(client, None)
+        if sent is None:
+            sent = await client.send(request, stream=True)
+        self._answered = trio.current_time()
+        return Response(sent, self.origin.text, self.share, self.settings)
 
     def _make_headers(self, origin: Origin, method: str, headers: Headers, length: int) -> httpx.Headers:
         host = self._host if origin == self._named else origin.authority
         every = [("Host", host), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *headers]
         every += self.settings.headers.of(origin) if origin == self._named else ()
         return httpx.Headers(every + [("Content-Length", str(length))] * (length > 0 or method == "POST"))
-
-    def _client(self, named: bool, proxy: Proxy | None) -> _Client:
-        if named and self._idle:
-            return self._idle.pop()
-        unix = self.origin.unix if named else None
-        via = httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None
-        limits = httpx.Limits(keepalive_expiry=self.settings.idle_seconds)
-        transport = httpx.AsyncHTTPTransport(
-            tls_context(), trust_env=False, http2=True, limits=limits, proxy=via, uds=unix
-        )
-        return _Client(transport, keep=named)
-
-    async def _release(self, client: _Client, response: Response | None) -> None:
-        if client.pool is not None:
-            if response is not None and response.connection is not None:
-                response.leases.close()
-                client.pool.release(response.connection, self.settings.idle_connections)
-            return
-        with trio.CancelScope(shield=True):
-            whole = response is not None and await response.aclose()
-            full = len(self._idle) >= self.settings.idle_connections
-            if whole and client.keep and not self._closed and not full:
-                self._idle.append(client)
-            else:
-                await client.aclose()

@@ -6,7 +6,7 @@ Nothing is verified here. A slow reader slows the request down.
 
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 
 import trio
@@ -21,7 +21,7 @@ from ipfsfuse.sources.base import LeafRange, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response
 from ipfsfuse.sources.http.failures import LONG, NOT_SUPPORTED, PAGE, STATUS
 from ipfsfuse.sources.http.settings import Headers
-from ipfsfuse.sources.streams import Delivery, Send, Stream, streaming
+from ipfsfuse.sources.streams import Delivery, Leases, Send, Stream, streaming
 
 BELIEVED = 1 << 30
 """A server that offers more bytes than that for a block does not have a large block: it lies."""
@@ -145,6 +145,7 @@ class Gateway:
             leaves = wanted.leaves[start:end]
             first, last = leaves[0].offset, leaves[-1].offset + leaves[-1].size - 1
             target, header = f"/ipfs/{cids.text(wanted.file)}", ("Range", f"bytes={first}-{last}")
+            share = self._http.share
             async with self._http.ask("GET", target, [header]) as response:
                 given = response.headers.get("content-range", "")
                 if response.status == 206 and not given.startswith(f"bytes {first}-"):
@@ -153,9 +154,12 @@ class Gateway:
                     )
                 if response.status != 206:
                     raise await self._not_offered(response, wanted.file, "ranges of files")
-                for index, sizes in together([leaf.size for leaf in leaves]):
-                    blocks = await response.receive_into(sizes)
-                    await send.send(Delivery(start + index, blocks, response.lease()))
+                with closing(Leases(share.give)) as leases:
+                    for index, sizes in together([leaf.size for leaf in leaves]):
+                        await share.take(sum(sizes))
+                        release = leases.take(sum(sizes))
+                        blocks = await response.receive_into(sizes)
+                        await send.send(Delivery(start + index, blocks, release))
 
         await streams.all_of([partial(send_part, *part) for part in itertools.pairwise(bounds)])
 

@@ -19,12 +19,11 @@ import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import Clone, Hashed, LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import Hashed, LeafRange, Subtree, too_large
 from ipfsfuse.sources.defaults import repository
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
@@ -134,22 +133,13 @@ class Kubo:
             for index, sizes in together([leaf.size for leaf in wanted.leaves]):
                 await self._stretches.acquire()
                 release = leases.take(1)
-                blocks = await self._read_leaves(
-                    here, wanted.leaves[index : index + len(sizes)], wanted.clone
-                )
+                stretch = wanted.leaves[index : index + len(sizes)]
+                blocks: list[Block] = []
+                if wanted.clone is not None and (files := here.files(stretch)):
+                    blocks += await wanted.clone(stretch, files, self.name)
+                if rest := stretch[len(blocks) :]:  # as read: up to the first that is not there
+                    blocks += await threads.run_sync(here.read_each, rest, limiter=self._threads)
                 await send.send(Delivery(index, blocks, release))
-
-    async def _read_leaves(
-        self, here: Flatfs, leaves: Sequence[Leaf], clone: Clone | None
-    ) -> Sequence[Block]:
-        """The blocks of `leaves` from the repository, up to the first that is not there."""
-        blocks: list[Block] = []
-        if clone is not None and (files := here.files(leaves)):
-            blocks += await clone(leaves, files, self.name)
-        if len(blocks) < len(leaves):
-            rest = leaves[len(blocks) :]
-            blocks += await threads.run_sync(here.read_each, rest, limiter=self._threads)
-        return blocks
 
     def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
         return streaming(partial(self.send_subtree, subtree), turns=True)
@@ -236,19 +226,10 @@ class Kubo:
 # -- the RPC API ---------------------------------------------------------------------------------------------
 
 _ABSENT: Final = ("not found", "could not find", "no link named", "block was not found locally")
-_REPEATABLE: Final = frozenset(
-    [
-        "block/get",
-        "block/put",
-        "block/stat",
-        "config",
-        "files/read",
-        "files/rm",
-        "files/stat",
-        "ls",
-        "routing/get",
-    ]
-)
+_REPEATABLE: Final = {
+    *("block/get", "block/put", "block/stat", "config"),
+    *("files/read", "files/rm", "files/stat", "ls", "routing/get"),
+}
 """Commands that have the same effect when they are repeated."""
 
 

@@ -1,7 +1,7 @@
-"""Plain HTTP/1.1 to a node on this machine, where the CPU is the limit and not the network.
+"""A connection for plain HTTP/1.1 to a node on this machine, where the CPU is the limit and not the network.
 
 httptools parses heads and chunked bodies. A body of known length goes around it, straight into the caller's
-buffers, received by a worker thread where it comes fast. `http.client` mounts this into httpx as a transport;
+buffers, received by a worker thread where it comes fast. `client.OwnTransport` mounts this into httpx;
 docs/adr/0001-http-client.md has the measurements.
 
 Concurrency: one task uses a connection; after a failed or cancelled request it can only be closed.
@@ -20,14 +20,12 @@ from httptools import HttpParserError, HttpResponseParser
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.fileio import buffers, threads
 from ipfsfuse.sources.http.failures import SHORT, one_line
-from ipfsfuse.sources.http.origin import Origin
 
 PIECE: Final = 64 * 1024
 FAST: Final = 32 * 1024
 """A receive that gives so much, with more than PIECE still to come, sends the rest to a thread."""
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
 """20 ms: so long a thread waits for bytes, then the event loop does: a server that drips holds no thread."""
-MAX_THREADS: Final = 16
 MAX_FRAMING: Final = 80 * 1024
 """Bytes of a head, or of sizes, extensions and trailers between two pieces of a body."""
 WANTED: Final = {
@@ -48,9 +46,9 @@ class Connection:
         self.idle_since = 0.0
         self._fast = False
         """Whether the last bytes came faster than they were asked for."""
-        self._begin()
 
-    def _begin(self) -> None:
+    async def request(self, data: bytes, end: float) -> None:
+        """Sends a request's bytes and receives the response's head by the time `end`."""
         self._parser = HttpResponseParser(self)
         self.status = 0
         """0 until the head has come."""
@@ -62,18 +60,33 @@ class Connection:
         """Bytes of a body of known length that are still in the socket."""
         self._framing = 0
         self._complete = self._surplus = self._keep = False
-
-    def on_message_begin(self) -> None:
-        self._surplus = self._complete
+        with contextlib.suppress(BlockingIOError):  # nearly always it goes whole, 10 us cheaper than by trio
+            data = data[self._raw.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+        if data:
+            with trio.fail_after(self._idle):
+                await self._stream.send_all(data)
+        while not self.status:
+            await self._readable(end)
+            with contextlib.suppress(BlockingIOError):  # woken for nothing
+                piece = self._raw.recv(PIECE, socket.MSG_DONTWAIT)
+                if not piece:
+                    raise EOFError
+                self._feed(piece)
+        if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
+            raise HttpParserError(f"transfer-encoding {self.headers['transfer-encoding'][:80]!r}")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
-        if name in WANTED and not self._surplus:
+        if self._complete:  # it belongs to another message
+            self._surplus = True
+        elif name in WANTED:
             self.headers[name.decode()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if not self._surplus and status >= 200:  # else 100 Continue or its like: more is to come
+        if self._complete:
+            self._surplus = True
+        elif status >= 200:  # else 100 Continue or its like: more is to come
             self.status, self._keep = status, self._parser.should_keep_alive()
             length = self.headers.get("content-length")
             if length is not None and "transfer-encoding" not in self.headers and status not in (204, 304):
@@ -83,29 +96,13 @@ class Connection:
         if not self._surplus:
             self._framing = 0
             self._pieces.append(piece)
+            if self._left is not None:
+                self._left -= len(piece)
 
     def on_message_complete(self) -> None:
         self._complete = self.status > 0
         if not self.status:
             self.headers.clear()
-
-    async def request(self, data: bytes, end: float) -> None:
-        """Sends a request's bytes and receives the response's head by the time `end`."""
-        self._begin()
-        with contextlib.suppress(BlockingIOError):  # nearly always it goes whole, 10 us cheaper than by trio
-            data = data[self._raw.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
-        if data:
-            with trio.fail_after(self._idle):
-                await self._stream.send_all(data)
-        while not self.status:
-            piece = await self._receive(PIECE, end)
-            if not piece:
-                raise EOFError
-            self._feed(piece)
-        if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
-            raise HttpParserError(f"transfer-encoding {self.headers['transfer-encoding'][:80]!r}")
-        if self._left is not None:
-            self._left -= self.buffered
 
     def _feed(self, piece: bytes) -> None:
         self._framing += len(piece)
@@ -118,26 +115,17 @@ class Connection:
         if self._framing > MAX_FRAMING:
             raise HttpParserError("a head, or the framing of a body, without end")
 
-    @property
-    def buffered(self) -> int:
-        """Bytes of the body that can be received without waiting."""
-        return sum(map(len, self._pieces))
-
-    @property
-    def _ended(self) -> bool:
-        return not self._pieces and (self._left == 0 if self._left is not None else self._complete)
-
     async def receive(self, most: int) -> bytes:
         """The next piece of the body, of at most `most` bytes; b"" at its end."""
-        while not self._ended:
-            if self._pieces:
-                piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-                self._pieces = [piece[most:]] if len(piece) > most else []
-                return piece[:most]
-            piece = await self._receive(PIECE if self._left is None else min(self._left, most, PIECE))
+        while not self._pieces and not self._complete:
+            await self._readable()
+            try:
+                piece = self._raw.recv(min(self._left or PIECE, most, PIECE), socket.MSG_DONTWAIT)
+            except BlockingIOError:  # woken for nothing
+                continue
             if self._left is not None and piece:
                 self._left -= len(piece)
-                self._fast = len(piece) >= FAST
+                self._complete = not self._left
                 return piece
             if piece:
                 self._feed(piece)
@@ -145,36 +133,45 @@ class Connection:
                 self._complete = True
             else:
                 raise SourceFailed("the body was cut short", SHORT)
-        if "x-stream-error" in self.headers:  # how Kubo's RPC API says that it broke off
+        if not self._pieces and "x-stream-error" in self.headers:  # how Kubo's RPC API says that it broke off
             raise SourceFailed(f"the body broke off: {one_line(self.headers['x-stream-error'])}", SHORT)
-        return b""
+        piece = b"".join(self._pieces)
+        self._pieces = [piece[most:]] if len(piece) > most else []
+        return piece[:most]
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        """The next bytes, in a buffer for each of `sizes`. What is in the socket is copied once."""
+        """The next bytes of a body of known length, in a buffer for each of `sizes`. What is in the socket is
+        copied once."""
         filled = list(map(buffers.lend, sizes))
-        left = [*filled]
+        left, size = [*filled], sum(sizes)
+        piece = b"".join(self._pieces)
+        self._pieces = [piece[size:]] if len(piece) > size else []
+        buffers.fill(left, piece[:size])
         while left:
             wanted = sum(map(len, left))
-            if self._fast and wanted > PIECE and not self._pieces and self._left is not None:
+            if self._fast and wanted > PIECE:
                 count = await threads.run_sync(self._receive_blocking, left, limiter=self._threads)
                 self._fast = count == wanted
-                self._left -= count
-                buffers.advance(left, count)
-            elif piece := await self.receive(min(wanted, PIECE)):
-                buffers.fill(left, piece)
             else:
-                raise SourceFailed("the body was cut short", SHORT)
+                await self._readable()
+                try:
+                    count = self._raw.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0]
+                except BlockingIOError:  # woken for nothing
+                    continue
+                if not count:
+                    raise SourceFailed("the body was cut short", SHORT)
+                self._fast = count >= FAST
+            self._left = (self._left or 0) - count
+            self._complete = not self._left
+            buffers.advance(left, count)
         return filled
 
-    async def _receive(self, count: int, end: float = float("inf")) -> bytes:
-        """Bytes from the socket; trio's own call would first look whether there are any, in vain."""
-        while True:
-            with trio.CancelScope(deadline=min(trio.current_time() + self._idle, end)) as scope:
-                await trio.lowlevel.wait_readable(self._stream.socket)
-            if scope.cancelled_caught:  # as `trio.fail_at` does, at half its cost
-                raise trio.TooSlowError
-            with contextlib.suppress(BlockingIOError):  # woken for nothing
-                return self._raw.recv(count, socket.MSG_DONTWAIT)
+    async def _readable(self, end: float = float("inf")) -> None:
+        """Waits for bytes; trio's own call to receive would first look whether there are any, in vain."""
+        with trio.CancelScope(deadline=min(trio.current_time() + self._idle, end)) as scope:
+            await trio.lowlevel.wait_readable(self._stream.socket)
+        if scope.cancelled_caught:  # as `trio.fail_at` does, at half its cost
+            raise trio.TooSlowError
 
     def _receive_blocking(self, left: list[memoryview]) -> int:
         """Fills `left` by one system call, as far as bytes come within THREAD_WAIT; in a thread."""
@@ -186,7 +183,6 @@ class Connection:
         finally:
             os.set_blocking(self._raw.fileno(), False)
 
-    @property
     def is_fresh(self) -> bool:
         """Whether an idle connection is usable: the server neither closed it nor sent anything."""
         try:
@@ -195,61 +191,11 @@ class Connection:
             return isinstance(exc, BlockingIOError)
         return False
 
-    @property
     def is_reusable(self) -> bool:
-        return self._keep and self._ended and not self._surplus
+        """Whether the response was read to its end, and the server takes another request."""
+        return self._keep and self._complete and not self._surplus and not self._pieces
 
     def close(self) -> None:
         self._raw.close()
         self._stream.socket.close()
         self._parser = HttpResponseParser(None)  # it held this connection, which held it
-
-
-class ConnectionPool:
-    """Kept-alive connections to one origin on this machine."""
-
-    def __init__(self, origin: Origin, connect: float, idle: float, total: float) -> None:
-        """Seconds for a connection, for the next byte, for a head."""
-        self._origin, self._connect, self._idle, self._total = origin, connect, idle, total
-        self._threads = trio.CapacityLimiter(MAX_THREADS)
-        self.kept: list[Connection] | None = []
-        """None once the pool is closed."""
-
-    async def request(self, data: bytes, keep: float) -> Connection:
-        """A connection that received the head of the response to `data`; it goes to `release` then. One that
-        has waited for longer than `keep` seconds is not used."""
-        while self.kept:
-            connection = self.kept.pop()
-            if trio.current_time() - connection.idle_since < keep and connection.is_fresh:
-                break
-            connection.close()
-        else:
-            with trio.fail_after(self._connect):
-                connection = Connection(await self._open(), self._idle, self._threads)
-        try:
-            await connection.request(data, trio.current_time() + self._total)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    async def _open(self) -> trio.SocketStream:
-        if self._origin.unix is not None:
-            return await trio.open_unix_socket(self._origin.unix)
-        return await trio.open_tcp_stream(self._origin.host, self._origin.port)
-
-    def release(self, connection: Connection, most: int) -> None:
-        """Keeps `connection` where it can be used again and fewer than `most` are kept."""
-        if self.kept is not None and connection.is_reusable and len(self.kept) < most:
-            connection.idle_since = trio.current_time()
-            self.kept.append(connection)
-        else:
-            connection.close()
-
-    def drop_kept(self) -> None:
-        while self.kept:
-            self.kept.pop().close()
-
-    def close(self) -> None:
-        self.drop_kept()
-        self.kept = None

@@ -116,7 +116,7 @@ class Resolver:
 
     async def resolve(self, name: Name) -> Resolved:
         """The path that `name` stands for. Raises NotFound where it is proved that there is none, Unavailable
-        where it can't be told now, Malformed for a value that can't be used."""
+        where it can't be found now, Malformed for a value that can't be used."""
         names: tuple[bytes, ...] = ()
         until = math.inf
         asked = name

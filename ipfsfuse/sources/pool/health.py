@@ -1,6 +1,6 @@
 """How one source has done lately, and what follows from it.
 
-Pure: told what happened and when, it answers with decisions; the caller waits, asks and logs. Times are
+Pure: from what happened and when, it makes decisions; the caller waits, asks and logs. Times are
 seconds of the caller's clock, and the chance for jitter is handed in. Not for several threads.
 """
 

@@ -22,9 +22,10 @@ nothing.
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from itertools import chain
-from types import TracebackType
 
 import trio
 
@@ -44,51 +45,27 @@ SHARE = 0.75
 """Of all places, how many one caller may hold. What is left is at once there for the next caller."""
 
 
+@dataclass(slots=True, eq=False)
 class Place:
-    """One request's place: an async context. Where the place goes to another, the body is cancelled, nothing
-    is raised, and `displaced` is True; `early` too where an answer could still have come."""
+    """One request's place (`ConcurrencyLimiter.place`)."""
 
-    __slots__ = (
-        "_limiter",
-        "again",
-        "alive",
-        "caller",
-        "displaced",
-        "early",
-        "event",
-        "queued",
-        "request",
-        "retried",
-        "scope",
-        "since",
-    )
-
-    def __init__(self, limiter: "ConcurrencyLimiter", retried: bool = False, again: bool = False) -> None:
-        """`retried` for a request that was tried before: fresh ones go first. `again` for one that lost its
-        place `early`: it goes with the fresh ones, and is not new."""
-        self._limiter = limiter
-        self.retried = retried
-        self.again = again
-        self.request: Request = current_request.get()
-        self.caller: Caller = self.request.caller
-        """On whose account it is."""
-        self.queued = self.alive = 0.0
-        self.since = -math.inf
-        """When it started."""
-        self.scope = trio.CancelScope()
-        self.event = trio.Event()
-        self.displaced = self.early = False
-
-    async def __aenter__(self) -> "Place":
-        await self._limiter.wait(self)
-        self.scope.__enter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        self._limiter.leave(self)
-        return bool(self.scope.__exit__(kind, exc, trace))
+    request: Request
+    caller: Caller
+    """On whose account it is."""
+    retried: bool
+    """Whether it was tried before: fresh ones go first."""
+    again: bool
+    """Whether it lost its place `early`: it goes with the fresh ones, and is not new."""
+    queued: float
+    alive: float = 0.0
+    since: float = -math.inf
+    """When it started."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    event: trio.Event = field(default_factory=trio.Event)
+    displaced: bool = False
+    """Whether its place went to another."""
+    early: bool = False
+    """Whether it was displaced while an answer could still have come."""
 
     def is_started(self) -> bool:
         return self.since > -math.inf
@@ -157,17 +134,30 @@ class ConcurrencyLimiter:
         """The most of them that may be one caller's."""
         return _share(self.limit)
 
-    def leave(self, place: Place) -> None:
-        self._remove(place)
-        if self._queues:
-            self._dispatch()
+    @asynccontextmanager
+    async def place(self, retried: bool = False, again: bool = False) -> AsyncIterator[Place]:
+        """A place, waited for and then held. Where it goes to another, the body is cancelled, nothing is
+        raised, and `Place.displaced` is True. `retried` and `again` as in `Place`."""
+        request = current_request.get()
+        place = Place(request, request.caller, retried, again, queued=trio.current_time())
+        try:
+            if self._active or self._late or self._queues:
+                await self._wait(place)
+            else:  # as most often
+                self._add(place)
+            with place.scope:
+                yield place
+        finally:
+            self._remove(place)
+            if self._queues:
+                self._dispatch()
 
     def note_success(self) -> None:
         if self._limit < self._most:
             self._limit = min(self._limit + 1 / self._limit, float(self._most))
 
     def note_busy(self, asked: float, besides: int = 0) -> bool:
-        """A request that began at `asked` was told that there are too many. True where that may be for ours,
+        """A request that began at `asked` was refused, as too many run there. True if that may be for ours,
         those in flight and so many `besides`; then fewer are sent from now on."""
         together = self.in_flight + besides
         if together < 2:
@@ -179,14 +169,11 @@ class ConcurrencyLimiter:
 
     # -- whose turn it is ------------------------------------------------------------------------------------
 
-    async def wait(self, place: Place) -> None:
+    async def _wait(self, place: Place) -> None:
         """Until there is room for `place`, which is then in flight."""
-        place.queued = now = trio.current_time()
-        if not self._queues:  # as most often: half of the work
-            idle = not self._active and not self._late
-            if not idle:
-                self._age(now)
-            if idle or self._has_room(place, now):
+        if not self._queues:  # half of the work
+            self._age(place.queued)
+            if self._has_room(place, place.queued):
                 self._add(place)
                 return
         self._put(place)
@@ -209,10 +196,6 @@ class ConcurrencyLimiter:
                     await place.event.wait()
                     if not place.is_started():
                         place.event = trio.Event()  # it was called to watch
-        except BaseException:
-            if place.is_started():
-                self.leave(place)
-            raise
         finally:
             place.request.on_join.discard(joined)
             if not place.is_started():
@@ -232,9 +215,9 @@ class ConcurrencyLimiter:
 
     def _put(self, place: Place) -> None:
         """Queues `place` on the account of that one of its callers that has least in flight."""
-        callers = place.request.callers
-        if len(callers) > 1:
-            place.caller = min(callers, key=lambda caller: self._all_of[caller])
+        request = place.request
+        if request.others:
+            place.caller = min((request.caller, *request.others), key=lambda caller: self._all_of[caller])
         queue = self._queues.get(place.caller)
         if queue is None:
             queue = self._queues[place.caller] = _Queue()

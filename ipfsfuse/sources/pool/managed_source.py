@@ -10,7 +10,7 @@ import logging
 import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import trio
@@ -23,7 +23,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Hashed, Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
-from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter, Place
+from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter
 from ipfsfuse.sources.streams import Block
 from ipfsfuse.structures import LogLimiter
 
@@ -49,6 +49,9 @@ BUSY = "busy"
 LOG_EVERY = 60.0
 """Seconds between two lines about one source's failures of one kind."""
 
+Failure = NotHere | SourceFailed | WrongBlock | BlockTooLarge
+"""Why a source does not give a block."""
+
 INLINE_BYTES = 64 * 1024
 """A thread costs 115 us there and back, sha2-256 of 64 KiB 37 us; hashlib lets other threads run
 meanwhile."""
@@ -61,11 +64,14 @@ async def check(cid: Cid, block: bytes | Hashed) -> bytes:
         if multihashes.SHA2_256_PREFIX + block.digest != cids.multihash(cid):
             raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
         return block.block
+    wanted = cids.multihash(cid)
     if len(block) <= INLINE_BYTES:
-        cids.verify(cid, block)
+        right = multihashes.matches(wanted, (block,))
     else:
         # Left to itself when cancelled: it ends within a millisecond, holds nothing, its answer is dropped.
-        await threads.run_sync(cids.verify, cid, block, abandon_on_cancel=True)
+        right = await threads.run_sync(multihashes.matches, wanted, (block,), abandon_on_cancel=True)
+    if not right:
+        raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
     return block
 
 
@@ -100,51 +106,45 @@ class ManagedSource:
 
     # -- asking ------------------------------------------------------------------------------------------
 
-    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> bytes:
-        """The verified block. Raises NotHere, SourceFailed, WrongBlock, BlockTooLarge. Waits for its turn; a
-        source in place needs none.
+    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> bytes | Failure:
+        """The verified block, or why this source does not give it. Waits for its turn; a source in place
+        needs none.
 
         `retried` where this source was asked before in the same fetch: others go first."""
-        if self.source.in_place:
-            return await self._ask(cid, hedge)
         again = False
         while True:
-            async with Place(self.limiter, retried, again) as place:
-                return await self._ask(cid, hedge)
+            answer: bytes | Failure | None = None
+            turn = nullcontext() if self.source.in_place else self.limiter.place(retried, again)
+            async with turn as place:
+                began = trio.current_time()
+                self.health.asked(began, hedge=hedge)
+                try:
+                    answer = await check(cid, await self._get(cid))
+                except (Exception, BaseExceptionGroup) as exc:
+                    answer = self._failure(exc).with_traceback(None)  # it would hold this frame
+                finally:
+                    seconds = trio.current_time() - began
+                    if answer is None or isinstance(answer, BlockTooLarge):
+                        # cancelled; or what says nothing about the source: it may be true or a lie
+                        self.health.record_cancelled()
+                    if log.isEnabledFor(logging.DEBUG):
+                        name, number = self.source.name, current_request.get().number
+                        outcomes = {bytes: "gave", NotHere: "lacks"}
+                        outcome = outcomes.get(type(answer), "did not give")
+                        line = "request %d: %s %s %s, after %.1f ms"
+                        log.debug(line, number, name, outcome, cids.text(cid), seconds * 1e3)
+                if isinstance(answer, SourceFailed):
+                    self.note(answer, began)
+                elif isinstance(answer, bytes | NotHere):
+                    self._answered = began + seconds
+                    self.limiter.note_success()
+                    if isinstance(answer, bytes):
+                        self.health.record_success(seconds, len(answer))
+                    else:
+                        self.health.record_miss()
+            if place is None or not place.scope.cancelled_caught:
+                return answer  # what follows from a WrongBlock, the pool knows
             again, retried = True, retried or not place.early  # its place went to another
-
-    async def _ask(self, cid: Cid, hedge: bool) -> bytes:
-        start = trio.current_time()
-        self.health.asked(start, hedge=hedge)
-        outcome = "did not give"
-        try:
-            with self.as_its_failure():
-                block = await check(cid, await self._get(cid))
-            outcome = "gave"
-        except NotHere:
-            outcome = "lacks"
-            self._answered = trio.current_time()
-            self.health.record_miss()
-            self.limiter.note_success()
-            raise
-        except SourceFailed as exc:
-            self.note(exc, start)
-            raise
-        except WrongBlock:
-            raise  # the pool knows what follows: whether another source is left
-        except BaseException:
-            # also BlockTooLarge, which says nothing about the source: it may be true or a lie
-            self.health.record_cancelled()
-            raise
-        finally:
-            if log.isEnabledFor(logging.DEBUG):
-                number, milliseconds = current_request.get().number, (trio.current_time() - start) * 1e3
-                line = "request %d: %s %s %s, after %.1f ms"
-                log.debug(line, number, self.source.name, outcome, cids.text(cid), milliseconds)
-        self._answered = trio.current_time()
-        self.health.record_success(self._answered - start, len(block))
-        self.limiter.note_success()
-        return block
 
     @contextmanager
     def asked_for_many(self) -> Iterator[None]:
@@ -164,10 +164,6 @@ class ManagedSource:
             self.note(exc, start, SIDE_BY_SIDE)
         finally:
             self.health.record_cancelled()
-
-    def place(self, retried: bool = False, again: bool = False) -> Place:
-        """A request's place among those at this source."""
-        return Place(self.limiter, retried, again)
 
     @property
     def takes_many(self) -> bool:
@@ -198,33 +194,38 @@ class ManagedSource:
 
     @contextmanager
     def as_its_failure(self) -> Iterator[None]:
-        """Whatever the source raises leaves as NotHere, WrongBlock or SourceFailed. A cancellation passes."""
+        """Whatever the source raises leaves as a `Failure`. A cancellation passes."""
         try:
             yield
-        except (NotHere, WrongBlock, SourceFailed, BlockTooLarge):
+        except (NotHere, SourceFailed, WrongBlock, BlockTooLarge):
             raise
-        except Exception as exc:
+        except (Exception, BaseExceptionGroup) as exc:
             raise self._failure(exc) from exc
-        except BaseExceptionGroup as group:
-            failed, others = group.split(Exception)
-            if others is not None:  # cancelled, or the program is being ended
+
+    def _failure(self, exc: Exception | BaseExceptionGroup) -> Failure:
+        """What the source raised, as its failure. A group in which there is a cancellation, or the end of the
+        program, is raised without the rest."""
+        cause: BaseException = exc
+        if isinstance(cause, BaseExceptionGroup):
+            failed, others = cause.split(Exception)
+            if others is not None:
                 raise others from None
             assert failed is not None
-            raise self._failure(failed) from group
-
-    def _failure(self, exc: Exception) -> NotHere | SourceFailed | WrongBlock | BlockTooLarge:
-        cause = exc
-        while isinstance(cause, ExceptionGroup):
+            cause = failed
+        while isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
         if isinstance(cause, NotHere | SourceFailed | WrongBlock | BlockTooLarge):
             return cause
         if isinstance(cause, IpfsFuseError):  # a library folder that can't be read
-            return SourceFailed(f"{self.source.name}: {cause}", "store")
-        log.debug("%s failed unexpectedly", self.source.name, exc_info=exc)
-        place = traceback.extract_tb(cause.__traceback__)[-1:]
-        where = f" at {place[0].filename.rpartition('/')[2]}:{place[0].lineno}" if place else ""
-        said = str(cause)[:200].encode("unicode_escape").decode()
-        return SourceFailed(f"{self.source.name}: {type(cause).__name__}: {said}{where}", FAULT)
+            failure = SourceFailed(f"{self.source.name}: {cause}", "store")
+        else:
+            log.debug("%s failed unexpectedly", self.source.name, exc_info=exc)
+            place = traceback.extract_tb(cause.__traceback__)[-1:]
+            where = f" at {place[0].filename.rpartition('/')[2]}:{place[0].lineno}" if place else ""
+            said = str(cause)[:200].encode("unicode_escape").decode()
+            failure = SourceFailed(f"{self.source.name}: {type(cause).__name__}: {said}{where}", FAULT)
+        failure.__cause__ = exc
+        return failure
 
     def note(self, failure: SourceFailed, asked: float, besides: int = 0) -> None:
         """A call that began at `asked` ended by `failure`. It made as many requests at a time as are in

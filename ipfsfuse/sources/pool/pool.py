@@ -13,8 +13,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -34,11 +35,14 @@ from ipfsfuse.errors import (
 from ipfsfuse.sources import streams
 from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree, Verified, Wanted, fits
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
-from ipfsfuse.sources.pool.managed_source import ManagedSource, check, check_each
-from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, all_of, streaming
+from ipfsfuse.sources.pool.limiter import Place
+from ipfsfuse.sources.pool.managed_source import Failure, ManagedSource, check, check_each
+from ipfsfuse.sources.streams import Block, Delivery, Receive, Send, Stream, all_of, streaming
 from ipfsfuse.structures import Histogram
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PATIENCE = 3.0
 """Seconds: see `SourcePool.patience`."""
@@ -104,7 +108,7 @@ INLINE = Inline()
 class SourcePool:
     """Implements `base.Blocks`. Sources in place are asked first, the others in the order given.
 
-    `offline`: what a network source does not have now (it was told not to look further) it will not have
+    `offline`: what a network source does not have now (it looks no further) it will not have
     later. `deadline`: seconds in which callers want an answer; how long one source may keep others from being
     asked follows. `share`: how many sources share the requests that may run at a time; as many as there are,
     where none will be added."""
@@ -189,9 +193,10 @@ class SourcePool:
         multihashes.check_allowed(cids.multihash(cid))
         fetch = HedgedFetch(self, cid)
         for managed in self.in_place:
-            block = await fetch.once(managed)
-            if isinstance(block, bytes):
-                return block
+            answer = await managed.ask(cid)
+            if isinstance(answer, bytes):
+                return answer
+            fetch.note(managed, answer)
         return None
 
     def why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
@@ -290,28 +295,32 @@ class SourcePool:
 # -- one block -----------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True, eq=False)
 class HedgedFetch:
-    def __init__(self, pool: SourcePool, cid: Cid) -> None:
-        self._pool = pool
-        self._cid = cid
-        self._wrong: WrongBlock | None = None
-        self._quota: QuotaReached | None = None
-        self._too_large: BlockTooLarge | None = None
-        """Set once a source says that the block is too large. That may be a lie, so each other source is
-        asked once, and has `patience` seconds to answer."""
-        self._no_more_tries = trio.Event()
-        self._network_scope = trio.CancelScope()
-        self._found: Fetched | None = None
-        self.said: dict[str, str] = {}
-        """What each source that was asked has said last, by its name."""
+    """One block, from whichever source gives it first."""
+
+    _pool: SourcePool
+    _cid: Cid
+    said: dict[str, str] = field(default_factory=dict)
+    """What each source that was asked has said last, by its name."""
+    _wrong: WrongBlock | None = None
+    _quota: QuotaReached | None = None
+    _too_large: BlockTooLarge | None = None
+    """Set once a source says that the block is too large. That may be a lie, so each other source is asked
+    once, and has `patience` seconds to answer."""
+    _no_more_tries: trio.Event = field(default_factory=trio.Event)
+    _network_scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _found: Fetched | None = None
 
     async def run(self) -> Fetched:
         """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more,
         QuotaReached where none may be asked."""
         for managed in self._pool.in_place:
-            block = await self.once(managed)
-            if isinstance(block, bytes):
-                return Fetched(block, managed.source)
+            self.said[managed.source.name] = f"{managed.source.name} has not answered"
+            answer = await managed.ask(self._cid)
+            if isinstance(answer, bytes):
+                return Fetched(answer, managed.source)
+            self.note(managed, answer)
         network = self._pool.network()
         with self._network_scope:
             if len(network) == 1:
@@ -366,12 +375,19 @@ class HedgedFetch:
         while self._found is None:
             wait = self._pool.wait(managed)
             if wait == 0:
-                block = await self.once(managed, hedge=hedge, retried=retried)
-                if isinstance(block, bytes):
-                    self._found = Fetched(block, managed.source)
+                self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
+                asked = trio.current_time()
+                try:
+                    answer = await managed.ask(self._cid, hedge=hedge, retried=retried)
+                except trio.Cancelled:
+                    self._note_cancelled(managed, asked)
+                    raise
+                if isinstance(answer, bytes):
+                    self._found = Fetched(answer, managed.source)
                     return
-                if isinstance(block, WrongBlock | BlockTooLarge) or (
-                    self._pool.offline and isinstance(block, NotHere)
+                self.note(managed, answer)
+                if isinstance(answer, WrongBlock | BlockTooLarge) or (
+                    self._pool.offline and isinstance(answer, NotHere)
                 ):
                     return
                 wait = min(pause, longest) * self._pool.chance.uniform(0.5, 1.0)
@@ -384,35 +400,41 @@ class HedgedFetch:
                 await self._no_more_tries.wait()
                 return
 
-    async def once(
-        self, managed: ManagedSource, *, hedge: bool = False, retried: bool = False
-    ) -> bytes | NotHere | SourceFailed | WrongBlock | BlockTooLarge:
-        asked, name = trio.current_time(), managed.source.name
-        self.said.setdefault(name, f"{name} has not answered")
-        try:
-            return await managed.ask(self._cid, hedge=hedge, retried=retried)
-        except (NotHere, SourceFailed) as exc:
-            log.debug("%s", exc)
-            self.said[name] = str(exc)
-            if isinstance(exc, QuotaReached):
-                self._quota = exc
-                self._network_scope.cancel()
-            return exc
-        except BlockTooLarge as exc:
-            self._too_large = exc
+    def _note_cancelled(self, managed: ManagedSource, asked: float) -> None:
+        """`managed`, which was asked at the time `asked`, has not answered."""
+        if self._found is not None and trio.current_time() - asked >= self._pool.patience:
+            managed.overtaken(asked)
+
+    def note(self, managed: ManagedSource, failure: Failure) -> None:
+        """What `managed` said instead of giving the block, and what follows for the others."""
+        name = managed.source.name
+        if isinstance(failure, BlockTooLarge):
+            self._too_large = failure
             self._no_more_tries.set()
             self._network_scope.deadline = trio.current_time() + self._pool.patience
-            self._pool.too_large(self._cid, exc)
-            return exc
-        except WrongBlock as exc:
-            self._wrong = exc
+            self._pool.too_large(self._cid, failure)
+        elif isinstance(failure, WrongBlock):
+            self._wrong = failure
             self.said[name] = f"{name} sent wrong bytes"
             self._pool.wrong(managed, self._cid)
-            return exc
-        except trio.Cancelled:
-            if self._found is not None and trio.current_time() - asked >= self._pool.patience:
-                managed.overtaken(asked)
-            raise
+        else:
+            log.debug("%s", failure)
+            self.said[name] = str(failure)
+            if isinstance(failure, QuotaReached):
+                self._quota = failure
+                self._network_scope.cancel()
+
+
+# -- many blocks in one answer -------------------------------------------------------------------------------
+
+
+async def _next(stream: Receive[T], patience: float, place: Place) -> T | None:
+    """What `stream` sends next to the request at `place`; None at its end. Raises TooSlowError if nothing
+    comes for `patience` seconds."""
+    with trio.fail_after(patience):
+        value = await anext(stream, None)
+    place.progress()
+    return value
 
 
 # -- consecutive leaves of a file ----------------------------------------------------------------------------
@@ -451,16 +473,15 @@ class RangeFetch:
         missing = sorted(self._left)
         leaves = self._wanted.leaves
         part = replace(self._wanted, leaves=[leaves[index] for index in missing])
-        async with managed.place() as place, managed.source.stream(part) as stream:
+        async with managed.limiter.place() as place, managed.source.stream(part) as stream:
             while True:
-                with trio.move_on_after(patience) as waiting:
-                    delivery = await anext(stream, None)
-                if waiting.cancelled_caught:
+                try:
+                    delivery = await _next(stream, patience, place)
+                except trio.TooSlowError as exc:
                     why = f"{managed.source.name} sent no block for {patience:g} s"
-                    raise SourceFailed(why, "timeout")
+                    raise SourceFailed(why, "timeout") from exc
                 if delivery is None:
                     return
-                place.progress()
                 indexes = missing[delivery.first : delivery.first + len(delivery.blocks)]
                 right = await check_each([leaves[index].cid for index in indexes], delivery.blocks)
                 await self._send(managed, indexes, delivery, right, send)
@@ -540,13 +561,14 @@ class SubtreeFetch:
         slow = managed.health.slow_after()
         stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
         patience = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)
-        async with managed.place() as place, managed.source.subtree(self._subtree) as stream:
+        async with managed.limiter.place() as place, managed.source.subtree(self._subtree) as stream:
             while True:
-                with trio.move_on_after(patience) as waiting:
-                    blocks = await anext(stream, None)
-                if waiting.cancelled_caught or blocks is None:
+                try:
+                    blocks = await _next(stream, patience, place)
+                except trio.TooSlowError:
                     return
-                place.progress()
+                if blocks is None:
+                    return
                 right, lied = await self._verified(managed, blocks)
                 if right:
                     await send.send(right)
