@@ -22,6 +22,10 @@ def get(data: bytes | memoryview, at: int) -> tuple[int, int]:
 
 def put(value: int) -> bytes:
     """`value`, not negative, as a varint."""
+    if value < 0x80:
+        return bytes((value,))
+    if value < 0x4000:
+        return bytes((value & 0x7F | 0x80, value >> 7))
     out = bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)

@@ -23,7 +23,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from ipfsfuse import units
@@ -46,8 +45,8 @@ Build = Callable[[], bytes]
 class CodeCache:
     """`folder` None is a cache that keeps nothing: a run must not fail for want of one."""
 
-    def __init__(self, folder: Path | None, bound: int = BOUND) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str] | None, bound: int = BOUND) -> None:
+        self.folder = None if folder is None else os.fspath(folder)
         self.bound = bound
 
     @classmethod
@@ -62,7 +61,9 @@ class CodeCache:
         if self.folder is None:
             return None
         try:
-            file = os.open(self.folder / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = os.open(
+                os.path.join(self.folder, key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
         except OSError:
             return None
         try:
@@ -81,7 +82,7 @@ class CodeCache:
         found = self.opened(key)
         if found is not None:
             return found
-        path = None if self.folder is None else self.folder / f"{key}{_PART}"
+        path = None if self.folder is None else os.path.join(self.folder, f"{key}{_PART}")
         part = None if path is None else self._locked(path)
         if path is None or part is None:
             return _in_own_process(build, name, memory)
@@ -103,7 +104,7 @@ class CodeCache:
         os.close(code)
         return kept
 
-    def _locked(self, part: Path) -> int | None:
+    def _locked(self, part: str) -> int | None:
         """The file `part`, locked for us alone and made where it is missing; None where it can't be ours."""
         with contextlib.suppress(OSError):
             while True:
@@ -120,7 +121,7 @@ class CodeCache:
                 os.close(file)  # it became an entry, or was removed, while we waited
         return None
 
-    def _put(self, out: int, part: Path, key: str, code: int) -> bool:
+    def _put(self, out: int, part: str, key: str, code: int) -> bool:
         """Copies the file `code` to the locked file `out`, which becomes the entry."""
         try:
             os.ftruncate(out, 0)
@@ -129,14 +130,14 @@ class CodeCache:
                 at += os.sendfile(out, code, at, size - at)
             _used_now(out)
             os.fdatasync(out)  # a file cut short by a power failure would be run
-            os.rename(part, part.with_name(key))
+            os.rename(part, part.removesuffix(_PART))
         except OSError:
             return False
         with contextlib.suppress(OSError):
-            self._trim(part.parent, key)
+            self._trim(os.path.dirname(part), key)
         return True
 
-    def _trim(self, folder: Path, made: str) -> None:
+    def _trim(self, folder: str, made: str) -> None:
         with os.scandir(folder) as entries:
             own = [
                 each
@@ -151,8 +152,9 @@ class CodeCache:
         for info, path in found:
             if total <= self.bound:
                 return
-            if path != str(folder / made) and (not path.endswith(_PART) or _is_unlocked(path)):
-                Path(path).unlink(missing_ok=True)
+            if path != os.path.join(folder, made) and (not path.endswith(_PART) or _is_unlocked(path)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
                 total -= info.st_size
 
 

@@ -15,7 +15,6 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import ipfsfuse
@@ -86,7 +85,7 @@ def _shared(options: Options) -> Mount:
         time.sleep(0.05)
 
 
-def _held(path: Path, folder: int) -> Connection:
+def _held(path: str, folder: int) -> Connection:
     """A connection to the daemon at `path` that holds its mount. Raises DaemonFailed, MountFailed."""
     connection = Connection(path, folder, _ANSWER_S)
     try:
@@ -104,15 +103,16 @@ _MAX_DAEMON = 64 << 10
 """Bytes of daemon.json: a path and a few numbers."""
 
 
-def _daemon_folder(options: Options) -> Path:
+def _daemon_folder(options: Options) -> str:
     """Where the daemon of the cache folder has its lock, its socket, and the file that says where it is
     mounted."""
     default = os.path.join(cache_home(), "ipfsfuse")
-    return Path(options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default, "ipfsfuse-cache")
+    parent = options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default
+    return os.path.join(parent, "ipfsfuse-cache")
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int | None]:
+def _opened(path: str) -> Iterator[int | None]:
     """The folder `path` as a descriptor; None where there is none. What lies in it is trusted to be the
     user's own: so a folder that `ipfsfuse mount` refuses is refused here, too. Raises StoreFailed."""
     try:
@@ -177,7 +177,7 @@ def _live(options: Options) -> Mount | None:
         try:
             with open(_read(folder, _DAEMON), "rb") as file:
                 mountpoint = str(json.loads(file.read(_MAX_DAEMON))["mountpoint"])
-            control = _held(path / _CONTROL, folder)
+            control = _held(os.path.join(path, _CONTROL), folder)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
             return None  # none, one that is starting, or what a killed one left
     try:
@@ -251,9 +251,10 @@ def _start(options: Options, isolated: bool) -> Mount:
     ]
     try:
         path, daemon = _parse(_ask_for_mount(command))
-        with _opened(path.parent) as folder:
+        parent = os.path.dirname(path)
+        with _opened(parent) as folder:
             if folder is None:
-                raise MountFailed(f"the folder {path.parent} of the new mount's socket is gone")
+                raise MountFailed(f"the folder {parent} of the new mount's socket is gone")
             control = _held(path, folder)
         mount_id = kernel_mount_id(mountpoint)
         if mount_id is None:
@@ -298,18 +299,18 @@ def _ask_for_mount(command: Sequence[str]) -> str:
 
 def child_environment() -> dict[str, str]:
     """Ours, with the folders that the packages were imported from: a checkout need not be installed."""
-    tops = [str(Path(str(each.__file__)).parents[1]) for each in (ipfsfuse, ipfsfuse_run)]
+    tops = [os.path.dirname(os.path.dirname(str(each.__file__))) for each in (ipfsfuse, ipfsfuse_run)]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*tops, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
 
-def _parse(output: str) -> tuple[Path, int]:
+def _parse(output: str) -> tuple[str, int]:
     """The control socket and the daemon's pid."""
     try:
         answer = json.loads(output.splitlines()[-1])
-        return Path(answer["control"]), int(answer["pid"])
+        return os.fspath(answer["control"]), int(answer["pid"])
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
 

@@ -115,7 +115,7 @@ def _enter_namespaces(libc: ctypes.CDLL) -> bool:
 def scratch_folder(kind: str, owner: int, *held: int) -> str:
     """A new folder in the runner's own, removed when the process `owner` has ended. The descriptors `held`
     are closed after that. Forks. Raises StoreFailed."""
-    folder = str(sandbox.private_folder(kind, os.urandom(8).hex()))
+    folder = sandbox.private_folder(kind, os.urandom(8).hex())
     watched = os.pidfd_open(owner)
     sys.stdout.flush()
     sys.stderr.flush()

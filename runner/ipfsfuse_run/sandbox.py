@@ -14,7 +14,6 @@ import resource
 import signal
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -124,7 +123,7 @@ def preopens(
         found.insert(0, Preopen(options.root, "/", writable=False, mount_id=mount_id, below=mountpoint))
     elif not any(each.guest == "/" for each in found):
         root = _root([*(each.guest for each in found), *more])
-        found.insert(0, Preopen(str(root), "/", writable=False))
+        found.insert(0, Preopen(root, "/", writable=False))
     return found
 
 
@@ -137,7 +136,7 @@ def _name(given: Dir) -> str:
     return posixpath.normpath(given.guest)
 
 
-def _root(names: Sequence[str]) -> Path:
+def _root(names: Sequence[str]) -> str:
     inside = sorted(each.strip("/") for each in names if each.startswith("/"))
     digest = hashlib.sha256("\0".join(inside).encode(errors="surrogateescape")).hexdigest()[:16]
     root = private_folder("roots", digest)
@@ -304,19 +303,19 @@ def cache_home() -> str:
     return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), ".cache")
 
 
-def private_folder(*parts: str) -> Path:
+def private_folder(*parts: str) -> str:
     """`$XDG_CACHE_HOME/ipfsfuse-run/parts...`, made if it is missing.
 
     Raises StoreFailed if a folder on the way can't be made, is a symlink, or is not this user's alone."""
-    path = Path(cache_home(), "ipfsfuse-run")
-    if not path.is_absolute():
+    path = os.path.join(cache_home(), "ipfsfuse-run")
+    if not os.path.isabs(path):
         raise StoreFailed("there is no home folder to put things in: set HOME or XDG_CACHE_HOME")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         for depth, part in enumerate(("", *parts)):
-            path = path / part
+            path = os.path.join(path, part) if part else path
             try:
-                path.mkdir(mode=0o700)
+                os.mkdir(path, 0o700)
             except FileExistsError:
                 pass  # whatever it is: checked next, without following a symlink
             # an earlier version made the deeper folders with mode 0755: nobody else can reach those
@@ -326,7 +325,7 @@ def private_folder(*parts: str) -> Path:
     return path
 
 
-def _check_private(path: Path, forbidden: int) -> None:
+def _check_private(path: str, forbidden: int) -> None:
     """Raises StoreFailed unless `path` is a folder of this user's that has none of the modes `forbidden`."""
     found = os.lstat(path)
     mode = stat.S_IMODE(found.st_mode)

@@ -18,6 +18,8 @@ from ipfsfuse.sources.local.library import Library
 from tests.importer.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
 from tests.importer.trees import Bytes
 
+MODULE = sys.modules["ipfsfuse.importer.add"]
+
 
 def test_a_tree_is_told_children_first_and_is_all_there(tree: Path, library: Library) -> None:
     found = list(add([str(tree)], PLAIN, library))
@@ -80,12 +82,19 @@ def test_the_old_profile_shows_version_0_cids(tree: Path, library: Library) -> N
     assert list(library.roots()) == [found[-1].cid]
 
 
-def test_progress_reaches_the_total(tree: Path, library: Library) -> None:
+def test_progress_reaches_the_total(tree: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "_COUNT_AFTER", 0)
     seen: list[tuple[int, int | None, str]] = []
     list(add([str(tree)], PLAIN, library, lambda *report: seen.append(report)))
     assert seen[-1][:2] == (3 * MIB + 11, 3 * MIB + 11)
     assert [done for done, _total, _path in seen] == sorted(done for done, _total, _path in seen)
     assert {path for _done, _total, path in seen} == {str(tree / "a"), str(tree / "b" / "c")}
+
+
+def test_a_short_add_does_not_count_before(tree: Path, library: Library) -> None:
+    seen: list[int | None] = []
+    list(add([str(tree)], PLAIN, library, lambda _done, total, _path: seen.append(total)))
+    assert seen[0] is None
 
 
 def test_standard_input_in_pieces_is_one_file(tmp_path: Path, library: Library) -> None:

@@ -1,5 +1,6 @@
 """What a plain run does not import, because a guest that starts often would wait for it."""
 
+import os
 import subprocess
 import sys
 
@@ -8,12 +9,27 @@ from tests.runner.conftest import TOP
 HEAVY = {"trio", "httpx", "pyfuse3", "multiformats", "urllib3", "ipfsfuse.dag.cid", "asyncio"}
 FOR_OTHERS = {"wasmtime", "subprocess", "tempfile", "socket", "wasmtime.component", "inspect", "threading"}
 """What starts a mount, or runs a component."""
-SLOW = {"shutil", "platform", "datetime", "lzma", "email", "logging"}
+SLOW = {"shutil", "platform", "datetime", "lzma", "email", "logging", "pathlib", "urllib", "fnmatch"}
 
 
 def test_a_plain_run_imports_no_codec_and_no_mount() -> None:
-    code = "import sys, ipfsfuse_run.cli, ipfsfuse_run.execute; ipfsfuse_run.options.parse(['x']); print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not (HEAVY | FOR_OTHERS | SLOW) & set(loaded)
+    assert not (HEAVY | FOR_OTHERS | SLOW) & _loaded("ipfsfuse_run.execute")
+
+
+def test_a_run_on_a_live_mount_imports_nothing_that_starts_one() -> None:
+    loaded = _loaded("ipfsfuse_run.execute, ipfsfuse_run.mounts, ipfsfuse_run.command")
+    assert not (HEAVY | FOR_OTHERS | SLOW) - {"socket"} & loaded
+
+
+def _loaded(modules: str) -> set[str]:
+    code = f"import sys, ipfsfuse_run.cli, {modules}; ipfsfuse_run.options.parse(['x']); print(*sys.modules)"
+    done = subprocess.run(
+        # -S: what makes a checkout importable imports pathlib
+        [sys.executable, "-S", "-c", code],
+        cwd=TOP,
+        env={**os.environ, "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())

@@ -5,7 +5,6 @@ Pure, except that the environment names the proxies and a Kubo repository its no
 
 import functools
 import ipaddress
-import urllib.request
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -151,6 +150,8 @@ class Proxy:
 def proxy_for(origin: Origin) -> Proxy | None:
     """The proxy for `origin` by http_proxy, https_proxy, all_proxy and no_proxy. Raises UsageError for one of
     another kind."""
+    import urllib.request  # 13 ms, and commands that ask nobody need none of it
+
     if origin.unix is not None or urllib.request.proxy_bypass(origin.host):
         return None
     found = urllib.request.getproxies()

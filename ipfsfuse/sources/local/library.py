@@ -321,10 +321,11 @@ class Packs:
         """The pack that had the last block first: its neighbour is probably there too. Replaced, never
         changed."""
 
-    def find(self, multihash: bytes, read: Read = read_disk) -> Found | None:
-        """Where the block is. Raises SourceFailed if the one pack that should have it is broken,
-        BlockingIOError by `read`."""
-        self.refresh()
+    def find(self, multihash: bytes, read: Read = read_disk, *, refresh: bool = True) -> Found | None:
+        """Where the block is; without `refresh`, in the packs that were there at the last look. Raises
+        SourceFailed if the one pack that should have it is broken, BlockingIOError by `read`."""
+        if refresh:
+            self.refresh()
         broken: SourceFailed | None = None
         order = self._order
         for pack in order:
@@ -409,6 +410,10 @@ class NewRoot(NamedTuple):
     """Bytes of its DAG."""
 
 
+LOOK_SECONDS = 0.02
+"""How late an add sees what another one has added."""
+
+
 class LibraryWriter:
     """Use it as a context manager: what is not committed is gone at its end."""
 
@@ -421,6 +426,7 @@ class LibraryWriter:
         self._pack: CarWriter | None = None
         self._path = folder
         self._fd = -1
+        self._looked = time.monotonic()
         self._seen: dict[bytes, None] = {}
         self._used: set[str] = set()
 
@@ -435,7 +441,7 @@ class LibraryWriter:
         multihash = cids.multihash(cid)
         if multihash in self._seen or cids.inline(cid) is not None:
             return False
-        found = self._packs.find(multihash)
+        found = self._packs.find(multihash, refresh=self._is_time_to_look())
         if found is not None:
             self._used.add(found.file.name)
         else:
@@ -445,6 +451,14 @@ class LibraryWriter:
         if len(self._seen) > _MAX_REMEMBERED:
             del self._seen[next(iter(self._seen))]
         return found is None
+
+    def _is_time_to_look(self) -> bool:
+        """Nothing goes meanwhile. What another process has just added, and is overlooked, is kept twice."""
+        now = time.monotonic()
+        due = now - self._looked >= LOOK_SECONDS
+        if due:
+            self._looked = now
+        return due
 
     def _writer(self) -> CarWriter:
         if self._pack is None:
