@@ -245,6 +245,8 @@ def test_only_a_lease_is_read_as_one(tmp_path: Path) -> None:
         {"version": -1},
         {"machine": None},
         {"renewed": 1.5},
+        {"renewed": -1},
+        {"renewed": 10**400},
     ]
     odd += [
         {"folder": "relative"},
