@@ -206,7 +206,10 @@ def _lock(
     missing = [each for each in lockdown.LAYERS if each not in active]
     if plan.verbose:
         without = f", without {', '.join(missing)}" if missing else ""
-        reports.send({"says": f"{plan.name} runs in {engine}, locked by {', '.join(active)}{without}"})
+        locked = f"locked by {', '.join(active)}{without}"
+        reports.send(
+            {"says": f"{plan.name} runs in {engine}, {locked}; every call of wasi:sockets is refused"}
+        )
     if missing and plan.require_sandbox:
         raise GuestRefused(f"--require-sandbox: this machine lacks {', '.join(missing)}")
 

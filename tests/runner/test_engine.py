@@ -1,6 +1,7 @@
 """The wasmtime command as the guest's process: it gives what the library gives, and is refused where it would
 not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 from ipfsfuse_run import command
 from ipfsfuse_run.options import Dir, Options
 from tests.mounting import Home, wait_until
-from tests.runner.conftest import DEMO, Runner
+from tests.runner.conftest import DEMO, GUESTS, Runner
+from tests.runner.test_limits import slow
 
 COPIES = """(module
   (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
@@ -197,6 +199,42 @@ def test_compile_keeps_the_code_for_later_runs(run: Runner, tmp_path: Path) -> N
         assert run_word(run, "run", "--engine", engine, asked).returncode == 7
         assert len(list(code.iterdir())) == number
     assert run_word(run, "compile", asked, "argument").returncode == 2
+
+
+@pytest.mark.fuse
+def test_a_compilation_that_is_ended_leaves_no_process(run: Runner, tmp_path: Path) -> None:
+    """Not even the command's compiler, which is a process of the compiling one."""
+    asked = run.command("--engine=command", slow(tmp_path, 3000))
+    with subprocess.Popen(asked, env=run.env, start_new_session=True) as process:
+        wait_until(lambda: _compilers(process.pid), "the compiler runs")
+        (compiler,) = _compilers(process.pid)
+        os.kill(compiler, signal.SIGSTOP)  # it does not end by itself
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM
+    try:
+        wait_until(lambda: not _compilers(process.pid), "the compiler is gone", 5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(compiler, signal.SIGKILL)
+
+
+def _compilers(session: int) -> list[int]:
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, *fields = (each / "stat").read_text().rpartition(")")[2].split()
+            command = (each / "cmdline").read_bytes()
+            if int(fields[2]) == session and state != "Z" and command.startswith(b"wasmtime\0compile"):
+                found.append(int(each.name))
+    return found
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("engine", ["library", "command"])
+def test_a_guest_gets_no_socket_and_looks_up_no_name(run: Runner, engine: str) -> None:
+    done = run("-v", f"--engine={engine}", GUESTS / "sockets-p2.wat")
+    assert done.returncode == 0, done
+    assert b"every call of wasi:sockets is refused" in done.stderr
 
 
 def run_word(run: Runner, word: str, *args: str | Path) -> "subprocess.CompletedProcess[bytes]":
