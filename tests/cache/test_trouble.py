@@ -124,6 +124,23 @@ def test_the_folder_is_deleted_under_us(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_a_staging_file_that_somebody_removes_keeps_nothing_from_being_staged(tmp_path: Path) -> None:
+    async def main() -> None:
+        chain = Chain()
+        removed, other = make_file(chain, MIB, seed=1), make_file(chain, MIB, seed=2)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for file, leaves, content in (removed, other, removed):
+                assert await read(cache, file, leaves) == content
+                if file is removed[0]:
+                    (tmp_path / "staging" / cids.text(file.cid)).unlink(missing_ok=True)
+            for file, leaves, content in (removed, other, removed):
+                assert await read(cache, file, leaves) == content
+            assert not cache.trouble
+            assert len(staged(tmp_path, "staging")) == 2
+
+    trio.run(main)
+
+
 @pytest.mark.logs(
     "can't be made: No such file", "can't be opened: No such file", "reads go on without the cache"
 )

@@ -358,16 +358,15 @@ class Memory:
             await trio.lowlevel.checkpoint()
         return self._blocks[cids.multihash(cid)]
 
-    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> bytes:
-        block = cids.inline(leaf.cid)
-        if block is None:
-            block = await self.block(leaf.cid)
-        if cids.codec(leaf.cid) == cids.RAW:
-            return block
-        return bytes(unixfs.decode(dagpb.decode(block).data or b"").data or b"")
-
-    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> bytes:
-        return (await self.leaf(file, leaf))[start:stop]
+    async def leaf(
+        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
+    ) -> bytes:
+        content = cids.inline(leaf.cid)
+        if content is None:
+            content = await self.block(leaf.cid)
+        if cids.codec(leaf.cid) != cids.RAW:
+            content = bytes(unixfs.decode(dagpb.decode(content).data or b"").data or b"")
+        return content if part is None else content[slice(*part)]
 
     def pieces(self, file: FileRef, leaf: Leaf) -> None: ...
 

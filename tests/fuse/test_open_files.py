@@ -29,14 +29,13 @@ class Cache:
     def opened(self, file: FileRef) -> None:
         pass
 
-    async def part(self, file: FileRef, leaf: object, start: int, stop: int) -> bytes:
-        return (await self.leaf(file, leaf))[start:stop]
-
     def pieces(self, file: FileRef, leaf: object) -> None:
         pass
 
-    async def leaf(self, file: FileRef, leaf: object, *, early: bool = False) -> bytes:
-        return CONTENT
+    async def leaf(
+        self, file: FileRef, leaf: object, *, part: tuple[int, int] | None = None, early: bool = False
+    ) -> bytes:
+        return CONTENT if part is None else CONTENT[slice(*part)]
 
 
 class SmallTree:

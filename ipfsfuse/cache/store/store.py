@@ -220,9 +220,14 @@ class Store:
             await self.budget.evict(entry.cid)
 
     async def _lost(self, entry: Entry, error: OSError) -> None:
-        """A staging file that can't be read: it is there no more."""
+        """A staging file that can't be read: it is there no more. If somebody has removed it, the disk may
+        well be right, and the next write tells."""
         if not entry.dead:
-            self.backoff.failed(str(self.staging.path / cids.text(entry.cid)), error)
+            path = self.staging.path / cids.text(entry.cid)
+            if isinstance(error, FileNotFoundError):
+                log.info("%s was removed by somebody: what is read of it is fetched again", path)
+            else:
+                self.backoff.failed(str(path), error)
             await self.budget.evict(entry.cid)
 
     async def keep_leaves(
