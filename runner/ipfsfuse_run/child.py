@@ -146,7 +146,7 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  
         grown = _writable(plan.box, folders, reports)
         sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
         _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
-        reports.send({"started": True, "kind": ready.kind, "growth": grown, "command": True})
+        reports.send({"started": True, "kind": ready.kind, "command": True})
         command.execute(path, plan.box, folders, ready.file)
 
 
@@ -181,7 +181,7 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     preloads = {name: guest.load(engine, each) for name, each in preloaded.items()}
     ready = guest.load(engine, code)
     call = None if plan.invoke is None else guest.Call(plan.invoke, plan.box.argv[1:])
-    begun = {"started": True, "kind": ready.kind, "growth": grown}
+    begun = {"started": True, "kind": ready.kind}
     end = _in_thread(
         given.max_wasm_stack,
         lambda: guest.run(
@@ -262,6 +262,7 @@ def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Grow
         folders += [OpenFolder(sandbox.TMP, tmp.file, each, writable=True) for each in names]
         if tmp.folder is not None:
             found.append(Watched(growth.TMP, [tmp.folder], growth.Usage(0, 0), box.tmp))
+    reports.send({"growth": found})  # before the guest's code is loaded, which could tell otherwise
     return found
 
 
@@ -284,13 +285,13 @@ def _compiled(
             raise _unreadable(plan, exc) from exc
     _check_size(plan, data)
     reports.send({"compiling": True})
-    kind, code = guest.binary(data, plan.name)
+    memory = limits.compile_memory(plan.box.limits)
+    kind, code = guest.binary(data, plan.name, memory)
     if plan.guest_sha256 not in (None, hashlib.sha256(code).hexdigest()):
         raise GuestRefused(f"{plan.name} is not the guest that was recorded")
     if plan.keep is not None:
         with open(plan.keep, "wb", closefd=False) as out:
             out.write(code)
-    memory = limits.compile_memory(plan.box.limits)
     made = guest.compiled(cache, engine, kind, code, plan.name, settings, memory)
     reports.send({"compiling": False})
     return made

@@ -85,13 +85,13 @@ class CodeCache:
         path = None if self.folder is None else os.path.join(self.folder, f"{key}{_PART}")
         part = None if path is None else self._locked(path)
         if path is None or part is None:
-            return _in_own_process(build, name, memory)
+            return in_own_process(build, name, memory)
         is_kept = False
         try:
             found = self.opened(key)  # another process may have made it meanwhile
             if found is not None:
                 return found
-            code = _in_own_process(build, name, memory)
+            code = in_own_process(build, name, memory)
             is_kept = self._put(part, path, key, code)
         finally:
             if not is_kept:
@@ -227,7 +227,7 @@ def _processor() -> str:
 # -- the compiling process ---------------------------------------------------------------------------------
 
 
-def _in_own_process(build: Build, name: str, memory: int) -> int:
+def in_own_process(build: Build, name: str, memory: int) -> int:
     """Runs `build` in a forked process that may write to `memory` bytes, and has nothing open but what it
     hands over. Gives a file without a name that has the code. The process ends with this one: whoever kills
     this one for taking too long ends the compilation. Raises GuestRefused as `build` does, and if the process

@@ -92,7 +92,7 @@ def ready(command: str, data: bytes, given: Limits, name: str) -> Ready:
     if not data.startswith(b"\0asm") or not kind:
         from ipfsfuse_run import guest
 
-        kind, data = guest.binary(data, name)
+        kind, data = guest.binary(data, name, limits.compile_memory(given))
         digest = hashlib.sha256(data).hexdigest()
     fixed = [re.sub("fuel=.*", "fuel", each) for each in options]  # the code is the same for any amount
     key = entry_key(digest, os.stat(command), ("command", kind, *fixed))

@@ -18,7 +18,7 @@ import wasmtime
 from wasmtime import _ffi
 
 from ipfsfuse_run import lockdown
-from ipfsfuse_run.code_cache import CodeCache, entry_key
+from ipfsfuse_run.code_cache import CodeCache, entry_key, in_own_process
 from ipfsfuse_run.errors import TRAPPED, GuestRefused
 from ipfsfuse_run.limits import COMPILE_MEMORY, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
@@ -90,8 +90,9 @@ def kind_of(head: bytes) -> str | None:
     return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
 
 
-def binary(code: bytes, name: str) -> tuple[str, bytes]:
-    """The guest's kind and its binary form (text is translated). Raises GuestRefused."""
+def binary(code: bytes, name: str, memory: int = COMPILE_MEMORY) -> tuple[str, bytes]:
+    """The guest's kind and its binary form. Text is translated in a process of its own that may write to
+    `memory` bytes, because 1 byte of it can take a hundred in memory. Raises GuestRefused."""
     if code.startswith(_MAGIC):
         kind = kind_of(code[:HEAD_BYTES])
         if kind is None:
@@ -99,10 +100,17 @@ def binary(code: bytes, name: str) -> tuple[str, bytes]:
         return kind, code
     if not code.lstrip().startswith((b"(", b";;")):
         raise GuestRefused(f"{name} is not WebAssembly: it begins with neither \\0asm nor text")
-    try:
-        return binary(bytes(wasmtime.wat2wasm(code)), name)
-    except wasmtime.WasmtimeError as exc:
-        raise GuestRefused(f"{name} is not WebAssembly text: {one_line(exc)}") from exc
+
+    def translate() -> bytes:
+        lockdown.lock([])
+        try:
+            return bytes(wasmtime.wat2wasm(code))
+        except wasmtime.WasmtimeError as exc:
+            raise GuestRefused(f"{name} is not WebAssembly text: {one_line(exc)}") from exc
+
+    with open(in_own_process(translate, name, memory), "rb") as made:
+        made.seek(0)
+        return binary(made.read(), name)
 
 
 def one_line(error: Exception) -> str:

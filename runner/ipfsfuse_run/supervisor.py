@@ -38,6 +38,8 @@ PROGRESS = 1.0
 
 _CHUNK = select.PIPE_BUF
 """Bytes that a pipe which polls as writable takes without waiting."""
+_MAX_REPORT = 1 << 20
+"""Bytes of the longest report: a back-trace, escaped as JSON."""
 _DAY = 86400.0
 """The longest wait at once, in seconds: epoll takes at most 24 days."""
 
@@ -156,12 +158,13 @@ class _Supervisor:
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
         self._compiling = False
-        self._growth: Growth = ()
+        self._growth: Growth | None = None
         self._watcher: int | None = None
         self._watched: int | None = None
         self._outcome = Outcome(128 + signal.SIGKILL)
         self._final = False
         self._is_command = False
+        self._has_begun = False
         self._dead = False
         self._pending = b""
         self._signals: list[int] = []
@@ -259,27 +262,50 @@ class _Supervisor:
         if not data:
             self._drop(reports)
         *lines, self._pending = (self._pending + data).split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            if self._final:
-                continue
-            if "says" in message:
-                self._progress.erase()
-                say(message["says"])
-            elif "compiling" in message:
-                self._compiling = message["compiling"]
-                self._progress.phase("compiling" if self._compiling else "starting")
-                self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
-            elif "started" in message:
-                self._started(message)
-            else:
-                trap = message.get("trap")
-                self._outcome = self._outcome._replace(
-                    refused=message.get("refused"),
-                    trapped=message.get("trapped", False),
-                    trap=trap,
-                    why=None if trap is None else trap_reason(self._plan.name, trap),
-                )
+        try:
+            if len(self._pending) > _MAX_REPORT:
+                raise ValueError("a report without an end")
+            for line in lines:
+                if not self._final:
+                    self._heed(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            # a guest that broke out of wasmtime may send anything
+            self._pending = b""
+            if not self._final:
+                why = f"{self._plan.name} was ended: its process reported what can't be understood"
+                self._end(Outcome(TRAPPED, trapped=True), why)
+
+    def _heed(self, message: Mapping[str, Any]) -> None:
+        """Once the guest has begun, only how it ended is heeded."""
+        if "says" in message and not self._has_begun:
+            self._progress.erase()
+            say(message["says"])
+        elif "compiling" in message and not self._has_begun:
+            self._compiling = message["compiling"]
+            self._progress.phase("compiling" if self._compiling else "starting")
+            self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
+        elif "growth" in message and self._growth is None:
+            self._growth = [
+                Watched(what, folders, Usage(*before), bound)
+                for what, folders, before, bound in message["growth"]
+            ]
+            # until it has begun: code that a broken compiler made might never say so
+            self._compiling, self._deadline = True, time.monotonic() + self._compile_timeout()
+        elif "started" in message and not self._has_begun:
+            self._has_begun = True
+            self._started(message)
+        elif "ended" in message or "refused" in message:
+            trap, refused = message.get("trap"), message.get("refused")
+            if not isinstance(trap, str | None) or not isinstance(refused, str | None):
+                raise TypeError("not texts")
+            self._outcome = self._outcome._replace(
+                refused=refused,
+                trapped=message.get("trapped", False) is True,
+                trap=trap,
+                why=None if trap is None else trap_reason(self._plan.name, trap),
+            )
+        else:
+            raise ValueError("an unknown report")
 
     def _compile_timeout(self) -> float:
         given = self._plan.box.limits.compile_timeout
@@ -287,17 +313,14 @@ class _Supervisor:
 
     def _started(self, message: Mapping[str, Any]) -> None:
         self._progress.stop()
+        self._compiling = False
         self._outcome = self._outcome._replace(kind=message["kind"])
         self._is_command = "command" in message
         timeout = self._plan.box.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         if self._alarm is not None:  # before, the guest's process itself says what it can't fetch
             self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
-        if message["growth"] and not self._dead:
-            self._growth = [
-                Watched(what, folders, Usage(*before), bound)
-                for what, folders, before, bound in message["growth"]
-            ]
+        if self._growth and not self._dead:
             self._watcher, watched = growth.watch(self._growth, self._pidfd)
             self._watched = watched
             self._selector.register(watched, selectors.EVENT_READ, self._on_watched)

@@ -4,7 +4,7 @@ behind."""
 import random
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -144,6 +144,12 @@ def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, t
     assert folder_of(own_node, mount) == before
 
 
+def kinds(batches: Mapping[str, str]) -> list[str]:
+    """What the batches of a folder are of. The number of each is not promised: a round that failed, as on a
+    busy machine, has used some."""
+    return sorted(name.partition("-")[0] for name in batches)
+
+
 def hold_and_die(node: Node, folder: Path) -> None:
     process = child(
         node,
@@ -165,9 +171,10 @@ def test_a_killed_mount_keeps_what_it_pinned_while_its_cache_folder_stands(
 ) -> None:
     hold_and_die(own_node, tmp_path / "dead")
     (dead,) = mounts(own_node)
-    assert set(folder_of(own_node, dead)) == {"staged-1", "pinned-1"}
+    before = folder_of(own_node, dead)
+    assert kinds(before) == ["pinned", "staged"]
     settle_once(own_node, tmp_path / "next")
-    assert set(folder_of(own_node, dead)) == {"staged-1", "pinned-1"}
+    assert folder_of(own_node, dead) == before
     shutil.rmtree(tmp_path / "dead")
     settle_once(own_node, tmp_path / "next")
     assert dead not in mounts(own_node)

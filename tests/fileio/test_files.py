@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.fileio.files import read_file, read_whole, replace_text
+from ipfsfuse.fileio.files import read_file, read_whole, replace_text, stat_files
 
 
 def read_all(paths: list[str], most: int) -> list[bytes | None]:
@@ -55,3 +55,25 @@ def test_a_replaced_file_is_whole_and_no_link_is_followed(tmp_path: Path) -> Non
     with pytest.raises(IsADirectoryError):
         replace_text(tmp_path / "folder", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "page", "secret"]
+
+
+def test_what_the_disk_says_of_many_files_is_what_it_says_of_each(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(5000))
+    (tmp_path / "ünïcode").write_bytes(b"")
+    os.link(tmp_path / "ünïcode", tmp_path / os.fsdecode(b"not utf-8 \xff"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("file")
+    names = [*os.listdir(tmp_path), "missing"]
+    folder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = list(stat_files(folder, names))
+        with pytest.raises(NotADirectoryError):
+            list(stat_files(folder, ["file/below"]))
+    finally:
+        os.close(folder)
+    assert found.pop() is None
+    for name, status in zip(names, found, strict=False):
+        info = (tmp_path / name).lstat()
+        assert status is not None
+        assert status[:5] == (info.st_mode, info.st_nlink, info.st_uid, info.st_size, info.st_blocks)
+        assert status.st_mtime == pytest.approx(info.st_mtime, abs=1e-6)

@@ -27,13 +27,13 @@ def folder(tmp_path: Path) -> Path:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The guests that were compiled, by their names in messages."""
     seen: list[str] = []
-    real = code_cache._in_own_process
+    real = code_cache.in_own_process
 
     def counted(build: code_cache.Build, name: str, memory: int) -> int:
         seen.append(name)
         return real(build, name, memory)
 
-    monkeypatch.setattr(code_cache, "_in_own_process", counted)
+    monkeypatch.setattr(code_cache, "in_own_process", counted)
     return seen
 
 

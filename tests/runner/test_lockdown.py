@@ -257,6 +257,79 @@ def test_the_memory_of_a_compilation_is_bounded(run: Runner, tmp_path: Path) -> 
     assert run(guest).returncode == 0
 
 
+REPORTS = """
+import os, sys
+from ipfsfuse_run import child, cli
+kind = sys.argv.pop(1)
+def broken_out(plan, reports):
+    reports.send({"growth": []})
+    if kind == "nothing":
+        sys.stdin.read()
+    if kind != "growth":
+        reports.send({"started": True, "kind": "module"})
+    if kind == "endless":
+        while True:
+            os.write(reports.file, bytes(1 << 16))
+    os.write(reports.file, {
+        "deep": b"[" * 100_000,
+        "no JSON": b"\\xff\\xfe",
+        "no object": b"5",
+        "forged": b'{"says": "results /ipfs/forged"}',
+        "again": b'{"started": true, "kind": "module"}',
+        "growth": b'{"growth": [["max_out", ["/"], [0, 0], 1]]}',
+        "no text": b'{"ended": 0, "trap": 5}',
+    }[kind] + b"\\n")
+    sys.stdin.read()
+child._run = broken_out
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", ["endless", "deep", "no JSON", "no object", "forged", "again", "growth", "no text"]
+)
+def test_what_a_guest_that_broke_out_reports_harms_nobody(run: Runner, tmp_path: Path, kind: str) -> None:
+    """The run ends with one line that the guest did not write, and with little memory."""
+    command = [sys.executable, "-c", REPORTS, kind, "--mount", str(run.mount), "guest"]
+    with subprocess.Popen(
+        command, env=run.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _pid, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 134
+    assert said == b"ipfsfuse-run: guest was ended: its process reported what can't be understood\n"
+    assert usage.ru_maxrss < 150 << 10  # KiB
+
+
+def test_code_that_never_begins_is_ended(run: Runner) -> None:
+    given = ["-W", "compile-timeout=300ms", "--mount", str(run.mount), "guest"]
+    with subprocess.Popen(
+        [sys.executable, "-c", REPORTS, "nothing", *given],
+        env=run.env,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        assert b"was not compiled within 0.3s" in process.stderr.read()
+        assert process.wait() == 125
+
+
+def test_the_memory_of_a_translation_is_bounded(run: Runner, tmp_path: Path) -> None:
+    """Of text, which takes many times its size."""
+    guest = tmp_path / "guest.wat"
+    guest.write_text('(module (func (export "_start"))' + "(func)" * 500_000 + ")")
+    command = run.command("-W", "compile-memory=64MiB", guest)
+    with subprocess.Popen(command, env=run.env, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _pid, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert (process.returncode, b"compile-memory=SIZE" in said) == (125, True), said
+    assert usage.ru_maxrss < 150 << 10  # KiB
+
+
 @FULL
 def test_doctor_names_the_layers(home: Home) -> None:
     found = {each["about"]: each for each in json.loads(home.run("doctor", "--json").stdout)}

@@ -1,6 +1,8 @@
 """The HTTP client itself: HTTP/2, kept connections that died, what is repeated, and large blocks."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -274,3 +276,9 @@ def test_a_large_block_of_a_real_node(kubo_node: Node, monkeypatch: pytest.Monke
         await source.aclose()
 
     trio.run(main)
+
+
+def test_the_client_starts_without_the_command_line_of_httpx() -> None:
+    """Its imports take 30 ms of each start: rich, click, pygments."""
+    code = "import sys, ipfsfuse.sources.http.client; print({'rich', 'click', 'pygments'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

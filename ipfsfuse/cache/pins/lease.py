@@ -37,6 +37,8 @@ SILENT = 24 * RENEW
 """Seconds without a renewal after which a mount that can't be seen from here counts as dead."""
 VERSION = 1
 MAX_PATH = 4096
+MAX_TIME = 1 << 63
+"""Seconds since 1970 that no clock tells."""
 
 
 class MountId:
@@ -124,7 +126,7 @@ class Lease:
         if any(type(value) is not _KINDS.get(name, str) for name, value in values.items()):
             return None
         lease = cls(**values)
-        if lease.version < 0 or not _is_path(lease.folder):
+        if lease.version < 0 or not 0 <= lease.renewed < MAX_TIME or not _is_path(lease.folder):
             return None
         if lease.version == 0:
             lease = replace(lease, machine=_hash(lease.machine), folder=str(Path(lease.folder).parent.parent))

@@ -37,11 +37,12 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from ipfsfuse import __version__
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse.fileio.files import write_all
+from ipfsfuse.fileio.files import Status, stat_files, write_all
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,10 @@ def remove_file(folder: int, name: str) -> None:
         os.fsync(folder)
 
 
+STATUS_TOGETHER = 500
+"""Files that are looked at by one call: each call gives Python's lock away, and waits for it again."""
+
+
 class Subfolder:
     """One of the folders in ours, made where it is missing: on a full disk as soon as there is room."""
 
@@ -183,6 +188,15 @@ class Subfolder:
     def stat(self, name: str) -> os.stat_result:
         """Of `name` itself, where it is a link. Raises OSError."""
         return os.stat(name, dir_fd=self.fd(), follow_symlinks=False)
+
+    def each_status(self) -> Iterator[tuple[str, Status]]:
+        """Everything in it and what the disk says of that, a part at a time. What goes meanwhile is left out.
+        Raises OSError."""
+        names = self.each_name()
+        while some := list(islice(names, STATUS_TOGETHER)):
+            for name, status in zip(some, stat_files(self.fd(), some), strict=True):
+                if status is not None:
+                    yield name, status
 
     def open(self, name: str, flags: int) -> int:
         """A descriptor of a file; a link is not followed. Raises OSError."""
@@ -219,7 +233,7 @@ def _open_subfolder(path: Path) -> int:
         os.close(parent)
 
 
-def is_our_own(info: os.stat_result) -> bool:
+def is_our_own(info: os.stat_result | Status) -> bool:
     """Whether it is a regular file that has no name but the one it was found by: to write it changes nothing
     elsewhere."""
     return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.geteuid()

@@ -30,7 +30,16 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotACid, StoreFailed, Unsupported
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import ALIGNED, NOT_SHARED, Direct, punch_hole, regular, share_extents, write_parts
+from ipfsfuse.fileio.files import (
+    ALIGNED,
+    NOT_SHARED,
+    Direct,
+    Status,
+    punch_hole,
+    regular,
+    share_extents,
+    write_parts,
+)
 from ipfsfuse.fileio.tags import TAG, tags_of
 
 # -- when things were used last, by a clock that nobody sets
@@ -260,9 +269,8 @@ class Staging:
         """What an earlier run left. Links, an empty part, and a part beside its whole file are removed;
         strays are left alone."""
         strays = []
-        for name in self.folder.each_name():
+        for name, info in self.folder.each_status():
             try:
-                info = self.folder.stat(name)
                 entry = _recognise(name, info)
                 if entry is None or stat.S_ISDIR(info.st_mode):
                     strays.append(name)
@@ -528,7 +536,7 @@ def _name(entry: Entry) -> str:
     return cids.text(entry.cid) + ("" if entry.complete else PART)
 
 
-def _recognise(name: str, info: os.stat_result) -> Entry | None:
+def _recognise(name: str, info: os.stat_result | Status) -> Entry | None:
     """The entry of what has the name of a staging file; None for any other name."""
     matched = _NAME.fullmatch(name)
     if matched is None:

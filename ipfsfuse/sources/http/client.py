@@ -12,11 +12,15 @@ import math
 import re
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
+
+if "httpx" not in sys.modules:  # its command line needs rich and click, which take 30 ms: it does without
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]  # Python's way to say that there is none
 
 import httpx
 import trio
