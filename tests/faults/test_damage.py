@@ -252,6 +252,8 @@ def test_every_read_is_right_whatever_is_damaged_and_whenever_the_daemon_is_kill
                 damager.damage(top=True)
         with start(home, options, damager) as mount:
             check_all(mount, content)
+            if kind != "btrfs":  # which tells late what a file takes
+                check_budget(mount)
             assert client.call(mount.control, "metrics")["pinned"] == 1
     assert outside.read_bytes() == OUTSIDE
 
@@ -292,6 +294,10 @@ def live(mount: Mounted, content: Content, damager: Damager, trusts_disk: bool) 
 def check_all(mount: Mounted, content: Content) -> None:
     for name, right in content.files.items():
         assert (mount.path / content.root / name).read_bytes() == right, name
+
+
+def check_budget(mount: Mounted) -> None:
+    """In a life in which nothing was made longer by others."""
     assert client.call(mount.control, "status")["cache"]["used"] <= BUDGET * MIB
     # what was read last is written after it was given, and pushes out other things while they are counted
     wait_until(lambda: used(mount.home.store) <= BUDGET * MIB, "it is within the budget")
