@@ -161,7 +161,7 @@ def _is_local(host: str) -> bool:
     here (DNS rebinding) sends that name."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ip_address(name))
+        return name in ("localhost", socket.gethostname().lower()) or bool(ip_address(name))
     except ValueError:
         return False
 

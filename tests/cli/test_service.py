@@ -215,7 +215,7 @@ def test_clients_of_metrics_do_no_harm(user: Home) -> None:
                 client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
-        for host in (b"127.0.0.1", b"localhost:1", b"[::1]:80"):
+        for host in (b"127.0.0.1", b"localhost:1", b"[::1]:80", socket.gethostname().encode()):
             assert b" 503 " in ask(b"GET /metrics HTTP/1.1\r\nHost: " + host)
         for host in (b"rebound.example:9710", b"127.0.0.1.example", b"localhost.example", b"[::1", b""):
             assert b" 403 " in ask(b"GET /metrics HTTP/1.1\r\nHost: " + host)
