@@ -211,6 +211,7 @@ def test_a_file_that_somebody_may_write_to_is_read_through_the_daemon(passed: Pa
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             assert file.read() == passed.content
     assert passed.path.read_bytes() == passed.content
+    passed.wait_until_verified()  # the next test counts what is verified
 
 
 def test_an_evicted_file_is_read_to_its_end_and_counts_until_then(passed: Passed) -> None:
