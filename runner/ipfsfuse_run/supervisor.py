@@ -280,7 +280,7 @@ class _Supervisor:
         if "says" in message and not self._has_begun:
             self._progress.erase()
             say(message["says"])
-        elif "compiling" in message and not self._has_begun:
+        elif "compiling" in message and self._growth is None:
             self._compiling = message["compiling"]
             self._progress.phase("compiling" if self._compiling else "starting")
             self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None

@@ -1,4 +1,6 @@
-"""Counts the functions of ours that one READ enters: cold from a gateway, and fetched ahead."""
+"""Counts the functions of ours that one READ enters: cold from a gateway, and fetched ahead.
+
+What a cold READ fetched is staged after its answer. That is counted too, and said apart."""
 
 import argparse
 import json
@@ -35,6 +37,8 @@ class Recorder:
         """The outermost functions of the first recording; None before it has ended."""
         self._roots: set[str] = set()
         self._all: set[str] = set()
+        self._before_answer: set[str] | None = None
+        """Those of `_all` that were entered before the first READ was answered."""
         self._reads: dict[int, set[str]] = {}
 
     def toggle(self, _number: int, _frame: FrameType | None) -> None:
@@ -42,11 +46,12 @@ class Recorder:
         if not self._on:
             reads = sorted(map(sorted, self._reads.values()), key=len)
             fresh = self._out.with_suffix(".new")
-            fresh.write_text(json.dumps({"all": sorted(self._all), "reads": reads}))
+            answered = sorted(self._before_answer or ())
+            fresh.write_text(json.dumps({"all": sorted(self._all), "answered": answered, "reads": reads}))
             fresh.replace(self._out)
             if self._background is None:
                 self._background = set(self._roots)
-            self._all, self._reads = set(), {}
+            self._all, self._before_answer, self._reads = set(), None, {}
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
         if not self._on or event != "call" or not frame.f_code.co_filename.startswith(self._package):
@@ -65,6 +70,9 @@ class Recorder:
             self._all.add(name)
             if read:
                 self._reads.setdefault(read, set()).add(name)
+            caller = frame.f_back
+            if name == "structures.py:Histogram.add" and caller and caller.f_code.co_name == "_call":
+                self._before_answer = self._before_answer or set(self._all)  # what `_call` does at its end
 
     def _name(self, code: CodeType) -> str:
         return f"{code.co_filename.removeprefix(self._package)}:{code.co_qualname}"
@@ -126,14 +134,18 @@ def main(argv: list[str] | None = None) -> int:
             process.wait()
     fetched_ahead = ahead["reads"][0] if ahead["reads"] else []
     assert isinstance(fetched_ahead, list)
-    counts = {"cold": len(cold["all"]), "fetched_ahead": len(fetched_ahead)}
+    counts = {
+        "cold": len(cold["all"]),
+        "cold_before_answer": len(cold["answered"]),
+        "fetched_ahead": len(fetched_ahead),
+    }
     if arguments.json:
         functions = {"cold_functions": cold["all"], "fetched_ahead_functions": fetched_ahead}
         print(json.dumps({**counts, **functions}, indent=2))
         return 0
     print(
-        f"a cold READ from a gateway enters {counts['cold']} functions, one fetched ahead "
-        f"{counts['fetched_ahead']}"
+        f"a cold READ from a gateway enters {counts['cold']} functions, {counts['cold_before_answer']} of "
+        f"them before its answer; one fetched ahead {counts['fetched_ahead']}"
     )
     if arguments.names:
         print("\n".join(["cold:", *map(str, cold["all"]), "fetched ahead:", *fetched_ahead]))

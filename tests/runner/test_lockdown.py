@@ -265,7 +265,7 @@ def broken_out(plan, reports):
     reports.send({"growth": []})
     if kind == "nothing":
         sys.stdin.read()
-    if kind != "growth":
+    if kind not in ("growth", "compiling"):
         reports.send({"started": True, "kind": "module"})
     if kind == "endless":
         while True:
@@ -277,6 +277,7 @@ def broken_out(plan, reports):
         "forged": b'{"says": "results /ipfs/forged"}',
         "again": b'{"started": true, "kind": "module"}',
         "growth": b'{"growth": [["max_out", ["/"], [0, 0], 1]]}',
+        "compiling": b'{"compiling": false}',
         "no text": b'{"ended": 0, "trap": 5}',
     }[kind] + b"\\n")
     sys.stdin.read()
@@ -286,7 +287,7 @@ cli.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(
-    "kind", ["endless", "deep", "no JSON", "no object", "forged", "again", "growth", "no text"]
+    "kind", ["endless", "deep", "no JSON", "no object", "forged", "again", "growth", "compiling", "no text"]
 )
 def test_what_a_guest_that_broke_out_reports_harms_nobody(run: Runner, tmp_path: Path, kind: str) -> None:
     """The run ends with one line that the guest did not write, and with little memory."""
