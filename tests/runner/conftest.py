@@ -2,9 +2,11 @@
 runs it."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,6 +53,41 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+
+
+MEASURE = """if True:
+    import json, os, subprocess, sys
+    process = subprocess.Popen(sys.argv[2:])
+    _pid, status, usage = os.wait4(process.pid, 0)
+    with open(sys.argv[1], "w") as out:
+        json.dump([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10], out)
+    """
+"""Runs a command and tells its end and its cost. Linux counts a process's memory before `exec` too, so a
+command that pytest itself started would have pytest's."""
+
+
+class Measured:
+    """A command that has ended: its exit code, its output, and what it cost in seconds of CPU time and bytes of
+    memory. Its standard input is open until then."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
+        end, ours = os.pipe()
+        try:
+            with tempfile.NamedTemporaryFile() as told:
+                done = subprocess.run(
+                    [sys.executable, "-c", MEASURE, told.name, *command],
+                    env=env,
+                    cwd=TOP,
+                    stdin=end,
+                    capture_output=True,
+                    timeout=120,
+                    check=True,
+                )
+                self.code, self.seconds, self.memory = json.loads(told.read())
+        finally:
+            os.close(end)
+            os.close(ours)
+        self.out, self.err = done.stdout.decode(), done.stderr.decode()
 
 
 @pytest.fixture(scope="session")

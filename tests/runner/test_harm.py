@@ -8,9 +8,6 @@ import json
 import os
 import random
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +27,7 @@ from ipfsfuse_run.limits import NO_LIMITS
 from ipfsfuse_run.replay import limits_for, opened
 from tests.mounting import Home, wait_until
 from tests.runner import recorded
-from tests.runner.conftest import TOP, Runner
+from tests.runner.conftest import Measured, Runner
 from tests.runner.recorded import STDIN, Blocks, digest
 
 MUTATIONS = int(os.environ.get("IPFSFUSE_MUTATIONS", "400"))
@@ -47,34 +44,11 @@ def run(home: Home, tmp_path: Path) -> Runner:
     return Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "TMPDIR": str(tmp_path / "tmp")})
 
 
-MEASURE = """if True:
-    import json, os, subprocess, sys
-    process = subprocess.Popen(sys.argv[2:])
-    _pid, status, usage = os.wait4(process.pid, 0)
-    with open(sys.argv[1], "w") as out:
-        json.dump([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10], out)
-    """
-"""Runs a command and tells its end and its cost. Linux counts a process's memory before `exec` too, so a
-command that pytest itself started would have pytest's."""
-
-
-class Ended:
+class Ended(Measured):
     """How a command ended, and what it cost."""
 
     def __init__(self, run: Runner, *args: str | Path) -> None:
-        with tempfile.NamedTemporaryFile() as told:
-            command = [sys.executable, "-c", MEASURE, told.name, *run.command(*args)]
-            done = subprocess.run(
-                command,
-                env=run.env,
-                cwd=TOP,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=120,
-                check=True,
-            )
-            self.code, self.seconds, self.memory = json.loads(told.read())
-        self.out, self.err = done.stdout.decode(), done.stderr.decode()
+        super().__init__(run.command(*args), run.env)
 
     def check(self) -> "Ended":
         """What holds for any record."""

@@ -12,7 +12,7 @@ import pytest
 
 from ipfsfuse_run import lockdown
 from tests.mounting import Home
-from tests.runner.conftest import TOP, Runner
+from tests.runner.conftest import TOP, Measured, Runner
 
 NATIVE = """
 import json, mmap, os, signal, socket, sys, threading, ctypes
@@ -292,16 +292,10 @@ cli.main(sys.argv[1:])
 def test_what_a_guest_that_broke_out_reports_harms_nobody(run: Runner, tmp_path: Path, kind: str) -> None:
     """The run ends with one line that the guest did not write, and with little memory."""
     command = [sys.executable, "-c", REPORTS, kind, "--mount", str(run.mount), "guest"]
-    with subprocess.Popen(
-        command, env=run.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-        _pid, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 134
-    assert said == b"ipfsfuse-run: guest was ended: its process reported what can't be understood\n"
-    assert usage.ru_maxrss < 150 << 10  # KiB
+    done = Measured(command, run.env)
+    assert done.code == 134
+    assert done.err == "ipfsfuse-run: guest was ended: its process reported what can't be understood\n"
+    assert done.memory < 150 << 20
 
 
 def test_code_that_never_begins_is_ended(run: Runner) -> None:
@@ -321,14 +315,9 @@ def test_the_memory_of_a_translation_is_bounded(run: Runner, tmp_path: Path) -> 
     """Of text, which takes many times its size."""
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start"))' + "(func)" * 500_000 + ")")
-    command = run.command("-W", "compile-memory=64MiB", guest)
-    with subprocess.Popen(command, env=run.env, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-        _pid, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert (process.returncode, b"compile-memory=SIZE" in said) == (125, True), said
-    assert usage.ru_maxrss < 150 << 10  # KiB
+    done = Measured(run.command("-W", "compile-memory=64MiB", guest), run.env)
+    assert (done.code, "compile-memory=SIZE" in done.err) == (125, True), done.err
+    assert done.memory < 150 << 20
 
 
 @FULL
