@@ -126,7 +126,7 @@ def call(
     timeout: float | None = None,
     **arguments: object,
 ) -> Answer:
-    """As `Connection.ask`, on a connection of its own."""
+    """Opens a connection, asks one question by `Connection.ask`, and closes it."""
     with Connection(path, timeout=timeout) as connection:
         return connection.ask(command, on_progress, **arguments)
 

@@ -228,7 +228,7 @@ def _room_of(file: Path) -> Path:
 
 
 def _writable(file: Path) -> Path:
-    """As `_room_of`, for a log."""
+    """The path that must be writable so that the log `file` can be written."""
     place = _room_of(file)
     if place == file:
         with suppress(OSError):  # whoever opens it says so

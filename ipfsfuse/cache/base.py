@@ -65,7 +65,7 @@ class SmallBlocks(NamedTuple):
     """What is kept in packs: small files, directories, links, interior nodes."""
 
     blocks: int
-    """As of about a second ago."""
+    """Their number about a second ago."""
     bytes: int
     """On disk, with their CIDs."""
 

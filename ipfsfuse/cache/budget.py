@@ -305,7 +305,7 @@ class FreeSpace:
         self.reserve = min(self.total // RESERVE_PART, MAX_RESERVE) if self._wanted is None else self._wanted
 
     def spare(self) -> int | None:
-        """As `Budget` asks for it."""
+        """Bytes that the file system lets us use beyond what we use; None if it can't be asked."""
         try:
             self._look()
         except OSError:  # the folder is gone, or its disk: writing says so

@@ -39,7 +39,7 @@ class Statistics:
     """For `status`. Sizes in bytes on disk, counts since the mount began."""
 
     budget: int
-    """As configured."""
+    """What the user configured."""
     effective_budget: int
     """The budget, or less where the file system is too full for it."""
     reserve: int
@@ -100,7 +100,7 @@ class RootNames:
         )
 
     def spelling(self, cid: Cid) -> str:
-        """As it was opened first, else as usual."""
+        """The CID in the spelling by which it was opened first, else in the usual one."""
         return self._names.get(cids.canonical(cid)) or cids.text(cid)
 
     def staged(self) -> Iterator[tuple[Cid, str]]:

@@ -286,7 +286,7 @@ class Progress:
             note(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""))
 
     def of_file(self, name: str, done: int, total: int) -> None:
-        """As when called: `done` of `total` bytes of the file `name`."""
+        """Shows that `done` of `total` bytes of the file `name` are done."""
         self({"done": done, "total": total, "what": name})
 
     def line(self, text: str) -> None:

@@ -36,7 +36,7 @@ class InMount(NamedTuple):
 
 
 MAX_LINKS = 40
-"""As in Linux."""
+"""Symlinks that are followed in one path, as Linux does."""
 
 
 def in_mount(text: str) -> InMount | None:
@@ -155,7 +155,7 @@ def control_socket(arguments: argparse.Namespace) -> Path:
 
 
 def last_daemon_of(arguments: argparse.Namespace) -> Daemon:
-    """As `control_socket`, dead or alive."""
+    """The daemon that the arguments name, or the last one that ran there."""
     return last_daemon(*_meant(arguments))
 
 

@@ -30,7 +30,7 @@ message."""
 LOG_BYTES = 1 << 20
 """A longer log is put aside (`OLD_LOG`), in the place of the one before."""
 FILE_BYTES = 16 << 20
-"""As much of a file that --log-file names."""
+"""The same limit for a file that --log-file names."""
 LOG_PART = 32
 """The largest part of a small budget, as a divisor, that one of the two may take."""
 

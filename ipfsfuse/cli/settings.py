@@ -303,7 +303,7 @@ def _in_force(arguments: argparse.Namespace, name: str) -> object:
 
 
 def _as_typed(name: str, value: object) -> str:
-    """As it would be written on the command line."""
+    """The value in the form that a user would write on the command line."""
     if name == "reserve" and value is None:
         return "a twentieth of the disk, at most 2GiB"
     if value is None or value == []:

@@ -257,7 +257,7 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
 
 
 async def _listen_again(path: Path, remake: Callable[[], None] | None) -> tuple[trio.socket.SocketType, int]:
-    """As `_listen`, in a folder that is made anew where it is gone, and as often as it takes."""
+    """Calls `_listen` until it succeeds. If the folder is gone, it is made again first."""
     said = ""
     while True:
         try:

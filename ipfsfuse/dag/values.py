@@ -136,8 +136,8 @@ def decode(codec: int, block: bytes) -> Document:
 
 
 def shown(codec: int, block: bytes) -> Document:
-    """As `decode`, of a block that can be shown. Raises Malformed for one that a strict decoder refuses,
-    Unsupported for one that is too deep or has too many values."""
+    """Decodes a block for showing it as files. Raises Malformed for a block that a strict decoder refuses,
+    Unsupported for one that is nested too deeply or has too many values."""
     found = decode(codec, block)
     if found.irregular:
         raise Malformed(found.irregular)

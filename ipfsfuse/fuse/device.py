@@ -154,12 +154,13 @@ def revoke(inode: int) -> int:
 
 
 def revoke_if_closed(inode: int) -> bool:
-    """As `revoke`, but only if the thread has counted no open. Returns whether that was so."""
+    """Stops the thread from opening `inode`, unless it has counted opens of it. Returns whether that was
+    done."""
     return not _LIBRARY.opens_revoke(inode, 0)
 
 
 def revoke_idle() -> None:
-    """As `revoke_if_closed` of every inode."""
+    """Stops the thread from opening any inode that it has counted no open of."""
     _LIBRARY.opens_revoke_idle()
 
 

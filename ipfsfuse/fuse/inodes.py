@@ -49,7 +49,7 @@ class Inode:
 
     number: int
     cid: Cid
-    """As first spelled; b"" for the mount's root."""
+    """The CID in the spelling that was seen first; b"" for the root of the mount."""
     key: Hashable
     attributes: Attributes
     parent: int = ROOT

@@ -195,7 +195,7 @@ class Operations(ReadOnlyOperations):
                 log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
 
     def surplus(self) -> list[int]:
-        """As `Inodes.surplus`."""
+        """The inode numbers that the kernel should be asked to forget (`Inodes.surplus`)."""
         return self._inodes.surplus()
 
     def interrupt(self, number: int) -> None:

@@ -165,7 +165,7 @@ def _visit(
 
 
 def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Event]:
-    """As `_visit`, of what was a regular file a moment ago."""
+    """Visits what was a regular file a moment ago."""
     encoded = _encoded(path, name)
     with naming(path):
         fd = os.open(at, _FLAGS | os.O_NONBLOCK, dir_fd=parent)

@@ -58,10 +58,10 @@ async def export(
 
 
 async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: ExportProgress | None = None) -> int:
-    """As `export`, to a descriptor that may be a pipe: a CARv1. Whoever reads it must look at how this
-    process ends, because a CAR that ends early can be a valid CAR.
+    """Writes a CARv1 to a descriptor, which may be a pipe. Its reader must look at how this process ends,
+    because a CAR that ends early can be a valid CAR.
 
-    Raises BrokenPipeError where nobody reads any more, and what `export` raises."""
+    Raises BrokenPipeError if nobody reads any more, and what `export` raises."""
     try:
         return await _fill(
             CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress

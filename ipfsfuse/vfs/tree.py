@@ -294,7 +294,7 @@ class Tree:
         return node
 
     def file_at_hand(self, cid: Cid) -> File | None:
-        """As `file` where that needs to wait for nothing."""
+        """The file, if that is known without waiting; else None."""
         found = self._at_hand(cid)
         if not isinstance(found, File):
             return None

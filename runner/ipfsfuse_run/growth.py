@@ -46,7 +46,7 @@ class Watched(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As it is named to the user."""
+        """The bound as messages name it."""
         return f"{'--tmp ' if self.what == TMP else 'max-out='}{self.bound} bytes"
 
 

@@ -311,7 +311,7 @@ def _apply(limits: Limits, store: wasmtime.Store) -> None:
 
 
 def _exit_code(code: int) -> int:
-    """As the system would cut it to a byte, but never a failure to 0."""
+    """The exit code cut to a byte, as the system does it. A failure never becomes 0."""
     return code & 0xFF or (1 if code else 0)
 
 

@@ -142,7 +142,7 @@ class Receipt(NamedTuple):
 
 
 def encode(receipt: Receipt) -> bytes:
-    """As format 2."""
+    """The receipt in format 2."""
 
     def stream(name: str, digest: Digest) -> dict[str, object]:
         return {"cid": cids.text(receipt.contents[name]), **digest._asdict()}
@@ -432,7 +432,7 @@ def _texts(given: object, name: str) -> list[str]:
 
 
 def _text(given: object, name: str, most: int = MAX_TEXT) -> str:
-    """As a guest can be given it: JSON may name half of a surrogate pair, which no text has."""
+    """A text that a guest can be given. JSON may name half of a surrogate pair, which no text has."""
     if not isinstance(given, str) or len(given) > most or "\0" in given:
         raise _Unfit(name)
     try:
@@ -683,7 +683,7 @@ class _Hashed:
 
 
 _NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
-"""As long as every root that is written here: the header's place is kept by it."""
+"""It is as long as every root that is written here, and keeps the place for one in the header."""
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class Recorded(NamedTuple):
     out: str | None = None
     """The CID of the results."""
     receipt: bytes | None = None
-    """As it was written."""
+    """The bytes that were written."""
 
 
 def record(options: Options) -> Recorded:

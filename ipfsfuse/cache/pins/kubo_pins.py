@@ -334,7 +334,7 @@ class NodePins:
     def reconcile(
         self, staged: Iterable[Cid], pinned: Iterable[Cid], is_staged: Callable[[Cid], object], copies: Copies
     ) -> None:
-        """As `KuboPins.reconcile`, of each node."""
+        """Calls `KuboPins.reconcile` of each node."""
         files, roots = list(staged), list(pinned)
         for node in self._nodes:
             node.reconcile(files, roots, is_staged, copies)

@@ -179,7 +179,7 @@ class Subfolder:
         return os.listdir(self._fd) if self._fd >= 0 else []
 
     def each_name(self) -> Iterator[str]:
-        """As `names`, of any number, a part at a time."""
+        """The names in the folder, one by one, for folders of any size."""
         if self._fd >= 0:
             with os.scandir(self._fd) as items:
                 for item in items:

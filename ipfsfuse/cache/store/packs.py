@@ -211,7 +211,8 @@ class Packs:
     # -- in a thread -----------------------------------------------------------------------------------------
 
     def read_apart(self, place: Place) -> bytes:
-        """As `read`, without the files kept open, which are the event loop's."""
+        """Reads a block in a worker thread. It opens the pack itself, because the open files
+        belong to the event loop."""
         file = self.open(place.pack, os.O_RDONLY)
         try:
             return os.pread(file, place.size, place.at)
@@ -459,8 +460,8 @@ class BlockStore:
             )
 
     async def keep_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
-        """As `keep` for several that were not kept when they were asked for, in few writes: opening a
-        pack costs as much as writing a small block to it."""
+        """Keeps several new blocks by few writes: opening a pack costs as much as writing a small block to
+        it."""
         if self._backoff.waiting or not self._budget.counted.is_set():
             return
         async with self._my_turn():

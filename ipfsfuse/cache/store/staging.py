@@ -340,7 +340,8 @@ class Staging:
         return self.folder.fd(), _name(entry).encode()
 
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
-        """As `read`, of leaves that lie one behind the other, at least one."""
+        """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
+        and whether they are right."""
         file = self._open_to_read(entry)
         try:
             found = self._read_into_buffers(file, wanted)
@@ -504,7 +505,7 @@ class Staging:
                 entry.stamp = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))
 
     def stamp(self, entry: Entry) -> Stamp:
-        """As the file is now. Raises OSError."""
+        """Identity, size and times of the file as it is now. Raises OSError."""
         file = self._open_to_read(entry)
         try:
             return _stamp(os.fstat(file))

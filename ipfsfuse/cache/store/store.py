@@ -148,7 +148,7 @@ class Store:
         return data
 
     def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
-        """As `cache.base.Cache.pieces`."""
+        """See `cache.base.Cache.pieces`."""
         known = self._verified_before(file, leaf)
         return None if known is None else Pieces(*self.staging.place(known[0]), known[1])
 
@@ -160,7 +160,8 @@ class Store:
         return (entry, tags) if entry.extents.covers(leaf.offset, leaf.offset + leaf.size) else None
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
-        """As `leaf`, of leaves that lie one behind the other, at least one."""
+        """Reads leaves that follow each other without a gap, at least one. Gives None for a leaf that is
+        not staged or not right."""
         entry = await self._entry(file.cid)
         if (
             entry is None
@@ -380,8 +381,8 @@ class Store:
         return [self._kept_entry(entry) for entry in _by_use(list(self.staging.entries.values()))]
 
     async def listed(self) -> Sequence[Kept]:
-        """As `kept`, of all that there is, and of any number without stopping other calls: 100,000 take half
-        a second."""
+        """Everything that is kept, once it is counted. Other calls go on meanwhile: 100,000 files take half a
+        second."""
         await self.budget.counted.wait()
         entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
         found = []
@@ -460,7 +461,7 @@ class Store:
             os.close(self._lingering.popitem()[0])
 
     async def evict(self, cid: Cid | None = None) -> int:
-        """As `PinsetCache.evict`."""
+        """See `PinsetCache.evict`."""
         await self.budget.counted.wait()
         if cid is None:
             # else pinned meanwhile

@@ -74,7 +74,7 @@ class Kubo:
         return block.block if isinstance(block, Hashed) else block
 
     async def get_hashed(self, cid: Cid) -> bytes | Hashed:
-        """As `get`. A block from the repository may come with its hash."""
+        """The block. One that was read in the repository may come with its hash."""
         if self._blocks is not None:
             block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
             if block is not None:

@@ -240,7 +240,7 @@ class HttpSettings:
     rate: RateLimit | None = None
     """For all bodies of all sources together."""
     quota: FetchQuota | None = None
-    """As `rate`."""
+    """For all bodies of all sources together."""
     idle_connections: int = 32
     idle_seconds: float = 60.0
 

@@ -104,7 +104,7 @@ class Flatfs:
         return found.block if isinstance(found, Hashed) else found
 
     def read_hashed(self, cid: Cid) -> bytes | Hashed | None:
-        """As `read`, with its hash where that is SHA-256 and worthwhile: nodes are small."""
+        """Reads a block, and hashes it on the way if its hash is SHA-256 and it is large enough for that."""
         if self._is_blocked():
             return None
         path = self._path(cid)
@@ -119,8 +119,8 @@ class Flatfs:
         return block
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        """As `read`, of the first of `wanted` and of those behind it that one call reads: for many small
-        blocks. One that is too large is None."""
+        """Reads the first of `wanted`, and as many of the others as one call reads: for many small blocks. A
+        block that is missing or too large is None."""
         if self._is_blocked():
             return [None] * len(wanted)
         return read_whole([self._path(cid) for cid in wanted], cids.MAX_BLOCK)

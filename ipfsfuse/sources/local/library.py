@@ -79,7 +79,7 @@ class Entry:
     """One root of the library."""
 
     cid: Cid
-    """As it was first spelled."""
+    """In the spelling by which it was added first."""
     name: str
     size: int
     """Bytes of its DAG, by its own nodes' word."""

@@ -108,7 +108,8 @@ class Resolver:
         )
 
     async def resolve_text(self, text: str) -> Resolved:
-        """As `resolve`; what is not a name at all is proved absent, and nobody is asked."""
+        """Resolves the name that `text` spells. Raises NotFound at once for a text that is not a name, and
+        what `resolve` raises."""
         name = records.parse_name(text)
         if name is None:
             raise NotFound(f"{text[:200]!r} is not a name")

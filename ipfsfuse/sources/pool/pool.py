@@ -216,7 +216,7 @@ class SourcePool:
         return "" if fetch is None else "; ".join(fetch.said.values())
 
     def stream(self, wanted: LeafRange, *, singly: bool = True) -> Stream[Verified]:
-        """As `Blocks.stream`. Without `singly`, what no source sends together is left out."""
+        """See `Blocks.stream`. Without `singly`, leaves that no source sends together are left out."""
         return streaming(RangeFetch(self, wanted, singly).run)
 
     def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
