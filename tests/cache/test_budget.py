@@ -19,6 +19,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, random_bytes, staged_bytes
 from tests.cache.test_gather import none_besides, small, subtree
+from tests.mounting import wait_until
 
 MIB = 1 << 20
 BUDGET = 12 * MIB
@@ -40,7 +41,10 @@ def own_filesystem(folder: Path, size: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        umount = ["umount", str(folder)]
+        wait_until(
+            lambda: not subprocess.run(umount, check=False).returncode, f"{folder} is not used any more"
+        )
 
 
 class Sampler(threading.Thread):

@@ -321,7 +321,7 @@ def test_root_mounts_and_goes_on_as_another_user(user: Home, tmp_path: Path) -> 
     sed -n '\\|{point} |s/.*fuse.ipfsfuse.*\\(user_id=[0-9]*\\).*/\\1/p' /proc/self/mountinfo
     nobody {sys.executable} -m ipfsfuse logs | grep -c 'goes on as user'
     {"kill -9" if False else "kill"} $pid
-    while kill -0 $pid 2>/dev/null; do sleep 0.05; done
+    while grep -qs '^State:.[^Z]' /proc/$pid/status; do sleep 0.05; done
     grep -c {point} /proc/self/mountinfo || echo unmounted
     run mount --user {NOBODY} {point} 2>/dev/null
     nobody {sys.executable} -m ipfsfuse unmount {point} && echo by its user

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ipfsfuse import client
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import flip
+from tests.cache.test_budget import own_filesystem
 from tests.dagging import Dag
 from tests.faults.gateway import Gateway, mounted
 from tests.mounting import NOBODY, Home, Mounted, command_of, wait_until
@@ -72,20 +74,29 @@ def files_of(dag: Dag, count: int, size: int = LEAF) -> dict[Cid, bytes]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _needs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The kernel refuses backing files on an overlay, on which a container's folders often lie."""
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the kernel takes backing files: it refuses those on an overlay, on which a container's folders often
+    lie. There it is a tmpfs."""
     if tuple(map(int, platform.release().split(".")[:2])) < (6, 9):
         pytest.skip("passthrough needs Linux 6.9 or newer")
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("disk")
     if subprocess.check_output(["stat", "-f", "-c", "%T", folder], text=True).strip() == "overlayfs":
-        pytest.skip(f"passthrough needs a local disk, and {folder} lies on an overlay: set TMPDIR to another")
+        with own_filesystem(folder / "tmpfs", 1 << 30) as mounted_there:
+            yield mounted_there
+    else:
+        yield folder
+
+
+@pytest.fixture
+def tmp_path(disk: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix="test-", dir=disk))
 
 
 @pytest.fixture(scope="module")
-def unread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Passed]]:
+def unread(disk: Path) -> Iterator[Iterator[Passed]]:
     """Files of one mount, each once."""
     dag = Dag()
-    home = Home(tmp_path_factory.mktemp("passthrough"))
+    home = Home(disk / "passthrough")
     made = files_of(dag, FILES)
     with mounted(home, dag, "--passthrough") as (gateway, mount):
         yield (Passed(home, gateway, mount, cid, content) for cid, content in made.items())

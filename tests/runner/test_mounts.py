@@ -47,7 +47,7 @@ def nothing_is_left(run: Runner) -> bool:
 def test_a_mount_of_its_own_is_gone_with_the_run(run: Runner, cid: str, options: list[str]) -> None:
     done = run(*options, READER, f"/ipfs/{cid}/file")
     assert (done.returncode, lines(done.stdout)[0]) == (0, "content"), done
-    assert nothing_is_left(run)
+    wait_until(lambda: nothing_is_left(run), "the mount ended with its user")
 
 
 def test_the_live_mount_is_used_and_left(run: Runner, home: Home, cid: str) -> None:
