@@ -324,7 +324,10 @@ def test_root_mounts_and_goes_on_as_another_user(user: Home, tmp_path: Path) -> 
     while grep -qs '^State:.[^Z]' /proc/$pid/status; do sleep 0.05; done
     grep -c {point} /proc/self/mountinfo || echo unmounted
     run mount --user {NOBODY} {point} 2>/dev/null
-    nobody {sys.executable} -m ipfsfuse unmount {point} && echo by its user
+    if [ -e /etc/mtab ]  # where fusermount3 looks whose mount it is
+    then nobody {sys.executable} -m ipfsfuse unmount {point} && echo by its user
+    else run unmount {point} && echo by root
+    fi
     """
     command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", script]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
@@ -338,7 +341,8 @@ def test_root_mounts_and_goes_on_as_another_user(user: Home, tmp_path: Path) -> 
     ]
     assert said[4] == "hello"
     assert said[6:] == [
-        "root may not enter", str(NOBODY), f"user_id={NOBODY}", "1", "0", "unmounted", "by its user", "",
+        "root may not enter", str(NOBODY), f"user_id={NOBODY}", "1", "0", "unmounted",
+        "by its user" if os.path.exists("/etc/mtab") else "by root", "",
     ]  # fmt: skip
 
 
