@@ -216,9 +216,8 @@ def run(arguments: argparse.Namespace) -> int:
         by_default = not arguments.sources
         specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
         remote = [text for text, spec in specs if is_remote(spec)]
-        node = [each.text for each in addresses_of_node()[:1] if not each.is_local]
-        if defaults.KUBO in asked.sources:
-            remote += node
+        if asked.offline and defaults.KUBO in asked.sources:  # its repository may name a node elsewhere
+            remote += [each.text for each in addresses_of_node()[:1] if not each.is_local]
         said = defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
         console.note(f"ipfsfuse: {said}")
     if asked.allow_other:

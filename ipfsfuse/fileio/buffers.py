@@ -36,17 +36,22 @@ def lend(size: int) -> memoryview:
     try:
         pages = _unused[kept].pop()
     except LookupError:  # none is left, or it is larger than those that are kept
-        left = sum(map(mul, _unused, map(len, _unused.values())))
-        for each in reversed(SIZES):  # those of another size go while there are too many, the largest first
-            while left > KEPT_IN_ALL and each != kept and _unused[each]:
-                with contextlib.suppress(IndexError):  # another thread took the last one
-                    _unused[each].pop()
-                left -= each
+        _drop_others(kept)
         pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
     if kept:  # an mmap does not say when its last view ends, an array on it does
         weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
+
+
+def _drop_others(size: int) -> None:
+    """Drops unused buffers that are not of `size` bytes, the largest first, while there are too many."""
+    left = sum(map(mul, _unused, map(len, _unused.values())))
+    for each in reversed(SIZES):
+        while left > KEPT_IN_ALL and each != size and _unused[each]:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                _unused[each].pop()
+            left -= each
 
 
 def is_aligned(data: memoryview, to: int) -> bool:

@@ -200,8 +200,7 @@ class Subfolder:
 
     def open(self, name: str, flags: int) -> int:
         """A descriptor of a file; a link is not followed. Raises OSError."""
-        folder = self._fd if self._fd >= 0 else self.fd()
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd())
 
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd())

@@ -529,8 +529,7 @@ class Staging:
                 return self._open(entry, os.O_RDONLY)
 
     def _open(self, entry: Entry, flags: int) -> int:
-        name = cids.text(entry.cid) if entry.complete else cids.text(entry.cid) + PART
-        return self.folder.open(name, flags)
+        return self.folder.open(_name(entry), flags)
 
 
 def _name(entry: Entry) -> str:
@@ -567,19 +566,20 @@ def _stamp(info: os.stat_result) -> Stamp:
 def _has_writer(file: int) -> bool:
     """Whether anybody has the file open for writing, or mapped so: what is stored through a mapping may
     change no time. `file` is open for reading; the kernel grants a read lease only if there is no writer."""
-    try:
-        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except BlockingIOError:
-        return True
-    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
+    return not _is_granted(file, fcntl.F_RDLCK)
 
 
 def is_free(file: int) -> bool:
     """Whether nobody but the owner of the open file `file` has that file open or mapped. The kernel grants a
     write lease only then (fcntl(2)). Raises OSError where the file system has no leases."""
+    return _is_granted(file, fcntl.F_WRLCK)
+
+
+def _is_granted(file: int, lease: int) -> bool:
+    """Whether the kernel grants a lease, which is given back at once. Raises OSError where the file system
+    has none."""
     try:
-        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, lease)
     except BlockingIOError:
         return False
     fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)

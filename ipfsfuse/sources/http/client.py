@@ -469,10 +469,8 @@ class Http:
         try:
             with trio.move_on_after(patience) as silence:
                 sent = await client.send(request, stream=True)
-            if (
-                silence.cancelled_caught and self._answered < began
-            ):  # else it is this answer that does not come
-                await self._near.drop_kept()
+            if silence.cancelled_caught and self._answered < began:
+                await self._near.drop_kept()  # else it is this answer alone that does not come
         except DEAD:
             if not repeatable:
                 raise

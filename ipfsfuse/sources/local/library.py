@@ -69,9 +69,9 @@ _TEMPORARY_NAME = re.compile(_STEM + r"\.tmp")
 _OLDER_NAMES = re.compile(_STEM + r"\.(car|tmp)|lock|roots|tmp[a-z0-9_]{8}")
 """All that a library held before it had a marker."""
 MAX_ROOT = 1 << 24
+"""Bytes of a root's file that are read at most: some 400,000 packs."""
 MAX_SIZE, MAX_TIME = 1 << 63, 253_402_300_800
 """What no file has: so many bytes, and a time after the year 9999."""
-"""Bytes of a root's file that are read at most: some 400,000 packs."""
 
 
 @dataclass(frozen=True, slots=True)
