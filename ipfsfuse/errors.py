@@ -120,6 +120,10 @@ class StoreFailed(IpfsFuseError):
     """The cache folder or the library can't be used: the disk is full, read-only, gone, or not ours alone."""
 
 
+class FolderInUse(StoreFailed):
+    """Another daemon has the cache folder. Exit code 75 (EX_TEMPFAIL of sysexits.h): it may be free later."""
+
+
 class AddFailed(IpfsFuseError):
     """A file or folder that can't be added: not there, not readable, of another kind, or changed while it was
     read."""

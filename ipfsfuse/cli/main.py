@@ -12,7 +12,7 @@ from typing import TextIO
 
 from ipfsfuse.cli import console, parser
 from ipfsfuse.cli.console import unwrapped
-from ipfsfuse.errors import UsageError
+from ipfsfuse.errors import FolderInUse, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def _ended_by(exc: BaseException, as_json: bool) -> int:
         _discard_unwritable(sys.stdout)
         return 128 + signal.SIGPIPE
     console.failure(exc)
-    code = 2 if isinstance(exc, UsageError) else 1
+    code = 2 if isinstance(exc, UsageError) else os.EX_TEMPFAIL if isinstance(exc, FolderInUse) else 1
     if as_json and sys.stdout is not None:
         with suppress(OSError):  # what can't be written is why it failed
             console.values(console.failure_values(exc, code), indent=None)

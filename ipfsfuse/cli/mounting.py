@@ -36,7 +36,7 @@ from ipfsfuse.control.live_mounts import LiveMount
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
+from ipfsfuse.errors import FolderInUse, IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
@@ -269,7 +269,8 @@ def _await_ending(cache_dir: Path) -> None:
 
 
 def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Starts the daemon and waits for its line. Raises MountFailed or UsageError with its reason."""
+    """Starts the daemon and waits for its line. Raises MountFailed, FolderInUse or UsageError with its
+    reason."""
     reading, writing = os.pipe()
     with tempfile.TemporaryFile() as said, open(reading, "rb") as line_from:
         at = argv.index("mount")
@@ -308,7 +309,7 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
             return mounted
         code = daemon.wait()
         reason = line.removeprefix("error ") or _last_words(said, code)
-        raise UsageError(reason) if code == 2 else MountFailed(reason)
+        raise {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(code, MountFailed)(reason)
 
 
 def _result(lines: BinaryIO) -> str:

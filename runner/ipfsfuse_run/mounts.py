@@ -6,7 +6,6 @@ itself.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import ipfsfuse
 import ipfsfuse_run
 from ipfsfuse.client import Connection
-from ipfsfuse.errors import DaemonFailed, IpfsFuseError, MountFailed, StoreFailed, UsageError
+from ipfsfuse.errors import DaemonFailed, FolderInUse, IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.sandbox import cache_home
@@ -76,11 +75,10 @@ def _shared(options: Options) -> Mount:
         live = _live(options)
         if live is not None:
             return live
-        held = _is_held(options)  # a daemon that has the folder now may have let go when the start has failed
         try:
             return _start(options, isolated=False)
-        except MountFailed:
-            if not (held or _is_held(options)) or time.monotonic() > until:
+        except FolderInUse:  # by a mount that starts or ends: one that serves would have been found
+            if time.monotonic() > until:
                 raise
         time.sleep(0.05)
 
@@ -98,7 +96,7 @@ def _held(path: str, folder: int) -> Connection:
 
 # -- the cache folder of a mount that lives ----------------------------------------------------------------
 
-_DAEMON, _LOCK, _CONTROL = "daemon.json", "lock", "control"
+_DAEMON, _CONTROL = "daemon.json", "control"
 _MAX_DAEMON = 64 << 10
 """Bytes of daemon.json: a path and a few numbers."""
 
@@ -143,28 +141,6 @@ def _read(folder: int, name: str) -> int:
     """A descriptor of the file `name` in `folder`: no symlink is followed, no pipe waited for. Raises
     OSError."""
     return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-
-
-def _is_held(options: Options) -> bool:
-    """Whether a daemon has the cache folder, be it one that only starts. Raises StoreFailed."""
-    with _opened(_daemon_folder(options)) as folder:
-        if folder is None:
-            return False
-        # A daemon locks the folder before it makes the lock file in it.
-        for name in (".", _LOCK):
-            try:
-                file = _read(folder, name)
-            except OSError:
-                continue
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            except OSError:  # NFS locks no folders
-                pass
-            finally:
-                os.close(file)
-    return False
 
 
 def _live(options: Options) -> Mount | None:
@@ -233,7 +209,8 @@ def _unescaped(text: str) -> str:
 
 
 def _start(options: Options, isolated: bool) -> Mount:
-    """A daemon that ends with its last user. Raises MountFailed or UsageError, in the daemon's own words."""
+    """A daemon that ends with its last user. Raises MountFailed, FolderInUse or UsageError, in the words of
+    the daemon."""
     import tempfile  # with subprocess, 10 ms that a run on a live mount need not wait for
 
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
@@ -291,9 +268,8 @@ def _ask_for_mount(command: Sequence[str]) -> str:
             raise
     if starter.returncode != 0:
         reason = f"\n{err.strip()}".rpartition("\nipfsfuse: ")[2]
-        raise (UsageError if starter.returncode == 2 else MountFailed)(
-            reason or f"ipfsfuse mount failed with exit code {starter.returncode}"
-        )
+        failure = {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(starter.returncode, MountFailed)
+        raise failure(reason or f"ipfsfuse mount failed with exit code {starter.returncode}")
     return out
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import MountFailed
+from ipfsfuse.errors import FolderInUse
 from ipfsfuse_run import mounts as run_mounts
 from ipfsfuse_run.options import Options
 from tests.cache.pinning import mounts
@@ -90,29 +90,36 @@ def test_a_daemon_that_only_has_the_folder_yet_is_waited_for(run: Runner, cid: s
 
 
 def test_a_daemon_that_lets_go_while_a_start_fails_costs_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Runner, cid: str, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start has failed because of it, and then it is not there any more."""
-    store = tmp_path / "ipfsfuse-cache"
-    store.mkdir(mode=0o700)
-    folder = os.open(store, os.O_RDONLY)
+    assert run(READER, f"/ipfs/{cid}/file").returncode == 0
+    for name, value in run.env.items():
+        monkeypatch.setenv(name, value)
+    folder = os.open(home.store, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    starts: list[object] = []
+    start, failures = run_mounts._start, []
 
-    def start(_options: Options, isolated: bool) -> object:
-        starts.append(isolated)
-        if len(starts) == 1:
+    def noted(options: Options, isolated: bool) -> run_mounts.Mount:
+        try:
+            return start(options, isolated)
+        except FolderInUse as exc:
+            failures.append(str(exc))
             os.close(folder)
-        if len(starts) != 2:
-            raise MountFailed("in use by another daemon")
-        return starts
+            raise
 
-    monkeypatch.setattr(run_mounts, "_start", start)
-    options = Options(guest="guest", cache_dir=str(tmp_path))
-    assert run_mounts._shared(options) is starts
-    with pytest.raises(MountFailed):
-        run_mounts._shared(options)
-    assert len(starts) == 3
+    monkeypatch.setattr(run_mounts, "_start", noted)
+    with run_mounts.mounted(Options(guest="guest")):
+        assert len(failures) == 1
+        assert str(home.store.parent) in failures[0]
+
+
+def test_the_exit_code_says_that_another_mount_has_the_folder(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    with home.mounted():
+        done = home.run("mount", tmp_path / "second", check=False)
+    assert done.returncode == os.EX_TEMPFAIL
+    assert "is in use by process" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -41,7 +41,7 @@ from itertools import islice
 from pathlib import Path
 
 from ipfsfuse import __version__
-from ipfsfuse.errors import StoreFailed
+from ipfsfuse.errors import FolderInUse, StoreFailed
 from ipfsfuse.fileio.files import Status, stat_files, write_all
 
 log = logging.getLogger(__name__)
@@ -568,7 +568,8 @@ def _exists(folder: int, name: str) -> bool:
 
 
 def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
-    """Locks a file or folder for this process. Raises StoreFailed, which names the process that holds it."""
+    """Locks a file or folder for this process. Raises FolderInUse, which names the process that holds
+    it."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -576,7 +577,7 @@ def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
             return
         except BlockingIOError as exc:
             if time.monotonic() > until:
-                raise StoreFailed(_in_use(cache_dir, holder or inside(cache_dir))) from exc
+                raise FolderInUse(_in_use(cache_dir, holder or inside(cache_dir))) from exc
         except OSError as exc:
             if exc.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK):
                 raise
