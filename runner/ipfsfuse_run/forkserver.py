@@ -22,12 +22,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse_run import signals
+from ipfsfuse_run import processes
 from ipfsfuse_run.errors import NotKept
 from ipfsfuse_run.options import Options
 
 if TYPE_CHECKING:
-    from ipfsfuse_run.supervisor import Outcome
+    from ipfsfuse_run.supervisor import CompletedRun
 
 _LENGTH = struct.Struct("=Q")
 _FILES = 5
@@ -167,7 +167,7 @@ def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        signals.die_with(parent)
+        processes.die_with(parent)
         control.close()
         _run(files)
     run, *others = files
@@ -194,7 +194,7 @@ def _run(files: list[int]) -> NoReturn:
     """In the run's own process."""
     code = 1
     try:
-        signals.raise_on_signals()
+        processes.raise_on_signals()
         run, stdin, stdout, stderr, said = files
         for file, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             os.dup2(file, target)
@@ -204,7 +204,7 @@ def _run(files: list[int]) -> NoReturn:
             request: Request = pickle.loads(_received(answers))
             answers.sendall(json.dumps(_answer(request)).encode())
         code = 0
-    except signals.Interrupted:
+    except processes.Interrupted:
         pass  # the program left
     finally:
         with contextlib.suppress(OSError):
@@ -225,10 +225,9 @@ def _answer(request: Request) -> dict[str, Any]:
     os.environ.update(request.environment)
     try:
         os.chdir(request.cwd)
-        ended = execute(request.options)
-        return _told(ended.outcome, ended.out, ended.receipt)
+        return _told(execute(request.options))
     except NotKept as exc:
-        return _told(exc.outcome, None, exc.receipt) | {"not_kept": str(exc)}
+        return _told(exc.run) | {"not_kept": str(exc)}
     except IpfsFuseError as exc:
         return {"error": type(exc).__name__, "text": str(exc)}
     except Exception as exc:
@@ -238,9 +237,6 @@ def _answer(request: Request) -> dict[str, Any]:
         }
 
 
-def _told(outcome: "Outcome", out: str | None, receipt: bytes | None) -> dict[str, Any]:
-    return {
-        "outcome": outcome._asdict(),
-        "out": out,
-        "receipt": None if receipt is None else receipt.decode(),
-    }
+def _told(run: "CompletedRun") -> dict[str, Any]:
+    receipt = None if run.receipt is None else run.receipt.decode()
+    return {"outcome": run.outcome._asdict(), "out": run.out, "receipt": receipt}

@@ -22,7 +22,7 @@ from ipfsfuse.client import Connection
 from ipfsfuse.errors import DaemonFailed, FolderInUse, IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.sandbox import cache_home
+from ipfsfuse_run.places import cache_home
 
 _RACE_S = 30.0
 _ANSWER_S = 40.0
