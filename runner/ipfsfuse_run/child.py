@@ -114,7 +114,7 @@ def _run(plan: Plan, reports: Reports) -> int:
     return _run_library(plan, data, reports)
 
 
-def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  # noqa: RET503
+def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
     """Becomes the wasmtime command, or gives 0 if the guest is only compiled. Raises TooOld, GuestRefused."""
     from ipfsfuse_run import command
 
@@ -129,7 +129,7 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  
         _limit_process(plan, grown)
         _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
         reports.send({"started": True, "kind": ready.kind, "command": True})
-        command.execute(path, plan.box, given, folders, ready.file)
+        return command.execute(path, plan.box, given, folders, ready.file)
 
 
 def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError
@@ -75,7 +76,7 @@ class _Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                # -P: a folder named ipfsfuse_run where the user stands is none of ours
+                # -P: a folder named ipfsfuse_run in the working directory must not be imported
                 [sys.executable, "-P", "-c", f"{_MAIN}({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -156,11 +157,10 @@ def _accept(control: socket.socket, watched: _Watched) -> None:
 
 
 def _import_all() -> None:
-    import tempfile  # noqa: F401
-
-    from wasmtime import component  # noqa: F401
-
-    from ipfsfuse_run import code_cache, command, execute, guest, mounts  # noqa: F401
+    for name in ("code_cache", "command", "execute", "guest", "mounts"):
+        import_module(f"ipfsfuse_run.{name}")
+    import_module("tempfile")
+    import_module("wasmtime.component")
 
 
 def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
@@ -176,7 +176,7 @@ def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
     ended = os.pidfd_open(pid)
 
     def left() -> None:
-        """The program is not interested any more, or is gone."""
+        """The program has closed its end of the socket, or has ended."""
         watched.remove(run)
         signal.pidfd_send_signal(ended, signal.SIGTERM)
 

@@ -102,10 +102,10 @@ def measure(folders: Sequence[str]) -> Usage:
 
 
 def watch(growth: Growth, guest: int) -> tuple[int, int]:
-    """Forks the watching process: it ends when the process of the pidfd `guest` has ended and was looked
-    after once more.
+    """Forks the watching process, which measures again and again. When the process of the pidfd `guest` has
+    ended, it measures once more and ends.
 
-    Gives its pid, and a pipe that tells what grew and why the run must end, where it must."""
+    Gives its pid, and a pipe. If the run must end, the pipe says what grew and why."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()

@@ -29,7 +29,7 @@ class Tmp(NamedTuple):
 
 def make_tmp(size: int, held: int) -> Tmp:
     """An empty folder for `size` bytes, in the guest's process, which has one thread. It may get namespaces
-    of its own. The descriptor `held` stays open somewhere until the folder is removed. Raises
+    of its own. Some process keeps the descriptor `held` open until the folder is removed. Raises
     StoreFailed."""
     file = _tmpfs(size)
     if file is not None:
@@ -162,7 +162,7 @@ def scratch_folder(kind: str, owner: int, *held: int) -> str:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        if os.fork():  # the remover is nobody's child: no one waits for it
+        if os.fork():  # its parent ends, so that nobody has to wait for it
             os._exit(0)
         _remove_after(folder, watched, *held)
     os.waitpid(pid, 0)

@@ -81,25 +81,24 @@ def record(options: Options) -> CompletedRun:
         from ipfsfuse_run import signatures
 
         key = signatures.private_key(options.sign)
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as stack:
         # beside the receipt: what is kept of the output may be more than TMPDIR holds
-        folder = target.parent if target.parent.is_dir() else None
         used, guest, stdout, stderr = (
-            files.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(4)
+            stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in range(4)
         )
-        stdin = files.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
-        material = RunFiles(used, guest, stdin, stdout, stderr)
+        stdin = stack.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
+        files = RunFiles(used, guest, stdin, stdout, stderr)
         with mounted(options, used) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
             plan = Plan(options, mount.mountpoint, box, mount.mount_id, keep=guest.fileno())
-            run = _run(plan, material, mount.control)
+            run = _run(plan, files, mount.control)
             if run.outcome.refused is None and run.outcome.signal is None:
                 if run.outcome.limit == "max_out":
                     say(f"{target} is not written: its results would be larger than max-out")
                 else:
                     try:
-                        return _write(target, options, box, run, material, mount.control, key)
+                        return _write(target, options, box, run, files, mount.control, key)
                     except IpfsFuseError as exc:
                         raise NotKept(str(exc), CompletedRun(run.outcome)) from exc
     return CompletedRun(run.outcome)
@@ -129,10 +128,10 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, material: RunFiles, control: Connection) -> _Run:
+def _run(plan: Plan, files: RunFiles, control: Connection) -> _Run:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    kept = material.stdout, material.stderr
-    outcome = supervisor.run_kept(plan, material.stdin, kept, show=True, close=[control.fileno()])
+    kept = files.stdout, files.stderr
+    outcome = supervisor.run_kept(plan, files.stdin, kept, show=True, close=[control.fileno()])
     return _Run(outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
 
 
@@ -141,24 +140,24 @@ def _write(
     options: Options,
     box: Sandbox,
     run: _Run,
-    material: RunFiles,
+    files: RunFiles,
     control: Connection,
     key: "Ed25519PrivateKey | None",
 ) -> CompletedRun:
     """Writes the receipt."""
     if options.guest == "-":  # standard input was the guest: none was left for it
-        material.stdin.truncate(0)
+        files.stdin.truncate(0)
     with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
         writer = CarWriter(file if is_car else nowhere)
-        asked, ahead = used(material.used)
+        asked, ahead = used(files.used)
         blocks = _take_blocks(writer, asked, control)
-        material.guest.seek(0)
-        parts = {receipts.GUEST: writer.add_file(material.guest)}
+        files.guest.seek(0)
+        parts = {receipts.GUEST: writer.add_file(files.guest)}
         contents = (
-            (receipts.STDIN, material.stdin),
-            (receipts.STDOUT, material.stdout),
-            (receipts.STDERR, material.stderr),
+            (receipts.STDIN, files.stdin),
+            (receipts.STDOUT, files.stdout),
+            (receipts.STDERR, files.stderr),
         )
         for name, held in contents:
             held.seek(0)
@@ -189,9 +188,9 @@ def _write(
             read=blocks.read,
             missing=blocks.missing,
             ahead=ahead,
-            stdin=supervisor.digest_of(material.stdin),
-            stdout=supervisor.digest_of(material.stdout),
-            stderr=supervisor.digest_of(material.stderr),
+            stdin=supervisor.digest_of(files.stdin),
+            stdout=supervisor.digest_of(files.stdout),
+            stderr=supervisor.digest_of(files.stderr),
             exit_code=run.outcome.code,
             trapped=run.outcome.trapped,
             started=run.started,

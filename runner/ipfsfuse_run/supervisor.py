@@ -54,6 +54,9 @@ class Streams(NamedTuple):
     stderr: Sink | None = None
 
 
+INHERITED = Streams()
+
+
 class Outcome(NamedTuple):
     """How a run ended."""
 
@@ -106,8 +109,8 @@ def over_limit(outcome: Outcome, alarm: Alarm) -> Outcome:
 
 
 class _Progress:
-    """What a guest that has not begun waits for: one line on a terminal, from the first second on, that is
-    erased again."""
+    """Shows on a terminal what a guest that has not begun waits for: one line, from the first second on. It
+    is erased when the guest begins."""
 
     def __init__(self, plan: Plan) -> None:
         self._name = printable(plan.name)
@@ -152,7 +155,7 @@ class LimitReached(Exception):
 
 def run(
     plan: Plan,
-    streams: Streams = Streams(),  # noqa: B008 # frozen
+    streams: Streams = INHERITED,
     close: Sequence[int] = (),
     alarm: Alarm | None = None,
 ) -> Outcome:
@@ -390,7 +393,7 @@ class _Supervisor:
             )
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
-        """Ends the guest for a reason of ours."""
+        """Kills the guest for a reason of the runner's, and prints the sentence `why`."""
         self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
         self._deadline = time.monotonic() + GRACE
         self._progress.stop()

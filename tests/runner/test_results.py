@@ -208,7 +208,7 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
         writer = CarWriter(file)
-        built = writer.add_results(str(out), MIB).built
+        built = results.written(writer, str(out), MIB).built
         writer.close(built)
     assert b"secret" not in target.read_bytes().replace(os.fsencode(secret), b"")
     with car_opened(target) as record:
