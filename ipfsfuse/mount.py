@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -32,7 +33,6 @@ from ipfsfuse.confinement import Access
 from ipfsfuse.content import Names
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
-from ipfsfuse.control.notify import Notifier
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.errors import MountFailed, NotFound, StoreFailed
 from ipfsfuse.fileio import threads
@@ -459,6 +459,9 @@ async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
     pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
 
 
+# -- signals, and the service manager ------------------------------------------------------------------------
+
+
 def _ignore_signals(also_hangup: bool) -> None:
     """No stray signal ends a mount: whoever reads in it would be cut off. (What tells of a bug, such as
     SIGSEGV, does.)"""
@@ -473,6 +476,44 @@ def _ignore_signals(also_hangup: bool) -> None:
         signal.signal(number, signal.SIG_IGN)
     if also_hangup:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+STATUS_SECONDS = 30.0
+
+
+class Notifier:
+    """Tells systemd how a service does (sd_notify(3)): ready, reloading, stopping, alive. Sends nothing where
+    NOTIFY_SOCKET names no socket."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):
+            self._address = "\0" + self._address[1:]
+        pid = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+        usec = os.environ.get("WATCHDOG_USEC", "")
+        self._watchdog = int(usec) / 1e6 if usec.isdecimal() and pid == str(os.getpid()) else None
+
+    def send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto("\n".join(lines).encode(errors="replace"), self._address)
+        except OSError as exc:
+            log.warning("the service manager can't be reached: %s", exc.strerror)
+
+    def reloading(self) -> None:
+        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    async def run(self, status: Callable[[], str]) -> None:
+        """Says again and again that the event loop runs, and `status`."""
+        if not self._address:
+            return
+        seconds = STATUS_SECONDS if self._watchdog is None else min(self._watchdog / 2, STATUS_SECONDS)
+        while True:
+            self.send("WATCHDOG=1", f"STATUS={status()}")
+            await trio.sleep(seconds)
 
 
 async def _heed_signals(

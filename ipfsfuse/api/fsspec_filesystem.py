@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
 
-from ipfsfuse import client, errors, places
+from ipfsfuse import client, config, errors
 from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.dag.path import can_hold
@@ -221,7 +221,7 @@ def _backend(**options: Any) -> _Backend:
 
 def _opened(options: dict[str, Any]) -> _Backend:
     given = options.get("cache_dir")
-    cache_dir = places.cache_dir(None if given is None else str(given))
+    cache_dir = config.cache_dir(None if given is None else str(given))
     if options.get("isolated") or cache_folder.is_free(cache_dir):
         with suppress(errors.StoreFailed):  # another process was quicker
             return _OwnThread(options)

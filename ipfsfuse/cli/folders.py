@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import settings
-from ipfsfuse.places import absolute, cache_dir, library
+from ipfsfuse.config import absolute, cache_dir, library
 
 __all__ = ["cache_dir", "control", "control_socket", "library", "live_mount", "mountpoint"]
 

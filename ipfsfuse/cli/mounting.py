@@ -2,7 +2,16 @@
 
 `mount` makes a MountConfig of its arguments and serves it in the foreground, or starts a daemon and waits
 until it is mounted. The daemon is this program, started anew in a session of its own (`--foreground
---ready-fd N`, see `daemon`). `unmount` waits until the daemon has gone, and names who stands in the way.
+--ready-fd N`). On the descriptor N it writes lines: any number of `progress {"done": ..., "total": ...,
+"what": ...}` while the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid":
+...}` once the mount answers, or `error REASON`. What it logs before that goes to its starter's standard
+error, and what it logs afterwards to the log in the cache folder (`cache.store.folder`). If the starter ends
+before that, nobody wants the mount any more, and the daemon ends.
+
+SIGHUP makes a daemon open its log anew, and read the budget and the log level from the configuration again.
+In the foreground of a terminal it says that the terminal has gone: then the mount ends.
+
+`unmount` waits until the daemon has gone, and names who stands in the way.
 """
 
 import argparse
@@ -17,19 +26,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ipfsfuse
-from ipfsfuse import client
+from ipfsfuse import client, confinement
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders, settings
+from ipfsfuse.cache.store.folder import LOG, OLD_LOG
+from ipfsfuse.cli import console, folders, logs, parser, settings
 from ipfsfuse.cli.console import Progress
-from ipfsfuse.cli.logs import escape_the_log
 from ipfsfuse.config import ContentConfig, MountConfig, User
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.live_mounts import LiveMount
@@ -41,13 +51,16 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.spec import addresses_of_node, header_files_of, is_remote, parse_sources
+from ipfsfuse.units import human
+
+log = logging.getLogger("ipfsfuse.mount")
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
 
 CAP_SYS_ADMIN = 21
 PROGRESS = "progress "
-"""A line of the daemon's that begins so says how far it is (see `daemon`)."""
+"""How a line begins that says how far the daemon is."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -203,10 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not asked.isolated:
         _await_ending(asked.cache_dir)
     if arguments.foreground:
-        # with trio and pyfuse3, 200 ms: only the process that serves needs them
-        from ipfsfuse.cli import daemon
-
-        daemon.serve(asked, arguments)
+        _run_daemon(asked, arguments)
         return 0
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
@@ -334,6 +344,137 @@ def _last_words(said: BinaryIO, code: int) -> str:
     lines = said.read().decode(errors="replace").strip().splitlines()
     ending = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return f"the mount {ending} before it was ready" + (f": {lines[-1]}" if lines else "")
+
+
+# -- the daemon ----------------------------------------------------------------------------------------------
+
+LOG_SECONDS = 5.0
+"""Between two lines of the log that tell how far an index is."""
+WATCH_MS = 500
+
+
+def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
+    """Mounts and serves until the mount is gone. Raises what prevents it."""
+    from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
+
+    confinement.hide_memory()
+    log_to = logs.DaemonLog()
+    logging.basicConfig(level=logging.INFO, handlers=[log_to])
+    logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
+    logs.escape_the_log(logs.FORMATS[arguments.log_format])
+    ready_fd = arguments.ready_fd
+    file = None if arguments.log_file is None else Path(arguments.log_file).absolute()
+    starter = None if ready_fd is None else _Starter(ready_fd)
+
+    def ready(control: Path) -> None:
+        answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
+        if file is not None:
+            log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"))
+        elif starter is not None:
+            limit = min(logs.LOG_BYTES, asked.budget // logs.LOG_PART)
+            log_to.move(control.parent / LOG, limit, control.parent / OLD_LOG)
+        if asked.allow_other:
+            log.info("%s", settings.ALLOW_OTHER)
+        if starter is not None:
+            starter.report(f"ok {json.dumps(answer)}")
+        elif arguments.json:
+            console.values(answer, indent=None)
+
+    configured = asked.budget
+
+    def reload() -> int | None:
+        nonlocal configured
+        log_to.reopen()
+        try:
+            again = parser.parse(arguments.argv)
+        except UsageError as exc:
+            log.warning("nothing is changed: %s", exc)
+            return None
+        logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
+        later = [
+            name
+            for name in arguments.origins
+            if name not in ("budget", "log-level")
+            and settings.value(again, name) != settings.value(arguments, name)
+        ]
+        if later:
+            log.warning("a new value of %s holds from the next mount on", ", ".join(later))
+        before, configured = configured, again.budget
+        return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
+
+    try:
+        hangup = None if starter is None and _has_terminal() else reload
+        writes = [] if file is None else [file]
+        mount.run(asked, ready, _Indexing(starter), hangup, settings.candidates(), writes)
+    except BaseException as exc:
+        if starter is not None:
+            starter.report(f"error {console.one_line(console.unwrapped(exc))}")
+        raise
+
+
+class _Indexing:
+    """Passes on how far an index is: to the starter each time, to the log now and then. Called in one thread
+    at a time."""
+
+    def __init__(self, starter: "_Starter | None") -> None:
+        self._starter = starter
+        self._logged = float("-inf")
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self._starter is not None:
+            self._starter.progress({"done": done, "total": total, "what": name})
+        now = time.monotonic()
+        if now - self._logged >= LOG_SECONDS or done == total:
+            self._logged = now
+            log.info("the index of %s is built: %s of %s", name, human(done), human(total))
+
+
+class _Starter:
+    """The process at the other end of the descriptor `fd`. It gets the result once, and is watched
+    until then."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._reported = False
+        os.set_inheritable(fd, False)
+        os.chdir("/")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def progress(self, values: Mapping[str, object]) -> None:
+        """Before the result, from any thread."""
+        with suppress(OSError):  # it has gone: `_watch` sees that
+            os.write(self._fd, f"{PROGRESS}{json.dumps(values)}\n".encode())
+
+    def report(self, line: str) -> None:
+        """Sends `line` as the result, unless there was one before."""
+        if self._reported:
+            return
+        self._reported = True
+        try:
+            os.write(self._fd, line.encode(errors="surrogateescape") + b"\n")
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.close(self._fd)
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, 0)  # only that nobody reads it any more
+        while not self._reported:
+            if poll.poll(WATCH_MS) and not self._reported:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal: its SIGHUP then says that the terminal has gone."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+# -- `unmount` and `mounts` ----------------------------------------------------------------------------------
 
 
 def unmount(arguments: argparse.Namespace) -> int:
@@ -524,13 +665,12 @@ def _command(pid: str) -> str:
 
 def serve(arguments: argparse.Namespace) -> int:
     # with trio and hypercorn, 200 ms: only the process that serves needs them
-    from ipfsfuse.serve import run as serving
-    from ipfsfuse.serve.server import parse_listen
+    from ipfsfuse.serve import server
 
-    host, port = parse_listen(arguments.listen)
+    host, port = server.parse_listen(arguments.listen)
     config = ContentConfig(offline=not arguments.fetch, **_content(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    escape_the_log()
+    logs.escape_the_log()
     if not _is_loopback(host):
         console.note(
             f"ipfsfuse: {host} is not this machine alone: whoever reaches it can read the whole library, and "
@@ -543,7 +683,7 @@ def serve(arguments: argparse.Namespace) -> int:
         else:
             console.line(f"serving at {', '.join(urls)}")
 
-    serving.run(config, host, port, arguments.fetch, ready)
+    server.run(config, host, port, arguments.fetch, ready)
     return 0
 
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipfsfuse import places, units
+from ipfsfuse import config, units
 from ipfsfuse.cli import console
 from ipfsfuse.errors import UsageError
-from ipfsfuse.places import xdg
 from ipfsfuse.sources import defaults
 
 SYSTEM = Path("/etc/ipfsfuse/config.toml")
@@ -86,7 +85,7 @@ class File:
 
 
 def user_file() -> Path:
-    return xdg("XDG_CONFIG_HOME", ".config") / "ipfsfuse" / "config.toml"
+    return config.xdg("XDG_CONFIG_HOME", ".config") / "ipfsfuse" / "config.toml"
 
 
 def candidates() -> list[Path]:
@@ -298,7 +297,7 @@ def _in_force(arguments: argparse.Namespace, name: str) -> object:
     if name == "from":
         return list(defaults.chosen(found))
     if found is None and name in ("cache-dir", "library"):
-        found = places.cache_dir(None) if name == "cache-dir" else places.library(None)
+        found = config.cache_dir(None) if name == "cache-dir" else config.library(None)
     return found if found is None or isinstance(found, int | float | str | list) else str(found)
 
 

@@ -21,8 +21,7 @@ from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.config import MountConfig
-from ipfsfuse.content import Names
-from ipfsfuse.control.blocks import WholeBlocks
+from ipfsfuse.content import Names, WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, traversal

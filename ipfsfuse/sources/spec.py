@@ -211,8 +211,7 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
 
 
 def _open_network(settings: OpenSettings) -> "Source":
-    from ipfsfuse.sources.routing.network import Network
-    from ipfsfuse.sources.routing.router import open_routers
+    from ipfsfuse.sources.routing import Network, open_routers
 
     if not settings.routers:
         raise UsageError(
