@@ -13,8 +13,8 @@ import os
 import stat as modes
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -161,9 +161,6 @@ class IpnsFileSystem(IpfsFileSystem):
 
     protocol = "ipns"
 
-    def __init__(self, *args: object, **options: Any) -> None:
-        super().__init__(*args, **options)
-
     def _target(self, path: str) -> str:
         name, slash, rest = path.partition("/")
         return f"{self._backend.resolve(name)}{slash}{rest}"
@@ -190,15 +187,13 @@ def _info(path: str, of: Stat) -> dict[str, Any]:
     }
 
 
-class _translated:  # noqa: N801  # as the builtin exceptions' names, a verb
+@contextmanager
+def _translated() -> Iterator[None]:
     """Our errors become Python's own."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
-        if isinstance(exc, errors.IpfsFuseError):
-            raise next(known for ours, known in _ERRORS if isinstance(exc, ours))(str(exc)) from exc
+    try:
+        yield
+    except errors.IpfsFuseError as exc:
+        raise next(known for ours, known in _ERRORS if isinstance(exc, ours))(str(exc)) from exc
 
 
 # -- where content comes from --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pwd
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +28,14 @@ def mountpoint(given: str) -> Path:
         if any(mounted.mountpoint == point for mounted in mountpoints.table()):
             return Path(point)
     return absolute(given)
+
+
+def user_name(uid: int) -> str:
+    """The number itself for a user without a name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 class InMount(NamedTuple):

@@ -26,10 +26,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.openmetrics import exposition as openmetrics_exposition
 
-from ipfsfuse import client
+from ipfsfuse import client, units
 from ipfsfuse.cli import console, folders
-from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
-from ipfsfuse.fileio.files import replace_text
+from ipfsfuse.errors import IpfsFuseError, UsageError
 
 METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve(control, arguments.listen, arguments.json)
     answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
-        _write(Path(arguments.textfile), text(answer, openmetrics=False))
+        console.write(arguments.textfile, text(answer, openmetrics=False))
         if arguments.json:
             console.values({"written": arguments.textfile})
     elif arguments.json:
@@ -62,25 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _write(path: Path, content: str) -> None:
-    try:
-        replace_text(path, content)
-    except OSError as exc:
-        raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
-
-
 def _serve(control: Path, listen: str, as_json: bool) -> int:
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{listen} is not HOST:PORT: write it as 127.0.0.1:9710")
-
+    host, port = units.address(listen)
     try:
-        server = _Server((host.strip("[]"), int(port)), control)
+        server = _Server((host, port), control)
     except (OSError, UnicodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else None
         raise UsageError(f"--listen {listen}: {reason or exc}") from exc
     with server:
-        url = f"http://{host}:{server.server_address[1]}/metrics"
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{server.server_address[1]}/metrics"
         if as_json:
             console.values({"listening": [url], "pid": os.getpid()}, indent=None)
         else:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ipfsfuse
-from ipfsfuse import client, confinement
+from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli import console, folders, logs, parser, settings
@@ -51,7 +51,6 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.spec import addresses_of_node, header_files_of, is_remote, parse_sources
-from ipfsfuse.units import human
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -426,7 +425,7 @@ class _Indexing:
         now = time.monotonic()
         if now - self._logged >= LOG_SECONDS or done == total:
             self._logged = now
-            log.info("the index of %s is built: %s of %s", name, human(done), human(total))
+            log.info("the index of %s is built: %s of %s", name, units.human(done), units.human(total))
 
 
 class _Starter:
@@ -551,7 +550,7 @@ def _mounts() -> list[dict[str, Any]]:
         found.append(
             {
                 "mountpoint": mounted.mountpoint,
-                "user": _user_name(mounted.owner),
+                "user": "?" if mounted.owner is None else folders.user_name(mounted.owner),
                 "pid": None if live is None else live.pid,
                 "since": since,
                 "answers": answers,
@@ -560,13 +559,6 @@ def _mounts() -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _user_name(uid: int | None) -> str:
-    try:
-        return "?" if uid is None else pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _must_be_ours(point: Path) -> None:
@@ -667,7 +659,7 @@ def serve(arguments: argparse.Namespace) -> int:
     # with trio and hypercorn, 200 ms: only the process that serves needs them
     from ipfsfuse.serve import server
 
-    host, port = server.parse_listen(arguments.listen)
+    host, port = units.address(arguments.listen)
     config = ContentConfig(offline=not arguments.fetch, **_content(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logs.escape_the_log()

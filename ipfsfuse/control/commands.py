@@ -214,24 +214,14 @@ class Commands:
         with request_of(os.getuid()):  # who mounted is who commands
             cid = await self._named(arguments)
             totals = await fetch_all(self._tree, cid, depth, _fetched(progress))
-        return {
-            "prefetched": cids.text(cid),
-            "files": totals.files,
-            "directories": totals.directories,
-            "bytes": totals.bytes,
-        }
+        return {"prefetched": cids.text(cid), **_counts(totals)}
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
         cid = await self._named(arguments)
         async with self._cache.pinning(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _fetched(progress), pinning.file)
         self._pins.pin(cid)
-        return {
-            "pinned": cids.text(cid),
-            "files": totals.files,
-            "directories": totals.directories,
-            "bytes": totals.bytes,
-        }
+        return {"pinned": cids.text(cid), **_counts(totals)}
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = await self._named(arguments)
@@ -356,6 +346,10 @@ def _cid(arguments: Arguments) -> Cid:
     if "cid" not in arguments:
         raise UsageError("the command takes a cid")
     return cid_alone(str(arguments["cid"]))
+
+
+def _counts(totals: Totals) -> dict[str, int]:
+    return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
 
 def _fetched(progress: Progress) -> OnProgress:

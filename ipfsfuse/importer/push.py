@@ -6,7 +6,7 @@ brought is not sent again.
 
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import trio
 
@@ -16,6 +16,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk, Unexpanded
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.importer.cars import GetBlock, links, verified
+from ipfsfuse.sources.http.kubo import Rpc
 
 _TOGETHER = 32
 """Blocks that are looked at together."""
@@ -32,20 +33,6 @@ PushProgress = Callable[[int, int | None], None]
 """Called with the bytes done so far, and the bytes in all as the root's links claim them."""
 
 
-class Node(Protocol):
-    """The RPC API of a node (`sources.http.kubo.Rpc`)."""
-
-    name: str
-
-    async def call(
-        self,
-        command: str,
-        arguments: Sequence[tuple[str, str]] = (),
-        limit: int = ...,
-        file: bytes | None = None,
-    ) -> bytes: ...
-
-
 class Pushed(NamedTuple):
     """Blocks and bytes that were sent, and the blocks that were at the node already."""
 
@@ -54,7 +41,7 @@ class Pushed(NamedTuple):
     present: int
 
 
-async def push(root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> Pushed:
+async def push(root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> Pushed:
     """Sends all below `root` that the node does not have, and pins `root` there, recursively.
 
     After a failure the next push goes on where this one ended, unless the node collects its garbage in
@@ -75,7 +62,7 @@ async def push(root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> 
     return Pushed(job.blocks, job.bytes, job.present)
 
 
-async def _pin(root: Cid, node: Node) -> None:
+async def _pin(root: Cid, node: Rpc) -> None:
     """Raises NotHere for a block that the node does not have."""
     text = cids.text(root)
     said = await node.call("pin/add", [("arg", text), ("progress", "true"), ("offline", "true")], _ANSWER)
@@ -89,7 +76,7 @@ async def _pin(root: Cid, node: Node) -> None:
 
 
 class _Job:
-    def __init__(self, root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> None:
+    def __init__(self, root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> None:
         self.blocks = self.bytes = self.present = 0
         self._root, self._get, self._node, self._progress = root, get, node, progress
         self._done = 0

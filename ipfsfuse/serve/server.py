@@ -173,14 +173,6 @@ END_SECONDS: Final = 3.0
 MAX_HEAD: Final = 16 << 10
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT, [IPv6]:PORT or PORT, which means 127.0.0.1. Raises UsageError."""
-    host, _, port = text.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"--listen {text}: write HOST:PORT, as in 127.0.0.1:8080")
-    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
-
-
 async def listen(host: str, port: int) -> list[trio.SocketListener]:
     """Raises UsageError where it can't be listened there."""
     try:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.defaults import CAR, GATEWAY, KUBO, LIBRARY, NETWORK, is_repository, repository
-from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, unix_origin
+from ipfsfuse.sources.defaults import CAR, GATEWAY, KUBO, LIBRARY, NETWORK, is_repository
+from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, repository, unix_origin
 from ipfsfuse.sources.http.settings import BoundHeaders, Headers, HttpSettings, is_ours, read_headers
 
 if TYPE_CHECKING:

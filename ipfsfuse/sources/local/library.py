@@ -639,9 +639,6 @@ class Library:
     def roots(self) -> Sequence[Cid]:
         return [entry.cid for entry in self.entries()]
 
-    def contains(self, multihash: bytes) -> bool:
-        return self.packs.find(multihash) is not None
-
     def block(self, cid: Cid) -> bytes:
         """The unverified block. Raises NotHere, BlockTooLarge, SourceFailed."""
         found = _readable(cid, self.packs.find(cids.multihash(cid)))
