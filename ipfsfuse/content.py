@@ -121,9 +121,9 @@ class Names:
         found = (await (await self.resolver()).resolve_text(named[0])).path
         return IpfsPath(found.root, found.names + named[1])
 
-    def known(self) -> Sequence[str]:
+    def resolved_names(self) -> Sequence[str]:
         """The names that were resolved of late."""
-        return self._resolver.known() if self._resolver is not None else ()
+        return self._resolver.resolved_names() if self._resolver is not None else ()
 
     async def record(self, name: "KeyName", *, fetch: bool) -> bytes:
         """The newest record of `name`; without `fetch` the newest that was seen, unverified. Raises NotHere,
@@ -146,8 +146,8 @@ class WholeBlocks:
     """Whole blocks, for receipts, `ipfsfuse export` and `ipfsfuse serve`: those too of which only the content
     is kept.
 
-    A staging file holds a file's content, and no list of its leaves. But whoever asks for a leaf has asked
-    for its parents before. What those say of their children tells where the leaf lies."""
+    A staging file holds a file's content, and no list of its leaves. But a caller that asks for a leaf has
+    asked for its parents before, and these say where their children lie."""
 
     def __init__(self, cache: Reader, pool: SourcePool) -> None:
         self._cache, self._pool = cache, pool
@@ -191,7 +191,7 @@ class WholeBlocks:
         """Remembers where its children lie."""
         own = cids.canonical(node.cid)
         file, at = self._places.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
-        if at.size != node.size:  # one of the two claims is false: its children may lie beyond the file's end
+        if at.size != node.size:  # its parent claims another size: its children may lie beyond the file's end
             file, at = FileRef(own, node.size), Leaf(own, 0, node.size)
         for child in node.children:
             self._places.setdefault(

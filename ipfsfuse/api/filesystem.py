@@ -67,7 +67,7 @@ class Entry:
     """Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`."""
     cid: str
     size: int | None
-    """Content bytes of a file that is one raw block, by its link's word; None where only its block tells."""
+    """Content bytes of a file that is one raw block, as its link claims; None if only its block says."""
 
 
 class File:
@@ -251,7 +251,7 @@ async def open_filesystem(
         stack.callback(nursery.cancel_scope.cancel)
         try:
             yield Filesystem(opened, Tree(opened.cache.reader, nursery), deadline)
-        except Exception as exc:  # the caller's own: the nursery would put it into a group
+        except Exception as exc:  # the caller's own exception: the nursery would wrap it in a group
             failure = exc
     if failure is not None:
         raise failure

@@ -30,7 +30,7 @@ from ipfsfuse.dag.path import can_hold
 T = TypeVar("T")
 
 BLOCK_SIZE = 4 << 20
-"""What a file's reader asks for at least: four leaves."""
+"""The least that a file's reader requests: four leaves."""
 OPEN_SECONDS = 30.0
 OPTIONS = frozenset(inspect.signature(open_filesystem).parameters)
 OPEN_FILES = 32
@@ -166,7 +166,7 @@ class IpnsFileSystem(IpfsFileSystem):
         return f"{self._backend.resolve(name)}{slash}{rest}"
 
     def _listed(self, path: str) -> list[dict[str, Any]]:
-        return super()._listed(path) if path else []  # nobody knows all names
+        return super()._listed(path) if path else []  # there is no list of all names
 
 
 class IpfsFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types

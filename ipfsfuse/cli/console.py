@@ -103,7 +103,7 @@ def one_line(exc: BaseException) -> str:
     elif isinstance(exc, OSError):
         said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else exc.strerror or str(exc)
         if exc.filename is None and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            said = f"standard output can't be written: {said}"  # what has a name is named where it is written
+            said = f"standard output can't be written: {said}"  # other files have a name
     else:
         said = (
             f"unexpected error, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"

@@ -1,4 +1,4 @@
-"""Where things lie: the cache folder, the library, the mountpoint, and the daemon that serves it."""
+"""Finds what a command works on: the cache folder, the library, the mountpoint, the daemon that serves it."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def mountpoint(given: str) -> Path:
-    """Absolute, symlinks resolved. Asks nothing of a mount that is there already: its daemon may hang."""
+    """Absolute, symlinks resolved. A mount that is there already is not asked: its daemon may hang."""
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     folder, name = os.path.split(given.rstrip("/"))
@@ -100,7 +100,7 @@ def live_mount(point: Path, given_cache_dir: str | None, must: bool = True) -> "
 
 
 class Daemon(NamedTuple):
-    """Whoever serves a mount, or served it last."""
+    """The process that serves a mount, or served it last."""
 
     control: Path
     """Its control socket."""

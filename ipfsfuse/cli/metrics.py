@@ -32,7 +32,7 @@ from ipfsfuse.errors import IpfsFuseError, UsageError
 
 METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
-"""For a client to send its next bytes, or to take some."""
+"""How long a client may take to send or to receive anything."""
 MAX_CONNECTIONS = 32
 OPENMETRICS = "application/openmetrics-text"
 TYPES = {
@@ -81,8 +81,8 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
 
 
 class _Server(ThreadingHTTPServer):
-    """Answers `GET /metrics` and nothing else, one request a connection. A client that is slow keeps no other
-    out: beyond MAX_CONNECTIONS a new one ends the oldest."""
+    """Answers `GET /metrics` and nothing else, one request a connection. A slow client keeps no other out:
+    beyond MAX_CONNECTIONS a new connection ends the oldest."""
 
     request_queue_size = 128
 
@@ -109,7 +109,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: object, _client_address: object) -> None:
-        """A client that has gone is nobody's trouble."""
+        """Reports what fails, unless the client has gone."""
         error = sys.exception()
         if error is not None and not isinstance(error, OSError):
             console.failure(error)
@@ -147,8 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_local(host: str) -> bool:
-    """Whether the header Host names an address, or this machine. A web page that has a name of its own lead
-    here (DNS rebinding) sends that name."""
+    """Whether the header Host is an address or names this machine. By DNS rebinding a web page directs its
+    own name to this machine. Its requests then carry that name."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name in ("localhost", socket.gethostname().lower()) or bool(ip_address(name))

@@ -141,7 +141,7 @@ def _user(name: str) -> User | None:
 
 
 def _at_home(name: str) -> None:
-    """Lets the folders that nobody named be those of the user `name`, not root's."""
+    """Makes the default folders those of the user `name`, not root's."""
     if (user := _user(name)) is not None:
         os.environ.update(HOME=pwd.getpwuid(user.uid).pw_dir, USER=user.name, LOGNAME=user.name)
         for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
@@ -250,8 +250,7 @@ def _check_name(text: str) -> None:
 
 
 def _refuse_below(asked: MountConfig) -> None:
-    """Raises UsageError where the daemon would have to read or write below its own mount: it would wait for
-    itself."""
+    """Raises UsageError if the daemon would read or write below its own mount: it would wait for itself."""
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
@@ -267,7 +266,7 @@ def _refuse_below(asked: MountConfig) -> None:
 
 
 def _await_ending(cache_dir: Path) -> None:
-    """Gives a daemon whose mount was just taken away the time to let go of the cache folder."""
+    """Waits while a daemon whose mount was just unmounted still uses the cache folder."""
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
@@ -313,7 +312,7 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
             daemon.wait()
             raise
         if line.startswith("ok "):
-            daemon.returncode = 0  # it goes on without us: nothing is left to wait for
+            daemon.returncode = 0  # it goes on without us: Popen must not wait for it
             mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
             return mounted
         code = daemon.wait()
@@ -441,7 +440,7 @@ class _Starter:
 
     def progress(self, values: Mapping[str, object]) -> None:
         """Before the result, from any thread."""
-        with suppress(OSError):  # it has gone: `_watch` sees that
+        with suppress(OSError):  # the starter has gone: `_watch` sees that
             os.write(self._fd, f"{PROGRESS}{json.dumps(values)}\n".encode())
 
     def report(self, line: str) -> None:
@@ -457,7 +456,7 @@ class _Starter:
 
     def _watch(self) -> None:
         poll = select.poll()
-        poll.register(self._fd, 0)  # only that nobody reads it any more
+        poll.register(self._fd, 0)  # reports only that the other end was closed
         while not self._reported:
             if poll.poll(WATCH_MS) and not self._reported:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -602,7 +601,7 @@ def _opened(served_by: LiveMount | None) -> Iterator[int | None]:
             os.close(daemon)
 
 
-# -- who uses a mount: read from /proc alone, so that a mount which does not answer holds nothing up ---------
+# -- who uses a mount: from /proc alone, because a mount that does not answer would block us -----------------
 
 
 class Holder(NamedTuple):
@@ -613,8 +612,8 @@ class Holder(NamedTuple):
 
 
 def holders(point: Path) -> Iterator[Holder]:
-    """The processes that use something at or below `point`, as far as this user may know. Only links are
-    read: nothing below the mountpoint is asked for."""
+    """The processes that use something at or below `point`, as far as this user may see them. Only links in
+    /proc are read. The mount itself is asked nothing."""
     for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         for target in _uses(f"/proc/{entry}"):
             if target == str(point) or target.startswith(f"{point}/"):
@@ -630,7 +629,7 @@ def _uses(process: str) -> Iterator[str]:
             yield from _link(f"{process}/fd/{number}")
         with open(f"{process}/maps", errors="surrogateescape") as maps:
             for line in maps:
-                # there where a file is mapped (proc_pid_maps(5))
+                # the path of a mapped file (proc_pid_maps(5))
                 for path in line.rstrip("\n").split(maxsplit=5)[5:]:
                     yield path.replace("\\012", "\n")
     except OSError:

@@ -25,7 +25,7 @@ ANSWER_SECONDS = 30.0
 """How long a mount may take for an answer that needs no network."""
 WATCH_SECONDS = 1.0
 DEGRADED = 3
-"""Exit code where the mount serves, but not as well as it should. 1 says that it does not answer."""
+"""Exit code if the mount serves, but is degraded. 1 says that it does not answer."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if answer["health"] == "healthy" else DEGRADED
 
 
-# -- who reads: from /proc alone, so that a mount which does not answer holds nothing up ---------------------
+# -- who reads: from /proc alone, because a mount that does not answer would block us ------------------------
 
 
 def reading(point: str) -> Iterator[dict[str, Any]]:

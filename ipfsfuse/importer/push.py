@@ -19,13 +19,13 @@ from ipfsfuse.importer.cars import GetBlock, links, verified
 from ipfsfuse.sources.http.kubo import Rpc
 
 _TOGETHER = 32
-"""Blocks that are looked at together."""
+"""Blocks that the node is asked for together."""
 _ASKED_TOGETHER = 8
 """Questions to the node at a time: with more it answers no faster."""
 _BATCH = 8 << 20
 """Bytes of blocks after which they are sent."""
 _ROUNDS = 3
-"""How often what the node's garbage collection took meanwhile is sent again."""
+"""How often blocks are sent again that the node's garbage collection removed meanwhile."""
 _ANSWER = 4 << 20
 """Bytes of the answer to a pin: it says how far it is twice a second."""
 

@@ -169,7 +169,7 @@ HEAD_SECONDS: Final = 60.0
 IDLE_SECONDS: Final = 15.0
 """Between two requests on one connection."""
 END_SECONDS: Final = 3.0
-"""For answers that are under way when the server ends."""
+"""How long answers that are under way may go on when the server ends."""
 MAX_HEAD: Final = 16 << 10
 
 
@@ -214,7 +214,7 @@ async def serve(
             await TCPServer(wrapped, config, context, ConnectionState({}), connection)  # type: ignore[arg-type]
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        except* Exception:  # one connection's trouble ends that connection
+        except* Exception:  # a failure ends its own connection alone
             log.exception("a connection failed")
         finally:
             streams.discard(connection)

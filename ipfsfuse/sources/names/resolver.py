@@ -71,8 +71,8 @@ Linux allows 4,095 bytes for that."""
 
 # -- DNSLink: the path in a TXT record of `_dnslink.<domain>` (https://dnslink.dev) --------------------------
 
-# Its trust is that of DNS: unlike an IPNS record it is not signed, so who answers for a domain says where it
-# leads.
+# It is as trustworthy as DNS: unlike an IPNS record it is not signed, so whoever answers for a domain decides
+# where it leads.
 
 PREFIX: Final = "dnslink="
 MAX_ANSWER: Final = 65535
@@ -90,7 +90,7 @@ class Dns(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Lets go of connections."""
+        """Closes connections."""
         ...
 
 
@@ -239,7 +239,7 @@ class Resolver:
         self._locks: dict[Name, trio.Lock] = {}
         self._asking = trio.CapacityLimiter(MAX_ASKED)
 
-    def known(self) -> Sequence[str]:
+    def resolved_names(self) -> Sequence[str]:
         """The names that were resolved of late, in their usual spelling."""
         return sorted(
             str(name) for name, step in self._steps.items() if not isinstance(step.value, Exception)
