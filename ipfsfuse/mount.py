@@ -37,7 +37,7 @@ from ipfsfuse.control.server import ControlServer
 from ipfsfuse.errors import MountFailed, NotFound, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse import name_links
+from ipfsfuse.fuse import device, name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import Passthrough
@@ -408,6 +408,8 @@ async def _serving(
     )
     async with AsyncExitStack() as stack:
         sources = await stack.enter_async_context(opened(config.sources, settings))
+        listeners = [node.name_listener for node in sources if isinstance(node, Kubo)]
+        stack.enter_context(device.listening(next(filter(None, listeners), None)))
         pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
         nodes = (
             {node.name: node.rpc for node in sources if isinstance(node, Kubo)}

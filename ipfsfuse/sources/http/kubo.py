@@ -69,6 +69,11 @@ class Kubo:
         self._gateway: Gateway | None = None
         self._asked_for_gateway = False
 
+    @property
+    def name_listener(self) -> tuple[int, int] | None:
+        """As `BlockFiles.name_listener`; None where there is no repository to read."""
+        return None if self._blocks is None else self._blocks.name_listener
+
     async def get(self, cid: Cid) -> bytes:
         block = await self.get_hashed(cid)
         return block.block if isinstance(block, Hashed) else block
@@ -76,7 +81,9 @@ class Kubo:
     async def get_hashed(self, cid: Cid) -> bytes | Hashed:
         """The block. One that was read in the repository may come with its hash."""
         if self._blocks is not None:
-            block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
+            block = self._blocks.take_hashed(cid)
+            if block is None:
+                block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
             if block is not None:
                 return block
         gateway = await self._find_gateway()
