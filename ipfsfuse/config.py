@@ -1,12 +1,16 @@
-"""What a mount is asked to be: parsed once by the command line into frozen values, then never checked
-again."""
+"""What a mount is asked to be, and where its folders lie by default. The command line parses it once into
+frozen values, which are not checked again. Imports nothing that takes long."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from ipfsfuse.dag.cid import Cid
 
 GIB = 1 << 30
 
@@ -17,10 +21,10 @@ class User(NamedTuple):
     gid: int
 
 
-@dataclass(frozen=True, slots=True)
-class MountConfig:
-    mountpoint: Path
-    """Absolute, symlinks in its parents resolved."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContentConfig:
+    """A cache folder and sources: for `serve`, the Python interface, and each mount."""
+
     cache_dir: Path
     library: Path
     sources: Sequence[str] = ("library",)
@@ -35,7 +39,21 @@ class MountConfig:
     2 GiB."""
     deadline: float = 30.0
     """Seconds from its begin in which each call is answered."""
-    allow: frozenset[Cid] | None = None
+    dns: str = "system"
+    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
+    routers: Sequence[str] = ()
+    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
+    header_files: Sequence[tuple[str, Path]] = ()
+    """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
+    allow_private_providers: bool = False
+    """Whether providers at loopback and private addresses are asked too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountConfig(ContentConfig):
+    mountpoint: Path
+    """Absolute, symlinks in its parents resolved."""
+    allow: "frozenset[Cid] | None" = None
     """Canonical CIDs that may be named in the root; None for all."""
     record: Path | None = None
     """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the
@@ -51,10 +69,6 @@ class MountConfig:
     """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
     ipns: Path | None = None
     """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
-    dns: str = "system"
-    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
-    routers: Sequence[str] = ()
-    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
     uid: int | None = None
     """The owner that everything is shown with; None for the user who mounts."""
     gid: int | None = None
@@ -64,28 +78,43 @@ class MountConfig:
     """Bytes that may be fetched, of all sources together; None for any number."""
     bwlimit: int | None = None
     """Bytes a second that are fetched, of all sources together."""
-    header_files: Sequence[tuple[str, Path]] = ()
-    """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
-    allow_private_providers: bool = False
-    """Whether providers at loopback and private addresses are asked too."""
     user: User | None = None
     """Whose rights the daemon keeps once it is started by root, and whose mount it is."""
     confined: bool = True
     """Whether the daemon gives up new privileges, and by landlock the files that it does not need."""
 
 
-@dataclass(frozen=True, slots=True)
-class ContentConfig:
-    """A cache folder and sources without a mount, for `serve` and the Python interface. As in MountConfig."""
+# -- where folders lie unless it is said ---------------------------------------------------------------------
 
-    cache_dir: Path
-    library: Path
-    sources: Sequence[str] = ("library",)
-    offline: bool = False
-    budget: int = 10 * GIB
-    reserve: int | None = None
-    deadline: float = 30.0
-    dns: str = "system"
-    routers: Sequence[str] = ()
-    header_files: Sequence[tuple[str, Path]] = ()
-    allow_private_providers: bool = False
+
+def cache_dir(given: str | None) -> Path:
+    """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
+    return absolute(
+        given or os.environ.get("IPFSFUSE_CACHE_DIR") or xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
+    )
+
+
+def library(given: str | None) -> Path:
+    """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
+    return absolute(
+        given
+        or os.environ.get("IPFSFUSE_LIBRARY")
+        or xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
+    )
+
+
+def xdg(variable: str, fallback: str) -> Path:
+    """A base folder of the XDG specification, which says that a relative path is to be ignored. `fallback`
+    lies in the home folder."""
+    folder = os.environ.get(variable, "")
+    if os.path.isabs(folder):
+        return Path(folder)
+    try:
+        return Path.home() / fallback
+    except RuntimeError as exc:
+        raise UsageError(f"there is no home folder to put things in: set HOME or {variable}") from exc
+
+
+def absolute(path: str | Path) -> Path:
+    """Symlinks resolved."""
+    return Path(os.path.realpath(path))

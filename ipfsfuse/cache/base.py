@@ -44,6 +44,15 @@ class Pieces(NamedTuple):
     """Those of the leaf's pieces (`fileio.tags`), by which each is recognized."""
 
 
+class LeafPart(NamedTuple):
+    """A part of a leaf."""
+
+    content: Content
+    pieces: Pieces | None
+    """How the leaf may be read without the cache from now on; None where it is not staged, or was not
+    verified lately."""
+
+
 class Kept(NamedTuple):
     """What is staged of one CID, for `ipfsfuse ls` and the xattrs."""
 
@@ -89,21 +98,18 @@ class Cache(Protocol):
         """Returns when all that readers were given so far is staged, or was found not to be."""
         ...
 
-    async def leaf(
-        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
-    ) -> Content:
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
         """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged
         now.
-
-        `part`: the bytes [start, stop) of it. What was verified before in this run of the daemon and is
-        staged costs their part of the leaf, anything else the whole leaf.
 
         `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
         ...
 
-    def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
-        """How the leaf may be read without the cache; None where it is not staged, or was not verified
-        lately."""
+    async def part(
+        self, file: FileRef, leaf: Leaf, start: int, stop: int, *, early: bool = False
+    ) -> LeafPart:
+        """The bytes [start, stop) of the leaf. What was verified before in this run of the daemon and is
+        staged costs their part of the leaf, anything else the whole leaf. `early` as in `leaf`."""
         ...
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:

@@ -110,36 +110,30 @@ class Budget:
             return 0
         size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
         self._unlooked += size
-        if self._lock.locked() or self._unlooked >= LOOK_BYTES or self.arc.bytes + size > self.arc.capacity:
-            async with self._lock:
-                done = await self._reserve(key, size)
-        else:
-            done = True
+        try:
+            self._lock.acquire_nowait()  # other tasks need no turn for that, which costs 20 us
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
+            if self._unlooked >= LOOK_BYTES:
+                self._look()
+            if size > self.arc.capacity:
+                if key in self._kept:
+                    self.refused.add(key)
+                return 0
             if key in self._exempt:
                 self._add_exempt(key, size)
-            else:
-                self.arc.admit(key, size, current_request.get().caller)
-        if not done:
-            return 0
-        self._pending += size
-        return size
-
-    async def _reserve(self, key: Key, size: int) -> bool:
-        if self._unlooked >= LOOK_BYTES:
-            self._look()
-        if size > self.arc.capacity:
-            if key in self._kept:
-                self.refused.add(key)
-            return False
-        if key in self._exempt:
-            self._add_exempt(key, size)
-            await self._leave(self._shrink())
-        else:
-            await self._leave(self.arc.admit(key, size, current_request.get().caller))
-            if self.used > self.limit:  # someone still reads what had to leave: its space is not free yet
                 await self._leave(self._shrink())
-                return key in self.arc
-        return True
+            elif leave := self.arc.admit(key, size, current_request.get().caller):
+                await self._leave(leave)
+                if self.used > self.limit:  # someone still reads what had to leave: its space is not free yet
+                    await self._leave(self._shrink())
+                    if key not in self.arc:
+                        return 0
+            self._pending += size
+            return size
+        finally:
+            self._lock.release()
 
     def restore(self, key: Key, size: int, frequent: bool) -> None:
         """Counts `size` bytes that an earlier run left of `key`, which is the one used last so far."""

@@ -4,13 +4,13 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, Pieces, Seen
+from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, LeafPart, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
@@ -77,16 +77,12 @@ class FetchResult(NamedTuple):
     content: Content
     source: Source | None
     stage: bool
-    """Whether the content goes into a staging file: it is not read in place, and it can be verified by
+    """Whether the content may go into a staging file: it is not read in place, and it can be verified by
     itself."""
     block: Block = b""
-    """The block of a leaf, as it arrived."""
+    """As it arrived."""
     staged_for: tuple[Cid, int] | None = None
     """The file, and the offset in it, for which it is being staged."""
-
-
-Unstaged = tuple[FetchResult, Callable[[], Awaitable[None]] | None]
-"""A result, and what stages it; None where that is not to be staged."""
 
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
@@ -111,9 +107,10 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
 
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
     """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
-    if cids.codec(cid) != cids.RAW or fetched.source.in_place:
-        return FetchResult(fetched.block, fetched.source, False)
-    return FetchResult(fetched.block, fetched.source, True, fetched.block, (cids.canonical(cid), 0))
+    block, source = fetched.block, fetched.source
+    if cids.codec(cid) != cids.RAW or source.in_place:
+        return FetchResult(block, source, False, block)
+    return FetchResult(block, source, True, block, (cids.canonical(cid), 0))
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
@@ -203,8 +200,9 @@ class Reader:
         if kept is not None:
             self.hits += 1
             return kept
-        fetch = partial(self._bring, partial(self._fetch_block, cid), cids.canonical(cid), early)
-        result = await self._flights.join(block_key(cid), fetch, cids.canonical(cid), ended=not early)
+        own = cids.canonical(cid)
+        fetch = partial(self._bring, cid, None, early)
+        result = await self._flights.join(block_key(cid), fetch, own, ended=not early)
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
@@ -225,41 +223,45 @@ class Reader:
             return None
         return await self.store.leaf(FileRef(own, entry.size), Leaf(cid, 0, entry.size))
 
-    async def _fetch_block(self, cid: Cid) -> Unstaged:
-        """A block that is not in a pack: from the staging file of a raw file, or fetched."""
-        content = await self._raw_file(cid)
-        if content is not None:
-            self.hits += 1
-            return FetchResult(content, None, False), None
-        fetched = await self._blocks.get(cid)
-        result = result_of_block(cid, fetched)
-        if not fetched.source.in_place:
-            return result, partial(self._stage_blocks, {cid: fetched})
-        self.misses += 1
-        return result, None
-
     async def _bring(
-        self, fetch: Callable[[], Awaitable[Unstaged]], own: Cid, early: bool
+        self, cid: Cid, leaf_of: tuple[FileRef, Leaf] | None, early: bool
     ) -> AsyncGenerator[FetchResult]:
-        """What `fetch` returns, a block of `own` or the content of one of its leaves, staged. If `early`,
-        readers get it before that, unless too much waits to be staged."""
-        result, stage = await fetch()
-        size = len(result.content)
-        if stage is None:
-            yield result
-        elif not early or self._behind + size > MAX_BEHIND:
-            await stage()
-            yield result
+        """The block of `cid`, or with `leaf_of` the content of that leaf: from a staging file, else fetched,
+        and then staged. If `early`, readers get it before that, unless too much waits to be staged."""
+        own = cids.canonical(cid) if leaf_of is None else leaf_of[0].cid
+        if self.store.staging.find(own) is not None:
+            staged = await (self._raw_file(cid) if leaf_of is None else self.store.leaf(*leaf_of))
+            if staged is not None:
+                self.hits += 1
+                yield FetchResult(staged, None, False)
+                return
+        fetched = await self._blocks.get(cid)
+        self.misses += 1
+        size = len(fetched.block)
+        if leaf_of is None:
+            file, leaf = FileRef(own, size), Leaf(cid, 0, size)
+            result = result_of_block(cid, fetched)
         else:
-            self._behind += size
-            try:
-                with self.store.arriving(own):
-                    yield result
-                    with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends
-                        await trio.sleep(BEHIND_SECONDS)
-                        await stage()
-            finally:
-                self._behind -= size
+            file, leaf = leaf_of
+            result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
+        if fetched.source.in_place or not early or self._behind + size > MAX_BEHIND:
+            await self._stage(file, leaf, result)
+            yield result
+            return
+        self._behind += size
+        self.store.arriving[own] += 1
+        try:
+            yield result
+            with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends
+                await trio.sleep(BEHIND_SECONDS)
+                await self._stage(file, leaf, result)
+        finally:
+            self._behind -= size
+            self.store.arriving[own] -= 1
+            if not self.store.arriving[own]:
+                del self.store.arriving[own]
+                if self.store.pins.anywhere and not self.store.holds(own):  # it could not be staged
+                    self.store.pins.remove(own)
 
     async def settle(self) -> None:
         await self._flights.settle()
@@ -267,7 +269,6 @@ class Reader:
     async def _stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> None:
         """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
         writes."""
-        self.misses += len(blocks)
         small: list[tuple[Cid, bytes]] = []
         for cid, fetched in blocks.items():
             size = len(fetched.block)
@@ -293,6 +294,7 @@ class Reader:
                 with trio.move_on_after(self._patience):
                     async with self._blocks.subtree(subtree, _Expected(self, batch, seen)) as stream:
                         async for blocks in stream:
+                            self.misses += len(blocks)
                             await self._stage_blocks(blocks)
                             for cid, fetched in blocks.items():
                                 batch.resolve(block_key(cid), result_of_block(cid, fetched))
@@ -307,7 +309,7 @@ class Reader:
         return [
             block_key(cid)
             for cid in wanted
-            if cids.inline(cid) is None
+            if cids.known(cid) is None
             and self.store.blocks.place(cid) is None
             and not self._is_staged_file(cid)
         ]
@@ -319,23 +321,27 @@ class Reader:
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
-    async def leaf(
-        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
-    ) -> Content:
-        if part is not None and self.store.staging.find(file.cid) is not None:
-            proved = await self.store.part(file, leaf, *part)
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
+        return (await self.part(file, leaf, 0, leaf.size, early=early)).content
+
+    async def part(
+        self, file: FileRef, leaf: Leaf, start: int, stop: int, *, early: bool = False
+    ) -> LeafPart:
+        is_staged = self.store.staging.find(file.cid) is not None
+        if is_staged:
+            proved = await self.store.part(file, leaf, start, stop)
             if proved is not None:
                 self.hits += 1
                 return proved
         block: bytes | None = None
-        if file.size <= MAX_PACKED or cids.inline(leaf.cid) is not None:
+        if file.size <= MAX_PACKED or cids.known(leaf.cid) is not None:
             block = await self.block(leaf.cid, early=early)
         elif cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
             self.hits += block is not None
         content: Content = b""
         if block is None:
-            fetch = partial(self._bring, partial(self._fetch_leaf, file, leaf), file.cid, early)
+            fetch = partial(self._bring, leaf.cid, (file, leaf), early)
             result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
             content = result.content
             if len(content) != leaf.size:
@@ -349,28 +355,15 @@ class Reader:
                 await self._stage(file, leaf, result)
         if block is not None:
             content = await content_of(leaf, block)
-        return content if part is None else memoryview(content)[part[0] : part[1]]
-
-    def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
-        return self.store.pieces(file, leaf) if self.store.staging.find(file.cid) is not None else None
-
-    async def _fetch_leaf(self, file: FileRef, leaf: Leaf) -> Unstaged:
-        """A leaf from its staging file, or fetched."""
-        if self.store.staging.find(file.cid) is not None:
-            staged = await self.store.leaf(file, leaf)
-            if staged is not None:
-                self.hits += 1
-                return FetchResult(staged, None, False), None
-        self.misses += 1
-        fetched = await self._blocks.get(leaf.cid)
-        result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        return result, None if fetched.source.in_place else partial(self._stage, file, leaf, result)
+        if stop - start < leaf.size:
+            content = memoryview(content)[start:stop]
+        return LeafPart(content, self.store.pieces(file, leaf) if is_staged else None)
 
     async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
         """Stages what arrived."""
         if result.source is None or result.source.in_place:
             return
-        if not result.stage:
+        if not result.stage or file.size <= MAX_PACKED:
             await self.store.blocks.keep_many([(leaf.cid, bytes(result.block))])
         elif len(result.content) == leaf.size:  # else its parent states a wrong size: it is not of this file
             await self.store.keep_leaves(file, [leaf], [result.content], result.source.name)
@@ -387,7 +380,7 @@ class Reader:
 
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be staged."""
-        if cids.inline(leaf.cid) is not None:
+        if cids.known(leaf.cid) is not None:
             return True
         in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(

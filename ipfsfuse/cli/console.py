@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
@@ -58,6 +59,16 @@ def text(content: str) -> None:
     print(content, end="")
 
 
+def write(name: str, content: str) -> None:
+    """Writes the file `name`, whole or not at all. Raises StoreFailed."""
+    from ipfsfuse.fileio.files import replace_text  # late: it loads our C
+
+    try:
+        replace_text(Path(name), content)
+    except OSError as exc:
+        raise StoreFailed(f"{name} can't be written: {exc.strerror}") from exc
+
+
 def note(text: str) -> None:
     """One line on standard error: a reason, a warning, progress."""
     print(printable(text), file=sys.stderr)
@@ -93,7 +104,7 @@ def one_line(exc: BaseException) -> str:
     elif isinstance(exc, OSError):
         said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else exc.strerror or str(exc)
         if exc.filename is None and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            said = f"standard output can't be written: {said}"  # what has a name is named where it is written
+            said = f"standard output can't be written: {said}"  # other files have a name
     else:
         said = (
             f"unexpected error, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"

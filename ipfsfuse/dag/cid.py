@@ -204,14 +204,27 @@ def canonical(cid: Cid) -> Cid:
     return Cid(b"\x01\x70" + cid) if cid[:2] == _V0_PREFIX else cid
 
 
-def inline(cid: Cid) -> bytes | None:
-    """The block that an identity CID carries in itself; None for every other CID. Raises Unsupported for one
-    of over 128 bytes."""
+EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
+
+
+def known(cid: Cid) -> bytes | None:
+    """The block that is known without a source: what an identity CID carries in itself, and the empty block.
+    None for every other CID. Raises Unsupported for an identity CID of over 128 bytes.
+
+    The empty block is the content of an empty file. No node sends it: Bitswap can't tell it from a missing
+    one."""
+    if cid == EMPTY:
+        return b""
     carried = multihash(cid)
     if carried[:1] != b"\0" or is_value(cid):
         return None
     multihashes.check_allowed(carried)
     return multihashes.split(carried)[1]
+
+
+def inline(cid: Cid) -> bytes | None:
+    """Like `known`, for identity CIDs alone: the empty block is a block of its own."""
+    return None if cid == EMPTY else known(cid)
 
 
 def value(block: Cid, number: int) -> Cid:
@@ -247,17 +260,6 @@ def value_place(cid: Cid) -> tuple[Cid, int]:
     if codec(block) not in (DAG_CBOR, DAG_JSON):
         raise Malformed(f"{text(cid)} does not name a value in a dag-cbor or dag-json block")
     return block, number
-
-
-EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
-
-
-def known(cid: Cid) -> bytes | None:
-    """The block that is known without a source: `inline`, or the empty block. None for every other CID.
-
-    The empty block is the content of an empty file. No node sends it: Bitswap can't tell it from a missing
-    one."""
-    return b"" if cid == EMPTY else inline(cid)
 
 
 def verify(cid: Cid, block: bytes | memoryview) -> None:

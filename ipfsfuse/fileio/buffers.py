@@ -36,22 +36,17 @@ def lend(size: int) -> memoryview:
     try:
         pages = _unused[kept].pop()
     except LookupError:  # none is left, or it is larger than those that are kept
-        _drop_others(kept)
+        left = sum(map(mul, _unused, map(len, _unused.values())))
+        for each in reversed(SIZES):  # of other sizes there may be too many, the largest go first
+            while left > KEPT_IN_ALL and each != kept and _unused[each]:
+                with contextlib.suppress(IndexError):  # another thread took the last one
+                    _unused[each].pop()
+                left -= each
         pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
     if kept:  # an mmap does not say when its last view ends, an array on it does
         weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
-
-
-def _drop_others(size: int) -> None:
-    """Drops unused buffers that are not of `size` bytes, the largest first, while there are too many."""
-    left = sum(map(mul, _unused, map(len, _unused.values())))
-    for each in reversed(SIZES):
-        while left > KEPT_IN_ALL and each != size and _unused[each]:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                _unused[each].pop()
-            left -= each
 
 
 def is_aligned(data: memoryview, to: int) -> bool:
@@ -79,16 +74,6 @@ def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
         end = max(end, start + 1)
         yield start, sizes[start:end]
         start, most = end, min(2 * most, MOST_TOGETHER)
-
-
-def fill(left: list[memoryview], piece: bytes) -> None:
-    """Copies `piece` into the buffers `left`, which must have room for it, and removes what is full."""
-    view = memoryview(piece)
-    while view:
-        part = view[: len(left[0])]
-        left[0][: len(part)] = part
-        view = view[len(part) :]
-        advance(left, len(part))
 
 
 def advance(left: list[memoryview], count: int) -> None:

@@ -258,8 +258,9 @@ class OpenFile:
                 self._asked.append(leaf.offset)
                 data = self._buffer.leaves.get(leaf.offset)
                 if data is None and not sequential:
-                    parts.append(await cache.leaf(self._ref, leaf, part=(first, last), early=True))
-                    if self._windows is not None and (pieces := cache.pieces(self._ref, leaf)) is not None:
+                    content, pieces = await cache.part(self._ref, leaf, first, last, early=True)
+                    parts.append(content)
+                    if self._windows is not None and pieces is not None:
                         folder, name, tags = pieces
                         self._windows.allow(folder, name, leaf.offset, leaf.size, tags)
                     continue

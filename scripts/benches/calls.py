@@ -81,8 +81,10 @@ class Recorder:
 def daemon(out: str, arguments: list[str]) -> int:
     """Runs `ipfsfuse ARGUMENTS` under the recorder. Each signal TOGGLE begins or ends a recording."""
     import ipfsfuse
+    from ipfsfuse.cache.store import recovery
     from ipfsfuse.cli.main import main as run
 
+    recovery.MEASURE_SECONDS = float("inf")  # the look at the disk's free space belongs to no READ
     recorder = Recorder(str(Path(ipfsfuse.__file__).parent) + os.sep, Path(out))
     signal.signal(TOGGLE, recorder.toggle)
     threading.setprofile(recorder)

@@ -60,6 +60,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
                 assert not staged(tmp_path, "staging")
             await wait_all_tasks_blocked(0.01)
             await cache.reader.leaf(file, leaves[0])
+            await wait_all_tasks_blocked()  # both waited for the same moment
             assert waited == [content[:MIB]]
             assert len(chain.asked) == 1
             assert cache.store.kept()[0].staged >= MIB

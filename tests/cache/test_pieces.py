@@ -42,20 +42,21 @@ def test_a_part_is_proved_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: b
             flip(staged(tmp_path, "staging")[0], 2 * PIECE + 5)
             chain.asked.clear()
             for start, stop in [(0, 1), (PIECE - 1, PIECE + 1), (3 * PIECE + 9, LEAF), (10, 20)]:
-                part = await cache.reader.leaf(file, leaves[0], part=(start, stop))
-                assert part == content[start:stop]
+                part = await cache.reader.part(file, leaves[0], start, stop)
+                assert part.content == content[start:stop]
             last = leaves[-1]
-            assert await cache.reader.leaf(file, last, part=(69_990, 70_000)) == content[-10:]
+            assert (await cache.reader.part(file, last, 69_990, 70_000)).content == content[-10:]
             assert not chain.asked, "the other pieces were not looked at"
             # the whole range with the wrong piece in it: fetched again in the same read
-            assert await cache.reader.leaf(file, leaves[0], part=(100, 3 * PIECE)) == content[100 : 3 * PIECE]
+            part = await cache.reader.part(file, leaves[0], 100, 3 * PIECE)
+            assert part.content == content[100 : 3 * PIECE]
             assert chain.asked == [leaves[0].cid]
             await cache.reader.leaf(file, leaves[0])
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             flip(staged(tmp_path, "staging")[0], LEAF + 2 * PIECE)
             chain.asked.clear()
-            part = await cache.reader.leaf(file, leaves[1], part=(0, 9))
-            assert part == content[LEAF : LEAF + 9]
+            part = await cache.reader.part(file, leaves[1], 0, 9)
+            assert part.content == content[LEAF : LEAF + 9]
             assert chain.asked == [leaves[1].cid], "the first read after a start proves the whole leaf"
 
     trio.run(main)
@@ -77,8 +78,10 @@ def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
                     flip(staged(tmp_path, "staging")[0], at)
                 for at, leaf in zip(where, leaves, strict=True):
                     start = max(0, at % LEAF - chance.randrange(4096))
-                    part = await cache.reader.leaf(file, leaf, part=(start, min(start + 4096, LEAF)))
-                    assert part == content[leaf.offset + start : leaf.offset + min(start + 4096, LEAF)]
+                    part = await cache.reader.part(file, leaf, start, min(start + 4096, LEAF))
+                    assert (
+                        part.content == content[leaf.offset + start : leaf.offset + min(start + 4096, LEAF)]
+                    )
                 await cache.reader.settle()  # so that the next bits are turned in bytes that are staged
             assert len(chain.asked) > FLIPS // 10, "the other bits lay where nothing was staged yet"
 
@@ -98,7 +101,7 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
             (whole,) = staged(tmp_path, "staging")
             for leaf in leaves:
                 flip(whole, leaf.offset)
-                await cache.reader.leaf(file, leaf, part=(0, 9))
+                await cache.reader.part(file, leaf, 0, 9)
             await cache.reader.settle()
             assert len(staged(tmp_path, "staging")) == 1
             await read_whole(cache, file, leaves)  # a leaf may have been too late for the file that went
@@ -119,8 +122,7 @@ def test_the_memory_for_tags_is_bounded(tmp_path: Path, monkeypatch: pytest.Monk
             known = [await cache.store.part(file, leaf, 0, 9) is not None for leaf in leaves]
             assert known == [False] * 5 + [True] * 3
             for leaf in leaves:
-                assert (
-                    await cache.reader.leaf(file, leaf, part=(0, 9)) == content[leaf.offset : leaf.offset + 9]
-                )
+                part = await cache.reader.part(file, leaf, 0, 9)
+                assert part.content == content[leaf.offset : leaf.offset + 9]
 
     trio.run(main)

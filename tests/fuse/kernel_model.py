@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import pyfuse3
 import trio
 
-from ipfsfuse.cache.base import Arrived, FileRef
+from ipfsfuse.cache.base import Arrived, FileRef, LeafPart
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.cid import Cid
@@ -358,17 +358,18 @@ class Memory:
             await trio.lowlevel.checkpoint()
         return self._blocks[cids.multihash(cid)]
 
-    async def leaf(
-        self, file: FileRef, leaf: Leaf, *, part: tuple[int, int] | None = None, early: bool = False
-    ) -> bytes:
+    async def part(
+        self, file: FileRef, leaf: Leaf, start: int, stop: int, *, early: bool = False
+    ) -> LeafPart:
+        return LeafPart((await self.leaf(file, leaf))[start:stop], None)
+
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> bytes:
         content = cids.inline(leaf.cid)
         if content is None:
             content = await self.block(leaf.cid)
         if cids.codec(leaf.cid) != cids.RAW:
             content = bytes(unixfs.decode(dagpb.decode(content).data or b"").data or b"")
-        return content if part is None else content[slice(*part)]
-
-    def pieces(self, file: FileRef, leaf: Leaf) -> None: ...
+        return content
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
         for leaf in leaves:

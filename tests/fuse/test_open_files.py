@@ -9,7 +9,7 @@ import pyfuse3
 import pytest
 import trio
 
-from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.base import FileRef, LeafPart
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
@@ -29,13 +29,10 @@ class Cache:
     def opened(self, file: FileRef) -> None:
         pass
 
-    def pieces(self, file: FileRef, leaf: object) -> None:
-        pass
-
-    async def leaf(
-        self, file: FileRef, leaf: object, *, part: tuple[int, int] | None = None, early: bool = False
-    ) -> bytes:
-        return CONTENT if part is None else CONTENT[slice(*part)]
+    async def part(
+        self, file: FileRef, leaf: object, start: int, stop: int, *, early: bool = False
+    ) -> LeafPart:
+        return LeafPart(CONTENT[start:stop], None)
 
 
 class SmallTree:

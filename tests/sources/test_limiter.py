@@ -253,7 +253,8 @@ def test_a_source_that_is_busy_is_sent_half_as_many_and_then_one_more_each_round
             assert not limiter.note_busy(trio.current_time()), "a single request was not one too many of ours"
             for limit in range(6, 12):
                 for _ in range(limit + 1):
-                    limiter.note_success()
+                    async with limiter.place() as place:
+                        place.answered = True
                 assert limiter.limit == limit + 1
             callers.crowd(100, ALICE, 1.0)
             await wait_all_tasks_blocked()
@@ -357,7 +358,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
                             if chance.random() < 0.3:
                                 limiter.note_busy(place.since, chance.randrange(4))
                             else:
-                                limiter.note_success()
+                                place.answered = True
                         finally:
                             inside.discard(place)
                         continue

@@ -103,9 +103,10 @@ class Extents:
         at = bisect_right(self.starts, start) - 1
         return at >= 0 and self.ends[at] >= end
 
-    def add(self, start: int, end: int) -> None:
+    def add(self, start: int, end: int) -> tuple[int, int]:
+        """Returns the interval of which [start, end) is a part now."""
         if start >= end:
-            return
+            return start, end
         low = bisect_left(self.ends, start)
         high = bisect_right(self.starts, end)
         if low < high:
@@ -113,6 +114,7 @@ class Extents:
             end = max(end, self.ends[high - 1])
         self.starts[low:high] = [start]
         self.ends[low:high] = [end]
+        return start, end
 
     def remove(self, start: int, end: int) -> None:
         if start >= end:
@@ -365,7 +367,7 @@ class Staging:
         with entry.lock:
             if entry.dead:
                 raise Removed
-            file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+            file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             with contextlib.suppress(OSError):  # what was shared until then is; the rest is written
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
@@ -412,7 +414,7 @@ class Staging:
             if entry.dead:
                 raise Removed
             try:
-                file = self._open(entry, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+                file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             except OSError as exc:
                 return 0, exc
             try:
@@ -434,7 +436,7 @@ class Staging:
         with entry.lock:
             if entry.gone() or entry.complete:
                 return 0
-            file = self._open(entry, os.O_RDWR)
+            file = self.folder.open(_name(entry), os.O_RDWR)
         try:
             os.fdatasync(file)
             with entry.lock:
@@ -456,7 +458,7 @@ class Staging:
         with entry.lock:
             entry.dead = True
             try:
-                file = self._open(entry, os.O_RDWR)
+                file = self.folder.open(_name(entry), os.O_RDWR)
             except FileNotFoundError:
                 return None
             keep = False
@@ -486,7 +488,7 @@ class Staging:
         with entry.lock:
             if entry.dead:
                 return 0
-            file = self._open(entry, os.O_RDWR)
+            file = self.folder.open(_name(entry), os.O_RDWR)
             try:
                 if self._is_ours_alone(entry, file):  # else what is fetched again is written over it
                     punch_hole(file, start, end - start)
@@ -523,13 +525,10 @@ class Staging:
 
     def _open_to_read(self, entry: Entry) -> int:
         try:
-            return self._open(entry, os.O_RDONLY)
+            return self.folder.open(_name(entry), os.O_RDONLY)
         except FileNotFoundError:  # under the lock: between its renaming and `complete` neither name is right
             with entry.lock:
-                return self._open(entry, os.O_RDONLY)
-
-    def _open(self, entry: Entry, flags: int) -> int:
-        return self.folder.open(_name(entry), flags)
+                return self.folder.open(_name(entry), os.O_RDONLY)
 
 
 def _name(entry: Entry) -> str:

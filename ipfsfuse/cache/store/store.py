@@ -10,20 +10,20 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Content, FileRef, Kept, NoPins, Pieces, Pins
+from ipfsfuse.cache.base import Content, FileRef, Kept, LeafPart, NoPins, Pieces, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
-from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
+from ipfsfuse.cache.store.records import PinRecord, PinRecords
 from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging, is_free
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -87,8 +87,8 @@ class Store:
         """What was pinned when the store was opened."""
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
-        self._arriving: Counter[Cid] = Counter()
-        """What its readers have, and what is still being staged."""
+        self.arriving: Counter[Cid] = Counter()
+        """What readers have already, and what is still being staged: it counts as here."""
         self.completed: Callable[[Entry], None] = lambda _entry: None
         """Called when a staging file got its final name."""
         self._lingering: dict[int, int] = {}
@@ -100,19 +100,12 @@ class Store:
 
     async def has_leaf(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be there: only its hash will tell."""
-        entry = await self._entry(file.cid)
-        return (
-            entry is not None
-            and entry.extents is not None
-            and entry.extents.covers(leaf.offset, leaf.offset + leaf.size)
-        )
+        return await self._entry_with(file, leaf.offset, leaf.offset + leaf.size) is not None
 
     async def leaf(self, file: FileRef, leaf: Leaf) -> bytes | None:
         """The leaf's content, hashed after it was read; None where it is not there or not right (then it is
         given up)."""
-        if not await self.has_leaf(file, leaf):
-            return None
-        entry = self.staging.find(file.cid)
+        entry = await self._entry_with(file, leaf.offset, leaf.offset + leaf.size)
         if entry is None:
             return None
         try:
@@ -126,14 +119,13 @@ class Store:
             self._tags.put(leaf.cid, tags, len(tags) + TAGS_OVERHEAD)
         return await self._looked_at(entry, leaf, data, right)
 
-    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> memoryview | None:
+    async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> LeafPart | None:
         """The bytes [start, stop) of the leaf, if they can be proved without the rest of it: it was verified
         before. None where that is not so, or they are not right."""
-        known = self._verified_before(file, leaf)
-        if known is None:
+        pieces, entry = self.pieces(file, leaf), self.staging.find(file.cid)
+        if pieces is None or entry is None:
             return None
-        entry, tags = known
-        data, arguments = None, (entry, leaf, start, stop, tags)
+        data, arguments = None, (entry, leaf, start, stop, pieces.tags)
         try:
             if stop - start <= LOOP_PIECES * PIECE:  # what is in the page cache costs less than a thread
                 data = self.staging.read_pieces(*arguments, os.RWF_NOWAIT)
@@ -143,31 +135,25 @@ class Store:
                 )
         except OSError:  # a read of the whole leaf reports it
             return None
-        if data is not None:
-            self.budget.arc.refresh(entry.cid)
-        return data
+        if data is None:
+            return None
+        self.budget.arc.refresh(entry.cid)
+        return LeafPart(data, pieces)
 
     def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
-        """See `cache.base.Cache.pieces`."""
-        known = self._verified_before(file, leaf)
-        return None if known is None else Pieces(*self.staging.place(known[0]), known[1])
-
-    def _verified_before(self, file: FileRef, leaf: Leaf) -> tuple[Entry, bytes] | None:
-        """The entry of a leaf that is staged and was verified, and the tags of its pieces."""
+        """How a leaf that is staged and was verified may be read without us; None for any other."""
         entry, tags = self.staging.find(file.cid), self._tags.get(leaf.cid)
         if tags is None or entry is None or entry.dead or entry.extents is None:
             return None
-        return (entry, tags) if entry.extents.covers(leaf.offset, leaf.offset + leaf.size) else None
+        if not entry.extents.covers(leaf.offset, leaf.offset + leaf.size):
+            return None
+        return Pieces(*self.staging.place(entry), tags)
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
         """Reads leaves that follow each other without a gap, at least one. Gives None for a leaf that is
         not staged or not right."""
-        entry = await self._entry(file.cid)
-        if (
-            entry is None
-            or entry.extents is None
-            or not entry.extents.covers(leaves[0].offset, leaves[-1].offset + leaves[-1].size)
-        ):
+        entry = await self._entry_with(file, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
+        if entry is None:
             return [None] * len(leaves)
         try:
             found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.io.reading)
@@ -186,10 +172,12 @@ class Store:
             await self._set_aside(entry, leaf)
         return None
 
-    async def _entry(self, cid: Cid) -> Entry | None:
-        """The live entry of `cid`, with its extents known."""
-        entry = self.staging.find(cid)
-        if entry is not None and entry.extents is None:
+    async def _entry_with(self, file: FileRef, start: int, end: int) -> Entry | None:
+        """The live entry of `file`, if [start, end) seems to be there."""
+        entry = self.staging.find(file.cid)
+        if entry is None:
+            return None
+        if entry.extents is None:
             try:
                 found = await threads.run_sync(self.staging.look, entry, limiter=self.io.reading)
             except OSError as exc:
@@ -197,7 +185,7 @@ class Store:
                 return None
             if entry.extents is None:
                 entry.extents, entry.proved = found, Extents()
-        return entry if entry is not None and not entry.dead else None
+        return entry if not entry.dead and entry.extents.covers(start, end) else None
 
     async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
         """A leaf that is not what its CID says: its space is given back."""
@@ -329,8 +317,8 @@ class Store:
     def _proved(self, entry: Entry, start: int, end: int) -> None:
         """The leaves in [start, end) were written or found right: the last one gives a file its name."""
         if not entry.complete and entry.proved is not None:
-            entry.proved.add(start, end)
-            if entry.proved.covers(0, entry.size) and not self.backoff.waiting:
+            whole = entry.proved.add(start, end) == (0, entry.size)
+            if whole and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
     def _settle(self, entry: Entry, reserved: int = 0) -> None:
@@ -349,7 +337,7 @@ class Store:
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
         try:
-            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.upkeep)
+            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.background)
         except OSError as exc:
             if not entry.dead:
                 self.backoff.failed(cids.text(entry.cid), exc)
@@ -370,7 +358,7 @@ class Store:
 
     async def _note_use(self, entry: Entry) -> None:
         try:
-            await threads.run_sync(self.staging.note_use, entry, limiter=self.io.upkeep)
+            await threads.run_sync(self.staging.note_use, entry, limiter=self.io.background)
         except OSError:  # read-only, or gone: then its order after a restart is a little off
             pass
 
@@ -433,7 +421,7 @@ class Store:
                 entry.dead = True
                 self.staging.forget(entry)
                 self.budget.let_go(key)
-                still_read = await threads.run_sync(self.staging.remove, entry, limiter=self.io.upkeep)
+                still_read = await threads.run_sync(self.staging.remove, entry, limiter=self.io.background)
                 if still_read is not None:
                     self._lingering[still_read] = size
                     self.budget.stuck(size)
@@ -481,23 +469,8 @@ class Store:
     def holds(self, cid: Cid) -> bool:
         """Whether `cid` itself is staged, or is being staged, at least in part."""
         own = cids.canonical(cid)
-        here = own in self._arriving or self.staging.find(own) is not None
+        here = own in self.arriving or self.staging.find(own) is not None
         return here or self.blocks.place(cid) is not None
-
-    @contextlib.contextmanager
-    def arriving(self, cid: Cid) -> Iterator[None]:
-        """While `cid`, which its reader has already, is being staged: it counts as here. If it could not be
-        staged, its pin is released."""
-        own = cids.canonical(cid)
-        self._arriving[own] += 1
-        try:
-            yield
-        finally:
-            self._arriving[own] -= 1
-            if not self._arriving[own]:
-                del self._arriving[own]
-                if self.pins.anywhere and not self.holds(cid):
-                    self.pins.remove(own)
 
     def rest_on_disk(self) -> int:
         """Bytes on disk of all that lies in the folder besides staging files and packs, the folders

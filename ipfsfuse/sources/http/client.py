@@ -7,6 +7,7 @@ cancelled closes its connection.
 """
 
 import functools
+import io
 import logging
 import math
 import re
@@ -127,7 +128,7 @@ class _HttpcoreBody:
             piece = await self.receive(sum(map(len, left)))
             if not piece:
                 raise SourceFailed("the body was cut short", SHORT)
-            buffers.fill(left, piece)
+            buffers.advance(left, sum(map(io.BytesIO(piece).readinto, left)))
         return filled
 
 
@@ -259,9 +260,9 @@ class OwnTransport(httpx.AsyncBaseTransport):
         extensions = {"body": connection, "release": partial(self._release, connection)}
         return httpx.Response(connection.status, extensions=extensions)
 
-    async def _release(self, connection: Connection, _whole: bool) -> None:
+    async def _release(self, connection: Connection, whole: bool) -> None:
         kept, most = self.kept, self._settings.idle_connections
-        if kept is not None and len(kept) < most and connection.is_reusable():
+        if whole and connection.keep_alive and kept is not None and len(kept) < most:
             connection.idle_since = trio.current_time()
             kept.append(connection)
         else:

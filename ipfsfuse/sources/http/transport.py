@@ -8,11 +8,12 @@ Concurrency: one task uses a connection; after a failed or cancelled request it 
 """
 
 import contextlib
-import os
+import io
+import math
 import socket
 import struct
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar, TypeVarTuple
 
 import trio
 from httptools import HttpParserError, HttpResponseParser
@@ -20,6 +21,9 @@ from httptools import HttpParserError, HttpResponseParser
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.fileio import buffers, threads
 from ipfsfuse.sources.http.failures import SHORT, one_line
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 PIECE: Final = 64 * 1024
 FAST: Final = 32 * 1024
@@ -39,10 +43,11 @@ class Connection:
     """An open connection, and the response that it received last. The parser calls the methods `on_...`."""
 
     def __init__(self, stream: trio.SocketStream, idle: float, threads: trio.CapacityLimiter) -> None:
-        """`idle`: seconds to wait for the next byte."""
-        self._stream, self._idle, self._threads = stream, idle, threads
-        self._raw = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for calls that trio does not have
-        self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, THREAD_WAIT)
+        """`idle`: seconds to wait for the next byte, or until more can be sent."""
+        self._socket = socket.socket(fileno=stream.socket.detach())  # for calls that trio does not have
+        self._socket.setblocking(True)  # for threads; on the event loop each call has MSG_DONTWAIT
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, THREAD_WAIT)
+        self._idle, self._threads = idle, threads
         self.idle_since = 0.0
         self._fast = False
         """Whether the last bytes came faster than they were asked for."""
@@ -54,46 +59,47 @@ class Connection:
         """0 until the head has come."""
         self.headers: dict[str, str] = {}
         """Those of WANTED, by names in lower case, and trailers."""
+        self.keep_alive = False
+        """Whether the server takes another request once this response was read to its end."""
         self._pieces: list[bytes] = []
         """Of the body, parsed and not read yet."""
         self._left: int | None = None
         """Bytes of a body of known length that are still in the socket."""
         self._framing = 0
-        self._complete = self._surplus = self._keep = False
-        with contextlib.suppress(BlockingIOError):  # nearly always it goes whole, 10 us cheaper than by trio
-            data = data[self._raw.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
-        if data:
-            with trio.fail_after(self._idle):
-                await self._stream.send_all(data)
+        self._complete = False
+        while data:  # nearly always it goes whole
+            try:
+                data = data[self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                with trio.fail_after(self._idle):
+                    await trio.lowlevel.wait_writable(self._socket)
         while not self.status:
-            await self._readable(end)
-            with contextlib.suppress(BlockingIOError):  # woken for nothing
-                piece = self._raw.recv(PIECE, socket.MSG_DONTWAIT)
-                if not piece:
-                    raise EOFError
-                self._feed(piece)
+            piece = await self._when_readable(end, self._socket.recv, PIECE, socket.MSG_DONTWAIT)
+            if not piece:
+                raise EOFError
+            self._feed(piece)
         if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
             raise HttpParserError(f"transfer-encoding {self.headers['transfer-encoding'][:80]!r}")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if self._complete:  # it belongs to another message
-            self._surplus = True
+            self.keep_alive = False
         elif name in WANTED:
             self.headers[name.decode()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if self._complete:
-            self._surplus = True
+            self.keep_alive = False
         elif status >= 200:  # else 100 Continue or its like: more is to come
-            self.status, self._keep = status, self._parser.should_keep_alive()
+            self.status, self.keep_alive = status, self._parser.should_keep_alive()
             length = self.headers.get("content-length")
             if length is not None and "transfer-encoding" not in self.headers and status not in (204, 304):
                 self._left = int(length)
 
     def on_body(self, piece: bytes) -> None:
-        if not self._surplus:
+        if not self._complete:
             self._framing = 0
             self._pieces.append(piece)
             if self._left is not None:
@@ -111,18 +117,15 @@ class Connection:
         except HttpParserError:
             if not self._complete:
                 raise
-            self._surplus = True
+            self.keep_alive = False
         if self._framing > MAX_FRAMING:
             raise HttpParserError("a head, or the framing of a body, without end")
 
     async def receive(self, most: int) -> bytes:
         """The next piece of the body, of at most `most` bytes; b"" at its end."""
         while not self._pieces and not self._complete:
-            await self._readable()
-            try:
-                piece = self._raw.recv(min(self._left or PIECE, most, PIECE), socket.MSG_DONTWAIT)
-            except BlockingIOError:  # woken for nothing
-                continue
+            size = min(self._left or PIECE, most, PIECE)
+            piece = await self._when_readable(math.inf, self._socket.recv, size, socket.MSG_DONTWAIT)
             if self._left is not None and piece:
                 self._left -= len(piece)
                 self._complete = not self._left
@@ -143,59 +146,51 @@ class Connection:
         """The next bytes of a body of known length, in a buffer for each of `sizes`. What is in the socket is
         copied once."""
         filled = list(map(buffers.lend, sizes))
-        left, size = [*filled], sum(sizes)
-        piece = b"".join(self._pieces)
-        self._pieces = [piece[size:]] if len(piece) > size else []
-        buffers.fill(left, piece[:size])
+        left = [*filled]
+        parsed = io.BytesIO(b"".join(self._pieces))
+        buffers.advance(left, sum(map(parsed.readinto, left)))
+        rest = parsed.read()
+        self._pieces = [rest] if rest else []
         while left:
             wanted = sum(map(len, left))
+            receive = self._socket.recvmsg_into
             if self._fast and wanted > PIECE:
-                count = await threads.run_sync(self._receive_blocking, left, limiter=self._threads)
+                try:
+                    count = (
+                        await threads.run_sync(receive, left, 0, socket.MSG_WAITALL, limiter=self._threads)
+                    )[0]
+                except BlockingIOError:  # nothing came
+                    self._fast = False
+                    continue
                 self._fast = count == wanted
             else:
-                await self._readable()
-                try:
-                    count = self._raw.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0]
-                except BlockingIOError:  # woken for nothing
-                    continue
-                if not count:
-                    raise SourceFailed("the body was cut short", SHORT)
+                count = (await self._when_readable(math.inf, receive, left, 0, socket.MSG_DONTWAIT))[0]
                 self._fast = count >= FAST
+            if not count:
+                raise SourceFailed("the body was cut short", SHORT)
             self._left = (self._left or 0) - count
             self._complete = not self._left
             buffers.advance(left, count)
         return filled
 
-    async def _readable(self, end: float = float("inf")) -> None:
-        """Waits for bytes; trio's own call to receive would first look whether there are any, in vain."""
-        with trio.CancelScope(deadline=min(trio.current_time() + self._idle, end)) as scope:
-            await trio.lowlevel.wait_readable(self._stream.socket)
-        if scope.cancelled_caught:  # as `trio.fail_at` does, at half its cost
-            raise trio.TooSlowError
-
-    def _receive_blocking(self, left: list[memoryview]) -> int:
-        """Fills `left` by one system call, as far as bytes come within THREAD_WAIT; in a thread."""
-        os.set_blocking(self._raw.fileno(), True)
-        try:
-            return self._raw.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
-        except BlockingIOError:
-            return 0
-        finally:
-            os.set_blocking(self._raw.fileno(), False)
+    async def _when_readable(self, end: float, receive: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Calls `receive` once there are bytes, or the server has closed, by the time `end`."""
+        while True:
+            with trio.CancelScope(deadline=min(trio.current_time() + self._idle, end)) as scope:
+                await trio.lowlevel.wait_readable(self._socket)
+            if scope.cancelled_caught:  # as `trio.fail_at` does, at half its cost
+                raise trio.TooSlowError
+            with contextlib.suppress(BlockingIOError):  # woken for nothing
+                return receive(*arguments)
 
     def is_fresh(self) -> bool:
         """Whether an idle connection is usable: the server neither closed it nor sent anything."""
         try:
-            self._raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as exc:
             return isinstance(exc, BlockingIOError)
         return False
 
-    def is_reusable(self) -> bool:
-        """Whether the response was read to its end, and the server takes another request."""
-        return self._keep and self._complete and not self._surplus and not self._pieces
-
     def close(self) -> None:
-        self._raw.close()
-        self._stream.socket.close()
+        self._socket.close()
         self._parser = HttpResponseParser(None)  # it held this connection, which held it

@@ -66,6 +66,8 @@ class Place:
     """Whether its place went to another."""
     early: bool = False
     """Whether it was displaced while an answer could still have come."""
+    answered: bool = False
+    """Whether the source has answered: who asks says so."""
 
     def is_started(self) -> bool:
         return self.since > -math.inf
@@ -149,12 +151,10 @@ class ConcurrencyLimiter:
                 yield place
         finally:
             self._remove(place)
+            if place.answered and self._limit < self._most:
+                self._limit = min(self._limit + 1 / self._limit, float(self._most))
             if self._queues:
                 self._dispatch()
-
-    def note_success(self) -> None:
-        if self._limit < self._most:
-            self._limit = min(self._limit + 1 / self._limit, float(self._most))
 
     def note_busy(self, asked: float, besides: int = 0) -> bool:
         """A request that began at `asked` was refused, as too many run there. True if that may be for ours,

@@ -137,7 +137,8 @@ class ManagedSource:
                     self.note(answer, began)
                 elif isinstance(answer, bytes | NotHere):
                     self._answered = began + seconds
-                    self.limiter.note_success()
+                    if place is not None:
+                        place.answered = True
                     if isinstance(answer, bytes):
                         self.health.record_success(seconds, len(answer))
                     else:

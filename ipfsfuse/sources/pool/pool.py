@@ -176,17 +176,30 @@ class SourcePool:
             await managed.aclose()
 
     async def get(self, cid: Cid) -> Fetched:
-        multihashes.check_allowed(cids.multihash(cid))
-        inline = cids.known(cid)
-        if inline is not None:
-            return Fetched(inline, INLINE)
         key = cids.multihash(cid)
+        multihashes.check_allowed(key)
+        known = cids.known(cid)
+        if known is not None:
+            return Fetched(known, INLINE)
         fetch = self._under_way[key] = HedgedFetch(self, cid)
         try:
-            return await fetch.run()
+            for managed in self.in_place:
+                fetch.said[managed.source.name] = f"{managed.source.name} has not answered"
+                answer = await managed.ask(cid)
+                if isinstance(answer, bytes):
+                    return Fetched(answer, managed.source)
+                fetch.note(managed, answer)
+            with fetch.scope:
+                if len(self._network) == 1:
+                    await fetch.poll_source(self._network[0], trio.Event(), hedge=False)
+                elif self._network:
+                    await fetch.race(self.network())
         finally:
             if self._under_way.get(key) is fetch:
                 del self._under_way[key]
+        if fetch.found is not None:
+            return fetch.found
+        raise fetch.failure or Unavailable(self._why_not(cid, fetch.said))
 
     async def get_in_place(self, cid: Cid) -> bytes | None:
         """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
@@ -199,7 +212,7 @@ class SourcePool:
             fetch.note(managed, answer)
         return None
 
-    def why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
+    def _why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
         """The line for a block that no source gave; `said` is what each of them said last."""
         if not self._network and not self.offline:
             here = ", ".join(each.source.name for each in self.in_place) or "nothing"
@@ -232,14 +245,10 @@ class SourcePool:
 
     def network(self) -> Sequence[ManagedSource]:
         """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
-        if len(self._network) < 2:
-            return self._network
         self._note_sleep()
         now = trio.current_time()
-        usable = [
-            managed for managed in self._network if not managed.health.is_quarantined(now)
-        ] or self._network
-        return usable if len(usable) < 2 else sorted(usable, key=lambda managed: managed.health.wait(now) > 0)
+        usable = [managed for managed in self._network if not managed.health.is_quarantined(now)]
+        return sorted(usable or self._network, key=lambda managed: managed.health.wait(now) > 0)
 
     def wait(self, managed: ManagedSource) -> float:
         now = trio.current_time()
@@ -297,55 +306,31 @@ class SourcePool:
 
 @dataclass(slots=True, eq=False)
 class HedgedFetch:
-    """One block, from whichever source gives it first."""
+    """One block, asked of the network sources, and what all sources said of it."""
 
     _pool: SourcePool
     _cid: Cid
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Around what is asked of the network."""
+    found: Fetched | None = None
     said: dict[str, str] = field(default_factory=dict)
     """What each source that was asked has said last, by its name."""
-    _wrong: WrongBlock | None = None
-    _quota: QuotaReached | None = None
-    _too_large: BlockTooLarge | None = None
+    failure: QuotaReached | BlockTooLarge | WrongBlock | None = None
+    """What is raised if no source gives it: the most telling of what they said."""
+    _no_more_tries: trio.Event = field(default_factory=trio.Event)
     """Set once a source says that the block is too large. That may be a lie, so each other source is asked
     once, and has `patience` seconds to answer."""
-    _no_more_tries: trio.Event = field(default_factory=trio.Event)
-    _network_scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    _found: Fetched | None = None
 
-    async def run(self) -> Fetched:
-        """The block. Raises WrongBlock, BlockTooLarge or Unavailable once no source may give it any more,
-        QuotaReached where none may be asked."""
-        for managed in self._pool.in_place:
-            self.said[managed.source.name] = f"{managed.source.name} has not answered"
-            answer = await managed.ask(self._cid)
-            if isinstance(answer, bytes):
-                return Fetched(answer, managed.source)
-            self.note(managed, answer)
-        network = self._pool.network()
-        with self._network_scope:
-            if len(network) == 1:
-                await self._poll_source(network[0], trio.Event(), hedge=False)
-            elif network:
-                await self._race(network)
-        if self._found is not None:
-            return self._found
-        raise (
-            self._quota
-            or self._too_large
-            or self._wrong
-            or Unavailable(self._pool.why_not(self._cid, self.said))
-        )
-
-    async def _race(self, network: Sequence[ManagedSource]) -> None:
+    async def race(self, network: Sequence[ManagedSource]) -> None:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
         it."""
         self._pool.hedges.request()
         async with trio.open_nursery() as nursery:
 
             async def poll(managed: ManagedSource, failed: trio.Event, hedge: bool) -> None:
-                await self._poll_source(managed, failed, hedge=hedge)
+                await self.poll_source(managed, failed, hedge=hedge)
                 failed.set()
-                if self._found is not None:
+                if self.found is not None:
                     nursery.cancel_scope.cancel()
 
             hedge = False
@@ -367,12 +352,12 @@ class HedgedFetch:
                 return False
         return True
 
-    async def _poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
+    async def poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
         """Asks one source until it gives the block, or can't for good. Sets `failed` when others should be
         asked."""
         pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
         retried = False
-        while self._found is None:
+        while self.found is None:
             wait = self._pool.wait(managed)
             if wait == 0:
                 self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
@@ -383,7 +368,7 @@ class HedgedFetch:
                     self._note_cancelled(managed, asked)
                     raise
                 if isinstance(answer, bytes):
-                    self._found = Fetched(answer, managed.source)
+                    self.found = Fetched(answer, managed.source)
                     return
                 self.note(managed, answer)
                 if isinstance(answer, WrongBlock | BlockTooLarge) or (
@@ -393,7 +378,7 @@ class HedgedFetch:
                 wait = min(pause, longest) * self._pool.chance.uniform(0.5, 1.0)
                 pause *= 2
                 hedge, retried = False, True
-            if self._too_large is not None:
+            if self._no_more_tries.is_set():
                 return
             failed.set()
             with trio.move_on_after(min(wait, longest)):  # a pause may end sooner than it was said to
@@ -402,27 +387,27 @@ class HedgedFetch:
 
     def _note_cancelled(self, managed: ManagedSource, asked: float) -> None:
         """`managed`, which was asked at the time `asked`, has not answered."""
-        if self._found is not None and trio.current_time() - asked >= self._pool.patience:
+        if self.found is not None and trio.current_time() - asked >= self._pool.patience:
             managed.overtaken(asked)
 
     def note(self, managed: ManagedSource, failure: Failure) -> None:
         """What `managed` said instead of giving the block, and what follows for the others."""
         name = managed.source.name
         if isinstance(failure, BlockTooLarge):
-            self._too_large = failure
+            self.failure = failure
             self._no_more_tries.set()
-            self._network_scope.deadline = trio.current_time() + self._pool.patience
+            self.scope.deadline = trio.current_time() + self._pool.patience
             self._pool.too_large(self._cid, failure)
         elif isinstance(failure, WrongBlock):
-            self._wrong = failure
+            self.failure = self.failure or failure
             self.said[name] = f"{name} sent wrong bytes"
             self._pool.wrong(managed, self._cid)
         else:
             log.debug("%s", failure)
             self.said[name] = str(failure)
             if isinstance(failure, QuotaReached):
-                self._quota = failure
-                self._network_scope.cancel()
+                self.failure = failure
+                self.scope.cancel()
 
 
 # -- many blocks in one answer -------------------------------------------------------------------------------
