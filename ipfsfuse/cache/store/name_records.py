@@ -30,7 +30,7 @@ class NameRecords:
 
     def get(self, name: str) -> bytes | None:
         with contextlib.suppress(OSError, StoreFailed):
-            fd = self._folder.fd()
+            fd = self._folder.fd
             data = read_file(fd, name)
             with contextlib.suppress(OSError):
                 os.utime(name, dir_fd=fd, follow_symlinks=False)
@@ -40,7 +40,7 @@ class NameRecords:
     def put(self, name: str, data: bytes) -> None:
         """Keeps `data`; on the disk when this returns. Raises StoreFailed."""
         with as_store_failed(f"the record of {name} can't be kept"):
-            write_file(self._folder.fd(), name, data)
+            write_file(self._folder.fd, name, data)
             self._make_room()
 
     def names(self) -> list[str]:

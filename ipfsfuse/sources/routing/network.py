@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import trio
@@ -29,7 +28,7 @@ from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
 from ipfsfuse.sources.pool.health import Statistics
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.routing.router import Router, provider_origin
-from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, all_of, streaming
+from ipfsfuse.sources.streams import Blocks, Delivery, Send, all_of
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +77,10 @@ class _Provider:
         self.blocks = 0
 
 
-class Network:
+class Network(Source):
     """`allow_private`: providers at loopback and private addresses are asked too."""
 
     name = "network"
-    in_place = False
     local = False
 
     def __init__(
@@ -148,10 +146,7 @@ class Network:
             return fetched.block
         return None
 
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(self._send_leaves, wanted))
-
-    async def _send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         if not self._providers:
             await self._look_up(wanted.file)
         try:
@@ -162,10 +157,7 @@ class Network:
         finally:
             self._remove_liars()
 
-    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
-        return streaming(partial(self._send_subtree, subtree), turns=True)
-
-    async def _send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
+    async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
         if not self._providers:
             await self._look_up(subtree.root)
         try:
@@ -176,9 +168,6 @@ class Network:
                     await send.send([(cid, fetched.block) for cid, fetched in blocks.items()])
         finally:
             self._remove_liars()
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
 
     async def aclose(self) -> None:
         await self._pool.aclose()
