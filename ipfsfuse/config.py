@@ -1,12 +1,16 @@
-"""What a mount is asked to be: parsed once by the command line into frozen values, then never checked
-again."""
+"""What a mount is asked to be, and where its folders lie by default. The command line parses it once into
+frozen values, which are not checked again. Imports nothing that takes long."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from ipfsfuse.dag.cid import Cid
 
 GIB = 1 << 30
 
@@ -35,7 +39,7 @@ class MountConfig:
     2 GiB."""
     deadline: float = 30.0
     """Seconds from its begin in which each call is answered."""
-    allow: frozenset[Cid] | None = None
+    allow: "frozenset[Cid] | None" = None
     """Canonical CIDs that may be named in the root; None for all."""
     record: Path | None = None
     """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the
@@ -89,3 +93,39 @@ class ContentConfig:
     routers: Sequence[str] = ()
     header_files: Sequence[tuple[str, Path]] = ()
     allow_private_providers: bool = False
+
+
+# -- where folders lie unless it is said ---------------------------------------------------------------------
+
+
+def cache_dir(given: str | None) -> Path:
+    """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
+    return absolute(
+        given or os.environ.get("IPFSFUSE_CACHE_DIR") or xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
+    )
+
+
+def library(given: str | None) -> Path:
+    """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
+    return absolute(
+        given
+        or os.environ.get("IPFSFUSE_LIBRARY")
+        or xdg("XDG_DATA_HOME", ".local/share") / "ipfsfuse" / "library"
+    )
+
+
+def xdg(variable: str, fallback: str) -> Path:
+    """A base folder of the XDG specification, which says that a relative path is to be ignored. `fallback`
+    lies in the home folder."""
+    folder = os.environ.get(variable, "")
+    if os.path.isabs(folder):
+        return Path(folder)
+    try:
+        return Path.home() / fallback
+    except RuntimeError as exc:
+        raise UsageError(f"there is no home folder to put things in: set HOME or {variable}") from exc
+
+
+def absolute(path: str | Path) -> Path:
+    """Symlinks resolved."""
+    return Path(os.path.realpath(path))

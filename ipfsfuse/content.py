@@ -1,5 +1,5 @@
-"""A cache folder and sources opened together: what `serve` and the Python interface read from, without a
-mount.
+"""A cache folder and sources opened together, without a mount: what `serve` and the Python interface read
+from. Whole blocks and names, which a mount gives by its control socket too.
 
 Concurrency: everything runs in one trio loop.
 """
@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ipfsfuse.cache.base import Content as FileContent
+from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store.folder import CacheFolder
-from ipfsfuse.cache.store.name_records import NameRecords
+from ipfsfuse.cache.store.records import NameRecords
 from ipfsfuse.config import ContentConfig, MountConfig
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag import path as paths
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import File, Leaf, Node
 from ipfsfuse.dag.path import IpfsPath
-from ipfsfuse.errors import NotHere
+from ipfsfuse.errors import IpfsFuseError, Malformed, NotHere, Unsupported
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.http.gateway import Gateway
@@ -85,9 +92,8 @@ class Names:
     async def resolver(self) -> "Resolver":
         """Raises StoreFailed, UsageError."""
         if self._resolver is None:
-            from ipfsfuse.sources.names.dnslink import open_dns
-            from ipfsfuse.sources.names.resolver import Resolver
-            from ipfsfuse.sources.routing.router import open_routers
+            from ipfsfuse.sources.names.resolver import Resolver, open_dns
+            from ipfsfuse.sources.routing import open_routers
 
             config = self._config
             dns = None if config.offline else open_dns(config.dns, self._http)
@@ -115,9 +121,9 @@ class Names:
         found = (await (await self.resolver()).resolve_text(named[0])).path
         return IpfsPath(found.root, found.names + named[1])
 
-    def known(self) -> Sequence[str]:
+    def resolved_names(self) -> Sequence[str]:
         """The names that were resolved of late."""
-        return self._resolver.known() if self._resolver is not None else ()
+        return self._resolver.resolved_names() if self._resolver is not None else ()
 
     async def record(self, name: "KeyName", *, fetch: bool) -> bytes:
         """The newest record of `name`; without `fetch` the newest that was seen, unverified. Raises NotHere,
@@ -128,3 +134,76 @@ class Names:
         if data is None:
             raise NotHere(f"no record of {name} is here")
         return data
+
+
+# -- whole blocks --------------------------------------------------------------------------------------------
+
+REMEMBERED = 100_000
+"""Children of file nodes whose place is remembered, some 30 MB: 100 GB of a file in leaves of 1 MiB."""
+
+
+class WholeBlocks:
+    """Whole blocks, for receipts, `ipfsfuse export` and `ipfsfuse serve`: those too of which only the content
+    is kept.
+
+    A staging file holds a file's content, and no list of its leaves. But a caller that asks for a leaf has
+    asked for its parents before, and these say where their children lie."""
+
+    def __init__(self, cache: Reader, pool: SourcePool) -> None:
+        self._cache, self._pool = cache, pool
+        self._places: dict[Cid, tuple[FileRef, Leaf]] = {}
+
+    async def get(self, cid: Cid, *, fetch: bool = True) -> bytes:
+        """The verified block of `cid`. Without `fetch` it must be staged, or in a source in place: raises
+        NotHere. With it raises what `Cache.block` raises."""
+        known = self._places.get(cids.canonical(cid))
+        block = None if known is None else await self._staged(*known, fetch)
+        if block is None:
+            block = await (self._cache.block(cid) if fetch else self._here(cid))
+        if cids.codec(cid) == cids.DAG_PB:
+            node = await threads.run_sync(_parsed, cid, block)
+            if isinstance(node, File):
+                self._note(node)
+        return block
+
+    async def _here(self, cid: Cid) -> bytes:
+        """Raises NotHere."""
+        block = await self._cache.staged_block(cid)
+        if block is None:
+            block = await self._pool.get_in_place(cid)
+        if block is None:
+            raise NotHere(f"{cids.brief(cid)} is not here")
+        return block
+
+    async def _staged(self, file: FileRef, leaf: Leaf, fetch: bool) -> bytes | None:
+        """The block of a leaf, by its content; None where it is not a leaf, or one of a form that can't be
+        made again."""
+        content: FileContent | None
+        try:
+            content = await (self._cache.leaf(file, leaf) if fetch else self._cache.store.leaf(file, leaf))
+        except IpfsFuseError:
+            return None
+        if content is None:
+            return None
+        return await threads.run_sync(file_layout.leaf_block, leaf.cid, content)
+
+    def _note(self, node: File) -> None:
+        """Remembers where its children lie."""
+        own = cids.canonical(node.cid)
+        file, at = self._places.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
+        if at.size != node.size:  # its parent claims another size: its children may lie beyond the file's end
+            file, at = FileRef(own, node.size), Leaf(own, 0, node.size)
+        for child in node.children:
+            self._places.setdefault(
+                cids.canonical(child.cid), (file, Leaf(child.cid, at.offset + child.offset, child.size))
+            )
+        while len(self._places) > REMEMBERED:
+            del self._places[next(iter(self._places))]
+
+
+def _parsed(cid: Cid, block: bytes) -> Node | None:
+    """What `block` is; None where it is not UnixFS, which then has no leaves."""
+    try:
+        return nodes.parse(cid, block)
+    except (Malformed, Unsupported):
+        return None

@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -32,7 +33,6 @@ from ipfsfuse.confinement import Access
 from ipfsfuse.content import Names
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
-from ipfsfuse.control.notify import Notifier
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.errors import MountFailed, NotFound, StoreFailed
 from ipfsfuse.fileio import threads
@@ -56,7 +56,7 @@ log = logging.getLogger("ipfsfuse.mount")
 READ_AHEAD_KIB = 4096
 """What root lets the kernel read ahead: 2.2 to 2.7 GB/s instead of 0.3 to 0.7 with its 128."""
 HOLD_SECONDS = 30
-"""How long a mount that lives while it is held waits for the first to hold it."""
+"""How long a mount with --while-held waits for its first holder."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Of mallopt(3)."""
@@ -67,9 +67,10 @@ LONG_PASS = 0.01
 THRESHOLDS = 700, 10, 4
 """As gc.set_threshold: a full pass comes after 28,000 new objects, not after 70,000."""
 LEAF, TOUCHED = 1 << 20, 3
-"""Bytes of a leaf, and how many times as much the first takes on its way: its pieces, and their sum."""
+"""Bytes of a leaf, and how many times as much memory a read of it takes: the received pieces, and the
+whole."""
 END_SECONDS = 0.5
-"""How long those who use an unmounted mount may go on before they are cut off."""
+"""How long programs may go on to use an unmounted mount before they are cut off."""
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """Signals that unmount."""
 
@@ -149,18 +150,18 @@ SYSTEM_FOLDERS = (
     "/run/current-system", "/run/opengl-driver",
     "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",
 )  # fmt: skip
-"""Where programs, certificates, name servers and what the kernel tells are found. Those of /etc may be links
-to somewhere else, as openSUSE has it. Of /run only what tells where name servers are: it also holds secrets
-of containers and of users."""
+"""Where programs, certificates, the addresses of name servers and the kernel's files lie. Paths in /etc may
+be links to another folder, as on openSUSE. Of /run only the folders with addresses of name servers are
+listed: it also holds secrets of containers and of users."""
 
 
 def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:
     """Gives up new privileges, capabilities, and by landlock all files but those that this mount needs.
-    Whoever takes the daemon over by what a source sends then reads no keys in a home folder, and writes
-    nothing but the cache.
+    An attacker who takes over the daemon by what a source sends can then read no keys in a home folder, and
+    write nothing but the cache.
 
-    It holds for the threads that begin later. Until `ready`, one more watches whether the starter has gone.
-    Gives what confines it."""
+    It binds the threads that begin later. The thread that watches the starter until `ready` is older, and is
+    not bound. Returns what confines the daemon."""
     places = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
     if LIBRARY in config.sources:
         with suppress(StoreFailed):  # whoever opens the source says so
@@ -203,9 +204,9 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
 
 
 def _kept_capabilities(config: MountConfig, written: Sequence[Path]) -> dict[str, int]:
-    """What a daemon that stays root needs when its helpers wait to mount and unmount: to read what others may
-    have made, such as a node's repository; to write where a folder, and to connect where a socket, is
-    another's; and to give the kernel files to read by itself (--passthrough)."""
+    """What a daemon that stays root still needs; its helpers mount and unmount. It reads what other users
+    made, such as a node's repository. It may write into a folder, and connect to a socket, of another user.
+    With --passthrough it gives the kernel files to read by itself."""
     kept = {"dac_read_search": confinement.CAP_DAC_READ_SEARCH}
     if not all(map(_is_roots, [*written, *source_sockets(config.sources)])):
         kept["dac_override"] = confinement.CAP_DAC_OVERRIDE
@@ -286,8 +287,8 @@ def short_collections() -> Iterator[None]:
 
 
 def _touch_memory() -> None:
-    """Has the kernel clear now, and not while the first reader waits, what its leaf needs: 1 ms, a page at a
-    time."""
+    """Has the kernel clear the memory for the first leaf now, and not while its reader waits: 1 ms, a page at
+    a time."""
     _ = [b"\1" * LEAF for _ in range(TOUCHED)]
 
 
@@ -382,7 +383,7 @@ async def _names_mounted(
         return os.fsencode(config.mountpoint) + bytes(found.path).removeprefix(b"/ipfs"), found.until
 
     def listed() -> Sequence[bytes]:
-        return [name.encode() for name in names.known()]
+        return [name.encode() for name in names.resolved_names()]
 
     async with name_links.mounted(helper, target, listed, config.deadline, ended):
         log.info("names are at %s", helper.mountpoint)
@@ -393,7 +394,7 @@ async def _names_mounted(
 async def _serving(
     config: MountConfig, folder: CacheFolder, record: Record | None, indexing: Indexing | None
 ) -> AsyncIterator[tuple[Operations, Passthrough | None, Commands, Names, trio.Nursery, ControlServer]]:
-    """All that answers behind the kernel, from the sources up."""
+    """All that answers the kernel's requests, from the sources up."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
     quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
     http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
@@ -454,14 +455,17 @@ async def _serving(
 
 
 async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
-    """Once it is known what an earlier run left."""
+    """Tells the nodes what is desired, once it is known what an earlier run left."""
     staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
     pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
 
 
+# -- signals, and the service manager ------------------------------------------------------------------------
+
+
 def _ignore_signals(also_hangup: bool) -> None:
-    """No stray signal ends a mount: whoever reads in it would be cut off. (What tells of a bug, such as
-    SIGSEGV, does.)"""
+    """Ignores signals that would end the daemon by mistake, and cut off its readers. (A signal of a bug, such
+    as SIGSEGV, still ends it.)"""
     for_users, timers = (signal.SIGUSR1, signal.SIGUSR2), (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
     for number in (
         *for_users,
@@ -475,6 +479,44 @@ def _ignore_signals(also_hangup: bool) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
+STATUS_SECONDS = 30.0
+
+
+class Notifier:
+    """Tells systemd how a service does (sd_notify(3)): ready, reloading, stopping, alive. Sends nothing where
+    NOTIFY_SOCKET names no socket."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):
+            self._address = "\0" + self._address[1:]
+        pid = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+        usec = os.environ.get("WATCHDOG_USEC", "")
+        self._watchdog = int(usec) / 1e6 if usec.isdecimal() and pid == str(os.getpid()) else None
+
+    def send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto("\n".join(lines).encode(errors="replace"), self._address)
+        except OSError as exc:
+            log.warning("the service manager can't be reached: %s", exc.strerror)
+
+    def reloading(self) -> None:
+        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    async def run(self, status: Callable[[], str]) -> None:
+        """Reports at intervals that the event loop runs, and `status`."""
+        if not self._address:
+            return
+        seconds = STATUS_SECONDS if self._watchdog is None else min(self._watchdog / 2, STATUS_SECONDS)
+        while True:
+            self.send("WATCHDOG=1", f"STATUS={status()}")
+            await trio.sleep(seconds)
+
+
 async def _heed_signals(
     helper: sessions.MountHelper,
     everything: trio.CancelScope,
@@ -482,13 +524,13 @@ async def _heed_signals(
     commands: Commands,
     notifier: Notifier,
 ) -> None:
-    """What ends a process unmounts; where it is busy, lazily, so that the daemon ends in any case. SIGUSR1
-    logs the status. SIGHUP reloads."""
+    """A signal that ends a process unmounts. A mount that is busy is unmounted lazily, so that the daemon
+    ends in any case. SIGUSR1 logs the status. SIGHUP reloads."""
     heeded = {*ENDING, signal.SIGUSR1}
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
     for each in heeded:
-        # what the receiver leaves behind: a second one must not end the cleanup
+        # this handler is back when the receiver has ended: a second signal must not end the cleanup
         signal.signal(each, signal.SIG_IGN)
     with trio.open_signal_receiver(*heeded) as signals:
         async for number in signals:
@@ -518,7 +560,7 @@ async def _end_when_let_go(
 
 
 async def _end(helper: sessions.MountHelper, everything: trio.CancelScope) -> None:
-    """Unmounts; what then still keeps the mount alive (an open file, another mount namespace) is cut off."""
+    """Unmounts. What still uses the mount then (an open file, another mount namespace) is cut off."""
     await helper.unmount()
     await trio.sleep(END_SECONDS)
     everything.cancel()

@@ -1,7 +1,7 @@
 """The record of a mount: which blocks were used, in the order of first use, as JSON lines.
 
-Concurrency: called on the event loop; a line is written at once, so that a reader of the file is never behind
-a reader of the mount.
+Concurrency: called on the event loop. A line is written at once: the file has a block when the mount gives
+it.
 """
 
 import json
@@ -19,8 +19,8 @@ REMEMBERED = 200_000
 
 
 class Record:
-    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use; again at most where
-    `REMEMBERED` others came in between."""
+    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use. A use is written again at
+    most if `REMEMBERED` others came in between."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

@@ -59,6 +59,14 @@ def owner(text: str) -> int:
     return number
 
 
+def address(text: str) -> tuple[str, int]:
+    """(host, port) to listen at: HOST:PORT, [IPv6]:PORT, or PORT, which means 127.0.0.1."""
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {text}: write HOST:PORT, as in 127.0.0.1:8080")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
 def octal(text: str) -> int:
     """Permission bits: `022`."""
     if not re.fullmatch("0?o?[0-7]{1,4}", text, re.ASCII):

@@ -23,7 +23,7 @@ from typing import Literal, Self
 
 import trio
 
-from ipfsfuse import content, places
+from ipfsfuse import config, content
 from ipfsfuse.cache.store.folder import isolated_folder, locked
 from ipfsfuse.config import GIB, ContentConfig
 from ipfsfuse.dag import cid as cids
@@ -67,7 +67,7 @@ class Entry:
     """Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`."""
     cid: str
     size: int | None
-    """Content bytes of a file that is one raw block, by its link's word; None where only its block tells."""
+    """Content bytes of a file that is one raw block, as its link claims; None if only its block says."""
 
 
 class File:
@@ -229,9 +229,9 @@ async def open_filesystem(
     in bytes; `deadline`: seconds in which each call fails that gets no verified block. `header_files`: for
     the URL of a source, the file of the HTTP headers that it gets. Raises StoreFailed where another process
     uses the cache folder, SourceFailed, UsageError."""
-    config = ContentConfig(
-        cache_dir=places.cache_dir(None if cache_dir is None else str(cache_dir)),
-        library=places.library(None if library is None else str(library)),
+    asked = ContentConfig(
+        cache_dir=config.cache_dir(None if cache_dir is None else str(cache_dir)),
+        library=config.library(None if library is None else str(library)),
         sources=defaults.chosen(sources),
         offline=offline,
         budget=budget,
@@ -243,15 +243,15 @@ async def open_filesystem(
     )
     failure: Exception | None = None
     async with AsyncExitStack() as stack:
-        place = stack.enter_context(isolated_folder()) if isolated else config.cache_dir
+        place = stack.enter_context(isolated_folder()) if isolated else asked.cache_dir
         folder = stack.enter_context(locked(place))
         folder.announce(os.getpid(), "a Python program")
-        opened = await stack.enter_async_context(content.opened(config, folder))
+        opened = await stack.enter_async_context(content.opened(asked, folder))
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         try:
             yield Filesystem(opened, Tree(opened.cache.reader, nursery), deadline)
-        except Exception as exc:  # the caller's own: the nursery would put it into a group
+        except Exception as exc:  # the caller's own exception: the nursery would wrap it in a group
             failure = exc
     if failure is not None:
         raise failure

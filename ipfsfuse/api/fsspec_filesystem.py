@@ -13,8 +13,8 @@ import os
 import stat as modes
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
 
-from ipfsfuse import client, errors, places
+from ipfsfuse import client, config, errors
 from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.dag.path import can_hold
@@ -30,7 +30,7 @@ from ipfsfuse.dag.path import can_hold
 T = TypeVar("T")
 
 BLOCK_SIZE = 4 << 20
-"""What a file's reader asks for at least: four leaves."""
+"""The least that a file's reader requests: four leaves."""
 OPEN_SECONDS = 30.0
 OPTIONS = frozenset(inspect.signature(open_filesystem).parameters)
 OPEN_FILES = 32
@@ -161,15 +161,12 @@ class IpnsFileSystem(IpfsFileSystem):
 
     protocol = "ipns"
 
-    def __init__(self, *args: object, **options: Any) -> None:
-        super().__init__(*args, **options)
-
     def _target(self, path: str) -> str:
         name, slash, rest = path.partition("/")
         return f"{self._backend.resolve(name)}{slash}{rest}"
 
     def _listed(self, path: str) -> list[dict[str, Any]]:
-        return super()._listed(path) if path else []  # nobody knows all names
+        return super()._listed(path) if path else []  # there is no list of all names
 
 
 class IpfsFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
@@ -190,15 +187,13 @@ def _info(path: str, of: Stat) -> dict[str, Any]:
     }
 
 
-class _translated:  # noqa: N801  # as the builtin exceptions' names, a verb
+@contextmanager
+def _translated() -> Iterator[None]:
     """Our errors become Python's own."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
-        if isinstance(exc, errors.IpfsFuseError):
-            raise next(known for ours, known in _ERRORS if isinstance(exc, ours))(str(exc)) from exc
+    try:
+        yield
+    except errors.IpfsFuseError as exc:
+        raise next(known for ours, known in _ERRORS if isinstance(exc, ours))(str(exc)) from exc
 
 
 # -- where content comes from --------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ def _backend(**options: Any) -> _Backend:
 
 def _opened(options: dict[str, Any]) -> _Backend:
     given = options.get("cache_dir")
-    cache_dir = places.cache_dir(None if given is None else str(given))
+    cache_dir = config.cache_dir(None if given is None else str(given))
     if options.get("isolated") or cache_folder.is_free(cache_dir):
         with suppress(errors.StoreFailed):  # another process was quicker
             return _OwnThread(options)

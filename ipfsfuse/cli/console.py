@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
@@ -53,9 +54,18 @@ def flush() -> None:
         sys.stdout.flush()
 
 
-def text(content: str) -> None:
-    """Lines that we made ourselves, and in which all that came from outside is escaped already."""
-    print(content, end="")
+def write(name: str, content: str) -> None:
+    """Writes the file `name`, or, where that is `-`, standard output. All that came from outside is escaped
+    in `content` already. Raises StoreFailed."""
+    if name == "-":
+        print(content, end="")
+        return
+    from ipfsfuse.fileio.files import replace_text  # late: it loads our C
+
+    try:
+        replace_text(Path(name), content)
+    except OSError as exc:
+        raise StoreFailed(f"{name} can't be written: {exc.strerror}") from exc
 
 
 def note(text: str) -> None:
@@ -93,7 +103,7 @@ def one_line(exc: BaseException) -> str:
     elif isinstance(exc, OSError):
         said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else exc.strerror or str(exc)
         if exc.filename is None and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            said = f"standard output can't be written: {said}"  # what has a name is named where it is written
+            said = f"standard output can't be written: {said}"  # other files have a name
     else:
         said = (
             f"unexpected error, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"

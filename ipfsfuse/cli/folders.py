@@ -1,7 +1,8 @@
-"""Where things lie: the cache folder, the library, the mountpoint, and the daemon that serves it."""
+"""Finds what a command works on: the cache folder, the library, the mountpoint, the daemon that serves it."""
 
 import argparse
 import os
+import pwd
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ipfsfuse import errors
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import settings
-from ipfsfuse.places import absolute, cache_dir, library
+from ipfsfuse.config import absolute, cache_dir, library
 
 __all__ = ["cache_dir", "control", "control_socket", "library", "live_mount", "mountpoint"]
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def mountpoint(given: str) -> Path:
-    """Absolute, symlinks resolved. Asks nothing of a mount that is there already: its daemon may hang."""
+    """Absolute, symlinks resolved. A mount that is there already is not asked: its daemon may hang."""
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     folder, name = os.path.split(given.rstrip("/"))
@@ -27,6 +28,14 @@ def mountpoint(given: str) -> Path:
         if any(mounted.mountpoint == point for mounted in mountpoints.table()):
             return Path(point)
     return absolute(given)
+
+
+def user_name(uid: int) -> str:
+    """The number itself for a user without a name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 class InMount(NamedTuple):
@@ -91,7 +100,7 @@ def live_mount(point: Path, given_cache_dir: str | None, must: bool = True) -> "
 
 
 class Daemon(NamedTuple):
-    """Whoever serves a mount, or served it last."""
+    """The process that serves a mount, or served it last."""
 
     control: Path
     """Its control socket."""

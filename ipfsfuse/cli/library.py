@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ipfsfuse import importer, units
+from ipfsfuse import units
 from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.path import cid_alone
 from ipfsfuse.errors import UsageError
+from ipfsfuse.importer import cars
+from ipfsfuse.importer.add import AddOptions
+from ipfsfuse.importer.add import add as add_all
 from ipfsfuse.sources.local.library import Library
 
 
 def add(arguments: argparse.Namespace) -> int:
-    options = importer.AddOptions(
+    options = AddOptions(
         profile=PROFILES[_profile(arguments)],
         wrap=arguments.wrap_with_directory,
         hidden=arguments.hidden,
@@ -32,7 +35,7 @@ def add(arguments: argparse.Namespace) -> int:
             progress({"done": done, "total": total, "what": path})
 
         rows = []
-        for last in importer.add(arguments.paths, options, library, show):
+        for last in add_all(arguments.paths, options, library, show):
             if arguments.quieter:
                 continue
             rows.append({"cid": cids.text(last.cid), "name": last.name})
@@ -89,7 +92,7 @@ def import_cars(arguments: argparse.Namespace) -> int:
     rows = []
     with Progress("importing") as progress, opened_library(arguments) as library:
         for file in arguments.files:
-            for root in importer.import_car(Path(file), library, lambda done: progress({"done": done})):
+            for root in cars.import_car(Path(file), library, lambda done: progress({"done": done})):
                 rows.append({"cid": cids.text(root.cid), "name": root.name, "file": file})
                 if not arguments.json:
                     progress.line(f"imported {cids.text(root.cid)} {root.name}")
@@ -107,10 +110,10 @@ def check(arguments: argparse.Namespace) -> int:
             progress({"done": done})
 
         if arguments.file is not None:
-            what, damage = arguments.file, importer.car_damage(Path(arguments.file), show)
+            what, damage = arguments.file, cars.car_damage(Path(arguments.file), show)
         else:
             library = exits.enter_context(opened_library(arguments))
-            what, damage = library.folder, importer.library_damage(library, show)
+            what, damage = library.folder, cars.library_damage(library, show)
         found = []
         for path, reason in damage:
             found.append({"path": path, "reason": reason})

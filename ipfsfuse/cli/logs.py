@@ -32,7 +32,7 @@ LOG_BYTES = 1 << 20
 FILE_BYTES = 16 << 20
 """The same limit for a file that --log-file names."""
 LOG_PART = 32
-"""The largest part of a small budget, as a divisor, that one of the two may take."""
+"""Each of the two files takes at most this part of a small budget: one 32nd."""
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -118,7 +118,7 @@ def _log(what: str, exc: BaseException | None, trace: TracebackType | None) -> N
 
 
 class DaemonLog(logging.StreamHandler[TextIO]):
-    """Writes to standard error, and from `move` on has that lead to a file, of which it keeps the last part.
+    """Writes to standard error. `move` directs standard error to a file, of which the last part is kept.
 
     Concurrency: any thread, as all handlers."""
 
@@ -129,8 +129,8 @@ class DaemonLog(logging.StreamHandler[TextIO]):
         self._older = Path()
 
     def move(self, path: Path, limit: int, older: Path) -> None:
-        """Puts standard output and error into the file `path`, what was said so far first. It takes at most
-        `limit` bytes and a line, and the file `older` as many."""
+        """Directs standard output and error to the file `path`, which begins with what was logged so far. It
+        gets at most `limit` bytes and a line, and the file `older` as many."""
         with self._alone():
             self._limit, self._older = limit, older
             try:
@@ -141,7 +141,7 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                 log.warning("there will be no log: %s: %s", path, exc.strerror)
                 return
             sys.stderr.flush()
-            if stat.S_ISREG(os.fstat(2).st_mode):  # a pipe or a terminal has had it, and a read would block
+            if stat.S_ISREG(os.fstat(2).st_mode):  # a pipe or a terminal has it already
                 # on a full disk, or from a file opened for writing alone, that is lost; the mount goes on
                 with suppress(OSError), open(target, "wb", closefd=False) as out:
                     at = 0
@@ -152,7 +152,7 @@ class DaemonLog(logging.StreamHandler[TextIO]):
             self._path = path
 
     def reopen(self) -> None:
-        """Opens the file anew, as the programs expect that have moved it away."""
+        """Opens the file anew. A program that rotates logs has moved the old one away."""
         with self._alone():
             if self._path is not None:
                 try:
@@ -167,12 +167,12 @@ class DaemonLog(logging.StreamHandler[TextIO]):
             try:
                 self._path.replace(self._older)
                 _lead_to(_opened(self._path))
-            except OSError:  # the folder is gone, or can't be written: then it begins again in the same file
+            except OSError:  # the folder is gone, or can't be written: the same file begins again
                 with suppress(OSError):
                     os.ftruncate(2, 0)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Of a full disk the log would be the wrong place to complain about."""
+        """Reports nothing of a full disk: the report would go into the log, on the same disk."""
         if self._path is None:
             super().handleError(record)
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    if os.getpid() == 1:  # in a container: the kernel drops what the first process has no handler for
+    if os.getpid() == 1:  # in a container: the kernel drops signals without a handler
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     try:
         arguments = parser.parse(argv)
@@ -46,11 +46,11 @@ def _run(argv: Sequence[str] | None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is to a command what Ctrl-C is: it cleans up after itself. (`mount` and `serve`
-    know themselves what to do.)"""
+    """SIGTERM ends a command as Ctrl-C does, so that it cleans up. (`mount` and `serve` have handlers of
+    their own.)"""
     terminal = {signal.SIGINT}
     in_background = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    if in_background:  # as a shell's script starts what ends with &: Ctrl-C is not for it, SIGTERM is
+    if in_background:  # a script's shell starts `command &` so: Ctrl-C must not end it, SIGTERM must
         signal.pthread_sigmask(signal.SIG_BLOCK, terminal)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

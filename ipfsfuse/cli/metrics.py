@@ -26,14 +26,13 @@ from prometheus_client.core import (
 )
 from prometheus_client.openmetrics import exposition as openmetrics_exposition
 
-from ipfsfuse import client
+from ipfsfuse import client, units
 from ipfsfuse.cli import console, folders
-from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
-from ipfsfuse.fileio.files import replace_text
+from ipfsfuse.errors import IpfsFuseError, UsageError
 
 METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
-"""For a client to send its next bytes, or to take some."""
+"""How long a client may take to send or to receive anything."""
 MAX_CONNECTIONS = 32
 OPENMETRICS = "application/openmetrics-text"
 TYPES = {
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve(control, arguments.listen, arguments.json)
     answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
-        _write(Path(arguments.textfile), text(answer, openmetrics=False))
+        console.write(arguments.textfile, text(answer, openmetrics=False))
         if arguments.json:
             console.values({"written": arguments.textfile})
     elif arguments.json:
@@ -62,25 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _write(path: Path, content: str) -> None:
-    try:
-        replace_text(path, content)
-    except OSError as exc:
-        raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
-
-
 def _serve(control: Path, listen: str, as_json: bool) -> int:
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{listen} is not HOST:PORT: write it as 127.0.0.1:9710")
-
+    host, port = units.address(listen)
     try:
-        server = _Server((host.strip("[]"), int(port)), control)
+        server = _Server((host, port), control)
     except (OSError, UnicodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else None
         raise UsageError(f"--listen {listen}: {reason or exc}") from exc
     with server:
-        url = f"http://{host}:{server.server_address[1]}/metrics"
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{server.server_address[1]}/metrics"
         if as_json:
             console.values({"listening": [url], "pid": os.getpid()}, indent=None)
         else:
@@ -91,8 +81,8 @@ def _serve(control: Path, listen: str, as_json: bool) -> int:
 
 
 class _Server(ThreadingHTTPServer):
-    """Answers `GET /metrics` and nothing else, one request a connection. A client that is slow keeps no other
-    out: beyond MAX_CONNECTIONS a new one ends the oldest."""
+    """Answers `GET /metrics` and nothing else, one request a connection. A slow client keeps no other out:
+    beyond MAX_CONNECTIONS a new connection ends the oldest."""
 
     request_queue_size = 128
 
@@ -119,7 +109,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: object, _client_address: object) -> None:
-        """A client that has gone is nobody's trouble."""
+        """Reports what fails, unless the client has gone."""
         error = sys.exception()
         if error is not None and not isinstance(error, OSError):
             console.failure(error)
@@ -157,8 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_local(host: str) -> bool:
-    """Whether the header Host names an address, or this machine. A web page that has a name of its own lead
-    here (DNS rebinding) sends that name."""
+    """Whether the header Host is an address or names this machine. By DNS rebinding a web page directs its
+    own name to this machine. Its requests then carry that name."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name in ("localhost", socket.gethostname().lower()) or bool(ip_address(name))

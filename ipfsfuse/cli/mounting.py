@@ -2,7 +2,16 @@
 
 `mount` makes a MountConfig of its arguments and serves it in the foreground, or starts a daemon and waits
 until it is mounted. The daemon is this program, started anew in a session of its own (`--foreground
---ready-fd N`, see `daemon`). `unmount` waits until the daemon has gone, and names who stands in the way.
+--ready-fd N`). On the descriptor N it writes lines: any number of `progress {"done": ..., "total": ...,
+"what": ...}` while the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid":
+...}` once the mount answers, or `error REASON`. What it logs before that goes to its starter's standard
+error, and what it logs afterwards to the log in the cache folder (`cache.store.folder`). If the starter ends
+before that, nobody wants the mount any more, and the daemon ends.
+
+SIGHUP makes a daemon open its log anew, and read the budget and the log level from the configuration again.
+In the foreground of a terminal it says that the terminal has gone: then the mount ends.
+
+`unmount` waits until the daemon has gone, and names who stands in the way.
 """
 
 import argparse
@@ -17,19 +26,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ipfsfuse
-from ipfsfuse import client
+from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.cli import console, folders, settings
+from ipfsfuse.cache.store.folder import LOG, OLD_LOG
+from ipfsfuse.cli import console, folders, logs, parser, settings
 from ipfsfuse.cli.console import Progress
-from ipfsfuse.cli.logs import escape_the_log
 from ipfsfuse.config import ContentConfig, MountConfig, User
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.live_mounts import LiveMount
@@ -42,12 +52,14 @@ from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.spec import addresses_of_node, header_files_of, is_remote, parse_sources
 
+log = logging.getLogger("ipfsfuse.mount")
+
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
 
 CAP_SYS_ADMIN = 21
 PROGRESS = "progress "
-"""A line of the daemon's that begins so says how far it is (see `daemon`)."""
+"""How a line begins that says how far the daemon is."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -129,7 +141,7 @@ def _user(name: str) -> User | None:
 
 
 def _at_home(name: str) -> None:
-    """Lets the folders that nobody named be those of the user `name`, not root's."""
+    """Makes the default folders those of the user `name`, not root's."""
     if (user := _user(name)) is not None:
         os.environ.update(HOME=pwd.getpwuid(user.uid).pw_dir, USER=user.name, LOGNAME=user.name)
         for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
@@ -203,10 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not asked.isolated:
         _await_ending(asked.cache_dir)
     if arguments.foreground:
-        # with trio and pyfuse3, 200 ms: only the process that serves needs them
-        from ipfsfuse.cli import daemon
-
-        daemon.serve(asked, arguments)
+        _run_daemon(asked, arguments)
         return 0
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
@@ -241,8 +250,7 @@ def _check_name(text: str) -> None:
 
 
 def _refuse_below(asked: MountConfig) -> None:
-    """Raises UsageError where the daemon would have to read or write below its own mount: it would wait for
-    itself."""
+    """Raises UsageError if the daemon would read or write below its own mount: it would wait for itself."""
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
@@ -258,7 +266,7 @@ def _refuse_below(asked: MountConfig) -> None:
 
 
 def _await_ending(cache_dir: Path) -> None:
-    """Gives a daemon whose mount was just taken away the time to let go of the cache folder."""
+    """Waits while a daemon whose mount was just unmounted still uses the cache folder."""
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
@@ -304,7 +312,7 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
             daemon.wait()
             raise
         if line.startswith("ok "):
-            daemon.returncode = 0  # it goes on without us: nothing is left to wait for
+            daemon.returncode = 0  # it goes on without us: Popen must not wait for it
             mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
             return mounted
         code = daemon.wait()
@@ -334,6 +342,137 @@ def _last_words(said: BinaryIO, code: int) -> str:
     lines = said.read().decode(errors="replace").strip().splitlines()
     ending = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return f"the mount {ending} before it was ready" + (f": {lines[-1]}" if lines else "")
+
+
+# -- the daemon ----------------------------------------------------------------------------------------------
+
+LOG_SECONDS = 5.0
+"""Between two lines of the log that tell how far an index is."""
+WATCH_MS = 500
+
+
+def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
+    """Mounts and serves until the mount is gone. Raises what prevents it."""
+    from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
+
+    confinement.hide_memory()
+    log_to = logs.DaemonLog()
+    logging.basicConfig(level=logging.INFO, handlers=[log_to])
+    logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
+    logs.escape_the_log(logs.FORMATS[arguments.log_format])
+    ready_fd = arguments.ready_fd
+    file = None if arguments.log_file is None else Path(arguments.log_file).absolute()
+    starter = None if ready_fd is None else _Starter(ready_fd)
+
+    def ready(control: Path) -> None:
+        answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
+        if file is not None:
+            log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"))
+        elif starter is not None:
+            limit = min(logs.LOG_BYTES, asked.budget // logs.LOG_PART)
+            log_to.move(control.parent / LOG, limit, control.parent / OLD_LOG)
+        if asked.allow_other:
+            log.info("%s", settings.ALLOW_OTHER)
+        if starter is not None:
+            starter.report(f"ok {json.dumps(answer)}")
+        elif arguments.json:
+            console.values(answer, indent=None)
+
+    configured = asked.budget
+
+    def reload() -> int | None:
+        nonlocal configured
+        log_to.reopen()
+        try:
+            again = parser.parse(arguments.argv)
+        except UsageError as exc:
+            log.warning("nothing is changed: %s", exc)
+            return None
+        logging.getLogger("ipfsfuse").setLevel(again.log_level.upper())
+        later = [
+            name
+            for name in arguments.origins
+            if name not in ("budget", "log-level")
+            and settings.value(again, name) != settings.value(arguments, name)
+        ]
+        if later:
+            log.warning("a new value of %s holds from the next mount on", ", ".join(later))
+        before, configured = configured, again.budget
+        return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
+
+    try:
+        hangup = None if starter is None and _has_terminal() else reload
+        writes = [] if file is None else [file]
+        mount.run(asked, ready, _Indexing(starter), hangup, settings.candidates(), writes)
+    except BaseException as exc:
+        if starter is not None:
+            starter.report(f"error {console.one_line(console.unwrapped(exc))}")
+        raise
+
+
+class _Indexing:
+    """Passes on how far an index is: to the starter each time, to the log now and then. Called in one thread
+    at a time."""
+
+    def __init__(self, starter: "_Starter | None") -> None:
+        self._starter = starter
+        self._logged = float("-inf")
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self._starter is not None:
+            self._starter.progress({"done": done, "total": total, "what": name})
+        now = time.monotonic()
+        if now - self._logged >= LOG_SECONDS or done == total:
+            self._logged = now
+            log.info("the index of %s is built: %s of %s", name, units.human(done), units.human(total))
+
+
+class _Starter:
+    """The process at the other end of the descriptor `fd`. It gets the result once, and is watched
+    until then."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._reported = False
+        os.set_inheritable(fd, False)
+        os.chdir("/")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def progress(self, values: Mapping[str, object]) -> None:
+        """Before the result, from any thread."""
+        with suppress(OSError):  # the starter has gone: `_watch` sees that
+            os.write(self._fd, f"{PROGRESS}{json.dumps(values)}\n".encode())
+
+    def report(self, line: str) -> None:
+        """Sends `line` as the result, unless there was one before."""
+        if self._reported:
+            return
+        self._reported = True
+        try:
+            os.write(self._fd, line.encode(errors="surrogateescape") + b"\n")
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.close(self._fd)
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, 0)  # reports only that the other end was closed
+        while not self._reported:
+            if poll.poll(WATCH_MS) and not self._reported:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal: its SIGHUP then says that the terminal has gone."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+# -- `unmount` and `mounts` ----------------------------------------------------------------------------------
 
 
 def unmount(arguments: argparse.Namespace) -> int:
@@ -410,7 +549,7 @@ def _mounts() -> list[dict[str, Any]]:
         found.append(
             {
                 "mountpoint": mounted.mountpoint,
-                "user": _user_name(mounted.owner),
+                "user": "?" if mounted.owner is None else folders.user_name(mounted.owner),
                 "pid": None if live is None else live.pid,
                 "since": since,
                 "answers": answers,
@@ -419,13 +558,6 @@ def _mounts() -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _user_name(uid: int | None) -> str:
-    try:
-        return "?" if uid is None else pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _must_be_ours(point: Path) -> None:
@@ -469,7 +601,7 @@ def _opened(served_by: LiveMount | None) -> Iterator[int | None]:
             os.close(daemon)
 
 
-# -- who uses a mount: read from /proc alone, so that a mount which does not answer holds nothing up ---------
+# -- who uses a mount: from /proc alone, because a mount that does not answer would block us -----------------
 
 
 class Holder(NamedTuple):
@@ -480,8 +612,8 @@ class Holder(NamedTuple):
 
 
 def holders(point: Path) -> Iterator[Holder]:
-    """The processes that use something at or below `point`, as far as this user may know. Only links are
-    read: nothing below the mountpoint is asked for."""
+    """The processes that use something at or below `point`, as far as this user may see them. Only links in
+    /proc are read. The mount itself is asked nothing."""
     for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         for target in _uses(f"/proc/{entry}"):
             if target == str(point) or target.startswith(f"{point}/"):
@@ -497,7 +629,7 @@ def _uses(process: str) -> Iterator[str]:
             yield from _link(f"{process}/fd/{number}")
         with open(f"{process}/maps", errors="surrogateescape") as maps:
             for line in maps:
-                # there where a file is mapped (proc_pid_maps(5))
+                # the path of a mapped file (proc_pid_maps(5))
                 for path in line.rstrip("\n").split(maxsplit=5)[5:]:
                     yield path.replace("\\012", "\n")
     except OSError:
@@ -524,13 +656,12 @@ def _command(pid: str) -> str:
 
 def serve(arguments: argparse.Namespace) -> int:
     # with trio and hypercorn, 200 ms: only the process that serves needs them
-    from ipfsfuse.serve import run as serving
-    from ipfsfuse.serve.server import parse_listen
+    from ipfsfuse.serve import server
 
-    host, port = parse_listen(arguments.listen)
+    host, port = units.address(arguments.listen)
     config = ContentConfig(offline=not arguments.fetch, **_content(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    escape_the_log()
+    logs.escape_the_log()
     if not _is_loopback(host):
         console.note(
             f"ipfsfuse: {host} is not this machine alone: whoever reaches it can read the whole library, and "
@@ -543,7 +674,7 @@ def serve(arguments: argparse.Namespace) -> int:
         else:
             console.line(f"serving at {', '.join(urls)}")
 
-    serving.run(config, host, port, arguments.fetch, ready)
+    server.run(config, host, port, arguments.fetch, ready)
     return 0
 
 

@@ -22,6 +22,9 @@ SOURCES_HELP = (
     "and `gateway`"
 )
 
+ROUTER_HELP = "a delegated router: asked who has a block (`--from network`), and for IPNS records"
+PRIVATE_HELP = "let `network` ask providers at loopback and private addresses too: for private networks"
+DNS_HELP = "a DNS-over-HTTPS server to ask for DNSLink (this system's resolver)"
 RESERVE_HELP = "bytes of the disk that the cache leaves free (a twentieth, at most 2GiB; 0 for none)"
 
 
@@ -216,16 +219,13 @@ def _library(commands: Any) -> None:
         _folders(parser)
 
 
-def _sources(parser: argparse.ArgumentParser) -> None:
-    """Where a command gets content and names."""
+def _sources(parser: argparse.ArgumentParser, names: bool = True) -> None:
+    """Where a command gets content and, with `names`, what IPNS names stand for."""
     parser.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    parser.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
-    parser.add_argument("--allow-private-providers", action="store_true", help="as for mount")
-    parser.add_argument("--dns", default="system", metavar="URL", help="as for mount")
-    _header_files(parser)
-
-
-def _header_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--router", dest="routers", action="append", metavar="URL", help=ROUTER_HELP)
+    parser.add_argument("--allow-private-providers", action="store_true", help=PRIVATE_HELP)
+    if names:
+        parser.add_argument("--dns", default="system", metavar="URL", help=DNS_HELP)
     parser.add_argument(
         "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
         help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
@@ -282,48 +282,13 @@ def _mounts(commands: Any) -> None:
         commands, "doctor", "doctor:run", "check this machine and its mounts, and say what to do"
     )
     _json(doctor)
-    doctor.add_argument(
-        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)"
-    )
-    doctor.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
-    doctor.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
-    doctor.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    doctor.add_argument("--router", dest="routers", action="append", metavar="URL", help="as for mount")
-    doctor.add_argument("--allow-private-providers", action="store_true", help="as for mount")
-    _header_files(doctor)
+    _bounds(doctor)
+    _sources(doctor, names=False)
     _folders(doctor)
 
 
-def _mount_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
-    parser.add_argument(
-        "--ipns",
-        metavar="DIR",
-        type=_PATH,
-        help="show IPNS names and domains in this empty folder, as symlinks into MOUNTPOINT",
-    )
-    parser.add_argument(
-        "--dns",
-        default="system",
-        metavar="URL",
-        help="a DNS-over-HTTPS server to ask for DNSLink (this system's resolver)",
-    )
-    parser.add_argument(
-        "--router",
-        dest="routers",
-        action="append",
-        metavar="URL",
-        help="a delegated router: asked who has a block (`--from network`), and for IPNS records",
-    )
-    parser.add_argument(
-        "--allow-private-providers",
-        action="store_true",
-        help="let `network` ask providers at loopback and private addresses too: for private networks",
-    )
-    parser.add_argument(
-        "--offline", action="store_true", help="show what is here; anything else fails at once"
-    )
-    _folders(parser)
+def _bounds(parser: argparse.ArgumentParser) -> None:
+    """What a cache may take, and how long a read may."""
     parser.add_argument(
         "--budget",
         type=_SIZE,
@@ -339,6 +304,21 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="a read fails after this long without a block (30s)",
     )
+
+
+def _mount_options(parser: argparse.ArgumentParser) -> None:
+    _sources(parser)
+    parser.add_argument(
+        "--ipns",
+        metavar="DIR",
+        type=_PATH,
+        help="show IPNS names and domains in this empty folder, as symlinks into MOUNTPOINT",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="show what is here; anything else fails at once"
+    )
+    _folders(parser)
+    _bounds(parser)
     parser.add_argument(
         "--allow",
         action="append",
@@ -372,7 +352,6 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
         default="kubo",
         help="kubo (the default): hold what is staged at the Kubo nodes among the sources",
     )
-    _header_files(parser)
     parser.add_argument(
         "--max-fetch",
         type=_type(units.size_or_zero),
@@ -434,13 +413,21 @@ def _serving(commands: Any) -> None:
         "--fetch", action="store_true", help="fetch what is not here from the sources, whoever asks"
     )
     _sources(serve)
-    serve.add_argument(
-        "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE", help="as for mount (10GiB)"
-    )
-    serve.add_argument("--reserve", type=_type(units.size_or_zero), metavar="SIZE", help=RESERVE_HELP)
-    serve.add_argument("--deadline", type=_DURATION, default=30.0, metavar="TIME", help="as for mount (30s)")
+    _bounds(serve)
     serve.add_argument("--json", action="store_true", help="print the addresses and the pid")
     _folders(serve)
+
+
+def _asked_mount(parser: argparse.ArgumentParser) -> None:
+    """Which mount a command asks, and how it shows the answer."""
+    _json(parser)
+    parser.add_argument(
+        "--mount",
+        metavar="MOUNTPOINT|NAME",
+        type=_PATH,
+        help="the mount to ask; without it, that of the cache folder",
+    )
+    _folders(parser, library=False)
 
 
 class _CheckLibrary(argparse.Action):
@@ -507,14 +494,7 @@ def _remote(commands: Any) -> None:
                 action=_CheckLibrary,
                 help="check the library instead (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
             )
-        _json(parser)
-        parser.add_argument(
-            "--mount",
-            metavar="MOUNTPOINT|NAME",
-            type=_PATH,
-            help="the mount to ask; without it, that of the cache folder",
-        )
-        _folders(parser, library=False)
+        _asked_mount(parser)
 
 
 def _others(commands: Any) -> None:
@@ -536,17 +516,13 @@ def _others(commands: Any) -> None:
     logs.add_argument("-n", "--lines", type=_COUNT, default=50, metavar="N", help="the last N lines (50)")
     logs.add_argument("-f", "--follow", action="store_true", help="then print what is logged from now on")
     logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="the file that the mount logs to")
-    logs.add_argument("--mount", metavar="MOUNTPOINT|NAME", type=_PATH, help="the mount to ask")
-    _json(logs)
-    _folders(logs, library=False)
+    _asked_mount(logs)
     metrics = _command(
         commands, "metrics", "metrics:run", "print what a running mount counts, as OpenMetrics"
     )
     metrics.add_argument("--listen", metavar="HOST:PORT", help="serve it over HTTP instead")
     metrics.add_argument("--textfile", metavar="FILE", type=_PATH, help="write it there, for a node exporter")
-    metrics.add_argument("--mount", metavar="MOUNTPOINT|NAME", type=_PATH, help="the mount to ask")
-    _json(metrics)
-    _folders(metrics, library=False)
+    _asked_mount(metrics)
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
     get.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
     get.add_argument(

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import trio
 
-from ipfsfuse import client, importer
+from ipfsfuse import client
 from ipfsfuse.api.filesystem import Filesystem, open_filesystem
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
@@ -31,6 +31,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import IpfsPath, cid_alone
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
+from ipfsfuse.importer import cars
+from ipfsfuse.importer import push as pushing
+from ipfsfuse.importer.cars import GetBlock
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
@@ -243,9 +246,9 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
                 # a write that waits for a slow reader can't be cancelled,
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
-                await importer.export_to_stream(cid, get, sys.stdout.fileno(), show)
+                await cars.export_to_stream(cid, get, sys.stdout.fileno(), show)
             else:
-                size = await importer.export(cid, get, Path(arguments.file), arguments.v2, show)
+                size = await cars.export(cid, get, Path(arguments.file), arguments.v2, show)
                 if arguments.json:
                     console.values({"exported": cids.text(cid), "file": arguments.file, "bytes": size})
                     return 0
@@ -274,7 +277,7 @@ async def _push(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -
             def show(done: int, total: int | None) -> None:
                 progress({"done": done, "total": total if total and total >= done else None})
 
-            sent = await importer.push(cid, get, node.rpc(), show)
+            sent = await pushing.push(cid, get, node.rpc(), show)
     if arguments.json:
         console.values({"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict())
     else:
@@ -297,7 +300,7 @@ async def _cat(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) ->
         raise UsageError("--raw takes a CID alone: a block has no path")
     async with opened_sources(_sources_beside_mount(arguments), _settings(arguments, indexes)) as sources:
         get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
-        parts = _block(path.root, get) if arguments.raw else importer.content(path, get)
+        parts = _block(path.root, get) if arguments.raw else cars.content(path, get)
         size = 0
         async for part in parts:
             if arguments.json:
@@ -317,8 +320,8 @@ def _print_values(values: Mapping[str, object]) -> None:
     console.values(values, indent=None)
 
 
-async def _block(cid: Cid, get: importer.GetBlock) -> AsyncIterator[bytes]:
-    yield await importer.verified(cid, get)
+async def _block(cid: Cid, get: GetBlock) -> AsyncIterator[bytes]:
+    yield await cars.verified(cid, get)
 
 
 def _check_standard_output(v2: bool) -> None:
@@ -344,7 +347,7 @@ def _sources_beside_mount(arguments: argparse.Namespace) -> Sequence[str]:
     return [defaults.LIBRARY] if _mount(arguments) is not None else _sources(arguments)
 
 
-def _getter(pool: SourcePool, control: Path) -> importer.GetBlock:
+def _getter(pool: SourcePool, control: Path) -> GetBlock:
     """Gets a block from the sources, else from a running mount, which has a cache and sources of its own."""
 
     async def get(wanted: Cid) -> bytes:

@@ -1,9 +1,9 @@
 """Settings from outside the command line: IPFSFUSE_* variables and the configuration files.
 
-Every option in `SETTINGS` can be set there. What goes first: arguments, the environment, the user's file
-($XDG_CONFIG_HOME/ipfsfuse/config.toml), the system's file (/etc/ipfsfuse/config.toml), what is built in. A
-file holds keys for all mounts, and a table [mount.NAME] for each named mount, whose keys go before those.
-IPFSFUSE_CONFIG names one file to read instead of both.
+Every option in `SETTINGS` can be set there. In the order of precedence: arguments, the environment, the
+user's file ($XDG_CONFIG_HOME/ipfsfuse/config.toml), the system's file (/etc/ipfsfuse/config.toml), what is
+built in. A file holds keys for all mounts, and a table [mount.NAME] for each named mount, whose keys take
+precedence. IPFSFUSE_CONFIG names one file to read instead of both.
 """
 
 import argparse
@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipfsfuse import places, units
+from ipfsfuse import config, units
 from ipfsfuse.cli import console
 from ipfsfuse.errors import UsageError
-from ipfsfuse.places import xdg
 from ipfsfuse.sources import defaults
 
 SYSTEM = Path("/etc/ipfsfuse/config.toml")
@@ -86,17 +85,17 @@ class File:
 
 
 def user_file() -> Path:
-    return xdg("XDG_CONFIG_HOME", ".config") / "ipfsfuse" / "config.toml"
+    return config.xdg("XDG_CONFIG_HOME", ".config") / "ipfsfuse" / "config.toml"
 
 
 def candidates() -> list[Path]:
-    """Where configuration files may lie, the one that goes first first."""
+    """Where configuration files may lie, in the order of precedence."""
     named = os.environ.get("IPFSFUSE_CONFIG")
     return [Path(named)] if named else [user_file(), SYSTEM]
 
 
 def files() -> list[File]:
-    """The configuration files that exist, the one that goes first first. Raises UsageError, naming file and
+    """The configuration files that exist, in the order of precedence. Raises UsageError, naming file and
     key."""
     named = os.environ.get("IPFSFUSE_CONFIG")
     found = []
@@ -285,7 +284,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def value(arguments: argparse.Namespace, name: str) -> Any:
-    """Of the setting `name`, as parsed."""
+    """The parsed value of the setting `name`."""
     return getattr(arguments, _DESTINATIONS.get(name, name.replace("-", "_")))
 
 
@@ -298,7 +297,7 @@ def _in_force(arguments: argparse.Namespace, name: str) -> object:
     if name == "from":
         return list(defaults.chosen(found))
     if found is None and name in ("cache-dir", "library"):
-        found = places.cache_dir(None) if name == "cache-dir" else places.library(None)
+        found = config.cache_dir(None) if name == "cache-dir" else config.library(None)
     return found if found is None or isinstance(found, int | float | str | list) else str(found)
 
 

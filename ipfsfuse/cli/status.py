@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import pwd
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
-from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.errors import UsageError
 from ipfsfuse.extras import optional
-from ipfsfuse.fileio.files import replace_text
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
@@ -27,7 +25,7 @@ ANSWER_SECONDS = 30.0
 """How long a mount may take for an answer that needs no network."""
 WATCH_SECONDS = 1.0
 DEGRADED = 3
-"""Exit code where the mount serves, but not as well as it should. 1 says that it does not answer."""
+"""Exit code if the mount serves, but is degraded. 1 says that it does not answer."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         listed = client.call(control, "ls", timeout=ANSWER_SECONDS)
         samples = client.call(control, "history", timeout=ANSWER_SECONDS)["samples"]
-        _write(arguments.html, page(answer, listed, samples))
+        console.write(arguments.html, page(answer, listed, samples))
         if arguments.json:
             console.values({"written": arguments.html, "health": answer["health"]})
         elif arguments.html != "-":
@@ -52,18 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if answer["health"] == "healthy" else DEGRADED
 
 
-def _write(name: str, text: str) -> None:
-    if name == "-":
-        console.text(text)
-        return
-    path = Path(name)
-    try:
-        replace_text(path, text)
-    except OSError as exc:
-        raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
-
-
-# -- who reads: from /proc alone, so that a mount which does not answer holds nothing up ---------------------
+# -- who reads: from /proc alone, because a mount that does not answer would block us ------------------------
 
 
 def reading(point: str) -> Iterator[dict[str, Any]]:
@@ -86,16 +73,9 @@ def reading(point: str) -> Iterator[dict[str, Any]]:
             except (OSError, IndexError):
                 continue
             yield {
-                "pid": int(entry), "command": command, "user": _user_name(user), "fd": int(number),
+                "pid": int(entry), "command": command, "user": folders.user_name(user), "fd": int(number),
                 "path": path.removeprefix(point), "position": int(position),
             }  # fmt: skip
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 # -- --watch -------------------------------------------------------------------------------------------------

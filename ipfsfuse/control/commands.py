@@ -21,8 +21,7 @@ from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.config import MountConfig
-from ipfsfuse.content import Names
-from ipfsfuse.control.blocks import WholeBlocks
+from ipfsfuse.content import Names, WholeBlocks
 from ipfsfuse.control.server import Arguments, Handler, Progress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, traversal
@@ -44,15 +43,15 @@ LAG_SECONDS = 1.0
 SAMPLE_SECONDS = 10.0
 MAX_SAMPLES = 600
 """Samples of the history, of some 100 bytes each. When there are more, each second one is dropped."""
-TELL_SECONDS = 0.2
+PROGRESS_SECONDS = 0.2
 """Seconds between two lines of progress."""
 
 Answer = Mapping[str, Any]
 
 
 def _log() -> str | None:
-    """The file that standard error leads to; None where that is not a file. Others can't look: this process's
-    descriptors are hidden from them."""
+    """The file that standard error leads to; None if that is not a file. Clients can't look themselves: this
+    process hides its descriptors from other processes."""
     with suppress(OSError):
         if stat.S_ISREG(os.fstat(2).st_mode):
             return os.readlink("/proc/self/fd/2").removesuffix(" (deleted)")
@@ -171,7 +170,7 @@ class Commands:
         """Staging files, each with the paths that lead to it. With `tree` also every path that is staged."""
         tree: list[dict[str, Any]] = []
         paths = defaultdict[Cid, list[str]](list)
-        tell, found = _Teller(progress), 0
+        report, found = _Throttled(progress), 0
         pinned = self._cache.pinned()
 
         def roots() -> Iterator[tuple[Cid, str]]:
@@ -187,7 +186,7 @@ class Commands:
                 entry = {"path": path, "kind": each.kind, **_entry(each.kept), "size": each.size}
                 tree.append(entry)
             found += 1
-            await tell({"done": found, "unit": "paths"})
+            await report({"done": found, "unit": "paths"})
         entries = await threads.run_sync(_entries, await self._cache.store.listed(), paths)
         return {
             "entries": entries,
@@ -212,27 +211,17 @@ class Commands:
         depth = arguments.get("depth")
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
-        with request_of(os.getuid()):  # who mounted is who commands
+        with request_of(os.getuid()):  # commands come from the user who mounted
             cid = await self._named(arguments)
             totals = await fetch_all(self._tree, cid, depth, _fetched(progress))
-        return {
-            "prefetched": cids.text(cid),
-            "files": totals.files,
-            "directories": totals.directories,
-            "bytes": totals.bytes,
-        }
+        return {"prefetched": cids.text(cid), **_counts(totals)}
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
         cid = await self._named(arguments)
         async with self._cache.pinning(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _fetched(progress), pinning.file)
         self._pins.pin(cid)
-        return {
-            "pinned": cids.text(cid),
-            "files": totals.files,
-            "directories": totals.directories,
-            "bytes": totals.bytes,
-        }
+        return {"pinned": cids.text(cid), **_counts(totals)}
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = await self._named(arguments)
@@ -278,7 +267,7 @@ class Commands:
             await self._cache.store.budget.resize(budget)
 
     async def measure_lag(self) -> None:
-        """Notes how late the event loop is, once a second, and what `history` tells."""
+        """Notes once a second how late the event loop is, and now and then a sample for `history`."""
         sampled = trio.current_time()
         while True:
             due = trio.current_time() + LAG_SECONDS
@@ -359,18 +348,24 @@ def _cid(arguments: Arguments) -> Cid:
     return cid_alone(str(arguments["cid"]))
 
 
+def _counts(totals: Totals) -> dict[str, int]:
+    return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
+
+
 def _fetched(progress: Progress) -> OnProgress:
-    """Tells of what has been fetched."""
-    tell = _Teller(progress)
+    """Reports what has been fetched."""
+    throttled = _Throttled(progress)
 
     async def report(totals: Totals) -> None:
-        await tell({"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files})
+        await throttled(
+            {"done": totals.bytes, "total": max(totals.expected, totals.bytes), "files": totals.files}
+        )
 
     return report
 
 
-class _Teller:
-    """Passes progress on, a few times a second."""
+class _Throttled:
+    """Passes progress on, at most a few times a second."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -378,7 +373,7 @@ class _Teller:
 
     async def __call__(self, values: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        if now - self._last >= TELL_SECONDS:
+        if now - self._last >= PROGRESS_SECONDS:
             self._last = now
             await self._progress(values)
 

@@ -14,17 +14,16 @@ was started at boot has other variables than a login. Blocking, a few system cal
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ipfsfuse.cache.store.folder import read_file, write_file
 from ipfsfuse.fuse import mountpoint as mountpoints
 
 log = logging.getLogger("ipfsfuse.mount")
 
-MAX_BYTES = 1 << 16
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -41,7 +40,8 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
     """`mountpoint`, which this process has just mounted, can be found while the block lasts. Where no folder
     can be used, the log says so, and all else goes on."""
     mounted = mountpoints.ours_at(mountpoint)
-    folder = None if mounted is None else _open_folder()
+    place = None if mounted is None else usable_folder()
+    folder = None if place is None else _opened(place)
     if mounted is None or folder is None:
         log.warning(
             "commands can't find this mount by --mount: no folder of this user's own for it (docs/CACHE.md)"
@@ -51,7 +51,7 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
     try:
         entry = {"mountpoint": str(mountpoint), "pid": os.getpid(), "control": str(control)}
         with suppress(OSError):
-            _write(folder, mounted.device, json.dumps(entry).encode())
+            write_file(folder, mounted.device, json.dumps(entry).encode(), lasting=False)
         yield
         if _read(folder, mounted.device) == LiveMount(mountpoint, os.getpid(), control):
             with suppress(OSError):
@@ -88,12 +88,6 @@ def _folders() -> Iterator[Path]:
     yield Path("/run/ipfsfuse") if user == 0 else Path(f"/tmp/ipfsfuse-{user}")
 
 
-def _open_folder() -> int | None:
-    """The first folder that can be used, made where it is missing."""
-    found = usable_folder()
-    return None if found is None else _opened(found)
-
-
 def usable_folder() -> Path | None:
     """The first of this user's folders that can be used, made where it is missing."""
     for path in _folders():
@@ -119,30 +113,10 @@ def _opened(path: Path) -> int | None:
     return None
 
 
-def _write(folder: int, name: str, data: bytes) -> None:
-    fresh = f"{name}.{os.getpid()}.new"
-    file = os.open(
-        fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
-    )
-    try:
-        os.write(file, data)
-    finally:
-        os.close(file)
-    os.replace(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
-
-
 def _read(folder: int, name: str) -> LiveMount | None:
     """None where there is no such file, or it is not one of ours."""
     try:
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except OSError:
-        return None
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            return None
-        entry = json.loads(os.read(file, MAX_BYTES))
+        entry = json.loads(read_file(folder, name))
         return LiveMount(Path(entry["mountpoint"]), int(entry["pid"]), Path(entry["control"]))
     except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
-    finally:
-        os.close(file)

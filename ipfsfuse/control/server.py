@@ -26,7 +26,7 @@ from ipfsfuse.fileio import threads
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
-"""So often the socket is looked for."""
+"""Seconds between two looks whether the socket still exists."""
 LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
 """Why a socket can't be made at the start, but may be later: the disk is full, and there may be no folder
 yet."""
@@ -42,7 +42,7 @@ errors; UsageError for arguments that can't be used."""
 
 
 class ControlServer:
-    """Answers `commands` and counts who holds the mount."""
+    """Answers `commands`, and counts the connections that hold the mount."""
 
     def __init__(self, commands: Mapping[str, Handler]) -> None:
         self._commands = commands
@@ -63,11 +63,11 @@ class ControlServer:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is
-        replaced: whoever calls this has locked the folder. Where the socket is deleted, it is made again, and
-        `remake` makes its folder again, so that a mount whose cache is gone can be asked what is wrong.
+        replaced: the caller has locked the folder. If the socket is deleted, it is made again, and `remake`
+        makes its folder again, so that a mount whose cache is gone can be asked what is wrong.
 
-        A full disk costs no mount: the socket is made when there is room. Raises StoreFailed for any other
-        trouble."""
+        A full disk prevents no mount: the socket is made when there is room. Raises StoreFailed for any other
+        failure."""
         try:
             listener, inode = _listen(path)
         except StoreFailed as exc:
@@ -123,8 +123,8 @@ class ControlServer:
                         ),
                     )
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the peer has gone; nobody is left to tell
-        except* Exception:  # one connection's trouble never ends the mount
+            pass  # the peer has gone
+        except* Exception:  # a failure ends its own connection alone
             log.exception("a connection to the control socket failed")
 
     async def _conversation(self, stream: trio.SocketStream) -> None:
@@ -180,7 +180,7 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
 def _refusal(exc: BaseException) -> Mapping[str, Any]:
     """The answer that tells of `exc`. Broken connections are passed on, an unexpected error is logged."""
     while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]  # a nursery's wrapping
+        exc = exc.exceptions[0]  # a nursery wrapped it
     if isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
         raise exc
     if isinstance(exc, IpfsFuseError):
@@ -196,8 +196,8 @@ def _refusal(exc: BaseException) -> Mapping[str, Any]:
 async def _pump(
     stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], connection: trio.CancelScope
 ) -> None:
-    """Hands on the lines of `stream`; at its end, or at a line too long, ends the connection and what it
-    waits for."""
+    """Passes on the lines of `stream`. At its end, or at a line that is too long, the connection is
+    cancelled, and with it the command that runs."""
     buffered = bytearray()
     with send:
         async for data in stream:
@@ -222,7 +222,7 @@ def _encoded(value: object) -> str:
 
 
 def _encoded_by_items(values: Mapping[str, Any]) -> str:
-    """In a thread: the encoder holds Python's lock from its begin to its end, so lists are encoded item by
+    """For a thread. One call of the encoder holds Python's lock until it ends, so lists are encoded item by
     item."""
     members = (
         (key, f"[{','.join(map(_encoded, value))}]" if isinstance(value, list) else _encoded(value))

@@ -6,7 +6,7 @@ brought is not sent again.
 
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import trio
 
@@ -16,34 +16,21 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk, Unexpanded
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.importer.cars import GetBlock, links, verified
+from ipfsfuse.sources.http.kubo import Rpc
 
 _TOGETHER = 32
-"""Blocks that are looked at together."""
+"""Blocks that the node is asked for together."""
 _ASKED_TOGETHER = 8
 """Questions to the node at a time: with more it answers no faster."""
 _BATCH = 8 << 20
 """Bytes of blocks after which they are sent."""
 _ROUNDS = 3
-"""How often what the node's garbage collection took meanwhile is sent again."""
+"""How often blocks are sent again that the node's garbage collection removed meanwhile."""
 _ANSWER = 4 << 20
 """Bytes of the answer to a pin: it says how far it is twice a second."""
 
 PushProgress = Callable[[int, int | None], None]
 """Called with the bytes done so far, and the bytes in all as the root's links claim them."""
-
-
-class Node(Protocol):
-    """The RPC API of a node (`sources.http.kubo.Rpc`)."""
-
-    name: str
-
-    async def call(
-        self,
-        command: str,
-        arguments: Sequence[tuple[str, str]] = (),
-        limit: int = ...,
-        file: bytes | None = None,
-    ) -> bytes: ...
 
 
 class Pushed(NamedTuple):
@@ -54,7 +41,7 @@ class Pushed(NamedTuple):
     present: int
 
 
-async def push(root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> Pushed:
+async def push(root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> Pushed:
     """Sends all below `root` that the node does not have, and pins `root` there, recursively.
 
     After a failure the next push goes on where this one ended, unless the node collects its garbage in
@@ -75,7 +62,7 @@ async def push(root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> 
     return Pushed(job.blocks, job.bytes, job.present)
 
 
-async def _pin(root: Cid, node: Node) -> None:
+async def _pin(root: Cid, node: Rpc) -> None:
     """Raises NotHere for a block that the node does not have."""
     text = cids.text(root)
     said = await node.call("pin/add", [("arg", text), ("progress", "true"), ("offline", "true")], _ANSWER)
@@ -89,7 +76,7 @@ async def _pin(root: Cid, node: Node) -> None:
 
 
 class _Job:
-    def __init__(self, root: Cid, get: GetBlock, node: Node, progress: PushProgress) -> None:
+    def __init__(self, root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> None:
         self.blocks = self.bytes = self.present = 0
         self._root, self._get, self._node, self._progress = root, get, node, progress
         self._done = 0

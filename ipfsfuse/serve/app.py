@@ -39,9 +39,10 @@ log = logging.getLogger("ipfsfuse.serve")
 
 MAX_REQUESTS: Final = 64
 WAIT_SECONDS: Final = 10.0
-"""How long a request waits for its turn before the answer is to come again."""
+"""How long a request waits for its turn. Then the answer is 503, with Retry-After."""
 WHOLE_ANSWER_SECONDS: Final = 3600.0
-"""The longest answer. It is cut off then: blocks that came are right, and the rest can be asked for."""
+"""The longest answer. Then it is cut off: the blocks that came are right, and the client can ask for the
+rest."""
 PIECE: Final = 64 << 10
 """Small blocks are sent together."""
 SEND_SECONDS: Final = 30.0
@@ -169,11 +170,11 @@ class TrustlessGateway:
     async def _raw(self, wanted: Wanted, reply: "_Reply") -> None:
         text = cids.text(wanted.root)
         headers = _common(wanted, text, f'"{text}.raw"') | {"accept-ranges": "bytes", "content-type": RAW}
-        known = _is_known(wanted, headers)
-        if known and "*" not in wanted.if_none_match:
+        unchanged = _is_unchanged(wanted, headers)
+        if unchanged and "*" not in wanted.if_none_match:
             return await reply.start(304, headers, end=True)
         block = await self._block(wanted, wanted.root)
-        if known:  # "*" is for what is here (RFC 9110, section 13.1.2)
+        if unchanged:  # "*" is for what is here (RFC 9110, section 13.1.2)
             return await reply.start(304, headers, end=True)
         if wanted.range is None:
             return await reply.whole(200, headers, block)
@@ -196,7 +197,7 @@ class TrustlessGateway:
         dups = "y" if wanted.dups else "n"
         headers["content-type"] = f"{CAR}; version=1; order=dfs; dups={dups}"
         headers["accept-ranges"] = "none"
-        if _is_known(wanted, headers):
+        if _is_unchanged(wanted, headers):
             return await reply.start(304, headers, end=True)
         await reply.start(200, headers)
         pieces, size = [car.encode_header([place.entity])], 0
@@ -229,13 +230,14 @@ class TrustlessGateway:
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
         headers = _common(wanted, "", tag) | {"content-type": requests.RECORD}
         headers["cache-control"] = f"public, max-age={seconds}"
-        if _is_known(wanted, headers):
+        if _is_unchanged(wanted, headers):
             return await reply.start(304, headers, end=True)
         return await reply.whole(200, headers, data)
 
 
 class Broken(Exception):
-    """An answer that was begun and can't be ended: the server closes the connection, so that it is seen."""
+    """An answer that was begun and can't be completed. The server closes the connection, so that the client
+    notices."""
 
 
 def _check_method(scope: Scope) -> None:
@@ -275,7 +277,7 @@ def _tag(wanted: Wanted, place: Place) -> str:
     return f'W/"{cids.text(place.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
 
 
-def _is_known(wanted: Wanted, headers: Headers) -> bool:
+def _is_unchanged(wanted: Wanted, headers: Headers) -> bool:
     weak = headers["etag"].removeprefix("W/")
     return any(tag == "*" or tag.removeprefix("W/") == weak for tag in wanted.if_none_match)
 

@@ -5,7 +5,7 @@ Source: https://specs.ipfs.tech/http-gateways/trustless-gateway/
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
@@ -58,11 +58,6 @@ class Wanted:
     range: tuple[int | None, int | None] | None = None
     """RAW: first and last byte that are wanted, as in RFC 9110; None for all."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether all bytes of the entity are wanted."""
-        return self.first == 0 and self.last is None
-
 
 def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Wanted:
     """Raises Refused."""
@@ -81,15 +76,18 @@ def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]])
     kind, options = _format(asked, fields.get("accept", ""))
     cache = fields.get("cache-control", "").lower().replace(" ", "").split(",")
     tags = fields.get("if-none-match", "")
-    common = {
-        "format": kind,
-        "filename": asked.get("filename", ""),
-        "only_if_cached": "only-if-cached" in cache,
-        "if_none_match": tuple(tag.strip() for tag in tags.split(",")) if tags else (),
-    }
+    wanted = Wanted(
+        kind,
+        path,
+        filename=asked.get("filename", ""),
+        only_if_cached="only-if-cached" in cache,
+        if_none_match=tuple(tag.strip() for tag in tags.split(",")) if tags else (),
+    )
     try:
         if path.startswith("/ipns/"):
-            return _record(path, kind, common)
+            if kind != RECORD:
+                raise Refused(400, "names are not resolved here: ask for format=ipns-record, and verify it")
+            return replace(wanted, name=path.removeprefix("/ipns/").rstrip("/"))
         found = paths.parse(path)
     except IpfsFuseError as exc:
         raise Refused(400, str(exc)) from exc
@@ -100,14 +98,8 @@ def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]])
     if kind == RAW:
         if found.names:
             raise Refused(400, "format=raw is one block: ask for it by its own CID, or for a CAR")
-        return Wanted(path=path, root=found.root, range=_range(fields.get("range", "")), **common)  # type: ignore[arg-type]
-    return Wanted(path=path, root=found.root, names=found.names, **_car(asked, options), **common)  # type: ignore[arg-type]
-
-
-def _record(path: str, kind: str, common: Mapping[str, object]) -> Wanted:
-    if kind != RECORD:
-        raise Refused(400, "names are not resolved here: ask for format=ipns-record, and verify it")
-    return Wanted(path=path, name=path.removeprefix("/ipns/").rstrip("/"), **common)  # type: ignore[arg-type]
+        return replace(wanted, root=found.root, range=_range(fields.get("range", "")))
+    return _car(replace(wanted, root=found.root, names=found.names), asked, options)
 
 
 def _format(asked: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]:
@@ -129,7 +121,8 @@ def _format(asked: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]
     return kind, accepted.get(kind, {})
 
 
-def _car(asked: Mapping[str, str], options: Mapping[str, str]) -> dict[str, object]:
+def _car(wanted: Wanted, asked: Mapping[str, str], options: Mapping[str, str]) -> Wanted:
+    """`wanted` with what the query and the parameters in Accept say of a CAR. Raises Refused."""
     version = asked.get("car-version", options.get("version", "1"))
     order = asked.get("car-order", options.get("order", "dfs"))
     dups = asked.get("car-dups", options.get("dups", "n"))
@@ -145,7 +138,7 @@ def _car(asked: Mapping[str, str], options: Mapping[str, str]) -> dict[str, obje
             raise Refused(400, "entity-bytes is FROM:TO, two numbers, TO may be *")
         first, last = int(found[1]), None if found[2] == "*" else int(found[2])
         scope = "entity" if "dag-scope" not in asked else scope
-    return {"scope": scope, "dups": dups == "y", "first": first, "last": last}
+    return replace(wanted, scope=scope, dups=dups == "y", first=first, last=last)
 
 
 def _range(text: str) -> tuple[int | None, int | None] | None:

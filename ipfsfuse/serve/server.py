@@ -1,17 +1,23 @@
-"""HTTP for the gateway: hypercorn's protocols on connections that are bounded in number and in time.
+"""Serves a cache folder and the library over HTTP: by itself, or through the mount that uses the folder.
 
-hypercorn bounds heads, queues and requests, but neither the number of connections nor the time that a client
-takes to read: it waits for that whatever is cancelled. So connections are accepted here, and each is a stream
-that gives up.
+HTTP is hypercorn's, on connections that are bounded in number and in time. hypercorn bounds heads, queues and
+requests, but neither the number of connections nor the time that a client takes to read: it waits for that
+whatever is cancelled. So connections are accepted here, and each is a stream that gives up.
 
-Concurrency: one trio loop.
+Concurrency: one trio loop; a mount is asked in worker threads.
 """
 
+import base64
 import logging
+import os
+import signal
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -21,10 +27,139 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
-from ipfsfuse.errors import UsageError
-from ipfsfuse.serve.app import PIECE, SEND_SECONDS
+from ipfsfuse import __version__, client, content
+from ipfsfuse.cache.store import folder as cache_folder
+from ipfsfuse.config import ContentConfig
+from ipfsfuse.content import WholeBlocks
+from ipfsfuse.control.server import Arguments, ControlServer, Progress
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
+from ipfsfuse.fileio import threads
+from ipfsfuse.serve.app import PIECE, SEND_SECONDS, Content, TrustlessGateway
+from ipfsfuse.sources.names.record import KeyName
 
 log = logging.getLogger("ipfsfuse.serve")
+
+ASKED_AT_ONCE: Final = 16
+"""Questions to a mount."""
+
+Ready = Callable[[Sequence[str]], None]
+"""Called once, with the URLs, when requests are answered."""
+
+
+def run(config: ContentConfig, host: str, port: int, fetch: bool, ready: Ready) -> None:
+    """Serves until SIGTERM or SIGINT. Raises what prevents it."""
+    if cache_folder.is_free(config.cache_dir):
+        with cache_folder.locked(config.cache_dir) as folder:
+            folder.announce(os.getpid(), "ipfsfuse serve")
+            trio.run(_serve, partial(_own, config, folder), host, port, fetch, ready)
+    else:
+        trio.run(_serve, partial(_of_mount, config), host, port, fetch, ready)
+
+
+async def _serve(opened: Any, host: str, port: int, fetch: bool, ready: Ready) -> None:
+    listeners = await listen(host, port)
+    urls = addresses(listeners)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with opened(fetch, urls) as app:
+
+            async def ending() -> None:
+                log.info("serving at %s", ", ".join(urls))
+                ready(urls)
+                async for number in signals:
+                    log.info("%s: ending", signal.Signals(number).name)
+                    return
+
+            await serve(app, listeners, ending)
+
+
+# -- by itself -----------------------------------------------------------------------------------------------
+
+
+class OwnContent:
+    """What this process has opened itself."""
+
+    def __init__(self, here: content.Content) -> None:
+        self._blocks = WholeBlocks(here.cache.reader, here.pool)
+        self._names = here.names
+
+    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
+        return await self._blocks.get(cid, fetch=fetch)
+
+    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
+        return await self._names.record(name, fetch=fetch)
+
+
+@asynccontextmanager
+async def _own(
+    config: ContentConfig, folder: cache_folder.CacheFolder, fetch: bool, urls: Sequence[str]
+) -> AsyncIterator[TrustlessGateway]:
+    started = time.clock_gettime(time.CLOCK_BOOTTIME)
+    async with content.opened(config, folder) as here, trio.open_nursery() as nursery:
+        app = TrustlessGateway(OwnContent(here), fetch=fetch)
+
+        async def status(_arguments: Arguments, _progress: Progress) -> Mapping[str, Any]:
+            trouble = here.cache.trouble
+            return {
+                "version": __version__,
+                "health": "degraded" if trouble else "healthy",
+                "reasons": [trouble] if trouble else [],
+                "pid": os.getpid(),
+                "mountpoint": None,
+                "cache_dir": str(config.cache_dir),
+                "offline": config.offline,
+                "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 1),
+                "cache": asdict(here.cache.statistics()),
+                "pins": {},
+                "sources": [asdict(source) for source in here.pool.statistics()],
+                "listening": list(urls),
+                "served": asdict(app.served),
+            }
+
+        control = ControlServer({"status": status})
+        await nursery.start(control.serve, folder.control, folder.remake)
+        yield app
+        nursery.cancel_scope.cancel()
+
+
+# -- through the mount that uses the folder ------------------------------------------------------------------
+
+
+class MountContent:
+    """What the mount that uses the cache folder has. It is asked through its control socket."""
+
+    def __init__(self, control: Path, deadline: float) -> None:
+        self._control, self._deadline = control, deadline
+        self._limiter = trio.CapacityLimiter(ASKED_AT_ONCE)
+
+    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
+        return await self._ask("block", cid=cids.text(cid), fetch=fetch, serving=True)
+
+    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
+        return await self._ask("record", name=str(name), fetch=fetch)
+
+    async def _ask(self, command: str, **arguments: Any) -> bytes:
+        """Raises the domain error that the mount names, Unavailable where it does not answer."""
+        call = partial(client.call, self._control, command, timeout=self._deadline + 5, **arguments)
+        try:
+            answer = await threads.run_sync(call, limiter=self._limiter, abandon_on_cancel=True)
+            return base64.b64decode(answer["data"])
+        except DaemonFailed as exc:
+            raise Unavailable(str(exc)) from exc
+
+
+@asynccontextmanager
+async def _of_mount(
+    config: ContentConfig, fetch: bool, _urls: Sequence[str]
+) -> AsyncIterator[TrustlessGateway]:
+    control = cache_folder.socket_path(config.cache_dir)
+    await threads.run_sync(partial(client.call, control, "status", timeout=config.deadline))
+    mounted: Content = MountContent(control, config.deadline)
+    yield TrustlessGateway(mounted, fetch=fetch)
+
+
+# -- connections ---------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS: Final = 256
 """Further ones wait in the kernel, until one of these ends."""
@@ -34,16 +169,8 @@ HEAD_SECONDS: Final = 60.0
 IDLE_SECONDS: Final = 15.0
 """Between two requests on one connection."""
 END_SECONDS: Final = 3.0
-"""For answers that are under way when the server ends."""
+"""How long answers that are under way may go on when the server ends."""
 MAX_HEAD: Final = 16 << 10
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT, [IPv6]:PORT or PORT, which means 127.0.0.1. Raises UsageError."""
-    host, _, port = text.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"--listen {text}: write HOST:PORT, as in 127.0.0.1:8080")
-    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
 async def listen(host: str, port: int) -> list[trio.SocketListener]:
@@ -87,7 +214,7 @@ async def serve(
             await TCPServer(wrapped, config, context, ConnectionState({}), connection)  # type: ignore[arg-type]
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        except* Exception:  # one connection's trouble ends that connection
+        except* Exception:  # a failure ends its own connection alone
             log.exception("a connection failed")
         finally:
             streams.discard(connection)

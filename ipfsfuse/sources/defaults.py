@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.http.origin import parse_origin, repository
 
 LIBRARY, CAR, KUBO, GATEWAY, NETWORK = "library", "car", "kubo", "gateway", "network"
 MAX_FILE: Final = 64 * 1024
 """Bytes of a file that names gateways."""
-
-
-def repository() -> Path:
-    """The folder of this machine's Kubo repository: $IPFS_PATH with `~` expanded, else ~/.ipfs."""
-    try:
-        return Path(os.environ.get("IPFS_PATH") or "~/.ipfs").expanduser()
-    except RuntimeError as exc:
-        raise UsageError("there is no home folder with a .ipfs in it: set HOME or IPFS_PATH") from exc
 
 
 def is_repository(place: Path) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import SourceFailed, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.defaults import CAR, GATEWAY, KUBO, LIBRARY, NETWORK, is_repository, repository
-from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, unix_origin
+from ipfsfuse.sources.defaults import CAR, GATEWAY, KUBO, LIBRARY, NETWORK, is_repository
+from ipfsfuse.sources.http.origin import Origin, parse_origin, read_origin, repository, unix_origin
 from ipfsfuse.sources.http.settings import BoundHeaders, Headers, HttpSettings, is_ours, read_headers
 
 if TYPE_CHECKING:
@@ -211,8 +211,7 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
 
 
 def _open_network(settings: OpenSettings) -> "Source":
-    from ipfsfuse.sources.routing.network import Network
-    from ipfsfuse.sources.routing.router import open_routers
+    from ipfsfuse.sources.routing import Network, open_routers
 
     if not settings.routers:
         raise UsageError(

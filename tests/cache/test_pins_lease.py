@@ -198,9 +198,9 @@ def test_what_a_lease_proves(tmp_path: Path) -> None:
     fresh, old = int(time.time()), int(time.time() - SILENT - 60)
 
     def taken(**changed: Any) -> bool:
-        return replace(others, **changed).may_be_taken(mine, NAME)
+        return replace(others, **changed).may_be_claimed(mine, NAME)
 
-    assert mine.may_be_taken(mine, NAME)
+    assert mine.may_be_claimed(mine, NAME)
     assert taken(inode=mine.inode, namespace="another"), "the same cache folder, seen from another namespace"
     assert not taken(), "the original of a copied folder"
     assert not taken(resting=True), "it rests, but it will come back"

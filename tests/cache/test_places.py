@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from ipfsfuse.control.blocks import WholeBlocks
+from ipfsfuse.content import WholeBlocks
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File, Link

@@ -9,7 +9,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, IpfsFuseError
-from ipfsfuse.importer import Added, AddOptions, add
+from ipfsfuse.importer.add import Added, AddOptions, add
 from ipfsfuse.sources.local.library import Library
 
 PLAIN = AddOptions()
@@ -78,7 +78,7 @@ def changed(library: Library, path: Path, act: Callable[[], object], message: st
 ADD_STDIN = """
 import sys
 from pathlib import Path
-from ipfsfuse.importer import AddOptions, add
+from ipfsfuse.importer.add import AddOptions, add
 from ipfsfuse.dag import cid
 from ipfsfuse.sources.local.library import Library
 for added in add(["-"], AddOptions(wrap="-w" in sys.argv), Library(Path(sys.argv[1]))):

@@ -13,12 +13,11 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.builder import UNIXFS_V0_2015
 from ipfsfuse.errors import UsageError
-from ipfsfuse.importer import add
+from ipfsfuse.importer import add as adding
+from ipfsfuse.importer.add import add
 from ipfsfuse.sources.local.library import Library
 from tests.importer.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
 from tests.importer.trees import Bytes
-
-MODULE = sys.modules["ipfsfuse.importer.add"]
 
 
 def test_a_tree_is_told_children_first_and_is_all_there(tree: Path, library: Library) -> None:
@@ -83,7 +82,7 @@ def test_the_old_profile_shows_version_0_cids(tree: Path, library: Library) -> N
 
 
 def test_progress_reaches_the_total(tree: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "_COUNT_AFTER", 0)
+    monkeypatch.setattr(adding, "_COUNT_AFTER", 0)
     seen: list[tuple[int, int | None, str]] = []
     list(add([str(tree)], PLAIN, library, lambda *report: seen.append(report)))
     assert seen[-1][:2] == (3 * MIB + 11, 3 * MIB + 11)

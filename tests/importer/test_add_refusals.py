@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.errors import AddFailed, StoreFailed, UsageError
-from ipfsfuse.importer import AddOptions, add
+from ipfsfuse.importer.add import AddOptions, add
 from ipfsfuse.sources.local.library import Library
 from tests.importer.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
 
@@ -104,7 +104,7 @@ def test_an_unreadable_file_is_named() -> None:
 
 AS_OTHER = """
 import os, sys
-from ipfsfuse.importer import AddOptions, add
+from ipfsfuse.importer.add import AddOptions, add
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
 list(add([sys.argv[1]], AddOptions(only_hash=True), None))

@@ -11,7 +11,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
-from ipfsfuse.importer import AddOptions, add, export
+from ipfsfuse.importer.add import AddOptions, add
+from ipfsfuse.importer.cars import export
 from ipfsfuse.sources.local.car_file import CarFile, CarSource, sections
 from ipfsfuse.sources.local.library import Library, LibrarySource
 from tests.importer.repo import Repo

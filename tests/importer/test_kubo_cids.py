@@ -9,7 +9,7 @@ import pytest
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
-from ipfsfuse.importer import AddOptions, add
+from ipfsfuse.importer.add import AddOptions, add
 from tests.importer.pure import build
 from tests.importer.record import DATA, ask
 from tests.importer.repo import Repo

@@ -371,7 +371,7 @@ def test_what_prevents_it_is_told_in_one_line(home: Home) -> None:
     home.refused("serve", "--listen", "nonsense", names="HOST:PORT", code=2)
     home.refused("serve", "--from", "http://", names="host", code=2)
     with serving(home) as server:
-        said = home.refused("mount", home.mountpoint, names=str(server.process.pid))
+        said = home.refused("mount", home.mountpoint, names=str(server.process.pid), code=os.EX_TEMPFAIL)
         assert "ipfsfuse serve" in said
 
 

@@ -22,7 +22,7 @@ def library(tmp_path: Path) -> Library:
 def test_another_library_object_sees_adds_and_removals_at_once(library: Library) -> None:
     reader = Library(library.folder)
     blocks, others = dag(range(5)), dag(range(5, 9))
-    assert not reader.contains(cids.multihash(blocks[0][0]))
+    assert reader.packs.find(cids.multihash(blocks[0][0])) is None
     add(library, blocks)
     assert reader.block(blocks[0][0]) == blocks[0][1]
     add(library, others)

@@ -18,16 +18,15 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ipfsfuse.cache.store.name_records import MAX_RECORDS, NameRecords
+from ipfsfuse.cache.store.records import MAX_RECORDS, NameRecords
 from ipfsfuse.errors import IpfsFuseError, Malformed, NotFound, Unavailable, UsageError
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.names import resolver as resolvers
-from ipfsfuse.sources.names.dnslink import Dns, DnsOverHttps, SystemDns
 from ipfsfuse.sources.names.record import Name, parse_name
-from ipfsfuse.sources.names.resolver import Resolved, Resolver
+from ipfsfuse.sources.names.resolver import Dns, DnsOverHttps, Resolved, Resolver, SystemDns
 from tests.sources.ipns import NameServer, make, name_of
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in range(3)]
@@ -239,7 +238,7 @@ def test_the_time_to_live_bounds_how_long_a_name_is_kept(tmp_path: Path, servers
 def test_the_store_keeps_a_bounded_number_of_records(tmp_path: Path) -> None:
     store = NameRecords(tmp_path)
     for number in range(MAX_RECORDS + 3):
-        store._folder.fd
+        assert store._folder.fd >= 0
         store.put(f"k{number}", b"x") if number in (0, MAX_RECORDS + 2) else _touch(tmp_path, number)
     assert len(store.names()) == MAX_RECORDS
     assert store.get(f"k{MAX_RECORDS + 2}") == b"x"

@@ -12,14 +12,13 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, UsageError
+from ipfsfuse.sources import routing
 from ipfsfuse.sources.base import LeafRange, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.routing import network as networks
-from ipfsfuse.sources.routing.network import Network
-from ipfsfuse.sources.routing.router import MAX_ANSWER, Router, provider_origin
+from ipfsfuse.sources.routing import MAX_ANSWER, Network, Router, provider_origin
 from ipfsfuse.sources.spec import OpenSettings, opened
 from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
@@ -231,7 +230,7 @@ def test_a_good_router_counts_beside_a_bad_one(behave: Callable[[Ask], None]) ->
                 start = time.monotonic()
                 for cid, block in FILE.blocks.items():
                     assert await source.get(cid) == block
-                assert time.monotonic() - start < networks.LOOKUP_SECONDS
+                assert time.monotonic() - start < routing.LOOKUP_SECONDS
 
     trio.run(main)
 
@@ -240,7 +239,7 @@ def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The good router answers after the others' half second. Its provider keeps its place afterwards."""
-    monkeypatch.setattr(networks, "TRY_SECONDS", 2.0)
+    monkeypatch.setattr(routing, "TRY_SECONDS", 2.0)
 
     async def main() -> None:
         with Server(FILE.blocks) as gateway, Server({}, flood_of_providers()) as bad:
@@ -259,7 +258,7 @@ def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
                         await source.get(absent)
                     names = [each.name for each in source.statistics()]
                     assert f"network: {gateway.url}" in names
-                    assert len(names) <= networks.MAX_PROVIDERS // 2 + 1
+                    assert len(names) <= routing.MAX_PROVIDERS // 2 + 1
 
     trio.run(main)
 
@@ -276,7 +275,7 @@ def flood_of_providers() -> Callable[[Ask], None]:
 
 
 def test_a_router_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "LOOKUP_SECONDS", 0.3)
+    monkeypatch.setattr(routing, "LOOKUP_SECONDS", 0.3)
 
     async def main() -> None:
         with Server({}, stall) as router:
@@ -335,7 +334,7 @@ def test_many_lookups_of_one_block_are_one_and_absence_is_remembered() -> None:
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a thousand providers that are named, few are taken; lookups are forgotten."""
-    monkeypatch.setattr(networks, "MAX_KEPT", 10)
+    monkeypatch.setattr(routing, "MAX_KEPT", 10)
     many = [peer(f"/dns4/p{number}.example/tcp/443/https") for number in range(1000)]
 
     async def main() -> None:
@@ -343,7 +342,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             async with Net(router) as source:
                 for leaf in FILE.leaves[:3]:
                     await source._look_up(leaf.cid)
-                    assert len(source._providers) <= networks.MAX_PROVIDERS
+                    assert len(source._providers) <= routing.MAX_PROVIDERS
                 assert len(source.statistics()) == len(source._providers)
         with Server({}, listing([])) as router:
             async with Net(router) as source:
@@ -408,7 +407,7 @@ def test_a_name_is_checked_when_it_is_resolved(monkeypatch: pytest.MonkeyPatch) 
         return [(2, 1, 6, "", ("127.0.0.1", gateway.port))]
 
     monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(networks, "TRY_SECONDS", 1.0)
+    monkeypatch.setattr(routing, "TRY_SECONDS", 1.0)
     with Server(FILE.blocks) as gateway:
         record = peer(f"/dns4/provider.example/tcp/{gateway.port}/http")
 

@@ -1,4 +1,4 @@
-"""Pins of ours at Kubo nodes: each node is brought to what is desired, behind the reads.
+"""Our pins at Kubo nodes: in the background, each node is made to hold what is desired.
 
 Content stays at a node while it stands in any mount's folder there (`mfs`); the node's own pins
 are never looked at, so a pin that its user made is never touched. `add` and `remove` only change what is
@@ -43,7 +43,7 @@ LOOKUPS_PER_TURN = 100
 """Small blocks that are looked for in the index before other calls have their turn: some milliseconds."""
 
 REPAIRS_PER_ROUND = 100
-"""Files that are looked after before what changed meanwhile has its turn."""
+"""Files that are repaired before what changed meanwhile has its turn."""
 
 
 class KuboPins:
@@ -177,7 +177,7 @@ class KuboPins:
         try:
             async with self._busy:
                 await self._round()
-        except Exception as exc:  # a bug too: it may cost the pins, never the mount
+        except Exception as exc:  # also a bug: it may cost the pins, but not the mount
             self._failed(exc)
             return False
         if self._failing:
@@ -259,7 +259,7 @@ class BlockRepair:
         self._unsure.update((cid, None) for cid in new if everything or self._copies.joins(cid))
 
     async def give_back(self, wanted: Callable[[Cid], object]) -> bool:
-        """Looks after some of what was noted and is still `wanted`. Whether that was all."""
+        """Repairs some of what was noted and is still `wanted`. Returns whether that was all."""
         for cid in list(islice(self._unsure, REPAIRS_PER_ROUND)):
             if wanted(cid):
                 await self._give(cid)

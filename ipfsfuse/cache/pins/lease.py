@@ -80,7 +80,7 @@ class MountId:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What stands in the file `lease` at a node, as JSON with these keys."""
+    """The content of the file `lease` at a node: JSON with these keys."""
 
     version: int
     machine: str
@@ -138,7 +138,7 @@ class Lease:
     def renew(self, *, resting: bool = False) -> Self:
         return replace(self, renewed=int(time.time()), resting=resting)
 
-    def may_be_taken(self, by: "Lease", name: str) -> bool:
+    def may_be_claimed(self, by: "Lease", name: str) -> bool:
         """Whether `by`, the lease of a process that holds a cache folder of this name, may take the folder at
         the node.
 
@@ -215,18 +215,13 @@ def _read_name(path: Path) -> str | None:
 
 
 def _write_name(path: Path, name: str) -> None:
-    """A disk that takes nothing costs what the name was for: the next start has another, and writes its pins
-    anew."""
-    fresh = path.with_name(f"{path.name}.new")
+    """If the disk takes nothing, the next start has another name, and writes its pins anew."""
     try:
-        fresh.unlink(missing_ok=True)
-        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            os.write(file, f"{name}\n".encode())
-            os.fsync(file)
+            cache_folder.write_file(folder, path.name, f"{name}\n".encode())
         finally:
-            os.close(file)
-        fresh.replace(path)
+            os.close(folder)
     except OSError as exc:
         message = "%s can't be written, so that pins at nodes begin anew at the next start: %s"
         log.warning(message, path, exc.strerror or exc)

@@ -309,7 +309,7 @@ class MfsPinFolder:
             name = self._mount_id.name
             entries = await self._mfs.entries(f"{ROOT}/{name}")
             other = await _read_lease(self._mfs, entries)
-            if other is None or await threads.run_sync(other.may_be_taken, lease, name):
+            if other is None or await threads.run_sync(other.may_be_claimed, lease, name):
                 break
             await threads.run_sync(self._mount_id.change, name)
             message = "another mount may be using %s/%s, of %s: this one is %s now"

@@ -82,8 +82,8 @@ MAX_SMALL = 1 << 16
 """Bytes of a small file of ours that are read at most."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 LATER = NO_SPACE | {errno.ENOENT}
-"""What keeps a subfolder from being made now, but not for good: there is no space for it, or not even for our
-folder."""
+"""Errors for which a subfolder can't be made now, but may be later: no space is left, or our folder is
+missing."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -156,7 +156,7 @@ def remove_file(folder: int, name: str) -> None:
 
 
 STATUS_TOGETHER = 500
-"""Files that are looked at by one call: each call gives Python's lock away, and waits for it again."""
+"""Files whose status one call reads. Each call releases Python's lock, and has to wait for it again."""
 
 
 class Subfolder:
@@ -233,13 +233,12 @@ def _open_subfolder(path: Path) -> int:
 
 
 def is_our_own(info: os.stat_result | Status) -> bool:
-    """Whether it is a regular file that has no name but the one it was found by: to write it changes nothing
-    elsewhere."""
+    """Whether it is a regular file of ours with a single name: to write it changes nothing elsewhere."""
     return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.geteuid()
 
 
 def report_strays(path: Path, names: Sequence[str]) -> None:
-    """Says once which things in a folder of ours are not ours."""
+    """Logs once what lies in a folder of ours and is not ours."""
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         log.warning("%s%s: not made by ipfsfuse, left alone", path / min(names), more)
@@ -316,7 +315,7 @@ class CacheFolder:
                 raise StoreFailed(f"{self.path} was moved away: this mount can't be asked until it is back")
             return
         with as_store_failed(f"the cache folder {self.path} can't be made"):
-            fd, lock = _take(self.path.parent)
+            fd, lock = _open_and_lock(self.path.parent)
         self.release()
         self._fd, self._lock = fd, lock
         if self._announced is not None:
@@ -373,7 +372,7 @@ def locked(cache_dir: Path) -> Iterator[CacheFolder]:
     room."""
     held = CacheFolder(inside(cache_dir), -1, -1)
     with _full_disk(f"the cache folder {held.path} can't be made; reads go on without the cache"):
-        held = CacheFolder(held.path, *_take(cache_dir))
+        held = CacheFolder(held.path, *_open_and_lock(cache_dir))
     try:
         yield held
     finally:
@@ -398,12 +397,12 @@ def _announced_in(folder: Path) -> tuple[int, str] | None:
 
 
 def is_free(cache_dir: Path) -> bool:
-    """Whether it is certain that no living process uses the folder."""
+    """Whether certainly no living process uses the folder."""
     try:
         fd = os.open(inside(cache_dir), _DIRECTORY)
     except FileNotFoundError:
         return True
-    except OSError:  # that we can't look proves nothing
+    except OSError:  # what we can't look at may be in use
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -453,7 +452,7 @@ def examine(cache_dir: Path) -> None:
 # -- opening -------------------------------------------------------------------------------------------------
 
 
-def _take(cache_dir: Path) -> tuple[int, int]:
+def _open_and_lock(cache_dir: Path) -> tuple[int, int]:
     """Descriptors of our folder and its lock file, both locked. Raises StoreFailed; OSError for a full disk
     alone."""
     path = inside(cache_dir)

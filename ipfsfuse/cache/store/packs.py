@@ -375,7 +375,7 @@ class BlockStore:
         self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
         """Statements for the index, besides those that say where blocks lie."""
         self.damaged: Damaged | None = None
-        self.telling = trio.Lock()
+        self.index_lock = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()
         """Set when something is to be written to the index; when it should not wait."""
         self._budget = budget
@@ -423,7 +423,7 @@ class BlockStore:
             if place.pack in self.packs.sizes:
                 self._backoff.failed(str(self.packs.path(place.pack)), exc)
         self.packs.forget(cids.multihash(cid))
-        self.tell_index()
+        self.wake_index_writer()
         return None
 
     async def take_back(self, cid: Cid, place: Place) -> bool:
@@ -436,7 +436,7 @@ class BlockStore:
             return False
         if self.packs.pending.get(cids.multihash(cid)) is None:
             self.packs.pending[cids.multihash(cid)] = place
-        self.tell_index()
+        self.wake_index_writer()
         return True
 
     def _used_pack(self, pack: int) -> None:
@@ -508,7 +508,7 @@ class BlockStore:
         if not done or place.pack not in self.packs.sizes:
             return False
         self.packs.pending[cids.multihash(cid)] = place
-        self.tell_index()
+        self.wake_index_writer()
         return True
 
     async def _room_in(self, pack_set: PackSet, size: int) -> tuple[int, int] | None:
@@ -558,7 +558,7 @@ class BlockStore:
                 return False
             self._backoff.succeeded()
             self.packs.note(pack, at, sections)
-            self.tell_index()
+            self.wake_index_writer()
             return True
 
     def _settle_pack(self, pack: int, reserved: int = 0) -> None:
@@ -581,7 +581,7 @@ class BlockStore:
             keys = [*unindexed, *await self.keys_in(pack)]
             held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
         self.packs.forget_all(pack, held)
-        self.tell_index()
+        self.wake_index_writer()
         return held
 
     async def keys_in(self, pack: int) -> list[bytes]:
@@ -606,9 +606,9 @@ class BlockStore:
     def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
         """One more statement for the index."""
         self.statements.append((sql, [arguments]))
-        self.tell_index()
+        self.wake_index_writer()
 
-    def tell_index(self) -> None:
+    def wake_index_writer(self) -> None:
         """There is something the index does not say yet."""
         self.changed.set()
         if len(self.packs.pending) >= ROWS:
@@ -618,7 +618,7 @@ class BlockStore:
         """The index gave no answer; where it is damaged, it is replaced soon."""
         if isinstance(error, Damaged):
             self.damaged = error
-            self.tell_index()
+            self.wake_index_writer()
         else:
             self._backoff.failed(str(self.index.path), error)
             self._budget.look_soon()

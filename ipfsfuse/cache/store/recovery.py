@@ -1,5 +1,5 @@
-"""The store's life: what an earlier run left is found at the start, and the index is written behind the
-reads.
+"""What the store does besides reads: at the start it finds what an earlier run left, and then it writes the
+index in the background.
 
 Concurrency: `Inventory.run` and `write_behind` are one task each.
 """
@@ -36,17 +36,17 @@ AT_FIRST = 2000
 """Files of an earlier run that are looked at before the mount is up: 0.02 s. What is beyond them is looked at
 while reads are served."""
 HEAD_START = 0.3
-"""Seconds after which that begins: the mount comes up first, and both need the interpreter."""
+"""Seconds after which that begins. The mount comes up first, because both need the interpreter."""
 LOOKED_AT_TOGETHER = 2000
 """Files that are looked at by one thread hop after that."""
 COUNTED_TOGETHER = 500
 """Files that are counted in one step of the event loop: some milliseconds."""
 WAIT = 1.0
-"""Seconds that rows may wait to be written: a crash loses none, the packs tell them again."""
+"""Seconds that rows may wait to be written. A crash loses none: they can be read from the packs again."""
 MAX_PENDING = 50_000
 """Rows kept in memory while the disk takes none; then the oldest are dropped."""
 IN_ORDER = "in order"
-"""The key of a row among the uses which says that their order is that of an unmount, and not older."""
+"""The key of a row among the uses. It says that their order is that of the last unmount, and not older."""
 MARGIN = 1 << 20
 """Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
 MEASURE_SECONDS = 5.0
@@ -104,8 +104,8 @@ class Inventory:
     """Finds what an earlier run left, and counts it in the budget, in the order of use: what ARC gives back
     first is what it would have.
 
-    Each file is looked at, for only the disk knows its size: some seconds for a million. Meanwhile reads find
-    what they ask for by its name (`Staging.find`, `Packs.find`), and nothing new is kept
+    The status of each file is read, because only the disk knows its size: some seconds for a million files.
+    Meanwhile reads find what they ask for by its name (`Staging.find`, `Packs.find`), and nothing new is kept
     (`Budget.counted`)."""
 
     def __init__(self, store: Store) -> None:
@@ -241,7 +241,7 @@ class Inventory:
             packs.last = max(packs.last, int(time.time()))
         self._keep_pinned()
         if not store.blocks.index.anew:
-            _take(store, await threads.run_sync(_tails, store, indexed))
+            _note_pending(store, await threads.run_sync(_tails, store, indexed))
             store.blocks.packs_indexed.set()
         files.known = packs.known = True
         early.clear()
@@ -277,7 +277,7 @@ def _tails(store: Store, indexed: Mapping[int, int]) -> list[tuple[Cid, Place]]:
     ]
 
 
-def _take(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
+def _note_pending(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
     for cid, place in sections:
         store.blocks.packs.pending.setdefault(cids.multihash(cid), place)
 
@@ -298,7 +298,7 @@ async def write_behind(store: Store) -> None:
 async def flush(store: Store) -> None:
     """Writes all that is pending; what can't be written stays pending."""
     with trio.CancelScope(shield=True):  # what was taken to be written is written, whoever asked for it
-        async with store.blocks.telling:
+        async with store.blocks.index_lock:
             await _flush(store)
 
 
@@ -361,7 +361,7 @@ async def _read_packs(store: Store) -> None:
         if store.budget.kept(pack):
             store.blocks.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
         else:
-            _take(store, sections)
+            _note_pending(store, sections)
         if len(store.blocks.packs.pending) >= ROWS:
             batch, statements = store.blocks.packs.unwritten()
             with contextlib.suppress(StoreFailed, Damaged):

@@ -23,7 +23,7 @@ from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
-from ipfsfuse.cache.store.pin_records import PinRecord, PinRecords
+from ipfsfuse.cache.store.records import PinRecord, PinRecords
 from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging, is_free
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid

@@ -1,10 +1,11 @@
 """Servers as frozen values, where a redirect may lead, and which proxy is used.
 
-Pure, except that the environment names the proxies and a Kubo repository its node's addresses.
+Pure, except that the environment names the proxies and the Kubo repository, and that its node's addresses.
 """
 
 import functools
 import ipaddress
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -125,6 +126,14 @@ def parse_multiaddr(text: str) -> Origin:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts[2], parts[2])
     scheme = "https" if "https" in parts[5:] else "http"
     return parse_origin(f"{scheme}://[{host}]:{parts[4]}" if ":" in host else f"{scheme}://{host}:{parts[4]}")
+
+
+def repository() -> Path:
+    """The folder of this machine's Kubo repository: $IPFS_PATH with `~` expanded, else ~/.ipfs."""
+    try:
+        return Path(os.environ.get("IPFS_PATH") or "~/.ipfs").expanduser()
+    except RuntimeError as exc:
+        raise UsageError("there is no home folder with a .ipfs in it: set HOME or IPFS_PATH") from exc
 
 
 def read_origin(path: Path) -> Origin:

@@ -69,7 +69,7 @@ _OLDER_NAMES = re.compile(_STEM + r"\.(car|tmp)|lock|roots|tmp[a-z0-9_]{8}")
 MAX_ROOT = 1 << 24
 """Bytes of a root's file that are read at most: some 400,000 packs."""
 MAX_SIZE, MAX_TIME = 1 << 63, 253_402_300_800
-"""What no file has: so many bytes, and a time after the year 9999."""
+"""Bounds that no file reaches: bytes, and a time after the year 9999."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def prepare(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not examine(folder):
             with suppress(OSError):  # a library that can only be read needs no marker yet
-                _mark(folder)
+                _write_text(folder, folder / FORMAT, f"{MARKER} {VERSION}\n")
         with suppress(FileExistsError):
             (folder / ROOTS).mkdir(mode=0o700)
         _check(folder / ROOTS, stat.S_IFDIR)
@@ -155,18 +155,20 @@ def _check(path: Path, kind: int) -> None:
         )
 
 
-def _mark(folder: Path) -> None:
-    path, fd = new_temporary(folder)
+def _write_text(folder: Path, path: Path, text: str) -> None:
+    """Makes or replaces the file `path` in the library `folder`, or in a folder of that, whole. It is on the
+    disk when this returns. Raises OSError."""
+    temporary, fd = new_temporary(folder)
     try:
         with open(fd, "w") as out:
-            out.write(f"{MARKER} {VERSION}\n")
+            out.write(text)
             out.flush()
             os.fsync(fd)
-            os.rename(path, folder / FORMAT)
+            os.rename(temporary, path)
     except BaseException:
-        path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    sync_folder(folder)
+    sync_folder(path.parent)
 
 
 def _read(path: Path, most: int) -> bytes | None:
@@ -202,7 +204,7 @@ def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
 
 
 def pack_names(folder: Path) -> set[str]:
-    """Of files that an add wrote: a CAR file of another name is not ours."""
+    """The names of the files that adds wrote. A CAR file of another name is not ours."""
     with os.scandir(folder) as items:
         named = [item for item in items if _PACK_NAME.fullmatch(item.name)]
         return {item.name for item in named if item.is_file(follow_symlinks=False)}
@@ -243,17 +245,8 @@ def root_path(folder: Path, cid: Cid) -> Path:
 
 def write_root(folder: Path, entry: Entry) -> None:
     """Makes the root known, or known anew. Raises OSError."""
-    path, fd = new_temporary(folder)
-    try:
-        with open(fd, "w") as out:
-            json.dump({**asdict(entry), "cid": cids.text(entry.cid)}, out)
-            out.flush()
-            os.fsync(fd)
-            os.rename(path, root_path(folder, entry.cid))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    sync_folder(folder / ROOTS)
+    text = json.dumps({**asdict(entry), "cid": cids.text(entry.cid)})
+    _write_text(folder, root_path(folder, entry.cid), text)
 
 
 def read_root(path: Path) -> Entry | None:
@@ -359,7 +352,7 @@ class Packs:
             new = [
                 pack
                 for key, path in found.items()
-                if key not in self._open and (pack := self._take(key, path))
+                if key not in self._open and (pack := self._opened(key, path))
             ]
             for key in gone:
                 del self._open[key]  # closed when the last reader lets go of it
@@ -367,7 +360,7 @@ class Packs:
                 pack for pack in self._order if any(pack is other for other in self._open.values())
             ]
 
-    def _take(self, key: tuple[str, int], path: Path) -> CarFile | None:
+    def _opened(self, key: tuple[str, int], path: Path) -> CarFile | None:
         try:
             pack = CarFile(path)
         except SourceFailed:
@@ -409,7 +402,7 @@ class NewRoot(NamedTuple):
 
 
 LOOK_SECONDS = 0.02
-"""How late an add sees what another one has added."""
+"""How late an add notices what another process has added."""
 
 
 class LibraryWriter:
@@ -451,7 +444,7 @@ class LibraryWriter:
         return found is None
 
     def _is_time_to_look(self) -> bool:
-        """Nothing goes meanwhile. What another process has just added, and is overlooked, is kept twice."""
+        """Nothing is removed meanwhile. What another process has just added may be stored a second time."""
         now = time.monotonic()
         due = now - self._looked >= LOOK_SECONDS
         if due:
@@ -497,7 +490,7 @@ class LibraryWriter:
             raise
 
     def abort(self) -> None:
-        """Leaves the library as it was. Does nothing behind a commit."""
+        """Leaves the library as it was. Does nothing after a commit."""
         with self._held:
             if self._pack is not None:
                 self._pack.abandon()
@@ -637,9 +630,6 @@ class Library:
     def roots(self) -> Sequence[Cid]:
         return [entry.cid for entry in self.entries()]
 
-    def contains(self, multihash: bytes) -> bool:
-        return self.packs.find(multihash) is not None
-
     def block(self, cid: Cid) -> bytes:
         """The unverified block. Raises NotHere, BlockTooLarge, SourceFailed."""
         found = _readable(cid, self.packs.find(cids.multihash(cid)))
@@ -683,8 +673,8 @@ class Library:
         return True
 
     def tidy(self, packs: Sequence[str] = ()) -> None:
-        """Gives back what nobody needs, in the packs named and in what earlier removals had to leave, if that
-        can be done now. After an add or a removal, which it can't fail."""
+        """Frees what no root needs, in the packs named and in those that earlier removals had to leave, if
+        that is possible now. Called after an add or a removal: a failure is logged, and fails neither."""
         try:
             self.compact(wait=False, only=packs)
         except StoreFailed as exc:

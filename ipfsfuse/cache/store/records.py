@@ -1,17 +1,18 @@
-"""What the user pinned: one file for each pin, which no damage to the index touches.
+"""What survives the loss of the index: one file for each pin, and the newest IPNS record of each name.
 
     pinned/<CID>    {"cid": ..., "bytes": ..., "files": [CIDs of staging files], "packs": [numbers], "pinned":
     ISO time}
+    names/<name>    the record as it came
 
-A file is written when its pin is complete, and is on the disk when that is said. Where its content is
-damaged, its name still tells what is pinned; what belongs to it is then found by walking the DAG
-(`cache.pinned`).
-
-Concurrency: calls block for a sync of the disk, and belong in a thread, but for those of the start.
+Concurrency: calls block for a sync of the disk, and belong in a thread, but for those of the start. One
+process uses the folder.
 """
 
+import contextlib
 import json
 import logging
+import os
+import re
 import sqlite3
 import stat
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.store.folder import (
+    NAMES,
     Subfolder,
     as_store_failed,
     is_our_own,
@@ -30,9 +32,11 @@ from ipfsfuse.cache.store.folder import (
 )
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import NotACid
+from ipfsfuse.errors import NotACid, StoreFailed
 
 log = logging.getLogger(__name__)
+
+# -- pins ----------------------------------------------------------------------------------------------------
 
 MAX_BYTES = 1 << 30
 """Of one file: some ten million staging files."""
@@ -49,6 +53,10 @@ class PinRecord:
 
 
 class PinRecords:
+    """What the user pinned. A file is written when its pin is complete, and is on the disk when that is said.
+    Where its content is damaged, its name still tells what is pinned; what belongs to it is then found by
+    walking the DAG (`cache.pinned`)."""
+
     def __init__(self, path: Path) -> None:
         """Raises StoreFailed, OSError."""
         self.folder = Subfolder(path)
@@ -132,3 +140,49 @@ def _cid(name: str) -> Cid | None:
     except NotACid:
         return None
     return cid if cids.text(cid) == name and cids.canonical(cid) == cid else None
+
+
+# -- IPNS records --------------------------------------------------------------------------------------------
+
+MAX_RECORDS = 1024
+"""Files kept: 4 to 12 MiB. Beyond them the one that was used longest ago goes."""
+_NAME = re.compile(r"[a-z0-9]{1,200}")
+
+
+class NameRecords:
+    """The newest record that was seen of each name. It outlives a restart, so that nobody can pass off an
+    older one afterwards. Whoever reads it verifies it."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is our cache folder. Raises StoreFailed."""
+        with as_store_failed(f"{folder / NAMES} can't be used"):
+            self._folder = Subfolder(folder / NAMES)
+
+    def get(self, name: str) -> bytes | None:
+        with contextlib.suppress(OSError, StoreFailed):
+            fd = self._folder.fd
+            data = read_file(fd, name)
+            with contextlib.suppress(OSError):
+                os.utime(name, dir_fd=fd, follow_symlinks=False)
+            return data
+        return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keeps `data`; on the disk when this returns. Raises StoreFailed."""
+        with as_store_failed(f"the record of {name} can't be kept"):
+            write_file(self._folder.fd, name, data)
+            self._make_room()
+
+    def names(self) -> list[str]:
+        """Of which names a record is kept."""
+        return [name for name in self._folder.names() if _NAME.fullmatch(name)]
+
+    def close(self) -> None:
+        self._folder.close()
+
+    def _make_room(self) -> None:
+        names = self.names()
+        if len(names) > MAX_RECORDS:
+            used = sorted((self._folder.stat(name).st_mtime_ns, name) for name in names)
+            for _time, name in used[: len(names) - MAX_RECORDS]:
+                self._folder.unlink(name)
