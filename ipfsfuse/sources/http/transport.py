@@ -54,6 +54,7 @@ class Connection:
     async def request(self, data: bytes, end: float) -> None:
         """Sends a request's bytes and receives the response's head by the time `end`."""
         self.began = trio.current_time()
+        """Of the last request."""
         self._parser = HttpResponseParser(self)
         self.status = 0
         """0 until the head has come."""
