@@ -21,10 +21,10 @@ class User(NamedTuple):
     gid: int
 
 
-@dataclass(frozen=True, slots=True)
-class MountConfig:
-    mountpoint: Path
-    """Absolute, symlinks in its parents resolved."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContentConfig:
+    """A cache folder and sources: for `serve`, the Python interface, and each mount."""
+
     cache_dir: Path
     library: Path
     sources: Sequence[str] = ("library",)
@@ -39,6 +39,20 @@ class MountConfig:
     2 GiB."""
     deadline: float = 30.0
     """Seconds from its begin in which each call is answered."""
+    dns: str = "system"
+    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
+    routers: Sequence[str] = ()
+    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
+    header_files: Sequence[tuple[str, Path]] = ()
+    """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
+    allow_private_providers: bool = False
+    """Whether providers at loopback and private addresses are asked too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountConfig(ContentConfig):
+    mountpoint: Path
+    """Absolute, symlinks in its parents resolved."""
     allow: "frozenset[Cid] | None" = None
     """Canonical CIDs that may be named in the root; None for all."""
     record: Path | None = None
@@ -55,10 +69,6 @@ class MountConfig:
     """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
     ipns: Path | None = None
     """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
-    dns: str = "system"
-    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
-    routers: Sequence[str] = ()
-    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
     uid: int | None = None
     """The owner that everything is shown with; None for the user who mounts."""
     gid: int | None = None
@@ -68,31 +78,10 @@ class MountConfig:
     """Bytes that may be fetched, of all sources together; None for any number."""
     bwlimit: int | None = None
     """Bytes a second that are fetched, of all sources together."""
-    header_files: Sequence[tuple[str, Path]] = ()
-    """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
-    allow_private_providers: bool = False
-    """Whether providers at loopback and private addresses are asked too."""
     user: User | None = None
     """Whose rights the daemon keeps once it is started by root, and whose mount it is."""
     confined: bool = True
     """Whether the daemon gives up new privileges, and by landlock the files that it does not need."""
-
-
-@dataclass(frozen=True, slots=True)
-class ContentConfig:
-    """A cache folder and sources without a mount, for `serve` and the Python interface. As in MountConfig."""
-
-    cache_dir: Path
-    library: Path
-    sources: Sequence[str] = ("library",)
-    offline: bool = False
-    budget: int = 10 * GIB
-    reserve: int | None = None
-    deadline: float = 30.0
-    dns: str = "system"
-    routers: Sequence[str] = ()
-    header_files: Sequence[tuple[str, Path]] = ()
-    allow_private_providers: bool = False
 
 
 # -- where folders lie unless it is said ---------------------------------------------------------------------

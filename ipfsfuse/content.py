@@ -16,7 +16,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store.folder import CacheFolder
 from ipfsfuse.cache.store.records import NameRecords
-from ipfsfuse.config import ContentConfig, MountConfig
+from ipfsfuse.config import ContentConfig
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag import path as paths
@@ -30,7 +30,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import OpenSettings, with_headers
+from ipfsfuse.sources.spec import Indexing, OpenSettings, with_headers
 from ipfsfuse.sources.spec import opened as opened_sources
 
 if TYPE_CHECKING:
@@ -52,17 +52,8 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
     """The cache in `folder`, which the caller has locked, over the sources of `config`. Raises StoreFailed,
     SourceFailed, UsageError."""
     http = with_headers(HttpSettings(), config.header_files, config.sources)
-    settings = OpenSettings(
-        config.library,
-        folder.indexes,
-        http,
-        config.offline,
-        routers=config.routers,
-        allow_private_providers=config.allow_private_providers,
-    )
     async with AsyncExitStack() as stack:
-        sources = await stack.enter_async_context(opened_sources(config.sources, settings))
-        pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
+        sources, pool = await stack.enter_async_context(opened_pool(config, folder, http))
         cache = await stack.enter_async_context(
             PinsetCache.open(
                 folder.path, pool, config.budget, deadline=config.deadline, reserve=config.reserve
@@ -70,6 +61,24 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
         )
         names = Names(folder.path, sources, http, config, stack)
         yield Content(cache, pool, names)
+
+
+@asynccontextmanager
+async def opened_pool(
+    config: ContentConfig, folder: CacheFolder, http: HttpSettings, indexing: Indexing | None = None
+) -> AsyncIterator[tuple[Sequence[Source], SourcePool]]:
+    """The sources of `config` and the pool of them. Raises SourceFailed, UsageError."""
+    settings = OpenSettings(
+        config.library,
+        folder.indexes,
+        http,
+        config.offline,
+        indexing,
+        config.routers,
+        config.allow_private_providers,
+    )
+    async with opened_sources(config.sources, settings) as sources:
+        yield sources, SourcePool(sources, offline=config.offline, deadline=config.deadline)
 
 
 class Names:
@@ -80,7 +89,7 @@ class Names:
         folder: Path,
         sources: Sequence[Source],
         http: HttpSettings,
-        config: ContentConfig | MountConfig,
+        config: ContentConfig,
         stack: AsyncExitStack,
     ) -> None:
         """`folder` is our cache folder. What is opened is closed with `stack`."""

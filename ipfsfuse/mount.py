@@ -30,7 +30,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
 from ipfsfuse.config import MountConfig, User
 from ipfsfuse.confinement import Access
-from ipfsfuse.content import Names
+from ipfsfuse.content import Names, opened_pool
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
@@ -47,8 +47,7 @@ from ipfsfuse.sources.defaults import LIBRARY
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
 from ipfsfuse.sources.local import library
-from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import Indexing, OpenSettings, opened, source_files, source_sockets, with_headers
+from ipfsfuse.sources.spec import Indexing, source_files, source_sockets, with_headers
 from ipfsfuse.vfs.tree import Roots, Tree
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -398,18 +397,8 @@ async def _serving(
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
     quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
     http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
-    settings = OpenSettings(
-        config.library,
-        folder.indexes,
-        http,
-        config.offline,
-        indexing,
-        config.routers,
-        config.allow_private_providers,
-    )
     async with AsyncExitStack() as stack:
-        sources = await stack.enter_async_context(opened(config.sources, settings))
-        pool = SourcePool(sources, offline=config.offline, deadline=config.deadline)
+        sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
         nodes = (
             {node.name: node.rpc for node in sources if isinstance(node, Kubo)}
             if config.pins == "kubo" and not config.offline

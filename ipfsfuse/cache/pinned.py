@@ -210,7 +210,7 @@ class PinnedDags:
             await self._complete(root, job)
 
     async def _complete(self, root: Cid, job: Pinning) -> None:
-        """The pin counts once it is written. A file that is read in place is no part of it: it has no
+        """The pin counts once it is written. A file that is read in place is not part of it: it has no
         entry, which would be taken for a lost one later."""
         before = self._pins.get(root), self._keys.get(root)
         staged = self._store.staging.entries

@@ -1,6 +1,7 @@
 """The daemon's log: one line for each message, whatever a gateway, a node or a file name put into it."""
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from ipfsfuse import client
 from ipfsfuse.cache.store.folder import LOG
@@ -45,15 +46,14 @@ class PrintableFormatter(logging.Formatter):
     def __init__(self, layout: str = FORMAT) -> None:
         super().__init__(layout)
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        return _indented(super().formatException(ei))
-
-    def formatStack(self, stack_info: str) -> str:  # noqa: N802
-        return _indented(super().formatStack(stack_info))
+    def format(self, record: logging.LogRecord) -> str:
+        escaped = copy.copy(record)
+        escaped.msg, escaped.args = printable(record.getMessage()), None
+        if record.exc_info:
+            escaped.exc_text = _indented(self.formatException(record.exc_info))
+        if record.stack_info:
+            escaped.stack_info = _indented(record.stack_info)
+        return super().format(escaped)
 
 
 def _indented(text: str) -> str:

@@ -45,7 +45,7 @@ def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for leaf in leaves:
                 await cache.reader.leaf(file, leaf)
-            await cancelled_waiting_for(cache.store.io.upkeep, lambda: cache.evict(file.cid))
+            await cancelled_waiting_for(cache.store.io.background, lambda: cache.evict(file.cid))
             on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "staging"))
             assert on_disk == staged_bytes(cache, file.cid)
 

@@ -218,7 +218,9 @@ def config(*arguments: str) -> MountConfig:
 def test_mount_config_by_default(home: Path, tmp_path: Path) -> None:
     made = config(str(tmp_path / "m"))
     assert made == MountConfig(
-        tmp_path / "m", home / ".cache/ipfsfuse", home / ".local/share/ipfsfuse/library"
+        mountpoint=tmp_path / "m",
+        cache_dir=home / ".cache/ipfsfuse",
+        library=home / ".local/share/ipfsfuse/library",
     )
     assert (made.sources, made.budget, made.deadline) == (("library",), 10 << 30, 30.0)
 

@@ -111,7 +111,7 @@ cache, library, point, secret = map(Path, sys.argv[1:])
 with locked(cache) as folder:
     for name in ("staging", "packs"):
         (folder.path / name).mkdir(exist_ok=True)
-    mount._confine(MountConfig(point, cache, library), folder, [], [])
+    mount._confine(MountConfig(mountpoint=point, cache_dir=cache, library=library), folder, [], [])
     (folder.path / "staging" / "x").write_text("x")  # its own
     (folder.path / "staging" / "x").replace(folder.path / "packs" / "x")
     sorted(library.iterdir())

@@ -21,7 +21,7 @@ from ipfsfuse.cli import status
 from ipfsfuse.dag import cid as cids
 from tests.dagging import Dag
 from tests.faults import gateway
-from tests.mounting import PATIENCE, Home, Mounted
+from tests.mounting import PATIENCE, Home, Mounted, wait_until
 
 pytestmark = pytest.mark.fuse
 
@@ -40,6 +40,10 @@ def read(user: Home) -> Iterator[tuple[Mounted, str]]:
             with open(path, "rb") as opened:
                 assert len(opened.read()) == 3 << 18
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        # a reader has its bytes before they are staged
+        wait_until(
+            lambda: [each["complete"] for each in user.json("ls", "--json")["entries"]] == [True], "staged"
+        )
         yield mount, cids.text(root)
 
 

@@ -68,7 +68,7 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except (
         sqlite3.OperationalError
-    ) as exc:  # full, read-only, gone, I/O error; without a code: text that is no UTF-8
+    ) as exc:  # full, read-only, gone, I/O error; without a code: text that is not UTF-8
         if getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF == sqlite3.SQLITE_CORRUPT:
             raise Damaged(str(exc)) from exc
         raise StoreFailed(f"{path}: {exc}") from exc

@@ -354,7 +354,7 @@ class IoLimits:
     def __init__(self) -> None:
         self.reading = trio.CapacityLimiter((os.cpu_count() or 1) + 2)
         self.writing = trio.CapacityLimiter(4)
-        self.upkeep = trio.CapacityLimiter(2)
+        self.background = trio.CapacityLimiter(2)
 
 
 class BlockStore:
@@ -575,7 +575,7 @@ class BlockStore:
         size = self.packs.sizes.get(pack, 0)
         unindexed = self.packs.unindexed_in(pack)
         self.packs.close_pack(pack)
-        held, end = await threads.run_sync(self.packs.remove, pack, limiter=self._io.upkeep)
+        held, end = await threads.run_sync(self.packs.remove, pack, limiter=self._io.background)
         # a damaged head hides what lies behind it: the index knows that, if not by which codec
         if end < size:
             keys = [*unindexed, *await self.keys_in(pack)]

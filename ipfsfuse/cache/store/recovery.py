@@ -183,7 +183,7 @@ class Inventory:
                 ended = False
                 while not ended:
                     ended = await threads.run_sync(
-                        self.look, LOOKED_AT_TOGETHER, limiter=self._store.io.upkeep
+                        self.look, LOOKED_AT_TOGETHER, limiter=self._store.io.background
                     )
                     self.take()
                     gc.freeze()  # as in `_no_collections`
@@ -327,7 +327,7 @@ async def _flush(store: Store) -> None:
 async def measure(store: Store) -> None:
     """Counts all that lies in the folder besides staging files and packs, with what that may grow before the
     next time, and follows the free space of the file system."""
-    rest = await threads.run_sync(store.rest_on_disk, limiter=store.io.upkeep)
+    rest = await threads.run_sync(store.rest_on_disk, limiter=store.io.background)
     store.free_lingering()
     await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
     store.note_room()

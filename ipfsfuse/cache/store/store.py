@@ -337,7 +337,7 @@ class Store:
     async def finish(self, entry: Entry) -> None:
         """Gives a whole file its final name, once it is on the disk."""
         try:
-            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.upkeep)
+            entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.background)
         except OSError as exc:
             if not entry.dead:
                 self.backoff.failed(cids.text(entry.cid), exc)
@@ -358,7 +358,7 @@ class Store:
 
     async def _note_use(self, entry: Entry) -> None:
         try:
-            await threads.run_sync(self.staging.note_use, entry, limiter=self.io.upkeep)
+            await threads.run_sync(self.staging.note_use, entry, limiter=self.io.background)
         except OSError:  # read-only, or gone: then its order after a restart is a little off
             pass
 
@@ -421,7 +421,7 @@ class Store:
                 entry.dead = True
                 self.staging.forget(entry)
                 self.budget.let_go(key)
-                still_read = await threads.run_sync(self.staging.remove, entry, limiter=self.io.upkeep)
+                still_read = await threads.run_sync(self.staging.remove, entry, limiter=self.io.background)
                 if still_read is not None:
                     self._lingering[still_read] = size
                     self.budget.stuck(size)

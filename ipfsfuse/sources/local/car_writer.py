@@ -5,6 +5,7 @@ some 25 MB of memory, and the rest in a temporary file that has no name.
 """
 
 import heapq
+import io
 import os
 import stat
 import tempfile
@@ -115,7 +116,7 @@ class CarWriter:
     def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
         """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if
         `indexed`, else 1."""
-        self._out = open(fd, "wb", buffering=_BUFFER, closefd=False)  # noqa: SIM115 - closed by finish and abandon
+        self._out = io.BufferedWriter(io.FileIO(fd, "wb", closefd=False), _BUFFER)
         self._on_disk = stat.S_ISREG(os.fstat(fd).st_mode)
         self._sorter = RecordSorter(scratch)
         self._indexed = indexed

@@ -707,7 +707,7 @@ class LibrarySource(Source):
         await trio.lowlevel.checkpoint()
         multihash = cids.multihash(cid)
         if cids.inline(cid) is not None:
-            raise NotHere("an identity CID is no block of a source")
+            raise NotHere("no source holds a block for an identity CID")
         try:
             found = self.library.packs.find(multihash, read_cached)
         except BlockingIOError:
