@@ -54,12 +54,13 @@ def flush() -> None:
         sys.stdout.flush()
 
 
+def text(content: str) -> None:
+    """Lines that we made ourselves, and in which all that came from outside is escaped already."""
+    print(content, end="")
+
+
 def write(name: str, content: str) -> None:
-    """Writes the file `name`, or, where that is `-`, standard output. All that came from outside is escaped
-    in `content` already. Raises StoreFailed."""
-    if name == "-":
-        print(content, end="")
-        return
+    """Writes the file `name`, whole or not at all. Raises StoreFailed."""
     from ipfsfuse.fileio.files import replace_text  # late: it loads our C
 
     try:

@@ -38,7 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         listed = client.call(control, "ls", timeout=ANSWER_SECONDS)
         samples = client.call(control, "history", timeout=ANSWER_SECONDS)["samples"]
-        console.write(arguments.html, page(answer, listed, samples))
+        html = page(answer, listed, samples)
+        if arguments.html == "-":
+            console.text(html)
+        else:
+            console.write(arguments.html, html)
         if arguments.json:
             console.values({"written": arguments.html, "health": answer["health"]})
         elif arguments.html != "-":
