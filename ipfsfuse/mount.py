@@ -36,8 +36,8 @@ from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.errors import MountFailed, NotFound, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import device, name_links
+from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import Passthrough

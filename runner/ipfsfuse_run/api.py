@@ -170,6 +170,7 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
     limits = limiting.from_names(asked.get("limits") or {})
     if limits.max_stdout is None:
         limits = limits._replace(max_stdout=MAX_STDOUT)
+    root = asked.get("root")
     sources = [f"--from={each}" for each in asked.get("sources", ())]
     found = Options(
         guest=texts[0],
@@ -183,7 +184,7 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
         return_cid="out" in asked,
         invoke=asked.get("invoke"),
         preload=tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
-        root=parsing.root(asked.get("root")),
+        root=None if root is None else parsing.root(root),
         limits=limits,
         mount=_text(asked.get("mount")),
         mount_options=(*sources, *["--offline"] * asked.get("offline", False)),
@@ -307,9 +308,8 @@ def _opened(stack: ExitStack, stdin: bytes | BinaryIO | None) -> int:
     if not isinstance(stdin, bytes | bytearray | memoryview):
         return stdin.fileno()
     file = _spare(stack, "stdin")
-    view = memoryview(stdin)
-    while view:
-        view = view[os.write(file, view) :]
+    with open(file, "wb", closefd=False) as out:
+        out.write(stdin)
     os.lseek(file, 0, os.SEEK_SET)
     return file
 

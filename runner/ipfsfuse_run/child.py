@@ -9,16 +9,19 @@ import hashlib
 import io
 import json
 import os
+import resource
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from ipfsfuse.confinement import Access
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import growth, limits, lockdown, places, sandbox, signals
+from ipfsfuse_run import growth, lockdown, places, processes, sandbox
 from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
 from ipfsfuse_run.growth import Growth, Watched
-from ipfsfuse_run.lockdown import Access
+from ipfsfuse_run.options import Options
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
@@ -36,27 +39,17 @@ _MAX_TRAP = 64 << 10
 class Plan(NamedTuple):
     """What to run, and how."""
 
-    guest: str
-    """As it was named: a file, /ipfs/..., or `-`."""
+    options: Options
     mountpoint: str
     box: Sandbox
     mount_id: int | None = None
     """The kernel's number of the mount at `mountpoint`, where it must be that one."""
-    deterministic: bool = False
+    command: str | None = None
+    """The wasmtime command that runs the guest; None for the library."""
     keep: int | None = None
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
-    """The guest's name in messages, where it is not `guest`."""
-    compile_only: bool = False
-    verbose: bool = False
-    require_sandbox: bool = False
-    engine: str = "auto"
-    command: str | None = None
-    """The wasmtime command that runs the guest; None for the library."""
-    invoke: str | None = None
-    """The function to call in place of `_start`, with the arguments of `box`."""
-    preload: Sequence[tuple[str, str]] = ()
-    """Modules that the guest imports from: (name, place)."""
+    """The guest's name in messages, where that is not `options.guest`."""
     max_data: int | None = None
     """Bytes of memory that the guest's process may write to, its own needs included."""
     guest_sha256: str | None = None
@@ -64,7 +57,7 @@ class Plan(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.shown_as or ("standard input" if self.guest == "-" else self.guest)
+        return self.shown_as or self.options.guest_name
 
 
 class Reports:
@@ -81,9 +74,10 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
-        _close_others(plan, reports)
-        signals.restore_defaults()
-        signals.die_with(parent)
+        # the guest's process needs nothing else that the runner and its caller had open
+        processes.close_all_but(0, 1, 2, plan.keep, reports.file, _named_descriptor(plan.options.guest))
+        processes.restore_defaults()
+        processes.die_with(parent)
         code = _run(plan, reports)
     except IpfsFuseError as exc:
         code = 2 if isinstance(exc, UsageError) else COULD_NOT_RUN
@@ -97,18 +91,10 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         os._exit(code)  # at once: wasmtime's threads may still wait in a read
 
 
-def _close_others(plan: Plan, reports: Reports) -> None:
-    """Closes what the runner and its caller had open: the guest's process needs none of it."""
-    kept = {0, 1, 2, plan.keep, reports.file}
-    named = os.path.split(plan.guest)
-    if named[0] in ("/proc/self/fd", "/dev/fd") and named[1].isdigit():
-        kept.add(int(named[1]))
-    for each in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if each not in kept:
-                os.close(each)
-        except OSError:
-            pass  # the listing's own
+def _named_descriptor(guest: str) -> int | None:
+    """The descriptor that is the guest, given as /dev/fd/N."""
+    folder, name = os.path.split(guest)
+    return int(name) if folder in ("/proc/self/fd", "/dev/fd") and name.isdigit() else None
 
 
 def _run(plan: Plan, reports: Reports) -> int:
@@ -117,60 +103,56 @@ def _run(plan: Plan, reports: Reports) -> int:
         from ipfsfuse_run import command
 
         with _opened(plan) as file:
-            try:
-                data = file.read(MAX_GUEST + 1)
-            except OSError as exc:
-                raise _unreadable(plan, exc) from exc
-        _check_size(plan, data)
+            data = _content(plan, file)
         try:
             return _run_command(plan, plan.command, data, reports)
         except command.TooOld as exc:
-            if plan.engine == "command":
+            if plan.options.engine == "command":
                 raise GuestRefused(
                     f"{plan.command} is older than version {command.MIN_VERSION}: give --engine library"
                 ) from exc
     return _run_library(plan, data, reports)
 
 
-def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:  # noqa: RET503
+def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
     """Becomes the wasmtime command, or gives 0 if the guest is only compiled. Raises TooOld, GuestRefused."""
     from ipfsfuse_run import command
 
-    given = plan.box.limits
+    given = plan.options.limits
     reports.send({"compiling": True})
     ready = command.ready(path, data, given, plan.name)
     reports.send({"compiling": False})
-    if plan.compile_only:
+    if plan.options.compile_only:
         return 0
     with sandbox.opened_folders(plan.box) as folders:
-        grown = _writable(plan.box, folders, reports)
-        sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
+        grown = _writable(plan, folders, reports)
+        _limit_process(plan, grown)
         _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
         reports.send({"started": True, "kind": ready.kind, "command": True})
-        command.execute(path, plan.box, folders, ready.file)
+        return command.execute(path, plan.box, given, folders, ready.file)
 
 
 def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     from ipfsfuse_run import guest
 
-    given = plan.box.limits
-    settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.deterministic)
+    given = plan.options.limits
+    settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.options.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         engine = guest.make_engine(settings)
         preloaded = {
             name: _compiled(
-                plan._replace(guest=place, keep=None, shown_as=None), engine, settings, None, reports
+                plan._replace(options=plan.options._replace(guest=place)), engine, settings, None, reports
             )
-            for name, place in plan.preload
+            for name, place in plan.options.preload
         }
         code = _compiled(plan, engine, settings, data, reports)
-        if plan.compile_only:
+        if plan.options.compile_only:
             return 0
         for each in (code, *preloaded.values()):
             guest.form_of(each.kind)  # imports what is needed, as long as this process can
-        grown = _writable(plan.box, folders, reports)
+        grown = _writable(plan, folders, reports)
         wasi = guest.wasi_config(plan.box, folders)
-        sandbox.limit_process(given, grown[0].file_limit if grown else None, plan.max_data)
+        _limit_process(plan, grown)
         _lock(
             plan,
             folders,
@@ -180,12 +162,12 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
         )
     preloads = {name: guest.load(engine, each) for name, each in preloaded.items()}
     ready = guest.load(engine, code)
-    call = None if plan.invoke is None else guest.Call(plan.invoke, plan.box.argv[1:])
+    call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
     begun = {"started": True, "kind": ready.kind}
     end = _in_thread(
         given.max_wasm_stack,
         lambda: guest.run(
-            ready, wasi, given, plan.deterministic, lambda: reports.send(begun), call, preloads
+            ready, wasi, given, plan.options.deterministic, lambda: reports.send(begun), call, preloads
         ),
     )
     sys.stdout.write("".join(f"{each}\n" for each in end.results))
@@ -204,13 +186,13 @@ def _lock(
     allowed = [Access(each.file, each.writable or each.in_mount) for each in folders]
     active = lockdown.lock([*allowed, *more])
     missing = [each for each in lockdown.LAYERS if each not in active]
-    if plan.verbose:
+    if plan.options.verbose:
         without = f", without {', '.join(missing)}" if missing else ""
         locked = f"locked by {', '.join(active)}{without}"
         reports.send(
             {"says": f"{plan.name} runs in {engine}, {locked}; every call of wasi:sockets is refused"}
         )
-    if missing and plan.require_sandbox:
+    if missing and plan.options.require_sandbox:
         raise GuestRefused(f"--require-sandbox: this machine lacks {', '.join(missing)}")
 
 
@@ -243,14 +225,13 @@ def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
     return result[0]
 
 
-def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Growth:
+def _writable(plan: Plan, folders: list[OpenFolder], reports: Reports) -> Growth:
     """What the guest may write to and must be watched, as it is now. Adds its /tmp to `folders`."""
-    found = []
+    box, found = plan.box, []
     given = [each.host for each in box.preopens if each.writable]
     if given:
-        bound = limits.MAX_OUT if box.limits.max_out is None else box.limits.max_out
         try:
-            found.append(Watched("max_out", given, growth.measure(given), bound))
+            found.append(Watched("max_out", given, growth.measure(given), plan.options.limits.out_bytes))
         except growth.TooDeep as exc:
             raise GuestRefused(
                 "a writable folder holds others nested so deeply that they can't be measured: give it as "
@@ -266,26 +247,36 @@ def _writable(box: Sandbox, folders: list[OpenFolder], reports: Reports) -> Grow
     return found
 
 
+def _limit_process(plan: Plan, grown: Growth) -> None:
+    """Limits this process, which is the guest's alone, in what wasmtime can't limit."""
+    processes.limit(resource.RLIMIT_CORE, 0)
+    if plan.options.limits.max_open_files is not None:
+        processes.limit(resource.RLIMIT_NOFILE, plan.options.limits.max_open_files)
+    if plan.max_data is not None:
+        processes.limit(resource.RLIMIT_DATA, plan.max_data)
+    if grown:  # a write beyond it then kills by SIGXFSZ, which Python ignores by default
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        processes.limit(resource.RLIMIT_FSIZE, grown[0].file_limit)
+
+
 def _compiled(
-    plan: Plan, engine: "wasmtime.Engine", settings: "Settings", known: bytes | None, reports: Reports
+    plan: Plan, engine: "wasmtime.Engine", settings: "Settings", data: bytes | None, reports: Reports
 ) -> "Code":
-    """The guest, compiled before or now. Compilation forks, which is safe: this process has no thread yet."""
+    """The guest, compiled before or now; `data` is its content if that was read already. Compilation forks,
+    which is safe: this process has no thread yet."""
     from ipfsfuse_run import guest
     from ipfsfuse_run.code_cache import CodeCache
 
     cache = CodeCache.of_user()
-    with _opened(plan) if known is None else io.BytesIO(known) as file:
-        try:
-            checked = plan.keep is not None or plan.guest_sha256 is not None
-            kept = None if checked else guest.kept(cache, file, plan.name, settings)
-            if kept is not None:
-                return kept
-            data = file.read(MAX_GUEST + 1)
-        except OSError as exc:
-            raise _unreadable(plan, exc) from exc
-    _check_size(plan, data)
+    if data is None:
+        with _opened(plan) as file:
+            if plan.keep is None and plan.guest_sha256 is None:
+                kept = guest.kept(cache, file, plan.name, settings)
+                if kept is not None:
+                    return kept
+            data = _content(plan, file)
     reports.send({"compiling": True})
-    memory = limits.compile_memory(plan.box.limits)
+    memory = plan.options.limits.compile_bytes
     kind, code = guest.binary(data, plan.name, memory)
     if plan.guest_sha256 not in (None, hashlib.sha256(code).hexdigest()):
         raise GuestRefused(f"{plan.name} is not the guest that was recorded")
@@ -297,26 +288,26 @@ def _compiled(
     return made
 
 
-def _check_size(plan: Plan, data: bytes) -> None:
+@contextmanager
+def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
+    """The guest's file. Raises GuestRefused, for an OSError in the block too."""
+    named = plan.options.guest
+    try:
+        if named == "-":
+            yield io.BytesIO(sys.stdin.buffer.read(MAX_GUEST + 1))
+        elif named.startswith(IPFS + "/"):
+            place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)
+            with place as found, open(f"/proc/self/fd/{found}", "rb") as file:
+                yield file
+        else:
+            with open(named, "rb") as file:
+                yield file
+    except OSError as exc:
+        raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc
+
+
+def _content(plan: Plan, file: io.BufferedIOBase) -> bytes:
+    data = file.read(MAX_GUEST + 1)
     if len(data) > MAX_GUEST:
         raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")
-
-
-def _opened(plan: Plan) -> io.BufferedReader | io.BytesIO:
-    if plan.guest == "-":
-        return io.BytesIO(sys.stdin.buffer.read(MAX_GUEST + 1))
-    named, in_mount = plan.guest, plan.guest.startswith(IPFS + "/")
-    place = (
-        sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)
-        if in_mount
-        else nullcontext(named)
-    )
-    try:
-        with place as path:
-            return open(path, "rb")
-    except OSError as exc:
-        raise _unreadable(plan, exc) from exc
-
-
-def _unreadable(plan: Plan, why: OSError) -> GuestRefused:
-    return GuestRefused(f"{plan.name} can't be read: {why.strerror}")
+    return data

@@ -8,7 +8,7 @@ from typing import NoReturn
 from ipfsfuse import extras
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import options as parsing
-from ipfsfuse_run import signals
+from ipfsfuse_run import processes
 from ipfsfuse_run.errors import COULD_NOT_RUN, NotKept, say, trap_text
 
 
@@ -16,17 +16,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Exits with the guest's code, 125 if the guest could not be run, 2 for a usage error, or by the signal
     that ended the run."""
     _open_streams()
-    signals.raise_on_signals()
+    processes.raise_on_signals()
     given = sys.argv[1:] if argv is None else argv
     try:
         code = _main(given)
     except IpfsFuseError as exc:
         say(exc)
         code = 2 if isinstance(exc, UsageError) else 1 if given[:1] == ["inspect"] else COULD_NOT_RUN
-    except signals.Interrupted as exc:
+    except processes.Interrupted as exc:
         code = -exc.number
     if code < 0:
-        signals.exit_by_signal(-code)
+        processes.exit_by_signal(-code)
     _exit(code)
 
 
@@ -77,9 +77,9 @@ def _main(argv: Sequence[str]) -> int:
     try:
         outcome = execute(options).outcome
     except NotKept as exc:
-        outcome, not_kept = exc.outcome, exc
+        outcome, not_kept = exc.run.outcome, exc
     if outcome.trap is not None:
-        sys.stderr.write(trap_text("standard input" if options.guest == "-" else options.guest, outcome.trap))
+        sys.stderr.write(trap_text(options.guest_name, outcome.trap))
     if not_kept is not None:
         raise not_kept
     if outcome.refused is not None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import stat
 import struct
@@ -27,7 +28,7 @@ from typing import NoReturn
 
 from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import growth, sandbox, signals
+from ipfsfuse_run import places, processes
 from ipfsfuse_run.errors import GuestRefused
 
 BOUND = 1 << 30
@@ -52,7 +53,7 @@ class CodeCache:
     @classmethod
     def of_user(cls) -> "CodeCache":
         try:
-            return cls(sandbox.private_folder("code"))
+            return cls(places.private_folder("code"))
         except StoreFailed:
             return cls(None)
 
@@ -257,10 +258,10 @@ def in_own_process(build: Build, name: str, memory: int) -> int:
 
 def _compiler(build: Build, parent: int, write_end: int, code: int, memory: int) -> NoReturn:
     try:
-        signals.die_with(parent)
-        growth.let_go_of_all_but(write_end, code)  # Rust writes a back-trace where it finds no memory
-        sandbox.limit_memory(memory)
-        sandbox.limit_file_size(memory)
+        processes.die_with(parent)
+        processes.detach(write_end, code)  # Rust writes a back-trace where it finds no memory
+        processes.limit(resource.RLIMIT_DATA, memory)
+        processes.limit(resource.RLIMIT_FSIZE, memory)
         try:
             made = build()
         except MemoryError:

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from ipfsfuse_run import limits, lockdown, sandbox, signals
+from ipfsfuse.confinement import Access
+from ipfsfuse.errors import UsageError
+from ipfsfuse_run import limits, lockdown, processes
 from ipfsfuse_run.code_cache import CodeCache, entry_key
-from ipfsfuse_run.errors import GuestRefused
+from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.limits import Limits
-from ipfsfuse_run.lockdown import Access
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
@@ -34,6 +35,20 @@ _FIBER_SPARE = 2 << 20
 
 class TooOld(Exception):
     """The command's version is below MIN_VERSION."""
+
+
+def choose(options: Options, in_our_mount: bool) -> str | None:
+    """The wasmtime command that runs the guest; None for the library. Raises UsageError."""
+    path, why = None, unsuited(options)
+    if why is None and not in_our_mount:
+        why = "the command has no read-only folders: --mount of a folder that is no mount needs the library"
+    if why is None:
+        path, why = find()
+    if path is None and options.engine == "command":
+        raise UsageError(f"--engine command: {why}")
+    if path is None and options.verbose:
+        say(f"the library runs this guest: {why}")
+    return path
 
 
 def find() -> tuple[str | None, str]:
@@ -92,14 +107,14 @@ def ready(command: str, data: bytes, given: Limits, name: str) -> Ready:
     if not data.startswith(b"\0asm") or not kind:
         from ipfsfuse_run import guest
 
-        kind, data = guest.binary(data, name, limits.compile_memory(given))
+        kind, data = guest.binary(data, name, given.compile_bytes)
         digest = hashlib.sha256(data).hexdigest()
     fixed = [re.sub("fuel=.*", "fuel", each) for each in options]  # the code is the same for any amount
     key = entry_key(digest, os.stat(command), ("command", kind, *fixed))
     found = cache.opened(key)
     if found is None:
         _check_version(command)
-        memory = limits.compile_memory(given)
+        memory = given.compile_bytes
         found = cache.compiled(key, lambda: _compiled(command, kind, data, options, name), name, memory)
     return Ready(kind, found)
 
@@ -127,7 +142,7 @@ def _compiled(command: str, kind: str, data: bytes, options: Sequence[str], name
     pid = os.fork()
     if pid == 0:
         try:
-            signals.die_with(waiting)
+            processes.die_with(waiting)
             os.dup2(errors_file, 2)
             for each in (source, made):
                 os.set_inheritable(each, True)
@@ -160,12 +175,12 @@ def _engine_options(given: Limits) -> list[str]:
     return options
 
 
-def arguments(box: Sandbox, folders: Sequence[OpenFolder], code: int) -> list[str]:
+def arguments(box: Sandbox, given: Limits, folders: Sequence[OpenFolder], code: int) -> list[str]:
     """The command line. Variables are named in it; their values are in the environment alone, because others
     can read a command line."""
-    found = ["wasmtime", "run", "-C", "cache=n", "--allow-precompiled", *_engine_options(box.limits)]
-    for field in ("max_memory_size", "max_table_elements", "max_instances", "max_tables", "max_memories"):
-        value = getattr(box.limits, field)
+    found = ["wasmtime", "run", "-C", "cache=n", "--allow-precompiled", *_engine_options(given)]
+    for field in limits.STORE_LIMITS:
+        value = getattr(given, field)
         if value is not None:
             found += ["-W", f"{limits.option(field)}={value}"]
     for each in folders:
@@ -196,15 +211,14 @@ def _program_files(command: str) -> list[Access]:
     return found
 
 
-def execute(command: str, box: Sandbox, folders: Sequence[OpenFolder], code: int) -> NoReturn:
+def execute(command: str, box: Sandbox, given: Limits, folders: Sequence[OpenFolder], code: int) -> NoReturn:
     """Replaces this process, which is locked already. Raises GuestRefused."""
     for each in (code, *(folder.file for folder in folders)):
         os.set_inheritable(each, True)
-    stack = box.limits.max_wasm_stack
-    if stack is not None:
-        sandbox.deepen_stack(stack + _FIBER_SPARE)
+    if given.max_wasm_stack is not None:
+        processes.deepen_stack(given.max_wasm_stack + _FIBER_SPARE)
     sys.stderr.flush()
     try:
-        os.execve(command, arguments(box, folders, code), box.variables)
+        os.execve(command, arguments(box, given, folders, code), box.variables)
     except OSError as exc:
         raise GuestRefused(f"the command {command} can't be run: {exc.strerror}") from exc

@@ -8,7 +8,7 @@ from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.text import printable
 
 if TYPE_CHECKING:
-    from ipfsfuse_run.supervisor import Outcome
+    from ipfsfuse_run.supervisor import CompletedRun
 
 COULD_NOT_RUN = 125
 """The exit code if no guest ran, as `env`, `timeout` and docker have it. 1 may be a guest's own."""
@@ -23,11 +23,9 @@ class GuestRefused(IpfsFuseError):
 class NotKept(IpfsFuseError):
     """The guest ran, but its results or its receipt could not be written or taken into the library."""
 
-    def __init__(self, message: str, outcome: "Outcome", receipt: bytes | None = None) -> None:
+    def __init__(self, message: str, run: "CompletedRun") -> None:
         super().__init__(message)
-        self.outcome = outcome
-        self.receipt = receipt
-        """The receipt, where that was written: JSON."""
+        self.run = run
 
 
 class ReceiptRefused(IpfsFuseError):

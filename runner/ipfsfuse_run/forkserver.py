@@ -19,15 +19,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse_run import signals
+from ipfsfuse_run import processes
 from ipfsfuse_run.errors import NotKept
 from ipfsfuse_run.options import Options
 
 if TYPE_CHECKING:
-    from ipfsfuse_run.supervisor import Outcome
+    from ipfsfuse_run.supervisor import CompletedRun
 
 _LENGTH = struct.Struct("=Q")
 _FILES = 5
@@ -75,7 +76,7 @@ class _Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                # -P: a folder named ipfsfuse_run where the user stands is none of ours
+                # -P: a folder named ipfsfuse_run in the working directory must not be imported
                 [sys.executable, "-P", "-c", f"{_MAIN}({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -156,18 +157,17 @@ def _accept(control: socket.socket, watched: _Watched) -> None:
 
 
 def _import_all() -> None:
-    import tempfile  # noqa: F401
-
-    from wasmtime import component  # noqa: F401
-
-    from ipfsfuse_run import code_cache, command, execute, guest, mounts  # noqa: F401
+    for name in ("code_cache", "command", "execute", "guest", "mounts"):
+        import_module(f"ipfsfuse_run.{name}")
+    import_module("tempfile")
+    import_module("wasmtime.component")
 
 
 def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        signals.die_with(parent)
+        processes.die_with(parent)
         control.close()
         _run(files)
     run, *others = files
@@ -176,7 +176,7 @@ def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
     ended = os.pidfd_open(pid)
 
     def left() -> None:
-        """The program is not interested any more, or is gone."""
+        """The program has closed its end of the socket, or has ended."""
         watched.remove(run)
         signal.pidfd_send_signal(ended, signal.SIGTERM)
 
@@ -194,7 +194,7 @@ def _run(files: list[int]) -> NoReturn:
     """In the run's own process."""
     code = 1
     try:
-        signals.raise_on_signals()
+        processes.raise_on_signals()
         run, stdin, stdout, stderr, said = files
         for file, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             os.dup2(file, target)
@@ -204,7 +204,7 @@ def _run(files: list[int]) -> NoReturn:
             request: Request = pickle.loads(_received(answers))
             answers.sendall(json.dumps(_answer(request)).encode())
         code = 0
-    except signals.Interrupted:
+    except processes.Interrupted:
         pass  # the program left
     finally:
         with contextlib.suppress(OSError):
@@ -225,10 +225,9 @@ def _answer(request: Request) -> dict[str, Any]:
     os.environ.update(request.environment)
     try:
         os.chdir(request.cwd)
-        ended = execute(request.options)
-        return _told(ended.outcome, ended.out, ended.receipt)
+        return _told(execute(request.options))
     except NotKept as exc:
-        return _told(exc.outcome, None, exc.receipt) | {"not_kept": str(exc)}
+        return _told(exc.run) | {"not_kept": str(exc)}
     except IpfsFuseError as exc:
         return {"error": type(exc).__name__, "text": str(exc)}
     except Exception as exc:
@@ -238,9 +237,6 @@ def _answer(request: Request) -> dict[str, Any]:
         }
 
 
-def _told(outcome: "Outcome", out: str | None, receipt: bytes | None) -> dict[str, Any]:
-    return {
-        "outcome": outcome._asdict(),
-        "out": out,
-        "receipt": None if receipt is None else receipt.decode(),
-    }
+def _told(run: "CompletedRun") -> dict[str, Any]:
+    receipt = None if run.receipt is None else run.receipt.decode()
+    return {"outcome": run.outcome._asdict(), "out": run.out, "receipt": receipt}

@@ -8,13 +8,12 @@ never.
 import errno
 import os
 import select
-import signal
 import stat
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from ipfsfuse_run import signals
+from ipfsfuse_run import processes
 
 INTERVAL = 0.1
 """Seconds between two looks, and at least twice what the last look took."""
@@ -103,10 +102,10 @@ def measure(folders: Sequence[str]) -> Usage:
 
 
 def watch(growth: Growth, guest: int) -> tuple[int, int]:
-    """Forks the watching process: it ends when the process of the pidfd `guest` has ended and was looked
-    after once more.
+    """Forks the watching process, which measures again and again. When the process of the pidfd `guest` has
+    ended, it measures once more and ends.
 
-    Gives its pid, and a pipe that tells what grew and why the run must end, where it must."""
+    Gives its pid, and a pipe. If the run must end, the pipe says what grew and why."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()
@@ -119,11 +118,9 @@ def watch(growth: Growth, guest: int) -> tuple[int, int]:
 
 def _watcher(growth: Growth, guest: int, parent: int, write_end: int) -> NoReturn:
     try:
-        signal.set_wakeup_fd(-1)
-        for each in signals.ENDING:
-            signal.signal(each, signal.SIG_IGN)  # the runner ends this process, or its end does
-        signals.die_with(parent)
-        let_go_of_all_but(guest, write_end)
+        processes.ignore_signals()
+        processes.die_with(parent)
+        processes.detach(guest, write_end)
         _look(growth, guest, write_end)
     finally:
         os._exit(0)
@@ -153,17 +150,3 @@ def _look(growth: Growth, guest: int, write_end: int) -> None:
         if over:
             return
         pause = max(INTERVAL, 2 * (time.monotonic() - begun))
-
-
-def let_go_of_all_but(*kept: int) -> None:
-    """A copy of a pipe's reading end would keep the guest's writes from failing, and the control socket's the
-    mount alive."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for own in (0, 1, 2):
-        os.dup2(null, own)
-    for each in map(int, os.listdir("/proc/self/fd")):
-        if each > 2 and each not in kept:
-            try:
-                os.close(each)
-            except OSError:
-                pass  # the listing's own

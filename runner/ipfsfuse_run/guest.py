@@ -11,8 +11,9 @@ import os
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from io import BufferedIOBase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wasmtime
 from wasmtime import _ffi
@@ -20,7 +21,7 @@ from wasmtime import _ffi
 from ipfsfuse_run import lockdown
 from ipfsfuse_run.code_cache import CodeCache, entry_key, in_own_process
 from ipfsfuse_run.errors import TRAPPED, GuestRefused
-from ipfsfuse_run.limits import COMPILE_MEMORY, Limits
+from ipfsfuse_run.limits import COMPILE_MEMORY, STORE_LIMITS, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # 13 ms that a module need not wait for
@@ -168,7 +169,7 @@ class Code(NamedTuple):
     file: int
 
 
-def kept(cache: CodeCache, file: BinaryIO, name: str, settings: Settings) -> Code | None:
+def kept(cache: CodeCache, file: BufferedIOBase, name: str, settings: Settings) -> Code | None:
     """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
     Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
     if not file.seekable():
@@ -177,7 +178,7 @@ def kept(cache: CodeCache, file: BinaryIO, name: str, settings: Settings) -> Cod
     file.seek(0)
     if kind is None:
         return None
-    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] # it reads into
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)
     found = cache.opened(_key(digest, kind, settings))
     return None if found is None else Code(name, kind, found)
@@ -300,13 +301,7 @@ def run(
 def _apply(limits: Limits, store: wasmtime.Store) -> None:
     if limits.fuel is not None:
         store.set_fuel(limits.fuel)
-    wanted = (
-        limits.max_memory_size,
-        limits.max_table_elements,
-        limits.max_instances,
-        limits.max_tables,
-        limits.max_memories,
-    )
+    wanted = (getattr(limits, each) for each in STORE_LIMITS)
     store.set_limits(*(-1 if each is None else each for each in wanted))
 
 
@@ -332,10 +327,9 @@ def _run_module(
     linker = wasmtime.Linker(guest.engine)
     linker.allow_shadowing = True
     linker.define_wasi()
-    for module_name in WASI_P1:
-        linker.define_func(
-            module_name, "proc_exit", wasmtime.FuncType([wasmtime.ValType.i32()], []), _proc_exit
-        )
+    exits = wasmtime.FuncType([wasmtime.ValType.i32()], [])
+    for wasi_name in WASI_P1:
+        linker.define_func(wasi_name, "proc_exit", exits, _proc_exit)
     if deterministic:
         make_module_deterministic(linker)
     begin()
@@ -527,24 +521,15 @@ def make_module_deterministic(linker: wasmtime.Linker) -> None:
         return _put(caller, at, length & 0xFFFF_FFFF, lambda: host.random(length & 0xFFFF_FFFF))
 
     i32, i64 = wasmtime.ValType.i32, wasmtime.ValType.i64
-    for name in WASI_P1:
-        linker.define_func(
-            name,
-            "clock_time_get",
-            wasmtime.FuncType([i32(), i64(), i32()], [i32()]),
-            clock_time_get,
-            access_caller=True,
-        )
-        linker.define_func(
-            name,
-            "clock_res_get",
-            wasmtime.FuncType([i32(), i32()], [i32()]),
-            clock_res_get,
-            access_caller=True,
-        )
-        linker.define_func(
-            name, "random_get", wasmtime.FuncType([i32(), i32()], [i32()]), random_get, access_caller=True
-        )
+    functions: dict[str, tuple[list[wasmtime.ValType], Callable[..., int]]] = {
+        "clock_time_get": ([i32(), i64(), i32()], clock_time_get),
+        "clock_res_get": ([i32(), i32()], clock_res_get),
+        "random_get": ([i32(), i32()], random_get),
+    }
+    for module in WASI_P1:
+        for name, (params, function) in functions.items():
+            kind = wasmtime.FuncType(params, [i32()])
+            linker.define_func(module, name, kind, function, access_caller=True)
 
 
 def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes]) -> int:

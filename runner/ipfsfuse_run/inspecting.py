@@ -14,8 +14,8 @@ from ipfsfuse.text import printable
 from ipfsfuse_run import limits, options, places, read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused, say
 from ipfsfuse_run.read_paths import Row, Walk
-from ipfsfuse_run.receipts import Bundle, Receipt
-from ipfsfuse_run.replay import check_content, check_signature, opened, receipt_alone
+from ipfsfuse_run.receipts import Receipt
+from ipfsfuse_run.record import Record, check_content, check_signature, opened, receipt_alone
 
 _PARTS = (receipts.STDOUT, receipts.STDERR, "signature", receipts.OUT)
 
@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
     asked: argparse.Namespace = parser.parse_args(list(argv))
     if (asked.part == receipts.OUT) != (asked.folder is not None):
         raise UsageError("inspect RUN.car out DIR writes the results into DIR, a new or empty folder")
-    given = limits.parse(asked.W)
-    most = limits.MAX_OUT if given.max_out is None else given.max_out
+    most = limits.parse(asked.W).out_bytes
     path = Path(asked.record)
     alone = receipt_alone(path)
     if alone is not None:
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def checked_rows(record: Bundle, receipt: Receipt) -> tuple[list[Row], bool]:
+def checked_rows(record: Record, receipt: Receipt) -> tuple[list[Row], bool]:
     """What was read by path, and whether there are more paths. Raises ReceiptRefused where the recorded
     streams or paths are not what the blocks say."""
     for name in receipt.contents or [receipts.STDIN]:
@@ -85,7 +84,7 @@ def checked_rows(record: Bundle, receipt: Receipt) -> tuple[list[Row], bool]:
     return found, walk.left_out
 
 
-def _print_json(record: Bundle, receipt: Receipt, rows: Sequence[Row]) -> None:
+def _print_json(record: Record, receipt: Receipt, rows: Sequence[Row]) -> None:
     """The receipt; one of format 1 does not have the paths itself."""
     place = record.find(receipts.RECEIPT)
     assert place is not None
@@ -121,7 +120,7 @@ def _show(receipt: Receipt, rows: Iterable[Row]) -> None:
         print(f"{printable(each.type):<10} {each.size:>14,} {each.read:>14,}  {printable(each.path)}")
 
 
-def _signed_by(record: Bundle, key: str | None) -> str:
+def _signed_by(record: Record, key: str | None) -> str:
     place = record.find(receipts.SIGNATURE)
     if place is None:
         return "not signed"
@@ -133,9 +132,12 @@ def _signed_by(record: Bundle, key: str | None) -> str:
     return f"says it is signed by {', '.join(map(printable, names))}: check it with --key PUB"
 
 
-def _roots(record: Bundle, receipt: Receipt) -> list[cids.Cid]:
+def _roots(record: Record, receipt: Receipt) -> list[cids.Cid]:
     if receipt.format > 1:
-        return read_paths.roots(receipt.read, record.block)
+        roots = read_paths.Roots()
+        for cid in receipt.read:
+            roots.add(cid, record.block(cid))
+        return roots.found
     place = record.find(receipts.IPFS)
     node = None if place is None else record.node(place)
     read = {cids.multihash(each) for each in receipt.read}
@@ -145,7 +147,7 @@ def _roots(record: Bundle, receipt: Receipt) -> list[cids.Cid]:
     ]
 
 
-def _print_part(record: Bundle, receipt: Receipt, part: str) -> None:
+def _print_part(record: Record, receipt: Receipt, part: str) -> None:
     if part == "signature":
         place = record.find(receipts.SIGNATURE)
         if place is None:
@@ -163,7 +165,7 @@ def _print_part(record: Bundle, receipt: Receipt, part: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def _write_results(record: Bundle, receipt: Receipt, folder: str, most: int) -> None:
+def _write_results(record: Record, receipt: Receipt, folder: str, most: int) -> None:
     if receipt.out is None:
         raise ReceiptRefused(f"{record.path}: the recorded run had no /out")
     results = places.results_folder(folder)

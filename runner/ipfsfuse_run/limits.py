@@ -41,6 +41,18 @@ class Limits(NamedTuple):
     max_stdin: int | None = None
     """Of standard input that a record keeps, or that a replay reads from one."""
 
+    @property
+    def compile_seconds(self) -> float:
+        return COMPILE_TIMEOUT if self.compile_timeout is None else self.compile_timeout
+
+    @property
+    def compile_bytes(self) -> int:
+        return COMPILE_MEMORY if self.compile_memory is None else self.compile_memory
+
+    @property
+    def out_bytes(self) -> int:
+        return MAX_OUT if self.max_out is None else self.max_out
+
     def over(self, other: "Limits") -> "Limits":
         """These limits, and where there is none here, the other's."""
         return other._replace(**{name: value for name, value in self._asdict().items() if value is not None})
@@ -59,6 +71,8 @@ DURATIONS = frozenset({"timeout", "compile_timeout"})
 SIZES = frozenset(
     {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin", "max_fetch"}
 )
+STORE_LIMITS = ("max_memory_size", "max_table_elements", "max_instances", "max_tables", "max_memories")
+"""The limits that wasmtime itself keeps, in the order of `Store.set_limits`."""
 PROPOSALS = frozenset(
     {"bulk-memory", "component-model", "exceptions", "extended-const", "function-references", "gc"}
     | {"memory64", "multi-memory", "multi-value", "reference-types", "relaxed-simd", "simd", "tail-call"}
@@ -75,10 +89,6 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 }
 _ANY = (0, (1 << 63) - 1)
 """What wasmtime's 64-bit numbers hold."""
-
-
-def compile_memory(given: Limits) -> int:
-    return COMPILE_MEMORY if given.compile_memory is None else given.compile_memory
 
 
 def parse(given: Sequence[str]) -> Limits:

@@ -13,36 +13,27 @@ import struct
 from collections.abc import Sequence
 
 from ipfsfuse import confinement
-from ipfsfuse.confinement import Access, landlock_abi
-
-__all__ = ["LAYERS", "Access", "available", "landlock_abi", "lock", "seccomp_filter"]
+from ipfsfuse.confinement import Access
 
 LAYERS = ("no_new_privs", "capabilities", "landlock", "seccomp")
 
 
 def available() -> list[str]:
     """The LAYERS that this kernel and machine have. Changes nothing."""
-    layers = list(LAYERS[:2])
-    if landlock_abi() > 0:
-        layers.append(LAYERS[2])
-    if os.uname().machine in _ARCH and os.path.exists("/proc/sys/kernel/seccomp/actions_avail"):
-        layers.append(LAYERS[3])
-    return layers
+    has_seccomp = os.uname().machine in _ARCH and os.path.exists("/proc/sys/kernel/seccomp/actions_avail")
+    found = (True, True, confinement.landlock_abi() > 0, has_seccomp)
+    return [name for name, is_there in zip(LAYERS, found, strict=True) if is_there]
 
 
 def lock(allowed: Sequence[Access]) -> list[str]:
     """Locks this process, which has one thread, and all that it starts. Gives the LAYERS that are active."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    active = []
-    if confinement.refuse_new_privileges():
-        active.append(LAYERS[0])
-    if confinement.drop_capabilities():
-        active.append(LAYERS[1])
-    if confinement.restrict(allowed):
-        active.append(LAYERS[2])
-    if _seccomp(libc):
-        active.append(LAYERS[3])
-    return active
+    found = (
+        confinement.refuse_new_privileges(),
+        confinement.drop_capabilities(),
+        confinement.restrict(allowed),
+        _seccomp(),
+    )
+    return [name for name, is_active in zip(LAYERS, found, strict=True) if is_active]
 
 
 # -- seccomp (linux/seccomp.h, linux/filter.h) -------------------------------------------------------------
@@ -111,10 +102,11 @@ def seccomp_filter(machine: str, pid: int) -> bytes | None:
     return b"".join(struct.pack("=HBBI", *each) for each in code)
 
 
-def _seccomp(libc: ctypes.CDLL) -> bool:
+def _seccomp() -> bool:
     made = seccomp_filter(os.uname().machine, os.getpid())
     if made is None:
         return False
     held = ctypes.create_string_buffer(made, len(made))
     program = _Program(len(made) // 8, ctypes.cast(held, ctypes.c_void_p))
+    libc = ctypes.CDLL(None)
     return bool(libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) == 0)

@@ -22,7 +22,7 @@ from ipfsfuse.client import Connection
 from ipfsfuse.errors import DaemonFailed, FolderInUse, IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.sandbox import cache_home
+from ipfsfuse_run.places import cache_home
 
 _RACE_S = 30.0
 _ANSWER_S = 40.0
@@ -60,8 +60,7 @@ def mounted(options: Options) -> Iterator[Mount]:
 
 
 def _wait_until_gone(daemon: int) -> None:
-    """So that nothing of the run is left when the runner is gone: the daemon unmounts, and removes its
-    folders."""
+    """Waits until the daemon has unmounted and removed its folders, so that the runner leaves nothing."""
     with contextlib.suppress(ProcessLookupError):
         process = os.pidfd_open(daemon)
         select.select([process], [], [], _GONE_S)
@@ -214,7 +213,7 @@ def _start(options: Options, isolated: bool) -> Mount:
     import tempfile  # with subprocess, 10 ms that a run on a live mount need not wait for
 
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
-    # -P: a folder named ipfsfuse where the user stands is none of ours
+    # -P: a folder named ipfsfuse in the working directory must not be imported
     command = [
         sys.executable,
         "-P",
@@ -249,8 +248,7 @@ def _start(options: Options, isolated: bool) -> Mount:
 
 
 def _ask_for_mount(command: Sequence[str]) -> str:
-    """What `ipfsfuse mount` prints, once it is mounted. Told to end while it waits, it ends the daemon it has
-    begun."""
+    """What `ipfsfuse mount` prints when it has mounted. If a signal ends this wait, the daemon ends too."""
     import subprocess
 
     with subprocess.Popen(
@@ -325,8 +323,8 @@ def resolved(options: Options, mount: Mount) -> dict[str, str]:
 
 
 def warn_of_disclosure(options: Options, mount: Mount) -> None:
-    """Says in one line which sources can learn what this guest was given, where it was given anything and
-    nothing prevents it."""
+    """Prints one line that names the sources which can learn what this guest was given. Prints nothing for a
+    guest that was given nothing, or that can't tell them."""
     given = _given(options)
     if not given or options.allow or "--offline" in options.mount_options:
         return
@@ -351,8 +349,8 @@ def _given(options: Options) -> str:
 
 
 def _has_input() -> bool:
-    """Whether standard input is a pipe, a socket or a file with anything in it: a terminal is its user's own
-    doing."""
+    """Whether standard input is a pipe, a socket or a file that is not empty. A terminal does not count: its
+    user sees what the guest is given."""
     try:
         info = os.fstat(0)
     except OSError:

@@ -79,6 +79,11 @@ class Options(NamedTuple):
     require_sandbox: bool = False
 
     @property
+    def guest_name(self) -> str:
+        """For messages."""
+        return "standard input" if self.guest == "-" else self.guest
+
+    @property
     def own_mount(self) -> bool:
         """Whether no mount that lives already can serve this run."""
         own = {"--from", "--budget"}
@@ -92,8 +97,10 @@ class Options(NamedTuple):
 
 
 class _Habits(NamedTuple):
-    """Names behind one of wasmtime's options."""
+    """What `wasmtime run` takes behind one of its options."""
 
+    name: str
+    """The option's long name."""
     on: tuple[str, ...]
     """Taken, because they are on anyway."""
     reasons: Mapping[str, str]
@@ -103,7 +110,8 @@ class _Habits(NamedTuple):
 _NETWORK = ("inherit-network", "http", "tcp", "udp", "allow-ip-name-lookup", "tls", "listenfd", "tcplisten")
 _STREAMS = ("inherit-stdin", "inherit-stdout", "inherit-stderr")
 _HABITS = {
-    "S": _Habits(
+    "-S": _Habits(
+        "--wasi",
         ("cli", "common", "preview2", "preview0", *_STREAMS),
         dict.fromkeys(_NETWORK, "a guest gets no network")
         | dict.fromkeys(("nn", "config", "keyvalue"), "that interface is not offered")
@@ -114,15 +122,16 @@ _HABITS = {
             "cwd": "give --cwd DIR",
         },
     ),
-    "C": _Habits(
+    "-C": _Habits(
+        "--codegen",
         ("cache", "parallel-compilation"),
         {
             "compiler": "code is compiled by Cranelift",
             "cache-config": "code is kept in the runner's own cache",
         },
     ),
-    "O": _Habits(("opt-level=2", "memory-init-cow"), {}),
-    "D": _Habits(("address-map",), {"coredump": "a guest's memory is not written to a file"}),
+    "-O": _Habits("--optimize", ("opt-level=2", "memory-init-cow"), {}),
+    "-D": _Habits("--debug", ("address-map",), {"coredump": "a guest's memory is not written to a file"}),
 }
 _NOT_TAKEN = {
     "-g/--gdbstub": "no debugger can be attached to a guest: it gets no network",
@@ -197,23 +206,19 @@ def _parser() -> Parser:
 
 
 def _guest_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="K[=V]",
-        help="set a variable, or pass on the runner's own",
-    )
-    group.add_argument(
+    _repeatable(group, "--env", "K[=V]", "set a variable, or pass on the runner's own", type=_variable)
+    _repeatable(
+        group,
         "--dir",
-        action="append",
-        default=[],
-        metavar="HOST[::GUEST[::ro]]",
-        help="a folder of the host, to write too but for ::ro",
+        "HOST[::GUEST[::ro]]",
+        "a folder of the host, to write too but for ::ro",
+        type=folder,
+        dest="dirs",
     )
     group.add_argument(
         "--tmp",
         metavar="SIZE",
+        type=units.size_or_zero,
         help="what the guest's own /tmp may hold, 256 MiB by default; 0 for none",
     )
     group.add_argument("--out", metavar="DIR", help="a new or empty folder for the guest's results: its /out")
@@ -224,6 +229,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--root",
         metavar="CID[/path]",
+        type=root,
         help="the guest's / is this directory, with /ipfs, /tmp and /out over it",
     )
     group.add_argument(
@@ -246,40 +252,29 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         metavar="FUNC",
         help="call this exported function of a core module with the ARGs, and print its results, one a line",
     )
-    group.add_argument(
+    _repeatable(
+        group,
         "--preload",
-        action="append",
-        default=[],
-        metavar="NAME=MODULE",
-        help="a core module that the guest imports from under this name; a file, or /ipfs/CID/path",
+        "NAME=MODULE",
+        "a core module that the guest imports from under this name; a file, or /ipfs/CID/path",
+        type=_preload,
     )
-    for letter, name in (("S", "wasi"), ("C", "codegen"), ("O", "optimize"), ("D", "debug")):
-        group.add_argument(
-            f"-{letter}",
-            f"--{name}",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help=f"as `wasmtime run` has it, for what is on anyway: {', '.join(_HABITS[letter].on)}",
-        )
+    for option, habits in _HABITS.items():
+        meaning = f"as `wasmtime run` has it, for what is on anyway: {', '.join(habits.on)}"
+        _repeatable(group, option, "NAME", meaning, habits.name, dest=option)
     for names in _NOT_TAKEN:
         group.add_argument(*names.split("/"), action=_Refused, help=argparse.SUPPRESS)
     group.add_argument("-V", "--version", action="version", version=f"ipfsfuse-run {__version__}")
     group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
-    group.add_argument(
-        "-W",
-        "--wasm",
-        action="append",
-        default=[],
-        dest="limits",
-        metavar="LIMIT=N[,...]",
-        help=_limits_help(),
-    )
+    names = ", ".join(map(limiting.option, Limits._fields))
+    _repeatable(group, "-W", "LIMIT=N[,...]", f"limits: {names}", "--wasm", dest="limits")
 
 
-def _limits_help() -> str:
-    return "limits: " + ", ".join(map(limiting.option, Limits._fields))
+def _repeatable(
+    group: argparse._ArgumentGroup, name: str, metavar: str, meaning: str, *aliases: str, **more: Any
+) -> None:
+    group.add_argument(name, *aliases, action="append", default=[], metavar=metavar, help=meaning, **more)
 
 
 def _mount_options(group: argparse._ArgumentGroup) -> None:
@@ -289,22 +284,15 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--isolated", action="store_true", help="a mount, staging and page cache for this run alone"
     )
-    group.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="CID|FILE",
-        help="only these CIDs, and what they hold (implies --isolated)",
-    )
-    group.add_argument(
+    _repeatable(group, "--allow", "CID|FILE", "only these CIDs, and what they hold (implies --isolated)")
+    _repeatable(
+        group,
         "--ipns",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="an IPNS name or a domain: what it stands for when the run begins is the folder /ipns/NAME",
+        "NAME",
+        "an IPNS name or a domain: what it stands for when the run begins is the folder /ipns/NAME",
     )
-    for name, (metavar, text) in PASSED_ON.items():
-        group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+    for name, (metavar, meaning) in PASSED_ON.items():
+        _repeatable(group, name, metavar, meaning)
     group.add_argument(
         "--cache-dir", metavar="DIR", help="the cache folder: its live mount is used, or one is made for it"
     )
@@ -366,40 +354,15 @@ def parse(argv: Sequence[str]) -> Options:
     parser.add_argument("guest", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("args", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     seen = vars(parser.parse_args(list(argv)))
-    for letter, name in (("S", "wasi"), ("C", "codegen"), ("O", "optimize"), ("D", "debug")):
-        _check_habits(f"-{letter}", seen[name], _HABITS[letter])
-    options = Options(
-        guest=seen["guest"],
-        args=tuple(seen["args"]),
-        argv0=seen["argv0"],
-        env=tuple(_variable(each) for each in seen["env"]),
-        dirs=tuple(folder(each) for each in seen["dir"]),
-        cwd=seen["cwd"],
-        invoke=seen["invoke"],
-        preload=tuple(_preload(each) for each in seen["preload"]),
-        tmp=None if seen["tmp"] is None else units.size_or_zero(seen["tmp"]),
-        out=seen["out"],
-        root=root(seen["root"]),
-        limits=limiting.parse(seen["limits"]),
-        mount=seen["mount"],
-        mount_options=_passed_on(seen),
-        allow=tuple(seen["allow"]),
-        ipns=tuple(seen["ipns"]),
-        cache_dir=seen["cache_dir"],
-        isolated=seen["isolated"],
-        record=seen["record"],
-        record_env=seen["record_env"],
-        sign=seen["sign"],
-        add=seen["add"],
-        cid_file=seen["cid_file"],
-        replay=seen["replay"],
-        show=seen["show"],
-        key=seen["key"],
-        deterministic=seen["deterministic"],
-        engine=seen["engine"],
-        verbose=seen["verbose"],
-        require_sandbox=seen["require_sandbox"],
-    )
+    for option, habits in _HABITS.items():
+        _check_habits(option, seen[option], habits)
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in seen.items()
+        if name in Options._fields
+    }
+    given |= {"limits": limiting.parse(seen["limits"]), "mount_options": _passed_on(seen)}
+    options = Options(**given)
     check(options)
     return options
 
@@ -448,10 +411,8 @@ def folder(text: str) -> Dir:
     return Dir(host, guest, writable=rest[1:] != ["ro"])
 
 
-def root(text: str | None) -> str | None:
+def root(text: str) -> str:
     """What --root says. Raises UsageError."""
-    if text is None:
-        return None
     path = text.removeprefix("/ipfs/")
     if not path.strip("/") or path.startswith("/"):
         raise UsageError(f"--root {text} is not CID or CID/path")
@@ -473,6 +434,7 @@ def check(options: Options) -> None:
         ("--key", options.key, "--replay or inspect"),
         ("--sign", options.sign and options.record is None, "--record"),
         ("--record-env", options.record_env and options.record is None, "--record"),
+        ("--deterministic", options.deterministic and options.record is None, "--record"),
         ("--add", options.add and options.out is None, "--out"),
         ("--cid-file", options.cid_file and options.out is None, "--out"),
     ):
@@ -506,7 +468,5 @@ def check(options: Options) -> None:
         raise UsageError(
             "-W max-stdin goes with --record or --replay: another run's standard input is the guest's own"
         )
-    if options.deterministic and options.record is None:
-        raise UsageError("--deterministic goes with --record")
     if options.cwd is not None and not options.cwd.startswith("/"):
         raise UsageError(f"--cwd {options.cwd} must be absolute, as the guest names it")

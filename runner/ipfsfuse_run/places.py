@@ -1,5 +1,5 @@
-"""Where a guest may write beside the folders of --dir: /tmp, which is private, bounded and gone at the end;
-and /out, the folder of its results.
+"""The runner's own folders, and where a guest may write beside the folders of --dir: /tmp, which is private,
+bounded and gone at the end; and /out, the folder of its results.
 
 /tmp is a tmpfs without a name, where the machine lets this user mount one (in a user and mount namespace for
 others than root). Elsewhere it is a folder that is measured as it grows. A process of its own removes that
@@ -10,13 +10,12 @@ import contextlib
 import ctypes
 import os
 import select
-import signal
 import stat
 import sys
 from typing import NamedTuple, NoReturn
 
 from ipfsfuse.errors import StoreFailed, UsageError
-from ipfsfuse_run import growth, sandbox, signals
+from ipfsfuse_run import growth, processes
 
 _LOOK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -30,7 +29,7 @@ class Tmp(NamedTuple):
 
 def make_tmp(size: int, held: int) -> Tmp:
     """An empty folder for `size` bytes, in the guest's process, which has one thread. It may get namespaces
-    of its own. The descriptor `held` stays open somewhere until the folder is removed. Raises
+    of its own. Some process keeps the descriptor `held` open until the folder is removed. Raises
     StoreFailed."""
     file = _tmpfs(size)
     if file is not None:
@@ -105,8 +104,50 @@ def _enter_namespaces(libc: ctypes.CDLL) -> bool:
     except OSError:
         return False
     finally:
-        signals.die_with(parent)  # a change of rights can undo it (prctl(2))
+        processes.die_with(parent)  # a change of rights can undo it (prctl(2))
     return True
+
+
+# -- the runner's own folder -------------------------------------------------------------------------------
+
+
+def cache_home() -> str:
+    """The user's cache folder. As in the mount, a relative XDG_CACHE_HOME is ignored (XDG specification)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), ".cache")
+
+
+def private_folder(*parts: str) -> str:
+    """`$XDG_CACHE_HOME/ipfsfuse-run/parts...`, made if it is missing.
+
+    Raises StoreFailed if a folder on the way can't be made, is a symlink, or is not this user's alone."""
+    path = os.path.join(cache_home(), "ipfsfuse-run")
+    if not os.path.isabs(path):
+        raise StoreFailed("there is no home folder to put things in: set HOME or XDG_CACHE_HOME")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        for depth, part in enumerate(("", *parts)):
+            path = os.path.join(path, part) if part else path
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                pass  # whatever it is: checked next, without following a symlink
+            # an earlier version made the deeper folders with mode 0755: nobody else can reach those
+            _check_private(path, 0o077 if depth < 2 else 0o022)
+    except OSError as exc:
+        raise StoreFailed(f"the folder {path} can't be used: {exc.strerror}") from exc
+    return path
+
+
+def _check_private(path: str, forbidden: int) -> None:
+    """Raises StoreFailed unless `path` is a folder of this user's that has none of the modes `forbidden`."""
+    found = os.lstat(path)
+    mode = stat.S_IMODE(found.st_mode)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & forbidden:
+        raise StoreFailed(
+            f"{path} must be a folder of yours alone (mode 0700): remove it, or set XDG_CACHE_HOME to "
+            "another folder"
+        )
 
 
 # -- folders that are removed when a process ends ----------------------------------------------------------
@@ -115,13 +156,13 @@ def _enter_namespaces(libc: ctypes.CDLL) -> bool:
 def scratch_folder(kind: str, owner: int, *held: int) -> str:
     """A new folder in the runner's own, removed when the process `owner` has ended. The descriptors `held`
     are closed after that. Forks. Raises StoreFailed."""
-    folder = sandbox.private_folder(kind, os.urandom(8).hex())
+    folder = private_folder(kind, os.urandom(8).hex())
     watched = os.pidfd_open(owner)
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        if os.fork():  # the remover is nobody's child: no one waits for it
+        if os.fork():  # its parent ends, so that nobody has to wait for it
             os._exit(0)
         _remove_after(folder, watched, *held)
     os.waitpid(pid, 0)
@@ -131,11 +172,9 @@ def scratch_folder(kind: str, owner: int, *held: int) -> str:
 
 def _remove_after(folder: str, owner: int, *held: int) -> NoReturn:
     try:
-        signal.set_wakeup_fd(-1)
-        for each in signals.ENDING:
-            signal.signal(each, signal.SIG_IGN)  # it ends with its owner
+        processes.ignore_signals()
         os.setsid()
-        growth.let_go_of_all_but(owner, *held)
+        processes.detach(owner, *held)
         poll = select.poll()
         poll.register(owner, select.POLLIN)
         poll.poll()
@@ -187,7 +226,7 @@ def _empty(top: int) -> None:
 # -- the folder of results ---------------------------------------------------------------------------------
 
 
-class Results(NamedTuple):
+class ResultsFolder(NamedTuple):
     """The folder for the guest's results. `path` has no symlink in it."""
 
     path: str
@@ -200,7 +239,7 @@ class Results(NamedTuple):
                 os.rmdir(self.path)
 
 
-def results_folder(path: str) -> Results:
+def results_folder(path: str) -> ResultsFolder:
     """The folder `path`, made or found empty. Raises UsageError, StoreFailed."""
     made = False
     try:
@@ -210,7 +249,7 @@ def results_folder(path: str) -> Results:
         _check_empty(path)
     except OSError as exc:
         raise StoreFailed(f"--out {path} can't be made: {exc.strerror}") from exc
-    return Results(os.path.realpath(path), made)
+    return ResultsFolder(os.path.realpath(path), made)
 
 
 def _check_empty(path: str) -> None:

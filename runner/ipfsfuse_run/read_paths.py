@@ -34,15 +34,17 @@ def links(cid: Cid, block: bytes) -> Iterable[Cid]:
         return ()
 
 
-def roots(read: Sequence[Cid], block: Callable[[Cid], bytes]) -> list[Cid]:
-    """The blocks of `read`, in the order of first use, that no block before them links to."""
-    found: list[Cid] = []
-    below: set[bytes] = set()
-    for cid in read:
-        if cids.multihash(cid) not in below:
-            found.append(cid)
-        below.update(cids.multihash(each) for each in links(cid, block(cid)))
-    return found
+class Roots:
+    """Of blocks that are added in the order of first use, those that no block before them links to."""
+
+    def __init__(self) -> None:
+        self.found: list[Cid] = []
+        self._below: set[bytes] = set()
+
+    def add(self, cid: Cid, block: bytes) -> None:
+        if cids.multihash(cid) not in self._below:
+            self.found.append(cid)
+        self._below.update(cids.multihash(each) for each in links(cid, block))
 
 
 def entries(

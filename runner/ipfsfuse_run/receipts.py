@@ -1,39 +1,23 @@
-"""The receipt of a run (what went in, what was read, what came out) as values, as JSON, and in a CAR with the
-blocks.
+"""The receipt of a run (what went in, what was read, what came out) as values and as JSON.
 
 A receipt is one JSON object; docs/RUNNING.md names its fields. Format 2 is written; format 1 is still read. A
 receipt may come from anyone, so the decoder is strict: each field has its type and its bounds, no key appears
 twice, numbers are finite, and limits pass the same check as the command line's. A newer format is refused.
-
-The root of the CAR is a UnixFS directory, so that `ipfsfuse mount --from run.car` shows the run:
-receipt.json, guest.wasm, stdin, stdout, stderr, out, dir/N for each folder that was given, signature.json,
-and ipfs/CID for each root that was used. Below the root every block is there, so that a node can pin it. What
-was read is there in part alone: so ipfs/CID is a symlink to it in the mount. (Format 1 links it.) The CAR is
-written whole or not at all, and every block is checked against its CID when it is read.
 """
 
-import contextlib
 import datetime
-import errno
 import hashlib
 import json
-import os
 import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from ipfsfuse.dag import builder, car, file_layout
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.builder import Built, Stored
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard, Symlink, parse
-from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
-from ipfsfuse_run import limits, read_paths
+from ipfsfuse.errors import NotACid, UsageError
+from ipfsfuse_run import limits
 from ipfsfuse_run.errors import TRAPPED, ReceiptRefused
-from ipfsfuse_run.growth import NAME_BYTES
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.read_paths import Row
 from ipfsfuse_run.supervisor import Digest
@@ -42,7 +26,7 @@ FORMAT = 2
 _KIND = "ipfsfuse-run receipt"
 RECEIPT, GUEST, STDIN, STDOUT, STDERR = "receipt.json", "guest.wasm", "stdin", "stdout", "stderr"
 OUT, DIRS, IPFS, SIGNATURE = "out", "dir", "ipfs", "signature.json"
-"""What is in the root of the CAR."""
+"""What is in the root of the CAR file (`record`)."""
 
 _SHA256, _SALT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 
@@ -91,7 +75,6 @@ class GivenDir(NamedTuple):
     """A folder that the guest had by --dir; its CID where it is part of the record."""
 
     guest: str
-    writable: bool
     cid: Cid | None
 
 
@@ -206,13 +189,13 @@ def decode(data: bytes) -> Receipt:
     if not isinstance(fields, dict) or fields.get("kind") != _KIND:
         raise ReceiptRefused("this JSON is not a receipt of ipfsfuse-run")
     number = fields.get("format")
-    if type(number) is not int or number not in _READERS:
+    if type(number) is not int or number not in _FIELDS:
         raise ReceiptRefused(
             f"the receipt has format {number!r:.40}; this version reads formats 1 to {FORMAT}: "
             "use a newer ipfsfuse"
         )
     try:
-        return _READERS[number](fields)
+        return _receipt(fields, number)
     except NotACid as exc:
         raise ReceiptRefused(f"the receipt names what is not a CID: {exc}") from exc
     except UsageError as exc:
@@ -236,136 +219,89 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-_FIELDS_1 = frozenset(
-    {
-        "kind",
-        "format",
-        "guest",
-        "argv",
-        "env",
-        "cwd",
-        "limits",
-        "dirs",
-        "deterministic",
-        "differs",
-        "versions",
-    }
-    | {"read", "missing", "ahead", "stdin", "stdout", "stderr", "exit_code", "trapped", "started", "seconds"}
+_COMMON = frozenset(
+    {"kind", "format", "guest", "argv", "env", "cwd", "limits", "dirs", "deterministic", "differs"}
+    | {"versions", "read", "missing", "ahead", "stdin", "started", "seconds"}
 )
-_FIELDS_2 = _FIELDS_1 - {"stdout", "stderr", "exit_code", "trapped"} | {
-    *("root", "tmp", "engine", "paths", "results")
-}
+_ENDS = frozenset({"stdout", "stderr", "exit_code", "trapped"})
+_FIELDS = {1: _COMMON | _ENDS, 2: _COMMON | {"root", "tmp", "engine", "paths", "results"}}
+"""What a receipt of each format has, and nothing else."""
 
 
-def _check_fields(fields: Mapping[str, Any], known: frozenset[str]) -> None:
-    for name in sorted(known ^ fields.keys()):
-        raise _Unfit(name[:MAX_TEXT] if name in known else f"{name[:80]!r}: this format has no such field")
-
-
-def _receipt_1(fields: Mapping[str, Any]) -> Receipt:
-    _check_fields(fields, _FIELDS_1)
-    trapped, exit_code = _end(fields)
-    return Receipt(
-        **_common(fields),
-        env=[Variable(name, "", value) for name, value in map(_pair, _list(fields["env"], "env"))],
-        dirs=[_dir(each) for each in _list(fields["dirs"], "dirs", MAX_DIRS)],
-        stdin=_digest(fields["stdin"], "stdin"),
-        stdout=_digest(fields["stdout"], "stdout"),
-        stderr=_digest(fields["stderr"], "stderr"),
-        exit_code=exit_code,
-        trapped=trapped,
-    )
-
-
-def _receipt_2(fields: Mapping[str, Any]) -> Receipt:
-    _check_fields(fields, _FIELDS_2)
-    env = _record(fields["env"], "env", {"salt", "variables"})
-    results = _record(
-        fields["results"], "results", {"out", "stdout", "stderr", "exit_code", "trapped", "limit"}
-    )
-    trapped, exit_code = _end(results)
-    limit = results["limit"]
-    if limit is not None and _text(limit, "limit") not in (*Limits._fields, "tmp"):
-        raise _Unfit("limit")
-    contents, digests = {}, {}
-    for name, given in ((STDIN, fields["stdin"]), (STDOUT, results["stdout"]), (STDERR, results["stderr"])):
-        contents[name], digests[name] = _stream(given, name)
-    root = fields["root"]
-    return Receipt(
-        **_common(fields),
-        env=_variables(env),
-        dirs=[
-            GivenDir(_text(each["guest"], "dirs"), False, _cid(each["cid"], "dirs"))
-            for each in (
-                _record(given, "dirs", {"guest", "cid"}) for given in _list(fields["dirs"], "dirs", MAX_DIRS)
-            )
-        ],
+def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
+    """Raises _Unfit, NotACid, UsageError."""
+    for name in sorted(_FIELDS[number] ^ fields.keys()):
+        is_known = name in _FIELDS[number]
+        raise _Unfit(name if is_known else f"{name[:80]!r}: this format has no such field")
+    results = fields if number == 1 else _record(fields["results"], "results", _ENDS | {"out", "limit"})
+    streams = {STDIN: fields["stdin"], STDOUT: results["stdout"], STDERR: results["stderr"]}
+    keys = {"sha256", "size"} if number == 1 else {"cid", "sha256", "size"}
+    digests = {name: _digest(_record(given, name, keys), name) for name, given in streams.items()}
+    guest = _record(fields["guest"], "guest", {"cid", "name"})
+    salt, env = _environment(fields["env"], number)
+    argv = _texts(fields["argv"], "argv")
+    if not argv:
+        raise _Unfit("argv")
+    if arguments_size(argv, [(each.name, each.value or "") for each in env]) > MAX_ARGUMENTS:
+        raise _Unfit(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
+    cwd = fields["cwd"]
+    if cwd is not None and not _text(cwd, "cwd").startswith("/"):
+        raise _Unfit("cwd: it is not absolute")
+    trapped = _flag(results["trapped"], "trapped")
+    exit_code = _number(results["exit_code"], "exit_code", 255)
+    if trapped and exit_code != TRAPPED:
+        raise _Unfit(f"exit_code: a guest that trapped has {TRAPPED}")
+    _texts(fields["differs"], "differs")
+    found = Receipt(
+        guest=_cid(guest["cid"], "guest"),
+        name=_text(guest["name"], "guest"),
+        argv=argv,
+        env=env,
+        cwd=cwd,
+        limits=limits.checked(_record(fields["limits"], "limits")),
+        dirs=[_dir(each, number) for each in _list(fields["dirs"], "dirs", MAX_DIRS)],
+        deterministic=_flag(fields["deterministic"], "deterministic"),
+        versions={
+            _text(name, "versions"): _text(value, "versions")
+            for name, value in _record(fields["versions"], "versions").items()
+        },
+        read=_cids(fields["read"], "read"),
+        missing=_cids(fields["missing"], "missing"),
+        ahead=_cids(fields["ahead"], "ahead"),
         stdin=digests[STDIN],
         stdout=digests[STDOUT],
         stderr=digests[STDERR],
         exit_code=exit_code,
         trapped=trapped,
-        format=2,
-        salt=env["salt"],
+        started=_time(fields["started"]),
+        seconds=_seconds(fields["seconds"]),
+        format=number,
+        salt=salt,
+    )
+    if number == 1:
+        return found
+    root, out, limit = fields["root"], results["out"], results["limit"]
+    if limit is not None and _text(limit, "limit") not in (*Limits._fields, "tmp"):
+        raise _Unfit("limit")
+    return found._replace(
         root=None if root is None else _root(root),
         tmp=_number(fields["tmp"], "tmp"),
         engine=_text(fields["engine"], "engine"),
         paths=[_row(each) for each in _list(fields["paths"], "paths")],
-        contents=contents,
-        out=None if results["out"] is None else _cid(results["out"], "out"),
+        contents={name: _cid(given["cid"], name) for name, given in streams.items()},
+        out=None if out is None else _cid(out, "out"),
         limit=limit,
     )
 
 
-_READERS = {1: _receipt_1, 2: _receipt_2}
-
-
-def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that both formats have in the same form."""
-    guest = _record(fields["guest"], "guest", {"cid", "name"})
-    _texts(fields["differs"], "differs")
-    argv = _texts(fields["argv"], "argv")
-    if not argv:
-        raise _Unfit("argv")
-    if arguments_size(argv, _given_variables(fields)) > MAX_ARGUMENTS:
-        raise _Unfit(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
-    cwd = fields["cwd"]
-    if cwd is not None and not _text(cwd, "cwd").startswith("/"):
-        raise _Unfit("cwd: it is not absolute")
-    return {
-        "guest": _cid(guest["cid"], "guest"),
-        "name": _text(guest["name"], "guest"),
-        "argv": argv,
-        "cwd": cwd,
-        "limits": limits.checked(_record(fields["limits"], "limits")),
-        "deterministic": _flag(fields["deterministic"], "deterministic"),
-        "versions": {
-            _text(name, "versions"): _text(value, "versions")
-            for name, value in _record(fields["versions"], "versions").items()
-        },
-        "read": [_cid(each, "read") for each in _list(fields["read"], "read")],
-        "missing": [_cid(each, "missing") for each in _list(fields["missing"], "missing")],
-        "ahead": [_cid(each, "ahead") for each in _list(fields["ahead"], "ahead")],
-        "started": _time(fields["started"]),
-        "seconds": _seconds(fields["seconds"]),
-    }
-
-
-def _given_variables(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if fields["format"] == 1:
-        return [_pair(each) for each in _list(fields["env"], "env")]
-    env = _record(fields["env"], "env", {"salt", "variables"})
-    return [(each.name, each.value or "") for each in _variables(env)]
-
-
-def _end(fields: Mapping[str, Any]) -> tuple[bool, int]:
-    trapped, exit_code = _flag(fields["trapped"], "trapped"), _number(fields["exit_code"], "exit_code", 255)
-    if trapped and exit_code != TRAPPED:
-        raise _Unfit(f"exit_code: a guest that trapped has {TRAPPED}")
-    return trapped, exit_code
-
-
-def _variables(env: Mapping[str, Any]) -> list[Variable]:
+def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
+    """The salt, and the variables; format 1 has pairs of names and values."""
+    if number == 1:
+        pairs = [_texts(each, "env") for each in _list(given, "env")]
+        if any(len(pair) != 2 or not pair[0] or "=" in pair[0] for pair in pairs):
+            raise _Unfit("env")
+        return "", [Variable(name, "", value) for name, value in pairs]
+    env = _record(given, "env", {"salt", "variables"})
     salt = env["salt"]
     if not isinstance(salt, str) or not _SALT.fullmatch(salt):
         raise _Unfit("env: its salt is not 32 hexadecimal digits")
@@ -382,7 +318,7 @@ def _variables(env: Mapping[str, Any]) -> list[Variable]:
         if "value" in fields and variable_hash(salt, name, _text(value, "env", MAX_ARGUMENTS)) != hashed:
             raise _Unfit(f"env: the value of {name[:80]!r} is not the one whose hash is given")
         found[name] = Variable(name, hashed, value)
-    return list(found.values())
+    return salt, list(found.values())
 
 
 def _root(given: object) -> str:
@@ -403,20 +339,14 @@ def _row(given: object) -> Row:
     )
 
 
-def _stream(given: object, name: str) -> tuple[Cid, Digest]:
-    fields = _record(given, name, {"cid", "sha256", "size"})
-    digest = Digest(_sha256(fields["sha256"], name), _number(fields["size"], name))
-    return _cid(fields["cid"], name), digest
-
-
 def arguments_size(argv: Sequence[str], env: Sequence[tuple[str, str]]) -> int:
     """What MAX_ARGUMENTS bounds."""
     texts = [*argv, *(f"{name}={value}" for name, value in env)]
     return sum(len(each.encode()) + ARGUMENT_BYTES for each in texts)
 
 
-def _record(given: object, name: str, keys: set[str] | None = None) -> dict[str, Any]:
-    if not isinstance(given, dict) or (keys is not None and given.keys() != keys):
+def _record(given: object, name: str, keys: Collection[str] | None = None) -> dict[str, Any]:
+    if not isinstance(given, dict) or (keys is not None and given.keys() != set(keys)):
         raise _Unfit(name)
     return given
 
@@ -442,15 +372,12 @@ def _text(given: object, name: str, most: int = MAX_TEXT) -> str:
     return given
 
 
-def _pair(given: object) -> tuple[str, str]:
-    pair = _texts(given, "env")
-    if len(pair) != 2 or not pair[0] or "=" in pair[0]:
-        raise _Unfit("env")
-    return pair[0], pair[1]
-
-
 def _cid(given: object, name: str) -> Cid:
     return cids.parse(_text(given, name, _MAX_CID))
+
+
+def _cids(given: object, name: str) -> list[Cid]:
+    return [_cid(each, name) for each in _list(given, name)]
 
 
 def _flag(given: object, name: str) -> bool:
@@ -480,14 +407,16 @@ def _time(given: object) -> str:
     return text
 
 
-def _dir(given: object) -> GivenDir:
-    fields = _record(given, "dirs", {"guest", "writable", "cid"})
-    cid = None if fields["cid"] is None else _cid(fields["cid"], "dirs")
-    return GivenDir(_text(fields["guest"], "dirs"), _flag(fields["writable"], "dirs"), cid)
+def _dir(given: object, number: int) -> GivenDir:
+    fields = _record(given, "dirs", {"guest", "cid", "writable"} if number == 1 else {"guest", "cid"})
+    if number == 1:
+        _flag(fields["writable"], "dirs")
+        if fields["cid"] is None:
+            return GivenDir(_text(fields["guest"], "dirs"), None)
+    return GivenDir(_text(fields["guest"], "dirs"), _cid(fields["cid"], "dirs"))
 
 
-def _digest(given: object, name: str) -> Digest:
-    fields = _record(given, name, {"sha256", "size"})
+def _digest(fields: Mapping[str, Any], name: str) -> Digest:
     return Digest(_sha256(fields["sha256"], name), _number(fields["size"], name))
 
 
@@ -495,415 +424,3 @@ def _sha256(given: object, name: str) -> str:
     if not isinstance(given, str) or not _SHA256.fullmatch(given):
         raise _Unfit(name)
     return given
-
-
-# -- the CAR -----------------------------------------------------------------------------------------------
-
-_PROFILE = builder.UNIXFS_V1_2025
-MAX_BLOCK = 2 << 20
-_MAX_HEADER = 64 << 10
-_LEAF_BYTES = 64 << 10
-_MAX_PATH = 4096
-_SPARE_NODES = 64
-"""`Writer` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES and
-_SPARE_NODES more was made to take long, and is refused."""
-
-
-# -- writing -----------------------------------------------------------------------------------------------
-
-
-class Writer:
-    """Puts blocks into a CAR, each once. `add_*` give what a folder can link."""
-
-    def __init__(self, out: BinaryIO) -> None:
-        self._out = out
-        self._seen: set[Cid] = set()
-        out.write(car.encode_header([_NO_ROOT]))
-
-    def put(self, cid: Cid, block: bytes) -> None:
-        if cid not in self._seen:
-            self._seen.add(cid)
-            self._out.write(car.section_head(cid, len(block)) + block)
-
-    def add_file(self, file: BinaryIO, stored: Stored = builder.NOTHING) -> Built:
-        profile = _PROFILE if stored == builder.NOTHING else _PROFILE.with_metadata()
-        file_builder, first = builder.FileBuilder(profile, self.put), file.read(profile.chunk_size)
-        second = file.read(profile.chunk_size)
-        if not second:
-            only = builder.leaf(profile, first, stored)
-            self.put(only.built.cid, only.block)
-            return only.built
-        for chunk in (first, second, *iter(lambda: file.read(profile.chunk_size), b"")):
-            leaf = builder.leaf(profile, chunk)
-            self.put(leaf.built.cid, leaf.block)
-            file_builder.add(leaf.built)
-        return file_builder.finish(stored)
-
-    def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = builder.NOTHING) -> Built:
-        return builder.directory(
-            _PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put
-        )
-
-    def add_symlink(self, target: str) -> Built:
-        return builder.symlink(_PROFILE, os.fsencode(target), builder.NOTHING, self.put)
-
-    def add_tree(self, folder: Path) -> Built:
-        """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed,
-        UsageError."""
-        children: list[tuple[str, Built]] = []
-        try:
-            for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-                path, found = Path(entry.path), entry.stat(follow_symlinks=False)
-                stored = Stored(found.st_mode & 0o7777, found.st_mtime_ns)
-                if entry.is_symlink():
-                    children.append(
-                        (
-                            entry.name,
-                            builder.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put),
-                        )
-                    )
-                elif entry.is_dir():
-                    children.append((entry.name, self.add_tree(path)))
-                elif entry.is_file():
-                    with path.open("rb") as file:
-                        children.append((entry.name, self.add_file(file, stored)))
-                else:
-                    raise UsageError(f"{path} is neither file, folder nor symlink: it can't be recorded")
-            found = folder.stat()
-        except OSError as exc:
-            raise StoreFailed(f"{exc.filename or folder} can't be recorded: {exc.strerror}") from exc
-        except RecursionError as exc:
-            raise StoreFailed("a given folder is nested too deeply to be recorded") from exc
-        return self.add_folder(children, Stored(found.st_mode & 0o7777, found.st_mtime_ns))
-
-    def add_results(self, folder: str, bound: int) -> "Results":
-        """The folder of a guest's results, with the CID that `ipfsfuse add --hidden` gives it. The guest is
-        gone, and what it left may be anything: no symlink is followed, no device or pipe opened, and more
-        than `bound` bytes (each name counts NAME_BYTES) are refused. Another guest may have the same folder
-        and put symlinks into it meanwhile: what lies elsewhere is refused. Raises StoreFailed."""
-        left = bound
-        files: list[tuple[str, str]] = []
-        top = os.path.realpath(folder)
-        stack = [_Level("", _names(top), [])]
-        while True:
-            level = stack[-1]
-            if not level.names:
-                stack.pop()
-                built = self.add_folder(level.children)
-                if not stack:
-                    return Results(built, sorted(files))
-                stack[-1].children.append((os.path.basename(level.path), built))
-                continue
-            name = level.names.pop()
-            inside = os.path.join(level.path, name)
-            try:
-                path = os.path.join(top, inside)
-                with _place(path) as (fd, opened):
-                    found = os.fstat(fd)
-                    left -= NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0)
-                    if left < 0:
-                        raise StoreFailed(f"the results in {folder} are more than max-out={bound} bytes")
-                    inside.encode()
-                    if stat.S_ISDIR(found.st_mode):
-                        stack.append(_Level(inside, _names(opened), []))
-                    elif stat.S_ISLNK(found.st_mode):
-                        level.children.append((name, self.add_symlink(os.readlink("", dir_fd=fd))))
-                    elif stat.S_ISREG(found.st_mode):
-                        with _Hashed(opened, found.st_size) as file:
-                            level.children.append((name, self.add_file(file)))  # type: ignore[arg-type]
-                        files.append((inside, file.digest()))
-                    else:
-                        raise StoreFailed(
-                            f"{path!r} in the results is neither file, folder nor symlink: it can't be taken"
-                        )
-            except UnicodeEncodeError as exc:
-                raise StoreFailed(f"{inside!r} in the results has a name that is not UTF-8") from exc
-            except OSError as exc:
-                raise StoreFailed(f"{inside!r} in the results can't be read: {exc.strerror}") from exc
-
-    def close(self, root: Built) -> None:
-        self._out.seek(0)
-        self._out.write(car.encode_header([root.cid]))
-
-
-class Results(NamedTuple):
-    """A guest's results. `files` are their paths and SHA-256."""
-
-    built: Built
-    files: Sequence[tuple[str, str]]
-
-
-class _Level(NamedTuple):
-    """A folder of the results that is being read."""
-
-    path: str
-    names: list[str]
-    children: list[tuple[str, Built]]
-
-
-@contextlib.contextmanager
-def _place(path: str) -> Iterator[tuple[int, str]]:
-    """What lies at `path` itself, with no symlink on the way: a descriptor that only names it, and a path by
-    which it can be opened. Raises OSError, StoreFailed."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        opened = f"/proc/self/fd/{fd}"
-        if os.readlink(opened) != path:
-            raise StoreFailed(f"{path!r} in the results was moved or replaced while it was taken")
-        yield fd, opened
-    finally:
-        os.close(fd)
-
-
-def _names(folder: str) -> list[str]:
-    return sorted(os.listdir(folder), reverse=True)
-
-
-class _Hashed:
-    """A regular file that is hashed as it is read, and of which no more than `size` bytes are."""
-
-    def __init__(self, path: str, size: int) -> None:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._file, self._left, self._hash = open(file, "rb"), size, hashlib.sha256()  # noqa: SIM115
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(min(size, self._left))
-        self._left -= len(data)
-        self._hash.update(data)
-        return data
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> "_Hashed":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._file.close()
-
-
-_NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
-"""It is as long as every root that is written here, and keeps the place for one in the header."""
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well: only its owner can read it, for a
-    record holds what was in variables, in arguments and on standard input. Raises StoreFailed."""
-    part = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
-    try:
-        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(file, "w+b") as out:
-            yield out
-        part.replace(path)
-    except OSError as exc:
-        raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def cid_of(file: BinaryIO) -> Cid:
-    """The CID that `file` has in a record; it is read from its start."""
-    file.seek(0)
-    with open(os.devnull, "wb") as nowhere:
-        return Writer(nowhere).add_file(file).cid
-
-
-# -- reading -----------------------------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    offset: int
-    size: int
-
-
-class Bundle:
-    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not
-    blocks, and looks again whenever it gives one: the file may have been changed since."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ReceiptRefused."""
-        self.path = path
-        self.size = 0
-        """Bytes of the CAR file."""
-        self._places: dict[bytes, Place] = {}
-        try:
-            self._file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 # closed by `close`
-        except OSError as exc:
-            raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
-        try:
-            self._root = self._index()
-        except OSError as exc:
-            self._file.close()
-            raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
-        except (Malformed, NotACid, WrongBlock, Unsupported) as exc:
-            self._file.close()
-            raise ReceiptRefused(f"{path} is not an intact record of a run: {exc}") from exc
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _index(self) -> Cid:
-        self.size = os.fstat(self._file.fileno()).st_size
-        at = car.header_length(self._file.read(9))
-        if at > _MAX_HEADER:
-            raise Malformed(f"its header has {at} bytes: a run's has fewer than 100")
-        self._file.seek(0)
-        roots = car.decode_header(self._file.read(at))
-        if len(roots) != 1:
-            raise Malformed(f"{len(roots)} roots where a run has one")
-        while at < self.size:
-            head = os.pread(self._file.fileno(), car.HEAD_BYTES, at)
-            found = car.section(head, at=0, base=at)
-            if found.end > self.size:
-                raise Malformed("it is cut short")
-            place = Place(found.block, found.end - found.block)
-            if place.size > MAX_BLOCK:
-                raise Malformed(f"a block of {place.size} bytes: {MAX_BLOCK} are the most")
-            cids.verify(found.cid, self._at(place))
-            if cids.inline(found.cid) is None:
-                self._places[cids.multihash(found.cid)] = place
-            at = found.end
-        return roots[0]
-
-    def _at(self, place: Place) -> bytes:
-        return os.pread(self._file.fileno(), place.size, place.offset)
-
-    def __contains__(self, cid: Cid) -> bool:
-        return cids.inline(cid) is not None or cids.multihash(cid) in self._places
-
-    def block(self, cid: Cid) -> bytes:
-        """Raises ReceiptRefused where it is not there, or not there any more."""
-        inline = cids.inline(cid)
-        if inline is not None:
-            return inline
-        try:
-            block = self._at(self._places[cids.multihash(cid)])
-            cids.verify(cid, block)
-        except KeyError as exc:
-            raise ReceiptRefused(f"{self.path} lacks the block {cids.text(cid)}") from exc
-        except (OSError, WrongBlock) as exc:
-            raise ReceiptRefused(f"{self.path} was changed while it was read: {exc}") from exc
-        return block
-
-    def node(self, cid: Cid) -> Node:
-        try:
-            return parse(cid, self.block(cid))
-        except (Malformed, Unsupported) as exc:
-            raise ReceiptRefused(f"{self.path}: {exc}") from exc
-
-    def find(self, *names: str) -> Cid | None:
-        """The CID at a path below the root; None where there is none."""
-        cid = self._root
-        for name in names:
-            node = self.node(cid)
-            found = node.find(os.fsencode(name)) if isinstance(node, Directory) else None
-            if found is None:
-                return None
-            cid = found.cid
-        return cid
-
-    def file(self, cid: Cid) -> File:
-        """Raises ReceiptRefused."""
-        node = self.node(cid)
-        if not isinstance(node, File):
-            raise ReceiptRefused(f"{self.path}: {cids.text(cid)} is not a file")
-        return node
-
-    def content(self, cid: Cid, most: int) -> Iterator[bytes]:
-        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused, for a file of more than `most` bytes
-        too: its size is what its blocks say, and a few of them can say anything."""
-        file, offset = self.file(cid), 0
-        if file.size > most:
-            raise ReceiptRefused(f"{self.path}: a file in it has {file.size} bytes: {most} are the most")
-        left = _SPARE_NODES + file.size // _LEAF_BYTES
-        while offset < file.size:
-            try:
-                found, opened = self._leaves(file, offset, left)
-                left -= opened + len(found)
-                if left < 0 or not found:
-                    raise Malformed(
-                        f"{cids.brief(cid)}: it is cut into more pieces than a record's files are"
-                    )
-                for leaf in found:
-                    yield bytes(file_layout.leaf_content(leaf, self.block(leaf.cid)))
-                    offset = leaf.offset + leaf.size
-            except (Malformed, Unsupported) as exc:
-                raise ReceiptRefused(f"{self.path}: {exc}") from exc
-
-    def _leaves(self, file: File, offset: int, most: int) -> tuple[list[Leaf], int]:
-        """The next leaves from `offset` on, and how many nodes were opened for them: little more than
-        `most`."""
-        walk, opened = file_layout.leaves(file, offset, file.size - offset, sure=True), 0
-        try:
-            wanted = next(walk)
-            while opened <= most:
-                opened += len(wanted)
-                wanted = walk.send([self.node(each) for each in wanted])
-        except StopIteration as stop:
-            found: list[Leaf] = stop.value
-            return found, opened
-        return [], opened
-
-    def files(self, cid: Cid, most: int) -> Iterator[tuple[str, File | Symlink | None]]:
-        """What is below the folder `cid`, parents first, by path: None for a folder. The folder may come with
-        a hostile record: each name counts NAME_BYTES and each file its size, and more than `most` bytes are
-        refused. Raises ReceiptRefused."""
-        stack = [("", cid)]
-        while stack:
-            path, at = stack.pop()
-            if len(os.fsencode(path)) >= _MAX_PATH:
-                raise ReceiptRefused(f"{self.path}: its results are nested more deeply than a path can say")
-            node = self.node(at)
-            if isinstance(node, Directory | Shard):
-                if path:
-                    yield path, None
-                below = []
-                for name, child in self._children(node):
-                    most -= NAME_BYTES
-                    if most < 0:
-                        raise ReceiptRefused(f"{self.path}: its results are larger than max-out")
-                    below.append((os.path.join(path, name), child))
-                stack.extend(reversed(below))
-                continue
-            if not path:
-                raise ReceiptRefused(f"{self.path}: its {OUT} is not a folder")
-            most -= node.size if isinstance(node, File) else len(node.target)
-            if most < 0:
-                raise ReceiptRefused(f"{self.path}: its results are larger than max-out")
-            yield path, node
-
-    def _children(self, node: Directory | Shard) -> Iterator[tuple[str, Cid]]:
-        """Of a sharded folder too. Raises ReceiptRefused for names that no folder can hold."""
-        seen: set[bytes] = set()
-        try:
-            for cid, name in read_paths.entries(node, self.node):
-                if name in seen or b"/" in name or b"\0" in name or name in (b"", b".", b".."):
-                    raise Malformed(f"a folder holds the name {name!r:.80}")
-                seen.add(name)
-                yield name.decode(), cid
-        except (Malformed, UnicodeDecodeError) as exc:
-            raise ReceiptRefused(f"{self.path}: {exc}") from exc
-
-    def extract(self, cid: Cid, folder: str, most: int) -> None:
-        """Writes what is below the folder `cid` into the empty folder `folder`. Nothing is followed or
-        replaced. Raises ReceiptRefused, StoreFailed."""
-        try:
-            for path, node in self.files(cid, most):
-                at = os.path.join(folder, path)
-                if node is None:
-                    os.mkdir(at)
-                elif isinstance(node, Symlink):
-                    os.symlink(node.target, at)
-                else:
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                    with open(os.open(at, flags, 0o666), "wb") as out:
-                        out.writelines(self.content(node.cid, most))
-        except OSError as exc:
-            if exc.errno == errno.ENAMETOOLONG:
-                raise ReceiptRefused(f"{self.path}: its results hold a name that is too long here") from exc
-            raise StoreFailed(f"{exc.filename or folder!s:.300} can't be written: {exc.strerror}") from exc
-
-    def receipt(self, cid: Cid) -> bytes:
-        """The bytes of a receipt: never more than the CAR file has. Raises ReceiptRefused."""
-        return b"".join(self.content(cid, min(MAX_BYTES, self.size)))

@@ -14,6 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -32,21 +33,22 @@ from ipfsfuse.errors import (
     UsageError,
     WrongBlock,
 )
-from ipfsfuse_run import mounts, read_paths, receipts, sandbox, supervisor
+from ipfsfuse_run import mounts, read_paths, receipts, results, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import NotKept, ReceiptRefused, say
-from ipfsfuse_run.limits import MAX_OUT
+from ipfsfuse_run.mounts import Mount
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.read_paths import Row
-from ipfsfuse_run.receipts import GivenDir, Receipt, Writer
+from ipfsfuse_run.receipts import GivenDir, Receipt
+from ipfsfuse_run.record import CarWriter, written
 from ipfsfuse_run.sandbox import Sandbox
-from ipfsfuse_run.supervisor import Outcome
+from ipfsfuse_run.supervisor import CompletedRun, Outcome
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
-class _Material(NamedTuple):
+class RunFiles(NamedTuple):
     """What a run leaves behind, for its receipt: files without a name."""
 
     used: BinaryIO
@@ -63,15 +65,14 @@ class _Run(NamedTuple):
     seconds: float
 
 
-class Recorded(NamedTuple):
-    outcome: Outcome
-    out: str | None = None
-    """The CID of the results."""
-    receipt: bytes | None = None
-    """The bytes that were written."""
+def mounted(options: Options, used: BinaryIO) -> AbstractContextManager[Mount]:
+    """A mount of the run's own, whose daemon writes into the file `used` which blocks are asked for. The
+    daemon opens the file through this process, which outlives it."""
+    option = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
+    return mounts.mounted(options._replace(mount_options=(*options.mount_options, option)))
 
 
-def record(options: Options) -> Recorded:
+def record(options: Options) -> CompletedRun:
     """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves
     none. Raises NotKept if the guest ran and the receipt could not be written."""
     target = _target(options)
@@ -80,39 +81,27 @@ def record(options: Options) -> Recorded:
         from ipfsfuse_run import signatures
 
         key = signatures.private_key(options.sign)
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as stack:
         # beside the receipt: what is kept of the output may be more than TMPDIR holds
-        folder = target.parent if target.parent.is_dir() else None
         used, guest, stdout, stderr = (
-            files.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(4)
+            stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in range(4)
         )
-        stdin = files.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
-        material = _Material(used, guest, stdin, stdout, stderr)
-        # the daemon opens the file through this process, which outlives it
-        option = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
-        with mounts.mounted(options._replace(mount_options=(*options.mount_options, option))) as mount:
+        stdin = stack.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
+        files = RunFiles(used, guest, stdin, stdout, stderr)
+        with mounted(options, used) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
-            plan = Plan(
-                options.guest,
-                mount.mountpoint,
-                box,
-                mount.mount_id,
-                options.deterministic,
-                guest.fileno(),
-                verbose=options.verbose,
-                require_sandbox=options.require_sandbox,
-            )
-            run = _run(plan, material, mount.control)
+            plan = Plan(options, mount.mountpoint, box, mount.mount_id, keep=guest.fileno())
+            run = _run(plan, files, mount.control)
             if run.outcome.refused is None and run.outcome.signal is None:
                 if run.outcome.limit == "max_out":
                     say(f"{target} is not written: its results would be larger than max-out")
                 else:
                     try:
-                        return _write(target, options, box, run, material, mount.control, key)
+                        return _write(target, options, box, run, files, mount.control, key)
                     except IpfsFuseError as exc:
-                        raise NotKept(str(exc), run.outcome) from exc
-    return Recorded(run.outcome)
+                        raise NotKept(str(exc), CompletedRun(run.outcome)) from exc
+    return CompletedRun(run.outcome)
 
 
 def _target(options: Options) -> Path:
@@ -139,10 +128,10 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, material: _Material, control: Connection) -> _Run:
+def _run(plan: Plan, files: RunFiles, control: Connection) -> _Run:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    kept = material.stdout, material.stderr
-    outcome = supervisor.run_kept(plan, material.stdin, kept, show=True, close=[control.fileno()])
+    kept = files.stdout, files.stderr
+    outcome = supervisor.run_kept(plan, files.stdin, kept, show=True, close=[control.fileno()])
     return _Run(outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
 
 
@@ -151,33 +140,32 @@ def _write(
     options: Options,
     box: Sandbox,
     run: _Run,
-    material: _Material,
+    files: RunFiles,
     control: Connection,
     key: "Ed25519PrivateKey | None",
-) -> Recorded:
+) -> CompletedRun:
     """Writes the receipt."""
     if options.guest == "-":  # standard input was the guest: none was left for it
-        material.stdin.truncate(0)
-    with receipts.written(target) as file, open(os.devnull, "wb") as nowhere:
+        files.stdin.truncate(0)
+    with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
-        writer = Writer(file if is_car else nowhere)
-        asked, ahead = used(material.used)
+        writer = CarWriter(file if is_car else nowhere)
+        asked, ahead = used(files.used)
         blocks = _take_blocks(writer, asked, control)
-        material.guest.seek(0)
-        parts = {receipts.GUEST: writer.add_file(material.guest)}
+        files.guest.seek(0)
+        parts = {receipts.GUEST: writer.add_file(files.guest)}
         contents = (
-            (receipts.STDIN, material.stdin),
-            (receipts.STDOUT, material.stdout),
-            (receipts.STDERR, material.stderr),
+            (receipts.STDIN, files.stdin),
+            (receipts.STDOUT, files.stdout),
+            (receipts.STDERR, files.stderr),
         )
         for name, held in contents:
             held.seek(0)
             parts[name] = writer.add_file(held)
-        results = None
+        left = None
         if options.out is not None:
-            bound = MAX_OUT if box.limits.max_out is None else box.limits.max_out
-            results = writer.add_results(options.out, bound)
-            parts[receipts.OUT] = results.built
+            left = results.written(writer, options.out, options.limits.out_bytes)
+            parts[receipts.OUT] = left.built
         dirs = [writer.add_tree(Path(each.host)) for each in options.dirs]
         if dirs:
             parts[receipts.DIRS] = writer.add_folder(
@@ -193,18 +181,16 @@ def _write(
                 for name, value in dict(box.env).items()
             ],
             cwd=box.cwd,
-            limits=box.limits,
-            dirs=[
-                GivenDir(each.guest, False, built.cid) for each, built in zip(options.dirs, dirs, strict=True)
-            ],
+            limits=options.limits,
+            dirs=[GivenDir(each.guest, built.cid) for each, built in zip(options.dirs, dirs, strict=True)],
             deterministic=options.deterministic,
             versions=this_machine(),
             read=blocks.read,
             missing=blocks.missing,
             ahead=ahead,
-            stdin=supervisor.digest_of(material.stdin),
-            stdout=supervisor.digest_of(material.stdout),
-            stderr=supervisor.digest_of(material.stderr),
+            stdin=supervisor.digest_of(files.stdin),
+            stdout=supervisor.digest_of(files.stdout),
+            stderr=supervisor.digest_of(files.stderr),
             exit_code=run.outcome.code,
             trapped=run.outcome.trapped,
             started=run.started,
@@ -215,7 +201,7 @@ def _write(
             tmp=box.tmp,
             paths=blocks.rows(),
             contents={name: parts[name].cid for name, _held in contents},
-            out=None if results is None else results.built.cid,
+            out=None if left is None else left.built.cid,
             limit=run.outcome.limit,
         )
         data = _encoded(receipt)
@@ -224,15 +210,18 @@ def _write(
         else:
             parts[receipts.RECEIPT] = writer.add_file(io.BytesIO(data))
             parts[receipts.IPFS] = writer.add_folder(
-                [(cids.text(each), writer.add_symlink(f"../../{cids.text(each)}")) for each in blocks.roots]
+                [
+                    (cids.text(each), writer.add_symlink(f"../../{cids.text(each)}"))
+                    for each in blocks.roots.found
+                ]
             )
             if key is not None:
                 from ipfsfuse_run import signatures
 
-                envelope = signatures.signed(key, receipt, data, [] if results is None else results.files)
+                envelope = signatures.signed(key, receipt, data, [] if left is None else left.files)
                 parts[receipts.SIGNATURE] = writer.add_file(io.BytesIO(envelope))
             writer.close(writer.add_folder(list(parts.items())))
-        return Recorded(run.outcome, None if receipt.out is None else cids.text(receipt.out), data)
+        return CompletedRun(run.outcome, None if receipt.out is None else cids.text(receipt.out), data)
 
 
 def this_machine() -> dict[str, str]:
@@ -271,15 +260,12 @@ class _Blocks:
     def __init__(self) -> None:
         self.read: list[Cid] = []
         self.missing: list[Cid] = []
-        self.roots: list[Cid] = []
+        self.roots = read_paths.Roots()
         self._nodes: dict[Cid, Node] = {}
-        self._below: set[bytes] = set()
 
     def add(self, cid: Cid, block: bytes) -> None:
         self.read.append(cid)
-        if cids.multihash(cid) not in self._below:
-            self.roots.append(cid)
-        self._below.update(cids.multihash(each) for each in read_paths.links(cid, block))
+        self.roots.add(cid, block)
         with contextlib.suppress(Malformed, Unsupported):  # the guest saw an error: no path leads through it
             self._nodes[cid] = parse(cid, block)
 
@@ -295,12 +281,12 @@ class _Blocks:
     def rows(self) -> list[Row]:
         """By path; none where no path is known."""
         try:
-            return list(read_paths.Walk(self._node, self.roots, self.read).rows())
+            return list(read_paths.Walk(self._node, self.roots.found, self.read).rows())
         except ReceiptRefused:
             return []
 
 
-def _take_blocks(writer: Writer, asked: Sequence[Cid], control: Connection) -> _Blocks:
+def _take_blocks(writer: CarWriter, asked: Sequence[Cid], control: Connection) -> _Blocks:
     """Puts every block that was read into the CAR."""
     blocks = _Blocks()
     for cid in asked:

@@ -1,32 +1,38 @@
 """`--replay`: a recorded run again, offline, from its CAR alone; and whether it gives the same."""
 
 import contextlib
-import hashlib
 import math
 import os
-import stat
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, File
 from ipfsfuse.errors import UsageError
 from ipfsfuse.text import printable
-from ipfsfuse_run import limits, mounts, places, read_paths, receipts, recording, sandbox, supervisor
+from ipfsfuse_run import (
+    limits,
+    places,
+    read_paths,
+    receipts,
+    record,
+    recording,
+    results,
+    sandbox,
+    supervisor,
+)
 from ipfsfuse_run.child import MAX_GUEST, Plan
 from ipfsfuse_run.errors import ReceiptRefused, trap_text
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Dir, Options
-from ipfsfuse_run.receipts import Bundle, Receipt, Writer
-from ipfsfuse_run.supervisor import Digest, Outcome, Sink
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from ipfsfuse_run.receipts import Receipt
+from ipfsfuse_run.record import Record
+from ipfsfuse_run.recording import RunFiles
+from ipfsfuse_run.supervisor import Digest, Outcome
 
 
 class Verdict(NamedTuple):
@@ -54,120 +60,6 @@ these."""
 
 _DATA_SPARE = 512 << 20
 """Bytes that a replay's process may use beside the guest's memory."""
-
-
-def receipt_alone(path: Path) -> Receipt | None:
-    """The receipt in a .json; None where `path` is something else, be it a CAR. Raises ReceiptRefused."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            data = file.read(1)
-            if data != b"{" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return None
-            return receipts.decode(data + file.read(receipts.MAX_BYTES))
-    except ReceiptRefused as exc:
-        raise ReceiptRefused(f"{path}: {exc}") from exc
-    except OSError as exc:
-        raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[Bundle, Receipt]]:
-    """A record that is whole: every block that its receipt names is there and right, and so is the guest.
-
-    The content of its streams is not looked at (`check_content`). Raises ReceiptRefused."""
-    with closing(Bundle(path)) as record:
-        place = record.find(receipts.RECEIPT)
-        if place is None:
-            raise ReceiptRefused(f"{path} holds no {receipts.RECEIPT}: it is not a record of a run")
-        receipt = receipts.decode(record.receipt(place))
-        _check_parts(record, receipt)
-        yield record, receipt
-
-
-def _check_parts(record: Bundle, receipt: Receipt) -> None:
-    if record.find(receipts.GUEST) != receipt.guest:
-        raise ReceiptRefused(f"{record.path}: its guest is not the one that its receipt names")
-    for name, cid in receipt.contents.items():
-        if record.find(name) != cid:
-            raise ReceiptRefused(f"{record.path}: its {name} is not the one that its receipt names")
-    if receipt.format > 1 and record.find(receipts.OUT) != receipt.out:
-        raise ReceiptRefused(f"{record.path}: its results are not the ones that its receipt names")
-    for cid in receipt.read:
-        if cid not in record:
-            raise ReceiptRefused(
-                f"{record.path} is cut short: it lacks the block {cids.text(cid)} that the run read"
-            )
-    place = record.find(receipts.DIRS)
-    node = None if place is None else record.node(place)
-    held = {link.name: link.cid for link in node.links} if isinstance(node, Directory) else {}
-    for number, each in enumerate(receipt.dirs):
-        if held.get(b"%d" % number) != each.cid:
-            raise ReceiptRefused(
-                f"{record.path}: its folder {each.guest} is not the one that its receipt names"
-            )
-
-
-def check_content(
-    record: Bundle, receipt: Receipt, name: str, out: BinaryIO | None = None, most: int | None = None
-) -> None:
-    """Writes one of the recorded streams (STDIN, STDOUT, STDERR) to `out`. Raises ReceiptRefused unless it is
-    the one that the receipt names.
-
-    `most` bytes are looked at, by default as many as the CAR file can hold and 64 MiB more."""
-    recorded: Digest = getattr(receipt, name)
-    given = supervisor.HashingSink(None if out is None else _into(out))
-    place = record.find(name)
-    if place is not None and record.file(place).size == recorded.size:
-        for data in record.content(place, record.size + (64 << 20) if most is None else most):
-            given(data)
-    if given.digest() != recorded:
-        raise ReceiptRefused(f"{record.path}: its {_STREAMS[name]} is not the one that its receipt names")
-
-
-_STREAMS = {
-    receipts.STDIN: "standard input",
-    receipts.STDOUT: "standard output",
-    receipts.STDERR: "standard error",
-}
-
-
-def check_signature(record: Bundle, receipt: Receipt, key: "Ed25519PublicKey", most: int) -> None:
-    """Raises ReceiptRefused unless `key` signed the receipt and the results, of `most` bytes."""
-    from ipfsfuse_run import signatures
-
-    place, receipt_node = record.find(receipts.SIGNATURE), record.find(receipts.RECEIPT)
-    assert receipt_node is not None
-    if place is None:
-        raise ReceiptRefused(f"{record.path} has no signature: {signatures.fingerprint(key)} did not sign it")
-    envelope = b"".join(record.content(place, min(signatures.MAX_BYTES, record.size)))
-
-    def files() -> list[tuple[str, str]]:
-        if receipt.out is None:
-            return []
-        return [
-            (path, _sha256(record.content(node.cid, most)))
-            for path, node in record.files(receipt.out, most)
-            if isinstance(node, File)
-        ]
-
-    try:
-        signatures.check(envelope, key, receipt, record.receipt(receipt_node), files)
-    except ReceiptRefused as exc:
-        raise ReceiptRefused(f"{record.path}: {exc}") from exc
-
-
-def _sha256(content: Iterator[bytes]) -> str:
-    found = hashlib.sha256()
-    for data in content:
-        found.update(data)
-    return found.hexdigest()
-
-
-def _into(out: BinaryIO) -> Sink:
-    def sink(data: bytes) -> None:
-        out.write(data)
-
-    return sink
 
 
 def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
@@ -209,7 +101,7 @@ def replay(options: Options) -> int:
     receipt."""
     assert options.replay is not None
     path, given = Path(options.replay), options.limits
-    if receipt_alone(path) is not None:
+    if record.receipt_alone(path) is not None:
         raise ReceiptRefused(
             f"{path} is a receipt alone, without the guest and the blocks: record to a .car to replay"
         )
@@ -220,11 +112,10 @@ def replay(options: Options) -> int:
         key = signatures.public_key(options.key)
     with contextlib.ExitStack() as files:
         guest, stdin, out, err, used = (files.enter_context(tempfile.TemporaryFile()) for _ in range(5))
-        with opened(path) as (record, receipt):
+        with record.opened(path) as (car, receipt):
             chosen = limits_for(path, receipt, given)
-            most = chosen.max_out or 0
             if key is not None:
-                check_signature(record, receipt, key, most)
+                record.check_signature(car, receipt, key, chosen.out_bytes)
             for name in receipt.contents or [receipts.STDIN]:
                 # a smaller limit is the guest's: what was recorded before is only hashed
                 bound = (
@@ -232,22 +123,22 @@ def replay(options: Options) -> int:
                     if name == receipts.STDIN
                     else max(chosen.max_stdout or 0, REPLAY_LIMITS.max_stdout or 0)
                 )
-                check_content(record, receipt, name, stdin if name == receipts.STDIN else None, bound)
+                record.check_content(car, receipt, name, stdin if name == receipts.STDIN else None, bound)
             if options.out is not None and receipt.out is None:
                 raise UsageError(f"--out {options.out}: the recorded run had no /out")
             repeated = repeated_options(path, receipt, options, chosen)
-            _copy_guest(record, guest)
+            _copy_guest(car, guest)
             stdin.seek(0)
-            dirs = _blocks_below(record, receipt)
-            results = None
+            dirs = _blocks_below(car, receipt)
+            folder = None
             if receipt.out is not None:
-                folder = places.scratch_folder("out", os.getpid()) if options.out is None else options.out
-                results = places.results_folder(folder)
+                given_out = places.scratch_folder("out", os.getpid()) if options.out is None else options.out
+                folder = places.results_folder(given_out)
         try:
-            said = _run(repeated, receipt, _Streams(guest, stdin, out, err, used), results)
+            said = _run(repeated, receipt, RunFiles(used, guest, stdin, out, err), folder)
         finally:
-            if results is not None and options.out is None:
-                places.remove_tree(results.path)
+            if folder is not None and options.out is None:
+                places.remove_tree(folder.path)
         outcome = said.outcome
         if outcome.signal is not None:
             return -outcome.signal
@@ -266,15 +157,11 @@ def replay(options: Options) -> int:
                 f"larger -W {name}"
             )
         if options.show:
-            _show(out, 1)
-            _show(err, 2)
+            for file, target in ((out, 1), (err, 2)):
+                file.seek(0)
+                with open(target, "wb", closefd=False) as shown:
+                    shutil.copyfileobj(file, shown)
         return _say_verdicts(receipt, said.verdicts(receipt, dirs), ours, show=options.show)
-
-
-def _show(file: BinaryIO, target: int) -> None:
-    file.seek(0)
-    while data := file.read(1 << 20):
-        supervisor.to_descriptor(target)(data)
 
 
 def _say_verdicts(receipt: Receipt, verdicts: Sequence[Verdict], ours: Mapping[str, str], show: bool) -> int:
@@ -304,21 +191,12 @@ DIFFERENT = 3
 """The exit code of a replay that ran and gave something else."""
 
 
-def _copy_guest(record: Bundle, out: BinaryIO) -> None:
-    place = record.find(receipts.GUEST)
+def _copy_guest(car: Record, out: BinaryIO) -> None:
+    place = car.find(receipts.GUEST)
     if place is None:
-        raise ReceiptRefused(f"{record.path} holds no {receipts.GUEST}")
-    out.writelines(record.content(place, min(MAX_GUEST, max(64 << 20, 4 * record.size))))
+        raise ReceiptRefused(f"{car.path} holds no {receipts.GUEST}")
+    out.writelines(car.content(place, min(MAX_GUEST, max(64 << 20, 4 * car.size))))
     out.seek(0)
-
-
-class _Streams(NamedTuple):
-    guest: BinaryIO
-    stdin: BinaryIO
-    stdout: BinaryIO
-    stderr: BinaryIO
-    used: BinaryIO
-    """What the daemon writes down of the blocks that were asked for."""
 
 
 class _Repeated(NamedTuple):
@@ -383,6 +261,7 @@ def repeated_options(path: Path, receipt: Receipt, options: Options, chosen: Lim
         root=receipt.root,
         tmp=tmp,
         limits=chosen,
+        deterministic=receipt.deterministic,
         isolated=True,
         mount_options=(f"--from={os.path.abspath(path)}", "--offline"),
     )
@@ -409,7 +288,7 @@ def _environment(
     return tuple(found)
 
 
-def _blocks_below(record: Bundle, receipt: Receipt) -> frozenset[bytes]:
+def _blocks_below(car: Record, receipt: Receipt) -> frozenset[bytes]:
     """The blocks of the folders that were given."""
     found: set[bytes] = set()
     stack = [each.cid for each in receipt.dirs if each.cid is not None]
@@ -417,54 +296,42 @@ def _blocks_below(record: Bundle, receipt: Receipt) -> frozenset[bytes]:
         cid = stack.pop()
         if cids.multihash(cid) not in found:
             found.add(cids.multihash(cid))
-            if cid in record:
-                stack.extend(read_paths.links(cid, record.block(cid)))
+            if cid in car:
+                stack.extend(read_paths.links(cid, car.block(cid)))
     return frozenset(found)
 
 
-def _run(options: Options, receipt: Receipt, streams: _Streams, results: places.Results | None) -> _Repeated:
-    option = f"--record=/proc/{os.getpid()}/fd/{streams.used.fileno()}"
+def _run(options: Options, receipt: Receipt, files: RunFiles, out: places.ResultsFolder | None) -> _Repeated:
     chosen = options.limits
-    with mounts.mounted(options._replace(mount_options=(*options.mount_options, option))) as mount:
-        box = sandbox.build(
-            options._replace(
-                guest=options.guest or "guest",
-                dirs=_dirs(receipt, mount.mountpoint),
-                out=None if results is None else results.path,
-            ),
-            mount.mountpoint,
-            mount.mount_id,
-        )
-        data = (
-            None
-            if chosen.max_memory_size is None
-            else chosen.max_memory_size + 2 * (chosen.max_wasm_stack or 0) + _DATA_SPARE
+    with recording.mounted(options, files.used) as mount:
+        given = options._replace(
+            guest=options.guest or f"/proc/self/fd/{files.guest.fileno()}",
+            dirs=_dirs(receipt, mount.mountpoint),
+            out=None if out is None else out.path,
         )
         plan = Plan(
-            options.guest or f"/proc/self/fd/{streams.guest.fileno()}",
+            given,
             mount.mountpoint,
-            box,
+            sandbox.build(given, mount.mountpoint, mount.mount_id),
             mount.mount_id,
-            receipt.deterministic,
             shown_as=receipt.name,
-            max_data=data,
-            guest_sha256=supervisor.digest_of(streams.guest).sha256,
+            max_data=(chosen.max_memory_size or 0) + 2 * (chosen.max_wasm_stack or 0) + _DATA_SPARE,
+            guest_sha256=supervisor.digest_of(files.guest).sha256,
         )
-        kept = streams.stdout, streams.stderr
-        outcome = supervisor.run_kept(plan, streams.stdin, kept, show=False, close=[mount.control.fileno()])
+        kept = files.stdout, files.stderr
+        outcome = supervisor.run_kept(plan, files.stdin, kept, show=False, close=[mount.control.fileno()])
     if outcome.trap is not None and receipt.format == 1:  # which counts it as standard error
-        streams.stderr.seek(0, os.SEEK_END)
-        streams.stderr.write(trap_text(plan.name, outcome.trap).encode())
-    out = None
-    if results is not None and outcome.refused is None and outcome.limit != "max_out":
-        with open(os.devnull, "wb") as nowhere:
-            out = Writer(nowhere).add_results(results.path, chosen.max_out or 0).built.cid
+        files.stderr.seek(0, os.SEEK_END)
+        files.stderr.write(trap_text(plan.name, outcome.trap).encode())
+    cid = None
+    if out is not None and outcome.refused is None and outcome.limit != "max_out":
+        cid = results.cid_of(out.path, chosen.out_bytes)
     return _Repeated(
         outcome,
-        supervisor.digest_of(streams.stdout),
-        supervisor.digest_of(streams.stderr),
-        out,
-        recording.used(streams.used)[0],
+        supervisor.digest_of(files.stdout),
+        supervisor.digest_of(files.stderr),
+        cid,
+        recording.used(files.used)[0],
     )
 
 

@@ -1,4 +1,4 @@
-"""Who stands for a receipt: a DSSE envelope over an in-toto statement, signed with an Ed25519 key.
+"""The signature of a receipt: a DSSE envelope over an in-toto statement, signed with an Ed25519 key.
 
 The statement's subjects are the standard output, standard error and each file of the results, by SHA-256, and
 the folder of results by its CID; its predicate is the receipt. Sources: DSSE protocol 1.0

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ipfsfuse import confinement, units
 from ipfsfuse.text import printable
-from ipfsfuse_run import child, growth, limits, signals
+from ipfsfuse_run import child, growth, limits, processes
 from ipfsfuse_run.child import Plan, Reports
 from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason
 from ipfsfuse_run.growth import Growth, Usage, Watched
@@ -43,7 +43,7 @@ _MAX_REPORT = 1 << 20
 _DAY = 86400.0
 """The longest wait at once, in seconds: epoll takes at most 24 days."""
 
-Sink = Callable[[bytes], None]
+Sink = Callable[[bytes], object]
 
 
 class Streams(NamedTuple):
@@ -52,6 +52,9 @@ class Streams(NamedTuple):
     stdin: int | None = None
     stdout: Sink | None = None
     stderr: Sink | None = None
+
+
+INHERITED = Streams()
 
 
 class Outcome(NamedTuple):
@@ -72,6 +75,16 @@ class Outcome(NamedTuple):
     """Whether a signal ended the guest's process, and not for a reason of the runner's."""
     why: str | None = None
     """Why a guest that was started did not exit by itself: one sentence."""
+
+
+class CompletedRun(NamedTuple):
+    """A run that was made: how it ended, and what it left."""
+
+    outcome: Outcome
+    out: str | None = None
+    """The CID of the results, where --add, --cid-file, --record or `return_cid` asked for it."""
+    receipt: bytes | None = None
+    """The receipt that --record wrote: JSON."""
 
 
 class Alarm(NamedTuple):
@@ -96,14 +109,14 @@ def over_limit(outcome: Outcome, alarm: Alarm) -> Outcome:
 
 
 class _Progress:
-    """What a guest that has not begun waits for: one line on a terminal, from the first second on, that is
-    erased again."""
+    """Shows on a terminal what a guest that has not begun waits for: one line, from the first second on. It
+    is erased when the guest begins."""
 
     def __init__(self, plan: Plan) -> None:
         self._name = printable(plan.name)
         self._next = time.monotonic() + PROGRESS if os.isatty(2) else None
         self._shown = 0
-        self.phase("fetching" if plan.guest.startswith(IPFS + "/") else "reading")
+        self.phase("fetching" if plan.options.guest.startswith(IPFS + "/") else "reading")
 
     def phase(self, what: str) -> None:
         self._what, self._begun = what, time.monotonic()
@@ -142,7 +155,7 @@ class LimitReached(Exception):
 
 def run(
     plan: Plan,
-    streams: Streams = Streams(),  # noqa: B008 # frozen
+    streams: Streams = INHERITED,
     close: Sequence[int] = (),
     alarm: Alarm | None = None,
 ) -> Outcome:
@@ -168,14 +181,14 @@ class _Supervisor:
         self._dead = False
         self._pending = b""
         self._signals: list[int] = []
-        self._handlers = {each: signal.getsignal(each) for each in signals.ENDING}
+        self._handlers = {each: signal.getsignal(each) for each in processes.ENDING}
         self._catch_signals()
         self._fork(streams, close)
 
     def _catch_signals(self) -> None:
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for each in signals.ENDING:
+        for each in processes.ENDING:
             if self._handlers[each] != signal.SIG_IGN:  # nohup
                 signal.signal(each, self._on_signal)
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_wakeup(wake))
@@ -283,14 +296,19 @@ class _Supervisor:
         elif "compiling" in message and self._growth is None:
             self._compiling = message["compiling"]
             self._progress.phase("compiling" if self._compiling else "starting")
-            self._deadline = time.monotonic() + self._compile_timeout() if self._compiling else None
+            self._deadline = (
+                time.monotonic() + self._plan.options.limits.compile_seconds if self._compiling else None
+            )
         elif "growth" in message and self._growth is None:
             self._growth = [
                 Watched(what, folders, Usage(*before), bound)
                 for what, folders, before, bound in message["growth"]
             ]
             # until it has begun: code that a broken compiler made might never say so
-            self._compiling, self._deadline = True, time.monotonic() + self._compile_timeout()
+            self._compiling, self._deadline = (
+                True,
+                time.monotonic() + self._plan.options.limits.compile_seconds,
+            )
         elif "started" in message and not self._has_begun:
             self._has_begun = True
             self._started(message)
@@ -307,16 +325,12 @@ class _Supervisor:
         else:
             raise ValueError("an unknown report")
 
-    def _compile_timeout(self) -> float:
-        given = self._plan.box.limits.compile_timeout
-        return limits.COMPILE_TIMEOUT if given is None else given
-
     def _started(self, message: Mapping[str, Any]) -> None:
         self._progress.stop()
         self._compiling = False
         self._outcome = self._outcome._replace(kind=message["kind"])
         self._is_command = "command" in message
-        timeout = self._plan.box.limits.timeout
+        timeout = self._plan.options.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         if self._alarm is not None:  # before, the guest's process itself says what it can't fetch
             self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
@@ -379,7 +393,7 @@ class _Supervisor:
             )
 
     def _end(self, outcome: Outcome, why: str | None = None) -> None:
-        """Ends the guest for a reason of ours."""
+        """Kills the guest for a reason of the runner's, and prints the sentence `why`."""
         self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
         self._deadline = time.monotonic() + GRACE
         self._progress.stop()
@@ -401,11 +415,11 @@ class _Supervisor:
             self._deadline = None
             self._stop_watcher()
         elif self._compiling:
-            given = limits.value_text("compile_timeout", self._compile_timeout())
+            given = limits.value_text("compile_timeout", self._plan.options.limits.compile_seconds)
             why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
             self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
         else:
-            timeout = f"{self._plan.box.limits.timeout:g} s"
+            timeout = f"{self._plan.options.limits.timeout:g} s"
             self._end(
                 Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}"
             )
@@ -459,24 +473,6 @@ class Digest(NamedTuple):
         return f"{self.sha256} ({self.size} bytes)"
 
 
-class HashingSink:
-    """Hashes what it is given, and passes it on to `through` if there is one."""
-
-    def __init__(self, through: Sink | None) -> None:
-        self._through = through
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def __call__(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._size += len(data)
-        if self._through is not None:
-            self._through(data)
-
-    def digest(self) -> Digest:
-        return Digest(self._hash.hexdigest(), self._size)
-
-
 def to_descriptor(file: int) -> Sink:
     """A sink that writes everything to the descriptor `file`."""
 
@@ -511,7 +507,7 @@ def run_kept(
 ) -> Outcome:
     """Runs the guest on `stdin`. Its standard output and error go to the files `kept`, and to the runner's
     own if `show`."""
-    bound = plan.box.limits.max_stdout
+    bound = plan.options.limits.max_stdout
     sinks = [
         bounded(_keep(file, target, show), bound, name)
         for file, target, name in zip(kept, (1, 2), ("standard output", "standard error"), strict=True)
@@ -583,8 +579,9 @@ def spooled_stdin(bound: int | None) -> BinaryIO:
 def digest_of(file: BinaryIO) -> Digest:
     """Of the whole file, which is left at its start."""
     file.seek(0)
-    sink = HashingSink(None)
+    found = hashlib.sha256()
     while data := file.read(1 << 20):
-        sink(data)
+        found.update(data)
+    digest = Digest(found.hexdigest(), file.tell())
     file.seek(0)
-    return sink.digest()
+    return digest

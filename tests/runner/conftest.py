@@ -125,6 +125,12 @@ def wasmtime() -> Path:
     return Path(program)
 
 
+def with_command(env: dict[str, str], tmp_path: Path, command: Path) -> dict[str, str]:
+    """An environment with the wasmtime command on PATH."""
+    path = f"{command}{os.pathsep}{env.get('PATH', os.defpath)}"
+    return {**env, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PATH": path}
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A folder in a mount's shape: its one name is not a CID, which is nothing to the runner."""

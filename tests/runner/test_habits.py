@@ -125,15 +125,16 @@ def test_a_signal_ends_what_the_runner_does_behind_the_guest(run: Runner, tmp_pa
     guest.write_text('(module (func (export "_start")))')
     code = f"""if True:
         import os, signal
-        from ipfsfuse_run import signals, supervisor
+        from ipfsfuse_run import processes, supervisor
         from ipfsfuse_run.child import Plan
-        from ipfsfuse_run.limits import NO_LIMITS
+        from ipfsfuse_run.options import Options
         from ipfsfuse_run.sandbox import Sandbox
-        signals.raise_on_signals()
-        assert supervisor.run(Plan({str(guest)!r}, "/", Sandbox(["guest"], [], [], None, NO_LIMITS))).code == 0
+        processes.raise_on_signals()
+        plan = Plan(Options({str(guest)!r}), "/", Sandbox(["guest"], [], [], None))
+        assert supervisor.run(plan).code == 0
         try:
             os.kill(os.getpid(), signal.SIGTERM)
-        except signals.Interrupted as exc:
+        except processes.Interrupted as exc:
             os._exit(exc.number)
         """
     assert (

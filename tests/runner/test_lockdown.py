@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from ipfsfuse import confinement
 from ipfsfuse_run import lockdown
 from tests.mounting import Home
 from tests.runner.conftest import TOP, Measured, Runner
 
-NATIVE = """
-import json, mmap, os, signal, socket, sys, threading, ctypes
-from ipfsfuse_run import lockdown
-from ipfsfuse_run.lockdown import Access
-given, writable, secret, port, control, code = sys.argv[1:]
+ATTEMPT = """
 tried = {}
 def attempt(name, call):
     try:
@@ -26,6 +23,16 @@ def attempt(name, call):
         tried[name] = 0
     except OSError as exc:
         tried[name] = exc.errno
+"""
+"""Tries a call, and notes under its name whether it failed, and by which errno."""
+
+NATIVE = (
+    ATTEMPT
+    + """
+import json, mmap, os, signal, socket, sys, threading, ctypes
+from ipfsfuse_run import lockdown
+from ipfsfuse.confinement import Access
+given, writable, secret, port, control, code = sys.argv[1:]
 def memory_of(pid):
     with open(f"/proc/{pid}/mem", "rb") as file:
         file.read(1)
@@ -76,9 +83,10 @@ thread.start()
 thread.join()
 print(json.dumps([active, tried, started]))
 """
+)
 
 FULL = pytest.mark.skipif(
-    lockdown.landlock_abi() < 4 or lockdown.seccomp_filter(os.uname().machine, 1) is None,
+    confinement.landlock_abi() < 4 or lockdown.seccomp_filter(os.uname().machine, 1) is None,
     reason="this kernel lacks landlock of version 4, or seccomp for this machine is not known",
 )
 
@@ -116,7 +124,9 @@ def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
     assert (code.read_bytes(), code.stat().st_mode & 0o777) == (b"compiled", 0o600)
 
 
-COMPILER = """
+COMPILER = (
+    ATTEMPT
+    + """
 import ctypes, json, os, socket, sys
 from pathlib import Path
 from ipfsfuse_run import guest
@@ -126,13 +136,6 @@ standard = int(sys.argv[4])
 libc = ctypes.CDLL(None, use_errno=True)
 entry = folder / ("b" * 64 + "-" + "c" * 16)
 def attacker(engine, kind, code, name):
-    tried = {}
-    def attempt(name, call):
-        try:
-            call()
-            tried[name] = 0
-        except OSError as exc:
-            tried[name] = exc.errno
     attempt("read another's code", lambda: os.open(entry, os.O_RDONLY))
     attempt("write another's code", lambda: os.open(entry, os.O_WRONLY))
     attempt("cut another's code", lambda: os.truncate(entry, 0))
@@ -155,6 +158,7 @@ settings = guest.Settings(False, None, False)
 made = guest.compiled(CodeCache(folder), guest.make_engine(settings), "module", b"its own", "evil", settings)
 out.write_bytes(os.pread(made.file, 10000, 0))
 """
+)
 
 
 @FULL
@@ -229,16 +233,18 @@ def test_a_missing_layer_is_named_and_can_be_required(
 ) -> None:
     from ipfsfuse_run import child
     from ipfsfuse_run.errors import GuestRefused
-    from ipfsfuse_run.limits import NO_LIMITS
+    from ipfsfuse_run.options import Options
     from ipfsfuse_run.sandbox import Sandbox
 
     monkeypatch.setattr(lockdown, "lock", lambda _allowed: ["no_new_privs", "seccomp"])
-    plan = child.Plan("guest", "/", Sandbox(["guest"], [], [], None, NO_LIMITS), verbose=True)
+    options = Options("guest", verbose=True)
+    plan = child.Plan(options, "/", Sandbox(["guest"], [], [], None))
     end, told = os.pipe()
     child._lock(plan, [], [], "the library", child.Reports(told))
     assert b"without capabilities, landlock" in os.read(end, 1000)
+    plan = plan._replace(options=options._replace(require_sandbox=True))
     with pytest.raises(GuestRefused, match="this machine lacks capabilities, landlock"):
-        child._lock(plan._replace(require_sandbox=True), [], [], "the library", child.Reports(told))
+        child._lock(plan, [], [], "the library", child.Reports(told))
     os.close(end)
     os.close(told)
 

@@ -15,7 +15,7 @@ import pytest
 from ipfsfuse_run import places
 from ipfsfuse_run.errors import TRAPPED
 from tests.mounting import NOBODY, PATIENCE, Home, alive, command_of, wait_until
-from tests.runner.conftest import Runner, lines
+from tests.runner.conftest import Runner, lines, with_command
 
 NO_TMPFS = """
 import ctypes, os, struct, sys
@@ -29,12 +29,6 @@ assert libc.prctl(22, 2, ctypes.byref(Program(len(code), ctypes.cast(held, ctype
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 """Runs Python where fsopen(2) is refused, as in a container without rights."""
-
-
-def with_command(env: dict[str, str], tmp_path: Path, command: Path) -> dict[str, str]:
-    """An environment with the wasmtime command on PATH."""
-    path = f"{command}{os.pathsep}{env.get('PATH', os.defpath)}"
-    return {**env, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PATH": path}
 
 
 class WithoutTmpfs(Runner):

@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from contextlib import closing, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import places, receipts
+from ipfsfuse_run import places, receipts, results
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.receipts import Bundle, Writer
+from ipfsfuse_run.record import CarWriter, car_opened
 from tests.kubo.node import Node
 from tests.mounting import Home
-from tests.runner.conftest import Runner, lines
+from tests.runner.conftest import Measured, Runner, lines, with_command
 from tests.runner.recorded import Blocks
 
 MIB = 1 << 20
@@ -70,6 +70,20 @@ def test_results_go_to_the_library(run: Runner, home: Home, tmp_path: Path, habi
     assert home.run("add", "-Q", "--hidden", out).stdout.strip() == cid
     refused(run, "--out", tmp_path / "b", "--cid-file", told, habits, "args", code=2, names=str(told))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.fuse
+def test_many_small_results(home: Home, tmp_path: Path, habits: Path, wasmtime: Path) -> None:
+    """20,000 names take some 30 us and 1 KiB each to be hashed, and as much again to be imported."""
+    env = with_command(home.env, tmp_path, wasmtime)
+    run, out, told = Runner(env), tmp_path / "out", tmp_path / "cid"
+    given = ("--offline", "--engine", "command", "--out", out, "--add", "--cid-file", told)
+    done = Measured(run.command(*given, habits, "names", "/out", "20000"), run.env)
+    assert (done.code, done.err) == (0, f"ipfsfuse-run: results /ipfs/{told.read_text()}\n")
+    assert len(os.listdir(out)) == 20_000
+    assert done.memory < 200 << 20
+    assert done.seconds < 30
+    assert home.run("add", "-Q", "--hidden", out).stdout.strip() == told.read_text()
 
 
 @pytest.mark.fuse
@@ -132,8 +146,8 @@ def check_elsewhere(envelope: dict[str, object], public: Path, others: Path, cid
 
 def forge(source: Path, target: Path) -> None:
     """The same record, whose receipt tells of another exit code: all blocks are right."""
-    with closing(Bundle(source)) as record, target.open("w+b") as out:
-        writer = Writer(out)
+    with car_opened(source) as record, target.open("w+b") as out:
+        writer = CarWriter(out)
         children = []
         for link in record.node(record._root).links:  # type: ignore[union-attr]
             name = link.name.decode()
@@ -193,29 +207,28 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
     (out / "folder" / "up").symlink_to("../..")
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
-        writer = Writer(file)
-        built = writer.add_results(str(out), MIB).built
+        writer = CarWriter(file)
+        built = results.written(writer, str(out), MIB).built
         writer.close(built)
     assert b"secret" not in target.read_bytes().replace(os.fsencode(secret), b"")
-    with closing(Bundle(target)) as record:
+    with car_opened(target) as record:
         (tmp_path / "copy").mkdir()
         record.extract(built.cid, str(tmp_path / "copy"), MIB)
     assert os.readlink(tmp_path / "copy" / "link") == str(secret)
-    with open(os.devnull, "wb") as nowhere:
-        for kind in (stat.S_IFIFO, stat.S_IFSOCK):
-            os.mknod(out / "odd", kind | 0o600)
-            with pytest.raises(StoreFailed, match="neither file, folder nor symlink"):
-                Writer(nowhere).add_results(str(out), MIB)
-            (out / "odd").unlink()
-        (out / "sparse").touch()
-        os.truncate(out / "sparse", 1 << 40)
-        with pytest.raises(StoreFailed, match="max-out"):
-            Writer(nowhere).add_results(str(out), MIB)
-        os.truncate(out / "sparse", MIB // 4)
-        for number in range(5):
-            os.link(out / "sparse", out / f"again{number}")
-        with pytest.raises(StoreFailed, match="max-out"):
-            Writer(nowhere).add_results(str(out), MIB)
+    for kind in (stat.S_IFIFO, stat.S_IFSOCK):
+        os.mknod(out / "odd", kind | 0o600)
+        with pytest.raises(StoreFailed, match="neither file, folder nor symlink"):
+            results.cid_of(str(out), MIB)
+        (out / "odd").unlink()
+    (out / "sparse").touch()
+    os.truncate(out / "sparse", 1 << 40)
+    with pytest.raises(StoreFailed, match="max-out"):
+        results.cid_of(str(out), MIB)
+    os.truncate(out / "sparse", MIB // 4)
+    for number in range(5):
+        os.link(out / "sparse", out / f"again{number}")
+    with pytest.raises(StoreFailed, match="max-out"):
+        results.cid_of(str(out), MIB)
 
 
 def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
@@ -224,7 +237,7 @@ def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> 
         for _ in range(1500):
             os.mkdir(folder := folder + "/d")
         with open(os.devnull, "wb") as nowhere, pytest.raises(StoreFailed, match="too deeply"):
-            Writer(nowhere).add_tree(tmp_path)
+            CarWriter(nowhere).add_tree(tmp_path)
     finally:
         places.remove_tree(str(tmp_path / "d"))
 
@@ -256,7 +269,7 @@ def test_a_folder_that_is_swapped_for_a_symlink_while_it_is_taken_leads_nowhere(
         try:
             for _ in range(20):
                 with target.open("w+b") as file, suppress(StoreFailed):
-                    Writer(file).add_results(str(out), MIB)
+                    results.written(CarWriter(file), str(out), MIB)
                 assert b"\x01\x55\x12\x20" + sha256(b"secret").digest() not in target.read_bytes()
         finally:
             swapping.kill()
@@ -276,13 +289,13 @@ def test_results_that_no_folder_can_hold_are_refused(tmp_path: Path, what: str) 
     }[what]()
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
-        writer = Writer(file)
+        writer = CarWriter(file)
         for cid, block in blocks.all.items():
             writer.put(cid, block)
         writer.close(held)
     (tmp_path / "copy").mkdir()
     try:
-        with closing(Bundle(target)) as record, pytest.raises(ReceiptRefused):
+        with car_opened(target) as record, pytest.raises(ReceiptRefused):
             record.extract(held.cid, str(tmp_path / "copy"), 64 * MIB)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["copy", "x.car"]
     finally:

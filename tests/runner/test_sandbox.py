@@ -127,10 +127,10 @@ def test_a_folder_that_was_looked_at_is_the_one_that_is_given(tmp_path: Path) ->
     work = tmp_path / "given" / "work"
     (work / "right").mkdir(parents=True)
     (tmp_path / "elsewhere" / "wrong").mkdir(parents=True)
-    with inside(str(tmp_path / "given"), "work", "--cwd /given/work") as path:
+    with inside(str(tmp_path / "given"), "work", "--cwd /given/work") as folder:
         work.rename(tmp_path / "given" / "moved")
         work.symlink_to(tmp_path / "elsewhere")
-        assert os.listdir(path) == ["right"]
+        assert os.listdir(f"/proc/self/fd/{folder}") == ["right"]
     with (
         pytest.raises(GuestRefused, match="leads out"),
         inside(str(tmp_path / "given"), "work", "--cwd /given/work"),

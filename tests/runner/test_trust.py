@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse_run.errors import GuestRefused
-from ipfsfuse_run.limits import NO_LIMITS
 from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, opened_folders
 from tests.mounting import NOBODY, Home
 from tests.runner.conftest import DEMO, TOP, Done, Runner, lines
@@ -179,9 +178,8 @@ def test_a_mount_that_was_replaced_meanwhile_is_not_given(tmp_path: Path) -> Non
         fields[4]: int(fields[0])
         for fields in map(str.split, Path("/proc/self/mountinfo").read_text().splitlines())
     }
-    right = Sandbox(
-        ["guest"], [], [Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])], None, NO_LIMITS
-    )
+    preopen = Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])
+    right = Sandbox(["guest"], [], [preopen], None)
     wrong = right._replace(preopens=[right.preopens[0]._replace(host=str(tmp_path / "root"))])
     with pytest.raises(GuestRefused, match="not the mount any more"), opened_folders(wrong):
         pass

@@ -81,7 +81,9 @@ int main(int argc, char **argv) {
   }
   else if (!strcmp(what, "twice")) return fill(argv[2], atol(argv[4])) || fill(argv[3], atol(argv[4]));
   else if (!strcmp(what, "fills")) { for (int i = 0;; i++) if (fill(named(argv[2], i), 100000)) return 1; }
-  else if (!strcmp(what, "names")) { for (int i = 0;; i++) if (fill(named(argv[2], i), 0)) return 1; }
+  else if (!strcmp(what, "names")) {
+    for (int i = 0; argc < 4 || i < atoi(argv[3]); i++) if (fill(named(argv[2], i), argc > 3)) return 1;
+  }
   else if (!strcmp(what, "folders")) return nest(open(argv[2], O_RDONLY | O_DIRECTORY));
   else if (!strcmp(what, "open")) { int n = 0; while (open(argv[2], O_RDONLY) >= 0) n++; printf("%d errno %d\n", n, errno); }
   else if (!strcmp(what, "deep")) { volatile char *here = alloca(64); here[0] = 1; return main(argc, argv) + here[0]; }

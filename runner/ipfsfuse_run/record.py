@@ -1,0 +1,458 @@
+"""The CAR file of a recorded run: written, read again, and held against the receipt in it.
+
+Its root is a UnixFS directory, so that `ipfsfuse mount --from run.car` shows the run: receipt.json,
+guest.wasm, stdin, stdout, stderr, out, dir/N for each folder that was given, signature.json, and ipfs/CID for
+each root that was used. Below the root every block is there, so that a node can pin it. What was read is
+there in part alone: so ipfs/CID is a symlink to it in the mount. (Format 1 links it.) The CAR is written
+whole or not at all, and every block is checked against its CID when it is read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+
+from ipfsfuse.dag import builder, car, file_layout
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.builder import Built, Stored
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard, Symlink, parse
+from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
+from ipfsfuse_run import read_paths, receipts
+from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.growth import NAME_BYTES
+from ipfsfuse_run.receipts import Receipt
+from ipfsfuse_run.supervisor import Digest
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+_PROFILE = builder.UNIXFS_V1_2025
+MAX_BLOCK = 2 << 20
+_MAX_HEADER = 64 << 10
+_LEAF_BYTES = 64 << 10
+_MAX_PATH = 4096
+_SPARE_NODES = 64
+"""`CarWriter` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES and
+_SPARE_NODES more was made to take long, and is refused."""
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+_NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
+"""It is as long as every root that is written here, and keeps the place for one in the header."""
+
+
+class Readable(Protocol):
+    """What a file's content is read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class CarWriter:
+    """Puts blocks into a CAR, each once. `add_*` give what a folder can link."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._seen: set[Cid] = set()
+        out.write(car.encode_header([_NO_ROOT]))
+
+    def put(self, cid: Cid, block: bytes) -> None:
+        if cid not in self._seen:
+            self._seen.add(cid)
+            self._out.write(car.section_head(cid, len(block)) + block)
+
+    def add_file(self, file: Readable, stored: Stored = builder.NOTHING) -> Built:
+        profile = _PROFILE if stored == builder.NOTHING else _PROFILE.with_metadata()
+        file_builder, first = builder.FileBuilder(profile, self.put), file.read(profile.chunk_size)
+        second = file.read(profile.chunk_size)
+        if not second:
+            only = builder.leaf(profile, first, stored)
+            self.put(only.built.cid, only.block)
+            return only.built
+        for chunk in (first, second, *iter(lambda: file.read(profile.chunk_size), b"")):
+            leaf = builder.leaf(profile, chunk)
+            self.put(leaf.built.cid, leaf.block)
+            file_builder.add(leaf.built)
+        return file_builder.finish(stored)
+
+    def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = builder.NOTHING) -> Built:
+        return builder.directory(
+            _PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put
+        )
+
+    def add_symlink(self, target: str) -> Built:
+        return builder.symlink(_PROFILE, os.fsencode(target), builder.NOTHING, self.put)
+
+    def add_tree(self, folder: Path) -> Built:
+        """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed,
+        UsageError."""
+        children: list[tuple[str, Built]] = []
+        try:
+            for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+                path, found = Path(entry.path), entry.stat(follow_symlinks=False)
+                stored = Stored(found.st_mode & 0o7777, found.st_mtime_ns)
+                if entry.is_symlink():
+                    children.append(
+                        (
+                            entry.name,
+                            builder.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put),
+                        )
+                    )
+                elif entry.is_dir():
+                    children.append((entry.name, self.add_tree(path)))
+                elif entry.is_file():
+                    with path.open("rb") as file:
+                        children.append((entry.name, self.add_file(file, stored)))
+                else:
+                    raise UsageError(f"{path} is neither file, folder nor symlink: it can't be recorded")
+            found = folder.stat()
+        except OSError as exc:
+            raise StoreFailed(f"{exc.filename or folder} can't be recorded: {exc.strerror}") from exc
+        except RecursionError as exc:
+            raise StoreFailed("a given folder is nested too deeply to be recorded") from exc
+        return self.add_folder(children, Stored(found.st_mode & 0o7777, found.st_mtime_ns))
+
+    def close(self, root: Built) -> None:
+        self._out.seek(0)
+        self._out.write(car.encode_header([root.cid]))
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well: only its owner can read it, for a
+    record holds what was in variables, in arguments and on standard input. Raises StoreFailed."""
+    part = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
+    try:
+        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(file, "w+b") as out:
+            yield out
+        part.replace(path)
+    except OSError as exc:
+        raise StoreFailed(f"{path} can't be written: {exc.strerror}") from exc
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def cid_of(file: BinaryIO) -> Cid:
+    """The CID that `file` has in a record; it is read from its start."""
+    file.seek(0)
+    with open(os.devnull, "wb") as nowhere:
+        return CarWriter(nowhere).add_file(file).cid
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def car_opened(path: Path) -> Iterator["Record"]:
+    """The CAR file of a record. What its receipt says is not looked at. Raises ReceiptRefused."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            record = Record(path, stack.enter_context(open(fd, "rb")))
+        except OSError as exc:
+            raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
+        except (Malformed, NotACid, WrongBlock, Unsupported) as exc:
+            raise ReceiptRefused(f"{path} is not an intact record of a run: {exc}") from exc
+        yield record
+
+
+class Place(NamedTuple):
+    offset: int
+    size: int
+
+
+class Record:
+    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not
+    blocks, and looks again whenever it gives one: the file may have been changed since."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        """Raises OSError, and what the decoders of CAR files and CIDs raise."""
+        self.path = path
+        self._file = file
+        self.size = os.fstat(file.fileno()).st_size
+        """Bytes of the CAR file."""
+        self._places: dict[bytes, Place] = {}
+        self._root = self._index()
+
+    def _index(self) -> Cid:
+        at = car.header_length(self._file.read(9))
+        if at > _MAX_HEADER:
+            raise Malformed(f"its header has {at} bytes: a run's has fewer than 100")
+        self._file.seek(0)
+        roots = car.decode_header(self._file.read(at))
+        if len(roots) != 1:
+            raise Malformed(f"{len(roots)} roots where a run has one")
+        while at < self.size:
+            head = os.pread(self._file.fileno(), car.HEAD_BYTES, at)
+            found = car.section(head, at=0, base=at)
+            if found.end > self.size:
+                raise Malformed("it is cut short")
+            place = Place(found.block, found.end - found.block)
+            if place.size > MAX_BLOCK:
+                raise Malformed(f"a block of {place.size} bytes: {MAX_BLOCK} are the most")
+            cids.verify(found.cid, self._at(place))
+            if cids.inline(found.cid) is None:
+                self._places[cids.multihash(found.cid)] = place
+            at = found.end
+        return roots[0]
+
+    def _at(self, place: Place) -> bytes:
+        return os.pread(self._file.fileno(), place.size, place.offset)
+
+    def __contains__(self, cid: Cid) -> bool:
+        return cids.inline(cid) is not None or cids.multihash(cid) in self._places
+
+    def block(self, cid: Cid) -> bytes:
+        """Raises ReceiptRefused where it is not there, or not there any more."""
+        inline = cids.inline(cid)
+        if inline is not None:
+            return inline
+        try:
+            block = self._at(self._places[cids.multihash(cid)])
+            cids.verify(cid, block)
+        except KeyError as exc:
+            raise ReceiptRefused(f"{self.path} lacks the block {cids.text(cid)}") from exc
+        except (OSError, WrongBlock) as exc:
+            raise ReceiptRefused(f"{self.path} was changed while it was read: {exc}") from exc
+        return block
+
+    def node(self, cid: Cid) -> Node:
+        try:
+            return parse(cid, self.block(cid))
+        except (Malformed, Unsupported) as exc:
+            raise ReceiptRefused(f"{self.path}: {exc}") from exc
+
+    def find(self, *names: str) -> Cid | None:
+        """The CID at a path below the root; None where there is none."""
+        cid = self._root
+        for name in names:
+            node = self.node(cid)
+            found = node.find(os.fsencode(name)) if isinstance(node, Directory) else None
+            if found is None:
+                return None
+            cid = found.cid
+        return cid
+
+    def file(self, cid: Cid) -> File:
+        """Raises ReceiptRefused."""
+        node = self.node(cid)
+        if not isinstance(node, File):
+            raise ReceiptRefused(f"{self.path}: {cids.text(cid)} is not a file")
+        return node
+
+    def content(self, cid: Cid, most: int) -> Iterator[bytes]:
+        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused, for a file of more than `most` bytes
+        too: its size is what its blocks say, and a few of them can say anything."""
+        file, offset = self.file(cid), 0
+        if file.size > most:
+            raise ReceiptRefused(f"{self.path}: a file in it has {file.size} bytes: {most} are the most")
+        left = _SPARE_NODES + file.size // _LEAF_BYTES
+        while offset < file.size:
+            try:
+                found, opened = self._leaves(file, offset, left)
+                left -= opened + len(found)
+                if left < 0 or not found:
+                    raise Malformed(
+                        f"{cids.brief(cid)}: it is cut into more pieces than a record's files are"
+                    )
+                for leaf in found:
+                    yield bytes(file_layout.leaf_content(leaf, self.block(leaf.cid)))
+                    offset = leaf.offset + leaf.size
+            except (Malformed, Unsupported) as exc:
+                raise ReceiptRefused(f"{self.path}: {exc}") from exc
+
+    def _leaves(self, file: File, offset: int, most: int) -> tuple[list[Leaf], int]:
+        """The next leaves from `offset` on, and how many nodes were opened for them: little more than
+        `most`."""
+        walk, opened = file_layout.leaves(file, offset, file.size - offset, sure=True), 0
+        try:
+            wanted = next(walk)
+            while opened <= most:
+                opened += len(wanted)
+                wanted = walk.send([self.node(each) for each in wanted])
+        except StopIteration as stop:
+            found: list[Leaf] = stop.value
+            return found, opened
+        return [], opened
+
+    def files(self, cid: Cid, most: int) -> Iterator[tuple[str, File | Symlink | None]]:
+        """What is below the folder `cid`, parents first, by path: None for a folder. The folder may come with
+        a hostile record: each name counts NAME_BYTES and each file its size, and more than `most` bytes are
+        refused. Raises ReceiptRefused."""
+        stack = [("", cid)]
+        while stack:
+            path, at = stack.pop()
+            if len(os.fsencode(path)) >= _MAX_PATH:
+                raise ReceiptRefused(f"{self.path}: its results are nested more deeply than a path can say")
+            node = self.node(at)
+            if isinstance(node, Directory | Shard):
+                if path:
+                    yield path, None
+                below = []
+                for name, child in self._children(node):
+                    most -= NAME_BYTES
+                    if most < 0:
+                        raise ReceiptRefused(f"{self.path}: its results are larger than max-out")
+                    below.append((os.path.join(path, name), child))
+                stack.extend(reversed(below))
+                continue
+            if not path:
+                raise ReceiptRefused(f"{self.path}: its {receipts.OUT} is not a folder")
+            most -= node.size if isinstance(node, File) else len(node.target)
+            if most < 0:
+                raise ReceiptRefused(f"{self.path}: its results are larger than max-out")
+            yield path, node
+
+    def _children(self, node: Directory | Shard) -> Iterator[tuple[str, Cid]]:
+        """Of a sharded folder too. Raises ReceiptRefused for names that no folder can hold."""
+        seen: set[bytes] = set()
+        try:
+            for cid, name in read_paths.entries(node, self.node):
+                if name in seen or b"/" in name or b"\0" in name or name in (b"", b".", b".."):
+                    raise Malformed(f"a folder holds the name {name!r:.80}")
+                seen.add(name)
+                yield name.decode(), cid
+        except (Malformed, UnicodeDecodeError) as exc:
+            raise ReceiptRefused(f"{self.path}: {exc}") from exc
+
+    def extract(self, cid: Cid, folder: str, most: int) -> None:
+        """Writes what is below the folder `cid` into the empty folder `folder`. Nothing is followed or
+        replaced. Raises ReceiptRefused, StoreFailed."""
+        try:
+            for path, node in self.files(cid, most):
+                at = os.path.join(folder, path)
+                if node is None:
+                    os.mkdir(at)
+                elif isinstance(node, Symlink):
+                    os.symlink(node.target, at)
+                else:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                    with open(os.open(at, flags, 0o666), "wb") as out:
+                        out.writelines(self.content(node.cid, most))
+        except OSError as exc:
+            if exc.errno == errno.ENAMETOOLONG:
+                raise ReceiptRefused(f"{self.path}: its results hold a name that is too long here") from exc
+            raise StoreFailed(f"{exc.filename or folder!s:.300} can't be written: {exc.strerror}") from exc
+
+    def receipt(self, cid: Cid) -> bytes:
+        """The bytes of a receipt: never more than the CAR file has. Raises ReceiptRefused."""
+        return b"".join(self.content(cid, min(receipts.MAX_BYTES, self.size)))
+
+
+# -- checking ----------------------------------------------------------------------------------------------
+
+
+def receipt_alone(path: Path) -> Receipt | None:
+    """The receipt in a .json; None where `path` is something else, be it a CAR. Raises ReceiptRefused."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            data = file.read(1)
+            if data != b"{" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            return receipts.decode(data + file.read(receipts.MAX_BYTES))
+    except ReceiptRefused as exc:
+        raise ReceiptRefused(f"{path}: {exc}") from exc
+    except OSError as exc:
+        raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Record, Receipt]]:
+    """A record that is whole: every block that its receipt names is there and right, and so is the guest.
+
+    The content of its streams is not looked at (`check_content`). Raises ReceiptRefused."""
+    with car_opened(path) as record:
+        place = record.find(receipts.RECEIPT)
+        if place is None:
+            raise ReceiptRefused(f"{path} holds no {receipts.RECEIPT}: it is not a record of a run")
+        receipt = receipts.decode(record.receipt(place))
+        _check_parts(record, receipt)
+        yield record, receipt
+
+
+def _check_parts(record: Record, receipt: Receipt) -> None:
+    if record.find(receipts.GUEST) != receipt.guest:
+        raise ReceiptRefused(f"{record.path}: its guest is not the one that its receipt names")
+    for name, cid in receipt.contents.items():
+        if record.find(name) != cid:
+            raise ReceiptRefused(f"{record.path}: its {name} is not the one that its receipt names")
+    if receipt.format > 1 and record.find(receipts.OUT) != receipt.out:
+        raise ReceiptRefused(f"{record.path}: its results are not the ones that its receipt names")
+    for cid in receipt.read:
+        if cid not in record:
+            raise ReceiptRefused(
+                f"{record.path} is cut short: it lacks the block {cids.text(cid)} that the run read"
+            )
+    place = record.find(receipts.DIRS)
+    node = None if place is None else record.node(place)
+    held = {link.name: link.cid for link in node.links} if isinstance(node, Directory) else {}
+    for number, each in enumerate(receipt.dirs):
+        if held.get(b"%d" % number) != each.cid:
+            raise ReceiptRefused(
+                f"{record.path}: its folder {each.guest} is not the one that its receipt names"
+            )
+
+
+def check_content(
+    record: Record, receipt: Receipt, name: str, out: BinaryIO | None = None, most: int | None = None
+) -> None:
+    """Writes one of the recorded streams (STDIN, STDOUT, STDERR) to `out`. Raises ReceiptRefused unless it is
+    the one that the receipt names.
+
+    `most` bytes are looked at, by default as many as the CAR file can hold and 64 MiB more."""
+    recorded: Digest = getattr(receipt, name)
+    found, size = hashlib.sha256(), 0
+    place = record.find(name)
+    if place is not None and record.file(place).size == recorded.size:
+        for data in record.content(place, record.size + (64 << 20) if most is None else most):
+            found.update(data)
+            size += len(data)
+            if out is not None:
+                out.write(data)
+    if Digest(found.hexdigest(), size) != recorded:
+        raise ReceiptRefused(f"{record.path}: its {_STREAMS[name]} is not the one that its receipt names")
+
+
+_STREAMS = {
+    receipts.STDIN: "standard input",
+    receipts.STDOUT: "standard output",
+    receipts.STDERR: "standard error",
+}
+
+
+def check_signature(record: Record, receipt: Receipt, key: "Ed25519PublicKey", most: int) -> None:
+    """Raises ReceiptRefused unless `key` signed the receipt and the results, of `most` bytes."""
+    from ipfsfuse_run import signatures
+
+    place, receipt_node = record.find(receipts.SIGNATURE), record.find(receipts.RECEIPT)
+    assert receipt_node is not None
+    if place is None:
+        raise ReceiptRefused(f"{record.path} has no signature: {signatures.fingerprint(key)} did not sign it")
+    envelope = b"".join(record.content(place, min(signatures.MAX_BYTES, record.size)))
+
+    def files() -> list[tuple[str, str]]:
+        if receipt.out is None:
+            return []
+        return [
+            (path, _sha256(record.content(node.cid, most)))
+            for path, node in record.files(receipt.out, most)
+            if isinstance(node, File)
+        ]
+
+    try:
+        signatures.check(envelope, key, receipt, record.receipt(receipt_node), files)
+    except ReceiptRefused as exc:
+        raise ReceiptRefused(f"{record.path}: {exc}") from exc
+
+
+def _sha256(content: Iterator[bytes]) -> str:
+    found = hashlib.sha256()
+    for data in content:
+        found.update(data)
+    return found.hexdigest()
