@@ -51,7 +51,9 @@ class Request:
         return Request(self.caller, number=self.number)
 
 
-current_request: ContextVar[Request] = ContextVar("request", default=Request(number=0))  # noqa: B039
+NO_CALL = Request(number=0)
+"""What runs on nobody's account."""
+current_request: ContextVar[Request] = ContextVar("request", default=NO_CALL)
 """The request of the call in whose task, or on whose account, this runs. A task that sets it works for that
 request from then on, and so do the tasks that it starts."""
 

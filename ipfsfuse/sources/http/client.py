@@ -39,7 +39,7 @@ from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls
 from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
-"""Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
+"""Whether plain HTTP to this machine goes by `OwnTransport`; False to test and measure httpcore there."""
 USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS: Final = 5
