@@ -1,4 +1,4 @@
-"""The blocks of a flatfs folder, each read by one call in C, and what they link first read ahead (`flatfs.c`).
+"""The blocks of a flatfs folder, each read by one call in C, and what they link first, ahead (`flatfs.c`).
 
 Concurrency: any thread. `read` blocks; `take` does for as long as it is told.
 """
@@ -50,16 +50,15 @@ _LIBRARY.repo_read.restype = None
 def _sha256() -> ctypes.Array[ctypes.c_void_p]:
     """The functions of `struct sha256`, from the OpenSSL of `hashlib`; NULL where Python has none."""
     names = ("MD_CTX_new", "DigestInit_ex", "DigestUpdate", "DigestFinal_ex", "MD_CTX_free", "sha256")
-    functions = (ctypes.c_void_p * len(names))()
+    functions = ctypes.c_void_p * len(names)
     try:
         import _hashlib
 
         openssl = ctypes.CDLL(_hashlib.__file__)
-        found = [ctypes.cast(getattr(openssl, f"EVP_{name}"), ctypes.c_void_p).value for name in names]
+        found = [ctypes.cast(getattr(openssl, f"EVP_{name}"), ctypes.c_void_p) for name in names]
     except (ImportError, OSError, AttributeError):
-        return functions
-    functions[:] = found
-    return functions
+        return functions()
+    return functions(*found)
 
 
 _SHA256 = _sha256()
@@ -105,7 +104,7 @@ class BlockFiles:
 
 def _read(found: _Found) -> Read | int:
     if found.size < 0:
-        return found.size
+        return int(found.size)
     try:
         block = ctypes.string_at(found.bytes, found.size)
     finally:
