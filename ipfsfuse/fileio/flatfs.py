@@ -10,6 +10,8 @@ from typing import NamedTuple
 from ipfsfuse.fileio.files import load_library
 
 MISSING = -1
+MAX_CHARACTERS = 54
+"""A block's name has one more."""
 
 _LIBRARY = load_library("ipfsfuse.fileio._native")
 
@@ -76,7 +78,8 @@ class BlockFiles:
 
     def __init__(self, folder: str, characters: int) -> None:
         """`characters`: how long the names of the folders below `folder` are."""
-        self._repo = _LIBRARY.repo_open(folder.encode(errors="surrogateescape"), characters, _SHA256)
+        most = min(characters, MAX_CHARACTERS)
+        self._repo = _LIBRARY.repo_open(folder.encode(errors="surrogateescape"), most, _SHA256)
         if not self._repo:
             raise MemoryError
         weakref.finalize(self, _LIBRARY.repo_close, self._repo)

@@ -227,6 +227,16 @@ def test_a_name_that_is_looked_up_has_its_block_read_and_nothing_below(repositor
         assert repository.take(root) == repository.heap.block(root)
 
 
+@pytest.mark.parametrize("characters", [0, 1, 2, 54, 55, 1_000, 2**31, 2**40])
+def test_a_repository_may_say_anything_of_its_folders_names(tmp_path: Path, characters: int) -> None:
+    blocks = Flatfs(tmp_path, characters)
+    cid = Blocks().leaf(b"leaf")
+    path = Path(blocks._path(cid))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"leaf")
+    assert blocks.read(cid) == b"leaf"
+
+
 def test_it_ends_while_it_reads(tmp_path: Path) -> None:
     for number in range(50):
         repository = Repository(tmp_path / str(number))
