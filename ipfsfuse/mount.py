@@ -36,8 +36,8 @@ from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
 from ipfsfuse.errors import MountFailed, NotFound, StoreFailed
 from ipfsfuse.fileio import threads
+from ipfsfuse.fuse import device, name_links
 from ipfsfuse.fuse import mountpoint as mountpoints
-from ipfsfuse.fuse import name_links
 from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import Passthrough
@@ -399,6 +399,8 @@ async def _serving(
     http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
     async with AsyncExitStack() as stack:
         sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
+        listeners = [node.name_listener for node in sources if isinstance(node, Kubo)]
+        stack.enter_context(device.listening(next(filter(None, listeners), None)))
         nodes = (
             {node.name: node.rpc for node in sources if isinstance(node, Kubo)}
             if config.pins == "kubo" and not config.offline

@@ -72,8 +72,8 @@ class Flight(Generic[V]):
     """Set when there is a value or an error."""
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when the value is staged as well, or the fetch has ended."""
-    resolved: bool = False
-    value: V | None = None
+    result: tuple[V] | None = None
+    """Its value, once there is one."""
     error: Exception | None = None
 
 
@@ -136,10 +136,10 @@ class SingleFlight(Generic[K, V]):
                 else:
                     with flight.fetch.waiting(until):
                         await flight.done.wait()
-                if flight.resolved:
+                if flight.result is not None:
                     if ended and not flight.ended.is_set():
                         await flight.ended.wait()
-                    return flight.value  # type: ignore[return-value]  # V itself may be Optional: `resolved` says it is set
+                    return flight.result[0]
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
         cause = self._cause(key)
@@ -156,7 +156,7 @@ class SingleFlight(Generic[K, V]):
     async def settle(self) -> None:
         """Returns when all fetches that have given their values have ended."""
         for flight in list(self._flights.values()):
-            if flight.resolved:
+            if flight.result is not None:
                 await flight.ended.wait()
 
     def start_batch(
@@ -230,7 +230,7 @@ class SingleFlight(Generic[K, V]):
                             flight.fetch.interest += 1  # the fetch itself waits
                             self._resolve(key, flight, value)
                 except Exception as exc:
-                    if flight.resolved:
+                    if flight.result is not None:
                         log.exception("a fetch failed unexpectedly after it had given its value")
                     elif not flight.fetch.abandoned:
                         flight.error = exc
@@ -238,12 +238,12 @@ class SingleFlight(Generic[K, V]):
                             exc.__traceback__ = None  # it would hold this frame, which holds the flight
                             self._note_failure(key, exc)
         finally:
-            if not flight.resolved and flight.error is None and not flight.fetch.abandoned:
+            if flight.result is None and flight.error is None and not flight.fetch.abandoned:
                 flight.error = Unavailable(f"{name()}: the cache is being closed")
             self._end(key, flight)
 
     def _resolve(self, key: K, flight: Flight[V], value: V) -> None:
-        flight.value, flight.resolved = value, True
+        flight.result = (value,)
         self._failed.pop(key, None)
         flight.done.set()
 

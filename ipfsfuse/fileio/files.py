@@ -7,7 +7,6 @@ Concurrency: any thread; every call blocks.
 import ctypes
 import errno
 import fcntl
-import hashlib
 import importlib.util
 import os
 import secrets
@@ -232,28 +231,6 @@ def read_file(path: str, most: int) -> bytes | None:
     except OSError:
         return None
     return content if len(content) == size else None
-
-
-HASHED_TOGETHER = 256 << 10
-"""Bytes that are read and then hashed, while the disk reads the next ones. Asked for by one call, the disk
-gives all of them at the same time, after some 1.2 ms for 1 MiB: then hashing begins only there."""
-
-
-def read_hashed(path: str, most: int) -> tuple[bytes, bytes] | None:
-    """The content of one regular file, as `read_file` reads it, and its SHA-256."""
-    hasher, pieces = hashlib.sha256(), list[bytes]()
-    try:
-        with regular(path, most) as (file, size):
-            for at in range(0, size, HASHED_TOGETHER):
-                os.posix_fadvise(file, at, HASHED_TOGETHER, os.POSIX_FADV_WILLNEED)
-            for at in range(0, size, HASHED_TOGETHER):
-                piece = os.pread(file, min(HASHED_TOGETHER, size - at), at)
-                hasher.update(piece)
-                pieces.append(piece)
-    except OSError:
-        return None
-    content = b"".join(pieces)
-    return (content, hasher.digest()) if len(content) == size else None
 
 
 @contextmanager

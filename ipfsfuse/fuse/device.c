@@ -66,6 +66,10 @@ uint64_t device_current;
 /* How long that request had waited for pyfuse3, in nanoseconds. */
 int64_t device_waited;
 
+/* Told of each name that is looked up in the mount's root, before Python is. It does not wait. */
+static void (*listener)(void *, const char *, size_t);
+static void *listeners_own;
+
 static int start_error;
 static int notify_fd = -1, wakeup_fd = -1, device = -1, stop_fd = -1;
 static atomic_int stopping;
@@ -272,6 +276,14 @@ static ssize_t receive(void)
 	}
 }
 
+static void tell_listener(const struct fuse_in_header *request, size_t size)
+{
+	const char *name = (const char *)(request + 1);
+
+	if (listener && request->opcode == FUSE_LOOKUP && request->nodeid == FUSE_ROOT_ID)
+		listener(listeners_own, name, strnlen(name, size - sizeof *request));
+}
+
 static void *run(void *unused)
 {
 	const struct fuse_in_header *request = (const void *)buffer;
@@ -283,8 +295,10 @@ static void *run(void *unused)
 		else if (request->opcode == FUSE_INTERRUPT)
 			note_interrupt(buffer, size);
 		else if (!opens_answer(device, request, size) && !reads_answer(device, request, size) &&
-			 !pieces_answer(device, request, size))
+			 !pieces_answer(device, request, size)) {
+			tell_listener(request, size);
 			device_pass_on(buffer, size, NULL);
+		}
 	end_with(size < 0 ? (int)size : 1);
 	return unused;
 }
@@ -391,6 +405,13 @@ void device_prepare(int notify, int readahead, int passthrough)
 	notify_fd = notify;
 	over = stopping = start_error = 0;
 	reply_prepare(readahead, passthrough);
+}
+
+/* Call this before a session, and with NULL after it. */
+void device_listen(void (*call)(void *, const char *, size_t), void *own)
+{
+	listener = call;
+	listeners_own = own;
 }
 
 /* Lets the kernel read the open file `file` itself. Returns the backing id, which is positive, or -errno. */

@@ -13,7 +13,8 @@ Concurrency: any thread may call the functions and `ReadWindows`. `Device` belon
 
 import ctypes
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import trio
@@ -50,6 +51,8 @@ _LIBRARY.device_backing_open.argtypes = _LIBRARY.device_backing_close.argtypes =
 _LIBRARY.device_backing_close.restype = None
 _LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
 _LIBRARY.device_interrupted.restype = ctypes.c_uint64
+_LIBRARY.device_listen.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+_LIBRARY.device_listen.restype = None
 _LIBRARY.pieces_key.argtypes = (ctypes.c_char_p,)
 _LIBRARY.pieces_key.restype = None
 REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
@@ -139,6 +142,17 @@ class ReadWindows:
         self.add: Callable[[int, Content, bool], None] = partial(_WITH_LOCK.reads_add, handle)
         self.remove: Callable[[int], None] = partial(_WITH_LOCK.reads_remove, handle)
         self.allow: Callable[[int, bytes, int, int, bytes], None] = partial(_WITH_LOCK.pieces_allow, inode)
+
+
+@contextmanager
+def listening(listener: tuple[int, int] | None) -> Iterator[None]:
+    """A session within this block tells `listener` of each name that is looked up in its root, before Python
+    hears of it: a function in C, and its first argument (`fileio.flatfs.BlockFiles.name_listener`)."""
+    _LIBRARY.device_listen(*(listener or (None, None)))
+    try:
+        yield
+    finally:
+        _LIBRARY.device_listen(None, None)
 
 
 def allow(inode: int) -> None:

@@ -6,6 +6,7 @@ blocks as they were sent. The pool verifies them, so nobody else needs to.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,12 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import trio
+
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.streams import Block, Delivery, Stream
+from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, streaming
 
 Caller = int | None
 """The user id behind a call; None for work that no call asked for, and where the kernel does not say."""
@@ -48,7 +51,9 @@ class Request:
         return Request(self.caller, number=self.number)
 
 
-current_request: ContextVar[Request] = ContextVar("request", default=Request(number=0))  # noqa: B039
+NO_CALL = Request(number=0)
+"""What runs on nobody's account."""
+current_request: ContextVar[Request] = ContextVar("request", default=NO_CALL)
 """The request of the call in whose task, or on whose account, this runs. A task that sets it works for that
 request from then on, and so do the tasks that it starts."""
 
@@ -118,41 +123,44 @@ class Subtree:
     """Bytes after which the source may stop."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """A place that may have blocks."""
 
-    @property
-    def name(self) -> str:
-        """As the user wrote it, without secrets: `library`, `data.car`, `kubo`, `https://gateway.example`."""
-        ...
+    name: str
+    """As the user wrote it, without secrets: `library`, `data.car`, `kubo`, `https://gateway.example`."""
+    in_place = False
+    """Whether its blocks are files on this machine, which are read there and never staged."""
 
-    @property
-    def in_place(self) -> bool:
-        """Whether its blocks are files on this machine, which are read there and never staged."""
-        ...
-
+    @abstractmethod
     async def get(self, cid: Cid) -> bytes:
         """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `too_large`), SourceFailed."""
-        ...
 
     def stream(self, wanted: LeafRange) -> Stream[Delivery]:
         """The blocks of `wanted` that this source has, unverified, each at most once, in any order. Those
         that are missing are asked for elsewhere. Raises SourceFailed if it broke off."""
-        ...
+        return streaming(partial(self.send_leaves, wanted))
+
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        """Sends what `stream` gives: here one by one."""
+        await streams.send_singly(self.get, wanted.leaves, send, 1)
 
     def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
         """The blocks of `subtree` that this source can send in one answer, unverified; possibly none, or
         others among them. Raises NotHere, SourceFailed."""
-        ...
+        return streaming(partial(self.send_subtree, subtree), turns=True)
+
+    async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
+        """Sends what `subtree` gives: here nothing, as of files each block is at hand."""
+        await trio.lowlevel.checkpoint()
 
     def roots(self) -> Sequence[Cid]:
         """The roots that the mount lists for this source: those of a library or a CAR, none for the network.
         Called in a worker thread, since it may block."""
-        ...
+        return ()
 
+    @abstractmethod
     async def aclose(self) -> None:
         """Closes files and connections."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

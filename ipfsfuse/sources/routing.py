@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Final
 
 import trio
@@ -34,7 +33,7 @@ from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin
 from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
 from ipfsfuse.sources.pool.health import Statistics
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, all_of, streaming
+from ipfsfuse.sources.streams import Blocks, Delivery, Send, all_of
 
 log = logging.getLogger(__name__)
 
@@ -206,11 +205,10 @@ class _Provider:
         self.blocks = 0
 
 
-class Network:
+class Network(Source):
     """`allow_private`: providers at loopback and private addresses are asked too."""
 
     name = "network"
-    in_place = False
     local = False
 
     def __init__(
@@ -276,10 +274,7 @@ class Network:
             return fetched.block
         return None
 
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(self._send_leaves, wanted))
-
-    async def _send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         if not self._providers:
             await self._look_up(wanted.file)
         try:
@@ -290,10 +285,7 @@ class Network:
         finally:
             self._remove_liars()
 
-    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
-        return streaming(partial(self._send_subtree, subtree), turns=True)
-
-    async def _send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
+    async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
         if not self._providers:
             await self._look_up(subtree.root)
         try:
@@ -304,9 +296,6 @@ class Network:
                     await send.send([(cid, fetched.block) for cid, fetched in blocks.items()])
         finally:
             self._remove_liars()
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
 
     async def aclose(self) -> None:
         await self._pool.aclose()

@@ -107,11 +107,6 @@ async def streaming(
         raise failure
 
 
-async def send_nothing(_send: Send[T]) -> None:
-    """For a source that has no such answer."""
-    await trio.lowlevel.checkpoint()
-
-
 class Leases:
     """What the deliveries of one stream take of something that is bounded, until they are released."""
 

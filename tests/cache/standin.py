@@ -14,11 +14,11 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere, Unavailable
-from ipfsfuse.sources.base import Fetched, LeafRange, Subtree, Verified, Wanted
-from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, nothing, send_nothing, streaming
+from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree, Verified, Wanted
+from ipfsfuse.sources.streams import Send, Stream, nothing, streaming
 
 
-class Place:
+class Place(Source):
     """What `Fetched.source` is here."""
 
     def __init__(self, name: str, in_place: bool) -> None:
@@ -27,15 +27,6 @@ class Place:
 
     async def get(self, cid: Cid) -> bytes:
         raise NotHere(cids.text(cid))
-
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(send_nothing)
-
-    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
-        return streaming(send_nothing)
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
 
     async def aclose(self) -> None:
         pass

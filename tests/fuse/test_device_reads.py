@@ -1,12 +1,15 @@
 """Reads of what waits in memory, and of staged leaves that were verified before, against a model: which of them
 reach Python, and what the others get."""
 
+import errno
 import os
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyfuse3
 import pytest
 import trio
 
@@ -14,9 +17,20 @@ from ipfsfuse.cache.store.staging import PIECE
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fileio.tags import TAG, tags_of
+from ipfsfuse.fuse import device
 from ipfsfuse.fuse.device import ReadWindows
 from tests.cache.standin import flip, random_bytes
-from tests.fuse.kernel_side import ANSWERED_HERE, ASKED_FOR, Kernel, kernel
+from tests.fuse.kernel_side import (
+    ANSWERED_HERE,
+    ASKED_FOR,
+    EVERYTHING,
+    INIT,
+    Kernel,
+    Operations,
+    kernel,
+    uninitialized,
+)
+from tests.fuse.test_interrupts import INTERRUPT
 from tests.sources.content import raw_blocks
 
 FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
@@ -265,5 +279,42 @@ def test_many_readers_of_what_is_on_the_disk(tmp_path: Path) -> None:
                         offset = sent.pop(number)
                         assert error == 0
                         assert got in (ASKED_FOR, content[offset : offset + 100])
+
+    trio.run(main)
+
+
+def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes on the disk are wrong, so that each read is passed on in the end: the INTERRUPT has come before
+    Python knew of it."""
+    content = random_bytes(40 * LEAF, 21)
+    calls: dict[int, trio.CancelScope] = {}
+
+    async def wait(_self: Operations, _fh: int, _off: int, _size: int) -> None:
+        number = device.REQUEST_NUMBER.value
+        with trio.CancelScope() as calls[number]:
+            await trio.sleep_forever()
+        raise pyfuse3.FUSEError(errno.EINTR)
+
+    async def deliver(reader: device.Device) -> None:
+        async for number in reader.interrupted():
+            if number in calls:
+                calls[number].cancel()
+
+    async def main() -> None:
+        monkeypatch.setattr(Operations, "read", wait)
+        async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
+            await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+            await reader.initialized()
+            nursery.start_soon(deliver, reader)
+            with staging(tmp_path, bytes(len(content))) as (folder, path), trio.fail_after(60):
+                for leaf in range(40):
+                    allow(folder, content, leaf)
+                    leave_page_cache(path)
+                    number = asking.send_read(3, leaf * LEAF, PIECE)
+                    asking.send(INTERRUPT, 0, struct.pack("<Q", number))
+                    assert await asking.answer() == (number, -errno.EINTR, b"")
+            nursery.cancel_scope.cancel()
 
     trio.run(main)

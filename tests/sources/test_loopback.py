@@ -153,7 +153,7 @@ def by_us(data: bytes, sizes: Sequence[int] = (1 << 20,)) -> Read | None:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            connection.close()
+            await connection.aclose()
             there.close()
         return answered
 

@@ -238,7 +238,7 @@ def test_the_time_to_live_bounds_how_long_a_name_is_kept(tmp_path: Path, servers
 def test_the_store_keeps_a_bounded_number_of_records(tmp_path: Path) -> None:
     store = NameRecords(tmp_path)
     for number in range(MAX_RECORDS + 3):
-        store._folder.fd()
+        assert store._folder.fd >= 0
         store.put(f"k{number}", b"x") if number in (0, MAX_RECORDS + 2) else _touch(tmp_path, number)
     assert len(store.names()) == MAX_RECORDS
     assert store.get(f"k{MAX_RECORDS + 2}") == b"x"

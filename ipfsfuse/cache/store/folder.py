@@ -37,6 +37,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -164,60 +165,59 @@ class Subfolder:
     def __init__(self, path: Path) -> None:
         """Raises StoreFailed for anything that is not a folder of ours alone, and OSError."""
         self.path = path
-        self._fd = -1
         with _full_disk(f"{path} can't be made", LATER):
-            self.fd()
+            _ = self.fd
 
+    @cached_property
     def fd(self) -> int:
         """Its descriptor: what was moved away or replaced is not used. Raises OSError, StoreFailed."""
-        if self._fd < 0:
-            self._fd = _open_subfolder(self.path)
-        return self._fd
+        return _open_subfolder(self.path)
+
+    def is_made(self) -> bool:
+        return "fd" in vars(self)
 
     def names(self) -> list[str]:
         """What lies in it; nothing while it can't be made."""
-        return os.listdir(self._fd) if self._fd >= 0 else []
+        return os.listdir(self.fd) if self.is_made() else []
 
     def each_name(self) -> Iterator[str]:
         """The names in the folder, one by one, for folders of any size."""
-        if self._fd >= 0:
-            with os.scandir(self._fd) as items:
+        if self.is_made():
+            with os.scandir(self.fd) as items:
                 for item in items:
                     yield item.name
 
     def stat(self, name: str) -> os.stat_result:
         """Of `name` itself, where it is a link. Raises OSError."""
-        return os.stat(name, dir_fd=self.fd(), follow_symlinks=False)
+        return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def each_status(self) -> Iterator[tuple[str, Status]]:
         """Everything in it and what the disk says of that, a part at a time. What goes meanwhile is left out.
         Raises OSError."""
         names = self.each_name()
         while some := list(islice(names, STATUS_TOGETHER)):
-            for name, status in zip(some, stat_files(self.fd(), some), strict=True):
+            for name, status in zip(some, stat_files(self.fd, some), strict=True):
                 if status is not None:
                     yield name, status
 
     def open(self, name: str, flags: int) -> int:
         """A descriptor of a file; a link is not followed. Raises OSError."""
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd())
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
-        os.unlink(name, dir_fd=self.fd())
+        os.unlink(name, dir_fd=self.fd)
 
     def disk(self) -> int:
         """Bytes on disk of the folder itself, 0 where that is not known."""
-        with contextlib.suppress(OSError):
-            return os.fstat(self._fd).st_blocks * 512
-        return 0
+        return os.fstat(self.fd).st_blocks * 512 if self.is_made() else 0
 
     def report_strays(self, names: Sequence[str]) -> None:
         report_strays(self.path, names)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.is_made():
+            os.close(self.fd)
+            del self.fd
 
 
 def _open_subfolder(path: Path) -> int:

@@ -80,7 +80,7 @@ class PinRecords:
 
     def _read(self, name: str) -> PinRecord:
         try:
-            values = json.loads(read_file(self.folder.fd(), name, MAX_BYTES))
+            values = json.loads(read_file(self.folder.fd, name, MAX_BYTES))
             size = int(values["bytes"])
             if not 0 <= size < MAX_SIZE:
                 raise ValueError("its size is none that a pin can have")
@@ -104,12 +104,12 @@ class PinRecords:
             values["packs"] = sorted(key for key in keys if isinstance(key, int))
         values["pinned"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with as_store_failed(f"the pin of {cids.text(cid)} can't be written"):
-            write_file(self.folder.fd(), cids.text(cid), json.dumps(values).encode() + b"\n")
+            write_file(self.folder.fd, cids.text(cid), json.dumps(values).encode() + b"\n")
 
     def remove(self, cid: Cid) -> None:
         """Raises StoreFailed."""
         with as_store_failed(f"the pin of {cids.text(cid)} can't be removed"):
-            remove_file(self.folder.fd(), cids.text(cid))
+            remove_file(self.folder.fd, cids.text(cid))
 
     def take_over(self, database: sqlite3.Connection) -> None:
         """Pins that an older version kept in the index (version 2). What a full disk does not take is kept in
@@ -160,7 +160,7 @@ class NameRecords:
 
     def get(self, name: str) -> bytes | None:
         with contextlib.suppress(OSError, StoreFailed):
-            fd = self._folder.fd()
+            fd = self._folder.fd
             data = read_file(fd, name)
             with contextlib.suppress(OSError):
                 os.utime(name, dir_fd=fd, follow_symlinks=False)
@@ -170,7 +170,7 @@ class NameRecords:
     def put(self, name: str, data: bytes) -> None:
         """Keeps `data`; on the disk when this returns. Raises StoreFailed."""
         with as_store_failed(f"the record of {name} can't be kept"):
-            write_file(self._folder.fd(), name, data)
+            write_file(self._folder.fd, name, data)
             self._make_room()
 
     def names(self) -> list[str]:

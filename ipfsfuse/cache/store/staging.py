@@ -216,7 +216,7 @@ class Staging:
         self.too_large = 1 << 64
         """Bytes of the smallest file that this file system was seen to refuse for its size."""
         with contextlib.suppress(OSError):
-            self.unit = os.statvfs(self.folder.fd()).f_frsize or 4096
+            self.unit = os.statvfs(self.folder.fd).f_frsize or 4096
 
     # -- on the event loop -----------------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class Staging:
 
     def place(self, entry: Entry) -> tuple[int, bytes]:
         """Where its file lies: the folder's descriptor, and the name."""
-        return self.folder.fd(), _name(entry).encode()
+        return self.folder.fd, _name(entry).encode()
 
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
@@ -392,7 +392,7 @@ class Staging:
         if self.shares is None:
             try:
                 with regular(path, size) as (source, found):
-                    place = f"/proc/self/fd/{self.folder.fd()}"
+                    place = f"/proc/self/fd/{self.folder.fd}"
                     to = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
                     try:
                         share_extents(source, to, found, 0)
@@ -442,7 +442,7 @@ class Staging:
             with entry.lock:
                 if entry.gone():
                     return 0
-                folder = self.folder.fd()
+                folder = self.folder.fd
                 os.rename(_name(entry), cids.text(entry.cid), src_dir_fd=folder, dst_dir_fd=folder)
                 entry.complete = True
                 return _grown(entry, file)
@@ -500,7 +500,7 @@ class Staging:
         """What was used last is known after a restart by the files' times."""
         when = to_wall(entry.last_used)
         with entry.lock:
-            name, folder = _name(entry), self.folder.fd()
+            name, folder = _name(entry), self.folder.fd
             before = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))
             os.utime(name, (when, when), dir_fd=folder, follow_symlinks=False)
             if entry.stamp == before:

@@ -39,7 +39,7 @@ from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls
 from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
-"""Whether plain HTTP to this machine goes by `loopback`, not by httpcore: False to test and measure that."""
+"""Whether plain HTTP to this machine goes by `OwnTransport`; False to test and measure httpcore there."""
 USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS: Final = 5
@@ -77,21 +77,16 @@ FAILURES: Final = (
 
 def source_failed(name: str, exc: Exception) -> SourceFailed:
     """What a request to the server called `name` raised, as that server's failure."""
-    kind, message = _explain(exc)
-    return SourceFailed(f"{name}: {one_line(message)}", kind)
-
-
-def _explain(exc: Exception) -> tuple[str, str]:
-    """The kind of failure, and what to say of it."""
-    if isinstance(exc, httpx.RemoteProtocolError) and "disconnected" in str(exc):
-        return RESET, BROKEN
-    if isinstance(exc, httpx.RemoteProtocolError) and "without sending complete" in str(exc):
-        return SHORT, "its body was cut short"
+    said = str(exc) if isinstance(exc, httpx.RemoteProtocolError) else ""
+    if "disconnected" in said:
+        return SourceFailed(f"{name}: {BROKEN}", RESET)
+    if "without sending complete" in said:
+        return SourceFailed(f"{name}: its body was cut short", SHORT)
     for types, kind, message in FAILURES:
         for cause in _causes(exc):
             if isinstance(cause, types):
-                return kind, message.format(cause)
-    return failures.FAILED, f"{type(exc).__name__}: {exc}"
+                return SourceFailed(f"{name}: {one_line(message.format(cause))}", kind)
+    return SourceFailed(f"{name}: {one_line(f'{type(exc).__name__}: {exc}')}", failures.FAILED)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
@@ -110,6 +105,8 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 
 class _HttpcoreBody:
     """The body of a response that came by httpcore, read as that of a `Connection` is."""
+
+    keep_alive = True  # httpcore knows
 
     def __init__(self, response: httpx.Response) -> None:
         self.headers = dict(response.headers)
@@ -137,11 +134,11 @@ class Response:
 
     def __init__(self, response: httpx.Response, name: str, share: BodyShare, settings: HttpSettings) -> None:
         """A response of one of our transports, from the server called `name`."""
-        self._body: Connection | _HttpcoreBody = response.extensions["body"]
+        self.body: Connection | _HttpcoreBody = response.extensions["body"]
         self.release: Callable[[bool], Awaitable[None]] = response.extensions["release"]
-        """To be called at last, with whether the body has `ended`: the connection is kept or closed."""
+        """To be called at last, with whether the connection can be used again."""
         self.status = response.status_code
-        self.headers: dict[str, str] = self._body.headers
+        self.headers: dict[str, str] = self.body.headers
         """By names in lower case."""
         self.content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         self._name, self._total, self._share = name, settings.total, share
@@ -149,10 +146,8 @@ class Response:
         self._counted = self._rate is not None or self._quota is not None
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
-        self.left = int(length[:18]) if known else None
+        self.left = 0 if self.status in (204, 304) else int(length[:18]) if known else None
         """Bytes of the body still to come; None where only its end tells."""
-        if self.status in (204, 304):
-            self.left = 0
         self.ended = self.left == 0
 
     async def read(self, limit: int) -> bytes:
@@ -165,31 +160,25 @@ class Response:
             await self._share.take(size)
             try:
                 with trio.fail_after(self._total):
-                    (content,) = await self._body.receive_into([size])
+                    (content,) = await self.receive_into([size])
             finally:
                 self._share.give(size)
-            self.left, self.ended = 0, True
-            if self._counted:
-                await self._spend(size)
             return bytes(content)
-        pieces, count = list[bytes](), 0
+        found = bytearray()
         with trio.fail_after(self._total):
             while piece := await self.receive():
-                pieces.append(piece)
-                count += len(piece)
-                if count > limit:
+                found += piece
+                if len(found) > limit:
                     raise SourceFailed(f"{self._name} sent more than {limit} bytes", LONG)
-        return b"".join(pieces)
+        return bytes(found)
 
     async def receive(self) -> bytes:
         """The next piece of the body, b"" at its end."""
         if self.left == 0:
             return b""
-        piece = await self._body.receive(min(self.left or PIECE, PIECE))
+        piece = await self.body.receive(PIECE)
         if self.left is not None:
             self.left -= len(piece)
-            if not piece:
-                raise SourceFailed(f"{self._name} sent a body that was cut short", SHORT)
         self.ended = not piece or self.left == 0
         if self._counted:
             await self._spend(len(piece))
@@ -200,7 +189,7 @@ class Response:
         count = sum(sizes)
         if self.left is None or self.left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
-        filled = await self._body.receive_into(sizes)
+        filled = await self.body.receive_into(sizes)
         self.left -= count
         self.ended = self.left == 0
         if self._counted:
@@ -221,74 +210,35 @@ class Response:
 
 # -- transports ----------------------------------------------------------------------------------------------
 
-# Both put into the extensions of a response its `body`, and `release`, which is to be called at last.
 
+class _Transport(httpx.AsyncBaseTransport):
+    """Keeps connections to the server `named`, each for one request at a time. The extensions of a response
+    have its `body`, and `release`, which is to be called at last."""
 
-class OwnTransport(httpx.AsyncBaseTransport):
-    """Plain HTTP/1.1 to one origin on this machine, by `transport.Connection`. httpx does not see the
-    headers of a response: its body has them."""
+    def __init__(self, named: Origin, settings: HttpSettings) -> None:
+        self._named, self._settings = named, settings
+        self.kept: list[Any] | None = []
+        """Connections that can be used again; None once this is closed."""
 
-    def __init__(self, origin: Origin, settings: HttpSettings) -> None:
-        self._origin, self._settings = origin, settings
-        self._threads = trio.CapacityLimiter(MAX_THREADS)
-        self.kept: list[Connection] | None = []
-        """Connections that can be used again; None once it is closed."""
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
-        lines += map(b"%s: %s".__mod__, request.headers.raw)
-        data = b"\r\n".join([*lines, b"", *request.stream])  # type: ignore[misc]  # a ByteStream
-        while self.kept:
-            connection = self.kept.pop()
-            idle = trio.current_time() - connection.idle_since
-            if idle < self._settings.idle_seconds and connection.is_fresh():
-                break
-            connection.close()
+    async def release(self, connection: Any, usable: bool) -> None:
+        if usable and self.kept is not None and len(self.kept) < self._settings.idle_connections:
+            self.kept.append(connection)
         else:
-            origin = self._origin
-            with trio.fail_after(self._settings.connect):
-                if origin.unix is None:
-                    stream = await trio.open_tcp_stream(origin.host, origin.port)
-                else:
-                    stream = await trio.open_unix_socket(origin.unix)
-            connection = Connection(stream, self._settings.idle, self._threads)
-        try:
-            await connection.request(data, trio.current_time() + self._settings.total)
-        except BaseException:
-            connection.close()
-            raise
-        extensions = {"body": connection, "release": partial(self._release, connection)}
-        return httpx.Response(connection.status, extensions=extensions)
-
-    async def _release(self, connection: Connection, whole: bool) -> None:
-        kept, most = self.kept, self._settings.idle_connections
-        if whole and connection.keep_alive and kept is not None and len(kept) < most:
-            connection.idle_since = trio.current_time()
-            kept.append(connection)
-        else:
-            connection.close()
+            await connection.aclose()
 
     async def drop_kept(self) -> None:
         while self.kept:
-            self.kept.pop().close()
+            await self.kept.pop().aclose()
 
     async def aclose(self) -> None:
         await self.drop_kept()
         self.kept = None
 
 
-class HttpcoreTransport(httpx.AsyncBaseTransport):
+class HttpcoreTransport(_Transport):
     """Any server, by httpcore, of one request at a time and connection: HTTP/2 can't be shared there. Three
     streams that stall hold up a fourth, one that is given up is not reset, one cancelled at its start breaks
     all."""
-
-    def __init__(self, origin: Origin, settings: HttpSettings) -> None:
-        """`origin` is the one whose connections are kept."""
-        self._named, self._settings = origin, settings
-        connect, idle = settings.connect, settings.idle
-        self._timeout = {"connect": connect, "read": idle, "write": idle, "pool": None}
-        self.kept: list[httpx.AsyncHTTPTransport] | None = []
-        """Those with a connection that can be used again; None once it is closed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         origin: Origin = request.extensions["origin"]
@@ -303,17 +253,24 @@ class HttpcoreTransport(httpx.AsyncBaseTransport):
                 opening.clear()
 
         path = request.extensions["path"].encode()
-        far = httpx.Request(
-            request.method,
-            httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path),
-            headers=request.headers,
-            stream=request.stream,
-            extensions={"timeout": self._timeout, "sni_hostname": origin.host, "trace": trace},
-        )
-        transport = self.kept.pop() if named and self.kept else self._open(origin)
+        request.url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path)
+        timeout = {"connect": settings.connect, "read": settings.idle, "write": settings.idle, "pool": None}
+        request.extensions |= {"timeout": timeout, "sni_hostname": origin.host, "trace": trace}
+        if named and self.kept:
+            transport = self.kept.pop()
+        else:
+            proxy = proxy_for(origin)
+            transport = httpx.AsyncHTTPTransport(
+                tls_context(),
+                trust_env=False,
+                http2=True,
+                limits=httpx.Limits(keepalive_expiry=settings.idle_seconds),
+                proxy=httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None,
+                uds=origin.unix,
+            )
         try:
             with trio.fail_after(2 * settings.connect + settings.total):
-                response = await transport.handle_async_request(far)
+                response: httpx.Response = await transport.handle_async_request(request)
         except BaseException:
             with trio.CancelScope(shield=True):
                 for stream in opening:
@@ -332,30 +289,52 @@ class HttpcoreTransport(httpx.AsyncBaseTransport):
                         pass
                 with suppress(Exception):
                     await response.aclose()
-                most = settings.idle_connections
-                if whole and named and self.kept is not None and len(self.kept) < most:
-                    self.kept.append(transport)
-                else:
-                    await transport.aclose()
+                await self.release(transport, whole and named)
 
         response.extensions |= {"body": body, "release": release}
         return response
 
-    def _open(self, origin: Origin) -> httpx.AsyncHTTPTransport:
-        proxy, unix = proxy_for(origin), self._named.unix if origin == self._named else None
-        via = httpx.Proxy(proxy.origin.text, auth=proxy.auth) if proxy else None
-        limits = httpx.Limits(keepalive_expiry=self._settings.idle_seconds)
-        return httpx.AsyncHTTPTransport(
-            tls_context(), trust_env=False, http2=True, limits=limits, proxy=via, uds=unix
-        )
 
-    async def drop_kept(self) -> None:
+class OwnTransport(_Transport):
+    """Plain HTTP/1.1 to one server on this machine, by `transport.Connection`; `far` is for the others, to
+    which that one redirects. httpx does not see the headers of a response: its body has them."""
+
+    def __init__(self, named: Origin, settings: HttpSettings, far: HttpcoreTransport) -> None:
+        super().__init__(named, settings)
+        self._far = far
+        self._threads = trio.CapacityLimiter(MAX_THREADS)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        named, settings = self._named, self._settings
+        if request.extensions["origin"] != named:
+            return await self._far.handle_async_request(request)
+        lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
+        lines += map(b"%s: %s".__mod__, request.headers.raw)
+        assert isinstance(request.stream, httpx.SyncByteStream)
+        data = b"\r\n".join([*lines, b"", b"".join(request.stream)])
         while self.kept:
-            await self.kept.pop().aclose()
+            connection = self.kept.pop()
+            if trio.current_time() - connection.began < settings.idle_seconds and connection.is_fresh():
+                break
+            await connection.aclose()
+        else:
+            with trio.fail_after(settings.connect):
+                if named.unix is None:
+                    stream = await trio.open_tcp_stream(named.host, named.port)
+                else:
+                    stream = await trio.open_unix_socket(named.unix)
+            connection = Connection(stream, settings.idle, self._threads)
+        try:
+            await connection.request(data, trio.current_time() + settings.total)
+        except BaseException:
+            await connection.aclose()
+            raise
+        extensions = {"body": connection, "release": partial(self.release, connection)}
+        return httpx.Response(connection.status, extensions=extensions)
 
     async def aclose(self) -> None:
-        await self.drop_kept()
-        self.kept = None
+        await super().aclose()
+        await self._far.aclose()
 
 
 # -- the client ----------------------------------------------------------------------------------------------
@@ -368,13 +347,6 @@ class _NoCookies(httpx.Cookies):
 
 class _Client(httpx.AsyncClient):
     cookies = _NoCookies()  # type: ignore[override]  # a property there
-
-
-@functools.lru_cache(maxsize=64)
-def _url(origin: Origin) -> httpx.URL:
-    """Without a path, which is an extension for our transports: to parse a URL takes 100 us, as all else for
-    a small block."""
-    return httpx.URL(scheme=origin.scheme, host=origin.host, port=origin.port)
 
 
 class Http:
@@ -390,32 +362,39 @@ class Http:
         self._named = replace(origin, base="")
         self._host = origin.authority
         """The Host header for the origin itself."""
+        self._url = httpx.URL(scheme=origin.scheme, host=origin.host)
+        """For httpx. Our transports are told origin and path beside it: to parse a URL takes 100 us, as long
+        as all else for a small block."""
+        far = HttpcoreTransport(self._named, s)
         own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http" and not s.public_only
-        self._far = HttpcoreTransport(replace(origin, base=""), s)
-        self._near = OwnTransport(origin, s) if own else self._far
-        """For the origin itself: `_far` is for where it redirects."""
-        self._near_client = _Client(transport=self._near, trust_env=False)
-        self._far_client = _Client(transport=self._far, trust_env=False)
+        self._transport = OwnTransport(self._named, s, far) if own else far
+        self._client = _Client(transport=self._transport, trust_env=False)
         self._headers = functools.lru_cache(64)(self._make_headers)  # costs as much as half of a small block
 
     async def aclose(self) -> None:
         """Who still asks gets a connection that is not kept."""
-        await self._near.aclose()
-        await self._far.aclose()
+        await self._transport.aclose()
         await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
     async def ask(
-        self, method: str, target: str, headers: Headers = (), body: bytes = b"", *, repeatable: bool = True
+        self,
+        method: str,
+        target: str,
+        headers: Headers = (),
+        file: bytes | None = None,
+        *,
+        repeatable: bool = True,
     ) -> AsyncIterator[Response]:
-        """One request for `target`, a path and query below the origin's base. Redirects are followed as the
-        rules let. A `repeatable` one is sent again where a kept connection is dead. Raises SourceFailed."""
+        """One request for `target`, a path and query below the origin's base; with `file`, the file of a
+        form. Redirects are followed as the rules let. A `repeatable` one is sent again where a kept
+        connection is dead. Raises SourceFailed."""
         if self.settings.quota is not None:
             self.settings.quota.check()
         origin, path = self._named, self.origin.base + target
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                response = await self._send(origin, method, path, headers, body, repeatable)
+                response = await self._send(origin, method, path, headers, file, repeatable)
                 try:
                     if response.status not in REDIRECTS or "location" not in response.headers:
                         if response.headers.get("content-encoding", "identity").lower() != "identity":
@@ -425,7 +404,7 @@ class Http:
                     origin, path = self._follow(origin, path, method, response.headers["location"])
                     await response.read(ERROR_BODY)
                 finally:
-                    await response.release(response.ended)
+                    await response.release(response.ended and response.body.keep_alive)
         except (SourceFailed, NotHere, BlockTooLarge):
             raise
         except Exception as exc:
@@ -450,18 +429,21 @@ class Http:
         return target, target_path
 
     async def _send(
-        self, origin: Origin, method: str, path: str, headers: Headers, body: bytes, repeatable: bool
+        self, origin: Origin, method: str, path: str, headers: Headers, file: bytes | None, repeatable: bool
     ) -> Response:
         """The response's head. If a kept connection turns out to be dead, it is asked for again."""
         if not TARGET.fullmatch(path):
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
-        every = self._headers(origin, method, tuple(headers), len(body))
-        client = self._near_client if origin == self._named else self._far_client
-        extensions = {"origin": origin, "path": path}
-        stream = httpx.ByteStream(body)
-        request = httpx.Request(method, _url(origin), headers=every, stream=stream, extensions=extensions)
+        request = httpx.Request(
+            method,
+            self._url,
+            headers=self._headers(origin, tuple(headers)),
+            files=None if file is None else {"data": ("data", file, "application/octet-stream")},
+            stream=httpx.ByteStream(b"") if method == "GET" else None,
+            extensions={"origin": origin, "path": path},
+        )
         began, patience = trio.current_time(), math.inf
-        if repeatable and self._near.kept and origin == self._named:
+        if repeatable and self._transport.kept and origin == self._named:
             # A kept one may be dead in silence: after the machine has slept or has changed its network.
             current = current_request.get()
             left = min(current.deadline, current.wanted_until) - began
@@ -469,19 +451,18 @@ class Http:
         sent: httpx.Response | None = None
         try:
             with trio.move_on_after(patience) as silence:
-                sent = await client.send(request, stream=True)
+                sent = await self._client.send(request, stream=True)
             if silence.cancelled_caught and self._answered < began:
-                await self._near.drop_kept()  # else it is this answer alone that does not come
+                await self._transport.drop_kept()  # else it is this answer alone that does not come
         except DEAD:
             if not repeatable:
                 raise
         if sent is None:
-            sent = await client.send(request, stream=True)
+            sent = await self._client.send(request, stream=True)
         self._answered = trio.current_time()
         return Response(sent, self.origin.text, self.share, self.settings)
 
-    def _make_headers(self, origin: Origin, method: str, headers: Headers, length: int) -> httpx.Headers:
+    def _make_headers(self, origin: Origin, headers: Headers) -> httpx.Headers:
         host = self._host if origin == self._named else origin.authority
         every = [("Host", host), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *headers]
-        every += self.settings.headers.of(origin) if origin == self._named else ()
-        return httpx.Headers(every + [("Content-Length", str(length))] * (length > 0 or method == "POST"))
+        return httpx.Headers(every + [*self.settings.headers.of(origin)] * (origin == self._named))

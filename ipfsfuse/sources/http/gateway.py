@@ -5,8 +5,8 @@ Nothing is verified here. A slow reader slows the request down.
 """
 
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, closing
 from functools import partial
 
 import trio
@@ -17,11 +17,11 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http, Response
 from ipfsfuse.sources.http.failures import LONG, NOT_SUPPORTED, PAGE, STATUS
 from ipfsfuse.sources.http.settings import Headers
-from ipfsfuse.sources.streams import Delivery, Leases, Send, Stream, streaming
+from ipfsfuse.sources.streams import Delivery, Leases, Send
 
 BELIEVED = 1 << 30
 """A server that offers more bytes than that for a block does not have a large block: it lies."""
@@ -41,35 +41,10 @@ class NotOffered(SourceFailed):
     """The server does not support such a request. Its health does not suffer: another kind may work."""
 
 
-class _Car:
-    """The sections of a CAR, some at a time, until it ends or has more than `limit` bytes (`too_long`)."""
-
-    def __init__(self, response: Response, limit: int) -> None:
-        self._response, self._left = response, limit
-        self._parser = StreamParser()
-        self._found: Iterator[tuple[Cid, bytes]] = iter(())
-        self.too_long = False
-
-    def __aiter__(self) -> "_Car":
-        return self
-
-    async def __anext__(self) -> streams.Blocks:
-        await trio.lowlevel.checkpoint()
-        while not (blocks := list(itertools.islice(self._found, SECTIONS))):
-            if self.too_long or not (piece := await self._response.receive()):
-                raise StopAsyncIteration
-            self._left -= len(piece)
-            self.too_long = self._left < 0
-            self._found = self._parser.feed(piece)
-        return blocks
-
-
-class Gateway:
+class Gateway(Source):
     """`local` for a node's own gateway port on this machine: there leaves come fastest as a range of their
     file. From a remote gateway they come as a CAR, by one request whatever the distance. With `only_cached`
     the server is asked not to fetch anything itself."""
-
-    in_place = False
 
     def __init__(
         self, http: Http, name: str, *, local: bool = False, only_cached: bool = False, connections: int = 4
@@ -96,9 +71,6 @@ class Gateway:
         target = f"/ipns/{name}?format=ipns-record"
         return await ask_for_record(self._http, self.name, target, self._headers[1:])
 
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(self.send_leaves, wanted))
-
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         if len(wanted.leaves) > FEW:
             if self._ranges and streams.can_range(wanted.leaves):
@@ -113,9 +85,6 @@ class Gateway:
                     self._cars = False
         return await streams.send_singly(self.get, wanted.leaves, send, self._connections)
 
-    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        return streaming(partial(self.send_subtree, subtree), turns=True)
-
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         if self._cars:
             scope = f"dag-scope={'all' if subtree.whole else 'entity'}"
@@ -125,9 +94,9 @@ class Gateway:
                         await send.send(blocks)
             except NotOffered:
                 self._cars = False
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
+            except SourceFailed as exc:
+                if exc.kind != LONG:  # else it is enough
+                    raise
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -180,20 +149,32 @@ class Gateway:
                         await send.send(Delivery(index, [block]))
                 if not indexes:
                     return
-        if car.too_long:
-            raise SourceFailed(
-                f"{self._http.origin.text} sent far more than the blocks that were asked for", LONG
-            )
 
     @asynccontextmanager
-    async def _car(self, root: Cid, scope: str, limit: int) -> AsyncIterator[_Car]:
-        """A CAR, to iterate over. One that ends early is not an error here. Raises NotOffered, NotHere,
+    async def _car(self, root: Cid, scope: str, limit: int) -> AsyncIterator[AsyncIterator[streams.Blocks]]:
+        """A CAR's blocks. One that ends early is not an error here. Raises NotOffered, NotHere,
         SourceFailed."""
         accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
         async with self._http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
             if response.status != 200 or response.content_type != CAR_TYPE:
                 raise await self._not_offered(response, root, "CARs")
-            yield _Car(response, limit)
+            async with aclosing(self._sections(response, limit)) as blocks:
+                yield blocks
+
+    async def _sections(self, response: Response, limit: int) -> AsyncGenerator[streams.Blocks]:
+        """The sections of a CAR, some at a time, until it ends. Raises SourceFailed (long) where it has more
+        than `limit` bytes."""
+        parser = StreamParser()
+        while piece := await response.receive():
+            found = parser.feed(piece)
+            while blocks := list(itertools.islice(found, SECTIONS)):
+                yield blocks
+                await trio.lowlevel.checkpoint()
+            limit -= len(piece)
+            if limit < 0:
+                raise SourceFailed(
+                    f"{self._http.origin.text} sent far more than the blocks that were asked for", LONG
+                )
 
     async def _not_offered(self, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
         """The error for a response that does not contain `what`."""

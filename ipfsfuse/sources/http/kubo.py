@@ -7,11 +7,8 @@ three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where th
 
 import base64
 import json
-import secrets
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
-from functools import partial
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import urlencode
 
@@ -23,14 +20,14 @@ from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import Hashed, LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import Hashed, LeafRange, Source, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
-from ipfsfuse.sources.streams import Block, Delivery, Leases, Send, Stream, streaming
+from ipfsfuse.sources.streams import Block, Delivery, Leases, Send
 
 CONNECTIONS = 2
 """Requests of one range at a time: on 2 cores a second one gained 5 to 25 % over 64 MiB, a third nothing."""
@@ -42,11 +39,9 @@ readers."""
 THREADS = 4
 
 
-class Kubo:
+class Kubo(Source):
     """`api` is the RPC address that the user gave; None finds the node by its repository. `blocks` reads the
     blocks in that repository; None if it can't be read."""
-
-    in_place = False
 
     def __init__(
         self,
@@ -68,6 +63,11 @@ class Kubo:
         self._gateway: Gateway | None = None
         self._asked_for_gateway = False
 
+    @property
+    def name_listener(self) -> tuple[int, int] | None:
+        """As `BlockFiles.name_listener`; None where there is no repository to read."""
+        return None if self._blocks is None else self._blocks.name_listener
+
     async def get(self, cid: Cid) -> bytes:
         block = await self.get_hashed(cid)
         return block.block if isinstance(block, Hashed) else block
@@ -75,7 +75,9 @@ class Kubo:
     async def get_hashed(self, cid: Cid) -> bytes | Hashed:
         """The block. One that was read in the repository may come with its hash."""
         if self._blocks is not None:
-            block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
+            block = self._blocks.take_hashed(cid)
+            if block is None:
+                block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
             if block is not None:
                 return block
         gateway = await self._find_gateway()
@@ -84,16 +86,6 @@ class Kubo:
                 return await gateway.get(cid)
             except SourceFailed as exc:
                 await self._note_gateway(exc)
-        return await self._get_by_rpc(cid)
-
-    async def _note_gateway(self, failure: SourceFailed) -> None:
-        """Raises `failure` unless only the gateway port has failed."""
-        if failure.kind not in NO_GATEWAY:
-            raise failure
-        if failure.kind == CONNECT:
-            await self._forget()
-
-    async def _get_by_rpc(self, cid: Cid) -> bytes:
         arguments = [("arg", cids.text(cid))] + [("offline", "true")] * self._offline
         try:
             return await self.rpc().call("block/get", arguments, cids.MAX_BLOCK)
@@ -101,8 +93,15 @@ class Kubo:
             if exc.kind == LONG:
                 raise too_large(self.name, cid) from exc
             if exc.kind == CONNECT:
-                await self._forget()
+                await self.aclose()
             raise
+
+    async def _note_gateway(self, failure: SourceFailed) -> None:
+        """Raises `failure` unless only the gateway port has failed."""
+        if failure.kind not in NO_GATEWAY:
+            raise failure
+        if failure.kind == CONNECT:
+            await self.aclose()
 
     async def ipns_record(self, name: str) -> bytes:
         """The newest record the node finds of the IPNS name `name`, unverified. Raises NotHere,
@@ -113,9 +112,6 @@ class Kubo:
             return base64.b64decode(json.loads(said.splitlines()[-1])["Extra"], validate=True)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as exc:
             raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
-
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(self.send_leaves, wanted))
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         blocks = [leaf.cid for leaf in wanted.leaves]
@@ -139,9 +135,6 @@ class Kubo:
                 if rest := stretch[len(blocks) :]:  # as read: up to the first that is not there
                     blocks += await threads.run_sync(here.read_each, rest, limiter=self._threads)
                 await send.send(Delivery(index, blocks, release))
-
-    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        return streaming(partial(self.send_subtree, subtree), turns=True)
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
@@ -173,28 +166,22 @@ class Kubo:
         return self._rpc
 
     async def _find_gateway(self) -> Gateway | None:
-        if not self._asked_for_gateway:
-            origin = await self._gateway_origin()
-            self._asked_for_gateway = True
-            if origin is not None:
-                http = Http(origin, self._settings)
-                ways = {"local": True, "only_cached": self._offline}
-                self._gateway = Gateway(http, self.name, **ways, connections=CONNECTIONS)
-        return self._gateway
-
-    async def _gateway_origin(self) -> Origin | None:
         """The gateway port of a node on this machine, as the node says; never a port of another host."""
-        try:
-            if self._api is None:
-                found = self._read("gateway")
-            elif not self._api.is_local:
-                return None
-            else:
-                said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
-                found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
-        except (IpfsFuseError, ValueError):
-            return None
-        return found if found.is_local else None
+        if not self._asked_for_gateway:
+            found = None
+            with suppress(IpfsFuseError, ValueError):
+                if self._api is None:
+                    found = self._read("gateway")
+                elif self._api.is_local:
+                    said = await self.rpc().call("config", [("arg", "Addresses.Gateway")])
+                    found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
+            self._asked_for_gateway = True
+            if found is not None and found.is_local:
+                ways = {"local": True, "only_cached": self._offline}
+                self._gateway = Gateway(
+                    Http(found, self._settings), self.name, **ways, connections=CONNECTIONS
+                )
+        return self._gateway
 
     def _read(self, file: str) -> Origin:
         path = self._repository / file
@@ -206,20 +193,14 @@ class Kubo:
         except (OSError, UnicodeDecodeError, UsageError) as exc:
             raise SourceFailed(f"{path} can't be used: {exc}", CONNECT) from exc
 
-    async def _forget(self) -> None:
-        """Closes what is open to the node, so that its addresses are read again."""
+    async def aclose(self) -> None:
+        """Closes what is open to the node. Whoever still asks looks for its addresses again."""
         rpc, gateway = self._rpc, self._gateway
         self._rpc = self._gateway = None
         self._asked_for_gateway = False
         for each in (rpc.http if rpc else None, gateway):
             if each is not None:
                 await each.aclose()
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
-
-    async def aclose(self) -> None:
-        await self._forget()
 
 
 # -- the RPC API ---------------------------------------------------------------------------------------------
@@ -232,15 +213,16 @@ _REPEATABLE: Final = {
 """Commands that have the same effect when they are repeated."""
 
 
+@dataclass(slots=True)
 class Rpc:
-    """Commands of one node by POST /api/v0/<command>. `advice` says what to do if the node refuses us.
+    """Commands of one node by POST /api/v0/<command>.
 
     A call that is cancelled closes its connection, which ends the command at the node."""
 
-    def __init__(self, http: Http, name: str, advice: str = "look at its API.Authorizations") -> None:
-        self.http = http
-        self.name = name
-        self._advice = advice
+    http: Http
+    name: str
+    _advice: str = "look at its API.Authorizations"
+    """What to do if the node refuses us."""
 
     async def call(
         self,
@@ -253,32 +235,16 @@ class Rpc:
         if the node can't find something, SourceFailed otherwise, also for a body that broke off."""
         repeatable = command in _REPEATABLE
         target = f"/api/v0/{command}" + (f"?{urlencode(arguments)}" if arguments else "")
-        headers, body = ((), b"") if file is None else _form(file)
-        async with self.http.ask("POST", target, headers, body, repeatable=repeatable) as response:
+        async with self.http.ask("POST", target, file=file, repeatable=repeatable) as response:
             if response.status == 200:
                 return await response.read(limit)
             said = await response.read(ERROR_BODY)
             if response.status in (401, 403):
                 raise SourceFailed(f"{self.name} refused us: {self._advice}", REFUSED)
             if response.status == 500:
-                self._raise_message(command, said)
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # not JSON with a Message
+                    message = one_line(str(json.loads(said)["Message"]))
+                    if any(absent in message for absent in _ABSENT):
+                        raise NotHere(f"{self.name}: {message}")
+                    raise SourceFailed(f"{self.name} {command}: {message}", "node")
             raise refused(self.name, response.status, response.headers.get("retry-after", ""), said)
-
-    def _raise_message(self, command: str, said: bytes) -> None:
-        """Raises what the JSON Message of a 500 says; returns if there is none."""
-        try:
-            message = one_line(str(json.loads(said)["Message"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return
-        if any(absent in message for absent in _ABSENT):
-            raise NotHere(f"{self.name}: {message}")
-        raise SourceFailed(f"{self.name} {command}: {message}", "node")
-
-
-def _form(file: bytes) -> tuple[Headers, bytes]:
-    """The header and the body of a multipart form with one file."""
-    mark = secrets.token_hex(16)
-    head = 'Content-Disposition: form-data; name="data"; filename="data"'
-    start = f"--{mark}\r\n{head}\r\nContent-Type: application/octet-stream\r\n\r\n"
-    body = b"".join((start.encode(), file, f"\r\n--{mark}--\r\n".encode()))
-    return [("Content-Type", f"multipart/form-data; boundary={mark}")], body

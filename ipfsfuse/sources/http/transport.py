@@ -48,12 +48,13 @@ class Connection:
         self._socket.setblocking(True)  # for threads; on the event loop each call has MSG_DONTWAIT
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, THREAD_WAIT)
         self._idle, self._threads = idle, threads
-        self.idle_since = 0.0
         self._fast = False
         """Whether the last bytes came faster than they were asked for."""
 
     async def request(self, data: bytes, end: float) -> None:
         """Sends a request's bytes and receives the response's head by the time `end`."""
+        self.began = trio.current_time()
+        """Of the last request."""
         self._parser = HttpResponseParser(self)
         self.status = 0
         """0 until the head has come."""
@@ -191,6 +192,6 @@ class Connection:
             return isinstance(exc, BlockingIOError)
         return False
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         self._socket.close()
         self._parser = HttpResponseParser(None)  # it held this connection, which held it

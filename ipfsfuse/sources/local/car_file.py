@@ -17,7 +17,6 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +31,9 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed, Unsupported
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import LeafRange, Subtree, fits, too_large
+from ipfsfuse.sources.base import LeafRange, Source, fits, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
-from ipfsfuse.sources.streams import Delivery, Leases, Send, Stream, streaming
+from ipfsfuse.sources.streams import Delivery, Leases, Send
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
@@ -463,7 +461,7 @@ def _read_together(near: list[tuple[int, Found]]) -> Blocks:
 # -- the source ----------------------------------------------------------------------------------------------
 
 
-class CarSource:
+class CarSource(Source):
     """One file as a source.
 
     Blocks that the page cache holds are read at once on the event loop (10 us; a worker thread costs 80).
@@ -515,12 +513,8 @@ class CarSource:
             return self._file.read_small(place)
         return await threads.run_sync(self._file.read, place)
 
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(send_found, wanted.leaves, self._find))
-
-    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        """Nothing: each block is at hand."""
-        return streaming(streams.send_nothing)
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        await send_found(wanted.leaves, self._find, send)
 
     def _find(self, cid: Cid) -> Found | None:
         place = self._file.find(cids.multihash(cid))

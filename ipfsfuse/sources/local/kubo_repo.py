@@ -26,7 +26,8 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import Direct, read_file, read_hashed, read_whole, regular, size_of
+from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
+from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import Hashed, fits, too_large
 from ipfsfuse.sources.streams import Block
 
@@ -36,9 +37,11 @@ SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
 """Folders are named by so many characters before the last one; Kubo makes no others."""
 
 
-SHA2_256 = bytes([multihashes.SHA2_256])
 MAX_CONFIG = 1 << 20
 """Bytes of the largest file of a repository's configuration that is read."""
+PATIENCE = 0.002
+"""Seconds that the event loop waits for a block of a quick disk, where no other is asked for: to go to a
+thread and back takes 0.4 ms."""
 LOOK_SECONDS = 1.0
 """How late a denylist is seen that is added while the repository is read."""
 
@@ -77,6 +80,10 @@ class Denylists:
             self._found = where is not None
         return self._found
 
+    def none_lately(self) -> bool:
+        """Whether there was none when they were looked up last, and that was not long ago."""
+        return not self._found and time.monotonic() - self._looked < LOOK_SECONDS
+
 
 class Flatfs:
     def __init__(self, folder: Path, characters: int, denylists: Denylists | None = None) -> None:
@@ -86,6 +93,12 @@ class Flatfs:
         self._characters = characters
         self._denylists = denylists
         self._direct = Direct()
+        self._files = BlockFiles(self._folder, characters)
+
+    @property
+    def name_listener(self) -> tuple[int, int]:
+        """As `BlockFiles.name_listener`."""
+        return self._files.name_listener
 
     def _is_blocked(self) -> bool:
         return self._denylists is not None and self._denylists.any()
@@ -104,19 +117,25 @@ class Flatfs:
         return found.block if isinstance(found, Hashed) else found
 
     def read_hashed(self, cid: Cid) -> bytes | Hashed | None:
-        """Reads a block, and hashes it on the way if its hash is SHA-256 and it is large enough for that."""
+        """Reads a block, and hashes it on the way if its hash is SHA-256."""
         if self._is_blocked():
             return None
-        path = self._path(cid)
-        block: bytes | Hashed | None = None
-        if cids.codec(cid) == cids.RAW and cids.multihash(cid)[:1] == SHA2_256:
-            found = read_hashed(path, cids.MAX_BLOCK)
-            block = None if found is None else Hashed(*found)
-        else:
-            block = read_file(path, cids.MAX_BLOCK)
-        if block is None and (size := size_of(path)) is not None and size > cids.MAX_BLOCK:
+        multihash = cids.multihash(cid)
+        if multihash[:2] == multihashes.SHA2_256_PREFIX:
+            return _block(cid, self._files.read(multihash[2:], cids.codec(cid)))
+        block = read_file(self._path(cid), cids.MAX_BLOCK)
+        if block is None and (size := size_of(self._path(cid))) is not None and size > cids.MAX_BLOCK:
             raise too_large("kubo", cid, size)
         return block
+
+    def take_hashed(self, cid: Cid) -> bytes | Hashed | None:
+        """The block if it was read ahead, or can be had within PATIENCE; for the event loop."""
+        multihash = cids.multihash(cid)
+        if multihash[:2] != multihashes.SHA2_256_PREFIX:
+            return None
+        sure = self._denylists is None or self._denylists.none_lately()
+        read = self._files.take(multihash[2:], cids.codec(cid), PATIENCE if sure else 0)
+        return _block(cid, read) if sure and read is not None else None
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
         """Reads the first of `wanted`, and as many of the others as one call reads: for many small blocks. A
@@ -157,6 +176,15 @@ class Flatfs:
     def _path(self, cid: Cid) -> str:
         name = cids.multihash_base32(cid)
         return f"{self._folder}/{name[-1 - self._characters : -1]}/{name}.data"
+
+
+def _block(cid: Cid, read: Read | int) -> bytes | Hashed | None:
+    """Raises BlockTooLarge."""
+    if isinstance(read, Read):
+        return read.block if read.digest is None else Hashed(read.block, read.digest)
+    if read == MISSING:
+        return None
+    raise too_large("kubo", cid, -read)
 
 
 def open_flatfs(repository: Path) -> Flatfs | None:

@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +43,7 @@ from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, NotHere, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.files import regular
-from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import LeafRange, Subtree, too_large
+from ipfsfuse.sources.base import LeafRange, Source, too_large
 from ipfsfuse.sources.local.car_file import (
     CarFile,
     Found,
@@ -57,7 +55,7 @@ from ipfsfuse.sources.local.car_file import (
     send_found,
 )
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.streams import Delivery, Stream, streaming
+from ipfsfuse.sources.streams import Delivery, Send
 
 MARKER, VERSION = "ipfsfuse library", 1
 FORMAT, LOCK, ROOTS = "format", "lock", "roots"
@@ -695,7 +693,7 @@ def _readable(cid: Cid, found: Found | None) -> Found:
     return found
 
 
-class LibrarySource:
+class LibrarySource(Source):
     """The library as a source."""
 
     name = "library"
@@ -719,12 +717,8 @@ class LibrarySource:
             return found.file.read_small(found.place)
         return await threads.run_sync(found.file.read, found.place)
 
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(send_found, wanted.leaves, self._find))
-
-    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        """Nothing: each block is at hand."""
-        return streaming(streams.send_nothing)
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        await send_found(wanted.leaves, self._find, send)
 
     def _find(self, cid: Cid) -> Found | None:
         return self.library.packs.find(cids.multihash(cid))

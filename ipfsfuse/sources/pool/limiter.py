@@ -25,6 +25,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import trio
@@ -180,7 +181,7 @@ class ConcurrencyLimiter:
         self._dispatch()
         if place.is_started():
             return
-        joined = lambda: self._join(place)  # noqa: E731  # to be removed, it needs a name
+        joined = partial(self._join, place)
         place.request.on_join.add(joined)
         try:
             while not place.is_started():

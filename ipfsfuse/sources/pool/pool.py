@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TypeVar
 
 import trio
@@ -77,7 +76,7 @@ def seconds_asleep() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
-class Inline:
+class Inline(Source):
     """The source of blocks that are written in their own CIDs. Never asked: the pool answers for it."""
 
     name = "inline"
@@ -88,15 +87,6 @@ class Inline:
         if block is None:
             raise NotHere(f"{cids.text(cid)} holds no block of its own")
         return block
-
-    def stream(self, wanted: LeafRange) -> Stream[Delivery]:
-        return streaming(partial(streams.send_singly, self.get, wanted.leaves, connections=1))
-
-    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
-        return streaming(streams.send_nothing)
-
-    def roots(self) -> Sequence[Cid]:
-        return ()
 
     async def aclose(self) -> None:
         pass

@@ -1,0 +1,534 @@
+/* Reads blocks of a Kubo repository (flatfs: one file for each block, named by its multihash), each by one call without Python's
+ * lock, and reads ahead of who goes down one path: what a block links first, it is asked for next, and the disk needs as
+ * long for it as Python needs for the answers in between.
+ *
+ * Read ahead are the children of a directory of at most FEW entries. Once one of them was asked for, and is a file, its first
+ * blocks are too, down to its first leaf. That is not done while other blocks are asked for as well: then the disk has enough to
+ * do. Nothing here verifies anything: a link is a hint, found by its bytes, and whoever takes a block compares its hash.
+ * Concurrency: any thread. At most THREADS threads read ahead. They use nothing of Python's.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAX_BLOCK (2 << 20)
+#define FEW 4
+#define DEEPEST 5               /* levels below a directory */
+#define SLOTS 16
+#define MOST 16                 /* blocks that are read ahead after one that was asked for alone */
+#define THREADS 2
+#define KEPT (4 << 20)          /* bytes of blocks that were read ahead and not taken yet */
+#define KEPT_NS 1000000000LL    /* for which they are kept */
+#define ALONE_NS 20000000LL     /* without another block asked for, after which a directory's children are read ahead */
+#define TOGETHER (256 << 10)    /* bytes that are hashed while the disk reads the next ones. Asked for by one call, the disk gives
+                                 * 1 MiB after some 1.2 ms, and hashing begins only there */
+#define DIGEST 32
+#define DAG_PB 0x70
+#define RAW 0x55
+#define MISSING -1
+
+/* OpenSSL's functions, as `hashlib` uses them; all NULL where there are none. */
+struct sha256 {
+	void *(*new)(void);
+	int (*init)(void *, const void *, void *);
+	int (*update)(void *, const void *, size_t);
+	int (*final)(void *, unsigned char *, unsigned *);
+	void (*free)(void *);
+	const void *(*type)(void);
+};
+
+struct found {
+	int64_t size;           /* or MISSING; less than that, if it is too large: -size */
+	char *bytes;            /* malloc's */
+	int is_hashed;
+	uint8_t hash[DIGEST];
+};
+
+struct slot {
+	enum { FREE, WANTED, READING, READ } state;
+	uint8_t digest[DIGEST];
+	int codec;
+	int level;              /* below the directory that is asked for or was taken last */
+	int on_path;            /* it was asked for itself, or is the first block of such a file: what it links is wanted, too */
+	atomic_int unwanted;    /* it may not have been read: another child of the directory was asked for, or there is no room */
+	int64_t order, family, read_at;
+	struct found found;
+};
+
+struct repo {
+	char *folder;
+	int characters;
+	struct sha256 sha256;
+	pthread_mutex_t lock;
+	pthread_cond_t work, done;
+	struct slot slots[SLOTS];
+	int64_t asked_at, order, kept;
+	int left;               /* blocks that may still be read ahead: a walk through many directories is not followed for long */
+	int threads, idle, stopping, orphaned;
+};
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* -- one file ----------------------------------------------------------------------------------------------------------- */
+
+/* The name of a block's file is the base32 of its multihash, its folder's some of its last characters but one. */
+static int path_of(const struct repo *repo, const uint8_t *digest, char *path, size_t room)
+{
+	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+	uint8_t multihash[2 + DIGEST + 1] = {0x12, DIGEST};
+	char name[56];
+	size_t bit, each;
+
+	memcpy(multihash + 2, digest, DIGEST);
+	for (each = 0; each < 55; each++) { /* 34 bytes: 272 bits, and three zeros */
+		bit = each * 5;
+		name[each] = alphabet[(multihash[bit / 8] << 8 | multihash[bit / 8 + 1]) >> (11 - bit % 8) & 31];
+	}
+	name[55] = 0;
+	return snprintf(path, room, "%s/%.*s/%s.data", repo->folder, repo->characters, name + 54 - repo->characters, name) < (int)room;
+}
+
+/* Reads `found->size` bytes, and hashes them, while they are wanted. */
+static int read_open(const struct repo *repo, int file, struct found *found, atomic_int *unwanted)
+{
+	void *hasher = repo->sha256.new ? repo->sha256.new() : NULL;
+	int64_t at, size = found->size;
+	ssize_t got;
+	int hashed = hasher && repo->sha256.init(hasher, repo->sha256.type(), NULL);
+
+	for (at = 0; size > TOGETHER && at < size; at += TOGETHER)
+		posix_fadvise(file, at, TOGETHER, POSIX_FADV_WILLNEED);
+	for (at = 0; at < size; at += got) {
+		got = pread(file, found->bytes + at, size - at < TOGETHER ? size - at : TOGETHER, at);
+		if (got <= 0 || (unwanted && *unwanted))
+			break;
+		hashed = hashed && repo->sha256.update(hasher, found->bytes + at, got);
+	}
+	found->is_hashed = hashed && at == size && repo->sha256.final(hasher, found->hash, NULL);
+	if (hasher)
+		repo->sha256.free(hasher);
+	return at == size;
+}
+
+/* A regular file; links are not followed. O_NONBLOCK: a pipe must not be waited for. */
+static void read_block(const struct repo *repo, const uint8_t *digest, struct found *found, atomic_int *unwanted)
+{
+	char path[4096];
+	struct stat info;
+	int file;
+
+	*found = (struct found){.size = MISSING};
+	if (!path_of(repo, digest, path, sizeof path))
+		return;
+	file = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	if (file < 0)
+		return;
+	if (!fstat(file, &info) && S_ISREG(info.st_mode)) {
+		if (info.st_size > MAX_BLOCK)
+			found->size = -info.st_size;
+		else if ((found->bytes = malloc(info.st_size ? info.st_size : 1))) {
+			found->size = info.st_size;
+			if (!read_open(repo, file, found, unwanted)) {
+				free(found->bytes);
+				*found = (struct found){.size = MISSING};
+			}
+		}
+	}
+	close(file);
+}
+
+/* -- ahead -------------------------------------------------------------------------------------------------------------- */
+
+struct link { const uint8_t *digest; int codec, is_named; };
+
+/* The first links of a dag-pb block by SHA-256, at most `most`: PBLink's field 1 is the CID, field 2 the name, which is empty
+ * in a file. Source: the dag-pb specification. What only looks like a link is read for nothing. */
+static int links_of(const uint8_t *block, int64_t size, struct link *links, int most)
+{
+	static const uint8_t v0[] = {0x0a, 34, 0x12, DIGEST}, v1[] = {0x0a, 36, 0x01};
+	int64_t at, next;
+	int count = 0;
+
+	for (at = 0; at + 6 + DIGEST + 2 <= size && count < most; at = next) {
+		const uint8_t *here = block + at;
+		struct link *link = &links[count];
+
+		if (!memcmp(here, v1, sizeof v1) && (here[3] == RAW || here[3] == DAG_PB) && here[4] == 0x12 && here[5] == DIGEST)
+			*link = (struct link){here + 6, here[3], 0};
+		else if (!memcmp(here, v0, sizeof v0))
+			*link = (struct link){here + 4, DAG_PB, 0};
+		else {
+			next = at + 1;
+			continue;
+		}
+		next = link->digest + DIGEST - block;
+		link->is_named = block[next] == 0x12 && block[next + 1];
+		count++;
+	}
+	return count;
+}
+
+static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
+{
+	struct slot *slot;
+
+	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
+		if (slot->state != FREE && slot->codec == codec && !memcmp(slot->digest, digest, DIGEST))
+			return slot;
+	return NULL;
+}
+
+static void let_go(struct repo *repo, struct slot *slot)
+{
+	if (slot->state == READ && slot->found.bytes) {
+		repo->kept -= slot->found.size;
+		free(slot->found.bytes);
+	}
+	slot->state = FREE;
+}
+
+/* Lets go of what nobody took. Returns whether more is left. */
+static int forget_old(struct repo *repo)
+{
+	struct slot *slot;
+	int left = 0;
+
+	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
+		if (slot->state == READ && now_ns() - slot->read_at > KEPT_NS)
+			let_go(repo, slot);
+		else
+			left |= slot->state == READ;
+	return left;
+}
+
+static void *run(void *all);
+
+static void start_thread(struct repo *repo)
+{
+	sigset_t all, before;
+	pthread_t thread;
+
+	sigfillset(&all); /* signals are for Python's main thread */
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	if (!pthread_create(&thread, NULL, run, repo)) {
+		pthread_detach(thread);
+		repo->threads++;
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static struct slot *want(struct repo *repo, const uint8_t *digest, int codec, int level, int on_path, int64_t family)
+{
+	struct slot *slot = repo->slots;
+
+	while (slot < repo->slots + SLOTS && slot->state != FREE)
+		slot++;
+	if (slot == repo->slots + SLOTS)
+		return NULL;
+	memset(slot, 0, sizeof *slot);
+	slot->state = WANTED;
+	slot->codec = codec;
+	slot->level = level;
+	slot->on_path = on_path;
+	slot->order = repo->order++;
+	slot->family = family;
+	memcpy(slot->digest, digest, DIGEST);
+	return slot;
+}
+
+/* As many threads as there is work for. */
+static void wake(struct repo *repo, int wanted)
+{
+	for (; wanted > repo->idle && repo->threads < THREADS; wanted--)
+		start_thread(repo);
+	pthread_cond_broadcast(&repo->work);
+}
+
+/* A block that is `on_path`, at `level`, was read: what it links first is wanted next. The lock is held. */
+static void follow(struct repo *repo, const struct found *found, int level)
+{
+	struct link links[FEW + 1];
+	int64_t family = repo->order;
+	int each, pass, named, wanted = 0, count;
+
+	count = found->size > 0 ? links_of((uint8_t *)found->bytes, found->size, links, FEW + 1) : 0;
+	named = count && links[0].is_named;
+	if (named) {
+		level = 0;
+		count = count > FEW ? 0 : count;
+	} else /* who asks for a file by its CID may want no more than its size */
+		count = count && level && level < DEEPEST;
+	for (pass = 0; pass < 2; pass++) /* the small ones first */
+		for (each = 0; each < count && wanted < repo->left; each++)
+			if ((links[each].codec == RAW) == pass && !find(repo, links[each].digest, links[each].codec))
+				wanted += !!want(repo, links[each].digest, links[each].codec, level + 1, !named, family);
+	repo->left -= wanted;
+	if (wanted)
+		wake(repo, wanted);
+}
+
+/* The block that `slot` has read goes to who asks for it. */
+static void take(struct repo *repo, struct slot *slot, struct found *found)
+{
+	struct slot *other;
+
+	*found = slot->found;
+	repo->kept -= found->bytes ? found->size : 0;
+	slot->state = FREE;
+	for (other = repo->slots; other < repo->slots + SLOTS; other++)
+		if (other != slot && other->family == slot->family && other->state == WANTED)
+			other->state = FREE;
+		else if (other != slot && other->family == slot->family && other->state == READING)
+			other->unwanted = 1;
+	if (slot->codec == DAG_PB && !slot->on_path)
+		follow(repo, found, slot->level);
+}
+
+/* Reads what `slot` wants, and what that links. The lock is held, but not while it reads. */
+static void fill(struct repo *repo, struct slot *slot)
+{
+	struct found found;
+
+	slot->state = READING;
+	pthread_mutex_unlock(&repo->lock);
+	read_block(repo, slot->digest, &found, &slot->unwanted);
+	pthread_mutex_lock(&repo->lock);
+	if (slot->codec == DAG_PB && slot->on_path)
+		follow(repo, &found, slot->level);
+	if (found.bytes && repo->kept + found.size > KEPT) {
+		free(found.bytes);
+		found = (struct found){.size = MISSING};
+		slot->unwanted = 1;
+	}
+	repo->kept += found.bytes ? found.size : 0;
+	slot->found = found;
+	slot->read_at = now_ns();
+	slot->state = READ;
+	pthread_cond_broadcast(&repo->done);
+}
+
+static struct slot *oldest_wanted(struct repo *repo)
+{
+	struct slot *slot, *oldest = NULL;
+
+	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
+		if (slot->state == WANTED && (!oldest || slot->order < oldest->order))
+			oldest = slot;
+	return oldest;
+}
+
+static void end(struct repo *repo)
+{
+	struct slot *slot;
+
+	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
+		let_go(repo, slot);
+	pthread_mutex_unlock(&repo->lock);
+	pthread_cond_destroy(&repo->work);
+	pthread_cond_destroy(&repo->done);
+	pthread_mutex_destroy(&repo->lock);
+	free(repo->folder);
+	free(repo);
+}
+
+static void *run(void *all)
+{
+	struct repo *repo = all;
+	struct timespec until;
+	struct slot *slot;
+
+	pthread_mutex_lock(&repo->lock);
+	while (!repo->stopping) {
+		if ((slot = oldest_wanted(repo))) {
+			fill(repo, slot);
+			continue;
+		}
+		repo->idle++;
+		if (forget_old(repo)) {
+			clock_gettime(CLOCK_MONOTONIC, &until);
+			until.tv_sec += 1;
+			pthread_cond_timedwait(&repo->work, &repo->lock, &until);
+		} else
+			pthread_cond_wait(&repo->work, &repo->lock);
+		repo->idle--;
+	}
+	if (!--repo->threads && repo->orphaned) {
+		end(repo);
+		return NULL;
+	}
+	pthread_cond_broadcast(&repo->done);
+	pthread_mutex_unlock(&repo->lock);
+	return NULL;
+}
+
+/* -- for Python --------------------------------------------------------------------------------------------------------- */
+
+/* The blocks in `folder`, whose folders have names of `characters` characters. NULL without memory. */
+struct repo *repo_open(const char *folder, int characters, const struct sha256 *sha256)
+{
+	struct repo *repo = calloc(1, sizeof *repo);
+	pthread_condattr_t monotonic;
+
+	if (!repo || !(repo->folder = strdup(folder))) {
+		free(repo);
+		return NULL;
+	}
+	repo->characters = characters;
+	repo->sha256 = *sha256;
+	pthread_mutex_init(&repo->lock, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&repo->work, &monotonic);
+	pthread_cond_init(&repo->done, &monotonic);
+	return repo;
+}
+
+/* Nobody is in `repo_read` any more. Its threads use OpenSSL, which ends with the process: they are waited for, but not for long
+ * where the disk does not answer. */
+void repo_close(struct repo *repo)
+{
+	struct timespec until;
+	struct slot *slot;
+
+	pthread_mutex_lock(&repo->lock);
+	repo->stopping = 1;
+	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
+		slot->unwanted = 1;
+	pthread_cond_broadcast(&repo->work);
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += 1;
+	while (repo->threads && !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
+		;
+	repo->orphaned = repo->threads > 0; /* then the last of them frees it */
+	if (repo->orphaned)
+		pthread_mutex_unlock(&repo->lock);
+	else
+		end(repo);
+}
+
+/* Takes the block if it was read ahead: 1 if so. Where no other was asked for lately, waits for it up to `patience`
+ * nanoseconds, also if it was not read ahead: for who asks, that is sooner than to be woken. */
+int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patience, struct found *found)
+{
+	struct timespec until;
+	struct slot *slot;
+	int64_t now = now_ns();
+	int alone, taken;
+
+	pthread_mutex_lock(&repo->lock);
+	alone = now - repo->asked_at > ALONE_NS;
+	repo->asked_at = now;
+	repo->left = alone ? MOST : repo->left;
+	forget_old(repo);
+	slot = find(repo, digest, codec);
+	if (!slot && alone && (slot = want(repo, digest, codec, 0, 1, repo->order)))
+		wake(repo, 1);
+	else if (slot && slot->state != READ)
+		slot->on_path = 1;
+	until = (struct timespec){(now + patience) / 1000000000, (now + patience) % 1000000000};
+	while (slot && (slot->state == WANTED || slot->state == READING) && repo->threads &&
+	       !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
+		slot = find(repo, digest, codec);
+	taken = slot && slot->state == READ && (!slot->unwanted || slot->found.bytes);
+	if (taken)
+		take(repo, slot, found);
+	pthread_mutex_unlock(&repo->lock);
+	return taken;
+}
+
+static int from_base32(const char *name, size_t size, uint8_t *out, size_t room)
+{
+	uint32_t bits = 0;
+	size_t each, have = 0, count = 0;
+	int digit;
+
+	for (each = 0; each < size; each++) {
+		digit = name[each] >= 'a' && name[each] <= 'z' ? name[each] - 'a' : name[each] >= '2' && name[each] <= '7' ? name[each] - '2' + 26 : -1;
+		if (digit < 0)
+			return 0;
+		bits = bits << 5 | digit;
+		if ((have += 5) < 8)
+			continue;
+		if (count == room)
+			return 0;
+		out[count++] = bits >> (have -= 8);
+	}
+	return count == room;
+}
+
+static int from_base58(const char *name, size_t size, uint8_t *out, size_t room)
+{
+	static const char digits[] = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
+	const char *digit;
+	size_t each, byte;
+	uint32_t carry;
+
+	memset(out, 0, room);
+	for (each = 0; each < size; each++) {
+		if (!name[each] || !(digit = strchr(digits, name[each])))
+			return 0;
+		carry = digit - digits;
+		for (byte = room; byte--; carry >>= 8)
+			out[byte] = carry += 58u * out[byte];
+		if (carry)
+			return 0;
+	}
+	return 1;
+}
+
+/* Somebody looks up `name`, which may be a CID in its usual spelling: if that is a directory's or a large file's, and no block was
+ * asked for lately, its block is read meanwhile. It may be needless: what is staged is not asked for. */
+void repo_name(struct repo *repo, const char *name, size_t size)
+{
+	uint8_t cid[4 + DIGEST], *multihash = cid + 2;
+
+	if (size == 59 && name[0] == 'b') {
+		if (!from_base32(name + 1, 58, cid, sizeof cid) || cid[0] != 1 || cid[1] != DAG_PB)
+			return;
+	} else if (size != 46 || !from_base58(name, 46, multihash, 2 + DIGEST))
+		return;
+	if (multihash[0] != 0x12 || multihash[1] != DIGEST)
+		return;
+	pthread_mutex_lock(&repo->lock);
+	forget_old(repo);
+	if (now_ns() - repo->asked_at > ALONE_NS && !find(repo, multihash + 2, DAG_PB) && want(repo, multihash + 2, DAG_PB, 0, 0, repo->order))
+		wake(repo, 1);
+	pthread_mutex_unlock(&repo->lock);
+}
+
+/* Reads the block, or waits for who reads it ahead. The bytes of `found` are to be freed by `repo_free`. */
+void repo_read(struct repo *repo, const uint8_t *digest, int codec, struct found *found)
+{
+	struct slot *slot;
+	int taken;
+
+	pthread_mutex_lock(&repo->lock);
+	while ((slot = find(repo, digest, codec)) && slot->state == READING)
+		pthread_cond_wait(&repo->done, &repo->lock);
+	taken = slot && slot->state == READ && (!slot->unwanted || slot->found.bytes);
+	if (taken)
+		take(repo, slot, found);
+	else if (slot)
+		let_go(repo, slot);
+	pthread_mutex_unlock(&repo->lock);
+	if (!taken)
+		read_block(repo, digest, found, NULL);
+}
+
+void repo_free(char *bytes) { free(bytes); }

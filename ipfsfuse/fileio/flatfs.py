@@ -1,0 +1,115 @@
+"""The blocks of a flatfs folder, each read by one call in C, and what they link first, ahead (`flatfs.c`).
+
+Concurrency: any thread. `read` blocks; `take` does for as long as it is told.
+"""
+
+import ctypes
+import weakref
+from typing import NamedTuple
+
+from ipfsfuse.fileio.files import load_library
+
+MISSING = -1
+MAX_CHARACTERS = 54
+"""A block's name has one more."""
+
+_LIBRARY = load_library("ipfsfuse.fileio._native")
+
+
+class _Found(ctypes.Structure):
+    """As `struct found`."""
+
+    _fields_ = (
+        ("size", ctypes.c_int64),
+        ("bytes", ctypes.c_void_p),
+        ("is_hashed", ctypes.c_int),
+        ("digest", ctypes.c_ubyte * 32),
+    )
+
+
+_LIBRARY.repo_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
+_LIBRARY.repo_open.restype = ctypes.c_void_p
+_LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
+_LIBRARY.repo_close.restype = None
+_LIBRARY.repo_free.argtypes = (ctypes.c_void_p,)
+_LIBRARY.repo_free.restype = None
+_LIBRARY.repo_take.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+)
+_LIBRARY.repo_read.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_void_p,
+)
+_LIBRARY.repo_read.restype = None
+
+
+def _sha256() -> ctypes.Array[ctypes.c_void_p]:
+    """The functions of `struct sha256`, from the OpenSSL of `hashlib`; NULL where Python has none."""
+    names = ("MD_CTX_new", "DigestInit_ex", "DigestUpdate", "DigestFinal_ex", "MD_CTX_free", "sha256")
+    functions = ctypes.c_void_p * len(names)
+    try:
+        import _hashlib
+
+        openssl = ctypes.CDLL(_hashlib.__file__)
+        found = [ctypes.cast(getattr(openssl, f"EVP_{name}"), ctypes.c_void_p) for name in names]
+    except (ImportError, OSError, AttributeError):
+        return functions()
+    return functions(*found)
+
+
+_SHA256 = _sha256()
+
+
+class Read(NamedTuple):
+    """A block as it was read, and its SHA-256 if that was taken meanwhile."""
+
+    block: bytes
+    digest: bytes | None
+
+
+class BlockFiles:
+    """Blocks by the digests of their SHA-256 multihashes, and their codecs."""
+
+    def __init__(self, folder: str, characters: int) -> None:
+        """`characters`: how long the names of the folders below `folder` are."""
+        most = min(characters, MAX_CHARACTERS)
+        self._repo = _LIBRARY.repo_open(folder.encode(errors="surrogateescape"), most, _SHA256)
+        if not self._repo:
+            raise MemoryError
+        weakref.finalize(self, _LIBRARY.repo_close, self._repo)
+
+    @property
+    def name_listener(self) -> tuple[int, int]:
+        """A function in C and its first argument: called with a name that is looked up, and its size, it
+        reads the block that the name is the CID of. Not after this object is gone."""
+        return ctypes.cast(_LIBRARY.repo_name, ctypes.c_void_p).value or 0, self._repo
+
+    def take(self, digest: bytes, codec: int, patience: float) -> Read | int | None:
+        """As `read`, if the block was read ahead, or is read within `patience` seconds by the thread that
+        reads ahead; else None."""
+        found = _Found()
+        taken = _LIBRARY.repo_take(self._repo, digest, codec, int(patience * 1e9), ctypes.byref(found))
+        return _read(found) if taken else None
+
+    def read(self, digest: bytes, codec: int) -> Read | int:
+        """The block; MISSING where there is no such file or it can't be read; for one of over 2 MiB its size,
+        negative."""
+        found = _Found()
+        _LIBRARY.repo_read(self._repo, digest, codec, ctypes.byref(found))
+        return _read(found)
+
+
+def _read(found: _Found) -> Read | int:
+    if found.size < 0:
+        return int(found.size)
+    try:
+        block = ctypes.string_at(found.bytes, found.size)
+    finally:
+        _LIBRARY.repo_free(found.bytes)
+    return Read(block, bytes(found.digest) if found.is_hashed else None)

@@ -1,0 +1,281 @@
+"""What a Kubo repository's blocks link first, read ahead of who goes down one path."""
+
+import ctypes
+import gc
+import os
+import select
+import time
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.nodes import Link
+from ipfsfuse.errors import WrongBlock
+from ipfsfuse.fileio.flatfs import BlockFiles
+from ipfsfuse.sources.base import Hashed
+from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.kubo import Kubo
+from ipfsfuse.sources.local import kubo_repo
+from ipfsfuse.sources.local.kubo_repo import Flatfs
+from ipfsfuse.sources.pool.pool import SourcePool
+from tests.dag.blocks import Blocks
+from tests.kubo.node import Node
+from tests.mounting import Home
+
+ALONE = 0.03
+"""Seconds after which a block is asked for alone (`flatfs.c`)."""
+
+
+class Repository:
+    """Blocks by hand, in the layout of flatfs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.blocks = Flatfs(folder, 2)
+        self.heap = Blocks()
+
+    def put(self, cid: Cid) -> Path:
+        path = Path(self.blocks._path(cid))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(self.heap.block(cid))
+        return path
+
+    def directory(self, count: int, *others: Link) -> tuple[Cid, list[Cid]]:
+        """One with so many small files, each of them there."""
+        files = [self.heap.leaf(b"file %d" % number * 1000) for number in range(count)]
+        links = [Link(cid, b"%d.txt" % number, 1000) for number, cid in enumerate(files)]
+        root = self.heap.directory([*links, *others])
+        for cid in (root, *files):
+            self.put(cid)
+        return root, files
+
+    def ask_alone(self, cid: Cid) -> bytes | None:
+        """What the event loop does."""
+        time.sleep(ALONE)
+        return self.take(cid)
+
+    def take(self, cid: Cid) -> bytes | None:
+        found = self.blocks.take_hashed(cid)
+        return found.block if isinstance(found, Hashed) else found
+
+    def opened(self, cid: Cid) -> "Opened":
+        return Opened(Path(self.blocks._path(cid)))
+
+
+class Opened:
+    """Whether a file is opened from now on. Source: inotify(7)."""
+
+    _IN_OPEN = 0x20
+    _libc = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self, path: Path) -> None:
+        self._watch = self._libc.inotify_init1(os.O_CLOEXEC)
+        assert self._libc.inotify_add_watch(self._watch, os.fsencode(path), self._IN_OPEN) > 0
+
+    def within(self, seconds: float) -> bool:
+        ready, _, _ = select.select([self._watch], [], [], seconds)
+        os.close(self._watch)
+        return bool(ready)
+
+
+SOON, NEVER = 20.0, 0.3
+"""Seconds: the machine may be busy."""
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubo_repo, "PATIENCE", 10.0)  # the machine may be busy
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path)
+
+
+def test_the_children_of_a_small_directory_are_read_ahead(repository: Repository) -> None:
+    root, files = repository.directory(4)
+    opened = [repository.opened(cid) for cid in files]
+    assert repository.ask_alone(root) == repository.heap.block(root)
+    assert all(each.within(SOON) for each in opened)
+    assert repository.take(files[3]) == repository.heap.block(files[3])
+
+
+def test_of_a_file_that_is_asked_for_the_first_blocks_are_read_ahead(repository: Repository) -> None:
+    large = repository.heap.balanced([bytes([number]) * 70_000 for number in range(9)], 3, True)
+    root, _files = repository.directory(1, Link(large, b"large", 700_000))
+    inner = Cid(kubo_repo.nodes.links(large, repository.heap.block(large))[0])
+    leaves = list(map(Cid, kubo_repo.nodes.links(inner, repository.heap.block(inner))))
+    for cid in (large, inner, *leaves):
+        repository.put(cid)
+    at_large, at_inner, at_first, at_second = map(repository.opened, (large, inner, *leaves[:2]))
+    assert repository.ask_alone(root) is not None
+    assert at_large.within(SOON)
+    assert repository.take(large) is not None
+    assert at_inner.within(SOON)
+    assert at_first.within(SOON)
+    assert not at_second.within(NEVER)
+    for cid in (inner, leaves[0]):
+        assert repository.take(cid) == repository.heap.block(cid)
+
+
+def test_a_files_leaves_are_not_read_before_somebody_asks_for_the_file(repository: Repository) -> None:
+    large = repository.heap.balanced([bytes([number]) * 70_000 for number in range(3)], 3, True)
+    root, _files = repository.directory(1, Link(large, b"large", 210_000))
+    alone = repository.heap.balanced([bytes([number]) * 80_000 for number in range(3)], 3, True)
+    for file, asked in ((large, root), (alone, alone)):
+        first = Cid(kubo_repo.nodes.links(file, repository.heap.block(file))[0])
+        for cid in (file, first):
+            repository.put(cid)
+        opened = repository.opened(first)
+        assert repository.ask_alone(asked) is not None, "its size may be all that is wanted"
+        assert not opened.within(NEVER)
+
+
+def test_a_large_directory_and_one_among_many_blocks_are_not_followed(repository: Repository) -> None:
+    root, files = repository.directory(5)
+    opened = repository.opened(files[0])
+    assert repository.ask_alone(root) is not None
+    assert not opened.within(NEVER)
+    root, files = repository.directory(3)
+    opened = repository.opened(files[0])
+    assert repository.blocks.read(root) is not None
+    assert not opened.within(NEVER)
+
+
+def test_a_walk_down_many_small_directories_is_soon_not_followed(repository: Repository) -> None:
+    below, path = repository.heap.leaf(b"leaf"), []
+    for number in range(40):
+        below = repository.heap.directory([Link(below, b"%d" % number, 10)])
+        path.append(below)
+        repository.put(below)
+    for _attempt in range(50):
+        assert repository.ask_alone(path[-1]) is not None
+        came, last, longest = 0, time.monotonic(), 0.0
+        for cid in reversed(path[:-1]):
+            came += repository.take(cid) is not None
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        if longest < ALONE / 2:  # else one of them was asked for alone
+            assert came == 16
+            return
+    pytest.skip("the machine is too busy")
+
+
+def test_what_nobody_takes_is_let_go(repository: Repository) -> None:
+    root, files = repository.directory(1)
+    opened = repository.opened(files[0])
+    assert repository.ask_alone(root) is not None
+    assert opened.within(SOON)
+    time.sleep(1.2)
+    repository.put(files[0]).unlink()
+    assert repository.take(files[0]) is None
+
+
+@pytest.mark.logs("wrong bytes")
+def test_what_was_read_ahead_is_verified_like_any_other(repository: Repository) -> None:
+    root, files = repository.directory(2)
+    path = Path(repository.blocks._path(files[1]))
+    path.write_bytes(b"!" + path.read_bytes()[1:])
+
+    async def main() -> None:
+        pool = SourcePool([Kubo("kubo", HttpSettings(), blocks=repository.blocks)])
+        await trio.sleep(ALONE)
+        assert (await pool.get(root)).block == repository.heap.block(root)
+        await trio.sleep(0.1)
+        with pytest.raises(WrongBlock):
+            await pool.get(files[1])
+        assert (await pool.get(files[0])).block == repository.heap.block(files[0])
+        await pool.aclose()
+
+    trio.run(main)
+
+
+@pytest.mark.logs("content is blocked")
+def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 1000.0)
+    repository = Repository(tmp_path / "blocks")
+    (tmp_path / "blocks").mkdir()
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    root, files = repository.directory(1)
+    assert not repository.blocks._denylists.any()
+    assert repository.ask_alone(root) is not None
+    (tmp_path / "denylists").mkdir()
+    (tmp_path / "denylists" / "one.deny").touch()
+    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    assert repository.take(files[0]) is None
+    assert repository.blocks.read(files[0]) is None
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_name_that_is_looked_up_has_its_block_read_and_nothing_below(
+    repository: Repository, version: int
+) -> None:
+    function, own = repository.blocks.name_listener
+    listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
+    root, files = repository.directory(1)
+    spelled = cids.text(root if version else Cid(cids.multihash(root))).encode()
+    for name in (b"", b"x" * 59, b"b" * 59, b"Q" * 46, b"0" * 46, b"z" * 46, spelled[:-1], spelled):
+        at_root, below = repository.opened(root), repository.opened(files[0])
+        time.sleep(ALONE)
+        listener(own, name, len(name))
+        assert at_root.within(SOON if name == spelled else 0.01) == (name == spelled)
+        assert not below.within(NEVER if name == spelled else 0.0)
+    assert repository.take(root) == repository.heap.block(root)
+
+
+@pytest.mark.parametrize("characters", [0, 1, 2, 54, 55, 1_000, 2**31, 2**40])
+def test_a_repository_may_say_anything_of_its_folders_names(tmp_path: Path, characters: int) -> None:
+    blocks = Flatfs(tmp_path, characters)
+    cid = Blocks().leaf(b"leaf")
+    path = Path(blocks._path(cid))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"leaf")
+    assert blocks.read(cid) == b"leaf"
+
+
+def test_it_ends_while_it_reads(tmp_path: Path) -> None:
+    for number in range(50):
+        repository = Repository(tmp_path / str(number))
+        (tmp_path / str(number)).mkdir()
+        root, _files = repository.directory(4)
+        repository.ask_alone(root)
+        del repository
+    gc.collect()
+
+
+@given(st.binary(max_size=300), st.integers(0, 60))
+def test_any_bytes_may_be_a_block(tmp_path_factory: pytest.TempPathFactory, block: bytes, at: int) -> None:
+    """Whatever a block links, or seems to link, is read if it is there."""
+    folder = tmp_path_factory.mktemp("any")
+    files = BlockFiles(os.fspath(folder), 2)
+    block = block[:at] + b"\x12\x2e\n\x24\x01\x55\x12\x20" + block[at:]
+    digest = b"\x01" * 32
+    path = Path(Flatfs(folder, 2)._path(cids.make(cids.DAG_PB, b"\x12\x20" + digest)))
+    path.parent.mkdir()
+    path.write_bytes(block)
+    time.sleep(0.021)
+    read = files.take(digest, cids.DAG_PB, 5.0)
+    assert not isinstance(read, int)
+    assert read is not None
+    assert read.block == block
+
+
+def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_path: Path) -> None:
+    """What is staged already is looked at in the repository too: Python is not asked first."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_bytes(os.urandom(10_000))
+    root = own_node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
+    home = Home(tmp_path / "home")
+    home.env["IPFS_PATH"] = str(own_node.repo)
+    with home.mounted("--from", "kubo") as mount:
+        assert os.listdir(mount.path / root) == ["file"]
+    opened = Opened(Path(Flatfs(own_node.repo / "blocks", 2)._path(cids.parse(root))))
+    with home.mounted("--from", "kubo") as mount:
+        assert os.listdir(mount.path / root) == ["file"]
+    assert opened.within(SOON)
