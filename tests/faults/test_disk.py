@@ -235,7 +235,7 @@ def test_a_second_mount_is_refused_after_the_lock_was_deleted(home: Home, conten
         other = home.folder / "other"
         other.mkdir()
         done = home.run("mount", other, check=False)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert (done.returncode, done.stderr.count("\n")) == (os.EX_TEMPFAIL, 1)
         assert f"process {mount.pid}, mounted at {mount.path}" in done.stderr
         content.read(mount)
 
