@@ -152,7 +152,7 @@ def test_a_walk_down_many_small_directories_is_soon_not_followed(repository: Rep
         below = repository.heap.directory([Link(below, b"%d" % number, 10)])
         path.append(below)
         repository.put(below)
-    for _attempt in range(50):
+    for _attempt in range(10):
         assert repository.ask_alone(path[-1]) is not None
         came, last, longest = 0, time.monotonic(), 0.0
         for cid in reversed(path[:-1]):
@@ -161,6 +161,7 @@ def test_a_walk_down_many_small_directories_is_soon_not_followed(repository: Rep
         if longest < ALONE / 2:  # else one of them was asked for alone
             assert came == 16
             return
+        time.sleep(1.1)  # what is left of this attempt is let go
     pytest.skip("the machine is too busy")
 
 
