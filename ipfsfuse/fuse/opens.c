@@ -15,7 +15,7 @@
 #define ANSWERED_HERE (1ULL << 63) /* in a handle that was given here; the other bits are the inode's number */
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
-#define UNDRAINED 32               /* opens that Python has not been told of; the next open is passed on to it */
+#define UNDRAINED 32               /* opens that Python does not know of yet; the next open is passed on to it */
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
 static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
@@ -66,7 +66,7 @@ static void drop_idle(void)
 }
 
 /* From now on `inode` is opened for everyone who wants to read it. It must be a regular file whose attributes
- * the kernel has been told correctly. */
+ * the kernel already has as they are. */
 void opens_allow(uint64_t inode)
 {
 	uint32_t slot;

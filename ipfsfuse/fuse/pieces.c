@@ -4,7 +4,7 @@
  * What is in the page cache is answered in the device's thread. What must come from the disk is read in threads of
  * ours, up to READERS of them, which begin when they are needed. What can't be read, or is not right, goes to Python,
  * which knows what to do. The staging file is opened for each read, by its name: so no descriptor keeps what
- * was evicted on the disk. One read in TOLD of a file goes to Python, so that it knows that the file is in use.
+ * was evicted on the disk. One read in PASSED_ON of a file goes to Python, so that it knows that the file is in use.
  * What is known of a file outlives its close. When too much is known, the file goes that was read least recently.
  * Concurrency: one lock for the table of leaves and for what waits; it is not held while a file is read. Call pieces_allow
  * and pieces_open with Python's lock held.
@@ -33,7 +33,7 @@
 #define READERS 8
 #define STOP_SECONDS 5
 #define WAITING 64            /* reads that may wait for those threads; more go to Python */
-#define TOLD 128
+#define PASSED_ON 128
 #define BUCKETS 1024
 
 struct leaf { uint64_t start, size; Py_buffer tags; };
@@ -264,7 +264,7 @@ static int find(uint64_t inode, const struct fuse_read_in *what, struct job *job
 		return 0;
 	leaf = one->leaves[at - 1];
 	offset = what->offset - leaf->start;
-	if (offset >= leaf->size || what->size > leaf->size - offset || ++one->answered % TOLD == 0)
+	if (offset >= leaf->size || what->size > leaf->size - offset || ++one->answered % PASSED_ON == 0)
 		return 0;
 	end = offset + what->size;
 	note_use(one);

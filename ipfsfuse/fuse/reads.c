@@ -3,7 +3,7 @@
  *
  * An ordinary user's kernel asks for 128 KiB at a time, eight times for each leaf. A request costs pyfuse3
  * and Python 0.1 ms, and pyfuse3 copies its replies while it holds Python's lock. Some windows are marked
- * `told`: the read that takes their last byte is passed on, so that Python knows how far the reader is.
+ * `passes_end_on`: the read that takes their last byte is passed on, so that Python knows how far the reader is.
  * Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add,
  * reads_remove and reads_remove_all with Python's lock held.
  */
@@ -31,8 +31,8 @@ static void discard(struct window *one)
 }
 
 /* `content` stands at offset `start` of the file that is open as `handle`. It is held until it is removed.
- * With `told`, the read of its last byte goes to Python. Does nothing if there are too many windows already. */
-void reads_add(uint64_t handle, uint64_t start, PyObject *content, int told)
+ * With `passes_end_on`, the read of its last byte goes to Python. Does nothing if there are too many windows already. */
+void reads_add(uint64_t handle, uint64_t start, PyObject *content, int passes_end_on)
 {
 	struct window *one = PyMem_Malloc(sizeof *one);
 
@@ -43,7 +43,7 @@ void reads_add(uint64_t handle, uint64_t start, PyObject *content, int told)
 	}
 	one->handle = handle;
 	one->start = start;
-	one->end = start + one->content.len + !told;
+	one->end = start + one->content.len + !passes_end_on;
 	pthread_mutex_lock(&lock);
 	if (count < WINDOWS) {
 		windows[count++] = one;
