@@ -81,8 +81,7 @@ def test_where_no_process_can_be_started_a_signal_ends_the_mount_all_the_same(us
 TERMINAL = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-if sys.argv[1] == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", sys.argv[2]])
 """
 
