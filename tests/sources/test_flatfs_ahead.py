@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import select
+import threading
 import time
 from pathlib import Path
 
@@ -280,3 +281,27 @@ def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
     assert opened.within(SOON)
+
+
+@pytest.mark.logs("content is blocked")
+def test_what_an_earlier_look_for_denylists_found_counts_no_more_while_they_are_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, goes_on = threading.Event(), threading.Event()
+
+    def slow(_folder: Path) -> bool:
+        looks.set()
+        return goes_on.wait(SOON)
+
+    monkeypatch.setattr(kubo_repo, "_has_denylist", slow)
+    (tmp_path / "blocks").mkdir()
+    repository = Repository(tmp_path / "blocks")
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    root, _files = repository.directory(1)
+    other = threading.Thread(target=repository.blocks.read, args=(root,))
+    other.start()
+    assert looks.wait(SOON)
+    given = repository.ask_alone(root)
+    goes_on.set()
+    other.join()
+    assert given is None

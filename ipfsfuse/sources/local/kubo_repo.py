@@ -69,7 +69,6 @@ class Denylists:
     def any(self) -> bool:
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
-            self._looked = now
             where = next((folder for folder in self.folders if _has_denylist(folder)), None)
             if where is not None and not self._found:
                 log.warning(
@@ -78,6 +77,7 @@ class Denylists:
                     where,
                 )
             self._found = where is not None
+            self._looked = now  # not before: who asks meanwhile must not get what an earlier look found
         return self._found
 
     def none_lately(self) -> bool:
