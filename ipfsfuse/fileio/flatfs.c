@@ -399,14 +399,13 @@ struct repo *repo_open(const char *folder, int characters, const struct sha256 *
 	return repo;
 }
 
-/* Nobody is in `repo_read` any more. Its threads use OpenSSL, which ends with the process: they are waited for, but not for long
- * where the disk does not answer. */
-void repo_close(struct repo *repo)
+/* Nothing is read ahead any more. The lock is held. The threads use OpenSSL, which ends with the process: they are waited for,
+ * but not for long where the disk does not answer. */
+static void stop(struct repo *repo)
 {
 	struct timespec until;
 	struct slot *slot;
 
-	pthread_mutex_lock(&repo->lock);
 	repo->stopping = 1;
 	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
 		slot->unwanted = 1;
@@ -415,6 +414,21 @@ void repo_close(struct repo *repo)
 	until.tv_sec += 1;
 	while (repo->threads && !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
 		;
+}
+
+/* For the end of a process, in which another thread may still be in `repo_read`: nothing is freed. */
+void repo_stop(struct repo *repo)
+{
+	pthread_mutex_lock(&repo->lock);
+	stop(repo);
+	pthread_mutex_unlock(&repo->lock);
+}
+
+/* Nobody is in `repo_read` any more. */
+void repo_close(struct repo *repo)
+{
+	pthread_mutex_lock(&repo->lock);
+	stop(repo);
 	repo->orphaned = repo->threads > 0; /* then the last of them frees it */
 	if (repo->orphaned)
 		pthread_mutex_unlock(&repo->lock);

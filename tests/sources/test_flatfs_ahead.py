@@ -4,6 +4,8 @@ import ctypes
 import gc
 import os
 import select
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -281,6 +283,47 @@ def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
     assert opened.within(SOON)
+
+
+def run_python(script: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
+
+
+READ_AT_EXIT = """
+import atexit, sys
+atexit.register(lambda: print(files.read(b"\\1" * 32, 0x55)))  # it is called last
+from ipfsfuse.fileio.flatfs import BlockFiles
+files = BlockFiles(sys.argv[1], 2)
+files.read(b"\\1" * 32, 0x55)
+"""
+
+
+def test_a_worker_thread_may_still_read_while_the_process_ends(repository: Repository) -> None:
+    """One that was left alone with a disk that hangs is not waited for."""
+    path = Path(repository.blocks._path(cids.make(cids.RAW, b"\x12\x20" + b"\1" * 32)))
+    path.parent.mkdir()
+    path.write_bytes(b"still there")
+    assert "still there" in run_python(READ_AT_EXIT, repository.blocks._folder)
+
+
+END_AFTER_FORK = """
+import gc, os, sys, time
+from ipfsfuse.fileio.flatfs import BlockFiles
+files = BlockFiles(sys.argv[1], 2)
+files.take(b"\\1" * 32, 0x55, 1.0)
+if not os.fork():
+    began = time.monotonic()
+    del files
+    gc.collect()
+    print(time.monotonic() - began, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_child_process_does_not_wait_for_its_parents_threads(tmp_path: Path) -> None:
+    assert float(run_python(END_AFTER_FORK, tmp_path)) < 0.9
 
 
 @pytest.mark.logs("content is blocked")
