@@ -194,6 +194,9 @@ static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 	return NULL;
 }
 
+/* What was missing when it was read ahead, or was given up, may be there by now. */
+static int was_found(const struct slot *slot) { return slot && slot->state == READ && slot->found.size != MISSING; }
+
 static void let_go(struct repo *repo, struct slot *slot)
 {
 	if (slot->state == READ && slot->found.bytes) {
@@ -459,7 +462,7 @@ int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patie
 	while (slot && (slot->state == WANTED || slot->state == READING) && repo->threads &&
 	       !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
 		slot = find(repo, digest, codec);
-	taken = slot && slot->state == READ && (!slot->unwanted || slot->found.bytes);
+	taken = was_found(slot);
 	if (taken)
 		take(repo, slot, found);
 	pthread_mutex_unlock(&repo->lock);
@@ -535,7 +538,7 @@ void repo_read(struct repo *repo, const uint8_t *digest, int codec, struct found
 	pthread_mutex_lock(&repo->lock);
 	while ((slot = find(repo, digest, codec)) && slot->state == READING)
 		pthread_cond_wait(&repo->done, &repo->lock);
-	taken = slot && slot->state == READ && (!slot->unwanted || slot->found.bytes);
+	taken = was_found(slot);
 	if (taken)
 		take(repo, slot, found);
 	else if (slot)

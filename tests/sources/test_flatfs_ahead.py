@@ -285,6 +285,16 @@ def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_
     assert opened.within(SOON)
 
 
+def test_what_was_not_there_when_it_was_read_ahead_is_looked_for_again(repository: Repository) -> None:
+    root, files = repository.directory(1)
+    path = Path(repository.blocks._path(files[0]))
+    path.rename(path.with_suffix(".later"))
+    assert repository.ask_alone(root) is not None
+    time.sleep(0.1)
+    path.with_suffix(".later").rename(path)
+    assert repository.blocks.read(files[0]) == repository.heap.block(files[0])
+
+
 def run_python(script: str, *arguments: object) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
