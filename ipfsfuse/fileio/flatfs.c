@@ -74,6 +74,7 @@ struct repo {
 	struct slot slots[SLOTS];
 	int64_t asked_at, order, kept;
 	int left;               /* blocks that may still be read ahead: a walk through many directories is not followed for long */
+	int is_slow;            /* a block was waited for in vain: none is, until one is asked for alone again */
 	int threads, idle, stopping, orphaned;
 };
 
@@ -459,9 +460,12 @@ int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patie
 	else if (slot && slot->state != READ)
 		slot->on_path = 1;
 	until = (struct timespec){(now + patience) / 1000000000, (now + patience) % 1000000000};
-	while (slot && (slot->state == WANTED || slot->state == READING) && repo->threads &&
-	       !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
+	repo->is_slow = repo->is_slow && !alone;
+	while (slot && (slot->state == WANTED || slot->state == READING) && repo->threads && patience > 0 && !repo->is_slow) {
+		repo->is_slow = !!pthread_cond_timedwait(&repo->done, &repo->lock, &until);
+		repo->asked_at = now_ns();
 		slot = find(repo, digest, codec);
+	}
 	taken = was_found(slot);
 	if (taken)
 		take(repo, slot, found);

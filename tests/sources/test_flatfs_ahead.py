@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,52 @@ def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
     assert opened.within(SOON)
+
+
+class Held:
+    """Whoever opens one of `paths` waits until this is closed, as on a disk that hangs. Source:
+    fanotify(7)."""
+
+    _CLASS_CONTENT, _CLOEXEC, _ADD, _OPEN_PERM, _CWD = 4, 1, 1, 0x10000, -100
+    _libc = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._group = self._libc.fanotify_init(self._CLASS_CONTENT | self._CLOEXEC, os.O_RDONLY)
+        if self._group < 0:
+            pytest.skip("fanotify can't hold files: only root may")
+        for path in paths:
+            mask = ctypes.c_uint64(self._OPEN_PERM)
+            assert not self._libc.fanotify_mark(self._group, self._ADD, mask, self._CWD, os.fsencode(path))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._group)
+
+
+def look_up(repository: Repository, cid: Cid) -> None:
+    """What the thread that reads the device does with a name in the root."""
+    function, own = repository.blocks.name_listener
+    listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
+    name = cids.text(cid).encode()
+    listener(own, name, len(name))
+
+
+def test_a_disk_that_was_waited_for_in_vain_is_not_waited_for_again(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one who looks up many names at once would stop the event loop for as many times."""
+    monkeypatch.setattr(kubo_repo, "PATIENCE", 1.0)
+    roots = [repository.heap.directory([Link(Blocks().leaf(b"%d" % at), b"1", 1)]) for at in range(6)]
+    with Held([repository.put(root) for root in roots]):
+        for root in roots:
+            look_up(repository, root)
+        began = time.monotonic()
+        assert [repository.take(root) for root in roots] == [None] * 6
+        assert time.monotonic() - began < 3.0
+    for root in roots:
+        assert repository.blocks.read(root) == repository.heap.block(root)
 
 
 def test_what_was_not_there_when_it_was_read_ahead_is_looked_for_again(repository: Repository) -> None:
