@@ -75,6 +75,7 @@ struct repo {
 	int64_t asked_at, order, kept;
 	int left;               /* blocks that may still be read ahead: a walk through many directories is not followed for long */
 	int is_slow;            /* a block was waited for in vain: none is, until one is asked for alone again */
+	int is_blocked;
 	int threads, idle, stopping, orphaned;
 };
 
@@ -441,7 +442,8 @@ void repo_close(struct repo *repo)
 }
 
 /* Takes the block if it was read ahead: 1 if so. Where no other was asked for lately, waits for it up to `patience`
- * nanoseconds, also if it was not read ahead: for who asks, that is sooner than to be woken. */
+ * nanoseconds, also if it was not read ahead: for who asks, that is sooner than to be woken. With a negative `patience` it is read
+ * ahead like that, but not taken. */
 int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patience, struct found *found)
 {
 	struct timespec until;
@@ -466,7 +468,7 @@ int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patie
 		repo->asked_at = now_ns();
 		slot = find(repo, digest, codec);
 	}
-	taken = was_found(slot);
+	taken = patience >= 0 && was_found(slot);
 	if (taken)
 		take(repo, slot, found);
 	pthread_mutex_unlock(&repo->lock);
@@ -528,8 +530,16 @@ void repo_name(struct repo *repo, const char *name, size_t size)
 		return;
 	pthread_mutex_lock(&repo->lock);
 	forget_old(repo);
-	if (now_ns() - repo->asked_at > ALONE_NS && !find(repo, multihash + 2, DAG_PB) && want(repo, multihash + 2, DAG_PB, 0, 0, repo->order))
+	if (!repo->is_blocked && now_ns() - repo->asked_at > ALONE_NS && !find(repo, multihash + 2, DAG_PB) && want(repo, multihash + 2, DAG_PB, 0, 0, repo->order))
 		wake(repo, 1);
+	pthread_mutex_unlock(&repo->lock);
+}
+
+/* Whether names have nothing read, since their content may be blocked. */
+void repo_block(struct repo *repo, int is_blocked)
+{
+	pthread_mutex_lock(&repo->lock);
+	repo->is_blocked = is_blocked;
 	pthread_mutex_unlock(&repo->lock);
 }
 

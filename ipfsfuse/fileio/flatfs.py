@@ -33,6 +33,8 @@ _LIBRARY.repo_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 _LIBRARY.repo_open.restype = ctypes.c_void_p
 _LIBRARY.repo_stop.argtypes = _LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
 _LIBRARY.repo_stop.restype = _LIBRARY.repo_close.restype = None
+_LIBRARY.repo_block.argtypes = (ctypes.c_void_p, ctypes.c_int)
+_LIBRARY.repo_block.restype = None
 _LIBRARY.repo_free.argtypes = (ctypes.c_void_p,)
 _LIBRARY.repo_free.restype = None
 _LIBRARY.repo_take.argtypes = (
@@ -113,10 +115,15 @@ class BlockFiles:
 
     def take(self, digest: bytes, codec: int, patience: float) -> Read | int | None:
         """As `read`, if the block was read ahead, or is read within `patience` seconds by the thread that
-        reads ahead; else None."""
+        reads ahead; else None. With a negative `patience` always None: a block that is asked for alone is
+        read ahead, for `read`."""
         found = _Found()
         taken = _LIBRARY.repo_take(self._repo, digest, codec, int(patience * 1e9), ctypes.byref(found))
         return _read(found) if taken else None
+
+    def block_names(self, blocked: bool) -> None:
+        """Whether `name_listener` reads nothing from now on."""
+        _LIBRARY.repo_block(self._repo, blocked)
 
     def read(self, digest: bytes, codec: int) -> Read | int:
         """The block, at once if it was read ahead; MISSING where there is no such file or it can't be read;

@@ -342,6 +342,52 @@ def test_what_was_not_there_when_it_was_read_ahead_is_looked_for_again(repositor
     assert repository.blocks.read(files[0]) == repository.heap.block(files[0])
 
 
+@pytest.mark.logs("content is blocked")
+def test_nothing_is_read_ahead_while_content_is_blocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "denylists").mkdir()
+    repository = Repository(tmp_path / "blocks")
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    root, _files = repository.directory(1)
+    assert repository.blocks.read(root) is not None
+    (tmp_path / "denylists" / "one.deny").touch()
+    assert repository.blocks.read(root) is None
+    opened = repository.opened(root)
+    time.sleep(ALONE)
+    look_up(repository, root)
+    assert repository.ask_alone(root) is None
+    assert not opened.within(NEVER)
+    (tmp_path / "denylists" / "one.deny").unlink()
+    assert repository.blocks.read(root) is not None
+    opened = repository.opened(root)
+    time.sleep(ALONE)
+    look_up(repository, root)
+    assert opened.within(SOON)
+
+
+def test_a_block_is_read_once_where_denylists_are_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    (tmp_path / "blocks").mkdir()
+    repository = Repository(tmp_path / "blocks")
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    root, _files = repository.directory(1)
+    opened = repository.opened(root)
+    look_up(repository, root)
+    assert opened.within(SOON)
+    opened = repository.opened(root)
+    time.sleep(0.1)
+    assert repository.take(root) is None
+    assert repository.blocks.read(root) == repository.heap.block(root)
+    assert not opened.within(NEVER)
+
+
 def run_python(script: str, *arguments: object) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
