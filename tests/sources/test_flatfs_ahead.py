@@ -429,6 +429,19 @@ def test_a_child_process_does_not_wait_for_its_parents_threads(tmp_path: Path) -
     assert float(run_python(END_AFTER_FORK, tmp_path)) < 0.9
 
 
+def test_what_is_outside_an_allow_list_is_not_read(own_node: Node, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_bytes(os.urandom(10_000))
+    root = own_node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
+    home = Home(tmp_path / "home")
+    home.env["IPFS_PATH"] = str(own_node.repo)
+    opened = Opened(Path(Flatfs(own_node.repo / "blocks", 2)._path(cids.parse(root))))
+    allowed = cids.text(cids.EMPTY)
+    with home.mounted("--from", "kubo", "--allow", allowed) as mount, pytest.raises(PermissionError):
+        os.listdir(mount.path / root)
+    assert not opened.within(NEVER)
+
+
 @pytest.mark.logs("content is blocked")
 def test_what_an_earlier_look_for_denylists_found_counts_no_more_while_they_are_looked_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
