@@ -399,8 +399,9 @@ async def _serving(
     http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
     async with AsyncExitStack() as stack:
         sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
-        listeners = [node.name_listener for node in sources if isinstance(node, Kubo)]
-        stack.enter_context(device.listening(next(filter(None, listeners), None)))
+        if config.allow is None:  # else a name may be one that is not allowed
+            listeners = [node.name_listener for node in sources if isinstance(node, Kubo)]
+            stack.enter_context(device.listening(next(filter(None, listeners), None)))
         nodes = (
             {node.name: node.rpc for node in sources if isinstance(node, Kubo)}
             if config.pins == "kubo" and not config.offline

@@ -74,6 +74,8 @@ struct repo {
 	struct slot slots[SLOTS];
 	int64_t asked_at, order, kept;
 	int left;               /* blocks that may still be read ahead: a walk through many directories is not followed for long */
+	int is_slow;            /* a block was waited for in vain: none is, until one is asked for alone again */
+	int is_blocked;
 	int threads, idle, stopping, orphaned;
 };
 
@@ -193,6 +195,9 @@ static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 			return slot;
 	return NULL;
 }
+
+/* What was missing when it was read ahead, or was given up, may be there by now. */
+static int was_found(const struct slot *slot) { return slot && slot->state == READ && slot->found.size != MISSING; }
 
 static void let_go(struct repo *repo, struct slot *slot)
 {
@@ -399,14 +404,13 @@ struct repo *repo_open(const char *folder, int characters, const struct sha256 *
 	return repo;
 }
 
-/* Nobody is in `repo_read` any more. Its threads use OpenSSL, which ends with the process: they are waited for, but not for long
- * where the disk does not answer. */
-void repo_close(struct repo *repo)
+/* Nothing is read ahead any more. The lock is held. The threads use OpenSSL, which ends with the process: they are waited for,
+ * but not for long where the disk does not answer. */
+static void stop(struct repo *repo)
 {
 	struct timespec until;
 	struct slot *slot;
 
-	pthread_mutex_lock(&repo->lock);
 	repo->stopping = 1;
 	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
 		slot->unwanted = 1;
@@ -415,6 +419,21 @@ void repo_close(struct repo *repo)
 	until.tv_sec += 1;
 	while (repo->threads && !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
 		;
+}
+
+/* For the end of a process, in which another thread may still be in `repo_read`: nothing is freed. */
+void repo_stop(struct repo *repo)
+{
+	pthread_mutex_lock(&repo->lock);
+	stop(repo);
+	pthread_mutex_unlock(&repo->lock);
+}
+
+/* Nobody is in `repo_read` any more. */
+void repo_close(struct repo *repo)
+{
+	pthread_mutex_lock(&repo->lock);
+	stop(repo);
 	repo->orphaned = repo->threads > 0; /* then the last of them frees it */
 	if (repo->orphaned)
 		pthread_mutex_unlock(&repo->lock);
@@ -423,7 +442,8 @@ void repo_close(struct repo *repo)
 }
 
 /* Takes the block if it was read ahead: 1 if so. Where no other was asked for lately, waits for it up to `patience`
- * nanoseconds, also if it was not read ahead: for who asks, that is sooner than to be woken. */
+ * nanoseconds, also if it was not read ahead: for who asks, that is sooner than to be woken. With a negative `patience` it is read
+ * ahead like that, but not taken. */
 int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patience, struct found *found)
 {
 	struct timespec until;
@@ -442,10 +462,13 @@ int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patie
 	else if (slot && slot->state != READ)
 		slot->on_path = 1;
 	until = (struct timespec){(now + patience) / 1000000000, (now + patience) % 1000000000};
-	while (slot && (slot->state == WANTED || slot->state == READING) && repo->threads &&
-	       !pthread_cond_timedwait(&repo->done, &repo->lock, &until))
+	repo->is_slow = repo->is_slow && !alone;
+	while (slot && (slot->state == WANTED || slot->state == READING) && repo->threads && patience > 0 && !repo->is_slow) {
+		repo->is_slow = !!pthread_cond_timedwait(&repo->done, &repo->lock, &until);
+		repo->asked_at = now_ns();
 		slot = find(repo, digest, codec);
-	taken = slot && slot->state == READ && (!slot->unwanted || slot->found.bytes);
+	}
+	taken = patience >= 0 && was_found(slot);
 	if (taken)
 		take(repo, slot, found);
 	pthread_mutex_unlock(&repo->lock);
@@ -507,8 +530,16 @@ void repo_name(struct repo *repo, const char *name, size_t size)
 		return;
 	pthread_mutex_lock(&repo->lock);
 	forget_old(repo);
-	if (now_ns() - repo->asked_at > ALONE_NS && !find(repo, multihash + 2, DAG_PB) && want(repo, multihash + 2, DAG_PB, 0, 0, repo->order))
+	if (!repo->is_blocked && now_ns() - repo->asked_at > ALONE_NS && !find(repo, multihash + 2, DAG_PB) && want(repo, multihash + 2, DAG_PB, 0, 0, repo->order))
 		wake(repo, 1);
+	pthread_mutex_unlock(&repo->lock);
+}
+
+/* Whether names have nothing read, since their content may be blocked. */
+void repo_block(struct repo *repo, int is_blocked)
+{
+	pthread_mutex_lock(&repo->lock);
+	repo->is_blocked = is_blocked;
 	pthread_mutex_unlock(&repo->lock);
 }
 
@@ -521,7 +552,7 @@ void repo_read(struct repo *repo, const uint8_t *digest, int codec, struct found
 	pthread_mutex_lock(&repo->lock);
 	while ((slot = find(repo, digest, codec)) && slot->state == READING)
 		pthread_cond_wait(&repo->done, &repo->lock);
-	taken = slot && slot->state == READ && (!slot->unwanted || slot->found.bytes);
+	taken = was_found(slot);
 	if (taken)
 		take(repo, slot, found);
 	else if (slot)

@@ -3,7 +3,9 @@
 Concurrency: any thread. `read` blocks; `take` does for as long as it is told.
 """
 
+import atexit
 import ctypes
+import os
 import weakref
 from typing import NamedTuple
 
@@ -29,8 +31,10 @@ class _Found(ctypes.Structure):
 
 _LIBRARY.repo_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 _LIBRARY.repo_open.restype = ctypes.c_void_p
-_LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
-_LIBRARY.repo_close.restype = None
+_LIBRARY.repo_stop.argtypes = _LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
+_LIBRARY.repo_stop.restype = _LIBRARY.repo_close.restype = None
+_LIBRARY.repo_block.argtypes = (ctypes.c_void_p, ctypes.c_int)
+_LIBRARY.repo_block.restype = None
 _LIBRARY.repo_free.argtypes = (ctypes.c_void_p,)
 _LIBRARY.repo_free.restype = None
 _LIBRARY.repo_take.argtypes = (
@@ -66,6 +70,24 @@ def _sha256() -> ctypes.Array[ctypes.c_void_p]:
 _SHA256 = _sha256()
 
 
+_open: set[int] = set()
+"""What `_close` may free."""
+os.register_at_fork(after_in_child=_open.clear)  # a child has none of the threads, and may have their locks
+
+
+def _close(repo: int) -> None:
+    if repo in _open:
+        _open.remove(repo)
+        _LIBRARY.repo_close(repo)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A worker thread that was left alone may still read: nothing is freed from now on."""
+    while _open:
+        _LIBRARY.repo_stop(_open.pop())
+
+
 class Read(NamedTuple):
     """A block as it was read, and its SHA-256 if that was taken meanwhile."""
 
@@ -79,10 +101,11 @@ class BlockFiles:
     def __init__(self, folder: str, characters: int) -> None:
         """`characters`: how long the names of the folders below `folder` are."""
         most = min(characters, MAX_CHARACTERS)
-        self._repo = _LIBRARY.repo_open(folder.encode(errors="surrogateescape"), most, _SHA256)
+        self._repo = _LIBRARY.repo_open(os.fsencode(folder), most, _SHA256)
         if not self._repo:
             raise MemoryError
-        weakref.finalize(self, _LIBRARY.repo_close, self._repo)
+        _open.add(self._repo)
+        weakref.finalize(self, _close, self._repo).atexit = False
 
     @property
     def name_listener(self) -> tuple[int, int]:
@@ -92,14 +115,19 @@ class BlockFiles:
 
     def take(self, digest: bytes, codec: int, patience: float) -> Read | int | None:
         """As `read`, if the block was read ahead, or is read within `patience` seconds by the thread that
-        reads ahead; else None."""
+        reads ahead; else None. With a negative `patience` always None: a block that is asked for alone is
+        read ahead, for `read`."""
         found = _Found()
         taken = _LIBRARY.repo_take(self._repo, digest, codec, int(patience * 1e9), ctypes.byref(found))
         return _read(found) if taken else None
 
+    def block_names(self, blocked: bool) -> None:
+        """Whether `name_listener` reads nothing from now on."""
+        _LIBRARY.repo_block(self._repo, blocked)
+
     def read(self, digest: bytes, codec: int) -> Read | int:
-        """The block; MISSING where there is no such file or it can't be read; for one of over 2 MiB its size,
-        negative."""
+        """The block, at once if it was read ahead; MISSING where there is no such file or it can't be read;
+        for one of over 2 MiB its size, negative."""
         found = _Found()
         _LIBRARY.repo_read(self._repo, digest, codec, ctypes.byref(found))
         return _read(found)

@@ -4,7 +4,11 @@ import ctypes
 import gc
 import os
 import select
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -280,3 +284,183 @@ def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
     assert opened.within(SOON)
+
+
+class Held:
+    """Whoever opens one of `paths` waits until this is closed, as on a disk that hangs. Source:
+    fanotify(7)."""
+
+    _CLASS_CONTENT, _CLOEXEC, _ADD, _OPEN_PERM, _CWD = 4, 1, 1, 0x10000, -100
+    _libc = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._group = self._libc.fanotify_init(self._CLASS_CONTENT | self._CLOEXEC, os.O_RDONLY)
+        if self._group < 0:
+            pytest.skip("fanotify can't hold files: only root may")
+        for path in paths:
+            mask = ctypes.c_uint64(self._OPEN_PERM)
+            assert not self._libc.fanotify_mark(self._group, self._ADD, mask, self._CWD, os.fsencode(path))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._group)
+
+
+def look_up(repository: Repository, cid: Cid) -> None:
+    """What the thread that reads the device does with a name in the root."""
+    function, own = repository.blocks.name_listener
+    listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
+    name = cids.text(cid).encode()
+    listener(own, name, len(name))
+
+
+def test_a_disk_that_was_waited_for_in_vain_is_not_waited_for_again(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one who looks up many names at once would stop the event loop for as many times."""
+    monkeypatch.setattr(kubo_repo, "PATIENCE", 1.0)
+    roots = [repository.heap.directory([Link(Blocks().leaf(b"%d" % at), b"1", 1)]) for at in range(6)]
+    with Held([repository.put(root) for root in roots]):
+        for root in roots:
+            look_up(repository, root)
+        began = time.monotonic()
+        assert [repository.take(root) for root in roots] == [None] * 6
+        assert time.monotonic() - began < 3.0
+    for root in roots:
+        assert repository.blocks.read(root) == repository.heap.block(root)
+
+
+def test_what_was_not_there_when_it_was_read_ahead_is_looked_for_again(repository: Repository) -> None:
+    root, files = repository.directory(1)
+    path = Path(repository.blocks._path(files[0]))
+    path.rename(path.with_suffix(".later"))
+    assert repository.ask_alone(root) is not None
+    time.sleep(0.1)
+    path.with_suffix(".later").rename(path)
+    assert repository.blocks.read(files[0]) == repository.heap.block(files[0])
+
+
+@pytest.mark.logs("content is blocked")
+def test_nothing_is_read_ahead_while_content_is_blocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "denylists").mkdir()
+    repository = Repository(tmp_path / "blocks")
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    root, _files = repository.directory(1)
+    assert repository.blocks.read(root) is not None
+    (tmp_path / "denylists" / "one.deny").touch()
+    assert repository.blocks.read(root) is None
+    opened = repository.opened(root)
+    time.sleep(ALONE)
+    look_up(repository, root)
+    assert repository.ask_alone(root) is None
+    assert not opened.within(NEVER)
+    (tmp_path / "denylists" / "one.deny").unlink()
+    assert repository.blocks.read(root) is not None
+    opened = repository.opened(root)
+    time.sleep(ALONE)
+    look_up(repository, root)
+    assert opened.within(SOON)
+
+
+def test_a_block_is_read_once_where_denylists_are_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    (tmp_path / "blocks").mkdir()
+    repository = Repository(tmp_path / "blocks")
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    root, _files = repository.directory(1)
+    opened = repository.opened(root)
+    look_up(repository, root)
+    assert opened.within(SOON)
+    opened = repository.opened(root)
+    time.sleep(0.1)
+    assert repository.take(root) is None
+    assert repository.blocks.read(root) == repository.heap.block(root)
+    assert not opened.within(NEVER)
+
+
+def run_python(script: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
+
+
+READ_AT_EXIT = """
+import atexit, sys
+atexit.register(lambda: print(files.read(b"\\1" * 32, 0x55)))  # it is called last
+from ipfsfuse.fileio.flatfs import BlockFiles
+files = BlockFiles(sys.argv[1], 2)
+files.read(b"\\1" * 32, 0x55)
+"""
+
+
+def test_a_worker_thread_may_still_read_while_the_process_ends(repository: Repository) -> None:
+    """One that was left alone with a disk that hangs is not waited for."""
+    path = Path(repository.blocks._path(cids.make(cids.RAW, b"\x12\x20" + b"\1" * 32)))
+    path.parent.mkdir()
+    path.write_bytes(b"still there")
+    assert "still there" in run_python(READ_AT_EXIT, repository.blocks._folder)
+
+
+END_AFTER_FORK = """
+import gc, os, sys, time
+from ipfsfuse.fileio.flatfs import BlockFiles
+files = BlockFiles(sys.argv[1], 2)
+files.take(b"\\1" * 32, 0x55, 1.0)
+if not os.fork():
+    began = time.monotonic()
+    del files
+    gc.collect()
+    print(time.monotonic() - began, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_child_process_does_not_wait_for_its_parents_threads(tmp_path: Path) -> None:
+    assert float(run_python(END_AFTER_FORK, tmp_path)) < 0.9
+
+
+def test_what_is_outside_an_allow_list_is_not_read(own_node: Node, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_bytes(os.urandom(10_000))
+    root = own_node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
+    home = Home(tmp_path / "home")
+    home.env["IPFS_PATH"] = str(own_node.repo)
+    opened = Opened(Path(Flatfs(own_node.repo / "blocks", 2)._path(cids.parse(root))))
+    allowed = cids.text(cids.EMPTY)
+    with home.mounted("--from", "kubo", "--allow", allowed) as mount, pytest.raises(PermissionError):
+        os.listdir(mount.path / root)
+    assert not opened.within(NEVER)
+
+
+@pytest.mark.logs("content is blocked")
+def test_what_an_earlier_look_for_denylists_found_counts_no_more_while_they_are_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, goes_on = threading.Event(), threading.Event()
+
+    def slow(_folder: Path) -> bool:
+        looks.set()
+        return goes_on.wait(SOON)
+
+    monkeypatch.setattr(kubo_repo, "_has_denylist", slow)
+    (tmp_path / "blocks").mkdir()
+    repository = Repository(tmp_path / "blocks")
+    repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
+    root, _files = repository.directory(1)
+    other = threading.Thread(target=repository.blocks.read, args=(root,))
+    other.start()
+    assert looks.wait(SOON)
+    given = repository.ask_alone(root)
+    goes_on.set()
+    other.join()
+    assert given is None

@@ -64,25 +64,26 @@ class Denylists:
         ]
         self._repository = repository
         self._looked = float("-inf")
-        self._found = False
+        self.found = False
+        """Whether there was one when they were looked up last."""
 
     def any(self) -> bool:
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
-            self._looked = now
             where = next((folder for folder in self.folders if _has_denylist(folder)), None)
-            if where is not None and not self._found:
+            if where is not None and not self.found:
                 log.warning(
                     "%s: content is blocked by a list in %s: the node is asked for every block",
                     self._repository,
                     where,
                 )
-            self._found = where is not None
-        return self._found
+            self.found = where is not None
+            self._looked = now  # not before: who asks meanwhile must not get what an earlier look found
+        return self.found
 
     def none_lately(self) -> bool:
         """Whether there was none when they were looked up last, and that was not long ago."""
-        return not self._found and time.monotonic() - self._looked < LOOK_SECONDS
+        return not self.found and time.monotonic() - self._looked < LOOK_SECONDS
 
 
 class Flatfs:
@@ -101,7 +102,11 @@ class Flatfs:
         return self._files.name_listener
 
     def _is_blocked(self) -> bool:
-        return self._denylists is not None and self._denylists.any()
+        if self._denylists is None:
+            return False
+        blocked = self._denylists.any()
+        self._files.block_names(blocked)
+        return blocked
 
     def have(self, wanted: Iterable[Cid]) -> bool:
         """Whether there is a file of each block that may be read."""
@@ -129,13 +134,14 @@ class Flatfs:
         return block
 
     def take_hashed(self, cid: Cid) -> bytes | Hashed | None:
-        """The block if it was read ahead, or can be had within PATIENCE; for the event loop."""
+        """The block if it was read ahead, or can be had within PATIENCE; for the event loop. None where
+        denylists are to be looked up first, by a thread."""
         multihash = cids.multihash(cid)
-        if multihash[:2] != multihashes.SHA2_256_PREFIX:
+        if multihash[:2] != multihashes.SHA2_256_PREFIX or (self._denylists and self._denylists.found):
             return None
         sure = self._denylists is None or self._denylists.none_lately()
-        read = self._files.take(multihash[2:], cids.codec(cid), PATIENCE if sure else 0)
-        return _block(cid, read) if sure and read is not None else None
+        read = self._files.take(multihash[2:], cids.codec(cid), PATIENCE if sure else -1.0)
+        return None if read is None else _block(cid, read)
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | None]:
         """Reads the first of `wanted`, and as many of the others as one call reads: for many small blocks. A
