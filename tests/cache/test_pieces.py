@@ -22,10 +22,12 @@ LEAF = 16 * PIECE
 
 
 async def read_whole(cache: PinsetCache, file: FileRef, leaves: list[Leaf]) -> None:
-    """Twice: what was fetched is staged, and then read from the disk and verified."""
+    """Twice: what was fetched is staged, and then read from the disk and verified. The file has its final name
+    after that."""
     for _ in range(2):
         for leaf in leaves:
             await cache.reader.leaf(file, leaf)
+    await cache.store.finish(cache.store.staging.entries[file.cid])
 
 
 WRONG = pytest.mark.logs("wrong bytes in the cache at .*, set aside")
@@ -120,7 +122,6 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_whole(cache, file, leaves)
             await cache.reader.settle()
-            await cache.store.finish(cache.store.staging.entries[file.cid])
             (whole,) = staged(tmp_path, "staging")
             for leaf in leaves:
                 flip(whole, leaf.offset)
