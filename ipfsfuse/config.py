@@ -84,7 +84,7 @@ class MountConfig(ContentConfig):
     """Whether the daemon gives up new privileges, and by landlock the files that it does not need."""
 
 
-# -- where folders lie unless it is said ---------------------------------------------------------------------
+# -- where folders lie by default ----------------------------------------------------------------------------
 
 
 def cache_dir(given: str | None) -> Path:

@@ -1,5 +1,5 @@
 """A cache folder and sources opened together, without a mount: what `serve` and the Python interface read
-from. Whole blocks and names, which a mount gives by its control socket too.
+from. Also whole blocks and names, which a mount gives by its control socket.
 
 Concurrency: everything runs in one trio loop.
 """

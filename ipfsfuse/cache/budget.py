@@ -111,7 +111,7 @@ class Budget:
         size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
         self._unlooked += size
         try:
-            self._lock.acquire_nowait()  # other tasks need no turn for that, which costs 20 us
+            self._lock.acquire_nowait()  # `acquire` gives other tasks a turn, which costs 20 us
         except trio.WouldBlock:
             await self._lock.acquire()
         try:

@@ -59,7 +59,7 @@ END_SECONDS = 10.0
 
 CAP_SYS_ADMIN = 21
 PROGRESS = "progress "
-"""How a line begins that says how far the daemon is."""
+"""The beginning of a line with the progress of the daemon."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:

@@ -141,7 +141,7 @@ class Source(ABC):
         return streaming(partial(self.send_leaves, wanted))
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        """Sends what `stream` gives: here one by one."""
+        """Sends what `stream` gives. This one gets each block by itself."""
         await streams.send_singly(self.get, wanted.leaves, send, 1)
 
     def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
@@ -150,7 +150,7 @@ class Source(ABC):
         return streaming(partial(self.send_subtree, subtree), turns=True)
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
-        """Sends what `subtree` gives: here nothing, as of files each block is at hand."""
+        """Sends what `subtree` gives. This one sends nothing: blocks in files are at hand singly."""
         await trio.lowlevel.checkpoint()
 
     def roots(self) -> Sequence[Cid]:

@@ -290,7 +290,7 @@ def _compiled(
 
 @contextmanager
 def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
-    """The guest's file. Raises GuestRefused, for an OSError in the block too."""
+    """The guest's file. Raises GuestRefused, also where the `with` block raises OSError."""
     named = plan.options.guest
     try:
         if named == "-":

@@ -35,7 +35,7 @@ def links(cid: Cid, block: bytes) -> Iterable[Cid]:
 
 
 class Roots:
-    """Of blocks that are added in the order of first use, those that no block before them links to."""
+    """The roots among blocks, which are added in the order of first use: no earlier block links to them."""
 
     def __init__(self) -> None:
         self.found: list[Cid] = []

@@ -11,6 +11,7 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import store as stores
 from ipfsfuse.cache.store.staging import PIECE
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.fileio.tags import TAG
 from tests.cache.standin import Chain, flip, make_file, staged
@@ -21,10 +22,12 @@ LEAF = 16 * PIECE
 
 
 async def read_whole(cache: PinsetCache, file: FileRef, leaves: list[Leaf]) -> None:
-    """Twice: what was fetched is staged, and then read from the disk and verified."""
+    """Twice: what was fetched is staged, and then read from the disk and verified. The file has its final name
+    after that."""
     for _ in range(2):
         for leaf in leaves:
             await cache.reader.leaf(file, leaf)
+    await cache.store.finish(cache.store.staging.entries[file.cid])
 
 
 WRONG = pytest.mark.logs("wrong bytes in the cache at .*, set aside")
@@ -58,6 +61,28 @@ def test_a_part_is_proved_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: b
             part = await cache.reader.part(file, leaves[1], 0, 9)
             assert part.content == content[LEAF : LEAF + 9]
             assert chain.asked == [leaves[1].cid], "the first read after a start proves the whole leaf"
+
+    trio.run(main)
+
+
+def test_leaves_that_another_file_has_proved_complete_a_file_too(tmp_path: Path) -> None:
+    """Two files have leaves in common. Their tags are known from one file when they are read in the other."""
+    chain = Chain()
+    one, its_leaves, content = make_file(chain, 3 * LEAF, LEAF)
+    other, shared = FileRef(chain.add(b"root of another file", cids.DAG_PB), one.size), its_leaves[:2]
+    new = Leaf(chain.add(bytes(LEAF)), 2 * LEAF, LEAF)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for file in (one, other):
+                for leaf in shared:
+                    await cache.reader.leaf(file, leaf)
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            for file in (one, other):
+                read = [await cache.reader.leaf(file, leaf) for leaf in shared]
+                assert b"".join(read) == content[: 2 * LEAF]
+            await cache.reader.leaf(other, new)
+        assert (tmp_path / "staging" / cids.text(other.cid)).exists()
 
     trio.run(main)
 
@@ -97,7 +122,6 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_whole(cache, file, leaves)
             await cache.reader.settle()
-            await cache.store.finish(cache.store.staging.entries[file.cid])
             (whole,) = staged(tmp_path, "staging")
             for leaf in leaves:
                 flip(whole, leaf.offset)

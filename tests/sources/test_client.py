@@ -17,6 +17,7 @@ from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo, Rpc
 from ipfsfuse.sources.http.origin import parse_origin
+from ipfsfuse.sources.http.settings import RateLimit
 from tests.kubo.node import Node
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks
@@ -282,3 +283,32 @@ def test_the_client_starts_without_the_command_line_of_httpx() -> None:
     """Its imports take 30 ms of each start: rich, click, pygments."""
     code = "import sys, ipfsfuse.sources.http.client; print({'rich', 'click', 'pygments'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+@both
+@pytest.mark.usefixtures("transport")
+def test_a_block_that_waits_for_the_rate_limit_is_not_late() -> None:
+    """The time for a body is the server's alone: what came waits as long as the limit says, and takes no room
+    from other bodies meanwhile."""
+    blocks = raw_blocks(94, 1, size=1 << 20)
+    settings = HttpSettings(total=0.5, rate=RateLimit(1 << 20))
+    used: list[int] = []
+
+    async def main() -> None:
+        with Server(blocks, answer_well) as server:
+            http = Http(parse_origin(server.url), settings)
+            gateway = Gateway(http, server.url)
+
+            async def look() -> None:
+                await trio.sleep(0.4)
+                used.append(http.share.used)
+
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(look)
+                    assert await gateway.get(*blocks) == blocks[next(iter(blocks))]
+            finally:
+                await gateway.aclose()
+
+    trio.run(main)
+    assert used == [0]

@@ -1,6 +1,7 @@
 """Our transport reads heads, known lengths and chunks as h11 does, however they are cut into pieces; all else
 is refused."""
 
+import socket
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -251,5 +252,28 @@ def test_bytes_behind_the_end_make_the_connection_unusable() -> None:
                 await source.aclose()
             assert server.asked[1].connection is not server.asked[0].connection
             assert server.asked[2].connection is server.asked[1].connection
+
+    trio.run(main)
+
+
+def test_a_server_that_takes_a_request_byte_by_byte_has_no_more_time_than_another() -> None:
+    async def takes_slowly(listener: trio.SocketListener) -> None:
+        async with await listener.accept() as stream:
+            while True:
+                await stream.receive_some(1024)
+                await trio.sleep(0.02)
+
+    async def main() -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        async with listener, trio.open_nursery() as nursery:
+            nursery.start_soon(takes_slowly, listener)
+            stream = await trio.open_tcp_stream(*listener.socket.getsockname())
+            connection = Connection(stream, 60, trio.CapacityLimiter(1))
+            with pytest.raises(trio.TooSlowError), trio.fail_after(10):
+                await connection.request(bytes(8 << 20), trio.current_time() + 0.2)
+            assert trio.current_time() - connection.began < 5
+            await connection.aclose()
+            nursery.cancel_scope.cancel()
 
     trio.run(main)

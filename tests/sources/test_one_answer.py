@@ -85,6 +85,20 @@ def instead_of_cars(status: int, type_: str = "text/plain") -> Behaviour:
     return behave
 
 
+def test_a_long_page_in_place_of_blocks_is_a_failure() -> None:
+    """Only a CAR may be longer than what was asked for."""
+
+    def behave(ask: Ask) -> None:
+        ask.send(500, b"<!doctype html>" + bytes(client.ERROR_BODY), "text/html")
+
+    async def main(gateway: Gateway) -> None:
+        with pytest.raises(SourceFailed):
+            await brought(gateway)
+
+    with Server({}, behave, files=(FILE,), trees=(TREE,)) as server:
+        with_gateway(server, main)
+
+
 def cars_asked(server: Server) -> int:
     return sum(ask.query.get("format") == "car" for ask in server.asked)
 

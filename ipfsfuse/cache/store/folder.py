@@ -207,10 +207,6 @@ class Subfolder:
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd)
 
-    def disk(self) -> int:
-        """Bytes on disk of the folder itself, 0 where that is not known."""
-        return os.fstat(self.fd).st_blocks * 512 if self.is_made() else 0
-
     def report_strays(self, names: Sequence[str]) -> None:
         report_strays(self.path, names)
 

@@ -268,15 +268,6 @@ class Index:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def disk(self) -> int:
-        """Bytes on disk of the database, its WAL, and what was set aside; of what can't be looked at,
-        none."""
-        total = 0
-        for path in (self.path, f"{self.path}-wal", self.path.with_name(DAMAGED_INDEX)):
-            with contextlib.suppress(OSError):
-                total += os.lstat(path).st_blocks * 512
-        return total
-
     def close(self) -> None:
         for name in ("_reader", "_writer", "_counter"):
             connection = getattr(self, name, None)

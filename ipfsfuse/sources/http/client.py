@@ -106,7 +106,7 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 class _HttpcoreBody:
     """The body of a response that came by httpcore, read as that of a `Connection` is."""
 
-    keep_alive = True  # httpcore knows
+    keep_alive = True  # httpcore itself drops a connection that the server does not keep
 
     def __init__(self, response: httpx.Response) -> None:
         self.headers = dict(response.headers)
@@ -160,9 +160,14 @@ class Response:
             await self._share.take(size)
             try:
                 with trio.fail_after(self._total):
-                    (content,) = await self.receive_into([size])
+                    (content,) = await self.body.receive_into([size])
             finally:
                 self._share.give(size)
+            self.left, self.ended = 0, True
+            if (
+                self._counted
+            ):  # a wait for our own rate limit needs no room, and does not make the server late
+                await self._spend(size)
             return bytes(content)
         found = bytearray()
         with trio.fail_after(self._total):
@@ -296,8 +301,8 @@ class HttpcoreTransport(_Transport):
 
 
 class OwnTransport(_Transport):
-    """Plain HTTP/1.1 to one server on this machine, by `transport.Connection`; `far` is for the others, to
-    which that one redirects. httpx does not see the headers of a response: its body has them."""
+    """Plain HTTP/1.1 to one server on this machine, by `transport.Connection`. `far` asks the servers to
+    which this one redirects. httpx does not see the headers of a response: its body has them."""
 
     def __init__(self, named: Origin, settings: HttpSettings, far: HttpcoreTransport) -> None:
         super().__init__(named, settings)

@@ -41,6 +41,10 @@ class NotOffered(SourceFailed):
     """The server does not support such a request. Its health does not suffer: another kind may work."""
 
 
+class CarTooLong(SourceFailed):
+    """The server sent far more than the blocks that were asked for."""
+
+
 class Gateway(Source):
     """`local` for a node's own gateway port on this machine: there leaves come fastest as a range of their
     file. From a remote gateway they come as a CAR, by one request whatever the distance. With `only_cached`
@@ -94,9 +98,8 @@ class Gateway(Source):
                         await send.send(blocks)
             except NotOffered:
                 self._cars = False
-            except SourceFailed as exc:
-                if exc.kind != LONG:  # else it is enough
-                    raise
+            except CarTooLong:
+                pass  # what came is of use
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -162,8 +165,8 @@ class Gateway(Source):
                 yield blocks
 
     async def _sections(self, response: Response, limit: int) -> AsyncGenerator[streams.Blocks]:
-        """The sections of a CAR, some at a time, until it ends. Raises SourceFailed (long) where it has more
-        than `limit` bytes."""
+        """The sections of a CAR, some at a time, until it ends. Raises CarTooLong where it has more than
+        `limit` bytes."""
         parser = StreamParser()
         while piece := await response.receive():
             found = parser.feed(piece)
@@ -172,7 +175,7 @@ class Gateway(Source):
                 await trio.lowlevel.checkpoint()
             limit -= len(piece)
             if limit < 0:
-                raise SourceFailed(
+                raise CarTooLong(
                     f"{self._http.origin.text} sent far more than the blocks that were asked for", LONG
                 )
 

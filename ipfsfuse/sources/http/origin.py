@@ -1,6 +1,7 @@
 """Servers as frozen values, where a redirect may lead, and which proxy is used.
 
-Pure, except that the environment names the proxies and the Kubo repository, and that its node's addresses.
+Pure, except that the environment names the proxies and the Kubo repository, and files there the addresses of
+the node.
 """
 
 import functools

@@ -72,7 +72,7 @@ class Connection:
             try:
                 data = data[self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
-                with trio.fail_after(self._idle):
+                with trio.fail_at(min(trio.current_time() + self._idle, end)):
                     await trio.lowlevel.wait_writable(self._socket)
         while not self.status:
             piece = await self._when_readable(end, self._socket.recv, PIECE, socket.MSG_DONTWAIT)
