@@ -1,10 +1,10 @@
-/* Reads blocks of a Kubo repository (flatfs: one file for each block, named by its multihash), each by one call without Python's
- * lock, and reads ahead of who goes down one path: what a block links first, it is asked for next, and the disk needs as
- * long for it as Python needs for the answers in between.
+/* Reads blocks of a Kubo repository (flatfs: one file for each block, named by its multihash). One call reads and hashes a block,
+ * without Python's lock. Threads of ours read ahead for a program that goes down a path: after a block it needs one of those
+ * that the block links. The disk then works while Python answers the requests in between.
  *
- * Read ahead are the children of a directory of at most FEW entries. Once one of them was asked for, and is a file, its first
- * blocks are too, down to its first leaf. That is not done while other blocks are asked for as well: then the disk has enough to
- * do. Nothing here verifies anything: a link is a hint, found by its bytes, and whoever takes a block compares its hash.
+ * The children of a directory of at most FEW entries are read ahead. Once one of them is asked for and is a file, the first blocks
+ * of that file are, too, down to its first leaf. Nothing is read ahead while other blocks are asked for: the disk is busy then.
+ * Nothing here verifies anything. A link is only a hint, found by how its bytes look; the caller compares the hash of a block.
  * Concurrency: any thread. At most THREADS threads read ahead. They use nothing of Python's.
  */
 #define _GNU_SOURCE
@@ -29,7 +29,7 @@
 #define THREADS 2
 #define KEPT (4 << 20)          /* bytes of blocks that were read ahead and not taken yet */
 #define KEPT_NS 1000000000LL    /* for which they are kept */
-#define ALONE_NS 20000000LL     /* without another block asked for, after which a directory's children are read ahead */
+#define ALONE_NS 20000000LL     /* children are read ahead if no block was asked for in so long a time */
 #define TOGETHER (256 << 10)    /* bytes that are hashed while the disk reads the next ones. Asked for by one call, the disk gives
                                  * 1 MiB after some 1.2 ms, and hashing begins only there */
 #define DIGEST 32
@@ -59,8 +59,8 @@ struct slot {
 	uint8_t digest[DIGEST];
 	int codec;
 	int level;              /* below the directory that is asked for or was taken last */
-	int on_path;            /* it was asked for itself, or is the first block of such a file: what it links is wanted, too */
-	atomic_int unwanted;    /* it may not have been read: another child of the directory was asked for, or there is no room */
+	int on_path;            /* it was asked for, or is the first block of a file that was: its first link is read, too */
+	atomic_int unwanted;    /* reading it was given up: another child of the directory was asked for, or there is no room */
 	int64_t order, family, read_at;
 	struct found found;
 };
@@ -73,8 +73,8 @@ struct repo {
 	pthread_cond_t work, done;
 	struct slot slots[SLOTS];
 	int64_t asked_at, order, kept;
-	int left;               /* blocks that may still be read ahead: a walk through many directories is not followed for long */
-	int is_slow;            /* a block was waited for in vain: none is, until one is asked for alone again */
+	int left;               /* blocks that may still be read ahead, so that a walk through many directories is not followed for long */
+	int is_slow;            /* a wait for a block ended without it: no other is waited for until one is asked for alone */
 	int is_blocked;
 	int threads, idle, stopping, orphaned;
 };
@@ -196,7 +196,7 @@ static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 	return NULL;
 }
 
-/* What was missing when it was read ahead, or was given up, may be there by now. */
+/* A block that was missing when it was read ahead, or whose reading was given up, may be there by now: it is read again. */
 static int was_found(const struct slot *slot) { return slot && slot->state == READ && slot->found.size != MISSING; }
 
 static void let_go(struct repo *repo, struct slot *slot)
@@ -208,7 +208,7 @@ static void let_go(struct repo *repo, struct slot *slot)
 	slot->state = FREE;
 }
 
-/* Lets go of what nobody took. Returns whether more is left. */
+/* Frees blocks that nobody took in time. Returns whether others are kept. */
 static int forget_old(struct repo *repo)
 {
 	struct slot *slot;
@@ -277,7 +277,7 @@ static void follow(struct repo *repo, const struct found *found, int level)
 	if (named) {
 		level = 0;
 		count = count > FEW ? 0 : count;
-	} else /* who asks for a file by its CID may want no more than its size */
+	} else /* a program that looks up a file by its CID may want no more than its size */
 		count = count && level && level < DEEPEST;
 	for (pass = 0; pass < 2; pass++) /* the small ones first */
 		for (each = 0; each < count && wanted < repo->left; each++)
@@ -441,9 +441,9 @@ void repo_close(struct repo *repo)
 		end(repo);
 }
 
-/* Takes the block if it was read ahead: 1 if so. Where no other was asked for lately, waits for it up to `patience`
- * nanoseconds, also if it was not read ahead: for who asks, that is sooner than to be woken. With a negative `patience` it is read
- * ahead like that, but not taken. */
+/* Takes the block if it was read ahead, and returns 1. If no other block was asked for lately, it waits up to `patience` nanoseconds
+ * until a thread of ours has read it: that is sooner than a thread of Python's would have it. With a negative `patience` the
+ * block is read ahead in this way, but not taken. */
 int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patience, struct found *found)
 {
 	struct timespec until;
@@ -515,8 +515,8 @@ static int from_base58(const char *name, size_t size, uint8_t *out, size_t room)
 	return 1;
 }
 
-/* Somebody looks up `name`, which may be a CID in its usual spelling: if that is a directory's or a large file's, and no block was
- * asked for lately, its block is read meanwhile. It may be needless: what is staged is not asked for. */
+/* A program looks up `name` in the mount's root. If that is the CID of a dag-pb block in its usual spelling, and no block was asked
+ * for lately, its block is read ahead. If the block is staged already, it is read for nothing. */
 void repo_name(struct repo *repo, const char *name, size_t size)
 {
 	uint8_t cid[4 + DIGEST], *multihash = cid + 2;
@@ -543,7 +543,7 @@ void repo_block(struct repo *repo, int is_blocked)
 	pthread_mutex_unlock(&repo->lock);
 }
 
-/* Reads the block, or waits for who reads it ahead. The bytes of `found` are to be freed by `repo_free`. */
+/* Reads the block, or waits for the thread that reads it ahead. The bytes of `found` are to be freed by `repo_free`. */
 void repo_read(struct repo *repo, const uint8_t *digest, int codec, struct found *found)
 {
 	struct slot *slot;

@@ -1,6 +1,6 @@
-"""The blocks of a flatfs folder, each read by one call in C, and what they link first, ahead (`flatfs.c`).
+"""The blocks of a flatfs folder. One call in C reads and hashes a block; others are read ahead (`flatfs.c`).
 
-Concurrency: any thread. `read` blocks; `take` does for as long as it is told.
+Concurrency: any thread. `read` blocks; `take` blocks for at most `patience` seconds.
 """
 
 import atexit
@@ -83,7 +83,7 @@ def _close(repo: int) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    """A worker thread that was left alone may still read: nothing is freed from now on."""
+    """Nothing is freed any more: a worker thread that was not waited for may still read."""
     while _open:
         _LIBRARY.repo_stop(_open.pop())
 
@@ -114,9 +114,9 @@ class BlockFiles:
         return ctypes.cast(_LIBRARY.repo_name, ctypes.c_void_p).value or 0, self._repo
 
     def take(self, digest: bytes, codec: int, patience: float) -> Read | int | None:
-        """As `read`, if the block was read ahead, or is read within `patience` seconds by the thread that
-        reads ahead; else None. With a negative `patience` always None: a block that is asked for alone is
-        read ahead, for `read`."""
+        """The block as `read` gives it, if it was read ahead, or if the thread that reads ahead has it within
+        `patience` seconds; else None. With a negative `patience` always None: then a block that is asked for
+        alone is read ahead, and a later `read` gives it."""
         found = _Found()
         taken = _LIBRARY.repo_take(self._repo, digest, codec, int(patience * 1e9), ctypes.byref(found))
         return _read(found) if taken else None

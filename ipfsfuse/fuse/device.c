@@ -66,7 +66,7 @@ uint64_t device_current;
 /* How long that request had waited for pyfuse3, in nanoseconds. */
 int64_t device_waited;
 
-/* Told of each name that is looked up in the mount's root, before Python is. It does not wait. */
+/* Called with each name that is looked up in the mount's root, before Python gets the request. It does not wait. */
 static void (*listener)(void *, const char *, size_t);
 static void *listeners_own;
 
@@ -276,7 +276,7 @@ static ssize_t receive(void)
 	}
 }
 
-static void tell_listener(const struct fuse_in_header *request, size_t size)
+static void call_listener(const struct fuse_in_header *request, size_t size)
 {
 	const char *name = (const char *)(request + 1);
 
@@ -296,7 +296,7 @@ static void *run(void *unused)
 			note_interrupt(buffer, size);
 		else if (!opens_answer(device, request, size) && !reads_answer(device, request, size) &&
 			 !pieces_answer(device, request, size)) {
-			tell_listener(request, size);
+			call_listener(request, size);
 			device_pass_on(buffer, size, NULL);
 		}
 	end_with(size < 0 ? (int)size : 1);

@@ -146,8 +146,9 @@ class ReadWindows:
 
 @contextmanager
 def listening(listener: tuple[int, int] | None) -> Iterator[None]:
-    """A session within this block tells `listener` of each name that is looked up in its root, before Python
-    hears of it: a function in C, and its first argument (`fileio.flatfs.BlockFiles.name_listener`)."""
+    """A session within this block calls `listener` with each name that is looked up in its root, before
+    Python gets the request. `listener` is a function in C, and its first argument
+    (`fileio.flatfs.BlockFiles.name_listener`)."""
     _LIBRARY.device_listen(*(listener or (None, None)))
     try:
         yield
