@@ -3,6 +3,7 @@ afterwards."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 NOBODY = 65534
 PATIENCE = 60
@@ -132,6 +135,18 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def open_device(test: Any) -> Any:
+    """Marks a test in which an ordinary user mounts."""
+    lacking = os.getuid() != 0 or shutil.which("setpriv") is None or not is_open_device()
+    reason = "needs root, to become somebody else, setpriv, and udev's /dev/fuse, open to all"
+    return pytest.mark.open_device(pytest.mark.skipif(lacking, reason=reason)(test))
+
+
+def is_open_device() -> bool:
+    """Whether every user may open /dev/fuse."""
+    return os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o006 == 0o006
 
 
 def command_of(user: int) -> list[str]:

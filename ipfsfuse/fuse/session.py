@@ -143,7 +143,9 @@ class MountHelper:
         _message, fds, _flags, _address = socket.recv_fds(self._ours, 1, 1)
         if not fds:
             self._ours.close()
-            _out, said = self._mounting.communicate()
+            with self._mounting.stderr as stderr:
+                said = stderr.read()
+            self._mounting.wait()
             raise MountFailed(_why(said.decode(errors="replace"), self.mountpoint, self._allow_other))
         self._mounting.stderr.close()
         return Mount(fds[0], self._ours)

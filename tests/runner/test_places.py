@@ -2,7 +2,6 @@
 and the directory that is its `/`."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from ipfsfuse_run import places
 from ipfsfuse_run.errors import TRAPPED
-from tests.mounting import NOBODY, PATIENCE, Home, alive, command_of, wait_until
+from tests.mounting import NOBODY, PATIENCE, Home, alive, command_of, open_device, wait_until
 from tests.runner.conftest import Runner, lines, with_command
 
 NO_TMPFS = """
@@ -114,10 +113,7 @@ class AsNobody(Runner):
 
 
 @pytest.mark.fuse
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
-    reason="needs root, to become somebody else, setpriv, and udev's /dev/fuse, open to all",
-)
+@open_device
 @pytest.mark.parametrize("engine", ["library", "command"])
 def test_an_ordinary_user_has_a_tmpfs_and_sees_the_mount(
     tmp_path: Path, habits: Path, wasmtime: Path, engine: str
