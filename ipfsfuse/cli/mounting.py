@@ -530,14 +530,16 @@ UPTIME_SECONDS = 2.0
 
 
 def _mounts() -> list[dict[str, Any]]:
-    """Every mount of ipfsfuse that this process sees."""
+    """Every mount of ipfsfuse that this process sees. `answers` is None where it is not known which daemon
+    serves the mount, such as another user's."""
     found = []
     for mounted in mountpoints.table():
         if mounted.type != mountpoints.TYPE:
             continue
         live = live_mounts.find(Path(mounted.mountpoint))
-        since, answers = None, False
+        since, answers = None, None
         if live is not None:
+            answers = False
             try:
                 uptime = client.call(live.control, "status", timeout=UPTIME_SECONDS)["uptime"]
                 since, answers = (
