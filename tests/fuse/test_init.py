@@ -10,7 +10,7 @@ import trio
 
 from ipfsfuse.errors import MountFailed
 from tests.fuse.kernel_side import INIT, uninitialized
-from tests.mounting import fuse_mounts
+from tests.mounting import fuse_mounts, wait_until
 
 PARALLEL_DIROPS, CACHE_SYMLINKS = 1 << 18, 1 << 23
 NEEDED = 1 | 1 << 13 | 1 << 14
@@ -77,7 +77,7 @@ def test_a_thread_that_can_not_be_started_is_told_as_that(tmp_path: Path) -> Non
     command = [sys.executable, "-c", NO_THREAD, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "the thread that reads the device can't be started: " in done.stdout, done.stderr
-    assert not fuse_mounts(tmp_path)
+    wait_until(lambda: not fuse_mounts(tmp_path), "fusermount3 has unmounted it")
 
 
 def test_a_refusal_of_libfuse_is_told(capfd: pytest.CaptureFixture[str]) -> None:
