@@ -144,7 +144,7 @@ class SingleFlight(Generic[K, V]):
                     raise copy.copy(flight.error) from flight.error
         cause = self._cause(key)
         waited = trio.current_time() - began
-        said = f"{name()}: no source gave it within {min(waited, self._deadline):.2g} s"
+        said = f"{name()}: no source gave it within {round(min(waited, self._deadline), 1):g} s"
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)

@@ -1,6 +1,7 @@
 """What is told of faults: lines in the log, what `status` says, and the exit codes of `status` and `fsck`."""
 
 import random
+import re
 
 from ipfsfuse.dag import cid as cids
 from tests.dagging import Dag
@@ -8,6 +9,8 @@ from tests.faults.gateway import Gateway, errno_of, mounted
 from tests.mounting import Home
 
 MIB = 1 << 20
+WITHIN = r"no source gave it within (1|0\.\d) s"
+"""With a deadline of 1 s: before a call waits for a block, a busy machine may have spent some of that."""
 
 
 def test_a_read_that_fails_leaves_one_line_with_its_cause(home: Home) -> None:
@@ -26,7 +29,7 @@ def test_a_read_that_fails_leaves_one_line_with_its_cause(home: Home) -> None:
             assert errno_of(mount.path / cids.text(absent)) == "ETIMEDOUT"
         told = [line for line in mount.log().splitlines() if "a call was answered" in line]
     (late,) = [line for line in told if "ETIMEDOUT" in line]
-    assert f"{cids.text(absent)}: no source gave it within 1 s" in late
+    assert re.search(rf"{cids.text(absent)}: {WITHIN}", late)
     assert all(
         f"{source.url} does not have {cids.text(absent)} (status 404)" in late for source in (gateway, empty)
     )
@@ -41,7 +44,7 @@ def test_a_source_that_has_not_answered_is_named_as_the_cause(home: Home) -> Non
         assert errno_of(mount.path / cids.text(lie)) == "EIO"
         assert f"a call was answered EIO: {cids.text(lie)}" in mount.log()
         assert errno_of(mount.path / cids.text(silent)) == "ETIMEDOUT"
-        assert f"no source gave it within 1 s: {gateway.url} has not answered" in mount.log()
+        assert re.search(f"{WITHIN}: {gateway.url} has not answered", mount.log())
 
 
 def test_a_block_that_is_missing_is_named_as_it_was_asked_for(home: Home) -> None:
@@ -50,7 +53,7 @@ def test_a_block_that_is_missing_is_named_as_it_was_asked_for(home: Home) -> Non
     absent = cids.text(cids.make(cids.DAG_CBOR, b"\x12\x20" + bytes(32)))
     with mounted(home, dag, "--deadline", "1s"):
         said = home.run("cat", "--raw", absent, check=False).stderr
-        assert said.startswith(f"ipfsfuse: {absent}: no source gave it within 1 s: ")
+        assert re.match(f"ipfsfuse: {absent}: {WITHIN}: ", said)
 
 
 def test_status_says_what_is_untried_and_by_its_exit_code_what_is_degraded_or_dead(home: Home) -> None:
