@@ -3,10 +3,12 @@ afterwards."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -142,6 +144,38 @@ def open_device(test: Any) -> Any:
     lacking = os.getuid() != 0 or shutil.which("setpriv") is None or not is_open_device()
     reason = "needs root, to become somebody else, setpriv, and udev's /dev/fuse, open to all"
     return pytest.mark.open_device(pytest.mark.skipif(lacking, reason=reason)(test))
+
+
+WITH_OPEN_DEVICE = (
+    'mount -t tmpfs none "$1" && mknod -m 666 "$1/fuse" c 10 229 && mount --bind "$1/fuse" /dev/fuse && '
+    'shift && exec "$@"'
+)
+
+
+def pass_with_open_device(file: str) -> None:
+    """Runs the tests of `file` that are marked by `open_device` where /dev/fuse is root's alone: in a mount
+    namespace with a device of its own."""
+    if is_open_device():
+        pytest.skip("/dev/fuse is open to all here: these tests run by themselves")
+    if os.getuid() != 0:
+        pytest.skip("needs root, for a mount namespace")
+    with tempfile.TemporaryDirectory() as folder:
+        device = Path(folder, "device")
+        device.mkdir()
+        inside = ["unshare", "--mount", "sh", "-c", WITH_OPEN_DEVICE, "sh", str(device)]
+        if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
+            pytest.skip("no device can be made here: this root has not the rights of root")
+        top = Path(__file__).parents[1]
+        arguments = ["-q", "-p", "no:cacheprovider", "-m", "open_device", f"--rootdir={top}", file]
+        done = subprocess.run(
+            [*inside, sys.executable, "-m", "pytest", f"--basetemp={folder}/tests", *arguments],
+            cwd=top,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b[2-9] passed", done.stdout), done.stdout
 
 
 def is_open_device() -> bool:

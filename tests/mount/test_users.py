@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from tests.mounting import (
     alive,
     command_of,
     fuse_mounts,
-    is_open_device,
     open_device,
+    pass_with_open_device,
     wait_until,
 )
 
@@ -102,44 +100,9 @@ def test_allow_other_is_for_the_administrator_to_allow(users_home: Home) -> None
     )
 
 
-WITH_OPEN_DEVICE = (
-    'mount -t tmpfs none "$1" && mknod -m 666 "$1/fuse" c 10 229 && mount --bind "$1/fuse" /dev/fuse && '
-    'shift && exec "$@"'
-)
-
-
-@pytest.mark.skipif(is_open_device(), reason="/dev/fuse is open to all here: these tests ran by themselves")
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, for a mount namespace")
+@has_mtab
 def test_an_ordinary_user_mounts_by_a_device_that_is_open_to_all() -> None:
-    """Where /dev/fuse is root's alone, the tests of ordinary users run in a mount namespace with another."""
-    with tempfile.TemporaryDirectory() as folder:
-        device = Path(folder, "device")
-        device.mkdir()
-        inside = ["unshare", "--mount", "sh", "-c", WITH_OPEN_DEVICE, "sh", str(device)]
-        if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
-            pytest.skip("no device can be made here: this root has not the rights of root")
-        top = Path(__file__).parents[2]
-        files = ("tests/mount/test_users.py", "tests/runner/test_places.py")
-        pytest_there = [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "open_device",
-            f"--rootdir={top}",
-        ]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        done = subprocess.run(
-            [*inside, sys.executable, *pytest_there, f"--basetemp={folder}/tests", *files],
-            cwd=top,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b[2-9] passed", done.stdout), done.stdout
+    pass_with_open_device(__file__)
 
 
 def test_an_isolated_mount_leaves_nothing_and_shares_nothing(home: Home, tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ import pytest
 
 from ipfsfuse_run import places
 from ipfsfuse_run.errors import TRAPPED
-from tests.mounting import NOBODY, PATIENCE, Home, alive, command_of, open_device, wait_until
+from tests.mounting import (
+    NOBODY,
+    PATIENCE,
+    Home,
+    alive,
+    command_of,
+    open_device,
+    pass_with_open_device,
+    wait_until,
+)
 from tests.runner.conftest import Runner, lines, with_command
 
 NO_TMPFS = """
@@ -134,6 +143,11 @@ def test_an_ordinary_user_has_a_tmpfs_and_sees_the_mount(
     tried = [*command_of(NOBODY), sys.executable, "-c", IS_OFFERED]
     if subprocess.run(tried, env=home.env, check=False).returncode == 0:
         assert run("fill", "/tmp/file", str(257 << 20)).returncode == 1
+
+
+@pytest.mark.fuse
+def test_an_ordinary_user_runs_a_guest_by_a_device_that_is_open_to_all() -> None:
+    pass_with_open_device(__file__)
 
 
 IS_OFFERED = "from ipfsfuse_run import places; raise SystemExit(not places.tmpfs_is_offered())"
