@@ -271,16 +271,22 @@ def test_any_bytes_may_be_a_block(tmp_path_factory: pytest.TempPathFactory, bloc
     assert read.block == block
 
 
-def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_path: Path) -> None:
-    """What is staged already is looked at in the repository too: Python is not asked first."""
+def directory_of(node: Node, tmp_path: Path) -> tuple[Home, str, Path]:
+    """A home whose Kubo node is `node`, a directory of one file there, and the file of its block."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "file").write_bytes(os.urandom(10_000))
-    root = own_node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
+    root = node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
     home = Home(tmp_path / "home")
-    home.env["IPFS_PATH"] = str(own_node.repo)
+    home.env["IPFS_PATH"] = str(node.repo)
+    return home, root, Path(Flatfs(node.repo / "blocks", 2)._path(cids.parse(root)))
+
+
+def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_path: Path) -> None:
+    """What is staged already is looked at in the repository too: Python is not asked first."""
+    home, root, path = directory_of(own_node, tmp_path)
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
-    opened = Opened(Path(Flatfs(own_node.repo / "blocks", 2)._path(cids.parse(root))))
+    opened = Opened(path)
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
     assert opened.within(SOON)
@@ -430,12 +436,8 @@ def test_a_child_process_does_not_wait_for_its_parents_threads(tmp_path: Path) -
 
 
 def test_what_is_outside_an_allow_list_is_not_read(own_node: Node, tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "file").write_bytes(os.urandom(10_000))
-    root = own_node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
-    home = Home(tmp_path / "home")
-    home.env["IPFS_PATH"] = str(own_node.repo)
-    opened = Opened(Path(Flatfs(own_node.repo / "blocks", 2)._path(cids.parse(root))))
+    home, root, path = directory_of(own_node, tmp_path)
+    opened = Opened(path)
     allowed = cids.text(cids.EMPTY)
     with home.mounted("--from", "kubo", "--allow", allowed) as mount, pytest.raises(PermissionError):
         os.listdir(mount.path / root)

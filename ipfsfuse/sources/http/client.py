@@ -164,9 +164,8 @@ class Response:
             finally:
                 self._share.give(size)
             self.left, self.ended = 0, True
-            if (
-                self._counted
-            ):  # a wait for our own rate limit needs no room, and does not make the server late
+            # a wait for our own rate limit: it needs no room, and is not the server's time
+            if self._counted:
                 await self._spend(size)
             return bytes(content)
         found = bytearray()
