@@ -329,13 +329,13 @@ def locked(cache_dir: Path) -> Iterator[CacheFolder]:
     Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full
     disk there may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is
     room."""
-    held = CacheFolder(inside(cache_dir), -1, -1)
-    with _full_disk(f"the cache folder {held.path} can't be made; reads go on without the cache"):
-        held = CacheFolder(held.path, *_open_and_lock(cache_dir))
+    folder = CacheFolder(inside(cache_dir), -1, -1)
+    with _full_disk(f"the cache folder {folder.path} can't be made; reads go on without the cache"):
+        folder = CacheFolder(folder.path, *_open_and_lock(cache_dir))
     try:
-        yield held
+        yield folder
     finally:
-        held.release()
+        folder.release()
 
 
 def announced(cache_dir: Path) -> tuple[int, str] | None:

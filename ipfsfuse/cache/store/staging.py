@@ -1,8 +1,8 @@
 """Staging files: one sparse file per file of over 64 KiB, holding file content at file offsets.
 
-`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is held
-in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its hash
-whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
+`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is
+known in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its
+hash whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
 
 Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in
 worker threads, and take the entry's lock for what must not cross a removal. Files are opened for each call
@@ -125,9 +125,9 @@ class Extents:
         if low >= high:
             return
         left, right = (self.starts[low], start), (end, self.ends[high - 1])
-        kept = [part for part in (left, right) if part[0] < part[1]]
-        self.starts[low:high] = [part[0] for part in kept]
-        self.ends[low:high] = [part[1] for part in kept]
+        rest = [part for part in (left, right) if part[0] < part[1]]
+        self.starts[low:high] = [part[0] for part in rest]
+        self.ends[low:high] = [part[1] for part in rest]
 
 
 Stamp = tuple[int, int, int, int]
@@ -175,7 +175,7 @@ class Entry:
     """Of a file that is being verified whole, or was: as it was then."""
     verified: bool = False
     """All of it was read back and found right in this run, and nothing was written since."""
-    held: bool = False
+    read_by_kernel: bool = False
     """The kernel reads it itself: nothing may be taken away from it."""
 
     @property
@@ -203,8 +203,8 @@ class Staging:
         """Raises StoreFailed, OSError."""
         self.path = path
         self.entries: dict[Cid, Entry] = {}
-        """Those that are known: until `known`, not all of what an earlier run left."""
-        self.known = False
+        """Those that are known: until `inventoried`, not all of what an earlier run left."""
+        self.inventoried = False
         self.found_early: dict[Cid, float] = {}
         """When what was asked for, before the scan came to it, was used last in an earlier run."""
         self._removed_early: set[Cid] = set()
@@ -225,7 +225,7 @@ class Staging:
         """The entry of `cid`. Until all entries are known, one that is not is looked for on the disk: two
         system calls."""
         entry = self.entries.get(cid)
-        if entry is None and not self.known and cid not in self._removed_early:
+        if entry is None and not self.inventoried and cid not in self._removed_early:
             entry = next(filter(None, (self._recognised(cids.text(cid) + end) for end in ("", PART))), None)
             if entry is not None:
                 (entry.last_used,) = from_wall([entry.last_used])
@@ -263,7 +263,7 @@ class Staging:
     def forget(self, entry: Entry) -> None:
         if self.entries.get(entry.cid) is entry:
             del self.entries[entry.cid]
-        if not self.known:
+        if not self.inventoried:
             self._removed_early.add(entry.cid)
 
     # -- in a thread -----------------------------------------------------------------------------------------
@@ -455,10 +455,10 @@ class Staging:
     def _is_ours_alone(self, entry: Entry, file: int) -> bool:
         """Whether nobody but us reads `entry`, which is open as `file`. Readers of a mount that has died may
         still read what an earlier run left."""
-        if not entry.held and (entry.fresh or not entry.complete):
+        if not entry.read_by_kernel and (entry.fresh or not entry.complete):
             return True
         try:
-            return not entry.held and is_free(file)
+            return not entry.read_by_kernel and is_free(file)
         except OSError:  # no leases here, and so no passthrough
             return True
 
