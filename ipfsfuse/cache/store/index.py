@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from ipfsfuse import __version__
 from ipfsfuse.cache.store.folder import DAMAGED_INDEX, LATER, as_store_failed, written_by
 from ipfsfuse.errors import NotACid, StoreFailed
-from ipfsfuse.fileio.files import closing
+from ipfsfuse.fileio.files import Closing
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Index:
     def _migrate(self) -> None:
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
-            with closing(os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+            with Closing(os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
                 writer = written_by(folder)
             raise StoreFailed(
                 f"{self.path} has version {version}, and ipfsfuse {__version__} knows version {VERSION}: "

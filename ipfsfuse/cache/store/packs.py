@@ -32,7 +32,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import closing, write_all
+from ipfsfuse.fileio.files import Closing, write_all
 from ipfsfuse.sources.base import Caller, current_request
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Packs:
     def read_apart(self, place: Place) -> bytes:
         """Reads a block in a worker thread. It opens the pack itself, because the open files
         belong to the event loop."""
-        with closing(self.open(place.pack, os.O_RDONLY)) as file:
+        with Closing(self.open(place.pack, os.O_RDONLY)) as file:
             return os.pread(file, place.size, place.at)
 
     def path(self, pack: int) -> Path:
@@ -226,7 +226,7 @@ class Packs:
 
     def write(self, pack: int, at: int, data: bytes) -> None:
         """Appends sections. Small ones are written on the event loop: into the page cache, 10 us."""
-        with closing(self.open(pack, os.O_WRONLY | os.O_CREAT)) as file:
+        with Closing(self.open(pack, os.O_WRONLY | os.O_CREAT)) as file:
             write_all(file, data, at)
 
     def scan(self) -> Iterator[tuple[int, os.stat_result]]:
@@ -247,7 +247,7 @@ class Packs:
         """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
         with (
             contextlib.suppress(OSError, Malformed, NotACid),
-            closing(self.open(pack, os.O_RDONLY)) as file,
+            Closing(self.open(pack, os.O_RDONLY)) as file,
         ):
             end, at = os.fstat(file).st_size, start
             while at < end:
@@ -284,7 +284,7 @@ def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
     OSError."""
     if place.size != len(data) - head or place.at < head:
         return False
-    with closing(packs.open(place.pack, os.O_RDWR)) as file:
+    with Closing(packs.open(place.pack, os.O_RDWR)) as file:
         if os.pread(file, head, place.at - head) != data[:head]:
             return False
         write_all(file, memoryview(data)[head:], place.at)
@@ -297,7 +297,7 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
 
     A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits
     account for. Raises OSError."""
-    with closing(packs.open(place.pack, os.O_RDONLY)) as file:
+    with Closing(packs.open(place.pack, os.O_RDONLY)) as file:
         found: dict[Cid, int] = {}
         for cid in (cids.make(codec, key) for codec in cids.CODECS):
             head = _head(cid, place)
@@ -312,7 +312,7 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
 def rewrite_head(packs: Packs, cid: Cid, place: Place) -> None:
     """Writes the head of a section whose block was found right at `place`. Raises OSError."""
     head = _head(cid, place)
-    with closing(packs.open(place.pack, os.O_WRONLY)) as file:
+    with Closing(packs.open(place.pack, os.O_WRONLY)) as file:
         write_all(file, head, place.at - len(head))
 
 

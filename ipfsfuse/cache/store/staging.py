@@ -33,9 +33,9 @@ from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import (
     ALIGNED,
     NOT_SHARED,
+    Closing,
     Direct,
     Status,
-    closing,
     punch_hole,
     regular,
     share_extents,
@@ -294,7 +294,7 @@ class Staging:
         if entry.complete:
             return Extents([0], [entry.size])
         found = Extents()
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             try:
                 at = 0
                 while at < entry.size:
@@ -308,7 +308,7 @@ class Staging:
 
     def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
         """What is stored for `leaf`, whether that is its content, and then the tags of its pieces."""
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             data = os.pread(file, leaf.size, leaf.offset)
         right = len(data) == leaf.size and _proves(leaf, data)
         return data, right, tags_of(data, PIECE) if right else b""
@@ -320,7 +320,7 @@ class Staging:
         right, and with the flag RWF_NOWAIT where the disk would have to be read. Raises OSError."""
         start_piece, end_piece = start // PIECE, -(-stop // PIECE)
         data = bytearray(min(end_piece * PIECE, leaf.size) - start_piece * PIECE)
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             try:
                 count = os.preadv(file, [data], leaf.offset + start_piece * PIECE, flags)
             except OSError as exc:
@@ -338,7 +338,7 @@ class Staging:
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
         and whether they are right."""
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             found = self._read_into_buffers(file, wanted)
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
@@ -369,7 +369,7 @@ class Staging:
                         share_extents(source, file, size, leaf.offset)
                     shared += 1
             grown = _grown(entry, file)
-        with closing(file):
+        with Closing(file):
             found = self._read_into_buffers(file, leaves[:shared]) if shared else []
             if os.fstat(file).st_size != entry.size:
                 raise Removed  # and cut off while it was read
@@ -382,7 +382,7 @@ class Staging:
             try:
                 with regular(path, size) as (source, found):
                     place = f"/proc/self/fd/{self.folder.fd}"
-                    with closing(os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)) as to:
+                    with Closing(os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)) as to:
                         share_extents(source, to, found, 0)
                         self.shares = True
             except OSError as exc:
@@ -403,7 +403,7 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             except OSError as exc:
                 return 0, exc
-            with closing(file):
+            with Closing(file):
                 try:
                     if not entry.seen:
                         os.ftruncate(file, entry.size)
@@ -421,7 +421,7 @@ class Staging:
             if entry.gone() or entry.complete:
                 return 0
             file = self.folder.open(_name(entry), os.O_RDWR)
-        with closing(file):
+        with Closing(file):
             os.fdatasync(file)
             with entry.lock:
                 if entry.gone():
@@ -443,14 +443,16 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR)
             except FileNotFoundError:
                 return None
-            with contextlib.ExitStack() as opened:
-                opened.enter_context(closing(file))
+            still_read = False
+            try:
                 self.folder.unlink(_name(entry))
-                if self._is_ours_alone(entry, file):
+                still_read = not self._is_ours_alone(entry, file)
+                if not still_read:
                     os.ftruncate(file, 0)
-                    return None
-                opened.pop_all()
-            return file
+            finally:
+                if not still_read:
+                    os.close(file)
+            return file if still_read else None
 
     def _is_ours_alone(self, entry: Entry, file: int) -> bool:
         """Whether nobody but us reads `entry`, which is open as `file`. Readers of a mount that has died may
@@ -468,7 +470,7 @@ class Staging:
         with entry.lock:
             if entry.dead:
                 return 0
-            with closing(self.folder.open(_name(entry), os.O_RDWR)) as file:
+            with Closing(self.folder.open(_name(entry), os.O_RDWR)) as file:
                 if self._is_ours_alone(entry, file):  # else what is fetched again is written over it
                     punch_hole(file, start, end - start)
                 return _grown(entry, file)
@@ -485,7 +487,7 @@ class Staging:
 
     def stamp(self, entry: Entry) -> Stamp:
         """Identity, size and times of the file as it is now. Raises OSError."""
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             return _stamp(os.fstat(file))
 
     def open_verified(self, entry: Entry) -> int | None:
