@@ -9,6 +9,7 @@ import base64
 import json
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
@@ -37,6 +38,8 @@ STRETCHES = 8
 """Stretches of leaves from the repository that may be in memory at a time, each of up to 4 MiB, for all
 readers."""
 THREADS = 4
+READ_TASKS = 2
+"""Stretches of one range that are read at a time."""
 
 
 class Kubo(Source):
@@ -114,27 +117,57 @@ class Kubo(Source):
             raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        blocks = [leaf.cid for leaf in wanted.leaves]
-        here = self._blocks
-        if here is not None and await threads.run_sync(here.have, blocks, limiter=self._threads):
-            await self._send_from_repository(here, wanted, send)
-        elif gateway := await self._find_gateway():
-            await gateway.send_leaves(wanted, send)
+        start, here = 0, self._blocks
+        if here is not None and await threads.run_sync(
+            here.have, [leaf.cid for leaf in wanted.leaves[:1]], limiter=self._threads
+        ):
+            start = await self._send_from_repository(here, wanted, send)
+        if start == len(wanted.leaves):
+            return
+        rest = replace(wanted, leaves=wanted.leaves[start:])
+        if gateway := await self._find_gateway():
+            stream = gateway.stream(rest)
         else:
-            await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS)
+            singly = partial(streams.send_singly, self.get, rest.leaves, connections=CONNECTIONS)
+            stream = streams.streaming(singly)
+        async with stream as deliveries:
+            async for first, blocks, release in deliveries:
+                await send.send(Delivery(start + first, blocks, release))
 
-    async def _send_from_repository(self, here: Flatfs, wanted: LeafRange, send: Send[Delivery]) -> None:
-        with closing(Leases(lambda _one: self._stretches.release())) as leases:
-            for index, sizes in together([leaf.size for leaf in wanted.leaves]):
-                await self._stretches.acquire()
+    async def _send_from_repository(self, here: Flatfs, wanted: LeafRange, send: Send[Delivery]) -> int:
+        """Sends the blocks of `wanted` in their order, up to the first that is not there; returns its index.
+        One that is there and does not fit is left out."""
+        stretches = together([leaf.size for leaf in wanted.leaves])
+        end = len(wanted.leaves)
+        before = trio.Event()
+        before.set()
+
+        async def work() -> None:
+            nonlocal before, end
+            for index, sizes in stretches:
+                turn, before = before, (sent := trio.Event())
+                await self._stretches.acquire()  # in their order: each waits for those before it
                 release = leases.take(1)
                 stretch = wanted.leaves[index : index + len(sizes)]
                 blocks: list[Block] = []
                 if wanted.clone is not None and (files := here.files(stretch)):
                     blocks += await wanted.clone(stretch, files, self.name)
-                if rest := stretch[len(blocks) :]:  # as read: up to the first that is not there
+                if rest := stretch[len(blocks) :]:  # as read: up to the first that can't be sent
                     blocks += await threads.run_sync(here.read_each, rest, limiter=self._threads)
-                await send.send(Delivery(index, blocks, release))
+                if rest := stretch[len(blocks) :]:
+                    is_there = await threads.run_sync(here.have, [rest[0].cid], limiter=self._threads)
+                await turn.wait()
+                if index < end:
+                    await send.send(Delivery(index, blocks, release))
+                    if rest and not is_there:
+                        end = index + len(blocks)
+                sent.set()
+                if end < len(wanted.leaves):
+                    return
+
+        with closing(Leases(lambda _one: self._stretches.release())) as leases:
+            await streams.all_of([work] * min(READ_TASKS, len(wanted.leaves)))
+        return end
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
