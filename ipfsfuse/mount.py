@@ -400,8 +400,9 @@ async def _serving(
     async with AsyncExitStack() as stack:
         sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
         if config.allow is None:  # else a name may be one that is not allowed
-            listeners = [node.name_listener for node in sources if isinstance(node, Kubo)]
-            stack.enter_context(device.listening(next(filter(None, listeners), None)))
+            repositories = [node.blocks for node in sources if isinstance(node, Kubo) and node.blocks]
+            listener = repositories[0].files.name_listener if repositories else None
+            stack.enter_context(device.listening(listener))
         nodes = (
             {node.name: node.rpc for node in sources if isinstance(node, Kubo)}
             if config.pins == "kubo" and not config.offline

@@ -101,7 +101,7 @@ def _each(arguments: argparse.Namespace, command: str, sent: Mapping[str, object
 
 def _target(arguments: argparse.Namespace, text: str) -> Target:
     """Raises UsageError, whether or not there is a mount to ask."""
-    from ipfsfuse.dag import path as paths  # with multiformats, 100 ms that other commands needn't wait
+    from ipfsfuse.dag import path as paths  # slow to import, and other commands do without
 
     try:
         if paths.split_ipns(text) is None:

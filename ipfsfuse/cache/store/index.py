@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from ipfsfuse import __version__
 from ipfsfuse.cache.store.folder import DAMAGED_INDEX, LATER, as_store_failed, written_by
 from ipfsfuse.errors import NotACid, StoreFailed
+from ipfsfuse.fileio.files import closing
 
 log = logging.getLogger(__name__)
 
@@ -290,8 +291,5 @@ def _no_space(exc: StoreFailed) -> bool:
 
 
 def _writer_of(path: Path) -> str:
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closing(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         return written_by(folder)
-    finally:
-        os.close(folder)

@@ -24,7 +24,7 @@ import trio
 
 from ipfsfuse.cache.base import SmallBlocks
 from ipfsfuse.cache.budget import Budget, WriteBackoff
-from ipfsfuse.cache.store.folder import Subfolder, is_our_own
+from ipfsfuse.cache.store.folder import Subfolder, is_our_own, report_strays
 from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash as multihashes
@@ -32,7 +32,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import write_all
+from ipfsfuse.fileio.files import closing, write_all
 from ipfsfuse.sources.base import Caller, current_request
 
 log = logging.getLogger(__name__)
@@ -213,11 +213,8 @@ class Packs:
     def read_apart(self, place: Place) -> bytes:
         """Reads a block in a worker thread. It opens the pack itself, because the open files
         belong to the event loop."""
-        file = self.open(place.pack, os.O_RDONLY)
-        try:
+        with closing(self.open(place.pack, os.O_RDONLY)) as file:
             return os.pread(file, place.size, place.at)
-        finally:
-            os.close(file)
 
     def path(self, pack: int) -> Path:
         """For messages."""
@@ -229,17 +226,14 @@ class Packs:
 
     def write(self, pack: int, at: int, data: bytes) -> None:
         """Appends sections. Small ones are written on the event loop: into the page cache, 10 us."""
-        file = self.open(pack, os.O_WRONLY | os.O_CREAT)
-        try:
+        with closing(self.open(pack, os.O_WRONLY | os.O_CREAT)) as file:
             write_all(file, data, at)
-        finally:
-            os.close(file)
 
     def scan(self) -> Iterator[tuple[int, os.stat_result]]:
         """The packs that an earlier run left. Links that have the name of a pack are removed; strays are left
         alone."""
         strays = []
-        for name in self.folder.each_name():
+        for name in self.folder.names():
             matched, info = _NAME.fullmatch(name), self.folder.stat(name)
             if matched is None or stat.S_ISDIR(info.st_mode):
                 strays.append(name)
@@ -247,17 +241,17 @@ class Packs:
                 yield int(matched[1]), info
             else:
                 self.folder.unlink(name)
-        self.folder.report_strays(strays)
+        report_strays(self.folder.path, strays)
 
     def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
         """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
         with (
             contextlib.suppress(OSError, Malformed, NotACid),
-            open(self.open(pack, os.O_RDONLY), "rb", buffering=0) as file,
+            closing(self.open(pack, os.O_RDONLY)) as file,
         ):
-            end, at = os.fstat(file.fileno()).st_size, start
+            end, at = os.fstat(file).st_size, start
             while at < end:
-                head = os.pread(file.fileno(), _HEAD, at)
+                head = os.pread(file, _HEAD, at)
                 length, behind = varint.get(head, 0)
                 cid, block = cids.decode_prefix(head, behind)
                 size = length - (block - behind)
@@ -290,14 +284,11 @@ def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
     OSError."""
     if place.size != len(data) - head or place.at < head:
         return False
-    file = packs.open(place.pack, os.O_RDWR)
-    try:
+    with closing(packs.open(place.pack, os.O_RDWR)) as file:
         if os.pread(file, head, place.at - head) != data[:head]:
             return False
         write_all(file, memoryview(data)[head:], place.at)
         return True
-    finally:
-        os.close(file)
 
 
 def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
@@ -306,14 +297,11 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
 
     A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits
     account for. Raises OSError."""
-    file = packs.open(place.pack, os.O_RDONLY)
-    try:
+    with closing(packs.open(place.pack, os.O_RDONLY)) as file:
         found: dict[Cid, int] = {}
         for cid in (cids.make(codec, key) for codec in cids.CODECS):
             head = _head(cid, place)
             found[cid] = _turned(head, os.pread(file, len(head), max(0, place.at - len(head))))
-    finally:
-        os.close(file)
     intact = [cid for cid, turned in found.items() if not turned]
     if intact:
         return intact[0], True
@@ -324,11 +312,8 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
 def rewrite_head(packs: Packs, cid: Cid, place: Place) -> None:
     """Writes the head of a section whose block was found right at `place`. Raises OSError."""
     head = _head(cid, place)
-    file = packs.open(place.pack, os.O_WRONLY)
-    try:
+    with closing(packs.open(place.pack, os.O_WRONLY)) as file:
         write_all(file, head, place.at - len(head))
-    finally:
-        os.close(file)
 
 
 def _head(cid: Cid, place: Place) -> bytes:

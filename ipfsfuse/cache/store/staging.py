@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ipfsfuse.cache.store.folder import Subfolder, is_our_own
+from ipfsfuse.cache.store.folder import Subfolder, is_our_own, report_strays
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
 from ipfsfuse.dag.cid import Cid
@@ -35,6 +35,7 @@ from ipfsfuse.fileio.files import (
     NOT_SHARED,
     Direct,
     Status,
+    closing,
     punch_hole,
     regular,
     share_extents,
@@ -286,34 +287,29 @@ class Staging:
                     self.folder.unlink(name)
             except FileNotFoundError:  # evicted or renamed meanwhile
                 continue
-        self.folder.report_strays(strays)
+        report_strays(self.path, strays)
 
     def look(self, entry: Entry) -> Extents:
         """Which bytes of `entry` may be present, by what the file system says."""
         if entry.complete:
             return Extents([0], [entry.size])
         found = Extents()
-        file = self._open_to_read(entry)
-        try:
-            at = 0
-            while at < entry.size:
-                start = os.lseek(file, at, os.SEEK_DATA)
-                at = os.lseek(file, start, os.SEEK_HOLE)
-                found.add(start, at)
-        except OSError as exc:
-            if exc.errno != errno.ENXIO:  # no data behind `at`
-                raise
-        finally:
-            os.close(file)
+        with closing(self._open_to_read(entry)) as file:
+            try:
+                at = 0
+                while at < entry.size:
+                    start = os.lseek(file, at, os.SEEK_DATA)
+                    at = os.lseek(file, start, os.SEEK_HOLE)
+                    found.add(start, at)
+            except OSError as exc:
+                if exc.errno != errno.ENXIO:  # no data behind `at`
+                    raise
         return found
 
     def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
         """What is stored for `leaf`, whether that is its content, and then the tags of its pieces."""
-        file = self._open_to_read(entry)
-        try:
+        with closing(self._open_to_read(entry)) as file:
             data = os.pread(file, leaf.size, leaf.offset)
-        finally:
-            os.close(file)
         right = len(data) == leaf.size and _proves(leaf, data)
         return data, right, tags_of(data, PIECE) if right else b""
 
@@ -324,15 +320,13 @@ class Staging:
         right, and with the flag RWF_NOWAIT where the disk would have to be read. Raises OSError."""
         start_piece, end_piece = start // PIECE, -(-stop // PIECE)
         data = bytearray(min(end_piece * PIECE, leaf.size) - start_piece * PIECE)
-        file = self._open_to_read(entry)
-        try:
-            count = os.preadv(file, [data], leaf.offset + start_piece * PIECE, flags)
-        except OSError as exc:
-            if flags and exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
-                return None
-            raise
-        finally:
-            os.close(file)
+        with closing(self._open_to_read(entry)) as file:
+            try:
+                count = os.preadv(file, [data], leaf.offset + start_piece * PIECE, flags)
+            except OSError as exc:
+                if flags and exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    return None
+                raise
         if count != len(data) or tags_of(data, PIECE) != tags[start_piece * TAG : end_piece * TAG]:
             return None
         return memoryview(data)[start - start_piece * PIECE : stop - start_piece * PIECE]
@@ -344,11 +338,8 @@ class Staging:
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
         and whether they are right."""
-        file = self._open_to_read(entry)
-        try:
+        with closing(self._open_to_read(entry)) as file:
             found = self._read_into_buffers(file, wanted, wanted[0].offset)
-        finally:
-            os.close(file)
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
     def _read_into_buffers(self, file: int, wanted: Sequence[Leaf], offset: int) -> list[memoryview]:
@@ -366,8 +357,7 @@ class Staging:
 
         A file without a name shares them first, and is what is read: nobody else can write to it. To share
         with a file that others read waits for all their reads, and they for it."""
-        copy = self._open_unnamed()
-        try:
+        with closing(self._open_unnamed()) as copy:
             shared = self._share_each(copy, leaves, files)
             if not shared:
                 return 0, []
@@ -375,17 +365,13 @@ class Staging:
             with entry.lock:
                 if entry.dead:
                     raise Removed
-                file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
-                try:
+                flags = os.O_RDWR | (0 if entry.complete else os.O_CREAT)
+                with closing(self.folder.open(_name(entry), flags)) as file:
                     if not entry.seen:
                         os.ftruncate(file, entry.size)
                     share_extents(copy, file, end - start, start)
                     grown = _grown(entry, file)
-                finally:
-                    os.close(file)
             return grown, self._read_into_buffers(copy, leaves[:shared], 0)
-        finally:
-            os.close(copy)
 
     def _share_each(self, to: int, leaves: Sequence[Leaf], files: Sequence[str]) -> int:
         """Makes `to` share the extents of `files`, one behind the other from its beginning on, as far as that
@@ -409,13 +395,9 @@ class Staging:
         a file without a name."""
         if self.shares is None:
             try:
-                with regular(path, size) as (source, found):
-                    to = self._open_unnamed()
-                    try:
-                        share_extents(source, to, found, 0)
-                        self.shares = True
-                    finally:
-                        os.close(to)
+                with regular(path, size) as (source, found), closing(self._open_unnamed()) as to:
+                    share_extents(source, to, found, 0)
+                    self.shares = True
             except OSError as exc:
                 if exc.errno not in NOT_SHARED:  # the file is gone, the disk is full: the next one tells
                     return False
@@ -434,19 +416,17 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             except OSError as exc:
                 return 0, exc
-            try:
-                if not entry.seen:
-                    os.ftruncate(file, entry.size)
-                self._direct.transfer(write_parts, file, parts, offset)
-            except OSError as exc:
-                if exc.errno == errno.EFBIG and not entry.seen:
-                    self.too_large = min(self.too_large, entry.size)
-                    self.folder.unlink(_name(entry))
-                return _grown(entry, file), exc
-            else:
+            with closing(file):
+                try:
+                    if not entry.seen:
+                        os.ftruncate(file, entry.size)
+                    self._direct.transfer(write_parts, file, parts, offset)
+                except OSError as exc:
+                    if exc.errno == errno.EFBIG and not entry.seen:
+                        self.too_large = min(self.too_large, entry.size)
+                        self.folder.unlink(_name(entry))
+                    return _grown(entry, file), exc
                 return _grown(entry, file), None
-            finally:
-                os.close(file)
 
     def finish(self, entry: Entry) -> int:
         """Onto the disk, then to its final name; returns by how many bytes it grew there."""
@@ -454,7 +434,7 @@ class Staging:
             if entry.gone() or entry.complete:
                 return 0
             file = self.folder.open(_name(entry), os.O_RDWR)
-        try:
+        with closing(file):
             os.fdatasync(file)
             with entry.lock:
                 if entry.gone():
@@ -463,8 +443,6 @@ class Staging:
                 os.rename(_name(entry), cids.text(entry.cid), src_dir_fd=folder, dst_dir_fd=folder)
                 entry.complete = True
                 return _grown(entry, file)
-        finally:
-            os.close(file)
 
     def remove(self, entry: Entry) -> int | None:
         """Gives its space back at once, though threads may be reading it: they find it short.
@@ -478,16 +456,14 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR)
             except FileNotFoundError:
                 return None
-            keep = False
-            try:
+            with contextlib.ExitStack() as opened:
+                opened.enter_context(closing(file))
                 self.folder.unlink(_name(entry))
-                keep = not self._is_ours_alone(entry, file)
-                if not keep:
+                if self._is_ours_alone(entry, file):
                     os.ftruncate(file, 0)
-            finally:
-                if not keep:
-                    os.close(file)
-            return file if keep else None
+                    return None
+                opened.pop_all()
+            return file
 
     def _is_ours_alone(self, entry: Entry, file: int) -> bool:
         """Whether nobody but us reads `entry`, which is open as `file`. Readers of a mount that has died may
@@ -505,13 +481,10 @@ class Staging:
         with entry.lock:
             if entry.dead:
                 return 0
-            file = self.folder.open(_name(entry), os.O_RDWR)
-            try:
+            with closing(self.folder.open(_name(entry), os.O_RDWR)) as file:
                 if self._is_ours_alone(entry, file):  # else what is fetched again is written over it
                     punch_hole(file, start, end - start)
                 return _grown(entry, file)
-            finally:
-                os.close(file)
 
     def note_use(self, entry: Entry) -> None:
         """What was used last is known after a restart by the files' times."""
@@ -525,11 +498,8 @@ class Staging:
 
     def stamp(self, entry: Entry) -> Stamp:
         """Identity, size and times of the file as it is now. Raises OSError."""
-        file = self._open_to_read(entry)
-        try:
+        with closing(self._open_to_read(entry)) as file:
             return _stamp(os.fstat(file))
-        finally:
-            os.close(file)
 
     def open_verified(self, entry: Entry) -> int | None:
         """The file, open for reading, if it is as it was when it was verified whole, and nobody else has it
