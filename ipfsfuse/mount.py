@@ -426,7 +426,7 @@ async def _serving(
         passthrough, passed = None, None
         if config.passthrough:
             passed = PassthroughFiles(cache.store, cache.reader)
-            stack.callback(passed.close)
+            stack.callback(passed.close_all)
             nursery.start_soon(passed.run)
             passthrough = Passthrough(passed)
         commands = Commands(config, cache, pool, pins, tree, names, passed, quota)
@@ -450,7 +450,7 @@ async def _serving(
 async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
     """Tells the nodes what is desired, once it is known what an earlier run left."""
     staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
-    pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
+    pins.reconcile(staged, cache.pinned(), cache.store.item_of, cache)
 
 
 # -- signals, and the service manager ------------------------------------------------------------------------

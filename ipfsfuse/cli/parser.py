@@ -446,7 +446,7 @@ def _remote(commands: Any) -> None:
     about = {
         "status": "show how a running mount is doing: sources, cache, pins",
         "ls": "list what is staged: names, sizes, completeness, last use, pins",
-        "pin": "keep CIDs for good, fetched whole; `pin ls` lists what is pinned",
+        "pin": "fetch CIDs whole, and keep them until they are unpinned; `pin ls` lists what is pinned",
         "unpin": "stop keeping pinned CIDs",
         "prefetch": "fetch CIDs with all below them into the cache",
         "evict": "remove CIDs from the cache",

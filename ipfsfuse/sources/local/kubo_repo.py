@@ -366,6 +366,6 @@ class RepoWalk:
 def _below(cid: Cid, block: bytes) -> list[Cid]:
     """What a block links, but for what needs no source."""
     try:
-        return [child for child in nodes.links(cid, block) if cids.known(child) is None]
+        return [child for child in nodes.links(cid, block) if cids.implied_block(child) is None]
     except IpfsFuseError:  # the program that reads it gets the error
         return []
