@@ -157,7 +157,7 @@ def test_a_path_is_resolved_block_by_block() -> None:
     assert heap.drive(traversal.resolve(IpfsPath(identity(b"x")))) == File(identity(b"x"), 1, 1)
     assert heap.asked == []
     assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"i")))) == File(
-        identity(b"in the CID"), 10, 10, ()
+        identity(b"in the CID"), 10, 10
     )
     with pytest.raises(NotFound, match="/d/x: no such entry"):
         heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"x", b"y"))))
