@@ -296,7 +296,7 @@ class Operations(ReadOnlyOperations):
             else:
                 handle = device.with_cached_listing(handle)
                 held = self._inodes.get(inode)
-                self._tree.enter(held.cid)
+                self._tree.note_use(held.cid)
                 self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)
             self._listers[handle] = ctx.uid
             return FileHandleT(handle)
