@@ -4,7 +4,6 @@ The file is in Prometheus' own text format: the node exporter refuses OpenMetric
 """
 
 import argparse
-import os
 import socket
 import sys
 import threading
@@ -47,35 +46,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.listen is not None and arguments.textfile is not None:
         raise UsageError("metrics takes --listen or --textfile, not both")
     if arguments.listen is not None:
-        return _serve(control, arguments.listen, arguments.json)
+        return _serve(control, arguments)
     answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
         console.write(arguments.textfile, text(answer, openmetrics=False))
-        if arguments.json:
-            console.values({"written": arguments.textfile})
-    elif arguments.json:
-        console.values(answer)
-    else:
-        for line in text(answer).splitlines():
-            console.line(line)
-    return 0
+        return console.answer(arguments, {"written": arguments.textfile})
+    return console.answer(arguments, answer, *text(answer).splitlines())
 
 
-def _serve(control: Path, listen: str, as_json: bool) -> int:
-    host, port = units.address(listen)
+def _serve(control: Path, arguments: argparse.Namespace) -> int:
+    host, port = units.address(arguments.listen)
     try:
         server = _Server((host, port), control)
     except (OSError, UnicodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else None
-        raise UsageError(f"--listen {listen}: {reason or exc}") from exc
+        raise UsageError(f"--listen {arguments.listen}: {reason or exc}") from exc
     with server:
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{server.server_address[1]}/metrics"
-        if as_json:
-            console.values({"listening": [url], "pid": os.getpid()}, indent=None)
-        else:
-            console.line(f"serving metrics at {url}")
-        console.flush()
+        console.listening(arguments, [url], f"serving metrics at {url}")
         server.serve_forever()
     return 0
 

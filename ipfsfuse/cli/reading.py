@@ -139,13 +139,11 @@ def get(arguments: argparse.Namespace) -> int:
                 _copy(mount / os.fsdecode(path.removeprefix(b"/ipfs/")), target, done)
         except OSError as exc:
             raise StoreFailed(f"{exc.filename or target}: {exc.strerror}") from exc
-    if arguments.json:
-        console.values({"path": str(target), "files": done.files, "bytes": done.bytes})
-    else:
-        console.line(
-            f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}"
-        )
-    return 0
+    return console.answer(
+        arguments,
+        {"path": str(target), "files": done.files, "bytes": done.bytes},
+        f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}",
+    )
 
 
 def _name(path: str) -> str:
@@ -278,14 +276,12 @@ async def _push(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -
                 progress({"done": done, "total": total if total and total >= done else None})
 
             sent = await pushing.push(cid, get, node.rpc(), show)
-    if arguments.json:
-        console.values({"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict())
-    else:
-        console.line(
-            f"pushed {cids.text(cid)} to {node.name} and pinned it there: {sent.blocks} blocks sent, "
-            f"{human(sent.bytes)}; {sent.present} were there"
-        )
-    return 0
+    return console.answer(
+        arguments,
+        {"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict(),
+        f"pushed {cids.text(cid)} to {node.name} and pinned it there: {sent.blocks} blocks sent, "
+        f"{human(sent.bytes)}; {sent.present} were there",
+    )
 
 
 def cat(arguments: argparse.Namespace) -> int:
