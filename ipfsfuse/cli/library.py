@@ -25,7 +25,6 @@ def add(arguments: argparse.Namespace) -> int:
         hidden=arguments.hidden,
         preserve_mode=arguments.preserve_mode,
         preserve_mtime=arguments.preserve_mtime,
-        only_hash=arguments.only_hash,
     )
     rows: list[dict[str, str]] = []
     with ExitStack() as exits:

@@ -7,7 +7,7 @@ import argparse
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -23,7 +23,8 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.openmetrics import exposition as openmetrics_exposition
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from ipfsfuse import client, units
 from ipfsfuse.cli import console, folders
@@ -33,12 +34,6 @@ METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
 """How long a client may take to send or to receive anything."""
 MAX_CONNECTIONS = 32
-OPENMETRICS = "application/openmetrics-text"
-TYPES = {
-    True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
-    False: "text/plain; version=0.0.4; charset=utf-8",
-}
-"""Of OpenMetrics, and of Prometheus' own format."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve(control, arguments)
     answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
-        console.write(arguments.textfile, text(answer, openmetrics=False))
+        console.write(arguments.textfile, text(answer, generate_latest))
         return console.answer(arguments, {"written": arguments.textfile})
     return console.answer(arguments, answer, *text(answer).splitlines())
 
@@ -115,10 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, "see /metrics\n")
         else:
-            wanted = OPENMETRICS in self.headers.get("Accept", "")  # as Prometheus asks
+            encode, kind = choose_encoder(self.headers.get("Accept", ""))
             try:
                 answer = client.call(self.server.control, "metrics", timeout=METRICS_SECONDS)
-                self._answer(200, text(answer, wanted), TYPES[wanted])
+                self._answer(200, text(answer, encode), kind)
             except IpfsFuseError as exc:
                 self._answer(503, f"{exc}\n")
 
@@ -145,13 +140,12 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def text(answer: Mapping[str, Any], openmetrics: bool = True) -> str:
-    """The answer to `metrics` as text: OpenMetrics 1.0, else Prometheus' format 0.0.4."""
+def text(answer: Mapping[str, Any], encode: Callable[[Any], bytes] = openmetrics.generate_latest) -> str:
+    """The answer to `metrics` as text, by an encoder of the Prometheus client's: OpenMetrics 1.0 by
+    default."""
     registry = CollectorRegistry()
     registry.register(_Collector(answer))
-    generate: Any = openmetrics_exposition.generate_latest if openmetrics else generate_latest
-    made: bytes = generate(registry)
-    return made.decode()
+    return encode(registry).decode()
 
 
 class _Collector:

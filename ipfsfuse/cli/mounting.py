@@ -101,8 +101,13 @@ def _content(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _passthrough(arguments: argparse.Namespace) -> bool:
-    """Raises UsageError where another option contradicts it. Whether the kernel allows it is known once it is
-    mounted (`fuse.open_files.Passthrough`)."""
+    """Raises MountFailed for those who may not. Whether the kernel and the cache folder's file system do
+    their part is known once it is mounted (`fuse.open_files.Passthrough`)."""
+    if arguments.passthrough and not _is_capable(confinement.CAP_SYS_ADMIN):
+        raise MountFailed(
+            "--passthrough: only root (CAP_SYS_ADMIN) may let the kernel read files itself: run it as root, "
+            "or without"
+        )
     if arguments.passthrough and arguments.user is not None:
         raise UsageError("--passthrough needs root's rights, and --user gives them up: leave one of them out")
     if arguments.passthrough and arguments.record is not None:
@@ -110,6 +115,13 @@ def _passthrough(arguments: argparse.Namespace) -> bool:
             "--record needs to see every read, and --passthrough hides them: leave one of them out"
         )
     return bool(arguments.passthrough)
+
+
+def _is_capable(capability: int) -> bool:
+    """Whether this process has it in effect (capabilities(7))."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    in_effect = next(line for line in lines if line.startswith("CapEff")).split()[1]
+    return bool(int(in_effect, 16) >> capability & 1)
 
 
 def _user(name: str) -> User | None:
