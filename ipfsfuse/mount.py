@@ -313,8 +313,9 @@ async def _main(
         sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
         nodes = [source for source in sources if isinstance(source, Kubo)]
         if config.allow is None:  # else a name may be one that is not allowed
-            listeners = (node.name_listener for node in nodes)
-            stack.enter_context(device.listening(next(filter(None, listeners), None)))
+            repositories = [node.blocks for node in nodes if node.blocks]
+            listener = repositories[0].files.name_listener if repositories else None
+            stack.enter_context(device.listening(listener))
         rpcs = {node.name: node.rpc for node in nodes if config.pins == "kubo" and not config.offline}
         mount_id = await threads.run_sync(MountId.open, folder.path)
         pins = await stack.enter_async_context(NodePins.open(rpcs, mount_id, isolated=config.isolated))
@@ -332,7 +333,7 @@ async def _main(
         passthrough, passed = None, None
         if config.passthrough:
             passed = PassthroughFiles(cache.store, cache.reader)
-            stack.callback(passed.close)
+            stack.callback(passed.close_all)
             nursery.start_soon(passed.run)
             passthrough = Passthrough(passed)
         operations = Operations(
@@ -414,7 +415,7 @@ async def _names_mounted(
 async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
     """Tells the nodes what is desired, once it is known what an earlier run left."""
     staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
-    pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
+    pins.reconcile(staged, cache.pinned(), cache.store.item_of, cache)
 
 
 # -- signals, and the service manager ------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from typing import TextIO
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse.structures import Lru
 
 REMEMBERED = 200_000
-"""Uses that are remembered: some 60 MB."""
+"""Uses that are remembered at least, and at most twice as many: some 60 MB."""
 
 
 class Record:
@@ -25,7 +24,8 @@ class Record:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._written: Lru[tuple[Cid, bool], bool] = Lru(REMEMBERED)
+        self._seen: set[tuple[Cid, bool]] = set()
+        self._before: set[tuple[Cid, bool]] = set()
 
     @classmethod
     @contextmanager
@@ -40,11 +40,20 @@ class Record:
             yield cls(out)
 
     def __call__(self, cid: Cid, ahead: bool) -> None:
-        if self._written.get((cid, ahead)) or (ahead and self._written.get((cid, False))):
+        if self._is_remembered((cid, ahead)) or (ahead and self._is_remembered((cid, False))):
             return
-        self._written.put((cid, ahead), True)
+        self._remember((cid, ahead))
         try:
             self._out.write(json.dumps({"cid": cids.text(cid), "use": "ahead" if ahead else "read"}) + "\n")
             self._out.flush()
         except OSError as exc:  # a record with a gap would be worse than a read that fails
             raise StoreFailed(f"the record can't be written: {exc.strerror}") from exc
+
+    def _is_remembered(self, use: tuple[Cid, bool]) -> bool:
+        """Whether this use was written already."""
+        return use in self._seen or use in self._before
+
+    def _remember(self, use: tuple[Cid, bool]) -> None:
+        if len(self._seen) >= REMEMBERED:
+            self._before, self._seen = self._seen, set()
+        self._seen.add(use)

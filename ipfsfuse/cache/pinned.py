@@ -1,4 +1,4 @@
-"""What is kept for good: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
+"""What the user pinned: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
 unpinned.
 
 Each pin has packs of its own, so that one pin can be removed without harm to the others.
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Pinning:
-    """One DAG on its way to be kept. `file` is awaited for each of its files before their leaves are read."""
+    """One DAG on its way to be pinned. `file` is awaited for each of its files before their leaves are
+    read."""
 
     def __init__(self, store: Store, root: Cid) -> None:
         self._store = store
@@ -37,20 +38,20 @@ class Pinning:
         self._pack_set = PackSet()
         self._files: dict[Cid, int] = {}
         self._own_files: set[Cid] = set()
-        """Those that no other pin kept before."""
+        """Those that no other pin had before."""
 
     @property
     def keys(self) -> list[Key]:
-        """What it keeps."""
+        """The staging files and packs that it pins."""
         return [*self._files, *self._pack_set.packs]
 
     async def file(self, file: FileRef) -> None:
-        """Raises StoreFailed where what was kept so far did not find room."""
+        """Raises StoreFailed where what was pinned so far did not find room."""
         if file.size > MAX_PACKED:
             self._files[file.cid] = file.size
-            if not self._store.budget.kept(file.cid):
+            if not self._store.budget.is_pinned(file.cid):
                 self._own_files.add(file.cid)
-            self._store.budget.keep(file.cid)
+            self._store.budget.pin(file.cid)
         self.check()
 
     def check(self) -> None:
@@ -58,24 +59,24 @@ class Pinning:
         if not budget.refused.isdisjoint(self.keys):
             size = sum(self._files.values())
             own: list[Key] = [*self._own_files, *self._pack_set.packs]
-            kept = budget.kept_bytes - sum(budget.size(key) for key in own)
+            others = budget.pinned_bytes - sum(budget.size(key) for key in own)
             cure = "raise --budget" if budget.limit == budget.configured else "make room on the disk"
             raise StoreFailed(
-                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes {kept} are "
-                f"pinned already, its files alone are {size} so far: {cure}, or unpin something"
+                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes "
+                f"{others} are pinned already, its files alone are {size} so far: {cure}, or unpin something"
             )
         if self._store.backoff.reason:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
 
-    async def keep_structure(self, reader: Reader) -> None:
-        """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small
+    async def pin_structure(self, reader: Reader) -> None:
+        """Pins every block of the DAG that lies in packs: directories, links, interior nodes, small
         files."""
         walk = BlockWalk([self._root], False)
         for cid, in_file in walk:
             await trio.lowlevel.checkpoint()  # reading a small block is none
             block = await reader.block(cid)
             if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
-                await self._store.blocks.keep(cid, block, self._pack_set)
+                await self._store.blocks.put(cid, block, self._pack_set)
             walk.add(*_below(self._store, await parsed_node(cid, block, MAX_PACKED), in_file))
             self.check()
 
@@ -95,7 +96,7 @@ def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
 
 
 class PinnedDags:
-    """All that is kept for good."""
+    """All that is pinned."""
 
     def __init__(self, store: Store, reader: Reader) -> None:
         self._store = store
@@ -136,8 +137,8 @@ class PinnedDags:
     async def recover(self) -> None:
         """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
 
-        Until then everything that was found at the start is kept (`recovery.Inventory`). What is not here is
-        not fetched: that is done when it is used."""
+        Until then everything that was found at the start is pinned (`recovery.Inventory`). What is not here
+        is not fetched: that is done when it is used."""
         if not self._store.budget.counted.is_set():
             await self._store.budget.counted.wait()
             self._note_lost()
@@ -158,7 +159,7 @@ class PinnedDags:
                 await self._write(pin)
             except StoreFailed as exc:
                 log.warning("%s", exc)
-        self._release([*self._store.blocks.packs.sizes, *self._store.staging.entries])
+        self._unpin([*self._store.blocks.packs.sizes, *self._store.staging.entries])
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
         """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
@@ -171,7 +172,7 @@ class PinnedDags:
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
                 continue
-            block = cids.known(cid)
+            block = cids.implied_block(cid)
             if block is None:
                 block = await store.blocks.get(cid)
                 if block is None or place is None:
@@ -195,17 +196,17 @@ class PinnedDags:
 
     @contextlib.asynccontextmanager
     async def pinning(self, cid: Cid) -> AsyncIterator[Pinning]:
-        """Within it the DAG is fetched; at its end what was fetched is kept, and after an error nothing."""
+        """Within it the DAG is fetched; at its end what was fetched is pinned, and after an error nothing."""
         root = cids.canonical(cid)
         await self._store.budget.counted.wait()
         with self._alone(root):
             job = self._jobs[root] = Pinning(self._store, root)
             try:
                 yield job
-                await job.keep_structure(self._reader)
+                await job.pin_structure(self._reader)
             except BaseException:
                 del self._jobs[root]
-                self._release(job.keys)
+                self._unpin(job.keys)
                 raise
             await self._complete(root, job)
 
@@ -223,12 +224,12 @@ class PinnedDags:
             if before[0] is not None and before[1] is not None:
                 self._pins[root], self._keys[root] = before[0], before[1]
             del self._jobs[root]
-            self._release(job.keys)
+            self._unpin(job.keys)
             raise
         del self._jobs[root]
         self._lost.pop(root, None)
         self._unknown.discard(root)
-        self._release([*job.keys, *(before[1] or ())])
+        self._unpin([*job.keys, *(before[1] or ())])
 
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""
@@ -245,7 +246,7 @@ class PinnedDags:
             self._unknown.discard(root)
             for other in list(self._keys.values()):
                 await self._point_to(other, keys)
-            self._release(keys)
+            self._unpin(keys)
 
     @contextlib.contextmanager
     def _alone(self, root: Cid) -> Iterator[None]:
@@ -268,14 +269,14 @@ class PinnedDags:
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place
 
-    def _release(self, keys: Iterable[Key]) -> None:
-        """Lets go of what no other pin holds, finished or under way. While it is not known what one of them
-        holds, `recover` will do it."""
-        held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
+    def _unpin(self, keys: Iterable[Key]) -> None:
+        """Unpins what no other pin has, finished or under way. While it is not known what one of them
+        has, `recover` will do it."""
+        pinned = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
         for key in keys:
             self._store.budget.refused.discard(key)
-            if key not in held and not self._unknown:
-                self._store.budget.release(key)
+            if key not in pinned and not self._unknown:
+                self._store.budget.unpin(key)
 
     async def _write(self, root: Cid) -> None:
         """The state of one pin, on the disk when this returns. Raises StoreFailed."""

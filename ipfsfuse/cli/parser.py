@@ -408,7 +408,11 @@ def _to_a_mount(commands: Any) -> None:
     )
     listing = command("ls", "remote:ls", "list what is staged: names, sizes, completeness, last use, pins")
     _switches(listing, {"--tree": "small files and directories too, below their directories"})
-    pin = command("pin", "remote:pin", "keep CIDs for good, fetched whole; `pin ls` lists what is pinned")
+    pin = command(
+        "pin",
+        "remote:pin",
+        "fetch CIDs whole, and keep them until they are unpinned; `pin ls` lists what is pinned",
+    )
     items(pin, more="; or the word ls, to list pins")
     items(command("unpin", "remote:unpin", "stop keeping pinned CIDs"))
     prefetch = command("prefetch", "remote:prefetch", "fetch CIDs with all below them into the cache")

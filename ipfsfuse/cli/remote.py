@@ -91,7 +91,7 @@ def _each(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
 def _target(arguments: argparse.Namespace, text: str) -> tuple[Path, str]:
     """The control socket of the mount to ask, and `/ipfs/CID/a/b` or `/ipns/NAME/a/b`. Raises UsageError,
     whether or not there is a mount to ask."""
-    from ipfsfuse.dag import path as paths  # with multiformats, 100 ms that other commands needn't wait
+    from ipfsfuse.dag import path as paths  # slow to import, and other commands do without
 
     try:
         if paths.split_ipns(text) is None:

@@ -19,7 +19,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ipfsfuse.cache.store.folder import read_file, write_file
+from ipfsfuse.cache.store.folder import read_file
+from ipfsfuse.fileio.files import write_file
 from ipfsfuse.fuse import mountpoint as mountpoints
 
 log = logging.getLogger("ipfsfuse.mount")

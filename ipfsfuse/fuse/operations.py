@@ -256,7 +256,7 @@ class Operations(pyfuse3.Operations):
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         with translated:
-            return replies.xattr(name, self.inodes.get(inode).cid, self._tree.cache.kept_of)
+            return replies.xattr(name, self.inodes.get(inode).cid, self._tree.cache.item_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:
         return [XAttrNameT(name) for name in replies.xattr_names()] if inode != ROOT else []

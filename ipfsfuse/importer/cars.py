@@ -160,7 +160,7 @@ _WINDOW = 4 << 20
 
 async def verified(cid: Cid, get: GetBlock) -> bytes:
     """The block of `cid`. Raises what `get` raises, WrongBlock."""
-    block = cids.known(cid)
+    block = cids.implied_block(cid)
     if block is None:
         block = await get(cid)
         await threads.run_sync(cids.verify, cid, block)
@@ -259,7 +259,7 @@ def _opened_car(file: Path) -> Iterator[CarFile]:
 
 def _verified(cid: Cid, get: Callable[[Cid], bytes]) -> bytes:
     """Raises what `get` raises, WrongBlock."""
-    block = cids.known(cid)
+    block = cids.implied_block(cid)
     if block is None:
         block = get(cid)
         cids.verify(cid, block)

@@ -221,7 +221,7 @@ def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
 def test_a_name_that_is_looked_up_has_its_block_read_and_nothing_below(
     repository: Repository, version: int
 ) -> None:
-    function, own = repository.blocks.name_listener
+    function, own = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     root, files = repository.directory(1)
     spelled = cids.text(root if version else Cid(cids.multihash(root))).encode()
@@ -316,7 +316,7 @@ class Held:
 
 def look_up(repository: Repository, cid: Cid) -> None:
     """What the thread that reads the device does with a name in the root."""
-    function, own = repository.blocks.name_listener
+    function, own = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     name = cids.text(cid).encode()
     listener(own, name, len(name))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.fileio.files import read_file
+from ipfsfuse.fileio.files import read_file, write_file
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def _write_name(path: Path, name: str) -> None:
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            cache_folder.write_file(folder, path.name, f"{name}\n".encode())
+            write_file(folder, path.name, f"{name}\n".encode())
         finally:
             os.close(folder)
     except OSError as exc:

@@ -28,11 +28,12 @@ from ipfsfuse.cache.store.folder import (
     is_our_own,
     read_file,
     remove_file,
-    write_file,
+    report_strays,
 )
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotACid, StoreFailed
+from ipfsfuse.fileio.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class PinRecords:
                     self.folder.unlink(name)
             else:
                 found[cid] = self._read(name)
-        self.folder.report_strays(strays)
+        report_strays(self.folder.path, strays)
         return found
 
     def _read(self, name: str) -> PinRecord:
