@@ -29,6 +29,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.buffers import give_back
 
 log = logging.getLogger(__name__)
 
@@ -331,9 +332,10 @@ async def measure(store: Store) -> None:
 
 async def follow_space(store: Store) -> None:
     """Gives room back when others fill the file system, and takes it when they leave, for as long as the
-    cache lives."""
+    cache lives. Gives unused memory back, too."""
     while True:
         await trio.sleep(MEASURE_SECONDS)
+        give_back()
         await measure(store)
 
 

@@ -339,13 +339,13 @@ class Staging:
         """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
         and whether they are right."""
         with Closing(self._open_to_read(entry)) as file:
-            found = self._read_into_buffers(file, wanted)
+            found = self._read_into_buffers(file, wanted, wanted[0].offset)
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
-    def _read_into_buffers(self, file: int, wanted: Sequence[Leaf]) -> list[memoryview]:
+    def _read_into_buffers(self, file: int, wanted: Sequence[Leaf], offset: int) -> list[memoryview]:
         buffers = [lend(leaf.size) for leaf in wanted[:-1]]
         buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
-        self._direct.transfer(os.preadv, file, buffers, wanted[0].offset)
+        self._direct.transfer(os.preadv, file, buffers, offset)
         return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
 
     def clone(
@@ -353,38 +353,51 @@ class Staging:
     ) -> tuple[int, Sequence[memoryview]]:
         """Makes `entry` share the extents of `files`, which may hold the blocks of raw `leaves` that lie one
         behind the other. By how many bytes it grew on disk, and what it holds now of the first leaves, as
-        many as could be shared: unproved. Raises Removed."""
+        many as could be shared: unproved. Raises Removed, OSError.
+
+        A file without a name shares them first, and is what is read: nobody else can write to it. To share
+        with a file that others read waits for all their reads, and they for it."""
+        with Closing(self._open_unnamed()) as copy:
+            shared = self._share_each(copy, leaves, files)
+            if not shared:
+                return 0, []
+            start, end = leaves[0].offset, leaves[shared - 1].offset + leaves[shared - 1].size
+            with entry.lock:
+                if entry.dead:
+                    raise Removed
+                flags = os.O_RDWR | (0 if entry.complete else os.O_CREAT)
+                with Closing(self.folder.open(_name(entry), flags)) as file:
+                    if not entry.seen:
+                        os.ftruncate(file, entry.size)
+                    share_extents(copy, file, end - start, start)
+                    grown = _grown(entry, file)
+            return grown, self._read_into_buffers(copy, leaves[:shared], 0)
+
+    def _share_each(self, to: int, leaves: Sequence[Leaf], files: Sequence[str]) -> int:
+        """Makes `to` share the extents of `files`, one behind the other from its beginning on, as far as that
+        can be done. Of how many leaves."""
         shared = 0
-        with entry.lock:
-            if entry.dead:
-                raise Removed
-            file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
-            with contextlib.suppress(OSError):  # what was shared until then is; the rest is written
-                if not entry.seen:
-                    os.ftruncate(file, entry.size)
-                for leaf, path in zip(leaves, files, strict=True):
-                    with regular(path, leaf.size) as (source, size):
-                        if size != leaf.size:
-                            break
-                        share_extents(source, file, size, leaf.offset)
-                    shared += 1
-            grown = _grown(entry, file)
-        with Closing(file):
-            found = self._read_into_buffers(file, leaves[:shared]) if shared else []
-            if os.fstat(file).st_size != entry.size:
-                raise Removed  # and cut off while it was read
-            return grown, found
+        with contextlib.suppress(OSError):
+            for leaf, path in zip(leaves, files, strict=True):
+                with regular(path, leaf.size) as (source, size):
+                    if size != leaf.size:
+                        break
+                    share_extents(source, to, size, leaf.offset - leaves[0].offset)
+                shared += 1
+        return shared
+
+    def _open_unnamed(self) -> int:
+        place = f"/proc/self/fd/{self.folder.fd}"
+        return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def can_share(self, path: str, size: int) -> bool:
         """Whether staging files can share extents with files such as `path`, of `size` bytes: tried once, on
         a file without a name."""
         if self.shares is None:
             try:
-                with regular(path, size) as (source, found):
-                    place = f"/proc/self/fd/{self.folder.fd}"
-                    with Closing(os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)) as to:
-                        share_extents(source, to, found, 0)
-                        self.shares = True
+                with regular(path, size) as (source, found), Closing(self._open_unnamed()) as to:
+                    share_extents(source, to, found, 0)
+                    self.shares = True
             except OSError as exc:
                 if exc.errno not in NOT_SHARED:  # the file is gone, the disk is full: the next one tells
                     return False
