@@ -8,7 +8,7 @@ Concurrency: the event loop's. Pins and unpins of one CID exclude each other.
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 
 import trio
 
@@ -16,6 +16,7 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.cache.store.packs import PackSet
+from ipfsfuse.cache.store.records import PinRecord
 from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
@@ -101,11 +102,7 @@ class PinnedDags:
     def __init__(self, store: Store, reader: Reader) -> None:
         self._store = store
         self._reader = reader
-        self._pins: dict[Cid, int] = {pin: record.size for pin, record in store.pinned.items()}
-        self._keys: dict[Cid, set[Key]] = {
-            pin: set(record.keys or ()) for pin, record in store.pinned.items()
-        }
-        self._unknown = {pin for pin, record in store.pinned.items() if record.keys is None}
+        self._pins = dict(store.pinned)
         self._busy: set[Cid] = set()
         self._writing = trio.Lock()
         self._jobs: dict[Cid, Pinning] = {}
@@ -131,7 +128,7 @@ class PinnedDags:
         store = self._store
         return sum(
             key not in store.blocks.packs.sizes if isinstance(key, int) else key not in store.staging.entries
-            for key in self._keys[pin]
+            for key in self._pins[pin].keys or ()
         )
 
     async def recover(self) -> None:
@@ -142,16 +139,15 @@ class PinnedDags:
         if not self._store.budget.counted.is_set():
             await self._store.budget.counted.wait()
             self._note_lost()
-        if not self._unknown:
+        if not self._unknown():
             return
         await self._store.blocks.packs_indexed.wait()
-        while self._unknown:
-            pin = next(iter(self._unknown))
+        while unknown := self._unknown():
+            pin = unknown[0]
             found, missing = await self._walk(pin)
-            if pin not in self._unknown:
+            if pin not in self._unknown():
                 continue  # it was unpinned, or pinned anew, meanwhile
-            self._unknown.discard(pin)
-            self._keys[pin], self._pins[pin] = found, sum(map(self._store.budget.size, found))
+            self._pins[pin] = self._record(found)
             if missing:
                 self._lost[pin] = missing
                 _report_lost({pin: missing})
@@ -160,6 +156,14 @@ class PinnedDags:
             except StoreFailed as exc:
                 log.warning("%s", exc)
         self._unpin([*self._store.blocks.packs.sizes, *self._store.staging.entries])
+
+    def _unknown(self) -> list[Cid]:
+        """The pins of which it is not known what belongs to them."""
+        return [pin for pin, record in self._pins.items() if record.keys is None]
+
+    def _record(self, keys: Iterable[Key]) -> PinRecord:
+        pinned = frozenset(keys)
+        return PinRecord(sum(map(self._store.budget.size, pinned)), pinned)
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
         """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
@@ -213,23 +217,19 @@ class PinnedDags:
     async def _complete(self, root: Cid, job: Pinning) -> None:
         """The pin counts once it is written. A file that is read in place is not part of it: it has no
         entry, which would be taken for a lost one later."""
-        before = self._pins.get(root), self._keys.get(root)
-        staged = self._store.staging.entries
-        keys = {key for key in job.keys if isinstance(key, int) or key in staged}
-        self._keys[root], self._pins[root] = keys, sum(map(self._store.budget.size, keys))
+        before, staged = self._pins.get(root), self._store.staging.entries
+        self._pins[root] = self._record(key for key in job.keys if isinstance(key, int) or key in staged)
         try:
             await self._write(root)
         except StoreFailed:
-            self._pins.pop(root), self._keys.pop(root)
-            if before[0] is not None and before[1] is not None:
-                self._pins[root], self._keys[root] = before[0], before[1]
-            del self._jobs[root]
-            self._unpin(job.keys)
+            del self._pins[root]
+            if before is not None:
+                self._pins[root] = before
             raise
-        del self._jobs[root]
+        finally:
+            del self._jobs[root]
+            self._unpin([*job.keys, *(before.keys or () if before is not None else ())])
         self._lost.pop(root, None)
-        self._unknown.discard(root)
-        self._unpin([*job.keys, *(before[1] or ())])
 
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""
@@ -240,12 +240,10 @@ class PinnedDags:
         with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
             async with self._writing:
                 await threads.run_sync(self._store.pin_records.remove, root)
-                keys = self._keys.pop(root, set())
-                del self._pins[root]
+                keys = self._pins.pop(root).keys or frozenset()
             self._lost.pop(root, None)
-            self._unknown.discard(root)
-            for other in list(self._keys.values()):
-                await self._point_to(other, keys)
+            for other in list(self._pins.values()):
+                await self._point_to(other.keys or frozenset(), keys)
             self._unpin(keys)
 
     @contextlib.contextmanager
@@ -260,7 +258,7 @@ class PinnedDags:
         finally:
             self._busy.discard(root)
 
-    async def _point_to(self, other: set[Key], leaving: set[Key]) -> None:
+    async def _point_to(self, other: Collection[Key], leaving: Collection[Key]) -> None:
         """What `other` holds too is found in its own packs from now on."""
         packs = self._store.blocks.packs
         for pack in [key for key in other if isinstance(key, int)]:
@@ -272,10 +270,12 @@ class PinnedDags:
     def _unpin(self, keys: Iterable[Key]) -> None:
         """Unpins what no other pin has, finished or under way. While it is not known what one of them
         has, `recover` will do it."""
-        pinned = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
+        unknown = self._unknown()
+        pins, jobs = self._pins.values(), self._jobs.values()
+        pinned = set[Key]().union(*(pin.keys or () for pin in pins), *(job.keys for job in jobs))
         for key in keys:
             self._store.budget.refused.discard(key)
-            if key not in pinned and not self._unknown:
+            if key not in pinned and not unknown:
                 self._store.budget.unpin(key)
 
     async def _write(self, root: Cid) -> None:
@@ -283,8 +283,7 @@ class PinnedDags:
         with trio.CancelScope(shield=True):
             async with self._writing:
                 if root in self._pins:  # else it was unpinned meanwhile
-                    size, keys = self._pins[root], frozenset(self._keys[root])
-                    await threads.run_sync(self._store.pin_records.write, root, size, keys)
+                    await threads.run_sync(self._store.pin_records.write, root, self._pins[root])
 
 
 def _report_lost(lost: Mapping[Cid, int]) -> None:

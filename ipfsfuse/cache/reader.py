@@ -299,9 +299,9 @@ class Reader:
                                 batch.resolve(block_key(cid), result)
                                 batch.staged(block_key(cid))
 
-        return self._flights.start_batch(
-            self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
-        ).ended
+        batch = self._flights.start_batch(self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest))
+        batch.interest += 1  # it goes on whoever leaves
+        return batch.ended
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""

@@ -67,18 +67,18 @@ class Commands:
         pins: NodePins,
         tree: Tree,
         names: Names,
-        passthrough: PassthroughFiles | None = None,
-        quota: FetchQuota | None = None,
+        passthrough: PassthroughFiles | None,
+        quota: FetchQuota | None,
+        latencies: Mapping[str, Histogram],
+        given: Mapping[str, int],
     ) -> None:
+        """`latencies`: of the calls of the kernel, by their names; `given`: the bytes that they gave."""
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._names, self._passthrough, self._quota = names, passthrough, quota
         self._served = {"blocks": 0, "bytes": 0}
         """What `ipfsfuse serve` got of this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
-        self.latencies: Mapping[str, Histogram] = {}
-        """Of the calls of the kernel, by their names."""
-        self.bytes: Mapping[str, int] = {}
-        """What they gave."""
+        self._latencies, self._given = latencies, given
         self._lag = Histogram()
         self._history = [self._sample()]
         self._sample_seconds = SAMPLE_SECONDS
@@ -300,8 +300,8 @@ class Commands:
         """What `status` says, and latencies in classes."""
         return {
             **await self.status(arguments, progress),
-            "operations": {name: each.as_dict() for name, each in self.latencies.items()},
-            "operation_bytes": dict(self.bytes),
+            "operations": {name: each.as_dict() for name, each in self._latencies.items()},
+            "operation_bytes": dict(self._given),
             "pinned": len(self._cache.pinned()),
             "latencies": {name: each.as_dict() for name, each in self._pool.latencies().items()},
             "lag": self._lag.as_dict(),
@@ -316,7 +316,7 @@ class Commands:
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
         """One verified block; with `fetch` false only if it is here. For `serve` it says `serving`."""
-        block = await self._blocks.get(_cid(arguments), fetch=arguments.get("fetch") is not False)
+        block = await self._blocks.get(_cid(arguments), arguments.get("fetch") is not False)
         if arguments.get("serving") is True:
             self._served["blocks"] += 1
             self._served["bytes"] += len(block)
@@ -329,7 +329,7 @@ class Commands:
         name = parse_name(str(arguments.get("name")))
         if not isinstance(name, KeyName):
             raise UsageError("record: name is the name of a key")
-        data = await self._names.record(name, fetch=arguments.get("fetch") is not False)
+        data = await self._names.record(name, arguments.get("fetch") is not False)
         return {"data": base64.b64encode(data).decode("ascii")}
 
 

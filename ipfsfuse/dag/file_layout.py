@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, multihash, nodes, protobuf, unixfs, varint
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Children, File, Leaf, Node
+from ipfsfuse.dag.nodes import File, Leaf, Node
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
@@ -95,7 +95,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline))
-    if not isinstance(file.children, Children):
+    if not file.children:
         return frontier
     deep = sure or file.children.first_size >= cids.MAX_BLOCK
     for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):

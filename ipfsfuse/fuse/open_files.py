@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import pyfuse3
@@ -165,14 +165,9 @@ class OpenFiles:
         if push:
             tree.cache.when_blocks_leave(device.revoke_idle)
 
-    @contextmanager
-    def pushing(self) -> Iterator[None]:
-        """For as long as the session serves."""
-        if not self._push:
-            yield
-            return
-        with self._pusher.running():
-            yield
+    def pushing(self) -> AbstractContextManager[None]:
+        """While the session serves, what nobody asked for yet goes to the page cache."""
+        return self._pusher.running() if self._push else nullcontext()
 
     async def run(self) -> None:
         """Drains the last opens of a series too. Runs as long as the mount serves."""

@@ -139,9 +139,7 @@ async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) ->
 
     async def one(cid: Cid) -> None:
         try:
-            block = await get(cid)
-            await threads.run_sync(cids.verify, cid, block)
-            fetched[cid] = block
+            fetched[cid] = await verified(cid, get)
         except IpfsFuseError as exc:
             if cid == wanted[0]:
                 failure.append(exc)

@@ -15,15 +15,14 @@ import logging
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
 
 from ipfsfuse.cache.base import SmallBlocks
-from ipfsfuse.cache.budget import Budget, WriteBackoff
+from ipfsfuse.cache.budget import Budget, WriteBackoff, holding
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own, report_strays
 from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
@@ -436,7 +435,7 @@ class BlockStore:
         if self._backoff.waiting or not self._budget.counted.is_set():
             return False
         made = section(cids.canonical(cid), block)
-        async with self._my_turn():
+        async with holding(self._appending):
             place = self.place(cid)
             if place is not None and (pack_set is None or place.pack in pack_set.packs):
                 return True
@@ -449,7 +448,7 @@ class BlockStore:
         it."""
         if self._backoff.waiting or not self._budget.counted.is_set():
             return
-        async with self._my_turn():
+        async with holding(self._appending):
             together: list[Section] = []
             room = self.packs.limit - self.packs.sizes.get(self.pack_set.pack, 0)
             for made in (section(cids.canonical(cid), block) for cid, block in blocks):
@@ -463,18 +462,6 @@ class BlockStore:
                 room -= len(made.data)
             if together:
                 await self._append(self.pack_set, together)
-
-    @asynccontextmanager
-    async def _my_turn(self) -> AsyncIterator[None]:
-        if self._appending.locked():
-            await self._appending.acquire()
-        else:
-            # without a turn of the event loop, which costs as much as the writing
-            self._appending.acquire_nowait()
-        try:
-            yield
-        finally:
-            self._appending.release()
 
     async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
         """Whether the block is right again where a wrong one was set aside: what is pinned stays
@@ -520,24 +507,12 @@ class BlockStore:
         if found is None:
             return False
         pack, cost = found
-        try:
-            return await self._write(pack, data, sections)
-        finally:
-            self._settle_pack(pack, cost)
-
-    async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
         at = self.packs.sizes.setdefault(pack, 0)
         try:
             if len(data) <= WRITE_ON_LOOP:
                 self.packs.write(pack, at, data)
             else:
                 await threads.run_sync(self.packs.write, pack, at, data, limiter=self._io.writing)
-        except OSError as exc:
-            self._backoff.failed(str(self.packs.path(pack)), exc)
-            self._budget.look_soon()
-            self.packs.drop_empty(pack)
-            return False
-        else:
             if pack not in self.packs.sizes:  # evicted while a thread wrote
                 self.packs.drop_empty(pack)
                 return False
@@ -545,6 +520,13 @@ class BlockStore:
             self.packs.note(pack, at, sections)
             self.wake_index_writer()
             return True
+        except OSError as exc:
+            self._backoff.failed(str(self.packs.path(pack)), exc)
+            self._budget.look_soon()
+            self.packs.drop_empty(pack)
+            return False
+        finally:
+            self._settle_pack(pack, cost)
 
     def _settle_pack(self, pack: int, reserved: int = 0) -> None:
         size, unit = self.packs.sizes.get(pack, 0), self._unit
