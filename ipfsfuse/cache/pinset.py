@@ -143,8 +143,8 @@ class PinsetCache:
     ) -> AsyncIterator["PinsetCache"]:
         """The cache that lives in `folder`, which the caller holds (`folder.locked`). Raises StoreFailed.
 
-        `budget` in bytes; `deadline` in seconds: see `single_flight`. `reserve`: bytes of the file system that stay
-        free, None for a twentieth of it, at most 2 GiB."""
+        `budget` in bytes; `deadline` in seconds: see `single_flight`. `reserve`: bytes of the file system
+        that stay free, None for a twentieth of it, at most 2 GiB."""
         failure: BaseException | None = None
         store: Store | None = None
         try:
