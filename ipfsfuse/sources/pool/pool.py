@@ -180,7 +180,7 @@ class SourcePool:
                     return Fetched(answer, managed.source)
                 fetch.note(managed, answer)
             with fetch.scope:
-                network = self.network()
+                network = self.network() if len(self._network) > 1 else self._network
                 if len(network) > 1:
                     await fetch.race(network)
                 elif network:
@@ -236,8 +236,6 @@ class SourcePool:
 
     def network(self) -> Sequence[ManagedSource]:
         """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
-        if len(self._network) < 2:
-            return self._network
         self._note_sleep()
         now = trio.current_time()
         usable = [managed for managed in self._network if not managed.health.is_quarantined(now)]
