@@ -9,6 +9,7 @@ import base64
 import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
@@ -93,12 +94,18 @@ class Kubo(Source):
             raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        if self.blocks is not None and await self.blocks.send_leaves(wanted, send, self.name):
+        start = 0 if self.blocks is None else await self.blocks.send_leaves(wanted, send, self.name)
+        if start == len(wanted.leaves):
             return
+        rest = replace(wanted, leaves=wanted.leaves[start:])
         if gateway := await self._find_gateway():
-            await gateway.send_leaves(wanted, send)
+            stream = gateway.stream(rest)
         else:
-            await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS_HERE)
+            singly = partial(streams.send_singly, self.get, rest.leaves, connections=CONNECTIONS_HERE)
+            stream = streams.streaming(singly)
+        async with stream as deliveries:
+            async for first, blocks, release in deliveries:
+                await send.send(Delivery(start + first, blocks, release))
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found

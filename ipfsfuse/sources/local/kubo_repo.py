@@ -32,7 +32,7 @@ from ipfsfuse.fileio.buffers import lend, together
 from ipfsfuse.fileio.files import Direct, read_file, read_whole, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import Hashed, LeafRange, Subtree, fits, too_large
-from ipfsfuse.sources.streams import Block, Blocks, Delivery, Leases, Send
+from ipfsfuse.sources.streams import Block, Blocks, Delivery, Leases, Send, all_of
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -48,6 +48,8 @@ thread and back takes 0.4 ms."""
 STRETCHES = 8
 """Stretches of leaves that may be in memory at a time, each of up to 4 MiB, for all readers."""
 THREADS = 4
+READ_TASKS = 2
+"""Stretches of one range that are read at a time."""
 LOOK_SECONDS = 1.0
 """How late a denylist is seen that is added while the repository is read."""
 
@@ -111,15 +113,22 @@ class Flatfs:
             block = await threads.run_sync(self.read_hashed, cid, limiter=self._threads)
         return block
 
-    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery], name: str) -> bool:
-        """Sends the blocks of `wanted` in their order, for the source `name`; False, and nothing, if one of
-        them is not here. One that goes meanwhile is left out with what follows it in its stretch."""
-        cids_of = [leaf.cid for leaf in wanted.leaves]
-        if not await threads.run_sync(self.have, cids_of, limiter=self._threads):
-            return False
-        with closing(Leases(lambda _one: self._stretches.release())) as leases:
-            for index, sizes in together([leaf.size for leaf in wanted.leaves]):
-                await self._stretches.acquire()
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery], name: str) -> int:
+        """Sends the blocks of `wanted` in their order, for the source `name`, up to the first that is not
+        here; returns its index. One that is here and does not fit is left out, with what follows it in its
+        stretch."""
+        if not await self._has(wanted.leaves[0]):
+            return 0
+        stretches = together([leaf.size for leaf in wanted.leaves])
+        end = len(wanted.leaves)
+        before = trio.Event()
+        before.set()
+
+        async def work() -> None:
+            nonlocal before, end
+            for index, sizes in stretches:
+                turn, before = before, (sent := trio.Event())
+                await self._stretches.acquire()  # in their order: each waits for those before it
                 release = leases.take(1)
                 stretch = wanted.leaves[index : index + len(sizes)]
                 blocks: list[Block] = []
@@ -127,8 +136,22 @@ class Flatfs:
                     blocks += await wanted.clone(stretch, [self._path(leaf.cid) for leaf in stretch], name)
                 if rest := stretch[len(blocks) :]:
                     blocks += await threads.run_sync(self.read_each, rest, limiter=self._threads)
-                await send.send(Delivery(index, blocks, release))
-        return True
+                is_all_here = len(blocks) == len(stretch) or await self._has(stretch[len(blocks)])
+                await turn.wait()
+                if index < end:
+                    await send.send(Delivery(index, blocks, release))
+                    if not is_all_here:
+                        end = index + len(blocks)
+                sent.set()
+                if end < len(wanted.leaves):
+                    return
+
+        with closing(Leases(lambda _one: self._stretches.release())) as leases:
+            await all_of([work] * min(READ_TASKS, len(wanted.leaves)))
+        return end
+
+    async def _has(self, leaf: Leaf) -> bool:
+        return await threads.run_sync(self.have, [leaf.cid], limiter=self._threads)
 
     async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> bool:
         """Sends the blocks below a directory; False if one of them is not here."""
@@ -343,6 +366,6 @@ class RepoWalk:
 def _below(cid: Cid, block: bytes) -> list[Cid]:
     """What a block links, but for what needs no source."""
     try:
-        return [child for child in nodes.links(cid, block) if cids.known(child) is None]
+        return [child for child in nodes.links(cid, block) if cids.implied_block(child) is None]
     except IpfsFuseError:  # the program that reads it gets the error
         return []
