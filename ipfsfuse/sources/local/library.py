@@ -40,7 +40,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import closing, regular, write_all
+from ipfsfuse.fileio.files import Closing, regular, write_all
 from ipfsfuse.sources.local.car_file import (
     CarFile,
     Found,
@@ -157,7 +157,7 @@ def _new_file(folder: Path, path: Path | None = None) -> Iterator[tuple[int, Pat
     what was written at the end; a pack of a new name, where none is given. Raises OSError."""
     temporary, fd = new_temporary(folder)
     path = path or temporary.with_suffix(PACK)
-    with closing(fd):
+    with Closing(fd):
         try:
             yield fd, path
             os.rename(temporary, path)
@@ -192,7 +192,7 @@ def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
     """Holds the library's lock. Gives False, holding nothing, where it is taken and `wait` is False."""
     with store_errors(f"the library {folder}"):
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with closing(fd):
+    with Closing(fd):
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -229,7 +229,7 @@ def sweep(folder: Path) -> None:
         with suppress(OSError):
             if not _TEMPORARY_NAME.fullmatch(name) or not stat.S_ISREG(os.lstat(path).st_mode):
                 continue
-            with closing(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+            with Closing(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
@@ -269,7 +269,7 @@ def read_roots(folder: Path) -> list[Entry]:
 
 
 def sync_folder(folder: Path) -> None:
-    with closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+    with Closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
         os.fsync(fd)
 
 
