@@ -267,6 +267,20 @@ def test_it_ends_while_it_reads(tmp_path: Path) -> None:
     gc.collect()
 
 
+def test_what_only_looks_like_a_link_is_not_read(repository: Repository) -> None:
+    """A directory with an attribute that has the bytes of a link, before its links."""
+    child, other = (repository.heap.leaf(name * 1000) for name in (b"child", b"other"))
+    link, like_a_link = (b"\x0a\x24" + cid + b"\x12\x04name\x18\x01" for cid in (child, other))
+    data = b"\x08\x01\x7a" + bytes([len(like_a_link)]) + like_a_link
+    root = repository.heap.put(b"\x0a" + bytes([len(data)]) + data + b"\x12" + bytes([len(link)]) + link)
+    for cid in (root, child, other):
+        repository.put(cid)
+    at_child, at_other = map(repository.opened, (child, other))
+    assert repository.ask_alone(root) is not None
+    assert at_child.within(SOON)
+    assert not at_other.within(NEVER)
+
+
 @given(st.binary(max_size=300), st.integers(0, 60))
 def test_any_bytes_may_be_a_block(tmp_path_factory: pytest.TempPathFactory, block: bytes, at: int) -> None:
     """Whatever a block links, or seems to link, is read if it is there."""
