@@ -170,37 +170,32 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
     limits = limiting.from_names(asked.get("limits") or {})
     if limits.max_stdout is None:
         limits = limits._replace(max_stdout=MAX_STDOUT)
-    root = asked.get("root")
-    sources = [f"--from={each}" for each in asked.get("sources", ())]
-    found = Options(
-        guest=texts[0],
-        args=texts[1:],
-        env=tuple(env.items()),
-        dirs=tuple(map(parsing.folder, asked.get("dirs", ()))),
-        cwd=asked.get("cwd"),
-        tmp=None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
-        out=_text(asked.get("out")),
-        add=asked.get("add", False),
-        return_cid="out" in asked,
-        invoke=asked.get("invoke"),
-        preload=tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
-        root=None if root is None else parsing.root(root),
-        limits=limits,
-        mount=_text(asked.get("mount")),
-        mount_options=(*sources, *["--offline"] * asked.get("offline", False)),
-        allow=tuple(asked.get("allow", ())),
-        ipns=tuple(asked.get("ipns", ())),
-        cache_dir=_text(asked.get("cache_dir")),
-        isolated=asked.get("isolated", False),
-        record=_text(asked.get("record")),
-        record_env=asked.get("record_env", False),
-        sign=_text(asked.get("sign")),
-        deterministic=asked.get("deterministic", False),
-        engine=asked.get("engine", "auto"),
-        require_sandbox=asked.get("require_sandbox", False),
-    )
+    given: dict[str, Any] = {name: value for name, value in asked.items() if name in Options._fields}
+    for name in _PATHS & given.keys():
+        given[name] = None if given[name] is None else os.fspath(given[name])
+    for name in _TUPLES & given.keys():
+        given[name] = tuple(given[name])
+    given |= {
+        "env": tuple(env.items()),
+        "dirs": tuple(map(parsing.folder, asked.get("dirs", ()))),
+        "tmp": None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
+        "return_cid": "out" in asked,
+        "preload": tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
+        "root": None if asked.get("root") is None else parsing.root(str(asked["root"])),
+        "limits": limits,
+        "mount_options": (
+            *(f"--from={each}" for each in asked.get("sources", ())),
+            *["--offline"] * asked.get("offline", False),
+        ),
+    }
+    found = Options(texts[0], texts[1:], **given)
     parsing.check(found)
     return found
+
+
+_PATHS = {"out", "mount", "cache_dir", "record", "sign"}
+_TUPLES = {"allow", "ipns"}
+"""Keywords whose values become text, and tuples."""
 
 
 def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
@@ -209,10 +204,6 @@ def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
         if not isinstance(each, str) or "\0" in each:
             raise UsageError(f"{what}: {each!r} is not a text without null bytes")
     return tuple(map(str, given))
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else os.fspath(path)
 
 
 class _Run:

@@ -24,11 +24,12 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from io import BufferedIOBase
+from typing import NamedTuple, NoReturn
 
 from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import places, processes
+from ipfsfuse_run import lockdown, places, processes
 from ipfsfuse_run.errors import GuestRefused
 
 BOUND = 1 << 30
@@ -39,8 +40,22 @@ _ENTRY = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.part)?|\.[0-9a-f]{16}\.part")
 """Names of our own: entries, entries that are being made, and what an earlier version left of the latter."""
 _MAX_ANSWER = 64 << 10
 
+Key = Callable[[str, str], str]
+"""The name of the entry for a guest's SHA-256 and kind."""
 Build = Callable[[], bytes]
 """Compiles a guest, in the compiling process, which it locks in first. Raises GuestRefused."""
+
+MODULE, COMPONENT = "module", "component"
+_MAGIC = b"\0asm"
+_KINDS = {b"\x01\0\0\0": MODULE, b"\x0d\0\x01\0": COMPONENT}
+
+
+class Code(NamedTuple):
+    """A compiled guest that is not loaded yet. `file` is a descriptor; `name` is for messages."""
+
+    name: str
+    kind: str
+    file: int
 
 
 class CodeCache:
@@ -76,10 +91,27 @@ class CodeCache:
         os.close(file)
         return None
 
-    def compiled(self, key: str, build: Build, name: str, memory: int) -> int:
-        """A descriptor of the entry `key`. If it is missing, a process that may write to `memory` bytes makes
-        it by `build`; what can't be kept is in memory alone: a full disk costs speed. `name` is the guest's,
-        for messages. Forks. Raises GuestRefused."""
+    def kept(self, file: BufferedIOBase, name: str, key: Key) -> Code | None:
+        """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
+        Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
+        if not file.seekable():
+            return None
+        kind = _kind(file.read(8))
+        file.seek(0)
+        if kind is None:
+            return None
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        found = self.opened(key(digest, kind))
+        return None if found is None else Code(name, kind, found)
+
+    def compiled(self, kind: str, code: bytes, name: str, memory: int, key: Key, build: Build) -> Code:
+        """The guest `code`, compiled before or now, by a process that may write to `memory` bytes. What can't
+        be kept is in memory alone: a full disk costs speed. Forks. Raises GuestRefused."""
+        entry = key(hashlib.sha256(code).hexdigest(), kind)
+        return Code(name, kind, self._compiled(entry, build, name, memory))
+
+    def _compiled(self, key: str, build: Build, name: str, memory: int) -> int:
         found = self.opened(key)
         if found is not None:
             return found
@@ -223,6 +255,36 @@ def _processor() -> str:
         return ""
     found = re.search(rb"^(?:flags|Features)\s*:.*$", text, re.MULTILINE)
     return "" if found is None else found[0].decode(errors="replace")
+
+
+def _kind(head: bytes) -> str | None:
+    """What begins with these 8 bytes; None for text, and for what can't run."""
+    return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
+
+
+def binary(code: bytes, name: str, memory: int) -> tuple[str, bytes]:
+    """The guest's kind and its binary form. Text is translated in a process of its own that may write to
+    `memory` bytes, because 1 byte of it can take a hundred in memory. Raises GuestRefused."""
+    if code.startswith(_MAGIC):
+        kind = _kind(code[:8])
+        if kind is None:
+            raise GuestRefused(f"{name} is WebAssembly of a version that can't run, or cut short")
+        return kind, code
+    if not code.lstrip().startswith((b"(", b";;")):
+        raise GuestRefused(f"{name} is not WebAssembly: it begins with neither \\0asm nor text")
+    import wasmtime  # as long as this process can
+
+    def translate() -> bytes:
+        lockdown.lock([])
+        try:
+            return bytes(wasmtime.wat2wasm(code))
+        except wasmtime.WasmtimeError as exc:
+            text = " ".join(str(exc).split())
+            raise GuestRefused(f"{name} is not WebAssembly text: {text}") from exc
+
+    with open(in_own_process(translate, name, memory), "rb") as made:
+        made.seek(0)
+        return binary(made.read(), name, memory)
 
 
 # -- the compiling process ---------------------------------------------------------------------------------

@@ -4,14 +4,14 @@ What takes long to import is imported when it is needed: a guest on a live mount
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ipfsfuse.errors import IpfsFuseError, MountFailed, StoreFailed, UsageError
-from ipfsfuse_run import limits, places, sandbox, supervisor
+from ipfsfuse_run import mounts, places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import NotKept, say
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.supervisor import Alarm, CompletedRun, Outcome
+from ipfsfuse_run.supervisor import CompletedRun, Outcome
 
 
 def execute(options: Options) -> CompletedRun:
@@ -46,20 +46,18 @@ def _execute(options: Options) -> CompletedRun:
         return recording.record(options)
     if options.mount is not None:
         mountpoint = os.path.abspath(options.mount)
-        return CompletedRun(_run_on(mountpoint, options, _our_mount(mountpoint)))
-    from ipfsfuse_run import mounts  # with what starts a daemon, 10 ms
-
+        try:
+            mount_id = mounts.kernel_mount_id(mountpoint)
+        except MountFailed:
+            mount_id = None
+        return CompletedRun(_run_on(mountpoint, options, mount_id))
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
         names = mounts.resolved(options, mount)
-        alarm = None
-        if mount.quota is not None:
-            bound = limits.value_text("max_fetch", options.limits.max_fetch or 0)
-            alarm = Alarm(mount.quota.fileno(), "max_fetch", f"had more than max-fetch={bound} fetched")
-        close = [each.fileno() for each in (mount.control, mount.quota) if each is not None]
-        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close, alarm)
-        if alarm is not None and mount.control.ask("quota")["reached"]:
-            outcome = supervisor.over_limit(outcome, alarm)
+        quota = None if mount.quota is None else mount.quota.fileno()
+        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, quota)
+        if quota is not None and mount.control.ask("quota")["reached"]:
+            outcome = supervisor.over_quota(outcome, options.limits)
         return CompletedRun(outcome)
 
 
@@ -85,31 +83,18 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
     return cid
 
 
-def _our_mount(mountpoint: str) -> int | None:
-    """The number of the mount of ours at `mountpoint`, which refuses all writing; None for another folder."""
-    from ipfsfuse_run import mounts
-
-    try:
-        return mounts.kernel_mount_id(mountpoint)
-    except MountFailed:
-        return None
-
-
 def _run_on(
     mountpoint: str,
     options: Options,
-    mount_id: int | None = None,
+    mount_id: int | None,
     names: Mapping[str, str] = sandbox.NO_NAMES,
-    close: Sequence[int] = (),
-    alarm: Alarm | None = None,
+    quota: int | None = None,
 ) -> Outcome:
+    """`mount_id` is the kernel's number of the mount of ours at `mountpoint`; None for another folder."""
     box = sandbox.build(options, mountpoint, mount_id, names)
     path = None
     if options.engine != "library":
         from ipfsfuse_run import command
 
         path = command.choose(options, mount_id is not None)
-    plan = Plan(options, mountpoint, box, mount_id, path)
-    writes = options.out is not None or any(each.writable for each in options.dirs)
-    streams = supervisor.direct_streams(options.limits, writes)
-    return supervisor.run(plan, streams, close, alarm)
+    return supervisor.run(Plan(options, mountpoint, box, mount_id, path), quota)

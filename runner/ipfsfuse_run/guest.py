@@ -11,7 +11,6 @@ import os
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from io import BufferedIOBase
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,19 +18,15 @@ import wasmtime
 from wasmtime import _ffi
 
 from ipfsfuse_run import lockdown
-from ipfsfuse_run.code_cache import CodeCache, entry_key, in_own_process
+from ipfsfuse_run.code_cache import COMPONENT, MODULE, Code, Key, entry_key
 from ipfsfuse_run.errors import TRAPPED, GuestRefused
-from ipfsfuse_run.limits import COMPILE_MEMORY, STORE_LIMITS, Limits
+from ipfsfuse_run.limits import STORE_LIMITS, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # 13 ms that a module need not wait for
     from wasmtime import component
 
-MODULE, COMPONENT = "module", "component"
-
 _FIBER_SPARE = 2 << 20
-_MAGIC = b"\0asm"
-_KINDS = {b"\x01\0\0\0": MODULE, b"\x0d\0\x01\0": COMPONENT}
 _RUN = re.compile(r"wasi:cli/run@0\.2(\.\d+)?")
 _PREVIEW_3 = re.compile(rb"wasi:[a-z-]+/[a-z-]+@0\.3[0-9a-z.-]*")
 
@@ -83,37 +78,6 @@ class Settings(NamedTuple):
     deterministic: bool
 
 
-HEAD_BYTES = 8
-
-
-def kind_of(head: bytes) -> str | None:
-    """What begins with these HEAD_BYTES; None for text, and for what can't run."""
-    return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
-
-
-def binary(code: bytes, name: str, memory: int = COMPILE_MEMORY) -> tuple[str, bytes]:
-    """The guest's kind and its binary form. Text is translated in a process of its own that may write to
-    `memory` bytes, because 1 byte of it can take a hundred in memory. Raises GuestRefused."""
-    if code.startswith(_MAGIC):
-        kind = kind_of(code[:HEAD_BYTES])
-        if kind is None:
-            raise GuestRefused(f"{name} is WebAssembly of a version that can't run, or cut short")
-        return kind, code
-    if not code.lstrip().startswith((b"(", b";;")):
-        raise GuestRefused(f"{name} is not WebAssembly: it begins with neither \\0asm nor text")
-
-    def translate() -> bytes:
-        lockdown.lock([])
-        try:
-            return bytes(wasmtime.wat2wasm(code))
-        except wasmtime.WasmtimeError as exc:
-            raise GuestRefused(f"{name} is not WebAssembly text: {one_line(exc)}") from exc
-
-    with open(in_own_process(translate, name, memory), "rb") as made:
-        made.seek(0)
-        return binary(made.read(), name)
-
-
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -161,52 +125,17 @@ def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) ->
         raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {one_line(exc)}") from exc
 
 
-class Code(NamedTuple):
-    """A compiled guest that is not loaded yet. `file` is a descriptor; `name` is for messages."""
-
-    name: str
-    kind: str
-    file: int
+def key(settings: Settings) -> Key:
+    """The names of entries in the code cache."""
+    library = os.stat(_ffi.dll._name)
+    return lambda digest, kind: entry_key(digest, library, (kind, *map(str, settings)))
 
 
-def kept(cache: CodeCache, file: BufferedIOBase, name: str, settings: Settings) -> Code | None:
-    """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
-    Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
-    if not file.seekable():
-        return None
-    kind = kind_of(file.read(HEAD_BYTES))
-    file.seek(0)
-    if kind is None:
-        return None
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-    file.seek(0)
-    found = cache.opened(_key(digest, kind, settings))
-    return None if found is None else Code(name, kind, found)
-
-
-def compiled(
-    cache: CodeCache,
-    engine: wasmtime.Engine,
-    kind: str,
-    code: bytes,
-    name: str,
-    settings: Settings,
-    memory: int = COMPILE_MEMORY,
-) -> Code:
-    """The guest `code`, compiled before or now, by a process of its own that may write to `memory` bytes.
-    Forks. Raises GuestRefused."""
-
-    def build() -> bytes:
-        form_of(kind)  # imports what is needed, as long as this process can
-        lockdown.lock([])
-        return bytes(compile_guest(engine, kind, code, name).compiled.serialize())
-
-    key = _key(hashlib.sha256(code).hexdigest(), kind, settings)
-    return Code(name, kind, cache.compiled(key, build, name, memory))
-
-
-def _key(digest: str, kind: str, settings: Settings) -> str:
-    return entry_key(digest, os.stat(_ffi.dll._name), (kind, *map(str, settings)))
+def build(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> bytes:
+    """In the compiling process. Raises GuestRefused."""
+    form_of(kind)  # imports what is needed, as long as this process can
+    lockdown.lock([])
+    return bytes(compile_guest(engine, kind, code, name).compiled.serialize())
 
 
 def load(engine: wasmtime.Engine, code: Code) -> Guest:

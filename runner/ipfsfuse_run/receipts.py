@@ -20,7 +20,6 @@ from ipfsfuse_run import limits
 from ipfsfuse_run.errors import TRAPPED, ReceiptRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.read_paths import Row
-from ipfsfuse_run.supervisor import Digest
 
 FORMAT = 2
 _KIND = "ipfsfuse-run receipt"
@@ -76,6 +75,16 @@ class GivenDir(NamedTuple):
 
     guest: str
     cid: Cid | None
+
+
+class Digest(NamedTuple):
+    """Of what passed through a stream."""
+
+    sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256} ({self.size} bytes)"
 
 
 class Receipt(NamedTuple):

@@ -25,8 +25,7 @@ from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageE
 from ipfsfuse_run import read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.growth import NAME_BYTES
-from ipfsfuse_run.receipts import Receipt
-from ipfsfuse_run.supervisor import Digest
+from ipfsfuse_run.receipts import Digest, Receipt
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

@@ -6,6 +6,7 @@ What the run needs on the way lies in files without a name: a runner that is kil
 import base64
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -33,30 +34,18 @@ from ipfsfuse.errors import (
     UsageError,
     WrongBlock,
 )
-from ipfsfuse_run import mounts, read_paths, receipts, results, sandbox, supervisor
+from ipfsfuse_run import limits, mounts, read_paths, receipts, results, sandbox, supervisor
 from ipfsfuse_run.child import Plan
-from ipfsfuse_run.errors import NotKept, ReceiptRefused, say
+from ipfsfuse_run.errors import GuestRefused, NotKept, ReceiptRefused, say
 from ipfsfuse_run.mounts import Mount
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.read_paths import Row
-from ipfsfuse_run.receipts import GivenDir, Receipt
+from ipfsfuse_run.receipts import Digest, GivenDir, Receipt
 from ipfsfuse_run.record import CarWriter, written
-from ipfsfuse_run.sandbox import Sandbox
-from ipfsfuse_run.supervisor import CompletedRun, Outcome
+from ipfsfuse_run.supervisor import CompletedRun, Outcome, RunFiles
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-
-class RunFiles(NamedTuple):
-    """What a run leaves behind, for its receipt: files without a name."""
-
-    used: BinaryIO
-    """The daemon's record: JSON lines."""
-    guest: BinaryIO
-    stdin: BinaryIO
-    stdout: BinaryIO
-    stderr: BinaryIO
 
 
 class _Run(NamedTuple):
@@ -83,25 +72,28 @@ def record(options: Options) -> CompletedRun:
         key = signatures.private_key(options.sign)
     with contextlib.ExitStack() as stack:
         # beside the receipt: what is kept of the output may be more than TMPDIR holds
-        used, guest, stdout, stderr = (
-            stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in range(4)
+        files = RunFiles(
+            *(stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in RunFiles._fields)
         )
-        stdin = stack.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
-        files = RunFiles(used, guest, stdin, stdout, stderr)
-        with mounted(options, used) as mount:
+        _spool_stdin(files.stdin, options.limits.max_stdin)
+        with mounted(options, files.used) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
-            plan = Plan(options, mount.mountpoint, box, mount.mount_id, keep=guest.fileno())
-            run = _run(plan, files, mount.control)
-            if run.outcome.refused is None and run.outcome.signal is None:
-                if run.outcome.limit == "max_out":
+            plan = Plan(options, mount.mountpoint, box, mount.mount_id, keep=files.guest.fileno())
+            started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
+            outcome = supervisor.run(plan, files=files)
+            run = _Run(
+                outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3)
+            )
+            if outcome.refused is None and outcome.signal is None:
+                if outcome.limit == "max_out":
                     say(f"{target} is not written: its results would be larger than max-out")
                 else:
                     try:
-                        return _write(target, options, box, run, files, mount.control, key)
+                        return _write(target, plan, run, files, mount.control, key)
                     except IpfsFuseError as exc:
-                        raise NotKept(str(exc), CompletedRun(run.outcome)) from exc
-    return CompletedRun(run.outcome)
+                        raise NotKept(str(exc), CompletedRun(outcome)) from exc
+    return CompletedRun(outcome)
 
 
 def _target(options: Options) -> Path:
@@ -128,23 +120,39 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, files: RunFiles, control: Connection) -> _Run:
-    started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    kept = files.stdout, files.stderr
-    outcome = supervisor.run_kept(plan, files.stdin, kept, show=True, close=[control.fileno()])
-    return _Run(outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
+def _spool_stdin(spool: BinaryIO, bound: int | None) -> None:
+    """Reads all of standard input, but not a terminal's, into the file `spool`. Raises GuestRefused for more
+    than `bound` bytes."""
+    if not os.isatty(0):
+        while data := os.read(0, 1 << 20):
+            spool.write(data)
+            if bound is not None and spool.tell() > bound:
+                given = limits.value_text("max_stdin", bound)
+                raise GuestRefused(f"standard input has more than max-stdin={given}")
+    spool.seek(0)
+
+
+def digest_of(file: BinaryIO) -> Digest:
+    """Of the whole file, which is left at its start."""
+    file.seek(0)
+    found = hashlib.sha256()
+    while data := file.read(1 << 20):
+        found.update(data)
+    digest = Digest(found.hexdigest(), file.tell())
+    file.seek(0)
+    return digest
 
 
 def _write(
     target: Path,
-    options: Options,
-    box: Sandbox,
+    plan: Plan,
     run: _Run,
     files: RunFiles,
     control: Connection,
     key: "Ed25519PrivateKey | None",
 ) -> CompletedRun:
     """Writes the receipt."""
+    options, box = plan.options, plan.box
     if options.guest == "-":  # standard input was the guest: none was left for it
         files.stdin.truncate(0)
     with written(target) as file, open(os.devnull, "wb") as nowhere:
@@ -188,9 +196,9 @@ def _write(
             read=blocks.read,
             missing=blocks.missing,
             ahead=ahead,
-            stdin=supervisor.digest_of(files.stdin),
-            stdout=supervisor.digest_of(files.stdout),
-            stderr=supervisor.digest_of(files.stderr),
+            stdin=digest_of(files.stdin),
+            stdout=digest_of(files.stdout),
+            stderr=digest_of(files.stderr),
             exit_code=run.outcome.code,
             trapped=run.outcome.trapped,
             started=run.started,

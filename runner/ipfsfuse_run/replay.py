@@ -29,10 +29,9 @@ from ipfsfuse_run.child import MAX_GUEST, Plan
 from ipfsfuse_run.errors import ReceiptRefused, trap_text
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Dir, Options
-from ipfsfuse_run.receipts import Receipt
+from ipfsfuse_run.receipts import Digest, Receipt
 from ipfsfuse_run.record import Record
-from ipfsfuse_run.recording import RunFiles
-from ipfsfuse_run.supervisor import Digest, Outcome
+from ipfsfuse_run.supervisor import Outcome, RunFiles
 
 
 class Verdict(NamedTuple):
@@ -316,10 +315,9 @@ def _run(options: Options, receipt: Receipt, files: RunFiles, out: places.Result
             mount.mount_id,
             shown_as=receipt.name,
             max_data=(chosen.max_memory_size or 0) + 2 * (chosen.max_wasm_stack or 0) + _DATA_SPARE,
-            guest_sha256=supervisor.digest_of(files.guest).sha256,
+            guest_sha256=recording.digest_of(files.guest).sha256,
         )
-        kept = files.stdout, files.stderr
-        outcome = supervisor.run_kept(plan, files.stdin, kept, show=False, close=[mount.control.fileno()])
+        outcome = supervisor.run(plan, files=files, show=False)
     if outcome.trap is not None and receipt.format == 1:  # which counts it as standard error
         files.stderr.seek(0, os.SEEK_END)
         files.stderr.write(trap_text(plan.name, outcome.trap).encode())
@@ -328,8 +326,8 @@ def _run(options: Options, receipt: Receipt, files: RunFiles, out: places.Result
         cid = results.cid_of(out.path, chosen.out_bytes)
     return _Repeated(
         outcome,
-        supervisor.digest_of(files.stdout),
-        supervisor.digest_of(files.stderr),
+        recording.digest_of(files.stdout),
+        recording.digest_of(files.stderr),
         cid,
         recording.used(files.used)[0],
     )

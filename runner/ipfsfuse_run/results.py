@@ -8,15 +8,13 @@ import contextlib
 import hashlib
 import os
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.errors import StoreFailed
+from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse_run import mounts, places
 from ipfsfuse_run.growth import NAME_BYTES
 from ipfsfuse_run.options import Options
@@ -133,18 +131,10 @@ def add(options: Options, folder: str) -> Cid:
             built = written(writer, folder, options.limits.out_bytes).built
             writer.close(built)
         library = [each for each in options.mount_options if each.startswith("--library=")]
-        command = [sys.executable, "-P", "-m", "ipfsfuse", "import", *library, str(car)]
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=mounts.child_environment(),
-            check=False,
-        )
-        if done.returncode != 0:
-            reason = f"\n{done.stderr.strip()}".rpartition("\nipfsfuse: ")[2]
-            raise StoreFailed(f"the results can't be taken into the library: {reason}")
+        try:
+            mounts.ipfsfuse_command("import", *library, str(car))
+        except IpfsFuseError as exc:
+            raise StoreFailed(f"the results can't be taken into the library: {exc}") from exc
         return built.cid
     except OSError as exc:
         raise StoreFailed(f"the results can't be taken into the library: {exc.strerror}") from exc

