@@ -6,10 +6,9 @@ that the fork server (`forkserver`) has ready.
 
 import json
 import os
-import selectors
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 
@@ -128,11 +127,8 @@ def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     guest ran, but what it left could not be kept.
     """
     options = _options(guest, args, asked)
-    with _Run(options, asked.get("stdin")) as started:
-        with selectors.DefaultSelector() as selector:
-            selector.register(started.socket, selectors.EVENT_READ)
-            while not started.received():
-                selector.select()
+    with _started(options, asked.get("stdin")) as started:
+        started.received()
         return started.result()
 
 
@@ -141,7 +137,8 @@ async def run_trio(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     import trio
 
     options = _options(guest, args, asked)
-    with _Run(options, asked.get("stdin")) as started:
+    with _started(options, asked.get("stdin")) as started:
+        started.socket.setblocking(False)
         try:
             while not started.received():
                 await trio.lowlevel.wait_readable(started.socket)
@@ -206,32 +203,28 @@ def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
     return tuple(map(str, given))
 
 
+@contextmanager
+def _started(asked: Options, stdin: bytes | BinaryIO | None) -> Iterator["_Run"]:
+    with ExitStack() as stack:
+        written = [_spare(stack, name) for name in ("stdout", "stderr", "said")]
+        with ExitStack() as begun:
+            given = _opened(begun, stdin)
+            request = forkserver.Request(asked, os.getcwd(), dict(os.environ))
+            started = forkserver.start(request, given, *written)
+        with started:
+            yield _Run(asked.guest, started, *written)
+
+
 class _Run:
     """A run that has begun: its socket, and the files that it writes to. They have no names."""
 
-    def __init__(self, asked: Options, stdin: bytes | BinaryIO | None) -> None:
-        self._asked = asked
+    def __init__(self, guest: str, started: socket.socket, stdout: int, stderr: int, said: int) -> None:
+        self.socket = started
+        self._guest, self._stdout, self._stderr, self._said = guest, stdout, stderr, said
         self._answer = b""
-        with ExitStack() as stack:
-            self._stdout, self._stderr, self._said = (
-                _spare(stack, name) for name in ("stdout", "stderr", "said")
-            )
-            with ExitStack() as begun:
-                given = _opened(begun, stdin)
-                request = forkserver.Request(asked, os.getcwd(), dict(os.environ))
-                self.socket = forkserver.start(request, given, self._stdout, self._stderr, self._said)
-                self.socket.setblocking(False)
-            stack.callback(self.socket.close)
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> "_Run":
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stack.close()
 
     def received(self) -> bool:
-        """Whether the answer is complete. Never waits."""
+        """Whether the answer is complete. Waits for that if the socket blocks."""
         while True:
             try:
                 data = self.socket.recv(1 << 16)
@@ -245,7 +238,7 @@ class _Run:
 
     def result(self) -> Result:
         if not self._answer:
-            raise IpfsFuseError(f"the process that ran {self._asked.guest} was killed, and its guest with it")
+            raise IpfsFuseError(f"the process that ran {self._guest} was killed, and its guest with it")
         said = _content(self._said).decode(errors="replace").splitlines()
         notes = tuple(each.removeprefix("ipfsfuse-run: ") for each in said)
         answer = json.loads(self._answer)

@@ -75,7 +75,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     try:
         # the guest's process needs nothing else that the runner and its caller had open
         processes.close_all_but(0, 1, 2, plan.keep, reports.file, _named_descriptor(plan.options.guest))
-        processes.restore_defaults()
+        processes.handle_signals(signal.SIG_DFL)
         processes.die_with(parent)
         code = _run(plan, reports)
     except IpfsFuseError as exc:
@@ -132,7 +132,7 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
         grown = _writable(plan, folders, reports)
         _limit_process(plan, grown)
         _lock(plan, folders, command.allowed(path, code.file), f"the command {path}", reports)
-        reports.send({"started": True, "kind": code.kind, "command": True})
+        reports.send({"started": True, "command": True})
         return command.execute(path, plan.box, given, folders, code.file)
 
 
@@ -157,26 +157,25 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
         code = compiled(plan, data)
         if plan.options.compile_only:
             return 0
-        for each in (code, *preloaded.values()):
-            guest.form_of(each.kind)  # imports what is needed, as long as this process can
+        call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
+        codes = [code, *preloaded.values()]
+        guest.import_for([each.kind for each in codes], call)
         grown = _writable(plan, folders, reports)
         wasi = guest.wasi_config(plan.box, folders)
         _limit_process(plan, grown)
-        _lock(
-            plan,
-            folders,
-            [Access(each.file) for each in (code, *preloaded.values())],
-            "the library",
-            reports,
-        )
+        _lock(plan, folders, [Access(each.file) for each in codes], "the library", reports)
     preloads = {name: guest.load(engine, each) for name, each in preloaded.items()}
     ready = guest.load(engine, code)
-    call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
-    begun = {"started": True, "kind": ready.kind}
     end = _in_thread(
         given.max_wasm_stack,
         lambda: guest.run(
-            ready, wasi, given, plan.options.deterministic, lambda: reports.send(begun), call, preloads
+            ready,
+            wasi,
+            given,
+            plan.options.deterministic,
+            lambda: reports.send({"started": True}),
+            call,
+            preloads,
         ),
     )
     sys.stdout.write("".join(f"{each}\n" for each in end.results))

@@ -21,11 +21,10 @@ import resource
 import signal
 import stat
 import struct
-import sys
 import time
 from collections.abc import Callable, Sequence
 from io import BufferedIOBase
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
@@ -297,11 +296,7 @@ def in_own_process(build: Build, name: str, memory: int) -> int:
     ended otherwise."""
     code = os.memfd_create("code", os.MFD_CLOEXEC)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    parent = os.getpid()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _compiler(build, parent, write_end, code, memory)
+    pid = processes.fork(lambda: _compile(build, write_end, code, memory))
     os.close(write_end)
     with open(read_end, "rb") as answers:
         refused = answers.read(_MAX_ANSWER)
@@ -318,24 +313,15 @@ def in_own_process(build: Build, name: str, memory: int) -> int:
     )
 
 
-def _compiler(build: Build, parent: int, write_end: int, code: int, memory: int) -> NoReturn:
+def _compile(build: Build, write_end: int, code: int, memory: int) -> None:
+    processes.detach(write_end, code)  # Rust writes a back-trace where it finds no memory
+    processes.limit(resource.RLIMIT_DATA, memory)
+    processes.limit(resource.RLIMIT_FSIZE, memory)
     try:
-        processes.die_with(parent)
-        processes.detach(write_end, code)  # Rust writes a back-trace where it finds no memory
-        processes.limit(resource.RLIMIT_DATA, memory)
-        processes.limit(resource.RLIMIT_FSIZE, memory)
-        try:
-            made = build()
-        except MemoryError:
-            os._exit(1)
-        except GuestRefused as exc:
-            os.write(write_end, json.dumps(str(exc)[: _MAX_ANSWER // 16]).encode())
-            os._exit(0)
         with open(code, "wb", closefd=False) as out:
-            out.write(made)
-        os._exit(0)
-    finally:
-        os._exit(1)
+            out.write(build())
+    except GuestRefused as exc:
+        os.write(write_end, json.dumps(str(exc)[: _MAX_ANSWER // 16]).encode())
 
 
 def _text(answer: bytes) -> str:

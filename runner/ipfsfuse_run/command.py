@@ -118,22 +118,18 @@ def build(command: str, given: Limits, kind: str, data: bytes, name: str) -> byt
     source, made, errors_file = (os.memfd_create(each) for each in ("guest", "code", "errors"))
     with open(source, "wb", closefd=False) as out:
         out.write(data)
-    waiting = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            processes.die_with(waiting)
-            os.dup2(errors_file, 2)
-            for each in (source, made):
-                os.set_inheritable(each, True)
-            lockdown.lock(_program_files(command))
-            paths = f"/proc/self/fd/{made}", f"/proc/self/fd/{source}"
-            os.execve(
-                command, ["wasmtime", "compile", "-C", "cache=n", *_engine_options(given), "-o", *paths], {}
-            )
-        finally:
-            os._exit(127)
-    _pid, status = os.waitpid(pid, 0)
+
+    def compile_it() -> None:
+        os.dup2(errors_file, 2)
+        for each in (source, made):
+            os.set_inheritable(each, True)
+        lockdown.lock(_program_files(command))
+        paths = f"/proc/self/fd/{made}", f"/proc/self/fd/{source}"
+        os.execve(
+            command, ["wasmtime", "compile", "-C", "cache=n", *_engine_options(given), "-o", *paths], {}
+        )
+
+    _pid, status = os.waitpid(processes.fork(compile_it), 0)
     with open(made, "rb") as code, open(errors_file, "rb") as errors:
         if os.WIFSIGNALED(status):  # most likely for want of memory: the process that waits says so
             os._exit(1)

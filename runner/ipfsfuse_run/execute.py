@@ -5,13 +5,17 @@ What takes long to import is imported when it is needed: a guest on a live mount
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import IpfsFuseError, MountFailed, StoreFailed, UsageError
-from ipfsfuse_run import mounts, places, sandbox, supervisor
+from ipfsfuse_run import places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import NotKept, say
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.supervisor import CompletedRun, Outcome
+
+if TYPE_CHECKING:
+    from ipfsfuse.dag.cid import Cid
 
 
 def execute(options: Options) -> CompletedRun:
@@ -44,6 +48,8 @@ def _execute(options: Options) -> CompletedRun:
         from ipfsfuse_run import recording  # with the codecs, 100 ms
 
         return recording.record(options)
+    from ipfsfuse_run import mounts  # with json and sockets, 5 ms
+
     if options.mount is not None:
         mountpoint = os.path.abspath(options.mount)
         try:
@@ -66,10 +72,11 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
     they are taken into the library. Raises StoreFailed."""
     if options.add or (cid is None and (options.cid_file is not None or options.return_cid)):
         from ipfsfuse.dag import cid as cids
-        from ipfsfuse_run import results
+        from ipfsfuse_run import record
 
         bound = options.limits.out_bytes
-        cid = cids.text(results.add(options, folder) if options.add else results.cid_of(folder, bound))
+        found = _add_to_library(options, folder) if options.add else record.tree_cid(folder, bound)
+        cid = cids.text(found)
     if cid is None:
         return None
     if not options.return_cid:
@@ -81,6 +88,30 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
         except OSError as exc:
             raise StoreFailed(f"--cid-file {options.cid_file} can't be written: {exc.strerror}") from exc
     return cid
+
+
+def _add_to_library(options: Options, folder: str) -> "Cid":
+    """Takes the results into the library, and gives their CID. Raises StoreFailed."""
+    from ipfsfuse_run import mounts
+    from ipfsfuse_run.record import CarWriter, add_tree
+
+    scratch = places.scratch_folder("add", os.getpid())
+    try:
+        car = os.path.join(scratch, "results.car")
+        with open(car, "w+b") as out:
+            writer = CarWriter(out)
+            built = add_tree(writer, folder, options.limits.out_bytes).built
+            writer.close(built)
+        library = [each for each in options.mount_options if each.startswith("--library=")]
+        try:
+            mounts.ipfsfuse_command("import", *library, car)
+        except IpfsFuseError as exc:
+            raise StoreFailed(f"the results can't be taken into the library: {exc}") from exc
+        return built.cid
+    except OSError as exc:
+        raise StoreFailed(f"the results can't be taken into the library: {exc.strerror}") from exc
+    finally:
+        places.remove_tree(scratch)
 
 
 def _run_on(

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ import wasmtime
 from wasmtime import _ffi
 
 from ipfsfuse_run import lockdown
-from ipfsfuse_run.code_cache import COMPONENT, MODULE, Code, Key, entry_key
+from ipfsfuse_run.code_cache import MODULE, Code, Key, entry_key
 from ipfsfuse_run.errors import TRAPPED, GuestRefused
 from ipfsfuse_run.limits import STORE_LIMITS, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
@@ -43,7 +43,7 @@ def wasi_config(box: Sandbox, folders: Sequence[OpenFolder]) -> wasmtime.WasiCon
         try:
             wasi.preopen_dir(each.path, each.guest, each.writable)
         except wasmtime.WasmtimeError as exc:
-            raise GuestRefused(f"the folder {each.host} can't be read by the guest") from exc
+            raise GuestRefused(f"{each.name} can't be read by the guest") from exc
     return wasi
 
 
@@ -108,10 +108,6 @@ class Guest(NamedTuple):
     name: str
     engine: wasmtime.Engine
     compiled: "wasmtime.Module | component.Component"
-
-    @property
-    def kind(self) -> str:
-        return MODULE if isinstance(self.compiled, wasmtime.Module) else COMPONENT
 
 
 def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> Guest:
@@ -178,8 +174,19 @@ def check(kind: str, code: bytes, name: str) -> None:
 
 
 def _check_start(name: str, module: wasmtime.Module) -> None:
-    if "_start" not in [each.name for each in module.exports]:
+    types = [each.type for each in module.exports if each.name == "_start"]
+    if not types:
         raise GuestRefused(f"{name} is a library, not a command: it exports no _start")
+    if not isinstance(types[0], wasmtime.FuncType):
+        raise GuestRefused(f"{name} is not a command: its _start is not a function")
+
+
+def import_for(kinds: Iterable[str], call: Call | None) -> None:
+    """Imports what is needed to run, as long as this process can."""
+    for kind in kinds:
+        form_of(kind)
+    if call is not None:
+        import decimal  # noqa: F401 # `_text` uses it
 
 
 def form_of(kind: str) -> "type[wasmtime.Module | component.Component]":
@@ -214,10 +221,8 @@ def run(
         if call is not None or preloads:
             raise GuestRefused(f"{guest.name} is a component: --invoke and --preload take core modules")
         return End(_run_component(guest, guest.compiled, store, deterministic, begin))
-    except _Exit as exc:
-        return End(_exit_code(exc.code))
-    except wasmtime.ExitTrap as exc:
-        return End(_exit_code(exc.code))
+    except (_Exit, wasmtime.ExitTrap) as exc:
+        return End(exc.code & 0xFF or int(exc.code != 0))  # cut to a byte, but a failure never becomes 0
     except wasmtime.Trap as exc:
         return End(TRAPPED, str(exc))
     except wasmtime.WasmtimeError as exc:
@@ -232,11 +237,6 @@ def _apply(limits: Limits, store: wasmtime.Store) -> None:
         store.set_fuel(limits.fuel)
     wanted = (getattr(limits, each) for each in STORE_LIMITS)
     store.set_limits(*(-1 if each is None else each for each in wanted))
-
-
-def _exit_code(code: int) -> int:
-    """The exit code cut to a byte, as the system does it. A failure never becomes 0."""
-    return code & 0xFF or (1 if code else 0)
 
 
 def _run_module(
@@ -267,18 +267,14 @@ def _run_module(
             raise GuestRefused(f"--preload {name}: {preloaded.name} is a component, not a core module")
         linker.define_module(store, name, preloaded.compiled)
     exports = linker.instantiate(store, module).exports(store)
-    if call is None:
-        start = exports["_start"]
-        if not isinstance(start, wasmtime.Func):
-            raise GuestRefused(f"{guest.name} is not a command: its _start is not a function")
-        start(store)
-        return End(0)
     initialize = exports.get("_initialize")  # of a reactor (WASI's application ABI)
-    if isinstance(initialize, wasmtime.Func) and call.name != "_initialize":
+    if isinstance(initialize, wasmtime.Func) and call is not None and call.name != "_initialize":
         initialize(store)
-    function = exports[call.name]
+    function = exports["_start" if call is None else call.name]
     assert isinstance(function, wasmtime.Func)  # checked
     given = function(store, *values)
+    if call is None:
+        return End(0)
     results = [] if given is None else given if isinstance(given, list) else [given]
     return End(0, results=[_text(*each) for each in zip(results, function.type(store).results, strict=True)])
 
@@ -326,21 +322,9 @@ def _text(value: object, kind: wasmtime.ValType) -> str:
         digits = next(
             each for each in shorter if struct.unpack("f", struct.pack("f", float(each)))[0] == value
         )
-    return _without_exponent(digits).removesuffix(".0")
+    from decimal import Decimal
 
-
-def _without_exponent(digits: str) -> str:
-    """`decimal` does that, too: it can't be imported any more by a process that is locked in."""
-    mantissa, _, exponent = digits.partition("e")
-    if not exponent:
-        return digits
-    sign = "-" if mantissa.startswith("-") else ""
-    whole, _, part = mantissa.removeprefix("-").partition(".")
-    point = len(whole) + int(exponent)
-    if point <= 0:
-        return f"{sign}0.{'0' * -point}{whole}{part}"
-    shown = (whole + part).ljust(point, "0")
-    return f"{sign}{shown[:point]}.{shown[point:] or '0'}"
+    return f"{Decimal(digits):f}".removesuffix(".0")
 
 
 WASI_P1 = ("wasi_snapshot_preview1", "wasi_unstable")

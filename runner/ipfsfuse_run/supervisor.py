@@ -64,7 +64,6 @@ class Outcome(NamedTuple):
     trapped: bool = False
     trap: str | None = None
     """wasmtime's message and back-trace, several lines."""
-    kind: str | None = None
     limit: str | None = None
     """The field of Limits that ended the run, or `tmp`, where the runner ended it for one."""
     killed: bool = False
@@ -150,7 +149,6 @@ class _Supervisor:
         self._progress = _Progress(plan)
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
-        self._compiling = False
         self._growth: Growth | None = None
         self._watcher: int | None = None
         self._watched: int | None = None
@@ -168,9 +166,7 @@ class _Supervisor:
     def _catch_signals(self) -> None:
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for each in processes.ENDING:
-            if self._handlers[each] != signal.SIG_IGN:  # nohup
-                signal.signal(each, self._on_signal)
+        processes.handle_signals(self._on_signal)
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_wakeup(wake))
 
     def _restore_signals(self) -> None:
@@ -245,7 +241,7 @@ class _Supervisor:
             if left < 0:
                 name = "standard output" if target == 1 else "standard error"
                 why = f"the guest wrote more than max-stdout={units.size_text(bound)} to {name}"
-                self._end(Outcome(TRAPPED, limit="max_stdout"), why)
+                self._end(Outcome(TRAPPED, limit="max_stdout", why=why))
             return left >= 0
 
         def resume() -> None:
@@ -283,7 +279,7 @@ class _Supervisor:
             self._pending = b""
             if not self._final:
                 why = f"{self._plan.name} was ended: its process reported what can't be understood"
-                self._end(Outcome(TRAPPED, trapped=True), why)
+                self._end(Outcome(TRAPPED, trapped=True, why=why))
 
     def _heed(self, message: Mapping[str, Any]) -> None:
         """Once the guest has begun, only how it ended is heeded."""
@@ -291,21 +287,16 @@ class _Supervisor:
             self._progress.erase()
             say(message["says"])
         elif "compiling" in message and self._growth is None:
-            self._compiling = message["compiling"]
-            self._progress.phase("compiling" if self._compiling else "starting")
-            self._deadline = (
-                time.monotonic() + self._plan.options.limits.compile_seconds if self._compiling else None
-            )
+            self._progress.phase("compiling" if message["compiling"] else "starting")
+            seconds = self._plan.options.limits.compile_seconds
+            self._deadline = time.monotonic() + seconds if message["compiling"] else None
         elif "growth" in message and self._growth is None:
             self._growth = [
                 Watched(what, folders, Usage(*before), bound)
                 for what, folders, before, bound in message["growth"]
             ]
             # until it has begun: code that a broken compiler made might never say so
-            self._compiling, self._deadline = (
-                True,
-                time.monotonic() + self._plan.options.limits.compile_seconds,
-            )
+            self._deadline = time.monotonic() + self._plan.options.limits.compile_seconds
         elif "started" in message and not self._has_begun:
             self._has_begun = True
             self._started(message)
@@ -324,8 +315,6 @@ class _Supervisor:
 
     def _started(self, message: Mapping[str, Any]) -> None:
         self._progress.stop()
-        self._compiling = False
-        self._outcome = self._outcome._replace(kind=message["kind"])
         self._is_command = "command" in message
         timeout = self._plan.options.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -346,7 +335,7 @@ class _Supervisor:
             self._deadline = None
         if why:
             what, _space, text = why.decode().partition(" ")
-            self._end(Outcome(TRAPPED, limit=what), f"{self._plan.name} {text}")
+            self._end(Outcome(TRAPPED, limit=what, why=f"{self._plan.name} {text}"))
 
     def _stop_watcher(self) -> None:
         if self._watched is not None and self._watcher is not None:
@@ -361,7 +350,7 @@ class _Supervisor:
         self._stop_quota()
         if _is_yes(answer):
             why = f"{self._plan.name} {_quota_text(self._plan.options.limits)}"
-            self._end(Outcome(TRAPPED, limit="max_fetch"), why)
+            self._end(Outcome(TRAPPED, limit="max_fetch", why=why))
 
     def _stop_quota(self) -> None:
         if self._quota is not None and self._quota in self._selector.get_map():
@@ -386,22 +375,20 @@ class _Supervisor:
             self._outcome = self._outcome._replace(trapped=True, why=f"{self._plan.name} trapped")
         if code == -signal.SIGXFSZ and self._growth:
             first = self._growth[0]
-            self._end(
-                Outcome(TRAPPED, limit=first.what),
-                f"{self._plan.name} wrote more than {first.text} to one file",
-            )
+            why = f"{self._plan.name} wrote more than {first.text} to one file"
+            self._end(Outcome(TRAPPED, limit=first.what, why=why))
 
-    def _end(self, outcome: Outcome, why: str | None = None) -> None:
-        """Kills the guest for a reason of the runner's, and prints the sentence `why`."""
-        self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
+    def _end(self, outcome: Outcome) -> None:
+        """Kills the guest for a reason of the runner's, and prints it."""
+        self._outcome, self._final = outcome, True
         self._deadline = time.monotonic() + GRACE
         self._progress.stop()
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
         self._stop_watcher()
         self._stop_quota()
-        if why is not None and _is_writable(2, GRACE):
-            say(why)
+        if outcome.why is not None and _is_writable(2, GRACE):
+            say(outcome.why)
 
     def _past_deadline(self) -> bool:
         """Whether to leave now: at the deadline a running guest is killed, one that was killed is left
@@ -413,15 +400,13 @@ class _Supervisor:
         if self._dead:  # the watching process hangs: in a file system that does not answer
             self._deadline = None
             self._stop_watcher()
-        elif self._compiling:
+        elif not self._has_begun:
             given = limits.value_text("compile_timeout", self._plan.options.limits.compile_seconds)
             why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
             self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
         else:
-            timeout = f"{self._plan.options.limits.timeout:g} s"
-            self._end(
-                Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}"
-            )
+            why = f"{self._plan.name} ran out of time after {self._plan.options.limits.timeout:g} s"
+            self._end(Outcome(OUT_OF_TIME, limit="timeout", why=why))
         return False
 
     def watch(self) -> Outcome:

@@ -274,7 +274,7 @@ def broken_out(plan, reports):
     if kind == "nothing":
         sys.stdin.read()
     if kind not in ("growth", "compiling"):
-        reports.send({"started": True, "kind": "module"})
+        reports.send({"started": True})
     if kind == "endless":
         while True:
             os.write(reports.file, bytes(1 << 16))
@@ -283,7 +283,7 @@ def broken_out(plan, reports):
         "no JSON": b"\\xff\\xfe",
         "no object": b"5",
         "forged": b'{"says": "results /ipfs/forged"}',
-        "again": b'{"started": true, "kind": "module"}',
+        "again": b'{"started": true}',
         "growth": b'{"growth": [["max_out", ["/"], [0, 0], 1]]}',
         "compiling": b'{"compiling": false}',
         "no text": b'{"ended": 0, "trap": 5}',
