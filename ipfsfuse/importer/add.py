@@ -33,6 +33,7 @@ from ipfsfuse.dag.builder import (
 )
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, UsageError
+from ipfsfuse.fileio.files import Closing
 from ipfsfuse.sources.local.library import Library, NewRoot
 
 # -- walking local files -------------------------------------------------------------------------------------
@@ -164,13 +165,11 @@ def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Even
     encoded = _encoded(path, name)
     with naming(path):
         fd = os.open(at, _FLAGS | os.O_NONBLOCK, dir_fd=parent)
-    try:
+    with Closing(fd):
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _refusal(path, status)
         yield Regular(path, encoded, fd, status)
-    finally:
-        os.close(fd)
 
 
 def _encoded(path: str, name: str) -> bytes:
@@ -202,17 +201,14 @@ def _open_directory(path: str, at: str, parent: int | None, hidden: bool) -> _Op
 
 def _pop(stack: list[_Open]) -> None:
     """Ends the directory on top of the stack, and makes sure that its parent is open."""
-    done = stack.pop()
-    try:
+    with Closing(stack.pop().fd) as done:
         if stack and stack[-1].fd < 0:
             parent = stack[-1]
             with naming(parent.path):
-                parent.fd = os.open("..", _FLAGS | os.O_DIRECTORY, dir_fd=done.fd)
+                parent.fd = os.open("..", _FLAGS | os.O_DIRECTORY, dir_fd=done)
                 status = os.fstat(parent.fd)
             if (status.st_dev, status.st_ino) != parent.identity:
                 raise AddFailed(f"{parent.path} was moved while it was added")
-    finally:
-        os.close(done.fd)
 
 
 # -- adding --------------------------------------------------------------------------------------------------
