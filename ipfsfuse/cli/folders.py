@@ -4,6 +4,7 @@ import argparse
 import os
 import pwd
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,17 +67,13 @@ def in_mount(text: str) -> InMount | None:
         if not left:
             return None
         further = os.path.join(here, left.popleft())
-        try:
-            target = (
-                os.path.abspath(os.path.join(here, os.readlink(further))) if further not in points else ""
-            )
-        except OSError:
-            target = ""
+        target = ""
+        with suppress(OSError):  # it is not a symlink
+            target = "" if further in points else os.path.abspath(os.path.join(here, os.readlink(further)))
         links += bool(target)
         if links > MAX_LINKS:
             return None
-        if target:
-            left.extendleft(reversed(Path(target).parts[1:]))
+        left.extendleft(reversed(Path(target).parts[1:]))
         here = "/" if target else further
 
 

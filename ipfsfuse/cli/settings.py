@@ -71,7 +71,7 @@ Layer = tuple[str, Mapping[str, object]]
 """An origin of settings, and their values by the names of the options."""
 
 
-class File(NamedTuple):
+class ConfigFile(NamedTuple):
     path: Path
     values: Mapping[str, object]
     mounts: Mapping[str, Mapping[str, object]]
@@ -87,7 +87,7 @@ def candidates() -> list[Path]:
     return [Path(named)] if named else [user_file(), SYSTEM]
 
 
-def files() -> list[File]:
+def files() -> list[ConfigFile]:
     """The configuration files that exist, in the order of precedence. Raises UsageError, naming file and
     key."""
     named = os.environ.get("IPFSFUSE_CONFIG")
@@ -111,7 +111,7 @@ def files() -> list[File]:
     return found
 
 
-def _parsed(path: Path, text: str) -> File:
+def _parsed(path: Path, text: str) -> ConfigFile:
     import tomllib  # 10 ms, and only where there is a file
 
     try:
@@ -129,7 +129,7 @@ def _parsed(path: Path, text: str) -> File:
         _check_keys(where, table, [*SETTINGS, "mountpoint"])
         if not isinstance(table.get("mountpoint"), str):
             raise UsageError(f'{where}: mountpoint is missing: write mountpoint = "/some/folder"')
-    return File(path, values, mounts)
+    return ConfigFile(path, values, mounts)
 
 
 def _check_keys(where: str, values: Mapping[str, object], known: Collection[str]) -> None:
