@@ -327,7 +327,7 @@ async def _main(
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(_reconcile, pins, cache)
         tree = Tree(cache.reader, nursery, record)
-        roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
+        roots = Roots(pool.roots, cache.named_roots, cache.names.note, config.allow)
         inodes = Inodes(await threads.run_sync(folder.inode_key))
         names = Names(folder.path, sources, http, config, stack)
         passthrough, passed = None, None
@@ -415,7 +415,7 @@ async def _names_mounted(
 async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
     """Tells the nodes what is desired, once it is known what an earlier run left."""
     staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
-    pins.reconcile(staged, cache.pinned(), cache.store.item_of, cache)
+    pins.reconcile(staged, cache.pinned.roots, cache.store.item_of, cache)
 
 
 # -- signals, and the service manager ------------------------------------------------------------------------
