@@ -5,23 +5,24 @@ gateways and nodes, and arguments can hold escape codes, which a terminal would 
 would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
 """
 
+import argparse
+import difflib
 import errno
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
-_SGR = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
+_SGR = {"red": "31", "green": "32", "yellow": "33"}
 """Select Graphic Rendition (ECMA-48, 8.3.117)."""
 COLOURS = {
     "healthy": "green", "good": "green", "ok": "green", "untried": "yellow", "degraded": "yellow",
@@ -43,9 +44,9 @@ def paint(text: str, style: str | None, stream: TextIO | None = None) -> str:
     return text if style is None or plain else f"\x1b[{_SGR[style]}m{text}\x1b[0m"
 
 
-def line(text: str, style: str | None = None) -> None:
+def line(text: str) -> None:
     """One line of the command's output."""
-    print(paint(printable(text), style))
+    print(printable(text))
 
 
 def flush() -> None:
@@ -88,6 +89,31 @@ def values(value: object, indent: int | None = 2) -> None:
     """Output for programs: JSON in ASCII, so that every control character in it is escaped by JSON's own
     rules."""
     print(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"), flush=True)
+
+
+def answer(arguments: argparse.Namespace, value: object, *lines: str) -> int:
+    """All that a command says at its end: with --json `value`, else `lines`. Returns its exit code, 0."""
+    if arguments.json:
+        values(value)
+    else:
+        for each in lines:
+            line(each)
+    return 0
+
+
+def listening(arguments: argparse.Namespace, urls: Sequence[str], text: str) -> None:
+    """Says in one line that the command answers at `urls` from now on."""
+    if arguments.json:
+        values({"listening": list(urls), "pid": os.getpid()}, indent=None)
+    else:
+        line(text)
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about `word`, which should be one of `known`: a question about the nearest of them, or
+    `otherwise`."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def unwrapped(exc: BaseException) -> BaseException:
@@ -282,9 +308,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

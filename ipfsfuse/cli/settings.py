@@ -7,13 +7,11 @@ precedence. IPFSFUSE_CONFIG names one file to read instead of both.
 """
 
 import argparse
-import difflib
 import os
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipfsfuse import config, units
 from ipfsfuse.cli import console
@@ -69,16 +67,11 @@ ALLOW_OTHER = (
 PATHS = frozenset({"cache-dir", "library", "record", "ipns", "log-file", "mountpoint"})
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Settings of one origin, by the names of their options."""
-
-    origin: str
-    values: Mapping[str, object]
+Layer = tuple[str, Mapping[str, object]]
+"""An origin of settings, and their values by the names of the options."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class ConfigFile(NamedTuple):
     path: Path
     values: Mapping[str, object]
     mounts: Mapping[str, Mapping[str, object]]
@@ -94,7 +87,7 @@ def candidates() -> list[Path]:
     return [Path(named)] if named else [user_file(), SYSTEM]
 
 
-def files() -> list[File]:
+def files() -> list[ConfigFile]:
     """The configuration files that exist, in the order of precedence. Raises UsageError, naming file and
     key."""
     named = os.environ.get("IPFSFUSE_CONFIG")
@@ -118,7 +111,7 @@ def files() -> list[File]:
     return found
 
 
-def _parsed(path: Path, text: str) -> File:
+def _parsed(path: Path, text: str) -> ConfigFile:
     import tomllib  # 10 ms, and only where there is a file
 
     try:
@@ -136,15 +129,13 @@ def _parsed(path: Path, text: str) -> File:
         _check_keys(where, table, [*SETTINGS, "mountpoint"])
         if not isinstance(table.get("mountpoint"), str):
             raise UsageError(f'{where}: mountpoint is missing: write mountpoint = "/some/folder"')
-    return File(path, values, mounts)
+    return ConfigFile(path, values, mounts)
 
 
-def _check_keys(where: str, values: Mapping[str, object], known: Iterable[str]) -> None:
-    known = list(known)
+def _check_keys(where: str, values: Mapping[str, object], known: Collection[str]) -> None:
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key.replace("_", "-"), known, 1)
-            todo = f"did you mean {close[0]}?" if close else "`ipfsfuse config` lists the settings"
+            todo = console.suggestion(key.replace("_", "-"), known, "`ipfsfuse config` lists the settings")
             raise UsageError(f"{where}: {key} is not a setting: {todo}")
 
 
@@ -164,19 +155,15 @@ def mountpoint_of(text: str) -> str:
     return str(mounts().get(text, text))
 
 
-def _environment() -> Layer:
-    variables = {name: f"IPFSFUSE_{name.upper().replace('-', '_')}" for name in SETTINGS}
-    return Layer(
-        "environment", {name: os.environ[each] for name, each in variables.items() if os.environ.get(each)}
-    )
-
-
 def _layers(name: str | None) -> list[Layer]:
-    layers = [_environment()]
+    """The origins of settings for the mount of that name, in the order of precedence."""
+    variables = {key: f"IPFSFUSE_{key.upper().replace('-', '_')}" for key in SETTINGS}
+    given = {key: os.environ.get(variable) for key, variable in variables.items()}
+    layers: list[Layer] = [(variables[key], {key: text}) for key, text in given.items() if text]
     for file in files():
         if name is not None and name in file.mounts:
-            layers.append(Layer(f"{file.path} [mount.{name}]", file.mounts[name]))
-        layers.append(Layer(str(file.path), file.values))
+            layers.append((f"{file.path} [mount.{name}]", file.mounts[name]))
+        layers.append((str(file.path), file.values))
     return layers
 
 
@@ -191,17 +178,13 @@ def fill(arguments: argparse.Namespace, options: Iterable[tuple[argparse.Action,
         name = action.option_strings[-1].removeprefix("--")
         origin = "argument"
         if not hasattr(arguments, action.dest):
-            origin, value = "built in", default
-            layer = next((each for each in layers if name in each.values and name in SETTINGS), None)
-            if layer is not None:
-                origin = layer.origin
-                if origin == "environment":
-                    origin = f"IPFSFUSE_{name.upper().replace('-', '_')}"
-                value = _converted(action, name, origin, layer.values[name])
+            built_in: Layer = "built in", {name: default}
+            origin, values = next((layer for layer in layers if name in layer[1]), built_in)
+            value = default if values is built_in[1] else _converted(action, name, origin, values[name])
             setattr(arguments, action.dest, value)
         if name in SETTINGS:
             arguments.origins[name] = origin
-    if named is not None and any(named in file.mounts for file in files()):
+    if named is not None:
         arguments.mountpoint = mountpoint_of(named)
 
 
@@ -269,8 +252,7 @@ def show(arguments: argparse.Namespace) -> int:
         return _write_template(arguments)
     named = {name: str(point) for name, point in mounts().items()}
     if arguments.mountpoint is not None and arguments.mountpoint not in named.values():
-        close = difflib.get_close_matches(arguments.mountpoint, named, 1)
-        todo = f"did you mean {close[0]}?" if close else "write [mount.NAME]"
+        todo = console.suggestion(arguments.mountpoint, named, "write [mount.NAME]")
         raise UsageError(f"{arguments.mountpoint} is not a mount that the configuration names: {todo}")
     values = {name: _in_force(arguments, name) for name in arguments.origins}
     shown = {name: {"value": values[name], "origin": each} for name, each in arguments.origins.items()}
@@ -325,11 +307,7 @@ def _write_template(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{path} exists already: edit it, or move it away first") from exc
     with open(file, "w", encoding="utf-8") as out:
         out.write(template())
-    if arguments.json:
-        console.values({"written": str(path)})
-    else:
-        console.line(f"wrote {path}")
-    return 0
+    return console.answer(arguments, {"written": str(path)}, f"wrote {path}")
 
 
 _EXAMPLES = {

@@ -5,12 +5,10 @@ hashable, comparable and free to copy. Text is for people: it is parsed at the e
 `text`.
 """
 
-import base64
-import functools
 import hashlib
 from typing import NewType
 
-from multiformats import multibase
+import libipld
 
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import varint
@@ -38,11 +36,6 @@ MAX_BLOCK = 2 << 20
 Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
 
 _V0_PREFIX = multihashes.SHA2_256_PREFIX
-_BASE58 = {
-    digit: value for value, digit in enumerate("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
-}
-_BASE32 = b"abcdefghijklmnopqrstuvwxyz234567"
-_AS_INT = str.maketrans(_BASE32.decode(), "0123456789abcdefghijklmnopqrstuv")
 _COMMON_V1 = (b"\x01\x70\x12\x20", b"\x01\x55\x12\x20")
 _CODEC_NAMES = {
     RAW: "raw",
@@ -118,46 +111,28 @@ def parse(text_form: str) -> Cid:
             raise NotACid("version 0 has no multibase prefix")
         return decode(data)
     except Exception as exc:
-        # multiformats raises KeyError, ValueError and errors of its own, whatever it meets first
+        # libipld raises ValueError; multiformats KeyError, ValueError and errors of its own
         why = f" ({exc})" if isinstance(exc, NotACid) else ""
         raise NotACid(f"{text_form[:80]!r} is not a CID{why}") from exc
 
 
 def _decode_text(text_form: str) -> bytes:
     if len(text_form) == 46 and text_form.startswith("Qm"):
-        return _from_base58(text_form)
-    if text_form.startswith(_EMOJI_PREFIX):
-        return decode_base256emoji(text_form)
-    if not text_form.startswith("b"):
+        text_form = "z" + text_form
+    if text_form.startswith("b") and text_form != text_form.lower():
+        raise NotACid("base32 in upper case begins with B")
+    if text_form.startswith(("7", "p")):  # base8 with padding, proquint: libipld reads neither
+        from multiformats import multibase  # rare, and 100 ms to import
+
         return multibase.decode(text_form)
-    return _from_base32(text_form[1:])
+    return libipld.decode_multibase(text_form)[1]
 
 
-def _from_base58(digits: str) -> bytes:
-    """Of a version 0 CID, in 4 us: by multiformats it takes 26."""
-    number = 0
-    for digit in digits:
-        number = number * 58 + _BASE58[digit]
-    return number.to_bytes(34, "big")
-
-
-def _from_base32(digits: str) -> bytes:
-    """The usual form, in 1 us: by multiformats it takes 200, by base64, which is Python, 5."""
-    if digits.encode().translate(None, _BASE32):
-        raise NotACid("not base32")
-    spare = len(digits) * 5 % 8
-    number = int(digits.translate(_AS_INT) or "0", 32)
-    if spare >= 5 or number & ((1 << spare) - 1):
-        raise NotACid("not the base32 of its bytes")
-    return (number >> spare).to_bytes(len(digits) * 5 // 8, "big")
-
-
-@functools.lru_cache(4096)  # base32 is pure Python: 10 us, for the name of each staging file that is read
 def text(cid: Cid) -> str:
     """The usual spelling: version 0 in base58btc, version 1 in base32."""
     if cid[:2] == _V0_PREFIX:
-        return multibase.encode(cid, "base58btc")[1:]
-    return "b" + base64.b32encode(cid).decode().rstrip("=").lower()
+        return libipld.encode_multibase("z", cid)[1:]
+    return libipld.encode_multibase("b", cid)
 
 
 def brief(cid: Cid) -> str:
@@ -167,11 +142,7 @@ def brief(cid: Cid) -> str:
 
 def multihash_base32(cid: Cid) -> str:
     """The multihash alone in base32, upper case without padding: how Kubo's repositories name a block."""
-    return base64.b32encode(multihash(cid)).decode().rstrip("=")
-
-
-def is_v0(cid: Cid) -> bool:
-    return cid[:2] == _V0_PREFIX
+    return libipld.encode_multibase("B", multihash(cid))[1:]
 
 
 def make(codec_code: int, multihash_bytes: bytes) -> Cid:
@@ -207,7 +178,7 @@ def canonical(cid: Cid) -> Cid:
 EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
 
 
-def known(cid: Cid) -> bytes | None:
+def implied_block(cid: Cid) -> bytes | None:
     """The block that is known without a source: what an identity CID carries in itself, and the empty block.
     None for every other CID. Raises Unsupported for an identity CID of over 128 bytes.
 
@@ -223,8 +194,8 @@ def known(cid: Cid) -> bytes | None:
 
 
 def inline(cid: Cid) -> bytes | None:
-    """Like `known`, for identity CIDs alone: the empty block is a block of its own."""
-    return None if cid == EMPTY else known(cid)
+    """Like `implied_block`, for identity CIDs alone: the empty block is a block of its own."""
+    return None if cid == EMPTY else implied_block(cid)
 
 
 def value(block: Cid, number: int) -> Cid:
@@ -269,36 +240,3 @@ def verify(cid: Cid, block: bytes | memoryview) -> None:
     """
     if not multihashes.matches(multihash(cid), (block,)):
         raise WrongBlock(f"{brief(cid)}: the block's bytes do not match its CID")
-
-
-# -- base256emoji --------------------------------------------------------------------------------------------
-
-# The multiformats package lists this multibase but can't decode it: each byte is an emoji.
-# Source: https://github.com/multiformats/multibase/blob/master/rfcs/Base256Emoji.md
-_EMOJI_PREFIX = "🚀"
-_EMOJI = (
-    "🚀🪐☄🛰🌌🌑🌒🌓🌔🌕🌖🌗🌘🌍🌏🌎🐉☀💻🖥💾💿😂❤😍🤣😊🙏💕😭😘👍"
-    "😅👏😁🔥🥰💔💖💙😢🤔😆🙄💪😉☺👌🤗💜😔😎😇🌹🤦🎉💞✌✨🤷😱😌🌸🙌"
-    "😋💗💚😏💛🙂💓🤩😄😀🖤😃💯🙈👇🎶😒🤭❣😜💋👀😪😑💥🙋😞😩😡🤪👊🥳"
-    "😥🤤👉💃😳✋😚😝😴🌟😬🙃🍀🌷😻😓⭐✅🥺🌈😈🤘💦✔😣🏃💐☹🎊💘😠☝"
-    "😕🌺🎂🌻😐🖕💝🙊😹🗣💫💀👑🎵🤞😛🔴😤🌼😫⚽🤙☕🏆🤫👈😮🙆🍻🍃🐶💁"
-    "😲🌿🧡🎁⚡🌞🎈❌✊👋😰🤨😶🤝🚶💰🍓💢🤟🙁🚨💨🤬✈🎀🍺🤓😙💟🌱😖👶"
-    "🥴▶➡❓💎💸⬇😨🌚🦋😷🕺⚠🙅😟😵👎🤲🤠🤧📌🔵💅🧐🐾🍒😗🤑🌊🤯🐷☎"
-    "💧😯💆👆🎤🙇🍑❄🌴💣🐸💌📍🥀🤢👅💡💩👐📸👻🤐🤮🎼🥵🚩🍎🍊👼💍📣🥂"
-)
-_EMOJI_BYTES = {char: byte for byte, char in enumerate(_EMOJI)}
-
-
-def encode_base256emoji(data: bytes) -> str:
-    """`data` with the multibase's prefix."""
-    return _EMOJI_PREFIX + "".join(_EMOJI[byte] for byte in data)
-
-
-def decode_base256emoji(text: str) -> bytes:
-    """The bytes of `text`, prefix included. Raises ValueError, as the decoders of multiformats do."""
-    if not text.startswith(_EMOJI_PREFIX):
-        raise ValueError("not base256emoji: wrong prefix")
-    try:
-        return bytes(_EMOJI_BYTES[char] for char in text[1:])
-    except KeyError as exc:
-        raise ValueError(f"{exc.args[0]!r} is not in base256emoji") from exc

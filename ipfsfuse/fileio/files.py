@@ -14,7 +14,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,19 @@ _LIBRARY.stat_files.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, cty
 _LIBRARY.stat_files.restype = None
 
 
+class Closing:
+    """A descriptor that is closed at the end, as `contextlib.closing` closes an object."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __enter__(self) -> int:
+        return self._file
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._file)
+
+
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`, in as many calls as it takes. Raises OSError."""
     view = memoryview(data)
@@ -63,20 +76,32 @@ def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file by a rename: who reads it meanwhile reads the old one or the new one, whole. A link at
-    `path` is replaced. Raises OSError, having changed nothing."""
-    fresh = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
-    file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def write_file(folder: int, name: str, data: bytes, lasting: bool = True, mode: int = 0o600) -> None:
+    """Makes or replaces a file in the open `folder` by a rename: who reads it meanwhile reads the old one or
+    the new one, whole. A link of that name is replaced. Where the file is `lasting`, it is on the disk when
+    this returns.
+
+    Raises OSError, having changed nothing."""
+    temporary = f".{name[:200]}.{secrets.token_hex(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        try:
-            write_all(file, text.encode(), 0)
-        finally:
-            os.close(file)
-        fresh.replace(path)
+        with Closing(os.open(temporary, flags, mode, dir_fd=folder)) as file:
+            write_all(file, data, 0)
+            if lasting:
+                os.fsync(file)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
         raise
+    if lasting:
+        os.fsync(folder)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that anybody may read, as `write_file` does. Raises OSError, having changed nothing."""
+    with Closing(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+        write_file(folder, path.name, text.encode(), lasting=False, mode=0o666)
 
 
 def write_parts(file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
@@ -237,14 +262,11 @@ def read_file(path: str, most: int) -> bytes | None:
 def regular(path: str, most: int) -> Iterator[tuple[int, int]]:
     """A regular file of at most `most` bytes, open for reading, and its size. Raises FileNotFoundError for
     anything else, without waiting for a pipe, and OSError."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
+    with Closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode) or info.st_size > most:
             raise FileNotFoundError(errno.ENOENT, "no regular file of that size", path)
         yield file, info.st_size
-    finally:
-        os.close(file)
 
 
 def size_of(path: str) -> int | None:

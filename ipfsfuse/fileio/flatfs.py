@@ -32,11 +32,8 @@ class _Found(ctypes.Structure):
 _LIBRARY.repo_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 _LIBRARY.repo_open.restype = ctypes.c_void_p
 _LIBRARY.repo_stop.argtypes = _LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
-_LIBRARY.repo_stop.restype = _LIBRARY.repo_close.restype = None
 _LIBRARY.repo_block.argtypes = (ctypes.c_void_p, ctypes.c_int)
-_LIBRARY.repo_block.restype = None
 _LIBRARY.repo_free.argtypes = (ctypes.c_void_p,)
-_LIBRARY.repo_free.restype = None
 _LIBRARY.repo_take.argtypes = (
     ctypes.c_void_p,
     ctypes.c_char_p,
@@ -50,7 +47,8 @@ _LIBRARY.repo_read.argtypes = (
     ctypes.c_int,
     ctypes.c_void_p,
 )
-_LIBRARY.repo_read.restype = None
+for _name in ("stop", "close", "block", "free", "read"):
+    getattr(_LIBRARY, f"repo_{_name}").restype = None
 
 
 def _sha256() -> ctypes.Array[ctypes.c_void_p]:

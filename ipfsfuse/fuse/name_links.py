@@ -23,7 +23,7 @@ import trio
 
 from ipfsfuse.errors import MountFailed, NameTooLong, NotFound, ReadOnly, Unavailable
 from ipfsfuse.fuse import errnos
-from ipfsfuse.fuse.session import INIT_SECONDS, Mount, MountHelper, close_mount
+from ipfsfuse.fuse.session import INIT_SECONDS, MountedDevice, MountHelper, close_mount
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -103,7 +103,7 @@ class _Link:
 class NameLinks:
     """Serves one device until it is unmounted."""
 
-    def __init__(self, mount: Mount, target: Target, listed: Listed, deadline: float) -> None:
+    def __init__(self, mount: MountedDevice, target: Target, listed: Listed, deadline: float) -> None:
         self._fd, self._target, self._listed, self._deadline = mount.fd, target, listed, deadline
         self._links: dict[int, _Link] = {}
         self._numbers: dict[bytes, int] = {}
@@ -179,21 +179,8 @@ class NameLinks:
             major, minor, _readahead, offered = struct.unpack_from("<IIII", body)
             if major != 7:
                 raise MountFailed(f"the kernel speaks version {major} of FUSE")
-            flags = offered & PARALLEL_DIROPS
-            numbers = (
-                7,
-                min(minor, MINOR),
-                0,
-                flags,
-                MAX_BACKGROUND,
-                CONGESTION,
-                MAX_WRITE,
-                1,
-                0,
-                0,
-                0,
-            )
-            return _INIT_OUT.pack(*numbers)
+            limits = (offered & PARALLEL_DIROPS, MAX_BACKGROUND, CONGESTION, MAX_WRITE)
+            return _INIT_OUT.pack(7, min(minor, MINOR), 0, *limits, 1, 0, 0, 0)
         if opcode == Op.GETATTR:
             if node == ROOT:
                 return _ATTR_OUT.pack(1, 0, 0) + _attr(ROOT, stat.S_IFDIR | 0o555, 0)

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ import trio
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fuse.device import Device
-from ipfsfuse.fuse.mountpoint import HELPER, Place, fusermount
+from ipfsfuse.fuse.mountpoint import HELPER, MountTarget, fusermount
 from ipfsfuse.fuse.operations import Operations
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -41,7 +41,7 @@ _NOTIFY_PRUNE, _PRUNED_AT_ONCE = 9, 4096
 
 
 @dataclass
-class Mount:
+class MountedDevice:
     """/dev/fuse as fusermount3 opened it for one mountpoint."""
 
     fd: int
@@ -53,7 +53,7 @@ class Mount:
 class Session:
     """A session that libfuse accepted, not yet serving."""
 
-    mount: Mount
+    mount: MountedDevice
     device: Device
     operations: Operations
 
@@ -120,10 +120,10 @@ class MountHelper:
         command = ["/bin/sh", "-c", script, "sh", *words]
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/", **more)
 
-    def mount(self) -> Mount:
+    def mount(self) -> MountedDevice:
         """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
         one."""
-        with Place(self.mountpoint) as place:
+        with MountTarget(self.mountpoint) as place:
             mount = self._mount()
             try:
                 place.check()
@@ -134,7 +134,7 @@ class MountHelper:
                 raise
             return mount
 
-    def _mount(self) -> Mount:
+    def _mount(self) -> MountedDevice:
         assert self._mounting.stdin is not None
         assert self._mounting.stderr is not None
         with contextlib.suppress(BrokenPipeError):
@@ -148,7 +148,7 @@ class MountHelper:
             self._mounting.wait()
             raise MountFailed(_why(said.decode(errors="replace"), self.mountpoint, self._allow_other))
         self._mounting.stderr.close()
-        return Mount(fds[0], self._ours)
+        return MountedDevice(fds[0], self._ours)
 
     async def unmount(self) -> None:
         """Unmounts, lazily where it is busy, while the loop goes on answering."""
@@ -227,8 +227,9 @@ def opened(
         yield Session(mount, device, operations)
 
 
-async def serve(session: Session, ready: Callable[[], None]) -> None:
-    """Answers the kernel until the mount is gone; `ready` is called once it does. Raises MountFailed."""
+async def serve(session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Answers the kernel until the mount is gone, `task_status.started()` once it does. Raises
+    MountFailed."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_main, nursery.cancel_scope)
         parallel = False
@@ -242,7 +243,7 @@ async def serve(session: Session, ready: Callable[[], None]) -> None:
             )
         nursery.start_soon(_interrupt, session)
         nursery.start_soon(_prune, session)
-        ready()
+        task_status.started()
 
 
 async def _interrupt(session: Session) -> None:
@@ -254,7 +255,7 @@ async def _prune(session: Session) -> None:
     """Asks the kernel to forget what no program uses, while it holds too many inodes."""
     while True:
         await trio.sleep(PRUNE_SECONDS)
-        surplus = session.operations.surplus()
+        surplus = session.operations.inodes.surplus()
         for first in range(0, len(surplus), _PRUNED_AT_ONCE):
             numbers = surplus[first : first + _PRUNED_AT_ONCE]
             if not await threads.run_sync(prune, session.mount.fd, numbers):
@@ -278,7 +279,7 @@ async def _main(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def close_mount(mount: Mount) -> None:
+def close_mount(mount: MountedDevice) -> None:
     """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
     with contextlib.suppress(OSError):
         os.close(mount.fd)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
@@ -29,8 +29,8 @@ from ipfsfuse.errors import (
 )
 from ipfsfuse.serve import dag_stream
 from ipfsfuse.serve import request as requests
-from ipfsfuse.serve.dag_stream import Place, Span
-from ipfsfuse.serve.request import CAR, RAW, Refused, Wanted
+from ipfsfuse.serve.dag_stream import ResolvedPath, Span
+from ipfsfuse.serve.request import CAR, RAW, RECORD, GatewayRequest, Refused
 from ipfsfuse.sources.names import record as records
 from ipfsfuse.sources.names.record import KeyName, Record
 from ipfsfuse.text import printable
@@ -55,17 +55,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = dict[str, str]
 
 
-class Content(Protocol):
-    """Where blocks and records come from."""
-
-    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
-        """The verified block. Without `fetch` only what is here: raises NotHere. With it, what the cache
-        raises."""
-        ...
-
-    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
-        """The newest IPNS record, unverified. Raises NotHere, Unavailable."""
-        ...
+GetBlock = Callable[[Cid, bool], Awaitable[bytes]]
+"""The verified block of a CID. With False only what is here: raises NotHere. With True what is not here is
+fetched: raises what the cache raises."""
+GetRecord = Callable[[KeyName, bool], Awaitable[bytes]]
+"""The newest IPNS record of a name, unverified; with False only what is here. Raises NotHere, Unavailable."""
 
 
 @dataclass
@@ -83,9 +77,9 @@ class Served:
 
 
 class TrustlessGateway:
-    def __init__(self, content: Content, *, fetch: bool = False) -> None:
+    def __init__(self, get_block: GetBlock, get_record: GetRecord, *, fetch: bool = False) -> None:
         """`fetch`: what is not here is asked of the sources."""
-        self._content, self._fetch = content, fetch
+        self._get_block, self._get_record, self._fetch = get_block, get_record, fetch
         self._turns = trio.CapacityLimiter(MAX_REQUESTS)
         self.served = Served()
 
@@ -109,10 +103,10 @@ class TrustlessGateway:
 
             nursery.start_soon(watch)
             nursery.cancel_scope.deadline = trio.current_time() + WHOLE_ANSWER_SECONDS
-            await self._answer(scope, _Reply(send, scope["method"] == "HEAD"))
+            await self._answer(scope, _Response(send, scope["method"] == "HEAD"))
             nursery.cancel_scope.cancel()
 
-    async def _answer(self, scope: Scope, reply: "_Reply") -> None:
+    async def _answer(self, scope: Scope, reply: "_Response") -> None:
         self.served.requests += 1
         try:
             _check_method(scope)
@@ -122,7 +116,8 @@ class TrustlessGateway:
             if waiting.cancelled_caught:
                 raise Refused(503, "there are too many requests: come again in a moment")
             try:
-                await self._give(wanted, reply)
+                give = {RAW: self._raw, CAR: self._car, RECORD: self._record}[wanted.format]
+                await give(wanted, reply)
             finally:
                 self._turns.release()
         except Exception as exc:
@@ -146,17 +141,9 @@ class TrustlessGateway:
         log.error("a request failed unexpectedly", exc_info=exc)
         return Refused(500, "this gateway failed unexpectedly: its log says more")
 
-    async def _give(self, wanted: Wanted, reply: "_Reply") -> None:
-        if wanted.format == RAW:
-            await self._raw(wanted, reply)
-        elif wanted.format == CAR:
-            await self._car(wanted, reply)
-        else:
-            await self._record(wanted, reply)
-
-    async def _block(self, wanted: Wanted, cid: Cid) -> bytes:
+    async def _block(self, wanted: GatewayRequest, cid: Cid) -> bytes:
         try:
-            block = await self._content.block(cid, fetch=self._fetch and not wanted.only_if_cached)
+            block = await self._get_block(cid, self._fetch and not wanted.only_if_cached)
         except NotHere as exc:
             if wanted.only_if_cached:
                 raise Refused(412, str(exc)) from exc
@@ -167,7 +154,7 @@ class TrustlessGateway:
 
     # -- one block -------------------------------------------------------------------------------------------
 
-    async def _raw(self, wanted: Wanted, reply: "_Reply") -> None:
+    async def _raw(self, wanted: GatewayRequest, reply: "_Response") -> None:
         text = cids.text(wanted.root)
         headers = _common(wanted, text, f'"{text}.raw"') | {"accept-ranges": "bytes", "content-type": RAW}
         unchanged = _is_unchanged(wanted, headers)
@@ -186,7 +173,7 @@ class TrustlessGateway:
 
     # -- CARs ------------------------------------------------------------------------------------------------
 
-    async def _car(self, wanted: Wanted, reply: "_Reply") -> None:
+    async def _car(self, wanted: GatewayRequest, reply: "_Response") -> None:
         async def get(cid: Cid) -> bytes:
             return await self._block(wanted, cid)
 
@@ -214,12 +201,12 @@ class TrustlessGateway:
 
     # -- IPNS records ----------------------------------------------------------------------------------------
 
-    async def _record(self, wanted: Wanted, reply: "_Reply") -> None:
+    async def _record(self, wanted: GatewayRequest, reply: "_Response") -> None:
         name = records.parse_name(wanted.name)
         if not isinstance(name, KeyName):
             raise Refused(400, f"{wanted.name[:200]!r} is not the name of a key")
         try:
-            data = await self._content.record(name, fetch=self._fetch and not wanted.only_if_cached)
+            data = await self._get_record(name, self._fetch and not wanted.only_if_cached)
             found = records.verify(name, data)
             seconds = _seconds_left(found)
             if seconds <= 0:
@@ -228,7 +215,7 @@ class TrustlessGateway:
             raise Refused(412 if wanted.only_if_cached else 404, str(exc)) from exc
         self.served.bytes += len(data)
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = _common(wanted, "", tag) | {"content-type": requests.RECORD}
+        headers = _common(wanted, "", tag) | {"content-type": RECORD}
         headers["cache-control"] = f"public, max-age={seconds}"
         if _is_unchanged(wanted, headers):
             return await reply.start(304, headers, end=True)
@@ -250,7 +237,7 @@ def _check_method(scope: Scope) -> None:
         raise Refused(413, "a request has no body here")
 
 
-def _common(wanted: Wanted, root: str, tag: str) -> Headers:
+def _common(wanted: GatewayRequest, root: str, tag: str) -> Headers:
     """The headers of every answer that is a success."""
     stem = root or wanted.name
     return {
@@ -271,13 +258,13 @@ def _header(text: str) -> str:
     )
 
 
-def _tag(wanted: Wanted, place: Place) -> str:
+def _tag(wanted: GatewayRequest, place: ResolvedPath) -> str:
     """The same request has the same blocks, in the same order: but for the order a weak tag would do."""
     asked = (wanted.root, wanted.names, wanted.scope, wanted.first, wanted.last, wanted.dups)
     return f'W/"{cids.text(place.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
 
 
-def _is_unchanged(wanted: Wanted, headers: Headers) -> bool:
+def _is_unchanged(wanted: GatewayRequest, headers: Headers) -> bool:
     weak = headers["etag"].removeprefix("W/")
     return any(tag == "*" or tag.removeprefix("W/") == weak for tag in wanted.if_none_match)
 
@@ -287,7 +274,7 @@ def _seconds_left(record: Record) -> int:
     return min(left, max(record.ttl, records.NANOSECONDS)) // records.NANOSECONDS
 
 
-class _Reply:
+class _Response:
     """The answer to one request."""
 
     def __init__(self, send: Send, head: bool) -> None:

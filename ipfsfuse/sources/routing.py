@@ -26,8 +26,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, UsageError, WrongBlock
 from ipfsfuse.sources.base import LeafRange, Source, Subtree
 from ipfsfuse.sources.http.addresses import special_purpose
-from ipfsfuse.sources.http.client import ERROR_BODY, Http
-from ipfsfuse.sources.http.failures import LONG, PROTOCOL, TIMEOUT, refused
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.failures import LONG, PROTOCOL, TIMEOUT
 from ipfsfuse.sources.http.gateway import Gateway, ask_for_record
 from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin
 from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
@@ -82,8 +82,7 @@ class Router:
             if response.status == 404:
                 return
             if response.status != 200:
-                retry = response.headers.get("retry-after", "")
-                raise refused(self.name, response.status, retry, await response.read(ERROR_BODY))
+                raise await response.refused(self.name)
             if response.content_type == LINES:
                 pieces, size, count = b"", 0, 0
                 while piece := await response.receive():
@@ -302,7 +301,7 @@ class Network(Source):
         for source in self._closing:
             await source.aclose()
         for router in self._routers:
-            await router.http.aclose()
+            await router.aclose()
 
     def statistics(self) -> Sequence[Statistics]:
         """Of the providers, for `status`."""
@@ -316,16 +315,12 @@ class Network(Source):
                 provider.used = trio.current_time()
                 provider.blocks += count
 
-    def _add_first(self, addresses: Sequence[str], router: Router) -> bool:
+    def _add(self, addresses: Sequence[str], router: Router) -> bool:
         """Takes a provider by the first of its addresses that can be used. Whether it is a provider now."""
-        for each in addresses:
-            origin = provider_origin(each, allow_private=self._allow_private)
-            if origin is not None:
-                return self._add(origin, router)
-        return False
-
-    def _add(self, origin: Origin, router: Router) -> bool:
-        """Whether it is a provider now."""
+        origins = (provider_origin(each, allow_private=self._allow_private) for each in addresses)
+        origin = next(filter(None, origins), None)
+        if origin is None:
+            return False
         if origin in self._providers or self._liars.get(origin, 0.0) > trio.current_time():
             return origin in self._providers
         of_router = [each for each, provider in self._providers.items() if provider.router is router]
@@ -412,7 +407,7 @@ class Network(Source):
             try:
                 async with aclosing(router.providers(cid)) as found:
                     async for addresses in found:
-                        of_router += self._add_first(addresses, router)
+                        of_router += self._add(addresses, router)
                         if of_router and not lookup.patient:
                             scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
                         if of_router >= MAX_NEW:

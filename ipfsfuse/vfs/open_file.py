@@ -155,8 +155,7 @@ class PrefetchBuffer:
         else:
             for start in done:
                 self.drop(start)
-            while self._starts and self._starts[0] + len(self.leaves[self._starts[0]]) <= first - BEHIND:
-                self.drop(self._starts[0])
+            self.passed(first)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def passed(self, offset: int) -> None:
@@ -293,11 +292,10 @@ class OpenFile:
                 if self._tree.use is not None:
                     for leaf in leaves:
                         self._tree.use(leaf.cid, ahead=True)
-                await self._tree.cache.ahead(self._ref, leaves, self._arrived)
+                await self._tree.cache.ahead(
+                    self._ref, leaves, lambda leaf, data: self._buffer.put(leaf.offset, data)
+                )
             except IpfsFuseError:
                 pass  # a read there will raise it
             finally:
                 self._scopes.discard(scope)
-
-    def _arrived(self, leaf: Leaf, data: Content) -> None:
-        self._buffer.put(leaf.offset, data)

@@ -93,13 +93,13 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
 def _add_to_library(options: Options, folder: str) -> "Cid":
     """Takes the results into the library, and gives their CID. Raises StoreFailed."""
     from ipfsfuse_run import mounts
-    from ipfsfuse_run.record import CarWriter, add_tree
+    from ipfsfuse_run.record import RecordWriter, add_tree
 
     scratch = places.scratch_folder("add", os.getpid())
     try:
         car = os.path.join(scratch, "results.car")
         with open(car, "w+b") as out:
-            writer = CarWriter(out)
+            writer = RecordWriter(out)
             built = add_tree(writer, folder, options.limits.out_bytes).built
             writer.close(built)
         library = [each for each in options.mount_options if each.startswith("--library=")]

@@ -37,8 +37,8 @@ _MAX_HEADER = 64 << 10
 _LEAF_BYTES = 64 << 10
 _MAX_PATH = 4096
 _SPARE_NODES = 64
-"""`CarWriter` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES and
-_SPARE_NODES more was made to take long, and is refused."""
+"""`RecordWriter` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES
+and _SPARE_NODES more was made to take long, and is refused."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -53,8 +53,8 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class CarWriter:
-    """Puts blocks into a CAR, each once. `add_*` give what a folder can link."""
+class RecordWriter:
+    """Writes a CAR of the runner: each block once. `add_*` give what a folder can link."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -125,7 +125,7 @@ class _Level(NamedTuple):
     children: list[tuple[str, Built]]
 
 
-def add_tree(writer: CarWriter, folder: str, bound: int | None) -> Tree:
+def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
     """Puts a folder of the host into a CAR file: results of at most `bound` bytes, with the CID that
     `ipfsfuse add --hidden` gives them; or, if `bound` is None, a folder that was given, with modes and times.
 
@@ -213,7 +213,7 @@ class _Hashed:
 def tree_cid(folder: str, bound: int) -> Cid:
     """The CID of the results in `folder`. Raises StoreFailed."""
     with open(os.devnull, "wb") as nowhere:
-        return add_tree(CarWriter(nowhere), folder, bound).built.cid
+        return add_tree(RecordWriter(nowhere), folder, bound).built.cid
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ from ipfsfuse_run.options import Dir, Options
 from ipfsfuse_run.read_paths import Row
 from ipfsfuse_run.receipts import Digest, GivenDir, Receipt, Variable
 from ipfsfuse_run.record import (
-    CarWriter,
     Record,
+    RecordWriter,
     add_tree,
     check_content,
     check_signature,
@@ -173,7 +173,7 @@ def _write(
         files.stdin.truncate(0)
     with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
-        writer = CarWriter(file if is_car else nowhere)
+        writer = RecordWriter(file if is_car else nowhere)
         asked, ahead = used_blocks(files.used)
         blocks = _Blocks(writer, asked, control)
         files.guest.seek(0)
@@ -286,7 +286,7 @@ class _Blocks:
     """The blocks that were asked for, which are put into the CAR: those that were read, and those that no
     source had."""
 
-    def __init__(self, writer: CarWriter, asked: Sequence[Cid], control: Connection) -> None:
+    def __init__(self, writer: RecordWriter, asked: Sequence[Cid], control: Connection) -> None:
         self.read: list[Cid] = []
         self.missing: list[Cid] = []
         self.roots = read_paths.Roots()

@@ -15,7 +15,7 @@ from ipfsfuse.cache.reader import MAX_BEHIND
 from ipfsfuse.cache.single_flight import SingleFlight
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
-from tests.cache.standin import Chain, Recorder, make_file, staged
+from tests.cache.standin import Chain, Recorder, make_file, staged, staged_items
 
 BUDGET = 64 << 20
 MIB = 1 << 20
@@ -63,7 +63,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
             await wait_all_tasks_blocked()  # both waited for the same moment
             assert waited == [content[:MIB]]
             assert len(chain.asked) == 1
-            assert cache.store.kept()[0].staged >= MIB
+            assert staged_items(cache)[0].staged >= MIB
 
     trio.run(main)
 
@@ -180,13 +180,13 @@ def test_a_block_counts_as_here_while_it_is_being_staged(tmp_path: Path) -> None
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             assert await cache.reader.block(small, early=True) == b"a small file"
             assert cache.store.blocks.place(small) is None, "it is not written yet"
-            cache.note_root(small, cids.text(small))
+            cache.names.note(small, cids.text(small))
             cache.reader.opened(FileRef(small, 12))
             assert pins.asked == [("add", small)]
-            assert list(cache.opened_roots()) == [(small, cids.text(small))]
+            assert list(cache.names.staged()) == [(small, cids.text(small))]
             await cache.reader.settle()
             assert cache.store.blocks.place(small) is not None
-            assert list(cache.opened_roots()) == [(small, cids.text(small))]
+            assert list(cache.names.staged()) == [(small, cids.text(small))]
             assert pins.asked == [("add", small)]
 
     trio.run(main)

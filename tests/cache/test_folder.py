@@ -321,11 +321,11 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file, leaves, _content = make_file(chain, 200_000)
 
     async def main(path: Path) -> None:
-        async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinning(file.cid) as pinning:
+        async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinned.pin(file.cid) as pinning:
             await pinning.file(file)
             for leaf in leaves:
                 await cache.reader.leaf(file, leaf)
-            pinning.keep_structure = _nothing  # type: ignore[method-assign]
+            pinning.pin_structure = _nothing  # type: ignore[method-assign]
 
     with locked(where) as held:
         held.inode_key()

@@ -14,7 +14,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run.record import CarWriter
+from ipfsfuse_run.record import RecordWriter
 
 GUEST = b"""(module
   (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
@@ -39,7 +39,7 @@ def receipt(guest: bytes, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any
         "kind": "ipfsfuse-run receipt",
         "format": 1,
         "guest": {
-            "cid": cids.text(CarWriter(io.BytesIO()).add_file(io.BytesIO(guest)).cid),
+            "cid": cids.text(RecordWriter(io.BytesIO()).add_file(io.BytesIO(guest)).cid),
             "name": "guest.wat",
         },
         "argv": ["guest.wat"],
@@ -74,7 +74,7 @@ def receipt_2(guest: bytes, out: Cid, stdin: bytes = STDIN, **changed: Any) -> d
     }
     streams = {name: told.pop(name) for name in ("stdin", "stdout", "stderr")}
     for name, data in (("stdin", stdin), ("stdout", stdin), ("stderr", b"")):
-        streams[name]["cid"] = cids.text(CarWriter(io.BytesIO()).add_file(io.BytesIO(data)).cid)
+        streams[name]["cid"] = cids.text(RecordWriter(io.BytesIO()).add_file(io.BytesIO(data)).cid)
     salt = "00" * 16
     hashed = hashlib.sha256(bytes(16) + b"A=1").hexdigest()
     exit_code, trapped = told.pop("exit_code"), told.pop("trapped")
@@ -137,7 +137,7 @@ def write(
     """A record of `files`, named without their extension: `guest`, `stdin`, `ipfs`, `dir`."""
     named = {"guest": "guest.wasm"}
     with target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         children = [
             ("receipt.json", _built(writer, json.dumps(told).encode() if isinstance(told, Mapping) else told))
         ]
@@ -148,5 +148,5 @@ def write(
     return target
 
 
-def _built(writer: CarWriter, held: bytes | Built) -> Built:
+def _built(writer: RecordWriter, held: bytes | Built) -> Built:
     return writer.add_file(io.BytesIO(held)) if isinstance(held, bytes) else held

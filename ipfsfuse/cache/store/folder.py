@@ -37,13 +37,13 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
 from ipfsfuse import __version__
 from ipfsfuse.errors import FolderInUse, StoreFailed
-from ipfsfuse.fileio.files import Status, stat_files, write_all
+from ipfsfuse.fileio.files import Closing, Status, stat_files, write_file
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,10 @@ FILES = frozenset({
     DAMAGED_INDEX, LOG, OLD_LOG,
 })  # fmt: skip
 FOLDERS = frozenset({PINNED, STAGING, PACKS, INDEXES, NAMES, PINS})
+_KINDS = {
+    **dict.fromkeys(FILES, stat.S_IFREG), **dict.fromkeys(FOLDERS, stat.S_IFDIR), CONTROL: stat.S_IFSOCK,
+}  # fmt: skip
+"""What each of our names is, as in st_mode."""
 WRITTEN_IN_PLACE = frozenset({INDEX, f"{INDEX}-wal", LOG})
 
 TAG_TEXT = (
@@ -85,6 +89,7 @@ LATER = NO_SPACE | {errno.ENOENT}
 """Errors for which a subfolder can't be made now, but may be later: no space is left, or our folder is
 missing."""
 
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -113,39 +118,11 @@ def socket_path(cache_dir: Path) -> Path:
 def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
     """The first `most` bytes of a regular file. Raises OSError, also for a link or anything that is not a
     regular file."""
-    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    try:
+    with Closing(os.open(name, _READ, dir_fd=folder)) as file:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         return os.pread(file, min(info.st_size, most), 0)
-    finally:
-        os.close(file)
-
-
-def write_file(folder: int, name: str, data: bytes, lasting: bool = True) -> None:
-    """Makes or replaces a file, whole or not at all. Where it is `lasting`, it is on the disk when this
-    returns.
-
-    Raises OSError, having changed nothing."""
-    temporary = f".{name}.{secrets.token_hex(8)}.tmp"
-    file = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
-    )
-    try:
-        try:
-            write_all(file, data, 0)
-            if lasting:
-                os.fsync(file)
-        finally:
-            os.close(file)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=folder)
-        raise
-    if lasting:
-        os.fsync(folder)
 
 
 def remove_file(folder: int, name: str) -> None:
@@ -171,17 +148,19 @@ class Subfolder:
     @cached_property
     def fd(self) -> int:
         """Its descriptor: what was moved away or replaced is not used. Raises OSError, StoreFailed."""
-        return _open_subfolder(self.path)
+        path = self.path
+        with Closing(os.open(path.parent, _DIRECTORY)) as parent:
+            mark(parent)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path.name, 0o700, dir_fd=parent)
+            _check(parent, path.name, stat.S_IFDIR, path)
+            return os.open(path.name, _DIRECTORY, dir_fd=parent)
 
     def is_made(self) -> bool:
         return "fd" in vars(self)
 
-    def names(self) -> list[str]:
-        """What lies in it; nothing while it can't be made."""
-        return os.listdir(self.fd) if self.is_made() else []
-
-    def each_name(self) -> Iterator[str]:
-        """The names in the folder, one by one, for folders of any size."""
+    def names(self) -> Iterator[str]:
+        """What lies in it, one by one; nothing while it can't be made."""
         if self.is_made():
             with os.scandir(self.fd) as items:
                 for item in items:
@@ -194,7 +173,7 @@ class Subfolder:
     def each_status(self) -> Iterator[tuple[str, Status]]:
         """Everything in it and what the disk says of that, a part at a time. What goes meanwhile is left out.
         Raises OSError."""
-        names = self.each_name()
+        names = self.names()
         while some := list(islice(names, STATUS_TOGETHER)):
             for name, status in zip(some, stat_files(self.fd, some), strict=True):
                 if status is not None:
@@ -207,25 +186,10 @@ class Subfolder:
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd)
 
-    def report_strays(self, names: Sequence[str]) -> None:
-        report_strays(self.path, names)
-
     def close(self) -> None:
         if self.is_made():
             os.close(self.fd)
             del self.fd
-
-
-def _open_subfolder(path: Path) -> int:
-    parent = os.open(path.parent, _DIRECTORY)
-    try:
-        mark(parent)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path.name, 0o700, dir_fd=parent)
-        _check(parent, path.name, stat.S_IFDIR, path)
-        return os.open(path.name, _DIRECTORY, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def is_our_own(info: os.stat_result | Status) -> bool:
@@ -240,20 +204,18 @@ def report_strays(path: Path, names: Sequence[str]) -> None:
         log.warning("%s%s: not made by ipfsfuse, left alone", path / min(names), more)
 
 
-_KINDS = {stat.S_IFDIR: "folder", stat.S_IFREG: "regular file", stat.S_IFSOCK: "socket"}
+_KIND_NAMES = {stat.S_IFDIR: "folder", stat.S_IFREG: "regular file", stat.S_IFSOCK: "socket"}
 
 
-def _check(folder: int, name: str, kind: int, path: Path) -> None:
-    """Raises StoreFailed unless `name` is of that kind, and ours alone. Raises OSError."""
+def _check(folder: int, name: str, kind: int, path: Path) -> os.stat_result:
+    """The status of `name`. Raises StoreFailed unless it is of that kind, and ours alone. Raises OSError."""
     info = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISLNK(info.st_mode):
         raise StoreFailed(f"{path} is a symbolic link: remove it, or give another --cache-dir")
     if stat.S_IFMT(info.st_mode) != kind:
-        raise StoreFailed(f"{path} is not a {_KINDS[kind]}: move it elsewhere, or give another --cache-dir")
-    _check_private(info, path)
-
-
-def _check_private(info: os.stat_result, path: Path) -> None:
+        raise StoreFailed(
+            f"{path} is not a {_KIND_NAMES[kind]}: move it elsewhere, or give another --cache-dir"
+        )
     if info.st_uid != os.geteuid():
         raise StoreFailed(
             f"{path} belongs to another user: remove it, or give --cache-dir a folder of your own"
@@ -261,6 +223,7 @@ def _check_private(info: os.stat_result, path: Path) -> None:
     if info.st_mode & 0o022:
         to_do = "700" if stat.S_ISDIR(info.st_mode) else "600"
         raise StoreFailed(f"{path} may be written by others: run chmod {to_do} {path}")
+    return info
 
 
 # -- who uses it ---------------------------------------------------------------------------------------------
@@ -366,13 +329,13 @@ def locked(cache_dir: Path) -> Iterator[CacheFolder]:
     Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full
     disk there may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is
     room."""
-    held = CacheFolder(inside(cache_dir), -1, -1)
-    with _full_disk(f"the cache folder {held.path} can't be made; reads go on without the cache"):
-        held = CacheFolder(held.path, *_open_and_lock(cache_dir))
+    folder = CacheFolder(inside(cache_dir), -1, -1)
+    with _full_disk(f"the cache folder {folder.path} can't be made; reads go on without the cache"):
+        folder = CacheFolder(folder.path, *_open_and_lock(cache_dir))
     try:
-        yield held
+        yield folder
     finally:
-        held.release()
+        folder.release()
 
 
 def announced(cache_dir: Path) -> tuple[int, str] | None:
@@ -382,11 +345,8 @@ def announced(cache_dir: Path) -> tuple[int, str] | None:
 
 def _announced_in(folder: Path) -> tuple[int, str] | None:
     try:
-        fd = os.open(folder, _DIRECTORY)
-        try:
+        with Closing(os.open(folder, _DIRECTORY)) as fd:
             said = json.loads(read_file(fd, DAEMON))
-        finally:
-            os.close(fd)
         return int(said["pid"]), str(said["mountpoint"])
     except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
@@ -395,25 +355,16 @@ def _announced_in(folder: Path) -> tuple[int, str] | None:
 def is_free(cache_dir: Path) -> bool:
     """Whether certainly no living process uses the folder."""
     try:
-        fd = os.open(inside(cache_dir), _DIRECTORY)
+        with Closing(os.open(inside(cache_dir), _DIRECTORY)) as fd:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            with Closing(os.open(LOCK, _READ, dir_fd=fd)) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
-    except OSError:  # what we can't look at may be in use
+    except OSError:  # it is locked; or we can't look at it, and it may be in use
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        with contextlib.suppress(FileNotFoundError):
-            file = os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            finally:
-                os.close(file)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
+    return True
 
 
 def indexes(cache_dir: Path) -> Path:
@@ -429,20 +380,15 @@ def examine(cache_dir: Path) -> None:
     with (
         as_store_failed(f"the cache folder {cache_dir} can't be used"),
         contextlib.suppress(FileNotFoundError),
+        Closing(_open_parent(cache_dir)) as parent,
     ):
-        parent = _open_parent(cache_dir)
         try:
             _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
-            fd = os.open(NAME, _DIRECTORY, dir_fd=parent)
-            try:
+            with Closing(os.open(NAME, _DIRECTORY, dir_fd=parent)) as fd:
                 _check_marker(fd, inside(cache_dir))
                 _check_names(fd, inside(cache_dir))
-            finally:
-                os.close(fd)
         except FileNotFoundError:
             _is_older_layout(parent, cache_dir)
-        finally:
-            os.close(parent)
 
 
 # -- opening -------------------------------------------------------------------------------------------------
@@ -456,14 +402,16 @@ def _open_and_lock(cache_dir: Path) -> tuple[int, int]:
         cache_dir.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             cache_dir.mkdir(mode=0o700)
-        parent = _open_parent(cache_dir)
-        try:
-            fd = _lock_folder(parent, cache_dir)
-        finally:
-            os.close(parent)
+        with Closing(_open_parent(cache_dir)) as parent:
+            fd = _open_locked(partial(_open_folder, parent, cache_dir), parent, NAME, cache_dir)
         try:
             _accept(fd, path)
-            return fd, _lock_file(fd, cache_dir)
+            lock = -1
+            with _full_disk(f"{path / LOCK} can't be made"):
+                # what counts where folders can't be locked, and what the runner looks at
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                lock = _open_locked(partial(os.open, LOCK, flags, 0o600, dir_fd=fd), fd, LOCK, cache_dir)
+            return fd, lock
         except BaseException:
             os.close(fd)
             raise
@@ -500,35 +448,18 @@ def _open_parent(cache_dir: Path) -> int:
     return fd
 
 
-def _lock_folder(parent: int, cache_dir: Path) -> int:
-    """Our folder in `parent`, made or moved there where it is missing, and locked. Raises StoreFailed,
-    OSError."""
-
-    def open_folder() -> int:
-        while True:
-            try:
-                _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
-                return os.open(NAME, _DIRECTORY, dir_fd=parent)
-            except FileNotFoundError:
-                if _exists(parent, MIGRATING) or _is_older_layout(parent, cache_dir):
-                    return _migrate(parent, cache_dir)
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(NAME, 0o700, dir_fd=parent)
-                    os.fsync(parent)
-
-    return _open_locked(open_folder, parent, NAME, cache_dir)
-
-
-def _lock_file(folder: int, cache_dir: Path) -> int:
-    """The lock file, locked: what counts where folders can't be locked, and what the runner looks at. -1 on a
-    full disk."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return _open_locked(lambda: os.open(LOCK, flags, 0o600, dir_fd=folder), folder, LOCK, cache_dir)
-    except OSError as exc:
-        if exc.errno in NO_SPACE:
-            return -1
-        raise
+def _open_folder(parent: int, cache_dir: Path) -> int:
+    """Our folder in `parent`, made or moved there where it is missing. Raises StoreFailed, OSError."""
+    while True:
+        try:
+            _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
+            return os.open(NAME, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            if _exists(parent, MIGRATING) or _is_older_layout(parent, cache_dir):
+                return _migrate(parent, cache_dir)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(NAME, 0o700, dir_fd=parent)
+                os.fsync(parent)
 
 
 def _open_locked(open_it: Callable[[], int], folder: int, name: str, cache_dir: Path) -> int:
@@ -645,26 +576,13 @@ def _check_names(fd: int, path: Path) -> list[str]:
     should be."""
     strays = []
     for name in os.listdir(fd):
-        kind = (
-            stat.S_IFREG
-            if name in FILES
-            else stat.S_IFDIR
-            if name in FOLDERS
-            else stat.S_IFSOCK
-            if name == CONTROL
-            else None
-        )
-        if kind is None:
+        if name not in _KINDS:
             strays.append(name)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                _check(fd, name, kind, path / name)
-                if name in WRITTEN_IN_PLACE and not is_our_own(
-                    os.stat(name, dir_fd=fd, follow_symlinks=False)
-                ):
-                    raise StoreFailed(
-                        f"{path / name} is a hard link to a file that has other names: remove it"
-                    )
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            info = _check(fd, name, _KINDS[name], path / name)
+            if name in WRITTEN_IN_PLACE and not is_our_own(info):
+                raise StoreFailed(f"{path / name} is a hard link to a file that has other names: remove it")
     return strays
 
 
@@ -677,13 +595,9 @@ def mark(fd: int) -> None:
 def tag(path: Path) -> None:
     """Writes the tag that leaves the folder out of backups, and says which version used it last. Costs no
     start."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, _DIRECTORY)
-        try:
-            if not _exists(fd, TAG) or read_file(fd, TAG) != TAG_TEXT.encode():
-                write_file(fd, TAG, TAG_TEXT.encode(), lasting=False)
-        finally:
-            os.close(fd)
+    with contextlib.suppress(OSError), Closing(os.open(path, _DIRECTORY)) as fd:
+        if not _exists(fd, TAG) or read_file(fd, TAG) != TAG_TEXT.encode():
+            write_file(fd, TAG, TAG_TEXT.encode(), lasting=False)
 
 
 # -- the layout before the marked folder ---------------------------------------------------------------------
@@ -730,11 +644,8 @@ def _strangers_in(parent: int, names: set[str]) -> Iterator[str]:
         if stat.S_IFMT(info.st_mode) != kind or info.st_uid != os.geteuid():
             yield name
         elif name in _INNER:
-            fd = os.open(name, _DIRECTORY, dir_fd=parent)
-            try:
+            with Closing(os.open(name, _DIRECTORY, dir_fd=parent)) as fd:
                 yield from (f"{name}/{each}" for each in os.listdir(fd) if not _INNER[name].fullmatch(each))
-            finally:
-                os.close(fd)
 
 
 def _migrate(parent: int, cache_dir: Path) -> int:
@@ -743,12 +654,11 @@ def _migrate(parent: int, cache_dir: Path) -> int:
 
     Until all of it is there the folder has another name, so that a start after a crash goes on with the
     moving."""
-    old_lock = -1
-    with contextlib.suppress(FileNotFoundError):
-        old_lock = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        if old_lock >= 0:
-            _flock(old_lock, cache_dir, holder=cache_dir)
+    with contextlib.ExitStack() as old:
+        with contextlib.suppress(FileNotFoundError):
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            lock = old.enter_context(Closing(os.open("lock", flags, dir_fd=parent)))
+            _flock(lock, cache_dir, holder=cache_dir)
         with contextlib.suppress(FileExistsError):
             os.mkdir(MIGRATING, 0o700, dir_fd=parent)
         _check(parent, MIGRATING, stat.S_IFDIR, cache_dir / MIGRATING)
@@ -757,13 +667,13 @@ def _migrate(parent: int, cache_dir: Path) -> int:
             _flock(fd, cache_dir)
             if not _is_at(fd, parent, MIGRATING):
                 raise StoreFailed(f"{cache_dir} is being brought up to date by another daemon: try again")
-            for old, new in _MOVED.items():
-                if _exists(parent, old) and not _exists(fd, new):
-                    os.rename(old, new, src_dir_fd=parent, dst_dir_fd=fd)
+            for before, now in _MOVED.items():
+                if _exists(parent, before) and not _exists(fd, now):
+                    os.rename(before, now, src_dir_fd=parent, dst_dir_fd=fd)
             for name in _DROPPED:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=parent)
-            _keep_mount_id(fd)
+            _migrate_mount_id(fd)
             mark(fd)
             os.fsync(fd)
             os.rename(MIGRATING, NAME, src_dir_fd=parent, dst_dir_fd=parent)
@@ -771,33 +681,22 @@ def _migrate(parent: int, cache_dir: Path) -> int:
         except BaseException:
             os.close(fd)
             raise
-    finally:
-        if old_lock >= 0:
-            os.close(old_lock)
     log.info("the cache in %s was moved to %s", cache_dir, inside(cache_dir))
     return fd
 
 
-def _keep_mount_id(fd: int) -> None:
+def _migrate_mount_id(fd: int) -> None:
     """The name that the cache has had at a Kubo node. Where it had one at each of several, the first
     counts."""
     if _exists(fd, MOUNT_ID) or not _exists(fd, PINS):
         return
-    with contextlib.suppress(OSError):
-        pins = os.open(PINS, _DIRECTORY, dir_fd=fd)
-        try:
-            for each in sorted(os.listdir(pins)):
-                with contextlib.suppress(OSError):
-                    node = os.open(each, _DIRECTORY, dir_fd=pins)
-                    try:
-                        name = read_file(node, "mount").decode("ascii", "replace").strip()
-                    finally:
-                        os.close(node)
-                    if is_mount_id(name):
-                        write_file(fd, MOUNT_ID, name.encode() + b"\n")
-                        return
-        finally:
-            os.close(pins)
+    with contextlib.suppress(OSError), Closing(os.open(PINS, _DIRECTORY, dir_fd=fd)) as pins:
+        for each in sorted(os.listdir(pins)):
+            with contextlib.suppress(OSError), Closing(os.open(each, _DIRECTORY, dir_fd=pins)) as node:
+                name = read_file(node, "mount").decode("ascii", "replace").strip()
+                if is_mount_id(name):
+                    write_file(fd, MOUNT_ID, name.encode() + b"\n")
+                    return
 
 
 # -- a folder for one mount's life ---------------------------------------------------------------------------
@@ -810,20 +709,15 @@ def isolated_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new folder below `parent` (by default the temporary folder), for `folder.locked`. Raises
     StoreFailed."""
     parent = parent or Path(tempfile.gettempdir())
-    with as_store_failed(f"no isolated folder can be made in {parent}"):
-        temporary = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+    with contextlib.ExitStack() as opened:
+        with as_store_failed(f"no isolated folder can be made in {parent}"):
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            temporary = opened.enter_context(Closing(os.open(parent, flags)))
             _sweep(temporary)
             path, fd = _make(parent, temporary)
-        except BaseException:
-            os.close(temporary)
-            raise
-    try:
+            opened.enter_context(Closing(fd))
+        opened.callback(shutil.rmtree, path.name, ignore_errors=True, dir_fd=temporary)
         yield path
-    finally:
-        shutil.rmtree(path.name, ignore_errors=True, dir_fd=temporary)
-        os.close(fd)
-        os.close(temporary)
 
 
 def _prefix() -> str:
@@ -838,9 +732,7 @@ def _make(parent: Path, temporary: int) -> tuple[Path, int]:
             fd = os.open(path.name, _DIRECTORY, dir_fd=temporary)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(
-                    os.fstat(fd), os.stat(path.name, dir_fd=temporary, follow_symlinks=False)
-                ):
+                if _is_at(fd, temporary, path.name):
                     return path, fd
             except BaseException:
                 os.close(fd)
@@ -853,16 +745,10 @@ def _sweep(temporary: int) -> None:
     """Removes the folders of this user that nobody has locked. What is not exactly such a folder is left
     alone."""
     pattern = re.compile(re.escape(_prefix()) + r"[a-z0-9_]{8}")
-    for name in os.listdir(temporary):
-        if pattern.fullmatch(name):
-            with contextlib.suppress(OSError):
-                fd = os.open(name, _DIRECTORY, dir_fd=temporary)
-                try:
-                    info = os.fstat(fd)
-                    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != 0o700:
-                        continue
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(info, os.stat(name, dir_fd=temporary, follow_symlinks=False)):
-                        shutil.rmtree(name, ignore_errors=True, dir_fd=temporary)
-                finally:
-                    os.close(fd)
+    for name in filter(pattern.fullmatch, os.listdir(temporary)):
+        with contextlib.suppress(OSError), Closing(os.open(name, _DIRECTORY, dir_fd=temporary)) as fd:
+            info = os.fstat(fd)
+            if info.st_uid == os.geteuid() and stat.S_IMODE(info.st_mode) == 0o700:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(fd, temporary, name):
+                    shutil.rmtree(name, ignore_errors=True, dir_fd=temporary)

@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
 
 import libipld
-from multiformats import multibase
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash as multihashes
@@ -49,7 +48,7 @@ class KeyName:
 
     def __str__(self) -> str:
         """The usual spelling, a CID in base36 (`k51...`, `k2k4...`)."""
-        return multibase.encode(cids.make(cids.LIBP2P_KEY, self.multihash), "base36")
+        return libipld.encode_multibase("k", cids.make(cids.LIBP2P_KEY, self.multihash))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +75,14 @@ def parse_name(text: str) -> Name | None:
 def _parse_key(text: str) -> KeyName | None:
     try:
         if text.startswith(("1", "Qm")):  # a multihash alone
-            multihash = multibase.decode("z" + text)
+            multihash = libipld.decode_multibase("z" + text)[1]
         else:
             cid = cids.parse(text)
             if cids.codec(cid) != cids.LIBP2P_KEY:
                 return None
             multihash = cids.multihash(cid)
         code, digest = multihashes.split(multihash)
-    except Exception:  # multiformats raises KeyError, ValueError and errors of its own
+    except (NotACid, ValueError):
         return None
     if code == multihashes.IDENTITY:
         return KeyName(multihash) if len(digest) <= multihashes.MAX_DIGEST else None
