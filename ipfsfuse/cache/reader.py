@@ -306,13 +306,9 @@ class Reader:
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        return [
-            block_key(cid)
-            for cid in wanted
-            if cids.known(cid) is None
-            and self.store.blocks.place(cid) is None
-            and not self._is_staged_file(cid)
-        ]
+        some = [cid for cid in wanted if cids.known(cid) is None and not self._is_staged_file(cid)]
+        packed = self.store.blocks.places(some)
+        return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
     def _is_staged_file(self, cid: Cid) -> bool:
         """Whether it is a raw file that is complete, as far as is known without looking at the disk."""

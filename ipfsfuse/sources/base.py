@@ -21,7 +21,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, streaming
+from ipfsfuse.sources.streams import Block, Delivery, Hashed, Send, Stream, streaming
 
 Caller = int | None
 """The user id behind a call; None for work that no call asked for, and where the kernel does not say."""
@@ -169,14 +169,6 @@ class Fetched:
 
     block: bytes
     source: Source
-
-
-class Hashed(NamedTuple):
-    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
-    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
-
-    block: bytes
-    digest: bytes
 
 
 class Verified(NamedTuple):

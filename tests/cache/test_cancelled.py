@@ -100,11 +100,11 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             async with cache.pinning(whole) as pinning:
                 await read_all(cache, whole)
-                for kept in cache.store.kept():
+                for kept in staged(cache):
                     await pinning.file(FileRef(kept.cid, kept.size))
                 try:
                     async with cache.pinning(lacking) as failing:
-                        for kept in cache.store.kept():
+                        for kept in staged(cache):
                             await failing.file(FileRef(kept.cid, kept.size))
                         raise ZeroDivisionError
                 except ZeroDivisionError:

@@ -188,7 +188,7 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             assert not part.exists()
             await cache.reader.leaf(other, others[0])
-            assert {kept.cid: (kept.size, kept.complete) for kept in cache.store.kept()} == {
+            assert {kept.cid: (kept.size, kept.complete) for kept in staged(cache)} == {
                 file.cid: (file.size, True),
                 other.cid: (other.size, False),
             }

@@ -63,7 +63,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
             await wait_all_tasks_blocked()  # both waited for the same moment
             assert waited == [content[:MIB]]
             assert len(chain.asked) == 1
-            assert cache.store.kept()[0].staged >= MIB
+            assert staged(cache)[0].staged >= MIB
 
     trio.run(main)
 

@@ -143,7 +143,7 @@ def test_the_order_of_use_is_the_same_whether_it_takes_one_look_or_many(
             async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
                 await cache.store.budget.counted.wait()
                 assert list(cache.store.budget.arc) == at_once
-                assert next(kept.cid for kept in cache.store.kept()) == files[28][0].cid
+                assert next(kept.cid for kept in staged(cache)) == files[28][0].cid
 
     trio.run(main)
 

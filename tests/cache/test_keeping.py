@@ -102,7 +102,7 @@ def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tm
             await churn(cache, chain)
             assert await fetches(cache, chain, kept) == 0
             assert cache.statistics().pinned > 3 * MIB
-            assert {one.pinned for one in cache.store.kept()} == {"user", ""}
+            assert {one.pinned for one in staged(cache)} == {"user", ""}
             await cache.evict()
             assert await fetches(cache, chain, kept) == 0
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:

@@ -21,7 +21,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.errors import WrongBlock
 from ipfsfuse.fileio.flatfs import BlockFiles
-from ipfsfuse.sources.base import Hashed
+from ipfsfuse.sources.streams import Hashed
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.local import kubo_repo

@@ -20,14 +20,14 @@ from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import Hashed, LeafRange, Source, Subtree, too_large
+from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
-from ipfsfuse.sources.streams import Block, Delivery, Leases, Send
+from ipfsfuse.sources.streams import Block, Delivery, Hashed, Leases, Send
 
 CONNECTIONS = 2
 """Requests of one range at a time: on 2 cores a second one gained 5 to 25 % over 64 MiB, a third nothing."""
