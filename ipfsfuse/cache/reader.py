@@ -151,7 +151,9 @@ class _Expected:
 
     def came(self, cid: Cid, block: bytes) -> None:
         self._came.add(block_key(cid))
-        self._batch.expect(self._reader.absent(self._seen(cid, block)))
+        below = self._seen(cid, block)
+        if below:
+            self._batch.expect(self._reader.absent(below))
 
 
 # -- the reader ---------------------------------------------------------------------------------------------

@@ -39,13 +39,6 @@ _UNDRAINED = 32
 _Drained = ctypes.c_uint64 * _UNDRAINED
 
 _LIBRARY = load_library("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
-_LIBRARY.opens_allow.argtypes = (ctypes.c_uint64,)
-_LIBRARY.opens_allow.restype = None
-_LIBRARY.opens_revoke.argtypes = (ctypes.c_uint64, ctypes.c_int)
-_LIBRARY.opens_revoke.restype = ctypes.c_uint32
-_LIBRARY.opens_revoke_idle.restype = None
-_LIBRARY.opens_drain.argtypes = (_Drained,)
-_LIBRARY.opens_drain.restype = ctypes.c_uint32
 _LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
 _LIBRARY.device_backing_open.argtypes = _LIBRARY.device_backing_close.argtypes = (ctypes.c_int,)
 _LIBRARY.device_backing_close.restype = None
@@ -61,6 +54,13 @@ NANOSECONDS_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
 """How long that request had waited for Python. Only in a handler that has not waited yet."""
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
 """The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
+_WITH_LOCK.opens_allow.argtypes = (ctypes.c_uint64,)
+_WITH_LOCK.opens_allow.restype = None
+_WITH_LOCK.opens_revoke.argtypes = (ctypes.c_uint64, ctypes.c_int)
+_WITH_LOCK.opens_revoke.restype = ctypes.c_uint32
+_WITH_LOCK.opens_revoke_idle.restype = None
+_WITH_LOCK.opens_drain.argtypes = (_Drained,)
+_WITH_LOCK.opens_drain.restype = ctypes.c_uint32
 _WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
 _WITH_LOCK.reads_remove.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
 _WITH_LOCK.pieces_allow.argtypes = (
@@ -159,30 +159,30 @@ def listening(listener: tuple[int, int] | None) -> Iterator[None]:
 def allow(inode: int) -> None:
     """From now on the thread opens `inode`, a regular file whose attributes the kernel has
     correctly."""
-    _LIBRARY.opens_allow(inode)
+    _WITH_LOCK.opens_allow(inode)
 
 
 def revoke(inode: int) -> int:
     """From now on opens of `inode` go to Python. Returns how many opens the thread had counted; their
     releases will go to Python too."""
-    return int(_LIBRARY.opens_revoke(inode, 1))
+    return int(_WITH_LOCK.opens_revoke(inode, 1))
 
 
 def revoke_if_closed(inode: int) -> bool:
     """Stops the thread from opening `inode`, unless it has counted opens of it. Returns whether that was
     done."""
-    return not _LIBRARY.opens_revoke(inode, 0)
+    return not _WITH_LOCK.opens_revoke(inode, 0)
 
 
 def revoke_idle() -> None:
     """Stops the thread from opening any inode that it has counted no open of."""
-    _LIBRARY.opens_revoke_idle()
+    _WITH_LOCK.opens_revoke_idle()
 
 
 def drain() -> Sequence[int]:
     """The inodes that the thread has opened since the last call, in order."""
     inodes = _Drained()
-    return inodes[: _LIBRARY.opens_drain(inodes)]
+    return inodes[: _WITH_LOCK.opens_drain(inodes)]
 
 
 def inode_of(handle: int) -> int | None:

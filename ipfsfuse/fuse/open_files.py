@@ -267,9 +267,6 @@ class OpenFiles:
         """Takes note of what was opened in C, and of what the kernel took into its page cache."""
         if not self._push:
             return
-        for inode in self._pusher.stored():
-            if self._inodes.holds(inode) and inode.attributes.exact:
-                device.allow(inode.number)
         last = None
         for number in device.drain():
             last = self._inodes.known(number)
@@ -350,7 +347,7 @@ class PageCachePusher:
         try:
             if device.revoke_if_closed(inode.number):
                 pyfuse3.notify_store(pyfuse3.InodeT(inode.number), 0, content)
-                self._stored.put(inode)
+                device.allow(inode.number)
         except OSError as exc:
             log.debug(
                 "inode %d took no pages: %s", inode.number, exc
