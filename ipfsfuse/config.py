@@ -87,14 +87,14 @@ class MountConfig(ContentConfig):
 # -- where folders lie by default ----------------------------------------------------------------------------
 
 
-def cache_dir(given: str | None) -> Path:
+def cache_dir(given: str | Path | None) -> Path:
     """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
     return absolute(
         given or os.environ.get("IPFSFUSE_CACHE_DIR") or xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
     )
 
 
-def library(given: str | None) -> Path:
+def library(given: str | Path | None) -> Path:
     """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
     return absolute(
         given

@@ -134,7 +134,7 @@ class Names:
         """The names that were resolved of late."""
         return self._resolver.resolved_names() if self._resolver is not None else ()
 
-    async def record(self, name: "KeyName", *, fetch: bool) -> bytes:
+    async def record(self, name: "KeyName", fetch: bool) -> bytes:
         """The newest record of `name`; without `fetch` the newest that was seen, unverified. Raises NotHere,
         Unavailable, StoreFailed."""
         if fetch:
@@ -162,7 +162,7 @@ class WholeBlocks:
         self._cache, self._pool = cache, pool
         self._places: dict[Cid, tuple[FileRef, Leaf]] = {}
 
-    async def get(self, cid: Cid, *, fetch: bool = True) -> bytes:
+    async def get(self, cid: Cid, fetch: bool) -> bytes:
         """The verified block of `cid`. Without `fetch` it must be staged, or in a source in place: raises
         NotHere. With it raises what `Cache.block` raises."""
         known = self._places.get(cids.canonical(cid))

@@ -1,5 +1,5 @@
-"""The composition root: builds one mount from its configuration. `_serving` shows every lifetime, innermost
-last.
+"""The composition root: builds one mount from its configuration. `run` and `_main` show every lifetime,
+innermost last.
 
 Concurrency: everything runs in one trio loop; file bytes are read, hashed and written in its worker threads.
 """
@@ -75,6 +75,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 
 Ready = Callable[[Path], None]
 """Called once, with the control socket's path, when the mount answers."""
+End = Callable[[], Awaitable[None]]
+"""Unmounts."""
 Hangup = Callable[[], int | None]
 """Called at each SIGHUP; gives the budget that holds from now on, None for the same."""
 
@@ -113,7 +115,9 @@ def run(
                 stack.callback(helpers[-1].close)
             if config.user is not None:
                 _become(config.user, [config.cache_dir])
-            folder = stack.enter_context(_folder(config))
+            cache_dir = stack.enter_context(isolated_folder()) if config.isolated else config.cache_dir
+            folder = stack.enter_context(locked(cache_dir))
+            folder.announce(os.getpid(), str(config.mountpoint))
             record = None if config.record is None else stack.enter_context(Record.create(config.record))
             said = _confine(config, folder, reads, writes) if config.confined else "nothing: --unconfined"
             with short_collections():
@@ -291,16 +295,6 @@ def _touch_memory() -> None:
     _ = [b"\1" * LEAF for _ in range(TOUCHED)]
 
 
-@contextmanager
-def _folder(config: MountConfig) -> Iterator[CacheFolder]:
-    """The cache folder, locked for the length of the block."""
-    with ExitStack() as stack:
-        cache_dir = stack.enter_context(isolated_folder()) if config.isolated else config.cache_dir
-        folder = stack.enter_context(locked(cache_dir))
-        folder.announce(os.getpid(), str(config.mountpoint))
-        yield folder
-
-
 async def _main(
     config: MountConfig,
     folder: CacheFolder,
@@ -311,54 +305,86 @@ async def _main(
     indexing: Indexing | None,
     hangup: Hangup | None,
 ) -> None:
-    async with (
-        _serving(config, folder, record, indexing) as (
-            operations,
-            passthrough,
-            commands,
-            names,
-            nursery,
-            server,
-        ),
-        AsyncExitStack() as stack,
-    ):
-        session = stack.enter_context(
-            sessions.opened(
-                operations,
-                helpers[0],
-                readahead=config.record is None,
-                passthrough=config.passthrough,
+    """All that answers the kernel's requests, from the sources up, until the mount is gone."""
+    rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
+    quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
+    http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
+    async with AsyncExitStack() as stack:
+        sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
+        nodes = [source for source in sources if isinstance(source, Kubo)]
+        if config.allow is None:  # else a name may be one that is not allowed
+            repositories = [node.blocks for node in nodes if node.blocks]
+            listener = repositories[0].files.name_listener if repositories else None
+            stack.enter_context(device.listening(listener))
+        rpcs = {node.name: node.rpc for node in nodes if config.pins == "kubo" and not config.offline}
+        mount_id = await threads.run_sync(MountId.open, folder.path)
+        pins = await stack.enter_async_context(NodePins.open(rpcs, mount_id, isolated=config.isolated))
+        cache = await stack.enter_async_context(
+            PinsetCache.open(
+                folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
             )
         )
-        end = helpers[0], nursery.cancel_scope
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_reconcile, pins, cache)
+        tree = Tree(cache.reader, nursery, record)
+        roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
+        inodes = Inodes(await threads.run_sync(folder.inode_key))
+        names = Names(folder.path, sources, http, config, stack)
+        passthrough, passed = None, None
+        if config.passthrough:
+            passed = PassthroughFiles(cache.store, cache.reader)
+            stack.callback(passed.close_all)
+            nursery.start_soon(passed.run)
+            passthrough = Passthrough(passed)
+        operations = Operations(
+            tree,
+            roots,
+            inodes,
+            lambda: cache.store.budget.configured,
+            config.deadline,
+            push=record is None,
+            owner=(config.uid, config.gid),
+            umask=config.umask,
+            passthrough=passthrough,
+        )
+        commands = Commands(
+            config, cache, pool, pins, tree, names, passed, quota, operations.latencies, operations.bytes
+        )
+        server = ControlServer(commands.table())
+        await nursery.start(server.serve, folder.control, folder.remake)
         if config.ipns is not None:
-            await stack.enter_async_context(_names_mounted(config, helpers[1], names, partial(_end, *end)))
+            await names.resolver()  # what is wrong with its settings is reported before anything is mounted
+        session = stack.enter_context(
+            sessions.opened(operations, helpers[0], config.record is None, config.passthrough)
+        )
+        end = partial(_end, helpers[0], nursery.cancel_scope)
+        if config.ipns is not None:
+            await stack.enter_async_context(_names_mounted(config, helpers[1], names, end))
             stack.enter_context(live_mounts.registered(config.ipns, folder.control))
         notifier = Notifier()
-        nursery.start_soon(_heed_signals, *end, hangup, commands, notifier)
+        nursery.start_soon(_heed_signals, end, hangup, commands, notifier)
         if config.while_held:
-            nursery.start_soon(_end_when_let_go, server, *end)
-
-        def answers() -> None:
-            if passthrough is not None:
-                passthrough.check(session.device.passes_through)
-            if config.record is None:
-                mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
-            _touch_memory()
-            if config.user is not None:
-                log.info("the daemon goes on as user %s", config.user.name)
-            elif os.geteuid() == 0:
-                log.info("the daemon stays root: --user NAME lets it go on as another user")
-            log.info("the daemon is confined by %s", confined_by)
-            log.info("mounted at %s", config.mountpoint)
-            ready(folder.control)
-            notifier.send("READY=1", f"STATUS=mounted at {config.mountpoint}")
-            nursery.start_soon(notifier.run, commands.in_one_line)
-            nursery.start_soon(commands.measure_lag)
-
-        with operations.pushing(), live_mounts.registered(config.mountpoint, folder.control):
-            nursery.start_soon(operations.run)
-            await sessions.serve(session, answers)
+            nursery.start_soon(_end_when_released, server, end)
+        stack.enter_context(live_mounts.registered(config.mountpoint, folder.control))
+        with operations.files.pushing():
+            nursery.start_soon(operations.files.run)
+            async with trio.open_nursery() as serving:
+                await serving.start(sessions.serve, session)
+                if passthrough is not None:
+                    passthrough.check(session.device.passes_through)
+                if config.record is None:
+                    mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
+                _touch_memory()
+                if config.user is not None:
+                    log.info("the daemon goes on as user %s", config.user.name)
+                elif os.geteuid() == 0:
+                    log.info("the daemon stays root: --user NAME lets it go on as another user")
+                log.info("the daemon is confined by %s", confined_by)
+                log.info("mounted at %s", config.mountpoint)
+                ready(folder.control)
+                notifier.send("READY=1", f"STATUS=mounted at {config.mountpoint}")
+                nursery.start_soon(notifier.run, commands.in_one_line)
+                nursery.start_soon(commands.measure_lag)
         log.info("unmounted")
         notifier.send("STOPPING=1")
         nursery.cancel_scope.cancel()
@@ -366,10 +392,7 @@ async def _main(
 
 @asynccontextmanager
 async def _names_mounted(
-    config: MountConfig,
-    helper: sessions.MountHelper,
-    names: Names,
-    ended: Callable[[], Awaitable[None]],
+    config: MountConfig, helper: sessions.MountHelper, names: Names, ended: End
 ) -> AsyncIterator[None]:
     """Names as symlinks into the mount, at a mountpoint of their own."""
 
@@ -389,67 +412,10 @@ async def _names_mounted(
         yield
 
 
-@asynccontextmanager
-async def _serving(
-    config: MountConfig, folder: CacheFolder, record: Record | None, indexing: Indexing | None
-) -> AsyncIterator[tuple[Operations, Passthrough | None, Commands, Names, trio.Nursery, ControlServer]]:
-    """All that answers the kernel's requests, from the sources up."""
-    rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
-    quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
-    http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
-    async with AsyncExitStack() as stack:
-        sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
-        if config.allow is None:  # else a name may be one that is not allowed
-            listeners = [node.name_listener for node in sources if isinstance(node, Kubo)]
-            stack.enter_context(device.listening(next(filter(None, listeners), None)))
-        nodes = (
-            {node.name: node.rpc for node in sources if isinstance(node, Kubo)}
-            if config.pins == "kubo" and not config.offline
-            else {}
-        )
-        mount_id = await threads.run_sync(MountId.open, folder.path)
-        pins = await stack.enter_async_context(NodePins.open(nodes, mount_id, isolated=config.isolated))
-        cache = await stack.enter_async_context(
-            PinsetCache.open(
-                folder.path, pool, config.budget, deadline=config.deadline, pins=pins, reserve=config.reserve
-            )
-        )
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        nursery.start_soon(_reconcile, pins, cache)
-        tree = Tree(cache.reader, nursery, record)
-        roots = Roots(pool.roots, cache.named_roots, cache.note_root, config.allow)
-        inodes = Inodes(await threads.run_sync(folder.inode_key))
-        names = Names(folder.path, sources, http, config, stack)
-        if config.ipns is not None:
-            await names.resolver()  # what is wrong with its settings is reported before anything is mounted
-        passthrough, passed = None, None
-        if config.passthrough:
-            passed = PassthroughFiles(cache.store, cache.reader)
-            stack.callback(passed.close)
-            nursery.start_soon(passed.run)
-            passthrough = Passthrough(passed)
-        commands = Commands(config, cache, pool, pins, tree, names, passed, quota)
-        server = ControlServer(commands.table())
-        await nursery.start(server.serve, folder.control, folder.remake)
-        operations = Operations(
-            tree,
-            roots,
-            inodes,
-            lambda: cache.store.budget.configured,
-            config.deadline,
-            push=record is None,
-            owner=(config.uid, config.gid),
-            umask=config.umask,
-            passthrough=passthrough,
-        )
-        commands.latencies, commands.bytes = operations.latencies, operations.bytes
-        yield operations, passthrough, commands, names, nursery, server
-
-
 async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
     """Tells the nodes what is desired, once it is known what an earlier run left."""
     staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
-    pins.reconcile(staged, cache.pinned(), cache.store.kept_of, cache)
+    pins.reconcile(staged, cache.pinned(), cache.store.item_of, cache)
 
 
 # -- signals, and the service manager ------------------------------------------------------------------------
@@ -458,17 +424,11 @@ async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
 def _ignore_signals(also_hangup: bool) -> None:
     """Ignores signals that would end the daemon by mistake, and cut off its readers. (A signal of a bug, such
     as SIGSEGV, still ends it.)"""
-    for_users, timers = (signal.SIGUSR1, signal.SIGUSR2), (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
-    for number in (
-        *for_users,
-        *timers,
-        signal.SIGIO,
-        signal.SIGPWR,
-        *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
-    ):
+    timers = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
+    others = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGIO, signal.SIGPWR)
+    hangup = [signal.SIGHUP] if also_hangup else []
+    for number in (*timers, *others, *hangup, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)):
         signal.signal(number, signal.SIG_IGN)
-    if also_hangup:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 STATUS_SECONDS = 30.0
@@ -509,13 +469,7 @@ class Notifier:
             await trio.sleep(seconds)
 
 
-async def _heed_signals(
-    helper: sessions.MountHelper,
-    everything: trio.CancelScope,
-    hangup: Hangup | None,
-    commands: Commands,
-    notifier: Notifier,
-) -> None:
+async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, notifier: Notifier) -> None:
     """A signal that ends a process unmounts. A mount that is busy is unmounted lazily, so that the daemon
     ends in any case. SIGUSR1 logs the status. SIGHUP reloads."""
     heeded = {*ENDING, signal.SIGUSR1}
@@ -538,17 +492,15 @@ async def _heed_signals(
             else:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 notifier.send("STOPPING=1")
-                await _end(helper, everything)
+                await end()
 
 
-async def _end_when_let_go(
-    server: ControlServer, helper: sessions.MountHelper, everything: trio.CancelScope
-) -> None:
+async def _end_when_released(server: ControlServer, end: End) -> None:
     with trio.move_on_after(HOLD_SECONDS):
-        await server.held.wait()
-    await server.until_let_go()
+        await server.first_holder.wait()
+    await server.until_released()
     log.info("nobody holds this mount any more: unmounting")
-    await _end(helper, everything)
+    await end()
 
 
 async def _end(helper: sessions.MountHelper, everything: trio.CancelScope) -> None:

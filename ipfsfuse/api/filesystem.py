@@ -230,8 +230,8 @@ async def open_filesystem(
     the URL of a source, the file of the HTTP headers that it gets. Raises StoreFailed where another process
     uses the cache folder, SourceFailed, UsageError."""
     asked = ContentConfig(
-        cache_dir=config.cache_dir(None if cache_dir is None else str(cache_dir)),
-        library=config.library(None if library is None else str(library)),
+        cache_dir=config.cache_dir(cache_dir),
+        library=config.library(library),
         sources=defaults.chosen(sources),
         offline=offline,
         budget=budget,

@@ -14,6 +14,7 @@ import stat as modes
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -215,8 +216,7 @@ def _backend(**options: Any) -> _Backend:
 
 
 def _opened(options: dict[str, Any]) -> _Backend:
-    given = options.get("cache_dir")
-    cache_dir = config.cache_dir(None if given is None else str(given))
+    cache_dir = config.cache_dir(options.get("cache_dir"))
     if options.get("isolated") or cache_folder.is_free(cache_dir):
         with suppress(errors.StoreFailed):  # another process was quicker
             return _OwnThread(options)
@@ -232,28 +232,24 @@ class _OwnThread:
     def __init__(self, options: dict[str, Any]) -> None:
         """Raises what `open_filesystem` raises."""
         self._options = options
-        self._ready = threading.Event()
-        self._failed: BaseException | None = None
+        self._opened: Future[None] = Future()
         self._files: dict[str, File] = {}
         self._thread = threading.Thread(target=self._run, name="ipfsfuse", daemon=True)
         self._thread.start()
-        self._ready.wait()
-        if self._failed is not None:
-            raise self._failed
+        self._opened.result()
 
     def _run(self) -> None:
         try:
             trio.run(self._main)
         except BaseException as exc:
-            self._failed = exc
-        finally:
-            self._ready.set()
+            if not self._opened.done():
+                self._opened.set_exception(exc)
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._end = trio.Event()
         async with open_filesystem(**self._options) as self._fs:
-            self._ready.set()
+            self._opened.set_result(None)
             await self._end.wait()
 
     def _call(self, call: Callable[..., Awaitable[T]], *args: Any) -> T:
@@ -295,16 +291,11 @@ class _OwnThread:
         try:
             return await file.read(start, end - start)
         finally:
-            # its readahead goes on where the next read begins
-            for other in [self._files.pop(path, None), *self._oldest()]:
-                if other is not None:
-                    await other.aclose()
-            self._files[path] = file
-
-    def _oldest(self) -> Sequence[File]:
-        """Files that are open no longer."""
-        excess = list(self._files)[: max(0, len(self._files) - OPEN_FILES)]
-        return [self._files.pop(path) for path in excess]
+            other = self._files.pop(path, None)  # of a read at the same time
+            self._files[path] = file  # its readahead goes on where the next read begins
+            oldest = list(self._files)[:-OPEN_FILES]
+            for each in filter(None, [other, *map(self._files.pop, oldest)]):
+                await each.aclose()
 
     def close(self) -> None:
         with suppress(trio.RunFinishedError):

@@ -7,8 +7,8 @@ T1's share, which a use of something in B1 raises and one in B2 lowers. Where th
 bytes, in the adaptation too: a ghost moves the target by its size, times the ratio of the ghost lists where
 that favours it.
 
-What the paper has no case for is a thing that grows while it is held, as a file does leaf by leaf: growing is
-no new use, and a thing does not push itself out while anything else can go, until it holds half of the
+What the paper has no case for is a thing that grows while it is cached, as a file does leaf by leaf: growing
+is no new use, and a thing does not push itself out while anything else can go, until it takes half of the
 capacity.
 
 Nor does the paper know of owners. Here each thing is on the account of who brought it in. While others have
@@ -57,17 +57,17 @@ class _Accounts(Generic[K]):
             if not self.bytes[owner]:
                 del self.bytes[owner]
 
-    def winner(self, key: K, held: int, size: int, owner: Owner) -> Owner:
-        """Whose `key`, of which `held` bytes are there, is when `owner` brings `size` more: of who brought
+    def winner(self, key: K, before: int, size: int, owner: Owner) -> Owner:
+        """Whose `key`, of which `before` bytes are there, is when `owner` brings `size` more: of who brought
         most of it (R. Boyer, J. Moore, "A Fast Majority Vote Algorithm", 1981)."""
-        before = self.owners.get(key)
-        if not held:
+        present = self.owners.get(key)
+        if not before:
             return owner
-        if before == ALL or (before == owner and key not in self._lead):
-            return before
-        lead = self._lead.get(key, held) + (size if before == owner else -size)
+        if present == ALL or (present == owner and key not in self._lead):
+            return present
+        lead = self._lead.get(key, before) + (size if present == owner else -size)
         self._lead[key] = abs(lead)
-        return owner if lead < 0 else before
+        return owner if lead < 0 else present
 
     def forget(self, key: K) -> None:
         self.owners.pop(key, None)
@@ -78,7 +78,7 @@ class _Part(OrderedDict[K, int]):
     """One of the four lists, least lately used first, with the sum of its sizes."""
 
     def __init__(self, accounts: _Accounts[K] | None = None) -> None:
-        """`accounts` of what is held; ghosts have none."""
+        """`accounts` of what is cached; ghosts have none."""
         super().__init__()
         self.bytes = 0
         self._accounts = accounts or _Accounts()
@@ -154,12 +154,8 @@ class Arc(Generic[K]):
 
     @property
     def bytes(self) -> int:
-        """The sum of the sizes of all that is held."""
+        """The sum of the sizes of all that is cached."""
         return self._once.bytes + self._again.bytes
-
-    @property
-    def ghosts(self) -> int:
-        return len(self._once_ghosts) + len(self._again_ghosts)
 
     def __contains__(self, key: object) -> bool:
         return key in self._once or key in self._again
@@ -168,18 +164,18 @@ class Arc(Generic[K]):
         return len(self._once) + len(self._again)
 
     def size(self, key: K) -> int:
-        """Bytes that `key` holds, 0 for what is not held."""
+        """Bytes of `key`, 0 for what is not cached."""
         return self._once.get(key) or self._again.get(key, 0)
 
     def frequent(self, key: K) -> bool:
         return key in self._again
 
     def __iter__(self) -> Iterator[K]:
-        """All that is held: used once, then used again, least lately used first in each."""
+        """All that is cached: used once, then used again, least lately used first in each."""
         yield from self._once
         yield from self._again
 
-    def held_by(self) -> Mapping[Owner, int]:
+    def bytes_by_owner(self) -> Mapping[Owner, int]:
         """Bytes by owner, without what is nobody's."""
         return self._accounts.bytes
 
@@ -187,7 +183,7 @@ class Arc(Generic[K]):
         return self._accounts.owners.get(key)
 
     def use(self, key: K, owner: Owner = NOBODY) -> None:
-        """A new use of something held, by `owner`."""
+        """A new use of something cached, by `owner`."""
         part = self._part(key)
         if part is not None:
             before = self.owner(key)
@@ -202,15 +198,15 @@ class Arc(Generic[K]):
             part.renew(key)
 
     def admit(self, key: K, size: int, owner: Owner = NOBODY) -> list[K]:
-        """Takes in `size` bytes of `key` (`size` more where it is held already) on the account of `owner`.
+        """Takes in `size` bytes of `key` (`size` more where it is cached already) on the account of `owner`.
         Returns what must leave, in order.
 
-        What is returned is held no more. `key` itself may be there: what it held before must leave, the new
-        bytes stay. `size` must fit the capacity."""
+        What is returned is cached no more. `key` itself may be there: the bytes that it had must leave, the
+        new ones stay. `size` must fit the capacity."""
         if size > self.capacity:
             raise ValueError(f"{size} bytes can't fit {self.capacity}")
         again_ghost = key in self._again_ghosts
-        part = self._once if key in self._once else self._again if key in self._again else None
+        part = self._part(key)
         if part is None:
             part = self._once
             if again_ghost or key in self._once_ghosts:
@@ -220,9 +216,9 @@ class Arc(Generic[K]):
         if self._once.bytes + self._again.bytes + size > self.capacity:
             leave = self._make_room(size, key, again_ghost, owner)
         if key in part:
-            held = part[key]
-            part.put(key, held + size)
-            winner = self._accounts.winner(key, held, size, owner)
+            before = part[key]
+            part.put(key, before + size)
+            winner = self._accounts.winner(key, before, size, owner)
             if winner != self.owner(key):
                 part.reown(key, winner)
         else:
@@ -234,11 +230,11 @@ class Arc(Generic[K]):
         return leave
 
     def restore(self, key: K, size: int, frequent: bool) -> None:
-        """Takes in, most lately used, what an earlier run held; what is too much leaves by `set_capacity`."""
+        """Takes in, most lately used, what an earlier run left; what is too much leaves by `set_capacity`."""
         (self._again if frequent else self._once).put(key, size)
 
     def set_size(self, key: K, size: int) -> None:
-        """Corrects the size of something held."""
+        """Corrects the size of something cached."""
         part = self._part(key)
         if part is not None:
             part.resize(key, size)
@@ -289,8 +285,8 @@ class Arc(Generic[K]):
         return leave
 
     def _victim(self, key: K | None, again_ghost: bool, size: int, owner: Owner) -> K:
-        """The paper's REPLACE, for a thing that may be held already; among the things of one owner where that
-        has too much."""
+        """The paper's REPLACE, for a thing that may be cached already; among the things of one owner where
+        that has too much."""
         over = self._once.bytes > self.target or (again_ghost and self._once.bytes >= self.target)
         greedy = self._greedy(size, owner)
         if greedy is not NOBODY:
@@ -310,15 +306,15 @@ class Arc(Generic[K]):
         return again
 
     def _greedy(self, size: int, owner: Owner) -> Owner:
-        """Who holds too much once `owner` has `size` bytes more, while others have something; NOBODY where no
+        """Who has too much once `owner` has `size` bytes more, while others have something; NOBODY where no
         one does."""
-        held = self._accounts.bytes
-        if len(held) < 2 and not (held and owner not in held and owner is not NOBODY):
+        sizes = self._accounts.bytes
+        if len(sizes) < 2 and not (sizes and owner not in sizes and owner is not NOBODY):
             return NOBODY
-        for one in (owner, *held):
+        for one in (owner, *sizes):
             if (
                 one not in (NOBODY, ALL)
-                and held[one] + (size if one == owner else 0) > self.capacity // SHARE
+                and sizes[one] + (size if one == owner else 0) > self.capacity // SHARE
             ):
                 return one
         return NOBODY

@@ -53,7 +53,7 @@ class LeafPart(NamedTuple):
     verified lately."""
 
 
-class Kept(NamedTuple):
+class CacheItem(NamedTuple):
     """What is staged of one CID, for `ipfsfuse ls` and the xattrs."""
 
     cid: Cid
@@ -65,13 +65,13 @@ class Kept(NamedTuple):
     last_used: float
     """Seconds since 1970."""
     pinned: str
-    """"" for nothing, "cache" for held at the node while staged, "user" for kept for good."""
+    """"" for nothing, "cache" for held at the node while staged, "user" for pinned."""
     source: str
     """The name of the source it came from, "" where that is not known any more."""
 
 
 class SmallBlocks(NamedTuple):
-    """What is kept in packs: small files, directories, links, interior nodes."""
+    """What lies in packs: small files, directories, links, interior nodes."""
 
     blocks: int
     """Their number about a second ago."""
@@ -130,7 +130,7 @@ class Cache(Protocol):
         """Notes a use: takes the staging file, queues the pin. Does no I/O on the caller's time."""
         ...
 
-    def kept_of(self, cid: Cid) -> Kept | None:
+    def item_of(self, cid: Cid) -> CacheItem | None:
         """What is staged of one CID, in any spelling; None where nothing is."""
         ...
 

@@ -1,7 +1,7 @@
 """The budget: no byte is written before there is room for it.
 
 `used` counts, in file-system blocks, what staging files and packs take and may still take by writes under
-way, what is kept for good, and everything else in the cache folder with what that may grow. ARC says what
+way, what is pinned, and everything else in the cache folder with what that may grow. ARC says what
 must leave. That has left the disk before the reservation returns, and no other reservation returns in
 between. So the sum on disk never exceeds `limit`.
 
@@ -17,7 +17,8 @@ Concurrency: the event loop's; one reservation that must evict, or one removal, 
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -39,8 +40,17 @@ RETRY = 5.0
 """Seconds after a failed write in which nothing is written."""
 
 
-def _unknown() -> None:
-    return None
+@asynccontextmanager
+async def holding(lock: trio.Lock) -> AsyncIterator[None]:
+    """While it has `lock`. Where that is free, no other task gets a turn first, which costs 20 us."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Budget:
@@ -48,25 +58,22 @@ class Budget:
         self,
         configured: int,
         evict: Callable[[Key], Awaitable[None]],
-        spare: Callable[[], int | None] = _unknown,
-        counted: bool = True,
+        spare: Callable[[], int | None],
     ) -> None:
         """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
         bytes the file system can take before the reserve is touched: negative where others have taken from
-        the reserve, None where that can't be known. If an earlier run left something that is not
-        `counted` yet, `restore` is called with it, and then `counted` is set."""
+        the reserve, None where that can't be known. `restore` is called with what an earlier run left, and
+        then `counted` is set."""
         self.configured = configured
         self.limit = configured
         self.unit = 4096
         """Bytes of a file-system block."""
         self.counted = trio.Event()
         """Set when `used` has all that an earlier run left."""
-        if counted:
-            self.counted.set()
         self.arc: Arc[Key] = Arc(configured)
         self.evictions = 0
         self.refused: set[Key] = set()
-        """What should be kept for good, but did not fit."""
+        """What should be pinned, but did not fit."""
         self._evict = evict
         self._spare = spare
         self._lock = trio.Lock()
@@ -74,10 +81,10 @@ class Budget:
         self._margin = 0
         self._stuck = 0
         self._exempt: dict[Key, int] = {}
-        """Bytes of what may not be evicted: what is kept for good, or held."""
+        """Bytes of what may not be evicted: what is pinned or protected."""
         self._exempt_bytes = 0
-        self._kept: set[Key] = set()
-        self._held: dict[Key, bool] = {}
+        self._pinned: set[Key] = set()
+        self._protected: dict[Key, bool] = {}
         """Whether ARC had it among what was used again."""
         self._pending = 0
         self._unlooked = 0
@@ -87,17 +94,18 @@ class Budget:
         return self._overhead + self._margin + self._stuck + self._exempt_bytes + self.arc.bytes
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of what is kept for good."""
-        return self._exempt_bytes - sum(self._exempt[key] for key in self._held if key not in self._kept)
+    def pinned_bytes(self) -> int:
+        """Bytes of what is pinned."""
+        protected = sum(self._exempt[key] for key in self._protected if key not in self._pinned)
+        return self._exempt_bytes - protected
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of what is held."""
-        return sum(self._exempt[key] for key in self._held)
+    def protected_bytes(self) -> int:
+        """Bytes of what is protected."""
+        return sum(self._exempt[key] for key in self._protected)
 
-    def kept(self, key: Key) -> bool:
-        return key in self._kept
+    def is_pinned(self, key: Key) -> bool:
+        return key in self._pinned
 
     def size(self, key: Key) -> int:
         return self._exempt.get(key) or self.arc.size(key)
@@ -110,15 +118,11 @@ class Budget:
             return 0
         size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
         self._unlooked += size
-        try:
-            self._lock.acquire_nowait()  # `acquire` gives other tasks a turn, which costs 20 us
-        except trio.WouldBlock:
-            await self._lock.acquire()
-        try:
+        async with holding(self._lock):
             if self._unlooked >= LOOK_BYTES:
                 self._look()
             if size > self.arc.capacity:
-                if key in self._kept:
+                if key in self._pinned:
                     self.refused.add(key)
                 return 0
             if key in self._exempt:
@@ -132,8 +136,6 @@ class Budget:
                         return 0
             self._pending += size
             return size
-        finally:
-            self._lock.release()
 
     def restore(self, key: Key, size: int, frequent: bool) -> None:
         """Counts `size` bytes that an earlier run left of `key`, which is the one used last so far."""
@@ -163,31 +165,31 @@ class Budget:
         else:
             self.arc.remove(key)
 
-    def keep(self, key: Key) -> None:
+    def pin(self, key: Key) -> None:
         """Exempts `key` from eviction, whether or not it is there yet."""
-        self._kept.add(key)
+        self._pinned.add(key)
         self._exempt_from_arc(key)
 
-    def release(self, key: Key) -> None:
+    def unpin(self, key: Key) -> None:
         """`key` may be evicted again."""
-        if key in self._kept:
-            self._kept.remove(key)
+        if key in self._pinned:
+            self._pinned.remove(key)
             self._back_to_arc(key, True)
 
-    def hold(self, key: Key) -> None:
+    def protect(self, key: Key) -> None:
         """Exempts `key` from eviction for as long as it is read past the cache."""
-        if key not in self._held:
-            self._held[key] = self.arc.frequent(key)
+        if key not in self._protected:
+            self._protected[key] = self.arc.frequent(key)
             self._exempt_from_arc(key)
 
     def evictable(self) -> list[Key]:
-        """All that is not kept for good: what is held leaves too when a user asks for it."""
-        return [*self.arc, *(key for key in self._held if key not in self._kept)]
+        """All that is not pinned: what is protected leaves too when a user asks for it."""
+        return [*self.arc, *(key for key in self._protected if key not in self._pinned)]
 
-    def let_go(self, key: Key) -> None:
-        """Ends what `hold` began."""
-        if key in self._held:
-            self._back_to_arc(key, self._held.pop(key))
+    def unprotect(self, key: Key) -> None:
+        """Ends what `protect` began."""
+        if key in self._protected:
+            self._back_to_arc(key, self._protected.pop(key))
 
     def _exempt_from_arc(self, key: Key) -> None:
         if key not in self._exempt:
@@ -197,7 +199,7 @@ class Budget:
             self._add_exempt(key, size)
 
     def _back_to_arc(self, key: Key, frequent: bool) -> None:
-        if key in self._kept or key in self._held:
+        if key in self._pinned or key in self._protected:
             return
         size = self._exempt[key]
         self.remove(key)

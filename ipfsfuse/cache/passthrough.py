@@ -2,12 +2,12 @@
 
 A complete staging file is verified whole, once in the daemon's life, in the background. From then on the disk
 is trusted for it, as long as nobody has written to the file: its inode number, size and times are compared
-each time it is held.
+each time it is opened.
 
-While the kernel reads it, a file is held: it counts in the budget, ARC does not choose it, and nothing of it
-is punched out. A user who evicts it takes its name; its space counts until the last reader has gone. A
+While the kernel reads it, a file is protected: it counts in the budget, ARC does not choose it, and nothing
+of it is punched out. A user who evicts it takes its name; its space counts until the last reader has gone. A
 mapping (mmap(2)) of the backing file lives longer than the last release of the FUSE file, and nobody tells of
-its end. So a file is held until the kernel grants a lease on it.
+its end. So a file is protected until the kernel grants a lease on it.
 
 Concurrency: the event loop's. Files are verified one after another, by a thread at a time.
 """
@@ -32,10 +32,10 @@ from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
-MAX_HELD = 1000
-"""Files that are held at once. Any more are read through the daemon."""
-HELD_PART = 2
-"""The part of the budget, as a divisor, that may be held at once: the rest is left to what is read next."""
+MAX_OPEN = 1000
+"""Files that are open at once, the mapped ones included. Any more are read through the daemon."""
+OPEN_PART = 2
+"""The part of the budget, as a divisor, that may be open at once: the rest is left to what is read next."""
 HASHED_TOGETHER = 4 << 20
 """Bytes that are read and hashed by one thread hop while a file is verified."""
 TRIES = 2
@@ -68,9 +68,9 @@ class PassthroughFiles:
         self._waiting: dict[Entry, None] = {}
         self._verifying = False
         self._wake = trio.Event()
-        self._held: dict[Entry, int] = {}
+        self._open: dict[Entry, int] = {}
         """Their descriptors."""
-        self._closed: dict[Entry, int] = {}
+        self._mapped: dict[Entry, int] = {}
         """The same, of files that have no reader that we know of."""
         store.completed = self.verify_later
 
@@ -79,8 +79,8 @@ class PassthroughFiles:
             "the kernel reads a staging file that was verified whole: the disk is trusted while it is open",
             sum(entry.verified for entry in self._store.staging.entries.values()),
             len(self._waiting) + self._verifying,
-            len(self._held),
-            len(self._closed),
+            len(self._open),
+            len(self._mapped),
             self._store.lingering,
         )
 
@@ -98,7 +98,7 @@ class PassthroughFiles:
     # -- verifying -------------------------------------------------------------------------------------------
 
     def consider(self, cid: Cid) -> None:
-        """`cid` was opened, and could not be held: if it is complete, it may be held the next time."""
+        """`cid` was opened, and the kernel could not read it: if it is complete, it may the next time."""
         entry = self._store.staging.find(cids.canonical(cid))
         if entry is not None and entry.complete and not entry.verified:
             self.verify_later(entry)
@@ -110,10 +110,10 @@ class PassthroughFiles:
     async def run(self) -> None:
         """For as long as the mount serves."""
         while True:
-            with trio.move_on_after(LOOK_SECONDS if self._closed else float("inf")):
+            with trio.move_on_after(LOOK_SECONDS if self._mapped else float("inf")):
                 await self._wake.wait()
             self._wake = trio.Event()
-            self._look_at_closed()
+            self._look_at_mapped()
             while self._waiting:
                 entry = next(iter(self._waiting))
                 del self._waiting[entry]
@@ -124,7 +124,7 @@ class PassthroughFiles:
                     log.debug("%s can't be verified whole: %s", cids.text(entry.cid), exc)
                 finally:
                     self._verifying = False
-                self._look_at_closed()
+                self._look_at_mapped()
 
     async def _verify(self, entry: Entry) -> None:
         """A leaf that is wrong or was set aside is fetched again. Then all of the file is read once more."""
@@ -142,18 +142,18 @@ class PassthroughFiles:
             now = await threads.run_sync(staging.stamp, entry, limiter=self._store.io.reading)
             entry.verified = at == entry.size and now == entry.stamp and entry.whole() and not entry.dead
 
-    # -- holding ---------------------------------------------------------------------------------------------
+    # -- read by the kernel ----------------------------------------------------------------------------------
 
-    def hold(self, cid: Cid) -> tuple[Entry, int] | None:
+    def open(self, cid: Cid) -> tuple[Entry, int] | None:
         """The staging file of `cid`, and a descriptor of it, if all of it was verified and there is room to
-        hold it. The caller lets go of it."""
+        protect it. The caller closes it."""
         entry = self._store.staging.find(cids.canonical(cid))
-        if entry is None or not entry.verified or entry in self._held:
+        if entry is None or not entry.verified or entry in self._open:
             return None
         budget = self._store.budget
-        if not entry.held and (
-            len(self._held) + len(self._closed) >= MAX_HELD
-            or budget.held_bytes + budget.size(entry.cid) > budget.limit // HELD_PART
+        if not entry.read_by_kernel and (
+            len(self._open) + len(self._mapped) >= MAX_OPEN
+            or budget.protected_bytes + budget.size(entry.cid) > budget.limit // OPEN_PART
         ):
             return None
         try:
@@ -163,36 +163,36 @@ class PassthroughFiles:
         if file is None:
             entry.verified = False
             return None
-        if entry in self._closed:
-            os.close(self._closed.pop(entry))
-        entry.held = True
-        budget.hold(entry.cid)
-        self._held[entry] = file
+        if entry in self._mapped:
+            os.close(self._mapped.pop(entry))
+        entry.read_by_kernel = True
+        budget.protect(entry.cid)
+        self._open[entry] = file
         return entry, file
 
-    def let_go(self, entry: Entry) -> None:
+    def close(self, entry: Entry) -> None:
         """The kernel has released it for the last time."""
-        self._closed[entry] = self._held.pop(entry)
-        self._look_at_closed()
+        self._mapped[entry] = self._open.pop(entry)
+        self._look_at_mapped()
         self._wake.set()
 
-    def _look_at_closed(self) -> None:
-        for entry, file in list(self._closed.items()):
+    def _look_at_mapped(self) -> None:
+        for entry, file in list(self._mapped.items()):
             if entry.dead or is_free(file):  # one that has left is looked at by the store
                 os.close(file)
-                del self._closed[entry]
-                entry.held = False
+                del self._mapped[entry]
+                entry.read_by_kernel = False
                 if not entry.dead:
-                    self._store.budget.let_go(entry.cid)
+                    self._store.budget.unprotect(entry.cid)
 
-    def close(self) -> None:
+    def close_all(self) -> None:
         """When the mount is gone."""
-        for entry, file in [*self._held.items(), *self._closed.items()]:
+        for entry, file in [*self._open.items(), *self._mapped.items()]:
             os.close(file)
             if not entry.dead:
-                self._store.budget.let_go(entry.cid)
-        self._held.clear()
-        self._closed.clear()
+                self._store.budget.unprotect(entry.cid)
+        self._open.clear()
+        self._mapped.clear()
 
 
 async def _together(leaves: AsyncIterator[Leaf]) -> AsyncIterator[Sequence[Leaf]]:

@@ -1,4 +1,4 @@
-"""What is kept for good: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
+"""What the user pinned: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
 unpinned.
 
 Each pin has packs of its own, so that one pin can be removed without harm to the others.
@@ -8,7 +8,7 @@ Concurrency: the event loop's. Pins and unpins of one CID exclude each other.
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 
 import trio
 
@@ -16,6 +16,7 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.cache.store.packs import PackSet
+from ipfsfuse.cache.store.records import PinRecord
 from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 
 
 class Pinning:
-    """One DAG on its way to be kept. `file` is awaited for each of its files before their leaves are read."""
+    """One DAG on its way to be pinned. `file` is awaited for each of its files before their leaves are
+    read."""
 
     def __init__(self, store: Store, root: Cid) -> None:
         self._store = store
@@ -37,20 +39,20 @@ class Pinning:
         self._pack_set = PackSet()
         self._files: dict[Cid, int] = {}
         self._own_files: set[Cid] = set()
-        """Those that no other pin kept before."""
+        """Those that no other pin had before."""
 
     @property
     def keys(self) -> list[Key]:
-        """What it keeps."""
+        """The staging files and packs that it pins."""
         return [*self._files, *self._pack_set.packs]
 
     async def file(self, file: FileRef) -> None:
-        """Raises StoreFailed where what was kept so far did not find room."""
+        """Raises StoreFailed where what was pinned so far did not find room."""
         if file.size > MAX_PACKED:
             self._files[file.cid] = file.size
-            if not self._store.budget.kept(file.cid):
+            if not self._store.budget.is_pinned(file.cid):
                 self._own_files.add(file.cid)
-            self._store.budget.keep(file.cid)
+            self._store.budget.pin(file.cid)
         self.check()
 
     def check(self) -> None:
@@ -58,24 +60,24 @@ class Pinning:
         if not budget.refused.isdisjoint(self.keys):
             size = sum(self._files.values())
             own: list[Key] = [*self._own_files, *self._pack_set.packs]
-            kept = budget.kept_bytes - sum(budget.size(key) for key in own)
+            others = budget.pinned_bytes - sum(budget.size(key) for key in own)
             cure = "raise --budget" if budget.limit == budget.configured else "make room on the disk"
             raise StoreFailed(
-                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes {kept} are "
-                f"pinned already, its files alone are {size} so far: {cure}, or unpin something"
+                f"{cids.text(self._root)} can't be pinned: of the budget of {budget.limit} bytes "
+                f"{others} are pinned already, its files alone are {size} so far: {cure}, or unpin something"
             )
         if self._store.backoff.reason:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
 
-    async def keep_structure(self, reader: Reader) -> None:
-        """Keeps every block of the DAG that lies in packs: directories, links, interior nodes, small
+    async def pin_structure(self, reader: Reader) -> None:
+        """Pins every block of the DAG that lies in packs: directories, links, interior nodes, small
         files."""
         walk = BlockWalk([self._root], False)
         for cid, in_file in walk:
             await trio.lowlevel.checkpoint()  # reading a small block is none
             block = await reader.block(cid)
             if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
-                await self._store.blocks.keep(cid, block, self._pack_set)
+                await self._store.blocks.put(cid, block, self._pack_set)
             walk.add(*_below(self._store, await parsed_node(cid, block, MAX_PACKED), in_file))
             self.check()
 
@@ -95,16 +97,12 @@ def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
 
 
 class PinnedDags:
-    """All that is kept for good."""
+    """All that is pinned."""
 
     def __init__(self, store: Store, reader: Reader) -> None:
         self._store = store
         self._reader = reader
-        self._pins: dict[Cid, int] = {pin: record.size for pin, record in store.pinned.items()}
-        self._keys: dict[Cid, set[Key]] = {
-            pin: set(record.keys or ()) for pin, record in store.pinned.items()
-        }
-        self._unknown = {pin for pin, record in store.pinned.items() if record.keys is None}
+        self._pins = dict(store.pinned)
         self._busy: set[Cid] = set()
         self._writing = trio.Lock()
         self._jobs: dict[Cid, Pinning] = {}
@@ -130,27 +128,26 @@ class PinnedDags:
         store = self._store
         return sum(
             key not in store.blocks.packs.sizes if isinstance(key, int) else key not in store.staging.entries
-            for key in self._keys[pin]
+            for key in self._pins[pin].keys or ()
         )
 
     async def recover(self) -> None:
         """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
 
-        Until then everything that was found at the start is kept (`recovery.Inventory`). What is not here is
-        not fetched: that is done when it is used."""
+        Until then everything that was found at the start is pinned (`recovery.Inventory`). What is not here
+        is not fetched: that is done when it is used."""
         if not self._store.budget.counted.is_set():
             await self._store.budget.counted.wait()
             self._note_lost()
-        if not self._unknown:
+        if not self._unknown():
             return
         await self._store.blocks.packs_indexed.wait()
-        while self._unknown:
-            pin = next(iter(self._unknown))
+        while unknown := self._unknown():
+            pin = unknown[0]
             found, missing = await self._walk(pin)
-            if pin not in self._unknown:
+            if pin not in self._unknown():
                 continue  # it was unpinned, or pinned anew, meanwhile
-            self._unknown.discard(pin)
-            self._keys[pin], self._pins[pin] = found, sum(map(self._store.budget.size, found))
+            self._pins[pin] = self._record(found)
             if missing:
                 self._lost[pin] = missing
                 _report_lost({pin: missing})
@@ -158,7 +155,15 @@ class PinnedDags:
                 await self._write(pin)
             except StoreFailed as exc:
                 log.warning("%s", exc)
-        self._release([*self._store.blocks.packs.sizes, *self._store.staging.entries])
+        self._unpin([*self._store.blocks.packs.sizes, *self._store.staging.entries])
+
+    def _unknown(self) -> list[Cid]:
+        """The pins of which it is not known what belongs to them."""
+        return [pin for pin, record in self._pins.items() if record.keys is None]
+
+    def _record(self, keys: Iterable[Key]) -> PinRecord:
+        pinned = frozenset(keys)
+        return PinRecord(sum(map(self._store.budget.size, pinned)), pinned)
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
         """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
@@ -171,7 +176,7 @@ class PinnedDags:
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
                 continue
-            block = cids.known(cid)
+            block = cids.implied_block(cid)
             if block is None:
                 block = await store.blocks.get(cid)
                 if block is None or place is None:
@@ -195,40 +200,36 @@ class PinnedDags:
 
     @contextlib.asynccontextmanager
     async def pinning(self, cid: Cid) -> AsyncIterator[Pinning]:
-        """Within it the DAG is fetched; at its end what was fetched is kept, and after an error nothing."""
+        """Within it the DAG is fetched; at its end what was fetched is pinned, and after an error nothing."""
         root = cids.canonical(cid)
         await self._store.budget.counted.wait()
         with self._alone(root):
             job = self._jobs[root] = Pinning(self._store, root)
             try:
                 yield job
-                await job.keep_structure(self._reader)
+                await job.pin_structure(self._reader)
             except BaseException:
                 del self._jobs[root]
-                self._release(job.keys)
+                self._unpin(job.keys)
                 raise
             await self._complete(root, job)
 
     async def _complete(self, root: Cid, job: Pinning) -> None:
         """The pin counts once it is written. A file that is read in place is not part of it: it has no
         entry, which would be taken for a lost one later."""
-        before = self._pins.get(root), self._keys.get(root)
-        staged = self._store.staging.entries
-        keys = {key for key in job.keys if isinstance(key, int) or key in staged}
-        self._keys[root], self._pins[root] = keys, sum(map(self._store.budget.size, keys))
+        before, staged = self._pins.get(root), self._store.staging.entries
+        self._pins[root] = self._record(key for key in job.keys if isinstance(key, int) or key in staged)
         try:
             await self._write(root)
         except StoreFailed:
-            self._pins.pop(root), self._keys.pop(root)
-            if before[0] is not None and before[1] is not None:
-                self._pins[root], self._keys[root] = before[0], before[1]
-            del self._jobs[root]
-            self._release(job.keys)
+            del self._pins[root]
+            if before is not None:
+                self._pins[root] = before
             raise
-        del self._jobs[root]
+        finally:
+            del self._jobs[root]
+            self._unpin([*job.keys, *(before.keys or () if before is not None else ())])
         self._lost.pop(root, None)
-        self._unknown.discard(root)
-        self._release([*job.keys, *(before[1] or ())])
 
     async def unpin(self, cid: Cid) -> None:
         """Raises UsageError for what is not pinned."""
@@ -239,13 +240,11 @@ class PinnedDags:
         with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
             async with self._writing:
                 await threads.run_sync(self._store.pin_records.remove, root)
-                keys = self._keys.pop(root, set())
-                del self._pins[root]
+                keys = self._pins.pop(root).keys or frozenset()
             self._lost.pop(root, None)
-            self._unknown.discard(root)
-            for other in list(self._keys.values()):
-                await self._point_to(other, keys)
-            self._release(keys)
+            for other in list(self._pins.values()):
+                await self._point_to(other.keys or frozenset(), keys)
+            self._unpin(keys)
 
     @contextlib.contextmanager
     def _alone(self, root: Cid) -> Iterator[None]:
@@ -259,7 +258,7 @@ class PinnedDags:
         finally:
             self._busy.discard(root)
 
-    async def _point_to(self, other: set[Key], leaving: set[Key]) -> None:
+    async def _point_to(self, other: Collection[Key], leaving: Collection[Key]) -> None:
         """What `other` holds too is found in its own packs from now on."""
         packs = self._store.blocks.packs
         for pack in [key for key in other if isinstance(key, int)]:
@@ -268,22 +267,23 @@ class PinnedDags:
                 if found is None or found.pack in leaving:
                     packs.pending[cids.multihash(cid)] = place
 
-    def _release(self, keys: Iterable[Key]) -> None:
-        """Lets go of what no other pin holds, finished or under way. While it is not known what one of them
-        holds, `recover` will do it."""
-        held = set[Key]().union(*self._keys.values(), *(job.keys for job in self._jobs.values()))
+    def _unpin(self, keys: Iterable[Key]) -> None:
+        """Unpins what no other pin has, finished or under way. While it is not known what one of them
+        has, `recover` will do it."""
+        unknown = self._unknown()
+        pins, jobs = self._pins.values(), self._jobs.values()
+        pinned = set[Key]().union(*(pin.keys or () for pin in pins), *(job.keys for job in jobs))
         for key in keys:
             self._store.budget.refused.discard(key)
-            if key not in held and not self._unknown:
-                self._store.budget.release(key)
+            if key not in pinned and not unknown:
+                self._store.budget.unpin(key)
 
     async def _write(self, root: Cid) -> None:
         """The state of one pin, on the disk when this returns. Raises StoreFailed."""
         with trio.CancelScope(shield=True):
             async with self._writing:
                 if root in self._pins:  # else it was unpinned meanwhile
-                    size, keys = self._pins[root], frozenset(self._keys[root])
-                    await threads.run_sync(self._store.pin_records.write, root, size, keys)
+                    await threads.run_sync(self._store.pin_records.write, root, self._pins[root])
 
 
 def _report_lost(lost: Mapping[Cid, int]) -> None:

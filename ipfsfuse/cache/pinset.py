@@ -49,7 +49,7 @@ class Statistics:
     used: int
     """Never more than the effective budget, but for a moment after others have filled the disk."""
     pinned: int
-    """Part of `used` that is kept for good."""
+    """Part of `used` that is pinned."""
     pinned_lost: int
     """Staging files and packs of what is pinned that are not there any more: they are fetched when they are
     used."""
@@ -72,7 +72,7 @@ class Statistics:
 class RootNames:
     """What was opened by name in the mount's root, as first spelled.
 
-    A name is listed while its own block or file is staged, or kept for good. A program that goes below it
+    A name is listed while its own block or file is staged, or pinned. A program that goes below it
     reads that block, so that block leaves after the blocks below it."""
 
     def __init__(self, store: Store) -> None:
@@ -176,19 +176,19 @@ class PinsetCache:
 
     def statistics(self) -> Statistics:
         budget, space = self.store.budget, self.store.space
-        held = {str(owner): size for owner, size in budget.arc.held_by().items()}
+        callers = {str(owner): size for owner, size in budget.arc.bytes_by_owner().items()}
         return Statistics(
-            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.kept_bytes,
+            budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.pinned_bytes,
             self._pinned.lost, self.reader.hits, self.reader.misses, budget.evictions,
             budget.counted.is_set(), self.trouble,
-            budget.arc.capacity // arc.SHARE, held,
+            budget.arc.capacity // arc.SHARE, callers,
         )  # fmt: skip
 
     async def evict(self, cid: Cid | None = None) -> int:
-        """Removes a file or block, or all that is not kept for good; returns the bytes freed on disk.
+        """Removes a file or block, or all that is not pinned; returns the bytes freed on disk.
 
-        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is kept for
-        good."""
+        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is
+        pinned."""
         return await self.store.evict(cid)
 
     def note_root(self, cid: Cid, spelling: str) -> None:
@@ -196,7 +196,7 @@ class PinsetCache:
         self._names.note(cid, spelling)
 
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
-        """(CID, as first spelled) of what is kept for good, and what was opened by name and is still staged
+        """(CID, as first spelled) of what is pinned, and what was opened by name and is still staged
         itself."""
         for cid in self._pinned.pins:
             yield cid, self._names.spelling(cid)
@@ -207,14 +207,15 @@ class PinsetCache:
         yield from self._names.staged()
 
     def pinned(self) -> Sequence[Cid]:
-        """The roots, in canonical form, of what is kept for good."""
+        """The roots, in canonical form, of what is pinned."""
         return self._pinned.pins
 
     def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
-        """Keeps a DAG for good: the caller reads all of it within the block, and awaits `Pinning.file` for
+        """Pins a DAG: the caller reads all of it within the block, and awaits `Pinning.file` for
         each file first.
 
-        Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays kept."""
+        Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays
+        pinned."""
         return self._pinned.pinning(cid)
 
     def joins(self, cid: Cid) -> bool:
@@ -233,7 +234,7 @@ class PinsetCache:
         return Copy(block, [child for child in below if self.store.blocks.place(child) is not None])
 
     async def unpin(self, cid: Cid) -> None:
-        """What `pinning` kept may be evicted again. Raises UsageError for what is not pinned."""
+        """What `pinning` pinned may be evicted again. Raises UsageError for what is not pinned."""
         await self._pinned.unpin(cid)
 
     async def fsck(self, report_progress: Progress | None = None) -> FsckReport:

@@ -4,13 +4,13 @@ Concurrency: every method may be called by many tasks at once. One fetch serves 
 belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, Content, FileRef, Kept, LeafPart, Seen
+from ipfsfuse.cache.base import Arrived, CacheItem, Content, FileRef, LeafPart, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
@@ -75,14 +75,12 @@ class FetchResult(NamedTuple):
     """A block, or the content of a leaf, as all waiters get it. `source` is None if it was staged."""
 
     content: Content
-    source: Source | None
-    stage: bool
-    """Whether the content may go into a staging file: it is not read in place, and it can be verified by
-    itself."""
+    source: Source | None = None
     block: Block = b""
     """As it arrived."""
-    staged_for: tuple[Cid, int] | None = None
-    """The file, and the offset in it, for which it is being staged."""
+    place: tuple[Cid, int] | None = None
+    """The file, and the offset in it, where the content is being staged. None if it can't go into a staging
+    file: it is read in place, or it can't be verified by itself."""
 
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
@@ -108,9 +106,8 @@ async def content_of(leaf: Leaf, block: Block) -> Content:
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
     """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
     block, source = fetched.block, fetched.source
-    if cids.codec(cid) != cids.RAW or source.in_place:
-        return FetchResult(block, source, False, block)
-    return FetchResult(block, source, True, block, (cids.canonical(cid), 0))
+    place = None if cids.codec(cid) != cids.RAW or source.in_place else (cids.canonical(cid), 0)
+    return FetchResult(block, source, block, place)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
@@ -121,21 +118,14 @@ async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source
     else:
         content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
     if source.in_place:
-        return FetchResult(content, source, False)
-    stage = file.size > MAX_PACKED and (raw or file_layout.is_canonical(leaf.cid, block))
-    return FetchResult(content, source, stage, block, (file.cid, leaf.offset))
+        return FetchResult(content, source)
+    provable = file.size > MAX_PACKED and (raw or file_layout.is_canonical(leaf.cid, block))
+    return FetchResult(content, source, block, (file.cid, leaf.offset) if provable else None)
 
 
-def _memory(content: Content) -> object:
-    """What holds the bytes: the same of all views of one buffer."""
-    return memoryview(content).obj
-
-
-def are_adjacent(arrived: Sequence[tuple[Leaf, FetchResult]]) -> bool:
-    """Whether all are to be staged, without gaps between them."""
-    ends = [leaf.offset + leaf.size for leaf, _of in arrived]
-    whole = all(result.stage and len(result.content) == leaf.size for leaf, result in arrived)
-    return whole and all(leaf.offset == end for (leaf, _result), end in zip(arrived[1:], ends, strict=False))
+def _whole(cid: Cid, size: int) -> tuple[FileRef, Leaf]:
+    """The block of `cid`, of `size` bytes, as a file of its own."""
+    return FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
 
 
 class _Expected:
@@ -183,8 +173,8 @@ class Reader:
             pins.add(file.cid)
         self.store.note_use(file)
 
-    def kept_of(self, cid: Cid) -> Kept | None:
-        return self.store.kept_of(cid)
+    def item_of(self, cid: Cid) -> CacheItem | None:
+        return self.store.item_of(cid)
 
     def used(self) -> int:
         return self.store.budget.used
@@ -195,13 +185,13 @@ class Reader:
     # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid, *, early: bool = False) -> bytes:
-        carried = cids.known(cid)
+        carried = cids.implied_block(cid)
         if carried is not None:
             return carried
-        kept = await self.store.blocks.get(cid)
-        if kept is not None:
+        staged = await self.store.blocks.get(cid)
+        if staged is not None:
             self.hits += 1
-            return kept
+            return staged
         own = cids.canonical(cid)
         fetch = partial(self._bring, cid, None, early)
         result = await self._flights.join(block_key(cid), fetch, own, ended=not early)
@@ -210,7 +200,7 @@ class Reader:
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The verified block if it is staged as a block, or as a raw file; no source is asked. `use` as in
         `Packs.get`."""
-        found: Content | None = cids.known(cid)
+        found: Content | None = cids.implied_block(cid)
         if found is None:
             found = await self.store.blocks.get(cid, use=use)
         if found is None:
@@ -235,19 +225,19 @@ class Reader:
             staged = await (self._raw_file(cid) if leaf_of is None else self.store.leaf(*leaf_of))
             if staged is not None:
                 self.hits += 1
-                yield FetchResult(staged, None, False)
+                yield FetchResult(staged)
                 return
         fetched = await self._blocks.get(cid)
         self.misses += 1
         size = len(fetched.block)
         if leaf_of is None:
-            file, leaf = FileRef(own, size), Leaf(cid, 0, size)
+            file, leaf = _whole(cid, size)
             result = result_of_block(cid, fetched)
         else:
             file, leaf = leaf_of
             result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
         if fetched.source.in_place or not early or self._behind + size > MAX_BEHIND:
-            await self._stage(file, leaf, result)
+            await self._stage([(file, leaf, result)])
             yield result
             return
         self._behind += size
@@ -256,7 +246,7 @@ class Reader:
             yield result
             with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends
                 await trio.sleep(BEHIND_SECONDS)
-                await self._stage(file, leaf, result)
+                await self._stage([(file, leaf, result)])
         finally:
             self._behind -= size
             self.store.arriving[own] -= 1
@@ -268,21 +258,29 @@ class Reader:
     async def settle(self) -> None:
         await self._flights.settle()
 
-    async def _stage_blocks(self, blocks: Mapping[Cid, Fetched]) -> None:
-        """Stages blocks that arrived together: a large raw one as a file, the others in packs, by few
-        writes."""
+    async def _stage(self, arrived: Iterable[tuple[FileRef, Leaf, FetchResult]]) -> None:
+        """Stages what arrived together: adjacent leaves of a file by one write, small blocks by few."""
         small: list[tuple[Cid, bytes]] = []
-        for cid, fetched in blocks.items():
-            size = len(fetched.block)
-            if fetched.source.in_place:
+        runs: list[tuple[FileRef, str, list[Leaf], list[Content]]] = []
+        for file, leaf, result in arrived:
+            if result.source is None or result.source.in_place:
                 continue
-            if cids.codec(cid) == cids.RAW and size > MAX_PACKED:
-                file, leaf = FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
-                await self.store.keep_leaves(file, [leaf], [fetched.block], fetched.source.name)
-            else:
-                small.append((cid, fetched.block))
+            if result.place is None or file.size <= MAX_PACKED:
+                small.append((leaf.cid, bytes(result.block)))
+            elif (
+                len(result.content) == leaf.size
+            ):  # else its parent states a wrong size: it is not of this file
+                last = runs[-1][2][-1] if runs and runs[-1][0] == file else None
+                if last is None or leaf.offset != last.offset + last.size:
+                    runs.append((file, result.source.name, [], []))
+                runs[-1][2].append(leaf)
+                runs[-1][3].append(result.content)
+        for file, source, leaves, contents in runs:
+            if not await self.store.put_leaves(file, leaves, contents, source) and len(leaves) > 1:
+                for leaf, content in zip(leaves, contents, strict=True):  # there may be room for some
+                    await self.store.put_leaves(file, [leaf], [content], source)
         if small:
-            await self.store.blocks.keep_many(small)
+            await self.store.blocks.put_many(small)
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         some = list(wanted) if subtree.limit <= self.store.budget.limit // OF_BUDGET else []
@@ -297,18 +295,19 @@ class Reader:
                     async with self._blocks.subtree(subtree, _Expected(self, batch, seen)) as stream:
                         async for blocks in stream:
                             self.misses += len(blocks)
-                            await self._stage_blocks(blocks)
-                            for cid, fetched in blocks.items():
-                                batch.resolve(block_key(cid), result_of_block(cid, fetched))
+                            came = {cid: result_of_block(cid, fetched) for cid, fetched in blocks.items()}
+                            await self._stage((*_whole(cid, len(came[cid].block)), came[cid]) for cid in came)
+                            for cid, result in came.items():
+                                batch.resolve(block_key(cid), result)
                                 batch.staged(block_key(cid))
 
-        return self._flights.start_batch(
-            self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest)
-        ).ended
+        batch = self._flights.start_batch(self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest))
+        batch.interest += 1  # it goes on whoever leaves
+        return batch.ended
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        some = [cid for cid in wanted if cids.known(cid) is None and not self._is_staged_file(cid)]
+        some = [cid for cid in wanted if cids.implied_block(cid) is None and not self._is_staged_file(cid)]
         packed = self.store.blocks.places(some)
         return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
@@ -332,7 +331,7 @@ class Reader:
                 self.hits += 1
                 return proved
         block: bytes | None = None
-        if file.size <= MAX_PACKED or cids.known(leaf.cid) is not None:
+        if file.size <= MAX_PACKED or cids.implied_block(leaf.cid) is not None:
             block = await self.block(leaf.cid, early=early)
         elif cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
@@ -345,40 +344,18 @@ class Reader:
             if len(content) != leaf.size:
                 # not remembered as a failure: another file may state the right size of this leaf
                 block = await self.block(leaf.cid, early=early)
-            elif (
-                result.stage
-                and result.staged_for != (file.cid, leaf.offset)
-                and not await self._has(file, leaf)
-            ):  # another file's leaf, or another place in this one, of the same bytes
-                await self._stage(file, leaf, result)
+            elif result.place not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
+                # another file's leaf, or another place in this one, of the same bytes
+                await self._stage([(file, leaf, result)])
         if block is not None:
             content = await content_of(leaf, block)
         if stop - start < leaf.size:
             content = memoryview(content)[start:stop]
         return LeafPart(content, self.store.pieces(file, leaf) if is_staged else None)
 
-    async def _stage(self, file: FileRef, leaf: Leaf, result: FetchResult) -> None:
-        """Stages what arrived."""
-        if result.source is None or result.source.in_place:
-            return
-        if not result.stage or file.size <= MAX_PACKED:
-            await self.store.blocks.keep_many([(leaf.cid, bytes(result.block))])
-        elif len(result.content) == leaf.size:  # else its parent states a wrong size: it is not of this file
-            await self.store.keep_leaves(file, [leaf], [result.content], result.source.name)
-
-    async def _stage_all(self, file: FileRef, came: Sequence[tuple[Leaf, FetchResult]]) -> None:
-        """Like `_stage`, by one write if they are adjacent in the file."""
-        first = came[0][1]
-        if len(came) > 1 and first.source is not None and are_adjacent(came):
-            leaves, contents = [leaf for leaf, _result in came], [result.content for _leaf, result in came]
-            if await self.store.keep_leaves(file, leaves, contents, first.source.name):
-                return
-        for leaf, result in came:
-            await self._stage(file, leaf, result)
-
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether it seems to be staged."""
-        if cids.known(leaf.cid) is not None:
+        if cids.implied_block(leaf.cid) is not None:
             return True
         in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(
@@ -399,7 +376,7 @@ class Reader:
                 (rest if flies or await self._has(file, leaf) else missing).append(leaf)
         came: set[Leaf] = set()
         if staged and arrived is not None:
-            came = await read_staged_ahead(self.store, self._flights, file, staged, arrived)
+            came = await self._read_staged(file, staged, arrived)
             self.hits += len(came)
         if missing:
             came |= await self._run(file, missing, arrived)
@@ -407,6 +384,37 @@ class Reader:
             await self._hand_over(
                 file, [leaf for leaf in (*staged, *rest, *missing) if leaf not in came], arrived
             )
+
+    async def _read_staged(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived) -> set[Leaf]:
+        """Reads leaves that seem to be staged, several by one thread hop, ahead of their reader. Hands over
+        those that are right, and returns them. A caller that wants one of them meanwhile waits for this."""
+        came: set[Leaf] = set()
+        listening = True
+        by_key: dict[bytes, Leaf] = {cids.canonical(leaf.cid): leaf for leaf in leaves}
+
+        async def fetch(batch: Batch[bytes, FetchResult]) -> None:
+            queue = _stretches([by_key[key] for key in batch.keys])
+
+            async def work() -> None:
+                for stretch in queue:
+                    for leaf, data in zip(stretch, await self.store.leaves(file, stretch), strict=True):
+                        if data is not None:
+                            key = cids.canonical(leaf.cid)
+                            batch.resolve(key, FetchResult(data))
+                            batch.staged(key)
+                            if listening:
+                                came.add(leaf)
+                                arrived(leaf, data)
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(READ_TASKS):
+                    nursery.start_soon(work)
+
+        try:
+            await self._flights.run_batch(by_key, fetch)
+        finally:
+            listening = False
+        return came
 
     async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
         """Fetches leaves by one request. Returns those that arrived and were handed over."""
@@ -458,18 +466,19 @@ class Reader:
             release: Callable[[], None],
             room: trio.Semaphore,
         ) -> None:
-            of_leaves = [(by_key[key][0], result) for key, result in came_now]
+            first = [(file, by_key[key][0], result) for key, result in came_now]
             with trio.CancelScope(shield=True):
                 if all(
-                    _memory(result.content) is cloned.get(leaf.offset, self) for leaf, result in of_leaves
+                    memoryview(result.content).obj is cloned.get(leaf.offset, self)
+                    for _file, leaf, result in first
                 ):
-                    self.store.note_proved(file, [leaf for leaf, _result in of_leaves])
+                    self.store.note_proved(file, [leaf for _file, leaf, _result in first])
                 else:
-                    await self._stage_all(file, of_leaves)
+                    await self._stage(first)
                 for key, result in came_now:
                     for leaf in by_key[key][1:]:
-                        if result.stage and not await self._has(file, leaf):
-                            await self._stage(file, leaf, result)
+                        if result.place is not None and not await self._has(file, leaf):
+                            await self._stage([(file, leaf, result)])
                     batch.staged(key)
             release()
             room.release()
@@ -494,44 +503,6 @@ class Reader:
         async with trio.open_nursery() as nursery:
             for _ in range(min(LEAVES_TOGETHER, len(leaves))):
                 nursery.start_soon(work, nursery.cancel_scope)
-
-
-async def read_staged_ahead(
-    store: Store,
-    flights: SingleFlight[bytes, FetchResult],
-    file: FileRef,
-    leaves: Sequence[Leaf],
-    arrived: Arrived,
-) -> set[Leaf]:
-    """Reads leaves that seem to be staged, several by one thread hop, ahead of their reader. Hands over those
-    that are right, and returns them. A caller that wants one of them meanwhile waits for this."""
-    came: set[Leaf] = set()
-    listening = True
-    by_key: dict[bytes, Leaf] = {cids.canonical(leaf.cid): leaf for leaf in leaves}
-
-    async def fetch(batch: Batch[bytes, FetchResult]) -> None:
-        queue = _stretches([by_key[key] for key in batch.keys])
-
-        async def work() -> None:
-            for stretch in queue:
-                for leaf, data in zip(stretch, await store.leaves(file, stretch), strict=True):
-                    if data is not None:
-                        key = cids.canonical(leaf.cid)
-                        batch.resolve(key, FetchResult(data, None, False))
-                        batch.staged(key)
-                        if listening:
-                            came.add(leaf)
-                            arrived(leaf, data)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(READ_TASKS):
-                nursery.start_soon(work)
-
-    try:
-        await flights.run_batch(by_key, fetch)
-    finally:
-        listening = False
-    return came
 
 
 def _stretches(leaves: Sequence[Leaf]) -> Iterator[Sequence[Leaf]]:

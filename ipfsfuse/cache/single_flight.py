@@ -165,15 +165,8 @@ class SingleFlight(Generic[K, V]):
         """Starts one `fetch(batch)` for those of `keys` that are not under way. It resolves each when it
         arrives, and may expect more. It is not started if there are none, unless it has `more` to expect.
 
-        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises nothing,
-        and goes on whoever leaves."""
-        batch = self._begin_batch(keys, fetch, more)
-        batch.interest += 1
-        return batch
-
-    def _begin_batch(
-        self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool
-    ) -> "Batch[K, V]":
+        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises
+        nothing."""
         asked = current_request.get()
         batch = Batch(asked.caller, number=asked.number, wanted_until=math.inf, flights=self)
         batch.expect(keys)
@@ -186,7 +179,7 @@ class SingleFlight(Generic[K, V]):
     async def run_batch(self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]]) -> None:
         """Like `start_batch`, and waits for it. Returns when it has ended, or when nothing was resolved for a
         whole deadline."""
-        batch = self._begin_batch(keys, fetch, False)
+        batch = self.start_batch(keys, fetch)
         with batch.waiting():
             while not batch.ended.is_set():
                 with trio.move_on_after(self._deadline) as patience:
@@ -210,13 +203,6 @@ class SingleFlight(Generic[K, V]):
                     log.exception("a fetch of several blocks ended unexpectedly; each block is fetched alone")
         finally:
             batch.end()
-
-    def _register(self, key: K, fetch: Fetch) -> Flight[V] | None:
-        """Registers `fetch` as the one that brings `key`. None if another one is under way."""
-        if key in self._flights:
-            return None
-        flight = self._flights[key] = Flight[V](fetch)
-        return flight
 
     async def _run_fetch(
         self, key: K, flight: Flight[V], fetch: Fetching[V], name: Callable[[], str]
@@ -283,9 +269,10 @@ class Batch(Fetch, Generic[K, V]):
 
     def expect(self, keys: Iterable[K]) -> None:
         """This fetch brings `keys` too. Callers wait for it, unless another fetch of the key is under way."""
+        under_way = self.flights._flights
         for key in keys:
-            if key not in self._resolved and (flight := self.flights._register(key, self)) is not None:
-                self._waiting[key] = flight
+            if key not in self._resolved and key not in under_way:
+                self._waiting[key] = under_way[key] = Flight(self)
 
     def resolve(self, key: K, value: V) -> None:
         """`key` has arrived. Its value serves all callers until it is `staged`."""

@@ -5,13 +5,15 @@ gateways and nodes, and arguments can hold escape codes, which a terminal would 
 would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
 """
 
+import argparse
+import difflib
 import errno
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +90,31 @@ def values(value: object, indent: int | None = 2) -> None:
     """Output for programs: JSON in ASCII, so that every control character in it is escaped by JSON's own
     rules."""
     print(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"), flush=True)
+
+
+def answer(arguments: argparse.Namespace, value: object, *lines: str) -> int:
+    """All that a command says at its end: with --json `value`, else `lines`. Returns its exit code, 0."""
+    if arguments.json:
+        values(value)
+    else:
+        for each in lines:
+            line(each)
+    return 0
+
+
+def listening(arguments: argparse.Namespace, urls: Sequence[str], text: str) -> None:
+    """Says in one line that the command answers at `urls` from now on."""
+    if arguments.json:
+        values({"listening": list(urls), "pid": os.getpid()}, indent=None)
+    else:
+        line(text)
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about `word`, which should be one of `known`: a question about the nearest of them, or
+    `otherwise`."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def unwrapped(exc: BaseException) -> BaseException:

@@ -17,7 +17,6 @@ from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.budget import FreeSpace, disk_usage
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders, settings
-from ipfsfuse.cli.mounting import header_files
 from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
@@ -342,17 +341,11 @@ def _source_failures(
     """(SOURCE, why it can't be used or None) for each: opened as a mount would, and asked for one block."""
     import trio  # 200 ms with what follows, and only where sources are named
 
+    from ipfsfuse.cli.reading import open_settings
     from ipfsfuse.dag import cid as cids
-    from ipfsfuse.sources.http.settings import HttpSettings
-    from ipfsfuse.sources.spec import OpenSettings, opened, with_headers
+    from ipfsfuse.sources.spec import opened
 
-    settings = OpenSettings(
-        folders.library(arguments.library),
-        cache_folder.indexes(folders.cache_dir(arguments.cache_dir)),
-        with_headers(HttpSettings(), header_files(arguments, sources), sources),
-        routers=tuple(arguments.routers or ()),
-        allow_private_providers=arguments.allow_private_providers,
-    )
+    settings = open_settings(arguments)
 
     async def probe(text: str) -> None:
         async with opened([text], settings) as opened_sources:

@@ -1,7 +1,6 @@
 """The library's commands: `add`, `import`, `rm`, `library` and `fsck --library`."""
 
 import argparse
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,29 +25,23 @@ def add(arguments: argparse.Namespace) -> int:
         hidden=arguments.hidden,
         preserve_mode=arguments.preserve_mode,
         preserve_mtime=arguments.preserve_mtime,
-        only_hash=arguments.only_hash,
     )
-    last = None
-    with Progress("adding") as progress, _library_to_add_to(arguments) as library:
+    rows: list[dict[str, str]] = []
+    with ExitStack() as exits:
+        progress = exits.enter_context(Progress("adding"))
+        library = None if arguments.only_hash else exits.enter_context(opened_library(arguments))
 
         def show(done: int, total: int | None, path: str) -> None:
             progress({"done": done, "total": total, "what": path})
 
-        rows = []
-        for last in add_all(arguments.paths, options, library, show):
+        for added in add_all(arguments.paths, options, library, show):
             if arguments.quieter:
-                continue
-            rows.append({"cid": cids.text(last.cid), "name": last.name})
-            if not arguments.json:
-                shown = cids.text(last.cid) if arguments.quiet else f"added {cids.text(last.cid)} {last.name}"
-                progress.line(shown.rstrip())
-    if arguments.json:
-        if arguments.quieter and last is not None:
-            rows = [{"cid": cids.text(last.cid), "name": last.name}]
-        console.values(rows)
-    elif arguments.quieter and last is not None:
-        console.line(cids.text(last.cid))
-    return 0
+                rows.clear()
+            rows.append({"cid": cids.text(added.cid), "name": added.name})
+            if not arguments.json and not arguments.quieter:
+                cid = cids.text(added.cid)
+                progress.line((cid if arguments.quiet else f"added {cid} {added.name}").rstrip())
+    return console.answer(arguments, rows, *(row["cid"] for row in rows if arguments.quieter))
 
 
 def _profile(arguments: argparse.Namespace) -> str:
@@ -68,15 +61,6 @@ def _profile(arguments: argparse.Namespace) -> str:
 
 CID_VERSIONS = ("unixfs-v0-2015", "unixfs-v1-2025")
 """The profile by the version of its CIDs."""
-
-
-@contextmanager
-def _library_to_add_to(arguments: argparse.Namespace) -> Iterator[Library | None]:
-    if arguments.only_hash:
-        yield None
-    else:
-        with opened_library(arguments) as library:
-            yield library
 
 
 @contextmanager
@@ -119,10 +103,9 @@ def check(arguments: argparse.Namespace) -> int:
             found.append({"path": path, "reason": reason})
             if not arguments.json:
                 progress.line(f"damaged: {path}: {reason}")
-    if arguments.json:
-        console.values({"damaged": found})
-    elif not found:
-        console.line(f"every block of {what} is there and right")
+    console.answer(
+        arguments, {"damaged": found}, *([] if found else [f"every block of {what} is there and right"])
+    )
     return 1 if found else 0
 
 
@@ -131,30 +114,27 @@ def show(arguments: argparse.Namespace) -> int:
         if arguments.compact:
             library.compact()
         entries = library.entries()
-    if arguments.json:
-        rows = [
-            {
-                "cid": cids.text(each.cid),
-                "name": each.name,
-                "size": each.size,
-                "added": units.timestamp(each.added),
-            }
-            for each in entries
-        ]
-        console.values(rows)
-        return 0
+    rows = [
+        {
+            "cid": cids.text(each.cid),
+            "name": each.name,
+            "size": each.size,
+            "added": units.timestamp(each.added),
+        }
+        for each in entries
+    ]
+    lines = []
     for each in entries:
-        added = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.added))
-        console.line(f"{cids.text(each.cid)}  {units.human(each.size):>10}  {added}  {each.name}")
-    return 0
+        added = console.local_time(units.timestamp(each.added))
+        lines.append(f"{cids.text(each.cid)}  {units.human(each.size):>10}  {added}  {each.name}")
+    return console.answer(arguments, rows, *lines)
 
 
 def remove(arguments: argparse.Namespace) -> int:
     cid = cid_alone(arguments.cid)
     with opened_library(arguments) as library:
         entry = library.remove(cid)
-    if arguments.json:
-        console.values({"removed": cids.text(entry.cid), "name": entry.name})
-    else:
-        console.line(f"removed {cids.text(entry.cid)} {entry.name}")
-    return 0
+    removed = cids.text(entry.cid)
+    return console.answer(
+        arguments, {"removed": removed, "name": entry.name}, f"removed {removed} {entry.name}"
+    )

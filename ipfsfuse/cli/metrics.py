@@ -4,11 +4,10 @@ The file is in Prometheus' own text format: the node exporter refuses OpenMetric
 """
 
 import argparse
-import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -24,7 +23,8 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.openmetrics import exposition as openmetrics_exposition
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from ipfsfuse import client, units
 from ipfsfuse.cli import console, folders
@@ -34,12 +34,6 @@ METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
 """How long a client may take to send or to receive anything."""
 MAX_CONNECTIONS = 32
-OPENMETRICS = "application/openmetrics-text"
-TYPES = {
-    True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
-    False: "text/plain; version=0.0.4; charset=utf-8",
-}
-"""Of OpenMetrics, and of Prometheus' own format."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,35 +41,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.listen is not None and arguments.textfile is not None:
         raise UsageError("metrics takes --listen or --textfile, not both")
     if arguments.listen is not None:
-        return _serve(control, arguments.listen, arguments.json)
+        return _serve(control, arguments)
     answer = client.call(control, "metrics", timeout=METRICS_SECONDS)
     if arguments.textfile is not None:
-        console.write(arguments.textfile, text(answer, openmetrics=False))
-        if arguments.json:
-            console.values({"written": arguments.textfile})
-    elif arguments.json:
-        console.values(answer)
-    else:
-        for line in text(answer).splitlines():
-            console.line(line)
-    return 0
+        console.write(arguments.textfile, text(answer, generate_latest))
+        return console.answer(arguments, {"written": arguments.textfile})
+    return console.answer(arguments, answer, *text(answer).splitlines())
 
 
-def _serve(control: Path, listen: str, as_json: bool) -> int:
-    host, port = units.address(listen)
+def _serve(control: Path, arguments: argparse.Namespace) -> int:
+    host, port = units.address(arguments.listen)
     try:
         server = _Server((host, port), control)
     except (OSError, UnicodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else None
-        raise UsageError(f"--listen {listen}: {reason or exc}") from exc
+        raise UsageError(f"--listen {arguments.listen}: {reason or exc}") from exc
     with server:
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{server.server_address[1]}/metrics"
-        if as_json:
-            console.values({"listening": [url], "pid": os.getpid()}, indent=None)
-        else:
-            console.line(f"serving metrics at {url}")
-        console.flush()
+        console.listening(arguments, [url], f"serving metrics at {url}")
         server.serve_forever()
     return 0
 
@@ -126,10 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, "see /metrics\n")
         else:
-            wanted = OPENMETRICS in self.headers.get("Accept", "")  # as Prometheus asks
+            encode, kind = choose_encoder(self.headers.get("Accept", ""))
             try:
                 answer = client.call(self.server.control, "metrics", timeout=METRICS_SECONDS)
-                self._answer(200, text(answer, wanted), TYPES[wanted])
+                self._answer(200, text(answer, encode), kind)
             except IpfsFuseError as exc:
                 self._answer(503, f"{exc}\n")
 
@@ -156,13 +140,12 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def text(answer: Mapping[str, Any], openmetrics: bool = True) -> str:
-    """The answer to `metrics` as text: OpenMetrics 1.0, else Prometheus' format 0.0.4."""
+def text(answer: Mapping[str, Any], encode: Callable[[Any], bytes] = openmetrics.generate_latest) -> str:
+    """The answer to `metrics` as text, by an encoder of the Prometheus client's: OpenMetrics 1.0 by
+    default."""
     registry = CollectorRegistry()
     registry.register(_Collector(answer))
-    generate: Any = openmetrics_exposition.generate_latest if openmetrics else generate_latest
-    made: bytes = generate(registry)
-    return made.decode()
+    return encode(registry).decode()
 
 
 class _Collector:

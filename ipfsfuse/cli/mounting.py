@@ -15,7 +15,6 @@ In the foreground of a terminal it says that the terminal has gone: then the mou
 """
 
 import argparse
-import difflib
 import ipaddress
 import json
 import logging
@@ -29,8 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,7 +40,6 @@ from ipfsfuse.cli import console, folders, logs, parser, settings
 from ipfsfuse.cli.console import Progress
 from ipfsfuse.config import ContentConfig, MountConfig, User
 from ipfsfuse.control import live_mounts
-from ipfsfuse.control.live_mounts import LiveMount
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
@@ -51,13 +48,13 @@ from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.spec import addresses_of_node, header_files_of, is_remote, parse_sources
+from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger("ipfsfuse.mount")
 
 END_SECONDS = 10.0
 """How long a daemon may take to end when its mount is gone."""
 
-CAP_SYS_ADMIN = 21
 PROGRESS = "progress "
 """The beginning of a line with the progress of the daemon."""
 
@@ -106,7 +103,7 @@ def _content(arguments: argparse.Namespace) -> dict[str, Any]:
 def _passthrough(arguments: argparse.Namespace) -> bool:
     """Raises MountFailed for those who may not. Whether the kernel and the cache folder's file system do
     their part is known once it is mounted (`fuse.open_files.Passthrough`)."""
-    if arguments.passthrough and not _is_capable(CAP_SYS_ADMIN):
+    if arguments.passthrough and not _is_capable(confinement.CAP_SYS_ADMIN):
         raise MountFailed(
             "--passthrough: only root (CAP_SYS_ADMIN) may let the kernel read files itself: run it as root, "
             "or without"
@@ -242,11 +239,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_name(text: str) -> None:
     """Raises UsageError for a word that is not a folder, and nearly the name of a mount."""
-    close = difflib.get_close_matches(text, settings.mounts(), 1)
-    if close and "/" not in text and not os.path.lexists(text):
-        raise UsageError(
-            f"{text} is neither a folder nor a mount that the configuration names: did you mean {close[0]}?"
-        )
+    todo = console.suggestion(text, settings.mounts(), "")
+    if todo and "/" not in text and not os.path.lexists(text):
+        raise UsageError(f"{text} is neither a folder nor a mount that the configuration names: {todo}")
 
 
 def _refuse_below(asked: MountConfig) -> None:
@@ -378,6 +373,14 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
         elif arguments.json:
             console.values(answer, indent=None)
 
+    limiter = LogLimiter(LOG_SECONDS, time.monotonic)
+
+    def indexing(name: str, done: int, total: int) -> None:
+        if starter is not None:
+            starter.progress({"done": done, "total": total, "what": name})
+        if limiter.admit(name) is not None or done == total:
+            log.info("the index of %s is built: %s of %s", name, units.human(done), units.human(total))
+
     configured = asked.budget
 
     def reload() -> int | None:
@@ -403,28 +406,11 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
     try:
         hangup = None if starter is None and _has_terminal() else reload
         writes = [] if file is None else [file]
-        mount.run(asked, ready, _Indexing(starter), hangup, settings.candidates(), writes)
+        mount.run(asked, ready, indexing, hangup, settings.candidates(), writes)
     except BaseException as exc:
         if starter is not None:
             starter.report(f"error {console.one_line(console.unwrapped(exc))}")
         raise
-
-
-class _Indexing:
-    """Passes on how far an index is: to the starter each time, to the log now and then. Called in one thread
-    at a time."""
-
-    def __init__(self, starter: "_Starter | None") -> None:
-        self._starter = starter
-        self._logged = float("-inf")
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if self._starter is not None:
-            self._starter.progress({"done": done, "total": total, "what": name})
-        now = time.monotonic()
-        if now - self._logged >= LOG_SECONDS or done == total:
-            self._logged = now
-            log.info("the index of %s is built: %s of %s", name, units.human(done), units.human(total))
 
 
 class _Starter:
@@ -487,13 +473,13 @@ def unmount(arguments: argparse.Namespace) -> int:
     explicit = arguments.origins.get("cache-dir") == "argument"
     served_by = folders.live_mount(point, arguments.cache_dir, must=explicit)
     os.chdir("/")  # we may have been called from inside
-    with _opened(served_by) as daemon:
-        take_away(point, arguments.lazy)
-        if daemon is not None and not arguments.lazy:
-            select.select([daemon], [], [], END_SECONDS)
-    if arguments.json:
-        console.values({"unmounted": str(point)})
-    return 0
+    daemon = None
+    with suppress(OSError):  # it may have ended already
+        daemon = None if served_by is None else os.pidfd_open(served_by.pid)
+    take_away(point, arguments.lazy)
+    if daemon is not None and not arguments.lazy:
+        select.select([daemon], [], [], END_SECONDS)
+    return console.answer(arguments, {"unmounted": str(point)})
 
 
 def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
@@ -540,14 +526,9 @@ def _mounts() -> list[dict[str, Any]]:
         since, answers = None, None
         if live is not None:
             answers = False
-            try:
+            with suppress(IpfsFuseError, KeyError, TypeError):
                 uptime = client.call(live.control, "status", timeout=UPTIME_SECONDS)["uptime"]
-                since, answers = (
-                    datetime.fromtimestamp(time.time() - uptime, UTC).isoformat("T", "seconds"),
-                    True,
-                )
-            except (IpfsFuseError, KeyError, TypeError):
-                pass
+                since, answers = units.timestamp(time.time() - uptime), True
         found.append(
             {
                 "mountpoint": mounted.mountpoint,
@@ -589,20 +570,6 @@ def take_away(point: Path, lazy: bool) -> None:
     raise MountFailed(f"{point} is busy: {who}. End that first, or take it away with --lazy")
 
 
-@contextmanager
-def _opened(served_by: LiveMount | None) -> Iterator[int | None]:
-    """A pidfd of the daemon, where it is known and lives."""
-    try:
-        daemon = None if served_by is None else os.pidfd_open(served_by.pid)
-    except OSError:
-        daemon = None  # it has ended already
-    try:
-        yield daemon
-    finally:
-        if daemon is not None:
-            os.close(daemon)
-
-
 # -- who uses a mount: from /proc alone, because a mount that does not answer would block us -----------------
 
 
@@ -624,25 +591,17 @@ def holders(point: Path) -> Iterator[Holder]:
 
 
 def _uses(process: str) -> Iterator[str]:
-    for name in ("cwd", "root", "exe"):
-        yield from _link(f"{process}/{name}")
-    try:
-        for number in os.listdir(f"{process}/fd"):
-            yield from _link(f"{process}/fd/{number}")
-        with open(f"{process}/maps", errors="surrogateescape") as maps:
-            for line in maps:
-                # the path of a mapped file (proc_pid_maps(5))
-                for path in line.rstrip("\n").split(maxsplit=5)[5:]:
-                    yield path.replace("\\012", "\n")
-    except OSError:
-        return  # ended meanwhile, or another user's
-
-
-def _link(path: str) -> Iterator[str]:
-    try:
-        yield os.readlink(path)
-    except OSError:
-        return
+    links = ["cwd", "root", "exe"]
+    with suppress(OSError):  # it has ended meanwhile, or is another user's: so below
+        links += [f"fd/{number}" for number in os.listdir(f"{process}/fd")]
+    for link in links:
+        with suppress(OSError):
+            yield os.readlink(f"{process}/{link}")
+    with suppress(OSError), open(f"{process}/maps", errors="surrogateescape") as maps:
+        for line in maps:
+            # the path of a mapped file (proc_pid_maps(5))
+            for path in line.rstrip("\n").split(maxsplit=5)[5:]:
+                yield path.replace("\\012", "\n")
 
 
 def _command(pid: str) -> str:
@@ -671,10 +630,7 @@ def serve(arguments: argparse.Namespace) -> int:
         )
 
     def ready(urls: Sequence[str]) -> None:
-        if arguments.json:
-            console.values({"listening": list(urls), "pid": os.getpid()}, indent=None)
-        else:
-            console.line(f"serving at {', '.join(urls)}")
+        console.listening(arguments, urls, f"serving at {', '.join(urls)}")
 
     server.run(config, host, port, arguments.fetch, ready)
     return 0

@@ -12,10 +12,9 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import trio
 
@@ -59,18 +58,17 @@ def _sources(arguments: argparse.Namespace) -> Sequence[str]:
     return [source(text) for text in defaults.chosen(arguments.sources)]
 
 
-def _settings(
-    arguments: argparse.Namespace, indexes: Path, indexing: Progress | None = None, node: Sequence[str] = ()
+def open_settings(
+    arguments: argparse.Namespace, indexing: Progress | None = None, node: Sequence[str] = ()
 ) -> OpenSettings:
-    """For the sources, and for the `node` that content is sent to."""
-    http = HttpSettings()
-    if arguments.header_files:
-        sources = [*_sources(arguments), *node]
-        http = with_headers(http, header_files(arguments, sources), sources)
+    """For the sources, and for the `node` that content is sent to. Makes the folder for the indexes of CAR
+    files if there are any."""
+    sources = [*_sources(arguments), *node]
+    cache_dir = folders.cache_dir(arguments.cache_dir)
     return OpenSettings(
         folders.library(arguments.library),
-        indexes,
-        http,
+        cache_folder.indexes(cache_dir) if any(map(os.path.exists, arguments.sources or ())) else cache_dir,
+        with_headers(HttpSettings(), header_files(arguments, sources), sources),
         progress=indexing.of_file if indexing is not None else None,
         routers=tuple(arguments.routers or ()),
         allow_private_providers=arguments.allow_private_providers,
@@ -139,13 +137,11 @@ def get(arguments: argparse.Namespace) -> int:
                 _copy(mount / os.fsdecode(path.removeprefix(b"/ipfs/")), target, done)
         except OSError as exc:
             raise StoreFailed(f"{exc.filename or target}: {exc.strerror}") from exc
-    if arguments.json:
-        console.values({"path": str(target), "files": done.files, "bytes": done.bytes})
-    else:
-        console.line(
-            f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}"
-        )
-    return 0
+    return console.answer(
+        arguments,
+        {"path": str(target), "files": done.files, "bytes": done.bytes},
+        f"got {target}, {done.files} {'file' if done.files == 1 else 'files'}, {human(done.bytes)}",
+    )
 
 
 def _name(path: str) -> str:
@@ -184,15 +180,6 @@ def _copy(path: Path, target: Path, done: _Got) -> None:
         done.files += 1
 
 
-async def _write(filesystem: Filesystem, path: str, out: BinaryIO, done: _Got) -> None:
-    async with await filesystem.open(path) as file:
-        place = 0
-        while piece := await file.read(place, PIECE):
-            await threads.run_sync(out.write, piece)
-            place += len(piece)
-            done.add(len(piece))
-
-
 async def _get(arguments: argparse.Namespace, target: Path, done: _Got) -> None:
     async with _filesystem(arguments, isolated=bool(_given(arguments))) as filesystem:
         await _get_tree(filesystem, await filesystem.resolve(arguments.path), target, done)
@@ -209,7 +196,12 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
                 await _get_tree(filesystem, f"/ipfs/{entry.cid}", target / entry.name, done)
     else:
         with target.open("xb") as out:
-            await _write(filesystem, path, out, done)
+            async with await filesystem.open(path) as file:
+                place = 0
+                while piece := await file.read(place, PIECE):
+                    await threads.run_sync(out.write, piece)
+                    place += len(piece)
+                    done.add(len(piece))
         done.files += 1
 
 
@@ -219,25 +211,18 @@ STANDARD_OUTPUT = "-"
 
 
 def export(arguments: argparse.Namespace) -> int:
-    return trio.run(_export, arguments, *_cache_and_indexes(arguments))
+    return trio.run(_export, arguments)
 
 
-def _cache_and_indexes(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """The cache folder, and the folder for the indexes of CAR files, which is made if there are any."""
-    cache_dir = folders.cache_dir(arguments.cache_dir)
-    with_cars = any(os.path.exists(source) for source in arguments.sources or ())
-    return cache_dir, cache_folder.indexes(cache_dir) if with_cars else cache_dir
-
-
-async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+async def _export(arguments: argparse.Namespace) -> int:
     to_stdout = arguments.file == STANDARD_OUTPUT
     if to_stdout:
         _check_standard_output(arguments.v2)
     cid = await _root(arguments)
     with Progress("indexing") as indexing, Progress("exporting") as progress:
-        settings = _settings(arguments, indexes, indexing)
-        async with opened_sources(_sources_beside_mount(arguments), settings) as sources:
-            get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
+        async with _blocks(
+            arguments, _sources_beside_mount(arguments), open_settings(arguments, indexing)
+        ) as get:
 
             def show(_blocks: int, written: int) -> None:
                 progress({"done": written})
@@ -249,57 +234,54 @@ async def _export(arguments: argparse.Namespace, cache_dir: Path, indexes: Path)
                 await cars.export_to_stream(cid, get, sys.stdout.fileno(), show)
             else:
                 size = await cars.export(cid, get, Path(arguments.file), arguments.v2, show)
-                if arguments.json:
-                    console.values({"exported": cids.text(cid), "file": arguments.file, "bytes": size})
-                    return 0
-                console.line(f"exported {cids.text(cid)} to {arguments.file}, {human(size)}")
+                console.answer(
+                    arguments,
+                    {"exported": cids.text(cid), "file": arguments.file, "bytes": size},
+                    f"exported {cids.text(cid)} to {arguments.file}, {human(size)}",
+                )
     return 0
 
 
 def push(arguments: argparse.Namespace) -> int:
-    return trio.run(_push, arguments, *_cache_and_indexes(arguments))
+    return trio.run(_push, arguments)
 
 
-async def _push(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+async def _push(arguments: argparse.Namespace) -> int:
     if parse_source(arguments.to).kind != defaults.KUBO:
         raise UsageError(f"--to {arguments.to}: not a Kubo node; write kubo, or kubo+http://host:port")
     cid = await _root(arguments)
     with Progress("indexing") as indexing, Progress("pushing") as progress:
-        settings = _settings(arguments, indexes, indexing, [arguments.to])
-        given = _given(arguments)
+        sources = _sources(arguments) if _given(arguments) else [defaults.LIBRARY]
+        settings = open_settings(arguments, indexing, [arguments.to])
         async with (
-            opened_sources(defaults.chosen(given) if given else [defaults.LIBRARY], settings) as sources,
+            _blocks(arguments, sources, settings) as get,
             opened_sources([arguments.to], settings) as (node,),
         ):
             assert isinstance(node, Kubo)
-            get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
 
             def show(done: int, total: int | None) -> None:
                 progress({"done": done, "total": total if total and total >= done else None})
 
             sent = await pushing.push(cid, get, node.rpc(), show)
-    if arguments.json:
-        console.values({"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict())
-    else:
-        console.line(
-            f"pushed {cids.text(cid)} to {node.name} and pinned it there: {sent.blocks} blocks sent, "
-            f"{human(sent.bytes)}; {sent.present} were there"
-        )
-    return 0
+    return console.answer(
+        arguments,
+        {"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict(),
+        f"pushed {cids.text(cid)} to {node.name} and pinned it there: {sent.blocks} blocks sent, "
+        f"{human(sent.bytes)}; {sent.present} were there",
+    )
 
 
 def cat(arguments: argparse.Namespace) -> int:
-    return trio.run(_cat, arguments, *_cache_and_indexes(arguments))
+    return trio.run(_cat, arguments)
 
 
-async def _cat(arguments: argparse.Namespace, cache_dir: Path, indexes: Path) -> int:
+async def _cat(arguments: argparse.Namespace) -> int:
     path = await _path(arguments, arguments.path)
     if sys.stdout is None:
         raise UsageError("standard output is closed")
     if arguments.raw and path.names:
         raise UsageError("--raw takes a CID alone: a block has no path")
-    async with opened_sources(_sources_beside_mount(arguments), _settings(arguments, indexes)) as sources:
-        get = _getter(SourcePool(sources), cache_folder.socket_path(cache_dir))
+    async with _blocks(arguments, _sources_beside_mount(arguments), open_settings(arguments)) as get:
         parts = _block(path.root, get) if arguments.raw else cars.content(path, get)
         size = 0
         async for part in parts:
@@ -347,23 +329,29 @@ def _sources_beside_mount(arguments: argparse.Namespace) -> Sequence[str]:
     return [defaults.LIBRARY] if _mount(arguments) is not None else _sources(arguments)
 
 
-def _getter(pool: SourcePool, control: Path) -> GetBlock:
-    """Gets a block from the sources, else from a running mount, which has a cache and sources of its own."""
+@asynccontextmanager
+async def _blocks(
+    arguments: argparse.Namespace, sources: Sequence[str], settings: OpenSettings
+) -> AsyncIterator[GetBlock]:
+    """Gets blocks from `sources`, else from a running mount, which has a cache and sources of its own."""
+    control = cache_folder.socket_path(folders.cache_dir(arguments.cache_dir))
+    async with opened_sources(sources, settings) as opened:
+        pool = SourcePool(opened)
 
-    async def get(wanted: Cid) -> bytes:
-        try:
-            with trio.fail_after(BLOCK_DEADLINE):
-                return (await pool.get(wanted)).block
-        except (Unavailable, trio.TooSlowError) as exc:
-            block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
-            if block is None:
-                raise Unavailable(
-                    f"{cids.text(wanted)} is in no source and no running mount: name one that has it "
-                    "with --from"
-                ) from exc
-            return block
+        async def get(wanted: Cid) -> bytes:
+            try:
+                with trio.fail_after(BLOCK_DEADLINE):
+                    return (await pool.get(wanted)).block
+            except (Unavailable, trio.TooSlowError) as exc:
+                block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
+                if block is None:
+                    raise Unavailable(
+                        f"{cids.text(wanted)} is in no source and no running mount: name one that has it "
+                        "with --from"
+                    ) from exc
+                return block
 
-    return get
+        yield get
 
 
 def _from_mount(control: Path, cid: Cid) -> bytes | None:

@@ -5,8 +5,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
@@ -17,12 +16,9 @@ from ipfsfuse.errors import IpfsFuseError, NotACid, UsageError
 NAMED = 5
 """Lost blocks that `fsck` names in its last line; all are in its report."""
 
-NOTHING: Mapping[str, object] = MappingProxyType({})
-
 
 def ls(arguments: argparse.Namespace) -> int:
-    sent = {"tree": True} if arguments.tree else NOTHING
-    answer = _call(folders.control_socket(arguments), "ls", sent, timeout=ANSWER_SECONDS)
+    answer = _call(folders.control_socket(arguments), "ls", timeout=ANSWER_SECONDS, tree=arguments.tree)
     return _show(arguments, answer, console.tree if arguments.tree else console.ls)
 
 
@@ -38,17 +34,17 @@ def unpin(arguments: argparse.Namespace) -> int:
 
 
 def prefetch(arguments: argparse.Namespace) -> int:
-    return _each(arguments, "prefetch", {} if arguments.depth is None else {"depth": arguments.depth})
+    return _each(arguments, "prefetch", depth=arguments.depth)
 
 
 def evict(arguments: argparse.Namespace) -> int:
     if arguments.all == bool(arguments.items):
         raise UsageError("evict takes CIDs or paths, or --all")
-    return _work(arguments, "evict", {"all": True}) if arguments.all else _each(arguments, "evict")
+    return _ask(arguments, "evict", all=True) if arguments.all else _each(arguments, "evict")
 
 
 def budget(arguments: argparse.Namespace) -> int:
-    return _work(arguments, "budget", {"size": arguments.size})
+    return _ask(arguments, "budget", size=arguments.size)
 
 
 def fsck(arguments: argparse.Namespace) -> int:
@@ -69,24 +65,17 @@ def fsck(arguments: argparse.Namespace) -> int:
 # -- what is named by a CID, by a path below one, or by a path in a mount ------------------------------------
 
 
-class Target(NamedTuple):
-    control: Path
-    """The mount to ask."""
-    path: str
-    """`/ipfs/CID/a/b` or `/ipns/NAME/a/b`."""
-
-
-def _each(arguments: argparse.Namespace, command: str, sent: Mapping[str, object] = NOTHING) -> int:
+def _each(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
     """One command for each of the things that are named. All are looked at before anything is done. If one
     fails, the others are done all the same, and the exit code is 1."""
     targets = [_target(arguments, text) for text in arguments.items]
     if len(targets) == 1:
-        answer = _call(targets[0].control, command, {**sent, "path": targets[0].path})
-        return _show(arguments, answer, console.show)
+        [(control, path)] = targets
+        return _show(arguments, _call(control, command, path=path, **sent), console.show)
     answers, code = list[Mapping[str, Any]](), 0
-    for text, target in zip(arguments.items, targets, strict=True):
+    for text, (control, path) in zip(arguments.items, targets, strict=True):
         try:
-            answers.append(_call(target.control, command, {**sent, "path": target.path}))
+            answers.append(_call(control, command, path=path, **sent))
         except IpfsFuseError as exc:
             code = 1
             console.failure(exc)
@@ -99,8 +88,9 @@ def _each(arguments: argparse.Namespace, command: str, sent: Mapping[str, object
     return code
 
 
-def _target(arguments: argparse.Namespace, text: str) -> Target:
-    """Raises UsageError, whether or not there is a mount to ask."""
+def _target(arguments: argparse.Namespace, text: str) -> tuple[Path, str]:
+    """The control socket of the mount to ask, and `/ipfs/CID/a/b` or `/ipns/NAME/a/b`. Raises UsageError,
+    whether or not there is a mount to ask."""
     from ipfsfuse.dag import path as paths  # slow to import, and other commands do without
 
     try:
@@ -120,17 +110,15 @@ def _target(arguments: argparse.Namespace, text: str) -> Target:
         top = "ipfs" if live is None or str(live.mountpoint) == main else "ipns"
         path = f"/{top}/{found.below}"
         if arguments.mount is None and arguments.origins.get("cache-dir") != "argument":
-            return Target(control, path)
-    return Target(folders.control_socket(arguments), path)
+            return control, path
+    return folders.control_socket(arguments), path
 
 
-def _work(arguments: argparse.Namespace, command: str, sent: Mapping[str, object]) -> int:
-    return _show(arguments, _call(folders.control_socket(arguments), command, sent), console.show)
+def _ask(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
+    return _show(arguments, _call(folders.control_socket(arguments), command, **sent), console.show)
 
 
-def _call(
-    control: Path, command: str, sent: Mapping[str, object] = NOTHING, timeout: float | None = None
-) -> dict[str, Any]:
+def _call(control: Path, command: str, timeout: float | None = None, **sent: Any) -> dict[str, Any]:
     with Progress(command) as progress:
         return client.call(control, command, progress, timeout=timeout, **sent)
 

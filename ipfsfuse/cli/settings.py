@@ -7,10 +7,9 @@ precedence. IPFSFUSE_CONFIG names one file to read instead of both.
 """
 
 import argparse
-import difflib
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,12 +138,10 @@ def _parsed(path: Path, text: str) -> File:
     return File(path, values, mounts)
 
 
-def _check_keys(where: str, values: Mapping[str, object], known: Iterable[str]) -> None:
-    known = list(known)
+def _check_keys(where: str, values: Mapping[str, object], known: Collection[str]) -> None:
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key.replace("_", "-"), known, 1)
-            todo = f"did you mean {close[0]}?" if close else "`ipfsfuse config` lists the settings"
+            todo = console.suggestion(key.replace("_", "-"), known, "`ipfsfuse config` lists the settings")
             raise UsageError(f"{where}: {key} is not a setting: {todo}")
 
 
@@ -164,15 +161,11 @@ def mountpoint_of(text: str) -> str:
     return str(mounts().get(text, text))
 
 
-def _environment() -> Layer:
-    variables = {name: f"IPFSFUSE_{name.upper().replace('-', '_')}" for name in SETTINGS}
-    return Layer(
-        "environment", {name: os.environ[each] for name, each in variables.items() if os.environ.get(each)}
-    )
-
-
 def _layers(name: str | None) -> list[Layer]:
-    layers = [_environment()]
+    """The origins of settings for the mount of that name, in the order of precedence."""
+    variables = {key: f"IPFSFUSE_{key.upper().replace('-', '_')}" for key in SETTINGS}
+    given = {key: os.environ.get(variable) for key, variable in variables.items()}
+    layers = [Layer(variables[key], {key: text}) for key, text in given.items() if text]
     for file in files():
         if name is not None and name in file.mounts:
             layers.append(Layer(f"{file.path} [mount.{name}]", file.mounts[name]))
@@ -195,13 +188,11 @@ def fill(arguments: argparse.Namespace, options: Iterable[tuple[argparse.Action,
             layer = next((each for each in layers if name in each.values and name in SETTINGS), None)
             if layer is not None:
                 origin = layer.origin
-                if origin == "environment":
-                    origin = f"IPFSFUSE_{name.upper().replace('-', '_')}"
                 value = _converted(action, name, origin, layer.values[name])
             setattr(arguments, action.dest, value)
         if name in SETTINGS:
             arguments.origins[name] = origin
-    if named is not None and any(named in file.mounts for file in files()):
+    if named is not None:
         arguments.mountpoint = mountpoint_of(named)
 
 
@@ -269,8 +260,7 @@ def show(arguments: argparse.Namespace) -> int:
         return _write_template(arguments)
     named = {name: str(point) for name, point in mounts().items()}
     if arguments.mountpoint is not None and arguments.mountpoint not in named.values():
-        close = difflib.get_close_matches(arguments.mountpoint, named, 1)
-        todo = f"did you mean {close[0]}?" if close else "write [mount.NAME]"
+        todo = console.suggestion(arguments.mountpoint, named, "write [mount.NAME]")
         raise UsageError(f"{arguments.mountpoint} is not a mount that the configuration names: {todo}")
     values = {name: _in_force(arguments, name) for name in arguments.origins}
     shown = {name: {"value": values[name], "origin": each} for name, each in arguments.origins.items()}
@@ -325,11 +315,7 @@ def _write_template(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{path} exists already: edit it, or move it away first") from exc
     with open(file, "w", encoding="utf-8") as out:
         out.write(template())
-    if arguments.json:
-        console.values({"written": str(path)})
-    else:
-        console.line(f"wrote {path}")
-    return 0
+    return console.answer(arguments, {"written": str(path)}, f"wrote {path}")
 
 
 _EXAMPLES = {

@@ -43,10 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
             console.text(html)
         else:
             console.write(arguments.html, html)
-        if arguments.json:
-            console.values({"written": arguments.html, "health": answer["health"]})
-        elif arguments.html != "-":
-            console.line(f"wrote {arguments.html}")
+        written = [] if arguments.html == "-" else [f"wrote {arguments.html}"]
+        console.answer(arguments, {"written": arguments.html, "health": answer["health"]}, *written)
     elif arguments.json:
         console.values(answer)
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import trio
 
 from ipfsfuse import __version__, units
-from ipfsfuse.cache.base import Kept
+from ipfsfuse.cache.base import CacheItem
 from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pinset import PinsetCache
@@ -67,18 +67,18 @@ class Commands:
         pins: NodePins,
         tree: Tree,
         names: Names,
-        passthrough: PassthroughFiles | None = None,
-        quota: FetchQuota | None = None,
+        passthrough: PassthroughFiles | None,
+        quota: FetchQuota | None,
+        latencies: Mapping[str, Histogram],
+        given: Mapping[str, int],
     ) -> None:
+        """`latencies`: of the calls of the kernel, by their names; `given`: the bytes that they gave."""
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._names, self._passthrough, self._quota = names, passthrough, quota
         self._served = {"blocks": 0, "bytes": 0}
         """What `ipfsfuse serve` got of this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
-        self.latencies: Mapping[str, Histogram] = {}
-        """Of the calls of the kernel, by their names."""
-        self.bytes: Mapping[str, int] = {}
-        """What they gave."""
+        self._latencies, self._given = latencies, given
         self._lag = Histogram()
         self._history = [self._sample()]
         self._sample_seconds = SAMPLE_SECONDS
@@ -181,9 +181,9 @@ class Commands:
 
         async for each in staged_paths(self._cache.reader, roots()):
             path = os.fsdecode(each.path)
-            paths[each.kept.cid].append(path)
+            paths[each.item.cid].append(path)
             if arguments.get("tree") is True:
-                entry = {"path": path, "kind": each.kind, **_entry(each.kept), "size": each.size}
+                entry = {"path": path, "kind": each.kind, **_entry(each.item), "size": each.size}
                 tree.append(entry)
             found += 1
             await report({"done": found, "unit": "paths"})
@@ -300,8 +300,8 @@ class Commands:
         """What `status` says, and latencies in classes."""
         return {
             **await self.status(arguments, progress),
-            "operations": {name: each.as_dict() for name, each in self.latencies.items()},
-            "operation_bytes": dict(self.bytes),
+            "operations": {name: each.as_dict() for name, each in self._latencies.items()},
+            "operation_bytes": dict(self._given),
             "pinned": len(self._cache.pinned()),
             "latencies": {name: each.as_dict() for name, each in self._pool.latencies().items()},
             "lag": self._lag.as_dict(),
@@ -316,7 +316,7 @@ class Commands:
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
         """One verified block; with `fetch` false only if it is here. For `serve` it says `serving`."""
-        block = await self._blocks.get(_cid(arguments), fetch=arguments.get("fetch") is not False)
+        block = await self._blocks.get(_cid(arguments), arguments.get("fetch") is not False)
         if arguments.get("serving") is True:
             self._served["blocks"] += 1
             self._served["bytes"] += len(block)
@@ -329,17 +329,17 @@ class Commands:
         name = parse_name(str(arguments.get("name")))
         if not isinstance(name, KeyName):
             raise UsageError("record: name is the name of a key")
-        data = await self._names.record(name, fetch=arguments.get("fetch") is not False)
+        data = await self._names.record(name, arguments.get("fetch") is not False)
         return {"data": base64.b64encode(data).decode("ascii")}
 
 
-def _entries(listed: Sequence[Kept], paths: Mapping[Cid, Sequence[str]]) -> list[dict[str, Any]]:
-    return [{**_entry(kept), "paths": paths.get(kept.cid, [])} for kept in listed]
+def _entries(listed: Sequence[CacheItem], paths: Mapping[Cid, Sequence[str]]) -> list[dict[str, Any]]:
+    return [{**_entry(item), "paths": paths.get(item.cid, [])} for item in listed]
 
 
-def _entry(kept: Kept) -> dict[str, Any]:
-    used = units.timestamp(kept.last_used) if kept.last_used else None
-    return kept._asdict() | {"cid": cids.text(kept.cid), "last_used": used}
+def _entry(item: CacheItem) -> dict[str, Any]:
+    used = units.timestamp(item.last_used) if item.last_used else None
+    return item._asdict() | {"cid": cids.text(item.cid), "last_used": used}
 
 
 def _cid(arguments: Arguments) -> Cid:
@@ -394,7 +394,7 @@ class Staged(NamedTuple):
 
     path: bytes
     """`/ipfs/NAME/a/b`, NAME as it was opened."""
-    kept: Kept
+    item: CacheItem
     kind: str
     """`directory`, `file` or `symlink`."""
     size: int | None
@@ -413,19 +413,19 @@ async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> Asyn
             if looked_at % LISTED_TOGETHER == 0:
                 await trio.lowlevel.checkpoint()
             path, cid = waiting.pop()
-            kept = reader.store.kept_of(cid)
-            if kept is None:
+            item = reader.store.item_of(cid)
+            if item is None:
                 continue
             node = await _node(reader, cid) if cids.codec(cid) == cids.DAG_PB else None
             if isinstance(node, Directory | Shard):
-                yield Staged(path, kept, "directory", None)
+                yield Staged(path, item, "directory", None)
                 if cids.canonical(cid) not in entered:
                     entered.add(cids.canonical(cid))
                     entries = sorted([entry async for entry in _entries_here(reader, node)], reverse=True)
                     waiting += [(path + b"/" + child, below) for child, below in entries]
             else:
                 kind = "symlink" if isinstance(node, Symlink) else "file"
-                yield Staged(path, kept, kind, node.size if isinstance(node, File) else kept.size)
+                yield Staged(path, item, kind, node.size if isinstance(node, File) else item.size)
 
 
 async def _entries_here(reader: Reader, directory: Directory | Shard) -> AsyncIterator[tuple[bytes, Cid]]:

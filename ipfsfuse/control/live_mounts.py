@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,16 +40,15 @@ class LiveMount(NamedTuple):
 def registered(mountpoint: Path, control: Path) -> Iterator[None]:
     """`mountpoint`, which this process has just mounted, can be found while the block lasts. Where no folder
     can be used, the log says so, and all else goes on."""
-    mounted = mountpoints.ours_at(mountpoint)
-    place = None if mounted is None else usable_folder()
-    folder = None if place is None else _opened(place)
-    if mounted is None or folder is None:
-        log.warning(
-            "commands can't find this mount by --mount: no folder of this user's own for it (docs/CACHE.md)"
-        )
-        yield
-        return
-    try:
+    mounted, place = mountpoints.ours_at(mountpoint), usable_folder()
+    with nullcontext() if place is None else _opened(place) as folder:
+        if mounted is None or folder is None:
+            log.warning(
+                "commands can't find this mount by --mount: no folder of this user's own for it "
+                "(docs/CACHE.md)"
+            )
+            yield
+            return
         entry = {"mountpoint": str(mountpoint), "pid": os.getpid(), "control": str(control)}
         with suppress(OSError):
             write_file(folder, mounted.device, json.dumps(entry).encode(), lasting=False)
@@ -57,8 +56,6 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
         if _read(folder, mounted.device) == LiveMount(mountpoint, os.getpid(), control):
             with suppress(OSError):
                 os.unlink(mounted.device, dir_fd=folder)
-    finally:
-        os.close(folder)
 
 
 def find(mountpoint: Path) -> LiveMount | None:
@@ -68,15 +65,11 @@ def find(mountpoint: Path) -> LiveMount | None:
     if mounted is None:
         return None
     for path in _folders():
-        folder = _opened(path)
-        if folder is not None:
-            try:
-                found = _read(folder, mounted.device)
-            finally:
-                os.close(folder)
-            at = None if found is None else mountpoints.ours_at(found.mountpoint)
-            if at is not None and at.device == mounted.device:
-                return found
+        with _opened(path) as folder:
+            found = None if folder is None else _read(folder, mounted.device)
+        at = None if found is None else mountpoints.ours_at(found.mountpoint)
+        if at is not None and at.device == mounted.device:
+            return found
     return None
 
 
@@ -94,24 +87,25 @@ def usable_folder() -> Path | None:
     for path in _folders():
         with suppress(OSError):
             os.mkdir(path, 0o700)
-        opened = _opened(path)
-        if opened is not None:
-            os.close(opened)
-            return path
+        with _opened(path) as folder:
+            if folder is not None:
+                return path
     return None
 
 
-def _opened(path: Path) -> int | None:
-    """A descriptor of the folder, unless it is another user's, or others may enter it."""
+@contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """A descriptor of the folder. None where it is another user's, or others may enter it."""
     try:
         folder = os.open(path, _DIRECTORY)
     except OSError:
-        return None
-    info = os.fstat(folder)
-    if info.st_uid == os.geteuid() and not info.st_mode & 0o077:
-        return folder
-    os.close(folder)
-    return None
+        yield None
+        return
+    try:
+        info = os.fstat(folder)
+        yield folder if info.st_uid == os.geteuid() and not info.st_mode & 0o077 else None
+    finally:
+        os.close(folder)
 
 
 def _read(folder: int, name: str) -> LiveMount | None:

@@ -49,9 +49,9 @@ class ControlServer:
         self._allowed = {0, os.getuid()}
         self.holders = 0
         """Connections that said `hold` and are still open."""
-        self.held = trio.Event()
+        self.first_holder = trio.Event()
         """Set when the first holder came."""
-        self.let_go = trio.Event()
+        self.released = trio.Event()
         """Set when the last holder has gone: never before one came."""
         self._ending = False
 
@@ -100,11 +100,11 @@ class ControlServer:
                 there = await threads.run_sync(_is_there, path)
             nursery.cancel_scope.cancel()
 
-    async def until_let_go(self) -> None:
+    async def until_released(self) -> None:
         """Returns when nobody holds the mount; from then on nobody can."""
         while self.holders:
-            await self.let_go.wait()
-            self.let_go = trio.Event()  # the next holder may have come meanwhile
+            await self.released.wait()
+            self.released = trio.Event()  # the next holder may have come meanwhile
         self._ending = True
 
     async def _connection(self, stream: trio.SocketStream) -> None:
@@ -114,14 +114,8 @@ class ControlServer:
                 if uid in self._allowed:
                     await self._conversation(stream)
                 else:
-                    await _send(
-                        stream,
-                        _refusal(
-                            NotAllowed(
-                                f"this mount answers user {os.getuid()} and root alone, not user {uid}"
-                            )
-                        ),
-                    )
+                    why = f"this mount answers user {os.getuid()} and root alone, not user {uid}"
+                    await _send(stream, _refusal(NotAllowed(why)))
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer has gone
         except* Exception:  # a failure ends its own connection alone
@@ -138,13 +132,13 @@ class ControlServer:
                     if answer is _HELD and not holding:
                         holding = True
                         self.holders += 1
-                        self.held.set()
+                        self.first_holder.set()
                     await _send(stream, {**answer, "holders": self.holders} if answer is _HELD else answer)
         finally:
             if holding:
                 self.holders -= 1
                 if not self.holders:
-                    self.let_go.set()
+                    self.released.set()
 
     async def _answer(self, line: bytes, stream: trio.SocketStream) -> Mapping[str, Any]:
         async def progress(values: Mapping[str, Any]) -> None:

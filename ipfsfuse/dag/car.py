@@ -35,7 +35,7 @@ PRAGMA = b"\x0a\xa1gversion\x02"
 V2_BYTES = len(PRAGMA) + 40
 """The frame of a version 2 file: pragma and fixed header."""
 
-_V2 = struct.Struct("<QQQQQ")
+_V2 = struct.Struct("<16sQQQ")
 
 
 class Section(NamedTuple):
@@ -108,22 +108,20 @@ def decode_v2(data: bytes) -> V2Header:
     """The frame at the start of a version 2 file: the first V2_BYTES. Raises Malformed."""
     if len(data) < V2_BYTES:
         raise Malformed("a CAR of version 2 is cut short in its header")
-    high, low, offset, size, index = _V2.unpack_from(data, len(PRAGMA))
+    characteristics, offset, size, index = _V2.unpack_from(data, len(PRAGMA))
     if offset < V2_BYTES or offset >= 1 << 63:
         raise Malformed(f"the CAR's header puts its data at {offset}, where it can't be")
     if not 0 < size < 1 << 63:
         raise Malformed(f"the CAR's header gives its data {size} bytes")
     if index and not offset + size <= index < 1 << 63:
         raise Malformed(f"the CAR's header puts its index at {index}, inside its data")
-    return V2Header(offset, size, index, struct.pack("<QQ", high, low))
+    return V2Header(offset, size, index, characteristics)
 
 
 def encode_v2(header: V2Header) -> bytes:
     """Pragma and header: V2_BYTES."""
-    return (
-        PRAGMA
-        + header.characteristics
-        + struct.pack("<QQQ", header.data_offset, header.data_size, header.index_offset)
+    return PRAGMA + _V2.pack(
+        header.characteristics, header.data_offset, header.data_size, header.index_offset
     )
 
 

@@ -178,7 +178,7 @@ def canonical(cid: Cid) -> Cid:
 EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
 
 
-def known(cid: Cid) -> bytes | None:
+def implied_block(cid: Cid) -> bytes | None:
     """The block that is known without a source: what an identity CID carries in itself, and the empty block.
     None for every other CID. Raises Unsupported for an identity CID of over 128 bytes.
 
@@ -194,8 +194,8 @@ def known(cid: Cid) -> bytes | None:
 
 
 def inline(cid: Cid) -> bytes | None:
-    """Like `known`, for identity CIDs alone: the empty block is a block of its own."""
-    return None if cid == EMPTY else known(cid)
+    """Like `implied_block`, for identity CIDs alone: the empty block is a block of its own."""
+    return None if cid == EMPTY else implied_block(cid)
 
 
 def value(block: Cid, number: int) -> Cid:

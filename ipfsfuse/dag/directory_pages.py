@@ -12,7 +12,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.hamt import Spot
 from ipfsfuse.dag.nodes import Directory, Node, Shard, holds_values
 from ipfsfuse.dag.path import can_hold
-from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
+from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 
 PAGE = 2000
 """Entries after which a page is full. A page of a HAMT may have some more, because a step's result is not
@@ -58,12 +58,12 @@ def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
             found, end = _stored(directory, after)
         else:
             found, end = yield from _in_trie(directory, after)
-        kept = [entry for entry in found if can_hold(entry.name)]
-        if kept and not end:  # the next page begins after the last entry kept, and counts from there
-            found = found[: found.index(kept[-1]) + 1]
-        skipped += len(found) - len(kept)
-        if kept or end:
-            return Page(kept, end, skipped)
+        shown = [entry for entry in found if can_hold(entry.name)]
+        if shown and not end:  # the next page begins after the last entry shown, and counts from there
+            found = found[: found.index(shown[-1]) + 1]
+        skipped += len(found) - len(shown)
+        if shown or end:
+            return Page(shown, end, skipped)
         after = found[-1].place
 
 
@@ -89,7 +89,7 @@ def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
 
     frontier = _slots(root, hamt.TOP, after)
     count, total, cut = FIRST, 0, False
-    while len(done := known(frontier)) < min(PAGE, len(frontier)):
+    while len(done := ready(frontier)) < min(PAGE, len(frontier)):
         yield from expand(frontier, count, parts_of)
         total += count
         cut = cut or len(frontier) > MAX_FRONTIER

@@ -24,8 +24,8 @@ from typing import NamedTuple
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, multihash, nodes, protobuf, unixfs, varint
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Children, File, Leaf, Node
-from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, known
+from ipfsfuse.dag.nodes import File, Leaf, Node
+from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
@@ -79,7 +79,7 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
 
     frontier = _parts(file, 0, 0, (start, stop), sure)
     count, together = 0, FIRST
-    while len(done := known(frontier)) < len(frontier) and (count < BUDGET or not done):
+    while len(done := ready(frontier)) < len(frontier) and (count < BUDGET or not done):
         yield from expand(frontier, together, parts_of)
         del frontier[MAX_FRONTIER:]
         count += together
@@ -95,7 +95,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline))
-    if not isinstance(file.children, Children):
+    if not file.children:
         return frontier
     deep = sure or file.children.first_size >= cids.MAX_BLOCK
     for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):

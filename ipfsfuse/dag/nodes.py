@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, islice
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, unixfs, values
@@ -59,36 +59,25 @@ class Child(NamedTuple):
     size: int
 
 
-class Children(Sequence[Child]):
+class Children:
     """The children of a file node, made when they are used."""
 
     __slots__ = ("_links", "_offsets", "first_size")
 
     def __init__(self, links: Links, offsets: "array[int]") -> None:
-        """`links` has one at least, and `offsets` one for each, and the end of the last child."""
+        """`offsets` has one for each of `links`, and the end of the last child."""
         self._links = links
         self._offsets = offsets
-        self.first_size = offsets[1] - offsets[0]
+        self.first_size = offsets[1] - offsets[0] if links else 0
         """Bytes of the first child."""
 
     def __len__(self) -> int:
         return len(self._links)
 
-    @overload
-    def __getitem__(self, index: int) -> Child: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Child]: ...
-    def __getitem__(self, index: int | slice) -> Child | list[Child]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(index)
-        offset = self._offsets[at]
-        return Child(self._links.cid(at), offset, self._offsets[at + 1] - offset)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
+    def __iter__(self) -> Iterator[Child]:
+        offsets = self._offsets
+        for at, link in enumerate(self._links.cids()):
+            yield Child(link, offsets[at], offsets[at + 1] - offsets[at])
 
     def cids(self) -> list[Cid]:
         return self._links.cids()
@@ -103,6 +92,9 @@ class Children(Sequence[Child]):
                 return
             if start < end and offset < end:
                 yield Child(Cid(block[spans[4 * at] : spans[4 * at + 1]]), offset, end - offset)
+
+
+NO_CHILDREN = Children(Links(), array("Q"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +118,7 @@ class File:
     size: int
     inline: int
     """Content bytes that this very block holds, at the front (a leaf: all of them)."""
-    children: Sequence[Child]
+    children: Children = NO_CHILDREN
     meta: Meta = NO_META
 
 
@@ -200,7 +192,7 @@ def parse(cid: Cid, block: bytes) -> Node:
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
-        return File(cid, len(block), len(block), ())
+        return File(cid, len(block), len(block))
     refuse_unshown(cid)
     if codec != cids.DAG_PB:
         return value_node(cid, document(cid, block))
@@ -246,7 +238,7 @@ def value_node(cid: Cid, found: Document) -> Node:
     if found.kind(number) in (Kind.MAP, Kind.LIST):
         return Directory(cid, found.links(number, block), block=None if number else found)
     size = found.content_size(number)
-    return File(cid, size, size, ())
+    return File(cid, size, size)
 
 
 def children(node: Node) -> list[Cid]:
@@ -254,7 +246,7 @@ def children(node: Node) -> list[Cid]:
     if isinstance(node, Directory) and holds_values(node.cid):
         return node.block.targets() if node.block is not None else []
     if isinstance(node, File):
-        return node.children.cids() if isinstance(node.children, Children) else []
+        return node.children.cids()
     return [] if isinstance(node, Symlink) else node.links.cids()
 
 
@@ -301,7 +293,7 @@ def _file(cid: Cid, links: Links, message: UnixFS, meta: Meta) -> File:
         raise Malformed(f"a file node that says {message.filesize} bytes and holds {offset}")
     if offset > MAX_FILE:
         raise Malformed(f"a file of {offset} bytes is larger than a file system can hold")
-    children = Children(links, array("Q", accumulate(sizes, initial=inline))) if links else []
+    children = Children(links, array("Q", accumulate(sizes, initial=inline))) if links else NO_CHILDREN
     return File(cid, offset, inline, children, meta)
 
 

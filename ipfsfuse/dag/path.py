@@ -74,14 +74,13 @@ def names(tail: str, quoted: bool = False, whole: str = "") -> tuple[bytes, ...]
 def cid_alone(text: str) -> Cid:
     """The CID that `text` spells, as CID, /ipfs/CID or ipfs://CID. Raises UsageError, for a path below one
     too."""
-    _refuse_ipns(text)
-    bare = text.removeprefix("ipfs://") if text.startswith("ipfs://") else text.removeprefix("/ipfs/")
     try:
-        return cids.parse(bare.rstrip("/"))
+        found = parse(text)
     except NotACid as exc:
-        if "/" in bare.strip("/"):
-            raise UsageError(f"{text!r} is not a CID: a path below one can't be given here") from exc
         raise UsageError(str(exc) if text in str(exc) else f"{text!r} is not a CID: {exc}") from exc
+    if found.names:
+        raise UsageError(f"{text!r} is not a CID: a path below one can't be given here")
+    return found.root
 
 
 def _below_ipfs(text: str) -> tuple[str, bool]:

@@ -140,7 +140,7 @@ def expand(
             yield ()
 
 
-def known(frontier: Frontier[Ready, State]) -> list[Ready]:
+def ready(frontier: Frontier[Ready, State]) -> list[Ready]:
     """The parts before the first unexpanded node."""
     parts: list[Ready] = []
     for part in frontier:
@@ -159,7 +159,7 @@ class BlockWalk(Generic[State]):
 
     Iterate over it, get each block, and `add` the children. Two CIDs of one block with different codecs are
     two: only one of them may have links. Raw identity CIDs are left out; another identity CID may have links
-    (`cid.known` has its block). `state` is whatever the caller has to know of a place.
+    (`cid.implied_block` has its block). `state` is whatever the caller has to know of a place.
     """
 
     def __init__(self, roots: Iterable[Cid], state: State) -> None:

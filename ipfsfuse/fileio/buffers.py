@@ -18,11 +18,13 @@ from operator import mul
 
 SIZES = tuple(1 << power for power in range(16, 22))
 """Of buffers that are used again, in bytes: 64 KiB to 2 MiB, the largest block."""
-KEPT = 8 << 20
-"""Bytes of unused buffers that are kept of each size: those of two calls that read leaves together."""
-KEPT_IN_ALL = 16 << 20
+KEPT = 32 << 20
+"""Bytes of unused buffers that are kept of each size: a reader at full speed has as many on their way."""
+KEPT_IN_ALL = 32 << 20
 """Bytes of them, of all sizes, beyond which those of another size go when one is made: files mostly have
 leaves of one size."""
+KEPT_IDLE = 8 << 20
+"""Bytes of each size that `give_back` leaves."""
 
 _unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in SIZES}
 """By size. A deque that is full drops its oldest. `append` and `pop` are atomic: no Python code of ours runs
@@ -47,6 +49,15 @@ def lend(size: int) -> memoryview:
     if kept:  # an mmap does not say when its last view ends, an array on it does
         weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
+
+
+def give_back() -> None:
+    """Gives unused memory back to the system, but for a part of it. To be called every few seconds: a reader
+    that is at full speed has new buffers cleared for it each time."""
+    for size, pages in _unused.items():
+        while len(pages) * size > KEPT_IDLE:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                pages.pop()
 
 
 def is_aligned(data: memoryview, to: int) -> bool:

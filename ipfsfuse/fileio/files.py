@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.fileio.buffers import is_aligned, lend
+from ipfsfuse.fileio.buffers import is_aligned
 
 
 def load_library(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
@@ -47,13 +47,17 @@ _LIBRARY.stat_files.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, cty
 _LIBRARY.stat_files.restype = None
 
 
-@contextmanager
-def closing(file: int) -> Iterator[int]:
-    """`file`, a descriptor, which is closed at the end."""
-    try:
-        yield file
-    finally:
-        os.close(file)
+class Closing:
+    """A descriptor that is closed at the end, as `contextlib.closing` closes an object."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __enter__(self) -> int:
+        return self._file
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._file)
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
@@ -73,7 +77,7 @@ def write_file(folder: int, name: str, data: bytes, lasting: bool = True, mode: 
     temporary = f".{name[:200]}.{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with closing(os.open(temporary, flags, mode, dir_fd=folder)) as file:
+        with Closing(os.open(temporary, flags, mode, dir_fd=folder)) as file:
             write_all(file, data, 0)
             if lasting:
                 os.fsync(file)
@@ -88,7 +92,7 @@ def write_file(folder: int, name: str, data: bytes, lasting: bool = True, mode: 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file that anybody may read, as `write_file` does. Raises OSError, having changed nothing."""
-    with closing(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+    with Closing(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         write_file(folder, path.name, text.encode(), lasting=False, mode=0o666)
 
 
@@ -231,7 +235,7 @@ def read_file(path: str, most: int) -> bytes | None:
 def regular(path: str, most: int) -> Iterator[tuple[int, int]]:
     """A regular file of at most `most` bytes, open for reading, and its size. Raises FileNotFoundError for
     anything else, without waiting for a pipe, and OSError."""
-    with closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+    with Closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode) or info.st_size > most:
             raise FileNotFoundError(errno.ENOENT, "no regular file of that size", path)

@@ -6,7 +6,7 @@
  * of that file are, too, down to its first leaf. Nothing is read ahead while other blocks are asked for: the disk is busy then.
  * Many blocks are read by one call, and by READERS threads: of a cold one the disk is asked three times, for the folder's entry,
  * the file and its bytes, each time after the other.
- * Nothing here verifies anything. A link is only a hint, found by how its bytes look; the caller compares the hash of a block.
+ * Nothing here verifies anything. A link is only a hint; the caller compares the hash of a block.
  * Concurrency: any thread. At most THREADS threads read ahead. They use nothing of Python's.
  */
 #define _GNU_SOURCE
@@ -58,6 +58,11 @@ struct found {
 	uint8_t hash[DIGEST];
 };
 
+struct link {
+	uint8_t digest[DIGEST];
+	int codec, is_named;
+};
+
 struct slot {
 	enum { FREE, WANTED, READING, READ } state;
 	uint8_t digest[DIGEST];
@@ -67,6 +72,8 @@ struct slot {
 	atomic_int unwanted;    /* reading it was given up: another child of the directory was asked for, or there is no room */
 	int64_t order, family, read_at;
 	struct found found;
+	struct link links[FEW + 1]; /* the first of a dag-pb block */
+	int link_count;
 };
 
 struct repo {
@@ -162,36 +169,70 @@ static void read_block(const struct repo *repo, const uint8_t *digest, struct fo
 	close(file);
 }
 
-/* -- ahead -------------------------------------------------------------------------------------------------------------- */
+/* -- what a block links ------------------------------------------------------------------------------------------------- */
 
-struct link { const uint8_t *digest; int codec, is_named; };
+/* A protobuf varint at `at`; NULL where there is none before `end`. */
+static const uint8_t *varint(const uint8_t *at, const uint8_t *end, uint64_t *value)
+{
+	int shift;
 
-/* The first links of a dag-pb block by SHA-256, at most `most`: PBLink's field 1 is the CID, field 2 the name, which is empty
- * in a file. Source: the dag-pb specification. What only looks like a link is read for nothing. */
+	for (*value = shift = 0; at < end && shift < 64; shift += 7) {
+		*value |= (uint64_t)(*at & 0x7f) << shift;
+		if (!(*at++ & 0x80))
+			return at;
+	}
+	return NULL;
+}
+
+/* The field at `at`: its tag, and the `size` bytes of its content, which end where the next field begins. Of a number the
+ * content is empty. NULL at the end, and where there is none of these two kinds. */
+static const uint8_t *field(const uint8_t *at, const uint8_t *end, uint64_t *tag, uint64_t *size)
+{
+	uint64_t number;
+
+	*size = 0;
+	if (!(at = varint(at, end, tag)))
+		return NULL;
+	if ((*tag & 7) == 0)
+		return varint(at, end, &number);
+	if ((*tag & 7) != 2 || !(at = varint(at, end, size)) || *size > (uint64_t)(end - at))
+		return NULL;
+	return at;
+}
+
+/* The first links of a dag-pb block by SHA-256, at most `most`. Of a PBNode field 2 is a link; of that, field 1 is the CID, and
+ * field 2 the name, which is empty in a file. Source: the dag-pb specification. */
 static int links_of(const uint8_t *block, int64_t size, struct link *links, int most)
 {
-	static const uint8_t v0[] = {0x0a, 34, 0x12, DIGEST}, v1[] = {0x0a, 36, 0x01};
-	int64_t at, next;
-	int count = 0;
+	static const uint8_t v0[] = {0x12, DIGEST};
+	const uint8_t *node, *end = block + size, *at, *cid;
+	uint64_t tag, length, each;
+	int count = 0, is_named;
 
-	for (at = 0; at + 6 + DIGEST + 2 <= size && count < most; at = next) {
-		const uint8_t *here = block + at;
-		struct link *link = &links[count];
-
-		if (!memcmp(here, v1, sizeof v1) && (here[3] == RAW || here[3] == DAG_PB) && here[4] == 0x12 && here[5] == DIGEST)
-			*link = (struct link){here + 6, here[3], 0};
-		else if (!memcmp(here, v0, sizeof v0))
-			*link = (struct link){here + 4, DAG_PB, 0};
-		else {
-			next = at + 1;
+	for (node = block; count < most && (node = field(node, end, &tag, &length)); node += length) {
+		if (tag != 0x12)
 			continue;
+		cid = NULL;
+		is_named = 0;
+		for (at = node; (at = field(at, node + length, &tag, &each)); at += each) {
+			if (tag == 0x0a && each == 2 + DIGEST && !memcmp(at, v0, 2)) {
+				cid = at + 2;
+				links[count].codec = DAG_PB;
+			} else if (tag == 0x0a && each == 4 + DIGEST && at[0] == 1 && (at[1] == RAW || at[1] == DAG_PB) && !memcmp(at + 2, v0, 2)) {
+				cid = at + 4;
+				links[count].codec = at[1];
+			} else if (tag == 0x12)
+				is_named = each > 0;
 		}
-		next = link->digest + DIGEST - block;
-		link->is_named = block[next] == 0x12 && block[next + 1];
-		count++;
+		if (!cid)
+			continue;
+		memcpy(links[count].digest, cid, DIGEST);
+		links[count++].is_named = is_named;
 	}
 	return count;
 }
+
+/* -- ahead -------------------------------------------------------------------------------------------------------------- */
 
 static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 {
@@ -276,14 +317,14 @@ static void wake(struct repo *repo, int wanted)
 	pthread_cond_broadcast(&repo->work);
 }
 
-/* A block that is `on_path`, at `level`, was read: what it links first is wanted next. The lock is held. */
-static void follow(struct repo *repo, const struct found *found, int level)
+/* A block that is `on_path` was read, or one was asked for: what it links first is wanted next. The lock is held. */
+static void follow(struct repo *repo, const struct slot *slot)
 {
 	struct link links[FEW + 1];
 	int64_t family = repo->order;
-	int each, pass, named, wanted = 0, count;
+	int each, pass, named, wanted = 0, count = slot->link_count, level = slot->level;
 
-	count = found->size > 0 ? links_of((uint8_t *)found->bytes, found->size, links, FEW + 1) : 0;
+	memcpy(links, slot->links, sizeof links); /* `want` may use the slot for one of them */
 	named = count && links[0].is_named;
 	if (named) {
 		level = 0;
@@ -312,8 +353,8 @@ static void take(struct repo *repo, struct slot *slot, struct found *found)
 			other->state = FREE;
 		else if (other != slot && other->family == slot->family && other->state == READING)
 			other->unwanted = 1;
-	if (slot->codec == DAG_PB && !slot->on_path)
-		follow(repo, found, slot->level);
+	if (!slot->on_path)
+		follow(repo, slot);
 }
 
 /* Reads what `slot` wants, and what that links. The lock is held, but not while it reads. */
@@ -324,9 +365,11 @@ static void fill(struct repo *repo, struct slot *slot)
 	slot->state = READING;
 	pthread_mutex_unlock(&repo->lock);
 	read_block(repo, slot->digest, &found, &slot->unwanted, NULL);
+	if (slot->codec == DAG_PB && found.size > 0)
+		slot->link_count = links_of((uint8_t *)found.bytes, found.size, slot->links, FEW + 1);
 	pthread_mutex_lock(&repo->lock);
-	if (slot->codec == DAG_PB && slot->on_path)
-		follow(repo, &found, slot->level);
+	if (slot->on_path)
+		follow(repo, slot);
 	if (found.bytes && repo->kept + found.size > KEPT) {
 		free(found.bytes);
 		found = (struct found){.size = MISSING};

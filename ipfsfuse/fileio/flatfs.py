@@ -33,12 +33,9 @@ class _Found(ctypes.Structure):
 _LIBRARY.repo_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 _LIBRARY.repo_open.restype = ctypes.c_void_p
 _LIBRARY.repo_stop.argtypes = _LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
-_LIBRARY.repo_stop.restype = _LIBRARY.repo_close.restype = None
 _LIBRARY.repo_block.argtypes = (ctypes.c_void_p, ctypes.c_int)
-_LIBRARY.repo_block.restype = None
 _LIBRARY.repo_free.argtypes = (ctypes.c_void_p,)
 _LIBRARY.repo_free_many.argtypes = (ctypes.c_void_p, ctypes.c_int)
-_LIBRARY.repo_free.restype = _LIBRARY.repo_free_many.restype = None
 _LIBRARY.repo_take.argtypes = (
     ctypes.c_void_p,
     ctypes.c_char_p,
@@ -52,7 +49,6 @@ _LIBRARY.repo_read.argtypes = (
     ctypes.c_int,
     ctypes.c_void_p,
 )
-_LIBRARY.repo_read.restype = None
 _LIBRARY.repo_read_many.argtypes = (
     ctypes.c_void_p,
     ctypes.c_char_p,
@@ -60,6 +56,8 @@ _LIBRARY.repo_read_many.argtypes = (
     ctypes.c_int64,
     ctypes.c_void_p,
 )
+for _name in ("stop", "close", "block", "free", "free_many", "read"):
+    getattr(_LIBRARY, f"repo_{_name}").restype = None
 
 
 def _sha256() -> ctypes.Array[ctypes.c_void_p]:
@@ -140,7 +138,6 @@ class BlockFiles:
         found = _Found()
         _LIBRARY.repo_read(self._repo, digest, codec, ctypes.byref(found))
         return _read(found)
-
 
     def read_many(self, digests: Sequence[bytes], most: int) -> list[Read | int]:
         """Several blocks as `read` gives them, by one call and some threads: the first, and as many of the

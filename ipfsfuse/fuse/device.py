@@ -16,6 +16,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -39,41 +40,40 @@ _UNDRAINED = 32
 _Drained = ctypes.c_uint64 * _UNDRAINED
 
 _LIBRARY = load_library("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
-_LIBRARY.device_prepare.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
-_LIBRARY.device_backing_open.argtypes = _LIBRARY.device_backing_close.argtypes = (ctypes.c_int,)
-_LIBRARY.device_backing_close.restype = None
-_LIBRARY.device_prepare.restype = _LIBRARY.device_stop.restype = None
-_LIBRARY.device_interrupted.restype = ctypes.c_uint64
-_LIBRARY.device_listen.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-_LIBRARY.device_listen.restype = None
-_LIBRARY.pieces_key.argtypes = (ctypes.c_char_p,)
-_LIBRARY.pieces_key.restype = None
+_WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
+"""The same library, for calls that use Python objects, and for short ones: PyDLL keeps Python's lock during a
+call, for which another thread may make us wait."""
+_INT, _NUMBER, _TEXT, _OBJECT = ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.py_object
+_SIGNATURES: dict[str, Sequence[Any]] = {
+    "device_prepare": (None, _INT, _INT, _INT),
+    "device_stop": (None,),
+    "device_interrupted": (_NUMBER,),
+    "device_listen": (None, ctypes.c_void_p, ctypes.c_void_p),
+    "device_backing_open": (_INT, _INT),
+    "device_backing_close": (None, _INT),
+    "pieces_key": (None, _TEXT),
+}
+"""By the names of functions: what they return, and what they take."""
+_SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
+    "opens_allow": (None, _NUMBER),
+    "opens_revoke": (ctypes.c_uint32, _NUMBER, _INT),
+    "opens_revoke_idle": (None,),
+    "opens_drain": (ctypes.c_uint32, _Drained),
+    "reads_add": (None, _NUMBER, _NUMBER, _OBJECT, _INT),
+    "reads_remove": (None, _NUMBER, _NUMBER),
+    "reads_remove_all": (None,),
+    "pieces_allow": (None, _NUMBER, _INT, _TEXT, _NUMBER, _NUMBER, _OBJECT),
+    "pieces_open": (None, _NUMBER, _TEXT),
+    "pieces_clear": (None,),
+}
+for _library, _signatures in ((_LIBRARY, _SIGNATURES), (_WITH_LOCK, _SIGNATURES_WITH_LOCK)):
+    for _name, (_result, *_arguments) in _signatures.items():
+        _function = getattr(_library, _name)
+        _function.restype, _function.argtypes = _result, _arguments
 REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
 """The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
 NANOSECONDS_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
 """How long that request had waited for Python. Only in a handler that has not waited yet."""
-_WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
-"""The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
-_WITH_LOCK.opens_allow.argtypes = (ctypes.c_uint64,)
-_WITH_LOCK.opens_allow.restype = None
-_WITH_LOCK.opens_revoke.argtypes = (ctypes.c_uint64, ctypes.c_int)
-_WITH_LOCK.opens_revoke.restype = ctypes.c_uint32
-_WITH_LOCK.opens_revoke_idle.restype = None
-_WITH_LOCK.opens_drain.argtypes = (_Drained,)
-_WITH_LOCK.opens_drain.restype = ctypes.c_uint32
-_WITH_LOCK.reads_add.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.c_int)
-_WITH_LOCK.reads_remove.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
-_WITH_LOCK.pieces_allow.argtypes = (
-    ctypes.c_uint64,
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.c_uint64,
-    ctypes.c_uint64,
-    ctypes.py_object,
-)
-_WITH_LOCK.pieces_open.argtypes = (ctypes.c_uint64, ctypes.c_char_p)
-_WITH_LOCK.pieces_allow.restype = _WITH_LOCK.pieces_open.restype = _WITH_LOCK.pieces_clear.restype = None
-_WITH_LOCK.reads_add.restype = _WITH_LOCK.reads_remove.restype = _WITH_LOCK.reads_remove_all.restype = None
 
 
 class Device:

@@ -15,6 +15,7 @@ import trio
 
 from ipfsfuse import errors
 from ipfsfuse.structures import LogLimiter
+from ipfsfuse.text import printable
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -69,14 +70,9 @@ class FailureLog:
             return
         answer = errno.errorcode.get(number, str(number))
         if expected:
-            log.warning("a call was answered %s: %s%s", answer, _one_line(str(exc)), more)
+            log.warning("a call was answered %s: %s%s", answer, printable(str(exc)[:LONGEST]), more)
         else:
             log.error("a call was answered %s: it failed unexpectedly%s", answer, more, exc_info=exc)
-
-
-def _one_line(text: str) -> str:
-    """What a source said may hold anything: on one line, and nothing that a terminal would act on."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text[:LONGEST])
 
 
 failures = FailureLog()
@@ -86,18 +82,13 @@ failures = FailureLog()
 def of(exc: BaseException) -> int:
     """The errno for anything that a handler raised, which goes to the log (see `FailureLog`). What was not
     expected is EIO."""
-    if isinstance(exc, BaseExceptionGroup):
-        return _of_group(exc)
+    if isinstance(exc, BaseExceptionGroup):  # of a nursery: its first error that is not a cancellation
+        real = [each for each in exc.exceptions if not isinstance(each, trio.Cancelled)]
+        return of(real[0]) if real else errno.EINTR
     no_memory = errno.ENOMEM if isinstance(exc, MemoryError) else 0
     number = next((TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE), no_memory)
     failures.note(exc, number or errno.EIO, expected=bool(number))
     return number or errno.EIO
-
-
-def _of_group(group: BaseExceptionGroup[BaseException]) -> int:
-    """Of a group that a nursery raised: its first error that is not a cancellation."""
-    real = [exc for exc in group.exceptions if not isinstance(exc, trio.Cancelled)]
-    return of(real[0]) if real else errno.EINTR
 
 
 class Translated:

@@ -179,21 +179,8 @@ class NameLinks:
             major, minor, _readahead, offered = struct.unpack_from("<IIII", body)
             if major != 7:
                 raise MountFailed(f"the kernel speaks version {major} of FUSE")
-            flags = offered & PARALLEL_DIROPS
-            numbers = (
-                7,
-                min(minor, MINOR),
-                0,
-                flags,
-                MAX_BACKGROUND,
-                CONGESTION,
-                MAX_WRITE,
-                1,
-                0,
-                0,
-                0,
-            )
-            return _INIT_OUT.pack(*numbers)
+            limits = (offered & PARALLEL_DIROPS, MAX_BACKGROUND, CONGESTION, MAX_WRITE)
+            return _INIT_OUT.pack(7, min(minor, MINOR), 0, *limits, 1, 0, 0, 0)
         if opcode == Op.GETATTR:
             if node == ROOT:
                 return _ATTR_OUT.pack(1, 0, 0) + _attr(ROOT, stat.S_IFDIR | 0o555, 0)

@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import pyfuse3
@@ -93,22 +93,22 @@ class Passthrough:
         daemon. Nothing may wait between this and the answer."""
         found = self._by_inode.get(inode.number)
         if found is None:
-            found = None if inode.cached_opens else self._hold(inode)
+            found = None if inode.cached_opens else self._open(inode)
             if found is None:
                 return None
         found.opens += 1
         return device.passthrough_handle(found.backing)
 
-    def _hold(self, inode: Inode) -> _Backing | None:
-        held = self._files.hold(inode.cid)
-        if held is None:
+    def _open(self, inode: Inode) -> _Backing | None:
+        opened = self._files.open(inode.cid)
+        if opened is None:
             self._files.consider(inode.cid)
             return None
-        entry, file = held
+        entry, file = opened
         try:
             backing = device.open_backing(file)
         except OSError:
-            self._files.let_go(entry)
+            self._files.close(entry)
             return None
         found = self._by_inode[inode.number] = _Backing(inode, entry, backing)
         self._by_handle[device.passthrough_handle(backing)] = found
@@ -123,7 +123,7 @@ class Passthrough:
         if not found.opens:
             del self._by_inode[found.inode.number], self._by_handle[handle]
             device.close_backing(found.backing)
-            self._files.let_go(found.entry)
+            self._files.close(found.entry)
         return found.inode
 
 
@@ -165,14 +165,9 @@ class OpenFiles:
         if push:
             tree.cache.when_blocks_leave(device.revoke_idle)
 
-    @contextmanager
-    def pushing(self) -> Iterator[None]:
-        """For as long as the session serves."""
-        if not self._push:
-            yield
-            return
-        with self._pusher.running():
-            yield
+    def pushing(self) -> AbstractContextManager[None]:
+        """While the session serves, what nobody asked for yet goes to the page cache."""
+        return self._pusher.running() if self._push else nullcontext()
 
     async def run(self) -> None:
         """Drains the last opens of a series too. Runs as long as the mount serves."""

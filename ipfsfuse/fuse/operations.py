@@ -10,8 +10,8 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Never
+from contextlib import contextmanager
+from typing import Any, Never
 
 import pyfuse3
 import trio
@@ -54,69 +54,7 @@ SPREAD, APART = 2.0, 0.0004
 a quarter of the deadline): the ends of thousands at one moment would hold the event loop for a second."""
 
 
-def _refuse() -> Never:
-    raise pyfuse3.FUSEError(errno.EPERM)
-
-
-class ReadOnlyOperations(pyfuse3.Operations):
-    """Every call that would change something, and its one answer: EPERM. Whoever calls, root included."""
-
-    async def setattr(
-        self, inode: InodeT, attr: object, fields: object, fh: object, ctx: RequestContext
-    ) -> Never:
-        _refuse()
-
-    async def mknod(
-        self, parent_inode: InodeT, name: FileNameT, mode: int, rdev: int, ctx: RequestContext
-    ) -> Never:
-        _refuse()
-
-    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: int, ctx: RequestContext) -> Never:
-        _refuse()
-
-    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> Never:
-        _refuse()
-
-    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> Never:
-        _refuse()
-
-    async def symlink(
-        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
-    ) -> Never:
-        _refuse()
-
-    async def rename(
-        self,
-        parent_inode_old: InodeT,
-        name_old: FileNameT,
-        parent_inode_new: InodeT,
-        name_new: FileNameT,
-        flags: int,
-        ctx: RequestContext,
-    ) -> Never:
-        _refuse()
-
-    async def link(
-        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
-    ) -> Never:
-        _refuse()
-
-    async def create(
-        self, parent_inode: InodeT, name: FileNameT, mode: int, flags: int, ctx: RequestContext
-    ) -> Never:
-        _refuse()
-
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> Never:
-        _refuse()
-
-    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> Never:
-        _refuse()
-
-    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> Never:
-        _refuse()
-
-
-class Operations(ReadOnlyOperations):
+class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     supports_dot_lookup = False
 
@@ -136,9 +74,9 @@ class Operations(ReadOnlyOperations):
         it did not ask for, and asks for everything: a recording mount."""
         super().__init__()
         self._deadline = deadline
-        self._tree, self._roots, self._inodes, self._budget = tree, roots, inodes, budget
+        self._tree, self._roots, self.inodes, self._budget = tree, roots, inodes, budget
         self._replies = replies.Replies(owner, umask)
-        self._files = OpenFiles(tree, inodes, push, passthrough)
+        self.files = OpenFiles(tree, inodes, push, passthrough)
         self._calls: dict[int, trio.CancelScope] = {}
         """Those that wait, by the kernel's number."""
         self._listings: dict[int, Listing | RootListing] = {}
@@ -149,14 +87,6 @@ class Operations(ReadOnlyOperations):
         """What those calls gave, by their names."""
         self._listers: dict[int, int] = {}
         """The user id of who opened a directory, by its handle: `readdir` does not tell."""
-
-    def pushing(self) -> AbstractContextManager[None]:
-        """While the session serves: what nobody asked for yet goes to the page cache."""
-        return self._files.pushing()
-
-    async def run(self) -> None:
-        """Takes note of what was opened in C. Runs as long as the mount serves."""
-        await self._files.run()
 
     @contextmanager
     def _call(self, caller: Caller, what: str, about: object = "") -> Iterator[None]:
@@ -194,10 +124,6 @@ class Operations(ReadOnlyOperations):
                 line = "request %d: %s %s of user %s: %s in %.1f ms, after %.1f ms in the queue"
                 log.debug(line, request.number, what, about, caller, outcome, seconds * 1e3, waited * 1e3)
 
-    def surplus(self) -> list[int]:
-        """The inode numbers that the kernel should be asked to forget (`Inodes.surplus`)."""
-        return self._inodes.surplus()
-
     def interrupt(self, number: int) -> None:
         """The caller of the request `number` got a signal."""
         if number in self._calls:
@@ -215,7 +141,7 @@ class Operations(ReadOnlyOperations):
                 cid = (
                     self._roots.parse(name)
                     if parent_inode == ROOT
-                    else (await self._tree.child(self._inodes.get(parent_inode).cid, name)).cid
+                    else (await self._tree.child(self.inodes.get(parent_inode).cid, name)).cid
                 )
             except errors.NotFound:
                 return self._replies.absent()
@@ -227,35 +153,35 @@ class Operations(ReadOnlyOperations):
             inode = self._inode(parent_inode, name, cid, found)
             try:
                 reply = self._replies.entry(inode)
-                self._inodes.refer(inode)  # from here on nothing fails
+                self.inodes.refer(inode)  # from here on nothing fails
                 return reply
             finally:
-                self._inodes.drop_unused(inode)
+                self.inodes.drop_unused(inode)
 
     def _inode(self, parent: int, name: bytes, cid: Cid, found: Attributes) -> Inode:
         if found.is_directory:
-            return self._inodes.directory(parent, name, cid, found)
-        return self._inodes.file(cid, found)
+            return self.inodes.directory(parent, name, cid, found)
+        return self.inodes.file(cid, found)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for number, count in inode_list:
-            self._files.forget(number, count)
+            self.files.forget(number, count)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         with translated:
-            held = self._inodes.get(inode)
+            held = self.inodes.get(inode)
             if not held.attributes.exact:
                 held.attributes = self._tree.known(held.cid) or held.attributes
             return self._replies.entry(held)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         with self._call(ctx.uid, "readlink", inode):
-            return FileNameT(await self._tree.readlink(self._inodes.get(inode).cid))
+            return FileNameT(await self._tree.readlink(self.inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
         with translated:
-            held = self._inodes.get(inode).attributes
+            held = self.inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
 
     # -- files -----------------------------------------------------------------------------------------------
@@ -264,14 +190,14 @@ class Operations(ReadOnlyOperations):
         with self._call(ctx.uid, "open", inode):
             if flags & _WRITING:
                 raise errors.ReadOnly("open for writing")
-            handle = await self._files.open(self._inodes.get(inode), ctx.uid)
+            handle = await self.files.open(self.inodes.get(inode), ctx.uid)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
-        handle = self._files.handles.get(fh)
+        handle = self.files.handles.get(fh)
         with self._call(handle.opener if handle else None, "read", (fh, off, size)):
             if handle is None:
-                handle = await self._files.take_over(fh)
+                handle = await self.files.take_over(fh)
             content = await handle.file.read(off, size)
             self.bytes["read"] += len(content)
             return content
@@ -281,7 +207,7 @@ class Operations(ReadOnlyOperations):
 
     async def release(self, fh: FileHandleT) -> None:
         with translated:
-            self._files.release(fh)
+            self.files.release(fh)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         return None
@@ -290,14 +216,15 @@ class Operations(ReadOnlyOperations):
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         with self._call(ctx.uid, "opendir", inode):
-            handle = self._next_handle()
+            self._handles += 1
+            handle = self._handles
             if inode == ROOT:
-                self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
+                self._listings[handle] = RootListing(self._roots, self._tree, self.inodes, self._replies)
             else:
                 handle = device.with_cached_listing(handle)
-                held = self._inodes.get(inode)
+                held = self.inodes.get(inode)
                 self._tree.enter(held.cid)
-                self._listings[handle] = Listing(held, self._tree, self._inodes, self._replies)
+                self._listings[handle] = Listing(held, self._tree, self.inodes, self._replies)
             self._listers[handle] = ctx.uid
             return FileHandleT(handle)
 
@@ -312,9 +239,14 @@ class Operations(ReadOnlyOperations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         return None
 
-    def _next_handle(self) -> int:
-        self._handles += 1
-        return self._handles
+    # -- what would change something -------------------------------------------------------------------------
+
+    async def _refuse(self, *_arguments: Any, **_options: Any) -> Never:
+        """EPERM, whoever calls, root included."""
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    setattr = mknod = mkdir = unlink = rmdir = symlink = rename = link = create = write = _refuse
+    setxattr = removexattr = _refuse
 
     # -- the rest --------------------------------------------------------------------------------------------
 
@@ -324,7 +256,7 @@ class Operations(ReadOnlyOperations):
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         with translated:
-            return replies.xattr(name, self._inodes.get(inode).cid, self._tree.cache.kept_of)
+            return replies.xattr(name, self.inodes.get(inode).cid, self._tree.cache.item_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:
         return [XAttrNameT(name) for name in replies.xattr_names()] if inode != ROOT else []

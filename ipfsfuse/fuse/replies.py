@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FileNameT, ReaddirToken, readdir_reply
 
-from ipfsfuse.cache.base import Kept
+from ipfsfuse.cache.base import CacheItem
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.directory_pages import Entry
@@ -98,7 +98,7 @@ def statfs(budget: int, used: int) -> pyfuse3.StatvfsData:
 
 # -- extended attributes -------------------------------------------------------------------------------------
 
-Find = Callable[[Cid], Kept | None]
+Find = Callable[[Cid], CacheItem | None]
 
 _XATTRS: dict[bytes, Callable[[Cid, Find], str]] = {
     b"ipfs.cid": lambda cid, _find: cids.text(cid),

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -227,8 +227,9 @@ def opened(
         yield Session(mount, device, operations)
 
 
-async def serve(session: Session, ready: Callable[[], None]) -> None:
-    """Answers the kernel until the mount is gone; `ready` is called once it does. Raises MountFailed."""
+async def serve(session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Answers the kernel until the mount is gone, `task_status.started()` once it does. Raises
+    MountFailed."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_main, nursery.cancel_scope)
         parallel = False
@@ -242,7 +243,7 @@ async def serve(session: Session, ready: Callable[[], None]) -> None:
             )
         nursery.start_soon(_interrupt, session)
         nursery.start_soon(_prune, session)
-        ready()
+        task_status.started()
 
 
 async def _interrupt(session: Session) -> None:
@@ -254,7 +255,7 @@ async def _prune(session: Session) -> None:
     """Asks the kernel to forget what no program uses, while it holds too many inodes."""
     while True:
         await trio.sleep(PRUNE_SECONDS)
-        surplus = session.operations.surplus()
+        surplus = session.operations.inodes.surplus()
         for first in range(0, len(surplus), _PRUNED_AT_ONCE):
             numbers = surplus[first : first + _PRUNED_AT_ONCE]
             if not await threads.run_sync(prune, session.mount.fd, numbers):

@@ -109,29 +109,23 @@ class naming:  # noqa: N801 - used as a function; contextlib's takes as long as 
             raise AddFailed(f"{self._path}: {error.strerror}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class WalkOptions:
-    hidden: bool
-    """Also take names below the top that begin with a dot."""
-    contents: bool = True
-    """Open the files."""
-
-
-def walk(path: str, name: str, how: WalkOptions) -> Iterator[Event]:
-    """All of `path`, called `name`. Raises AddFailed."""
+def walk(path: str, name: str, hidden: bool, contents: bool = True) -> Iterator[Event]:
+    """All of `path`, called `name`, without names below it that begin with a dot unless `hidden`. Without
+    `contents` no file is opened. Raises AddFailed."""
     stack: list[_Open] = []
     try:
-        yield from _visit(path, path, name, None, how, stack)
+        yield from _visit(path, path, name, None, hidden, contents, stack)
         while stack:
             top = stack[-1]
             child = next(top.names, None)
             if child is None:
                 _pop(stack)
                 yield Leave()
-            elif how.contents and child in top.regular:  # nearly all
+            elif contents and child in top.regular:  # nearly all
                 yield from _regular(f"{top.path}/{child}", child, child, top.fd)
             else:
-                yield from _visit(os.path.join(top.path, child), child, child, top.fd, how, stack)
+                below = os.path.join(top.path, child)
+                yield from _visit(below, child, child, top.fd, hidden, contents, stack)
     finally:
         for opened in stack:
             if opened.fd >= 0:
@@ -139,7 +133,7 @@ def walk(path: str, name: str, how: WalkOptions) -> Iterator[Event]:
 
 
 def _visit(
-    path: str, at: str, name: str, parent: int | None, how: WalkOptions, stack: list[_Open]
+    path: str, at: str, name: str, parent: int | None, hidden: bool, contents: bool, stack: list[_Open]
 ) -> Iterator[Event]:
     """The event of one name, `at` below the descriptor `parent`. A directory is pushed onto the stack."""
     encoded = _encoded(path, name)
@@ -151,12 +145,13 @@ def _visit(
             target = os.readlink(os.fsencode(at), dir_fd=parent)
         yield Symlink(path, encoded, target, status)
     elif kind == stat.S_IFDIR:
-        opened = _open_directory(path, at, parent, how.hidden)
-        stack.append(opened)
+        stack.append(_open_directory(path, at, parent, hidden))
         if len(stack) > _MAX_OPEN:
-            _close_for_now(stack[-_MAX_OPEN - 1])
+            above = stack[-_MAX_OPEN - 1]
+            os.close(above.fd)
+            above.fd = -1
         yield Enter(path, encoded, status)
-    elif kind == stat.S_IFREG and not how.contents:
+    elif kind == stat.S_IFREG and not contents:
         yield Regular(path, encoded, -1, status)
     elif kind == stat.S_IFREG:
         yield from _regular(path, at, name, parent)
@@ -170,7 +165,10 @@ def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Even
     with naming(path):
         fd = os.open(at, _FLAGS | os.O_NONBLOCK, dir_fd=parent)
     try:
-        yield Regular(path, encoded, fd, _checked(path, os.fstat(fd)))
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise _refusal(path, status)
+        yield Regular(path, encoded, fd, status)
     finally:
         os.close(fd)
 
@@ -180,12 +178,6 @@ def _encoded(path: str, name: str) -> bytes:
         return name.encode()
     except UnicodeEncodeError as exc:
         raise AddFailed(f"{os.fsencode(path)!r}: the name is not UTF-8: rename it") from exc
-
-
-def _checked(path: str, status: os.stat_result) -> os.stat_result:
-    if not stat.S_ISREG(status.st_mode):
-        raise _refusal(path, status)
-    return status
 
 
 def _refusal(path: str, status: os.stat_result) -> AddFailed:
@@ -208,27 +200,19 @@ def _open_directory(path: str, at: str, parent: int | None, hidden: bool) -> _Op
     return _Open(fd, path, (status.st_dev, status.st_ino), iter(names), regular)
 
 
-def _close_for_now(opened: _Open) -> None:
-    os.close(opened.fd)
-    opened.fd = -1
-
-
 def _pop(stack: list[_Open]) -> None:
     """Ends the directory on top of the stack, and makes sure that its parent is open."""
     done = stack.pop()
     try:
         if stack and stack[-1].fd < 0:
-            _open_again(stack[-1], done.fd)
+            parent = stack[-1]
+            with naming(parent.path):
+                parent.fd = os.open("..", _FLAGS | os.O_DIRECTORY, dir_fd=done.fd)
+                status = os.fstat(parent.fd)
+            if (status.st_dev, status.st_ino) != parent.identity:
+                raise AddFailed(f"{parent.path} was moved while it was added")
     finally:
         os.close(done.fd)
-
-
-def _open_again(parent: _Open, child: int) -> None:
-    with naming(parent.path):
-        parent.fd = os.open("..", _FLAGS | os.O_DIRECTORY, dir_fd=child)
-        status = os.fstat(parent.fd)
-    if (status.st_dev, status.st_ino) != parent.identity:
-        raise AddFailed(f"{parent.path} was moved while it was added")
 
 
 # -- adding --------------------------------------------------------------------------------------------------
@@ -251,8 +235,6 @@ class AddOptions:
     """Take names below PATH that begin with a dot too."""
     preserve_mode: bool = False
     preserve_mtime: bool = False
-    only_hash: bool = False
-    """Only compute the CIDs. The library may be None."""
 
 
 class Added(NamedTuple):
@@ -276,23 +258,20 @@ def add(
     paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None
 ) -> Generator[Added, None, None]:
     """Adds all `paths` ("-" is standard input). Yields each thing when it is done, and each root after all
-    below it.
+    below it. Without a library only the CIDs are computed.
 
     The roots are in the library when the iterator has ended. Closing it earlier leaves the library as it was.
     Raises UsageError, AddFailed, StoreFailed.
     """
     _check(paths, options)
     with ExitStack() as exits:
-        writer = None
-        if not options.only_hash:
-            if library is None:
-                raise UsageError("a library is needed to add to")
-            writer = exits.enter_context(library.open_writer())
-        job = _Job(options, writer.put if writer else lambda _cid, _block: None, progress, paths, exits)
+        writer = None if library is None else exits.enter_context(library.open_writer())
+        threads = exits.enter_context(ThreadPoolExecutor(_HASH_THREADS, "hash"))
+        job = _Job(options, writer.put if writer else lambda _cid, _block: None, progress, paths, threads)
         yield from job.run()
         if writer is not None:
             writer.commit(job.roots)
-    if library is not None and not options.only_hash:
+    if library is not None:
         library.tidy()
 
 
@@ -313,7 +292,7 @@ def _name(path: str) -> str:
 
 
 class _Job:
-    """One add while it runs."""
+    """One add while it runs. Several threads hash while the next chunks are read."""
 
     def __init__(
         self,
@@ -321,7 +300,7 @@ class _Job:
         sink: Sink,
         progress: AddProgress | None,
         paths: Sequence[str],
-        exits: ExitStack,
+        threads: ThreadPoolExecutor,
     ) -> None:
         self._options = options
         self._sink = sink
@@ -337,15 +316,15 @@ class _Job:
         self._done = 0
         self._began = time.monotonic()
         self._path = ""
-        self._files = exits.enter_context(FileImporter(self._profile, sink, self._advance))
+        self._threads = threads
         self.roots: list[NewRoot] = []
 
     def _count(self) -> int | None:
         """Bytes in all, None if standard input is among the paths."""
         if STANDARD_INPUT in self._paths:
             return None
-        how = WalkOptions(self._options.hidden, contents=False)
-        events = (event for path in self._paths for event in walk(path, _name(path), how))
+        walks = (walk(path, _name(path), self._options.hidden, contents=False) for path in self._paths)
+        events = chain.from_iterable(walks)
         return sum(event.status.st_size for event in events if isinstance(event, Regular))
 
     def _advance(self, count: int) -> None:
@@ -376,7 +355,7 @@ class _Job:
         self._path = "standard input"
         if sys.stdin is None:  # Python sets it to None if descriptor 0 was closed (`<&-`)
             raise AddFailed("standard input is closed: pipe something in, or name a PATH")
-        built = self._files.stream(sys.stdin.fileno(), self._path)
+        built = self._file(self._unsized(sys.stdin.fileno()), NOTHING)
         name = cids.text(built.cid)
         yield Added(built.cid, name, built.tsize)
         return name, built
@@ -384,7 +363,7 @@ class _Job:
     def _tree(self, path: str) -> Steps:
         """Everything below one PATH. A directory comes after everything in it."""
         open_dirs: list[_Directory] = []
-        for event in walk(path, _name(path), WalkOptions(self._options.hidden)):
+        for event in walk(path, _name(path), self._options.hidden):
             if isinstance(event, Enter):
                 open_dirs.append(_Directory(event, _joined(open_dirs, event.name), []))
                 continue
@@ -406,50 +385,18 @@ class _Job:
         if isinstance(event, Symlink):
             return symlink(self._profile, event.target, stored, self._sink)
         self._path = event.path
-        return self._files.regular(event.fd, event.status, event.path, stored)
+        return self._regular(event.fd, event.status, stored)
 
     def _stored(self, status: os.stat_result) -> Stored:
         mode = stat.S_IMODE(status.st_mode) if self._options.preserve_mode else None
         return Stored(mode, status.st_mtime_ns if self._options.preserve_mtime else None)
 
+    # -- the file at `self._path` ----------------------------------------------------------------------------
 
-class _Directory(NamedTuple):
-    """A directory that was entered, and the children that are done."""
-
-    event: Enter
-    shown: str
-    children: list[tuple[bytes, Built]]
-
-
-def _joined(open_dirs: Sequence[_Directory], name: bytes) -> str:
-    return f"{open_dirs[-1].shown}/{name.decode()}" if open_dirs else name.decode()
-
-
-class FileImporter:
-    """Turns the bytes of files into blocks. Several threads hash while the next chunks are read.
-
-    A context manager: its threads end with it. For use by one thread.
-    """
-
-    def __init__(self, profile: Profile, sink: Sink, advance: Callable[[int], None]) -> None:
-        """`advance` is called with the number of bytes of each read."""
-        self._profile = profile
-        self._sink = sink
-        self._advance = advance
-        self._threads = ThreadPoolExecutor(_HASH_THREADS, "hash")
-        self._exit = ExitStack()
-
-    def __enter__(self) -> "FileImporter":
-        self._exit.enter_context(self._threads)
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._exit.close()
-
-    def regular(self, fd: int, status: os.stat_result, path: str, stored: Stored) -> Built:
+    def _regular(self, fd: int, status: os.stat_result, stored: Stored) -> Built:
         """An open file whose status was `status` before. Raises AddFailed if it has changed when all of it
         was read."""
-        built = self._file(self._sized(fd, path, status.st_size), stored)
+        built = self._file(self._sized(fd, status.st_size), stored)
         after = os.fstat(fd)
         if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (
             status.st_size,
@@ -462,12 +409,8 @@ class FileImporter:
                 if after.st_size < status.st_size
                 else "changed"
             )
-            raise AddFailed(f"{path} {change} while it was read: add it again when nobody writes to it")
+            raise AddFailed(f"{self._path} {change} while it was read: add it again when nobody writes to it")
         return built
-
-    def stream(self, fd: int, path: str) -> Built:
-        """Everything that a pipe, a terminal or a socket delivers."""
-        return self._file(self._unsized(fd, path), NOTHING)
 
     def _file(self, chunks: Iterator[bytes], stored: Stored) -> Built:
         first = next(chunks, b"")
@@ -488,31 +431,45 @@ class FileImporter:
         self._sink(block.built.cid, block.block)
         return block.built
 
-    def _sized(self, fd: int, path: str, size: int) -> Iterator[bytes]:
+    def _sized(self, fd: int, size: int) -> Iterator[bytes]:
         """`size` bytes in chunks of the profile, fewer if the file ends earlier. Its end costs no extra
         read."""
-        if size == 0 and self._chunk(fd, path, 1):
+        if size == 0 and self._chunk(fd, 1):
             raise AddFailed(
-                f"{path} has content but says it is empty, as files of /proc do: add a copy, or pipe it in"
+                f"{self._path} has content but says it is empty, as files of /proc do: add a copy, or pipe "
+                "it in"
             )
-        while size and (chunk := self._chunk(fd, path, min(self._profile.chunk_size, size))):
+        while size and (chunk := self._chunk(fd, min(self._profile.chunk_size, size))):
             size -= len(chunk)
             yield chunk
 
-    def _unsized(self, fd: int, path: str) -> Iterator[bytes]:
-        while chunk := self._chunk(fd, path, self._profile.chunk_size):
+    def _unsized(self, fd: int) -> Iterator[bytes]:
+        """All that a pipe, a terminal or a socket delivers."""
+        while chunk := self._chunk(fd, self._profile.chunk_size):
             yield chunk
 
-    def _chunk(self, fd: int, path: str, length: int) -> bytes:
+    def _chunk(self, fd: int, length: int) -> bytes:
         """`length` bytes, fewer at the end of the file."""
         try:
             data = os.read(fd, length)
             if 0 < len(data) < length:
                 data = _filled(fd, data, length)
         except OSError as exc:
-            raise AddFailed(f"{path}: {exc.strerror}") from exc
+            raise AddFailed(f"{self._path}: {exc.strerror}") from exc
         self._advance(len(data))
         return data
+
+
+class _Directory(NamedTuple):
+    """A directory that was entered, and the children that are done."""
+
+    event: Enter
+    shown: str
+    children: list[tuple[bytes, Built]]
+
+
+def _joined(open_dirs: Sequence[_Directory], name: bytes) -> str:
+    return f"{open_dirs[-1].shown}/{name.decode()}" if open_dirs else name.decode()
 
 
 def _filled(fd: int, data: bytes, length: int) -> bytes:

@@ -139,9 +139,7 @@ async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) ->
 
     async def one(cid: Cid) -> None:
         try:
-            block = await get(cid)
-            await threads.run_sync(cids.verify, cid, block)
-            fetched[cid] = block
+            fetched[cid] = await verified(cid, get)
         except IpfsFuseError as exc:
             if cid == wanted[0]:
                 failure.append(exc)
@@ -162,7 +160,7 @@ _WINDOW = 4 << 20
 
 async def verified(cid: Cid, get: GetBlock) -> bytes:
     """The block of `cid`. Raises what `get` raises, WrongBlock."""
-    block = cids.known(cid)
+    block = cids.implied_block(cid)
     if block is None:
         block = await get(cid)
         await threads.run_sync(cids.verify, cid, block)
@@ -261,7 +259,7 @@ def _opened_car(file: Path) -> Iterator[CarFile]:
 
 def _verified(cid: Cid, get: Callable[[Cid], bytes]) -> bytes:
     """Raises what `get` raises, WrongBlock."""
-    block = cids.known(cid)
+    block = cids.implied_block(cid)
     if block is None:
         block = get(cid)
         cids.verify(cid, block)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
@@ -30,7 +30,7 @@ from ipfsfuse.errors import (
 from ipfsfuse.serve import dag_stream
 from ipfsfuse.serve import request as requests
 from ipfsfuse.serve.dag_stream import Place, Span
-from ipfsfuse.serve.request import CAR, RAW, Refused, Wanted
+from ipfsfuse.serve.request import CAR, RAW, RECORD, Refused, Wanted
 from ipfsfuse.sources.names import record as records
 from ipfsfuse.sources.names.record import KeyName, Record
 from ipfsfuse.text import printable
@@ -55,17 +55,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = dict[str, str]
 
 
-class Content(Protocol):
-    """Where blocks and records come from."""
-
-    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
-        """The verified block. Without `fetch` only what is here: raises NotHere. With it, what the cache
-        raises."""
-        ...
-
-    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
-        """The newest IPNS record, unverified. Raises NotHere, Unavailable."""
-        ...
+GetBlock = Callable[[Cid, bool], Awaitable[bytes]]
+"""The verified block of a CID. With False only what is here: raises NotHere. With True what is not here is
+fetched: raises what the cache raises."""
+GetRecord = Callable[[KeyName, bool], Awaitable[bytes]]
+"""The newest IPNS record of a name, unverified; with False only what is here. Raises NotHere, Unavailable."""
 
 
 @dataclass
@@ -83,9 +77,9 @@ class Served:
 
 
 class TrustlessGateway:
-    def __init__(self, content: Content, *, fetch: bool = False) -> None:
+    def __init__(self, get_block: GetBlock, get_record: GetRecord, *, fetch: bool = False) -> None:
         """`fetch`: what is not here is asked of the sources."""
-        self._content, self._fetch = content, fetch
+        self._get_block, self._get_record, self._fetch = get_block, get_record, fetch
         self._turns = trio.CapacityLimiter(MAX_REQUESTS)
         self.served = Served()
 
@@ -122,7 +116,8 @@ class TrustlessGateway:
             if waiting.cancelled_caught:
                 raise Refused(503, "there are too many requests: come again in a moment")
             try:
-                await self._give(wanted, reply)
+                give = {RAW: self._raw, CAR: self._car, RECORD: self._record}[wanted.format]
+                await give(wanted, reply)
             finally:
                 self._turns.release()
         except Exception as exc:
@@ -146,17 +141,9 @@ class TrustlessGateway:
         log.error("a request failed unexpectedly", exc_info=exc)
         return Refused(500, "this gateway failed unexpectedly: its log says more")
 
-    async def _give(self, wanted: Wanted, reply: "_Reply") -> None:
-        if wanted.format == RAW:
-            await self._raw(wanted, reply)
-        elif wanted.format == CAR:
-            await self._car(wanted, reply)
-        else:
-            await self._record(wanted, reply)
-
     async def _block(self, wanted: Wanted, cid: Cid) -> bytes:
         try:
-            block = await self._content.block(cid, fetch=self._fetch and not wanted.only_if_cached)
+            block = await self._get_block(cid, self._fetch and not wanted.only_if_cached)
         except NotHere as exc:
             if wanted.only_if_cached:
                 raise Refused(412, str(exc)) from exc
@@ -219,7 +206,7 @@ class TrustlessGateway:
         if not isinstance(name, KeyName):
             raise Refused(400, f"{wanted.name[:200]!r} is not the name of a key")
         try:
-            data = await self._content.record(name, fetch=self._fetch and not wanted.only_if_cached)
+            data = await self._get_record(name, self._fetch and not wanted.only_if_cached)
             found = records.verify(name, data)
             seconds = _seconds_left(found)
             if seconds <= 0:
@@ -228,7 +215,7 @@ class TrustlessGateway:
             raise Refused(412 if wanted.only_if_cached else 404, str(exc)) from exc
         self.served.bytes += len(data)
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = _common(wanted, "", tag) | {"content-type": requests.RECORD}
+        headers = _common(wanted, "", tag) | {"content-type": RECORD}
         headers["cache-control"] = f"public, max-age={seconds}"
         if _is_unchanged(wanted, headers):
             return await reply.start(304, headers, end=True)

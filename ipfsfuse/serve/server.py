@@ -36,7 +36,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.serve.app import PIECE, SEND_SECONDS, Content, TrustlessGateway
+from ipfsfuse.serve.app import PIECE, SEND_SECONDS, TrustlessGateway
 from ipfsfuse.sources.names.record import KeyName
 
 log = logging.getLogger("ipfsfuse.serve")
@@ -77,27 +77,14 @@ async def _serve(opened: Any, host: str, port: int, fetch: bool, ready: Ready) -
 # -- by itself -----------------------------------------------------------------------------------------------
 
 
-class OwnContent:
-    """What this process has opened itself."""
-
-    def __init__(self, here: content.Content) -> None:
-        self._blocks = WholeBlocks(here.cache.reader, here.pool)
-        self._names = here.names
-
-    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
-        return await self._blocks.get(cid, fetch=fetch)
-
-    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
-        return await self._names.record(name, fetch=fetch)
-
-
 @asynccontextmanager
 async def _own(
     config: ContentConfig, folder: cache_folder.CacheFolder, fetch: bool, urls: Sequence[str]
 ) -> AsyncIterator[TrustlessGateway]:
     started = time.clock_gettime(time.CLOCK_BOOTTIME)
     async with content.opened(config, folder) as here, trio.open_nursery() as nursery:
-        app = TrustlessGateway(OwnContent(here), fetch=fetch)
+        blocks = WholeBlocks(here.cache.reader, here.pool)
+        app = TrustlessGateway(blocks.get, here.names.record, fetch=fetch)
 
         async def status(_arguments: Arguments, _progress: Progress) -> Mapping[str, Any]:
             trouble = here.cache.trouble
@@ -133,10 +120,10 @@ class MountContent:
         self._control, self._deadline = control, deadline
         self._limiter = trio.CapacityLimiter(ASKED_AT_ONCE)
 
-    async def block(self, cid: Cid, *, fetch: bool) -> bytes:
+    async def block(self, cid: Cid, fetch: bool) -> bytes:
         return await self._ask("block", cid=cids.text(cid), fetch=fetch, serving=True)
 
-    async def record(self, name: KeyName, *, fetch: bool) -> bytes:
+    async def record(self, name: KeyName, fetch: bool) -> bytes:
         return await self._ask("record", name=str(name), fetch=fetch)
 
     async def _ask(self, command: str, **arguments: Any) -> bytes:
@@ -155,8 +142,8 @@ async def _of_mount(
 ) -> AsyncIterator[TrustlessGateway]:
     control = cache_folder.socket_path(config.cache_dir)
     await threads.run_sync(partial(client.call, control, "status", timeout=config.deadline))
-    mounted: Content = MountContent(control, config.deadline)
-    yield TrustlessGateway(mounted, fetch=fetch)
+    mounted = MountContent(control, config.deadline)
+    yield TrustlessGateway(mounted.block, mounted.record, fetch=fetch)
 
 
 # -- connections ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.streams import Block, Delivery, Hashed, Send, Stream, streaming
+from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, streaming
 
 Caller = int | None
 """The user id behind a call; None for work that no call asked for, and where the kernel does not say."""

@@ -26,8 +26,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, UsageError, WrongBlock
 from ipfsfuse.sources.base import LeafRange, Source, Subtree
 from ipfsfuse.sources.http.addresses import special_purpose
-from ipfsfuse.sources.http.client import ERROR_BODY, Http
-from ipfsfuse.sources.http.failures import LONG, PROTOCOL, TIMEOUT, refused
+from ipfsfuse.sources.http.client import Http
+from ipfsfuse.sources.http.failures import LONG, PROTOCOL, TIMEOUT
 from ipfsfuse.sources.http.gateway import Gateway, ask_for_record
 from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin
 from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
@@ -82,8 +82,7 @@ class Router:
             if response.status == 404:
                 return
             if response.status != 200:
-                retry = response.headers.get("retry-after", "")
-                raise refused(self.name, response.status, retry, await response.read(ERROR_BODY))
+                raise await response.refused(self.name)
             if response.content_type == LINES:
                 pieces, size, count = b"", 0, 0
                 while piece := await response.receive():

@@ -155,8 +155,7 @@ class PrefetchBuffer:
         else:
             for start in done:
                 self.drop(start)
-            while self._starts and self._starts[0] + len(self.leaves[self._starts[0]]) <= first - BEHIND:
-                self.drop(self._starts[0])
+            self.passed(first)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def passed(self, offset: int) -> None:

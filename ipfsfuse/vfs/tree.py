@@ -137,7 +137,7 @@ class Tree:
         """What is remembered of `cid`: of a raw block its size is all."""
         found = self._nodes.get(cid)
         if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
-            found = File(cid, known.size, known.size, ())
+            found = File(cid, known.size, known.size)
         if found is not None and self.use is not None:
             self.use(cids.block_of(cid), ahead=False)
         return found

@@ -37,8 +37,8 @@ _MAX_HEADER = 64 << 10
 _LEAF_BYTES = 64 << 10
 _MAX_PATH = 4096
 _SPARE_NODES = 64
-"""`CarWriter` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES and
-_SPARE_NODES more was made to take long, and is refused."""
+"""`RecordWriter` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES
+and _SPARE_NODES more was made to take long, and is refused."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -53,8 +53,8 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class CarWriter:
-    """Puts blocks into a CAR, each once. `add_*` give what a folder can link."""
+class RecordWriter:
+    """Writes the CAR of a recorded run: each block once. `add_*` give what a folder can link."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -142,7 +142,7 @@ def cid_of(file: BinaryIO) -> Cid:
     """The CID that `file` has in a record; it is read from its start."""
     file.seek(0)
     with open(os.devnull, "wb") as nowhere:
-        return CarWriter(nowhere).add_file(file).cid
+        return RecordWriter(nowhere).add_file(file).cid
 
 
 # -- reading -----------------------------------------------------------------------------------------------

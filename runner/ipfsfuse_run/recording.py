@@ -40,7 +40,7 @@ from ipfsfuse_run.mounts import Mount
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.read_paths import Row
 from ipfsfuse_run.receipts import GivenDir, Receipt
-from ipfsfuse_run.record import CarWriter, written
+from ipfsfuse_run.record import RecordWriter, written
 from ipfsfuse_run.sandbox import Sandbox
 from ipfsfuse_run.supervisor import CompletedRun, Outcome
 
@@ -149,7 +149,7 @@ def _write(
         files.stdin.truncate(0)
     with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
-        writer = CarWriter(file if is_car else nowhere)
+        writer = RecordWriter(file if is_car else nowhere)
         asked, ahead = used(files.used)
         blocks = _take_blocks(writer, asked, control)
         files.guest.seek(0)
@@ -286,7 +286,7 @@ class _Blocks:
             return []
 
 
-def _take_blocks(writer: CarWriter, asked: Sequence[Cid], control: Connection) -> _Blocks:
+def _take_blocks(writer: RecordWriter, asked: Sequence[Cid], control: Connection) -> _Blocks:
     """Puts every block that was read into the CAR."""
     blocks = _Blocks()
     for cid in asked:

@@ -20,7 +20,7 @@ from ipfsfuse.errors import StoreFailed
 from ipfsfuse_run import mounts, places
 from ipfsfuse_run.growth import NAME_BYTES
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.record import CarWriter
+from ipfsfuse_run.record import RecordWriter
 
 
 class Results(NamedTuple):
@@ -38,7 +38,7 @@ class _Level(NamedTuple):
     children: list[tuple[str, Built]]
 
 
-def written(writer: CarWriter, folder: str, bound: int) -> Results:
+def written(writer: RecordWriter, folder: str, bound: int) -> Results:
     """Puts the results in `folder` into a CAR file, with the CID that `ipfsfuse add --hidden` gives them.
 
     The guest is gone, and what it left may be anything: no symlink is followed, no device or pipe opened, and
@@ -120,7 +120,7 @@ class _Hashed:
 def cid_of(folder: str, bound: int) -> Cid:
     """The CID of the results in `folder`. Raises StoreFailed."""
     with open(os.devnull, "wb") as nowhere:
-        return written(CarWriter(nowhere), folder, bound).built.cid
+        return written(RecordWriter(nowhere), folder, bound).built.cid
 
 
 def add(options: Options, folder: str) -> Cid:
@@ -129,7 +129,7 @@ def add(options: Options, folder: str) -> Cid:
     try:
         car = Path(scratch, "results.car")
         with car.open("w+b") as out:
-            writer = CarWriter(out)
+            writer = RecordWriter(out)
             built = written(writer, folder, options.limits.out_bytes).built
             writer.close(built)
         library = [each for each in options.mount_options if each.startswith("--library=")]

@@ -24,6 +24,7 @@ from scripts.benches import _datasets, _jobs, _table
 from scripts.benches._datasets import Scale
 from scripts.benches._ways import KuboMount, Ours, Rclone, Way, cpu_seconds, drop_caches
 from tests.kubo.node import Node
+from tests.mounting import WITH_OPEN_DEVICE, is_open_device
 
 NATIVE, ROOT, USER, HTTP, KUBO, RCLONE, LIBRARY, PASSTHROUGH = (
     "native",
@@ -89,6 +90,8 @@ def main() -> int:
             "scripts/bench mount: run it as root: page caches must be dropped between runs", file=sys.stderr
         )
         return 1
+    if not is_open_device() and (done := _with_open_device()) is not None:
+        return done
     scale = _datasets.SMALL if options.small else _datasets.FULL
     with _ways(scale, options.only or list(EVERY)) as ways:
         results = [_measure(name, ROWS[name], ways, options.runs) for name in ROWS if name in options.rows]
@@ -100,6 +103,17 @@ def main() -> int:
         for what, size in memory.items():
             print(f"resident, {what}: {size >> 20} MiB")
     return 0
+
+
+def _with_open_device() -> int | None:
+    """Runs this once more where every user may open /dev/fuse: in a mount namespace with a device of its own.
+    Returns how it ended; None where no device can be made."""
+    with tempfile.TemporaryDirectory() as folder:
+        inside = ["unshare", "--mount", "sh", "-c", WITH_OPEN_DEVICE, "sh", folder]
+        if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
+            return None
+        again = "import sys; from scripts.benches.mount import main; sys.exit(main())"
+        return subprocess.run([*inside, sys.executable, "-c", again, *sys.argv[1:]], check=False).returncode
 
 
 def _options() -> argparse.Namespace:
@@ -158,7 +172,7 @@ def _ways(scale: Scale, wanted: list[str]) -> Iterator[dict[str, Way]]:
         }
         missing = {
             RCLONE: "" if shutil.which("rclone") else "there is no rclone",
-            USER: "" if os.stat("/dev/fuse").st_mode & 0o006 == 0o006 else "/dev/fuse is for root alone",
+            USER: "" if is_open_device() else "/dev/fuse is for root alone, and no other can be made",
         }
         for name, why in missing.items():
             if why:

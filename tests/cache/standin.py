@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.base import CacheItem, FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import varint
@@ -128,6 +128,12 @@ def dag_pb_leaf(content: bytes) -> bytes:
     return b"\x0a" + varint.put(len(message)) + message
 
 
+def staged_items(cache: PinsetCache) -> list[CacheItem]:
+    """Staging files, last used first."""
+    items = [cache.store.item_of(cid) for cid in cache.store.staging.entries]
+    return sorted((item for item in items if item is not None), key=lambda item: -item.last_used)
+
+
 def staged(folder: Path, kind: str) -> list[Path]:
     """The files in one of the cache's folders, `staging` or `packs`."""
     return sorted((folder / kind).iterdir())
@@ -135,7 +141,7 @@ def staged(folder: Path, kind: str) -> list[Path]:
 
 def staged_bytes(cache: PinsetCache, cid: Cid) -> int:
     """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
-    kept = cache.store.kept_of(cid)
+    kept = cache.store.item_of(cid)
     return kept.staged if kept is not None else 0
 
 

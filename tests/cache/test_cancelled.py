@@ -14,8 +14,8 @@ from ipfsfuse.cache.pins.mfs import NodeRpc
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import recovery
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.cid import Cid
-from tests.cache.standin import Chain, make_file, staged, staged_bytes
+from tests.cache.pinning import NoCopies
+from tests.cache.standin import Chain, make_file, staged, staged_bytes, staged_items
 from tests.cache.test_keeping import BUDGET, MIB, directory, fetches, file_node, read_all, tree
 
 
@@ -100,11 +100,11 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             async with cache.pinning(whole) as pinning:
                 await read_all(cache, whole)
-                for kept in staged(cache):
+                for kept in staged_items(cache):
                     await pinning.file(FileRef(kept.cid, kept.size))
                 try:
                     async with cache.pinning(lacking) as failing:
-                        for kept in staged(cache):
+                        for kept in staged_items(cache):
                             await failing.file(FileRef(kept.cid, kept.size))
                         raise ZeroDivisionError
                 except ZeroDivisionError:
@@ -113,16 +113,6 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
             assert await fetches(cache, chain, whole) == 0
 
     trio.run(main)
-
-
-class NoCopies:
-    """Of what a node has lost we have nothing."""
-
-    def joins(self, cid: Cid) -> bool:
-        return False
-
-    async def copy(self, cid: Cid, node: str) -> None:
-        return None
 
 
 class Silent:

@@ -10,7 +10,7 @@ import trio
 
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import store as stores
-from tests.cache.standin import Chain, make_file, staged_bytes
+from tests.cache.standin import Chain, make_file, staged_bytes, staged_items
 from tests.cache.test_pinset import read
 
 MIB = 1 << 20
@@ -50,7 +50,7 @@ async def use_in_turn(cache: PinsetCache, chain: Chain, clock: Clock) -> list[in
 
 def in_order_of_use(cache: PinsetCache, chain: Chain) -> list[int]:
     """The seeds, as `kept` lists their files; no time is negative or in the future."""
-    kept = staged(cache)
+    kept = staged_items(cache)
     times = [each.last_used for each in kept]
     assert times == pytest.approx(sorted(times, reverse=True), abs=0.01)
     assert all(0 <= each <= time.time() for each in times)
@@ -64,7 +64,7 @@ def test_the_order_of_use_survives_a_clock_that_jumps(tmp_path: Path, clock: Clo
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await use_in_turn(cache, chain, clock)
             assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
-            assert all(time.time() - each.last_used < 60 for each in staged(cache)), (
+            assert all(time.time() - each.last_used < 60 for each in staged_items(cache)), (
                 "as the clock stands now"
             )
         clock.by = -30 * YEAR

@@ -17,7 +17,7 @@ import trio
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.staging import PART
 from ipfsfuse.dag import cid as cids
-from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.standin import Chain, make_file, random_bytes, staged_items
 
 READER = """
 import json, os, random, sys
@@ -188,7 +188,7 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             assert not part.exists()
             await cache.reader.leaf(other, others[0])
-            assert {kept.cid: (kept.size, kept.complete) for kept in staged(cache)} == {
+            assert {kept.cid: (kept.size, kept.complete) for kept in staged_items(cache)} == {
                 file.cid: (file.size, True),
                 other.cid: (other.size, False),
             }

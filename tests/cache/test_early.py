@@ -15,7 +15,7 @@ from ipfsfuse.cache.reader import MAX_BEHIND
 from ipfsfuse.cache.single_flight import SingleFlight
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
-from tests.cache.standin import Chain, Recorder, make_file, staged
+from tests.cache.standin import Chain, Recorder, make_file, staged, staged_items
 
 BUDGET = 64 << 20
 MIB = 1 << 20
@@ -63,7 +63,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
             await wait_all_tasks_blocked()  # both waited for the same moment
             assert waited == [content[:MIB]]
             assert len(chain.asked) == 1
-            assert staged(cache)[0].staged >= MIB
+            assert staged_items(cache)[0].staged >= MIB
 
     trio.run(main)
 

@@ -325,7 +325,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
             await pinning.file(file)
             for leaf in leaves:
                 await cache.reader.leaf(file, leaf)
-            pinning.keep_structure = _nothing  # type: ignore[method-assign]
+            pinning.pin_structure = _nothing  # type: ignore[method-assign]
 
     with locked(where) as held:
         held.inode_key()

@@ -16,7 +16,7 @@ from ipfsfuse.cache.store.staging import PART, Entry, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from tests.cache.standin import Chain, make_file, random_bytes
+from tests.cache.standin import Chain, make_file, random_bytes, staged_items
 from tests.cache.test_budget import taken
 
 BUDGET = 64 << 20
@@ -64,7 +64,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], SlowDisk]]:
         each.go.set()
 
 
-def kept_bytes(folder: Path) -> int:
+def pinned_bytes(folder: Path) -> int:
     """All but the index, which grows by what is noted in it."""
     return taken(folder / "staging") + taken(folder / "packs")
 
@@ -90,7 +90,7 @@ def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
     async def main() -> None:
         chain = Chain()
         files, small = await filled(tmp_path, chain)
-        before = kept_bytes(tmp_path)
+        before = pinned_bytes(tmp_path)
         new, new_leaves, new_content = make_file(chain, 300_000, seed=100)
         slow = disk()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -108,7 +108,7 @@ def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
             cache.reader.opened(files[-1][0])
             assert not cache.statistics().counted
             assert "is being counted" in cache.trouble
-            assert kept_bytes(tmp_path) == before
+            assert pinned_bytes(tmp_path) == before
             slow.go.set()
             with trio.fail_after(30):
                 assert len(await cache.store.listed()) == FILES
@@ -143,7 +143,7 @@ def test_the_order_of_use_is_the_same_whether_it_takes_one_look_or_many(
             async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
                 await cache.store.budget.counted.wait()
                 assert list(cache.store.budget.arc) == at_once
-                assert next(kept.cid for kept in staged(cache)) == files[28][0].cid
+                assert next(kept.cid for kept in staged_items(cache)) == files[28][0].cid
 
     trio.run(main)
 
@@ -174,12 +174,12 @@ def test_what_is_too_much_for_a_smaller_budget_leaves_once_all_is_counted(
     async def main() -> None:
         chain = Chain()
         await filled(tmp_path, chain)
-        before = kept_bytes(tmp_path)
+        before = pinned_bytes(tmp_path)
         slow = disk()
         async with PinsetCache.open(tmp_path, chain, 4 << 20) as cache:
             await recovery.measure(cache.store)
             await cache.store.budget.resize(3 << 20)
-            assert kept_bytes(tmp_path) == before
+            assert pinned_bytes(tmp_path) == before
             slow.failures = 2  # a disk in trouble is asked again
             slow.go.set()
             with trio.fail_after(30):

@@ -14,7 +14,7 @@ from ipfsfuse.dag.nodes import Directory, File, Leaf
 from ipfsfuse.dag.traversal import Walk
 from ipfsfuse.dag.unixfs import Type, UnixFS, encode
 from ipfsfuse.errors import StoreFailed, Unavailable, UsageError
-from tests.cache.standin import Chain, flip, make_file, random_bytes, staged
+from tests.cache.standin import Chain, flip, make_file, random_bytes, staged, staged_items
 
 MIB = 1 << 20
 BUDGET = 16 * MIB
@@ -102,7 +102,7 @@ def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tm
             await churn(cache, chain)
             assert await fetches(cache, chain, kept) == 0
             assert cache.statistics().pinned > 3 * MIB
-            assert {one.pinned for one in staged(cache)} == {"user", ""}
+            assert {one.pinned for one in staged_items(cache)} == {"user", ""}
             await cache.evict()
             assert await fetches(cache, chain, kept) == 0
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:

@@ -14,7 +14,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.staging import Entry, Extents
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from tests.cache.standin import Chain, random_bytes
+from tests.cache.standin import Chain, random_bytes, staged_items
 from tests.cache.test_budget import taken
 
 BUDGET = 64 << 20
@@ -69,7 +69,7 @@ def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -
                 listed = await cache.store.listed()
                 nursery.cancel_scope.cancel()
             assert turns >= 20_000 // 500
-            assert listed == staged(cache)
+            assert listed == staged_items(cache)
             assert len(listed) == 20_000
 
     trio.run(main)
@@ -86,7 +86,7 @@ def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(
             for number in range(SMALL_BLOCKS):
                 block = number.to_bytes(8, "big") + dice.randbytes(dice.randrange(4088))
                 cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest())
-                assert await cache.store.blocks.keep(cid, block)
+                assert await cache.store.blocks.put(cid, block)
                 content += len(block)
         async with PinsetCache.open(tmp_path, chain, 64 << 30) as cache:
             assert (await cache.store.blocks.count()).blocks == SMALL_BLOCKS
@@ -115,7 +115,7 @@ def test_blocks_that_come_together_fill_pack_after_pack(tmp_path: Path) -> None:
                 for block in blocks
             ]
             for answer in range(12):
-                await cache.store.blocks.keep_many(kept[70 * answer : 70 * answer + 70])
+                await cache.store.blocks.put_many(kept[70 * answer : 70 * answer + 70])
             *filled, _last = sorted(packs.sizes)
             assert len(filled) >= 7
             assert all(packs.limit - 10_100 <= packs.sizes[pack] <= packs.limit for pack in filled)

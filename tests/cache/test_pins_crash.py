@@ -15,7 +15,18 @@ from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.cache.store.folder import locked
 from ipfsfuse.dag.cid import Cid
-from tests.cache.pinning import PATIENCE, child, folder_of, held, made_up, mounts, pinning, rpc_of, settled
+from tests.cache.pinning import (
+    PATIENCE,
+    NoCopies,
+    child,
+    folder_of,
+    held,
+    made_up,
+    mounts,
+    pinning,
+    rpc_of,
+    settled,
+)
 from tests.kubo.node import Node
 
 pytestmark = pytest.mark.usefixtures("quick_pins")
@@ -135,7 +146,7 @@ def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, t
             nursery.start_soon(pins.run)
             await trio.sleep(0.5)
             assert folder_of(own_node, mount) == before
-            pins.reconcile([made_up(1)], [])
+            pins.reconcile([made_up(1)], [], lambda _cid: False, NoCopies())
             await settled(pins)
             nursery.cancel_scope.cancel()
 
@@ -157,7 +168,7 @@ def hold_and_die(node: Node, folder: Path) -> None:
         MADE_UP,
         "pins.add(made_up(1))",
         "pins.pin(made_up(2))",
-        "await pins.settled()",
+        "await settled(pins)",
         "print('held', flush=True)",
     )
     try:
@@ -223,7 +234,7 @@ def test_two_lives_of_one_copied_folder_get_a_name_each(own_node: Node, tmp_path
         tmp_path / "first",
         MADE_UP,
         "pins.add(made_up(1))",
-        "await pins.settled()",
+        "await settled(pins)",
         "print('held', flush=True)",
     )
     try:

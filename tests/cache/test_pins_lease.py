@@ -19,7 +19,7 @@ from ipfsfuse.cache.pins.kubo_pins import KuboPins
 from ipfsfuse.cache.pins.lease import SILENT, Lease, MountId, host_name
 from ipfsfuse.cache.pins.mfs import Mfs
 from ipfsfuse.cache.store.folder import is_mount_id, locked
-from tests.cache.pinning import folder_of, held, made_up, mounts, pinning, rpc_of, settled, until
+from tests.cache.pinning import NoCopies, folder_of, held, made_up, mounts, pinning, rpc_of, settled, until
 from tests.cache.test_pins_crash import hold_and_die, kinds, settle_once
 from tests.kubo.node import Node
 
@@ -355,7 +355,7 @@ def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp
             ]
             async with trio.open_nursery() as nursery:
                 for node_pins in pins:
-                    node_pins.reconcile([made_up(1)], [])
+                    node_pins.reconcile([made_up(1)], [], lambda _cid: False, NoCopies())
                     nursery.start_soon(node_pins.run)
                     await settled(node_pins)  # the first has its folder before the second finds out
                 pins[0].add(made_up(2))

@@ -12,7 +12,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Unavailable
-from tests.cache.standin import Chain, Recorder, make_file, staged_bytes
+from tests.cache.standin import Chain, Recorder, make_file, staged_bytes, staged_items
 
 BUDGET = 64 << 20
 KIB = 1 << 10
@@ -43,7 +43,7 @@ def test_what_was_read_once_is_read_from_the_disk_across_a_restart(
             assert await read(cache, file, leaves) == content
             await cache.reader.block(file.cid)
             assert len(chain.asked) == len(leaves) + 1
-            (kept,) = staged(cache)
+            (kept,) = staged_items(cache)
             assert (kept.cid, kept.size, kept.complete) == (file.cid, file.size, True)
             assert kept.staged == staged_bytes(cache, file.cid) >= file.size
 
@@ -61,7 +61,7 @@ def test_a_part_is_kept_as_a_part_and_goes_on_where_it_was(tmp_path: Path) -> No
             await cache.reader.leaf(file, leaves[9])
         assert [item.name for item in (tmp_path / "staging").iterdir()] == [cids.text(file.cid) + ".part"]
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            assert not staged(cache)[0].complete
+            assert not staged_items(cache)[0].complete
             assert await read(cache, file, leaves) == content
             assert len(chain.asked) == len(leaves)
 
@@ -101,7 +101,7 @@ def test_what_is_read_in_place_is_not_staged_again(tmp_path: Path) -> None:
                 file, leaves, lambda leaf, data: got.__setitem__(leaf.offset, bytes(data))
             )
             assert b"".join(got[leaf.offset] for leaf in leaves) == content
-            assert list(staged(cache)) == []
+            assert list(staged_items(cache)) == []
             assert staged_bytes(cache, file.cid) == 0
             assert pins.asked == []
 
@@ -209,6 +209,6 @@ def test_the_last_cancelled_reader_cancels_its_request(tmp_path: Path) -> None:
                 nursery.cancel_scope.cancel()
             await wait_all_tasks_blocked()
             assert chain.cancelled == [leaves[0].cid]
-            assert list(staged(cache)) == []
+            assert list(staged_items(cache)) == []
 
     trio.run(main)

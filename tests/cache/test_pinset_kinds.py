@@ -13,7 +13,7 @@ from ipfsfuse.dag import dagpb, varint
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.unixfs import Type, UnixFS, encode
 from ipfsfuse.errors import Malformed, NotALeaf
-from tests.cache.standin import Chain, Recorder, flip, make_file, random_bytes, staged_bytes
+from tests.cache.standin import Chain, Recorder, flip, make_file, random_bytes, staged_bytes, staged_items
 from tests.cache.test_pinset import read
 
 BUDGET = 64 << 20
@@ -151,7 +151,7 @@ def test_pins_are_asked_for_when_a_file_is_staged_and_let_go_when_it_leaves(tmp_
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             await read(cache, file, leaves)
             cache.reader.opened(file)
-            assert staged(cache)[0].pinned == "cache"
+            assert staged_items(cache)[0].pinned == "cache"
             assert await cache.evict(file.cid) >= MIB
             await cache.reader.leaf(file, leaves[0])
             assert [verb for verb, cid in pins.asked if cid == file.cid] == ["add", "remove", "add"]

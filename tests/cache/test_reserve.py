@@ -67,6 +67,7 @@ def test_what_is_reserved_and_not_written_yet_is_still_free() -> None:
     async def main() -> None:
         written = 0
         budget = Budget(BUDGET, evict, lambda: 64 * MIB - written)
+        budget.counted.set()
         size = await budget.reserve(1, 0, 8 * MIB)
         assert size >= 8 * MIB
         for _ in range(2):

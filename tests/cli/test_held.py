@@ -13,8 +13,8 @@ def test_a_holder_that_comes_as_the_last_one_goes_is_not_lost(tmp_path: Path) ->
     running = Running(tmp_path / "control", {})
     with client.Connection(running.path) as first:
         first.ask("hold")
-    running.on_loop(running.server.let_go.wait)
-    waiter = threading.Thread(target=running.on_loop, args=[running.server.until_let_go])
+    running.on_loop(running.server.released.wait)
+    waiter = threading.Thread(target=running.on_loop, args=[running.server.until_released])
     with client.Connection(running.path) as second:
         second.ask("hold")
         waiter.start()

@@ -60,7 +60,7 @@ def test_every_option_of_a_mount_can_be_set(
     """By the template's own examples, in a file and by a variable."""
     known = {
         each.removeprefix("--")
-        for action in parser.build()[1]["mount"]._actions
+        for action in parser.build().commands["mount"]._actions
         for each in action.option_strings
         if each.startswith("--")
     }
@@ -198,7 +198,7 @@ def test_the_spelling_of_mount_8(home: Path, tmp_path: Path) -> None:
 
 
 def test_every_argument_has_a_help_text() -> None:
-    for name, command in parser.build()[1].items():
+    for name, command in parser.build().commands.items():
         for action in command._actions:
             assert action.help, f"{name} {action.metavar or action.dest}"
 
@@ -226,7 +226,7 @@ def test_a_typing_error_gets_a_suggestion(
 def test_help_explains_a_command_and_lists_them_all(ipfsfuse: Ipfsfuse) -> None:
     assert ipfsfuse("help", "mount").out.startswith("usage: ipfsfuse mount")
     listed = ipfsfuse("help").out
-    assert [name for name in parser.build()[1] if f"\n    {name}" not in listed] == []
+    assert [name for name in parser.build().commands if f"\n    {name}" not in listed] == []
     told = json.loads(ipfsfuse("help", "mount", "--json").out)
     assert (told["command"], told["help"].splitlines()) == (
         "mount",

@@ -80,7 +80,7 @@ def test_completions_know_the_commands(user: Home) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("module", ["ipfsfuse.cli.parser:build_parser", "ipfsfuse_run.options:_parser"])
+@pytest.mark.parametrize("module", ["ipfsfuse.cli.parser:build", "ipfsfuse_run.options:_parser"])
 def test_man_pages_have_every_option(tmp_path: Path, module: str) -> None:
     """As `scripts/package man` makes them."""
     name, function = module.split(":")
@@ -100,7 +100,7 @@ def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Pat
         ["status"], ["rm", CID], ["unmount", str(user.folder)], ["mount", "x", "--budget", "0"], ["cat", f"{cid}/none"],
         ["import", "/none"], ["completion", "ksh"], ["help", "none"], ["get", f"{cid}/none"], ["logs"], ["metrics"],
     ]  # fmt: skip
-    commands = parser.build()[1]
+    commands = parser.build().commands
     assert [name for name, each in commands.items() if "--json" not in each._option_string_actions] == []
     for command in failing:
         done = user.run(*command, "--json", check=False)

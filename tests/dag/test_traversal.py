@@ -149,15 +149,15 @@ def test_a_path_is_resolved_block_by_block() -> None:
         [Link(leaf, b"f", 5), Link(link, b"l", 5), Link(identity(b"in the CID"), b"i", 10)]
     )
     root = heap.directory([Link(inner, b"d", 5)])
-    assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"f")))) == File(leaf, 5, 5, ())
+    assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"f")))) == File(leaf, 5, 5)
     assert heap.fetched == [root, inner, leaf]
     found = heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"l"))))
     assert isinstance(found, Symlink)
     heap.asked.clear()
-    assert heap.drive(traversal.resolve(IpfsPath(identity(b"x")))) == File(identity(b"x"), 1, 1, ())
+    assert heap.drive(traversal.resolve(IpfsPath(identity(b"x")))) == File(identity(b"x"), 1, 1)
     assert heap.asked == []
     assert heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"i")))) == File(
-        identity(b"in the CID"), 10, 10, ()
+        identity(b"in the CID"), 10, 10
     )
     with pytest.raises(NotFound, match="/d/x: no such entry"):
         heap.drive(traversal.resolve(IpfsPath(root, (b"d", b"x", b"y"))))
@@ -182,7 +182,7 @@ def test_a_directory_in_an_identity_cid() -> None:
     inner = dagpb.encode([Link(A, b"f", 1)], unixfs.encode(UnixFS(Type.DIRECTORY)))
     assert len(inner) <= 128
     heap.put(b"a", RAW)
-    assert heap.drive(traversal.resolve(IpfsPath(identity(inner, 0x70), (b"f",)))) == File(A, 1, 1, ())
+    assert heap.drive(traversal.resolve(IpfsPath(identity(inner, 0x70), (b"f",)))) == File(A, 1, 1)
     assert heap.fetched == [A]
 
 

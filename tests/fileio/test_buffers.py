@@ -32,7 +32,7 @@ def test_a_buffer_is_lent_again_once_its_last_view_is_gone_and_not_before() -> N
 def test_so_many_wait_and_no_more() -> None:
     lent = [buffers.lend(1 << 20) for _ in range(64)]
     lent.clear()
-    assert {size: len(pages) for size, pages in buffers._unused.items() if pages}[1 << 20] == 8
+    assert {size: len(pages) for size, pages in buffers._unused.items() if pages}[1 << 20] == 32
     assert all(size * len(pages) <= buffers.KEPT for size, pages in buffers._unused.items())
 
 
@@ -40,10 +40,17 @@ def test_those_of_other_sizes_go_when_one_is_made() -> None:
     lent = [buffers.lend(size) for size in buffers.SIZES for _ in range(buffers.KEPT // size)]
     lent.clear()
     assert sum(size * len(pages) for size, pages in buffers._unused.items()) == 6 * buffers.KEPT
-    lent = [buffers.lend(1 << 20) for _ in range(9)]
+    lent = [buffers.lend(1 << 20) for _ in range(33)]
     assert sum(size * len(pages) for size, pages in buffers._unused.items()) <= buffers.KEPT_IN_ALL
     lent.clear()
-    assert len(buffers._unused[1 << 20]) == 8
+    assert len(buffers._unused[1 << 20]) == 32
+
+
+def test_most_of_what_is_not_used_is_given_back() -> None:
+    lent = [buffers.lend(size) for size in buffers.SIZES for _ in range(buffers.KEPT // size)]
+    lent.clear()
+    buffers.give_back()
+    assert {size * len(pages) for size, pages in buffers._unused.items()} == {buffers.KEPT_IDLE}
 
 
 def test_what_can_not_be_written_to_or_begins_elsewhere_is_not_aligned() -> None:

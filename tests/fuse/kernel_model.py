@@ -390,7 +390,7 @@ class Memory:
 
     def closed(self, file: FileRef) -> None: ...
 
-    def kept_of(self, cid: Cid) -> None: ...
+    def item_of(self, cid: Cid) -> None: ...
 
 
 @dataclass
@@ -403,7 +403,7 @@ class Served:
         """What the daemon believes that the kernel holds, once it has read all that was sent: inodes without
         the root, and open files."""
         self.kernel.look_up_absent(())
-        return len(self.inodes) - 1 + len(self.operations[0]._files.handles)
+        return len(self.inodes) - 1 + len(self.operations[0].files.handles)
 
 
 @contextmanager
@@ -428,8 +428,8 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
             pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
             token = trio.lowlevel.current_trio_token()
             end.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
-            with operations.pushing():
-                for task in (pyfuse3.main, operations.run):
+            with operations.files.pushing():
+                for task in (pyfuse3.main, operations.files.run):
                     nursery.start_soon(task)
                 ready.set()
                 await trio.sleep_forever()

@@ -67,7 +67,7 @@ def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_o
     now = 12.0
     log.note(errors.Unavailable("bafylast"), errno.ETIMEDOUT)
     assert [record.getMessage() for record in caplog.records] == [
-        "a call was answered ETIMEDOUT: bafy0: gw says 504\\x0a2026 ERROR forged\\x1b[31m",
+        "a call was answered ETIMEDOUT: bafy0: gw says 504\\n2026 ERROR forged\\x1b[31m",
         "a call was answered EIO: bafywrong",
         "a call was answered ETIMEDOUT: bafylast (999 more like it in the 12 s before)",
     ]

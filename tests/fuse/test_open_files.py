@@ -45,7 +45,7 @@ class SmallTree:
         self.opened = self.cache.opened
 
     async def file(self, cid: Cid) -> File:
-        return File(cid, len(CONTENT), len(CONTENT), ())
+        return File(cid, len(CONTENT), len(CONTENT))
 
 
 def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: py
     monkeypatch.setattr(device, "revoke", revoke)
     monkeypatch.setattr(pyfuse3, "notify_store", lambda inode, _offset, _content: stored.append(inode))
     inodes, tree = Inodes(bytes(32)), cast(Tree, SmallTree())
-    held = inodes.file(CID, attributes_of(File(CID, len(CONTENT), len(CONTENT), ())))
+    held = inodes.file(CID, attributes_of(File(CID, len(CONTENT), len(CONTENT))))
 
     async def main() -> None:
         files = OpenFiles(tree, inodes, push=True)

@@ -12,7 +12,6 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.builder import UNIXFS_V0_2015
-from ipfsfuse.errors import UsageError
 from ipfsfuse.importer import add as adding
 from ipfsfuse.importer.add import add
 from ipfsfuse.sources.local.library import Library
@@ -59,11 +58,7 @@ def test_wrapped_paths_are_one_root(tree: Path, library: Library) -> None:
 
 
 def test_only_hash_needs_no_library_and_gives_the_same(tree: Path, library: Library) -> None:
-    assert list(add([str(tree)], replace(PLAIN, only_hash=True), None)) == list(
-        add([str(tree)], PLAIN, library)
-    )
-    with pytest.raises(UsageError):
-        list(add([str(tree)], PLAIN, None))
+    assert list(add([str(tree)], PLAIN, None)) == list(add([str(tree)], PLAIN, library))
 
 
 def test_names_given_as_people_give_them(
@@ -109,7 +104,7 @@ def test_standard_input_in_pieces_is_one_file(tmp_path: Path, library: Library) 
             process.stdin.flush()
         process.stdin.close()
         printed = process.stdout.read().decode().split()
-    expected = list(add([str(tmp_path / "file")], replace(PLAIN, only_hash=True), None))[-1].cid
+    expected = list(add([str(tmp_path / "file")], PLAIN, None))[-1].cid
     assert printed == [cids.text(expected)] * 2
     assert content(library, expected) == data
 

@@ -107,7 +107,7 @@ import os, sys
 from ipfsfuse.importer.add import AddOptions, add
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
-list(add([sys.argv[1]], AddOptions(only_hash=True), None))
+list(add([sys.argv[1]], AddOptions(), None))
 """
 
 
@@ -127,13 +127,13 @@ def test_two_paths_of_one_name_can_not_be_wrapped(tree: Path, tmp_path: Path) ->
     (tmp_path / "a").write_bytes(b"x")
     both = [str(tree / "a"), str(tmp_path / "a")]
     with pytest.raises(UsageError, match="two PATHs are called 'a'"):
-        list(add(both, AddOptions(wrap=True, only_hash=True), None))
-    assert told(list(add(both, AddOptions(only_hash=True), None))) == ["a", "a"]
+        list(add(both, AddOptions(wrap=True), None))
+    assert told(list(add(both, AddOptions(), None))) == ["a", "a"]
 
 
 def test_nothing_to_add() -> None:
     with pytest.raises(UsageError, match="PATH"):
-        list(add([], AddOptions(only_hash=True), None))
+        list(add([], AddOptions(), None))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tree: Path, tmp_path: Path) -> None:

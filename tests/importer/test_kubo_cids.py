@@ -43,7 +43,6 @@ def test_add_agrees_with_kubo(case: Case, tmp_path: Path) -> None:
         hidden="-H" in case.options,
         preserve_mode="--preserve-mode" in case.options,
         preserve_mtime="--preserve-mtime" in case.options,
-        only_hash=True,
     )
     *_others, last = add([str(tmp_path / name) for name in case.top], options, None)
     assert cids.text(last.cid) == KNOWN[case.profile.name][case.name]

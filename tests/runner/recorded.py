@@ -14,7 +14,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run.record import CarWriter, cid_of
+from ipfsfuse_run.record import RecordWriter, cid_of
 
 GUEST = b"""(module
   (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
@@ -134,7 +134,7 @@ def write(
     """A record of `files`, named without their extension: `guest`, `stdin`, `ipfs`, `dir`."""
     named = {"guest": "guest.wasm"}
     with target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         children = [
             ("receipt.json", _built(writer, json.dumps(told).encode() if isinstance(told, Mapping) else told))
         ]
@@ -145,5 +145,5 @@ def write(
     return target
 
 
-def _built(writer: CarWriter, held: bytes | Built) -> Built:
+def _built(writer: RecordWriter, held: bytes | Built) -> Built:
     return writer.add_file(io.BytesIO(held)) if isinstance(held, bytes) else held

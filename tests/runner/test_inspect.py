@@ -12,14 +12,14 @@ from ipfsfuse.dag import builder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import CarWriter, car_opened
+from ipfsfuse_run.record import RecordWriter, car_opened
 from tests.runner import recorded
 from tests.runner.conftest import TOP, Runner
 
 GUEST = b"any guest"
 
 
-def write(target: Path, writer: CarWriter, root: Built, read: list[Built]) -> None:
+def write(target: Path, writer: RecordWriter, root: Built, read: list[Built]) -> None:
     """Ends a record of a run that read `read` of the DAG `root`."""
     guest, stdin = writer.add_file(io.BytesIO(GUEST)), writer.add_file(io.BytesIO())
     told = recorded.receipt(GUEST, b"", read=[cids.text(each.cid) for each in read])
@@ -40,7 +40,7 @@ def inspected(target: Path) -> list[dict[str, Any]]:
 def test_a_block_that_was_changed_since_it_was_first_read_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "run.car"
     with target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         held = writer.add_file(io.BytesIO(b"the content"))
         write(target, writer, held, [held])
     with car_opened(target) as record:
@@ -53,7 +53,7 @@ def test_a_block_that_was_changed_since_it_was_first_read_is_refused(tmp_path: P
 def test_a_tree_3000_deep_is_shown(tmp_path: Path) -> None:
     target = tmp_path / "run.car"
     with target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         read = [writer.add_file(io.BytesIO(b"bottom"))]
         for _ in range(3000):
             read.append(writer.add_folder([("d", read[-1])]))
@@ -66,7 +66,7 @@ def test_a_tree_3000_deep_is_shown(tmp_path: Path) -> None:
 def test_a_file_that_names_one_block_a_billion_times_is_counted_at_once(tmp_path: Path) -> None:
     target = tmp_path / "run.car"
     with target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         read = [writer.add_file(io.BytesIO(b"x"))]
         for _ in range(30):
             file_builder = builder.FileBuilder(builder.UNIXFS_V1_2025, writer.put)

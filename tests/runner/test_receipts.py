@@ -10,7 +10,7 @@ import pytest
 
 from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import CarWriter
+from ipfsfuse_run.record import RecordWriter
 from tests.mounting import Home
 from tests.runner import recorded
 from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
@@ -206,7 +206,7 @@ def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: P
 def with_receipt(target: Path, data: bytes, **files: bytes) -> None:
     """A record whose blocks are all right, and whose receipt is `data`."""
     with target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         writer.close(
             writer.add_folder(
                 [

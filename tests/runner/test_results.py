@@ -21,7 +21,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.errors import StoreFailed
 from ipfsfuse_run import places, receipts, results
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import CarWriter, car_opened
+from ipfsfuse_run.record import RecordWriter, car_opened
 from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.runner.conftest import Measured, Runner, lines, with_command
@@ -147,7 +147,7 @@ def check_elsewhere(envelope: dict[str, object], public: Path, others: Path, cid
 def forge(source: Path, target: Path) -> None:
     """The same record, whose receipt tells of another exit code: all blocks are right."""
     with car_opened(source) as record, target.open("w+b") as out:
-        writer = CarWriter(out)
+        writer = RecordWriter(out)
         children = []
         for link in record.node(record._root).links:  # type: ignore[union-attr]
             name = link.name.decode()
@@ -207,7 +207,7 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
     (out / "folder" / "up").symlink_to("../..")
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
-        writer = CarWriter(file)
+        writer = RecordWriter(file)
         built = results.written(writer, str(out), MIB).built
         writer.close(built)
     assert b"secret" not in target.read_bytes().replace(os.fsencode(secret), b"")
@@ -237,7 +237,7 @@ def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> 
         for _ in range(1500):
             os.mkdir(folder := folder + "/d")
         with open(os.devnull, "wb") as nowhere, pytest.raises(StoreFailed, match="too deeply"):
-            CarWriter(nowhere).add_tree(tmp_path)
+            RecordWriter(nowhere).add_tree(tmp_path)
     finally:
         places.remove_tree(str(tmp_path / "d"))
 
@@ -269,7 +269,7 @@ def test_a_folder_that_is_swapped_for_a_symlink_while_it_is_taken_leads_nowhere(
         try:
             for _ in range(20):
                 with target.open("w+b") as file, suppress(StoreFailed):
-                    results.written(CarWriter(file), str(out), MIB)
+                    results.written(RecordWriter(file), str(out), MIB)
                 assert b"\x01\x55\x12\x20" + sha256(b"secret").digest() not in target.read_bytes()
         finally:
             swapping.kill()
@@ -289,7 +289,7 @@ def test_results_that_no_folder_can_hold_are_refused(tmp_path: Path, what: str) 
     }[what]()
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
-        writer = CarWriter(file)
+        writer = RecordWriter(file)
         for cid, block in blocks.all.items():
             writer.put(cid, block)
         writer.close(held)

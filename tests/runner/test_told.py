@@ -17,7 +17,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.nodes import Directory, parse
 from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import CarWriter
+from ipfsfuse_run.record import RecordWriter
 from tests.dagging import Dag
 from tests.mounting import Home
 from tests.runner.conftest import GUESTS, Runner, lines
@@ -83,7 +83,7 @@ def rewritten(source: Path, target: Path, told: dict[str, Any]) -> Path:
     at = car.header_length(data[:9])
     (root,) = car.decode_header(data[:at])
     with target.open("w+b") as out:
-        writer, blocks = CarWriter(out), {}
+        writer, blocks = RecordWriter(out), {}
         while at < len(data):
             found = car.section(data[at : at + car.HEAD_BYTES], at=0, base=at)
             blocks[found.cid] = data[found.block : found.end]

@@ -320,15 +320,14 @@ def test_a_client_that_reads_nothing_delays_no_other_and_not_the_end(home: Home)
 def test_an_answer_that_is_not_taken_is_given_up_however_it_is_sent() -> None:
     """A client of HTTP/2 can open no window for one answer, and go on asking for others."""
 
-    class Content:
-        async def block(self, cid: Cid, *, fetch: bool) -> bytes:
-            return bytes(2 << 20)
+    async def block(cid: Cid, fetch: bool) -> bytes:
+        return bytes(2 << 20)
 
-        async def record(self, name: object, *, fetch: bool) -> bytes:
-            raise NotImplementedError
+    async def record(name: object, fetch: bool) -> bytes:
+        raise NotImplementedError
 
     async def main() -> float:
-        app, began = gateway.TrustlessGateway(Content()), trio.current_time()
+        app, began = gateway.TrustlessGateway(block, record), trio.current_time()
 
         async def send(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.body":

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.kubo.node import Node
 from tests.sources.authority import Authority
 from tests.sources.content import raw_blocks
 from tests.sources.http2 import MAX_STREAMS, Http2Server
-from tests.sources.servers import Ask, Server, answer_well
+from tests.sources.servers import RAW, Ask, Behaviour, Server, answer_well
 
 BLOCKS = raw_blocks(91, 40, size=5000) | raw_blocks(92, 4, size=1 << 20)
 STALLED = [*raw_blocks(93, 2 * MAX_STREAMS)]
@@ -287,15 +288,52 @@ def test_the_client_starts_without_the_command_line_of_httpx() -> None:
 
 @both
 @pytest.mark.usefixtures("transport")
-def test_a_block_that_waits_for_the_rate_limit_is_not_late() -> None:
+def test_a_long_body_does_not_make_its_connection_stale() -> None:
+    """A connection is idle from the end of its last response."""
+    blocks = raw_blocks(95, 2, size=1 << 20)
+
+    def drips(ask: Ask) -> None:
+        assert ask.block is not None
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(ask.block)}\r\n\r\n".encode()
+        for at in range(0, len(ask.block), 1 << 18):
+            ask.connection.sendall(head + ask.block[at : at + (1 << 18)])
+            head = b""
+            time.sleep(0.3)
+
+    async def main() -> None:
+        with Server(blocks, drips) as server:
+            gateway = Gateway(Http(parse_origin(server.url), HttpSettings(idle_seconds=0.5)), server.url)
+            for cid, block in blocks.items():
+                assert await gateway.get(cid) == block
+            first, second = server.asked
+            assert first.connection is second.connection
+            await trio.sleep(1.5)
+            await gateway.get(cid)
+            assert server.asked[2].connection is not first.connection, "it was idle for too long"
+            await gateway.aclose()
+
+    trio.run(main)
+
+
+def in_chunks(ask: Ask) -> None:
+    assert ask.block is not None
+    ask.send_chunked([ask.block[at : at + 50_000] for at in range(0, len(ask.block), 50_000)], RAW)
+
+
+@both
+@pytest.mark.parametrize(
+    ("size", "behave"), [(1 << 20, answer_well), (50_000, answer_well), (1 << 20, in_chunks)]
+)
+@pytest.mark.usefixtures("transport")
+def test_a_block_that_waits_for_the_rate_limit_is_not_late(size: int, behave: Behaviour) -> None:
     """The time for a body is the server's alone: what came waits as long as the limit says, and takes no room
     from other bodies meanwhile."""
-    blocks = raw_blocks(94, 1, size=1 << 20)
-    settings = HttpSettings(total=0.5, rate=RateLimit(1 << 20))
+    blocks = raw_blocks(94, 1, size=size)
+    settings = HttpSettings(total=0.5, rate=RateLimit(size))
     used: list[int] = []
 
     async def main() -> None:
-        with Server(blocks, answer_well) as server:
+        with Server(blocks, behave) as server:
             http = Http(parse_origin(server.url), settings)
             gateway = Gateway(http, server.url)
 

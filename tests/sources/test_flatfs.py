@@ -213,6 +213,7 @@ async def streamed(source: Kubo, file: SampleFile) -> dict[int, bytes]:
     got: dict[int, bytes] = {}
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        assert not got.keys() & set(range(index, index + len(blocks))), "each once"
         got.update((index + at, bytes(block)) for at, block in enumerate(blocks))
 
     await give_each(source.stream(file.run), deliver)
@@ -259,13 +260,65 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(
     trio.run(main)
 
 
+def test_leaves_are_read_in_the_repository_up_to_the_first_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though no node runs. One that is there and has another size is left out."""
+    repository = made(tmp_path / "repo")
+    monkeypatch.setenv("IPFS_PATH", str(repository))
+    blocks = kubo_repo.open_flatfs(repository)
+    assert blocks is not None
+    file = sample(69, 40)
+    for number, leaf in enumerate(file.leaves):
+        if number != 25:
+            path = Path(blocks._path(leaf.cid))
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(file.blocks[leaf.cid] + b"more" * (number == 9))
+    got: dict[int, bytes] = {}
+
+    async def deliver(index: int, some: Sequence[Block]) -> None:
+        got.update((index + at, bytes(block)) for at, block in enumerate(some))
+
+    async def main() -> None:
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
+        with pytest.raises(SourceFailed, match="no Kubo node runs"):
+            await give_each(source.stream(file.run), deliver)
+
+    trio.run(main)
+    # 9 to 14 are what is left of the stretch that is read by one call
+    assert set(range(26)) - got.keys() == {*range(9, 15), 25}
+
+
+@pytest.mark.parametrize("lacks", [1, 6, 39])
+def test_what_the_repository_has_is_read_there_up_to_the_first_leaf_that_it_lacks(
+    two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch, lacks: int
+) -> None:
+    near, far = two_nodes
+    monkeypatch.setenv("IPFS_PATH", str(near.repo))
+    file = sample(70 + lacks, 40)
+    put(far, file)
+    kept = [leaf.cid for leaf in file.leaves if leaf != file.leaves[lacks]]
+    car = encode_car(kept[0], [(cid, file.blocks[cid]) for cid in kept])
+    near.cmd("dag", "import", "--pin-roots=false", stdin=car)
+    blocks = kubo_repo.open_flatfs(near.repo)
+    assert blocks is not None
+
+    async def main() -> None:
+        source = Kubo("kubo", HttpSettings(), blocks=blocks)
+        with trio.fail_after(60):
+            assert await streamed(source, file) == file.expected, "the rest from the other"
+        await source.aclose()
+
+    trio.run(main)
+
+
 def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
     two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = two_nodes
     monkeypatch.setenv("IPFS_PATH", str(near.repo))
     tree = trees()["nested"]
-    *_but_for, missing = (cid for cid in tree.blocks if cids.known(cid) is None)
+    *_but_for, missing = (cid for cid in tree.blocks if cids.implied_block(cid) is None)
     far.cmd("dag", "import", "--pin-roots=false", stdin=tree.car())
     near.cmd(
         "dag",

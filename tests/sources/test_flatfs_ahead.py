@@ -21,12 +21,12 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.errors import WrongBlock
 from ipfsfuse.fileio.flatfs import BlockFiles
-from ipfsfuse.sources.streams import Hashed
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Hashed
 from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
 from tests.mounting import Home
@@ -221,7 +221,7 @@ def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
 def test_a_name_that_is_looked_up_has_its_block_read_and_nothing_below(
     repository: Repository, version: int
 ) -> None:
-    function, own = repository.blocks.name_listener
+    function, own = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     root, files = repository.directory(1)
     spelled = cids.text(root if version else Cid(cids.multihash(root))).encode()
@@ -252,6 +252,20 @@ def test_it_ends_while_it_reads(tmp_path: Path) -> None:
         repository.ask_alone(root)
         del repository
     gc.collect()
+
+
+def test_what_only_looks_like_a_link_is_not_read(repository: Repository) -> None:
+    """A directory with an attribute that has the bytes of a link, before its links."""
+    child, other = (repository.heap.leaf(name * 1000) for name in (b"child", b"other"))
+    link, like_a_link = (b"\x0a\x24" + cid + b"\x12\x04name\x18\x01" for cid in (child, other))
+    data = b"\x08\x01\x7a" + bytes([len(like_a_link)]) + like_a_link
+    root = repository.heap.put(b"\x0a" + bytes([len(data)]) + data + b"\x12" + bytes([len(link)]) + link)
+    for cid in (root, child, other):
+        repository.put(cid)
+    at_child, at_other = map(repository.opened, (child, other))
+    assert repository.ask_alone(root) is not None
+    assert at_child.within(SOON)
+    assert not at_other.within(NEVER)
 
 
 @given(st.binary(max_size=300), st.integers(0, 60))
@@ -316,7 +330,7 @@ class Held:
 
 def look_up(repository: Repository, cid: Cid) -> None:
     """What the thread that reads the device does with a name in the root."""
-    function, own = repository.blocks.name_listener
+    function, own = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     name = cids.text(cid).encode()
     listener(own, name, len(name))

@@ -28,7 +28,7 @@ def child(number: int) -> Cid:
     return cids.make(cids.RAW, b"\x12\x20" + number.to_bytes(32, "big"))
 
 
-FILE = File(DIRECTORY, 0, 0, ())
+FILE = File(DIRECTORY, 0, 0)
 
 
 def nothing(_directory: Node) -> None:

@@ -56,16 +56,14 @@ class KuboPins:
         self._mfs = mfs
         self._folder = MfsPinFolder(mfs, mount_id)
         self._planners = {STAGED: BatchPlanner(), PINNED: BatchPlanner()}
-        self._is_staged: Callable[[Cid], object] = lambda _cid: False
-        self._repair: BlockRepair | None = None
+        self._is_staged: Callable[[Cid], object]
+        self._repair: BlockRepair
         self._read_back_due = -math.inf
         """When our folder must be read back (trio's clock); -inf while what the node has is not known."""
         self._released = False
         self._failing = ""
-        self._changes, self._done = 1, 0
-        """Changes so far, and those of them that are done at the node. The first is to read back."""
-        self._changed, self._full, self._done_more, self._ready = (trio.Event() for _ in range(4))
-        self._changed.set()
+        self._changed, self._full, self._ready = (trio.Event() for _ in range(3))
+        self._changed.set()  # to read back
         self._busy = trio.Lock()  # with the node
         self._tasks = trio.CancelScope()
 
@@ -106,14 +104,14 @@ class KuboPins:
         self,
         staged: Iterable[Cid],
         pinned: Iterable[Cid],
-        is_staged: Callable[[Cid], object] = lambda _cid: False,
-        copies: Copies | None = None,
+        is_staged: Callable[[Cid], object],
+        copies: Copies,
     ) -> None:
         """Called once, at the start: `staged` are the files that are staged, `pinned` is what the user
         pinned. What the node holds besides is released, unless `is_staged` (a small block). The node is given
         those `copies` that it has lost of what it holds."""
         self._is_staged = is_staged
-        self._repair = BlockRepair(self._mfs, copies, self.name) if copies is not None else None
+        self._repair = BlockRepair(self._mfs, copies, self.name)
         for cid in staged:
             self.add(cid)
         for cid in pinned:
@@ -125,12 +123,6 @@ class KuboPins:
         queued = sum(planner.queued for planner in planners)
         held, count = sum(map(len, planners)) - queued, sum(len(planner.batches) for planner in planners)
         return PinStatus(held, queued, count, self._mfs.requests, self._folder.path, self._failing)
-
-    async def settled(self) -> None:
-        """Returns when all that was desired until now is so at the node."""
-        changes = self._changes
-        while self._done < changes:
-            await self._done_more.wait()
 
     async def release_all(self) -> None:
         """Lets go of everything, and follows no more: at the end of an isolated mount."""
@@ -149,7 +141,6 @@ class KuboPins:
             return
         planner = self._planners[prefix]
         if planner.add(cid) if wanted else planner.remove(cid):
-            self._changes += 1
             self._changed.set()
             if planner.queued >= batches.MAX_MEMBERS:
                 self._full.set()
@@ -173,7 +164,6 @@ class KuboPins:
                 wait = min(2 * wait, LONGEST_WAIT)
 
     async def _try_round(self) -> bool:
-        changes = self._changes
         try:
             async with self._busy:
                 await self._round()
@@ -182,9 +172,7 @@ class KuboPins:
             return False
         if self._failing:
             log.info("%s takes pins again", self.name)
-        self._failing, self._done = "", changes
-        self._done_more.set()
-        self._done_more = trio.Event()
+        self._failing = ""
         return True
 
     def _failed(self, error: Exception) -> None:
@@ -202,12 +190,11 @@ class KuboPins:
                 await self._do(prefix, planner, step)
                 if max(map(len, step)) < batches.MAX_PER_ROUND:
                     break
-        if self._repair is not None and not await self._repair.give_back(self.state):
+        if not await self._repair.give_back(self.state):
             self._changed.set()
 
     async def _do(self, prefix: str, planner: BatchPlanner, step: Round) -> None:
-        if self._repair is not None:
-            self._repair.note(planner, step, everything=prefix == PINNED)
+        self._repair.note(planner, step, everything=prefix == PINNED)
         try:
             await self._folder.write(prefix, step)
         except BaseException:
@@ -229,7 +216,7 @@ class KuboPins:
     async def _rest(self) -> None:
         if self._read_back_due > -math.inf and not self._released:
             try:
-                await self._folder.rest()
+                await self._folder.sign(resting=True)
             except SourceFailed as exc:
                 log.info("%s did not take the last renewal of this mount's lease: %s", self.name, exc)
 

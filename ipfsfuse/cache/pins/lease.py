@@ -105,7 +105,8 @@ class Lease:
             info = folder.stat()
             inode = f"{info.st_dev}:{info.st_ino}"
         place = str(folder.absolute())
-        return cls(VERSION, _machine(), _read(BOOT), _namespace(), place, inode, int(time.time()))
+        machine = _hash(_read("/etc/machine-id") or socket.gethostname())
+        return cls(VERSION, machine, _read(BOOT), _namespace(), place, inode, int(time.time()))
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:
@@ -186,22 +187,16 @@ def _new_name() -> str:
     return f"{host_name()}-{secrets.token_hex(8)}"
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether no living process uses the cache folder `folder`: ours in a `--cache-dir`, or one of an older
-    layout."""
-    return cache_folder.is_free(folder.parent if folder.name == cache_folder.NAME else folder)
-
-
 def _has_name(folder: Path, name: str) -> bool:
     """Whether a cache folder goes by `name`; True where we may not look, and where a living mount has lost
     its name."""
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
-        return name in (
-            _read_name(folder / cache_folder.MOUNT_ID),
-            *_old_names(folder).values(),
-        ) or not _is_free(folder)
+        if name in (_read_name(folder / cache_folder.MOUNT_ID), *_old_names(folder).values()):
+            return True
+        # one of an older layout is a --cache-dir itself
+        return not cache_folder.is_free(folder.parent if folder.name == cache_folder.NAME else folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
@@ -255,10 +250,6 @@ def _remove_old_names(folder: Path) -> None:
 
 
 # -- this process --------------------------------------------------------------------------------------------
-
-
-def _machine() -> str:
-    return _hash(_read("/etc/machine-id") or socket.gethostname())
 
 
 def _hash(machine: str) -> str:

@@ -261,7 +261,7 @@ class MfsPinFolder:
         names) agree with what stands there. Returns the members of the batches that were not known, by
         prefix."""
         entries, self._lease = await self._claim()
-        await self._sign(resting=False)
+        await self.sign(resting=False)
         if self._swept != self._name:
             self._swept = self._name
             await release_stale_pins(self._mfs, self._lease, self._name)
@@ -291,10 +291,6 @@ class MfsPinFolder:
         """Removes the batches that the step drops."""
         for number in step.drops:
             await self._remove(f"{prefix}{number}")
-
-    async def rest(self) -> None:
-        """Leaves everything pinned for the next start of this mount."""
-        await self._sign(resting=True)
 
     async def release(self) -> None:
         """Lets go of everything."""
@@ -338,7 +334,8 @@ class MfsPinFolder:
                 members += batch
         return members
 
-    async def _sign(self, *, resting: bool) -> None:
+    async def sign(self, *, resting: bool) -> None:
+        """Renews the lease; `resting` leaves everything pinned for the next start of this mount."""
         assert self._lease is not None
         await self._mfs.write(f"{self.path}/{LEASE}", self._lease.renew(resting=resting).encode())
 

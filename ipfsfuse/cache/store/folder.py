@@ -43,7 +43,7 @@ from pathlib import Path
 
 from ipfsfuse import __version__
 from ipfsfuse.errors import FolderInUse, StoreFailed
-from ipfsfuse.fileio.files import Status, closing, stat_files, write_file
+from ipfsfuse.fileio.files import Closing, Status, stat_files, write_file
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def socket_path(cache_dir: Path) -> Path:
 def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
     """The first `most` bytes of a regular file. Raises OSError, also for a link or anything that is not a
     regular file."""
-    with closing(os.open(name, _READ, dir_fd=folder)) as file:
+    with Closing(os.open(name, _READ, dir_fd=folder)) as file:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
@@ -149,7 +149,7 @@ class Subfolder:
     def fd(self) -> int:
         """Its descriptor: what was moved away or replaced is not used. Raises OSError, StoreFailed."""
         path = self.path
-        with closing(os.open(path.parent, _DIRECTORY)) as parent:
+        with Closing(os.open(path.parent, _DIRECTORY)) as parent:
             mark(parent)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path.name, 0o700, dir_fd=parent)
@@ -329,13 +329,13 @@ def locked(cache_dir: Path) -> Iterator[CacheFolder]:
     Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full
     disk there may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is
     room."""
-    held = CacheFolder(inside(cache_dir), -1, -1)
-    with _full_disk(f"the cache folder {held.path} can't be made; reads go on without the cache"):
-        held = CacheFolder(held.path, *_open_and_lock(cache_dir))
+    folder = CacheFolder(inside(cache_dir), -1, -1)
+    with _full_disk(f"the cache folder {folder.path} can't be made; reads go on without the cache"):
+        folder = CacheFolder(folder.path, *_open_and_lock(cache_dir))
     try:
-        yield held
+        yield folder
     finally:
-        held.release()
+        folder.release()
 
 
 def announced(cache_dir: Path) -> tuple[int, str] | None:
@@ -345,7 +345,7 @@ def announced(cache_dir: Path) -> tuple[int, str] | None:
 
 def _announced_in(folder: Path) -> tuple[int, str] | None:
     try:
-        with closing(os.open(folder, _DIRECTORY)) as fd:
+        with Closing(os.open(folder, _DIRECTORY)) as fd:
             said = json.loads(read_file(fd, DAEMON))
         return int(said["pid"]), str(said["mountpoint"])
     except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
@@ -355,10 +355,10 @@ def _announced_in(folder: Path) -> tuple[int, str] | None:
 def is_free(cache_dir: Path) -> bool:
     """Whether certainly no living process uses the folder."""
     try:
-        with closing(os.open(inside(cache_dir), _DIRECTORY)) as fd:
+        with Closing(os.open(inside(cache_dir), _DIRECTORY)) as fd:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(fd, fcntl.LOCK_UN)
-            with closing(os.open(LOCK, _READ, dir_fd=fd)) as file:
+            with Closing(os.open(LOCK, _READ, dir_fd=fd)) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
@@ -380,11 +380,11 @@ def examine(cache_dir: Path) -> None:
     with (
         as_store_failed(f"the cache folder {cache_dir} can't be used"),
         contextlib.suppress(FileNotFoundError),
-        closing(_open_parent(cache_dir)) as parent,
+        Closing(_open_parent(cache_dir)) as parent,
     ):
         try:
             _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
-            with closing(os.open(NAME, _DIRECTORY, dir_fd=parent)) as fd:
+            with Closing(os.open(NAME, _DIRECTORY, dir_fd=parent)) as fd:
                 _check_marker(fd, inside(cache_dir))
                 _check_names(fd, inside(cache_dir))
         except FileNotFoundError:
@@ -402,7 +402,7 @@ def _open_and_lock(cache_dir: Path) -> tuple[int, int]:
         cache_dir.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             cache_dir.mkdir(mode=0o700)
-        with closing(_open_parent(cache_dir)) as parent:
+        with Closing(_open_parent(cache_dir)) as parent:
             fd = _open_locked(partial(_open_folder, parent, cache_dir), parent, NAME, cache_dir)
         try:
             _accept(fd, path)
@@ -595,7 +595,7 @@ def mark(fd: int) -> None:
 def tag(path: Path) -> None:
     """Writes the tag that leaves the folder out of backups, and says which version used it last. Costs no
     start."""
-    with contextlib.suppress(OSError), closing(os.open(path, _DIRECTORY)) as fd:
+    with contextlib.suppress(OSError), Closing(os.open(path, _DIRECTORY)) as fd:
         if not _exists(fd, TAG) or read_file(fd, TAG) != TAG_TEXT.encode():
             write_file(fd, TAG, TAG_TEXT.encode(), lasting=False)
 
@@ -644,7 +644,7 @@ def _strangers_in(parent: int, names: set[str]) -> Iterator[str]:
         if stat.S_IFMT(info.st_mode) != kind or info.st_uid != os.geteuid():
             yield name
         elif name in _INNER:
-            with closing(os.open(name, _DIRECTORY, dir_fd=parent)) as fd:
+            with Closing(os.open(name, _DIRECTORY, dir_fd=parent)) as fd:
                 yield from (f"{name}/{each}" for each in os.listdir(fd) if not _INNER[name].fullmatch(each))
 
 
@@ -657,7 +657,7 @@ def _migrate(parent: int, cache_dir: Path) -> int:
     with contextlib.ExitStack() as old:
         with contextlib.suppress(FileNotFoundError):
             flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            lock = old.enter_context(closing(os.open("lock", flags, dir_fd=parent)))
+            lock = old.enter_context(Closing(os.open("lock", flags, dir_fd=parent)))
             _flock(lock, cache_dir, holder=cache_dir)
         with contextlib.suppress(FileExistsError):
             os.mkdir(MIGRATING, 0o700, dir_fd=parent)
@@ -690,9 +690,9 @@ def _migrate_mount_id(fd: int) -> None:
     counts."""
     if _exists(fd, MOUNT_ID) or not _exists(fd, PINS):
         return
-    with contextlib.suppress(OSError), closing(os.open(PINS, _DIRECTORY, dir_fd=fd)) as pins:
+    with contextlib.suppress(OSError), Closing(os.open(PINS, _DIRECTORY, dir_fd=fd)) as pins:
         for each in sorted(os.listdir(pins)):
-            with contextlib.suppress(OSError), closing(os.open(each, _DIRECTORY, dir_fd=pins)) as node:
+            with contextlib.suppress(OSError), Closing(os.open(each, _DIRECTORY, dir_fd=pins)) as node:
                 name = read_file(node, "mount").decode("ascii", "replace").strip()
                 if is_mount_id(name):
                     write_file(fd, MOUNT_ID, name.encode() + b"\n")
@@ -712,10 +712,10 @@ def isolated_folder(parent: Path | None = None) -> Iterator[Path]:
     with contextlib.ExitStack() as opened:
         with as_store_failed(f"no isolated folder can be made in {parent}"):
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            temporary = opened.enter_context(closing(os.open(parent, flags)))
+            temporary = opened.enter_context(Closing(os.open(parent, flags)))
             _sweep(temporary)
             path, fd = _make(parent, temporary)
-            opened.enter_context(closing(fd))
+            opened.enter_context(Closing(fd))
         opened.callback(shutil.rmtree, path.name, ignore_errors=True, dir_fd=temporary)
         yield path
 
@@ -746,7 +746,7 @@ def _sweep(temporary: int) -> None:
     alone."""
     pattern = re.compile(re.escape(_prefix()) + r"[a-z0-9_]{8}")
     for name in filter(pattern.fullmatch, os.listdir(temporary)):
-        with contextlib.suppress(OSError), closing(os.open(name, _DIRECTORY, dir_fd=temporary)) as fd:
+        with contextlib.suppress(OSError), Closing(os.open(name, _DIRECTORY, dir_fd=temporary)) as fd:
             info = os.fstat(fd)
             if info.st_uid == os.geteuid() and stat.S_IMODE(info.st_mode) == 0o700:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

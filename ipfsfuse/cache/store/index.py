@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from ipfsfuse import __version__
 from ipfsfuse.cache.store.folder import DAMAGED_INDEX, LATER, as_store_failed, written_by
 from ipfsfuse.errors import NotACid, StoreFailed
-from ipfsfuse.fileio.files import closing
+from ipfsfuse.fileio.files import Closing
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +153,11 @@ class Index:
     def _migrate(self) -> None:
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
+            with Closing(os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+                writer = written_by(folder)
             raise StoreFailed(
                 f"{self.path} has version {version}, and ipfsfuse {__version__} knows version {VERSION}: "
-                f"use {_writer_of(self.path)}, or give another --cache-dir"
+                f"use {writer}, or give another --cache-dir"
             )
         empty = self._writer.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone() == (0,)
         self.anew = self.anew or empty
@@ -236,41 +238,38 @@ class Index:
         except (NotACid, TypeError, ValueError) as exc:
             raise Damaged(f"a row holds {exc}") from exc
 
-    def count_blocks(self) -> int:
-        """Rows that say where a block lies. In any thread: on a connection of its own, for it reads them all
-        (0.2 s for a million). Raises Damaged or StoreFailed."""
+    def _ask(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
+        """All rows. In any thread, on a connection of its own. Raises Damaged or StoreFailed."""
         with self._counting, _translated(self.path):
-            (count,) = self._counter.execute("SELECT COUNT(*) FROM blocks").fetchone()
-            return int(count)
+            return self._counter.execute(sql, arguments).fetchall()
+
+    def count_blocks(self) -> int:
+        """Rows that say where a block lies. In any thread: it reads them all (0.2 s for a million). Raises
+        Damaged or StoreFailed."""
+        return int(self._ask("SELECT COUNT(*) FROM blocks")[0][0])
 
     def keys_in(self, pack: int) -> list[bytes]:
-        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread, as
-        `count_blocks`."""
-        with self._counting, _translated(self.path):
-            rows = self._counter.execute(
-                "SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,)
-            ).fetchall()
-            return [key for (key,) in rows if isinstance(key, bytes)]
+        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread. Raises
+        Damaged or StoreFailed."""
+        rows = self._ask("SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,))
+        return [key for (key,) in rows if isinstance(key, bytes)]
 
     def uses(self, keys: Sequence[bytes | int | str]) -> dict[bytes | int | str, tuple[float, bool]]:
         """(last use, whether it was used again) of those of `keys` that were in use at the last unmount. In
-        any thread, as `count_blocks`. Raises Damaged or StoreFailed."""
+        any thread. Raises Damaged or StoreFailed."""
         found: dict[bytes | int | str, tuple[float, bool]] = {}
-        with self._counting, _translated(self.path):
-            for at in range(0, len(keys), _PARAMETERS):
-                some = keys[at : at + _PARAMETERS]
-                sql = f"SELECT key, last, frequent FROM uses WHERE key IN ({','.join('?' * len(some))})"
-                for key, last, frequent in self._counter.execute(sql, some):
-                    if not isinstance(last, float):  # SQLite has no checksums
-                        raise Damaged(f"a row holds {last!r}")
-                    found[key] = last, bool(frequent)
+        for at in range(0, len(keys), _PARAMETERS):
+            some = keys[at : at + _PARAMETERS]
+            sql = f"SELECT key, last, frequent FROM uses WHERE key IN ({','.join('?' * len(some))})"
+            for key, last, frequent in self._ask(sql, some):
+                if not isinstance(last, float):  # SQLite has no checksums
+                    raise Damaged(f"a row holds {last!r}")
+                found[key] = last, bool(frequent)
         return found
 
     def packs(self) -> dict[int, int]:
-        """How many bytes of each pack are indexed. In any thread, as `count_blocks`. Raises Damaged or
-        StoreFailed."""
-        with self._counting, _translated(self.path):
-            rows = self._counter.execute("SELECT pack, indexed FROM packs").fetchall()
+        """How many bytes of each pack are indexed. In any thread. Raises Damaged or StoreFailed."""
+        rows = self._ask("SELECT pack, indexed FROM packs")
         if not all(isinstance(number, int) for row in rows for number in row):
             raise Damaged("a row holds no number")
         return dict(rows)
@@ -307,8 +306,3 @@ def _no_space(exc: StoreFailed) -> bool:
         sqlite3.SQLITE_IOERR,
         sqlite3.SQLITE_CANTOPEN,
     )
-
-
-def _writer_of(path: Path) -> str:
-    with closing(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
-        return written_by(folder)

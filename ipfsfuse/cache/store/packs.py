@@ -15,15 +15,14 @@ import logging
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
 
 from ipfsfuse.cache.base import SmallBlocks
-from ipfsfuse.cache.budget import Budget, WriteBackoff
+from ipfsfuse.cache.budget import Budget, WriteBackoff, holding
 from ipfsfuse.cache.store.folder import Subfolder, is_our_own, report_strays
 from ipfsfuse.cache.store.index import Damaged, Index, Statements
 from ipfsfuse.dag import cid as cids
@@ -32,7 +31,7 @@ from ipfsfuse.dag import varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import closing, write_all
+from ipfsfuse.fileio.files import Closing, write_all
 from ipfsfuse.sources.base import Caller, current_request
 
 log = logging.getLogger(__name__)
@@ -94,8 +93,8 @@ class Packs:
         self.limit = limit
         self._files: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
-        """Bytes written of each pack that is there: until `known`, not of all."""
-        self.known = False
+        """Bytes written of each pack that is there: until `inventoried`, not of all."""
+        self.inventoried = False
         self.last = 0
         """The highest number in use."""
         self.pending: dict[bytes, Place | None] = {}
@@ -131,7 +130,7 @@ class Packs:
         """Bytes written of a pack, -1 where it is not there. Until all packs are known, one that is not is
         looked for on the disk."""
         size = self.sizes.get(pack, -1)
-        if size < 0 and not self.known:
+        if size < 0 and not self.inventoried:
             with contextlib.suppress(OSError, StoreFailed):
                 info = self.folder.stat(_name(pack))
                 if is_our_own(info):
@@ -149,8 +148,8 @@ class Packs:
 
     def choose(self, packs: PackSet, size: int) -> int:
         """The pack of `packs` that the next `size` bytes go to."""
-        held = self.sizes.get(packs.pack)
-        if held is None or held + size > self.limit:
+        filled = self.sizes.get(packs.pack)
+        if filled is None or filled + size > self.limit:
             self.last += 1
             packs.packs.append(self.last)
         return packs.pack
@@ -187,9 +186,9 @@ class Packs:
             with contextlib.suppress(OSError):
                 self.folder.unlink(_name(pack))
 
-    def forget_all(self, pack: int, held: Iterable[Cid]) -> None:
-        """`pack`, which held these, was removed."""
-        self._gone += [(cids.multihash(cid), pack) for cid in held]
+    def forget_all(self, pack: int, blocks: Iterable[Cid]) -> None:
+        """`pack` was removed, in which `blocks` lay."""
+        self._gone += [(cids.multihash(cid), pack) for cid in blocks]
 
     def unwritten(self) -> tuple[dict[bytes, Place | None], Statements]:
         """What is pending, and the statements that write it."""
@@ -224,7 +223,7 @@ class Packs:
     def read_apart(self, place: Place) -> bytes:
         """Reads a block in a worker thread. It opens the pack itself, because the open files
         belong to the event loop."""
-        with closing(self.open(place.pack, os.O_RDONLY)) as file:
+        with Closing(self.open(place.pack, os.O_RDONLY)) as file:
             return os.pread(file, place.size, place.at)
 
     def path(self, pack: int) -> Path:
@@ -237,7 +236,7 @@ class Packs:
 
     def write(self, pack: int, at: int, data: bytes) -> None:
         """Appends sections. Small ones are written on the event loop: into the page cache, 10 us."""
-        with closing(self.open(pack, os.O_WRONLY | os.O_CREAT)) as file:
+        with Closing(self.open(pack, os.O_WRONLY | os.O_CREAT)) as file:
             write_all(file, data, at)
 
     def scan(self) -> Iterator[tuple[int, os.stat_result]]:
@@ -258,7 +257,7 @@ class Packs:
         """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
         with (
             contextlib.suppress(OSError, Malformed, NotACid),
-            closing(self.open(pack, os.O_RDONLY)) as file,
+            Closing(self.open(pack, os.O_RDONLY)) as file,
         ):
             end, at = os.fstat(file).st_size, start
             while at < end:
@@ -272,14 +271,14 @@ class Packs:
                 at += block + size
 
     def remove(self, pack: int) -> tuple[list[Cid], int]:
-        """Deletes the file; returns what it held, as far as that could be read, and how far that was."""
-        held, end = [], 0
+        """Deletes the file; returns what lay in it, as far as that could be read, and how far that was."""
+        blocks, end = [], 0
         for cid, place in self.sections(pack):
-            held.append(cid)
+            blocks.append(cid)
             end = place.at + place.size
         with contextlib.suppress(FileNotFoundError):
             self.folder.unlink(_name(pack))
-        return held, end
+        return blocks, end
 
 
 def _name(pack: int) -> str:
@@ -295,7 +294,7 @@ def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
     OSError."""
     if place.size != len(data) - head or place.at < head:
         return False
-    with closing(packs.open(place.pack, os.O_RDWR)) as file:
+    with Closing(packs.open(place.pack, os.O_RDWR)) as file:
         if os.pread(file, head, place.at - head) != data[:head]:
             return False
         write_all(file, memoryview(data)[head:], place.at)
@@ -308,7 +307,7 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
 
     A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits
     account for. Raises OSError."""
-    with closing(packs.open(place.pack, os.O_RDONLY)) as file:
+    with Closing(packs.open(place.pack, os.O_RDONLY)) as file:
         found: dict[Cid, int] = {}
         for cid in (cids.make(codec, key) for codec in cids.CODECS):
             head = _head(cid, place)
@@ -323,7 +322,7 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
 def rewrite_head(packs: Packs, cid: Cid, place: Place) -> None:
     """Writes the head of a section whose block was found right at `place`. Raises OSError."""
     head = _head(cid, place)
-    with closing(packs.open(place.pack, os.O_WRONLY)) as file:
+    with Closing(packs.open(place.pack, os.O_WRONLY)) as file:
         write_all(file, head, place.at - len(head))
 
 
@@ -356,7 +355,7 @@ class IoLimits:
 class BlockStore:
     """Blocks by their multihash: in packs, within the budget, hashed when they are read.
 
-    What can't be read is not there, and what can't be written is not kept: `backoff` says why. One block is
+    What can't be read is not there, and what can't be written is not stored: `backoff` says why. One block is
     appended at a time."""
 
     def __init__(
@@ -385,7 +384,7 @@ class BlockStore:
 
     @property
     def pack_set(self) -> PackSet:
-        """Where blocks go that nobody asked to keep: packs of each caller's own, which leave on its account
+        """Where blocks go that nobody pinned: packs of each caller's own, which leave on its account
         alone."""
         return self._pack_sets.setdefault(current_request.get().caller, PackSet())
 
@@ -403,7 +402,7 @@ class BlockStore:
             return {}
 
     async def get(self, cid: Cid, *, use: bool = True) -> bytes | None:
-        """The block, hashed after it was read; None where it is not kept, or not right (then it is
+        """The block, hashed after it was read; None where it is not here, or not right (then it is
         forgotten). Without `use` its pack is evicted no later for it."""
         place = self.place(cid)
         if place is None:
@@ -445,13 +444,13 @@ class BlockStore:
         else:
             self._budget.arc.refresh(pack)
 
-    async def keep(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
-        """Whether it is kept now, in a pack of `pack_set` (by default anywhere, else one of those that are
+    async def put(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
+        """Whether it is stored now, in a pack of `pack_set` (by default anywhere, else one of those that are
         never evicted)."""
         if self._backoff.waiting or not self._budget.counted.is_set():
             return False
         made = section(cids.canonical(cid), block)
-        async with self._my_turn():
+        async with holding(self._appending):
             place = self.place(cid)
             if place is not None and (pack_set is None or place.pack in pack_set.packs):
                 return True
@@ -459,12 +458,12 @@ class BlockStore:
                 pack_set or self.pack_set, [made]
             )
 
-    async def keep_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
-        """Keeps several new blocks by few writes: opening a pack costs as much as writing a small block to
+    async def put_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
+        """Stores several new blocks by few writes: opening a pack costs as much as writing a small block to
         it."""
         if self._backoff.waiting or not self._budget.counted.is_set():
             return
-        async with self._my_turn():
+        async with holding(self._appending):
             together: list[Section] = []
             room = self.packs.limit - self.packs.sizes.get(self.pack_set.pack, 0)
             for made in (section(cids.canonical(cid), block) for cid, block in blocks):
@@ -479,20 +478,8 @@ class BlockStore:
             if together:
                 await self._append(self.pack_set, together)
 
-    @asynccontextmanager
-    async def _my_turn(self) -> AsyncIterator[None]:
-        if self._appending.locked():
-            await self._appending.acquire()
-        else:
-            # without a turn of the event loop, which costs as much as the writing
-            self._appending.acquire_nowait()
-        try:
-            yield
-        finally:
-            self._appending.release()
-
     async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
-        """Whether the block is right again where a wrong one was set aside: what is kept for good stays
+        """Whether the block is right again where a wrong one was set aside: what is pinned stays
         so."""
         cid, data, head = made
         place = self._set_aside.pop(cids.multihash(cid), None)
@@ -517,12 +504,12 @@ class BlockStore:
         while True:
             pack = self.packs.choose(pack_set, size)
             if pack_set is not self.pack_set:
-                self._budget.keep(pack)
-            held = self.packs.sizes.get(pack, 0)
-            cost = await self._budget.reserve(pack, held, held + size)
+                self._budget.pin(pack)
+            filled = self.packs.sizes.get(pack, 0)
+            cost = await self._budget.reserve(pack, filled, filled + size)
             if not cost:
                 return None
-            if self.packs.sizes.get(pack, 0) == held:
+            if self.packs.sizes.get(pack, 0) == filled:
                 return pack, cost
             # it had to leave, to make room for itself: its number is not used again
             self._budget.settle(pack, -cost, reserved=cost)
@@ -535,24 +522,12 @@ class BlockStore:
         if found is None:
             return False
         pack, cost = found
-        try:
-            return await self._write(pack, data, sections)
-        finally:
-            self._settle_pack(pack, cost)
-
-    async def _write(self, pack: int, data: bytes, sections: Sequence[Section]) -> bool:
         at = self.packs.sizes.setdefault(pack, 0)
         try:
             if len(data) <= WRITE_ON_LOOP:
                 self.packs.write(pack, at, data)
             else:
                 await threads.run_sync(self.packs.write, pack, at, data, limiter=self._io.writing)
-        except OSError as exc:
-            self._backoff.failed(str(self.packs.path(pack)), exc)
-            self._budget.look_soon()
-            self.packs.drop_empty(pack)
-            return False
-        else:
             if pack not in self.packs.sizes:  # evicted while a thread wrote
                 self.packs.drop_empty(pack)
                 return False
@@ -560,6 +535,13 @@ class BlockStore:
             self.packs.note(pack, at, sections)
             self.wake_index_writer()
             return True
+        except OSError as exc:
+            self._backoff.failed(str(self.packs.path(pack)), exc)
+            self._budget.look_soon()
+            self.packs.drop_empty(pack)
+            return False
+        finally:
+            self._settle_pack(pack, cost)
 
     def _settle_pack(self, pack: int, reserved: int = 0) -> None:
         size, unit = self.packs.sizes.get(pack, 0), self._unit
@@ -569,20 +551,20 @@ class BlockStore:
     # -- eviction and the index ------------------------------------------------------------------------------
 
     async def evict(self, pack: int) -> list[Cid]:
-        """Deletes a pack; returns what it held. Raises OSError."""
+        """Deletes a pack; returns what lay in it. Raises OSError."""
         for call in self.when_blocks_leave:
             call()
         size = self.packs.sizes.get(pack, 0)
         unindexed = self.packs.unindexed_in(pack)
         self.packs.close_pack(pack)
-        held, end = await threads.run_sync(self.packs.remove, pack, limiter=self._io.background)
+        blocks, end = await threads.run_sync(self.packs.remove, pack, limiter=self._io.background)
         # a damaged head hides what lies behind it: the index knows that, if not by which codec
         if end < size:
             keys = [*unindexed, *await self.keys_in(pack)]
-            held += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
-        self.packs.forget_all(pack, held)
+            blocks += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
+        self.packs.forget_all(pack, blocks)
         self.wake_index_writer()
-        return held
+        return blocks
 
     async def keys_in(self, pack: int) -> list[bytes]:
         """The multihashes that the index has of a pack; none where it can't be read."""

@@ -16,7 +16,6 @@ import re
 import sqlite3
 import stat
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class PinRecord:
     size: int
     """Bytes on disk when it was pinned."""
     keys: frozenset[Key] | None
-    """The staging files and packs that it keeps; None where that is not known."""
+    """The staging files and packs that it pins; None where that is not known."""
 
 
 class PinRecords:
@@ -97,12 +96,12 @@ class PinRecords:
             )
             return PinRecord(0, None)
 
-    def write(self, cid: Cid, size: int, keys: Collection[Key] | None) -> None:
-        """`keys`: None where they are not known. Raises StoreFailed, with the old state kept."""
-        values: dict[str, object] = {"cid": cids.text(cid), "bytes": size}
-        if keys is not None:
-            values["files"] = sorted(cids.text(key) for key in keys if not isinstance(key, int))
-            values["packs"] = sorted(key for key in keys if isinstance(key, int))
+    def write(self, cid: Cid, record: PinRecord) -> None:
+        """Raises StoreFailed, with the old state kept."""
+        values: dict[str, object] = {"cid": cids.text(cid), "bytes": record.size}
+        if record.keys is not None:
+            values["files"] = sorted(cids.text(key) for key in record.keys if not isinstance(key, int))
+            values["packs"] = sorted(key for key in record.keys if isinstance(key, int))
         values["pinned"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with as_store_failed(f"the pin of {cids.text(cid)} can't be written"):
             write_file(self.folder.fd, cids.text(cid), json.dumps(values).encode() + b"\n")
@@ -130,7 +129,7 @@ class PinRecords:
             except (NotACid, TypeError, ValueError):
                 log.warning("one pin is not known any more: a row of the index is damaged")
         for cid, record in self._unsaved.items():
-            self.write(cid, record.size, record.keys)
+            self.write(cid, record)
         self._unsaved.clear()
 
 

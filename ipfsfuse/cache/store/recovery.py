@@ -10,10 +10,10 @@ import heapq
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -29,8 +29,12 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.buffers import give_back
 
 log = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 AT_FIRST = 2000
 """Files of an earlier run that are looked at before the mount is up: 0.02 s. What is beyond them is looked at
@@ -111,12 +115,13 @@ class Inventory:
     def __init__(self, store: Store) -> None:
         """Blocks for some system calls. Raises OSError, StoreFailed."""
         self._store = store
+        self._index = store.blocks.index
         self._damaged: Damaged | None = None
         store.pinned = store.pin_records.load()
         for record in store.pinned.values():
             for key in record.keys or ():
-                store.budget.keep(key)
-        self._in_order = bool(self._uses([IN_ORDER]))
+                store.budget.pin(key)
+        self._in_order = bool(self._from_index(lambda: self._index.uses([IN_ORDER])))
         self._begin()
 
     def _begin(self) -> None:
@@ -135,7 +140,7 @@ class Inventory:
         entries = list(islice(self._entries, count - len(packs)))
         keys: list[Key] = [pack for pack, _info in packs]
         keys += [entry.cid for entry in entries]
-        uses = self._uses(keys)
+        uses = self._from_index(lambda: self._index.uses(keys))
 
         def used(key: Key, changed: float) -> tuple[float, bool]:
             """When something was used last, whose file says that it was `changed` then; and whether it was
@@ -157,18 +162,10 @@ class Inventory:
         self._new = packs, entries
         return len(packs) + len(entries) < count
 
-    def _uses(self, keys: Sequence[Key | str]) -> Mapping[bytes | int | str, tuple[float, bool]]:
-        """What the index says of the use of `keys`."""
+    def _from_index(self, ask: Callable[[], dict[A, B]]) -> dict[A, B]:
+        """What the index says; nothing where it is damaged."""
         try:
-            return self._store.blocks.index.uses(keys) if self._damaged is None else {}
-        except Damaged as exc:
-            self._damaged = exc
-            return {}
-
-    def _indexed(self) -> dict[int, int]:
-        """How many bytes of each pack the index knows."""
-        try:
-            return self._store.blocks.index.packs() if self._damaged is None else {}
+            return ask() if self._damaged is None else {}
         except Damaged as exc:
             self._damaged = exc
             return {}
@@ -206,7 +203,7 @@ class Inventory:
     async def complete(self) -> None:
         """Counts all that was found. From then on new things are kept. Raises StoreFailed."""
         store, packs, files = self._store, self._store.blocks.packs, self._store.staging
-        indexed = await threads.run_sync(self._indexed)
+        indexed = await threads.run_sync(self._from_index, store.blocks.index.packs)
         if self._damaged is not None:
             store.blocks.index.replace(str(self._damaged))
             self._damaged = None
@@ -243,7 +240,7 @@ class Inventory:
         if not store.blocks.index.anew:
             _note_pending(store, await threads.run_sync(_tails, store, indexed))
             store.blocks.packs_indexed.set()
-        files.known = packs.known = True
+        files.inventoried = packs.inventoried = True
         early.clear()
         store.budget.counted.set()
         await measure(store)
@@ -255,7 +252,7 @@ class Inventory:
         for record in store.pinned.values():
             if record.keys is None:
                 for key in list(store.budget.arc):
-                    store.budget.keep(key)
+                    store.budget.pin(key)
             store.blocks.packs.last = max(
                 store.blocks.packs.last, *(key for key in record.keys or () if isinstance(key, int)), 0
             )
@@ -335,9 +332,10 @@ async def measure(store: Store) -> None:
 
 async def follow_space(store: Store) -> None:
     """Gives room back when others fill the file system, and takes it when they leave, for as long as the
-    cache lives."""
+    cache lives. Gives unused memory back, too."""
     while True:
         await trio.sleep(MEASURE_SECONDS)
+        give_back()
         await measure(store)
 
 
@@ -356,9 +354,9 @@ async def replace_index(store: Store, why: Damaged) -> None:
 async def _read_packs(store: Store) -> None:
     """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts:
     it stays."""
-    for pack in sorted(store.blocks.packs.sizes, key=lambda pack: (store.budget.kept(pack), pack)):
+    for pack in sorted(store.blocks.packs.sizes, key=lambda pack: (store.budget.is_pinned(pack), pack)):
         sections = await threads.run_sync(list, store.blocks.packs.sections(pack))
-        if store.budget.kept(pack):
+        if store.budget.is_pinned(pack):
             store.blocks.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
         else:
             _note_pending(store, sections)

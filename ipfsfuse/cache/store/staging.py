@@ -1,8 +1,8 @@
 """Staging files: one sparse file per file of over 64 KiB, holding file content at file offsets.
 
-`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is held
-in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its hash
-whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
+`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is
+known in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its
+hash whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
 
 Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in
 worker threads, and take the entry's lock for what must not cross a removal. Files are opened for each call
@@ -33,9 +33,9 @@ from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import (
     ALIGNED,
     NOT_SHARED,
+    Closing,
     Direct,
     Status,
-    closing,
     punch_hole,
     regular,
     share_extents,
@@ -125,9 +125,9 @@ class Extents:
         if low >= high:
             return
         left, right = (self.starts[low], start), (end, self.ends[high - 1])
-        kept = [part for part in (left, right) if part[0] < part[1]]
-        self.starts[low:high] = [part[0] for part in kept]
-        self.ends[low:high] = [part[1] for part in kept]
+        rest = [part for part in (left, right) if part[0] < part[1]]
+        self.starts[low:high] = [part[0] for part in rest]
+        self.ends[low:high] = [part[1] for part in rest]
 
 
 Stamp = tuple[int, int, int, int]
@@ -175,7 +175,7 @@ class Entry:
     """Of a file that is being verified whole, or was: as it was then."""
     verified: bool = False
     """All of it was read back and found right in this run, and nothing was written since."""
-    held: bool = False
+    read_by_kernel: bool = False
     """The kernel reads it itself: nothing may be taken away from it."""
 
     @property
@@ -203,8 +203,8 @@ class Staging:
         """Raises StoreFailed, OSError."""
         self.path = path
         self.entries: dict[Cid, Entry] = {}
-        """Those that are known: until `known`, not all of what an earlier run left."""
-        self.known = False
+        """Those that are known: until `inventoried`, not all of what an earlier run left."""
+        self.inventoried = False
         self.found_early: dict[Cid, float] = {}
         """When what was asked for, before the scan came to it, was used last in an earlier run."""
         self._removed_early: set[Cid] = set()
@@ -225,7 +225,7 @@ class Staging:
         """The entry of `cid`. Until all entries are known, one that is not is looked for on the disk: two
         system calls."""
         entry = self.entries.get(cid)
-        if entry is None and not self.known and cid not in self._removed_early:
+        if entry is None and not self.inventoried and cid not in self._removed_early:
             entry = next(filter(None, (self._recognised(cids.text(cid) + end) for end in ("", PART))), None)
             if entry is not None:
                 (entry.last_used,) = from_wall([entry.last_used])
@@ -263,7 +263,7 @@ class Staging:
     def forget(self, entry: Entry) -> None:
         if self.entries.get(entry.cid) is entry:
             del self.entries[entry.cid]
-        if not self.known:
+        if not self.inventoried:
             self._removed_early.add(entry.cid)
 
     # -- in a thread -----------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Staging:
         if entry.complete:
             return Extents([0], [entry.size])
         found = Extents()
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             try:
                 at = 0
                 while at < entry.size:
@@ -308,7 +308,7 @@ class Staging:
 
     def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
         """What is stored for `leaf`, whether that is its content, and then the tags of its pieces."""
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             data = os.pread(file, leaf.size, leaf.offset)
         right = len(data) == leaf.size and _proves(leaf, data)
         return data, right, tags_of(data, PIECE) if right else b""
@@ -320,7 +320,7 @@ class Staging:
         right, and with the flag RWF_NOWAIT where the disk would have to be read. Raises OSError."""
         start_piece, end_piece = start // PIECE, -(-stop // PIECE)
         data = bytearray(min(end_piece * PIECE, leaf.size) - start_piece * PIECE)
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             try:
                 count = os.preadv(file, [data], leaf.offset + start_piece * PIECE, flags)
             except OSError as exc:
@@ -338,14 +338,14 @@ class Staging:
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
         and whether they are right."""
-        with closing(self._open_to_read(entry)) as file:
-            found = self._read_into_buffers(file, wanted)
+        with Closing(self._open_to_read(entry)) as file:
+            found = self._read_into_buffers(file, wanted, wanted[0].offset)
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
-    def _read_into_buffers(self, file: int, wanted: Sequence[Leaf]) -> list[memoryview]:
+    def _read_into_buffers(self, file: int, wanted: Sequence[Leaf], offset: int) -> list[memoryview]:
         buffers = [lend(leaf.size) for leaf in wanted[:-1]]
         buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
-        self._direct.transfer(os.preadv, file, buffers, wanted[0].offset)
+        self._direct.transfer(os.preadv, file, buffers, offset)
         return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
 
     def clone(
@@ -353,38 +353,51 @@ class Staging:
     ) -> tuple[int, Sequence[memoryview]]:
         """Makes `entry` share the extents of `files`, which may hold the blocks of raw `leaves` that lie one
         behind the other. By how many bytes it grew on disk, and what it holds now of the first leaves, as
-        many as could be shared: unproved. Raises Removed."""
+        many as could be shared: unproved. Raises Removed, OSError.
+
+        A file without a name shares them first, and is what is read: nobody else can write to it. To share
+        with a file that others read waits for all their reads, and they for it."""
+        with Closing(self._open_unnamed()) as copy:
+            shared = self._share_each(copy, leaves, files)
+            if not shared:
+                return 0, []
+            start, end = leaves[0].offset, leaves[shared - 1].offset + leaves[shared - 1].size
+            with entry.lock:
+                if entry.dead:
+                    raise Removed
+                flags = os.O_RDWR | (0 if entry.complete else os.O_CREAT)
+                with Closing(self.folder.open(_name(entry), flags)) as file:
+                    if not entry.seen:
+                        os.ftruncate(file, entry.size)
+                    share_extents(copy, file, end - start, start)
+                    grown = _grown(entry, file)
+            return grown, self._read_into_buffers(copy, leaves[:shared], 0)
+
+    def _share_each(self, to: int, leaves: Sequence[Leaf], files: Sequence[str]) -> int:
+        """Makes `to` share the extents of `files`, one behind the other from its beginning on, as far as that
+        can be done. Of how many leaves."""
         shared = 0
-        with entry.lock:
-            if entry.dead:
-                raise Removed
-            file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
-            with contextlib.suppress(OSError):  # what was shared until then is; the rest is written
-                if not entry.seen:
-                    os.ftruncate(file, entry.size)
-                for leaf, path in zip(leaves, files, strict=True):
-                    with regular(path, leaf.size) as (source, size):
-                        if size != leaf.size:
-                            break
-                        share_extents(source, file, size, leaf.offset)
-                    shared += 1
-            grown = _grown(entry, file)
-        with closing(file):
-            found = self._read_into_buffers(file, leaves[:shared]) if shared else []
-            if os.fstat(file).st_size != entry.size:
-                raise Removed  # and cut off while it was read
-            return grown, found
+        with contextlib.suppress(OSError):
+            for leaf, path in zip(leaves, files, strict=True):
+                with regular(path, leaf.size) as (source, size):
+                    if size != leaf.size:
+                        break
+                    share_extents(source, to, size, leaf.offset - leaves[0].offset)
+                shared += 1
+        return shared
+
+    def _open_unnamed(self) -> int:
+        place = f"/proc/self/fd/{self.folder.fd}"
+        return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def can_share(self, path: str, size: int) -> bool:
         """Whether staging files can share extents with files such as `path`, of `size` bytes: tried once, on
         a file without a name."""
         if self.shares is None:
             try:
-                with regular(path, size) as (source, found):
-                    place = f"/proc/self/fd/{self.folder.fd}"
-                    with closing(os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)) as to:
-                        share_extents(source, to, found, 0)
-                        self.shares = True
+                with regular(path, size) as (source, found), Closing(self._open_unnamed()) as to:
+                    share_extents(source, to, found, 0)
+                    self.shares = True
             except OSError as exc:
                 if exc.errno not in NOT_SHARED:  # the file is gone, the disk is full: the next one tells
                     return False
@@ -403,7 +416,7 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             except OSError as exc:
                 return 0, exc
-            with closing(file):
+            with Closing(file):
                 try:
                     if not entry.seen:
                         os.ftruncate(file, entry.size)
@@ -421,7 +434,7 @@ class Staging:
             if entry.gone() or entry.complete:
                 return 0
             file = self.folder.open(_name(entry), os.O_RDWR)
-        with closing(file):
+        with Closing(file):
             os.fdatasync(file)
             with entry.lock:
                 if entry.gone():
@@ -443,22 +456,24 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR)
             except FileNotFoundError:
                 return None
-            with contextlib.ExitStack() as opened:
-                opened.enter_context(closing(file))
+            still_read = False
+            try:
                 self.folder.unlink(_name(entry))
-                if self._is_ours_alone(entry, file):
+                still_read = not self._is_ours_alone(entry, file)
+                if not still_read:
                     os.ftruncate(file, 0)
-                    return None
-                opened.pop_all()
-            return file
+            finally:
+                if not still_read:
+                    os.close(file)
+            return file if still_read else None
 
     def _is_ours_alone(self, entry: Entry, file: int) -> bool:
         """Whether nobody but us reads `entry`, which is open as `file`. Readers of a mount that has died may
         still read what an earlier run left."""
-        if not entry.held and (entry.fresh or not entry.complete):
+        if not entry.read_by_kernel and (entry.fresh or not entry.complete):
             return True
         try:
-            return not entry.held and is_free(file)
+            return not entry.read_by_kernel and is_free(file)
         except OSError:  # no leases here, and so no passthrough
             return True
 
@@ -468,7 +483,7 @@ class Staging:
         with entry.lock:
             if entry.dead:
                 return 0
-            with closing(self.folder.open(_name(entry), os.O_RDWR)) as file:
+            with Closing(self.folder.open(_name(entry), os.O_RDWR)) as file:
                 if self._is_ours_alone(entry, file):  # else what is fetched again is written over it
                     punch_hole(file, start, end - start)
                 return _grown(entry, file)
@@ -485,7 +500,7 @@ class Staging:
 
     def stamp(self, entry: Entry) -> Stamp:
         """Identity, size and times of the file as it is now. Raises OSError."""
-        with closing(self._open_to_read(entry)) as file:
+        with Closing(self._open_to_read(entry)) as file:
             return _stamp(os.fstat(file))
 
     def open_verified(self, entry: Entry) -> int | None:

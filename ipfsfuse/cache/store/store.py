@@ -1,10 +1,9 @@
-"""The store: what lies on the disk, within the budget. Leaves of files are kept in staging files here, and
+"""The store: what lies on the disk, within the budget. Leaves of files go into staging files here, and
 blocks in packs (`packs.BlockStore`).
 
-What can't be read is not there, what can't be written is not kept, and `backoff` says why. Whatever is given
-was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in worker
-threads.
-"""
+What can't be read is not there, what can't be written is not stored, and `backoff` says why. Whatever is
+given was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in
+worker threads."""
 
 import contextlib
 import logging
@@ -12,12 +11,13 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Content, FileRef, Kept, LeafPart, NoPins, Pieces, Pins
+from ipfsfuse.cache.base import CacheItem, Content, FileRef, LeafPart, NoPins, Pieces, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
@@ -70,7 +70,7 @@ class Store:
         self.space = FreeSpace(folder, reserve)
         self.small_budget = min(budget, self.space.total or budget)
         """What the sizes of packs, of the index's write-ahead log and of its margin are derived from."""
-        self.budget = Budget(budget, self._evict, self.space.spare, counted=False)
+        self.budget = Budget(budget, self._evict, self.space.spare)
         self.backoff = WriteBackoff()
         self.io = IoLimits()
         with contextlib.ExitStack() as opened:
@@ -221,10 +221,10 @@ class Store:
                 self.backoff.failed(str(path), error)
             await self.budget.evict(entry.cid)
 
-    async def keep_leaves(
+    async def put_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
-        """Whether leaves that lie one behind the other, at least one, are kept now."""
+        """Whether leaves that lie one behind the other, at least one, are staged now."""
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         async with self._writing(file, start, end, source) as entry:
             if entry is None:
@@ -366,42 +366,40 @@ class Store:
 
     # -- what is there ---------------------------------------------------------------------------------------
 
-    def kept(self) -> Sequence[Kept]:
-        """Staging files, last used first."""
-        return [self._kept_entry(entry) for entry in _by_use(list(self.staging.entries.values()))]
-
-    async def listed(self) -> Sequence[Kept]:
-        """Everything that is kept, once it is counted. Other calls go on meanwhile: 100,000 files take half a
-        second."""
+    async def listed(self) -> Sequence[CacheItem]:
+        """All staging files, last used first, once they are counted. Other calls go on meanwhile: 100,000
+        files take half a second."""
         await self.budget.counted.wait()
-        entries = await threads.run_sync(_by_use, list(self.staging.entries.values()))
+        entries = await threads.run_sync(
+            partial(sorted, key=lambda entry: -entry.last_used), list(self.staging.entries.values())
+        )
         found = []
         for number, entry in enumerate(entries):
             if number % LISTED_TOGETHER == 0:
                 await trio.lowlevel.checkpoint()
             if not entry.dead:
-                found.append(self._kept_entry(entry))
+                found.append(self._item(entry))
         return found
 
-    def kept_of(self, cid: Cid) -> Kept | None:
+    def item_of(self, cid: Cid) -> CacheItem | None:
         """A staging file, or a small block: of that its pack knows no use of its own."""
         entry = self.staging.find(cids.canonical(cid))
         if entry is not None:
-            return self._kept_entry(entry)
+            return self._item(entry)
         place = self.blocks.place(cid)
         if place is None:
             return None
-        pinned = "user" if self.budget.kept(place.pack) else self._pin_state(cids.canonical(cid))
-        return Kept(cid, place.size, place.size, True, 0.0, pinned, "")
+        pinned = "user" if self.budget.is_pinned(place.pack) else self._pin_state(cids.canonical(cid))
+        return CacheItem(cid, place.size, place.size, True, 0.0, pinned, "")
 
-    def _kept_entry(self, entry: Entry) -> Kept:
+    def _item(self, entry: Entry) -> CacheItem:
         used = staging.to_wall(entry.last_used)
-        return Kept(
+        return CacheItem(
             entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
         )
 
     def _pin_state(self, cid: Cid) -> str:
-        if self.budget.kept(cid):
+        if self.budget.is_pinned(cid):
             return "user"
         return "cache" if self.pins.state(cid) == "cache" else ""
 
@@ -422,7 +420,7 @@ class Store:
                 size = entry.disk
                 entry.dead = True
                 self.staging.forget(entry)
-                self.budget.let_go(key)
+                self.budget.unprotect(key)
                 still_read = await threads.run_sync(self.staging.remove, entry, limiter=self.io.background)
                 if still_read is not None:
                     self._lingering[still_read] = size
@@ -454,18 +452,16 @@ class Store:
         """See `PinsetCache.evict`."""
         await self.budget.counted.wait()
         if cid is None:
-            # else pinned meanwhile
-            return sum(
-                [await self.budget.evict(key) for key in self.budget.evictable() if not self.budget.kept(key)]
-            )
+            keys, is_pinned = self.budget.evictable(), self.budget.is_pinned
+            return sum([await self.budget.evict(key) for key in keys if not is_pinned(key)])  # nor meanwhile
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
             place = self.blocks.place(cid)
             if place is None:
                 return 0
             key = place.pack
-        if self.budget.kept(key):
-            raise UsageError(f"{cids.text(cid)} is kept for good: unpin it first")
+        if self.budget.is_pinned(key):
+            raise UsageError(f"{cids.text(cid)} is pinned: unpin it first")
         return await self.budget.evict(key)
 
     def holds(self, cid: Cid) -> bool:
@@ -504,8 +500,3 @@ class Store:
                 log.warning("%s; reads go on without the cache", reason)
             else:
                 log.info("there is room in the cache again")
-
-
-def _by_use(entries: list[Entry]) -> list[Entry]:
-    """Last used first."""
-    return sorted(entries, key=lambda entry: -entry.last_used)

@@ -4,7 +4,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 from typing import Final
 
-from ipfsfuse.errors import NotHere, SourceFailed
+from ipfsfuse.errors import SourceFailed
 
 TIMEOUT, CONNECT, RESET, TLS, HOST, PROTOCOL = "timeout", "connect", "reset", "tls", "host", "protocol"
 SHORT, LONG, STATUS, BUSY, REFUSED = "short", "long", "status", "busy", "refused"
@@ -14,13 +14,6 @@ ABSENT: Final = frozenset((404, 410, 412, 451, 504))
 """Not found, gone, not cached, withheld, not found in time: another source may have the block."""
 NOT_SUPPORTED: Final = frozenset((400, 405, 406, 415, 416, 501))
 """The server does not support such a request."""
-
-
-def declined(name: str, status: int, retry: str, body: bytes, what: str) -> NotHere | SourceFailed:
-    """The error for a response without success to a request for `what`; `retry` is its Retry-After."""
-    if status in ABSENT:
-        return NotHere(f"{name} does not have {what} (status {status})")
-    return refused(name, status, retry, body)
 
 
 def refused(name: str, status: int, retry: str, body: bytes) -> SourceFailed:

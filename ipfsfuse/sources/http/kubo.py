@@ -7,36 +7,27 @@ three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where th
 
 import base64
 import json
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
-
-import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
-from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources import streams
 from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
-from ipfsfuse.sources.http.gateway import Gateway
+from ipfsfuse.sources.http.gateway import CONNECTIONS_HERE, Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
-from ipfsfuse.sources.local.kubo_repo import Flatfs, RepoWalk
-from ipfsfuse.sources.streams import Block, Delivery, Hashed, Leases, Send
+from ipfsfuse.sources.local.kubo_repo import Flatfs
+from ipfsfuse.sources.streams import Delivery, Hashed, Send
 
-CONNECTIONS = 2
-"""Requests of one range at a time: on 2 cores a second one gained 5 to 25 % over 64 MiB, a third nothing."""
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
 """Failures of the gateway port (off, guarded, another's), not of the block: the RPC API may have it."""
-STRETCHES = 8
-"""Stretches of leaves from the repository that may be in memory at a time, each of up to 4 MiB, for all
-readers."""
-THREADS = 4
 
 
 class Kubo(Source):
@@ -56,17 +47,10 @@ class Kubo(Source):
         self.name = name
         self._settings, self._api, self._offline = settings, api, offline
         self._repository = repository()
-        self._blocks = blocks
-        self._stretches = trio.Semaphore(STRETCHES)
-        self._threads = trio.CapacityLimiter(THREADS)
+        self.blocks = blocks
         self._rpc: Rpc | None = None
         self._gateway: Gateway | None = None
         self._asked_for_gateway = False
-
-    @property
-    def name_listener(self) -> tuple[int, int] | None:
-        """As `BlockFiles.name_listener`; None where there is no repository to read."""
-        return None if self._blocks is None else self._blocks.name_listener
 
     async def get(self, cid: Cid) -> bytes:
         block = await self.get_hashed(cid)
@@ -74,12 +58,8 @@ class Kubo(Source):
 
     async def get_hashed(self, cid: Cid) -> bytes | Hashed:
         """The block. One that was read in the repository may come with its hash."""
-        if self._blocks is not None:
-            block = self._blocks.take_hashed(cid)
-            if block is None:
-                block = await threads.run_sync(self._blocks.read_hashed, cid, limiter=self._threads)
-            if block is not None:
-                return block
+        if self.blocks is not None and (block := await self.blocks.get(cid)) is not None:
+            return block
         gateway = await self._find_gateway()
         if gateway is not None:
             try:
@@ -114,37 +94,24 @@ class Kubo(Source):
             raise SourceFailed(f"{self.name} routing/get: it answered with no record", PROTOCOL) from exc
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        blocks = [leaf.cid for leaf in wanted.leaves]
-        here = self._blocks
-        if here is not None and await threads.run_sync(here.have, blocks, limiter=self._threads):
-            await self._send_from_repository(here, wanted, send)
-        elif gateway := await self._find_gateway():
-            await gateway.send_leaves(wanted, send)
+        start = 0 if self.blocks is None else await self.blocks.send_leaves(wanted, send, self.name)
+        if start == len(wanted.leaves):
+            return
+        rest = replace(wanted, leaves=wanted.leaves[start:])
+        if gateway := await self._find_gateway():
+            stream = gateway.stream(rest)
         else:
-            await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS)
-
-    async def _send_from_repository(self, here: Flatfs, wanted: LeafRange, send: Send[Delivery]) -> None:
-        with closing(Leases(lambda _one: self._stretches.release())) as leases:
-            for index, sizes in together([leaf.size for leaf in wanted.leaves]):
-                await self._stretches.acquire()
-                release = leases.take(1)
-                stretch = wanted.leaves[index : index + len(sizes)]
-                blocks: list[Block] = []
-                if wanted.clone is not None and (files := here.files(stretch)):
-                    blocks += await wanted.clone(stretch, files, self.name)
-                if rest := stretch[len(blocks) :]:  # as read: up to the first that is not there
-                    blocks += await threads.run_sync(here.read_each, rest, limiter=self._threads)
-                await send.send(Delivery(index, blocks, release))
+            singly = partial(streams.send_singly, self.get, rest.leaves, connections=CONNECTIONS_HERE)
+            stream = streams.streaming(singly)
+        async with stream as deliveries:
+            async for first, blocks, release in deliveries:
+                await send.send(Delivery(start + first, blocks, release))
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
         here."""
-        if subtree.whole and self._blocks is not None:
-            walk = RepoWalk(self._blocks.read_some, subtree.root, subtree.limit)
-            while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
-                await send.send(blocks)
-            if not walk.incomplete:
-                return
+        if subtree.whole and self.blocks is not None and await self.blocks.send_subtree(subtree, send):
+            return
         gateway = await self._find_gateway()
         if gateway is not None:
             try:
@@ -177,10 +144,8 @@ class Kubo(Source):
                     found = parse_multiaddr(said.decode().partition('"Value":"')[2].partition('"')[0])
             self._asked_for_gateway = True
             if found is not None and found.is_local:
-                ways = {"local": True, "only_cached": self._offline}
-                self._gateway = Gateway(
-                    Http(found, self._settings), self.name, **ways, connections=CONNECTIONS
-                )
+                http = Http(found, self._settings)
+                self._gateway = Gateway(http, self.name, local=True, only_cached=self._offline)
         return self._gateway
 
     def _read(self, file: str) -> Origin:
@@ -225,11 +190,7 @@ class Rpc:
     """What to do if the node refuses us."""
 
     async def call(
-        self,
-        command: str,
-        arguments: Headers = (),
-        limit: int = 65536,
-        file: bytes | None = None,
+        self, command: str, arguments: Headers = (), limit: int = 65536, file: bytes | None = None
     ) -> bytes:
         """The response's body, of at most `limit` bytes. `file` is sent as the file of a form. Raises NotHere
         if the node can't find something, SourceFailed otherwise, also for a body that broke off."""

@@ -1,7 +1,7 @@
 """A connection for plain HTTP/1.1 to a node on this machine, where the CPU is the limit and not the network.
 
 httptools parses heads and chunked bodies. A body of known length goes around it, straight into the caller's
-buffers, received by a worker thread where it comes fast. `client.OwnTransport` mounts this into httpx;
+buffers, received by a worker thread where it comes fast. `client` mounts this into httpx;
 docs/adr/0001-http-client.md has the measurements.
 
 Concurrency: one task uses a connection; after a failed or cancelled request it can only be closed.
@@ -53,8 +53,6 @@ class Connection:
 
     async def request(self, data: bytes, end: float) -> None:
         """Sends a request's bytes and receives the response's head by the time `end`."""
-        self.began = trio.current_time()
-        """Of the last request."""
         self._parser = HttpResponseParser(self)
         self.status = 0
         """0 until the head has come."""
@@ -122,10 +120,10 @@ class Connection:
         if self._framing > MAX_FRAMING:
             raise HttpParserError("a head, or the framing of a body, without end")
 
-    async def receive(self, most: int) -> bytes:
-        """The next piece of the body, of at most `most` bytes; b"" at its end."""
+    async def receive(self) -> bytes:
+        """The next piece of the body; b"" at its end."""
         while not self._pieces and not self._complete:
-            size = min(self._left or PIECE, most, PIECE)
+            size = min(self._left or PIECE, PIECE)
             piece = await self._when_readable(math.inf, self._socket.recv, size, socket.MSG_DONTWAIT)
             if self._left is not None and piece:
                 self._left -= len(piece)
@@ -140,8 +138,8 @@ class Connection:
         if not self._pieces and "x-stream-error" in self.headers:  # how Kubo's RPC API says that it broke off
             raise SourceFailed(f"the body broke off: {one_line(self.headers['x-stream-error'])}", SHORT)
         piece = b"".join(self._pieces)
-        self._pieces = [piece[most:]] if len(piece) > most else []
-        return piece[:most]
+        self._pieces.clear()
+        return piece
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
         """The next bytes of a body of known length, in a buffer for each of `sizes`. What is in the socket is

@@ -5,7 +5,7 @@ the base32 of its multihash, in folders named by some of its last characters. A 
 name and then renamed, so a file is whole until the node deletes it. Source: Kubo's docs/datastores.md,
 go-ds-flatfs. Nothing is ever written here, and nothing is verified.
 
-Blocking: for worker threads.
+`Flatfs` blocks but for its asynchronous methods, and may be used by any number of threads and tasks.
 """
 
 import json
@@ -14,9 +14,11 @@ import os
 import pwd
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+
+import trio
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash as multihashes
@@ -25,11 +27,12 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.fileio.buffers import lend
+from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.buffers import lend, together
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
-from ipfsfuse.sources.base import fits, too_large
-from ipfsfuse.sources.streams import Block, Hashed
+from ipfsfuse.sources.base import LeafRange, Subtree, fits, too_large
+from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, Leases, Send, all_of
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -42,6 +45,11 @@ MAX_CONFIG = 1 << 20
 PATIENCE = 0.002
 """Seconds that the event loop waits for a block of a quick disk, where no other is asked for: to go to a
 thread and back takes 0.4 ms."""
+STRETCHES = 8
+"""Stretches of leaves that may be in memory at a time, each of up to 4 MiB, for all readers."""
+THREADS = 4
+READ_TASKS = 2
+"""Stretches of one range that are read at a time."""
 LOOK_SECONDS = 1.0
 """How late a denylist is seen that is added while the repository is read."""
 
@@ -94,18 +102,69 @@ class Flatfs:
         self._characters = characters
         self._denylists = denylists
         self._direct = Direct()
-        self._files = BlockFiles(self._folder, characters)
+        self.files = BlockFiles(self._folder, characters)
+        self._stretches = trio.Semaphore(STRETCHES)
+        self._threads = trio.CapacityLimiter(THREADS)
 
-    @property
-    def name_listener(self) -> tuple[int, int]:
-        """As `BlockFiles.name_listener`."""
-        return self._files.name_listener
+    async def get(self, cid: Cid) -> bytes | Hashed | None:
+        """As `read_hashed`. A block that was read ahead, or can be had within PATIENCE, costs no thread."""
+        block = self.take_hashed(cid)
+        if block is None:
+            block = await threads.run_sync(self.read_hashed, cid, limiter=self._threads)
+        return block
+
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery], name: str) -> int:
+        """Sends the blocks of `wanted` in their order, for the source `name`, up to the first that is not
+        here; returns its index. One that is here and does not fit is left out, with what follows it in its
+        stretch."""
+        if not await self._has(wanted.leaves[0]):
+            return 0
+        stretches = together([leaf.size for leaf in wanted.leaves])
+        end = len(wanted.leaves)
+        before = trio.Event()
+        before.set()
+
+        async def work() -> None:
+            nonlocal before, end
+            for index, sizes in stretches:
+                turn, before = before, (sent := trio.Event())
+                await self._stretches.acquire()  # in their order: each waits for those before it
+                release = leases.take(1)
+                stretch = wanted.leaves[index : index + len(sizes)]
+                blocks: list[Block] = []
+                if wanted.clone is not None and not self._is_blocked():
+                    blocks += await wanted.clone(stretch, [self._path(leaf.cid) for leaf in stretch], name)
+                if rest := stretch[len(blocks) :]:
+                    blocks += await threads.run_sync(self.read_each, rest, limiter=self._threads)
+                is_all_here = len(blocks) == len(stretch) or await self._has(stretch[len(blocks)])
+                await turn.wait()
+                if index < end:
+                    await send.send(Delivery(index, blocks, release))
+                    if not is_all_here:
+                        end = index + len(blocks)
+                sent.set()
+                if end < len(wanted.leaves):
+                    return
+
+        with closing(Leases(lambda _one: self._stretches.release())) as leases:
+            await all_of([work] * min(READ_TASKS, len(wanted.leaves)))
+        return end
+
+    async def _has(self, leaf: Leaf) -> bool:
+        return await threads.run_sync(self.have, [leaf.cid], limiter=self._threads)
+
+    async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> bool:
+        """Sends the blocks below a directory; False if one of them is not here."""
+        walk = RepoWalk(self.read_some, subtree.root, subtree.limit)
+        while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
+            await send.send(blocks)
+        return not walk.incomplete
 
     def _is_blocked(self) -> bool:
         if self._denylists is None:
             return False
         blocked = self._denylists.any()
-        self._files.block_names(blocked)
+        self.files.block_names(blocked)
         return blocked
 
     def have(self, wanted: Iterable[Cid]) -> bool:
@@ -127,7 +186,7 @@ class Flatfs:
             return None
         multihash = cids.multihash(cid)
         if multihash[:2] == multihashes.SHA2_256_PREFIX:
-            return _block(cid, self._files.read(multihash[2:], cids.codec(cid)))
+            return _block(cid, self.files.read(multihash[2:], cids.codec(cid)))
         block = read_file(self._path(cid), cids.MAX_BLOCK)
         if block is None and (size := size_of(self._path(cid))) is not None and size > cids.MAX_BLOCK:
             raise too_large("kubo", cid, size)
@@ -140,7 +199,7 @@ class Flatfs:
         if multihash[:2] != multihashes.SHA2_256_PREFIX or (self._denylists and self._denylists.found):
             return None
         sure = self._denylists is None or self._denylists.none_lately()
-        read = self._files.take(multihash[2:], cids.codec(cid), PATIENCE if sure else -1.0)
+        read = self.files.take(multihash[2:], cids.codec(cid), PATIENCE if sure else -1.0)
         return None if read is None else _block(cid, read)
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | Hashed | None]:
@@ -154,7 +213,7 @@ class Flatfs:
                 break
             digests.append(multihash[2:])
         if digests:
-            return [_hashed(read) for read in self._files.read_many(digests, cids.MAX_BLOCK)]
+            return [_hashed(read) for read in self.files.read_many(digests, cids.MAX_BLOCK)]
         return [read_file(self._path(wanted[0]), cids.MAX_BLOCK)]
 
     def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Block]:
@@ -166,10 +225,6 @@ class Flatfs:
                 break
             blocks.append(block)
         return blocks
-
-    def files(self, leaves: Sequence[Leaf]) -> Sequence[str]:
-        """The files that hold the blocks of `leaves`, if they are there; none while content is blocked."""
-        return [] if self._is_blocked() else [self._path(leaf.cid) for leaf in leaves]
 
     def _into_buffer(self, leaf: Leaf) -> memoryview | None:
         try:
@@ -278,7 +333,7 @@ def _has_denylist(folder: Path) -> bool:
 # -- all blocks below a directory ----------------------------------------------------------------------------
 
 BATCH = 32
-"""Blocks that are looked up by one call: on a slow disk each takes 10 ms, and four are looked up at a time."""
+"""Blocks that are looked up by one call, four at a time: on a slow disk each takes 10 ms."""
 BATCH_SECONDS = 0.03
 """Seconds after which what came is given, however little: who waits gives up after some more."""
 BATCH_BYTES = 1 << 20
@@ -323,6 +378,6 @@ class RepoWalk:
 def _below(cid: Cid, block: bytes) -> list[Cid]:
     """What a block links, but for what needs no source."""
     try:
-        return [child for child in nodes.links(cid, block) if cids.known(child) is None]
+        return [child for child in nodes.links(cid, block) if cids.implied_block(child) is None]
     except IpfsFuseError:  # the program that reads it gets the error
         return []

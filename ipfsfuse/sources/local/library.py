@@ -591,7 +591,7 @@ def _links(cid: Cid, packs: Packs) -> list[Cid]:
     if cids.codec(cid) == cids.RAW:
         return []
     try:
-        block = cids.known(cid)
+        block = cids.implied_block(cid)
         if block is None:
             found = packs.find(cids.multihash(cid))
             if found is None:

@@ -168,7 +168,7 @@ class SourcePool:
     async def get(self, cid: Cid) -> Fetched:
         key = cids.multihash(cid)
         multihashes.check_allowed(key)
-        known = cids.known(cid)
+        known = cids.implied_block(cid)
         if known is not None:
             return Fetched(known, INLINE)
         fetch = self._under_way[key] = HedgedFetch(self, cid)
@@ -426,7 +426,7 @@ class RangeFetch:
     async def run(self, send: Send[Verified]) -> None:
         for index, leaf in enumerate(self._wanted.leaves):
             multihashes.check_allowed(cids.multihash(leaf.cid))
-            block = cids.known(leaf.cid)
+            block = cids.implied_block(leaf.cid)
             if block is not None:
                 self._left.discard(index)
                 await send.send(Verified(index, [block], INLINE, streams.nothing))
