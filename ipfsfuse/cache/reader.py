@@ -98,11 +98,6 @@ async def parsed_node(cid: Cid, block: bytes, most: int = MAX_PARSED_ON_LOOP) ->
     return await threads.run_sync(nodes.parse, cid, block)
 
 
-async def content_of(leaf: Leaf, block: Block) -> Content:
-    """The content of `leaf`, from its block. Raises what `dag.file_layout.leaf_content` raises."""
-    return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
-
-
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
     """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
     block, source = fetched.block, fetched.source
@@ -348,7 +343,7 @@ class Reader:
                 # another file's leaf, or another place in this one, of the same bytes
                 await self._stage([(file, leaf, result)])
         if block is not None:
-            content = await content_of(leaf, block)
+            content = await _parsed(partial(file_layout.leaf_content, leaf, block), leaf.cid, block)
         if stop - start < leaf.size:
             content = memoryview(content)[start:stop]
         return LeafPart(content, self.store.pieces(file, leaf) if is_staged else None)

@@ -285,13 +285,27 @@ static int start(pthread_t *thread, void *(*work)(void *), void *argument)
 	return !failed;
 }
 
+/* A free slot. If there is none, that of the oldest block of another family which nobody has taken: who looks up names without
+ * opening them keeps no other from having blocks read ahead. NULL if there is no such block either. */
+static struct slot *free_slot(struct repo *repo, int64_t family)
+{
+	struct slot *slot, *oldest = NULL;
+
+	for (slot = repo->slots; slot < repo->slots + SLOTS; slot++)
+		if (slot->state == FREE)
+			return slot;
+		else if (slot->state != READING && slot->family != family && (!oldest || slot->order < oldest->order))
+			oldest = slot;
+	if (oldest)
+		let_go(repo, oldest);
+	return oldest;
+}
+
 static struct slot *want(struct repo *repo, const uint8_t *digest, int codec, int level, int on_path, int64_t family)
 {
-	struct slot *slot = repo->slots;
+	struct slot *slot = free_slot(repo, family);
 
-	while (slot < repo->slots + SLOTS && slot->state != FREE)
-		slot++;
-	if (slot == repo->slots + SLOTS)
+	if (!slot)
 		return NULL;
 	memset(slot, 0, sizeof *slot);
 	slot->state = WANTED;

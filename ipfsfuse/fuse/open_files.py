@@ -12,7 +12,6 @@ Concurrency: the event loop's; between two awaits the tables are consistent.
 
 import errno
 import logging
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from ipfsfuse.cache.store.staging import Entry
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fileio.files import Closing
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.sources.base import Caller
@@ -81,12 +81,11 @@ class Passthrough:
                 f"--passthrough: the cache folder's file system can't be used for it ({exc.strerror}): use "
                 "a cache folder on a local disk"
             ) from exc
-        try:
-            device.close_backing(device.open_backing(file))
-        except OSError as exc:
-            raise MountFailed(f"--passthrough: {_why(exc)}") from exc
-        finally:
-            os.close(file)
+        with Closing(file):
+            try:
+                device.close_backing(device.open_backing(file))
+            except OSError as exc:
+                raise MountFailed(f"--passthrough: {_why(exc)}") from exc
 
     def open(self, inode: Inode) -> int | None:
         """A handle with which the kernel reads the file itself; None where it must be read through the

@@ -301,7 +301,7 @@ class Network(Source):
         for source in self._closing:
             await source.aclose()
         for router in self._routers:
-            await router.http.aclose()
+            await router.aclose()
 
     def statistics(self) -> Sequence[Statistics]:
         """Of the providers, for `status`."""
@@ -315,16 +315,12 @@ class Network(Source):
                 provider.used = trio.current_time()
                 provider.blocks += count
 
-    def _add_first(self, addresses: Sequence[str], router: Router) -> bool:
+    def _add(self, addresses: Sequence[str], router: Router) -> bool:
         """Takes a provider by the first of its addresses that can be used. Whether it is a provider now."""
-        for each in addresses:
-            origin = provider_origin(each, allow_private=self._allow_private)
-            if origin is not None:
-                return self._add(origin, router)
-        return False
-
-    def _add(self, origin: Origin, router: Router) -> bool:
-        """Whether it is a provider now."""
+        origins = (provider_origin(each, allow_private=self._allow_private) for each in addresses)
+        origin = next(filter(None, origins), None)
+        if origin is None:
+            return False
         if origin in self._providers or self._liars.get(origin, 0.0) > trio.current_time():
             return origin in self._providers
         of_router = [each for each, provider in self._providers.items() if provider.router is router]
@@ -411,7 +407,7 @@ class Network(Source):
             try:
                 async with aclosing(router.providers(cid)) as found:
                     async for addresses in found:
-                        of_router += self._add_first(addresses, router)
+                        of_router += self._add(addresses, router)
                         if of_router and not lookup.patient:
                             scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
                         if of_router >= MAX_NEW:

@@ -234,6 +234,19 @@ def test_a_name_that_is_looked_up_has_its_block_read_and_nothing_below(
     assert repository.take(root) == repository.heap.block(root)
 
 
+def test_names_that_are_not_opened_keep_no_other_from_being_read_ahead(repository: Repository) -> None:
+    function, own = repository.blocks.files.name_listener
+    listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
+    file = repository.heap.leaf(b"file")
+    roots = [repository.heap.directory([Link(file, b"%d" % number, 4)]) for number in range(20)]
+    time.sleep(ALONE)
+    for root in roots:
+        repository.put(root)
+        opened, name = repository.opened(root), cids.text(root).encode()
+        listener(own, name, len(name))
+        assert opened.within(SOON)
+
+
 @pytest.mark.parametrize("characters", [0, 1, 2, 54, 55, 1_000, 2**31, 2**40])
 def test_a_repository_may_say_anything_of_its_folders_names(tmp_path: Path, characters: int) -> None:
     blocks = Flatfs(tmp_path, characters)

@@ -1,6 +1,7 @@
 """The pool: which source is asked when, what a wrong block does, what a stalled one does not."""
 
 import random
+import time
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool import managed_source
 from ipfsfuse.sources.pool.pool import SourcePool
+from tests.sources import evil
 from tests.sources.servers import Ask, Server, answer_well
 from tests.sources.timed import BLOCK, BLOCKS, CID, Answer, InPlace, Timed, after, fails, never, pool_of, run
 
@@ -182,6 +184,26 @@ def test_a_retry_after_of_the_last_source_does_not_outlast_the_deadline() -> Non
             assert 3 <= len(source.asked) <= 4
 
     run(main)
+
+
+@pytest.mark.logs("sent wrong bytes")
+def test_a_slow_answer_spends_no_hedge_where_nobody_else_can_be_asked() -> None:
+    """A request that is saved up is for the next slow source."""
+
+    def slowly(ask: Ask) -> None:
+        time.sleep(0.8)  # more than what a gateway's slowest answers are taken for
+        answer_well(ask)
+
+    async def main() -> None:
+        with Server(BLOCKS, evil.wrong_bytes) as lying, Server(BLOCKS, slowly) as slow:
+            pool = pool_of(*(Gateway(Http(parse_origin(each.url)), each.url) for each in (lying, slow)))
+            for cid in list(BLOCKS)[:2]:
+                assert (await pool.get(cid)).block == BLOCKS[cid]
+            assert [each.state for each in pool.statistics()] == ["quarantined", "good"]
+            assert pool.hedges.spend()
+            await pool.aclose()
+
+    trio.run(main)
 
 
 def test_a_slow_source_is_hedged_within_its_budget() -> None:

@@ -161,8 +161,8 @@ class Index:
             )
         empty = self._writer.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone() == (0,)
         self.anew = self.anew or empty
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writer:  # commits, or rolls back
+            self._writer.execute("BEGIN IMMEDIATE")
             for step in () if empty else range(version, VERSION):
                 if step not in self._migrations:
                     raise Damaged(f"it has version {step}, which no ipfsfuse has written")
@@ -171,11 +171,6 @@ class Index:
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._writer.execute(statement)
             self._writer.execute(f"PRAGMA user_version = {VERSION}")
-            self._writer.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.execute("ROLLBACK")
-            raise
 
     def _connect(self) -> sqlite3.Connection:
         address = (
@@ -276,16 +271,10 @@ class Index:
 
     def write(self, statements: Statements) -> None:
         """Raises Damaged or StoreFailed, with nothing written."""
-        with _translated(self.path):
+        with _translated(self.path), self._writer:  # commits, or rolls back
             self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                for sql, arguments in statements:
-                    self._writer.executemany(sql, arguments)
-                self._writer.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._writer.execute("ROLLBACK")
-                raise
+            for sql, arguments in statements:
+                self._writer.executemany(sql, arguments)
 
     def close(self) -> None:
         for name in ("_reader", "_writer", "_counter"):

@@ -16,8 +16,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -33,6 +34,8 @@ from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongB
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.files import Closing, write_all
 from ipfsfuse.sources.base import Caller, current_request
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -568,22 +571,19 @@ class BlockStore:
 
     async def keys_in(self, pack: int) -> list[bytes]:
         """The multihashes that the index has of a pack; none where it can't be read."""
-        try:
-            return await threads.run_sync(self.index.keys_in, pack, limiter=self._io.reading)
-        except (StoreFailed, Damaged) as exc:
-            self.index_failed(exc)
-            return []
+        return await self._ask_index(partial(self.index.keys_in, pack), [])
 
     async def count(self) -> SmallBlocks:
         """What the packs hold; no blocks are counted where the index can't be read."""
         size = sum(self.packs.sizes.values())
+        return SmallBlocks(await self._ask_index(self.index.count_blocks, 0), size)
+
+    async def _ask_index(self, ask: Callable[[], T], otherwise: T) -> T:
         try:
-            return SmallBlocks(
-                await threads.run_sync(self.index.count_blocks, limiter=self._io.reading), size
-            )
+            return await threads.run_sync(ask, limiter=self._io.reading)
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
-            return SmallBlocks(0, size)
+            return otherwise
 
     def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
         """One more statement for the index."""

@@ -201,7 +201,14 @@ class _Transport(httpx.AsyncBaseTransport):
         """Those that can be used again, and since when; None once this is closed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        connection = await self._connection(request.extensions["origin"])
+        origin: Origin = request.extensions["origin"]
+        while self.kept and origin == self._named:
+            since, connection = self.kept.pop()
+            if trio.current_time() - since < self._settings.idle_seconds and connection.is_fresh():
+                break
+            await connection.aclose()
+        else:
+            connection = await self._opened(origin)
         try:
             if isinstance(connection, Connection):
                 lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
@@ -216,15 +223,10 @@ class _Transport(httpx.AsyncBaseTransport):
             raise
         return httpx.Response(connection.status, extensions={"connection": connection})
 
-    async def _connection(self, origin: Origin) -> AnyConnection:
-        named, settings = origin == self._named, self._settings
-        while named and self.kept:
-            since, connection = self.kept.pop()
-            if trio.current_time() - since < settings.idle_seconds and connection.is_fresh():
-                return connection
-            await connection.aclose()
-        if not (named and self._own):
-            return _HttpcoreConnection(origin, settings, named)
+    async def _opened(self, origin: Origin) -> AnyConnection:
+        settings = self._settings
+        if origin != self._named or not self._own:
+            return _HttpcoreConnection(origin, settings, origin == self._named)
         with trio.fail_after(settings.connect):
             if origin.unix is None:
                 stream = await trio.open_tcp_stream(origin.host, origin.port)

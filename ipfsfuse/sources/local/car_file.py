@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -461,18 +462,47 @@ def _read_together(near: list[tuple[int, Found]]) -> Blocks:
 # -- the source ----------------------------------------------------------------------------------------------
 
 
-class CarSource(Source):
-    """One file as a source.
+class InPlaceSource(Source):
+    """A source whose blocks lie in CAR files on this machine.
 
     Blocks that the page cache holds are read at once on the event loop (10 us; a worker thread costs 80).
     Everything else is read in worker threads. For long reads (`send_found`), blocks that lie side by side
     are read together, and the next read runs while one is delivered. Only blocks that fit their leaves are
     read, so the leaves' sizes, which are claims, bound the memory of a group. All calls together hold GROUPS
-    groups.
-
-    `whole` is False where it is damaged: what stands before the damage reads."""
+    groups."""
 
     in_place = True
+
+    @abstractmethod
+    def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
+        """Where the block is; None where it is not here. Raises SourceFailed, BlockingIOError by `read`."""
+
+    async def get(self, cid: Cid) -> bytes:
+        await trio.lowlevel.checkpoint()
+        try:
+            found = self.find(cid, read_cached)
+        except BlockingIOError:
+            found = await threads.run_sync(self.find, cid)
+        found = readable(self.name, cid, found)
+        with suppress(BlockingIOError):
+            return found.file.read_small(found.place)
+        return await threads.run_sync(found.file.read, found.place)
+
+    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+        await send_found(wanted.leaves, self.find, send)
+
+
+def readable(name: str, cid: Cid, found: Found | None) -> Found:
+    """What the source `name` found of `cid`. Raises NotHere, BlockTooLarge."""
+    if found is None or cids.inline(cid) is not None:
+        raise NotHere(f"{name} does not have {cids.text(cid)}")
+    if found.place.size > cids.MAX_BLOCK:
+        raise too_large(name, cid, found.place.size)
+    return found
+
+
+class CarSource(InPlaceSource):
+    """One file as a source. `whole` is False where it is damaged: what stands before the damage reads."""
 
     def __init__(self, file: CarFile, whole: bool = True) -> None:
         """`file` with an index; it is closed with the source. Most callers want `open`."""
@@ -496,28 +526,8 @@ class CarSource(Source):
             file.close()
             raise
 
-    async def get(self, cid: Cid) -> bytes:
-        await trio.lowlevel.checkpoint()
-        if cids.inline(cid) is not None:
-            raise NotHere("an identity CID is no block of a source")
-        multihash = cids.multihash(cid)
-        try:
-            place = self._file.find(multihash, read_cached)
-        except BlockingIOError:
-            place = await threads.run_sync(self._file.find, multihash)
-        if place is None:
-            raise NotHere(f"{self.name} does not have {cids.text(cid)}")
-        if place.size > cids.MAX_BLOCK:
-            raise too_large(self.name, cid, place.size)
-        with suppress(BlockingIOError):
-            return self._file.read_small(place)
-        return await threads.run_sync(self._file.read, place)
-
-    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        await send_found(wanted.leaves, self._find, send)
-
-    def _find(self, cid: Cid) -> Found | None:
-        place = self._file.find(cids.multihash(cid))
+    def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
+        place = self._file.find(cids.multihash(cid), read)
         return Found(self._file, place) if place else None
 
     def roots(self) -> Sequence[Cid]:

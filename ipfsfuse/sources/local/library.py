@@ -32,30 +32,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import trio
-
 from ipfsfuse import __version__
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import nodes
 from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
-from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, NotHere, SourceFailed, StoreFailed
+from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import regular
-from ipfsfuse.sources.base import LeafRange, Source, too_large
+from ipfsfuse.fileio.files import Closing, regular, write_all
 from ipfsfuse.sources.local.car_file import (
     CarFile,
     Found,
+    InPlaceSource,
     Place,
     Read,
-    read_cached,
     read_disk,
+    readable,
     sections,
-    send_found,
 )
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.streams import Delivery, Send
 
 MARKER, VERSION = "ipfsfuse library", 1
 FORMAT, LOCK, ROOTS = "format", "lock", "roots"
@@ -155,20 +151,27 @@ def _check(path: Path, kind: int) -> None:
         )
 
 
-def _write_text(folder: Path, path: Path, text: str) -> None:
-    """Makes or replaces the file `path` in the library `folder`, or in a folder of that, whole. It is on the
-    disk when this returns. Raises OSError."""
+@contextmanager
+def _new_file(folder: Path, path: Path | None = None) -> Iterator[tuple[int, Path]]:
+    """A descriptor, and `path` in the library `folder` or in a folder of that, which is made or replaced by
+    what was written at the end; a pack of a new name, where none is given. Raises OSError."""
     temporary, fd = new_temporary(folder)
-    try:
-        with open(fd, "w") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(fd)
+    path = path or temporary.with_suffix(PACK)
+    with Closing(fd):
+        try:
+            yield fd, path
             os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def _write_text(folder: Path, path: Path, text: str) -> None:
+    """Writes the file `path`, whole. It is on the disk when this returns. Raises OSError."""
+    with _new_file(folder, path) as (fd, _path):
+        write_all(fd, text.encode(), 0)
+        os.fsync(fd)
 
 
 def _read(path: Path, most: int) -> bytes | None:
@@ -189,15 +192,13 @@ def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
     """Holds the library's lock. Gives False, holding nothing, where it is taken and `wait` is False."""
     with store_errors(f"the library {folder}"):
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    with Closing(fd):
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
             yield True
-    finally:
-        os.close(fd)
 
 
 # -- packs ---------------------------------------------------------------------------------------------------
@@ -228,12 +229,9 @@ def sweep(folder: Path) -> None:
         with suppress(OSError):
             if not _TEMPORARY_NAME.fullmatch(name) or not stat.S_ISREG(os.lstat(path).st_mode):
                 continue
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with Closing(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-            finally:
-                os.close(fd)
 
 
 # -- roots ---------------------------------------------------------------------------------------------------
@@ -271,11 +269,8 @@ def read_roots(folder: Path) -> list[Entry]:
 
 
 def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with Closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # -- the packs, kept up with what other processes add and remove ---------------------------------------------
@@ -432,30 +427,23 @@ class LibraryWriter:
         multihash = cids.multihash(cid)
         if multihash in self._seen or cids.inline(cid) is not None:
             return False
-        found = self._packs.find(multihash, refresh=self._is_time_to_look())
+        # nothing is removed meanwhile; what another process has just added may be stored a second time
+        look = time.monotonic() - self._looked >= LOOK_SECONDS
+        if look:
+            self._looked = time.monotonic()
+        found = self._packs.find(multihash, refresh=look)
         if found is not None:
             self._used.add(found.file.name)
         else:
             with store_errors(f"the library {self._folder}"):
-                self._writer().add(cid, block)
+                if self._pack is None:
+                    self._path, self._fd = new_temporary(self._folder)
+                    self._pack = CarWriter(self._fd, self._folder)
+                self._pack.add(cid, block)
         self._seen[multihash] = None
         if len(self._seen) > _MAX_REMEMBERED:
             del self._seen[next(iter(self._seen))]
         return found is None
-
-    def _is_time_to_look(self) -> bool:
-        """Nothing is removed meanwhile. What another process has just added may be stored a second time."""
-        now = time.monotonic()
-        due = now - self._looked >= LOOK_SECONDS
-        if due:
-            self._looked = now
-        return due
-
-    def _writer(self) -> CarWriter:
-        if self._pack is None:
-            self._path, self._fd = new_temporary(self._folder)
-            self._pack = CarWriter(self._fd, self._folder)
-        return self._pack
 
     def commit(self, roots: Sequence[NewRoot]) -> None:
         """Makes all of it seen by every reader: the pack first, then the roots. Raises StoreFailed, leaving
@@ -512,15 +500,6 @@ MANY = 64
 """...when there are so many of them."""
 
 
-def _drop_unneeded(folder: Path, entries: Iterable[Entry]) -> set[str]:
-    """Removes the packs that no root names. Gives the names of those that stay. Raises OSError."""
-    needed = {pack for entry in entries for pack in entry.packs}
-    names = pack_names(folder)
-    for name in names - needed:
-        (folder / name).unlink(missing_ok=True)
-    return names & needed
-
-
 def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterable[str]) -> None:
     """Writes the packs `names` anew without the blocks that no root reaches, each under its own name, where
     worthwhile.
@@ -528,17 +507,13 @@ def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterab
     Changes nothing at all if a root can't be walked to its end. Raises StoreFailed.
     """
     live = _reachable(entries, packs)
-    for name in names:
-        _rewrite_one(folder, folder / name, live)
-
-
-def _rewrite_one(folder: Path, path: Path, live: set[bytes]) -> None:
-    pack = CarFile(path)
-    keep = [found for found in sections(pack) if cids.multihash(found.cid) in live]
-    kept = sum(found.end - found.start for found in keep)
-    total = pack.data_end - pack.sections_offset
-    if (total - kept) * WORTHWHILE >= total:
-        _write(folder, [(pack, keep)], path.name)
+    for path in (folder / name for name in names):
+        pack = CarFile(path)
+        keep = [found for found in sections(pack) if cids.multihash(found.cid) in live]
+        kept = sum(found.end - found.start for found in keep)
+        total = pack.data_end - pack.sections_offset
+        if (total - kept) * WORTHWHILE >= total:
+            _write(folder, [(pack, keep)], path)
 
 
 def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
@@ -558,23 +533,16 @@ def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
 
 
 def _write(
-    folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], name: str | None = None
+    folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], path: Path | None = None
 ) -> str:
-    """A new pack of those sections in the place of the pack `name`, or under a name of its own, which is
+    """A new pack of those sections in the place of the pack `path`, or under a name of its own, which is
     returned."""
-    temporary, fd = new_temporary(folder)
-    path = temporary.with_suffix(PACK) if name is None else folder / name
-    try:
+    with _new_file(folder, path) as (fd, path):
         writer = CarWriter(fd, folder)
         for pack, keep in contents:
             for found in keep:
                 writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
         writer.finish()
-        os.rename(temporary, path)
-        sync_folder(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(fd)
     return path.name
 
 
@@ -632,7 +600,7 @@ class Library:
 
     def block(self, cid: Cid) -> bytes:
         """The unverified block. Raises NotHere, BlockTooLarge, SourceFailed."""
-        found = _readable(cid, self.packs.find(cids.multihash(cid)))
+        found = readable("library", cid, self.packs.find(cids.multihash(cid)))
         return found.file.read(found.place)
 
     def open_writer(self) -> LibraryWriter:
@@ -665,7 +633,11 @@ class Library:
                 return False
             sweep(self.folder)
             entries = read_roots(self.folder)
-            staying = _drop_unneeded(self.folder, entries)
+            needed = {pack for entry in entries for pack in entry.packs}
+            names = pack_names(self.folder)
+            for name in names - needed:
+                (self.folder / name).unlink(missing_ok=True)
+            staying = names & needed
             shrinking = sorted(staying if only is None else staying.intersection(only))
             if shrinking:
                 _rewrite(self.folder, entries, self.packs, shrinking)
@@ -684,44 +656,17 @@ class Library:
         self.packs.close()
 
 
-def _readable(cid: Cid, found: Found | None) -> Found:
-    """Raises NotHere, BlockTooLarge."""
-    if found is None:
-        raise NotHere(f"the library does not have {cids.text(cid)}")
-    if found.place.size > cids.MAX_BLOCK:
-        raise too_large("library", cid, found.place.size)
-    return found
-
-
-class LibrarySource(Source):
+class LibrarySource(InPlaceSource):
     """The library as a source."""
 
     name = "library"
-    in_place = True
 
     def __init__(self, library: Library) -> None:
         """`library` is closed with the source."""
         self.library = library
 
-    async def get(self, cid: Cid) -> bytes:
-        await trio.lowlevel.checkpoint()
-        multihash = cids.multihash(cid)
-        if cids.inline(cid) is not None:
-            raise NotHere("no source holds a block for an identity CID")
-        try:
-            found = self.library.packs.find(multihash, read_cached)
-        except BlockingIOError:
-            found = await threads.run_sync(self.library.packs.find, multihash, read_disk)
-        found = _readable(cid, found)
-        with suppress(BlockingIOError):
-            return found.file.read_small(found.place)
-        return await threads.run_sync(found.file.read, found.place)
-
-    async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        await send_found(wanted.leaves, self._find, send)
-
-    def _find(self, cid: Cid) -> Found | None:
-        return self.library.packs.find(cids.multihash(cid))
+    def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
+        return self.library.packs.find(cids.multihash(cid), read)
 
     def roots(self) -> Sequence[Cid]:
         try:

@@ -281,7 +281,11 @@ class Resolver:
                 return kept
             try:
                 async with self._asking:
-                    value, seconds = await self._asked(name)
+                    if isinstance(name, DomainName):
+                        value, seconds = await self._of_domain(name)
+                    else:
+                        record, seconds = await self.newest(name)
+                        value = record.value
                 step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
             except IpfsFuseError as exc:
                 log.info("%s", exc)
@@ -291,13 +295,6 @@ class Resolver:
             if len(self._steps) > MAX_KEPT:
                 self._steps.popitem(last=False)
             return step
-
-    async def _asked(self, name: Name) -> tuple[str, float]:
-        """What `name` leads to, as its owner wrote it, and for how many seconds that holds."""
-        if isinstance(name, DomainName):
-            return await self._of_domain(name)
-        record, seconds = await self.newest(name)
-        return record.value, seconds
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self, name: Name) -> AsyncIterator[None]:
@@ -325,7 +322,7 @@ class Resolver:
         for how many seconds it holds. Raises Unavailable."""
         stored = await self._stored(name)
         best, answered, said = stored, False, list[str]()
-        async for source, answer in self._answers(name):
+        for source, answer in await self._answers(name):
             if not isinstance(answer, Record):
                 said.append(str(answer) if source in str(answer) else f"{source}: {answer}")
             elif answer.validity <= time.time_ns():
@@ -350,47 +347,35 @@ class Resolver:
             log.warning("%s: the record of sequence %d is still used: %s", name, best.sequence, why)
         return best, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
 
-    async def _answers(self, name: KeyName) -> AsyncIterator[tuple[str, Record | IpfsFuseError]]:
-        """(Source, its verified record or why there is none), as they come. When a valid record has come, the
+    async def _answers(self, name: KeyName) -> Sequence[tuple[str, Record | IpfsFuseError]]:
+        """(Source, its verified record or why there is none), as they came. When a valid record has come, the
         others have `GRACE_SECONDS`."""
-        send, receive = trio.open_memory_channel[tuple[int, Record | IpfsFuseError]](len(self._sources))
+        answers: dict[int, Record | IpfsFuseError] = {}
         async with trio.open_nursery() as nursery:
-            nursery.cancel_scope.deadline = trio.current_time() + self._seconds
-            for number in range(len(self._sources)):
-                nursery.start_soon(self._ask, number, name, send)
-            missing = set(range(len(self._sources)))
-            found = list[tuple[int, Record | IpfsFuseError]]()
-            while missing:
-                number, answer = await receive.receive()
-                missing.discard(number)
-                found.append((number, answer))
-                if isinstance(answer, Record):
-                    nursery.cancel_scope.deadline = min(
-                        nursery.cancel_scope.deadline, trio.current_time() + GRACE_SECONDS
-                    )
-        for number, answer in found:
-            yield self._sources[number].name, answer
-        for number in sorted(missing):
-            yield self._sources[number].name, Unavailable("no answer in time")
+            scope = nursery.cancel_scope
+            scope.deadline = trio.current_time() + self._seconds
 
-    async def _ask(
-        self,
-        number: int,
-        name: KeyName,
-        send: "trio.MemorySendChannel[tuple[int, Record | IpfsFuseError]]",
-    ) -> None:
-        source = self._sources[number]
-        answer: Record | IpfsFuseError
+            async def ask(number: int) -> None:
+                answers[number] = await self._answer(self._sources[number], name)
+                if isinstance(answers[number], Record):
+                    scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
+
+            for number in range(len(self._sources)):
+                nursery.start_soon(ask, number)
+        for number in range(len(self._sources)):
+            answers.setdefault(number, Unavailable("no answer in time"))
+        return [(self._sources[number].name, answer) for number, answer in answers.items()]
+
+    async def _answer(self, source: RecordSource, name: KeyName) -> Record | IpfsFuseError:
         try:
             data = await source.ipns_record(str(name))
             # an RSA signature takes 0.1 ms, of the largest key allowed 1 ms
-            answer = records.verify(name, data)
+            return records.verify(name, data)
         except IpfsFuseError as exc:
-            answer = exc
+            return exc
         except Exception as exc:  # whatever one source does, the others are asked
             log.exception("%s: asking for the record of %s failed", source.name, name)
-            answer = Unavailable(f"it failed unexpectedly ({type(exc).__name__})")
-        await send.send((number, answer))
+            return Unavailable(f"it failed unexpectedly ({type(exc).__name__})")
 
     async def _stored(self, name: KeyName) -> Record | None:
         data = await threads.run_sync(self._store.get, str(name))

@@ -7,7 +7,6 @@ seconds of the caller's clock, and the chance for jitter is handed in. Not for s
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ipfsfuse.structures import Histogram
@@ -199,28 +198,6 @@ class Health:
         if self._failed_in_a_row < OPENS_AFTER:
             return "good" if self._answered else "untried"
         return "open" if now < self._open_until else "half_open"
-
-    def statistics(self, name: str, now: float, concurrency: Mapping[str, int]) -> Statistics:
-        """`concurrency`: the fields of `Statistics` that the limiter tells."""
-        state = self.state(now)
-        return Statistics(
-            name=name,
-            state=state,
-            why=self.why if state != "good" else "",
-            requests=self.requests,
-            blocks=self.blocks,
-            bytes=self.bytes,
-            absent=self.absent,
-            failures=dict(self.failures),
-            wrong=self.wrong_blocks,
-            hedges=self.hedges,
-            median=self.percentile(0.5),
-            p95=self.percentile(0.95),
-            in_flight=concurrency.get("in_flight", 0),
-            waiting=concurrency.get("waiting", 0),
-            most_in_flight=concurrency.get("most_in_flight", 0),
-            most_per_caller=concurrency.get("most_per_caller", 0),
-        )
 
 
 class HedgeBudget:

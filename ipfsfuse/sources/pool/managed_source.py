@@ -11,7 +11,6 @@ import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import trio
 
@@ -267,9 +266,24 @@ class ManagedSource:
         return "the other blocks are still taken from it"
 
     def statistics(self) -> Statistics:
-        limiter = self.limiter
-        concurrency = {"in_flight": limiter.in_flight, "waiting": limiter.waiting}
-        if not self.source.in_place:
-            concurrency |= {"most_in_flight": limiter.limit, "most_per_caller": limiter.caller_limit}
-        statistics = self.health.statistics(self.source.name, trio.current_time(), concurrency)
-        return replace(statistics, in_place=self.source.in_place)
+        health, limiter, in_place = self.health, self.limiter, self.source.in_place
+        state = health.state(trio.current_time())
+        return Statistics(
+            name=self.source.name,
+            state=state,
+            why=health.why if state != "good" else "",
+            requests=health.requests,
+            blocks=health.blocks,
+            bytes=health.bytes,
+            absent=health.absent,
+            failures=dict(health.failures),
+            wrong=health.wrong_blocks,
+            hedges=health.hedges,
+            median=health.percentile(0.5),
+            p95=health.percentile(0.95),
+            in_flight=limiter.in_flight,
+            waiting=limiter.waiting,
+            most_in_flight=0 if in_place else limiter.limit,
+            most_per_caller=0 if in_place else limiter.caller_limit,
+            in_place=in_place,
+        )

@@ -180,10 +180,11 @@ class SourcePool:
                     return Fetched(answer, managed.source)
                 fetch.note(managed, answer)
             with fetch.scope:
-                if len(self._network) == 1:
-                    await fetch.poll_source(self._network[0], trio.Event(), hedge=False)
-                elif self._network:
-                    await fetch.race(self.network())
+                network = self.network() if len(self._network) > 1 else self._network
+                if len(network) > 1:
+                    await fetch.race(network)
+                elif network:
+                    await fetch.poll_source(network[0], trio.Event(), hedge=False)
         finally:
             if self._under_way.get(key) is fetch:
                 del self._under_way[key]
@@ -327,7 +328,8 @@ class HedgedFetch:
             for managed in network:
                 failed = trio.Event()
                 nursery.start_soon(poll, managed, failed, hedge)
-                hedge = await self._wait_for(managed, failed)
+                if managed is not network[-1]:
+                    hedge = await self._wait_for(managed, failed)
 
     async def _wait_for(self, managed: ManagedSource, failed: trio.Event) -> bool:
         """Returns when the next source is to be asked; True if that is because this one is only slow."""
