@@ -5,7 +5,7 @@ Nothing is verified here. A slow reader slows the request down.
 """
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, closing, suppress
 from functools import partial
 
