@@ -57,8 +57,6 @@ def die_with(parent: int) -> None:
 def fork(work: Callable[[], object], dies_with_us: bool = True) -> int:
     """Starts a process that runs `work` and ends: with 0, with 1 if it raises. Gives its number."""
     parent = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         try:
