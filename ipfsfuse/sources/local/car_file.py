@@ -315,23 +315,17 @@ def _collect(file: CarFile, sorter: RecordSorter, progress: IndexProgress | None
     reported = 0
     try:
         for found in sections(file):
-            _add(sorter, found, file.data_offset)
+            multihash = cids.multihash(found.cid)
+            with suppress(Unsupported):  # nobody will ask for it
+                multihashes.check_allowed(multihash)
+                if multihash[0] != multihashes.IDENTITY:
+                    sorter.add(multihash, found.start - file.data_offset)
             if progress is not None and (found.end - reported >= _REPORT_EVERY or found.end == total):
                 reported = found.end
                 progress(found.end, total)
     except Malformed:
         return False
     return True
-
-
-def _add(sorter: RecordSorter, found: Section, base: int) -> None:
-    multihash = cids.multihash(found.cid)
-    try:
-        multihashes.check_allowed(multihash)
-    except Unsupported:
-        return  # nobody will ask for it
-    if multihash[0] != multihashes.IDENTITY:
-        sorter.add(multihash, found.start - base)
 
 
 def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
