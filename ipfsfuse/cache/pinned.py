@@ -111,7 +111,8 @@ class PinnedDags:
             self._note_lost()
 
     @property
-    def pins(self) -> Sequence[Cid]:
+    def roots(self) -> Sequence[Cid]:
+        """The roots that are pinned, in canonical form."""
         return list(self._pins)
 
     @property
@@ -199,8 +200,11 @@ class PinnedDags:
         return found, missing
 
     @contextlib.asynccontextmanager
-    async def pinning(self, cid: Cid) -> AsyncIterator[Pinning]:
-        """Within it the DAG is fetched; at its end what was fetched is pinned, and after an error nothing."""
+    async def pin(self, cid: Cid) -> AsyncIterator[Pinning]:
+        """Pins a DAG: the caller reads all of it within the block, and awaits `Pinning.file` for each file
+        first. After an error nothing stays pinned.
+
+        Raises StoreFailed, naming the sizes, where the budget has no room for it."""
         root = cids.canonical(cid)
         await self._store.budget.counted.wait()
         with self._alone(root):
@@ -232,7 +236,7 @@ class PinnedDags:
         self._lost.pop(root, None)
 
     async def unpin(self, cid: Cid) -> None:
-        """Raises UsageError for what is not pinned."""
+        """What was pinned with `cid` may be evicted again. Raises UsageError for what is not pinned."""
         root = cids.canonical(cid)
         await self._store.budget.counted.wait()
         if root not in self._pins:

@@ -5,8 +5,7 @@ Concurrency: every method may be called by many tasks at once.
 
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import trio
 from ipfsfuse.cache import arc
 from ipfsfuse.cache.base import Copy, Pins
 from ipfsfuse.cache.fsck import FsckReport, Progress, fsck
-from ipfsfuse.cache.pinned import PinnedDags, Pinning
+from ipfsfuse.cache.pinned import PinnedDags
 from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store import recovery
 from ipfsfuse.cache.store.index import Damaged
@@ -88,6 +87,7 @@ class RootNames:
         """All of them, the one that is to be looked at next first."""
 
     def note(self, cid: Cid, spelling: str) -> None:
+        """`cid` was opened by this name in the mount's root."""
         own = cids.canonical(cid)
         if own in self._names:
             return
@@ -104,6 +104,7 @@ class RootNames:
         return self._names.get(cids.canonical(cid)) or cids.text(cid)
 
     def staged(self) -> Iterator[tuple[Cid, str]]:
+        """(CID, as first spelled) of what was opened by name and is still staged itself."""
         for cid, spelling in list(self._names.items()):
             if self._store.holds(cid):
                 yield cid, spelling
@@ -125,8 +126,8 @@ class PinsetCache:
         self.store = store
         self.reader = reader
         """What reads through the cache."""
-        self._names = RootNames(store)
-        self._pinned = PinnedDags(store, reader)
+        self.names = RootNames(store)
+        self.pinned = PinnedDags(store, reader)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -142,8 +143,8 @@ class PinsetCache:
     ) -> AsyncIterator["PinsetCache"]:
         """The cache that lives in `folder`, which the caller holds (`folder.locked`). Raises StoreFailed.
 
-        `budget` in bytes; `deadline` in seconds: see `flights`. `reserve`: bytes of the file system that stay
-        free, None for a twentieth of it, at most 2 GiB."""
+        `budget` in bytes; `deadline` in seconds: see `single_flight`. `reserve`: bytes of the file system
+        that stay free, None for a twentieth of it, at most 2 GiB."""
         failure: BaseException | None = None
         store: Store | None = None
         try:
@@ -151,7 +152,7 @@ class PinsetCache:
                 try:
                     async with _living(folder, budget, nursery, pins, reserve) as store:
                         cache = cls(store, Reader(store, blocks, nursery, deadline))
-                        nursery.start_soon(cache._pinned.recover)
+                        nursery.start_soon(cache.pinned.recover)
                         try:
                             yield cache
                         finally:
@@ -179,44 +180,17 @@ class PinsetCache:
         callers = {str(owner): size for owner, size in budget.arc.bytes_by_owner().items()}
         return Statistics(
             budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.pinned_bytes,
-            self._pinned.lost, self.reader.hits, self.reader.misses, budget.evictions,
+            self.pinned.lost, self.reader.hits, self.reader.misses, budget.evictions,
             budget.counted.is_set(), self.trouble,
             budget.arc.capacity // arc.SHARE, callers,
         )  # fmt: skip
 
-    async def evict(self, cid: Cid | None = None) -> int:
-        """Removes a file or block, or all that is not pinned; returns the bytes freed on disk.
-
-        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is
-        pinned."""
-        return await self.store.evict(cid)
-
-    def note_root(self, cid: Cid, spelling: str) -> None:
-        """`cid` was opened by this name in the mount's root."""
-        self._names.note(cid, spelling)
-
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
         """(CID, as first spelled) of what is pinned, and what was opened by name and is still staged
         itself."""
-        for cid in self._pinned.pins:
-            yield cid, self._names.spelling(cid)
-        yield from self.opened_roots()
-
-    def opened_roots(self) -> Iterator[tuple[Cid, str]]:
-        """(CID, as first spelled) of what was opened by name and is still staged itself."""
-        yield from self._names.staged()
-
-    def pinned(self) -> Sequence[Cid]:
-        """The roots, in canonical form, of what is pinned."""
-        return self._pinned.pins
-
-    def pinning(self, cid: Cid) -> AbstractAsyncContextManager[Pinning]:
-        """Pins a DAG: the caller reads all of it within the block, and awaits `Pinning.file` for
-        each file first.
-
-        Raises StoreFailed, naming the sizes, where the budget has no room for it; then nothing stays
-        pinned."""
-        return self._pinned.pinning(cid)
+        for cid in self.pinned.roots:
+            yield cid, self.names.spelling(cid)
+        yield from self.names.staged()
 
     def joins(self, cid: Cid) -> bool:
         return cids.codec(cid) == cids.DAG_PB and self.store.staging.find(cids.canonical(cid)) is not None
@@ -232,10 +206,6 @@ class PinsetCache:
             return Copy(block, ())
         below = nodes.children(await threads.run_sync(nodes.parse, cid, block))
         return Copy(block, [child for child in below if self.store.blocks.place(child) is not None])
-
-    async def unpin(self, cid: Cid) -> None:
-        """What `pinning` pinned may be evicted again. Raises UsageError for what is not pinned."""
-        await self._pinned.unpin(cid)
 
     async def fsck(self, report_progress: Progress | None = None) -> FsckReport:
         """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""

@@ -98,11 +98,6 @@ async def parsed_node(cid: Cid, block: bytes, most: int = MAX_PARSED_ON_LOOP) ->
     return await threads.run_sync(nodes.parse, cid, block)
 
 
-async def content_of(leaf: Leaf, block: Block) -> Content:
-    """The content of `leaf`, from its block. Raises what `dag.file_layout.leaf_content` raises."""
-    return await _parsed(lambda: file_layout.leaf_content(leaf, bytes(block)), leaf.cid, block)
-
-
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
     """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
     block, source = fetched.block, fetched.source
@@ -141,7 +136,9 @@ class _Expected:
 
     def came(self, cid: Cid, block: bytes) -> None:
         self._came.add(block_key(cid))
-        self._batch.expect(self._reader.absent(self._seen(cid, block)))
+        below = self._seen(cid, block)
+        if below:
+            self._batch.expect(self._reader.absent(below))
 
 
 # -- the reader ---------------------------------------------------------------------------------------------
@@ -305,13 +302,9 @@ class Reader:
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        return [
-            block_key(cid)
-            for cid in wanted
-            if cids.implied_block(cid) is None
-            and self.store.blocks.place(cid) is None
-            and not self._is_staged_file(cid)
-        ]
+        some = [cid for cid in wanted if cids.implied_block(cid) is None and not self._is_staged_file(cid)]
+        packed = self.store.blocks.places(some)
+        return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
     def _is_staged_file(self, cid: Cid) -> bool:
         """Whether it is a raw file that is complete, as far as is known without looking at the disk."""
@@ -350,7 +343,7 @@ class Reader:
                 # another file's leaf, or another place in this one, of the same bytes
                 await self._stage([(file, leaf, result)])
         if block is not None:
-            content = await content_of(leaf, block)
+            content = await _parsed(partial(file_layout.leaf_content, leaf, block), leaf.cid, block)
         if stop - start < leaf.size:
             content = memoryview(content)[start:stop]
         return LeafPart(content, self.store.pieces(file, leaf) if is_staged else None)

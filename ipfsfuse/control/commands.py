@@ -171,10 +171,10 @@ class Commands:
         tree: list[dict[str, Any]] = []
         paths = defaultdict[Cid, list[str]](list)
         report, found = _Throttled(progress), 0
-        pinned = self._cache.pinned()
+        pinned = self._cache.pinned.roots
 
         def roots() -> Iterator[tuple[Cid, str]]:
-            yield from self._cache.opened_roots()
+            yield from self._cache.names.staged()
             for pin in pinned:
                 if pin not in paths:  # else it was found below what was opened by name
                     yield pin, cids.text(pin)
@@ -218,22 +218,22 @@ class Commands:
 
     async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
         cid = await self._named(arguments)
-        async with self._cache.pinning(cid) as pinning:
+        async with self._cache.pinned.pin(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _fetched(progress), pinning.file)
         self._pins.pin(cid)
         return {"pinned": cids.text(cid), **_counts(totals)}
 
     async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
         cid = await self._named(arguments)
-        await self._cache.unpin(cid)
+        await self._cache.pinned.unpin(cid)
         self._pins.unpin(cid)
         return {"unpinned": cids.text(cid)}
 
     async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:
         if arguments.get("all") is True:
-            return {"freed": await self._cache.evict()}
+            return {"freed": await self._cache.store.evict()}
         cid = await self._named(arguments)
-        return {"evicted": cids.text(cid), "freed": await self._cache.evict(cid)}
+        return {"evicted": cids.text(cid), "freed": await self._cache.store.evict(cid)}
 
     async def _named(self, arguments: Arguments) -> Cid:
         """What `path` leads to, or `cid` names. Blocks on the way are fetched; symlinks are not followed."""
@@ -244,7 +244,7 @@ class Commands:
             return path.root
         with request_of(os.getuid()):
             node = await traversal.drive(traversal.resolve(path), self._tree.nodes)
-        self._cache.note_root(path.root, cids.text(path.root))  # `ls` finds the names below it
+        self._cache.names.note(path.root, cids.text(path.root))  # `ls` finds the names below it
         return node.cid
 
     async def budget(self, arguments: Arguments, _progress: Progress) -> Answer:
@@ -302,7 +302,7 @@ class Commands:
             **await self.status(arguments, progress),
             "operations": {name: each.as_dict() for name, each in self._latencies.items()},
             "operation_bytes": dict(self._given),
-            "pinned": len(self._cache.pinned()),
+            "pinned": len(self._cache.pinned.roots),
             "latencies": {name: each.as_dict() for name, each in self._pool.latencies().items()},
             "lag": self._lag.as_dict(),
             "stalled": sum(each.in_flight + each.waiting for each in self._pool.statistics()),

@@ -17,9 +17,6 @@ from ipfsfuse.dag import protobuf, varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
 
-NO_NAME = 1
-NO_TSIZE = 2
-
 
 class Link(NamedTuple):
     """One link of a dag-pb node. `name` is b"" if the link has none. `tsize` is the publisher's claim, in
@@ -62,9 +59,14 @@ class Links(Sequence[Link]):
         return Link(Cid(self.block[start:end]), self.block[name:name_end], tsize)
 
     def __iter__(self) -> Iterator[Link]:
-        block, spans = self.block, iter(self.spans)
-        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, self.tsizes, strict=False):
-            yield Link(Cid(block[start:end]), block[name:name_end], tsize)
+        return map(Link._make, self.parts(0, len(self)))
+
+    def parts(self, first: int, stop: int) -> Iterator[tuple[Cid, bytes, int]]:
+        """(CID, name, tsize) of the links from index `first` to `stop`."""
+        block, spans = self.block, iter(self.spans[4 * first : 4 * stop])
+        tsizes = self.tsizes[first:stop]
+        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, tsizes, strict=False):
+            yield Cid(block[start:end]), block[name:name_end], tsize
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -100,16 +102,11 @@ _NO_LINKS = Links()
 
 
 class PBNode(NamedTuple):
-    """A decoded block. `data` is None where the field is absent.
-
-    `absent` has one byte for each link, NO_NAME | NO_TSIZE bits for the fields that it leaves out (`links`
-    then has b"" and 0): without it a block could not be written again as it was. It is b"" where every link
-    has both.
-    """
+    """A decoded block. `data` is None where the field is absent. A link without a name has b"", one without a
+    tsize 0."""
 
     links: Links
     data: bytes | None
-    absent: bytes = b""
 
 
 MAX_LINKS = 1 << 16
@@ -129,7 +126,6 @@ _V0_END = 36
 def decode(block: bytes) -> PBNode:
     """What `block` holds. Raises Malformed."""
     links = _NO_LINKS
-    absent = bytearray()
     data: bytes | None = None
     at, end = 0, len(block)
     links_closed = False
@@ -137,19 +133,17 @@ def decode(block: bytes) -> PBNode:
         tag = block[at]
         if tag == _LINKS and not links_closed:
             links = Links(block)
-            at = _links(block, at, links, absent)
+            at = _links(block, at, links)
             links_closed = True
         elif tag == _DATA and data is None:
             start, at = protobuf.span(block, at + 1, end)
             data = block[start:at]
         else:
             raise Malformed(_refusal(tag, data is not None))
-    if absent:
-        absent.extend(bytes(len(links) - len(absent)))
-    return PBNode(links, data, bytes(absent))
+    return PBNode(links, data)
 
 
-def _links(block: bytes, at: int, links: Links, absent: bytearray) -> int:
+def _links(block: bytes, at: int, links: Links) -> int:
     """Appends the run of links that begins at `at`; the index behind it.
 
     The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
@@ -182,10 +176,7 @@ def _links(block: bytes, at: int, links: Links, absent: bytearray) -> int:
                     add_span(name_end)
                     add_tsize(tsize)
                     continue
-        flags = _link(block, start, at, links)
-        if flags:
-            absent.extend(bytes(len(links) - 1 - len(absent)))
-            absent.append(flags)
+        _link(block, start, at, links)
         if len(links) > MAX_LINKS:
             raise Malformed(f"dag-pb: a node with over {MAX_LINKS} links")
     return at
@@ -207,12 +198,10 @@ def _short_tsize(tail: bytes) -> int:
     return value
 
 
-def _link(block: bytes, at: int, end: int, links: Links) -> int:
-    """Appends the link whose message is block[at:end]. Returns which of its fields are absent."""
+def _link(block: bytes, at: int, end: int, links: Links) -> None:
+    """Appends the link whose message is block[at:end]."""
     cid = name = (0, 0)
-    tsize = 0
-    flags = NO_NAME | NO_TSIZE
-    last = 0
+    tsize = last = 0
     while at < end:
         tag = block[at]
         if tag not in (_HASH, _NAME, _TSIZE):
@@ -222,7 +211,6 @@ def _link(block: bytes, at: int, end: int, links: Links) -> int:
         last = tag
         if tag == _TSIZE:
             tsize, at = protobuf.varint(block, at + 1, end)
-            flags &= ~NO_TSIZE
             continue
         start, at = protobuf.span(block, at + 1, end)
         if tag == _HASH:
@@ -230,11 +218,9 @@ def _link(block: bytes, at: int, end: int, links: Links) -> int:
             cid = start, at
         else:
             name = start, at
-            flags &= ~NO_NAME
     if cid == (0, 0):
         raise Malformed("dag-pb: invalid Hash field found in link, expected CID")
     links.add(*cid, *name, tsize)
-    return flags
 
 
 def _check_cid(data: bytes) -> None:
@@ -253,17 +239,12 @@ def _refusal(tag: int, have_data: bool) -> str:
     return f"dag-pb: a field with tag 0x{tag:02x} in a node"
 
 
-def encode(links: Sequence[Link], data: bytes | None, absent: bytes = b"") -> bytes:
-    """The canonical block: `links` in the order given, each with Name and Tsize (but for `absent`), then the
-    data."""
+def encode(links: Sequence[Link], data: bytes | None) -> bytes:
+    """The canonical block: `links` in the order given, each with Name and Tsize, then the data."""
     parts: list[bytes] = []
-    for index, link in enumerate(links):
-        missing = absent[index] if absent else 0
+    for link in links:
         body = b"\x0a" + varint.put(len(link.cid)) + link.cid
-        if not missing & NO_NAME:
-            body += b"\x12" + varint.put(len(link.name)) + link.name
-        if not missing & NO_TSIZE:
-            body += b"\x18" + varint.put(link.tsize)
+        body += b"\x12" + varint.put(len(link.name)) + link.name + b"\x18" + varint.put(link.tsize)
         parts += (b"\x12", varint.put(len(body)), body)
     if data is not None:
         parts += (b"\x0a", varint.put(len(data)), data)

@@ -223,7 +223,7 @@ class Operations(pyfuse3.Operations):
             else:
                 handle = device.with_cached_listing(handle)
                 held = self.inodes.get(inode)
-                self._tree.enter(held.cid)
+                self._tree.note_use(held.cid)
                 self._listings[handle] = Listing(held, self._tree, self.inodes, self._replies)
             self._listers[handle] = ctx.uid
             return FileHandleT(handle)

@@ -43,7 +43,15 @@ class Delivery(NamedTuple):
     for whoever does not when the stream ends."""
 
 
-Blocks = Sequence[tuple[Cid, bytes]]
+class Hashed(NamedTuple):
+    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
+    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
+
+    block: bytes
+    digest: bytes
+
+
+Blocks = Sequence[tuple[Cid, bytes | Hashed]]
 """Blocks with their CIDs as their source claims them, parents before children."""
 
 

@@ -292,11 +292,10 @@ class OpenFile:
                 if self._tree.use is not None:
                     for leaf in leaves:
                         self._tree.use(leaf.cid, ahead=True)
-                await self._tree.cache.ahead(self._ref, leaves, self._arrived)
+                await self._tree.cache.ahead(
+                    self._ref, leaves, lambda leaf, data: self._buffer.put(leaf.offset, data)
+                )
             except IpfsFuseError:
                 pass  # a read there will raise it
             finally:
                 self._scopes.discard(scope)
-
-    def _arrived(self, leaf: Leaf, data: Content) -> None:
-        self._buffer.put(leaf.offset, data)

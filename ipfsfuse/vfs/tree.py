@@ -125,8 +125,7 @@ class Tree:
 
     async def node(self, cid: Cid) -> Node:
         """What `cid` names. Raises what the cache and the parser raise."""
-        if self._prefetcher is not None:
-            self._prefetcher.used(cid)
+        self.note_use(cid)
         return await self._found(cid)
 
     async def _found(self, cid: Cid) -> Node:
@@ -298,16 +297,14 @@ class Tree:
         found = self._at_hand(cid)
         if not isinstance(found, File):
             return None
-        if self._prefetcher is not None:
-            self._prefetcher.used(cid)
+        self.note_use(cid)
         return found
 
     def used(self, cid: Cid, size: int) -> None:
         """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it
         already."""
         self.opened(FileRef(cids.canonical(cid), size))
-        if self._prefetcher is not None:
-            self._prefetcher.used(cid)
+        self.note_use(cid)
 
     def opened(self, file: FileRef) -> None:
         """Someone opened `file`. The cache has no file for a value within a block."""
@@ -321,10 +318,10 @@ class Tree:
             self.small_files.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
         )
 
-    def enter(self, directory: Cid) -> None:
-        """Someone opened `directory`: its listing the kernel may have already."""
+    def note_use(self, cid: Cid) -> None:
+        """Someone used `cid` itself. The kernel may have the listing of a directory already."""
         if self._prefetcher is not None:
-            self._prefetcher.used(directory)
+            self._prefetcher.used(cid)
 
     async def readlink(self, cid: Cid) -> bytes:
         """The target as stored. Raises NotALink."""

@@ -150,7 +150,7 @@ def test_a_file_larger_than_the_budget_reads_and_so_does_an_evicted_open_file(tm
             got = b"".join([bytes(await cache.reader.leaf(file, leaf)) for leaf in leaves])
             assert got == content
             assert 0 < staged_bytes(cache, file.cid) <= BUDGET
-            await cache.evict(file.cid)
+            await cache.store.evict(file.cid)
             assert staged_bytes(cache, file.cid) == 0
             assert bytes(await cache.reader.leaf(file, leaves[3])) == content[3 * MIB : 4 * MIB]
 

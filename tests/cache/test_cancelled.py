@@ -45,7 +45,7 @@ def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for leaf in leaves:
                 await cache.reader.leaf(file, leaf)
-            await cancelled_waiting_for(cache.store.io.background, lambda: cache.evict(file.cid))
+            await cancelled_waiting_for(cache.store.io.background, lambda: cache.store.evict(file.cid))
             on_disk = sum(path.stat().st_blocks * 512 for path in staged(tmp_path, "staging"))
             assert on_disk == staged_bytes(cache, file.cid)
 
@@ -58,7 +58,7 @@ def test_what_the_index_shall_be_told_outlives_a_cancelled_caller(tmp_path: Path
         kept = tree(chain, 1, seed=100)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, kept, pin=True)
-            cache.note_root(kept, "as-spelled")
+            cache.names.note(kept, "as-spelled")
             await cancelled_waiting_for(
                 trio.to_thread.current_default_thread_limiter(), lambda: recovery.flush(cache.store)
             )
@@ -77,11 +77,11 @@ def test_a_cancelled_unpin_is_done_or_can_be_asked_again(tmp_path: Path) -> None
             await read_all(cache, shared, pin=True)
             await read_all(cache, other, pin=True)
             await cancelled_waiting_for(
-                trio.to_thread.current_default_thread_limiter(), lambda: cache.unpin(shared)
+                trio.to_thread.current_default_thread_limiter(), lambda: cache.pinned.unpin(shared)
             )
             if cids.canonical(shared) in [cid for cid, _spelling in cache.named_roots()]:
-                await cache.unpin(shared)
-            await cache.unpin(other)
+                await cache.pinned.unpin(shared)
+            await cache.pinned.unpin(other)
             assert cache.statistics().pinned == 0
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert cache.statistics().pinned == 0
@@ -98,18 +98,18 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
             chain, {"missing": cids.make(cids.RAW, b"\x12\x20" + bytes(32)), "shared": shared}
         )
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            async with cache.pinning(whole) as pinning:
+            async with cache.pinned.pin(whole) as pinning:
                 await read_all(cache, whole)
                 for kept in staged_items(cache):
                     await pinning.file(FileRef(kept.cid, kept.size))
                 try:
-                    async with cache.pinning(lacking) as failing:
+                    async with cache.pinned.pin(lacking) as failing:
                         for kept in staged_items(cache):
                             await failing.file(FileRef(kept.cid, kept.size))
                         raise ZeroDivisionError
                 except ZeroDivisionError:
                     pass
-            await cache.evict()
+            await cache.store.evict()
             assert await fetches(cache, chain, whole) == 0
 
     trio.run(main)

@@ -321,7 +321,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file, leaves, _content = make_file(chain, 200_000)
 
     async def main(path: Path) -> None:
-        async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinning(file.cid) as pinning:
+        async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinned.pin(file.cid) as pinning:
             await pinning.file(file)
             for leaf in leaves:
                 await cache.reader.leaf(file, leaf)

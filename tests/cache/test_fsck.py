@@ -139,7 +139,7 @@ def test_a_wrong_block_of_what_is_pinned_is_mended_where_it_is_kept(tmp_path: Pa
             else:
                 await read_all(cache, root)
             await churn(cache, chain)
-            await cache.evict()
+            await cache.store.evict()
             assert await fetches(cache, chain, root) == 0
 
     trio.run(main)
@@ -152,7 +152,7 @@ def test_what_leaves_with_a_damaged_pack_is_let_go_of_and_forgotten(tmp_path: Pa
         places = await fill(tmp_path, chain, blocks)
         damage_head(tmp_path, places[10], "all")
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
-            await cache.evict(blocks[0])
+            await cache.store.evict(blocks[0])
             assert {cid for what, cid in pins.asked if what == "remove"} >= set(blocks)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
             assert database.execute("SELECT COUNT(*) FROM blocks").fetchone() == (0,)
@@ -171,7 +171,7 @@ def test_a_file_is_held_yet_when_the_pack_with_its_root_leaves(tmp_path: Path) -
             await cache.store.budget.evict(place.pack)
             assert cache.store.blocks.place(file) is None
             assert pins.asked == [("add", file)]
-            await cache.evict(file)
+            await cache.store.evict(file)
             assert pins.asked == [("add", file), ("remove", file)]
 
     trio.run(main)

@@ -162,7 +162,7 @@ def test_a_large_file_of_which_nothing_is_left_is_wanted_again(tmp_path: Path) -
     async def main(cache: PinsetCache) -> None:
         await cache.reader.gather(subtree(chain), wanted, none_besides).wait()
         assert (chain.sent, cache.store.item_of(wanted[-1]) is not None) == (wanted, True)
-        await cache.evict(wanted[-1])
+        await cache.store.evict(wanted[-1])
         chain.sent = []
         await cache.reader.gather(subtree(chain), [*wanted, *others], none_besides).wait()
         assert chain.sent == [wanted[-1]]

@@ -217,7 +217,7 @@ def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk
         chain = Chain()
         _files, _small = await filled(tmp_path, chain)
         raw = chain.add(random_bytes(200_000, 50))
-        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, cache.pinning(raw) as pinning:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache, cache.pinned.pin(raw) as pinning:
             await pinning.file(FileRef(raw, 200_000))
             await cache.reader.leaf(FileRef(raw, 200_000), Leaf(raw, 0, 200_000))
         if damaged:
@@ -228,7 +228,7 @@ def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk
             freed: list[int] = []
 
             async def evict() -> None:
-                freed.append(await cache.evict())
+                freed.append(await cache.store.evict())
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(evict)
@@ -236,7 +236,7 @@ def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk
                 assert not freed
                 slow.go.set()
             await trio.testing.wait_all_tasks_blocked(0.05)
-            await cache.evict()
+            await cache.store.evict()
             assert list(cache.store.staging.entries) == [raw]
             assert cache.statistics().pinned >= 200_000
             assert cache.statistics().pinned_lost == 0

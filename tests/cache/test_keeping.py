@@ -56,7 +56,7 @@ async def drive(cache: PinsetCache, walk: Walk[list[Leaf]]) -> list[Leaf]:
 async def read_all(cache: PinsetCache, cid: Cid, pin: bool = False) -> None:
     """Reads a whole tree, and pins it if asked, as the command does."""
     if pin:
-        async with cache.pinning(cid) as pinning:
+        async with cache.pinned.pin(cid) as pinning:
             await _read(cache, cid, pinning.file)
     else:
         await _read(cache, cid, None)
@@ -103,18 +103,18 @@ def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tm
             assert await fetches(cache, chain, kept) == 0
             assert cache.statistics().pinned > 3 * MIB
             assert {one.pinned for one in staged_items(cache)} == {"user", ""}
-            await cache.evict()
+            await cache.store.evict()
             assert await fetches(cache, chain, kept) == 0
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await churn(cache, chain)
             assert await fetches(cache, chain, kept) == 0
             assert cache.statistics().used <= BUDGET
-            await cache.unpin(kept)
+            await cache.pinned.unpin(kept)
             assert cache.statistics().pinned == 0
-            await cache.evict()
+            await cache.store.evict()
             assert await fetches(cache, chain, kept) > 20
             with pytest.raises(UsageError, match="is not pinned"):
-                await cache.unpin(kept)
+                await cache.pinned.unpin(kept)
 
     trio.run(main)
 
@@ -128,7 +128,7 @@ def test_two_pins_of_shared_content_lose_nothing_by_each_other(tmp_path: Path) -
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, one, pin=True)
             await read_all(cache, two, pin=True)
-            await cache.unpin(two)
+            await cache.pinned.unpin(two)
             await churn(cache, chain)
             assert await fetches(cache, chain, one) == 0
             await read_all(cache, one, pin=True)  # again: no harm

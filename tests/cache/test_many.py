@@ -38,10 +38,10 @@ def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_ti
                 await cache.reader.block(one)
                 for cid in (one, other):
                     before = len(looked)
-                    cache.note_root(cid, cids.text(cid))
+                    cache.names.note(cid, cids.text(cid))
                     assert len(looked) - before <= pinset.LOOK_AT
             assert {cid for cid, _spelling in cache.named_roots()} == set(staged)
-            assert len(cache._names._names) < 150 + 100
+            assert len(cache.names._names) < 150 + 100
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert {cid for cid, _spelling in cache.named_roots()} == set(staged)
 

@@ -56,7 +56,7 @@ class Used:
             async with PinsetCache.open(path, self.chain, BUDGET) as cache:
                 await read_all(cache, self.pinned, pin=True)
                 await read_all(cache, self.other)
-                cache.note_root(self.other, "as-it-was-spelled")
+                cache.names.note(self.other, "as-it-was-spelled")
 
         with locked(cache_dir) as held:
             trio.run(main, held.path)
@@ -77,7 +77,7 @@ class Used:
         async def main(path: Path) -> None:
             async with PinsetCache.open(path, chain, BUDGET) as cache:
                 await cache.store.blocks.packs_indexed.wait()
-                assert list(cache.pinned()) == [self.pinned]
+                assert list(cache.pinned.roots) == [self.pinned]
                 assert cache.statistics().pinned > 2 << 20
                 assert cache.statistics().pinned_lost == 0
                 await read_all(cache, self.pinned)
@@ -86,7 +86,7 @@ class Used:
                 named = dict(cache.named_roots())
                 assert named.get(self.other) == ("as-it-was-spelled" if names else None)
                 if evict:
-                    await cache.evict()
+                    await cache.store.evict()
                     await read_all(cache, self.pinned)
                     assert chain.asked == []
 
@@ -351,7 +351,7 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
             await read_all(cache, used.pinned)
             assert chain.asked == []
             assert cache.statistics().evictions > 0
-            await cache.unpin(used.pinned)
+            await cache.pinned.unpin(used.pinned)
         assert not pin.exists()
 
     with locked(used.cache_dir) as held:
@@ -380,7 +380,7 @@ def test_what_is_missing_of_a_pin_is_told_and_fetched_when_it_is_used(
             with trio.fail_after(20):
                 while cache.statistics().pinned_lost == 0:  # noqa: ASYNC110
                     await trio.sleep(0.01)
-            assert list(cache.pinned()) == [used.pinned]
+            assert list(cache.pinned.roots) == [used.pinned]
             used.chain.asked.clear()
             await read_all(cache, used.pinned)
             assert used.chain.asked
@@ -404,11 +404,11 @@ def test_a_pin_that_can_not_be_written_is_no_pin(used: Used) -> None:
             pinned.write_text("no folder")
             with pytest.raises(StoreFailed, match="is not a folder"):
                 await read_all(cache, other, pin=True)
-            assert (list(cache.pinned()), cache.statistics().pinned) == ([used.pinned], before)
+            assert (list(cache.pinned.roots), cache.statistics().pinned) == ([used.pinned], before)
             pinned.unlink()
             (used.ours / "moved").rename(pinned)
             await read_all(cache, other, pin=True)
-            assert set(cache.pinned()) == {used.pinned, other}
+            assert set(cache.pinned.roots) == {used.pinned, other}
 
     with locked(used.cache_dir) as held:
         trio.run(main, held.path)
@@ -421,7 +421,7 @@ def test_a_lone_file_that_is_pinned_is_found_by_its_own_name(tmp_path: Path) -> 
     lone = chain.add(random_bytes(100_000, 5))
 
     async def main(path: Path) -> None:
-        async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinning(lone) as pinning:
+        async with PinsetCache.open(path, chain, BUDGET) as cache, cache.pinned.pin(lone) as pinning:
             await pinning.file(FileRef(lone, 100_000))
             await cache.reader.block(lone)
         (path / "index.sqlite").unlink()
@@ -429,7 +429,7 @@ def test_a_lone_file_that_is_pinned_is_found_by_its_own_name(tmp_path: Path) -> 
         chain.asked.clear()
         async with PinsetCache.open(path, chain, BUDGET) as cache:
             await cache.store.blocks.packs_indexed.wait()
-            await cache.evict()
+            await cache.store.evict()
             await cache.reader.block(lone)
             assert chain.asked == []
 

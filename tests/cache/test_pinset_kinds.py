@@ -152,7 +152,7 @@ def test_pins_are_asked_for_when_a_file_is_staged_and_let_go_when_it_leaves(tmp_
             await read(cache, file, leaves)
             cache.reader.opened(file)
             assert staged_items(cache)[0].pinned == "cache"
-            assert await cache.evict(file.cid) >= MIB
+            assert await cache.store.evict(file.cid) >= MIB
             await cache.reader.leaf(file, leaves[0])
             assert [verb for verb, cid in pins.asked if cid == file.cid] == ["add", "remove", "add"]
 
@@ -170,7 +170,7 @@ def test_small_files_are_pinned_when_opened_and_let_go_with_their_pack(tmp_path:
             assert pins.asked == []  # nothing is known to have come from a node
             await cache.reader.block(cid)
             cache.reader.opened(FileRef(cid, 3000))
-            await cache.evict()
+            await cache.store.evict()
             assert pins.asked == [("add", cid), ("remove", cid)]
 
     trio.run(main)
@@ -184,13 +184,13 @@ def test_names_in_the_root_are_listed_as_first_spelled_while_staged(tmp_path: Pa
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await cache.reader.block(block)
-            cache.note_root(block, "first")
-            cache.note_root(block, "second")
-            cache.note_root(gone, "gone")
+            cache.names.note(block, "first")
+            cache.names.note(block, "second")
+            cache.names.note(gone, "gone")
             assert list(cache.named_roots()) == [(block, "first")]
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert list(cache.named_roots()) == [(block, "first")]
-            await cache.evict()
+            await cache.store.evict()
             assert list(cache.named_roots()) == []
 
     trio.run(main)

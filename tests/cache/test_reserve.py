@@ -45,7 +45,7 @@ async def stage(cache: PinsetCache, chain: Chain, mebibytes: int, seed: int = 0)
 
 
 async def pin(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> None:
-    async with cache.pinning(file.cid) as pinning:
+    async with cache.pinned.pin(file.cid) as pinning:
         await pinning.file(file)
         for leaf in leaves:
             await cache.reader.leaf(file, leaf)

@@ -94,7 +94,7 @@ def test_a_disk_that_becomes_read_only_and_writable_again(tmp_path: Path) -> Non
                     chain.asked.clear()
                     assert await read(cache, staged, staged_leaves) == staged_content
                     assert chain.asked == []
-                    await cache.evict(staged.cid)
+                    await cache.store.evict(staged.cid)
                     assert staged_bytes(cache, staged.cid) == 0
                     assert cache.statistics().used > MIB  # it could not be removed: it counts
                 cache.store.backoff._until = 0  # its five seconds are over
@@ -272,8 +272,8 @@ def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(
         chain = Chain()
         (one,) = blocks(chain, 1)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            cache.note_root(one.cid, "as-spelled")
-            async with cache.pinning(one.cid):
+            cache.names.note(one.cid, "as-spelled")
+            async with cache.pinned.pin(one.cid):
                 await cache.reader.block(one.cid)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
             assert database.execute(turned).rowcount or "uses" in turned

@@ -20,12 +20,17 @@ TSIZE = field(3, 7)
 
 
 def test_every_fixture_decodes_and_encodes_to_its_own_cid() -> None:
+    """But for those with links that leave out a field: `encode` writes all fields."""
+    whole = 0
     for path in fixtures("codec-fixtures/dag-pb/*.dag-pb"):
         block, cid = path.read_bytes(), cids.parse(path.name.split(".")[1])
         node = dagpb.decode(block)
-        again = dagpb.encode(node.links, node.data, node.absent)
-        assert again == block, path.name
-        cids.verify(cid, again)
+        again = dagpb.encode(node.links, node.data)
+        assert dagpb.decode(again) == node, path.name
+        if len(again) == len(block):
+            whole += 1
+            cids.verify(cid, again)
+    assert whole > 1
 
 
 def test_every_negative_fixture_is_refused_with_its_error() -> None:
@@ -89,11 +94,10 @@ def test_data_may_stand_first_and_lengths_may_be_padded_as_go_codec_dagpb_has_it
     assert dagpb.decode(field(2, HASH + NAME + b"\x18\x87\x00")).links == [Link(CID, b"name", 7)]
 
 
-def test_absent_fields_and_empty_ones_are_told_apart() -> None:
+def test_absent_fields_of_links_read_as_empty_ones() -> None:
     full, bare = HASH + field(2, b"") + field(3, 0), HASH
     node = dagpb.decode(field(2, full) + field(2, bare) + field(2, HASH + field(3, 0)) + field(2, full))
     assert node.links == [Link(CID, b"", 0)] * 4
-    assert list(node.absent) == [0, dagpb.NO_NAME | dagpb.NO_TSIZE, dagpb.NO_NAME, 0]
     assert dagpb.decode(b"") == PBNode([], None)
     assert dagpb.decode(field(1, b"")) == PBNode([], b"")
 
@@ -122,14 +126,6 @@ LINKS = st.builds(
 )
 
 
-@given(st.lists(LINKS, max_size=12), st.none() | st.binary(max_size=300), st.data())
-def test_encode_and_decode_are_inverse(links: list[Link], data: bytes | None, more: st.DataObject) -> None:
-    flags = bytes(more.draw(st.lists(st.integers(0, 3), min_size=len(links), max_size=len(links))))
-    absent = flags if any(flags) else b""
-    links = [
-        link._replace(
-            name=b"" if flag & dagpb.NO_NAME else link.name, tsize=0 if flag & dagpb.NO_TSIZE else link.tsize
-        )
-        for link, flag in zip(links, flags, strict=True)
-    ]
-    assert dagpb.decode(dagpb.encode(links, data, absent)) == PBNode(links, data, absent)
+@given(st.lists(LINKS, max_size=12), st.none() | st.binary(max_size=300))
+def test_encode_and_decode_are_inverse(links: list[Link], data: bytes | None) -> None:
+    assert dagpb.decode(dagpb.encode(links, data)) == PBNode(links, data)

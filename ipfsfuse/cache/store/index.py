@@ -55,6 +55,9 @@ the budget."""
 
 _PARAMETERS = 500
 """Of one statement."""
+_ASKED = 64
+"""Keys that are looked up by one statement."""
+_PLACES = f"SELECT key, pack, at, size FROM blocks WHERE key IN ({','.join('?' * _ASKED)})"
 Statements = Sequence[tuple[str, Sequence[Sequence[Any]]]]
 """(SQL, argument lists) of one transaction."""
 
@@ -158,8 +161,8 @@ class Index:
             )
         empty = self._writer.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone() == (0,)
         self.anew = self.anew or empty
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writer:  # commits, or rolls back
+            self._writer.execute("BEGIN IMMEDIATE")
             for step in () if empty else range(version, VERSION):
                 if step not in self._migrations:
                     raise Damaged(f"it has version {step}, which no ipfsfuse has written")
@@ -168,11 +171,6 @@ class Index:
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._writer.execute(statement)
             self._writer.execute(f"PRAGMA user_version = {VERSION}")
-            self._writer.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.execute("ROLLBACK")
-            raise
 
     def _connect(self) -> sqlite3.Connection:
         address = (
@@ -203,6 +201,22 @@ class Index:
         except sqlite3.DatabaseError as exc:
             with _translated(self.path):
                 raise exc
+
+    def places(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, int, int]]:
+        """(key, pack, at, size) of those of `keys` whose blocks lie in a pack. Many are asked for together: a
+        question costs 10 us, and a key of many 1 to 3. Raises Damaged or StoreFailed."""
+        for at in range(0, len(keys), _ASKED):
+            some = keys[at : at + _ASKED]
+            if len(some) < _ASKED // 4:
+                for key in some:
+                    row = self.row("SELECT pack, at, size FROM blocks WHERE key = ?", (key,))
+                    if row is not None:
+                        yield key, *row
+            else:  # always as many parameters: a statement that SQLite knows already costs less
+                padded = [*some, *[some[-1]] * (_ASKED - len(some))]
+                with _translated(self.path):
+                    rows = self._reader.execute(_PLACES, padded).fetchall()
+                yield from rows
 
     def stay_in_memory(self) -> None:
         """What a write changed is read again, so that the next question need not wait for the disk: a new
@@ -257,16 +271,10 @@ class Index:
 
     def write(self, statements: Statements) -> None:
         """Raises Damaged or StoreFailed, with nothing written."""
-        with _translated(self.path):
+        with _translated(self.path), self._writer:  # commits, or rolls back
             self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                for sql, arguments in statements:
-                    self._writer.executemany(sql, arguments)
-                self._writer.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._writer.execute("ROLLBACK")
-                raise
+            for sql, arguments in statements:
+                self._writer.executemany(sql, arguments)
 
     def close(self) -> None:
         for name in ("_reader", "_writer", "_counter"):

@@ -449,7 +449,9 @@ class Store:
             os.close(self._lingering.popitem()[0])
 
     async def evict(self, cid: Cid | None = None) -> int:
-        """See `PinsetCache.evict`."""
+        """Removes a file or block, or all that is not pinned; returns the bytes freed on disk.
+
+        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is pinned."""
         await self.budget.counted.wait()
         if cid is None:
             keys, is_pinned = self.budget.evictable(), self.budget.is_pinned

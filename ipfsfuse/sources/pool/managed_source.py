@@ -20,11 +20,11 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Hashed, Source, current_request
+from ipfsfuse.sources.base import Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.sources.streams import Block, Hashed
 from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger(__name__)

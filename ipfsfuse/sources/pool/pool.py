@@ -551,15 +551,15 @@ class SubtreeFetch:
                 patience = stall
 
     async def _verified(
-        self, managed: ManagedSource, blocks: Sequence[tuple[Cid, bytes]]
+        self, managed: ManagedSource, blocks: streams.Blocks
     ) -> tuple[Mapping[Cid, Fetched], bool]:
         """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
         right: dict[Cid, Fetched] = {}
-        for cid, block in blocks:
+        for cid, sent in blocks:
             if cid in right or not self._wanted.wants(cid):
                 continue
             try:
-                await check(cid, block)
+                block = await check(cid, sent)
             except WrongBlock:
                 self._pool.wrong(managed, cid)
                 return right, True
