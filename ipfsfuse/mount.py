@@ -42,7 +42,7 @@ from ipfsfuse.fuse import session as sessions
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_files import Passthrough
 from ipfsfuse.fuse.operations import Operations
-from ipfsfuse.record import Record
+from ipfsfuse.record import UseRecord
 from ipfsfuse.sources.defaults import LIBRARY
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
@@ -118,7 +118,7 @@ def run(
             cache_dir = stack.enter_context(isolated_folder()) if config.isolated else config.cache_dir
             folder = stack.enter_context(locked(cache_dir))
             folder.announce(os.getpid(), str(config.mountpoint))
-            record = None if config.record is None else stack.enter_context(Record.create(config.record))
+            record = None if config.record is None else stack.enter_context(UseRecord.create(config.record))
             said = _confine(config, folder, reads, writes) if config.confined else "nothing: --unconfined"
             with short_collections():
                 trio.run(_main, config, folder, record, helpers, said, ready, indexing, hangup)
@@ -298,7 +298,7 @@ def _touch_memory() -> None:
 async def _main(
     config: MountConfig,
     folder: CacheFolder,
-    record: Record | None,
+    record: UseRecord | None,
     helpers: Sequence[sessions.MountHelper],
     confined_by: str,
     ready: Ready,
@@ -456,9 +456,6 @@ class Notifier:
         except OSError as exc:
             log.warning("the service manager can't be reached: %s", exc.strerror)
 
-    def reloading(self) -> None:
-        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-
     async def run(self, status: Callable[[], str]) -> None:
         """Reports at intervals that the event loop runs, and `status`."""
         if not self._address:
@@ -484,7 +481,7 @@ async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, not
                 log.info("%s", commands.in_one_line())
             elif number == signal.SIGHUP and hangup is not None:
                 log.info("SIGHUP")
-                notifier.reloading()
+                notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 budget = hangup()
                 if budget is not None:
                     await commands.resize(budget)

@@ -18,7 +18,7 @@ REMEMBERED = 200_000
 """Uses that are remembered at least, and at most twice as many: some 60 MB."""
 
 
-class Record:
+class UseRecord:
     """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use. A use is written again at
     most if `REMEMBERED` others came in between."""
 
@@ -29,7 +29,7 @@ class Record:
 
     @classmethod
     @contextmanager
-    def create(cls, path: Path) -> Iterator["Record"]:
+    def create(cls, path: Path) -> Iterator["UseRecord"]:
         """A record in the file `path`, closed at the end of the block. Raises StoreFailed where it can't be
         written."""
         try:

@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 import trio
@@ -99,9 +98,7 @@ class File:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         self._file.close()
 
 
@@ -123,7 +120,7 @@ class Filesystem:
 
     async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
         """Raises NotFound, NotADirectory, Unavailable, WrongBlock, Malformed, Unsupported."""
-        node = await self._node(await self._content.names.path_of(path), follow_symlinks)
+        node = await self._node(path, follow_symlinks)
         found = attributes_of(node)
         kind: Kind = "directory" if found.is_directory else "symlink" if modes.S_ISLNK(found.mode) else "file"
         return Stat(cids.text(node.cid), kind, found.size, modes.S_IMODE(found.mode), found.mtime)
@@ -131,7 +128,7 @@ class Filesystem:
     async def ls(self, path: str) -> Sequence[Entry]:
         """The entries of a directory, in its own order. No child is fetched. Raises NotADirectory, and as
         `stat`."""
-        node = await self._node(await self._content.names.path_of(path), follow=True)
+        node = await self._node(path, follow=True)
         if not isinstance(node, Directory | Shard):
             raise NotADirectory(f"{path} is not a directory")
         found: list[Entry] = []
@@ -150,7 +147,7 @@ class Filesystem:
 
     async def open(self, path: str) -> File:
         """Opening costs the blocks on the way, and no content. Raises IsADirectory, and as `stat`."""
-        node = await self._node(await self._content.names.path_of(path), follow=True)
+        node = await self._node(path, follow=True)
         if isinstance(node, Directory | Shard):
             raise IsADirectory(f"{path} is a directory")
         with request_of(None, trio.current_time() + self._deadline):
@@ -166,14 +163,15 @@ class Filesystem:
 
     async def readlink(self, path: str) -> str:
         """The target of a symlink, as stored. Raises NotALink, and as `stat`."""
-        node = await self._node(await self._content.names.path_of(path), follow=False)
+        node = await self._node(path, follow=False)
         target = await self._tree.readlink(node.cid)
         return target.decode("utf-8", "surrogateescape")
 
     # -- paths -----------------------------------------------------------------------------------------------
 
-    async def _node(self, path: IpfsPath, follow: bool) -> Node:
-        """What `path` leads to. Symlinks on the way are followed, and at its end if `follow`."""
+    async def _node(self, text: str, follow: bool) -> Node:
+        """What the path `text` leads to. Symlinks on the way are followed, and at its end if `follow`."""
+        path = await self._content.names.path_of(text)
         with request_of(None, trio.current_time() + self._deadline):
             return await self._walk(path, follow)
 

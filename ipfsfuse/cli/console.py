@@ -16,14 +16,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.text import printable
 from ipfsfuse.units import human
 
-_SGR = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
+_SGR = {"red": "31", "green": "32", "yellow": "33"}
 """Select Graphic Rendition (ECMA-48, 8.3.117)."""
 COLOURS = {
     "healthy": "green", "good": "green", "ok": "green", "untried": "yellow", "degraded": "yellow",
@@ -45,9 +44,9 @@ def paint(text: str, style: str | None, stream: TextIO | None = None) -> str:
     return text if style is None or plain else f"\x1b[{_SGR[style]}m{text}\x1b[0m"
 
 
-def line(text: str, style: str | None = None) -> None:
+def line(text: str) -> None:
     """One line of the command's output."""
-    print(paint(printable(text), style))
+    print(printable(text))
 
 
 def flush() -> None:
@@ -309,9 +308,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

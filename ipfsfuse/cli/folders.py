@@ -4,6 +4,7 @@ import argparse
 import os
 import pwd
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,17 +67,13 @@ def in_mount(text: str) -> InMount | None:
         if not left:
             return None
         further = os.path.join(here, left.popleft())
-        try:
-            target = (
-                os.path.abspath(os.path.join(here, os.readlink(further))) if further not in points else ""
-            )
-        except OSError:
-            target = ""
+        target = ""
+        with suppress(OSError):  # it is not a symlink
+            target = "" if further in points else os.path.abspath(os.path.join(here, os.readlink(further)))
         links += bool(target)
         if links > MAX_LINKS:
             return None
-        if target:
-            left.extendleft(reversed(Path(target).parts[1:]))
+        left.extendleft(reversed(Path(target).parts[1:]))
         here = "/" if target else further
 
 
@@ -133,10 +130,8 @@ def last_daemon(given_cache_dir: str | None, mounted_at: str | None, must: bool 
     )
 
 
-def control(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Path:
-    """The control socket of the mount that the arguments mean. Raises DaemonFailed as `last_daemon`, and
-    where the daemon has left a dead mount."""
-    daemon = last_daemon(given_cache_dir, mounted_at, must)
+def control(daemon: Daemon) -> Path:
+    """Its control socket. Raises DaemonFailed where it has ended and left a dead mount."""
     if daemon.pid is not None and _has_ended(daemon.pid, daemon.control.parents[1]):
         from ipfsfuse.fuse import mountpoint as mountpoints  # 0.5 s that other commands needn't wait
 
@@ -159,15 +154,12 @@ def _has_ended(pid: int, folder: Path) -> bool:
 
 
 def control_socket(arguments: argparse.Namespace) -> Path:
-    """Of the mount that is meant. A cache folder that only the configuration names need not be its own."""
-    return control(*_meant(arguments))
+    """Of the mount that the arguments name. Raises DaemonFailed."""
+    return control(last_daemon_of(arguments))
 
 
 def last_daemon_of(arguments: argparse.Namespace) -> Daemon:
-    """The daemon that the arguments name, or the last one that ran there."""
-    return last_daemon(*_meant(arguments))
-
-
-def _meant(arguments: argparse.Namespace) -> tuple[str | None, str | None, bool]:
+    """The daemon that the arguments name, or the last one that ran there. A cache folder that only the
+    configuration names need not be that of --mount."""
     mount = None if arguments.mount is None else settings.mountpoint_of(arguments.mount)
-    return arguments.cache_dir, mount, arguments.origins.get("cache-dir") == "argument"
+    return last_daemon(arguments.cache_dir, mount, arguments.origins.get("cache-dir") == "argument")

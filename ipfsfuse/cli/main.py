@@ -40,7 +40,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return code
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:
         if "IPFSFUSE_TRACEBACK" in os.environ:
-            _show_traceback(exc)
+            for line in "".join(traceback.format_exception(exc)).splitlines():
+                console.note(line)
         return _ended_by(exc, as_json="--json" in (sys.argv[1:] if argv is None else argv))
 
 
@@ -94,8 +95,3 @@ def _discard_unwritable(stream: TextIO | None) -> None:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _show_traceback(exc: BaseException) -> None:
-    for line in "".join(traceback.format_exception(exc)).splitlines():
-        console.note(line)

@@ -104,7 +104,7 @@ def _target(arguments: argparse.Namespace, text: str) -> tuple[Path, str]:
             raise UsageError(f"{exc}{where}") from exc
         if not found.below:
             raise UsageError(f"{text} is a mountpoint: name something in it") from exc
-        control = folders.control(None, str(found.mountpoint))
+        control = folders.control(folders.last_daemon(None, str(found.mountpoint)))
         live = folders.live_mount(found.mountpoint, None)
         main = client.call(control, "status", timeout=ANSWER_SECONDS)["mountpoint"]
         top = "ipfs" if live is None or str(live.mountpoint) == main else "ipns"

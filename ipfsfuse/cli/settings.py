@@ -10,9 +10,8 @@ import argparse
 import os
 import shlex
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipfsfuse import config, units
 from ipfsfuse.cli import console
@@ -68,16 +67,11 @@ ALLOW_OTHER = (
 PATHS = frozenset({"cache-dir", "library", "record", "ipns", "log-file", "mountpoint"})
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Settings of one origin, by the names of their options."""
-
-    origin: str
-    values: Mapping[str, object]
+Layer = tuple[str, Mapping[str, object]]
+"""An origin of settings, and their values by the names of the options."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class ConfigFile(NamedTuple):
     path: Path
     values: Mapping[str, object]
     mounts: Mapping[str, Mapping[str, object]]
@@ -93,7 +87,7 @@ def candidates() -> list[Path]:
     return [Path(named)] if named else [user_file(), SYSTEM]
 
 
-def files() -> list[File]:
+def files() -> list[ConfigFile]:
     """The configuration files that exist, in the order of precedence. Raises UsageError, naming file and
     key."""
     named = os.environ.get("IPFSFUSE_CONFIG")
@@ -117,7 +111,7 @@ def files() -> list[File]:
     return found
 
 
-def _parsed(path: Path, text: str) -> File:
+def _parsed(path: Path, text: str) -> ConfigFile:
     import tomllib  # 10 ms, and only where there is a file
 
     try:
@@ -135,7 +129,7 @@ def _parsed(path: Path, text: str) -> File:
         _check_keys(where, table, [*SETTINGS, "mountpoint"])
         if not isinstance(table.get("mountpoint"), str):
             raise UsageError(f'{where}: mountpoint is missing: write mountpoint = "/some/folder"')
-    return File(path, values, mounts)
+    return ConfigFile(path, values, mounts)
 
 
 def _check_keys(where: str, values: Mapping[str, object], known: Collection[str]) -> None:
@@ -165,11 +159,11 @@ def _layers(name: str | None) -> list[Layer]:
     """The origins of settings for the mount of that name, in the order of precedence."""
     variables = {key: f"IPFSFUSE_{key.upper().replace('-', '_')}" for key in SETTINGS}
     given = {key: os.environ.get(variable) for key, variable in variables.items()}
-    layers = [Layer(variables[key], {key: text}) for key, text in given.items() if text]
+    layers: list[Layer] = [(variables[key], {key: text}) for key, text in given.items() if text]
     for file in files():
         if name is not None and name in file.mounts:
-            layers.append(Layer(f"{file.path} [mount.{name}]", file.mounts[name]))
-        layers.append(Layer(str(file.path), file.values))
+            layers.append((f"{file.path} [mount.{name}]", file.mounts[name]))
+        layers.append((str(file.path), file.values))
     return layers
 
 
@@ -184,11 +178,9 @@ def fill(arguments: argparse.Namespace, options: Iterable[tuple[argparse.Action,
         name = action.option_strings[-1].removeprefix("--")
         origin = "argument"
         if not hasattr(arguments, action.dest):
-            origin, value = "built in", default
-            layer = next((each for each in layers if name in each.values and name in SETTINGS), None)
-            if layer is not None:
-                origin = layer.origin
-                value = _converted(action, name, origin, layer.values[name])
+            built_in: Layer = "built in", {name: default}
+            origin, values = next((layer for layer in layers if name in layer[1]), built_in)
+            value = default if values is built_in[1] else _converted(action, name, origin, values[name])
             setattr(arguments, action.dest, value)
         if name in SETTINGS:
             arguments.origins[name] = origin

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfsfuse.cache.store.folder import read_file
-from ipfsfuse.fileio.files import write_file
+from ipfsfuse.fileio.files import Closing, write_file
 from ipfsfuse.fuse import mountpoint as mountpoints
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -101,11 +101,9 @@ def _opened(path: Path) -> Iterator[int | None]:
     except OSError:
         yield None
         return
-    try:
+    with Closing(folder):
         info = os.fstat(folder)
         yield folder if info.st_uid == os.geteuid() and not info.st_mode & 0o077 else None
-    finally:
-        os.close(folder)
 
 
 def _read(folder: int, name: str) -> LiveMount | None:

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ipfsfuse import client
 from ipfsfuse.control import MAX_LINE
 from ipfsfuse.errors import DaemonFailed, IpfsFuseError, NotAllowed, StoreFailed, UsageError
 from ipfsfuse.fileio import threads
+from ipfsfuse.fileio.files import Closing
 
 log = logging.getLogger(__name__)
 
@@ -68,23 +70,22 @@ class ControlServer:
 
         A full disk prevents no mount: the socket is made when there is room. Raises StoreFailed for any other
         failure."""
+        made = None
         try:
-            listener, inode = _listen(path)
+            made = _listen(path)
         except StoreFailed as exc:
             if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in LATER:
                 raise
             log.warning("%s", exc)
-            task_status.started()
-            listener, inode = await _listen_again(path, remake)
-        else:
-            task_status.started()
+        task_status.started()
         async with trio.open_nursery() as connections:
             while True:
+                listener, inode = made or await _listen_again(path, remake)
+                made = None
                 try:
                     await self._listen_while_there(path, listener, connections)
                 finally:
                     _remove_own(path, inode)
-                listener, inode = await _listen_again(path, remake)
 
     async def _listen_while_there(
         self, path: Path, listener: trio.socket.SocketType, connections: trio.Nursery
@@ -235,18 +236,15 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
             path.unlink()
         # the file that bind makes gets the socket's own mode: never open to others
         os.fchmod(listener.fileno(), 0o600)
-        folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-        try:  # an address has at most 108 bytes, and the folder may lie deeper than that
+        with Closing(os.open(path.parent, os.O_PATH | os.O_CLOEXEC)) as folder:
+            # an address has at most 108 bytes, and the folder may lie deeper than that
             listener.bind(f"/proc/self/fd/{folder}/{path.name}")
-        finally:
-            os.close(folder)
         listener.listen(128)
-    except OSError as exc:
+    except (OSError, StoreFailed) as exc:
         listener.close()
+        if isinstance(exc, StoreFailed):
+            raise
         raise StoreFailed(f"the control socket {path} can't be made: {exc.strerror}") from exc
-    except StoreFailed:
-        listener.close()
-        raise
     return trio.socket.from_stdlib_socket(listener), path.lstat().st_ino
 
 
@@ -278,8 +276,6 @@ def _is_there(path: Path) -> bool:
 
 def _remove_own(path: Path, inode: int) -> None:
     """Removes the socket unless another has taken its place (a folder removed and made anew under us)."""
-    try:
+    with suppress(OSError):  # it may be gone with its folder
         if path.lstat().st_ino == inode:
             path.unlink()
-    except OSError:
-        pass  # gone with its folder

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
@@ -90,12 +91,10 @@ def raise_readahead(directory: str, options: Sequence[str]) -> None:
     wanted = [each.partition("=")[2] for each in options if each.startswith("readahead=")]
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         devices = [line.split(" ")[2] for line in lines if line.split(" ")[4] == directory]
-    try:
-        for kib in wanted[:1] if devices else ():
-            with open(f"/sys/class/bdi/{devices[-1]}/read_ahead_kb", "w", encoding="ascii") as setting:
-                setting.write(kib)
-    except OSError:
-        pass  # reads are slower, and no less right
+    for kib in wanted[:1] if devices else ():
+        # where that fails, reads are slower, and no less right
+        with suppress(OSError), open(f"/sys/class/bdi/{devices[-1]}/read_ahead_kb", "w") as setting:
+            setting.write(kib)
 
 
 def is_dead(directory: str) -> bool:

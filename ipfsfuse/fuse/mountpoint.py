@@ -83,7 +83,7 @@ def prepare(mountpoint: Path) -> None:
         raise MountFailed(f"{mountpoint} is not empty: mount on an empty directory")
 
 
-class Place:
+class MountTarget:
     """The folder that a mount is to be made at, whatever its path leads to meanwhile.
 
     For an ordinary user fusermount3 changes into the folder, checks it there, and mounts at "."; for root it
@@ -112,7 +112,7 @@ class Place:
             raise
         self._before = {(mounted.number, mounted.mountpoint) for mounted in table()}
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> "MountTarget":
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -23,7 +23,7 @@ import trio
 
 from ipfsfuse.errors import MountFailed, NameTooLong, NotFound, ReadOnly, Unavailable
 from ipfsfuse.fuse import errnos
-from ipfsfuse.fuse.session import INIT_SECONDS, Mount, MountHelper, close_mount
+from ipfsfuse.fuse.session import INIT_SECONDS, MountedDevice, MountHelper, close_mount
 
 log = logging.getLogger("ipfsfuse.fuse")
 
@@ -103,7 +103,7 @@ class _Link:
 class NameLinks:
     """Serves one device until it is unmounted."""
 
-    def __init__(self, mount: Mount, target: Target, listed: Listed, deadline: float) -> None:
+    def __init__(self, mount: MountedDevice, target: Target, listed: Listed, deadline: float) -> None:
         self._fd, self._target, self._listed, self._deadline = mount.fd, target, listed, deadline
         self._links: dict[int, _Link] = {}
         self._numbers: dict[bytes, int] = {}

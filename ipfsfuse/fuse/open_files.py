@@ -12,7 +12,6 @@ Concurrency: the event loop's; between two awaits the tables are consistent.
 
 import errno
 import logging
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from ipfsfuse.cache.store.staging import Entry
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fileio.files import Closing
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.sources.base import Caller
@@ -81,12 +81,11 @@ class Passthrough:
                 f"--passthrough: the cache folder's file system can't be used for it ({exc.strerror}): use "
                 "a cache folder on a local disk"
             ) from exc
-        try:
-            device.close_backing(device.open_backing(file))
-        except OSError as exc:
-            raise MountFailed(f"--passthrough: {_why(exc)}") from exc
-        finally:
-            os.close(file)
+        with Closing(file):
+            try:
+                device.close_backing(device.open_backing(file))
+            except OSError as exc:
+                raise MountFailed(f"--passthrough: {_why(exc)}") from exc
 
     def open(self, inode: Inode) -> int | None:
         """A handle with which the kernel reads the file itself; None where it must be read through the
@@ -259,12 +258,9 @@ class OpenFiles:
     # -- data pushed to the kernel ---------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Takes note of what was opened in C, and of what the kernel took into its page cache."""
+        """Takes note of what was opened in C."""
         if not self._push:
             return
-        for inode in self._pusher.stored():
-            if self._inodes.holds(inode) and inode.attributes.exact:
-                device.allow(inode.number)
         last = None
         for number in device.drain():
             last = self._inodes.known(number)
@@ -293,7 +289,7 @@ class PageCachePusher:
     and a store into that page waits for the lock. If the daemon is killed in that moment, nothing ever ends:
     the waiting thread keeps the connection alive, and nobody is left to answer. So an inode has either a
     store under way or open files, never both: whoever opens one calls `remove` first, and C opens none
-    meanwhile.
+    meanwhile. What is stored the C thread may open.
 
     One thread stores; everything else belongs to the event loop."""
 
@@ -303,7 +299,6 @@ class PageCachePusher:
         """For the next two."""
         self._waiting: dict[int, tuple[Inode, bytes]] = {}
         self._storing: int | None = None
-        self._stored: queue.SimpleQueue[Inode] = queue.SimpleQueue()
         self._busy = threading.Lock()
         """Held while the kernel takes one file's bytes."""
 
@@ -314,11 +309,6 @@ class PageCachePusher:
                 if len(self._waiting) < MAX_WAITING:
                     self._waiting[inode.number] = inode, content
         self._wake.put(True)
-
-    def stored(self) -> Iterator[Inode]:
-        """The inodes whose bytes the kernel has taken, each once."""
-        while not self._stored.empty():
-            yield self._stored.get()
 
     def remove(self, number: int) -> None:
         """From now on nothing is stored into inode `number`. Waits for a store under way: some 20 us, since
@@ -345,7 +335,7 @@ class PageCachePusher:
         try:
             if device.revoke_if_closed(inode.number):
                 pyfuse3.notify_store(pyfuse3.InodeT(inode.number), 0, content)
-                self._stored.put(inode)
+                device.allow(inode.number)
         except OSError as exc:
             log.debug(
                 "inode %d took no pages: %s", inode.number, exc

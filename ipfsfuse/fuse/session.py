@@ -23,7 +23,7 @@ import trio
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fuse.device import Device
-from ipfsfuse.fuse.mountpoint import HELPER, Place, fusermount
+from ipfsfuse.fuse.mountpoint import HELPER, MountTarget, fusermount
 from ipfsfuse.fuse.operations import Operations
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -41,7 +41,7 @@ _NOTIFY_PRUNE, _PRUNED_AT_ONCE = 9, 4096
 
 
 @dataclass
-class Mount:
+class MountedDevice:
     """/dev/fuse as fusermount3 opened it for one mountpoint."""
 
     fd: int
@@ -53,7 +53,7 @@ class Mount:
 class Session:
     """A session that libfuse accepted, not yet serving."""
 
-    mount: Mount
+    mount: MountedDevice
     device: Device
     operations: Operations
 
@@ -120,10 +120,10 @@ class MountHelper:
         command = ["/bin/sh", "-c", script, "sh", *words]
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/", **more)
 
-    def mount(self) -> Mount:
+    def mount(self) -> MountedDevice:
         """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
         one."""
-        with Place(self.mountpoint) as place:
+        with MountTarget(self.mountpoint) as place:
             mount = self._mount()
             try:
                 place.check()
@@ -134,7 +134,7 @@ class MountHelper:
                 raise
             return mount
 
-    def _mount(self) -> Mount:
+    def _mount(self) -> MountedDevice:
         assert self._mounting.stdin is not None
         assert self._mounting.stderr is not None
         with contextlib.suppress(BrokenPipeError):
@@ -148,7 +148,7 @@ class MountHelper:
             self._mounting.wait()
             raise MountFailed(_why(said.decode(errors="replace"), self.mountpoint, self._allow_other))
         self._mounting.stderr.close()
-        return Mount(fds[0], self._ours)
+        return MountedDevice(fds[0], self._ours)
 
     async def unmount(self) -> None:
         """Unmounts, lazily where it is busy, while the loop goes on answering."""
@@ -279,7 +279,7 @@ async def _main(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def close_mount(mount: Mount) -> None:
+def close_mount(mount: MountedDevice) -> None:
     """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
     with contextlib.suppress(OSError):
         os.close(mount.fd)

@@ -33,6 +33,7 @@ from ipfsfuse.dag.builder import (
 )
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import AddFailed, UsageError
+from ipfsfuse.fileio.files import Closing
 from ipfsfuse.sources.local.library import Library, NewRoot
 
 # -- walking local files -------------------------------------------------------------------------------------
@@ -48,19 +49,19 @@ _KINDS = {
 }
 
 
-class Enter(NamedTuple):
-    """A directory. Its entries follow, sorted by name, and then its Leave."""
+class EnterFolder(NamedTuple):
+    """A directory. Its entries follow, sorted by name, and then its LeaveFolder."""
 
     path: str
     name: bytes
     status: os.stat_result
 
 
-class Leave(NamedTuple):
+class LeaveFolder(NamedTuple):
     """The end of the directory that was entered last."""
 
 
-class Regular(NamedTuple):
+class LocalFile(NamedTuple):
     path: str
     name: bytes
     fd: int
@@ -68,14 +69,14 @@ class Regular(NamedTuple):
     status: os.stat_result
 
 
-class Symlink(NamedTuple):
+class LocalSymlink(NamedTuple):
     path: str
     name: bytes
     target: bytes
     status: os.stat_result
 
 
-Event = Enter | Leave | Regular | Symlink
+Event = EnterFolder | LeaveFolder | LocalFile | LocalSymlink
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ def walk(path: str, name: str, hidden: bool, contents: bool = True) -> Iterator[
             child = next(top.names, None)
             if child is None:
                 _pop(stack)
-                yield Leave()
+                yield LeaveFolder()
             elif contents and child in top.regular:  # nearly all
                 yield from _regular(f"{top.path}/{child}", child, child, top.fd)
             else:
@@ -143,16 +144,16 @@ def _visit(
     if kind == stat.S_IFLNK:
         with naming(path):
             target = os.readlink(os.fsencode(at), dir_fd=parent)
-        yield Symlink(path, encoded, target, status)
+        yield LocalSymlink(path, encoded, target, status)
     elif kind == stat.S_IFDIR:
         stack.append(_open_directory(path, at, parent, hidden))
         if len(stack) > _MAX_OPEN:
             above = stack[-_MAX_OPEN - 1]
             os.close(above.fd)
             above.fd = -1
-        yield Enter(path, encoded, status)
+        yield EnterFolder(path, encoded, status)
     elif kind == stat.S_IFREG and not contents:
-        yield Regular(path, encoded, -1, status)
+        yield LocalFile(path, encoded, -1, status)
     elif kind == stat.S_IFREG:
         yield from _regular(path, at, name, parent)
     else:
@@ -164,13 +165,11 @@ def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Even
     encoded = _encoded(path, name)
     with naming(path):
         fd = os.open(at, _FLAGS | os.O_NONBLOCK, dir_fd=parent)
-    try:
+    with Closing(fd):
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _refusal(path, status)
-        yield Regular(path, encoded, fd, status)
-    finally:
-        os.close(fd)
+        yield LocalFile(path, encoded, fd, status)
 
 
 def _encoded(path: str, name: str) -> bytes:
@@ -202,17 +201,14 @@ def _open_directory(path: str, at: str, parent: int | None, hidden: bool) -> _Op
 
 def _pop(stack: list[_Open]) -> None:
     """Ends the directory on top of the stack, and makes sure that its parent is open."""
-    done = stack.pop()
-    try:
+    with Closing(stack.pop().fd) as done:
         if stack and stack[-1].fd < 0:
             parent = stack[-1]
             with naming(parent.path):
-                parent.fd = os.open("..", _FLAGS | os.O_DIRECTORY, dir_fd=done.fd)
+                parent.fd = os.open("..", _FLAGS | os.O_DIRECTORY, dir_fd=done)
                 status = os.fstat(parent.fd)
             if (status.st_dev, status.st_ino) != parent.identity:
                 raise AddFailed(f"{parent.path} was moved while it was added")
-    finally:
-        os.close(done.fd)
 
 
 # -- adding --------------------------------------------------------------------------------------------------
@@ -267,7 +263,7 @@ def add(
     with ExitStack() as exits:
         writer = None if library is None else exits.enter_context(library.open_writer())
         threads = exits.enter_context(ThreadPoolExecutor(_HASH_THREADS, "hash"))
-        job = _Job(options, writer.put if writer else lambda _cid, _block: None, progress, paths, threads)
+        job = _Adder(options, writer.put if writer else lambda _cid, _block: None, progress, paths, threads)
         yield from job.run()
         if writer is not None:
             writer.commit(job.roots)
@@ -291,7 +287,7 @@ def _name(path: str) -> str:
     return os.path.basename(os.path.abspath(path)) or "root"
 
 
-class _Job:
+class _Adder:
     """One add while it runs. Several threads hash while the next chunks are read."""
 
     def __init__(
@@ -325,7 +321,7 @@ class _Job:
             return None
         walks = (walk(path, _name(path), self._options.hidden, contents=False) for path in self._paths)
         events = chain.from_iterable(walks)
-        return sum(event.status.st_size for event in events if isinstance(event, Regular))
+        return sum(event.status.st_size for event in events if isinstance(event, LocalFile))
 
     def _advance(self, count: int) -> None:
         self._done += count
@@ -364,10 +360,10 @@ class _Job:
         """Everything below one PATH. A directory comes after everything in it."""
         open_dirs: list[_Directory] = []
         for event in walk(path, _name(path), self._options.hidden):
-            if isinstance(event, Enter):
+            if isinstance(event, EnterFolder):
                 open_dirs.append(_Directory(event, _joined(open_dirs, event.name), []))
                 continue
-            if isinstance(event, Leave):
+            if isinstance(event, LeaveFolder):
                 done = open_dirs.pop()
                 name, shown = done.event.name, done.shown
                 built = directory(self._profile, done.children, self._stored(done.event.status), self._sink)
@@ -380,9 +376,9 @@ class _Job:
             open_dirs[-1].children.append((name, built))
         raise AddFailed(f"{path}: nothing was found there")
 
-    def _single(self, event: Regular | Symlink) -> Built:
+    def _single(self, event: LocalFile | LocalSymlink) -> Built:
         stored = self._stored(event.status)
-        if isinstance(event, Symlink):
+        if isinstance(event, LocalSymlink):
             return symlink(self._profile, event.target, stored, self._sink)
         self._path = event.path
         return self._regular(event.fd, event.status, stored)
@@ -463,7 +459,7 @@ class _Job:
 class _Directory(NamedTuple):
     """A directory that was entered, and the children that are done."""
 
-    event: Enter
+    event: EnterFolder
     shown: str
     children: list[tuple[bytes, Built]]
 

@@ -47,7 +47,7 @@ async def push(root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> P
     After a failure the next push goes on where this one ended, unless the node collects its garbage in
     between. Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be
     known, and SourceFailed."""
-    job = _Job(root, get, node, progress)
+    job = _Pusher(root, get, node, progress)
     for last in [False] * (_ROUNDS - 1) + [True]:
         await job.send_all()
         try:
@@ -75,7 +75,7 @@ async def _pin(root: Cid, node: Rpc) -> None:
     raise NotHere(f"{node.name}: the pin of {text} was not made")  # it failed after the answer had begun
 
 
-class _Job:
+class _Pusher:
     def __init__(self, root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> None:
         self.blocks = self.bytes = self.present = 0
         self._root, self._get, self._node, self._progress = root, get, node, progress

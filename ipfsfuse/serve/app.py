@@ -29,8 +29,8 @@ from ipfsfuse.errors import (
 )
 from ipfsfuse.serve import dag_stream
 from ipfsfuse.serve import request as requests
-from ipfsfuse.serve.dag_stream import Place, Span
-from ipfsfuse.serve.request import CAR, RAW, RECORD, Refused, Wanted
+from ipfsfuse.serve.dag_stream import ResolvedPath, Span
+from ipfsfuse.serve.request import CAR, RAW, RECORD, GatewayRequest, Refused
 from ipfsfuse.sources.names import record as records
 from ipfsfuse.sources.names.record import KeyName, Record
 from ipfsfuse.text import printable
@@ -103,10 +103,10 @@ class TrustlessGateway:
 
             nursery.start_soon(watch)
             nursery.cancel_scope.deadline = trio.current_time() + WHOLE_ANSWER_SECONDS
-            await self._answer(scope, _Reply(send, scope["method"] == "HEAD"))
+            await self._answer(scope, _Response(send, scope["method"] == "HEAD"))
             nursery.cancel_scope.cancel()
 
-    async def _answer(self, scope: Scope, reply: "_Reply") -> None:
+    async def _answer(self, scope: Scope, reply: "_Response") -> None:
         self.served.requests += 1
         try:
             _check_method(scope)
@@ -141,7 +141,7 @@ class TrustlessGateway:
         log.error("a request failed unexpectedly", exc_info=exc)
         return Refused(500, "this gateway failed unexpectedly: its log says more")
 
-    async def _block(self, wanted: Wanted, cid: Cid) -> bytes:
+    async def _block(self, wanted: GatewayRequest, cid: Cid) -> bytes:
         try:
             block = await self._get_block(cid, self._fetch and not wanted.only_if_cached)
         except NotHere as exc:
@@ -154,7 +154,7 @@ class TrustlessGateway:
 
     # -- one block -------------------------------------------------------------------------------------------
 
-    async def _raw(self, wanted: Wanted, reply: "_Reply") -> None:
+    async def _raw(self, wanted: GatewayRequest, reply: "_Response") -> None:
         text = cids.text(wanted.root)
         headers = _common(wanted, text, f'"{text}.raw"') | {"accept-ranges": "bytes", "content-type": RAW}
         unchanged = _is_unchanged(wanted, headers)
@@ -173,7 +173,7 @@ class TrustlessGateway:
 
     # -- CARs ------------------------------------------------------------------------------------------------
 
-    async def _car(self, wanted: Wanted, reply: "_Reply") -> None:
+    async def _car(self, wanted: GatewayRequest, reply: "_Response") -> None:
         async def get(cid: Cid) -> bytes:
             return await self._block(wanted, cid)
 
@@ -201,7 +201,7 @@ class TrustlessGateway:
 
     # -- IPNS records ----------------------------------------------------------------------------------------
 
-    async def _record(self, wanted: Wanted, reply: "_Reply") -> None:
+    async def _record(self, wanted: GatewayRequest, reply: "_Response") -> None:
         name = records.parse_name(wanted.name)
         if not isinstance(name, KeyName):
             raise Refused(400, f"{wanted.name[:200]!r} is not the name of a key")
@@ -237,7 +237,7 @@ def _check_method(scope: Scope) -> None:
         raise Refused(413, "a request has no body here")
 
 
-def _common(wanted: Wanted, root: str, tag: str) -> Headers:
+def _common(wanted: GatewayRequest, root: str, tag: str) -> Headers:
     """The headers of every answer that is a success."""
     stem = root or wanted.name
     return {
@@ -258,13 +258,13 @@ def _header(text: str) -> str:
     )
 
 
-def _tag(wanted: Wanted, place: Place) -> str:
+def _tag(wanted: GatewayRequest, place: ResolvedPath) -> str:
     """The same request has the same blocks, in the same order: but for the order a weak tag would do."""
     asked = (wanted.root, wanted.names, wanted.scope, wanted.first, wanted.last, wanted.dups)
     return f'W/"{cids.text(place.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
 
 
-def _is_unchanged(wanted: Wanted, headers: Headers) -> bool:
+def _is_unchanged(wanted: GatewayRequest, headers: Headers) -> bool:
     weak = headers["etag"].removeprefix("W/")
     return any(tag == "*" or tag.removeprefix("W/") == weak for tag in wanted.if_none_match)
 
@@ -274,7 +274,7 @@ def _seconds_left(record: Record) -> int:
     return min(left, max(record.ttl, records.NANOSECONDS)) // records.NANOSECONDS
 
 
-class _Reply:
+class _Response:
     """The answer to one request."""
 
     def __init__(self, send: Send, head: bool) -> None:

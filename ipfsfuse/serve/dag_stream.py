@@ -32,7 +32,7 @@ class TooMuch(Exception):
     """A DAG that is too large, or too deep, for one answer."""
 
 
-class Place(NamedTuple):
+class ResolvedPath(NamedTuple):
     """What a path leads to, and the blocks on the way there."""
 
     way: Sequence[Cid]
@@ -46,7 +46,7 @@ class Span(NamedTuple):
     last: int | None
 
 
-async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
+async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> ResolvedPath:
     """Raises NotFound for a name that is proved absent, Malformed, Unsupported, and what `get` raises."""
     way: list[Cid] = []
 
@@ -70,11 +70,11 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> Place:
         entity = link.cid
     if cids.is_value(entity):  # the path ends within the last block of the way
         entity = way.pop()
-    return Place(way, entity)
+    return ResolvedPath(way, entity)
 
 
 async def blocks(
-    get: GetBlock, place: Place, scope: str, span: Span, dups: bool
+    get: GetBlock, place: ResolvedPath, scope: str, span: Span, dups: bool
 ) -> AsyncIterator[tuple[Cid, bytes]]:
     """The blocks of the way to `place`, then depth first those of its entity that `scope` (block, entity or
     all) and `span` want. Without `dups` each comes once. Identity CIDs are their own blocks, and not among

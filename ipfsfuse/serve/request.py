@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class GatewayRequest:
     """What one request asks for."""
 
     format: str
@@ -59,7 +59,7 @@ class Wanted:
     """RAW: first and last byte that are wanted, as in RFC 9110; None for all."""
 
 
-def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Wanted:
+def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> GatewayRequest:
     """Raises Refused."""
     fields: dict[str, str] = {}
     for key, value in headers:
@@ -76,7 +76,7 @@ def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]])
     kind, options = _format(asked, fields.get("accept", ""))
     cache = fields.get("cache-control", "").lower().replace(" ", "").split(",")
     tags = fields.get("if-none-match", "")
-    wanted = Wanted(
+    wanted = GatewayRequest(
         kind,
         path,
         filename=asked.get("filename", ""),
@@ -121,7 +121,7 @@ def _format(asked: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]
     return kind, accepted.get(kind, {})
 
 
-def _car(wanted: Wanted, asked: Mapping[str, str], options: Mapping[str, str]) -> Wanted:
+def _car(wanted: GatewayRequest, asked: Mapping[str, str], options: Mapping[str, str]) -> GatewayRequest:
     """`wanted` with what the query and the parameters in Accept say of a CAR. Raises Refused."""
     version = asked.get("car-version", options.get("version", "1"))
     order = asked.get("car-order", options.get("order", "dfs"))
@@ -159,7 +159,7 @@ def slice_of(wanted: tuple[int | None, int | None], size: int) -> tuple[int, int
     return (first, end) if first < end else None
 
 
-def disposition(wanted: Wanted, stem: str) -> str:
+def disposition(wanted: GatewayRequest, stem: str) -> str:
     """Content-Disposition: the file's name as asked for, else `stem` with the format's ending. Names that are
     not ASCII are given twice (RFC 6266)."""
     ending = {RAW: "bin", CAR: "car", RECORD: "ipns-record"}[wanted.format]

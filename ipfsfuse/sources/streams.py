@@ -9,8 +9,9 @@ and then waits. In a stream with `turns` it waits until it is asked for the next
 take Python's lock from those who work on the last ones. Leaving the block ends the stream.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import groupby
 from typing import Generic, NamedTuple, TypeVar
 
 import trio
@@ -23,6 +24,7 @@ from ipfsfuse.errors import NotHere
 T = TypeVar("T")
 
 Block = bytes | memoryview
+B = TypeVar("B", bound=Block)
 
 
 def nothing() -> None:
@@ -41,7 +43,15 @@ class Delivery(NamedTuple):
     for whoever does not when the stream ends."""
 
 
-Blocks = Sequence[tuple[Cid, bytes]]
+class Hashed(NamedTuple):
+    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
+    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
+
+    block: bytes
+    digest: bytes
+
+
+Blocks = Sequence[tuple[Cid, bytes | Hashed]]
 """Blocks with their CIDs as their source claims them, parents before children."""
 
 
@@ -142,6 +152,14 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
             return False
         end += leaf.size
     return True
+
+
+def consecutive(found: Sequence[tuple[int, B]]) -> Iterator[tuple[int, Sequence[B]]]:
+    """`found`, the indexes of some leaves with their blocks, cut into blocks of consecutive leaves: the index
+    of the first, and the blocks."""
+    for _, run in groupby(enumerate(found), key=lambda each: each[1][0] - each[0]):
+        rows = [row for _at, row in run]
+        yield rows[0][0], [block for _index, block in rows]
 
 
 async def send_singly(

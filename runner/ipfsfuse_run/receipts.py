@@ -20,7 +20,6 @@ from ipfsfuse_run import limits
 from ipfsfuse_run.errors import TRAPPED, ReceiptRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.read_paths import Row
-from ipfsfuse_run.supervisor import Digest
 
 FORMAT = 2
 _KIND = "ipfsfuse-run receipt"
@@ -28,7 +27,7 @@ RECEIPT, GUEST, STDIN, STDOUT, STDERR = "receipt.json", "guest.wasm", "stdin", "
 OUT, DIRS, IPFS, SIGNATURE = "out", "dir", "ipfs", "signature.json"
 """What is in the root of the CAR file (`record`)."""
 
-_SHA256, _SALT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
+_HEXADECIMAL = re.compile("[0-9a-f]*")
 
 MAX_BYTES = 64 << 20
 """Of the largest receipt: it names a million blocks."""
@@ -62,10 +61,6 @@ class Variable(NamedTuple):
     value: str | None
 
 
-def variable(salt: str, name: str, value: str, keep: bool) -> Variable:
-    return Variable(name, variable_hash(salt, name, value), value if keep else None)
-
-
 def variable_hash(salt: str, name: str, value: str) -> str:
     """`salt` is hexadecimal: it keeps two receipts from showing that a value is the same in both."""
     return hashlib.sha256(bytes.fromhex(salt) + f"{name}={value}".encode()).hexdigest()
@@ -76,6 +71,16 @@ class GivenDir(NamedTuple):
 
     guest: str
     cid: Cid | None
+
+
+class Digest(NamedTuple):
+    """Of what passed through a stream."""
+
+    sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256} ({self.size} bytes)"
 
 
 class Receipt(NamedTuple):
@@ -283,8 +288,10 @@ def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
     root, out, limit = fields["root"], results["out"], results["limit"]
     if limit is not None and _text(limit, "limit") not in (*Limits._fields, "tmp"):
         raise _Unfit("limit")
+    if root is not None and (not _text(root, "root").strip("/") or root.startswith("/")):
+        raise _Unfit("root")
     return found._replace(
-        root=None if root is None else _root(root),
+        root=root,
         tmp=_number(fields["tmp"], "tmp"),
         engine=_text(fields["engine"], "engine"),
         paths=[_row(each) for each in _list(fields["paths"], "paths")],
@@ -302,9 +309,7 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
             raise _Unfit("env")
         return "", [Variable(name, "", value) for name, value in pairs]
     env = _record(given, "env", {"salt", "variables"})
-    salt = env["salt"]
-    if not isinstance(salt, str) or not _SALT.fullmatch(salt):
-        raise _Unfit("env: its salt is not 32 hexadecimal digits")
+    salt = _hexadecimal(env["salt"], "env", 32)
     found: dict[str, Variable] = {}
     for each in _list(env["variables"], "env"):
         keys = {"name", "sha256", "value"}
@@ -314,18 +319,11 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
         name, value = _text(fields["name"], "env", MAX_ARGUMENTS), fields.get("value")
         if not name or "=" in name or name in found:
             raise _Unfit("env")
-        hashed = _sha256(fields["sha256"], "env")
+        hashed = _hexadecimal(fields["sha256"], "env", 64)
         if "value" in fields and variable_hash(salt, name, _text(value, "env", MAX_ARGUMENTS)) != hashed:
             raise _Unfit(f"env: the value of {name[:80]!r} is not the one whose hash is given")
         found[name] = Variable(name, hashed, value)
     return salt, list(found.values())
-
-
-def _root(given: object) -> str:
-    text = _text(given, "root")
-    if not text.strip("/") or text.startswith("/"):
-        raise _Unfit("root")
-    return text
 
 
 def _row(given: object) -> Row:
@@ -417,10 +415,10 @@ def _dir(given: object, number: int) -> GivenDir:
 
 
 def _digest(fields: Mapping[str, Any], name: str) -> Digest:
-    return Digest(_sha256(fields["sha256"], name), _number(fields["size"], name))
+    return Digest(_hexadecimal(fields["sha256"], name, 64), _number(fields["size"], name))
 
 
-def _sha256(given: object, name: str) -> str:
-    if not isinstance(given, str) or not _SHA256.fullmatch(given):
-        raise _Unfit(name)
+def _hexadecimal(given: object, name: str, digits: int) -> str:
+    if not isinstance(given, str) or len(given) != digits or not _HEXADECIMAL.fullmatch(given):
+        raise _Unfit(f"{name}: {given!r:.80} is not {digits} hexadecimal digits")
     return given

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ipfsfuse.cache.pins.batches import MAX_MEMBERS, Batch, BatchPlanner, directory, members_of
+from ipfsfuse.cache.pins.batches import MAX_MEMBERS, BatchPlanner, PinBatch, directory, members_of
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, nodes, unixfs
 from ipfsfuse.dag.cid import Cid
@@ -81,7 +81,7 @@ class Shelf(RuleBasedStateMachine):
         for number in self.planner.batches.keys() - self.node.keys():
             self.planner.lose(number)
         for number in sorted(self.node.keys() - self.planner.batches.keys()):
-            self.planner.adopt(Batch(number, self.node[number]))
+            self.planner.adopt(PinBatch(number, self.node[number]))
         assert self.planner.batches == self.node
 
     @precondition(lambda self: not self.round_open)
@@ -92,13 +92,13 @@ class Shelf(RuleBasedStateMachine):
         for key in self.wanted:
             self.planner.add(key)
         for number, members in self.node.items():
-            self.planner.adopt(Batch(number, members))
+            self.planner.adopt(PinBatch(number, members))
 
     @precondition(lambda self: not self.round_open)
     @rule(index=st.integers(0, 40), count=st.integers(1, 8))
     def edit(self, index: int, count: int) -> None:
         """Somebody puts a batch of his own among ours, and we find it."""
-        batch = Batch(
+        batch = PinBatch(
             max(self.node, default=0) + 5, tuple(cid(number) for number in range(index, index + count))
         )
         self.node[batch.number] = batch.members
@@ -137,7 +137,7 @@ TestShelf.settings = settings(max_examples=80, stateful_step_count=40)
 def test_a_batch_that_was_about_to_be_dropped_stays_if_half_of_it_is_wanted_again() -> None:
     """A process that knew little of what is staged is killed between its write and its drop."""
     first = BatchPlanner(limit=16)
-    first.adopt(Batch(1, tuple(map(cid, range(10)))))
+    first.adopt(PinBatch(1, tuple(map(cid, range(10)))))
     for index in range(3):
         first.add(cid(index))
     (written,), drops = first.begin()
@@ -145,7 +145,7 @@ def test_a_batch_that_was_about_to_be_dropped_stays_if_half_of_it_is_wanted_agai
     second = BatchPlanner(limit=16)
     for index in range(10):
         second.add(cid(index))
-    for batch in (Batch(1, tuple(map(cid, range(10)))), written):
+    for batch in (PinBatch(1, tuple(map(cid, range(10)))), written):
         second.adopt(batch)
     assert not second.begin(), "ten are wanted, and thirteen are linked"
     for index in range(3):
@@ -211,8 +211,8 @@ def test_a_round_that_broke_off_before_its_drops_is_not_written_again() -> None:
     planner = BatchPlanner()
     for index in range(4, 12):
         planner.add(cid(index))
-    planner.adopt(Batch(1, tuple(map(cid, range(6)))))
-    planner.adopt(Batch(2, tuple(map(cid, range(4, 12)))))
+    planner.adopt(PinBatch(1, tuple(map(cid, range(6)))))
+    planner.adopt(PinBatch(2, tuple(map(cid, range(4, 12)))))
     assert planner.begin() == ((), (1,))
 
 

@@ -164,8 +164,8 @@ def test_holders_are_counted_until_the_last_has_gone(running: Running) -> None:
         with client.Connection(running.path) as second:
             assert second.hold() == 2
             assert second.ask("echo")["got"] == {}
-        assert not running.server.let_go.is_set()
-    running.on_loop(running.server.let_go.wait)
+        assert not running.server.released.is_set()
+    running.on_loop(running.server.released.wait)
     assert running.server.holders == 0
 
 

@@ -110,7 +110,7 @@ def test_a_folder_that_others_may_enter_is_not_used(user: Home, monkeypatch: pyt
 
 
 def test_a_mount_whose_daemon_stands_still_is_found_without_asking_it(user: Home) -> None:
-    script = f"from ipfsfuse.cli import folders; print(folders.control(None, {str(user.mountpoint)!r}))"
+    script = f"from ipfsfuse.cli import folders; print(folders.control(folders.last_daemon(None, {str(user.mountpoint)!r})))"
     with user.mounted("--isolated") as mount:
         os.kill(mount.pid, signal.SIGSTOP)
         try:

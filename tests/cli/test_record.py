@@ -20,7 +20,7 @@ def lines(out: io.StringIO) -> list[tuple[Cid, str]]:
 
 def test_each_use_is_told_once() -> None:
     out = io.StringIO()
-    told = record.Record(out)
+    told = record.UseRecord(out)
     for ahead in (True, True, False, False, True):
         told(number(1), ahead)
     told(number(2), False)
@@ -31,7 +31,7 @@ def test_each_use_is_told_once() -> None:
 def test_of_many_uses_none_is_missing_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "REMEMBERED", 100)
     out = io.StringIO()
-    told = record.Record(out)
+    told = record.UseRecord(out)
     for _ in range(2):
         for index in range(1000):
             told(number(index), False)

@@ -30,7 +30,7 @@ loop."""
 QUEUED = 0
 
 
-class Batch(NamedTuple):
+class PinBatch(NamedTuple):
     number: int
     """From 1; no other batch of the node has it."""
     members: tuple[Cid, ...]
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 class Round(NamedTuple):
     """What to do next: write each of `writes`, then remove the batches with the numbers in `drops`."""
 
-    writes: tuple[Batch, ...]
+    writes: tuple[PinBatch, ...]
     drops: tuple[int, ...]
 
     def __bool__(self) -> bool:
@@ -130,7 +130,7 @@ class BatchPlanner:
 
     # -- what the node has -----------------------------------------------------------------------------------
 
-    def adopt(self, batch: Batch) -> None:
+    def adopt(self, batch: PinBatch) -> None:
         """The node has `batch`. Of several batches that link a CID the newest is its home: when a round broke
         off, the older ones were about to be dropped. An older one stays, with what both link, if at least
         half of it is desired by now: there are never more than twice as many links as desired CIDs."""
@@ -177,7 +177,7 @@ class BatchPlanner:
         moved = [cid for number in drops for cid in self._members[number] if self._home.get(cid) == number]
         members = queued + moved
         pieces = [tuple(members[at : at + self.limit]) for at in range(0, len(members), self.limit)]
-        writes = tuple(Batch(number, piece) for number, piece in enumerate(pieces, self._last + 1))
+        writes = tuple(PinBatch(number, piece) for number, piece in enumerate(pieces, self._last + 1))
         self._last += len(writes)
         self._round = Round(writes, tuple(drops))
         return self._round

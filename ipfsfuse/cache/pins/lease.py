@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ipfsfuse.cache.store import folder as cache_folder
-from ipfsfuse.fileio.files import read_file, write_file
+from ipfsfuse.fileio.files import Closing, read_file, write_file
 
 log = logging.getLogger(__name__)
 
@@ -211,12 +211,10 @@ def _read_name(path: Path) -> str | None:
 
 def _write_name(path: Path, name: str) -> None:
     """If the disk takes nothing, the next start has another name, and writes its pins anew."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with Closing(os.open(path.parent, flags)) as folder:
             write_file(folder, path.name, f"{name}\n".encode())
-        finally:
-            os.close(folder)
     except OSError as exc:
         message = "%s can't be written, so that pins at nodes begin anew at the next start: %s"
         log.warning(message, path, exc.strerror or exc)

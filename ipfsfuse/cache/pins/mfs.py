@@ -17,7 +17,7 @@ from typing import Protocol
 import trio
 
 from ipfsfuse.cache.pins import batches
-from ipfsfuse.cache.pins.batches import Batch, BatchPlanner, Round
+from ipfsfuse.cache.pins.batches import BatchPlanner, PinBatch, Round
 from ipfsfuse.cache.pins.lease import Lease, MountId, host_name
 from ipfsfuse.cache.store.folder import is_mount_id
 from ipfsfuse.dag import cid as cids
@@ -330,7 +330,7 @@ class MfsPinFolder:
                 await self._remove(f"{prefix}{number}")
             else:
                 self._written[f"{prefix}{number}"] = found[number]
-                planner.adopt(Batch(number, batch))
+                planner.adopt(PinBatch(number, batch))
                 members += batch
         return members
 

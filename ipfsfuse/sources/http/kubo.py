@@ -17,14 +17,14 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import Hashed, LeafRange, Source, Subtree, too_large
+from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
 from ipfsfuse.sources.http.client import ERROR_BODY, Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import CONNECTIONS_HERE, Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs
-from ipfsfuse.sources.streams import Delivery, Send
+from ipfsfuse.sources.streams import Delivery, Hashed, Send
 
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
 """Failures of the gateway port (off, guarded, another's), not of the block: the RPC API may have it."""

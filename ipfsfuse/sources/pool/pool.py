@@ -484,13 +484,10 @@ class RangeFetch:
                 good.append((index, block))
         if not good:
             delivery.release()
-        first = 0
-        for end in range(1, len(good) + 1):
-            if end == len(good) or good[end][0] != good[end - 1][0] + 1:
-                release = delivery.release if end == len(good) else streams.nothing
-                blocks = [block for _index, block in good[first:end]]
-                await send.send(Verified(good[first][0], blocks, managed.source, release))
-                first = end
+        rows = list(streams.consecutive(good))
+        for number, (first, blocks) in enumerate(rows, 1):
+            release = delivery.release if number == len(rows) else streams.nothing
+            await send.send(Verified(first, blocks, managed.source, release))
 
     async def _send_singly(self, left: Iterator[int], send: Send[Verified]) -> None:
         for index in left:
@@ -554,15 +551,15 @@ class SubtreeFetch:
                 patience = stall
 
     async def _verified(
-        self, managed: ManagedSource, blocks: Sequence[tuple[Cid, bytes]]
+        self, managed: ManagedSource, blocks: streams.Blocks
     ) -> tuple[Mapping[Cid, Fetched], bool]:
         """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
         right: dict[Cid, Fetched] = {}
-        for cid, block in blocks:
+        for cid, sent in blocks:
             if cid in right or not self._wanted.wants(cid):
                 continue
             try:
-                await check(cid, block)
+                block = await check(cid, sent)
             except WrongBlock:
                 self._pool.wrong(managed, cid)
                 return right, True
