@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     """The kernel's number of the mount at `mountpoint`, where it must be that one."""
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
-    keep: int | None = None
+    guest_copy: int | None = None
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
     """The guest's name in messages, where that is not `options.guest`."""
@@ -74,7 +74,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     code = COULD_NOT_RUN
     try:
         # the guest's process needs nothing else that the runner and its caller had open
-        processes.close_all_but(0, 1, 2, plan.keep, reports.file, _named_descriptor(plan.options.guest))
+        processes.close_all_but(0, 1, 2, plan.guest_copy, reports.file, _named_descriptor(plan.options.guest))
         processes.handle_signals(signal.SIG_DFL)
         processes.die_with(parent)
         code = _run(plan, reports)
@@ -101,8 +101,8 @@ def _run(plan: Plan, reports: Reports) -> int:
     if plan.command is not None:
         from ipfsfuse_run import command
 
-        with _opened(plan) as file:
-            data = _content(plan, file)
+        with _open_guest(plan) as file:
+            data = _read_guest(plan, file)
         try:
             return _run_command(plan, plan.command, data, reports)
         except command.TooOld as exc:
@@ -278,20 +278,20 @@ def _compiled(
     """The guest, compiled before or now; `data` is its content if that was read already. `check` is called
     before `build`. Compilation forks, which is safe: this process has no thread yet."""
     cache = CodeCache.of_user()
-    with _opened(plan) if data is None else io.BytesIO(data) as file:
-        if plan.keep is None and plan.guest_sha256 is None:
+    with _open_guest(plan) if data is None else io.BytesIO(data) as file:
+        if plan.guest_copy is None and plan.guest_sha256 is None:
             kept = cache.kept(file, plan.name, key)
             if kept is not None:
                 return kept
-        data = _content(plan, file)
+        data = _read_guest(plan, file)
     check()
     reports.send({"compiling": True})
     memory = plan.options.limits.compile_bytes
     kind, code = binary(data, plan.name, memory)
     if plan.guest_sha256 not in (None, hashlib.sha256(code).hexdigest()):
         raise GuestRefused(f"{plan.name} is not the guest that was recorded")
-    if plan.keep is not None:
-        with open(plan.keep, "wb", closefd=False) as out:
+    if plan.guest_copy is not None:
+        with open(plan.guest_copy, "wb", closefd=False) as out:
             out.write(code)
     made = cache.compiled(kind, code, plan.name, memory, key, lambda: build(kind, code))
     reports.send({"compiling": False})
@@ -299,14 +299,16 @@ def _compiled(
 
 
 @contextmanager
-def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
+def _open_guest(plan: Plan) -> Iterator[io.BufferedIOBase]:
     """The guest's file. Raises GuestRefused, also where the `with` block raises OSError."""
     named = plan.options.guest
     try:
         if named == "-":
             yield io.BytesIO(sys.stdin.buffer.read(MAX_GUEST + 1))
         elif named.startswith(IPFS + "/"):
-            place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)
+            place = sandbox.open_beneath(
+                plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id
+            )
             with place as found, open(f"/proc/self/fd/{found}", "rb") as file:
                 yield file
         else:
@@ -316,7 +318,7 @@ def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
         raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc
 
 
-def _content(plan: Plan, file: io.BufferedIOBase) -> bytes:
+def _read_guest(plan: Plan, file: io.BufferedIOBase) -> bytes:
     data = file.read(MAX_GUEST + 1)
     if len(data) > MAX_GUEST:
         raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")
