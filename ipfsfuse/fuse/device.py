@@ -3,10 +3,11 @@
 The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the
 library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`device.c`).
 
-The thread answers three kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`);
-small reads of staged leaves that were verified before (`pieces.c`); and opens and releases, for reading, of
-small files that were allowed here (`opens.c`). It counts those opens, and `drain` tells Python of them
-afterwards. After 32 opens that were not drained, the next open goes to Python.
+The thread answers four kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`);
+small reads of staged leaves that were verified before (`pieces.c`); opens and releases, for reading, of small
+files that were allowed here; and the end and the release of a listing that Python has given whole (`opens.c`).
+It counts those opens, and `drain` tells Python of them afterwards. After 32 opens that were not drained, the
+next open goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
@@ -59,6 +60,8 @@ _SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
     "opens_revoke": (ctypes.c_uint32, _NUMBER, _INT),
     "opens_revoke_idle": (None,),
     "opens_drain": (ctypes.c_uint32, _Drained),
+    "opens_end": (None, _NUMBER, _NUMBER),
+    "opens_released": (ctypes.c_uint32, _Drained),
     "reads_add": (None, _NUMBER, _NUMBER, _OBJECT, _INT),
     "reads_remove": (None, _NUMBER, _NUMBER),
     "reads_remove_all": (None,),
@@ -183,6 +186,18 @@ def drain() -> Sequence[int]:
     """The inodes that the thread has opened since the last call, in order."""
     inodes = _Drained()
     return inodes[: _WITH_LOCK.opens_drain(inodes)]
+
+
+def listing_ends(handle: int, offset: int) -> None:
+    """Python has given the last entry of an open directory, which has this offset: the thread answers what is
+    asked for behind it, and the release, which `released_listings` tells."""
+    _WITH_LOCK.opens_end(handle, offset)
+
+
+def released_listings() -> Sequence[int]:
+    """The handles of directories that the thread has released since the last call."""
+    handles = _Drained()
+    return handles[: _WITH_LOCK.opens_released(handles)]
 
 
 def inode_of(handle: int) -> int | None:

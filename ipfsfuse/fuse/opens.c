@@ -1,8 +1,9 @@
 /* Opens and releases that Python is not asked about: those of inodes that Python allowed (device.py), for
- * reading.
+ * reading. And what a directory's reader asks for after Python has given the last entry: whether there are
+ * more, and the release.
  *
  * A request costs pyfuse3 45 us and more. A small file in the page cache needs two of them, and nothing
- * else.
+ * else; a small directory four.
  * Concurrency: one lock for the table; any thread may call.
  */
 #define _GNU_SOURCE
@@ -16,12 +17,16 @@
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
 #define UNDRAINED 32               /* opens that Python does not know of yet; the next open is passed on to it */
+#define LISTINGS 1024
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
 static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
 static uint32_t used_slots;
 static uint64_t opened[UNDRAINED];
 static uint32_t opened_count;
+static struct { uint64_t handle, end; } listings[LISTINGS]; /* whose end is known; at the place that the handle gives */
+static uint64_t released[UNDRAINED];                         /* of them, what Python does not know of yet */
+static uint32_t released_count;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint32_t home(uint64_t inode) { return (uint32_t)((inode * 0x9E3779B97F4A7C15ULL) >> 48); }
@@ -112,7 +117,8 @@ void opens_revoke_idle(void)
 void opens_clear(void)
 {
 	memset(table, 0, sizeof table);
-	used_slots = opened_count = 0;
+	used_slots = opened_count = released_count = 0;
+	memset(listings, 0, sizeof listings);
 }
 
 /* Writes the inodes opened since the last call to `out`, which has room for UNDRAINED; returns how many. */
@@ -154,6 +160,49 @@ static int answer_release(int device, const struct fuse_in_header *request, cons
 	return reply_send(device, request->unique, NULL, 0) != REPLY_FAILED;
 }
 
+/* The last entry of the open directory `handle` has the offset `end`. That may be forgotten. */
+void opens_end(uint64_t handle, uint64_t end)
+{
+	pthread_mutex_lock(&lock);
+	listings[handle % LISTINGS].handle = handle;
+	listings[handle % LISTINGS].end = end;
+	pthread_mutex_unlock(&lock);
+}
+
+/* Writes the handles of directories released since the last call to `out`, which has room for UNDRAINED; returns how many. */
+uint32_t opens_released(uint64_t *out)
+{
+	uint32_t count;
+
+	pthread_mutex_lock(&lock);
+	count = released_count;
+	memcpy(out, released, count * sizeof *out);
+	released_count = 0;
+	pthread_mutex_unlock(&lock);
+	return count;
+}
+
+static int answer_readdir(int device, const struct fuse_in_header *request, const struct fuse_read_in *what)
+{
+	uint32_t place = what->fh % LISTINGS;
+
+	return what->fh && listings[place].handle == what->fh && listings[place].end == what->offset &&
+	       reply_send(device, request->unique, NULL, 0) != REPLY_FAILED;
+}
+
+static int answer_releasedir(int device, const struct fuse_in_header *request, const struct fuse_release_in *what)
+{
+	uint32_t place = what->fh % LISTINGS;
+
+	if (!what->fh || listings[place].handle != what->fh || released_count == UNDRAINED)
+		return 0;
+	if (reply_send(device, request->unique, NULL, 0) == REPLY_FAILED)
+		return 0;
+	listings[place].handle = 0;
+	released[released_count++] = what->fh;
+	return 1;
+}
+
 int opens_answer(int device, const struct fuse_in_header *request, size_t size)
 {
 	const void *body = request + 1;
@@ -164,6 +213,11 @@ int opens_answer(int device, const struct fuse_in_header *request, size_t size)
 		done = answer_open(device, request, body);
 	else if (request->opcode == FUSE_RELEASE && size >= sizeof *request + sizeof(struct fuse_release_in))
 		done = answer_release(device, request, body);
+	else if ((request->opcode == FUSE_READDIR || request->opcode == FUSE_READDIRPLUS) &&
+		 size >= sizeof *request + sizeof(struct fuse_read_in))
+		done = answer_readdir(device, request, body);
+	else if (request->opcode == FUSE_RELEASEDIR && size >= sizeof *request + sizeof(struct fuse_release_in))
+		done = answer_releasedir(device, request, body);
 	pthread_mutex_unlock(&lock);
 	return done;
 }

@@ -216,6 +216,8 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         with self._call(ctx.uid, "opendir", inode):
+            for released in device.released_listings():
+                self._forget_listing(released)
             self._handles += 1
             handle = self._handles
             if inode == ROOT:
@@ -230,11 +232,16 @@ class Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         with self._call(self._listers.get(fh), "readdir", (fh, start_id)):
-            await self._listings[fh].reply(start_id, token)
+            end = await self._listings[fh].reply(start_id, token)
+            if end is not None:
+                device.listing_ends(fh, end)
 
     async def releasedir(self, fh: FileHandleT) -> None:
-        self._listings.pop(fh, None)
-        self._listers.pop(fh, None)
+        self._forget_listing(fh)
+
+    def _forget_listing(self, handle: int) -> None:
+        self._listings.pop(handle, None)
+        self._listers.pop(handle, None)
 
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         return None

@@ -217,22 +217,25 @@ class Listing:
         self._place = -1
         """Where the kernel goes on if it reads in order: then `_index` of `_page` is next."""
 
-    async def reply(self, start: int, token: ReaddirToken) -> None:
-        """Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and
+    async def reply(self, start: int, token: ReaddirToken) -> int | None:
+        """The offset of the directory's last entry, if the kernel is given that now, or has it.
+
+        Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and
         the kernel meets the failure when it goes on from there."""
         reply = _Reply(self._directory, self._tree, self._inodes, self._replies, token)
         try:
-            await self._fill(start, reply)
+            return await self._fill(start, reply)
         except Exception:
             if not reply.entries:
                 raise
+            return None
         except BaseException:
             reply.undo()
             raise
 
-    async def _fill(self, start: int, reply: _Reply) -> None:
+    async def _fill(self, start: int, reply: _Reply) -> int | None:
         if start < DOTS and not reply.dots(start):
-            return
+            return None
         after = max(start - DOTS, 0)
         if after != self._place:
             await self._turn(after)
@@ -242,7 +245,7 @@ class Listing:
                 self._place = self._page[index - 1].place
             full, self._index = index < len(self._page), index
             if full or self._end:
-                return
+                return None if full else self._place + DOTS
             await self._turn(self._place)
 
     async def _turn(self, after: int) -> None:

@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 
 import pyfuse3
 import trio
-from pyfuse3 import FileHandleT, FileInfo, FlagT, InodeT, RequestContext
+from pyfuse3 import FileHandleT, FileInfo, FlagT, InodeT, ReaddirToken, RequestContext
 
 from ipfsfuse.fuse import device
 
-OPEN, READ, RELEASE, INIT, BATCH_FORGET = 14, 15, 18, 26, 42
+OPEN, READ, RELEASE, INIT, RELEASEDIR, BATCH_FORGET, READDIRPLUS = 14, 15, 18, 26, 29, 42, 44
 ANSWERED_HERE = 1 << 63
 EVERYTHING = (1 << 20) - 1
 """What the kernel offers, of that time."""
@@ -29,6 +29,7 @@ class Operations(pyfuse3.Operations):
     def __init__(self) -> None:
         super().__init__()
         self.opened, self.released, self.forgotten = Counter[int](), Counter[int](), Counter[int]()
+        self.listed, self.released_listings = Counter[int](), Counter[int]()
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         self.opened[inode] += 1
@@ -43,6 +44,12 @@ class Operations(pyfuse3.Operations):
 
     async def release(self, fh: FileHandleT) -> None:
         self.released[fh] += 1
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        self.listed[fh] += 1
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self.released_listings[fh] += 1
 
 
 class Kernel:
@@ -91,6 +98,20 @@ class Kernel:
         before = self.operations.released.total()
         assert await self.ask(RELEASE, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
         return self.operations.released.total() > before
+
+    async def list(self, handle: int, offset: int) -> bool:
+        """Asks for what is behind `offset`, of which there is nothing. Whether Python was asked."""
+        before = self.operations.listed.total()
+        assert (
+            await self.ask(READDIRPLUS, 1, struct.pack("<QQIIQII", handle, offset, 4096, 0, 0, 0, 0)) == b""
+        )
+        return self.operations.listed.total() > before
+
+    async def release_listing(self, handle: int) -> bool:
+        """Whether Python was asked."""
+        before = self.operations.released_listings.total()
+        assert await self.ask(RELEASEDIR, 1, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
+        return self.operations.released_listings.total() > before
 
     def send(self, opcode: int, inode: int, body: bytes, user: int = 0) -> int:
         """Sends a request. Returns its number."""

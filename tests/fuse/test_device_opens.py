@@ -128,3 +128,50 @@ async def _every_33rd_open_in_a_row_comes_to_python() -> None:
         assert list(device.drain()) == [9] * 32
         assert not (await asking.open(9))[1]
         assert device.revoke(9) == 33
+
+
+def test_behind_the_last_entry_of_a_listing_python_is_not_asked() -> None:
+    trio.run(_behind_the_last_entry_of_a_listing_python_is_not_asked)
+
+
+async def _behind_the_last_entry_of_a_listing_python_is_not_asked() -> None:
+    async with kernel() as asking:
+        assert await asking.list(7, 52), "nobody has told"
+        device.listing_ends(7, 52)
+        assert not await asking.list(7, 52)
+        assert await asking.list(7, 51), "a reader that goes back"
+        assert await asking.list(8, 52), "another's"
+        assert not await asking.release_listing(7)
+        assert list(device.released_listings()) == [7]
+        assert list(device.released_listings()) == []
+        assert await asking.list(7, 52), "it is released"
+        assert await asking.release_listing(7)
+        device.listing_ends(8, 3)
+        device.listing_ends(8 + 1024, 3)
+        assert await asking.list(8, 3), "another took its place"
+        assert await asking.release_listing(8)
+        assert not await asking.release_listing(8 + 1024)
+        assert list(device.released_listings()) == [8 + 1024]
+
+
+def test_every_33rd_release_of_a_listing_in_a_row_comes_to_python() -> None:
+    trio.run(_every_33rd_release_of_a_listing_in_a_row_comes_to_python)
+
+
+async def _every_33rd_release_of_a_listing_in_a_row_comes_to_python() -> None:
+    async with kernel() as asking:
+        for handle in range(1, 34):
+            device.listing_ends(handle, 2)
+        assert [await asking.release_listing(handle) for handle in range(1, 34)] == [False] * 32 + [True]
+        assert list(device.released_listings()) == list(range(1, 33))
+
+
+def test_no_end_of_a_listing_outlives_its_session() -> None:
+    async def one(ends: bool) -> None:
+        async with kernel() as asking:
+            assert await asking.list(7, 52)
+            if ends:
+                device.listing_ends(7, 52)
+
+    trio.run(one, True)
+    trio.run(one, False)
