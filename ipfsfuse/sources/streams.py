@@ -68,6 +68,16 @@ class Send(Generic[T]):
             await self._turn.acquire()
 
 
+class Shifted(Send[Delivery]):
+    """For who sends the leaves from `start` on of a longer range."""
+
+    def __init__(self, send: Send[Delivery], start: int) -> None:
+        self._send, self._start = send, start
+
+    async def send(self, value: Delivery) -> None:
+        await self._send.send(value._replace(first=self._start + value.first))
+
+
 class Receive(Generic[T]):
     """What a stream sends, to iterate over."""
 

@@ -39,8 +39,7 @@ from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls
 from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
-"""Whether plain HTTP to this machine goes by `transport.Connection`; False to test and measure httpcore
-there."""
+"""Whether plain HTTP to this machine goes by our `Connection`; False to test and measure httpcore there."""
 USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS: Final = 5
@@ -50,8 +49,7 @@ UNCOUNTED: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
 MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
-"""Seconds, at least and at most, after which a request over a kept connection is sent again over a new
-one."""
+"""Seconds, at least and at most, until a request over a kept connection is sent again over a new one."""
 END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
@@ -224,15 +222,14 @@ class _Transport(httpx.AsyncBaseTransport):
         return httpx.Response(connection.status, extensions={"connection": connection})
 
     async def _opened(self, origin: Origin) -> AnyConnection:
-        settings = self._settings
         if origin != self._named or not self._own:
-            return _HttpcoreConnection(origin, settings, origin == self._named)
-        with trio.fail_after(settings.connect):
+            return _HttpcoreConnection(origin, self._settings, origin == self._named)
+        with trio.fail_after(self._settings.connect):
             if origin.unix is None:
                 stream = await trio.open_tcp_stream(origin.host, origin.port)
             else:
                 stream = await trio.open_unix_socket(origin.unix)
-        return Connection(stream, settings.idle, self._threads)
+        return Connection(stream, self._settings.idle, self._threads)
 
     async def release(self, connection: AnyConnection, whole: bool) -> None:
         """After each response. `whole`: its body was read to the end."""
@@ -306,7 +303,9 @@ class Response:
         return piece
 
     async def _receive(self) -> bytes:
-        piece = b"" if self.left == 0 else await self.connection.receive()
+        if self.left == 0:
+            return b""
+        piece = await self.connection.receive()
         self._count(len(piece))
         return piece
 
@@ -369,7 +368,6 @@ class Http:
     async def aclose(self) -> None:
         """Who still asks gets a connection that is not kept."""
         await self._transport.aclose()
-        await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
     async def ask(
