@@ -206,7 +206,7 @@ class Arc(Generic[K]):
         if size > self.capacity:
             raise ValueError(f"{size} bytes can't fit {self.capacity}")
         again_ghost = key in self._again_ghosts
-        part = self._part(key)
+        part = self._once if key in self._once else self._again if key in self._again else None
         if part is None:
             part = self._once
             if again_ghost or key in self._once_ghosts:

@@ -136,7 +136,9 @@ class _Expected:
 
     def came(self, cid: Cid, block: bytes) -> None:
         self._came.add(block_key(cid))
-        self._batch.expect(self._reader.absent(self._seen(cid, block)))
+        below = self._seen(cid, block)
+        if below:
+            self._batch.expect(self._reader.absent(below))
 
 
 # -- the reader ---------------------------------------------------------------------------------------------
@@ -300,13 +302,9 @@ class Reader:
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those blocks that are not staged."""
-        return [
-            block_key(cid)
-            for cid in wanted
-            if cids.implied_block(cid) is None
-            and self.store.blocks.place(cid) is None
-            and not self._is_staged_file(cid)
-        ]
+        some = [cid for cid in wanted if cids.implied_block(cid) is None and not self._is_staged_file(cid)]
+        packed = self.store.blocks.places(some)
+        return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
     def _is_staged_file(self, cid: Cid) -> bool:
         """Whether it is a raw file that is complete, as far as is known without looking at the disk."""

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from ipfsfuse.dag import dagpb, hamt, unixfs
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.multihash import SHA2_256_PREFIX
-from ipfsfuse.dag.nodes import MURMUR3, Link
+from ipfsfuse.dag.nodes import MURMUR3, Link, prefix_length
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Unsupported
 
@@ -88,15 +88,9 @@ class Block(NamedTuple):
 def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
     """A dag-pb node around `message`."""
     block = dagpb.encode(links, unixfs.encode(message))
-    size = message.filesize or 0
-    return Block(
-        Built(_dag_pb_cid(profile, block), size, len(block) + sum(link.tsize for link in links)), block
-    )
-
-
-def _dag_pb_cid(profile: Profile, block: bytes) -> Cid:
     multihash = SHA2_256_PREFIX + hashlib.sha256(block).digest()
-    return Cid(multihash) if profile.cid_version == 0 else Cid(b"\x01\x70" + multihash)
+    cid = Cid(multihash) if profile.cid_version == 0 else Cid(b"\x01\x70" + multihash)
+    return Block(Built(cid, message.filesize or 0, len(block) + sum(link.tsize for link in links)), block)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -168,16 +162,13 @@ def directory(profile: Profile, children: Sequence[tuple[bytes, Built]], stored:
     )
     message = stored.on(UnixFS(Type.DIRECTORY))
     basic = node(profile, links, message)
-    if _size(profile, links, basic) <= profile.shard_threshold:
+    size = len(basic.block)
+    if profile.estimate == "links":
+        size = sum(len(link.name) + len(link.cid) for link in links)
+    if size <= profile.shard_threshold:
         sink(basic.built.cid, basic.block)
         return basic.built
     return _sharded(profile, links, stored, sink)
-
-
-def _size(profile: Profile, links: Sequence[Link], basic: Block) -> int:
-    if profile.estimate == "block":
-        return len(basic.block)
-    return sum(len(link.name) + len(link.cid) for link in links)
 
 
 def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink) -> Built:
@@ -189,7 +180,7 @@ def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink
     """
     width = profile.hamt_width
     bits = width.bit_length() - 1
-    digits = len(f"{width - 1:X}")
+    digits = prefix_length(width)
 
     def shard(entries: list[tuple[int, Link]], depth: int) -> Built:
         shift = hamt.HASH_BITS - bits * (depth + 1)
@@ -205,7 +196,7 @@ def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink
         bitfield = 0
         for index in sorted(slots):
             bitfield |= 1 << index
-            prefix = f"{index:0{digits}X}".encode()
+            prefix = b"%0*X" % (digits, index)
             inside = slots[index]
             if len(inside) == 1:
                 link = inside[0][1]

@@ -270,49 +270,42 @@ class IndexBucket(NamedTuple):
 
 def index_buckets(read: ReadIndex) -> tuple[IndexBucket, ...]:
     """The buckets of an index. Raises Malformed, also for formats other than the two."""
-    head = read(0, 13)
-    form, at = varint.get(head, 0)
+    form, at = varint.get(read(0, 13), 0)
     if form not in (INDEX_SORTED, MULTIHASH_INDEX_SORTED):
         raise Malformed(f"the CAR's index has the unknown format 0x{form:x}")
+    by_code = form == MULTIHASH_INDEX_SORTED
+    codes, at = _count(read, at) if by_code else (1, at)
     found: list[IndexBucket] = []
-    if form == INDEX_SORTED:
-        _buckets_of(read, at, None, found)
-        return tuple(found)
-    (codes,) = _numbers(read, at, _COUNT)
-    at += _COUNT.size
-    _check_count(codes)
     for _ in range(codes):
-        (code,) = _numbers(read, at, _CODE)
-        at = _buckets_of(read, at + _CODE.size, code, found)
+        code, at = _numbers(read, at, _CODE) if by_code else ((None,), at)
+        count, at = _count(read, at)
+        for _ in range(count):
+            (width, length), at = _numbers(read, at, _BUCKET)
+            if not 8 <= width <= 8 + 2 * multihash.MAX_DIGEST or length % width or length >= 1 << 62:
+                raise Malformed(f"the CAR's index has a bucket of {length} bytes for records of {width}")
+            found.append(IndexBucket(code[0], width, at, length // width))
+            at += length
         _check_count(len(found))
     return tuple(found)
 
 
-def _buckets_of(read: ReadIndex, at: int, code: int | None, found: list[IndexBucket]) -> int:
-    """Appends the buckets of one hash function to `found`. Returns the offset behind them."""
-    (count,) = _numbers(read, at, _COUNT)
-    at += _COUNT.size
-    _check_count(count)
-    for _ in range(count):
-        width, length = _numbers(read, at, _BUCKET)
-        at += _BUCKET.size
-        if not 8 <= width <= 8 + 2 * multihash.MAX_DIGEST or length % width or length >= 1 << 62:
-            raise Malformed(f"the CAR's index has a bucket of {length} bytes for records of {width}")
-        found.append(IndexBucket(code, width, at, length // width))
-        at += length
-    return at
-
-
-def _numbers(read: ReadIndex, at: int, form: struct.Struct) -> tuple[int, ...]:
+def _numbers(read: ReadIndex, at: int, form: struct.Struct) -> tuple[tuple[int, ...], int]:
+    """The numbers at `at`, and the offset behind them."""
     data = read(at, form.size)
     if len(data) < form.size:
         raise Malformed("the CAR's index is cut short")
-    return form.unpack_from(data)
+    return form.unpack_from(data), at + form.size
 
 
-def _check_count(count: int) -> None:
+def _count(read: ReadIndex, at: int) -> tuple[int, int]:
+    (count,), at = _numbers(read, at, _COUNT)
+    return _check_count(count), at
+
+
+def _check_count(count: int) -> int:
     if not 0 <= count <= _MAX_BUCKETS:
         raise Malformed(f"the CAR's index would have {count} buckets")
+    return count
 
 
 def index_find(buckets: Sequence[IndexBucket], wanted: bytes, read: ReadIndex) -> list[int]:

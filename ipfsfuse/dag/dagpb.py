@@ -59,9 +59,14 @@ class Links(Sequence[Link]):
         return Link(Cid(self.block[start:end]), self.block[name:name_end], tsize)
 
     def __iter__(self) -> Iterator[Link]:
-        block, spans = self.block, iter(self.spans)
-        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, self.tsizes, strict=False):
-            yield Link(Cid(block[start:end]), block[name:name_end], tsize)
+        return map(Link._make, self.parts(0, len(self)))
+
+    def parts(self, first: int, stop: int) -> Iterator[tuple[Cid, bytes, int]]:
+        """(CID, name, tsize) of the links from index `first` to `stop`."""
+        block, spans = self.block, iter(self.spans[4 * first : 4 * stop])
+        tsizes = self.tsizes[first:stop]
+        for start, end, name, name_end, tsize in zip(spans, spans, spans, spans, tsizes, strict=False):
+            yield Cid(block[start:end]), block[name:name_end], tsize
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

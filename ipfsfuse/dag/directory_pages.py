@@ -72,11 +72,11 @@ def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
     hold."""
     links = directory.links
     stop = min(after + PAGE, len(links))
-    found: list[Entry] = []
-    claims = not holds_values(directory.cid)
-    for place, link in enumerate(links[after:stop], after + 1):
-        name = link.name if directory.counts(place - 1) else b""
-        found.append(Entry(name, link.cid, link.tsize if claims else -1, place))
+    claims, distinct = not holds_values(directory.cid), directory.has_distinct_names
+    found = [
+        Entry(name if distinct or directory.counts(place - 1) else b"", cid, tsize if claims else -1, place)
+        for place, (cid, name, tsize) in enumerate(links.parts(after, stop), after + 1)
+    ]
     return found, stop >= len(links)
 
 

@@ -95,8 +95,6 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline))
-    if not file.children:
-        return frontier
     deep = sure or file.children.first_size >= cids.MAX_BLOCK
     for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):
         raw = cids.codec(child.cid) == cids.RAW

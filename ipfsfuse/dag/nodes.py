@@ -146,9 +146,14 @@ class Directory:
         index = self._index(name)
         return None if index is None else self.links[index]
 
+    @property
+    def has_distinct_names(self) -> bool:
+        """True if the links stand in the order of their names, as every importer writes them."""
+        return isinstance(self._by_name, range)
+
     def counts(self, index: int) -> bool:
         """Whether the link at `index` is the first of its name."""
-        return isinstance(self._by_name, range) or self._index(self.links.name(index)) == index
+        return self.has_distinct_names or self._index(self.links.name(index)) == index
 
     def _index(self, name: bytes) -> int | None:
         order = self._by_name

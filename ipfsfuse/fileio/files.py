@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.fileio.buffers import is_aligned, lend
+from ipfsfuse.fileio.buffers import is_aligned
 
 
 def load_library(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
@@ -43,14 +43,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 _LIBRARY = load_library("ipfsfuse.fileio._native")
-_LIBRARY.whole_files.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_int64,
-    ctypes.c_void_p,
-)
-_LIBRARY.whole_files.restype = ctypes.c_int
 _LIBRARY.stat_files.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 _LIBRARY.stat_files.restype = None
 
@@ -205,26 +197,6 @@ class Direct:
 # -- whole files ---------------------------------------------------------------------------------------------
 
 
-def read_whole(paths: Sequence[str], most: int) -> list[bytes | None]:
-    """The contents of the first regular files of `paths` that together have at most `most` bytes. None for a
-    file that is missing, can't be read, or is larger than that alone. Links are not followed.
-
-    `whole.c` reads them all in one call. Reading each by itself would take and give back Python's lock four
-    times, which costs more than the reading where another thread wants the lock."""
-    names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
-    lengths = (ctypes.c_int64 * len(paths))()
-    room = lend(most)
-    seen = _LIBRARY.whole_files(
-        names, len(paths), ctypes.addressof(ctypes.c_char.from_buffer(room)), most, lengths
-    )
-    found: list[bytes | None] = []
-    at = 0
-    for length in lengths[:seen]:
-        found.append(bytes(room[at : at + length]) if length >= 0 else None)
-        at += max(length, 0)
-    return found
-
-
 class Status(NamedTuple):
     """As in os.stat_result."""
 
@@ -238,7 +210,7 @@ class Status(NamedTuple):
 
 def stat_files(folder: int, names: Sequence[str]) -> Iterator[Status | None]:
     """What the disk says of `names` in the open folder `folder`, links not followed; None for what is not
-    there. One call in C, as `read_whole`. Raises OSError."""
+    there. One call in C. Raises OSError."""
     numbers = (ctypes.c_int64 * (7 * len(names)))()
     _LIBRARY.stat_files(folder, b"\0".join(map(os.fsencode, names)) + b"\0", len(names), numbers)
     for at, name in enumerate(names):
@@ -249,7 +221,8 @@ def stat_files(folder: int, names: Sequence[str]) -> Iterator[Status | None]:
 
 
 def read_file(path: str, most: int) -> bytes | None:
-    """The content of one regular file, as `read_whole` reads it, without a copy."""
+    """The content of one regular file of at most `most` bytes; None for anything else, and where it can't be
+    read. Links are not followed."""
     try:
         with regular(path, most) as (file, size):
             content = os.pread(file, size, 0)

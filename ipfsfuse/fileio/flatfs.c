@@ -4,6 +4,8 @@
  *
  * The children of a directory of at most FEW entries are read ahead. Once one of them is asked for and is a file, the first blocks
  * of that file are, too, down to its first leaf. Nothing is read ahead while other blocks are asked for: the disk is busy then.
+ * Many blocks are read by one call, and by READERS threads: of a cold one the disk is asked three times, for the folder's entry,
+ * the file and its bytes, each time after the other.
  * Nothing here verifies anything. A link is only a hint; the caller compares the hash of a block.
  * Concurrency: any thread. At most THREADS threads read ahead. They use nothing of Python's.
  */
@@ -27,6 +29,7 @@
 #define SLOTS 16
 #define MOST 16                 /* blocks that are read ahead after one that was asked for alone */
 #define THREADS 2
+#define READERS 4               /* threads that read the blocks of one call, the calling one included */
 #define KEPT (4 << 20)          /* bytes of blocks that were read ahead and not taken yet */
 #define KEPT_NS 1000000000LL    /* for which they are kept */
 #define ALONE_NS 20000000LL     /* children are read ahead if no block was asked for in so long a time */
@@ -36,6 +39,7 @@
 #define DAG_PB 0x70
 #define RAW 0x55
 #define MISSING -1
+#define NO_ROOM INT64_MIN
 
 /* OpenSSL's functions, as `hashlib` uses them; all NULL where there are none. */
 struct sha256 {
@@ -48,7 +52,7 @@ struct sha256 {
 };
 
 struct found {
-	int64_t size;           /* or MISSING; less than that, if it is too large: -size */
+	int64_t size;           /* or MISSING; less than that, if it is too large: -size; or NO_ROOM */
 	char *bytes;            /* malloc's */
 	int is_hashed;
 	uint8_t hash[DIGEST];
@@ -135,8 +139,9 @@ static int read_open(const struct repo *repo, int file, struct found *found, ato
 	return at == size;
 }
 
-/* A regular file; links are not followed. O_NONBLOCK: a pipe must not be waited for. */
-static void read_block(const struct repo *repo, const uint8_t *digest, struct found *found, atomic_int *unwanted)
+/* A regular file; links are not followed. O_NONBLOCK: a pipe must not be waited for. With `room`, only if that has as many bytes
+ * left. */
+static void read_block(const struct repo *repo, const uint8_t *digest, struct found *found, atomic_int *unwanted, atomic_llong *room)
 {
 	char path[4096];
 	struct stat info;
@@ -151,6 +156,8 @@ static void read_block(const struct repo *repo, const uint8_t *digest, struct fo
 	if (!fstat(file, &info) && S_ISREG(info.st_mode)) {
 		if (info.st_size > MAX_BLOCK)
 			found->size = -info.st_size;
+		else if (room && atomic_fetch_sub(room, info.st_size) < info.st_size)
+			found->size = NO_ROOM;
 		else if ((found->bytes = malloc(info.st_size ? info.st_size : 1))) {
 			found->size = info.st_size;
 			if (!read_open(repo, file, found, unwanted)) {
@@ -265,18 +272,17 @@ static int forget_old(struct repo *repo)
 
 static void *run(void *all);
 
-static void start_thread(struct repo *repo)
+/* Whether the thread was started. Signals are for Python's main thread. */
+static int start(pthread_t *thread, void *(*work)(void *), void *argument)
 {
 	sigset_t all, before;
-	pthread_t thread;
+	int failed;
 
-	sigfillset(&all); /* signals are for Python's main thread */
+	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	if (!pthread_create(&thread, NULL, run, repo)) {
-		pthread_detach(thread);
-		repo->threads++;
-	}
+	failed = pthread_create(thread, NULL, work, argument);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return !failed;
 }
 
 /* A free slot. If there is none, that of the oldest block of another family which nobody has taken: who looks up names without
@@ -315,8 +321,13 @@ static struct slot *want(struct repo *repo, const uint8_t *digest, int codec, in
 /* As many threads as there is work for. */
 static void wake(struct repo *repo, int wanted)
 {
+	pthread_t thread;
+
 	for (; wanted > repo->idle && repo->threads < THREADS; wanted--)
-		start_thread(repo);
+		if (start(&thread, run, repo)) {
+			pthread_detach(thread);
+			repo->threads++;
+		}
 	pthread_cond_broadcast(&repo->work);
 }
 
@@ -367,7 +378,7 @@ static void fill(struct repo *repo, struct slot *slot)
 
 	slot->state = READING;
 	pthread_mutex_unlock(&repo->lock);
-	read_block(repo, slot->digest, &found, &slot->unwanted);
+	read_block(repo, slot->digest, &found, &slot->unwanted, NULL);
 	if (slot->codec == DAG_PB && found.size > 0)
 		slot->link_count = links_of((uint8_t *)found.bytes, found.size, slot->links, FEW + 1);
 	pthread_mutex_lock(&repo->lock);
@@ -616,7 +627,52 @@ void repo_read(struct repo *repo, const uint8_t *digest, int codec, struct found
 		let_go(repo, slot);
 	pthread_mutex_unlock(&repo->lock);
 	if (!taken)
-		read_block(repo, digest, found, NULL);
+		read_block(repo, digest, found, NULL, NULL);
+}
+
+/* What the threads of one call share. */
+struct many {
+	const struct repo *repo;
+	const uint8_t *digests;
+	struct found *found;
+	int count;
+	atomic_int next;
+	atomic_llong room;
+};
+
+static void *read_next(void *all)
+{
+	struct many *many = all;
+	int each;
+
+	while ((each = atomic_fetch_add(&many->next, 1)) < many->count)
+		read_block(many->repo, many->digests + each * DIGEST, many->found + each, NULL, each ? &many->room : NULL);
+	return NULL;
+}
+
+/* Reads `count` blocks, whose digests lie one behind the other, into `found`: the first, and those behind it that have `room` bytes
+ * together. Returns how many of `found` are filled before the first that found no room. The bytes of all are to be freed by
+ * `repo_free_many`. */
+int repo_read_many(struct repo *repo, const uint8_t *digests, int count, int64_t room, struct found *found)
+{
+	struct many many = {repo, digests, found, count, 0, room};
+	pthread_t threads[READERS - 1];
+	int each, started = 0;
+
+	while (started < READERS - 1 && started + 1 < count && start(&threads[started], read_next, &many))
+		started++;
+	read_next(&many);
+	while (started)
+		pthread_join(threads[--started], NULL);
+	for (each = 0; each < count && found[each].size != NO_ROOM; each++)
+		;
+	return each;
 }
 
 void repo_free(char *bytes) { free(bytes); }
+
+void repo_free_many(struct found *found, int count)
+{
+	for (; count; count--, found++)
+		free(found->bytes);
+}

@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import os
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ipfsfuse.fileio.files import load_library
@@ -34,6 +35,7 @@ _LIBRARY.repo_open.restype = ctypes.c_void_p
 _LIBRARY.repo_stop.argtypes = _LIBRARY.repo_close.argtypes = (ctypes.c_void_p,)
 _LIBRARY.repo_block.argtypes = (ctypes.c_void_p, ctypes.c_int)
 _LIBRARY.repo_free.argtypes = (ctypes.c_void_p,)
+_LIBRARY.repo_free_many.argtypes = (ctypes.c_void_p, ctypes.c_int)
 _LIBRARY.repo_take.argtypes = (
     ctypes.c_void_p,
     ctypes.c_char_p,
@@ -47,7 +49,14 @@ _LIBRARY.repo_read.argtypes = (
     ctypes.c_int,
     ctypes.c_void_p,
 )
-for _name in ("stop", "close", "block", "free", "read"):
+_LIBRARY.repo_read_many.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+)
+for _name in ("stop", "close", "block", "free", "free_many", "read"):
     getattr(_LIBRARY, f"repo_{_name}").restype = None
 
 
@@ -130,12 +139,27 @@ class BlockFiles:
         _LIBRARY.repo_read(self._repo, digest, codec, ctypes.byref(found))
         return _read(found)
 
+    def read_many(self, digests: Sequence[bytes], most: int) -> list[Read | int]:
+        """Several blocks as `read` gives them, by one call and some threads: the first, and as many of the
+        others, in their order, as have at most `most` bytes together."""
+        found = (_Found * len(digests))()
+        first = ctypes.addressof(found)
+        seen = _LIBRARY.repo_read_many(self._repo, b"".join(digests), len(digests), most, first)
+        try:
+            return [_copied(each) for each in found[:seen]]
+        finally:
+            _LIBRARY.repo_free_many(first, len(digests))
+
 
 def _read(found: _Found) -> Read | int:
-    if found.size < 0:
-        return int(found.size)
     try:
-        block = ctypes.string_at(found.bytes, found.size)
+        return _copied(found)
     finally:
         _LIBRARY.repo_free(found.bytes)
+
+
+def _copied(found: _Found) -> Read | int:
+    if found.size < 0:
+        return int(found.size)
+    block = ctypes.string_at(found.bytes, found.size)
     return Read(block, bytes(found.digest) if found.is_hashed else None)

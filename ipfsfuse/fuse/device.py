@@ -41,13 +41,10 @@ _Drained = ctypes.c_uint64 * _UNDRAINED
 
 _LIBRARY = load_library("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
-"""The same library, for calls that use Python objects: PyDLL keeps Python's lock during a call."""
+"""The same library, for calls that use Python objects, and for short ones: PyDLL keeps Python's lock during a
+call, for which another thread may make us wait."""
 _INT, _NUMBER, _TEXT, _OBJECT = ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.py_object
 _SIGNATURES: dict[str, Sequence[Any]] = {
-    "opens_allow": (None, _NUMBER),
-    "opens_revoke": (ctypes.c_uint32, _NUMBER, _INT),
-    "opens_revoke_idle": (None,),
-    "opens_drain": (ctypes.c_uint32, _Drained),
     "device_prepare": (None, _INT, _INT, _INT),
     "device_stop": (None,),
     "device_interrupted": (_NUMBER,),
@@ -58,6 +55,10 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
 }
 """By the names of functions: what they return, and what they take."""
 _SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
+    "opens_allow": (None, _NUMBER),
+    "opens_revoke": (ctypes.c_uint32, _NUMBER, _INT),
+    "opens_revoke_idle": (None,),
+    "opens_drain": (ctypes.c_uint32, _Drained),
     "reads_add": (None, _NUMBER, _NUMBER, _OBJECT, _INT),
     "reads_remove": (None, _NUMBER, _NUMBER),
     "reads_remove_all": (None,),
@@ -158,30 +159,30 @@ def listening(listener: tuple[int, int] | None) -> Iterator[None]:
 def allow(inode: int) -> None:
     """From now on the thread opens `inode`, a regular file whose attributes the kernel has
     correctly."""
-    _LIBRARY.opens_allow(inode)
+    _WITH_LOCK.opens_allow(inode)
 
 
 def revoke(inode: int) -> int:
     """From now on opens of `inode` go to Python. Returns how many opens the thread had counted; their
     releases will go to Python too."""
-    return int(_LIBRARY.opens_revoke(inode, 1))
+    return int(_WITH_LOCK.opens_revoke(inode, 1))
 
 
 def revoke_if_closed(inode: int) -> bool:
     """Stops the thread from opening `inode`, unless it has counted opens of it. Returns whether that was
     done."""
-    return not _LIBRARY.opens_revoke(inode, 0)
+    return not _WITH_LOCK.opens_revoke(inode, 0)
 
 
 def revoke_idle() -> None:
     """Stops the thread from opening any inode that it has counted no open of."""
-    _LIBRARY.opens_revoke_idle()
+    _WITH_LOCK.opens_revoke_idle()
 
 
 def drain() -> Sequence[int]:
     """The inodes that the thread has opened since the last call, in order."""
     inodes = _Drained()
-    return inodes[: _LIBRARY.opens_drain(inodes)]
+    return inodes[: _WITH_LOCK.opens_drain(inodes)]
 
 
 def inode_of(handle: int) -> int | None:

@@ -67,7 +67,9 @@ class Inodes:
 
     def __init__(self, key: bytes, bits: int = BITS, limit: int = MAX_INODES) -> None:
         """`key` has 32 bytes. Fewer `bits` make collisions likely: for tests."""
-        self._key = key
+        self._hashers = {
+            kind: hashlib.blake2b(digest_size=8, key=key, person=kind) for kind in (_FILE, _DIRECTORY)
+        }
         self._limit = limit
         self._mask = (1 << bits) - 1
         root = Inode(ROOT, Cid(b""), "root", ROOT_ATTRIBUTES, lookups=1)
@@ -170,10 +172,9 @@ class Inodes:
         return inode
 
     def _hash(self, kind: bytes, hashed: bytes, tries: int) -> int:
-        digest = hashlib.blake2b(
-            hashed, digest_size=8, key=self._key, salt=tries.to_bytes(8, "little"), person=kind
-        ).digest()
-        number = int.from_bytes(digest, "little") & self._mask
+        hasher = self._hashers[kind].copy()
+        hasher.update(hashed + tries.to_bytes(8, "little") if tries else hashed)
+        number = int.from_bytes(hasher.digest(), "little") & self._mask
         return number if number > ROOT else self._hash(kind, hashed, tries + (1 << 32))
 
 

@@ -258,12 +258,9 @@ class OpenFiles:
     # -- data pushed to the kernel ---------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Takes note of what was opened in C, and of what the kernel took into its page cache."""
+        """Takes note of what was opened in C."""
         if not self._push:
             return
-        for inode in self._pusher.stored():
-            if self._inodes.holds(inode) and inode.attributes.exact:
-                device.allow(inode.number)
         last = None
         for number in device.drain():
             last = self._inodes.known(number)
@@ -292,7 +289,7 @@ class PageCachePusher:
     and a store into that page waits for the lock. If the daemon is killed in that moment, nothing ever ends:
     the waiting thread keeps the connection alive, and nobody is left to answer. So an inode has either a
     store under way or open files, never both: whoever opens one calls `remove` first, and C opens none
-    meanwhile.
+    meanwhile. What is stored the C thread may open.
 
     One thread stores; everything else belongs to the event loop."""
 
@@ -302,7 +299,6 @@ class PageCachePusher:
         """For the next two."""
         self._waiting: dict[int, tuple[Inode, bytes]] = {}
         self._storing: int | None = None
-        self._stored: queue.SimpleQueue[Inode] = queue.SimpleQueue()
         self._busy = threading.Lock()
         """Held while the kernel takes one file's bytes."""
 
@@ -313,11 +309,6 @@ class PageCachePusher:
                 if len(self._waiting) < MAX_WAITING:
                     self._waiting[inode.number] = inode, content
         self._wake.put(True)
-
-    def stored(self) -> Iterator[Inode]:
-        """The inodes whose bytes the kernel has taken, each once."""
-        while not self._stored.empty():
-            yield self._stored.get()
 
     def remove(self, number: int) -> None:
         """From now on nothing is stored into inode `number`. Waits for a store under way: some 20 us, since
@@ -344,7 +335,7 @@ class PageCachePusher:
         try:
             if device.revoke_if_closed(inode.number):
                 pyfuse3.notify_store(pyfuse3.InodeT(inode.number), 0, content)
-                self._stored.put(inode)
+                device.allow(inode.number)
         except OSError as exc:
             log.debug(
                 "inode %d took no pages: %s", inode.number, exc

@@ -180,14 +180,16 @@ class _Reply:
             return self._name_only(
                 entry.name, self._inodes.likely(self._directory.number, entry.name, entry.cid), 0, place
             )
+        fitted = False
         try:
             fitted = readdir_reply(self._token, FileNameT(entry.name), self._replies.entry(inode), place)
+        finally:
             if fitted:
                 self._inodes.refer(inode)
                 self._referred.append(inode)
-            return fitted
-        finally:
-            self._inodes.drop_unused(inode)
+            else:
+                self._inodes.drop_unused(inode)
+        return fitted
 
     def _inode(self, entry: Entry) -> Inode | None:
         """None where nothing tells its attributes, or the table of inodes is full."""

@@ -171,14 +171,6 @@ class Fetched:
     source: Source
 
 
-class Hashed(NamedTuple):
-    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
-    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
-
-    block: bytes
-    digest: bytes
-
-
 class Verified(NamedTuple):
     """A `Delivery` of blocks that are verified, and the source that sent them."""
 

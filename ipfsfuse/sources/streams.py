@@ -9,8 +9,9 @@ and then waits. In a stream with `turns` it waits until it is asked for the next
 take Python's lock from those who work on the last ones. Leaving the block ends the stream.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import groupby
 from typing import Generic, NamedTuple, TypeVar
 
 import trio
@@ -23,6 +24,7 @@ from ipfsfuse.errors import NotHere
 T = TypeVar("T")
 
 Block = bytes | memoryview
+B = TypeVar("B", bound=Block)
 
 
 def nothing() -> None:
@@ -41,7 +43,15 @@ class Delivery(NamedTuple):
     for whoever does not when the stream ends."""
 
 
-Blocks = Sequence[tuple[Cid, bytes]]
+class Hashed(NamedTuple):
+    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
+    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
+
+    block: bytes
+    digest: bytes
+
+
+Blocks = Sequence[tuple[Cid, bytes | Hashed]]
 """Blocks with their CIDs as their source claims them, parents before children."""
 
 
@@ -56,6 +66,16 @@ class Send(Generic[T]):
         await self._channel.send(value)
         if self._turn is not None:
             await self._turn.acquire()
+
+
+class Shifted(Send[Delivery]):
+    """For who sends the leaves from `start` on of a longer range."""
+
+    def __init__(self, send: Send[Delivery], start: int) -> None:
+        self._send, self._start = send, start
+
+    async def send(self, value: Delivery) -> None:
+        await self._send.send(value._replace(first=self._start + value.first))
 
 
 class Receive(Generic[T]):
@@ -113,24 +133,24 @@ class Leases:
     def __init__(self, give: Callable[[int], None]) -> None:
         """`give` gives back so much of it."""
         self._give = give
-        self._held: dict[int, int] = {}
+        self._unreleased: dict[int, int] = {}
         self._number = 0
 
     def take(self, size: int) -> Callable[[], None]:
         """`size` was taken for a delivery. Returns its `release`."""
         self._number = number = self._number + 1
-        self._held[number] = size
+        self._unreleased[number] = size
         return lambda: self._release(number)
 
     def _release(self, number: int) -> None:
-        size = self._held.pop(number, None)
+        size = self._unreleased.pop(number, None)
         if size is not None:
             self._give(size)
 
     def close(self) -> None:
         """Gives back what was not released."""
-        while self._held:
-            self._give(self._held.popitem()[1])
+        while self._unreleased:
+            self._give(self._unreleased.popitem()[1])
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:
@@ -142,6 +162,14 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
             return False
         end += leaf.size
     return True
+
+
+def consecutive(found: Sequence[tuple[int, B]]) -> Iterator[tuple[int, Sequence[B]]]:
+    """`found`, the indexes of some leaves with their blocks, cut into blocks of consecutive leaves: the index
+    of the first, and the blocks."""
+    for _, run in groupby(enumerate(found), key=lambda each: each[1][0] - each[0]):
+        rows = [row for _at, row in run]
+        yield rows[0][0], [block for _index, block in rows]
 
 
 async def send_singly(

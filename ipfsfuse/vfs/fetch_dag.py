@@ -49,14 +49,13 @@ async def fetch_all(
     meets."""
     job = _Job(tree, on_progress, on_file)
     node = await tree.node(root)
-    job.totals.expected = node.size if isinstance(node, File) else _claimed(node)
+    if isinstance(node, File):
+        job.totals.expected = node.size
+    elif isinstance(node, Directory | Shard):
+        job.totals.expected = sum(node.links.tsizes)
     await job.run(node, depth)
     await tree.cache.settle()
     return job.totals
-
-
-def _claimed(node: Node) -> int:
-    return sum(node.links.tsizes) if isinstance(node, Directory | Shard) else 0
 
 
 class _Job:

@@ -155,7 +155,8 @@ class PrefetchBuffer:
         else:
             for start in done:
                 self.drop(start)
-            self.passed(first)
+            while self._starts and self._starts[0] + len(self.leaves[self._starts[0]]) <= first - BEHIND:
+                self.drop(self._starts[0])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def passed(self, offset: int) -> None:

@@ -15,6 +15,7 @@ Concurrency: the event loop's. At most FETCHED_TOGETHER blocks of one page are o
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import count, repeat
 
 import trio
 
@@ -248,7 +249,7 @@ class DirectoryPrefetcher:
         above = self._places.get(directory, (None, 0))[0]
         small = [cid for cid, size in children if cids.codec(cid) != cids.RAW or size <= SMALL_FILE]
         page = self._pages[key] = ScanTracker(directory, small, above)
-        self._places.update((cid, (page, index)) for index, cid in enumerate(page.children))
+        self._places.update(zip(page.children, zip(repeat(page), count()), strict=False))
         while len(self._places) > MAX_TRACKED and len(self._pages) > 1:
             _key, old = self._pages.popitem(last=False)
             for cid in old.children:

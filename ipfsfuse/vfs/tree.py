@@ -62,11 +62,6 @@ def attributes_of(node: Node) -> Attributes:
             return _attributes(stat.S_IFDIR, 0o555, 0, node.meta)
 
 
-def claimed_attributes(tsize: int) -> Attributes:
-    """Of a raw child by its link's word: surely a file, of that size if the publisher wrote the truth."""
-    return Attributes(stat.S_IFREG | 0o444, tsize, 0, exact=False)
-
-
 def _attributes(kind: int, mode: int, size: int, meta: Meta) -> Attributes:
     return Attributes(kind | (mode if meta.mode is None else meta.mode), size, meta.mtime or 0)
 
@@ -277,9 +272,10 @@ class Tree:
         """What a listing shows of an entry whose link claims `tsize` (negative if there is no claim): what is
         known, else the claim, which gives the size of a raw block. No block is needed."""
         known = self.known(cid)
-        if known is not None:
-            return known
-        return claimed_attributes(tsize) if tsize >= 0 and cids.codec(cid) == cids.RAW else None
+        if known is None and tsize >= 0 and cids.codec(cid) == cids.RAW:
+            # surely a file, of that size if the publisher wrote the truth
+            return Attributes(stat.S_IFREG | 0o444, tsize, 0, exact=False)
+        return known
 
     # -- files and links -------------------------------------------------------------------------------------
 

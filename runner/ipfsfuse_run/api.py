@@ -6,10 +6,9 @@ that the fork server (`forkserver`) has ready.
 
 import json
 import os
-import selectors
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 
@@ -128,11 +127,8 @@ def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     guest ran, but what it left could not be kept.
     """
     options = _options(guest, args, asked)
-    with _Run(options, asked.get("stdin")) as started:
-        with selectors.DefaultSelector() as selector:
-            selector.register(started.socket, selectors.EVENT_READ)
-            while not started.received():
-                selector.select()
+    with _started(options, asked.get("stdin")) as started:
+        started.received()
         return started.result()
 
 
@@ -141,7 +137,8 @@ async def run_trio(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     import trio
 
     options = _options(guest, args, asked)
-    with _Run(options, asked.get("stdin")) as started:
+    with _started(options, asked.get("stdin")) as started:
+        started.socket.setblocking(False)
         try:
             while not started.received():
                 await trio.lowlevel.wait_readable(started.socket)
@@ -170,37 +167,32 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
     limits = limiting.from_names(asked.get("limits") or {})
     if limits.max_stdout is None:
         limits = limits._replace(max_stdout=MAX_STDOUT)
-    root = asked.get("root")
-    sources = [f"--from={each}" for each in asked.get("sources", ())]
-    found = Options(
-        guest=texts[0],
-        args=texts[1:],
-        env=tuple(env.items()),
-        dirs=tuple(map(parsing.folder, asked.get("dirs", ()))),
-        cwd=asked.get("cwd"),
-        tmp=None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
-        out=_text(asked.get("out")),
-        add=asked.get("add", False),
-        return_cid="out" in asked,
-        invoke=asked.get("invoke"),
-        preload=tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
-        root=None if root is None else parsing.root(root),
-        limits=limits,
-        mount=_text(asked.get("mount")),
-        mount_options=(*sources, *["--offline"] * asked.get("offline", False)),
-        allow=tuple(asked.get("allow", ())),
-        ipns=tuple(asked.get("ipns", ())),
-        cache_dir=_text(asked.get("cache_dir")),
-        isolated=asked.get("isolated", False),
-        record=_text(asked.get("record")),
-        record_env=asked.get("record_env", False),
-        sign=_text(asked.get("sign")),
-        deterministic=asked.get("deterministic", False),
-        engine=asked.get("engine", "auto"),
-        require_sandbox=asked.get("require_sandbox", False),
-    )
+    given: dict[str, Any] = {name: value for name, value in asked.items() if name in Options._fields}
+    for name in _PATHS & given.keys():
+        given[name] = None if given[name] is None else os.fspath(given[name])
+    for name in _TUPLES & given.keys():
+        given[name] = tuple(given[name])
+    given |= {
+        "env": tuple(env.items()),
+        "dirs": tuple(map(parsing.parse_dir, asked.get("dirs", ()))),
+        "tmp": None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
+        "return_cid": "out" in asked,
+        "preload": tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
+        "root": None if asked.get("root") is None else parsing.parse_root(str(asked["root"])),
+        "limits": limits,
+        "mount_options": (
+            *(f"--from={each}" for each in asked.get("sources", ())),
+            *["--offline"] * asked.get("offline", False),
+        ),
+    }
+    found = Options(texts[0], texts[1:], **given)
     parsing.check(found)
     return found
+
+
+_PATHS = {"out", "mount", "cache_dir", "record", "sign"}
+_TUPLES = {"allow", "ipns"}
+"""Keywords whose values become text, and tuples."""
 
 
 def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
@@ -211,36 +203,28 @@ def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
     return tuple(map(str, given))
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else os.fspath(path)
+@contextmanager
+def _started(asked: Options, stdin: bytes | BinaryIO | None) -> Iterator["_Run"]:
+    with ExitStack() as stack:
+        written = [_spare(stack, name) for name in ("stdout", "stderr", "said")]
+        with ExitStack() as begun:
+            given = _opened(begun, stdin)
+            request = forkserver.Request(asked, os.getcwd(), dict(os.environ))
+            started = forkserver.start(request, given, *written)
+        with started:
+            yield _Run(asked.guest, started, *written)
 
 
 class _Run:
     """A run that has begun: its socket, and the files that it writes to. They have no names."""
 
-    def __init__(self, asked: Options, stdin: bytes | BinaryIO | None) -> None:
-        self._asked = asked
+    def __init__(self, guest: str, started: socket.socket, stdout: int, stderr: int, said: int) -> None:
+        self.socket = started
+        self._guest, self._stdout, self._stderr, self._said = guest, stdout, stderr, said
         self._answer = b""
-        with ExitStack() as stack:
-            self._stdout, self._stderr, self._said = (
-                _spare(stack, name) for name in ("stdout", "stderr", "said")
-            )
-            with ExitStack() as begun:
-                given = _opened(begun, stdin)
-                request = forkserver.Request(asked, os.getcwd(), dict(os.environ))
-                self.socket = forkserver.start(request, given, self._stdout, self._stderr, self._said)
-                self.socket.setblocking(False)
-            stack.callback(self.socket.close)
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> "_Run":
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stack.close()
 
     def received(self) -> bool:
-        """Whether the answer is complete. Never waits."""
+        """Whether the answer is complete. Waits for that if the socket blocks."""
         while True:
             try:
                 data = self.socket.recv(1 << 16)
@@ -254,7 +238,7 @@ class _Run:
 
     def result(self) -> Result:
         if not self._answer:
-            raise IpfsFuseError(f"the process that ran {self._asked.guest} was killed, and its guest with it")
+            raise IpfsFuseError(f"the process that ran {self._guest} was killed, and its guest with it")
         said = _content(self._said).decode(errors="replace").splitlines()
         notes = tuple(each.removeprefix("ipfsfuse-run: ") for each in said)
         answer = json.loads(self._answer)

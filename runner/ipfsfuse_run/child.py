@@ -14,20 +14,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.confinement import Access
 from ipfsfuse.errors import IpfsFuseError, UsageError
 from ipfsfuse_run import growth, lockdown, places, processes, sandbox
+from ipfsfuse_run.code_cache import Code, CodeCache, Key, binary
 from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
 from ipfsfuse_run.growth import Growth, Watched
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.sandbox import IPFS, OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # wasmtime takes 40 ms to import
-    import wasmtime
-
-    from ipfsfuse_run.guest import Code, End, Settings
+    from ipfsfuse_run.guest import End
 
 MAX_GUEST = 256 << 20
 """Bytes of the largest guest."""
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     """The kernel's number of the mount at `mountpoint`, where it must be that one."""
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
-    keep: int | None = None
+    guest_copy: int | None = None
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
     """The guest's name in messages, where that is not `options.guest`."""
@@ -75,8 +75,8 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     code = COULD_NOT_RUN
     try:
         # the guest's process needs nothing else that the runner and its caller had open
-        processes.close_all_but(0, 1, 2, plan.keep, reports.file, _named_descriptor(plan.options.guest))
-        processes.restore_defaults()
+        processes.close_all_but(0, 1, 2, plan.guest_copy, reports.file, _named_descriptor(plan.options.guest))
+        processes.handle_signals(signal.SIG_DFL)
         processes.die_with(parent)
         code = _run(plan, reports)
     except IpfsFuseError as exc:
@@ -102,8 +102,8 @@ def _run(plan: Plan, reports: Reports) -> int:
     if plan.command is not None:
         from ipfsfuse_run import command
 
-        with _opened(plan) as file:
-            data = _content(plan, file)
+        with _open_guest(plan) as file:
+            data = _read_guest(plan, file)
         try:
             return _run_command(plan, plan.command, data, reports)
         except command.TooOld as exc:
@@ -119,17 +119,16 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
     from ipfsfuse_run import command
 
     given = plan.options.limits
-    reports.send({"compiling": True})
-    ready = command.ready(path, data, given, plan.name)
-    reports.send({"compiling": False})
+    key, build = command.key(path, given), partial(command.build, path, given)
+    code = _compiled(plan, key, build, reports, data, lambda: command.check_version(path))
     if plan.options.compile_only:
         return 0
     with sandbox.opened_folders(plan.box) as folders:
         grown = _writable(plan, folders, reports)
         _limit_process(plan, grown)
-        _lock(plan, folders, command.allowed(path, ready.file), f"the command {path}", reports)
-        reports.send({"started": True, "kind": ready.kind, "command": True})
-        return command.execute(path, plan.box, given, folders, ready.file)
+        _lock(plan, folders, command.allowed(path, code.file), f"the command {path}", reports)
+        reports.send({"started": True, "command": True})
+        return command.execute(path, plan.box, given, folders, code.file)
 
 
 def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
@@ -139,35 +138,33 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.options.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         engine = guest.make_engine(settings)
+        key, build = guest.key(settings), partial(guest.build, engine)
         preloaded = {
-            name: _compiled(
-                plan._replace(options=plan.options._replace(guest=place)), engine, settings, None, reports
-            )
+            name: _compiled(plan._replace(options=plan.options._replace(guest=place)), key, build, reports)
             for name, place in plan.options.preload
         }
-        code = _compiled(plan, engine, settings, data, reports)
+        code = _compiled(plan, key, build, reports, data)
         if plan.options.compile_only:
             return 0
-        for each in (code, *preloaded.values()):
-            guest.form_of(each.kind)  # imports what is needed, as long as this process can
+        call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
+        codes = [code, *preloaded.values()]
+        guest.import_for([each.kind for each in codes], call)
         grown = _writable(plan, folders, reports)
         wasi = guest.wasi_config(plan.box, folders)
         _limit_process(plan, grown)
-        _lock(
-            plan,
-            folders,
-            [Access(each.file) for each in (code, *preloaded.values())],
-            "the library",
-            reports,
-        )
+        _lock(plan, folders, [Access(each.file) for each in codes], "the library", reports)
     preloads = {name: guest.load(engine, each) for name, each in preloaded.items()}
     ready = guest.load(engine, code)
-    call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
-    begun = {"started": True, "kind": ready.kind}
     end = _in_thread(
         given.max_wasm_stack,
         lambda: guest.run(
-            ready, wasi, given, plan.options.deterministic, lambda: reports.send(begun), call, preloads
+            ready,
+            wasi,
+            given,
+            plan.options.deterministic,
+            lambda: reports.send({"started": True}),
+            call,
+            preloads,
         ),
     )
     sys.stdout.write("".join(f"{each}\n" for each in end.results))
@@ -260,43 +257,47 @@ def _limit_process(plan: Plan, grown: Growth) -> None:
 
 
 def _compiled(
-    plan: Plan, engine: "wasmtime.Engine", settings: "Settings", data: bytes | None, reports: Reports
-) -> "Code":
-    """The guest, compiled before or now; `data` is its content if that was read already. Compilation forks,
-    which is safe: this process has no thread yet."""
-    from ipfsfuse_run import guest
-    from ipfsfuse_run.code_cache import CodeCache
-
+    plan: Plan,
+    key: Key,
+    build: Callable[[str, bytes, str], bytes],
+    reports: Reports,
+    data: bytes | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Code:
+    """The guest, compiled before or now; `data` is its content if that was read already. `check` is called
+    before `build`. Compilation forks, which is safe: this process has no thread yet."""
     cache = CodeCache.of_user()
-    if data is None:
-        with _opened(plan) as file:
-            if plan.keep is None and plan.guest_sha256 is None:
-                kept = guest.kept(cache, file, plan.name, settings)
-                if kept is not None:
-                    return kept
-            data = _content(plan, file)
+    with _open_guest(plan) if data is None else io.BytesIO(data) as file:
+        if plan.guest_copy is None and plan.guest_sha256 is None:
+            kept = cache.kept(file, plan.name, key)
+            if kept is not None:
+                return kept
+        data = _read_guest(plan, file)
+    check()
     reports.send({"compiling": True})
     memory = plan.options.limits.compile_bytes
-    kind, code = guest.binary(data, plan.name, memory)
+    kind, code = binary(data, plan.name, memory)
     if plan.guest_sha256 not in (None, hashlib.sha256(code).hexdigest()):
         raise GuestRefused(f"{plan.name} is not the guest that was recorded")
-    if plan.keep is not None:
-        with open(plan.keep, "wb", closefd=False) as out:
+    if plan.guest_copy is not None:
+        with open(plan.guest_copy, "wb", closefd=False) as out:
             out.write(code)
-    made = guest.compiled(cache, engine, kind, code, plan.name, settings, memory)
+    made = cache.compiled(kind, code, plan.name, memory, key, lambda: build(kind, code, plan.name))
     reports.send({"compiling": False})
     return made
 
 
 @contextmanager
-def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
+def _open_guest(plan: Plan) -> Iterator[io.BufferedIOBase]:
     """The guest's file. Raises GuestRefused, also where the `with` block raises OSError."""
     named = plan.options.guest
     try:
         if named == "-":
             yield io.BytesIO(sys.stdin.buffer.read(MAX_GUEST + 1))
         elif named.startswith(IPFS + "/"):
-            place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)
+            place = sandbox.open_beneath(
+                plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id
+            )
             with place as found, open(f"/proc/self/fd/{found}", "rb") as file:
                 yield file
         else:
@@ -306,7 +307,7 @@ def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
         raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc
 
 
-def _content(plan: Plan, file: io.BufferedIOBase) -> bytes:
+def _read_guest(plan: Plan, file: io.BufferedIOBase) -> bytes:
     data = file.read(MAX_GUEST + 1)
     if len(data) > MAX_GUEST:
         raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")

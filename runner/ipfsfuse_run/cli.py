@@ -68,9 +68,9 @@ def _main(argv: Sequence[str]) -> int:
         options = options._replace(compile_only=True)
     extras.require("run")
     if options.replay is not None:
-        from ipfsfuse_run import replay
+        from ipfsfuse_run import recording
 
-        return replay.replay(options)
+        return recording.replay(options)
     from ipfsfuse_run.execute import execute
 
     not_kept = None

@@ -21,14 +21,14 @@ import resource
 import signal
 import stat
 import struct
-import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from io import BufferedIOBase
+from typing import NamedTuple
 
 from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import places, processes
+from ipfsfuse_run import lockdown, places, processes
 from ipfsfuse_run.errors import GuestRefused
 
 BOUND = 1 << 30
@@ -39,8 +39,22 @@ _ENTRY = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.part)?|\.[0-9a-f]{16}\.part")
 """Names of our own: entries, entries that are being made, and what an earlier version left of the latter."""
 _MAX_ANSWER = 64 << 10
 
+Key = Callable[[str, str], str]
+"""The name of the entry for a guest's SHA-256 and kind."""
 Build = Callable[[], bytes]
 """Compiles a guest, in the compiling process, which it locks in first. Raises GuestRefused."""
+
+MODULE, COMPONENT = "module", "component"
+_MAGIC = b"\0asm"
+_KINDS = {b"\x01\0\0\0": MODULE, b"\x0d\0\x01\0": COMPONENT}
+
+
+class Code(NamedTuple):
+    """A compiled guest that is not loaded yet. `file` is a descriptor; `name` is for messages."""
+
+    name: str
+    kind: str
+    file: int
 
 
 class CodeCache:
@@ -76,10 +90,27 @@ class CodeCache:
         os.close(file)
         return None
 
-    def compiled(self, key: str, build: Build, name: str, memory: int) -> int:
-        """A descriptor of the entry `key`. If it is missing, a process that may write to `memory` bytes makes
-        it by `build`; what can't be kept is in memory alone: a full disk costs speed. `name` is the guest's,
-        for messages. Forks. Raises GuestRefused."""
+    def kept(self, file: BufferedIOBase, name: str, key: Key) -> Code | None:
+        """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
+        Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
+        if not file.seekable():
+            return None
+        kind = _kind(file.read(8))
+        file.seek(0)
+        if kind is None:
+            return None
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        found = self.opened(key(digest, kind))
+        return None if found is None else Code(name, kind, found)
+
+    def compiled(self, kind: str, code: bytes, name: str, memory: int, key: Key, build: Build) -> Code:
+        """The guest `code`, compiled before or now, by a process that may write to `memory` bytes. What can't
+        be kept is in memory alone: a full disk costs speed. Forks. Raises GuestRefused."""
+        entry = key(hashlib.sha256(code).hexdigest(), kind)
+        return Code(name, kind, self._compiled(entry, build, name, memory))
+
+    def _compiled(self, key: str, build: Build, name: str, memory: int) -> int:
         found = self.opened(key)
         if found is not None:
             return found
@@ -225,6 +256,36 @@ def _processor() -> str:
     return "" if found is None else found[0].decode(errors="replace")
 
 
+def _kind(head: bytes) -> str | None:
+    """What begins with these 8 bytes; None for text, and for what can't run."""
+    return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
+
+
+def binary(code: bytes, name: str, memory: int) -> tuple[str, bytes]:
+    """The guest's kind and its binary form. Text is translated in a process of its own that may write to
+    `memory` bytes, because 1 byte of it can take a hundred in memory. Raises GuestRefused."""
+    if code.startswith(_MAGIC):
+        kind = _kind(code[:8])
+        if kind is None:
+            raise GuestRefused(f"{name} is WebAssembly of a version that can't run, or cut short")
+        return kind, code
+    if not code.lstrip().startswith((b"(", b";;")):
+        raise GuestRefused(f"{name} is not WebAssembly: it begins with neither \\0asm nor text")
+    import wasmtime  # as long as this process can
+
+    def translate() -> bytes:
+        lockdown.lock([])
+        try:
+            return bytes(wasmtime.wat2wasm(code))
+        except wasmtime.WasmtimeError as exc:
+            text = " ".join(str(exc).split())
+            raise GuestRefused(f"{name} is not WebAssembly text: {text}") from exc
+
+    with open(in_own_process(translate, name, memory), "rb") as made:
+        made.seek(0)
+        return binary(made.read(), name, memory)
+
+
 # -- the compiling process ---------------------------------------------------------------------------------
 
 
@@ -235,11 +296,7 @@ def in_own_process(build: Build, name: str, memory: int) -> int:
     ended otherwise."""
     code = os.memfd_create("code", os.MFD_CLOEXEC)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    parent = os.getpid()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _compiler(build, parent, write_end, code, memory)
+    pid = processes.fork(lambda: _compile(build, write_end, code, memory))
     os.close(write_end)
     with open(read_end, "rb") as answers:
         refused = answers.read(_MAX_ANSWER)
@@ -256,24 +313,15 @@ def in_own_process(build: Build, name: str, memory: int) -> int:
     )
 
 
-def _compiler(build: Build, parent: int, write_end: int, code: int, memory: int) -> NoReturn:
+def _compile(build: Build, write_end: int, code: int, memory: int) -> None:
+    processes.detach(write_end, code)  # Rust writes a back-trace where it finds no memory
+    processes.limit(resource.RLIMIT_DATA, memory)
+    processes.limit(resource.RLIMIT_FSIZE, memory)
     try:
-        processes.die_with(parent)
-        processes.detach(write_end, code)  # Rust writes a back-trace where it finds no memory
-        processes.limit(resource.RLIMIT_DATA, memory)
-        processes.limit(resource.RLIMIT_FSIZE, memory)
-        try:
-            made = build()
-        except MemoryError:
-            os._exit(1)
-        except GuestRefused as exc:
-            os.write(write_end, json.dumps(str(exc)[: _MAX_ANSWER // 16]).encode())
-            os._exit(0)
         with open(code, "wb", closefd=False) as out:
-            out.write(made)
-        os._exit(0)
-    finally:
-        os._exit(1)
+            out.write(build())
+    except GuestRefused as exc:
+        os.write(write_end, json.dumps(str(exc)[: _MAX_ANSWER // 16]).encode())
 
 
 def _text(answer: bytes) -> str:

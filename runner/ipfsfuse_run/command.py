@@ -5,18 +5,17 @@ set. The command sets it when it has no `-W timeout`; the C library that the Pyt
 for it. Time is kept by the supervisor, so the command needs no timeout.
 """
 
-import hashlib
 import os
 import re
 import stat
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from ipfsfuse.confinement import Access
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run import limits, lockdown, processes
-from ipfsfuse_run.code_cache import CodeCache, entry_key
+from ipfsfuse_run.code_cache import Key, entry_key
 from ipfsfuse_run.errors import GuestRefused, say
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Options
@@ -91,35 +90,16 @@ def unsuited(options: Options) -> str | None:
     return None
 
 
-class Ready(NamedTuple):
-    """Compiled code for the command."""
-
-    kind: str
-    file: int
-    """A descriptor of the code."""
-
-
-def ready(command: str, data: bytes, given: Limits, name: str) -> Ready:
-    """The guest `data`, compiled before or now. Forks. Raises GuestRefused, TooOld."""
-    cache, digest = CodeCache.of_user(), hashlib.sha256(data).hexdigest()
-    kind = {b"\x01\0\0\0": "module", b"\x0d\0\x01\0": "component"}.get(data[4:8], "")
-    options = _engine_options(given)
-    if not data.startswith(b"\0asm") or not kind:
-        from ipfsfuse_run import guest
-
-        kind, data = guest.binary(data, name, given.compile_bytes)
-        digest = hashlib.sha256(data).hexdigest()
-    fixed = [re.sub("fuel=.*", "fuel", each) for each in options]  # the code is the same for any amount
-    key = entry_key(digest, os.stat(command), ("command", kind, *fixed))
-    found = cache.opened(key)
-    if found is None:
-        _check_version(command)
-        memory = given.compile_bytes
-        found = cache.compiled(key, lambda: _compiled(command, kind, data, options, name), name, memory)
-    return Ready(kind, found)
+def key(command: str, given: Limits) -> Key:
+    """The names of entries in the code cache."""
+    found = os.stat(command)
+    # the code is the same for any amount
+    fixed = [re.sub("fuel=.*", "fuel", each) for each in _engine_options(given)]
+    return lambda digest, kind: entry_key(digest, found, ("command", kind, *fixed))
 
 
-def _check_version(command: str) -> None:
+def check_version(command: str) -> None:
+    """Raises TooOld."""
     import subprocess
 
     said = subprocess.run(
@@ -130,7 +110,7 @@ def _check_version(command: str) -> None:
         raise TooOld
 
 
-def _compiled(command: str, kind: str, data: bytes, options: Sequence[str], name: str) -> bytes:
+def build(command: str, given: Limits, kind: str, data: bytes, name: str) -> bytes:
     """In the compiling process. The command and the library's check are locked in, each in its turn. Raises
     GuestRefused."""
     from ipfsfuse_run import guest
@@ -138,20 +118,18 @@ def _compiled(command: str, kind: str, data: bytes, options: Sequence[str], name
     source, made, errors_file = (os.memfd_create(each) for each in ("guest", "code", "errors"))
     with open(source, "wb", closefd=False) as out:
         out.write(data)
-    waiting = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            processes.die_with(waiting)
-            os.dup2(errors_file, 2)
-            for each in (source, made):
-                os.set_inheritable(each, True)
-            lockdown.lock(_program_files(command))
-            paths = f"/proc/self/fd/{made}", f"/proc/self/fd/{source}"
-            os.execve(command, ["wasmtime", "compile", "-C", "cache=n", *options, "-o", *paths], {})
-        finally:
-            os._exit(127)
-    _pid, status = os.waitpid(pid, 0)
+
+    def compile_it() -> None:
+        os.dup2(errors_file, 2)
+        for each in (source, made):
+            os.set_inheritable(each, True)
+        lockdown.lock(_program_files(command))
+        paths = f"/proc/self/fd/{made}", f"/proc/self/fd/{source}"
+        os.execve(
+            command, ["wasmtime", "compile", "-C", "cache=n", *_engine_options(given), "-o", *paths], {}
+        )
+
+    _pid, status = os.waitpid(processes.fork(compile_it), 0)
     with open(made, "rb") as code, open(errors_file, "rb") as errors:
         if os.WIFSIGNALED(status):  # most likely for want of memory: the process that waits says so
             os._exit(1)

@@ -4,14 +4,18 @@ What takes long to import is imported when it is needed: a guest on a live mount
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import IpfsFuseError, MountFailed, StoreFailed, UsageError
-from ipfsfuse_run import limits, places, sandbox, supervisor
+from ipfsfuse_run import places, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import NotKept, say
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.supervisor import Alarm, CompletedRun, Outcome
+from ipfsfuse_run.supervisor import CompletedRun, Outcome
+
+if TYPE_CHECKING:
+    from ipfsfuse.dag.cid import Cid
 
 
 def execute(options: Options) -> CompletedRun:
@@ -44,22 +48,22 @@ def _execute(options: Options) -> CompletedRun:
         from ipfsfuse_run import recording  # with the codecs, 100 ms
 
         return recording.record(options)
+    from ipfsfuse_run import mounts  # with json and sockets, 5 ms
+
     if options.mount is not None:
         mountpoint = os.path.abspath(options.mount)
-        return CompletedRun(_run_on(mountpoint, options, _our_mount(mountpoint)))
-    from ipfsfuse_run import mounts  # with what starts a daemon, 10 ms
-
+        try:
+            mount_id = mounts.kernel_mount_id(mountpoint)
+        except MountFailed:
+            mount_id = None
+        return CompletedRun(_run_on(mountpoint, options, mount_id))
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
-        names = mounts.resolved(options, mount)
-        alarm = None
-        if mount.quota is not None:
-            bound = limits.value_text("max_fetch", options.limits.max_fetch or 0)
-            alarm = Alarm(mount.quota.fileno(), "max_fetch", f"had more than max-fetch={bound} fetched")
-        close = [each.fileno() for each in (mount.control, mount.quota) if each is not None]
-        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, close, alarm)
-        if alarm is not None and mount.control.ask("quota")["reached"]:
-            outcome = supervisor.over_limit(outcome, alarm)
+        names = mounts.resolved_names(options, mount)
+        quota = None if mount.quota is None else mount.quota.fileno()
+        outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, quota)
+        if quota is not None and mount.control.ask("quota")["reached"]:
+            outcome = supervisor.over_quota(outcome, options.limits)
         return CompletedRun(outcome)
 
 
@@ -68,10 +72,11 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
     they are taken into the library. Raises StoreFailed."""
     if options.add or (cid is None and (options.cid_file is not None or options.return_cid)):
         from ipfsfuse.dag import cid as cids
-        from ipfsfuse_run import results
+        from ipfsfuse_run import record
 
         bound = options.limits.out_bytes
-        cid = cids.text(results.add(options, folder) if options.add else results.cid_of(folder, bound))
+        found = _add_to_library(options, folder) if options.add else record.tree_cid(folder, bound)
+        cid = cids.text(found)
     if cid is None:
         return None
     if not options.return_cid:
@@ -85,31 +90,42 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
     return cid
 
 
-def _our_mount(mountpoint: str) -> int | None:
-    """The number of the mount of ours at `mountpoint`, which refuses all writing; None for another folder."""
+def _add_to_library(options: Options, folder: str) -> "Cid":
+    """Takes the results into the library, and gives their CID. Raises StoreFailed."""
     from ipfsfuse_run import mounts
+    from ipfsfuse_run.record import RecordWriter, add_tree
 
+    scratch = places.scratch_folder("add", os.getpid())
     try:
-        return mounts.kernel_mount_id(mountpoint)
-    except MountFailed:
-        return None
+        car = os.path.join(scratch, "results.car")
+        with open(car, "w+b") as out:
+            writer = RecordWriter(out)
+            built = add_tree(writer, folder, options.limits.out_bytes).built
+            writer.close(built)
+        library = [each for each in options.mount_options if each.startswith("--library=")]
+        try:
+            mounts.ipfsfuse_command("import", *library, car)
+        except IpfsFuseError as exc:
+            raise StoreFailed(f"the results can't be taken into the library: {exc}") from exc
+        return built.cid
+    except OSError as exc:
+        raise StoreFailed(f"the results can't be taken into the library: {exc.strerror}") from exc
+    finally:
+        places.remove_tree(scratch)
 
 
 def _run_on(
     mountpoint: str,
     options: Options,
-    mount_id: int | None = None,
+    mount_id: int | None,
     names: Mapping[str, str] = sandbox.NO_NAMES,
-    close: Sequence[int] = (),
-    alarm: Alarm | None = None,
+    quota: int | None = None,
 ) -> Outcome:
+    """`mount_id` is the kernel's number of the mount of ours at `mountpoint`; None for another folder."""
     box = sandbox.build(options, mountpoint, mount_id, names)
     path = None
     if options.engine != "library":
         from ipfsfuse_run import command
 
         path = command.choose(options, mount_id is not None)
-    plan = Plan(options, mountpoint, box, mount_id, path)
-    writes = options.out is not None or any(each.writable for each in options.dirs)
-    streams = supervisor.direct_streams(options.limits, writes)
-    return supervisor.run(plan, streams, close, alarm)
+    return supervisor.run(Plan(options, mountpoint, box, mount_id, path), quota)

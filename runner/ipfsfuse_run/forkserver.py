@@ -6,7 +6,6 @@ else can ask. Everything ends with the program: the server when its socket is cl
 socket is. The server has one thread and makes no other.
 """
 
-import contextlib
 import gc
 import json
 import os
@@ -14,13 +13,12 @@ import pickle
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse_run import processes
@@ -30,7 +28,6 @@ from ipfsfuse_run.options import Options
 if TYPE_CHECKING:
     from ipfsfuse_run.supervisor import CompletedRun
 
-_LENGTH = struct.Struct("=Q")
 _FILES = 5
 """Descriptors that come with a run: its socket, stdin, stdout, stderr, and a file for the runner's words."""
 
@@ -99,8 +96,7 @@ def start(request: Request, stdin: int, stdout: int, stderr: int, said: int) -> 
     try:
         with theirs:
             _server.send([theirs.fileno(), stdin, stdout, stderr, said])
-        data = pickle.dumps(request)
-        ours.sendall(_LENGTH.pack(len(data)) + data)
+        ours.sendall(pickle.dumps(request))
     except BaseException:
         ours.close()
         raise
@@ -120,12 +116,12 @@ def serve(file: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_all()
     gc.freeze()  # so that a forked process need not copy these pages
-    watched = _Watched()
-    watched.add(control.fileno(), select.POLLIN, lambda: _accept(control, watched))
-    watched.loop()
+    poller = _Poller()
+    poller.add(control.fileno(), select.POLLIN, lambda: _accept(control, poller))
+    poller.loop()
 
 
-class _Watched:
+class _Poller:
     """Descriptors, and what to call when something happens to them."""
 
     def __init__(self) -> None:
@@ -148,12 +144,12 @@ class _Watched:
                     self._calls[file]()
 
 
-def _accept(control: socket.socket, watched: _Watched) -> None:
+def _accept(control: socket.socket, poller: _Poller) -> None:
     _message, files, _flags, _from = socket.recv_fds(control, 16, _FILES)
     if len(files) == _FILES:
-        _begin(control, watched, files)
+        _begin(poller, files)
     else:
-        watched.remove(control.fileno())
+        poller.remove(control.fileno())
 
 
 def _import_all() -> None:
@@ -163,13 +159,8 @@ def _import_all() -> None:
     import_module("wasmtime.component")
 
 
-def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        processes.die_with(parent)
-        control.close()
-        _run(files)
+def _begin(poller: _Poller, files: list[int]) -> None:
+    pid = processes.fork(lambda: _run(files))
     run, *others = files
     for each in others:
         os.close(each)
@@ -177,45 +168,34 @@ def _begin(control: socket.socket, watched: _Watched, files: list[int]) -> None:
 
     def left() -> None:
         """The program has closed its end of the socket, or has ended."""
-        watched.remove(run)
+        poller.remove(run)
         signal.pidfd_send_signal(ended, signal.SIGTERM)
 
     def reap() -> None:
         os.waitpid(pid, 0)
         for each in (ended, run):
-            watched.remove(each)
+            poller.remove(each)
             os.close(each)
 
-    watched.add(run, select.POLLRDHUP, left)
-    watched.add(ended, select.POLLIN, reap)
+    poller.add(run, select.POLLRDHUP, left)
+    poller.add(ended, select.POLLIN, reap)
 
 
-def _run(files: list[int]) -> NoReturn:
-    """In the run's own process."""
-    code = 1
-    try:
-        processes.raise_on_signals()
-        run, stdin, stdout, stderr, said = files
-        for file, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
-            os.dup2(file, target)
-            os.close(file)
-        sys.stderr = open(said, "w", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
-        with socket.socket(fileno=run) as answers:
-            request: Request = pickle.loads(_received(answers))
-            answers.sendall(json.dumps(_answer(request)).encode())
-        code = 0
-    except processes.Interrupted:
-        pass  # the program left
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _received(run: socket.socket) -> bytes:
-    with run.makefile("rb") as file:
-        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        return file.read(length)
+def _run(files: list[int]) -> None:
+    """In the run's own process. Raises Interrupted when the program has left."""
+    processes.close_all_but(
+        0, 1, 2, *files
+    )  # else the sockets of other runs would be open until this one ends
+    processes.raise_on_signals()
+    run, stdin, stdout, stderr, said = files
+    for file, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
+        os.dup2(file, target)
+        os.close(file)
+    sys.stderr = open(said, "w", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
+    with socket.socket(fileno=run) as answers:
+        with answers.makefile("rb") as asked:
+            request: Request = pickle.load(asked)
+        answers.sendall(json.dumps(_answer(request)).encode())
 
 
 def _answer(request: Request) -> dict[str, Any]:
@@ -225,9 +205,9 @@ def _answer(request: Request) -> dict[str, Any]:
     os.environ.update(request.environment)
     try:
         os.chdir(request.cwd)
-        return _told(execute(request.options))
+        return _as_json(execute(request.options))
     except NotKept as exc:
-        return _told(exc.run) | {"not_kept": str(exc)}
+        return _as_json(exc.run) | {"not_kept": str(exc)}
     except IpfsFuseError as exc:
         return {"error": type(exc).__name__, "text": str(exc)}
     except Exception as exc:
@@ -237,6 +217,6 @@ def _answer(request: Request) -> dict[str, Any]:
         }
 
 
-def _told(run: "CompletedRun") -> dict[str, Any]:
+def _as_json(run: "CompletedRun") -> dict[str, Any]:
     receipt = None if run.receipt is None else run.receipt.decode()
     return {"outcome": run.outcome._asdict(), "out": run.out, "receipt": receipt}

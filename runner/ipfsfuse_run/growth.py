@@ -11,7 +11,7 @@ import select
 import stat
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ipfsfuse_run import processes
 
@@ -107,26 +107,14 @@ def watch(growth: Growth, guest: int) -> tuple[int, int]:
 
     Gives its pid, and a pipe. If the run must end, the pipe says what grew and why."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read_end)
-        _watcher(growth, guest, parent, write_end)
+    pid = processes.fork(lambda: _look(growth, guest, write_end))
     os.close(write_end)
     return pid, read_end
 
 
-def _watcher(growth: Growth, guest: int, parent: int, write_end: int) -> NoReturn:
-    try:
-        processes.ignore_signals()
-        processes.die_with(parent)
-        processes.detach(guest, write_end)
-        _look(growth, guest, write_end)
-    finally:
-        os._exit(0)
-
-
 def _look(growth: Growth, guest: int, write_end: int) -> None:
+    processes.ignore_signals()
+    processes.detach(guest, write_end)
     ended, pause = select.poll(), INTERVAL
     ended.register(guest, select.POLLIN)
     while True:

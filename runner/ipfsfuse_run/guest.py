@@ -10,8 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from io import BufferedIOBase
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,19 +18,15 @@ import wasmtime
 from wasmtime import _ffi
 
 from ipfsfuse_run import lockdown
-from ipfsfuse_run.code_cache import CodeCache, entry_key, in_own_process
+from ipfsfuse_run.code_cache import MODULE, Code, Key, entry_key
 from ipfsfuse_run.errors import TRAPPED, GuestRefused
-from ipfsfuse_run.limits import COMPILE_MEMORY, STORE_LIMITS, Limits
+from ipfsfuse_run.limits import STORE_LIMITS, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
 if TYPE_CHECKING:  # 13 ms that a module need not wait for
     from wasmtime import component
 
-MODULE, COMPONENT = "module", "component"
-
 _FIBER_SPARE = 2 << 20
-_MAGIC = b"\0asm"
-_KINDS = {b"\x01\0\0\0": MODULE, b"\x0d\0\x01\0": COMPONENT}
 _RUN = re.compile(r"wasi:cli/run@0\.2(\.\d+)?")
 _PREVIEW_3 = re.compile(rb"wasi:[a-z-]+/[a-z-]+@0\.3[0-9a-z.-]*")
 
@@ -48,7 +43,7 @@ def wasi_config(box: Sandbox, folders: Sequence[OpenFolder]) -> wasmtime.WasiCon
         try:
             wasi.preopen_dir(each.path, each.guest, each.writable)
         except wasmtime.WasmtimeError as exc:
-            raise GuestRefused(f"the folder {each.host} can't be read by the guest") from exc
+            raise GuestRefused(f"{each.name} can't be read by the guest") from exc
     return wasi
 
 
@@ -83,37 +78,6 @@ class Settings(NamedTuple):
     deterministic: bool
 
 
-HEAD_BYTES = 8
-
-
-def kind_of(head: bytes) -> str | None:
-    """What begins with these HEAD_BYTES; None for text, and for what can't run."""
-    return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
-
-
-def binary(code: bytes, name: str, memory: int = COMPILE_MEMORY) -> tuple[str, bytes]:
-    """The guest's kind and its binary form. Text is translated in a process of its own that may write to
-    `memory` bytes, because 1 byte of it can take a hundred in memory. Raises GuestRefused."""
-    if code.startswith(_MAGIC):
-        kind = kind_of(code[:HEAD_BYTES])
-        if kind is None:
-            raise GuestRefused(f"{name} is WebAssembly of a version that can't run, or cut short")
-        return kind, code
-    if not code.lstrip().startswith((b"(", b";;")):
-        raise GuestRefused(f"{name} is not WebAssembly: it begins with neither \\0asm nor text")
-
-    def translate() -> bytes:
-        lockdown.lock([])
-        try:
-            return bytes(wasmtime.wat2wasm(code))
-        except wasmtime.WasmtimeError as exc:
-            raise GuestRefused(f"{name} is not WebAssembly text: {one_line(exc)}") from exc
-
-    with open(in_own_process(translate, name, memory), "rb") as made:
-        made.seek(0)
-        return binary(made.read(), name)
-
-
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -145,10 +109,6 @@ class Guest(NamedTuple):
     engine: wasmtime.Engine
     compiled: "wasmtime.Module | component.Component"
 
-    @property
-    def kind(self) -> str:
-        return MODULE if isinstance(self.compiled, wasmtime.Module) else COMPONENT
-
 
 def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> Guest:
     """Raises GuestRefused."""
@@ -161,52 +121,17 @@ def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) ->
         raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {one_line(exc)}") from exc
 
 
-class Code(NamedTuple):
-    """A compiled guest that is not loaded yet. `file` is a descriptor; `name` is for messages."""
-
-    name: str
-    kind: str
-    file: int
+def key(settings: Settings) -> Key:
+    """The names of entries in the code cache."""
+    library = os.stat(_ffi.dll._name)
+    return lambda digest, kind: entry_key(digest, library, (kind, *map(str, settings)))
 
 
-def kept(cache: CodeCache, file: BufferedIOBase, name: str, settings: Settings) -> Code | None:
-    """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
-    Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
-    if not file.seekable():
-        return None
-    kind = kind_of(file.read(HEAD_BYTES))
-    file.seek(0)
-    if kind is None:
-        return None
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-    file.seek(0)
-    found = cache.opened(_key(digest, kind, settings))
-    return None if found is None else Code(name, kind, found)
-
-
-def compiled(
-    cache: CodeCache,
-    engine: wasmtime.Engine,
-    kind: str,
-    code: bytes,
-    name: str,
-    settings: Settings,
-    memory: int = COMPILE_MEMORY,
-) -> Code:
-    """The guest `code`, compiled before or now, by a process of its own that may write to `memory` bytes.
-    Forks. Raises GuestRefused."""
-
-    def build() -> bytes:
-        form_of(kind)  # imports what is needed, as long as this process can
-        lockdown.lock([])
-        return bytes(compile_guest(engine, kind, code, name).compiled.serialize())
-
-    key = _key(hashlib.sha256(code).hexdigest(), kind, settings)
-    return Code(name, kind, cache.compiled(key, build, name, memory))
-
-
-def _key(digest: str, kind: str, settings: Settings) -> str:
-    return entry_key(digest, os.stat(_ffi.dll._name), (kind, *map(str, settings)))
+def build(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> bytes:
+    """In the compiling process. Raises GuestRefused."""
+    form_of(kind)  # imports what is needed, as long as this process can
+    lockdown.lock([])
+    return bytes(compile_guest(engine, kind, code, name).compiled.serialize())
 
 
 def load(engine: wasmtime.Engine, code: Code) -> Guest:
@@ -249,8 +174,19 @@ def check(kind: str, code: bytes, name: str) -> None:
 
 
 def _check_start(name: str, module: wasmtime.Module) -> None:
-    if "_start" not in [each.name for each in module.exports]:
+    types = [each.type for each in module.exports if each.name == "_start"]
+    if not types:
         raise GuestRefused(f"{name} is a library, not a command: it exports no _start")
+    if not isinstance(types[0], wasmtime.FuncType):
+        raise GuestRefused(f"{name} is not a command: its _start is not a function")
+
+
+def import_for(kinds: Iterable[str], call: Call | None) -> None:
+    """Imports what is needed to run, as long as this process can."""
+    for kind in kinds:
+        form_of(kind)
+    if call is not None:
+        import decimal  # noqa: F401 # `_text` uses it
 
 
 def form_of(kind: str) -> "type[wasmtime.Module | component.Component]":
@@ -285,10 +221,8 @@ def run(
         if call is not None or preloads:
             raise GuestRefused(f"{guest.name} is a component: --invoke and --preload take core modules")
         return End(_run_component(guest, guest.compiled, store, deterministic, begin))
-    except _Exit as exc:
-        return End(_exit_code(exc.code))
-    except wasmtime.ExitTrap as exc:
-        return End(_exit_code(exc.code))
+    except (_Exit, wasmtime.ExitTrap) as exc:
+        return End(exc.code & 0xFF or int(exc.code != 0))  # cut to a byte, but a failure never becomes 0
     except wasmtime.Trap as exc:
         return End(TRAPPED, str(exc))
     except wasmtime.WasmtimeError as exc:
@@ -303,11 +237,6 @@ def _apply(limits: Limits, store: wasmtime.Store) -> None:
         store.set_fuel(limits.fuel)
     wanted = (getattr(limits, each) for each in STORE_LIMITS)
     store.set_limits(*(-1 if each is None else each for each in wanted))
-
-
-def _exit_code(code: int) -> int:
-    """The exit code cut to a byte, as the system does it. A failure never becomes 0."""
-    return code & 0xFF or (1 if code else 0)
 
 
 def _run_module(
@@ -338,18 +267,14 @@ def _run_module(
             raise GuestRefused(f"--preload {name}: {preloaded.name} is a component, not a core module")
         linker.define_module(store, name, preloaded.compiled)
     exports = linker.instantiate(store, module).exports(store)
-    if call is None:
-        start = exports["_start"]
-        if not isinstance(start, wasmtime.Func):
-            raise GuestRefused(f"{guest.name} is not a command: its _start is not a function")
-        start(store)
-        return End(0)
     initialize = exports.get("_initialize")  # of a reactor (WASI's application ABI)
-    if isinstance(initialize, wasmtime.Func) and call.name != "_initialize":
+    if isinstance(initialize, wasmtime.Func) and call is not None and call.name != "_initialize":
         initialize(store)
-    function = exports[call.name]
+    function = exports["_start" if call is None else call.name]
     assert isinstance(function, wasmtime.Func)  # checked
     given = function(store, *values)
+    if call is None:
+        return End(0)
     results = [] if given is None else given if isinstance(given, list) else [given]
     return End(0, results=[_text(*each) for each in zip(results, function.type(store).results, strict=True)])
 
@@ -397,21 +322,9 @@ def _text(value: object, kind: wasmtime.ValType) -> str:
         digits = next(
             each for each in shorter if struct.unpack("f", struct.pack("f", float(each)))[0] == value
         )
-    return _without_exponent(digits).removesuffix(".0")
+    from decimal import Decimal
 
-
-def _without_exponent(digits: str) -> str:
-    """`decimal` does that, too: it can't be imported any more by a process that is locked in."""
-    mantissa, _, exponent = digits.partition("e")
-    if not exponent:
-        return digits
-    sign = "-" if mantissa.startswith("-") else ""
-    whole, _, part = mantissa.removeprefix("-").partition(".")
-    point = len(whole) + int(exponent)
-    if point <= 0:
-        return f"{sign}0.{'0' * -point}{whole}{part}"
-    shown = (whole + part).ljust(point, "0")
-    return f"{sign}{shown[:point]}.{shown[point:] or '0'}"
+    return f"{Decimal(digits):f}".removesuffix(".0")
 
 
 WASI_P1 = ("wasi_snapshot_preview1", "wasi_unstable")

@@ -6,16 +6,20 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Directory
-from ipfsfuse.errors import StoreFailed, UsageError
+from ipfsfuse.errors import UsageError
 from ipfsfuse.text import printable
 from ipfsfuse_run import limits, options, places, read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused, say
 from ipfsfuse_run.read_paths import Row, Walk
 from ipfsfuse_run.receipts import Receipt
 from ipfsfuse_run.record import Record, check_content, check_signature, opened, receipt_alone
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _PARTS = (receipts.STDOUT, receipts.STDERR, "signature", receipts.OUT)
 
@@ -63,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             _print_json(record, receipt, found)
         else:
             _show(receipt, found)
-            print(_signed_by(record, asked.key))
+            print(_signed_by(record, key))
     if left_out:
         say(f"{path}: more paths than these lead to what was read; the rest is left out")
     return 0
@@ -120,14 +124,14 @@ def _show(receipt: Receipt, rows: Iterable[Row]) -> None:
         print(f"{printable(each.type):<10} {each.size:>14,} {each.read:>14,}  {printable(each.path)}")
 
 
-def _signed_by(record: Record, key: str | None) -> str:
+def _signed_by(record: Record, key: "Ed25519PublicKey | None") -> str:
     place = record.find(receipts.SIGNATURE)
     if place is None:
         return "not signed"
     from ipfsfuse_run import signatures
 
     if key is not None:
-        return f"signed by {signatures.fingerprint(signatures.public_key(key))}"
+        return f"signed by {signatures.fingerprint(key)}"
     names = signatures.signers(b"".join(record.content(place, min(signatures.MAX_BYTES, record.size))))
     return f"says it is signed by {', '.join(map(printable, names))}: check it with --key PUB"
 
@@ -171,8 +175,6 @@ def _write_results(record: Record, receipt: Receipt, folder: str, most: int) -> 
     results = places.results_folder(folder)
     try:
         record.extract(receipt.out, results.path, most)
-    except StoreFailed:
-        raise
     except ReceiptRefused:
         for each in os.listdir(results.path):
             places.remove_tree(os.path.join(results.path, each))

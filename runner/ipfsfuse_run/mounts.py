@@ -136,12 +136,6 @@ def _opened(path: str) -> Iterator[int | None]:
         os.close(folder)
 
 
-def _read(folder: int, name: str) -> int:
-    """A descriptor of the file `name` in `folder`: no symlink is followed, no pipe waited for. Raises
-    OSError."""
-    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-
-
 def _live(options: Options) -> Mount | None:
     """Raises StoreFailed, MountFailed where what is there is not this user's, UsageError where it can't serve
     this run."""
@@ -150,7 +144,8 @@ def _live(options: Options) -> Mount | None:
         if folder is None:
             return None
         try:
-            with open(_read(folder, _DAEMON), "rb") as file:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(_DAEMON, flags, dir_fd=folder), "rb") as file:
                 mountpoint = str(json.loads(file.read(_MAX_DAEMON))["mountpoint"])
             control = _held(os.path.join(path, _CONTROL), folder)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
@@ -213,20 +208,15 @@ def _start(options: Options, isolated: bool) -> Mount:
     import tempfile  # with subprocess, 10 ms that a run on a live mount need not wait for
 
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
-    # -P: a folder named ipfsfuse in the working directory must not be imported
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "ipfsfuse",
-        "mount",
-        "--json",
-        "--while-held",
-        *_mount_options(options, isolated),
-        mountpoint,
-    ]
     try:
-        path, daemon = _parse(_ask_for_mount(command))
+        said = ipfsfuse_command(
+            "mount", "--json", "--while-held", *_mount_options(options, isolated), mountpoint
+        )
+        try:
+            answer = json.loads(said.splitlines()[-1])
+            path, daemon = os.fspath(answer["control"]), int(answer["pid"])
+        except (ValueError, KeyError, IndexError, TypeError) as exc:
+            raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
         parent = os.path.dirname(path)
         with _opened(parent) as folder:
             if folder is None:
@@ -247,12 +237,14 @@ def _start(options: Options, isolated: bool) -> Mount:
         raise
 
 
-def _ask_for_mount(command: Sequence[str]) -> str:
-    """What `ipfsfuse mount` prints when it has mounted. If a signal ends this wait, the daemon ends too."""
+def ipfsfuse_command(*args: str) -> str:
+    """What `ipfsfuse ARG...` prints. A signal that ends this wait interrupts it too. Raises MountFailed,
+    FolderInUse or UsageError, in its words."""
     import subprocess
 
     with subprocess.Popen(
-        command,
+        # -P: a folder named ipfsfuse in the working directory must not be imported
+        [sys.executable, "-P", "-m", "ipfsfuse", *args],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -267,7 +259,7 @@ def _ask_for_mount(command: Sequence[str]) -> str:
     if starter.returncode != 0:
         reason = f"\n{err.strip()}".rpartition("\nipfsfuse: ")[2]
         failure = {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(starter.returncode, MountFailed)
-        raise failure(reason or f"ipfsfuse mount failed with exit code {starter.returncode}")
+        raise failure(reason or f"ipfsfuse {args[0]} failed with exit code {starter.returncode}")
     return out
 
 
@@ -278,15 +270,6 @@ def child_environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*tops, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-
-
-def _parse(output: str) -> tuple[str, int]:
-    """The control socket and the daemon's pid."""
-    try:
-        answer = json.loads(output.splitlines()[-1])
-        return os.fspath(answer["control"]), int(answer["pid"])
-    except (ValueError, KeyError, IndexError, TypeError) as exc:
-        raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
 
 
 def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
@@ -307,7 +290,7 @@ def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
 # -- what a guest can tell others --------------------------------------------------------------------------
 
 
-def resolved(options: Options, mount: Mount) -> dict[str, str]:
+def resolved_names(options: Options, mount: Mount) -> dict[str, str]:
     """What each of the run's IPNS names stands for now: a path below the mountpoint. Raises GuestRefused,
     UsageError."""
     found: dict[str, str] = {}

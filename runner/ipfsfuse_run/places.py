@@ -11,8 +11,7 @@ import ctypes
 import os
 import select
 import stat
-import sys
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ipfsfuse.errors import StoreFailed, UsageError
 from ipfsfuse_run import growth, processes
@@ -40,12 +39,7 @@ def make_tmp(size: int, held: int) -> Tmp:
 
 def tmpfs_is_offered() -> bool:
     """Whether /tmp is a tmpfs on this machine. Tried in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os._exit(0 if _tmpfs(1 << 20) is not None else 1)
-        finally:
-            os._exit(1)
+    pid = processes.fork(lambda: os._exit(_tmpfs(1 << 20) is None))
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -158,29 +152,21 @@ def scratch_folder(kind: str, owner: int, *held: int) -> str:
     are closed after that. Forks. Raises StoreFailed."""
     folder = private_folder(kind, os.urandom(8).hex())
     watched = os.pidfd_open(owner)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        if os.fork():  # its parent ends, so that nobody has to wait for it
-            os._exit(0)
-        _remove_after(folder, watched, *held)
+
+    def remove() -> None:
+        processes.ignore_signals()
+        os.setsid()
+        processes.detach(watched, *held)
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)
+        poll.poll()
+        remove_tree(folder)
+
+    # the process between ends, so that nobody has to wait for the one that removes
+    pid = processes.fork(lambda: processes.fork(remove, dies_with_us=False))
     os.waitpid(pid, 0)
     os.close(watched)
     return folder
-
-
-def _remove_after(folder: str, owner: int, *held: int) -> NoReturn:
-    try:
-        processes.ignore_signals()
-        os.setsid()
-        processes.detach(owner, *held)
-        poll = select.poll()
-        poll.register(owner, select.POLLIN)
-        poll.poll()
-        remove_tree(folder)
-    finally:
-        os._exit(0)
 
 
 def remove_tree(path: str) -> None:

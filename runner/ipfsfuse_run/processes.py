@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -29,23 +30,20 @@ def raise_on_signals() -> None:
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         raise Interrupted(number)
 
-    for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    handle_signals(interrupt)
 
 
-def restore_defaults() -> None:
-    """From now on, an ending signal ends this process at once, unless it is ignored (nohup)."""
+def handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    """Sets the handler of the ending signals, but for one that is ignored (nohup)."""
     for each in ENDING:
         if signal.getsignal(each) != signal.SIG_IGN:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, handler)
 
 
 def ignore_signals() -> None:
     """From now on, no ending signal ends this forked process: its owner ends it, or its own work does."""
     signal.set_wakeup_fd(-1)
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)
+    handle_signals(signal.SIG_IGN)
 
 
 def die_with(parent: int) -> None:
@@ -54,6 +52,21 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+def fork(work: Callable[[], object], dies_with_us: bool = True) -> int:
+    """Starts a process that runs `work` and ends: with 0, with 1 if it raises. Gives its number."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if dies_with_us:
+                die_with(parent)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
 
 
 def exit_by_signal(number: int) -> NoReturn:

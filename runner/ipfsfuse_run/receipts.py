@@ -20,7 +20,6 @@ from ipfsfuse_run import limits
 from ipfsfuse_run.errors import TRAPPED, ReceiptRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.read_paths import Row
-from ipfsfuse_run.supervisor import Digest
 
 FORMAT = 2
 _KIND = "ipfsfuse-run receipt"
@@ -28,7 +27,7 @@ RECEIPT, GUEST, STDIN, STDOUT, STDERR = "receipt.json", "guest.wasm", "stdin", "
 OUT, DIRS, IPFS, SIGNATURE = "out", "dir", "ipfs", "signature.json"
 """What is in the root of the CAR file (`record`)."""
 
-_SHA256, _SALT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
+_HEXADECIMAL = re.compile("[0-9a-f]*")
 
 MAX_BYTES = 64 << 20
 """Of the largest receipt: it names a million blocks."""
@@ -62,10 +61,6 @@ class Variable(NamedTuple):
     value: str | None
 
 
-def variable(salt: str, name: str, value: str, keep: bool) -> Variable:
-    return Variable(name, variable_hash(salt, name, value), value if keep else None)
-
-
 def variable_hash(salt: str, name: str, value: str) -> str:
     """`salt` is hexadecimal: it keeps two receipts from showing that a value is the same in both."""
     return hashlib.sha256(bytes.fromhex(salt) + f"{name}={value}".encode()).hexdigest()
@@ -76,6 +71,16 @@ class GivenDir(NamedTuple):
 
     guest: str
     cid: Cid | None
+
+
+class Digest(NamedTuple):
+    """Of what passed through a stream."""
+
+    sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256} ({self.size} bytes)"
 
 
 class Receipt(NamedTuple):
@@ -200,11 +205,11 @@ def decode(data: bytes) -> Receipt:
         raise ReceiptRefused(f"the receipt names what is not a CID: {exc}") from exc
     except UsageError as exc:
         raise ReceiptRefused(f"the receipt's limits can't be used: {exc}") from exc
-    except _Unfit as exc:
+    except _BadField as exc:
         raise ReceiptRefused(f"the receipt has no usable field {exc}") from exc
 
 
-class _Unfit(Exception):
+class _BadField(Exception):
     """A field that is missing, or not what it must be; names it."""
 
 
@@ -229,10 +234,10 @@ _FIELDS = {1: _COMMON | _ENDS, 2: _COMMON | {"root", "tmp", "engine", "paths", "
 
 
 def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
-    """Raises _Unfit, NotACid, UsageError."""
+    """Raises _BadField, NotACid, UsageError."""
     for name in sorted(_FIELDS[number] ^ fields.keys()):
         is_known = name in _FIELDS[number]
-        raise _Unfit(name if is_known else f"{name[:80]!r}: this format has no such field")
+        raise _BadField(name if is_known else f"{name[:80]!r}: this format has no such field")
     results = fields if number == 1 else _record(fields["results"], "results", _ENDS | {"out", "limit"})
     streams = {STDIN: fields["stdin"], STDOUT: results["stdout"], STDERR: results["stderr"]}
     keys = {"sha256", "size"} if number == 1 else {"cid", "sha256", "size"}
@@ -241,16 +246,16 @@ def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
     salt, env = _environment(fields["env"], number)
     argv = _texts(fields["argv"], "argv")
     if not argv:
-        raise _Unfit("argv")
+        raise _BadField("argv")
     if arguments_size(argv, [(each.name, each.value or "") for each in env]) > MAX_ARGUMENTS:
-        raise _Unfit(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
+        raise _BadField(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
     cwd = fields["cwd"]
     if cwd is not None and not _text(cwd, "cwd").startswith("/"):
-        raise _Unfit("cwd: it is not absolute")
+        raise _BadField("cwd: it is not absolute")
     trapped = _flag(results["trapped"], "trapped")
     exit_code = _number(results["exit_code"], "exit_code", 255)
     if trapped and exit_code != TRAPPED:
-        raise _Unfit(f"exit_code: a guest that trapped has {TRAPPED}")
+        raise _BadField(f"exit_code: a guest that trapped has {TRAPPED}")
     _texts(fields["differs"], "differs")
     found = Receipt(
         guest=_cid(guest["cid"], "guest"),
@@ -282,9 +287,11 @@ def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
         return found
     root, out, limit = fields["root"], results["out"], results["limit"]
     if limit is not None and _text(limit, "limit") not in (*Limits._fields, "tmp"):
-        raise _Unfit("limit")
+        raise _BadField("limit")
+    if root is not None and (not _text(root, "root").strip("/") or root.startswith("/")):
+        raise _BadField("root")
     return found._replace(
-        root=None if root is None else _root(root),
+        root=root,
         tmp=_number(fields["tmp"], "tmp"),
         engine=_text(fields["engine"], "engine"),
         paths=[_row(each) for each in _list(fields["paths"], "paths")],
@@ -299,12 +306,10 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
     if number == 1:
         pairs = [_texts(each, "env") for each in _list(given, "env")]
         if any(len(pair) != 2 or not pair[0] or "=" in pair[0] for pair in pairs):
-            raise _Unfit("env")
+            raise _BadField("env")
         return "", [Variable(name, "", value) for name, value in pairs]
     env = _record(given, "env", {"salt", "variables"})
-    salt = env["salt"]
-    if not isinstance(salt, str) or not _SALT.fullmatch(salt):
-        raise _Unfit("env: its salt is not 32 hexadecimal digits")
+    salt = _hexadecimal(env["salt"], "env", 32)
     found: dict[str, Variable] = {}
     for each in _list(env["variables"], "env"):
         keys = {"name", "sha256", "value"}
@@ -313,19 +318,12 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
         )
         name, value = _text(fields["name"], "env", MAX_ARGUMENTS), fields.get("value")
         if not name or "=" in name or name in found:
-            raise _Unfit("env")
-        hashed = _sha256(fields["sha256"], "env")
+            raise _BadField("env")
+        hashed = _hexadecimal(fields["sha256"], "env", 64)
         if "value" in fields and variable_hash(salt, name, _text(value, "env", MAX_ARGUMENTS)) != hashed:
-            raise _Unfit(f"env: the value of {name[:80]!r} is not the one whose hash is given")
+            raise _BadField(f"env: the value of {name[:80]!r} is not the one whose hash is given")
         found[name] = Variable(name, hashed, value)
     return salt, list(found.values())
-
-
-def _root(given: object) -> str:
-    text = _text(given, "root")
-    if not text.strip("/") or text.startswith("/"):
-        raise _Unfit("root")
-    return text
 
 
 def _row(given: object) -> Row:
@@ -347,13 +345,13 @@ def arguments_size(argv: Sequence[str], env: Sequence[tuple[str, str]]) -> int:
 
 def _record(given: object, name: str, keys: Collection[str] | None = None) -> dict[str, Any]:
     if not isinstance(given, dict) or (keys is not None and given.keys() != set(keys)):
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
 def _list(given: object, name: str, most: int = MAX_BYTES) -> list[Any]:
     if not isinstance(given, list) or len(given) > most:
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
@@ -364,11 +362,11 @@ def _texts(given: object, name: str) -> list[str]:
 def _text(given: object, name: str, most: int = MAX_TEXT) -> str:
     """A text that a guest can be given. JSON may name half of a surrogate pair, which no text has."""
     if not isinstance(given, str) or len(given) > most or "\0" in given:
-        raise _Unfit(name)
+        raise _BadField(name)
     try:
         given.encode()
     except UnicodeEncodeError as exc:
-        raise _Unfit(f"{name}: {given[:80]!r} is not UTF-8") from exc
+        raise _BadField(f"{name}: {given[:80]!r} is not UTF-8") from exc
     return given
 
 
@@ -382,19 +380,19 @@ def _cids(given: object, name: str) -> list[Cid]:
 
 def _flag(given: object, name: str) -> bool:
     if not isinstance(given, bool):
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
 def _number(given: object, name: str, most: int = (1 << 63) - 1) -> int:
     if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= most:
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
 def _seconds(given: object) -> float:
     if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given <= _MAX_SECONDS:
-        raise _Unfit("seconds")
+        raise _BadField("seconds")
     return float(given)
 
 
@@ -403,7 +401,7 @@ def _time(given: object) -> str:
     try:
         datetime.datetime.fromisoformat(text)
     except ValueError as exc:
-        raise _Unfit("started: it is not a time of ISO 8601") from exc
+        raise _BadField("started: it is not a time of ISO 8601") from exc
     return text
 
 
@@ -417,10 +415,10 @@ def _dir(given: object, number: int) -> GivenDir:
 
 
 def _digest(fields: Mapping[str, Any], name: str) -> Digest:
-    return Digest(_sha256(fields["sha256"], name), _number(fields["size"], name))
+    return Digest(_hexadecimal(fields["sha256"], name, 64), _number(fields["size"], name))
 
 
-def _sha256(given: object, name: str) -> str:
-    if not isinstance(given, str) or not _SHA256.fullmatch(given):
-        raise _Unfit(name)
+def _hexadecimal(given: object, name: str, digits: int) -> str:
+    if not isinstance(given, str) or len(given) != digits or not _HEXADECIMAL.fullmatch(given):
+        raise _BadField(f"{name}: {given!r:.80} is not {digits} hexadecimal digits")
     return given

@@ -1,10 +1,11 @@
-"""The CAR file of a recorded run: written, read again, and held against the receipt in it.
+"""CAR files of the runner. That of a recorded run is written, read again, and held against the receipt in it.
+That of a folder of the host holds what a guest left in its /out, or was given by --dir.
 
-Its root is a UnixFS directory, so that `ipfsfuse mount --from run.car` shows the run: receipt.json,
-guest.wasm, stdin, stdout, stderr, out, dir/N for each folder that was given, signature.json, and ipfs/CID for
-each root that was used. Below the root every block is there, so that a node can pin it. What was read is
-there in part alone: so ipfs/CID is a symlink to it in the mount. (Format 1 links it.) The CAR is written
-whole or not at all, and every block is checked against its CID when it is read.
+The root of a record is a UnixFS directory, so that `ipfsfuse mount --from run.car` shows the run:
+receipt.json, guest.wasm, stdin, stdout, stderr, out, dir/N for each folder that was given, signature.json,
+and ipfs/CID for each root that was used. Below the root every block is there, so that a node can pin it. Of
+what was read only a part is there, so ipfs/CID is a symlink to it in the mount. (Format 1 links it.) A CAR is
+written whole or not at all, and every block is checked against its CID when it is read.
 """
 
 import contextlib
@@ -21,12 +22,11 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built, Stored
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard, Symlink, parse
-from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, UsageError, WrongBlock
+from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse_run import read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.growth import NAME_BYTES
-from ipfsfuse_run.receipts import Receipt
-from ipfsfuse_run.supervisor import Digest
+from ipfsfuse_run.receipts import Digest, Receipt
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -54,7 +54,7 @@ class Readable(Protocol):
 
 
 class RecordWriter:
-    """Writes the CAR of a recorded run: each block once. `add_*` give what a folder can link."""
+    """Writes a CAR of the runner: each block once. `add_*` give what a folder can link."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -85,37 +85,8 @@ class RecordWriter:
             _PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put
         )
 
-    def add_symlink(self, target: str) -> Built:
-        return builder.symlink(_PROFILE, os.fsencode(target), builder.NOTHING, self.put)
-
-    def add_tree(self, folder: Path) -> Built:
-        """A folder of the host with its modes and times: what the guest could see of it. Raises StoreFailed,
-        UsageError."""
-        children: list[tuple[str, Built]] = []
-        try:
-            for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-                path, found = Path(entry.path), entry.stat(follow_symlinks=False)
-                stored = Stored(found.st_mode & 0o7777, found.st_mtime_ns)
-                if entry.is_symlink():
-                    children.append(
-                        (
-                            entry.name,
-                            builder.symlink(_PROFILE, os.fsencode(os.readlink(path)), stored, self.put),
-                        )
-                    )
-                elif entry.is_dir():
-                    children.append((entry.name, self.add_tree(path)))
-                elif entry.is_file():
-                    with path.open("rb") as file:
-                        children.append((entry.name, self.add_file(file, stored)))
-                else:
-                    raise UsageError(f"{path} is neither file, folder nor symlink: it can't be recorded")
-            found = folder.stat()
-        except OSError as exc:
-            raise StoreFailed(f"{exc.filename or folder} can't be recorded: {exc.strerror}") from exc
-        except RecursionError as exc:
-            raise StoreFailed("a given folder is nested too deeply to be recorded") from exc
-        return self.add_folder(children, Stored(found.st_mode & 0o7777, found.st_mtime_ns))
+    def add_symlink(self, target: str, stored: Stored = builder.NOTHING) -> Built:
+        return builder.symlink(_PROFILE, os.fsencode(target), stored, self.put)
 
     def close(self, root: Built) -> None:
         self._out.seek(0)
@@ -138,11 +109,111 @@ def written(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def cid_of(file: BinaryIO) -> Cid:
-    """The CID that `file` has in a record; it is read from its start."""
-    file.seek(0)
+class Tree(NamedTuple):
+    """A folder in a CAR file. `files` are the paths in it and their SHA-256."""
+
+    built: Built
+    files: Sequence[tuple[str, str]]
+
+
+class _Level(NamedTuple):
+    """A folder that is being read."""
+
+    path: str
+    stored: Stored
+    names: list[str]
+    children: list[tuple[str, Built]]
+
+
+def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
+    """Puts a folder of the host into a CAR file: results of at most `bound` bytes, with the CID that
+    `ipfsfuse add --hidden` gives them; or, if `bound` is None, a folder that was given, with modes and times.
+
+    What a guest left may be anything: no symlink is followed, no device or pipe opened, and each name counts
+    NAME_BYTES. Another guest may have the same folder and put symlinks into it meanwhile: what lies elsewhere
+    is refused. Raises StoreFailed."""
+    left = bound
+    files: list[tuple[str, str]] = []
+    top = os.path.realpath(folder)
+    inside = ""
+
+    def attributes(found: os.stat_result) -> Stored:
+        return builder.NOTHING if bound is not None else Stored(found.st_mode & 0o7777, found.st_mtime_ns)
+
+    try:
+        stack = [_Level("", attributes(os.stat(top)), _names(top), [])]
+        while True:
+            level = stack[-1]
+            if not level.names:
+                stack.pop()
+                built = writer.add_folder(level.children, level.stored)
+                if not stack:
+                    return Tree(built, sorted(files))
+                stack[-1].children.append((os.path.basename(level.path), built))
+                continue
+            name = level.names.pop()
+            inside = os.path.join(level.path, name)
+            path = os.path.join(top, inside)
+            with _place(path) as (fd, opened):
+                found = os.fstat(fd)
+                stored = attributes(found)
+                if left is not None:
+                    left -= NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0)
+                    if left < 0:
+                        raise StoreFailed(f"the results in {folder} are more than max-out={bound} bytes")
+                    inside.encode()
+                if stat.S_ISDIR(found.st_mode):
+                    stack.append(_Level(inside, stored, _names(opened), []))
+                elif stat.S_ISLNK(found.st_mode):
+                    level.children.append((name, writer.add_symlink(os.readlink("", dir_fd=fd), stored)))
+                elif stat.S_ISREG(found.st_mode):
+                    with open(os.open(opened, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                        hashed = _Hashed(file, found.st_size)
+                        level.children.append((name, writer.add_file(hashed, stored)))
+                    files.append((inside, hashed.sha256.hexdigest()))
+                else:
+                    raise StoreFailed(f"{path!r} is neither file, folder nor symlink: it can't be taken")
+    except UnicodeEncodeError as exc:
+        raise StoreFailed(f"{inside!r} in the results has a name that is not UTF-8") from exc
+    except OSError as exc:
+        raise StoreFailed(f"{inside!r:.300} in {folder} can't be read: {exc.strerror}") from exc
+
+
+@contextlib.contextmanager
+def _place(path: str) -> Iterator[tuple[int, str]]:
+    """What lies at `path` itself, with no symlink on the way: a descriptor that only names it, and a path by
+    which it can be opened. Raises OSError, StoreFailed."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        opened = f"/proc/self/fd/{fd}"
+        if os.readlink(opened) != path:
+            raise StoreFailed(f"{path!r} was moved or replaced while it was taken")
+        yield fd, opened
+    finally:
+        os.close(fd)
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(os.listdir(folder), reverse=True)
+
+
+class _Hashed:
+    """A file that is hashed as it is read, and of which no more than `size` bytes are."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._left, self.sha256 = file, size, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        self.sha256.update(data)
+        return data
+
+
+def tree_cid(folder: str, bound: int) -> Cid:
+    """The CID of the results in `folder`. Raises StoreFailed."""
     with open(os.devnull, "wb") as nowhere:
-        return RecordWriter(nowhere).add_file(file).cid
+        return add_tree(RecordWriter(nowhere), folder, bound).built.cid
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -1,19 +1,24 @@
 """`--record`: one run in a mount of its own, and its receipt, as JSON or as a CAR with all that was read.
+`--replay`: such a run again, offline, from its CAR alone, and whether it gives the same.
 
-What the run needs on the way lies in files without a name: a runner that is killed leaves nothing.
+What a run needs on the way lies in files without a name: a runner that is killed leaves nothing.
 """
 
 import base64
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -33,30 +38,30 @@ from ipfsfuse.errors import (
     UsageError,
     WrongBlock,
 )
-from ipfsfuse_run import mounts, read_paths, receipts, results, sandbox, supervisor
-from ipfsfuse_run.child import Plan
-from ipfsfuse_run.errors import NotKept, ReceiptRefused, say
+from ipfsfuse.text import printable
+from ipfsfuse_run import limits, mounts, places, read_paths, receipts, sandbox, supervisor
+from ipfsfuse_run.child import MAX_GUEST, Plan
+from ipfsfuse_run.errors import GuestRefused, NotKept, ReceiptRefused, say, trap_text
+from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.mounts import Mount
-from ipfsfuse_run.options import Options
+from ipfsfuse_run.options import Dir, Options
 from ipfsfuse_run.read_paths import Row
-from ipfsfuse_run.receipts import GivenDir, Receipt
-from ipfsfuse_run.record import RecordWriter, written
-from ipfsfuse_run.sandbox import Sandbox
-from ipfsfuse_run.supervisor import CompletedRun, Outcome
+from ipfsfuse_run.receipts import Digest, GivenDir, Receipt, Variable
+from ipfsfuse_run.record import (
+    Record,
+    RecordWriter,
+    add_tree,
+    check_content,
+    check_signature,
+    opened,
+    receipt_alone,
+    tree_cid,
+    written,
+)
+from ipfsfuse_run.supervisor import CompletedRun, Outcome, RunFiles
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-
-class RunFiles(NamedTuple):
-    """What a run leaves behind, for its receipt: files without a name."""
-
-    used: BinaryIO
-    """The daemon's record: JSON lines."""
-    guest: BinaryIO
-    stdin: BinaryIO
-    stdout: BinaryIO
-    stderr: BinaryIO
 
 
 class _Run(NamedTuple):
@@ -83,25 +88,28 @@ def record(options: Options) -> CompletedRun:
         key = signatures.private_key(options.sign)
     with contextlib.ExitStack() as stack:
         # beside the receipt: what is kept of the output may be more than TMPDIR holds
-        used, guest, stdout, stderr = (
-            stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in range(4)
+        files = RunFiles(
+            *(stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in RunFiles._fields)
         )
-        stdin = stack.enter_context(supervisor.spooled_stdin(options.limits.max_stdin))
-        files = RunFiles(used, guest, stdin, stdout, stderr)
-        with mounted(options, used) as mount:
+        _spool_stdin(files.stdin, options.limits.max_stdin)
+        with mounted(options, files.block_log) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
-            plan = Plan(options, mount.mountpoint, box, mount.mount_id, keep=guest.fileno())
-            run = _run(plan, files, mount.control)
-            if run.outcome.refused is None and run.outcome.signal is None:
-                if run.outcome.limit == "max_out":
+            plan = Plan(options, mount.mountpoint, box, mount.mount_id, guest_copy=files.guest.fileno())
+            started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
+            outcome = supervisor.run(plan, files=files)
+            run = _Run(
+                outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3)
+            )
+            if outcome.refused is None and outcome.signal is None:
+                if outcome.limit == "max_out":
                     say(f"{target} is not written: its results would be larger than max-out")
                 else:
                     try:
-                        return _write(target, options, box, run, files, mount.control, key)
+                        return _write(target, plan, run, files, mount.control, key)
                     except IpfsFuseError as exc:
-                        raise NotKept(str(exc), CompletedRun(run.outcome)) from exc
-    return CompletedRun(run.outcome)
+                        raise NotKept(str(exc), CompletedRun(outcome)) from exc
+    return CompletedRun(outcome)
 
 
 def _target(options: Options) -> Path:
@@ -128,30 +136,46 @@ def _target(options: Options) -> Path:
     return target
 
 
-def _run(plan: Plan, files: RunFiles, control: Connection) -> _Run:
-    started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-    kept = files.stdout, files.stderr
-    outcome = supervisor.run_kept(plan, files.stdin, kept, show=True, close=[control.fileno()])
-    return _Run(outcome, started.isoformat(timespec="milliseconds"), round(time.monotonic() - begin, 3))
+def _spool_stdin(spool: BinaryIO, bound: int | None) -> None:
+    """Reads all of standard input, but not a terminal's, into the file `spool`. Raises GuestRefused for more
+    than `bound` bytes."""
+    if not os.isatty(0):
+        while data := os.read(0, 1 << 20):
+            spool.write(data)
+            if bound is not None and spool.tell() > bound:
+                given = limits.value_text("max_stdin", bound)
+                raise GuestRefused(f"standard input has more than max-stdin={given}")
+    spool.seek(0)
+
+
+def digest_of(file: BinaryIO) -> Digest:
+    """Of the whole file, which is left at its start."""
+    file.seek(0)
+    found = hashlib.sha256()
+    while data := file.read(1 << 20):
+        found.update(data)
+    digest = Digest(found.hexdigest(), file.tell())
+    file.seek(0)
+    return digest
 
 
 def _write(
     target: Path,
-    options: Options,
-    box: Sandbox,
+    plan: Plan,
     run: _Run,
     files: RunFiles,
     control: Connection,
     key: "Ed25519PrivateKey | None",
 ) -> CompletedRun:
     """Writes the receipt."""
+    options, box = plan.options, plan.box
     if options.guest == "-":  # standard input was the guest: none was left for it
         files.stdin.truncate(0)
     with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
         writer = RecordWriter(file if is_car else nowhere)
-        asked, ahead = used(files.used)
-        blocks = _take_blocks(writer, asked, control)
+        asked, ahead = logged_blocks(files.block_log)
+        blocks = _Blocks(writer, asked, control)
         files.guest.seek(0)
         parts = {receipts.GUEST: writer.add_file(files.guest)}
         contents = (
@@ -164,9 +188,9 @@ def _write(
             parts[name] = writer.add_file(held)
         left = None
         if options.out is not None:
-            left = results.written(writer, options.out, options.limits.out_bytes)
+            left = add_tree(writer, options.out, options.limits.out_bytes)
             parts[receipts.OUT] = left.built
-        dirs = [writer.add_tree(Path(each.host)) for each in options.dirs]
+        dirs = [add_tree(writer, each.host, None).built for each in options.dirs]
         if dirs:
             parts[receipts.DIRS] = writer.add_folder(
                 [(str(number), built) for number, built in enumerate(dirs)]
@@ -177,7 +201,11 @@ def _write(
             name=os.fsencode(options.guest).decode(errors="replace"),
             argv=box.argv,
             env=[
-                receipts.variable(salt, name, value, options.record_env)
+                Variable(
+                    name,
+                    receipts.variable_hash(salt, name, value),
+                    value if options.record_env else None,
+                )
                 for name, value in dict(box.env).items()
             ],
             cwd=box.cwd,
@@ -188,9 +216,9 @@ def _write(
             read=blocks.read,
             missing=blocks.missing,
             ahead=ahead,
-            stdin=supervisor.digest_of(files.stdin),
-            stdout=supervisor.digest_of(files.stdout),
-            stderr=supervisor.digest_of(files.stderr),
+            stdin=digest_of(files.stdin),
+            stdout=digest_of(files.stdout),
+            stderr=digest_of(files.stderr),
             exit_code=run.outcome.code,
             trapped=run.outcome.trapped,
             started=run.started,
@@ -243,7 +271,7 @@ def _encoded(receipt: Receipt) -> bytes:
     return data
 
 
-def used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
+def logged_blocks(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
     """What a daemon wrote down: (read, only fetched ahead), each in the order of first use."""
     record.seek(0)
     found: dict[str, list[Cid]] = {"read": [], "ahead": []}
@@ -255,19 +283,29 @@ def used(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
 
 
 class _Blocks:
-    """What was read, without what no source had."""
+    """The blocks that were asked for, which are put into the CAR: those that were read, and those that no
+    source had."""
 
-    def __init__(self) -> None:
+    def __init__(self, writer: RecordWriter, asked: Sequence[Cid], control: Connection) -> None:
         self.read: list[Cid] = []
         self.missing: list[Cid] = []
         self.roots = read_paths.Roots()
         self._nodes: dict[Cid, Node] = {}
-
-    def add(self, cid: Cid, block: bytes) -> None:
-        self.read.append(cid)
-        self.roots.add(cid, block)
-        with contextlib.suppress(Malformed, Unsupported):  # the guest saw an error: no path leads through it
-            self._nodes[cid] = parse(cid, block)
+        for cid in asked:
+            block = cids.inline(cid)
+            try:
+                if block is None:
+                    block = _ask(control, cid)
+                    writer.put(cid, block)
+            except Unavailable:
+                self.missing.append(cid)
+                continue
+            self.read.append(cid)
+            self.roots.add(cid, block)
+            with contextlib.suppress(
+                Malformed, Unsupported
+            ):  # the guest saw an error: no path leads through it
+                self._nodes[cid] = parse(cid, block)
 
     def _node(self, cid: Cid) -> Node:
         inline = cids.inline(cid)
@@ -286,22 +324,6 @@ class _Blocks:
             return []
 
 
-def _take_blocks(writer: RecordWriter, asked: Sequence[Cid], control: Connection) -> _Blocks:
-    """Puts every block that was read into the CAR."""
-    blocks = _Blocks()
-    for cid in asked:
-        block = cids.inline(cid)
-        try:
-            if block is None:
-                block = _ask(control, cid)
-                writer.put(cid, block)
-        except Unavailable:
-            blocks.missing.append(cid)
-            continue
-        blocks.add(cid, block)
-    return blocks
-
-
 def _ask(control: Connection, cid: Cid) -> bytes:
     """One block from the mount's daemon, which need not be trusted with it. Raises DaemonFailed."""
     try:
@@ -312,3 +334,312 @@ def _ask(control: Connection, cid: Cid) -> bytes:
             f"the mount's daemon did not give the block {cids.text(cid)} for the record"
         ) from exc
     return block
+
+
+# -- replaying ---------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """One thing that came out, then and now."""
+
+    what: str
+    recorded: object
+    now: object
+
+    @property
+    def same(self) -> bool:
+        return self.recorded == self.now
+
+
+REPLAY_LIMITS = Limits(
+    timeout=600.0,
+    max_memory_size=1 << 30,
+    max_wasm_stack=8 << 20,
+    max_stdout=64 << 20,
+    max_out=1 << 30,
+    max_stdin=64 << 20,
+)
+"""What a replay may use at most without a `-W`. A recording may come from anyone: what it says never loosens
+these."""
+
+_DATA_SPARE = 512 << 20
+"""Bytes that a replay's process may use beside the guest's memory."""
+
+
+def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
+    """Those of `given`, then the recorded ones, then REPLAY_LIMITS. Raises ReceiptRefused, naming the -W to
+    give, where the recording needs more than that."""
+    shown = {
+        "timeout": receipt.seconds,
+        "max_stdout": max(
+            receipt.stdout.size, 0 if receipt.trapped and receipt.format == 1 else receipt.stderr.size
+        ),
+        "max_stdin": receipt.stdin.size,
+    }
+    chosen = given.over(receipt.limits)
+    for name, most in REPLAY_LIMITS._asdict().items():
+        if most is None:
+            continue
+        needed = max(shown.get(name, 0), getattr(receipt.limits, name) or 0)
+        if getattr(given, name) is None:
+            if needed > most:
+                text = limits.value_text(name, math.ceil(needed))
+                raise ReceiptRefused(
+                    f"{path} needs more than a replay gives "
+                    f"({limits.option(name)}={limits.value_text(name, most)}): "
+                    f"if you trust it, give -W {limits.option(name)}={text}"
+                )
+            if getattr(chosen, name) is None and name != "max_wasm_stack":  # wasmtime's own is smaller
+                chosen = chosen._replace(**{name: most})
+    if chosen.max_stdin is not None and receipt.stdin.size > chosen.max_stdin:
+        raise ReceiptRefused(
+            f"{path} has {receipt.stdin.size} bytes of standard input: more than the given max-stdin"
+        )
+    return chosen
+
+
+def replay(options: Options) -> int:
+    """Says what is the same and what is not; 0 if all is, else 3. A signal's number below 0 if one ended it.
+
+    Raises ReceiptRefused where the run could not be repeated. The limits of `options` go before those of the
+    receipt."""
+    assert options.replay is not None
+    path, given = Path(options.replay), options.limits
+    if receipt_alone(path) is not None:
+        raise ReceiptRefused(
+            f"{path} is a receipt alone, without the guest and the blocks: record to a .car to replay"
+        )
+    key = None
+    if options.key is not None:
+        from ipfsfuse_run import signatures
+
+        key = signatures.public_key(options.key)
+    with contextlib.ExitStack() as stack:
+        files = RunFiles(*(stack.enter_context(tempfile.TemporaryFile()) for _ in RunFiles._fields))
+        with opened(path) as (car, receipt):
+            chosen = limits_for(path, receipt, given)
+            if key is not None:
+                check_signature(car, receipt, key, chosen.out_bytes)
+            for name in receipt.contents or [receipts.STDIN]:
+                # a smaller limit is the guest's: what was recorded before is only hashed
+                bound = (
+                    chosen.max_stdin
+                    if name == receipts.STDIN
+                    else max(chosen.max_stdout or 0, REPLAY_LIMITS.max_stdout or 0)
+                )
+                check_content(car, receipt, name, files.stdin if name == receipts.STDIN else None, bound)
+            if options.out is not None and receipt.out is None:
+                raise UsageError(f"--out {options.out}: the recorded run had no /out")
+            recorded = repeated_options(path, receipt, options, chosen)
+            most_of_guest = min(MAX_GUEST, max(64 << 20, 4 * car.size))
+            files.guest.writelines(car.content(receipt.guest, most_of_guest))
+            files.guest.seek(0)
+            files.stdin.seek(0)
+            dirs = _blocks_below(car, receipt)
+            folder = None
+            if receipt.out is not None:
+                given_out = places.scratch_folder("out", os.getpid()) if options.out is None else options.out
+                folder = places.results_folder(given_out)
+        try:
+            repeated = _repeat(recorded, receipt, files, folder)
+        finally:
+            if folder is not None and options.out is None:
+                places.remove_tree(folder.path)
+        outcome = repeated.outcome
+        if outcome.signal is not None:
+            return -outcome.signal
+        if outcome.refused is not None:
+            raise ReceiptRefused(f"the recorded run can't be repeated here: {outcome.refused}")
+        known = given.over(receipt.limits)._asdict()
+        ours = {
+            limits.option(name): limits.value_text(name, most)
+            for name, most in chosen._asdict().items()
+            if most is not None and known[name] is None
+        }
+        name = limits.option(outcome.limit or "")
+        if name in ours:
+            raise ReceiptRefused(
+                f"{path} needs more than a replay gives ({name}={ours[name]}): if you trust it, give a "
+                f"larger -W {name}"
+            )
+        if options.show:
+            for file, target in ((files.stdout, 1), (files.stderr, 2)):
+                file.seek(0)
+                with open(target, "wb", closefd=False) as shown:
+                    shutil.copyfileobj(file, shown)
+        return _say_verdicts(receipt, repeated.verdicts(receipt, dirs), ours, show=options.show)
+
+
+def _say_verdicts(receipt: Receipt, verdicts: Sequence[Verdict], ours: Mapping[str, str], show: bool) -> int:
+    """With `show`, standard output is the guest's, and the verdict goes to standard error."""
+    to = sys.stderr if show else sys.stdout
+    now = this_machine()
+    for name, then in receipt.versions.items():
+        if name in now and then != now[name]:
+            print(f"{name}: {printable(then)} then, {now[name]} now", file=to)
+    for each in verdicts:
+        print(
+            f"{each.what}: the same"
+            if each.same
+            else f"{each.what}: DIFFERENT, recorded {each.recorded}, now {each.now}",
+            file=to,
+        )
+    if all(each.same for each in verdicts):
+        return 0
+    print(f"not fixed in this record: {', '.join(receipt.differs)}", file=to)
+    if ours:
+        limited = ", ".join(f"{name}={most}" for name, most in ours.items())
+        print(f"limits of this replay alone: {limited}", file=to)
+    return DIFFERENT
+
+
+DIFFERENT = 3
+"""The exit code of a replay that ran and gave something else."""
+
+
+class _Repeated(NamedTuple):
+    outcome: Outcome
+    stdout: Digest
+    stderr: Digest
+    out: Cid | None
+    read: Sequence[Cid]
+
+    def verdicts(self, receipt: Receipt, of_dirs: frozenset[bytes]) -> list[Verdict]:
+        """`of_dirs`: the blocks of the folders that were given, which lie in the mount of a replay alone."""
+        found = [
+            Verdict("stdout", receipt.stdout, self.stdout),
+            Verdict("stderr", receipt.stderr, self.stderr),
+            Verdict(
+                "exit code",
+                _end(receipt.exit_code, receipt.trapped, receipt.limit),
+                _end(
+                    self.outcome.code,
+                    self.outcome.trapped,
+                    self.outcome.limit if receipt.format > 1 else None,
+                ),
+            ),
+        ]
+        if receipt.format == 1:
+            return found
+        if receipt.out is not None:
+            found.append(Verdict("out", cids.text(receipt.out), self.out and cids.text(self.out)))
+        held = {cids.multihash(each) for each in receipt.read}
+        asked = {cids.multihash(each) for each in self.read}
+        found.append(_compared("read", held, (asked & held) | (held & of_dirs)))
+        lacked = {cids.multihash(each) for each in receipt.missing}
+        found.append(_compared("missing", lacked, asked - held - of_dirs))
+        return found
+
+
+def _compared(what: str, then: set[bytes], now: set[bytes]) -> Verdict:
+    others = f", {len(then ^ now)} of them others" if then != now else ""
+    return Verdict(what, f"{len(then)} blocks", f"{len(now)} blocks{others}")
+
+
+def repeated_options(path: Path, receipt: Receipt, options: Options, chosen: Limits) -> Options:
+    """The options of the recorded run. Raises ReceiptRefused, UsageError where it needs what was not
+    given."""
+    tmp = receipt.tmp if options.tmp is None else options.tmp
+    if tmp > max(sandbox.TMP_BYTES, options.tmp or 0):
+        raise ReceiptRefused(
+            f"{path} needs more than a replay gives (--tmp {sandbox.TMP_BYTES}): if you trust it, give "
+            f"--tmp {tmp}"
+        )
+    in_mount = receipt.format > 1 and receipt.name.startswith(sandbox.IPFS + "/")
+    return Options(
+        guest=receipt.name if in_mount else "",
+        args=tuple(receipt.argv[1:]),
+        argv0=receipt.argv[0],
+        env=_environment(path, receipt, options.env),
+        cwd=receipt.cwd,
+        root=receipt.root,
+        tmp=tmp,
+        limits=chosen,
+        deterministic=receipt.deterministic,
+        isolated=True,
+        mount_options=(f"--from={os.path.abspath(path)}", "--offline"),
+    )
+
+
+def _environment(
+    path: Path, receipt: Receipt, given: Sequence[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """The recorded variables, and the given ones that were not recorded. Raises ReceiptRefused for a value
+    that is missing or another one."""
+    values = dict(given)
+    for name in values.keys() - {each.name for each in receipt.env}:
+        raise ReceiptRefused(f"{path}: the recorded run had no variable {name}")
+    found = []
+    for each in receipt.env:
+        value = values.get(each.name, each.value)
+        if value is None:
+            raise ReceiptRefused(
+                f"{path} does not hold the value of {each.name}: give --env {each.name}=VALUE"
+            )
+        if each.sha256 and receipts.variable_hash(receipt.salt, each.name, value) != each.sha256:
+            raise ReceiptRefused(f"{path}: --env {each.name} had another value in the recorded run")
+        found.append((each.name, value))
+    return tuple(found)
+
+
+def _blocks_below(car: Record, receipt: Receipt) -> frozenset[bytes]:
+    """The blocks of the folders that were given."""
+    found: set[bytes] = set()
+    stack = [each.cid for each in receipt.dirs if each.cid is not None]
+    while stack:
+        cid = stack.pop()
+        if cids.multihash(cid) not in found:
+            found.add(cids.multihash(cid))
+            if cid in car:
+                stack.extend(read_paths.links(cid, car.block(cid)))
+    return frozenset(found)
+
+
+def _repeat(
+    options: Options, receipt: Receipt, files: RunFiles, out: places.ResultsFolder | None
+) -> _Repeated:
+    chosen = options.limits
+    with mounted(options, files.block_log) as mount:
+        given = options._replace(
+            guest=options.guest or f"/proc/self/fd/{files.guest.fileno()}",
+            dirs=_dirs(receipt, mount.mountpoint),
+            out=None if out is None else out.path,
+        )
+        plan = Plan(
+            given,
+            mount.mountpoint,
+            sandbox.build(given, mount.mountpoint, mount.mount_id),
+            mount.mount_id,
+            shown_as=receipt.name,
+            max_data=(chosen.max_memory_size or 0) + 2 * (chosen.max_wasm_stack or 0) + _DATA_SPARE,
+            guest_sha256=digest_of(files.guest).sha256,
+        )
+        outcome = supervisor.run(plan, files=files, show=False)
+    if outcome.trap is not None and receipt.format == 1:  # which counts it as standard error
+        files.stderr.seek(0, os.SEEK_END)
+        files.stderr.write(trap_text(plan.name, outcome.trap).encode())
+    cid = None
+    if out is not None and outcome.refused is None and outcome.limit != "max_out":
+        cid = tree_cid(out.path, chosen.out_bytes)
+    return _Repeated(
+        outcome,
+        digest_of(files.stdout),
+        digest_of(files.stderr),
+        cid,
+        logged_blocks(files.block_log)[0],
+    )
+
+
+def _end(code: int, trapped: bool, limit: str | None) -> str:
+    why = ", by a trap" if trapped else f", by {limits.option(limit)}" if limit else ""
+    return f"{code}{why}"
+
+
+def _dirs(receipt: Receipt, mountpoint: str) -> tuple[Dir, ...]:
+    """The folders that were recorded, by their CIDs in the mount."""
+    found = []
+    for each in receipt.dirs:
+        if each.cid is None:
+            raise ReceiptRefused(f"the folder {each.guest} is not part of the record")
+        found.append(Dir(os.path.join(mountpoint, cids.text(each.cid)), each.guest, writable=False))
+    return tuple(found)

@@ -34,7 +34,7 @@ class Preopen(NamedTuple):
     writable: bool
     mount_id: int | None = None
     """The kernel's number of the mount that `host` must be in; None for any folder."""
-    rest: str | None = None
+    rest: str = ""
     """The path below `host` of the folder that is meant. No symlink may lead out of `host`."""
 
 
@@ -143,10 +143,11 @@ _LOOK = os.O_PATH | os.O_CLOEXEC
 
 
 class OpenFolder(NamedTuple):
-    """A folder that was opened for the guest. `path` names this very folder, whatever becomes of the name
-    `host` that it was opened by."""
+    """A folder that was opened for the guest. `path` names this very folder, whatever becomes of the name by
+    which it was opened."""
 
-    host: str
+    name: str
+    """For messages."""
     file: int
     guest: str
     writable: bool
@@ -164,35 +165,21 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
     names by that preopen. Only the guest's process opens them: they may be in the mount. Raises
     GuestRefused."""
     with contextlib.ExitStack() as stack:
-        found = []
+        found: list[OpenFolder] = []
+
+        def add(given: Preopen, top: str, rest: str, name: str, guest: str) -> None:
+            place = open_beneath(top, rest, name, os.O_DIRECTORY, given.mount_id)
+            file = stack.enter_context(place)
+            found.append(OpenFolder(name, file, guest, given.writable, given.mount_id is not None))
+
         for each in box.preopens:
-            if each.rest is None:
-                name, file = each.host, _opened_preopen(each, stack)
-            else:
-                name = f"--root {each.rest}"
-                place = inside(each.host, each.rest, name, os.O_DIRECTORY, each.mount_id)
-                file = stack.enter_context(place)
-            found.append(OpenFolder(name, file, each.guest, each.writable, each.mount_id is not None))
+            hint = " (two colons part it from the guest's name: HOST::GUEST)" if ":" in each.host else ""
+            name = f"--root {each.rest}" if each.rest else f"the folder {each.host}{hint}"
+            add(each, each.host, each.rest, name, each.guest)
         if box.cwd is not None and not (box.tmp and is_tmp(box.cwd)):
             base, rest = _working_folder(box.cwd, box.preopens)
-            top = base.host if base.rest is None else os.path.join(base.host, base.rest)
-            place = inside(top, rest, f"--cwd {box.cwd}", os.O_DIRECTORY, base.mount_id)
-            file = stack.enter_context(place)
-            found.append(OpenFolder(box.cwd, file, ".", base.writable, base.mount_id is not None))
+            add(base, os.path.join(base.host, base.rest), rest, f"--cwd {box.cwd}", ".")
         yield found
-
-
-def _opened_preopen(given: Preopen, stack: contextlib.ExitStack) -> int:
-    try:
-        folder = os.open(given.host, _LOOK | os.O_DIRECTORY)
-    except OSError as exc:
-        hint = " (two colons part it from the guest's name: HOST::GUEST)" if ":" in given.host else ""
-        raise GuestRefused(
-            f"the folder {given.host} can't be opened for the guest: {exc.strerror}{hint}"
-        ) from exc
-    stack.callback(os.close, folder)
-    _check_mount(folder, given.mount_id, given.host)
-    return folder
 
 
 def _check_mount(file: int, mount_id: int | None, path: str) -> None:
@@ -222,7 +209,9 @@ def _below(path: str, folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def inside(base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None) -> Iterator[int]:
+def open_beneath(
+    base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None
+) -> Iterator[int]:
     """A descriptor (O_PATH) of what `rest` leads to below `base`. Raises GuestRefused if a symlink leads out
     of `base`.
 

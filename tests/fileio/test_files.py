@@ -1,32 +1,11 @@
-"""Whole small files, many at once."""
+"""Whole files, and what the disk says of many."""
 
 import os
-import random
 from pathlib import Path
 
 import pytest
 
-from ipfsfuse.fileio.files import read_file, read_whole, replace_text, stat_files
-
-
-def read_all(paths: list[str], most: int) -> list[bytes | None]:
-    got: list[bytes | None] = []
-    while len(got) < len(paths):
-        some = read_whole(paths[len(got) :], most)
-        assert some, "the first of what is asked for is always among it"
-        assert sum(len(content) for content in some if content is not None) <= most
-        got += some
-    return got
-
-
-@pytest.mark.parametrize("most", [4_096, 20_000, 1 << 20])
-def test_all_that_fit_come_in_order(tmp_path: Path, most: int) -> None:
-    dice = random.Random(most)
-    contents = [dice.randbytes(dice.choice([0, 1, dice.randrange(4_096), most])) for _ in range(100)]
-    paths = [str(tmp_path / f"{number}-\u00e4") for number in range(100)]
-    for path, content in zip(paths, contents, strict=True):
-        Path(path).write_bytes(content)
-    assert read_all(paths, most) == contents
+from ipfsfuse.fileio.files import read_file, replace_text, stat_files
 
 
 def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
@@ -36,13 +15,8 @@ def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(bytes(8))
     names = ["absent", "file", "link", "folder", "pipe", "large", "absent/below", "file"]
-    found = read_all([str(tmp_path / name) for name in names], 7)
+    found = [read_file(str(tmp_path / name), 7) for name in names]
     assert found == [None, b"content", None, None, None, None, None, b"content"]
-    assert [read_file(str(tmp_path / name), 7) for name in names] == found
-
-
-def test_nothing_asked_for() -> None:
-    assert read_whole([], 100) == []
 
 
 def test_a_replaced_file_is_whole_and_no_link_is_followed(tmp_path: Path) -> None:

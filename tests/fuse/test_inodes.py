@@ -1,14 +1,15 @@
 """Inode numbers: one for a file however it is reached, one for each path of a directory, none given twice."""
 
 import hashlib
+import stat
 
 import pytest
 
 from ipfsfuse.dag.cid import DAG_PB, RAW, Cid, canonical, make
 from ipfsfuse.fuse.inodes import ROOT, Inodes
-from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, claimed_attributes
+from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, Attributes
 
-FILE = claimed_attributes(10)._replace(exact=True)
+FILE = Attributes(stat.S_IFREG | 0o444, 10, 0)
 DIRECTORY = ROOT_ATTRIBUTES
 KEY = bytes(range(32))
 
@@ -103,6 +104,6 @@ def test_more_is_forgotten_than_is_held(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_a_claimed_size_gives_way_to_the_true_one_and_never_back() -> None:
     table = Inodes(KEY)
-    assert table.file(cid_of("x"), claimed_attributes(99)).attributes.size == 99
+    assert table.file(cid_of("x"), FILE._replace(size=99, exact=False)).attributes.size == 99
     assert table.file(cid_of("x"), FILE).attributes.size == 10
-    assert table.file(cid_of("x"), claimed_attributes(99)).attributes.size == 10
+    assert table.file(cid_of("x"), FILE._replace(size=99, exact=False)).attributes.size == 10

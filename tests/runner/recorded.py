@@ -14,7 +14,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.dag.unixfs import Type, UnixFS
-from ipfsfuse_run.record import RecordWriter, cid_of
+from ipfsfuse_run.record import RecordWriter
 
 GUEST = b"""(module
   (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
@@ -38,7 +38,10 @@ def receipt(guest: bytes, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any
     return {
         "kind": "ipfsfuse-run receipt",
         "format": 1,
-        "guest": {"cid": cids.text(cid_of(io.BytesIO(guest))), "name": "guest.wat"},
+        "guest": {
+            "cid": cids.text(RecordWriter(io.BytesIO()).add_file(io.BytesIO(guest)).cid),
+            "name": "guest.wat",
+        },
         "argv": ["guest.wat"],
         "env": [["A", "1"]],
         "cwd": None,
@@ -71,7 +74,7 @@ def receipt_2(guest: bytes, out: Cid, stdin: bytes = STDIN, **changed: Any) -> d
     }
     streams = {name: told.pop(name) for name in ("stdin", "stdout", "stderr")}
     for name, data in (("stdin", stdin), ("stdout", stdin), ("stderr", b"")):
-        streams[name]["cid"] = cids.text(cid_of(io.BytesIO(data)))
+        streams[name]["cid"] = cids.text(RecordWriter(io.BytesIO()).add_file(io.BytesIO(data)).cid)
     salt = "00" * 16
     hashed = hashlib.sha256(bytes(16) + b"A=1").hexdigest()
     exit_code, trapped = told.pop("exit_code"), told.pop("trapped")

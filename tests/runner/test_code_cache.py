@@ -8,8 +8,9 @@ import pytest
 import wasmtime
 
 from ipfsfuse_run import code_cache, guest
-from ipfsfuse_run.code_cache import CodeCache
-from ipfsfuse_run.guest import MODULE, Settings
+from ipfsfuse_run.code_cache import MODULE, CodeCache
+from ipfsfuse_run.guest import Settings
+from ipfsfuse_run.limits import COMPILE_MEMORY
 from tests.runner.conftest import TOP, Runner
 
 PLAIN = Settings(fuel=False, max_wasm_stack=None, deterministic=False)
@@ -39,7 +40,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def load(cache: CodeCache, code: bytes = CODE, settings: Settings = PLAIN) -> guest.Guest:
     engine = guest.make_engine(settings)
-    made = guest.compiled(cache, engine, MODULE, code, "guest", settings)
+    made = cache.compiled(
+        MODULE,
+        code,
+        "guest",
+        COMPILE_MEMORY,
+        guest.key(settings),
+        lambda: guest.build(engine, MODULE, code, "guest"),
+    )
     try:
         return guest.load(engine, made)
     finally:
@@ -47,7 +55,7 @@ def load(cache: CodeCache, code: bytes = CODE, settings: Settings = PLAIN) -> gu
 
 
 def kept(cache: CodeCache, file: io.BytesIO, settings: Settings = PLAIN) -> guest.Guest | None:
-    found = guest.kept(cache, file, "guest", settings)
+    found = cache.kept(file, "guest", guest.key(settings))
     return None if found is None else guest.load(guest.make_engine(settings), found)
 
 
@@ -67,7 +75,8 @@ def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(
     load(cache)
     again = kept(cache, io.BytesIO(CODE))
     assert again is not None
-    assert (again.name, again.kind) == ("guest", MODULE)
+    assert again.name == "guest"
+    assert isinstance(again.compiled, wasmtime.Module)
     assert kept(cache, io.BytesIO(CODE), PLAIN._replace(fuel=True)) is None
     assert kept(cache, io.BytesIO(CODE + b"\0\1\0")) is None
     assert kept(cache, io.BytesIO(b'(module (func (export "_start")))')) is None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import trio
 
 import ipfsfuse_run
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from tests.mounting import Home, alive, wait_until
+from tests.mounting import PATIENCE, Home, alive, wait_until
 from tests.runner.conftest import Runner, lines
 from tests.runner.test_results import key_pair
 
@@ -51,6 +52,24 @@ def children(pid: int) -> list[int]:
         for each in (task / "children").read_text().split()
     ]
     return own + [below for each in own for below in children(each)]
+
+
+def test_a_run_is_answered_while_a_later_one_goes_on(python: Run, habits: Path) -> None:
+    begun = len(children(os.getpid()))
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        ends, runs = [], []
+        for number in range(2):
+            stdin, write = (
+                stack.enter_context(open(file, mode))
+                for file, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
+            )
+            ends.append(write)
+            runs.append(pool.submit(python, habits, "cat", stdin=stdin))
+            least = begun + 2 * (1 + number)  # its supervisor and its guest
+            wait_until(lambda least=least: len(children(os.getpid())) >= least, "it runs")
+        for write, run in zip(ends, runs, strict=True):
+            write.close()
+            assert run.result(PATIENCE).exit_code == 0
 
 
 def test_what_a_guest_is_given_and_gives(python: Run, habits: Path, tmp_path: Path) -> None:

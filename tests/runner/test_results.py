@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import places, receipts, results
+from ipfsfuse_run import places, receipts
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import RecordWriter, car_opened
+from ipfsfuse_run.record import RecordWriter, add_tree, car_opened, tree_cid
 from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.runner.conftest import Measured, Runner, lines, with_command
@@ -208,7 +208,7 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
         writer = RecordWriter(file)
-        built = results.written(writer, str(out), MIB).built
+        built = add_tree(writer, str(out), MIB).built
         writer.close(built)
     assert b"secret" not in target.read_bytes().replace(os.fsencode(secret), b"")
     with car_opened(target) as record:
@@ -218,27 +218,30 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
     for kind in (stat.S_IFIFO, stat.S_IFSOCK):
         os.mknod(out / "odd", kind | 0o600)
         with pytest.raises(StoreFailed, match="neither file, folder nor symlink"):
-            results.cid_of(str(out), MIB)
+            tree_cid(str(out), MIB)
         (out / "odd").unlink()
     (out / "sparse").touch()
     os.truncate(out / "sparse", 1 << 40)
     with pytest.raises(StoreFailed, match="max-out"):
-        results.cid_of(str(out), MIB)
+        tree_cid(str(out), MIB)
     os.truncate(out / "sparse", MIB // 4)
     for number in range(5):
         os.link(out / "sparse", out / f"again{number}")
     with pytest.raises(StoreFailed, match="max-out"):
-        results.cid_of(str(out), MIB)
+        tree_cid(str(out), MIB)
 
 
 def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
-    folder = str(tmp_path)
+    at = os.open(tmp_path, os.O_RDONLY)
     try:
-        for _ in range(1500):
-            os.mkdir(folder := folder + "/d")
-        with open(os.devnull, "wb") as nowhere, pytest.raises(StoreFailed, match="too deeply"):
-            RecordWriter(nowhere).add_tree(tmp_path)
+        for _ in range(2100):  # more than a path can say
+            os.mkdir("d", dir_fd=at)
+            at, above = os.open("d", os.O_RDONLY, dir_fd=at), at
+            os.close(above)
+        with open(os.devnull, "wb") as nowhere, pytest.raises(StoreFailed, match="File name too long"):
+            add_tree(RecordWriter(nowhere), str(tmp_path), None)
     finally:
+        os.close(at)
         places.remove_tree(str(tmp_path / "d"))
 
 
@@ -269,7 +272,7 @@ def test_a_folder_that_is_swapped_for_a_symlink_while_it_is_taken_leads_nowhere(
         try:
             for _ in range(20):
                 with target.open("w+b") as file, suppress(StoreFailed):
-                    results.written(RecordWriter(file), str(out), MIB)
+                    add_tree(RecordWriter(file), str(out), MIB)
                 assert b"\x01\x55\x12\x20" + sha256(b"secret").digest() not in target.read_bytes()
         finally:
             swapping.kill()

@@ -283,16 +283,17 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
-    from ipfsfuse_run.code_cache import CodeCache
-    from ipfsfuse_run.guest import MODULE, Settings, compiled, make_engine
+    from ipfsfuse_run.code_cache import MODULE, CodeCache
+    from ipfsfuse_run.guest import Settings, build, key, make_engine
 
     folder = tmp_path / "code"
     folder.mkdir(mode=0o700)
     for name in ("notes.txt", "a" * 64, f"{'b' * 64}-{'c' * 16}"):
         (folder / name).write_bytes(bytes(1000))
     settings = Settings(fuel=False, max_wasm_stack=None, deterministic=False)
-    made = compiled(
-        CodeCache(folder, bound=1), make_engine(settings), MODULE, b"\0asm\1\0\0\0", "guest", settings
+    code, engine = b"\0asm\1\0\0\0", make_engine(settings)
+    made = CodeCache(folder, bound=1).compiled(
+        MODULE, code, "guest", 1 << 32, key(settings), lambda: build(engine, MODULE, code, "guest")
     )
     os.close(made.file)
     left = {each.name for each in folder.iterdir()}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 import trio
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
+from ipfsfuse.fileio.flatfs import BlockFiles, Read
 from ipfsfuse.sources.base import Subtree
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
@@ -24,7 +27,7 @@ from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, open_source, parse_sources
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.sources.streams import Block, Hashed
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
@@ -140,7 +143,7 @@ def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
         blocks.read_some([cid]),
         bytes(blocks.read_each([leaf])[0]),
         blocks.have([cid]),
-    ) == (block, [block], block, True)
+    ) == (block, [Hashed(block, hashlib.sha256(block).digest())], block, True)
     (repository / "denylists").mkdir()
     (repository / "denylists" / "mine.deny").touch()
     wait_until(lambda: blocks.read(cid) is None, "the list is seen", 5)
@@ -449,3 +452,52 @@ def test_a_block_that_is_hashed_while_it_is_read_is_refused_if_a_bit_is_wrong(
         await pool.aclose()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("most", [4_096, 20_000, 1 << 20])
+def test_many_blocks_come_in_order_by_calls_that_read_so_much_at_most(tmp_path: Path, most: int) -> None:
+    dice = random.Random(most)
+    files, folder = BlockFiles(str(tmp_path), 2), Flatfs(tmp_path, 2)
+    wanted: dict[bytes, bytes] = {}
+    for number in range(100):
+        block = dice.randbytes(dice.choice([0, 1, dice.randrange(4_096), most])) + b"%d" % number
+        path = Path(
+            folder._path(cids.make(cids.RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(block).digest()))
+        )
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(block)
+        wanted[hashlib.sha256(block).digest()] = block
+    digests, got = list(wanted), list[Read | int]()
+    while len(got) < len(digests):
+        some = files.read_many(digests[len(got) : len(got) + 32], most)
+        assert some, "the first of what is asked for is always among it"
+        assert sum(len(read.block) for read in some[1:] if isinstance(read, Read)) <= most
+        got += some
+    assert got == [Read(block, digest) for digest, block in wanted.items()]
+
+
+def test_of_many_blocks_what_is_not_a_regular_file_or_is_too_large_is_left_out(tmp_path: Path) -> None:
+    folder = Flatfs(tmp_path, 2)
+    blocks = [b"absent", b"file", b"link", b"folder", b"pipe", b"large", b"last"]
+    some = [
+        cids.make(cids.RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(block).digest()) for block in blocks
+    ]
+    for cid, block in zip(some[1:], blocks[1:], strict=True):
+        path = Path(folder._path(cid))
+        path.parent.mkdir(exist_ok=True)
+        match block:
+            case b"link":
+                path.symlink_to(folder._path(some[1]))
+            case b"folder":
+                path.mkdir()
+            case b"pipe":
+                os.mkfifo(path)
+            case b"large":
+                with path.open("wb") as file:
+                    file.truncate(cids.MAX_BLOCK + 1)
+            case _:
+                path.write_bytes(block)
+    found = folder.read_some(some)
+    assert [read.block if isinstance(read, Hashed) else read for read in found] == [
+        block if block in (b"file", b"last") else None for block in blocks
+    ]

@@ -21,12 +21,12 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link
 from ipfsfuse.errors import WrongBlock
 from ipfsfuse.fileio.flatfs import BlockFiles
-from ipfsfuse.sources.base import Hashed
 from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.streams import Hashed
 from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
 from tests.mounting import Home

@@ -110,13 +110,24 @@ class Packs:
 
     def find(self, key: bytes) -> Place | None:
         """Where the block of a multihash lies. Raises what the index raises."""
-        place = self.pending.get(key)
-        if place is None and key not in self.pending:
-            row = self._index.row("SELECT pack, at, size FROM blocks WHERE key = ?", (key,))
-            place = Place(*row) if row is not None and all(type(number) is int for number in row) else None
-        if place is None or not 0 <= place.at <= place.at + place.size <= self._size(place.pack):
-            return None  # evicted; or a bit turned in the row, for SQLite has no checksums
-        return place
+        return self.find_many((key,)).get(key)
+
+    def find_many(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
+        """Where the blocks of some multihashes lie, of those that are here. Raises what the index raises."""
+        places, unknown = dict[bytes, Place | None](), list[bytes]()
+        for key in keys:
+            if key in self.pending:
+                places[key] = self.pending[key]
+            else:
+                unknown.append(key)
+        for key, *numbers in self._index.places(unknown):
+            if all(type(number) is int for number in numbers):
+                places[key] = Place(*numbers)
+        return {key: place for key, place in places.items() if place is not None and self._has(place)}
+
+    def _has(self, place: Place) -> bool:
+        """Not if its pack was evicted, or a bit turned in the row, for SQLite has no checksums."""
+        return 0 <= place.at <= place.at + place.size <= self._size(place.pack)
 
     def _size(self, pack: int) -> int:
         """Bytes written of a pack, -1 where it is not there. Until all packs are known, one that is not is
@@ -383,11 +394,15 @@ class BlockStore:
     # -- reading ---------------------------------------------------------------------------------------------
 
     def place(self, cid: Cid) -> Place | None:
+        return self.places((cid,)).get(cids.multihash(cid))
+
+    def places(self, wanted: Iterable[Cid]) -> dict[bytes, Place]:
+        """Where blocks lie, by their multihashes, of those that are kept."""
         try:
-            return self.packs.find(cids.multihash(cid))
+            return self.packs.find_many(map(cids.multihash, wanted))
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
-            return None
+            return {}
 
     async def get(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The block, hashed after it was read; None where it is not here, or not right (then it is

@@ -416,17 +416,19 @@ class Staging:
                 file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
             except OSError as exc:
                 return 0, exc
-            with Closing(file):
-                try:
-                    if not entry.seen:
-                        os.ftruncate(file, entry.size)
-                    self._direct.transfer(write_parts, file, parts, offset)
-                except OSError as exc:
-                    if exc.errno == errno.EFBIG and not entry.seen:
-                        self.too_large = min(self.too_large, entry.size)
-                        self.folder.unlink(_name(entry))
-                    return _grown(entry, file), exc
+            try:
+                if not entry.seen:
+                    os.ftruncate(file, entry.size)
+                self._direct.transfer(write_parts, file, parts, offset)
+            except OSError as exc:
+                if exc.errno == errno.EFBIG and not entry.seen:
+                    self.too_large = min(self.too_large, entry.size)
+                    self.folder.unlink(_name(entry))
+                return _grown(entry, file), exc
+            else:
                 return _grown(entry, file), None
+            finally:
+                os.close(file)
 
     def finish(self, entry: Entry) -> int:
         """Onto the disk, then to its final name; returns by how many bytes it grew there."""

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -34,6 +34,7 @@ from ipfsfuse.sources.base import current_request
 from ipfsfuse.structures import Lru
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +107,9 @@ class Store:
         """The leaf's content, hashed after it was read; None where it is not there or not right (then it is
         given up)."""
         entry = await self._entry_with(file, leaf.offset, leaf.offset + leaf.size)
-        if entry is None:
+        if entry is None or (found := await self._read(self.staging.read, entry, leaf)) is None:
             return None
-        try:
-            data, right, tags = await threads.run_sync(
-                self.staging.read, entry, leaf, limiter=self.io.reading
-            )
-        except OSError as exc:
-            await self._lost(entry, exc)
-            return None
+        data, right, tags = found
         if right:
             self._tags.put(leaf.cid, tags, len(tags) + TAGS_OVERHEAD)
         return await self._looked_at(entry, leaf, data, right)
@@ -155,12 +150,7 @@ class Store:
         """Reads leaves that follow each other without a gap, at least one. Gives None for a leaf that is
         not staged or not right."""
         entry = await self._entry_with(file, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
-        if entry is None:
-            return [None] * len(leaves)
-        try:
-            found = await threads.run_sync(self.staging.read_each, entry, leaves, limiter=self.io.reading)
-        except OSError as exc:
-            await self._lost(entry, exc)
+        if entry is None or (found := await self._read(self.staging.read_each, entry, leaves)) is None:
             return [None] * len(leaves)
         return [await self._looked_at(entry, leaf, *each) for leaf, each in zip(leaves, found, strict=True)]
 
@@ -180,10 +170,8 @@ class Store:
         if entry is None:
             return None
         if entry.extents is None:
-            try:
-                found = await threads.run_sync(self.staging.look, entry, limiter=self.io.reading)
-            except OSError as exc:
-                await self._lost(entry, exc)
+            found = await self._read(self.staging.look, entry)
+            if found is None:
                 return None
             if entry.extents is None:
                 entry.extents, entry.proved = found, Extents()
@@ -209,6 +197,14 @@ class Store:
             self._settle(entry)
         else:  # nothing is left of it: the name goes too, before the leaves come back under another
             await self.budget.evict(entry.cid)
+
+    async def _read(self, read: Callable[[Entry, *Ts], T], entry: Entry, *arguments: *Ts) -> T | None:
+        """What `read` gives, in a thread; None where the file can't be read."""
+        try:
+            return await threads.run_sync(read, entry, *arguments, limiter=self.io.reading)
+        except OSError as exc:
+            await self._lost(entry, exc)
+            return None
 
     async def _lost(self, entry: Entry, error: OSError) -> None:
         """A staging file that can't be read: it is there no more. If somebody has removed it, the disk may

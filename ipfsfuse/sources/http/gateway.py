@@ -5,7 +5,7 @@ Nothing is verified here. A slow reader slows the request down.
 """
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, closing, suppress
 from functools import partial
 
@@ -142,7 +142,7 @@ class Gateway(Source):
                 if not indexes:
                     return
 
-    async def _car(self, root: Cid, scope: str, limit: int) -> AsyncGenerator[streams.Blocks]:
+    async def _car(self, root: Cid, scope: str, limit: int) -> AsyncGenerator[Sequence[tuple[Cid, bytes]]]:
         """The blocks of a CAR, some at a time, until it ends: that may be early. Raises NotOffered, NotHere,
         SourceFailed, and CarTooLong where it has more than `limit` bytes."""
         accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")

@@ -34,7 +34,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources.base import LeafRange, Source, fits, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
-from ipfsfuse.sources.streams import Delivery, Leases, Send
+from ipfsfuse.sources.streams import Delivery, Leases, Send, consecutive
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
@@ -315,23 +315,17 @@ def _collect(file: CarFile, sorter: RecordSorter, progress: IndexProgress | None
     reported = 0
     try:
         for found in sections(file):
-            _add(sorter, found, file.data_offset)
+            multihash = cids.multihash(found.cid)
+            with suppress(Unsupported):  # nobody will ask for it
+                multihashes.check_allowed(multihash)
+                if multihash[0] != multihashes.IDENTITY:
+                    sorter.add(multihash, found.start - file.data_offset)
             if progress is not None and (found.end - reported >= _REPORT_EVERY or found.end == total):
                 reported = found.end
                 progress(found.end, total)
     except Malformed:
         return False
     return True
-
-
-def _add(sorter: RecordSorter, found: Section, base: int) -> None:
-    multihash = cids.multihash(found.cid)
-    try:
-        multihashes.check_allowed(multihash)
-    except Unsupported:
-        return  # nobody will ask for it
-    if multihash[0] != multihashes.IDENTITY:
-        sorter.add(multihash, found.start - base)
 
 
 def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
@@ -386,7 +380,11 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
         for start, group in _groups(leaves):
             await room.acquire()
             release = leases.take(1)
-            rows = list(_rows(await threads.run_sync(_read_group, start, group, find)))
+            rows = [
+                (first + index, blocks[index : index + len(sizes)])  # so many are worth verifying together
+                for first, blocks in consecutive(await threads.run_sync(_read_group, start, group, find))
+                for index, sizes in together([len(block) for block in blocks])
+            ]
             for index, blocks in rows[:-1]:
                 await send.send(Delivery(index, blocks))
             if rows:
@@ -394,17 +392,6 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
             else:
                 release()
             del rows  # before the next group is read in its place
-
-
-def _rows(found: Blocks) -> Iterator[tuple[int, Sequence[bytes]]]:
-    """`found`, cut into blocks of consecutive leaves that are worth verifying together."""
-    first = 0
-    for at in range(1, len(found) + 1):
-        if at == len(found) or found[at][0] != found[at - 1][0] + 1:
-            row = found[first:at]
-            for start, sizes in together([len(block) for _index, block in row]):
-                yield row[start][0], [block for _index, block in row[start : start + len(sizes)]]
-            first = at
 
 
 def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
@@ -426,21 +413,13 @@ def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
         if (where := find(leaf.cid)) is not None and fits(leaf, where.place.size)
     ]
     blocks: Blocks = []
-    for near in _neighbours(found):
-        blocks += _read_together(near)
+    while found:
+        count = 1  # of those that one read covers
+        while count < len(found) and _adjoin(found[count - 1][1], found[count][1]):
+            count += 1
+        blocks += _read_together(found[:count])
+        del found[:count]
     return blocks
-
-
-def _neighbours(found: list[tuple[int, Found]]) -> Iterator[list[tuple[int, Found]]]:
-    """`found` cut into stretches that one read covers."""
-    stretch: list[tuple[int, Found]] = []
-    for item in found:
-        if stretch and not _adjoin(stretch[-1][1], item[1]):
-            yield stretch
-            stretch = []
-        stretch.append(item)
-    if stretch:
-        yield stretch
 
 
 def _adjoin(one: Found, other: Found) -> bool:

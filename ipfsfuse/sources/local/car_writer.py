@@ -140,16 +140,10 @@ class CarWriter:
         self._end += len(head) + len(block)
         self.blocks += 1
         if self._on_disk and self._end - self._sent >= _SEND_EVERY:
-            self._send()
-
-    def _send(self) -> None:
-        """Lets the kernel begin to write to the disk what came since the last time, so that `finish` waits
-        for little.
-
-        (That is what this advice does with pages not written yet; it drops none of them.)
-        """
-        os.posix_fadvise(self._out.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
-        self._sent = self._end
+            # The kernel begins to write to the disk what came since the last time, so that `finish` waits for
+            # little. That is what this advice does with pages not written yet; it drops none of them.
+            os.posix_fadvise(self._out.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._end
 
     def finish(self) -> None:
         """Completes the file and sees it safely on the disk."""

@@ -303,6 +303,7 @@ class Packs:
         self._watch = FolderWatch(folder)
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], CarFile] = {}
+        """By name and inode: a pack written anew keeps its name."""
         self._order: list[CarFile] = []
         """The pack that had the last block first: its neighbour is probably there too. Replaced, never
         changed."""
@@ -342,44 +343,26 @@ class Packs:
                     "the mount began, mount again",
                     "disk",
                 ) from exc
-            found = {key: path for name in names if (key := _key(path := self._folder / name))}
-            gone = [key for key in self._open if key not in found]
-            new = [
-                pack
-                for key, path in found.items()
-                if key not in self._open and (pack := self._opened(key, path))
-            ]
-            for key in gone:
+            found: dict[tuple[str, int], Path] = {}
+            for name in names:
+                with suppress(FileNotFoundError):
+                    found[name, os.stat(self._folder / name).st_ino] = self._folder / name
+            for key in self._open.keys() - found.keys():
                 del self._open[key]  # closed when the last reader lets go of it
-            self._order = new + [
-                pack for pack in self._order if any(pack is other for other in self._open.values())
-            ]
-
-    def _opened(self, key: tuple[str, int], path: Path) -> CarFile | None:
-        try:
-            pack = CarFile(path)
-        except SourceFailed:
-            # gone meanwhile, or damaged: who asks for its blocks will hear that they are not there
-            return None
-        if not pack.use_own_index():
-            pack.close()
-            return None
-        self._open[key] = pack
-        return pack
+            new: list[CarFile] = []
+            for key in found.keys() - self._open.keys():
+                with suppress(SourceFailed):  # gone meanwhile, or damaged: its blocks are said to be missing
+                    pack = CarFile(found[key])
+                    if pack.use_own_index():
+                        self._open[key] = pack
+                        new.append(pack)
+            self._order = new + [pack for pack in self._order if pack in self._open.values()]
 
     def close(self) -> None:
         with self._lock:
             for pack in self._open.values():
                 pack.close()
             self._open, self._order = {}, []
-
-
-def _key(path: Path) -> tuple[str, int] | None:
-    """A pack's name and inode: a pack written anew keeps its name."""
-    try:
-        return path.name, os.stat(path).st_ino
-    except FileNotFoundError:
-        return None
 
 
 # -- adding --------------------------------------------------------------------------------------------------
@@ -411,7 +394,6 @@ class LibraryWriter:
         packs.refresh()  # what went until now; nothing goes from here on
         self._pack: CarWriter | None = None
         self._path = folder
-        self._fd = -1
         self._looked = time.monotonic()
         self._seen: dict[bytes, None] = {}
         self._used: set[str] = set()
@@ -437,8 +419,8 @@ class LibraryWriter:
         else:
             with store_errors(f"the library {self._folder}"):
                 if self._pack is None:
-                    self._path, self._fd = new_temporary(self._folder)
-                    self._pack = CarWriter(self._fd, self._folder)
+                    self._path, fd = new_temporary(self._folder)
+                    self._pack = CarWriter(self._held.enter_context(Closing(fd)), self._folder)
                 self._pack.add(cid, block)
         self._seen[multihash] = None
         if len(self._seen) > _MAX_REMEMBERED:
@@ -484,9 +466,6 @@ class LibraryWriter:
                 self._pack.abandon()
                 self._pack = None
                 self._path.unlink(missing_ok=True)
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
 
 
 # -- compaction ----------------------------------------------------------------------------------------------

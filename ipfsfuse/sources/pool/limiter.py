@@ -22,7 +22,7 @@ nothing.
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -237,7 +237,16 @@ class ConcurrencyLimiter:
             now = trio.current_time()
             self._age(now)
             heads = [queue.head() for queue in self._queues.values()]
-            if self._drop_late_for_it(heads, now):
+            # Those whose callers will have gone before an answer can come leave the queue: when a crowd's
+            # deadline comes, each that leaves would begin another's last request.
+            late = [
+                head
+                for head in heads
+                if head.request.wanted_until - now < LAST and not self._is_new(head, now)
+            ]
+            if late:
+                for head in late:
+                    self._withdraw(head)
                 continue
             if len(heads) > 1:
                 heads.sort(
@@ -251,17 +260,6 @@ class ConcurrencyLimiter:
                     break
             else:
                 return
-
-    def _drop_late_for_it(self, heads: Sequence[Place], now: float) -> bool:
-        """Takes out of the queues those of `heads` whose callers will have gone before an answer can come:
-        when a crowd's deadline comes, each that leaves would begin another's last request. Whether there were
-        such."""
-        late = [
-            head for head in heads if head.request.wanted_until - now < LAST and not self._is_new(head, now)
-        ]
-        for head in late:
-            self._withdraw(head)
-        return bool(late)
 
     def _is_new(self, place: Place, now: float) -> bool:
         return not place.retried and not place.again and now - place.queued <= NEW
@@ -317,16 +315,13 @@ class ConcurrencyLimiter:
         heaviest = caller if own else max(self._all_of, key=lambda each: self._all_of[each], default=caller)
         if self._all_of[heaviest] <= self._all_of[caller]:
             heaviest = caller
-        for victim in self._in_flight():
+        for victim in chain(self._late, self._active):
             if victim.caller == heaviest and max(victim.since, victim.alive) <= before:
                 self._remove(victim)
                 victim.displaced, victim.early = True, early
                 victim.scope.cancel()
                 return True
         return False
-
-    def _in_flight(self) -> Iterator[Place]:
-        return chain(self._late, self._active)
 
     def _add(self, place: Place) -> None:
         place.since = trio.current_time()

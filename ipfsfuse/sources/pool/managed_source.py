@@ -7,6 +7,7 @@ Concurrency: any number of tasks. Small blocks are hashed on the event loop, lar
 """
 
 import logging
+import math
 import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -19,11 +20,11 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotHere, SourceFailed, WrongBlock
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Hashed, Source, current_request
+from ipfsfuse.sources.base import Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.sources.streams import Block, Hashed
 from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger(__name__)
@@ -176,11 +177,8 @@ class ManagedSource:
             with self.as_its_failure():
                 return self.source.roots()
         except SourceFailed as exc:
-            threads.on_loop(self._note_now, exc)
+            threads.on_loop(self.note, exc)
             return ()
-
-    def _note_now(self, failure: SourceFailed) -> None:
-        self.note(failure, trio.current_time())
 
     async def aclose(self) -> None:
         """Never fails: the other sources are to be closed too."""
@@ -227,25 +225,19 @@ class ManagedSource:
         failure.__cause__ = exc
         return failure
 
-    def note(self, failure: SourceFailed, asked: float, besides: int = 0) -> None:
+    def note(self, failure: SourceFailed, asked: float = math.inf, besides: int = 0) -> None:
         """A call that began at `asked` ended by `failure`. It made as many requests at a time as are in
         flight at the limiter for it, and so many `besides`."""
-        self._log(failure)
-        now = trio.current_time()
+        more = self._log_limiter.admit((failure.kind, type(failure.__cause__).__name__))
+        if more is not None and failure.kind == FAULT:
+            log.error("%s; it counts as a failure of that source%s", failure, more)
+        elif more is not None:
+            log.info("%s (%s)%s", failure, failure.kind, more)
         if failure.kind == BUSY and self.limiter.note_busy(asked, besides):
             self.health.record_too_many()
         else:
+            now = trio.current_time()
             self.health.record_failure(now, failure.kind, str(failure), failure.retry_after)
-
-    def _log(self, failure: SourceFailed) -> None:
-        """One line for each kind of failure now and then."""
-        more = self._log_limiter.admit((failure.kind, type(failure.__cause__).__name__))
-        if more is None:
-            return
-        if failure.kind == FAULT:
-            log.error("%s; it counts as a failure of that source%s", failure, more)
-        else:
-            log.info("%s (%s)%s", failure, failure.kind, more)
 
     def overtaken(self, asked: float) -> None:
         """Another source gave the block long after this one was `asked`. If nothing came from it meanwhile,
