@@ -322,7 +322,7 @@ def _result(lines: BinaryIO) -> str:
             line = each.decode(errors="surrogateescape").rstrip("\n")
             if not line.startswith(PROGRESS):
                 return line
-            show(json.loads(line.removeprefix(PROGRESS)))
+            show(**json.loads(line.removeprefix(PROGRESS)))
     return ""
 
 
